@@ -1,0 +1,66 @@
+"""paqdetr: train, evaluate, explain and ship DETR-family detectors, with PaQ's pattern queries.
+
+Everything here is loaded when it is first used, so `import paqdetr` is quick, and `paqdetr.paq` needs nothing of the rest.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from paqdetr._version import __version__
+
+if TYPE_CHECKING:
+    from paqdetr.engine import Callback, Run, evaluate, train
+    from paqdetr.errors import CheckpointError, ConfigError, DataError, NonFiniteError, UserError
+    from paqdetr.models import Detector, create_model, list_models, load
+    from paqdetr.structures import ClassTable, Detections, Targets
+
+_HOME = {
+    "Callback": "engine",
+    "CheckpointError": "errors",
+    "ClassTable": "structures",
+    "ConfigError": "errors",
+    "DataError": "errors",
+    "Detections": "structures",
+    "Detector": "models",
+    "NonFiniteError": "errors",
+    "Run": "engine",
+    "Targets": "structures",
+    "UserError": "errors",
+    "create_model": "models",
+    "evaluate": "engine",
+    "list_models": "models",
+    "load": "models",
+    "train": "engine",
+}
+
+__all__ = [
+    "Callback",
+    "CheckpointError",
+    "ClassTable",
+    "ConfigError",
+    "DataError",
+    "Detections",
+    "Detector",
+    "NonFiniteError",
+    "Run",
+    "Targets",
+    "UserError",
+    "__version__",
+    "create_model",
+    "evaluate",
+    "list_models",
+    "load",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'paqdetr' has no attribute {name!r}")
+    return getattr(import_module(f"paqdetr.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,50 @@
+"""Where the program prints: results to standard output, progress and errors to standard error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from paqdetr.metrics.coco import FIGURE_NAMES
+
+results = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error; the function takes (done, total). Silent where nobody watches."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
+        task = progress.add_task(what, total=None)
+
+        def update(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        yield update
+
+
+def figures_table(figures: dict[str, Any], title: str) -> Table:
+    """The COCO figures and AP of every class, as a table."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    for name in FIGURE_NAMES:
+        table.add_row(name, show(figures.get(name)))
+    for name, label in (("AP_nms", "AP after NMS"), ("AP50_nms", "AP50 after NMS")):
+        if name in figures:
+            table.add_row(label, show(figures[name]))
+    table.add_section()
+    for name, value in figures["per_class"].items():
+        table.add_row(f"AP of {name}", show(value))
+    return table
+
+
+def show(value: float | None) -> str:
+    """A figure in [0, 1], or a dash where nothing defines it."""
+    return "-" if value is None else f"{value:.3f}"

@@ -1,0 +1,40 @@
+"""`paqdetr predict`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from paqdetr.cli.console import errors, progress_bar, results
+from paqdetr.errors import DataError
+
+
+def predict(
+    checkpoint: Annotated[Path, typer.Argument(help="A .safetensors file or a run's folder.")],
+    sources: Annotated[
+        list[Path], typer.Argument(help="Images and folders of images.", metavar="IMAGE|DIR...")
+    ],
+    *,
+    output: Annotated[Path, typer.Option(help="Folder for drawn images and predictions.json.")],
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="The least score of a detection.")] = 0.3,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+) -> None:
+    """Draw what a detector finds, and write it as COCO results."""
+    from paqdetr.engine import predict_folder
+    from paqdetr.models import load
+
+    model = load(checkpoint, device=device)
+    with progress_bar("predict") as progress:
+        done = predict_folder(model, sources, output=output, threshold=threshold, progress=progress)
+    count = sum(map(len, done.found.values()))
+    results.print(
+        f"{count} objects over {threshold} in {len(done.found)} images: {done.output}, {done.results_file}"
+    )
+    for reason in done.unreadable.values():
+        errors.print(f"[bold yellow]left out:[/] {reason}", soft_wrap=True)
+    if done.unreadable:
+        raise DataError(
+            f"{len(done.unreadable)} images could not be read; the others are done", "replace or remove them"
+        )

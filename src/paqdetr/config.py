@@ -1,0 +1,347 @@
+"""Every setting of a model and its training: validated, with defaults from YAML files inside the package.
+
+A YAML file may name a `base` whose settings it changes, and `preset: paper` lays the literal paper over either.
+Later wins: defaults here < base < file < preset < `key=value` overrides.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from paqdetr.errors import ConfigError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelConfig(_Section):
+    """The architecture. Two models with equal values here have equal state dicts."""
+
+    num_classes: int = Field(default=80, ge=1)
+
+    # Backbone: any timm name. Strides are pixels a token; frozen_stride freezes all up to the feature of that stride.
+    backbone: str = "resnet50"
+    backbone_strides: tuple[int, ...] = (8, 16, 32)
+    frozen_stride: int = Field(default=4, ge=0, description="0 trains the whole backbone")
+    freeze_backbone_norm: bool = True
+
+    # Transformer
+    dim: int = Field(default=256, ge=8)
+    num_levels: int = Field(default=4, ge=1)
+    num_heads: int = Field(default=8, ge=1)
+    num_points: int = Field(default=4, ge=1)
+    ffn_dim: int = Field(default=2048, ge=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    encoder_layers: int = Field(default=6, ge=1)
+    encoder_query_levels: int | None = Field(
+        default=None, ge=1, description="only the N coarsest levels are updated; None: all"
+    )
+    decoder_layers: int = Field(default=6, ge=1)
+    position_temperature: float = Field(default=20.0, gt=0)
+    look_forward_twice: bool = True
+    share_heads: bool = Field(default=True, description="one class and one box head for all decoder layers")
+
+    # Content queries. `queries: patterns` is PaQ; `static` is the host's own learned table.
+    num_queries: int = Field(default=900, ge=1)
+    queries: Literal["static", "patterns"] = "static"
+    content_std: float = Field(default=1.0, ge=0, description="initial std of static content queries")
+    num_patterns: int = Field(default=64, ge=2)
+    pattern_std: float = Field(default=1.0, ge=0)
+    extractor: Literal["fused", "pooled"] = "fused"
+    extractor_conv: Literal["depthwise", "full"] = "depthwise"
+    head: Literal["dense", "factorised"] = "dense"
+    head_rank: int = Field(default=32, ge=1)
+    temperature: float = Field(default=1.0, gt=0)
+    gain: float = Field(default=1.0, gt=0)
+    bias_std: float | None = Field(
+        default=2.0, ge=0, description="None: the plain initialisation of a linear layer"
+    )
+
+    # Contrastive denoising; 0 queries switches it off.
+    denoising_queries: int = Field(default=100, ge=0)
+    label_noise: float = Field(default=0.5, ge=0, le=1)
+    box_noise: float = Field(default=1.0, ge=0)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelConfig:
+        if self.dim % self.num_heads or self.dim % 4:
+            raise ValueError(f"dim={self.dim} must be divisible by 4 and by num_heads={self.num_heads}")
+        if self.num_levels < len(self.backbone_strides):
+            raise ValueError(
+                f"num_levels={self.num_levels} is fewer than backbone_strides={self.backbone_strides}"
+            )
+        if self.encoder_query_levels is not None and self.encoder_query_levels > self.num_levels:
+            raise ValueError(
+                f"encoder_query_levels={self.encoder_query_levels} exceeds num_levels={self.num_levels}"
+            )
+        return self
+
+
+class LossConfig(_Section):
+    """Assignment and losses. `assigner: quality_aware` is PaQ's; `one_to_one` the host's."""
+
+    classification: Literal["focal", "varifocal"] = "focal"
+    assigner: Literal["one_to_one", "quality_aware"] = "one_to_one"
+    encoder_assigner: Literal["one_to_one", "quality_aware"] = "one_to_one"
+    one_to_many_until: float = Field(
+        default=1.0, ge=0, le=1, description="share of the training with several positives a box"
+    )
+    gamma: float = Field(default=0.4, ge=0)
+    top_k: int = Field(default=4, ge=1)
+    min_positives: int = Field(default=1, ge=1)
+    select: Literal["hungarian", "score"] = "hungarian"
+    confidence: Literal["gt_class", "max"] = "gt_class"
+
+    class_weight: float = Field(default=1.0, ge=0)
+    l1_weight: float = Field(default=5.0, ge=0)
+    giou_weight: float = Field(default=2.0, ge=0)
+    diversity_weight: float = Field(
+        default=0.2, ge=0, description="beta of the paper; 0 switches the term off"
+    )
+    div_scale: float = Field(default=1.0, ge=0)
+    class_cost: float = Field(default=2.0, ge=0)
+    l1_cost: float = Field(default=5.0, ge=0)
+    giou_cost: float = Field(default=2.0, ge=0)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> LossConfig:
+        if self.min_positives > self.top_k:
+            raise ValueError(f"min_positives={self.min_positives} exceeds top_k={self.top_k}")
+        return self
+
+
+class AugmentConfig(_Section):
+    """What training does to an image. Scales are relative to `image_size`."""
+
+    flip: float = Field(default=0.5, ge=0, le=1, description="probability of a horizontal flip")
+    scale: tuple[float, float] = Field(
+        default=(0.6, 1.0), description="the long side is resized to a size in this range"
+    )
+    crop: float = Field(default=0.5, ge=0, le=1, description="probability of a random crop before the resize")
+    crop_size: tuple[float, float] = Field(
+        default=(0.5, 1.0), description="side of the crop, relative to the image's"
+    )
+    color: float = Field(
+        default=0.0, ge=0, le=1, description="strength of brightness, contrast and saturation jitter"
+    )
+
+    @field_validator("scale", "crop_size")
+    @classmethod
+    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < value[0] <= value[1]:
+            raise ValueError(f"expected 0 < low <= high, got {value}")
+        return value
+
+
+class Config(_Section):
+    """A model with its training recipe, as written to `config.yaml` of a run."""
+
+    name: str
+    preset: Literal["paper"] | None = None
+    model: ModelConfig = ModelConfig()
+    loss: LossConfig = LossConfig()
+    augment: AugmentConfig = AugmentConfig()
+
+    # One number: the long side. Two: the short side, and the most the long side may have.
+    image_size: int | tuple[int, int] = (800, 1333)
+    size_divisor: int = Field(
+        default=1, ge=1, description="sides are rounded to multiples of it, aspect ratios a little off"
+    )
+    pretrained_backbone: bool = Field(default=True, description="start from ImageNet weights")
+
+    epochs: int = Field(default=12, ge=1)
+    max_steps: int | None = Field(
+        default=None, ge=1, description="stop after so many optimiser steps, whatever `epochs` says"
+    )
+    batch_size: int = Field(default=2, ge=1)
+    lr: float = Field(default=1e-4, gt=0)
+    backbone_lr: float = Field(default=1e-5, gt=0)
+    # Sampling offsets and reference points learn slower in the published recipes.
+    offsets_lr_scale: float = Field(default=0.1, gt=0)
+    weight_decay: float = Field(default=1e-4, ge=0)
+    schedule: Literal["step", "cosine"] = "step"
+    drop_at: float = Field(
+        default=10 / 12, gt=0, le=1, description="step schedule: x0.1 after this share of the training"
+    )
+    warmup_steps: int = Field(default=1000, ge=0)
+    clip_norm: float = Field(default=0.1, gt=0)
+    ema_decay: float = Field(default=0.9998, ge=0, lt=1, description="0 switches the moving average off")
+    amp: Literal["no", "bf16", "fp16"] = "no"
+    channels_last: bool = False
+    seed: int = Field(default=0, ge=0)
+    workers: int = Field(default=2, ge=0)
+    cache_images: float = Field(default=2.0, ge=0, description="GiB of decoded images kept in memory")
+    eval_every: int = Field(
+        default=1, ge=1, description="epochs between evaluations; the last epoch always has one"
+    )
+    log_every: int = Field(default=20, ge=1, description="steps between records in metrics.jsonl")
+
+    @field_validator("image_size")
+    @classmethod
+    def _positive(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
+        sides = (value,) if isinstance(value, int) else value
+        if min(sides) < 32 or (len(sides) == 2 and sides[0] > sides[1]):
+            raise ValueError("expected one number >= 32, or [short, long] with 32 <= short <= long")
+        return value
+
+    def to_yaml(self) -> str:
+        """The resolved settings; `load_config` of this text gives an equal `Config`."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def list_configs() -> list[str]:
+    """Names of the models and recipes that come with the package, sorted."""
+    return sorted(
+        entry.name.removesuffix(".yaml") for entry in _config_dir().iterdir() if entry.name.endswith(".yaml")
+    )
+
+
+def load_config(source: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> Config:
+    """Settings from a model's name or a YAML file, with overrides.
+
+    Args:
+        source: a name of `list_configs()` or a path that ends in .yaml.
+        overrides: `key=value` strings (dotted keys, YAML values), or a mapping of dotted keys to values.
+
+    Raises:
+        ConfigError: unknown name, key or value, naming it and the nearest known one.
+    """
+    merged, where = _read_chain(str(source))
+    pairs = dict(overrides) if isinstance(overrides, Mapping) else parse_overrides(overrides)
+    preset = pairs.get("preset", merged.get("preset"))
+    if preset is not None:
+        entry = _config_dir() / "presets" / f"{preset}.yaml"
+        if not entry.is_file():
+            raise ConfigError(f"preset: unknown preset {preset!r}", "the only preset is 'paper'")
+        merged = _merge(merged, _read_yaml(entry.read_text(encoding="utf-8"), f"preset {preset}"))
+    for key, value in pairs.items():
+        merged = _merge(merged, _nest(key, value))
+    merged.setdefault("name", Path(source).stem)
+    return validate_config(merged, where)
+
+
+def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
+    """`key=value` strings -> dotted keys and values, read as YAML.
+
+    Raises:
+        ConfigError: a string without a key or an equals sign.
+    """
+    return dict(map(_parse_override, texts))
+
+
+def validate_config(values: Mapping[str, Any], where: str) -> Config:
+    """A `Config` from nested values; `where` names their origin in errors."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise _explain(error, where) from None
+
+
+def known_keys() -> list[str]:
+    """Every dotted key that can be set."""
+    keys: list[str] = []
+    for name, field in Config.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, _Section):
+            keys += [f"{name}.{inner}" for inner in section.model_fields]
+        else:
+            keys.append(name)
+    return keys
+
+
+def _config_dir():  # type: ignore[no-untyped-def]  # a Traversable, which typeshed moved between modules
+    return files("paqdetr") / "configs"
+
+
+def _read_chain(source: str, seen: tuple[str, ...] = ()) -> tuple[dict[str, Any], str]:
+    """The settings of `source` laid over those of its bases, and what to call it in errors."""
+    if source in seen:
+        raise ConfigError(
+            f"{source}: `base` leads back to itself ({' -> '.join(seen)})", "remove one of the bases"
+        )
+    if source.endswith((".yaml", ".yml")):
+        path = Path(source)
+        if not path.is_file():
+            raise ConfigError(
+                f"{source}: no such file", "give a YAML file, or a name that `paqdetr models` lists"
+            )
+        values, where = _read_yaml(path.read_text(encoding="utf-8"), source), source
+    else:
+        entry = _config_dir() / f"{source}.yaml"
+        if not entry.is_file():
+            raise ConfigError(
+                f"unknown model or recipe {source!r}", _nearest(source, list_configs(), "`paqdetr models`")
+            )
+        values, where = _read_yaml(entry.read_text(encoding="utf-8"), source), source
+    base = values.pop("base", None)
+    if base is None:
+        return values, where
+    inherited, _ = _read_chain(str(base), (*seen, source))
+    inherited.pop("name", None)
+    return _merge(inherited, values), where
+
+
+def _read_yaml(text: str, where: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"{where}: not valid YAML: {' '.join(str(error).split())}", "correct the file"
+        ) from None
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"{where}: expected a mapping of settings, found {type(values).__name__}", "correct the file"
+        )
+    return values
+
+
+def _parse_override(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{text!r} is not a setting", "write settings as key=value, for example epochs=12")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError:
+        return key, value
+
+
+def _nest(dotted: str, value: Any) -> dict[str, Any]:
+    for part in reversed(dotted.split(".")):
+        value = {part: value}
+    return value
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _nearest(word: str, known: list[str], where: str) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"{where} lists what there is"
+
+
+def _explain(error: ValidationError, where: str) -> ConfigError:
+    """One line about the first of pydantic's complaints."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"] if part not in ("int", "tuple[int, int]"))
+    if first["type"] == "extra_forbidden":
+        known = known_keys()
+        leaf = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+        remedy = f"did you mean {leaf[0]!r}?" if leaf else _nearest(key, known, "`paqdetr config show`")
+        return ConfigError(f"{where}: unknown setting {key!r}", remedy)
+    message = first["msg"].removeprefix("Value error, ")
+    subject = f"{key}={first['input']!r}" if key and not isinstance(first["input"], Mapping) else key
+    detail = f"{subject}: {message}" if subject else message
+    return ConfigError(f"{where}: {detail}", "`paqdetr config show` prints every setting with its default")

@@ -1,0 +1,95 @@
+"""Training-time changes of picture and boxes: flip, crop, colour, and the resize to a batch's size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torchvision.transforms.v2 as T
+import torchvision.transforms.v2.functional as TF
+from torch import Tensor
+from torchvision import tv_tensors
+
+from paqdetr.config import AugmentConfig
+from paqdetr.preprocessing import Preprocessing
+
+# A box of which a crop leaves less than this share is dropped: too little to tell what it was.
+_MIN_VISIBLE = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Augmented:
+    """A training image: pixels (3, h, w) float32, boxes (G, 4) cxcywh in [0, 1], labels (G,) int64."""
+
+    pixels: Tensor
+    boxes: Tensor
+    labels: Tensor
+
+
+class Augment:
+    """Random changes drawn from torch's global generator; seed it for each image to make them repeatable."""
+
+    def __init__(self, config: AugmentConfig, preprocessing: Preprocessing) -> None:
+        self.config, self.preprocessing = config, preprocessing
+        strength = config.color
+        self._color = T.ColorJitter(strength, strength, strength, strength / 10) if strength else None
+
+    def __call__(self, pixels: Tensor, boxes: np.ndarray, labels: np.ndarray, *, scale: float) -> Augmented:
+        """Change one image.
+
+        Args:
+            pixels: (3, H, W) uint8.
+            boxes: (G, 4) float32 xyxy in pixels.
+            labels: (G,) int64.
+            scale: size of the result relative to the configured one; a batch shares it, so that little is padded.
+        """
+        image = tv_tensors.Image(pixels)
+        canvas: tuple[int, int] = (int(pixels.shape[1]), int(pixels.shape[2]))
+        corners = tv_tensors.BoundingBoxes(  # type: ignore[call-arg]
+            torch.from_numpy(boxes.reshape(-1, 4)),
+            format=tv_tensors.BoundingBoxFormat.XYXY,
+            canvas_size=canvas,
+        )
+        kept = torch.from_numpy(labels)
+        if torch.rand(()) < self.config.crop:
+            image, corners, kept = self._crop(image, corners, kept)
+        if torch.rand(()) < self.config.flip:
+            image, corners = TF.horizontal_flip(image), TF.horizontal_flip(corners)
+        if self._color is not None:
+            image = self._color(image)
+        height, width = image.shape[-2:]
+        target_height, target_width = self.preprocessing.target_size(height, width)
+        size = self.preprocessing.round_size(target_height * scale, target_width * scale)
+        resized = TF.resize(image.as_subclass(Tensor), list(size), antialias=True)
+        side = torch.tensor([width, height, width, height])
+        normed = TF.convert_bounding_box_format(corners, new_format=tv_tensors.BoundingBoxFormat.CXCYWH)
+        return Augmented(self.preprocessing.normalization(resized), normed.as_subclass(Tensor) / side, kept)
+
+    def _crop(
+        self, image: tv_tensors.Image, boxes: tv_tensors.BoundingBoxes, labels: Tensor
+    ) -> tuple[tv_tensors.Image, tv_tensors.BoundingBoxes, Tensor]:
+        """A part of the image with the image's aspect; a crop that loses every box is not made."""
+        low, high = self.config.crop_size
+        share = low + (high - low) * float(torch.rand(()))
+        height, width = image.shape[-2:]
+        crop_height, crop_width = max(round(height * share), 1), max(round(width * share), 1)
+        top = int(torch.randint(height - crop_height + 1, ())) if crop_height < height else 0
+        left = int(torch.randint(width - crop_width + 1, ())) if crop_width < width else 0
+        shifted = TF.clamp_bounding_boxes(TF.crop(boxes, top, left, crop_height, crop_width))
+        visible = _area(shifted) / _area(boxes).clamp(min=1e-6)
+        keep = visible >= _MIN_VISIBLE
+        if len(labels) and not bool(keep.any()):
+            return image, boxes, labels
+        kept = tv_tensors.BoundingBoxes(  # type: ignore[call-arg]
+            shifted.as_subclass(Tensor)[keep],
+            format=tv_tensors.BoundingBoxFormat.XYXY,
+            canvas_size=(crop_height, crop_width),
+        )
+        cropped = tv_tensors.Image(TF.crop(image, top, left, crop_height, crop_width))
+        return cropped, kept, labels[keep]
+
+
+def _area(boxes: Tensor) -> Tensor:
+    sides = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).as_subclass(Tensor)
+    return sides[:, 0] * sides[:, 1]

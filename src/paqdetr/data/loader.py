@@ -1,0 +1,160 @@
+"""Batches for training: every image is seeded by (seed, epoch, index), so workers and resumption change nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from paqdetr.config import Config
+from paqdetr.data.augment import Augment
+from paqdetr.data.coco import CocoDataset
+from paqdetr.preprocessing import Preprocessing, pad_images, to_pixels
+from paqdetr.structures import Targets
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What a training step takes: images (B, 3, H, W), mask (B, H, W) or None, B targets."""
+
+    images: Tensor
+    padding_mask: Tensor | None
+    targets: list[Targets]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        mask = None if self.padding_mask is None else self.padding_mask.to(device, non_blocking=True)
+        targets = [target.to(device) for target in self.targets]
+        return Batch(self.images.to(device, non_blocking=True), mask, targets)
+
+
+@dataclass(frozen=True, slots=True)
+class SampleKey:
+    """Which image, and everything its random changes depend on."""
+
+    index: int
+    seed: int
+    scale: float
+
+
+class TrainingImages(Dataset[tuple[Tensor, Targets]]):
+    """Augmented images of a split; decoded pixels stay in memory while the budget lasts.
+
+    Args:
+        cache_gib: memory for decoded images in GiB, in each process that loads them.
+    """
+
+    def __init__(self, *, split: CocoDataset, augment: Augment, cache_gib: float) -> None:
+        self.split, self.augment = split, augment
+        self._cache: dict[int, Tensor] = {}
+        self._room = int(cache_gib * 2**30)
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, key: SampleKey) -> tuple[Tensor, Targets]:
+        pixels = self._pixels(key.index)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(key.seed)
+            changed = self.augment(
+                pixels, self.split.boxes(key.index), self.split.labels(key.index), scale=key.scale
+            )
+        height, width = (int(side) for side in pixels.shape[1:])
+        targets = Targets(changed.labels, changed.boxes, self.split.image_ids[key.index], (height, width))
+        return changed.pixels, targets
+
+    def _pixels(self, index: int) -> Tensor:
+        """(3, H, W) uint8."""
+        if index in self._cache:
+            return self._cache[index]
+        pixels = to_pixels(self.split.image(index))
+        if pixels.numel() <= self._room:
+            self._room -= pixels.numel()
+            self._cache[index] = pixels
+        return pixels
+
+
+class TrainingBatches(Sampler[list[SampleKey]]):
+    """Shuffled batches of one orientation and one scale each, shared out over processes.
+
+    Args:
+        sizes: (N, 2) (height, width) of the images.
+        scale: range from which each batch draws its scale.
+        rank, world_size: this process, and how many there are.
+    """
+
+    def __init__(
+        self,
+        *,
+        sizes: np.ndarray,
+        batch_size: int,
+        scale: tuple[float, float],
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.batch_size, self.scale, self.seed = batch_size, scale, seed
+        self.rank, self.world_size = rank, world_size
+        self.epoch = 0
+        self._tall = np.asarray(sizes[:, 0] > sizes[:, 1])
+
+    def __len__(self) -> int:
+        """Batches of this process in an epoch."""
+        return max(len(self._tall) // (self.batch_size * self.world_size), 1)
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        rng = np.random.default_rng([self.seed, self.epoch])
+        order = rng.permutation(len(self._tall))
+        per_round = self.batch_size * self.world_size
+        if len(order) < per_round:
+            order = np.resize(order, per_round)
+        # Full batches of one orientation first; what is left of both fills the rest. Which images miss an epoch is random.
+        groups = [order[self._tall[order]], order[~self._tall[order]]]
+        full = [group[: len(group) // self.batch_size * self.batch_size] for group in groups]
+        rest = np.concatenate([group[len(head) :] for group, head in zip(groups, full, strict=True)])
+        rest = rest[: len(rest) // self.batch_size * self.batch_size]
+        batches = np.concatenate([*full, rest]).reshape(-1, self.batch_size)
+        batches = batches[rng.permutation(len(batches))][: len(self) * self.world_size]
+        scales = rng.uniform(*self.scale, size=len(batches))
+        seeds = rng.integers(2**62, size=batches.shape)
+        for number in range(self.rank, len(batches), self.world_size):
+            yield [
+                SampleKey(int(index), int(seed), float(scales[number]))
+                for index, seed in zip(batches[number], seeds[number], strict=True)
+            ]
+
+
+def collate(samples: Sequence[tuple[Tensor, Targets]]) -> Batch:
+    """Pad a list of samples into one batch."""
+    images, mask = pad_images([image for image, _ in samples])
+    return Batch(images, mask, [targets for _, targets in samples])
+
+
+def training_loader(
+    config: Config, split: CocoDataset, preprocessing: Preprocessing, *, rank: int = 0, world_size: int = 1
+) -> tuple[DataLoader[Batch], TrainingBatches]:
+    """The loader of a training, and its sampler, whose `epoch` is to be set before each pass."""
+    sampler = TrainingBatches(
+        sizes=split.sizes,
+        batch_size=config.batch_size,
+        scale=config.augment.scale,
+        seed=config.seed,
+        rank=rank,
+        world_size=world_size,
+    )
+    images = TrainingImages(
+        split=split, augment=Augment(config.augment, preprocessing), cache_gib=config.cache_images
+    )
+    loader = DataLoader(
+        images,
+        batch_sampler=sampler,
+        num_workers=config.workers,
+        collate_fn=collate,
+        persistent_workers=config.workers > 0,
+        pin_memory=torch.cuda.is_available(),
+    )
+    return loader, sampler  # type: ignore[return-value]

@@ -1,0 +1,105 @@
+"""Boxes, names and scores drawn on a copy of an image."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+import numpy as np
+from numpy.typing import ArrayLike
+from PIL import Image, ImageColor
+
+from paqdetr.images import read_image
+
+if TYPE_CHECKING:
+    from paqdetr.structures import Detections
+
+# Okabe and Ito's colours without black, then some of Paul Tol's: told apart with any colour vision.
+PALETTE = (
+    "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7",
+    "#EE3377", "#44AA99", "#999933", "#AA4499", "#BBBBBB", "#332288", "#882255",
+)  # fmt: skip
+
+
+def draw_detections(image: Image.Image | np.ndarray, detections: Detections) -> Image.Image:
+    """What was found, drawn on a copy of the image: a box in the colour of its class, and `name 0.87`.
+
+    Lines and text grow with the image. The best detection is drawn last, so that its label stays readable.
+
+    Args:
+        image: the PIL image (its EXIF turn is applied) or (H, W, 3) uint8 RGB array that was predicted on.
+        detections: boxes in pixels of that image. None are left out: see `Detections.above`.
+
+    Returns:
+        An RGB image of the same size.
+    """
+    labels = np.asarray(detections.labels)
+    texts = [
+        f"{detections.names.get(int(label), label)} {score:.2f}"
+        for label, score in zip(labels, detections.scores, strict=True)
+    ]
+    order = np.argsort(np.asarray(detections.scores), kind="stable")
+    return _draw(image, np.asarray(detections.boxes)[order], labels[order], [texts[i] for i in order])
+
+
+def draw_targets(
+    image: Image.Image | np.ndarray, boxes: ArrayLike, labels: ArrayLike, names: Mapping[int, str]
+) -> Image.Image:
+    """Ground truth, drawn as `draw_detections` does, without scores.
+
+    Args:
+        image: the PIL image (its EXIF turn is applied) or (H, W, 3) uint8 RGB array.
+        boxes: (G, 4) xyxy in pixels of the image.
+        labels: (G,) integers: the data set's original category ids.
+        names: category id -> name; an id without a name is shown as it is.
+    """
+    ids = np.asarray(labels, dtype=np.int64).reshape(-1)
+    return _draw(image, boxes, ids, [str(names.get(int(label), label)) for label in ids])
+
+
+def font_path() -> Path:
+    """The DejaVu Sans inside matplotlib: Latin, Greek, Cyrillic; Pillow's own stops at Latin."""
+    return Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+
+
+def _draw(
+    image: Image.Image | np.ndarray, boxes: ArrayLike, ids: np.ndarray, texts: list[str]
+) -> Image.Image:
+    """Draws in the order given: the last lies on top."""
+    picture = read_image(image)
+    xyxy = np.asarray(boxes, dtype=np.float32).reshape(-1, 4).round()  # supervision would cut decimals off
+    if not len(xyxy):
+        return picture
+    sv = _supervision()
+    side = (picture.width * picture.height) ** 0.5
+    found = sv.Detections(xyxy=xyxy, class_id=np.asarray(ids, dtype=int))
+    colours, text_colours = sv.ColorPalette.from_hex(list(PALETTE)), sv.ColorPalette.from_hex(_on(PALETTE))
+    picture = sv.BoxAnnotator(
+        color=colours, thickness=max(2 if side >= 300 else 1, round(side / 400))
+    ).annotate(picture, found)
+    # The "rich" annotator takes a TrueType font: sharp at 10 pixels, and not bound to ASCII.
+    writer = sv.RichLabelAnnotator(
+        color=colours,
+        text_color=text_colours,
+        font_path=str(font_path()),
+        font_size=max(10, round(side / 60)),
+        text_padding=max(1, round(side / 400)),
+        smart_position=True,  # moves labels into the image and apart from each other
+    )
+    return writer.annotate(picture, found, labels=texts)
+
+
+def _on(colours: tuple[str, ...]) -> list[str]:
+    """Black or white, whichever is easier to read on each colour."""
+    return ["#000000" if ImageColor.getcolor(colour, "L") > 130 else "#FFFFFF" for colour in colours]  # type: ignore[operator]
+
+
+def _supervision() -> Any:
+    """supervision, without its advice to install OpenCV: its own drawing is all that is needed here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="OpenCV", category=UserWarning)
+        import supervision
+    return supervision

@@ -1,0 +1,88 @@
+"""Optimiser, learning-rate schedule and moving average of a recipe."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
+
+from paqdetr.config import Config
+
+
+def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, object]]:
+    """Trainable parameters by learning rate and weight decay: backbone and sampling offsets learn slower, norms and biases
+    do not decay."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        lr = config.lr
+        if "backbone." in name:
+            lr = config.backbone_lr
+        elif "sampling_offsets" in name:
+            lr = config.lr * config.offsets_lr_scale
+        decay = 0.0 if parameter.ndim == 1 else config.weight_decay
+        groups.setdefault((lr, decay), []).append(parameter)
+    return [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
+
+
+def build_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
+    """AdamW over `parameter_groups`."""
+    return torch.optim.AdamW(parameter_groups(model, config), lr=config.lr)
+
+
+def lr_factor(config: Config, step: int, total_steps: int) -> float:
+    """What every learning rate is multiplied by at a step: linear warm-up, then step or cosine decay."""
+    warmup = min(config.warmup_steps, max(total_steps // 10, 1))
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if config.schedule == "step":
+        return 0.1 if step >= config.drop_at * total_steps else 1.0
+    progress = (step - warmup) / max(total_steps - warmup, 1)
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, config: Config, total_steps: int) -> LambdaLR:
+    """The schedule over optimiser steps."""
+    return LambdaLR(optimizer, lambda step: lr_factor(config, step, total_steps))
+
+
+class MovingAverage:
+    """Exponential moving average of a model's weights, quick at first: decay min(decay, (1 + t) / (10 + t)).
+
+    Args:
+        decay: 0 makes it a copy of the latest weights.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        def average(averages: Sequence[Tensor], current: Sequence[Tensor], updates: Tensor | int) -> None:
+            keep = min(decay, (1 + int(updates)) / (10 + int(updates)))
+            for old, new in zip(averages, current, strict=True):
+                if old.is_floating_point():
+                    old.lerp_(new, 1 - keep)
+                else:
+                    old.copy_(new)
+
+        self._averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model with averaged weights."""
+        return self._averaged.module
+
+    @property
+    def updates(self) -> int:
+        """How often it was updated."""
+        return int(self._averaged.n_averaged)
+
+    def update(self, model: nn.Module) -> None:
+        """Take in the weights after a step."""
+        self._averaged.update_parameters(model)
+
+    def restore(self, updates: int) -> None:
+        """Continue counting after the averaged weights were loaded into `model`."""
+        self._averaged.n_averaged.fill_(updates)

@@ -1,0 +1,38 @@
+"""Errors a user can cause, each with the one line of advice that ends it."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Something outside the program is wrong: a path, a file's content, a key.
+
+    Args:
+        message: what was found and where: the file, the config key or the image id, and what was expected.
+        remedy: the next thing to do, as one sentence.
+
+    The command line prints both and ends with exit code 2.
+    """
+
+    def __init__(self, message: str, remedy: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.remedy})"
+
+
+class ConfigError(UserError):
+    """A setting is unknown, has the wrong type or contradicts another."""
+
+
+class DataError(UserError):
+    """Images or annotations are missing or malformed."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint cannot be read, or belongs to another model."""
+
+
+class NonFiniteError(UserError):
+    """A prediction or a loss became NaN or infinite."""

@@ -1,0 +1,127 @@
+"""Reads pictures: every file, PIL image and array becomes one RGB image, the right way up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from paqdetr.errors import DataError
+
+IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
+
+_ARRAY_REMEDY = "Pass uint8 RGB of shape (height, width, 3), or grey of shape (height, width)."
+
+
+def read_image(source: str | Path | Image.Image | np.ndarray) -> Image.Image:
+    """The picture as 8-bit RGB with its EXIF orientation applied.
+
+    Args:
+        source: a path, a PIL image, or a uint8 array: (H, W, 3) RGB, (H, W) or (H, W, 1) grey.
+
+    Returns:
+        A PIL image of mode "RGB", independent of the source. Other modes are converted thus: grey, 1 bit,
+        palette, CMYK and YCbCr by their meaning; what is transparent is put on white; 16-bit grey (also in a
+        32-bit integer image) is divided by 257; larger integers and floats, whose range is not known, are
+        stretched so that the least value is black and the greatest white (what is not finite is black).
+
+    Raises:
+        DataError: the file is missing, no image, damaged or cut short, or the array has another form.
+    """
+    if isinstance(source, np.ndarray):
+        return _from_array(source)
+    if isinstance(source, Image.Image):
+        name = getattr(source, "filename", "") or "the given image"
+        try:
+            return _to_rgb(ImageOps.exif_transpose(source))
+        except (OSError, ValueError, SyntaxError) as error:
+            raise _undecodable(name, error) from error
+    path = Path(source)
+    try:
+        with Image.open(path) as image:
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such image file", "Check the path.") from None
+    except IsADirectoryError:
+        raise DataError(f"{path}: is a folder, expected an image file", "Name a file in it.") from None
+    except PermissionError:
+        raise DataError(f"{path}: the image file may not be read", "Change its permissions.") from None
+    except UnidentifiedImageError:
+        raise DataError(
+            f"{path}: not an image in a known format ({path.stat().st_size} bytes)",
+            "Convert it to JPEG or PNG, or remove it.",
+        ) from None
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        # Pillow reports damaged files by all of these.
+        raise _undecodable(path, error) from error
+
+
+def list_images(path: str | Path) -> list[Path]:
+    """The image files of a folder (not of its subfolders) in order of name, or the one file that `path` is.
+
+    Raises:
+        DataError: `path` does not exist, is a file of another kind, or a folder without images.
+    """
+    path = Path(path)
+    kinds = ", ".join(sorted(IMAGE_EXTENSIONS))
+    if path.is_file():
+        if path.suffix.lower() in IMAGE_EXTENSIONS:
+            return [path]
+        raise DataError(f"{path}: not an image file by its name, expected one of {kinds}", "Name an image.")
+    if not path.is_dir():
+        raise DataError(f"{path}: no such file or folder", "Check the path.")
+    found = sorted(
+        entry for entry in path.iterdir() if entry.suffix.lower() in IMAGE_EXTENSIONS and entry.is_file()
+    )
+    if not found:
+        raise DataError(
+            f"{path}: the folder holds no images ({kinds})", "Name a folder with images directly in it."
+        )
+    return found
+
+
+def _undecodable(name: object, error: Exception) -> DataError:
+    return DataError(f"{name}: the image does not decode: {error}", "Replace or remove the file.")
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
+    if array.dtype != np.uint8:
+        raise DataError(f"an image array has dtype {array.dtype}, expected uint8", _ARRAY_REMEDY)
+    if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)) or 0 in array.shape:
+        raise DataError(
+            f"an image array has shape {array.shape}, expected (H, W, 3) or (H, W)", _ARRAY_REMEDY
+        )
+    return Image.fromarray(np.ascontiguousarray(array)).convert("RGB")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image  # already a copy, read to its end, by exif_transpose
+    if image.mode.startswith("I;16"):
+        return _grey(np.asarray(image, dtype=np.float64) / 257)
+    if image.mode in ("I", "F"):
+        values = np.asarray(image, dtype=np.float64)
+        sixteen_bits = image.mode == "I" and values.min() >= 0 and values.max() <= 65535
+        return _grey(values / 257 if sixteen_bits else _stretched(values))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _grey(values: np.ndarray) -> Image.Image:
+    return Image.fromarray(np.rint(values).astype(np.uint8)).convert("RGB")
+
+
+def _stretched(values: np.ndarray) -> np.ndarray:
+    finite = np.isfinite(values)
+    if not finite.any():
+        return np.zeros_like(values)
+    low, high = values[finite].min(), values[finite].max()
+    if high == low:  # no range to stretch: keep what is plausible as an 8-bit value
+        return np.where(finite, np.clip(values, 0, 255), 0.0)
+    return np.where(finite, (np.where(finite, values, low) - low) * (255 / (high - low)), 0.0)

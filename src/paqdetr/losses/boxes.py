@@ -1,0 +1,89 @@
+"""Losses of matched pairs, for all layers and images of a step at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchvision.ops import box_convert, generalized_box_iou_loss
+
+from paqdetr.paq import Pairs
+from paqdetr.structures import Targets
+
+
+@dataclass(frozen=True, slots=True)
+class FlatPairs:
+    """All matched pairs of K layers and B images as flat index tensors, each (P,) int64, with their truth.
+
+    Attributes:
+        layer, image, query: where the prediction stands in (K, B, N).
+        label: its class.
+        box: (P, 4) cxcywh it should have.
+    """
+
+    layer: Tensor
+    image: Tensor
+    query: Tensor
+    label: Tensor
+    box: Tensor
+
+    @classmethod
+    def from_pairs(
+        cls, pairs: Sequence[Sequence[Pairs]], targets: Sequence[Targets], device: torch.device
+    ) -> FlatPairs:
+        """From [layer][image] -> Pairs; indices travel to the device in one go."""
+        offsets = [0]
+        for target in targets:
+            offsets.append(offsets[-1] + len(target))
+        rows = [
+            torch.stack(
+                [
+                    torch.full_like(found.query_indices, layer),
+                    torch.full_like(found.query_indices, image),
+                    found.query_indices,
+                    found.target_indices + offsets[image],
+                ]
+            )
+            for layer, row in enumerate(pairs)
+            for image, found in enumerate(row)
+        ]
+        layer, image, query, truth = torch.cat(rows, dim=1).to(device)
+        labels = torch.cat([target.labels for target in targets]).to(device)
+        boxes = torch.cat([target.boxes for target in targets]).to(device)
+        return cls(layer, image, query, labels[truth], boxes[truth])
+
+    def counts(self, num_layers: int) -> Tensor:
+        """Positives of each layer: (K,) int64."""
+        return torch.bincount(self.layer, minlength=num_layers)
+
+
+def elementwise_iou(boxes: Tensor, others: Tensor) -> Tensor:
+    """IoU of each box with the one beside it: (P, 4), (P, 4) xyxy -> (P,); 0 where both have no area."""
+    low = torch.maximum(boxes[:, :2], others[:, :2])
+    high = torch.minimum(boxes[:, 2:], others[:, 2:])
+    overlap = (high - low).clamp(min=0).prod(-1)
+    union = (boxes[:, 2:] - boxes[:, :2]).prod(-1) + (others[:, 2:] - others[:, :2]).prod(-1) - overlap
+    return overlap / union.clamp(min=torch.finfo(union.dtype).tiny)
+
+
+def box_losses(pred_boxes: Tensor, pairs: FlatPairs) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over the pairs of each layer.
+
+    Args:
+        pred_boxes: (K, B, N, 4) cxcywh.
+        pairs: of the K layers.
+
+    Returns:
+        L1 (K,), GIoU loss (K,), and the detached IoU of every pair (P,).
+    """
+    predicted = pred_boxes[pairs.layer, pairs.image, pairs.query].float()  # (P, 4)
+    truth = pairs.box.to(predicted.dtype)
+    l1 = (predicted - truth).abs().sum(-1)
+    corners, truth_corners = box_convert(predicted, "cxcywh", "xyxy"), box_convert(truth, "cxcywh", "xyxy")
+    giou = generalized_box_iou_loss(corners, truth_corners)
+    with torch.no_grad():
+        iou = elementwise_iou(corners, truth_corners)
+    zero = predicted.new_zeros(pred_boxes.shape[0])
+    return zero.index_add(0, pairs.layer, l1), zero.index_add(0, pairs.layer, giou), iou

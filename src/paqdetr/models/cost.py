@@ -1,0 +1,52 @@
+"""What a model costs: parameters, and floating-point operations of one image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from paqdetr.models.zoo import create_model
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCost:
+    """Attributes:
+    parameters: all of them, those used in training alone included.
+    trainable: those that are not frozen.
+    flops: multiply-adds of matrix products, convolutions and attention for one image, each counted once, as papers do. The
+        bilinear sampling of deformable attention is left out: it is memory traffic rather than arithmetic.
+    height, width: of that image in pixels.
+    """
+
+    parameters: int
+    trainable: int
+    flops: int
+    height: int
+    width: int
+
+
+def model_cost(name: str, *, height: int = 800, width: int = 1333) -> ModelCost:
+    """Cost of a model by name, without allocating its weights or computing anything.
+
+    Args:
+        name: one of `list_models()`, or a YAML file.
+        height, width: of the image; rounded up to multiples of 32, as batches are.
+    """
+    with torch.device("meta"):
+        model = create_model(name).eval()
+        parameters = list(model.parameters())
+        trainable = sum(p.numel() for p in parameters if p.requires_grad)
+        model.requires_grad_(False)  # the counter's hooks want no half-differentiable graph
+        padded = [-(-side // 32) * 32 for side in (height, width)]
+        images = torch.empty(1, 3, *padded)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(images)
+    return ModelCost(
+        parameters=sum(p.numel() for p in parameters),
+        trainable=trainable,
+        flops=counter.get_total_flops() // 2,
+        height=height,
+        width=width,
+    )

@@ -1,0 +1,216 @@
+"""Models by name: built from settings, saved to and loaded from one file."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from paqdetr.checkpoint import load_tensors, read_checkpoint, write_checkpoint
+from paqdetr.config import Config, ModelConfig, list_configs, load_config, validate_config
+from paqdetr.errors import CheckpointError, ConfigError
+from paqdetr.models.backbone import Backbone, normalization_of
+from paqdetr.models.decoder import Decoder
+from paqdetr.models.denoising import ContrastiveDenoising
+from paqdetr.models.detector import Detector
+from paqdetr.models.encoder import DeformableEncoder
+from paqdetr.models.neck import Neck
+from paqdetr.models.proposals import ProposalHead
+from paqdetr.models.queries import StaticQueries
+from paqdetr.paq import PatternQueries
+from paqdetr.preprocessing import Preprocessing
+from paqdetr.structures import ClassTable
+
+# Every class starts at a probability of 0.01, so that the many background queries do not drown the first steps.
+_CLASS_BIAS = -math.log((1 - 0.01) / 0.01)
+
+
+def _static_queries(config: ModelConfig) -> nn.Module:
+    return StaticQueries(num_queries=config.num_queries, dim=config.dim, std=config.content_std)
+
+
+def _pattern_queries(config: ModelConfig) -> nn.Module:
+    return PatternQueries(
+        num_queries=config.num_queries,
+        num_patterns=config.num_patterns,
+        dim=config.dim,
+        num_levels=config.num_levels,
+        extractor=config.extractor,
+        head=config.head,
+        temperature=config.temperature,
+        gain=config.gain,
+        bias_std=config.bias_std,
+        pattern_std=config.pattern_std,
+        head_rank=config.head_rank,
+        conv=config.extractor_conv,
+    )
+
+
+QUERY_SOURCES: dict[str, Callable[[ModelConfig], nn.Module]] = {
+    "static": _static_queries,
+    "patterns": _pattern_queries,
+}
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names of the models that `create_model` knows, by a wildcard such as "paq_*"."""
+    return fnmatch.filter([name for name in list_configs() if "dino" in name], pattern)
+
+
+def create_model(
+    name: str, *, num_classes: int | None = None, pretrained_backbone: bool = False, **overrides: Any
+) -> Detector:
+    """A model by name, with random weights outside the backbone.
+
+    Args:
+        name: one of `list_models()`, or a YAML file of settings.
+        num_classes: C; the settings' own if None.
+        pretrained_backbone: start the backbone from ImageNet weights.
+        overrides: any setting of the model, for example `backbone="resnet18"`, `num_queries=300`; `preset="paper"`.
+
+    Raises:
+        ConfigError: unknown name or setting, with the nearest known one.
+    """
+    keys = set(Config.model_fields) - {"model"}
+    dotted = {key if key in keys else f"model.{key}": value for key, value in overrides.items()}
+    if num_classes is not None:
+        dotted["model.num_classes"] = num_classes
+    config = load_config(name, dotted)
+    return build_model(config, pretrained_backbone=pretrained_backbone)
+
+
+def build_model(
+    config: Config, *, classes: ClassTable | None = None, pretrained_backbone: bool = False
+) -> Detector:
+    """The model that the settings describe.
+
+    Args:
+        config: of model and preprocessing.
+        classes: of the data set; numbered ones if None.
+        pretrained_backbone: start the backbone from ImageNet weights.
+    """
+    model = config.model
+    classes = classes or ClassTable.numbered(model.num_classes)
+    if len(classes) != model.num_classes:
+        raise ConfigError(
+            f"model.num_classes={model.num_classes}, but the data has {len(classes)} classes",
+            "leave num_classes out: training takes it from the data",
+        )
+    backbone = Backbone(
+        name=model.backbone,
+        strides=model.backbone_strides,
+        frozen_stride=model.frozen_stride,
+        freeze_norm=model.freeze_backbone_norm,
+        pretrained=pretrained_backbone,
+    )
+    sizes: dict[str, Any] = dict(
+        dim=model.dim,
+        num_heads=model.num_heads,
+        num_levels=model.num_levels,
+        num_points=model.num_points,
+        ffn_dim=model.ffn_dim,
+        dropout=model.dropout,
+    )
+    encoder = DeformableEncoder(
+        num_layers=model.encoder_layers, query_levels=model.encoder_query_levels, **sizes
+    )
+    decoder = Decoder(
+        num_layers=model.decoder_layers,
+        num_classes=model.num_classes,
+        look_forward_twice=model.look_forward_twice,
+        share_heads=model.share_heads,
+        class_bias=_CLASS_BIAS,
+        **sizes,
+    )
+    denoising = None
+    if model.denoising_queries:
+        denoising = ContrastiveDenoising(
+            num_queries=model.denoising_queries,
+            num_classes=model.num_classes,
+            dim=model.dim,
+            label_noise=model.label_noise,
+            box_noise=model.box_noise,
+        )
+    return Detector(
+        config=model,
+        name=config.name,
+        classes=classes,
+        preprocessing=Preprocessing(config.image_size, config.size_divisor, normalization_of(model.backbone)),
+        backbone=backbone,
+        neck=Neck(in_channels=backbone.channels, dim=model.dim, num_levels=model.num_levels),
+        encoder=encoder,
+        proposal_head=ProposalHead(
+            dim=model.dim,
+            num_classes=model.num_classes,
+            num_queries=model.num_queries,
+            class_bias=_CLASS_BIAS,
+        ),
+        query_source=QUERY_SOURCES[model.queries](model),  # type: ignore[arg-type]
+        decoder=decoder,
+        denoising=denoising,
+    )
+
+
+def save(model: Detector, path: str | Path, **extra: Any) -> None:
+    """Write a model as one safetensors file; `extra` (metrics, step...) goes into its header."""
+    header = {
+        "name": model.name,
+        "model": model.config.model_dump(mode="json"),
+        "classes": [
+            {"id": i, "name": name} for i, name in zip(model.classes.ids, model.classes.names, strict=True)
+        ],
+        "preprocessing": model.preprocessing.to_dict(),
+        **extra,
+    }
+    write_checkpoint(path, model.state_dict(), header)
+
+
+def load(path: str | Path, *, device: str = "cpu") -> Detector:
+    """A model from a checkpoint, in evaluation mode.
+
+    Args:
+        path: a .safetensors file, or a run's folder (its best.safetensors, else last.safetensors).
+        device: where to put it.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or does not fit the model its header names.
+    """
+    file = find_checkpoint(path)
+    tensors, header = read_checkpoint(file)
+    try:
+        preprocessing = Preprocessing.from_dict(header["preprocessing"])
+        classes = ClassTable.from_categories(header["classes"])
+        config = validate_config(
+            {
+                "name": header["name"],
+                "model": header["model"],
+                "image_size": preprocessing.image_size,
+                "size_divisor": preprocessing.size_divisor,
+            },
+            str(file),
+        )
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{file}: its header lacks {error}", "it was not written by paqdetr's `save`"
+        ) from None
+    model = build_model(config, classes=classes)
+    model.preprocessing = preprocessing
+    load_tensors(model, tensors, str(file))
+    return model.to(device).eval()
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint that a path means: itself, or the best of a run's folder."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    for name in ("best.safetensors", "last.safetensors"):
+        if (path / name).is_file():
+            return path / name
+    raise CheckpointError(
+        f"{path}: the folder has no checkpoint", "give a run's folder or a .safetensors file"
+    )

@@ -1,0 +1,194 @@
+"""Who learns from which box: one-to-one, and PaQ's quality-aware one-to-many.
+
+An assigner solves one image of one layer. `match_layers` feeds it all of a step; calling it directly serves one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from paqdetr.paq.costs import CostWeights, Matchables, matchables
+from paqdetr.structures import Targets
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """Matches of one image: query_indices[p] learns box target_indices[p].
+
+    Attributes:
+        query_indices: (P,) int64, ascending, no query twice.
+        target_indices: (P,) int64.
+    """
+
+    query_indices: Tensor
+    target_indices: Tensor
+
+    def __len__(self) -> int:
+        return self.query_indices.shape[0]
+
+
+class Assigner(Protocol):
+    """What every assignment rule offers."""
+
+    def solve(self, image: Matchables) -> Pairs:
+        """Pairs of one image of one layer."""
+        ...
+
+
+class OneToOneAssigner:
+    """The Hungarian match of DETR: min(n, G) distinct pairs of least total cost."""
+
+    def __init__(self, *, cost_weights: CostWeights | None = None) -> None:
+        self.cost_weights = cost_weights or CostWeights()
+
+    def __call__(self, pred_logits: Tensor, pred_boxes: Tensor, targets: Sequence[Targets]) -> list[Pairs]:
+        """(B, n, C) logits, (B, n, 4) cxcywh in [0, 1], B targets -> pairs of every image."""
+        return _each_image(self, pred_logits, pred_boxes, targets, self.cost_weights)
+
+    def solve(self, image: Matchables) -> Pairs:
+        """Pairs of one image of one layer."""
+        return _to_pairs(*linear_sum_assignment(image.cost))
+
+
+class QualityAwareAssigner:
+    """PaQ's one-to-many assignment: every box gets as many queries as its good predictions deserve.
+
+    Source: PaQ-DETR (arXiv 2603.06917). With s_ij = IoU_ij - gamma * c_i, box j gets
+    k_j = max(ceil(sum of its top_k largest s_ij), min_positives), at most top_k. If the k_j sum to more than
+    max(G, n // 2), the claims of least s are withdrawn, though never a box's last one.
+
+    Args:
+        gamma: weight of confidence: the surer a query already is, the less it needs another box.
+        top_k: how many of the best s are summed, and the most positives a box may get.
+        min_positives: the fewest positives a box gets, where queries suffice.
+        select: "hungarian" repeats column j of the cost k_j times and solves once; "score" takes the k_j best s, a
+            query that two boxes claim going to the larger s.
+        confidence: "gt_class", the probability of the box's class; "max", of the likeliest.
+        cost_weights: of the matching cost.
+    """
+
+    def __init__(
+        self,
+        gamma: float = 0.4,
+        top_k: int = 4,
+        min_positives: int = 1,
+        select: Literal["hungarian", "score"] = "hungarian",
+        confidence: Literal["gt_class", "max"] = "gt_class",
+        *,
+        cost_weights: CostWeights | None = None,
+    ) -> None:
+        if not 1 <= min_positives <= top_k:
+            raise ValueError(f"expected 1 <= min_positives <= top_k, found {min_positives} and {top_k}")
+        if select not in ("hungarian", "score"):
+            raise ValueError(f"select: expected 'hungarian' or 'score', found {select!r}")
+        if confidence not in ("gt_class", "max"):
+            raise ValueError(f"confidence: expected 'gt_class' or 'max', found {confidence!r}")
+        self.gamma = gamma
+        self.top_k = top_k
+        self.min_positives = min_positives
+        self.select = select
+        self.confidence = confidence
+        self.cost_weights = cost_weights or CostWeights()
+
+    def __call__(self, pred_logits: Tensor, pred_boxes: Tensor, targets: Sequence[Targets]) -> list[Pairs]:
+        """Pairs of every image.
+
+        Args:
+            pred_logits: (B, n, C) float.
+            pred_boxes: (B, n, 4) cxcywh in [0, 1].
+            targets: B of them.
+
+        Raises:
+            NonFiniteError: a prediction is NaN or infinite.
+        """
+        return _each_image(self, pred_logits, pred_boxes, targets, self.cost_weights)
+
+    def num_positives(
+        self, pred_logits: Tensor, pred_boxes: Tensor, targets: Sequence[Targets]
+    ) -> list[Tensor]:
+        """k_j of every box: B tensors (G,) int64. Shapes as in the call."""
+        rows = matchables(pred_logits[None], pred_boxes[None], targets, weights=self.cost_weights)[0]
+        return [torch.from_numpy(self._claims(self._scores(image))) for image in rows]
+
+    def solve(self, image: Matchables) -> Pairs:
+        """Pairs of one image of one layer."""
+        num_queries, num_boxes = image.cost.shape
+        if num_boxes == 0 or num_boxes >= num_queries:
+            return _to_pairs(*linear_sum_assignment(image.cost))
+        scores = self._scores(image)
+        claims = self._claims(scores)
+        if self.select == "hungarian":
+            columns = np.repeat(np.arange(num_boxes), claims)
+            rows, chosen = linear_sum_assignment(image.cost[:, columns])
+            return _to_pairs(rows, columns[chosen])
+        return _to_pairs(*_select_by_score(scores, claims, image.cost))
+
+    def _scores(self, image: Matchables) -> np.ndarray:
+        """s_ij, (n, G)."""
+        confident = image.class_confidence if self.confidence == "gt_class" else image.max_confidence[:, None]
+        return image.iou - self.gamma * confident
+
+    def _claims(self, scores: np.ndarray) -> np.ndarray:
+        """k_j, (G,) int64."""
+        num_queries, num_boxes = scores.shape
+        if num_boxes == 0:
+            return np.zeros(0, dtype=np.int64)
+        best = -np.sort(-scores, axis=0)[: self.top_k]  # (min(k, n), G), descending
+        # 1e-9: a sum of IoUs that is 2 but for rounding is 2.
+        wanted = np.ceil(best.sum(axis=0) - 1e-9).astype(np.int64)
+        claims = np.minimum(np.clip(wanted, self.min_positives, self.top_k), num_queries)
+        surplus = int(claims.sum()) - max(num_boxes, num_queries // 2)
+        if surplus <= 0:
+            return claims
+        # Claim r of box j stands for its r-th best query. Each box keeps claim 0.
+        ranks, boxes = np.nonzero(np.arange(1, len(best))[:, None] < claims[None, :])
+        weakest = np.lexsort((boxes, -ranks, best[ranks + 1, boxes]))[:surplus]
+        return claims - np.bincount(boxes[weakest], minlength=num_boxes)
+
+
+def _select_by_score(
+    scores: np.ndarray, claims: np.ndarray, cost: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k_j best queries of each box; a query claimed twice goes to the larger s; no box stays empty if n >= G."""
+    num_queries, num_boxes = scores.shape
+    order = np.argsort(-scores, axis=0, kind="stable")
+    owner = np.full(num_queries, -1)
+    for box in range(num_boxes):
+        for query in order[: claims[box], box]:
+            if owner[query] < 0 or scores[query, box] > scores[query, owner[query]]:
+                owner[query] = box
+    empty = np.setdiff1d(np.arange(num_boxes), owner)
+    free = np.nonzero(owner < 0)[0]
+    rows, columns = linear_sum_assignment(cost[np.ix_(free, empty)])
+    owner[free[rows]] = empty[columns]
+    for box in np.setdiff1d(empty, owner):
+        held = np.bincount(owner[owner >= 0], minlength=num_boxes)
+        spare = np.nonzero(held[owner] > 1)[0]  # every query is owned here, so some box holds two
+        owner[spare[np.argmax(scores[spare, box])]] = box
+    rows = np.nonzero(owner >= 0)[0]
+    return rows, owner[rows]
+
+
+def _each_image(
+    assigner: Assigner,
+    pred_logits: Tensor,
+    pred_boxes: Tensor,
+    targets: Sequence[Targets],
+    weights: CostWeights,
+) -> list[Pairs]:
+    rows = matchables(pred_logits[None], pred_boxes[None], targets, weights=weights)[0]
+    return [assigner.solve(image) for image in rows]
+
+
+def _to_pairs(rows: np.ndarray, columns: np.ndarray) -> Pairs:
+    order = np.argsort(rows, kind="stable")
+    return Pairs(
+        torch.from_numpy(rows[order].astype(np.int64)), torch.from_numpy(columns[order].astype(np.int64))
+    )

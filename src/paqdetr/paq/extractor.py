@@ -1,0 +1,181 @@
+"""F_w's eyes: one vector an image, from encoder tokens of every level, blind to padding.
+
+`FusedExtractor` is the paper's (section "pattern-based dynamic queries"), `PooledExtractor` the simple variant.
+Padded tokens are zero before every convolution and left out of every mean and norm, so that neither their content nor
+their number reaches the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class MaskedGroupNorm(nn.GroupNorm):
+    """GroupNorm over the valid cells only; with no padding it equals `nn.GroupNorm`."""
+
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """x: (B, d, h, w); valid: (B, 1, h, w), 1 at valid cells, 0 at padding. Padded cells of the result mean nothing."""
+        if valid is None:
+            return super().forward(x)
+        batch, channels, height, width = x.shape
+        groups = x.float().view(batch, self.num_groups, channels // self.num_groups, height, width)
+        weight = valid.float().unsqueeze(1)  # (B, 1, 1, h, w)
+        count = weight.sum((2, 3, 4), keepdim=True).clamp(min=1) * groups.shape[2]
+        mean = (groups * weight).sum((2, 3, 4), keepdim=True) / count
+        variance = ((groups - mean).square() * weight).sum((2, 3, 4), keepdim=True) / count
+        normed = ((groups - mean) * (variance + self.eps).rsqrt()).view_as(x)
+        return (normed * self.weight[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+
+class PooledExtractor(nn.Module):
+    """Mean over the valid tokens of all levels -> Linear, ReLU, Linear. (B, S, d) -> (B, d)."""
+
+    def __init__(self, *, dim: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))
+
+    def forward(
+        self, tokens: Tensor, spatial_shapes: Sequence[tuple[int, int]], padding_mask: Tensor | None
+    ) -> Tensor:
+        """See `PatternQueries.forward`."""
+        if padding_mask is None:
+            return self.mlp(tokens.mean(1))
+        valid = (~padding_mask).to(tokens.dtype).unsqueeze(-1)  # (B, S, 1)
+        tokens = tokens.masked_fill(padding_mask.unsqueeze(-1), 0.0)
+        return self.mlp(tokens.sum(1) / valid.sum(1).clamp(min=1))
+
+
+class FusedExtractor(nn.Module):
+    """Top-down fusion of the levels with attention, then the mean over the finest map. (B, S, d) -> (B, d).
+
+    Per level a 1x1 and a dilated 3x3 convolution, norm, ReLU; from the coarsest level down, the fused map is enlarged, added to
+    the next finer level and passed through channel and spatial attention with a skip.
+
+    Args:
+        dim: channels d.
+        num_levels: L, finest first.
+        conv: "depthwise" (a tenth of the cost) or "full", the paper's.
+    """
+
+    def __init__(self, *, dim: int, num_levels: int, conv: str = "depthwise") -> None:
+        super().__init__()
+        self.levels = nn.ModuleList(
+            _LevelBranch(dim=dim, dilation=2**level, depthwise=conv == "depthwise")
+            for level in range(num_levels)
+        )
+        self.attention = nn.ModuleList(
+            _ChannelSpatialAttention(dim=dim) for _ in range(max(num_levels - 1, 1))
+        )
+
+    def forward(
+        self, tokens: Tensor, spatial_shapes: Sequence[tuple[int, int]], padding_mask: Tensor | None
+    ) -> Tensor:
+        """See `PatternQueries.forward`."""
+        maps, valids = _to_maps(tokens, spatial_shapes, padding_mask)
+        maps = [branch(x, valid) for branch, x, valid in zip(self.levels, maps, valids, strict=True)]
+        fused, fused_valid = maps[-1], valids[-1]
+        if len(maps) == 1:
+            fused = self.attention[0](fused, fused_valid)
+        for attention, x, valid in zip(self.attention, maps[-2::-1], valids[-2::-1], strict=False):
+            fused = attention(x + _enlarge(fused, fused_valid, x.shape[-2:], valid), valid)
+            fused_valid = valid
+        return _mean_over_valid(fused, fused_valid).flatten(1)
+
+
+class _LevelBranch(nn.Module):
+    """1x1 convolution, dilated 3x3 convolution, norm, ReLU."""
+
+    def __init__(self, *, dim: int, dilation: int, depthwise: bool) -> None:
+        super().__init__()
+        self.point = nn.Conv2d(dim, dim, 1)
+        self.context = nn.Conv2d(
+            dim, dim, 3, padding=dilation, dilation=dilation, groups=dim if depthwise else 1, bias=False
+        )
+        self.norm = MaskedGroupNorm(_groups(dim), dim)
+
+    def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:
+        x = _zero_padding(self.point(x), valid)  # the bias has just filled the padding
+        return _zero_padding(F.relu(self.norm(self.context(x), valid)), valid)
+
+
+class _ChannelSpatialAttention(nn.Module):
+    """Which channels, then which places matter (CBAM, arXiv 1807.06521), with a skip around both."""
+
+    def __init__(self, *, dim: int, reduction: int = 16, kernel: int = 7) -> None:
+        super().__init__()
+        hidden = max(dim // reduction, 4)
+        self.channel = nn.Sequential(nn.Conv2d(dim, hidden, 1), nn.ReLU(), nn.Conv2d(hidden, dim, 1))
+        self.spatial = nn.Conv2d(2, 1, kernel, padding=kernel // 2)
+
+    def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:
+        """x: (B, d, h, w), zero at padding; so is the result."""
+        # x is a sum of ReLUs at first and stays non-negative, so zeros at padding cannot win the maximum.
+        mean, peak = _mean_over_valid(x, valid), x.amax((2, 3), keepdim=True)
+        attended = x * (self.channel(mean) + self.channel(peak)).sigmoid()
+        places = torch.cat(
+            [attended.mean(1, keepdim=True), attended.amax(1, keepdim=True)], dim=1
+        )  # (B, 2, h, w)
+        return x + attended * self.spatial(places).sigmoid()
+
+
+def _to_maps(
+    tokens: Tensor, spatial_shapes: Sequence[tuple[int, int]], padding_mask: Tensor | None
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """(B, S, d) -> per level (B, d, h, w), zero at padding, and (B, 1, h, w) with 1 at valid cells or None."""
+    sizes = [height * width for height, width in spatial_shapes]
+    maps, valids = [], []
+    masks = [None] * len(sizes) if padding_mask is None else padding_mask.split(sizes, dim=1)
+    for x, mask, (height, width) in zip(tokens.split(sizes, dim=1), masks, spatial_shapes, strict=True):
+        plane = x.transpose(1, 2).unflatten(2, (height, width))
+        valid = None if mask is None else (~mask).unflatten(1, (height, width)).unsqueeze(1).to(x.dtype)
+        maps.append(
+            plane if mask is None else plane.masked_fill(mask.unflatten(1, (height, width)).unsqueeze(1), 0.0)
+        )
+        valids.append(valid)
+    return maps, valids
+
+
+def _zero_padding(x: Tensor, valid: Tensor | None) -> Tensor:
+    return x if valid is None else x * valid
+
+
+def _mean_over_valid(x: Tensor, valid: Tensor | None) -> Tensor:
+    """(B, d, h, w), zero at padding -> (B, d, 1, 1)."""
+    if valid is None:
+        return x.mean((2, 3), keepdim=True)
+    return x.sum((2, 3), keepdim=True) / valid.sum((2, 3), keepdim=True).clamp(min=1)
+
+
+def _enlarge(x: Tensor, valid: Tensor | None, size: Sequence[int], fine_valid: Tensor | None) -> Tensor:
+    """Bilinear enlargement that maps the valid part of x onto the valid part of the finer level.
+
+    x: (B, d, h, w) -> (B, d, *size). Interpolating the padded maps would tie the result to the amount of padding, since the
+    ratio of their sides changes with it.
+    """
+    if valid is None or fine_valid is None:
+        return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+    rows = _sample_positions(valid.amax((1, 3)), fine_valid.amax((1, 3)))  # (B, H) in [-1, 1]
+    columns = _sample_positions(valid.amax((1, 2)), fine_valid.amax((1, 2)))  # (B, W)
+    height, width = size
+    grid = torch.stack(
+        [columns[:, None, :].expand(-1, height, -1), rows[:, :, None].expand(-1, -1, width)], dim=-1
+    )  # (B, H, W, 2)
+    return F.grid_sample(x, grid.to(x.dtype), mode="bilinear", padding_mode="border", align_corners=True)
+
+
+def _sample_positions(coarse: Tensor, fine: Tensor) -> Tensor:
+    """Where each fine cell reads along one axis: (B, h) and (B, H) valid flags -> (B, H) for `align_corners=True`."""
+    have, want = coarse.float().sum(1, keepdim=True), fine.float().sum(1, keepdim=True).clamp(min=1)
+    cells = torch.arange(fine.shape[1], device=fine.device)
+    # Half-pixel centres, held inside the valid cells so that padding is never read.
+    position = torch.minimum(((cells + 0.5) * have / want - 0.5).clamp(min=0), (have - 1).clamp(min=0))
+    return 2 * position / max(coarse.shape[1] - 1, 1) - 1
+
+
+def _groups(dim: int) -> int:
+    """32 groups where the width allows it, else the largest count that divides it."""
+    return next(count for count in (32, 16, 8, 4, 2, 1) if dim % count == 0)

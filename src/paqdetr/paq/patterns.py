@@ -1,0 +1,166 @@
+"""Pattern queries: every content query is a convex mixture of a few shared patterns, mixed anew for each image.
+
+Source: PaQ-DETR (arXiv 2603.06917): Q^C = W Q^P with W = softmax(F_w(Z)). One matched query's gradient reaches every
+pattern it mixes, and through them every other query.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from paqdetr.paq.extractor import FusedExtractor, PooledExtractor
+from paqdetr.paq.losses import pattern_diversity_loss
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """Content queries of a batch, and how they were mixed.
+
+    Attributes:
+        content: (B, n, d).
+        weights: (B, n, m), rows non-negative and summing to 1; None where content is not a mixture.
+    """
+
+    content: Tensor
+    weights: Tensor | None
+
+
+class PatternQueries(nn.Module):
+    """m shared patterns and the network F_w that mixes them into n content queries for each image.
+
+    Args:
+        num_queries: n.
+        num_patterns: m, at least 2.
+        dim: width of the encoder's tokens.
+        num_levels: levels of the encoder's memory.
+        extractor: "fused" (the paper's top-down fusion) or "pooled" (mean of the tokens).
+        head: "dense", one linear layer to n * m logits; or "factorised", a rank-r product of a table of queries (n, r) with
+            factors (r, m) computed from the image, which has a fraction of the parameters.
+        pattern_dim: width d of patterns and content; `dim` if None.
+        temperature: logits are divided by it.
+        gain: factor on the initial weight of the last layer: larger, and W depends more on the image from the start.
+        bias_std: initial std of the logits' bias; None keeps torch's own initialisation. Without a spread all queries start as
+            copies of the mean pattern and a training can collapse.
+        pattern_std: initial std of the patterns.
+        head_rank: r of the factorised head.
+        conv: dilated convolutions of the fused extractor, "depthwise" or "full".
+    """
+
+    def __init__(
+        self,
+        num_queries: int,
+        num_patterns: int = 64,
+        dim: int = 256,
+        num_levels: int = 4,
+        extractor: Literal["fused", "pooled"] = "fused",
+        head: Literal["dense", "factorised"] = "dense",
+        pattern_dim: int | None = None,
+        temperature: float = 1.0,
+        gain: float = 1.0,
+        bias_std: float | None = 2.0,
+        pattern_std: float = 1.0,
+        *,
+        head_rank: int = 32,
+        conv: Literal["depthwise", "full"] = "depthwise",
+    ) -> None:
+        super().__init__()
+        if num_patterns < 2:
+            raise ValueError(f"num_patterns: expected at least 2, found {num_patterns}")
+        if extractor not in ("fused", "pooled"):
+            raise ValueError(f"extractor: expected 'fused' or 'pooled', found {extractor!r}")
+        if head not in ("dense", "factorised"):
+            raise ValueError(f"head: expected 'dense' or 'factorised', found {head!r}")
+        if temperature <= 0:
+            raise ValueError(f"temperature: expected a positive number, found {temperature}")
+        self.temperature = temperature
+        self.patterns = nn.Parameter(torch.randn(num_patterns, pattern_dim or dim) * pattern_std)
+        self.extractor = (
+            FusedExtractor(dim=dim, num_levels=num_levels, conv=conv)
+            if extractor == "fused"
+            else PooledExtractor(dim=dim)
+        )
+        self.hidden = nn.Sequential(nn.Linear(dim, dim), nn.LayerNorm(dim), nn.ReLU())
+        make_head = _DenseHead if head == "dense" else _FactorisedHead
+        self.head = make_head(
+            dim=dim,
+            num_queries=num_queries,
+            num_patterns=num_patterns,
+            rank=head_rank,
+            gain=gain,
+            bias_std=bias_std,
+        )
+
+    def forward(
+        self,
+        tokens: Tensor,
+        spatial_shapes: Tensor | Sequence[tuple[int, int]],
+        padding_mask: Tensor | None = None,
+        proposals: Tensor | None = None,
+    ) -> Mixture:
+        """Mix the patterns for a batch of images.
+
+        Args:
+            tokens: (B, S, d) encoder memory, levels one after another, finest first.
+            spatial_shapes: (L, 2) int64 or L pairs (height, width), S = sum of height * width.
+            padding_mask: (B, S) bool, True at padding; None if there is none.
+            proposals: ignored; every source of content queries is offered them.
+
+        Returns:
+            Mixture with content (B, n, pattern_dim) and weights (B, n, m).
+        """
+        rows = spatial_shapes.tolist() if isinstance(spatial_shapes, Tensor) else spatial_shapes
+        shapes = [(int(height), int(width)) for height, width in rows]
+        summary = self.hidden(self.extractor(tokens, shapes, padding_mask))  # (B, d)
+        # float32 at least: in half precision the weights of 64 patterns would not sum to 1.
+        logits = self.head(summary).to(torch.promote_types(tokens.dtype, torch.float32))
+        weights = (logits / self.temperature).softmax(-1)  # (B, n, m)
+        return Mixture(content=weights.to(self.patterns.dtype) @ self.patterns, weights=weights)
+
+    def aux_losses(self) -> dict[str, Tensor]:
+        """What the patterns themselves owe, before weighting: {"diversity": scalar}."""
+        return {"diversity": pattern_diversity_loss(self.patterns)}
+
+
+class _DenseHead(nn.Module):
+    """(B, d) -> (B, n, m) logits by one linear layer."""
+
+    def __init__(
+        self, *, dim: int, num_queries: int, num_patterns: int, rank: int, gain: float, bias_std: float | None
+    ) -> None:
+        super().__init__()
+        self.shape = (num_queries, num_patterns)
+        self.linear = nn.Linear(dim, num_queries * num_patterns)
+        with torch.no_grad():
+            self.linear.weight.mul_(gain)
+            if bias_std is not None:
+                self.linear.bias.normal_(std=bias_std)
+
+    def forward(self, summary: Tensor) -> Tensor:
+        return self.linear(summary).unflatten(1, self.shape)
+
+
+class _FactorisedHead(nn.Module):
+    """(B, d) -> (B, n, m) logits as a product of rank r, plus a bias of its own for every query and pattern."""
+
+    def __init__(
+        self, *, dim: int, num_queries: int, num_patterns: int, rank: int, gain: float, bias_std: float | None
+    ) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(num_queries, rank) / math.sqrt(rank))
+        self.factors = nn.Linear(dim, rank * num_patterns)
+        bound = 1 / math.sqrt(dim)  # what a linear layer of this width starts with
+        self.bias = nn.Parameter(torch.empty(num_queries, num_patterns).uniform_(-bound, bound))
+        with torch.no_grad():
+            self.factors.weight.mul_(gain)
+            if bias_std is not None:
+                self.bias.normal_(std=bias_std)
+
+    def forward(self, summary: Tensor) -> Tensor:
+        factors = self.factors(summary).unflatten(1, (self.queries.shape[1], -1))  # (B, r, m)
+        return self.queries @ factors + self.bias

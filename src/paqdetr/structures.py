@@ -1,0 +1,141 @@
+"""The typed values that travel between the parts: what is to be found, and what was found."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import supervision
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """Ground truth of one image.
+
+    Attributes:
+        labels: (G,) int64, contiguous class indices in [0, C).
+        boxes: (G, 4) float, cxcywh, normalised by the image's own width and height (padding left out), in [0, 1].
+        image_id: the data set's own id of the image, for error messages and evaluation; None if there is none.
+        size: (height, width) of the image in the file in pixels, before any transform; None if unknown.
+    """
+
+    labels: Tensor
+    boxes: Tensor
+    image_id: int | str | None = None
+    size: tuple[int, int] | None = None
+
+    def __len__(self) -> int:
+        return self.labels.shape[0]
+
+    def to(self, device: torch.device | str) -> Targets:
+        """The same targets on another device."""
+        return Targets(self.labels.to(device), self.boxes.to(device), self.image_id, self.size)
+
+
+@dataclass(slots=True)
+class Detections:
+    """What was found in one image, best first.
+
+    Attributes:
+        boxes: (N, 4) float32 array, xyxy in pixels of the image as it was given (EXIF turn applied).
+        scores: (N,) float32 array in [0, 1].
+        labels: (N,) int64 array, the data set's original category ids.
+        names: category id -> category name.
+        image_id: the data set's id, or the file name, or None.
+        query_indices: (N,) int64 array: which query each box came from.
+    """
+
+    boxes: np.ndarray
+    scores: np.ndarray
+    labels: np.ndarray
+    names: dict[int, str] = field(default_factory=dict)
+    image_id: int | str | None = None
+    query_indices: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def above(self, threshold: float) -> Detections:
+        """Only what scores at least `threshold`."""
+        keep = self.scores >= threshold
+        indices = None if self.query_indices is None else self.query_indices[keep]
+        return Detections(
+            self.boxes[keep], self.scores[keep], self.labels[keep], self.names, self.image_id, indices
+        )
+
+    def to_coco(self) -> list[dict[str, Any]]:
+        """COCO results: one dict a box, `bbox` as [x, y, width, height] in pixels."""
+        sizes = self.boxes[:, 2:] - self.boxes[:, :2]
+        return [
+            {
+                "image_id": self.image_id,
+                "category_id": int(label),
+                "bbox": [float(box[0]), float(box[1]), float(size[0]), float(size[1])],
+                "score": float(score),
+            }
+            for box, size, label, score in zip(self.boxes, sizes, self.labels, self.scores, strict=True)
+        ]
+
+    def to_supervision(self) -> supervision.Detections:
+        """The same as `supervision.Detections`, names under `data["class_name"]`."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # its advice on OpenCV, which this package does not need
+            import supervision
+
+        names = np.array([self.names.get(int(label), str(label)) for label in self.labels], dtype=object)
+        return supervision.Detections(
+            xyxy=self.boxes.astype(np.float32).reshape(-1, 4),
+            confidence=self.scores.astype(np.float32),
+            class_id=self.labels.astype(int),
+            data={"class_name": names},
+        )
+
+    def draw(self, image: Image | np.ndarray) -> Image:
+        """The image with boxes, names and scores drawn on a copy of it.
+
+        Args:
+            image: the PIL image or (H, W, 3) uint8 RGB array that was predicted on.
+        """
+        from paqdetr.drawing import draw_detections
+
+        return draw_detections(image, self)
+
+
+@dataclass(frozen=True, slots=True)
+class ClassTable:
+    """Contiguous class index (position) <-> the data set's original category id and name."""
+
+    ids: tuple[int, ...]
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @classmethod
+    def numbered(cls, num_classes: int) -> ClassTable:
+        """A table for a model that has seen no data set: ids 0..C-1, names "class 0"..."""
+        return cls(tuple(range(num_classes)), tuple(f"class {i}" for i in range(num_classes)))
+
+    @classmethod
+    def from_categories(cls, categories: Sequence[dict[str, Any]]) -> ClassTable:
+        """From COCO `categories`, in ascending order of id."""
+        ordered = sorted(categories, key=lambda category: category["id"])
+        return cls(tuple(int(c["id"]) for c in ordered), tuple(str(c["name"]) for c in ordered))
+
+    @property
+    def id_to_index(self) -> dict[int, int]:
+        """Original category id -> contiguous index."""
+        return {category_id: index for index, category_id in enumerate(self.ids)}
+
+    @property
+    def id_to_name(self) -> dict[int, str]:
+        """Original category id -> name."""
+        return dict(zip(self.ids, self.names, strict=True))

@@ -1,0 +1,58 @@
+"""What all tests share: threads, seeds, no network, and the way to data that lies outside the project."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[1]
+
+# Before torch, matplotlib or a hub client is imported: they read these once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["MPLBACKEND"] = "Agg"
+if "PYTEST_XDIST_WORKER" in os.environ:  # pytest-xdist fills the cores already; one thread a process then
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
+        os.environ[name] = "1"
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+# The same examples in every run, and no deadline: a first call may warm up a library, on a busy machine.
+# `--hypothesis-profile=explore` looks for new examples.
+settings.register_profile("repeatable", deadline=None, derandomize=True)
+settings.register_profile("explore", deadline=None, max_examples=1000)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def seeds() -> None:
+    """Every test starts from the same random state, whichever tests ran before it."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002  libraries draw from the global state
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Callable[[str], Path]:
+    """`shared_data("aquarium512")` is the folder of a data set outside the project; absent, the test skips.
+
+    They are looked for in $PAQDETR_SHARED_DATA, or else in ../shared/data beside the checkout.
+    """
+    root = Path(os.environ.get("PAQDETR_SHARED_DATA", REPO.parent / "shared" / "data"))
+
+    def folder(name: str) -> Path:
+        path = root / name
+        if not path.is_dir():
+            pytest.skip(
+                f"needs the data set {name!r}, which is not in {root}; set PAQDETR_SHARED_DATA to where it is"
+            )
+        return path
+
+    return folder

@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from paqdetr.data.check import CheckReport, check_dataset
+from paqdetr.data.digits import make_digits
+from paqdetr.errors import DataError
+
+
+def make_split(
+    root: Path, split: str, images: list[dict[str, Any]], annotations: list[Any], names: list[str]
+) -> None:
+    (root / split).mkdir(parents=True)
+    rng = np.random.default_rng(sum(map(ord, split)))
+    for image in images:
+        Image.fromarray(rng.integers(0, 256, (10, 20, 3), dtype=np.uint8)).save(
+            root / split / image["file_name"]
+        )
+    categories = [{"id": i, "name": name} for i, name in enumerate(names)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (root / f"{split}.json").write_text(json.dumps(content))
+
+
+def image(image_id: int, **values: object) -> dict[str, Any]:
+    return {"id": image_id, "file_name": f"{image_id}.png", "width": 20, "height": 10, **values}
+
+
+def box(annotation_id: int, image_id: int, category: int, *bbox: float) -> dict[str, Any]:
+    return {"id": annotation_id, "image_id": image_id, "category_id": category, "bbox": list(bbox)}
+
+
+def found(report: CheckReport, severity: str, split: str) -> list[tuple[str, str]]:
+    return [(p.subject, p.message) for p in report.problems if (p.severity, p.split) == (severity, split)]
+
+
+def test_a_sound_data_set(tmp_path: Path) -> None:
+    root = make_digits(tmp_path / "digits", size=64, train=3, val=1, test=1)
+    calls: list[tuple[int, int]] = []
+    report = check_dataset(root, progress=lambda *c: calls.append(c))
+    assert report.errors == []
+    assert calls == [(i, 5) for i in range(1, 6)]
+    assert report.splits["train"].images == 3
+    assert report.splits["train"].boxes == sum(report.splits["train"].boxes_per_class.values()) >= 9
+    assert all("none in train" in problem.message for problem in report.warnings)
+
+
+def test_a_broken_data_set(tmp_path: Path) -> None:
+    annotations = [
+        box(1, 1, 0, 1, 1, 5, 5),
+        box(2, 1, 0, 1, 1, 5, 5),
+        box(3, 1, 1, 15, 5, 10, 5),
+        box(4, 1, 1, 30, 5, 10, 5),
+        box(5, 2, 1, 3, 3, 0, 2),
+        box(6, 2, 9, 1, 1, 5, 5),
+        box(7, 99, 0, 1, 1, 5, 5),
+        box(8, 2, 0, 1, 1, 5),
+        {**box(9, 2, 0, 0, 0, 20, 10), "iscrowd": 1},
+    ]
+    images = [image(1), image(2), image(3, width=10, height=20), image(4), image(5)]
+    make_split(tmp_path, "train", images, annotations, ["a", "b", "c"])
+    (tmp_path / "train" / "4.png").unlink()
+    whole = (tmp_path / "train" / "5.png").read_bytes()
+    (tmp_path / "train" / "5.png").write_bytes(whole[: len(whole) // 2])
+    make_split(
+        tmp_path,
+        "val",
+        [image(1), image(2)],
+        [box(1, 1, 2, 0, 0, 9, 9), box(2, 2, 1, 0, 0, 9, 9)],
+        ["a", "x", "c"],
+    )
+    shutil.copy(tmp_path / "train" / "1.png", tmp_path / "val" / "2.png")
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test.json").write_text("{")
+
+    report = check_dataset(tmp_path)
+
+    errors = dict(found(report, "error", "train"))
+    assert errors.keys() == {
+        "annotation 6 of 2.png",
+        "annotation 7",
+        "annotation 8 of 2.png",
+        "3.png",
+        "4.png",
+        "5.png",
+    }
+    assert "category_id 9" in errors["annotation 6 of 2.png"]
+    assert "image 99" in errors["annotation 7"]
+    assert "bbox [1, 1, 5], expected four" in errors["annotation 8 of 2.png"]
+    assert errors["3.png"] == "is 20x10 pixels, the annotations say 10x20 (turned by its EXIF orientation?)"
+    assert "missing" in errors["4.png"]
+    assert "does not decode" in errors["5.png"]
+
+    warnings = dict(found(report, "warning", "train"))
+    assert warnings.keys() == {
+        f"annotation {i}" + s
+        for i, s in ((2, " of 1.png"), (3, " of 1.png"), (4, " of 1.png"), (5, " of 2.png"))
+    } | {"train.json"}
+    assert "same class and box" in warnings["annotation 2 of 1.png"]
+    assert "5 pixels over the edge" in warnings["annotation 3 of 1.png"]
+    assert "outside the image of 20x10" in warnings["annotation 4 of 1.png"]
+    assert "without area" in warnings["annotation 5 of 2.png"]
+    assert warnings["train.json"].startswith("4 of 5 images have no boxes")
+
+    summary = report.splits["train"]
+    assert (summary.images, summary.boxes, summary.images_without_boxes) == (5, 3, 4)
+    assert summary.boxes_per_class == {"a": 2, "b": 1, "c": 0}
+
+    assert found(report, "error", "val") == [("class x", "has id 1, which is 'b' in train")]
+    assert found(report, "warning", "val") == [
+        ("2.png", "the same picture as train/1.png"),
+        ("class c", "has boxes here and none in train"),
+    ]
+    ((subject, message),) = found(report, "error", "test")
+    assert subject == "test.json" and "line 1, column 2" in message
+    assert report.splits["test"].images == 0
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ([image(1), image(1)], "listed twice"),
+        ([image(1, id=None)], "has id None"),
+        ([image(1, width="20")], "pixels"),
+        ([], "`images` is empty"),
+    ],
+)
+def test_what_training_would_refuse_is_an_error(
+    tmp_path: Path, images: list[dict[str, Any]], message: str
+) -> None:
+    make_split(tmp_path, "train", images, [], ["a"])
+    assert any(message in problem.message for problem in check_dataset(tmp_path).errors)
+
+
+def test_a_folder_without_data(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is empty"):
+        check_dataset(tmp_path)
