@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from paqdetr.engine import Run
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -56,3 +60,59 @@ def shared_data() -> Callable[[str], Path]:
         return path
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_settings() -> dict[str, Any]:
+    """Overrides that make a step of paq_dino_nano take some 50 ms."""
+    return {
+        "image_size": 96,
+        "model.dim": 32,
+        "model.ffn_dim": 64,
+        "model.num_queries": 20,
+        "model.denoising_queries": 10,
+        "batch_size": 4,
+        "log_every": 1,
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Digits of 96 px: 8 images to train on, 4 of each other split. Not to be changed by a test."""
+    from paqdetr.data.digits import make_digits
+
+    return make_digits(
+        tmp_path_factory.mktemp("data") / "digits", size=96, train=8, val=4, test=4, max_objects=5
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_run(
+    tmp_path_factory: pytest.TempPathFactory, tiny_digits: Path, tiny_settings: dict[str, Any]
+) -> Run:
+    """The run of two epochs on `tiny_digits`, with everything a run writes. Not to be changed by a test."""
+    from paqdetr.engine import train
+
+    output = tmp_path_factory.mktemp("runs") / "tiny"
+    return train(
+        "paq_dino_nano", data=tiny_digits, output=output, device="cpu", epochs=2, settings=tiny_settings
+    )
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainings leave out curves.png and predictions.png, which take longer than a tiny training itself."""
+    import importlib
+
+    module = importlib.import_module("paqdetr.engine.train")  # the package's attribute is the function
+    for name in ("training_curves", "draw_predictions"):
+        monkeypatch.setattr(module, name, lambda *args, **kwargs: None)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums come out the same to the last bit, whatever the machine does besides."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -1,7 +1,7 @@
 """Every setting of a model and its training: validated, with defaults from YAML files inside the package.
 
-A YAML file may name a `base` whose settings it changes, and `preset: paper` lays the literal paper over either.
-Later wins: defaults here < base < file < preset < `key=value` overrides.
+A YAML file may name a `base` whose settings it changes, and `preset: paper` the literal paper, laid over the base.
+Later wins: defaults here < base < preset of the file < file < preset among the overrides < other `key=value` overrides.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class ModelConfig(_Section):
     decoder_layers: int = Field(default=6, ge=1)
     position_temperature: float = Field(default=20.0, gt=0)
     look_forward_twice: bool = True
-    share_heads: bool = Field(default=True, description="one class and one box head for all decoder layers")
+    share_heads: bool = Field(default=False, description="one class head and one box head for all decoder layers")
 
     # Content queries. `queries: patterns` is PaQ; `static` is the host's own learned table.
     num_queries: int = Field(default=900, ge=1)
@@ -214,14 +214,9 @@ def load_config(source: str | Path, overrides: Iterable[str] | Mapping[str, Any]
     Raises:
         ConfigError: unknown name, key or value, naming it and the nearest known one.
     """
-    merged, where = _read_chain(str(source))
     pairs = dict(overrides) if isinstance(overrides, Mapping) else parse_overrides(overrides)
-    preset = pairs.get("preset", merged.get("preset"))
-    if preset is not None:
-        entry = _config_dir() / "presets" / f"{preset}.yaml"
-        if not entry.is_file():
-            raise ConfigError(f"preset: unknown preset {preset!r}", "the only preset is 'paper'")
-        merged = _merge(merged, _read_yaml(entry.read_text(encoding="utf-8"), f"preset {preset}"))
+    merged, where = _read_chain(str(source), with_presets="preset" not in pairs)
+    merged = _merge(merged, _read_preset(pairs.get("preset")))
     for key, value in pairs.items():
         merged = _merge(merged, _nest(key, value))
     merged.setdefault("name", Path(source).stem)
@@ -261,8 +256,20 @@ def _config_dir():  # type: ignore[no-untyped-def]  # a Traversable, which types
     return files("paqdetr") / "configs"
 
 
-def _read_chain(source: str, seen: tuple[str, ...] = ()) -> tuple[dict[str, Any], str]:
-    """The settings of `source` laid over those of its bases, and what to call it in errors."""
+def _read_preset(name: Any) -> dict[str, Any]:
+    """The settings of a preset; none if the name is None."""
+    if name is None:
+        return {}
+    entry = _config_dir() / "presets" / f"{name}.yaml"
+    if not entry.is_file():
+        raise ConfigError(f"preset: unknown preset {name!r}", "the only preset is 'paper'")
+    return _read_yaml(entry.read_text(encoding="utf-8"), f"preset {name}")
+
+
+def _read_chain(
+    source: str, *, with_presets: bool, seen: tuple[str, ...] = ()
+) -> tuple[dict[str, Any], str]:
+    """The settings of `source` laid over those of its preset and its bases, and what to call it in errors."""
     if source in seen:
         raise ConfigError(
             f"{source}: `base` leads back to itself ({' -> '.join(seen)})", "remove one of the bases"
@@ -281,11 +288,15 @@ def _read_chain(source: str, seen: tuple[str, ...] = ()) -> tuple[dict[str, Any]
                 f"unknown model or recipe {source!r}", _nearest(source, list_configs(), "`paqdetr models`")
             )
         values, where = _read_yaml(entry.read_text(encoding="utf-8"), source), source
-    base = values.pop("base", None)
-    if base is None:
-        return values, where
-    inherited, _ = _read_chain(str(base), (*seen, source))
-    inherited.pop("name", None)
+    base, inherited = values.pop("base", None), {}
+    if base is not None:
+        base = str(base)
+        if base.endswith((".yaml", ".yml")):  # beside the file that names it, wherever the program runs
+            base = str((Path(source).parent / base).resolve())
+        inherited, _ = _read_chain(base, with_presets=with_presets, seen=(*seen, source))
+        inherited.pop("name", None)
+    if with_presets:
+        inherited = _merge(inherited, _read_preset(values.get("preset")))
     return _merge(inherited, values), where
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 import typer
@@ -15,7 +16,7 @@ import typer
 os.environ.setdefault("GOMP_SPINCOUNT", "300000")
 
 from paqdetr.cli import config, data, evaluate, models, predict, train
-from paqdetr.cli.console import errors
+from paqdetr.cli.console import errors, print_styled
 from paqdetr.errors import UserError
 
 app = typer.Typer(
@@ -51,45 +52,50 @@ def run(argv: Sequence[str]) -> int:
         code = typer.main.get_command(app).main(arguments, prog_name="paqdetr", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except UserError as error:
-        if debug:
-            raise
-        errors.print(f"[bold red]error:[/] {_escape(error.message)}", soft_wrap=True)
-        errors.print(f"[bold]help:[/] {_escape(error.remedy)}", soft_wrap=True)
-        return 2
+        return _mistake(error.message, error.remedy, debug=debug)
     except Exception as error:
-        usage = getattr(
-            error, "format_message", None
-        )  # typer may carry a copy of click: know its errors by this
+        # typer may carry a copy of click: know its errors by this
+        usage = getattr(error, "format_message", None)
         if type(error).__name__ == "NoArgsIsHelpError" and usage is not None:
-            errors.print(_escape(usage()), soft_wrap=True)
+            errors.print(usage(), soft_wrap=True)
             return 2
         if usage is not None:
             context = getattr(error, "ctx", None)
             path = context.command_path if context is not None else "paqdetr"
-            errors.print(f"[bold red]error:[/] {_escape(usage())}", soft_wrap=True)
-            errors.print(f"[bold]help:[/] `{path} --help` shows how it is used", soft_wrap=True)
-            return 2
+            return _mistake(usage(), f"`{path} --help` shows how it is used", debug=debug)
         if type(error).__name__ == "Exit":
             return int(getattr(error, "exit_code", 0))
         if type(error).__name__ == "Abort":
             return _interrupted()
+        if (
+            isinstance(error, OSError) and error.filename is not None
+        ):  # a full disk, a folder that may not be written...
+            return _mistake(
+                f"{error.filename}: {error.strerror}",
+                "check the path, its permissions and the disk",
+                debug=debug,
+            )
         if debug:
-            raise
-        errors.print(
-            f"[bold red]internal error:[/] {type(error).__name__}: {_escape(str(error))}", soft_wrap=True
-        )
-        errors.print(
-            "[bold]help:[/] this is a defect of paqdetr; report it with the output of --debug", soft_wrap=True
+            traceback.print_exc()
+        print_styled(errors, ("internal error:", "bold red"), f" {type(error).__name__}: {error}")
+        print_styled(
+            errors, ("help:", "bold"), " this is a defect of paqdetr; report it with the output of --debug"
         )
         return 1
     except KeyboardInterrupt:
         return _interrupted()
 
 
+def _mistake(message: str, remedy: str, *, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print_styled(errors, ("error:", "bold red"), f" {message}")
+    print_styled(errors, ("help:", "bold"), f" {remedy}")
+    return 2
+
+
 def _interrupted() -> int:
-    errors.print("[bold]interrupted:[/] a training goes on from its last whole epoch with --resume")
+    print_styled(
+        errors, ("interrupted:", "bold"), " a training goes on from its last whole epoch with --resume"
+    )
     return 130
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")

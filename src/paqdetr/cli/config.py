@@ -24,4 +24,4 @@ def show(
     """Print every setting of a model and its training as resolved, as YAML that `train` takes."""
     from paqdetr.config import load_config
 
-    results.print(load_config(model, settings or []).to_yaml(), end="", markup=False, soft_wrap=True)
+    results.print(load_config(model, settings or []).to_yaml(), end="", soft_wrap=True)

@@ -9,11 +9,17 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
-from paqdetr.metrics.coco import FIGURE_NAMES
+# No markup: what is printed holds file names and lists in brackets, which rich would take for styles and swallow.
+results = Console(highlight=False, markup=False, emoji=False)
+errors = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
-results = Console(highlight=False)
-errors = Console(stderr=True, highlight=False)
+
+def print_styled(console: Console, *parts: str | tuple[str, str]) -> None:
+    """One line from plain pieces and (piece, style) pairs; a line break inside a piece becomes a space."""
+    plain = [part if isinstance(part, tuple) else (part, "") for part in parts]
+    console.print(Text.assemble(*((text.replace("\n", " "), style) for text, style in plain)), soft_wrap=True)
 
 
 @contextmanager
@@ -31,6 +37,8 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
 
 def figures_table(figures: dict[str, Any], title: str) -> Table:
     """The COCO figures and AP of every class, as a table."""
+    from paqdetr.metrics.coco import FIGURE_NAMES  # brings torch, which `--help` need not wait for
+
     table = Table(title=title, title_justify="left")
     table.add_column("figure")
     table.add_column("value", justify="right")

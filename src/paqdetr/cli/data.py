@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from paqdetr.cli.console import errors, progress_bar, results
+from paqdetr.cli.console import errors, print_styled, progress_bar, results
 from paqdetr.errors import ConfigError, DataError
 
 app = typer.Typer(help="Make and check data sets.", no_args_is_help=True)
@@ -22,8 +22,8 @@ def make(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     size: Annotated[int, typer.Option(help="Side of the images in pixels.")] = 320,
     train: Annotated[int, typer.Option(min=1, help="Training images.")] = 1600,
-    val: Annotated[int, typer.Option(min=0, help="Validation images.")] = 300,
-    test: Annotated[int, typer.Option(min=0, help="Test images.")] = 1000,
+    val: Annotated[int, typer.Option(min=1, help="Validation images.")] = 300,
+    test: Annotated[int, typer.Option(min=1, help="Test images.")] = 1000,
     min_objects: Annotated[int, typer.Option(help="Fewest objects an image.")] = 3,
     max_objects: Annotated[int, typer.Option(help="Most objects an image.")] = 12,
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
@@ -65,12 +65,8 @@ def check(folder: Annotated[Path, typer.Argument(help="Folder of the data set.",
     results.print(table)
     for problem in report.problems:
         colour = "red" if problem.severity == "error" else "yellow"
-        results.print(
-            f"[{colour}]{problem.severity}[/] {problem.split} {problem.subject}: {problem.message}".replace(
-                "\n", " "
-            ),
-            soft_wrap=True,
-            markup=True,
+        print_styled(
+            results, (problem.severity, colour), f" {problem.split} {problem.subject}: {problem.message}"
         )
     if report.errors:
         raise DataError(f"{folder}: {len(report.errors)} errors", "correct them before training")

@@ -34,6 +34,8 @@ def evaluate(
     if checkpoint is not None:
         if data is None:
             raise ConfigError("eval CHECKPOINT needs --data", "name the data set's folder")
+        if iou_type != "bbox" or annotations is not None:
+            raise ConfigError("--iou-type and --annotations go with --results", "leave them out")
         figures, title = _of_checkpoint(checkpoint, data, split, batch_size, device)
     else:
         assert results_file is not None
@@ -50,9 +52,10 @@ def _of_checkpoint(
     checkpoint: Path, data: Path, split: str, batch_size: int, device: str
 ) -> tuple[dict[str, Any], str]:
     from paqdetr.engine import evaluate as run_evaluation
+    from paqdetr.engine.device import require_device
     from paqdetr.models import load
 
-    model = load(checkpoint, device=device)
+    model = load(checkpoint, device=str(require_device(device)))
     with progress_bar(f"evaluate on {split}") as progress:
         found = run_evaluation(model, data=data, split=split, batch_size=batch_size, progress=progress)
     return found.to_json(), f"{model.name} on {data} {split}, {found.images_per_second:.1f} images/s"

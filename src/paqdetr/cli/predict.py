@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from paqdetr.cli.console import errors, progress_bar, results
+from paqdetr.cli.console import errors, print_styled, progress_bar, results
 from paqdetr.errors import DataError
 
 
@@ -23,17 +23,19 @@ def predict(
 ) -> None:
     """Draw what a detector finds, and write it as COCO results."""
     from paqdetr.engine import predict_folder
+    from paqdetr.engine.device import require_device
     from paqdetr.models import load
 
-    model = load(checkpoint, device=device)
+    model = load(checkpoint, device=str(require_device(device)))
     with progress_bar("predict") as progress:
         done = predict_folder(model, sources, output=output, threshold=threshold, progress=progress)
     count = sum(map(len, done.found.values()))
     results.print(
-        f"{count} objects over {threshold} in {len(done.found)} images: {done.output}, {done.results_file}"
+        f"{count} objects over {threshold} in {len(done.found)} images: {done.output}, {done.results_file}",
+        soft_wrap=True,
     )
     for reason in done.unreadable.values():
-        errors.print(f"[bold yellow]left out:[/] {reason}", soft_wrap=True)
+        print_styled(errors, ("left out:", "bold yellow"), f" {reason}")
     if done.unreadable:
         raise DataError(
             f"{len(done.unreadable)} images could not be read; the others are done", "replace or remove them"

@@ -13,7 +13,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from paqdetr.cli.console import errors, show
+from paqdetr.cli.console import errors, print_styled, show
 from paqdetr.engine.events import Callback, TrainingPlan
 
 
@@ -39,10 +39,10 @@ class TrainingProgress(Callback):
     def on_start(self, plan: TrainingPlan) -> None:
         config = plan.config
         done = f", resumed at step {plan.first_step}" if plan.first_step else ""
-        errors.print(
-            f"[bold]{config.name}[/]: {plan.images} images, {plan.total_steps} steps of {config.batch_size} "
-            f"on {plan.device}{done}"
+        what = (
+            f": {plan.images} images, {plan.total_steps} steps of {config.batch_size} on {plan.device}{done}"
         )
+        print_styled(errors, (config.name, "bold"), what)
         self._bar.start()
         self._train = self._bar.add_task(
             "train", total=plan.total_steps, completed=plan.first_step, figures=""

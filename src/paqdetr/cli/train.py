@@ -59,4 +59,7 @@ def train(
     table.add_row("peak memory", f"{finished['peak_memory_gib']:.2f} GiB")
     table.add_row("checkpoint", str(run.best))
     results.print(table)
-    errors.print(f"curves and example predictions are beside it: {run.output}/curves.png, predictions.png")
+    errors.print(
+        f"curves and example predictions are beside it: {run.output}/curves.png, predictions.png",
+        soft_wrap=True,
+    )

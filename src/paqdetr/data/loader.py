@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from paqdetr.config import Config
 from paqdetr.data.augment import Augment
 from paqdetr.data.coco import CocoDataset
+from paqdetr.errors import DataError, UserError
 from paqdetr.preprocessing import Preprocessing, pad_images, to_pixels
 from paqdetr.structures import Targets
 
@@ -33,6 +35,15 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
+class Failure:
+    """A `UserError` on its way out of a worker process: torch would turn the exception itself into a RuntimeError."""
+
+    kind: type[UserError]
+    message: str
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True)
 class SampleKey:
     """Which image, and everything its random changes depend on."""
 
@@ -41,7 +52,7 @@ class SampleKey:
     scale: float
 
 
-class TrainingImages(Dataset[tuple[Tensor, Targets]]):
+class TrainingImages(Dataset[tuple[Tensor, Targets] | Failure]):
     """Augmented images of a split; decoded pixels stay in memory while the budget lasts.
 
     Args:
@@ -56,10 +67,23 @@ class TrainingImages(Dataset[tuple[Tensor, Targets]]):
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, key: SampleKey) -> tuple[Tensor, Targets]:
+    def __getitem__(self, key: SampleKey) -> tuple[Tensor, Targets] | Failure:
+        try:
+            return self.sample(key)
+        except UserError as error:
+            return Failure(type(error), error.message, error.remedy)
+
+    def sample(self, key: SampleKey) -> tuple[Tensor, Targets]:
+        """The image, changed as the key says, and its boxes.
+
+        Raises:
+            DataError: the image does not decode, or is of another size than the annotations state.
+        """
         pixels = self._pixels(key.index)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(key.seed)
+            torch.default_generator.manual_seed(
+                key.seed
+            )  # torch.manual_seed would also seed the GPU's, for good
             changed = self.augment(
                 pixels, self.split.boxes(key.index), self.split.labels(key.index), scale=key.scale
             )
@@ -71,7 +95,7 @@ class TrainingImages(Dataset[tuple[Tensor, Targets]]):
         """(3, H, W) uint8."""
         if index in self._cache:
             return self._cache[index]
-        pixels = to_pixels(self.split.image(index))
+        pixels = to_pixels(read_picture(self.split, index))
         if pixels.numel() <= self._room:
             self._room -= pixels.numel()
             self._cache[index] = pixels
@@ -128,15 +152,68 @@ class TrainingBatches(Sampler[list[SampleKey]]):
             ]
 
 
-def collate(samples: Sequence[tuple[Tensor, Targets]]) -> Batch:
-    """Pad a list of samples into one batch."""
-    images, mask = pad_images([image for image, _ in samples])
-    return Batch(images, mask, [targets for _, targets in samples])
+def collate(samples: Sequence[tuple[Tensor, Targets] | Failure]) -> Batch | Failure:
+    """Pad a list of samples into one batch; the first failure if there is one."""
+    good = []
+    for sample in samples:
+        if isinstance(sample, Failure):
+            return sample
+        good.append(sample)
+    images, mask = pad_images([image for image, _ in good])
+    return Batch(images, mask, [targets for _, targets in good])
+
+
+def read_picture(split: CocoDataset, index: int) -> Image:
+    """The picture, of the size that its boxes refer to.
+
+    Raises:
+        DataError: it does not decode, or the annotations state another size: the boxes would be in wrong places.
+    """
+    picture = split.image(index)
+    height, width = split.sizes[index].tolist()
+    if picture.size != (width, height):
+        raise DataError(
+            f"{split.path(index)}: is {picture.width}x{picture.height} pixels with its EXIF turn applied,"
+            f" {split.annotation_file} says {width}x{height}",
+            "correct the sizes (and boxes) there; `paqdetr data check` lists all such images",
+        )
+    return picture
+
+
+class TrainingLoader:
+    """Iterates over the batches of one epoch; an image that cannot be read stops it with a DataError.
+
+    Args:
+        batches: the sampler, whose `epoch` is to be set before each pass.
+        workers: processes that load; 0 loads in this one. It changes no batch.
+    """
+
+    def __init__(self, images: TrainingImages, batches: TrainingBatches, *, workers: int) -> None:
+        self._loader: DataLoader[Batch | Failure] = DataLoader(
+            images,  # type: ignore[arg-type]
+            batch_sampler=batches,  # type: ignore[arg-type]
+            num_workers=workers,
+            collate_fn=collate,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            # Of its own: each start of workers draws a number, which must not change the training's noise.
+            generator=torch.Generator(),
+        )
+        self._batches = batches
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self._loader:
+            if isinstance(batch, Failure):
+                raise batch.kind(batch.message, batch.remedy)
+            yield batch
 
 
 def training_loader(
     config: Config, split: CocoDataset, preprocessing: Preprocessing, *, rank: int = 0, world_size: int = 1
-) -> tuple[DataLoader[Batch], TrainingBatches]:
+) -> tuple[TrainingLoader, TrainingBatches]:
     """The loader of a training, and its sampler, whose `epoch` is to be set before each pass."""
     sampler = TrainingBatches(
         sizes=split.sizes,
@@ -149,12 +226,4 @@ def training_loader(
     images = TrainingImages(
         split=split, augment=Augment(config.augment, preprocessing), cache_gib=config.cache_images
     )
-    loader = DataLoader(
-        images,
-        batch_sampler=sampler,
-        num_workers=config.workers,
-        collate_fn=collate,
-        persistent_workers=config.workers > 0,
-        pin_memory=torch.cuda.is_available(),
-    )
-    return loader, sampler  # type: ignore[return-value]
+    return TrainingLoader(images, sampler, workers=config.workers), sampler

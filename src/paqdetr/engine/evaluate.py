@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from paqdetr.data.coco import CocoDataset, open_split
+from paqdetr.data.loader import read_picture
 from paqdetr.errors import DataError
 from paqdetr.metrics.coco import CocoFigures, evaluate_detections, non_maximum_suppression
 from paqdetr.models.detector import Detector
 from paqdetr.models.inference import detect_batch
-from paqdetr.structures import Detections
+from paqdetr.structures import ClassTable, Detections
 
 # Above this score a prediction counts as made, when copies are counted.
 _CONFIDENT = 0.3
@@ -86,7 +87,7 @@ def evaluate_split(
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """As `evaluate`, on a split that is open already."""
-    require_same_classes(model, split)
+    require_same_classes(model.classes, split)
     started = time.perf_counter()
     found: list[Detections] = []
     for index, detections in detect_split(model, split, batch_size=batch_size):
@@ -115,15 +116,15 @@ def detect_split(model: Detector, split: CocoDataset, *, batch_size: int) -> Ite
     for size, members in buckets.items():
         for start in range(0, len(members), batch_size):
             chosen = members[start : start + batch_size]
-            pictures = [split.image(index) for index in chosen]
+            pictures = [read_picture(split, index) for index in chosen]
             images = [model.preprocessing(picture, size) for picture in pictures]
             sizes = [(picture.height, picture.width) for picture in pictures]
             yield from zip(chosen, detect_batch(model, images, sizes), strict=True)
 
 
-def require_same_classes(model: Detector, split: CocoDataset) -> None:
-    """Raise DataError unless every class of the split is one of the model's, under the same id and name."""
-    known = model.classes.id_to_name
+def require_same_classes(classes: ClassTable, split: CocoDataset) -> None:
+    """Raise DataError unless every class of the split is one of the model's `classes`, under the same id and name."""
+    known = classes.id_to_name
     for category_id, name in split.classes.id_to_name.items():
         if known.get(category_id) != name:
             found = (

@@ -27,12 +27,16 @@ def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, object]
             lr = config.lr * config.offsets_lr_scale
         decay = 0.0 if parameter.ndim == 1 else config.weight_decay
         groups.setdefault((lr, decay), []).append(parameter)
-    return [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
+    # A schedule that starts in mid-training reads initial_lr: lr is then already changed.
+    return [
+        {"params": params, "lr": lr, "initial_lr": lr, "weight_decay": decay}
+        for (lr, decay), params in groups.items()
+    ]
 
 
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
     """AdamW over `parameter_groups`."""
-    return torch.optim.AdamW(parameter_groups(model, config), lr=config.lr)
+    return torch.optim.AdamW(parameter_groups(model, config), lr=config.lr, fused=True)
 
 
 def lr_factor(config: Config, step: int, total_steps: int) -> float:
@@ -46,9 +50,11 @@ def lr_factor(config: Config, step: int, total_steps: int) -> float:
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
-def build_schedule(optimizer: torch.optim.Optimizer, config: Config, total_steps: int) -> LambdaLR:
-    """The schedule over optimiser steps."""
-    return LambdaLR(optimizer, lambda step: lr_factor(config, step, total_steps))
+def build_schedule(
+    optimizer: torch.optim.Optimizer, config: Config, total_steps: int, *, done: int = 0
+) -> LambdaLR:
+    """The schedule over optimiser steps, of which `done` lie behind."""
+    return LambdaLR(optimizer, lambda step: lr_factor(config, step, total_steps), last_epoch=done - 1)
 
 
 class MovingAverage:
@@ -61,11 +67,11 @@ class MovingAverage:
     def __init__(self, model: nn.Module, decay: float) -> None:
         def average(averages: Sequence[Tensor], current: Sequence[Tensor], updates: Tensor | int) -> None:
             keep = min(decay, (1 + int(updates)) / (10 + int(updates)))
-            for old, new in zip(averages, current, strict=True):
-                if old.is_floating_point():
-                    old.lerp_(new, 1 - keep)
-                else:
-                    old.copy_(new)
+            # All of one call are of one dtype.
+            if averages[0].is_floating_point():
+                torch._foreach_lerp_(list(averages), list(current), 1 - keep)
+            else:
+                torch._foreach_copy_(list(averages), list(current))
 
         self._averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
 

@@ -50,7 +50,8 @@ def predict_folder(
         progress: told (images done, images in all).
 
     Raises:
-        DataError: a source is missing, a folder has no images, two pictures share a name, or none could be read.
+        DataError: a source is missing, a folder has no images, two pictures share a name, one lies in `output`, or none could
+            be read.
     """
     output = Path(output)
     pictures = _pictures(sources)
@@ -61,6 +62,11 @@ def predict_folder(
         raise DataError(
             f"{output}: the folder holds other files", "choose another --output, or an empty folder"
         )
+    for path in pictures:
+        if path.resolve().parent == output.resolve():
+            raise DataError(
+                f"{path}: lies in the output folder, where it would be drawn over", "choose another --output"
+            )
     output.mkdir(parents=True, exist_ok=True)
     found: dict[Path, Detections] = {}
     unreadable: dict[Path, str] = {}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from paqdetr.config import Config, load_config
-from paqdetr.errors import CheckpointError, ConfigError
+from paqdetr.errors import ConfigError
 from paqdetr.models import Detector, load
 
 _ENDED = "finished"
@@ -76,6 +77,13 @@ class Run:
         """The best checkpoint, loaded."""
         return load(self.best, device=device)
 
+    def write_config(self, config: Config) -> None:
+        """Write the settings, whole or not at all, unless they are there."""
+        if not self.config_file.exists():
+            temporary = self.output / f".config.{os.getpid()}.tmp"
+            temporary.write_text(config.to_yaml(), encoding="utf-8")
+            temporary.replace(self.config_file)
+
     def append(self, record: dict[str, Any]) -> None:
         """Add a record to metrics.jsonl."""
         with self.metrics_file.open("a", encoding="utf-8") as file:
@@ -89,15 +97,16 @@ class Run:
 
 
 def prepare_run(output: str | Path, config: Config, *, resume: bool) -> Run:
-    """The folder for a training, new or continued.
+    """The folder for a training, new or continued. It is a run only after `Run.write_config`, which the caller does as soon as
+    nothing can be wrong any more: a mistake in the settings must not leave a run behind that is in the way.
 
     Raises:
-        ConfigError: it holds a run already and `resume` is off, or that run has other settings.
-        CheckpointError: `output` is a file.
+        ConfigError: it holds a run already and `resume` is off, or that run has other settings; or it is a file, or a
+            folder with other files.
     """
     run = Run(Path(output))
     if run.output.exists() and not run.output.is_dir():
-        raise CheckpointError(f"{run.output}: a file is in the way", "choose another --output")
+        raise ConfigError(f"{run.output}: a file is in the way", "choose another --output")
     if run.config_file.exists():
         if not resume:
             raise ConfigError(
@@ -105,10 +114,9 @@ def prepare_run(output: str | Path, config: Config, *, resume: bool) -> Run:
                 "choose another --output, or continue it with --resume",
             )
         _require_same(load_config(run.config_file), config, run.config_file)
-    elif run.output.is_dir() and any(run.output.iterdir()) and not resume:
-        raise ConfigError(f"{run.output}: the folder is not empty", "choose another --output")
+    elif run.output.is_dir() and any(not entry.name.startswith(".") for entry in run.output.iterdir()):
+        raise ConfigError(f"{run.output}: the folder holds other files and no run", "choose another --output")
     run.output.mkdir(parents=True, exist_ok=True)
-    run.config_file.write_text(config.to_yaml(), encoding="utf-8")
     return run
 
 

@@ -54,7 +54,7 @@ def save_state(
     header: dict[str, Any] = {
         "position": asdict(position),
         "updates": average.updates,
-        "optimizer": {"groups": _plain_groups(optimizer), "scalars": scalars},
+        "optimizer": scalars,
     }
     write_checkpoint(path, {key: value.clone() for key, value in tensors.items()}, header)
 
@@ -75,19 +75,12 @@ def load_state(
     for name, value in _strip(tensors, "optimizer.").items():
         index, key = name.split(".", 1)
         state.setdefault(int(index), {})[key] = value
-    for index, entries in header["optimizer"]["scalars"].items():
+    for index, entries in header["optimizer"].items():
         state.setdefault(int(index), {}).update(entries)
-    groups = optimizer.state_dict()["param_groups"]
-    for group, saved in zip(groups, header["optimizer"]["groups"], strict=True):
-        group.update(saved)
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    # Learning rates are the schedule's: they follow from the settings and the step.
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return Position(**header["position"])
 
 
 def _strip(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-
-
-def _plain_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, float]]:
-    """What the schedule changes in a group; the rest follows from the settings."""
-    return [{"lr": float(group["lr"])} for group in optimizer.param_groups]

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
 
@@ -20,9 +21,10 @@ from paqdetr.config import Config, load_config
 from paqdetr.data.coco import CocoDataset, open_split
 from paqdetr.data.layout import available_splits
 from paqdetr.data.loader import Batch, training_loader
-from paqdetr.engine.evaluate import evaluate_split
+from paqdetr.engine.device import require_device
+from paqdetr.engine.evaluate import evaluate_split, require_same_classes
 from paqdetr.engine.events import Callback, Callbacks, TrainingPlan
-from paqdetr.engine.optim import MovingAverage, build_optimizer, build_schedule
+from paqdetr.engine.optim import MovingAverage, build_optimizer, build_schedule, lr_factor
 from paqdetr.engine.pictures import GroundTruth, contact_sheet, training_curves
 from paqdetr.engine.run import Run, prepare_run
 from paqdetr.engine.state import Position, load_state, save_state
@@ -62,12 +64,17 @@ def train(
     config = load_config(model, {**(settings or {}), **overrides})
     train_split = open_split(data, "train")
     val_split = open_split(data, "val") if "val" in available_splits(data) else None
+    if val_split is not None:  # now, not after the first epoch
+        require_same_classes(train_split.classes, val_split)
     architecture = config.model.model_copy(update={"num_classes": len(train_split.classes)})
     config = config.model_copy(update={"model": architecture})
     run = prepare_run(output, config, resume=resume)
     if run.finished:
         return run
     trainer = Trainer(config, run, train_split, val_split, device=device, callbacks=list(callbacks))
+    trainer.accelerator.wait_for_everyone()
+    if trainer.accelerator.is_main_process:
+        run.write_config(config)
     trainer.fit()
     return run
 
@@ -113,8 +120,8 @@ class Trainer:
         callbacks: list[Callback],
     ) -> None:
         self.config, self.run, self.val_split = config, run, val_split
-        self.events = Callbacks(callbacks)
         self.accelerator = _accelerator(config, device)
+        self.events = Callbacks(callbacks if self.accelerator.is_main_process else [])
         torch.manual_seed(config.seed)
         self.model = build_model(
             config, classes=train_split.classes, pretrained_backbone=config.pretrained_backbone
@@ -143,14 +150,11 @@ class Trainer:
             run.truncate_metrics(self.position.metrics_size)
         elif run.metrics_file.is_file():
             run.truncate_metrics(0)
-        self.schedule = build_schedule(optimizer, config, self.total_steps)
-        if self.position.step:
-            self.schedule.last_epoch = self.position.step - 1
-            self.schedule.step()
+        self.schedule = build_schedule(optimizer, config, self.total_steps, done=self.position.step)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
 
     def fit(self) -> None:
-        """Train to the end of the recipe."""
+        """Train to the end of the recipe. Callbacks hear of the main process alone."""
         self.events.on_start(
             TrainingPlan(
                 config=self.config,
@@ -176,6 +180,7 @@ class Trainer:
             while self.position.step < self.total_steps:
                 self._epoch()
             self._finish()
+            self.accelerator.wait_for_everyone()
         finally:
             self.events.on_end()
 
@@ -194,7 +199,8 @@ class Trainer:
             self.events.on_step(step, values["loss"])
             if step % self.config.log_every == 0 or step == self.total_steps:
                 record = {"kind": "train", "step": step, "epoch": round(step / len(self.batches), 4)}
-                record |= interval.means() | {"lr": self.optimizer.param_groups[-1]["lr"]}
+                factor = lr_factor(self.config, step - 1, self.total_steps)
+                record |= interval.means() | {"lr": self.config.lr * factor}
                 self._record(record)
                 self.events.on_record(record)
                 interval = _Interval()
@@ -334,10 +340,22 @@ def _grouped(terms: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def _accelerator(config: Config, device: str | None) -> Accelerator:
-    if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"device {device!r}: torch finds no CUDA device", "use --device cpu")
+    wanted = require_device(device)
+    on_cpu = wanted.type == "cpu"
+    if wanted.index:
+        raise ConfigError(
+            f"device {device!r}: training takes the first device it sees",
+            f"set CUDA_VISIBLE_DEVICES={wanted.index} and use --device {wanted.type}",
+        )
+    if config.amp == "fp16" and on_cpu:
+        raise ConfigError("amp='fp16' needs a GPU, and the device is the CPU", "use amp=bf16 or amp=no")
+    # accelerate keeps one state a process, and refuses another training in it with other precision or device.
+    if AcceleratorState._shared_state:
+        state = AcceleratorState()
+        if state.mixed_precision != config.amp or (state.device.type == "cpu") != on_cpu:
+            AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     return Accelerator(
-        cpu=device == "cpu" or not torch.cuda.is_available(),
+        cpu=on_cpu,
         mixed_precision=config.amp,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=False)],
     )

@@ -82,7 +82,8 @@ def box_losses(pred_boxes: Tensor, pairs: FlatPairs) -> tuple[Tensor, Tensor, Te
     truth = pairs.box.to(predicted.dtype)
     l1 = (predicted - truth).abs().sum(-1)
     corners, truth_corners = box_convert(predicted, "cxcywh", "xyxy"), box_convert(truth, "cxcywh", "xyxy")
-    giou = generalized_box_iou_loss(corners, truth_corners)
+    # The default eps, 1e-7, is a tenth of the area of one pixel of 800 x 1333.
+    giou = generalized_box_iou_loss(corners, truth_corners, eps=1e-12)
     with torch.no_grad():
         iou = elementwise_iou(corners, truth_corners)
     zero = predicted.new_zeros(pred_boxes.shape[0])

@@ -46,6 +46,8 @@ class Backbone(nn.Module):
         self.channels = tuple(int(infos[i]["num_chs"]) for i in indices)
         if pretrained:
             load_imagenet_weights(self.body, name)
+        elif freeze_norm:
+            _wake_norms(self.body)
         if frozen_stride:
             _freeze_until(self.body, _module_of_stride(self.body, name, frozen_stride))
         if freeze_norm:
@@ -88,7 +90,8 @@ def load_imagenet_weights(body: nn.Module, name: str) -> None:
     except Exception as error:
         raise ConfigError(
             f"backbone {name!r}: its ImageNet weights could not be loaded ({_first_line(error)})",
-            "connect to the Hub once, set HF_HOME to a cache that has them, or train with pretrained_backbone=false",
+            "connect to the Hub once, set HF_HOME to a cache that has them, or train it from scratch: "
+            "pretrained_backbone=false model.frozen_stride=0 model.freeze_backbone_norm=false",
         ) from error
     _copy_by_name(body, source)
 
@@ -144,14 +147,23 @@ def _module_of_stride(body: nn.Module, name: str, stride: int) -> str:
 
 def _freeze_until(body: nn.Module, module: str) -> None:
     """Freeze every parameter registered up to and including those of `module`; timm registers in order of depth."""
-    prefixes = (module + ".", module.replace(".", "_") + ".")
-    reached = False
-    for key, parameter in body.named_parameters():
-        inside = key.startswith(prefixes)
-        if reached and not inside:
-            return
-        reached = reached or inside
-        parameter.requires_grad_(False)
+    names = (module, module.replace(".", "_"))
+    parts = list(body.named_modules())
+    inside = [name in names or name.startswith((names[0] + ".", names[1] + ".")) for name, _ in parts]
+    if not any(inside):
+        raise RuntimeError(f"the backbone has no module {module!r}, of which timm says it makes a feature")
+    last = len(inside) - inside[::-1].index(True)
+    for _, part in parts[:last]:
+        for parameter in part.parameters(recurse=False):
+            parameter.requires_grad_(False)
+
+
+def _wake_norms(body: nn.Module) -> None:
+    """timm starts the last norm of a residual branch at zero, to be trained. Frozen, it would cut the branch for good."""
+    for part in body.modules():
+        if isinstance(part, nn.BatchNorm2d) and part.affine:
+            with torch.no_grad():  # small, so that activations stay in range over dozens of blocks
+                part.weight.copy_(torch.where(part.weight == 0, 0.25, part.weight))
 
 
 def _lite0_state() -> OrderedDict[str, Tensor]:

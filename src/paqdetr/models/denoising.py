@@ -78,10 +78,11 @@ class ContrastiveDenoising(nn.Module):
         self.label_embed = nn.Embedding(num_classes, dim)
 
     def forward(self, targets: Sequence[Targets]) -> DenoisingQueries:
-        """Targets of B images -> queries. Without a single box one empty slot remains, so the embedding has a gradient."""
+        """Targets of B images -> queries. Without a single box one group of empty slots remains, so
+        that the embedding has a gradient."""
         device = self.label_embed.weight.device
-        boxes = max([len(target) for target in targets] + [1])
-        groups = max(self.num_queries // boxes, 1)
+        most = max(len(target) for target in targets)
+        boxes, groups = max(most, 1), max(self.num_queries // most, 1) if most else 1
         copies = groups * 2
         labels = pad_sequence([t.labels.to(device) for t in targets], batch_first=True)  # (B, G)
         truth = pad_sequence([t.boxes.to(device).float() for t in targets], batch_first=True)  # (B, G, 4)

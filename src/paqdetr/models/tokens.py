@@ -70,7 +70,7 @@ class Tokens:
             for height, width in spatial_shapes
         ]
         ratios = torch.stack([_valid_ratio(mask) for mask in levels], dim=1)  # (B, L, 2)
-        centers = [_centers(mask, ratios[:, level]) for level, mask in enumerate(levels)]
+        centers = [_centers(mask) for mask in levels]
         level_index = [
             torch.full((height * width,), level, device=values.device)
             for level, (height, width) in enumerate(spatial_shapes)
@@ -92,10 +92,13 @@ def _valid_ratio(mask: Tensor) -> Tensor:
     return torch.stack([valid[:, 0].float().mean(1), valid[:, :, 0].float().mean(1)], dim=-1)
 
 
-def _centers(mask: Tensor, ratio: Tensor) -> Tensor:
-    """(B, h, w), (B, 2) -> (B, h * w, 2) xy; beyond 1 at padding."""
+def _centers(mask: Tensor) -> Tensor:
+    """(B, h, w) -> (B, h * w, 2) xy; beyond 1 at padding."""
     _, height, width = mask.shape
-    y = (torch.arange(height, device=mask.device) + 0.5) / height
-    x = (torch.arange(width, device=mask.device) + 0.5) / width
+    y = torch.arange(height, device=mask.device) + 0.5
+    x = torch.arange(width, device=mask.device) + 0.5
     grid = torch.stack([x.expand(height, -1), y[:, None].expand(-1, width)], dim=-1).flatten(0, 1)  # (h*w, 2)
-    return grid / ratio[:, None]
+    # One division by the number of valid cells: to the last bit the same however many padded ones follow.
+    valid = ~mask
+    counts = torch.stack([valid[:, 0].sum(1), valid[:, :, 0].sum(1)], dim=-1)  # (B, 2)
+    return grid / counts[:, None].clamp(min=1)

@@ -183,7 +183,11 @@ def load(path: str | Path, *, device: str = "cpu") -> Detector:
     tensors, header = read_checkpoint(file)
     try:
         preprocessing = Preprocessing.from_dict(header["preprocessing"])
-        classes = ClassTable.from_categories(header["classes"])
+        # In the order of the file: position is the class index.
+        classes = ClassTable(
+            tuple(int(row["id"]) for row in header["classes"]),
+            tuple(str(row["name"]) for row in header["classes"]),
+        )
         config = validate_config(
             {
                 "name": header["name"],
@@ -193,11 +197,21 @@ def load(path: str | Path, *, device: str = "cpu") -> Detector:
             },
             str(file),
         )
-    except (KeyError, TypeError) as error:
+        model = build_model(config, classes=classes)
+    except KeyError as error:
         raise CheckpointError(
-            f"{file}: its header lacks {error}", "it was not written by paqdetr's `save`"
+            f"{file}: its header lacks {error}", "give a file that paqdetr's `save` or a run has written"
         ) from None
-    model = build_model(config, classes=classes)
+    except (TypeError, ValueError, IndexError) as error:
+        raise CheckpointError(
+            f"{file}: its header is malformed ({error})",
+            "give a file that paqdetr's `save` or a run has written",
+        ) from None
+    except ConfigError as error:
+        raise CheckpointError(
+            f"{file}: its header describes no model that this version can build ({error.message})",
+            f"load it with the version that wrote it, {header.get('version')}",
+        ) from None
     model.preprocessing = preprocessing
     load_tensors(model, tensors, str(file))
     return model.to(device).eval()

@@ -17,7 +17,7 @@ def ms_deform_attn_reference(
     batch, _, heads, channels = value.shape
     queries, points = sampling_locations.shape[1], sampling_locations.shape[4]
     # grid_sample wants value and grid in one dtype; bfloat16 locations would be off by whole pixels.
-    grids = (2 * sampling_locations - 1).to(torch.promote_types(value.dtype, torch.float32))
+    grids = 2 * sampling_locations.to(torch.promote_types(value.dtype, torch.float32)) - 1
     levels = value.split([height * width for height, width in spatial_shapes], dim=1)
     sampled = []
     for level, (height, width) in enumerate(spatial_shapes):

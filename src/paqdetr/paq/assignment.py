@@ -120,7 +120,7 @@ class QualityAwareAssigner:
     def solve(self, image: Matchables) -> Pairs:
         """Pairs of one image of one layer."""
         num_queries, num_boxes = image.cost.shape
-        if num_boxes == 0 or num_boxes >= num_queries:
+        if num_boxes == 0 or num_boxes > num_queries:
             return _to_pairs(*linear_sum_assignment(image.cost))
         scores = self._scores(image)
         claims = self._claims(scores)
@@ -141,8 +141,8 @@ class QualityAwareAssigner:
         if num_boxes == 0:
             return np.zeros(0, dtype=np.int64)
         best = -np.sort(-scores, axis=0)[: self.top_k]  # (min(k, n), G), descending
-        # 1e-9: a sum of IoUs that is 2 but for rounding is 2.
-        wanted = np.ceil(best.sum(axis=0) - 1e-9).astype(np.int64)
+        # 1e-6: a sum of IoUs that is 2 but for the rounding of float32 is 2.
+        wanted = np.ceil(best.sum(axis=0) - 1e-6).astype(np.int64)
         claims = np.minimum(np.clip(wanted, self.min_positives, self.top_k), num_queries)
         surplus = int(claims.sum()) - max(num_boxes, num_queries // 2)
         if surplus <= 0:

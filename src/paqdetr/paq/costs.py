@@ -134,9 +134,9 @@ def _image_terms(logits: Tensor, boxes: Tensor, target: Targets, weights: CostWe
     cost = weights.l1 * l1 + weights.giou * -giou
     cost = cost.view(layers, num_queries, count) + weights.classification * (positive - negative)
 
-    # nan_to_num above must not hide a NaN box from the check below.
-    broken = (~flat.isfinite().all(-1)).view(layers, num_queries, 1)
-    highest = probability.amax(-1, keepdim=True).masked_fill(broken, torch.nan)  # (K, n, 1)
+    # Neither nan_to_num nor the sigmoid of an infinite logit may hide a broken prediction from the check below.
+    sound = flat.isfinite().all(-1).view(layers, num_queries, 1) & logits.isfinite().all(-1, keepdim=True)
+    highest = probability.amax(-1, keepdim=True).masked_fill(~sound, torch.nan)  # (K, n, 1)
     padding = logits.new_zeros(layers, num_queries, most - count, dtype=working)
     terms = [cost, padding, iou.view_as(cost), padding, of_class, padding, highest]
     return torch.cat(terms, dim=-1).transpose(1, 2)

@@ -22,8 +22,9 @@ class MaskedGroupNorm(nn.GroupNorm):
         if valid is None:
             return super().forward(x)
         batch, channels, height, width = x.shape
-        groups = x.float().view(batch, self.num_groups, channels // self.num_groups, height, width)
-        weight = valid.float().unsqueeze(1)  # (B, 1, 1, h, w)
+        working = torch.promote_types(x.dtype, torch.float32)
+        groups = x.to(working).view(batch, self.num_groups, channels // self.num_groups, height, width)
+        weight = valid.to(working).unsqueeze(1)  # (B, 1, 1, h, w)
         count = weight.sum((2, 3, 4), keepdim=True).clamp(min=1) * groups.shape[2]
         mean = (groups * weight).sum((2, 3, 4), keepdim=True) / count
         variance = ((groups - mean).square() * weight).sum((2, 3, 4), keepdim=True) / count
@@ -32,11 +33,11 @@ class MaskedGroupNorm(nn.GroupNorm):
 
 
 class PooledExtractor(nn.Module):
-    """Mean over the valid tokens of all levels -> Linear, ReLU, Linear. (B, S, d) -> (B, d)."""
+    """Mean over the valid tokens of all levels -> Linear, ReLU. (B, S, d) -> (B, d)."""
 
     def __init__(self, *, dim: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))
+        self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.ReLU())
 
     def forward(
         self, tokens: Tensor, spatial_shapes: Sequence[tuple[int, int]], padding_mask: Tensor | None
@@ -44,9 +45,10 @@ class PooledExtractor(nn.Module):
         """See `PatternQueries.forward`."""
         if padding_mask is None:
             return self.mlp(tokens.mean(1))
-        valid = (~padding_mask).to(tokens.dtype).unsqueeze(-1)  # (B, S, 1)
+        working = torch.promote_types(tokens.dtype, torch.float32)  # thousands of tokens overflow a half
+        count = (~padding_mask).sum(1, keepdim=True).clamp(min=1)  # (B, 1)
         tokens = tokens.masked_fill(padding_mask.unsqueeze(-1), 0.0)
-        return self.mlp(tokens.sum(1) / valid.sum(1).clamp(min=1))
+        return self.mlp((tokens.sum(1, dtype=working) / count).to(tokens.dtype))
 
 
 class FusedExtractor(nn.Module):
@@ -63,6 +65,8 @@ class FusedExtractor(nn.Module):
 
     def __init__(self, *, dim: int, num_levels: int, conv: str = "depthwise") -> None:
         super().__init__()
+        if conv not in ("depthwise", "full"):
+            raise ValueError(f"conv: expected 'depthwise' or 'full', found {conv!r}")
         self.levels = nn.ModuleList(
             _LevelBranch(dim=dim, dilation=2**level, depthwise=conv == "depthwise")
             for level in range(num_levels)
@@ -147,11 +151,13 @@ def _mean_over_valid(x: Tensor, valid: Tensor | None) -> Tensor:
     """(B, d, h, w), zero at padding -> (B, d, 1, 1)."""
     if valid is None:
         return x.mean((2, 3), keepdim=True)
-    return x.sum((2, 3), keepdim=True) / valid.sum((2, 3), keepdim=True).clamp(min=1)
+    working = torch.promote_types(x.dtype, torch.float32)  # thousands of cells overflow a half
+    count = valid.sum((2, 3), keepdim=True, dtype=working).clamp(min=1)
+    return (x.sum((2, 3), keepdim=True, dtype=working) / count).to(x.dtype)
 
 
 def _enlarge(x: Tensor, valid: Tensor | None, size: Sequence[int], fine_valid: Tensor | None) -> Tensor:
-    """Bilinear enlargement that maps the valid part of x onto the valid part of the finer level.
+    """Bilinear enlargement that maps the valid part of x onto the valid part of the finer level, zero beyond it.
 
     x: (B, d, h, w) -> (B, d, *size). Interpolating the padded maps would tie the result to the amount of padding, since the
     ratio of their sides changes with it.
@@ -164,7 +170,12 @@ def _enlarge(x: Tensor, valid: Tensor | None, size: Sequence[int], fine_valid: T
     grid = torch.stack(
         [columns[:, None, :].expand(-1, height, -1), rows[:, :, None].expand(-1, -1, width)], dim=-1
     )  # (B, H, W, 2)
-    return F.grid_sample(x, grid.to(x.dtype), mode="bilinear", padding_mode="border", align_corners=True)
+    # In half precision a position would be off by a good part of a cell, and by how much would depend on the padding.
+    working = torch.promote_types(x.dtype, torch.float32)
+    read = F.grid_sample(
+        x.to(working), grid.to(working), mode="bilinear", padding_mode="border", align_corners=True
+    )
+    return _zero_padding(read.to(x.dtype), fine_valid)  # padded cells have read the edge of the valid part
 
 
 def _sample_positions(coarse: Tensor, fine: Tensor) -> Tensor:
@@ -177,5 +188,5 @@ def _sample_positions(coarse: Tensor, fine: Tensor) -> Tensor:
 
 
 def _groups(dim: int) -> int:
-    """32 groups where the width allows it, else the largest count that divides it."""
-    return next(count for count in (32, 16, 8, 4, 2, 1) if dim % count == 0)
+    """Up to 32 groups of four channels at least: one alone on a level of 1x1 would be normed to a constant."""
+    return next((count for count in (32, 16, 8, 4, 2) if dim % count == 0 and dim // count >= 4), 1)

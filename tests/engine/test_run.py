@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from paqdetr.config import load_config
+from paqdetr.engine.run import Run, prepare_run
+from paqdetr.errors import ConfigError
+
+CONFIG = load_config("paq_dino_nano", {"epochs": 3})
+
+
+def changed(**settings: Any) -> Any:
+    return load_config("paq_dino_nano", {"epochs": 3, **settings})
+
+
+def begun(output: Path) -> Run:
+    run = prepare_run(output, CONFIG, resume=False)
+    run.write_config(CONFIG)
+    return run
+
+
+def test_a_new_run_has_its_folder_and_no_config_yet(tmp_path: Path) -> None:
+    run = prepare_run(tmp_path / "a" / "b", CONFIG, resume=False)
+    assert run.output.is_dir() and list(run.output.iterdir()) == []
+    run.write_config(CONFIG)
+    assert [file.name for file in run.output.iterdir()] == ["config.yaml"]
+    assert load_config(run.config_file) == CONFIG
+    assert run.records() == [] and run.metrics == {} and not run.finished
+
+
+def test_an_empty_folder_is_fine(tmp_path: Path) -> None:
+    (tmp_path / ".DS_Store").touch()
+    assert prepare_run(tmp_path, CONFIG, resume=False).output == tmp_path
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_file_or_a_foreign_folder_in_the_way(tmp_path: Path, resume: bool) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "best.safetensors").write_text("mine")
+    for name, words in (("file", "a file is in the way"), ("folder", "holds other files")):
+        with pytest.raises(ConfigError, match=words) as caught:
+            prepare_run(tmp_path / name, CONFIG, resume=resume)
+        assert name in caught.value.message and "--output" in caught.value.remedy
+    assert (tmp_path / "file").read_text() == "mine"
+    assert (tmp_path / "folder" / "best.safetensors").read_text() == "mine"
+    assert len(list((tmp_path / "folder").iterdir())) == 1
+
+
+def test_a_run_is_not_begun_twice(tmp_path: Path) -> None:
+    run = begun(tmp_path / "run")
+    with pytest.raises(ConfigError, match="there is a run already") as caught:
+        prepare_run(run.output, CONFIG, resume=False)
+    assert "--resume" in caught.value.remedy
+    assert prepare_run(run.output, CONFIG, resume=True) == run
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "old"),
+    [("epochs", 4, "3"), ("model.num_patterns", 32, "64"), ("augment.scale", (0.5, 1.0), "[0.6, 1.0]"), ("seed", 1, "0")],
+)
+def test_changed_settings_are_named(tmp_path: Path, key: str, value: Any, old: str) -> None:
+    run = begun(tmp_path / "run")
+    before = run.config_file.read_text()
+    with pytest.raises(ConfigError) as caught:
+        prepare_run(run.output, changed(**{key: value}), resume=True)
+    assert f"{key}={old}" in caught.value.message and str(run.config_file) in caught.value.message
+    assert run.config_file.read_text() == before
+
+
+def test_how_images_are_loaded_may_change(tmp_path: Path) -> None:
+    run = begun(tmp_path / "run")
+    assert prepare_run(run.output, changed(workers=3, cache_images=0.5), resume=True) == run
+
+
+def test_a_config_that_is_there_is_kept(tmp_path: Path) -> None:
+    run = begun(tmp_path / "run")
+    text = "# my notes\n" + run.config_file.read_text()
+    run.config_file.write_text(text)
+    prepare_run(run.output, CONFIG, resume=True).write_config(CONFIG)
+    assert run.config_file.read_text() == text
+
+
+def test_records_skip_a_line_cut_short(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.append({"kind": "train", "step": 1})
+    run.append({"kind": "eval", "step": 1, "AP": 0.5, "epoch": 1})
+    run.append({"kind": "eval", "step": 2, "AP": None, "epoch": 2})
+    size = run.metrics_file.stat().st_size
+    with run.metrics_file.open("a") as file:
+        file.write('{"kind": "eval", "AP": 0.9')
+    assert [record["step"] for record in run.records()] == [1, 1, 2]
+    assert [record["step"] for record in run.records("eval")] == [1, 2]
+    assert run.metrics["epoch"] == 1
+    run.truncate_metrics(size)
+    assert run.metrics_file.read_text().count("\n") == 3 and run.metrics_file.stat().st_size == size
+    run.truncate_metrics(10**9)  # nothing to forget
+    assert run.metrics_file.stat().st_size == size
+
+
+def test_the_first_of_equal_figures_is_the_best(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    for epoch, ap in ((1, 0.0), (2, 0.3), (3, 0.3)):
+        run.append({"kind": "eval", "epoch": epoch, "AP": ap})
+    assert run.metrics["epoch"] == 2  # as best.safetensors, which only a better one replaces

@@ -1,0 +1,377 @@
+"""Pattern queries: a mixture, made anew for each image, from tokens of every level and from nothing else."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from paqdetr.paq import Mixture, PatternQueries, pattern_diversity_loss
+
+DIM = 16
+SIZES = [(6, 8), (3, 4), (2, 2)]
+KINDS = {
+    f"{extractor}-{head}-{conv}": dict(extractor=extractor, head=head, conv=conv)
+    for extractor, head, conv in itertools.product(
+        ("fused", "pooled"), ("dense", "factorised"), ("depthwise", "full")
+    )
+}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+Maps = list[Tensor]  # one image, per level (d, h, w), all of it valid
+
+
+def make(kind: str = "fused-dense-depthwise", **changes: Any) -> PatternQueries:
+    settings: dict[str, Any] = dict(num_queries=7, num_patterns=5, dim=DIM, num_levels=3, head_rank=3)
+    return PatternQueries(**(settings | KINDS[kind] | changes))
+
+
+def random_image(sizes: list[tuple[int, int]] = SIZES) -> Maps:
+    """Each image has a look of its own, as a mean, or pooling would see no difference."""
+    look = torch.randn(DIM, 1, 1)
+    return [look + torch.randn(DIM, height, width) for height, width in sizes]
+
+
+def pad_batch(images: list[Maps], extra: int = 0) -> tuple[Tensor, list[tuple[int, int]], Tensor]:
+    """Tokens, shapes and mask; padding right and below to the largest image's size and `extra` more, full of garbage."""
+    shapes, tokens, masks = [], [], []
+    for level in zip(*images, strict=True):
+        height, width = (max(x.shape[axis] for x in level) + extra for axis in (1, 2))
+        plane = 100 * torch.randn(len(level), DIM, height, width)
+        mask = torch.ones(len(level), height, width, dtype=torch.bool)
+        for i, x in enumerate(level):
+            plane[i, :, : x.shape[1], : x.shape[2]] = x
+            mask[i, : x.shape[1], : x.shape[2]] = False
+        shapes.append((height, width))
+        tokens.append(plane.flatten(2).transpose(1, 2))
+        masks.append(mask.flatten(1))
+    return torch.cat(tokens, dim=1), shapes, torch.cat(masks, dim=1)
+
+
+def assert_same(found: Mixture, expected: Mixture, rows: slice = slice(None)) -> None:
+    assert found.weights is not None and expected.weights is not None
+    torch.testing.assert_close(found.content[rows], expected.content, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.weights[rows], expected.weights, atol=1e-5, rtol=0)
+
+
+# --- a convex mixture
+
+
+@every_kind
+def test_content_is_a_convex_mixture_of_the_patterns(kind: str) -> None:
+    queries = make(kind, pattern_dim=9)
+    mix = queries(*pad_batch([random_image(), random_image()]))
+    assert mix.weights is not None
+    assert mix.content.shape == (2, 7, 9) and mix.weights.shape == (2, 7, 5)
+    assert queries.patterns.shape == (5, 9)
+    assert (mix.weights >= 0).all()
+    torch.testing.assert_close(mix.weights.sum(-1), torch.ones(2, 7))
+    for b, i in itertools.product(range(2), range(7)):
+        mixed = sum(mix.weights[b, i, j] * queries.patterns[j] for j in range(5))
+        torch.testing.assert_close(mix.content[b, i], mixed)
+
+
+def test_shapes_may_be_a_tensor_and_the_mask_absent() -> None:
+    queries = make()
+    tokens, shapes, mask = pad_batch([random_image()])
+    expected = queries(tokens, shapes, mask)
+    assert_same(queries(tokens, torch.tensor(shapes)), expected)
+    assert_same(queries(tokens, torch.tensor(shapes), mask, torch.rand(1, 7, 4)), expected)
+
+
+# --- from the image, from all of it
+
+
+@every_kind
+def test_weights_differ_between_images(kind: str) -> None:
+    mix = make(kind)(*pad_batch([random_image(), random_image()]))
+    assert mix.weights is not None
+    assert (mix.weights[0] - mix.weights[1]).abs().amax(-1).min() > 1e-3  # in every query
+
+
+@pytest.mark.parametrize("sizes", [SIZES, [(4, 5), (2, 3), (1, 1)]], ids=["usual", "ends in 1x1"])
+@pytest.mark.parametrize("dim", [16, 32])
+@every_kind
+def test_weights_have_a_gradient_to_every_level(kind: str, dim: int, sizes: list[tuple[int, int]]) -> None:
+    queries = make(kind, dim=dim)
+    tokens = torch.randn(2, sum(h * w for h, w in sizes), dim, requires_grad=True)
+    weights = queries(tokens, sizes).weights
+    (gradient,) = torch.autograd.grad(weights[0, 3, 2], tokens)
+    for level in gradient.split([h * w for h, w in sizes], dim=1):
+        assert level[0].abs().amax() > 1e-7
+    assert (gradient[1] == 0).all()  # the other image
+
+
+@every_kind
+def test_one_query_teaches_every_pattern_and_every_weight(kind: str) -> None:
+    queries = make(kind)
+    before = queries(*pad_batch([random_image()])).content
+    before[0, 4].square().sum().backward()
+    assert queries.patterns.grad is not None
+    assert (queries.patterns.grad.abs().amax(1) > 0).all()
+    for name, parameter in queries.named_parameters():
+        assert parameter.grad is not None, name
+
+
+def test_one_query_moves_all_others() -> None:
+    queries = make()
+    inputs = pad_batch([random_image()])
+    before = queries(*inputs).content
+    (gradient,) = torch.autograd.grad(before[0, 4].square().sum(), queries.patterns)
+    with torch.no_grad():
+        queries.patterns -= 0.1 * gradient
+    assert ((queries(*inputs).content - before).abs().amax(-1) > 1e-5).all()
+
+
+def test_a_static_table_teaches_one_query_alone() -> None:
+    """What pattern queries are compared with."""
+    from paqdetr.models.queries import StaticQueries
+
+    static = StaticQueries(num_queries=7, dim=DIM)
+    mix = static(torch.zeros(2, 3, DIM), [(1, 3)])
+    assert mix.weights is None
+    mix.content[0, 4].square().sum().backward()
+    assert static.table.grad is not None
+    assert static.table.grad.abs().amax(1).nonzero().flatten().tolist() == [4]
+
+
+# --- blind to padding and to batch mates
+
+
+@pytest.mark.parametrize("extra", [0, 1, 7])
+@every_kind
+def test_neither_amount_nor_content_of_padding_matters(kind: str, extra: int) -> None:
+    queries = make(kind)
+    image = random_image()
+    tokens, shapes, mask = pad_batch([image])
+    assert not mask.any()
+    expected = queries(tokens, shapes)
+    padded, shapes, mask = pad_batch([image], extra)
+    assert_same(queries(padded, shapes, mask), expected)
+    garbage = torch.where(mask[..., None], -1e4 * torch.rand_like(padded), padded)
+    assert_same(queries(garbage, shapes, mask), expected)
+    broken = torch.where(mask[..., None], torch.tensor(math.nan), padded)
+    assert_same(queries(broken, shapes, mask), expected)
+
+
+@pytest.mark.parametrize("extra", [0, 1, 7])
+@every_kind
+def test_batch_mates_of_other_sizes_do_not_matter(kind: str, extra: int) -> None:
+    queries = make(kind)
+    images = [
+        random_image([(6, 8), (3, 4), (2, 2)]),
+        random_image([(8, 3), (4, 2), (2, 1)]),
+        random_image([(2, 2), (1, 1), (1, 1)]),
+        random_image([(5, 7), (3, 4), (2, 2)]),
+    ]
+    together = queries(*pad_batch(images, extra))
+    for i, image in enumerate(images):
+        tokens, shapes, _ = pad_batch([image])
+        assert_same(together, queries(tokens, shapes), slice(i, i + 1))
+
+
+@every_kind
+def test_no_gradient_reaches_the_padding(kind: str) -> None:
+    tokens, shapes, mask = pad_batch([random_image()], extra=2)
+    tokens.requires_grad_()
+    make(kind)(tokens, shapes, mask).content.square().sum().backward()
+    assert tokens.grad is not None
+    assert (tokens.grad[mask] == 0).all() and (tokens.grad[~mask] != 0).any()
+
+
+@pytest.mark.parametrize("kind", ["fused-dense-depthwise", "pooled-factorised-full"])
+def test_a_large_padding_of_a_large_map(kind: str) -> None:
+    queries = make(kind, num_levels=2)
+    image = random_image([(40, 50), (20, 25)])
+    tokens, shapes, _ = pad_batch([image])
+    assert_same(queries(*pad_batch([image], extra=30)), queries(tokens, shapes))
+
+
+# --- precision
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@every_kind
+def test_half_precision_tokens(kind: str, dtype: torch.dtype) -> None:
+    """The weights are mixed in float32: their rows still sum to 1."""
+    queries = make(kind)
+    inputs = pad_batch([random_image(), random_image([(5, 5), (3, 3), (2, 2)])], extra=3)
+    expected = queries(*inputs)
+    mix = queries.to(dtype)(inputs[0].to(dtype), *inputs[1:])
+    assert mix.weights is not None and expected.weights is not None
+    assert mix.content.dtype == dtype and mix.weights.dtype == torch.float32
+    torch.testing.assert_close(mix.weights.sum(-1), torch.ones(2, 7))
+    torch.testing.assert_close(mix.weights, expected.weights, atol=0.05, rtol=0)
+
+
+@every_kind
+def test_autocast(kind: str) -> None:
+    queries = make(kind)
+    inputs = pad_batch([random_image(), random_image([(5, 5), (3, 3), (2, 2)])], extra=3)
+    expected = queries(*inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain, half = queries(*inputs), queries(inputs[0].bfloat16(), *inputs[1:])
+    assert expected.weights is not None
+    for mix in (plain, half):
+        assert mix.weights is not None and mix.weights.dtype == torch.float32
+        torch.testing.assert_close(mix.weights.sum(-1), torch.ones(2, 7))
+        torch.testing.assert_close(mix.weights, expected.weights, atol=0.05, rtol=0)
+    mix.content.float().square().sum().backward()
+    assert all(parameter.grad is not None for parameter in queries.parameters())
+
+
+def test_float64_is_kept() -> None:
+    tokens, shapes, mask = pad_batch([random_image()], extra=1)
+    mix = make().double()(tokens.double(), shapes, mask)
+    assert mix.weights is not None and mix.weights.dtype == mix.content.dtype == torch.float64
+
+
+# --- heads and settings
+
+
+def head_parameters(**settings: Any) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in PatternQueries(**settings).head.parameters())
+
+
+def test_the_factorised_head_is_a_fraction_of_the_dense_one() -> None:
+    # n = 900, m = 64, d = 256: dense 256 * 57,600 weights and as many biases as logits. Factorised of rank 32: a table
+    # 900 * 32, factors 256 * 2,048 + 2,048, biases 57,600.
+    sizes: dict[str, Any] = dict(num_queries=900, num_patterns=64, dim=256)
+    assert head_parameters(**sizes) == 256 * 57_600 + 57_600 == 14_803_200
+    small = head_parameters(**sizes, head="factorised")
+    assert small == 900 * 32 + 256 * 2_048 + 2_048 + 57_600 == 612_736
+    assert head_parameters(num_queries=900, num_patterns=150, dim=256) == 34_695_000
+
+
+def test_full_convolutions_cost_more() -> None:
+    def extractor_parameters(conv: Any) -> int:
+        return sum(p.numel() for p in make(conv=conv).extractor.parameters())
+
+    per_level = 9 * DIM * DIM - 9 * DIM
+    assert extractor_parameters("full") - extractor_parameters("depthwise") == 3 * per_level
+
+
+def test_the_factorised_head_has_at_most_its_rank() -> None:
+    queries = make("pooled-factorised-full", num_queries=20, num_patterns=10)
+    tokens, shapes, _ = pad_batch([random_image()])
+    logits = queries(tokens, shapes).weights.log()[0]  # up to a constant a row
+    logits = logits - queries.head.bias
+    centred = logits - logits.mean(1, keepdim=True)
+    assert torch.linalg.matrix_rank(centred, atol=1e-4) == 3
+
+
+@pytest.mark.parametrize("head", ["dense", "factorised"])
+def test_bias_std_spreads_the_logits(head: Any) -> None:
+    def bias_of(bias_std: float | None) -> Tensor:
+        queries = make(num_queries=200, num_patterns=30, head=head, bias_std=bias_std)
+        return (queries.head.linear.bias if head == "dense" else queries.head.bias).detach()
+
+    assert bias_of(2.0).std().item() == pytest.approx(2.0, rel=0.05)
+    assert bias_of(0.5).std().item() == pytest.approx(0.5, rel=0.05)
+    assert (bias_of(0.0) == 0).all()
+    bound = 1 / math.sqrt(DIM)  # torch's own: uniform in +- 1 / sqrt(d)
+    assert bias_of(None).abs().max().item() == pytest.approx(bound, rel=0.01)
+    assert bias_of(None).std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+
+
+def mean_cosine(content: Tensor) -> float:
+    unit = torch.nn.functional.normalize(content[0], dim=-1)
+    count = unit.shape[0]
+    return ((unit @ unit.T).sum() - count).item() / (count * (count - 1))
+
+
+@pytest.mark.parametrize("head", ["dense", "factorised"])
+def test_a_bias_keeps_queries_apart_at_the_start(head: Any) -> None:
+    """Without it all queries start as near copies of the mean pattern."""
+    tokens, shapes, _ = pad_batch([random_image()])
+    sizes: dict[str, Any] = dict(num_queries=50, num_patterns=32, head=head, head_rank=32)
+    plain, spread = (make(**sizes, bias_std=std)(tokens, shapes).content for std in (None, 2.0))
+    assert mean_cosine(spread) < 0.5 < 0.7 < mean_cosine(plain)
+
+
+@every_kind
+def test_gain_scales_how_much_the_image_counts(kind: str) -> None:
+    """The spread of the logits between two images grows in proportion."""
+    inputs = pad_batch([random_image(), random_image()])
+
+    def difference(gain: float) -> Tensor:
+        torch.manual_seed(1)
+        # From log weights, free of the rows' normalisers.
+        logits = make(kind, gain=gain, bias_std=0.0)(*inputs).weights.log()
+        logits = logits - logits.mean(-1, keepdim=True)
+        return (logits[0] - logits[1]).detach()
+
+    torch.testing.assert_close(difference(3.0), 3 * difference(1.0), atol=1e-4, rtol=1e-3)
+
+
+@every_kind
+def test_temperature_divides_the_logits(kind: str) -> None:
+    inputs = pad_batch([random_image()])
+
+    def weights(temperature: float) -> Tensor:
+        torch.manual_seed(1)
+        return make(kind, temperature=temperature)(*inputs).weights.detach()
+
+    base = weights(1.0)
+    for temperature in (0.5, 4.0):
+        torch.testing.assert_close(
+            weights(temperature), (base.log() / temperature).softmax(-1), atol=1e-5, rtol=1e-4
+        )
+
+
+@pytest.mark.parametrize("std", [0.0, 0.02, 1.0])
+def test_pattern_std(std: float) -> None:
+    queries = make(num_patterns=100, pattern_dim=200, pattern_std=std)
+    assert queries.patterns.std().item() == pytest.approx(std, rel=0.03)
+    content = queries(*pad_batch([random_image()])[:2]).content
+    assert content.abs().max() <= queries.patterns.abs().max() + 1e-6
+
+
+def test_the_public_signature_stays() -> None:
+    parameters = inspect.signature(PatternQueries).parameters
+    defaults = {name: parameter.default for name, parameter in parameters.items()}
+    expected = dict(
+        num_patterns=64,
+        dim=256,
+        num_levels=4,
+        extractor="fused",
+        head="dense",
+        pattern_dim=None,
+        temperature=1.0,
+        gain=1.0,
+        bias_std=2.0,
+        pattern_std=1.0,
+    )
+    assert list(defaults)[:11] == ["num_queries", *expected]
+    assert expected.items() <= defaults.items()
+
+
+def test_the_patterns_owe_their_diversity() -> None:
+    queries = make()
+    owed = queries.aux_losses()
+    assert list(owed) == ["diversity"]
+    assert owed["diversity"].item() == pattern_diversity_loss(queries.patterns).item()
+    owed["diversity"].backward()
+    assert [name for name, p in queries.named_parameters() if p.grad is not None] == ["patterns"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("num_patterns", 1),
+        ("extractor", "fussed"),
+        ("head", "sparse"),
+        ("temperature", 0.0),
+        ("temperature", -1.0),
+        ("conv", "dense"),
+    ],
+)
+def test_wrong_settings(setting: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{setting}: expected.*found {value!r}"):
+        make(**{setting: value})

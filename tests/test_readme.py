@@ -1,0 +1,98 @@
+"""The README's commands and Python blocks run as they stand, in order, in an empty folder; only the amount of work is cut.
+
+`make readme` runs this. Trainings get a few steps on small pictures, the data set a few images: what is tested is that the words work.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+README = (REPO / "README.md").read_text(encoding="utf-8")
+FEWER_STEPS = ["max_steps=3", "image_size=96", "log_every=1"]
+FEWER_IMAGES = {"--train": "8", "--val": "2", "--test": "2"}
+
+pytestmark = pytest.mark.readme
+
+
+def blocks(language: str) -> list[str]:
+    """Fenced blocks of one language, "" for plain ones."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+    return [text for name, text in found if name == language]
+
+
+def commands() -> list[list[str]]:
+    """Every `paqdetr ...` line of the plain blocks."""
+    lines = [line for block in blocks("") for line in block.splitlines()]
+    return [shlex.split(line) for line in lines if line.startswith("paqdetr ")]
+
+
+def shortened(words: list[str]) -> list[str]:
+    """The same command with less to do."""
+    if words[1] == "train":
+        return words + FEWER_STEPS
+    if words[1:4] == ["data", "make", "digits"]:
+        return [FEWER_IMAGES.get(words[i - 1], word) for i, word in enumerate(words)]
+    return words
+
+
+def run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(REPO / "src")}
+    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def test_commands_and_python_blocks(tmp_path: Path) -> None:
+    listed = commands()
+    assert [words[1] for words in listed] == ["data", "data", "train", "eval", "predict"]
+    for words in listed:
+        done = run([sys.executable, "-m", *shortened(words)], tmp_path)
+        assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
+    assert (tmp_path / "runs/first/test.json").is_file()
+    assert any((tmp_path / "runs/first/drawn").glob("*.jpg"))
+
+    train_block, paq_block = blocks("python")
+    settings = '"max_steps": 3, "image_size": 96, "log_every": 1'
+    cut = train_block.replace("epochs=2)", f"epochs=2, settings={{{settings}}})")
+    assert cut != train_block
+    for script in (cut, paq_block):
+        done = run([sys.executable, "-c", script], tmp_path)
+        assert done.returncode == 0, f"{script}\n{done.stdout}\n{done.stderr}"
+
+
+def test_links_lead_somewhere() -> None:
+    targets = [target for target in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in target]
+    assert targets
+    for target in targets:
+        assert (REPO / target).is_file(), target
+
+
+def test_make_targets_exist() -> None:
+    makefile = (REPO / "Makefile").read_text(encoding="utf-8")
+    targets = [line.split()[1] for block in blocks("") for line in block.splitlines() if line.startswith("make ")]
+    assert targets == ["quickstart", "test"]
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE)
+
+
+def test_quickstart_in_small(tmp_path: Path) -> None:
+    """`make quickstart` with a few images and steps, twice: the second call reuses everything."""
+    clone = tmp_path / "clone"
+    clone.mkdir()
+    for name in ("Makefile", "pyproject.toml", "README.md", "LICENSE", "src", ".venv"):
+        (clone / name).symlink_to(REPO / name)
+    small = ["DIGITS_ARGS=--train 8 --val 2 --test 2", f"QUICKSTART_ARGS={' '.join(FEWER_STEPS)}"]
+    first = run(["make", "quickstart", *small], clone)
+    assert first.returncode == 0, first.stdout + first.stderr
+    for name in ("best.safetensors", "config.yaml", "metrics.jsonl", "curves.png", "predictions.png", "test.json"):
+        assert (clone / "runs/quickstart" / name).is_file(), name
+    before = (clone / "runs/quickstart/metrics.jsonl").read_bytes()
+    second = run(["make", "quickstart", *small], clone)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert (clone / "runs/quickstart/metrics.jsonl").read_bytes() == before
