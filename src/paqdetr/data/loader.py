@@ -133,16 +133,16 @@ class TrainingBatches(Sampler[list[SampleKey]]):
     def __iter__(self) -> Iterator[list[SampleKey]]:
         rng = np.random.default_rng([self.seed, self.epoch])
         order = rng.permutation(len(self._tall))
-        per_round = self.batch_size * self.world_size
-        if len(order) < per_round:
-            order = np.resize(order, per_round)
-        # Full batches of one orientation first; what is left of both fills the rest. Which images miss an epoch is random.
+        count = len(self) * self.batch_size * self.world_size
+        # np.resize repeats a small data set until it fills a batch. Of a larger one, those that miss an epoch are drawn first:
+        # a rare orientation must not miss them all.
+        order = np.resize(order, count) if len(order) < count else order[:count]
+        # Full batches of one orientation; what is left of both fills one mixed batch, or none.
         groups = [order[self._tall[order]], order[~self._tall[order]]]
         full = [group[: len(group) // self.batch_size * self.batch_size] for group in groups]
-        rest = np.concatenate([group[len(head) :] for group, head in zip(groups, full, strict=True)])
-        rest = rest[: len(rest) // self.batch_size * self.batch_size]
-        batches = np.concatenate([*full, rest]).reshape(-1, self.batch_size)
-        batches = batches[rng.permutation(len(batches))][: len(self) * self.world_size]
+        rest = [group[len(head) :] for group, head in zip(groups, full, strict=True)]
+        batches = np.concatenate([*full, *rest]).reshape(-1, self.batch_size)
+        batches = batches[rng.permutation(len(batches))]
         scales = rng.uniform(*self.scale, size=len(batches))
         seeds = rng.integers(2**62, size=batches.shape)
         for number in range(self.rank, len(batches), self.world_size):

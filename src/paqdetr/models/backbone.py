@@ -49,7 +49,10 @@ class Backbone(nn.Module):
         elif freeze_norm:
             _wake_norms(self.body)
         if frozen_stride:
-            _freeze_until(self.body, _module_of_stride(self.body, name, frozen_stride))
+            _freeze(self.body, until=_module_of_stride(self.body, name, frozen_stride))
+        if max(strides) < max(int(info["reduction"]) for info in infos):
+            # timm's EfficientNets keep stages that nobody reads, and that would go without a gradient.
+            _freeze(self.body, after=_module_of_stride(self.body, name, max(strides)))
         if freeze_norm:
             self.body = freeze_batch_norm_2d(self.body)
         self._channels_first = getattr(self.body, "output_fmt", None) is None or _is_nchw(self.body)
@@ -145,15 +148,16 @@ def _module_of_stride(body: nn.Module, name: str, stride: int) -> str:
     )
 
 
-def _freeze_until(body: nn.Module, module: str) -> None:
-    """Freeze every parameter registered up to and including those of `module`; timm registers in order of depth."""
+def _freeze(body: nn.Module, *, until: str | None = None, after: str | None = None) -> None:
+    """Freeze every parameter up to and including those of a module, or all after it; timm registers in order of depth."""
+    module = until or after or ""
     names = (module, module.replace(".", "_"))
     parts = list(body.named_modules())
     inside = [name in names or name.startswith((names[0] + ".", names[1] + ".")) for name, _ in parts]
     if not any(inside):
         raise RuntimeError(f"the backbone has no module {module!r}, of which timm says it makes a feature")
-    last = len(inside) - inside[::-1].index(True)
-    for _, part in parts[:last]:
+    end = len(inside) - inside[::-1].index(True)
+    for _, part in parts[:end] if until else parts[end:]:
         for parameter in part.parameters(recurse=False):
             parameter.requires_grad_(False)
 

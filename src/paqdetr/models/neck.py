@@ -19,7 +19,8 @@ class Neck(nn.Module):
 
     def __init__(self, *, in_channels: Sequence[int], dim: int, num_levels: int) -> None:
         super().__init__()
-        norm_groups = 32 if dim % 32 == 0 else 1
+        # 32 groups at the usual widths; of four channels at least, as one alone on a level of 1 x 1 is normed to a constant.
+        norm_groups = next((n for n in (32, 16, 8, 4, 2) if dim % n == 0 and dim // n >= 4), 1)
         self.lateral = nn.ModuleList(
             nn.Sequential(nn.Conv2d(channels, dim, 1), nn.GroupNorm(norm_groups, dim))
             for channels in in_channels

@@ -1,0 +1,191 @@
+"""Evaluation with a detector that cheats: it recognises an image by its size, so a wrong order would show."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from torch import Tensor
+
+from paqdetr.data.coco import CocoDataset, open_split
+from paqdetr.engine import evaluate
+from paqdetr.engine.evaluate import detect_split, evaluate_split, require_same_classes
+from paqdetr.engine.run import Run
+from paqdetr.errors import DataError
+from paqdetr.models import create_model
+from paqdetr.models.detector import Detector
+from paqdetr.structures import ClassTable, Detections
+
+# The package's attribute of this name is the function.
+MODULE = importlib.import_module("paqdetr.engine.evaluate")
+CATEGORIES = [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}]
+
+
+def write(folder: Path, count: int = 7) -> CocoDataset:
+    """Pictures of unequal sizes, tall and wide; image i has i % 3 + 1 boxes that lie apart."""
+    (folder / "val").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    images, annotations = [], []
+    for i in range(count):
+        width, height = (150 + i, 100) if i % 2 else (100, 150 + i)
+        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "val" / f"{i}.png")
+        images.append({"id": f"image {i}", "file_name": f"{i}.png", "width": width, "height": height})
+        for j in range(i % 3 + 1):
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": f"image {i}",
+                    "category_id": (3, 7)[(i + j) % 2],
+                    "bbox": [5 + 2 * i, 3 + 32 * j, 40, 25 + i],
+                }
+            )
+    content = {"images": images, "annotations": annotations, "categories": CATEGORIES}
+    (folder / "val.json").write_text(json.dumps(content))
+    return open_split(folder, "val")
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory: pytest.TempPathFactory) -> CocoDataset:
+    return write(tmp_path_factory.mktemp("evaluate"))
+
+
+@pytest.fixture(scope="module")
+def model() -> Detector:
+    detector = create_model(
+        "paq_dino_nano", num_classes=2, dim=32, ffn_dim=64, num_queries=12, image_size=96
+    ).eval()
+    detector.classes = ClassTable.from_categories(CATEGORIES)
+    return detector
+
+
+def cheat(split: CocoDataset, *, copies: bool = False, leave_out: int = 0) -> Any:
+    """In place of `detect_batch`: the ground truth of the images that have these sizes."""
+    place = {tuple(size): index for index, size in enumerate(split.sizes.tolist())}
+
+    def detect(
+        model: Detector, images: Sequence[Tensor], sizes: Sequence[tuple[int, int]], **_: Any
+    ) -> Iterator[Detections]:
+        assert len({tuple(image.shape) for image in images}) == 1
+        for size in sizes:
+            index = place[size]
+            boxes = split.boxes(index)[leave_out:]
+            labels = np.array([split.classes.ids[k] for k in split.labels(index)[leave_out:]], dtype=np.int64)
+            scores = 0.9 - 0.01 * index - 0.001 * np.arange(len(boxes), dtype=np.float32)
+            if copies:
+                boxes, labels = np.repeat(boxes, 2, axis=0), np.repeat(labels, 2)
+                scores = np.repeat(scores, 2) - np.tile(np.float32([0, 1e-5]), len(scores))
+            yield Detections(boxes, scores.astype(np.float32), labels, split.classes.id_to_name)
+
+    return detect
+
+
+def test_a_perfect_detector(split: CocoDataset, model: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MODULE, "detect_batch", cheat(split))
+    progress: list[tuple[int, int]] = []
+    for batch_size in (1, 3):
+        progress.clear()
+        found = evaluate_split(model, split, batch_size=batch_size, progress=lambda *done: progress.append(done))
+        assert found.figures.AP == pytest.approx(1) and found.figures_nms.AP == pytest.approx(1)
+        assert found.figures.per_class == {"cat": pytest.approx(1), "dog": pytest.approx(1)}
+        # 1 + 2 + 3 + 1 + 2 + 3 + 1 boxes in 7 images, all of them sure
+        assert found.boxes_per_image == pytest.approx(13 / 7) == found.predictions_per_image
+        assert {row["image_id"] for row in found.results} == set(split.image_ids)
+        assert len(found.results) == 13 and found.images_per_second > 0
+        assert progress == [(done, 7) for done in range(1, 8)]
+
+
+def test_a_detector_that_misses(split: CocoDataset, model: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MODULE, "detect_batch", cheat(split, leave_out=1))
+    found = evaluate_split(model, split)
+    assert 0 < found.figures.AR100 < 0.8 and 0 < found.figures.AP < 0.8
+    assert found.predictions_per_image == pytest.approx(6 / 7)
+
+
+def test_what_copies_cost(split: CocoDataset, model: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MODULE, "detect_batch", cheat(split, copies=True))
+    found = evaluate_split(model, split)
+    assert found.figures.AP < 0.8 and found.figures_nms.AP == pytest.approx(1)
+    assert found.predictions_per_image == pytest.approx(26 / 7)
+    figures = found.to_json()
+    assert figures["AP_nms"] == pytest.approx(1) and figures["AP"] == pytest.approx(found.figures.AP)
+    assert {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "per_class"} <= figures.keys()
+    json.dumps(figures, allow_nan=False)
+
+
+def test_the_batch_size_changes_no_figure(
+    split: CocoDataset, model: Detector, tmp_path: Path, one_thread: None
+) -> None:
+    # The truth is what the model itself finds one by one, so that AP is neither 0 nor 1.
+    content = json.loads(split.annotation_file.read_text())
+    content["annotations"] = []
+    for index, detections in detect_split(model, split, batch_size=1):
+        detections.image_id = split.image_ids[index]
+        for row in detections.to_coco()[1:20:4]:
+            if row["bbox"][2] > 1 and row["bbox"][3] > 1:
+                content["annotations"].append({**row, "id": len(content["annotations"]) + 1})
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    truth = CocoDataset.from_json(tmp_path / "val.json", split.image_dir)
+    one, four = (evaluate_split(model, truth, batch_size=size) for size in (1, 4))
+    assert 0.05 < one.figures.AP < 1
+    for name in ("AP", "AP50", "AR100"):
+        assert getattr(one.figures, name) == pytest.approx(getattr(four.figures, name), abs=1e-3)
+
+    def scores(rows: list[dict[str, Any]]) -> dict[Any, list[float]]:
+        return {i: sorted(row["score"] for row in rows if row["image_id"] == i) for i in split.image_ids}
+
+    mine, its = scores(one.results), scores(four.results)
+    for image_id in split.image_ids:
+        assert mine[image_id] == pytest.approx(its[image_id], abs=1e-5)
+
+
+def test_the_model_is_left_in_its_mode(split: CocoDataset, model: Detector) -> None:
+    model.train()
+    evaluate_split(model, split)
+    assert model.training
+    model.eval()
+
+
+@pytest.mark.parametrize(
+    ("categories", "words"),
+    [
+        ([{"id": 3, "name": "cat"}, {"id": 8, "name": "dog"}], "category 8 'dog' .* unknown to it"),
+        ([{"id": 3, "name": "cow"}, {"id": 7, "name": "dog"}], "category 3 'cow' .* calls 3 'cat'"),
+    ],
+)
+def test_other_classes_than_the_models(tmp_path: Path, model: Detector, categories: Any, words: str) -> None:
+    split = write(tmp_path)
+    content = json.loads(split.annotation_file.read_text())
+    content["categories"], content["annotations"] = categories, []
+    split.annotation_file.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=words) as caught:
+        evaluate(model, data=tmp_path, split="val")
+    assert "val.json" in caught.value.message
+
+
+def test_fewer_classes_than_the_models_will_do(split: CocoDataset) -> None:
+    require_same_classes(ClassTable((3, 5, 7), ("cat", "cow", "dog")), split)
+
+
+def test_an_image_of_another_size_than_stated(tmp_path: Path, model: Detector) -> None:
+    split = write(tmp_path)
+    Image.new("RGB", (100, 100)).save(split.path(2))
+    with pytest.raises(DataError, match=r"2\.png: is 100x100 pixels"):
+        evaluate(model, data=tmp_path)
+
+
+def test_a_split_that_is_not_there(tiny_digits: Path, tiny_run: Run) -> None:
+    with pytest.raises(DataError, match="no split 'nights', found train, val, test"):
+        evaluate(tiny_run.model(), data=tiny_digits, split="nights")
+
+
+def test_a_trained_model_on_its_data(tiny_digits: Path, tiny_run: Run) -> None:
+    found = evaluate(tiny_run.model(), data=tiny_digits)
+    assert found.to_json()["AP"] == pytest.approx(tiny_run.metrics["AP"])  # best.safetensors is that of the record
+    assert len(found.results) == 4 * 200  # 20 queries, 10 classes

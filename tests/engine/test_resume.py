@@ -1,0 +1,205 @@
+"""An interrupted training, taken up again, ends as if it had never stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from paqdetr.checkpoint import read_checkpoint
+from paqdetr.engine import Callback, Run, train
+from paqdetr.errors import CheckpointError, ConfigError
+
+
+class Stop(Exception):
+    """Pulls the plug."""
+
+
+class StopAt(Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step(self, step: int, loss: float) -> None:
+        if step == self.step:
+            raise Stop
+
+
+class Told(Callback):
+    def __init__(self) -> None:
+        self.first = -1
+        self.steps: list[int] = []
+
+    def on_start(self, plan: Any) -> None:
+        self.first = plan.first_step
+
+    def on_step(self, step: int, loss: float) -> None:
+        self.steps.append(step)
+
+
+@pytest.fixture
+def go(tiny_digits: Path, tiny_settings: dict[str, Any], no_pictures: None, one_thread: None) -> Any:
+    """`go(output, **settings)` trains four epochs of two steps."""
+
+    def train_four(output: Path, **arguments: Any) -> Run:
+        fixed = {"data": tiny_digits, "device": "cpu", "epochs": 4, "settings": tiny_settings}
+        return train("paq_dino_nano", output=output, **fixed | arguments)
+
+    return train_four
+
+
+def require_same_end(one: Run, other: Run) -> None:
+    """Bit for bit: weights, average, optimiser; and what metrics.jsonl says, but for times."""
+    for path in ("state_file", "last", "best"):
+        (mine, header), (its, other_header) = (read_checkpoint(getattr(run, path)) for run in (one, other))
+        assert mine.keys() == its.keys()
+        different = [key for key in mine if not torch.equal(mine[key], its[key])]
+        assert different == [], f"{path}: {len(different)} of {len(mine)} tensors, {different[:3]}"
+        for found in (header, other_header):
+            found.pop("position", None)
+            found.get("metrics", {}).pop("images_per_second", None)
+        assert header == other_header
+    for kind in ("train", "eval"):
+        mine_rows, its_rows = (
+            [{k: v for k, v in row.items() if k != "images_per_second"} for row in run.records(kind)]
+            for run in (one, other)
+        )
+        assert mine_rows == its_rows
+    keys = {key.split(".")[0] for key in read_checkpoint(one.state_file)[0]}
+    assert keys == {"model", "average", "optimizer"}
+
+
+@pytest.mark.parametrize(
+    ("stop", "workers", "first"),
+    [
+        pytest.param(5, 0, 4, id="in the third epoch"),
+        pytest.param(1, 0, 0, id="in the first epoch"),
+        pytest.param(7, 2, 6, id="then with worker processes"),
+    ],
+)
+def test_stopped_and_resumed_equals_never_stopped(
+    tmp_path: Path, go: Any, tmp_path_factory: pytest.TempPathFactory, stop: int, workers: int, first: int
+) -> None:
+    straight = go(tmp_path / "straight")
+    with pytest.raises(Stop):
+        go(tmp_path / "halves", callbacks=[StopAt(stop)])
+    halves = Run(tmp_path / "halves")
+    assert not halves.finished
+    torch.manual_seed(12345)  # what happens in between does not matter
+    told = Told()
+    assert go(halves.output, resume=True, callbacks=[told], workers=workers) == halves
+    assert halves.finished and told.first == first and told.steps == list(range(first + 1, 9))
+    assert [record["step"] for record in halves.records("train")] == list(range(1, 9))
+    assert [record["step"] for record in halves.records("start")] == ([0, first] if first else [0])
+    require_same_end(straight, halves)
+
+
+def test_stopped_between_evaluation_and_state(
+    tmp_path: Path, go: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint of the second epoch is there, its state is not: the epoch is done again."""
+    import importlib
+
+    module = importlib.import_module("paqdetr.engine.train")
+    straight = go(tmp_path / "straight")
+    save_state, calls = module.save_state, []
+
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise Stop
+        save_state(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(module, "save_state", interrupted)
+        go(tmp_path / "halves")
+    halves = go(tmp_path / "halves", resume=True)
+    assert [record["epoch"] for record in halves.records("eval")] == [1, 2, 3, 4]
+    require_same_end(straight, halves)
+
+
+def test_resume_starts_what_is_not_there(tmp_path: Path, go: Any) -> None:
+    run = go(tmp_path / "run", resume=True, max_steps=1)
+    assert run.finished and [record["step"] for record in run.records("train")] == [1]
+
+
+def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
+    return {
+        str(p.relative_to(folder)): (p.read_bytes(), p.stat().st_mtime_ns)
+        for p in folder.rglob("*")
+        if p.is_file()
+    }
+
+
+def test_a_finished_run_is_left_alone(tmp_path: Path, go: Any) -> None:
+    run = go(tmp_path / "run", max_steps=1)
+    before = snapshot(run.output)
+    told = Told()
+    assert go(run.output, resume=True, max_steps=1, callbacks=[told]).finished
+    assert snapshot(run.output) == before and told.first == -1 and told.steps == []
+    with pytest.raises(ConfigError, match="there is a run already, and nothing is overwritten"):
+        go(run.output, max_steps=1)
+    with pytest.raises(ConfigError, match=r"was started with lr=0\.0004, now it is 0\.001"):
+        go(run.output, resume=True, max_steps=1, lr=1e-3)
+    with pytest.raises(ConfigError, match=r"model\.num_patterns=64, now it is 8"):
+        go(run.output, resume=True, max_steps=1, **{"model.num_patterns": 8})
+    assert snapshot(run.output) == before
+
+
+def test_a_damaged_state_is_named_and_kept(tmp_path: Path, go: Any) -> None:
+    with pytest.raises(Stop):
+        go(tmp_path / "run", callbacks=[StopAt(3)])
+    run = Run(tmp_path / "run")
+    run.state_file.write_bytes(run.state_file.read_bytes()[:5000])
+    before = snapshot(run.output)
+    with pytest.raises(CheckpointError, match="training_state.safetensors: not a readable safetensors file"):
+        go(run.output, resume=True)
+    assert snapshot(run.output) == before
+
+
+KILLED = """
+import json, os, signal, sys
+import paqdetr
+
+class Kill(paqdetr.Callback):
+    def on_step(self, step, loss):
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+data, output, settings = sys.argv[1:]
+paqdetr.train("paq_dino_nano", data=data, output=output, device="cpu", epochs=4, settings=json.loads(settings), callbacks=[Kill()])
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL, which Windows has not")
+def test_a_killed_process_is_resumed_from_the_command_line(
+    tmp_path: Path, go: Any, tiny_digits: Path, tiny_settings: dict[str, Any]
+) -> None:
+    straight = go(tmp_path / "straight")
+    output = tmp_path / "killed"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", KILLED, str(tiny_digits), str(output), json.dumps(tiny_settings)]
+    killed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    run = Run(output)
+    assert run.records("train")[-1]["step"] == 4 and not run.finished
+    run.append({"kind": "train", "step": 5, "epoch": 2.5, "loss": 1.0, "lr": 1.0})  # as if it had come a bit further
+    with run.metrics_file.open("a") as file:
+        file.write('{"kind": "train", "st')
+
+    command = [sys.executable, "-m", "paqdetr", "train", "paq_dino_nano", "--data", str(tiny_digits)]
+    command += ["--output", str(output), "--device", "cpu", "epochs=4", "--resume"]
+    command += [f"{key}={value}" for key, value in tiny_settings.items()]
+    resumed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resumed at step 4" in resumed.stderr and "best.safetensors" in resumed.stdout
+    assert [record["step"] for record in run.records("train")] == list(range(1, 9))
+    assert all(json.loads(line) for line in run.metrics_file.read_text().splitlines())
+    assert (output / "curves.png").is_file() and (output / "predictions.png").is_file()
+    require_same_end(straight, run)

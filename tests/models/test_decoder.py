@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from paqdetr.models.decoder import Decoder
+from paqdetr.models.position import sine_boxes
+from paqdetr.models.tokens import Tokens
+
+LEVELS = [(4, 6), (2, 3)]
+
+
+def build(*, layers: int = 4, twice: bool = True, share: bool = False) -> Decoder:
+    return Decoder(
+        num_layers=layers,
+        dim=8,
+        num_heads=2,
+        num_levels=2,
+        num_points=2,
+        ffn_dim=16,
+        dropout=0.0,
+        num_classes=3,
+        look_forward_twice=twice,
+        share_heads=share,
+        class_bias=-4.0,
+    )
+
+
+@pytest.fixture
+def inputs(make_tokens: Callable) -> tuple[Tensor, Tensor, Tokens]:
+    memory = make_tokens([torch.randn(2, 8, h, w) for h, w in LEVELS])
+    return torch.randn(2, 5, 8), 0.2 + 0.6 * torch.rand(2, 5, 4), memory
+
+
+def logit(x: Tensor) -> Tensor:
+    return (x / (1 - x)).log()
+
+
+def slow_decoder(
+    decoder: Decoder, content: Tensor, reference: Tensor, memory: Tokens
+) -> list[tuple[Tensor, Tensor]]:
+    """Layer by layer: embed the box, attend, look, feed forward; move the box in logit space."""
+    ratios = memory.valid_ratios.repeat(1, 1, 2)  # (B, L, 4)
+    x, box, out = content, reference, []
+    for i, layer in enumerate(decoder.layers):
+        first, _, second = decoder.position_head
+        embedding = sine_boxes(box, 4)
+        position = F.linear(
+            F.linear(embedding, first.weight, first.bias).relu(), second.weight, second.bias
+        )
+        attended = layer.self_attention(x + position, x + position, x)[0]
+        x = F.layer_norm(x + attended, (8,), layer.self_norm.weight, layer.self_norm.bias)
+        places = torch.stack([box * ratios[:, level, None] for level in range(2)], dim=2)
+        looked = layer.cross_attention(
+            x + position, places, memory.values, memory.spatial_shapes, memory.padding_mask
+        )
+        x = F.layer_norm(x + looked, (8,), layer.cross_norm.weight, layer.cross_norm.bias)
+        x = layer.ffn(x)
+        state = F.layer_norm(x, (8,), decoder.norm.weight, decoder.norm.bias)
+        box = (decoder.box_heads[i](state) + logit(box)).sigmoid()
+        out.append((decoder.class_heads[i](state), box))
+    return out
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padding", [0, 3])
+def test_equals_a_plainly_written_decoder(padding: int, make_tokens: Callable, stir: Callable) -> None:
+    decoder = build()
+    stir(decoder)
+    memory = make_tokens([torch.randn(2, 8, h, w) for h, w in LEVELS], padding)
+    content, reference = torch.randn(2, 5, 8), 0.2 + 0.6 * torch.rand(2, 5, 4)
+    found = decoder(content, reference, memory)
+    assert found.logits.shape == (4, 2, 5, 3) and found.boxes.shape == (4, 2, 5, 4)
+    for i, (logits, boxes) in enumerate(slow_decoder(decoder, content, reference, memory)):
+        assert (found.logits[i] - logits).abs().max() < 1e-5
+        assert (found.boxes[i] - boxes).abs().max() < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("twice", [True, False])
+def test_starts_with_the_boxes_it_was_given(inputs: tuple, twice: bool) -> None:
+    found = build(twice=twice)(*inputs)
+    assert (found.boxes - inputs[1]).abs().max() < 1e-5
+    assert found.logits.mean() < -3  # the bias of the class heads
+
+
+@torch.no_grad()
+def test_looking_forward_twice_changes_gradients_not_values(inputs: tuple, stir: Callable) -> None:
+    twice, once = build(twice=True), build(twice=False)
+    stir(twice)
+    once.load_state_dict(twice.state_dict())
+    assert torch.equal(twice(*inputs).boxes, once(*inputs).boxes)
+
+
+@pytest.mark.parametrize("twice", [True, False])
+@pytest.mark.parametrize("layer", [0, 1, 2, 3])
+def test_which_box_heads_the_loss_of_a_layer_reaches(
+    inputs: tuple, stir: Callable, twice: bool, layer: int
+) -> None:
+    decoder = build(twice=twice)
+    stir(decoder)
+    decoder(*inputs).boxes[layer].square().sum().backward()
+    reached = [
+        i for i, head in enumerate(decoder.box_heads) if head[-1].weight.grad is not None
+        and bool(head[-1].weight.grad.any())
+    ]  # fmt: skip
+    assert reached == ([layer - 1, layer] if twice and layer else [layer])
+
+
+def test_no_gradient_flows_into_the_boxes_it_starts_from(inputs: tuple, stir: Callable) -> None:
+    decoder = build()
+    stir(decoder)
+    content, reference, memory = inputs
+    content, reference = content.requires_grad_(), reference.requires_grad_()
+    found = decoder(content, reference, memory)
+    (found.boxes.sum() + found.logits.sum()).backward()
+    assert reference.grad is None
+    assert content.grad is not None and content.grad.any()
+
+
+def test_box_loss_does_not_reach_the_embedding_through_earlier_boxes(inputs: tuple, stir: Callable) -> None:
+    """Where a layer looks and what position it embeds follow the earlier box without gradient."""
+    decoder = build(twice=True)
+    stir(decoder)
+    found = decoder(*inputs)
+    found.logits[3].sum().backward()
+    for head in decoder.box_heads:
+        assert all(parameter.grad is None for parameter in head.parameters())
+
+
+def test_shared_heads(inputs: tuple, stir: Callable) -> None:
+    decoder = build(share=True)
+    assert len(decoder.class_heads) == len(decoder.box_heads) == 1
+    stir(decoder)
+    own = build(share=False)
+    state = decoder.state_dict()
+    for i in range(4):
+        for kind in ("class_heads", "box_heads"):
+            state |= {
+                k.replace(f"{kind}.0", f"{kind}.{i}"): v
+                for k, v in decoder.state_dict().items()
+                if k.startswith(kind)
+            }
+    own.load_state_dict(state)
+    with torch.no_grad():
+        assert torch.equal(decoder(*inputs).boxes, own(*inputs).boxes)
+        assert torch.equal(decoder(*inputs).logits, own(*inputs).logits)
+
+
+@torch.no_grad()
+def test_forbidden_queries_are_not_heard(inputs: tuple, stir: Callable) -> None:
+    decoder = build()
+    stir(decoder)
+    content, reference, memory = inputs
+    mask = torch.zeros(5, 5, dtype=torch.bool)
+    mask[2:, :2] = True  # the last three may not see the first two
+    expected = decoder(content, reference, memory, mask)
+    other, moved = content.clone(), reference.clone()
+    other[:, :2], moved[:, :2] = torch.randn(2, 2, 8), torch.rand(2, 2, 4)
+    found = decoder(other, moved, memory, mask)
+    assert torch.allclose(found.logits[:, :, 2:], expected.logits[:, :, 2:], atol=1e-6)
+    assert not torch.allclose(found.logits[:, :, :2], expected.logits[:, :, :2], atol=1e-2)
+    assert not torch.allclose(decoder(other, moved, memory).logits[:, :, 2:], expected.logits[:, :, 2:], atol=1e-4)
+
+
+@torch.no_grad()
+def test_queries_have_no_order(inputs: tuple, stir: Callable) -> None:
+    decoder = build()
+    stir(decoder)
+    content, reference, memory = inputs
+    order = torch.tensor([3, 0, 4, 1, 2])
+    found = decoder(content[:, order], reference[:, order], memory)
+    expected = decoder(content, reference, memory)
+    assert torch.allclose(found.boxes, expected.boxes[:, :, order], atol=1e-5)
+
+
+@torch.no_grad()
+def test_boxes_are_float32_in_half_precision(inputs: tuple) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = build()(*inputs)
+    assert found.boxes.dtype == torch.float32
+    # Nothing has moved at the start: a bfloat16 anywhere on the way would show at 1e-3.
+    assert (found.boxes - inputs[1]).abs().max() < 1e-5

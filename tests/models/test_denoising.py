@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torchvision.ops import box_convert
+
+from paqdetr.models.denoising import ContrastiveDenoising, DenoisingQueries
+from paqdetr.structures import Targets
+
+
+def build(
+    *, num_queries: int = 100, num_classes: int = 10, label_noise: float = 0.5, box_noise: float = 1.0
+) -> ContrastiveDenoising:
+    """Content is the one-hot label, so that tests can read it back."""
+    denoising = ContrastiveDenoising(
+        num_queries=num_queries,
+        num_classes=num_classes,
+        dim=num_classes,
+        label_noise=label_noise,
+        box_noise=box_noise,
+    )
+    with torch.no_grad():
+        denoising.label_embed.weight.copy_(torch.eye(num_classes))
+    return denoising
+
+
+def layout(groups: int, boxes: int) -> DenoisingQueries:
+    count = groups * 2 * boxes
+    return DenoisingQueries(torch.zeros(1, count, 1), torch.zeros(1, count, 4), groups, boxes)
+
+
+def grid(x: Tensor, queries: DenoisingQueries) -> Tensor:
+    """(B, N, ...) -> (B, groups, 2, boxes, ...): positives then negatives of every group."""
+    return x.unflatten(1, (queries.groups, 2, queries.boxes))
+
+
+@pytest.mark.parametrize(
+    ("counts", "groups", "boxes"),
+    [((3, 1), 33, 3), ((7,), 14, 7), ((1,), 100, 1), ((120, 4), 1, 120), ((0, 0), 1, 1), ((0, 2), 50, 2)],
+)
+def test_positive_queries_are_shared_out_over_groups(
+    counts: tuple[int, ...], groups: int, boxes: int, make_targets: Callable
+) -> None:
+    queries = build()(make_targets(*counts))
+    assert (queries.groups, queries.boxes) == (groups, boxes)
+    assert len(queries) == groups * 2 * boxes
+    assert queries.content.shape == (len(counts), len(queries), 10)
+    assert queries.reference.shape == (len(counts), len(queries), 4)
+
+
+def test_positives_by_hand() -> None:
+    # Two groups with three slots of a kind: 0-2 positive, 3-5 negative, 6-8 positive, 9-11 negative.
+    query, target = layout(2, 3).positives(2)
+    assert query.tolist() == [0, 1, 6, 7]
+    assert target.tolist() == [0, 1, 0, 1]
+    assert [x.tolist() for x in layout(2, 3).positives(0)] == [[], []]
+
+
+def test_attention_mask_by_hand() -> None:
+    mask = layout(2, 1).attention_mask(2, torch.device("cpu"))
+    rows = [
+        "..xx..",  # group 1 sees itself and the matching queries
+        "..xx..",
+        "xx....",
+        "xx....",
+        "xxxx..",  # matching queries see each other alone
+        "xxxx..",
+    ]
+    assert mask.tolist() == [[cell == "x" for cell in row] for row in rows]
+
+
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 5))
+def test_attention_mask_by_its_rule(groups: int, boxes: int, matching: int) -> None:
+    queries = layout(groups, boxes)
+    mask = queries.attention_mask(matching, torch.device("cpu"))
+    size = 2 * boxes
+    for row in range(len(queries) + matching):
+        for column in range(len(queries) + matching):
+            copy = column < len(queries)
+            same_group = row < len(queries) and row // size == column // size
+            assert bool(mask[row, column]) == (copy and not same_group)
+
+
+@torch.no_grad()
+def test_without_noise_the_copies_are_the_truth(make_targets: Callable) -> None:
+    targets = make_targets(2, 3, num_classes=10)
+    queries = build(num_queries=12, label_noise=0.0, box_noise=0.0)(targets)
+    boxes, content = grid(queries.reference, queries), grid(queries.content, queries)
+    for i, target in enumerate(targets):
+        count = len(target)
+        expected = target.boxes.expand(4, 2, count, 4)
+        assert (boxes[i, :, :, :count] - expected).abs().max() < 1e-6
+        assert (content[i, :, :, :count].argmax(-1) == target.labels).all()
+        # Slots of boxes that the image does not have.
+        assert not content[i, :, :, count:].any()
+        assert (boxes[i, :, :, count:] == 0.5).all()
+
+
+def displacements(queries: DenoisingQueries, truth: Tensor) -> Tensor:
+    """How far each corner coordinate went, in half sides: (groups, 2, boxes, 4). A swap of corners is undone."""
+    half = (truth[:, 2:] / 2).repeat(1, 2)
+    moved = box_convert(grid(queries.reference, queries)[0], "cxcywh", "xyxy")
+    old = box_convert(truth, "cxcywh", "xyxy")
+    straight = (moved - old).abs() / half
+    crossed = (moved[..., [2, 3, 0, 1]] - old).abs() / half
+    # A corner that passed the other one lies where the other should be: both x or both y swapped.
+    inside = (straight - 1.5).abs().unflatten(-1, (2, 2)).amax(-2, keepdim=True) <= 0.5 + 1e-4
+    return torch.where(inside.expand(*inside.shape[:-2], 2, 2).flatten(-2), straight, crossed)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("box_noise", [1.0, 0.4])
+def test_positives_move_less_than_negatives(box_noise: float) -> None:
+    # Small boxes in the middle: nothing is cut off at the image's border.
+    truth = torch.tensor([[0.5, 0.5, 0.1, 0.04], [0.4, 0.6, 0.02, 0.1]])
+    queries = build(num_queries=4000, box_noise=box_noise)([Targets(torch.tensor([1, 2]), truth)])
+    moved = grid(queries.reference, queries)[0]
+    assert (moved[..., 2:] >= 0).all()
+    half = (truth[:, 2:] / 2).repeat(1, 2)
+    old = box_convert(truth, "cxcywh", "xyxy")
+    near = (box_convert(moved[:, 0], "cxcywh", "xyxy") - old).abs() / half / box_noise
+    assert near.max() < 1 + 1e-4
+    assert near.max() > 0.99 and near.min() < 0.01
+    assert near.mean() == pytest.approx(0.5, abs=0.01)
+    if box_noise == 1.0:
+        far = displacements(queries, truth)[:, 1]
+        assert far.min() > 1 - 1e-4 and far.max() < 2 + 1e-4
+        assert far.mean() == pytest.approx(1.5, abs=0.02)
+
+
+@torch.no_grad()
+def test_each_corner_moves_either_way_as_often() -> None:
+    truth = torch.tensor([[0.5, 0.5, 0.2, 0.2]])
+    queries = build(num_queries=4000)([Targets(torch.tensor([0]), truth)])
+    near = box_convert(grid(queries.reference, queries)[0, :, 0, 0], "cxcywh", "xyxy")
+    outward = (near > box_convert(truth, "cxcywh", "xyxy")).float().mean(0)
+    assert (outward - 0.5).abs().max() < 0.03
+
+
+@torch.no_grad()
+def test_boxes_stay_in_the_image() -> None:
+    truth = torch.tensor([[0.05, 0.95, 0.1, 0.1], [0.5, 0.5, 1.0, 1.0]])
+    queries = build(num_queries=2000)([Targets(torch.tensor([0, 1]), truth)])
+    corners = box_convert(queries.reference, "cxcywh", "xyxy")
+    assert corners.min() >= -1e-6 and corners.max() <= 1 + 1e-6
+    assert (corners[..., 2:] - corners[..., :2]).min() >= -1e-6
+
+
+@torch.no_grad()
+def test_share_of_flipped_labels() -> None:
+    # Half of the noise is drawn anew, and one in ten draws hits the old label: 0.25 * 0.9.
+    targets = [Targets(torch.randint(10, (20,)), torch.full((20, 4), 0.2)) for _ in range(4)]
+    queries = build(num_queries=4000)(targets)
+    labels = grid(queries.content, queries).argmax(-1)  # (B, groups, 2, boxes)
+    truth = torch.stack([target.labels for target in targets])[:, None, None]
+    flipped = (labels != truth).float()
+    assert flipped.mean() == pytest.approx(0.225, abs=0.01)
+    assert flipped[:, :, 0].mean() == pytest.approx(float(flipped[:, :, 1].mean()), abs=0.02)
+
+
+def test_gradient_reaches_the_embedding_without_a_single_box(make_targets: Callable) -> None:
+    denoising = build()
+    queries = denoising(make_targets(0, 0))
+    assert not queries.content.any() and (queries.reference == 0.5).all()
+    queries.content.sum().backward()
+    assert denoising.label_embed.weight.grad is not None
+    assert not denoising.label_embed.weight.grad.any()
+
+
+def test_only_embeddings_of_labels_in_use_get_a_gradient(make_targets: Callable) -> None:
+    denoising = build(label_noise=0.0)
+    target = Targets(torch.tensor([3, 7]), torch.full((2, 4), 0.3))
+    denoising([target]).content.sum().backward()
+    grad = denoising.label_embed.weight.grad
+    assert grad is not None and grad.abs().sum(1).nonzero().flatten().tolist() == [3, 7]

@@ -1,0 +1,239 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from paqdetr.config import load_config
+from paqdetr.losses import build_criterion
+from paqdetr.models import create_model, list_models
+from paqdetr.models.detector import Detector, DetectorOutput
+from paqdetr.models.tokens import Tokens
+from paqdetr.structures import Targets
+
+# Valid cells of each level, for models of three and of four levels.
+ROOMY = [(11, 9), (6, 5), (3, 3), (2, 2)]  # more tokens than the tiny and nano models have queries
+TIGHT = [(3, 4), (2, 2), (1, 1), (1, 1)]  # fewer
+
+
+def step(model: Detector, targets: list[Targets], size: int) -> DetectorOutput:
+    """One training step on random images: forward, losses, backward."""
+    model.train()
+    output = model(torch.randn(len(targets), 3, size, size), None, targets)
+    criterion = build_criterion(load_config(model.name).loss)
+    report = criterion(output, targets, aux_losses=model.query_source.aux_losses())
+    assert torch.isfinite(report.total)
+    report.total.backward()
+    return output
+
+
+def without_gradient(model: nn.Module) -> list[str]:
+    return [key for key, p in model.named_parameters() if p.requires_grad and p.grad is None]
+
+
+def with_zero_gradient(model: nn.Module) -> list[str]:
+    return [key for key, p in model.named_parameters() if p.grad is not None and not p.grad.any()]
+
+
+@pytest.mark.parametrize("name", ["dino_nano", "paq_dino_nano"])
+def test_a_training_step_gives_every_parameter_a_gradient(name: str, make_targets: Callable, stir: Callable) -> None:
+    model = create_model(name, num_classes=5)
+    for part in model.children():
+        if part is not model.backbone:
+            stir(part)
+    output = step(model, make_targets(3, 1), 320)
+    assert output.pred_logits.shape == (2, 100, 5) and output.pred_boxes.shape == (2, 100, 4)
+    assert output.layers.logits.shape == (3, 2, 100, 5) and output.layers.boxes.shape == (3, 2, 100, 4)
+    assert torch.equal(output.pred_logits, output.layers.logits[-1])
+    assert torch.equal(output.pred_boxes, output.layers.boxes[-1])
+    assert output.denoised is not None and output.denoised.boxes.shape == (3, 2, 96, 4)  # 16 groups of 2 x 3
+    assert (output.mixture.weights is not None) == name.startswith("paq")
+    assert without_gradient(model) == []
+    assert with_zero_gradient(model) == []
+
+
+@pytest.mark.parametrize("name", ["dino_nano", "paq_dino_nano"])
+def test_a_batch_without_boxes_gives_every_parameter_a_gradient(name: str, make_targets: Callable) -> None:
+    model = create_model(name, num_classes=5)
+    step(model, make_targets(0, 0), 128)
+    assert without_gradient(model) == []
+
+
+@pytest.mark.parametrize("counts", [(2, 1), (0, 0)])
+@pytest.mark.parametrize("name", ["dino_r50", "paq_dino_r50"])
+def test_four_levels_and_a_resnet(
+    name: str, counts: tuple[int, ...], tiny_model: Callable, make_targets: Callable
+) -> None:
+    model = tiny_model(name)
+    step(model, make_targets(*counts), 64)
+    assert without_gradient(model) == []
+
+
+def test_resnet50_at_full_width(make_targets: Callable) -> None:
+    model = create_model("paq_dino_r50", num_queries=60, denoising_queries=4)
+    output = step(model, make_targets(2, 1, num_classes=80), 64)
+    assert output.pred_logits.shape == (2, 60, 80) and output.layers.logits.shape[0] == 6
+    assert without_gradient(model) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list_models())
+def test_every_model_trains_on_two_images(name: str, make_targets: Callable) -> None:
+    model = create_model(name)
+    for counts in ((3, 1), (0, 0)):
+        model.zero_grad()
+        output = step(model, make_targets(*counts, num_classes=80), 320)
+        assert output.pred_logits.shape == (2, model.config.num_queries, 80)
+        assert without_gradient(model) == []
+
+
+def test_outside_training_there_is_no_denoising(tiny_model: Callable, make_targets: Callable) -> None:
+    model = tiny_model()
+    images, targets = torch.randn(1, 3, 64, 64), make_targets(2)
+    assert model.train()(images, None, targets).denoised is not None
+    assert model(images).denoised is None
+    output = model.eval()(images, None, targets)
+    assert output.denoised is None and output.denoising is None
+    assert tiny_model(**{"model.denoising_queries": 0}).train()(images, None, targets).denoised is None
+
+
+def test_outputs_are_boxes_and_logits_of_each_stage(tiny_model: Callable, stir: Callable) -> None:
+    model = tiny_model("paq_dino_r50").eval()
+    stir(model.decoder)
+    with torch.no_grad():
+        output = model(torch.randn(2, 3, 64, 96))
+    assert output.proposals.boxes.shape == (2, 20, 4) and output.proposals.logits.shape == (2, 20, 5)
+    assert output.mixture.content.shape == (2, 20, 32) and output.mixture.weights.shape == (2, 20, 6)
+    assert output.layers.boxes.min() >= 0 and output.layers.boxes.max() <= 1
+    assert output.pred_logits.mean() < -2  # every class starts near a probability of 0.01
+
+
+def levels_of(model: Detector, cells: list[tuple[int, int]], batch: int = 2) -> list[Tensor]:
+    config = model.config
+    return [torch.randn(batch, config.dim, h, w) for h, w in cells[: config.num_levels]]
+
+
+def difference(found: DetectorOutput, expected: DetectorOutput) -> float:
+    pairs = [
+        (found.layers.logits, expected.layers.logits),
+        (found.layers.boxes, expected.layers.boxes),
+        (found.proposals.logits, expected.proposals.logits),
+        (found.proposals.boxes, expected.proposals.boxes),
+        (found.mixture.content, expected.mixture.content),
+    ]
+    return max(float((a - b).abs().max()) for a, b in pairs)
+
+
+def built(name: str, tiny_model: Callable, stir: Callable) -> Detector:
+    model = (create_model(name, num_classes=5) if "nano" in name else tiny_model(name)).eval()
+    for part in model.children():
+        if part is not model.backbone:
+            stir(part)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cells", [ROOMY, TIGHT], ids=["roomy", "tight"])
+@pytest.mark.parametrize("name", ["dino_nano", "paq_dino_nano", "dino_r50", "paq_dino_r50"])
+def test_padded_cells_change_nothing(
+    name: str,
+    cells: list[tuple[int, int]],
+    tiny_model: Callable,
+    make_tokens: Callable,
+    stir: Callable,
+) -> None:
+    model = built(name, tiny_model, stir)
+    levels = levels_of(model, cells)
+    expected = model.detect(make_tokens(levels))
+    for padding in (1, 7):
+        assert difference(model.detect(make_tokens(levels, padding)), expected) < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["paq_dino_nano", "paq_dino_r50"])
+def test_an_image_is_the_same_beside_a_larger_one(
+    name: str, tiny_model: Callable, make_tokens: Callable, stir: Callable
+) -> None:
+    model = built(name, tiny_model, stir)
+    small, large = levels_of(model, TIGHT, 1), levels_of(model, ROOMY, 1)
+    rows, masks = [], []
+    for a, b in zip(small, large, strict=True):
+        height, width = b.shape[2:]
+        padded = torch.randn(1, b.shape[1], height, width)
+        padded[:, :, : a.shape[2], : a.shape[3]] = a
+        mask = torch.zeros(2, height, width, dtype=torch.bool)
+        mask[0] = True
+        mask[0, : a.shape[2], : a.shape[3]] = False
+        rows.append(torch.cat([padded, b]).flatten(2).transpose(1, 2))
+        masks.append(mask)
+    shapes = [(int(x.shape[2]), int(x.shape[3])) for x in large]
+    both = model.detect(Tokens.from_values(torch.cat(rows, dim=1), shapes, masks, temperature=20.0))
+    for image, levels in enumerate((small, large)):
+        alone = model.detect(make_tokens(levels))
+        assert (both.layers.boxes[:, image] - alone.layers.boxes[:, 0]).abs().max() < 1e-4
+        assert (both.layers.logits[:, image] - alone.layers.logits[:, 0]).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_the_test_above_would_notice(tiny_model: Callable, make_tokens: Callable, stir: Callable) -> None:
+    """Without the mask the same padding changes everything."""
+    model = built("paq_dino_r50", tiny_model, stir)
+    levels = levels_of(model, ROOMY)
+    expected = model.detect(make_tokens(levels))
+    tokens = make_tokens(levels, 1)
+    blind = Tokens.from_values(tokens.values, tokens.spatial_shapes, None, temperature=20.0)
+    assert difference(model.detect(blind), expected) > 0.1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["dino_r50", "paq_dino_r50"])
+def test_matching_queries_do_not_hear_the_denoising_ones(
+    name: str, tiny_model: Callable, make_tokens: Callable, make_targets: Callable, stir: Callable
+) -> None:
+    model = built(name, tiny_model, stir).train()
+    features = make_tokens(levels_of(model, ROOMY))
+    expected = model.detect(features)
+    outputs = [model.detect(features, make_targets(*counts)) for counts in ((2, 1), (2, 1), (5, 0), (0, 0))]
+    for output in outputs:
+        assert (output.layers.logits - expected.layers.logits).abs().max() < 1e-4
+        assert (output.layers.boxes - expected.layers.boxes).abs().max() < 1e-4
+    first, second = outputs[0].denoised, outputs[1].denoised
+    assert first is not None and second is not None
+    assert (first.boxes - second.boxes).abs().max() > 0.05  # these do hear their targets
+
+
+def test_denoising_gradient_does_not_reach_the_content_queries_of_others(
+    tiny_model: Callable, make_targets: Callable, stir: Callable
+) -> None:
+    """Copies see matching queries, not the reverse: a loss of matching queries leaves the label embedding alone."""
+    model = built("dino_r50", tiny_model, stir).train()
+    output = model(torch.randn(2, 3, 64, 64), None, make_targets(2, 1))
+    assert model.denoising is not None
+    (grad,) = torch.autograd.grad(
+        output.pred_logits.sum(), [model.denoising.label_embed.weight], retain_graph=True, allow_unused=True
+    )
+    assert grad is None or not grad.any()
+    (grad,) = torch.autograd.grad(output.denoised.logits.sum(), [model.denoising.label_embed.weight])
+    assert grad.any()
+
+
+def test_no_gradient_from_decoder_to_proposals(tiny_model: Callable, stir: Callable) -> None:
+    """Mixed query selection: positions come from the proposals, detached."""
+    model = built("paq_dino_r50", tiny_model, stir).train()
+    output = model(torch.randn(1, 3, 64, 64))
+    (output.layers.boxes.sum() + output.layers.logits.sum()).backward()
+    assert all(p.grad is None for p in model.proposal_head.parameters())
+    assert all(p.grad is not None for p in model.encoder.parameters())
+
+
+@torch.no_grad()
+def test_padding_of_images_becomes_padding_of_tokens(tiny_model: Callable) -> None:
+    model = tiny_model().eval()
+    mask = torch.zeros(1, 64, 128, dtype=torch.bool)
+    mask[:, :, 64:] = True
+    tokens = model.extract(torch.randn(1, 3, 64, 128), mask)
+    assert tokens.spatial_shapes == [(8, 16), (4, 8), (2, 4), (1, 2)]
+    assert tokens.padding_mask is not None and int(tokens.padding_mask.sum()) == 85
+    assert tokens.valid_ratios.tolist() == [[[0.5, 1.0]] * 4]

@@ -1,0 +1,27 @@
+"""The figures in the README are those of the files in docs/results."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+def test_readme_table_is_read_from_the_kept_files() -> None:
+    spec = importlib.util.spec_from_file_location("collect_results", REPO / "benchmarks" / "collect_results.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    table = module.table()
+    assert table.count("\n") >= 2, "no result is kept"
+    assert table in (REPO / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_result_says_how_it_was_made() -> None:
+    folders = [path.parent for path in (REPO / "docs" / "results").glob("*/test.json")]
+    assert folders
+    for folder in folders:
+        commands = (folder / "commands.txt").read_text(encoding="utf-8")
+        assert "paqdetr train" in commands or "make quickstart" in commands, folder
+        assert (folder / "config.yaml").is_file() and (folder / "metrics.jsonl").is_file(), folder
