@@ -18,7 +18,7 @@ PARALLEL := -n logical --maxprocesses=4 --dist loadfile
 
 # The small edition of the digits that quickstart trains on, and where its run goes.
 DIGITS := data/digits-small
-DIGITS_ARGS ?= --val 100 --test 400
+DIGITS_ARGS ?= --train 1400 --val 100 --test 400
 QUICKSTART_ARGS ?=
 RUN := runs/quickstart
 

@@ -116,7 +116,7 @@ def test_curves_of_a_whole_run(tmp_path: Path) -> None:
     text = titles(tmp_path / "plots" / "curves.svg")
     for part in ("Average precision", "AP50 val", "0.400", "Training loss", "GIoU", "layer 3 (last)"):
         assert part in text, part
-    for part in ("Learning rate", "entropy (nats)", "cosine", "images per second", "epoch", "step"):
+    for part in ("Learning rate", "entropy / log m", "cosine", "images per second", "epoch", "step"):
         assert part in text, part
     assert "diversity" not in text, "a term that is 0 throughout has no line on a log scale"
     training_curves(path, tmp_path / "curves.png")

@@ -389,7 +389,7 @@ def test_a_broken_prediction_names_its_layer_and_image(model: Detector, value: f
     logits = output.layers.logits.detach().clone()
     logits[1, 1, 3, 0] = value
     broken = replace(output, layers=replace(output.layers, logits=logits))
-    with pytest.raises(NonFiniteError, match=r"layer\(s\) \[1\].*'image 1'"):
+    with pytest.raises(NonFiniteError, match=r"of layer2 .*'image 1'"):
         build_criterion(LossConfig(**PAQ))(broken, targets)
 
 

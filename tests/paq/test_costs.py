@@ -132,7 +132,7 @@ def test_non_finite_predictions_name_layer_and_image(what: str, value: float, co
     with pytest.raises(NonFiniteError) as caught:
         match_layers(logits, boxes, targets, [OneToOneAssigner()] * 3)
     message = str(caught.value)
-    assert "layer(s) [1]" in message and "['second.jpg']" in message and "first" not in message
+    assert "of layer2 " in message and "['second.jpg']" in message and "first" not in message
     assert isinstance(caught.value, UserError) and "learning rate" in caught.value.remedy
 
 
@@ -141,7 +141,7 @@ def test_all_broken_layers_and_images_are_named() -> None:
     logits[0, 0] = math.nan
     boxes[3, 2] = math.inf
     targets = [random_targets(1, image_id=0), random_targets(1), random_targets(1)]
-    with pytest.raises(NonFiniteError, match=r"layer\(s\) \[0, 3\].*\[0, 'batch position 2'\]"):
+    with pytest.raises(NonFiniteError, match=r"of layer1, layer4 .*\[0, 'batch position 2'\]"):
         matchables(logits, boxes, targets)
 
 

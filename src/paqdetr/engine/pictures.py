@@ -213,7 +213,7 @@ def _panels(train: list[Record], evaluations: list[Record]) -> list[_Panel]:
         ),
         _positives(train),
         one("Learning rate", "lr", "learning rate", smooth=False),
-        one("Entropy of a query's mixture weights", "mixture_entropy", "entropy (nats)"),
+        one("Entropy of a query's mixture weights", "mixture_entropy", "entropy / log m"),
         one("Likeness of content queries", "query_cosine", "mean cosine of pairs"),
         one("Training throughput", "images_per_second", "images per second", bottom=0.0),
     ]

@@ -71,6 +71,7 @@ class Criterion:
         self.config = config
         self.intermediate, self.encoder, self.last = intermediate, encoder, last
         self.cost_weights = cost_weights
+        self.aux_weights = {"diversity": config.diversity_weight * config.div_scale}
         self.classify: ClassificationLoss = (
             varifocal_loss if config.classification == "varifocal" else focal_loss
         )
@@ -93,7 +94,7 @@ class Criterion:
         Args:
             output: of the detector in training mode.
             targets: of the B images.
-            aux_losses: unweighted losses of the query source, by name.
+            aux_losses: unweighted losses of the query source, by name; each needs a weight in `aux_weights`.
             progress: share of the training that is done, in [0, 1].
             num_boxes: normaliser: boxes in the batch over all processes divided by their number; the batch's own if None.
 
@@ -108,11 +109,10 @@ class Criterion:
         # The encoder's proposals are matched with the decoder's layers: one transfer to the host.
         logits = torch.cat([output.layers.logits, output.proposals.logits[None]])  # (K + 1, B, n, C)
         boxes = torch.cat([output.layers.boxes, output.proposals.boxes[None]])
-        pairs = match_layers(
-            logits, boxes, targets, self._assigners(num_layers, progress), weights=self.cost_weights
-        )
-        flat = FlatPairs.from_pairs(pairs, targets, device)
         names = [f"layer{i + 1}" for i in range(num_layers)] + ["encoder"]
+        assigners = self._assigners(num_layers, progress)
+        pairs = match_layers(logits, boxes, targets, assigners, weights=self.cost_weights, names=names)
+        flat = FlatPairs.from_pairs(pairs, targets, device)
         terms = self._terms(names, logits, boxes, flat, normalizer)
 
         if output.denoised is not None and output.denoising is not None:
@@ -126,10 +126,8 @@ class Criterion:
                 copies,
                 normalizer * output.denoising.groups,
             )
-        if aux_losses and "diversity" in aux_losses:
-            terms["diversity"] = (
-                self.config.diversity_weight * self.config.div_scale * aux_losses["diversity"]
-            )
+        for name, value in (aux_losses or {}).items():
+            terms[name] = self.aux_weights[name] * value
 
         counts = flat.counts(num_layers + 1)[:num_layers].tolist()
         return LossReport(

@@ -50,15 +50,21 @@ class Matchables:
 
 
 def matchables(
-    pred_logits: Tensor, pred_boxes: Tensor, targets: Sequence[Targets], *, weights: CostWeights | None = None
+    pred_logits: Tensor,
+    pred_boxes: Tensor,
+    targets: Sequence[Targets],
+    *,
+    weights: CostWeights | None = None,
+    names: Sequence[str] | None = None,
 ) -> list[list[Matchables]]:
     """Costs and qualities of K layers and B images.
 
     Args:
         pred_logits: (K, B, n, C) float.
         pred_boxes: (K, B, n, 4) cxcywh in [0, 1].
-        targets: B of them.
+        targets: B of them, on the device of the predictions.
         weights: of the cost's terms; the DETR family's by default.
+        names: of the K layers, for errors; "layer1", "layer2", ... by default.
 
     Returns:
         [layer][image] -> Matchables.
@@ -78,7 +84,7 @@ def matchables(
             dim=1,
         )  # (K, B, 3 * Gmax + 1, n)
         host = packed.to(torch.float64).cpu().numpy()
-    _require_finite(host, targets)
+    _require_finite(host, targets, names or [f"layer{i + 1}" for i in range(layers)])
     most = max(counts)
     result: list[list[Matchables]] = []
     for layer in range(layers):
@@ -104,12 +110,13 @@ def match_layers(
     assigners: Sequence[Assigner],
     *,
     weights: CostWeights | None = None,
+    names: Sequence[str] | None = None,
 ) -> list[list[Pairs]]:
     """Pairs of every layer and image, each layer by its own assigner, with one transfer to the host.
 
     Shapes as in `matchables`; `assigners` has K entries. Returns [layer][image] -> Pairs on the CPU.
     """
-    rows = matchables(pred_logits, pred_boxes, targets, weights=weights)
+    rows = matchables(pred_logits, pred_boxes, targets, weights=weights, names=names)
     return [[assigner.solve(image) for image in row] for assigner, row in zip(assigners, rows, strict=True)]
 
 
@@ -142,14 +149,14 @@ def _image_terms(logits: Tensor, boxes: Tensor, target: Targets, weights: CostWe
     return torch.cat(terms, dim=-1).transpose(1, 2)
 
 
-def _require_finite(host: np.ndarray, targets: Sequence[Targets]) -> None:
+def _require_finite(host: np.ndarray, targets: Sequence[Targets], names: Sequence[str]) -> None:
     bad = ~np.isfinite(host).all(axis=(2, 3))  # (K, B)
     if not bad.any():
         return
-    layers = sorted({int(layer) for layer in np.nonzero(bad)[0]})
+    layers = ", ".join(names[layer] for layer in sorted({int(layer) for layer in np.nonzero(bad)[0]}))
     images = sorted({int(image) for image in np.nonzero(bad)[1]})
     ids = [targets[i].image_id if targets[i].image_id is not None else f"batch position {i}" for i in images]
     raise NonFiniteError(
-        f"predictions of matching layer(s) {layers} are NaN or infinite for image(s) {ids}",
+        f"predictions of {layers} (or the boxes they are matched with) are NaN or infinite for image(s) {ids}",
         "lower the learning rate, clip gradients harder, or train without half precision",
     )

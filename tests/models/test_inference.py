@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from paqdetr.errors import DataError
+from paqdetr.models import create_model
+from paqdetr.models.detector import Detector
+from paqdetr.models.inference import detect_batch, postprocess
+from paqdetr.structures import ClassTable, Detections
+
+
+@pytest.fixture(params=["dino_nano", "paq_dino_nano"])
+def model(request: pytest.FixtureRequest, stir: Callable) -> Detector:
+    """Two classes, so that all 200 scores of an image are detections and none is cut off at 300."""
+    torch.manual_seed(3)
+    model = create_model(request.param, num_classes=2, image_size=64)
+    for part in (model.encoder, model.decoder, model.query_source, model.proposal_head):
+        stir(part)
+    return model
+
+
+def picture(height: int, width: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def by_query(detections: Detections) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes and scores in an order that rounding cannot change."""
+    order = np.lexsort((detections.labels, detections.query_indices))
+    return detections.boxes[order], detections.scores[order]
+
+
+def assert_same(found: Detections, expected: Detections) -> None:
+    assert len(found) == len(expected) == 200
+    for a, b in zip(by_query(found), by_query(expected), strict=True):
+        assert np.abs(a - b).max() < 1e-2 if a.ndim == 2 else np.abs(a - b).max() < 1e-4
+
+
+def test_the_same_alone_and_in_any_batch_and_order(model: Detector) -> None:
+    sizes = [(60, 90), (90, 60), (60, 90), (61, 90), (40, 40), (60, 90), (33, 200)]
+    images = [picture(*size, seed) for seed, size in enumerate(sizes)]
+    alone = [model.predict(image, threshold=0.0)[0] for image in images]
+    for batch_size in (1, 4):
+        for order in (range(7), reversed(range(7)), [3, 0, 5, 1, 6, 2, 4]):
+            order = list(order)
+            found = model.predict([images[i] for i in order], threshold=0.0, batch_size=batch_size)
+            for i, detections in zip(order, found, strict=True):
+                assert_same(detections, alone[i])
+
+
+def test_every_kind_of_source(model: Detector, tmp_path: Path) -> None:
+    array = picture(48, 64, 0)
+    image = Image.fromarray(array)
+    path = tmp_path / "street.png"
+    image.save(path)
+    expected = model.predict(array, threshold=0.0)
+    assert isinstance(expected, list) and len(expected) == 1 and expected[0].image_id is None
+    for source in (path, str(path), image, [path], (image,), [array]):
+        (found,) = model.predict(source, threshold=0.0)
+        assert np.array_equal(found.boxes, expected[0].boxes)
+    assert model.predict(path)[0].image_id == "street.png"
+    mixed = model.predict([path, array, image], threshold=0.0)
+    assert [d.image_id for d in mixed] == ["street.png", None, None]
+    assert model.predict([]) == []
+
+
+def test_boxes_are_in_pixels_of_the_picture_turned_upright(model: Detector, tmp_path: Path) -> None:
+    upright = picture(40, 80, 1)
+    lying = Image.fromarray(np.rot90(upright, 1).copy())  # 80 x 40, turned a quarter to the left
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "turn a quarter to the right to view"
+    path = tmp_path / "turned.png"
+    lying.save(path, exif=exif)
+    with Image.open(path) as image:
+        assert image.size == (40, 80)
+        (opened,) = model.predict(image, threshold=0.0)
+    (found,) = model.predict(path, threshold=0.0)
+    (expected,) = model.predict(upright, threshold=0.0)
+    for detections in (found, opened):
+        assert np.array_equal(detections.boxes, expected.boxes)
+    assert found.boxes[:, 0::2].max() > 40  # wider than the picture as stored
+
+
+def test_threshold(model: Detector) -> None:
+    image = picture(50, 70, 2)
+    (everything,) = model.predict(image, threshold=0.0)
+    assert (np.diff(everything.scores) <= 0).all()
+    cut = float(everything.scores[20])
+    (found,) = model.predict(image, threshold=cut)
+    assert len(found) == int((everything.scores >= cut).sum())
+    assert np.array_equal(found.boxes, everything.above(cut).boxes)
+    (nothing,) = model.predict(image, threshold=1.0)
+    assert len(nothing) == 0 and nothing.boxes.shape == (0, 4) and nothing.to_coco() == []
+
+
+def test_boxes_lie_in_the_image(model: Detector) -> None:
+    (found,) = model.predict(picture(50, 70, 2), threshold=0.0)
+    assert (found.boxes >= 0).all() and (found.boxes <= [70, 50, 70, 50]).all()
+    assert (found.boxes[:, 2:] >= found.boxes[:, :2]).all()
+
+
+def test_the_mode_of_the_model_is_left_as_it_was(model: Detector) -> None:
+    image = picture(32, 32, 0)
+    first = model.train().predict(image, threshold=0.0)[0]
+    assert model.training
+    second = model.eval().predict(image, threshold=0.0)[0]
+    assert not model.training
+    assert np.array_equal(first.boxes, second.boxes)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_broken_picture_is_named(model: Detector, tmp_path: Path) -> None:
+    path = tmp_path / "broken.jpg"
+    path.write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"broken\.jpg"):
+        model.predict([picture(32, 32, 0), path])
+
+
+def test_images_of_one_batch_have_one_size(model: Detector) -> None:
+    images = [model.preprocessing(Image.fromarray(picture(48, 64, seed))) for seed in range(2)]
+    found = list(detect_batch(model, images, [(48, 64), (480, 640)]))
+    assert found[0].boxes.max() <= 64 < found[1].boxes.max() <= 640
+
+
+def case(**changes: Any) -> Detections:
+    options = {
+        "logits": torch.tensor([[0.0, -9.0], [2.0, 1.0]]),
+        "boxes": torch.tensor([[0.5, 0.5, 0.5, 1.0], [0.1, 0.2, 0.4, 0.2]]),
+        "size": (100, 200),
+        "classes": ClassTable((7, 3), ("cat", "dog")),
+        "threshold": 0.3,
+    }
+    return postprocess(**options | changes)
+
+
+def test_postprocess_by_hand() -> None:
+    found = case()
+    assert found.scores.tolist() == pytest.approx([0.880797, 0.731059, 0.5])
+    assert found.labels.tolist() == [7, 3, 7]
+    assert found.query_indices is not None and found.query_indices.tolist() == [1, 1, 0]
+    assert found.boxes[0].tolist() == pytest.approx([0, 10, 60, 30])  # cut off at the left border
+    assert found.boxes[2].tolist() == pytest.approx([50, 0, 150, 100])
+    assert found.names == {7: "cat", 3: "dog"}
+    assert (found.boxes.dtype, found.scores.dtype, found.labels.dtype) == (np.float32, np.float32, np.int64)
+
+
+def test_postprocess_limit_and_threshold() -> None:
+    assert case(limit=2).labels.tolist() == [7, 3]
+    assert case(threshold=0.0).scores.size == 4
+    assert case(threshold=0.5).scores.size == 3  # "at least"
+    assert case(threshold=0.6).scores.size == 2

@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import paqdetr
+from paqdetr.checkpoint import read_checkpoint, write_checkpoint
+from paqdetr.config import ModelConfig, load_config
+from paqdetr.errors import CheckpointError, ConfigError
+from paqdetr.models import Detector, create_model, list_models, load, save
+from paqdetr.models.queries import StaticQueries
+from paqdetr.models.zoo import build_model, find_checkpoint
+from paqdetr.paq import PatternQueries
+from paqdetr.structures import ClassTable
+
+MODELS = ["dino_nano", "dino_r50", "dino_swin_l", "paq_dino_nano", "paq_dino_r50", "paq_dino_swin_l"]
+
+
+def test_list_models() -> None:
+    assert list_models() == MODELS
+    assert list_models("paq_*") == MODELS[3:]
+    assert list_models("*_nano") == ["dino_nano", "paq_dino_nano"]
+    assert list_models("yolo*") == []
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_is_put_together_as_its_settings_say(name: str) -> None:
+    with torch.device("meta"):  # shapes without weights
+        model = create_model(name, num_classes=7)
+    config = model.config
+    assert model.name == name and config == load_config(name, {"model.num_classes": 7}).model
+    assert len(model.encoder.layers) == config.encoder_layers
+    assert len(model.decoder.layers) == config.decoder_layers
+    assert isinstance(model.query_source, PatternQueries if name.startswith("paq_") else StaticQueries)
+    assert len(model.neck.lateral) + len(model.neck.extra) == config.num_levels
+    assert model.denoising is not None and model.denoising.label_embed.weight.shape == (7, config.dim)
+    assert model.proposal_head.class_head.out_features == 7
+    assert len(model.classes) == 7
+
+
+def test_overrides(tiny_model: Callable) -> None:
+    model = create_model(
+        "paq_dino_nano", num_classes=3, num_queries=12, num_patterns=5, backbone="resnet18", image_size=96
+    )
+    assert model.classes == ClassTable.numbered(3)
+    assert model.preprocessing.image_size == 96
+    assert model.preprocessing.normalization.mean[0] == pytest.approx(123.675)
+    assert model.backbone.channels == (128, 256, 512)
+    with torch.no_grad():
+        output = model.eval()(torch.randn(1, 3, 64, 64))
+    assert output.pred_logits.shape == (1, 12, 3) and output.mixture.weights is not None
+    assert output.mixture.weights.shape == (1, 12, 5)
+    assert create_model("paq_dino_nano", preset="paper").config.extractor_conv == "full"
+    assert tiny_model(**{"model.content_std": 0.0}).query_source.table.abs().max() == 0
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "convnext_atto"])
+def test_other_backbones(name: str, make_targets: Callable) -> None:
+    model = create_model("dino_nano", backbone=name, num_classes=5, num_queries=10).train()
+    output = model(torch.randn(1, 3, 96, 64), None, make_targets(1))
+    (output.layers.boxes.sum() + output.layers.logits.sum() + output.proposals.boxes.sum()).backward()
+    for lateral in model.neck.lateral:
+        assert lateral[0].weight.grad.abs().max() > 0  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "message", "remedy"),
+    [
+        ("paq_dino_nao", {}, "unknown model or recipe 'paq_dino_nao'", "'paq_dino_nano'"),
+        ("dino_nano", {"num_querys": 3}, "unknown setting 'model.num_querys'", "'model.num_queries'"),
+        ("dino_nano", {"num_queries": 0}, "model.num_queries=0", "config show"),
+        ("dino_nano", {"backbone": "resnet19"}, "no model 'resnet19'", "timm"),
+    ],
+)
+def test_mistakes(name: str, overrides: dict[str, Any], message: str, remedy: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        create_model(name, **overrides)
+    assert message in caught.value.message and remedy in caught.value.remedy
+
+
+def test_class_table_has_to_fit() -> None:
+    with pytest.raises(ConfigError, match=r"num_classes=80, but the data has 2 classes"):
+        build_model(load_config("dino_nano"), classes=ClassTable.numbered(2))
+
+
+def test_pretrained_weights_come_with_the_flag() -> None:
+    first, second = (create_model("dino_nano", pretrained_backbone=True).backbone for _ in range(2))
+    other = create_model("dino_nano").backbone
+    for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(first.body.conv_stem.weight, other.body.conv_stem.weight)  # type: ignore[union-attr, arg-type]
+
+
+@pytest.fixture(params=["dino_nano", "paq_dino_nano"])
+def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Detector, Path]:
+    """A model whose ids are neither contiguous nor in order."""
+    classes = ClassTable((90, 3, 17), ("cat", "dog", "häuschen"))
+    config = load_config(
+        request.param, {"model.num_classes": 3, "model.num_queries": 9, "image_size": [64, 128]}
+    )
+    model = build_model(config, classes=classes).eval()
+    path = tmp_path / "best.safetensors"
+    save(model, path, metrics={"AP": 0.25}, step=7)
+    return model, path
+
+
+def test_saved_and_loaded_bit_for_bit(saved: tuple[Detector, Path]) -> None:
+    model, path = saved
+    found = load(path)
+    assert not found.training
+    assert found.name == model.name and found.config == model.config
+    assert found.classes == model.classes  # position is the class index: the order stays
+    assert found.preprocessing == model.preprocessing
+    own, other = model.state_dict(), found.state_dict()
+    assert list(own) == list(other)
+    for key, tensor in own.items():
+        assert tensor.dtype == other[key].dtype and torch.equal(tensor, other[key]), key
+    with torch.no_grad():
+        image = torch.randn(1, 3, 64, 64)
+        assert torch.equal(model(image).pred_boxes, found(image).pred_boxes)
+        assert torch.equal(model(image).pred_logits, found(image).pred_logits)
+
+
+def test_saved_twice_gives_the_same_file(saved: tuple[Detector, Path], tmp_path: Path) -> None:
+    _, path = saved
+    again = tmp_path / "again.safetensors"
+    save(load(path), again, metrics={"AP": 0.25}, step=7)
+    assert again.read_bytes() == path.read_bytes()
+
+
+def test_method_and_package_door(saved: tuple[Detector, Path], tmp_path: Path) -> None:
+    model, path = saved
+    model.save(str(tmp_path / "other.safetensors"))
+    assert paqdetr.load(tmp_path / "other.safetensors").config == paqdetr.load(str(path)).config
+
+
+def test_the_header_needs_nothing_but_json(saved: tuple[Detector, Path]) -> None:
+    model, path = saved
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(json.loads(file.read(length))["__metadata__"]["paqdetr"])
+    assert header["name"] == model.name
+    assert header["classes"] == [
+        {"id": 90, "name": "cat"},
+        {"id": 3, "name": "dog"},
+        {"id": 17, "name": "häuschen"},
+    ]
+    assert ModelConfig.model_validate(header["model"]) == model.config
+    assert header["preprocessing"]["image_size"] == [64, 128]
+    assert header["metrics"] == {"AP": 0.25} and header["step"] == 7
+    assert header["version"] == paqdetr.__version__
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    tensors, header = read_checkpoint(path)
+    header.pop("version")
+    change(header)
+    write_checkpoint(path, tensors, header)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda h: h.pop("name"), "its header lacks 'name'"),
+        (lambda h: h.pop("classes"), "its header lacks 'classes'"),
+        (lambda h: h.pop("preprocessing"), "its header lacks 'preprocessing'"),
+        (lambda h: h["preprocessing"].pop("normalization"), "its header lacks 'normalization'"),
+        (lambda h: h.update(classes=[{"id": "x", "name": "cat"}]), "its header is malformed"),
+        (lambda h: h.update(preprocessing=None), "its header is malformed"),
+        (lambda h: h.update(classes=h["classes"][:2]), "num_classes=3, but the data has 2 classes"),
+        (lambda h: h["model"].update(wings=2), "unknown setting 'model.wings'"),
+        (lambda h: h["model"].update(backbone="resnet19"), "no model 'resnet19'"),
+    ],
+)
+@pytest.mark.parametrize("saved", ["dino_nano"], indirect=True)
+def test_headers_of_other_makes(
+    saved: tuple[Detector, Path], change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    rewrite(saved[1], change)
+    with pytest.raises(CheckpointError) as caught:
+        load(saved[1])
+    assert caught.value.message.startswith(str(saved[1])) and message in caught.value.message
+
+
+@pytest.mark.parametrize("saved", ["dino_nano"], indirect=True)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dim": 64}, "another shape for"),
+        ({"queries": "patterns"}, "lacks query_source.patterns"),
+        ({"denoising_queries": 0}, "has unknown denoising.label_embed.weight"),
+        ({"backbone": "resnet18"}, "lacks backbone.body.conv1.weight"),
+    ],
+)
+def test_weights_of_another_model(
+    saved: tuple[Detector, Path], change: dict[str, Any], message: str
+) -> None:
+    rewrite(saved[1], lambda header: header["model"].update(change))
+    with pytest.raises(CheckpointError) as caught:
+        load(saved[1])
+    assert "it is of another model" in caught.value.message and message in caught.value.message
+
+
+def test_files_that_are_no_checkpoint(tmp_path: Path) -> None:
+    save_file({"x": torch.zeros(2)}, tmp_path / "foreign.safetensors")
+    with pytest.raises(CheckpointError, match="without a paqdetr header"):
+        load(tmp_path / "foreign.safetensors")
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        load(tmp_path / "absent.safetensors")
+    with pytest.raises(CheckpointError, match="a pickle"):
+        load(tmp_path / "model.pth")
+
+
+def test_what_a_folder_means(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="the folder has no checkpoint"):
+        load(tmp_path)
+    (tmp_path / "last.safetensors").touch()
+    assert find_checkpoint(tmp_path) == tmp_path / "last.safetensors"
+    (tmp_path / "best.safetensors").touch()
+    assert find_checkpoint(str(tmp_path)) == tmp_path / "best.safetensors"
+    assert find_checkpoint(tmp_path / "last.safetensors") == tmp_path / "last.safetensors"
