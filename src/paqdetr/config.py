@@ -47,7 +47,9 @@ class ModelConfig(_Section):
     decoder_layers: int = Field(default=6, ge=1)
     position_temperature: float = Field(default=20.0, gt=0)
     look_forward_twice: bool = True
-    share_heads: bool = Field(default=False, description="one class head and one box head for all decoder layers")
+    share_heads: bool = Field(
+        default=False, description="one class head and one box head for all decoder layers"
+    )
 
     # Content queries. `queries: patterns` is PaQ; `static` is the host's own learned table.
     num_queries: int = Field(default=900, ge=1)
@@ -184,6 +186,11 @@ class Config(_Section):
     )
     log_every: int = Field(default=20, ge=1, description="steps between records in metrics.jsonl")
 
+    @field_validator("amp", mode="before")
+    @classmethod
+    def _no_is_a_word(cls, value: Any) -> Any:
+        return "no" if value is False else value  # what YAML makes of a bare no
+
     @field_validator("image_size")
     @classmethod
     def _positive(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
@@ -266,9 +273,7 @@ def _read_preset(name: Any) -> dict[str, Any]:
     return _read_yaml(entry.read_text(encoding="utf-8"), f"preset {name}")
 
 
-def _read_chain(
-    source: str, *, with_presets: bool, seen: tuple[str, ...] = ()
-) -> tuple[dict[str, Any], str]:
+def _read_chain(source: str, *, with_presets: bool, seen: tuple[str, ...] = ()) -> tuple[dict[str, Any], str]:
     """The settings of `source` laid over those of its preset and its bases, and what to call it in errors."""
     if source in seen:
         raise ConfigError(

@@ -179,9 +179,7 @@ def test_a_weight_file_of_another_model_is_refused() -> None:
         module._copy_by_name(timm.create_model("resnet18"), timm.create_model("convnext_atto"))
 
 
-def test_weights_that_cannot_be_had_are_a_clear_error(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
-) -> None:
+def test_weights_that_cannot_be_had_are_a_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     def unreachable(*arguments: Any, **options: Any) -> None:
         raise OSError("We couldn't connect to the Hub\nand more")
 

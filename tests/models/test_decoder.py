@@ -49,9 +49,7 @@ def slow_decoder(
     for i, layer in enumerate(decoder.layers):
         first, _, second = decoder.position_head
         embedding = sine_boxes(box, 4)
-        position = F.linear(
-            F.linear(embedding, first.weight, first.bias).relu(), second.weight, second.bias
-        )
+        position = F.linear(F.linear(embedding, first.weight, first.bias).relu(), second.weight, second.bias)
         attended = layer.self_attention(x + position, x + position, x)[0]
         x = F.layer_norm(x + attended, (8,), layer.self_norm.weight, layer.self_norm.bias)
         places = torch.stack([box * ratios[:, level, None] for level in range(2)], dim=2)
@@ -164,7 +162,9 @@ def test_forbidden_queries_are_not_heard(inputs: tuple, stir: Callable) -> None:
     found = decoder(other, moved, memory, mask)
     assert torch.allclose(found.logits[:, :, 2:], expected.logits[:, :, 2:], atol=1e-6)
     assert not torch.allclose(found.logits[:, :, :2], expected.logits[:, :, :2], atol=1e-2)
-    assert not torch.allclose(decoder(other, moved, memory).logits[:, :, 2:], expected.logits[:, :, 2:], atol=1e-4)
+    assert not torch.allclose(
+        decoder(other, moved, memory).logits[:, :, 2:], expected.logits[:, :, 2:], atol=1e-4
+    )
 
 
 @torch.no_grad()

@@ -38,7 +38,9 @@ def with_zero_gradient(model: nn.Module) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["dino_nano", "paq_dino_nano"])
-def test_a_training_step_gives_every_parameter_a_gradient(name: str, make_targets: Callable, stir: Callable) -> None:
+def test_a_training_step_gives_every_parameter_a_gradient(
+    name: str, make_targets: Callable, stir: Callable
+) -> None:
     model = create_model(name, num_classes=5)
     for part in model.children():
         if part is not model.backbone:

@@ -66,7 +66,9 @@ def test_equals_a_plainly_written_encoder(padding: int, make_tokens: Callable, s
 
 @torch.no_grad()
 @pytest.mark.parametrize("query_levels", [1, 2])
-def test_finer_levels_pass_through_unchanged(query_levels: int, make_tokens: Callable, stir: Callable) -> None:
+def test_finer_levels_pass_through_unchanged(
+    query_levels: int, make_tokens: Callable, stir: Callable
+) -> None:
     encoder = build(query_levels)
     stir(encoder)
     tokens = make_tokens(maps())

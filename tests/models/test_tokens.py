@@ -22,8 +22,17 @@ def test_layout_is_level_after_level_row_by_row() -> None:
     assert tokens.level_index.tolist() == [0] * 6 + [1]
     assert tokens.padding_mask is None
     assert tokens.valid_ratios.tolist() == [[[1, 1], [1, 1]]]
-    expected = [[1 / 6, 1 / 4], [3 / 6, 1 / 4], [5 / 6, 1 / 4], [1 / 6, 3 / 4], [3 / 6, 3 / 4], [5 / 6, 3 / 4]]
-    assert tokens.centers[0].flatten().tolist() == pytest.approx([v for xy in expected for v in xy] + [0.5, 0.5])
+    expected = [
+        [1 / 6, 1 / 4],
+        [3 / 6, 1 / 4],
+        [5 / 6, 1 / 4],
+        [1 / 6, 3 / 4],
+        [3 / 6, 3 / 4],
+        [5 / 6, 3 / 4],
+    ]
+    assert tokens.centers[0].flatten().tolist() == pytest.approx(
+        [v for xy in expected for v in xy] + [0.5, 0.5]
+    )
 
 
 def test_padding_by_hand() -> None:
@@ -43,7 +52,9 @@ def test_padding_by_hand() -> None:
 
 
 def test_a_mask_without_padding_counts_as_none() -> None:
-    tokens = Tokens.from_maps([torch.zeros(1, 4, 2, 2)], torch.zeros(1, 8, 8, dtype=torch.bool), temperature=20)
+    tokens = Tokens.from_maps(
+        [torch.zeros(1, 4, 2, 2)], torch.zeros(1, 8, 8, dtype=torch.bool), temperature=20
+    )
     assert tokens.padding_mask is None
 
 

@@ -199,9 +199,7 @@ def test_headers_of_other_makes(
         ({"backbone": "resnet18"}, "lacks backbone.body.conv1.weight"),
     ],
 )
-def test_weights_of_another_model(
-    saved: tuple[Detector, Path], change: dict[str, Any], message: str
-) -> None:
+def test_weights_of_another_model(saved: tuple[Detector, Path], change: dict[str, Any], message: str) -> None:
     rewrite(saved[1], lambda header: header["model"].update(change))
     with pytest.raises(CheckpointError) as caught:
         load(saved[1])

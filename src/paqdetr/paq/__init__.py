@@ -3,8 +3,8 @@
 Needs torch, torchvision and scipy alone, and nothing else of paqdetr but its plain structures.
 """
 
-from paqdetr.paq.assignment import Assigner, OneToOneAssigner, Pairs, QualityAwareAssigner
-from paqdetr.paq.costs import CostWeights, Matchables, match_layers
+from paqdetr.paq.assignment import Assigner, OneToOneAssigner, Pairs, QualityAwareAssigner, match_layers
+from paqdetr.paq.costs import CostWeights, Matchables
 from paqdetr.paq.losses import focal_loss, pattern_diversity_loss, varifocal_loss
 from paqdetr.paq.patterns import Mixture, PatternQueries
 

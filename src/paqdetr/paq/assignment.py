@@ -153,6 +153,23 @@ class QualityAwareAssigner:
         return claims - np.bincount(boxes[weakest], minlength=num_boxes)
 
 
+def match_layers(
+    pred_logits: Tensor,
+    pred_boxes: Tensor,
+    targets: Sequence[Targets],
+    assigners: Sequence[Assigner],
+    *,
+    weights: CostWeights | None = None,
+    names: Sequence[str] | None = None,
+) -> list[list[Pairs]]:
+    """Pairs of every layer and image, each layer by its own assigner, with one transfer to the host.
+
+    Shapes as in `matchables`; `assigners` has K entries. Returns [layer][image] -> Pairs on the CPU.
+    """
+    rows = matchables(pred_logits, pred_boxes, targets, weights=weights, names=names)
+    return [[assigner.solve(image) for image in row] for assigner, row in zip(assigners, rows, strict=True)]
+
+
 def _select_by_score(
     scores: np.ndarray, claims: np.ndarray, cost: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:

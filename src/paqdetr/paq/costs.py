@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,9 +15,6 @@ from torchvision.ops import box_convert, box_iou, generalized_box_iou
 
 from paqdetr.errors import NonFiniteError
 from paqdetr.structures import Targets
-
-if TYPE_CHECKING:
-    from paqdetr.paq.assignment import Assigner, Pairs
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,23 +97,6 @@ def matchables(
             )
         result.append(row)
     return result
-
-
-def match_layers(
-    pred_logits: Tensor,
-    pred_boxes: Tensor,
-    targets: Sequence[Targets],
-    assigners: Sequence[Assigner],
-    *,
-    weights: CostWeights | None = None,
-    names: Sequence[str] | None = None,
-) -> list[list[Pairs]]:
-    """Pairs of every layer and image, each layer by its own assigner, with one transfer to the host.
-
-    Shapes as in `matchables`; `assigners` has K entries. Returns [layer][image] -> Pairs on the CPU.
-    """
-    rows = matchables(pred_logits, pred_boxes, targets, weights=weights, names=names)
-    return [[assigner.solve(image) for image in row] for assigner, row in zip(assigners, rows, strict=True)]
 
 
 def _image_terms(logits: Tensor, boxes: Tensor, target: Targets, weights: CostWeights, most: int) -> Tensor:

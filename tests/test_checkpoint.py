@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from paqdetr import checkpoint
+from paqdetr._version import __version__
+from paqdetr.checkpoint import load_tensors, read_checkpoint, read_header, write_checkpoint
+from paqdetr.errors import CheckpointError
+
+TENSORS = {
+    "float": torch.tensor([[1.5, -0.0], [float("inf"), 1e-42]]),
+    "half": torch.randn(3).bfloat16(),
+    "count": torch.tensor(7),
+    "flags": torch.tensor([True, False]),
+    "empty": torch.zeros(0, 4),
+    "strided": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
+}
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "new" / "folder" / "model.safetensors"
+    write_checkpoint(path, TENSORS, {"name": "häuschen", "metrics": {"AP": 0.5, "APs": None}})
+    return path
+
+
+def test_round_trip_bit_for_bit(file: Path) -> None:
+    tensors, header = read_checkpoint(file)
+    assert set(tensors) == set(TENSORS)
+    for key, tensor in TENSORS.items():
+        assert tensors[key].dtype == tensor.dtype and torch.equal(tensors[key], tensor), key
+    assert torch.signbit(tensors["float"][0, 1])  # minus zero
+    assert header == {"name": "häuschen", "metrics": {"AP": 0.5, "APs": None}, "version": __version__}
+    assert read_header(file) == header
+
+
+def test_any_safetensors_reader_shows_it(file: Path) -> None:
+    with safe_open(file, framework="numpy") as opened:
+        assert set(opened.keys()) == set(TENSORS)
+        assert '"AP": 0.5' in opened.metadata()["paqdetr"]
+        assert opened.get_tensor("flags").tolist() == [True, False]
+
+
+def test_nothing_is_left_beside_the_file(file: Path) -> None:
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def test_a_failed_write_leaves_the_old_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = file.read_bytes()
+
+    def half(tensors: object, path: Path, metadata: object) -> None:
+        path.write_bytes(before[:100])
+        raise OSError("disk full")
+
+    monkeypatch.setattr(checkpoint, "save_file", half)
+    with pytest.raises(OSError, match="disk full"):
+        write_checkpoint(file, {"other": torch.zeros(2)}, {})
+    assert file.read_bytes() == before
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def test_a_header_that_json_refuses_leaves_the_old_file(file: Path) -> None:
+    before = file.read_bytes()
+    with pytest.raises(TypeError):
+        write_checkpoint(file, TENSORS, {"metrics": torch.zeros(2)})
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("size", [0, 4, 100, -1])
+def test_a_truncated_file(file: Path, size: int) -> None:
+    file.write_bytes(file.read_bytes()[:size])
+    for read in (read_checkpoint, read_header):
+        with pytest.raises(CheckpointError) as caught:
+            read(file)
+        assert caught.value.message.startswith(f"{file}: not a readable safetensors file")
+
+
+def test_no_such_file(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        read_header(tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        read_checkpoint(tmp_path)  # a folder
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin", ".ckpt"])
+def test_a_pickle_is_never_opened(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"model{suffix}"
+    torch.save({"x": torch.zeros(2)}, path)
+    with pytest.raises(CheckpointError, match="a pickle, which this program does not open"):
+        read_checkpoint(path)
+    renamed = path.rename(tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="not a readable safetensors file"):
+        read_checkpoint(renamed)
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"paqdetr": "{no json"}])
+def test_safetensors_of_another_program(tmp_path: Path, metadata: dict[str, str] | None) -> None:
+    path = tmp_path / "foreign.safetensors"
+    save_file({"x": torch.zeros(2)}, path, metadata=metadata)
+    with pytest.raises(CheckpointError, match="safetensors without a paqdetr header"):
+        read_checkpoint(path)
+
+
+def test_load_tensors() -> None:
+    module, other = nn.Linear(2, 3), nn.Linear(2, 3)
+    load_tensors(module, other.state_dict(), "x")
+    assert torch.equal(module.weight, other.weight) and torch.equal(module.bias, other.bias)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"weight": torch.zeros(3, 2)}, "file: it is of another model: it lacks bias"),
+        ({}, "it lacks weight, bias"),
+        (
+            {"weight": torch.zeros(3, 2), "bias": torch.zeros(3), "extra": torch.zeros(1)},
+            "it has unknown extra",
+        ),
+        (
+            {"weight": torch.zeros(2, 2), "bias": torch.zeros(3)},
+            "it has another shape for weight (2, 2) instead of (3, 2)",
+        ),
+    ],
+)
+def test_load_tensors_of_another_model(tensors: dict[str, torch.Tensor], message: str) -> None:
+    module = nn.Linear(2, 3)
+    before = module.weight.detach().clone()
+    with pytest.raises(CheckpointError) as caught:
+        load_tensors(module, tensors, "file")
+    assert message in caught.value.message
+    assert torch.equal(module.weight, before)  # all or nothing
+
+
+def test_a_long_list_is_cut_short() -> None:
+    module = nn.Sequential(*(nn.Linear(1, 1) for _ in range(4)))
+    with pytest.raises(CheckpointError, match=r"lacks 0\.weight, 0\.bias, 1\.weight and 5 more"):
+        load_tensors(module, {}, "file")

@@ -1,0 +1,307 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from paqdetr.config import (
+    AugmentConfig,
+    Config,
+    LossConfig,
+    ModelConfig,
+    known_keys,
+    list_configs,
+    load_config,
+    parse_overrides,
+    validate_config,
+)
+from paqdetr.errors import ConfigError
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def changed(first: Config, second: Config) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ."""
+
+    def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for key, value in values.items():
+            nested = isinstance(value, dict)
+            out |= flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+        return out
+
+    a, b = flat(first.model_dump()), flat(second.model_dump())
+    return {key: (a[key], b[key]) for key in a if a[key] != b[key]}
+
+
+def test_what_comes_with_the_package() -> None:
+    names = list_configs()
+    assert names == sorted(names)
+    assert {
+        "dino_nano",
+        "paq_dino_nano",
+        "dino_r50",
+        "paq_dino_r50",
+        "dino_swin_l",
+        "paq_dino_swin_l",
+    } <= set(names)
+    assert "paper" not in names  # presets are no models
+
+
+@pytest.mark.parametrize("name", list_configs())
+def test_every_file_of_the_package_loads_and_comes_back_from_yaml(name: str, tmp_path: Path) -> None:
+    config = load_config(name)
+    assert config.name == name
+    assert load_config(write(tmp_path, "config.yaml", config.to_yaml())) == config
+
+
+def test_dino_nano_is_paq_dino_nano_without_paqs_lines() -> None:
+    differences = changed(load_config("dino_nano"), load_config("paq_dino_nano"))
+    assert set(differences) <= {
+        "name",
+        "model.queries",
+        "model.pattern_std",
+        "loss.assigner",
+        "loss.one_to_many_until",
+    }
+    assert differences["model.queries"] == ("static", "patterns")
+    assert differences["loss.assigner"] == ("one_to_one", "quality_aware")
+
+
+@pytest.mark.parametrize("size", ["r50", "swin_l"])
+def test_paq_changes_queries_assignment_and_loss_of_the_large_hosts(size: str) -> None:
+    differences = changed(load_config(f"dino_{size}"), load_config(f"paq_dino_{size}"))
+    assert set(differences) == {"name", "model.queries", "loss.assigner", "loss.classification"}
+
+
+def test_the_host_is_dino() -> None:
+    """METHOD of the host: 4 levels, 6 + 6 layers, d 256, 8 heads, 4 points, FFN 2048, dropout 0, 900 queries."""
+    config = load_config("dino_r50")
+    model, loss = config.model, config.loss
+    sizes = (model.num_levels, model.encoder_layers, model.decoder_layers, model.dim, model.num_heads)
+    assert sizes == (4, 6, 6, 256, 8)
+    assert (model.num_points, model.ffn_dim, model.dropout, model.num_queries) == (4, 2048, 0.0, 900)
+    assert (model.denoising_queries, model.label_noise, model.box_noise) == (100, 0.5, 1.0)
+    assert model.look_forward_twice and model.position_temperature == 20
+    assert (loss.class_weight, loss.l1_weight, loss.giou_weight) == (1, 5, 2)
+    assert (loss.class_cost, loss.l1_cost, loss.giou_cost) == (2, 5, 2)
+    assert loss.classification == "focal"
+    assert (config.lr, config.backbone_lr, config.offsets_lr_scale) == (1e-4, 1e-5, 0.1)
+    assert (config.weight_decay, config.clip_norm, config.warmup_steps, config.epochs) == (
+        1e-4,
+        0.1,
+        1000,
+        12,
+    )
+    assert config.image_size == (800, 1333)
+
+
+def test_preset_paper_is_the_literal_paper() -> None:
+    config = load_config("paq_dino_nano", {"preset": "paper"})
+    model, loss = config.model, config.loss
+    assert (model.extractor, model.extractor_conv, model.head, model.bias_std) == (
+        "fused",
+        "full",
+        "dense",
+        None,
+    )
+    assert (model.pattern_std, model.temperature, model.gain) == (1.0, 1.0, 1.0)
+    assert (loss.gamma, loss.top_k, loss.min_positives, loss.confidence) == (0.4, 4, 1, "max")
+    assert (loss.diversity_weight, loss.div_scale, loss.one_to_many_until) == (0.2, 1.0, 1.0)
+    assert loss.classification == "varifocal" and loss.assigner == "quality_aware"
+    assert model.dim == 128  # the host stays
+
+
+def test_order_of_precedence(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        "below.yaml",
+        "base: paq_dino_nano\nepochs: 5\nlr: 1.0e-3\nmodel: {dim: 64, num_patterns: 20}\n",
+    )
+    top = write(tmp_path, "top.yaml", "base: below.yaml\nepochs: 6\nmodel: {num_patterns: 30}\n")
+    config = load_config(top, ["epochs=7"])
+    assert config.name == "top"
+    assert config.model.backbone == "tf_efficientnet_lite0"  # the package's
+    assert (config.lr, config.model.dim) == (1e-3, 64)  # the base's
+    assert config.model.num_patterns == 30  # the file's
+    assert config.epochs == 7  # the override's
+    assert config.weight_decay == 1e-4  # the default
+
+
+def test_a_preset_lies_over_the_base_and_under_the_file(tmp_path: Path) -> None:
+    text = "base: paq_dino_nano\npreset: paper\nmodel: {pattern_std: 0.5}\n"
+    path = write(tmp_path, "mine.yaml", text)
+    config = load_config(path)
+    assert config.model.extractor_conv == "full" and config.model.pattern_std == 0.5
+    assert load_config(path, ["model.pattern_std=0.7"]).model.pattern_std == 0.7
+    off = load_config(path, ["preset=null"])
+    assert off.preset is None and off.model.extractor_conv == "depthwise" and off.model.pattern_std == 0.5
+
+
+def test_a_preset_given_on_the_command_line_lies_over_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, "mine.yaml", "base: paq_dino_nano\nmodel: {pattern_std: 0.5}\n")
+    assert load_config(path, ["preset=paper"]).model.pattern_std == 1.0
+    assert load_config(path, ["model.pattern_std=0.7", "preset=paper"]).model.pattern_std == 0.7
+
+
+def test_resolved_settings_come_back_whatever_was_laid_over_a_preset(tmp_path: Path) -> None:
+    config = load_config("paq_dino_nano", {"preset": "paper", "model.pattern_std": 0.5, "loss.gamma": 0.1})
+    path = write(tmp_path, "config.yaml", config.to_yaml())
+    assert load_config(path) == config
+
+
+@given(
+    epochs=st.integers(1, 100),
+    lr=st.floats(1e-12, 1.0),
+    size=st.integers(32, 2000) | st.tuples(st.integers(32, 800), st.integers(800, 2000)),
+    max_steps=st.none() | st.integers(1, 10**6),
+)
+def test_yaml_round_trip(epochs: int, lr: float, size: Any, max_steps: int | None) -> None:
+    config = Config(name="x", epochs=epochs, lr=lr, image_size=size, max_steps=max_steps)
+    assert validate_config(yaml.safe_load(config.to_yaml()), "x") == config
+
+
+def test_a_base_is_looked_for_beside_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sub").mkdir()
+    write(tmp_path, "below.yaml", "base: dino_nano\nepochs: 3\n")
+    write(tmp_path / "sub", "top.yaml", "base: ../below.yaml\n")
+    monkeypatch.chdir(tmp_path)
+    assert load_config("sub/top.yaml").epochs == 3
+    monkeypatch.chdir(tmp_path / "sub")
+    assert load_config("top.yaml").epochs == 3
+
+
+@pytest.mark.parametrize("relative", [True, False])
+def test_a_circle_of_bases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, relative: bool) -> None:
+    (tmp_path / "sub").mkdir()
+    first = write(tmp_path, "a.yaml", "base: sub/b.yaml\n")
+    write(tmp_path / "sub", "b.yaml", "base: ../sub/../a.yaml\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="leads back to itself"):
+        load_config("a.yaml" if relative else first)
+    with pytest.raises(ConfigError, match="leads back to itself"):
+        load_config(write(tmp_path, "own.yaml", "base: own.yaml\n"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message", "remedy"),
+    [
+        ({"epohcs": 3}, "unknown setting 'epohcs'", "did you mean 'epochs'?"),
+        ({"model.num_querys": 3}, "unknown setting 'model.num_querys'", "did you mean 'model.num_queries'?"),
+        ({"loss.gama": 3}, "unknown setting 'loss.gama'", "did you mean 'loss.gamma'?"),
+        ({"num_patterns": 3}, "unknown setting 'num_patterns'", "did you mean 'model.num_patterns'?"),
+        ({"loss.dim": 3}, "unknown setting 'loss.dim'", "did you mean 'model.dim'?"),
+        ({"qqqq": 3}, "unknown setting 'qqqq'", "config show"),
+        ({"epochs": 0}, "epochs=0: Input should be greater than or equal to 1", "config show"),
+        ({"epochs": "many"}, "epochs='many': Input should be a valid integer", "config show"),
+        ({"epochs": 1.5}, "epochs=1.5", "config show"),
+        ({"lr": float("nan")}, "lr=nan: Input should be a finite number", "config show"),
+        ({"lr": -1}, "lr=-1", "config show"),
+        ({"amp": "fp8"}, "amp='fp8': Input should be 'no', 'bf16' or 'fp16'", "config show"),
+        (
+            {"model.queries": "dense"},
+            "model.queries='dense': Input should be 'static' or 'patterns'",
+            "config show",
+        ),
+        ({"model.dim": 130}, "dim=130 must be divisible by 4 and by num_heads=8", "config show"),
+        ({"model.num_levels": 2}, r"num_levels=2 is fewer than backbone_strides=(8, 16, 32)", "config show"),
+        ({"model.encoder_query_levels": 4}, "encoder_query_levels=4 exceeds num_levels=3", "config show"),
+        ({"loss.min_positives": 9}, "min_positives=9 exceeds top_k=4", "config show"),
+        ({"image_size": 16}, "image_size=16: expected one number >= 32", "config show"),
+        ({"image_size": [900, 800]}, "image_size=[900, 800]: expected one number >= 32", "config show"),
+        ({"image_size": "big"}, "image_size='big'", "config show"),
+        ({"augment.scale": [1.0, 0.5]}, "augment.scale=[1.0, 0.5]: expected 0 < low <= high", "config show"),
+        ({"augment.crop_size": [0.0, 0.5]}, "augment.crop_size=[0.0, 0.5]", "config show"),
+        ({"model": 3}, "model=3", "config show"),
+        ({"preset": "papr"}, "unknown preset 'papr'", "the only preset is 'paper'"),
+    ],
+)
+def test_each_mistake_names_key_value_and_remedy(
+    overrides: dict[str, Any], message: str, remedy: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config("dino_nano", overrides)
+    assert message in caught.value.message and remedy in caught.value.remedy
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base: dino_nano\nepochs: [1\n", "not valid YAML"),
+        ("- a\n- b\n", "expected a mapping of settings, found list"),
+        ("base: dino_nan\n", "unknown model or recipe 'dino_nan'"),
+        ("base: absent.yaml\n", "absent.yaml: no such file"),
+        ("base: dino_nano\nmodel:\n", "model=None"),
+        ("base: dino_nano\npreset: papr\n", "unknown preset 'papr'"),
+        ("base: dino_nano\nlearning_rate: 3\n", "mine.yaml: unknown setting 'learning_rate'"),
+    ],
+)
+def test_mistakes_in_files(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, "mine.yaml", text))
+    assert message in caught.value.message and "\n" not in caught.value.message
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config("paq_dino_r5")
+    assert caught.value.remedy == "did you mean 'paq_dino_r50'?"
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: no such file"):
+        load_config("nowhere.yaml")
+
+
+def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, "plain.yaml", ""))
+    assert config == Config(name="plain")
+    assert (config.model, config.loss, config.augment) == (ModelConfig(), LossConfig(), AugmentConfig())
+
+
+def test_overrides_are_read_as_yaml() -> None:
+    texts = ["epochs=3", "lr=4e-4", "model.bias_std=null", "image_size=[480, 800]", "augment.scale=[0.5,1]"]
+    config = load_config("paq_dino_nano", texts)
+    assert (config.epochs, config.lr, config.model.bias_std) == (3, 4e-4, None)
+    assert config.image_size == (480, 800) and config.augment.scale == (0.5, 1.0)
+    assert parse_overrides(["a.b=x=y", "c="]) == {"a.b": "x=y", "c": None}
+    assert parse_overrides(["epochs=3", "epochs=4"]) == {"epochs": 4}
+    assert parse_overrides(["name=[1"]) == {"name": "[1"}
+
+
+@pytest.mark.parametrize("word", ["no", "bf16", "fp16"])
+def test_amp_may_be_written_without_quotes(word: str, tmp_path: Path) -> None:
+    """YAML reads a bare `no` as false."""
+    config = load_config("dino_nano", [f"amp={word}"])
+    assert config.amp == word
+    assert load_config(write(tmp_path, "mine.yaml", f"base: dino_nano\namp: {word}\n")).amp == word
+    assert load_config(write(tmp_path, "config.yaml", config.to_yaml())) == config
+
+
+@pytest.mark.parametrize("text", ["epochs", "=3", ""])
+def test_an_override_is_a_key_and_a_value(text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_overrides([text])
+    assert repr(text) in caught.value.message and "key=value" in caught.value.remedy
+
+
+def test_a_whole_section_merges() -> None:
+    config = load_config("dino_nano", {"model": {"dim": 64, "num_heads": 4}})
+    assert (config.model.dim, config.model.num_heads, config.model.num_levels) == (64, 4, 3)
+
+
+def test_known_keys() -> None:
+    keys = known_keys()
+    assert {"epochs", "model.dim", "loss.gamma", "augment.flip"} <= set(keys)
+    assert "model" not in keys and len(keys) == len(set(keys))
+
+
+def test_settings_do_not_change() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load_config("dino_nano").epochs = 3  # type: ignore[misc]
