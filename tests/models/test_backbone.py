@@ -8,8 +8,8 @@ import timm
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_image
-from torchvision.ops import FrozenBatchNorm2d
 from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from paqdetr.errors import ConfigError
 from paqdetr.models import backbone as module
@@ -196,7 +196,7 @@ def test_weights_that_cannot_be_had_are_a_clear_error(monkeypatch: pytest.Monkey
 def test_unknown_backbone() -> None:
     with pytest.raises(ConfigError, match="no model 'resnet5o'"):
         build("resnet5o")
-    with pytest.raises(ConfigError, match="similar names: .*resnext"):
+    with pytest.raises(ConfigError, match=r"similar names: .*resnext"):
         build("resnext")
 
 

@@ -57,8 +57,8 @@ def train(
     finished = run.records("finished")[-1]
     table.add_row("training time", f"{finished['seconds'] / 60:.1f} min")
     table.add_row("peak memory", f"{finished['peak_memory_gib']:.2f} GiB")
-    table.add_row("checkpoint", str(run.best))
     results.print(table)
+    results.print(f"checkpoint: {run.best}", soft_wrap=True)  # outside the table, which would shorten it
     errors.print(
         f"curves and example predictions are beside it: {run.output}/curves.png, predictions.png",
         soft_wrap=True,

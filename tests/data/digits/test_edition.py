@@ -8,7 +8,7 @@ import pytest
 
 from paqdetr.data.coco import available_splits, open_split
 from paqdetr.data.digits import make_digits
-from paqdetr.data.scenes import SceneSpec, compose_scene
+from paqdetr.data.digits.scenes import SceneSpec, compose_scene
 from paqdetr.errors import ConfigError, DataError
 
 TINY = {"size": 96, "train": 6, "val": 3, "test": 4}
@@ -36,7 +36,7 @@ def test_layout(tiny: Path) -> None:
 
 
 def test_annotations_are_what_they_were_before(tiny: Path) -> None:
-    """If this fails after a change of ours, raise the edition format in digits.py."""
+    """If this fails after a change of ours, raise the edition format in edition.py."""
     digests = {
         s: hashlib.sha256((tiny / f"{s}.json").read_bytes()).hexdigest()[:16]
         for s in ("train", "val", "test")

@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image, ImageFilter
 from scipy import ndimage
 
-from paqdetr.data import strokes
-from paqdetr.data.glyphs import SPLITS, glyphs_of, ink_mask, photo_patch
+from paqdetr.data.digits import strokes
+from paqdetr.data.digits.glyphs import SPLITS, glyphs_of, ink_mask, photo_patch
 from paqdetr.errors import ConfigError
 
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paqdetr.data.glyphs import SPLITS, glyphs_of
-from paqdetr.data.scenes import Scene, SceneSpec, compose_scene
+from paqdetr.data.digits.glyphs import SPLITS, glyphs_of
+from paqdetr.data.digits.scenes import Scene, SceneSpec, compose_scene
 from paqdetr.errors import ConfigError
 
 

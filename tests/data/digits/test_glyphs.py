@@ -6,7 +6,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from paqdetr.data.glyphs import PHOTO_BANDS, SPLITS, glyphs_of, ink_mask, photo_patch
+from paqdetr.data.digits.glyphs import PHOTO_BANDS, SPLITS, glyphs_of, ink_mask, photo_patch
 
 
 def test_every_glyph_belongs_to_exactly_one_split() -> None:

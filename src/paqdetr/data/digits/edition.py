@@ -21,8 +21,8 @@ from typing import Any
 
 from PIL import Image
 
-from paqdetr.data.glyphs import SPLITS
-from paqdetr.data.scenes import SceneSpec, compose_scene
+from paqdetr.data.digits.glyphs import SPLITS
+from paqdetr.data.digits.scenes import SceneSpec, compose_scene
 from paqdetr.errors import ConfigError, DataError
 
 EDITION_FILE = "digits.json"

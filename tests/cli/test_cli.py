@@ -1,0 +1,245 @@
+"""Every verb once as a process, and what each prints, in this process."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from paqdetr.cli import run
+from paqdetr.config import load_config
+from paqdetr.data.check import check_dataset
+from paqdetr.engine import Run
+
+
+def paqdetr(*arguments: object, module: str = "paqdetr") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+# ---------------------------------------------------------------------------------------------- processes
+
+
+def test_help_is_quick_and_complete() -> None:
+    done = paqdetr("--help")
+    assert done.returncode == 0 and done.stderr == ""
+    for verb in ("train", "eval", "predict", "models", "data", "config", "--debug"):
+        assert verb in done.stdout
+    code = "import sys, paqdetr.cli; print('torch' in sys.modules, 'matplotlib' in sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert loaded.stdout.split() == ["False", "False"]
+
+
+def test_the_verbs_as_processes(tmp_path: Path, tiny_run: Run, tiny_digits: Path) -> None:
+    """`train` is run as a process by tests/engine/test_resume.py."""
+    done = paqdetr("eval", tiny_run.best, "--data", tiny_digits, "--json", tmp_path / "out.json")
+    assert done.returncode == 0, done.stderr
+    assert "AP50" in done.stdout and json.loads((tmp_path / "out.json").read_text())["AP"] == tiny_run.metrics["AP"]
+
+    done = paqdetr("predict", tiny_run.output, tiny_digits / "test", "--output", tmp_path / "drawn")
+    assert done.returncode == 0, done.stderr
+    assert "in 4 images" in done.stdout and len(list((tmp_path / "drawn").glob("*.jpg"))) == 4
+
+    edition = ("--size", 64, "--train", 1, "--val", 1, "--test", 1, "--seed", 3)
+    done = paqdetr("data", "make", "digits", "--output", tmp_path / "digits", *edition)
+    assert done.returncode == 0 and "1 train, 1 val, 1 test images, seed 3" in done.stdout
+    done = paqdetr("data", "check", tmp_path / "digits")
+    assert done.returncode == 0 and "no errors" in done.stderr, done.stdout
+
+    done = paqdetr("models", "dino_nano")
+    assert done.returncode == 0 and "dino_nano" in done.stdout
+
+    done = paqdetr("config", "show", "nonsense")
+    assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
+
+
+# -------------------------------------------------------------------------------------------------- train
+
+
+def test_train(
+    tmp_path: Path,
+    tiny_digits: Path,
+    tiny_settings: dict[str, Any],
+    no_pictures: None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "a run [1]"
+    settings = [f"{key}={value}" for key, value in {**tiny_settings, "epochs": 1}.items()]
+    arguments = ["train", "paq_dino_nano", *settings, "--data", str(tiny_digits), "--output", str(output)]
+    arguments += ["--device", "cpu", "--seed", "7", "--amp", "no"]
+    assert run(arguments) == 0
+    said = capsys.readouterr()
+    assert "paq_dino_nano: 8 images, 2 steps of 4 on cpu" in said.err
+    assert "positives a box by layer" in said.err and "epoch 1: val AP" in said.err
+    assert "validation AP (epoch 1)" in said.out
+    assert str(Run(output).best) in said.out  # whole, to be copied, however long
+    config = load_config(output / "config.yaml")
+    assert (config.seed, config.amp, config.epochs, config.model.dim) == (7, "no", 1, 32)
+
+    assert run([*arguments, "--resume"]) == 0  # finished: says the same and does nothing
+    assert "validation AP (epoch 1)" in capsys.readouterr().out
+    assert len(Run(output).records("start")) == 1
+
+
+def test_settings_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.yaml").write_text("base: paq_dino_nano\nlr: 1.0e-3\nmodel:\n  num_patterns: 8\n")
+    assert run(["config", "show", str(tmp_path / "mine.yaml"), "epochs=3"]) == 0
+    shown = capsys.readouterr().out
+    (tmp_path / "shown.yaml").write_text(shown)
+    config = load_config(tmp_path / "shown.yaml")
+    assert (config.name, config.lr, config.model.num_patterns, config.epochs) == ("mine", 1e-3, 8, 3)
+    assert config == load_config(tmp_path / "mine.yaml", ["epochs=3"])
+
+
+# --------------------------------------------------------------------------------------------------- eval
+
+
+def test_eval_of_a_checkpoint(
+    tmp_path: Path, tiny_run: Run, tiny_digits: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "deep" / "out.json"
+    arguments = ["eval", str(tiny_run.output), "--data", str(tiny_digits), "--split", "test", "--json", str(out)]
+    assert run([*arguments, "--batch-size", "2"]) == 0
+    said = capsys.readouterr().out
+    for words in ("AP75", "AR100", "AP after NMS", "AP of 9", "paq_dino_nano on"):
+        assert words in said
+    figures = json.loads(out.read_text())
+    assert {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "per_class"} <= figures.keys()
+
+
+def test_eval_of_results(tmp_path: Path, tiny_digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = json.loads((tiny_digits / "val.json").read_text())
+    rows = [{k: a[k] for k in ("image_id", "category_id", "bbox")} | {"score": 0.5} for a in content["annotations"]]
+    (tmp_path / "results.json").write_text(json.dumps(rows))
+    out = tmp_path / "out.json"
+    arguments = ["eval", "--results", str(tmp_path / "results.json")]
+    arguments += ["--annotations", str(tiny_digits / "val.json"), "--json", str(out)]
+    assert run(arguments) == 0
+    assert json.loads(out.read_text())["AP"] == pytest.approx(1)
+    assert "1.000" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------ predict
+
+
+def test_predict_leaves_out_what_does_not_decode(
+    tmp_path: Path, tiny_run: Run, tiny_digits: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with Image.open(tiny_digits / "val" / "000000.jpg") as picture:
+        picture.resize((96, 64)).save(pictures / "turned.jpg", exif=exif)
+    (pictures / "bad.jpg").write_text("no image")
+    alone = shutil.copy(tiny_digits / "val" / "000001.jpg", tmp_path / "alone.jpg")
+    arguments = ["predict", str(tiny_run.best), str(pictures), str(alone), "--output", str(tmp_path / "out")]
+    assert run([*arguments, "--threshold", "0"]) == 2
+    said = capsys.readouterr()
+    assert "400 objects over 0.0 in 2 images" in said.out
+    assert "left out:" in said.err and "bad.jpg" in said.err
+    assert "error: 1 images could not be read; the others are done" in said.err
+    with Image.open(tmp_path / "out" / "turned.jpg") as drawn:
+        assert drawn.size == (64, 96)
+    rows = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert {row["image_id"] for row in rows} == {"turned.jpg", "alone.jpg"}
+
+
+# --------------------------------------------------------------------------------------------------- data
+
+
+def test_data_make_is_not_repeated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["data", "make", "digits", "--output", str(tmp_path / "d"), "--size", "64"]
+    arguments += ["--train", "1", "--val", "1", "--test", "1", "--max-objects", "4"]
+    assert run(arguments) == 0
+    written = (tmp_path / "d" / "train.json").stat().st_mtime_ns
+    assert run(arguments) == 0
+    assert (tmp_path / "d" / "train.json").stat().st_mtime_ns == written
+
+
+def test_data_check_names_every_problem(
+    tmp_path: Path, tiny_digits: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(tiny_digits, tmp_path / "digits"))
+    content = json.loads((folder / "train.json").read_text())
+    content["annotations"][0]["bbox"] = ["x", 1, 2, 3]
+    content["annotations"][1]["image_id"] = 99
+    (folder / "train.json").write_text(json.dumps(content))
+    (folder / "val" / "000002.jpg").write_text("no image")
+    problems = [problem for problem in check_dataset(folder).problems if problem.severity == "error"]
+    assert len(problems) == 3
+    assert run(["data", "check", str(folder)]) == 2
+    said = capsys.readouterr()
+    for problem in problems:  # in full: brackets are no markup
+        assert f"error {problem.split} {problem.subject}: {problem.message}" in said.out
+    assert "expected four finite numbers [x, y, w, h]" in said.out
+    assert f"error: {folder}: 3 errors" in said.err
+
+
+# ------------------------------------------------------------------------------------------------- models
+
+
+def test_models(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["models", "paq_dino_nano", "--height", "320", "--width", "320"]) == 0
+    said = capsys.readouterr().out
+    assert "paq_dino_nano" in said and "320 x 320" in said and " M" in said
+
+
+# --------------------------------------------------------------------------------------------- exit codes
+
+
+def test_no_verb_shows_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["data"], ["config"]):
+        assert run(arguments) == 2
+        said = capsys.readouterr()
+        assert "Usage:" in said.out + said.err and "error" not in said.err
+
+
+def test_a_defect_of_ours(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(*_: object) -> None:
+        raise ValueError("a [bold] surprise")
+
+    monkeypatch.setattr("paqdetr.config.load_config", broken)
+    assert run(["config", "show", "paq_dino_nano"]) == 1
+    said = capsys.readouterr().err
+    assert said.splitlines()[0] == "internal error: ValueError: a [bold] surprise"
+    assert "report it with the output of --debug" in said and "Traceback" not in said
+    assert run(["--debug", "config", "show", "paq_dino_nano"]) == 1
+    said = capsys.readouterr().err
+    assert "Traceback" in said and "in broken" in said
+
+
+def test_debug_shows_where_a_mistake_was_noticed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["config", "show", "nonsense", "--debug"]) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" in said and "error: unknown model or recipe 'nonsense'" in said
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt])
+def test_interrupted(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("paqdetr.config.load_config", stopped)
+    assert run(["config", "show", "paq_dino_nano"]) == 130
+    assert "--resume" in capsys.readouterr().err
+
+
+def test_a_path_that_cannot_be_written(
+    tmp_path: Path, tiny_digits: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "results.json").write_text("[]")
+    arguments = ["eval", "--results", str(tmp_path / "results.json")]
+    arguments += ["--annotations", str(tiny_digits / "val.json"), "--json", str(tmp_path)]
+    assert run(arguments) == 2
+    said = capsys.readouterr().err
+    assert f"error: {tmp_path}: Is a directory" in said or os.name == "nt"

@@ -1,0 +1,402 @@
+"""What users get wrong: one line that says what, one that helps, exit code 2, and nothing of theirs is changed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from paqdetr.cli import run
+from paqdetr.engine import Run
+
+
+@dataclass(frozen=True)
+class World:
+    """What the cases below are made of; everything lies in `root`."""
+
+    root: Path
+    data: Path
+    checkpoint: Path
+    output: Path
+    settings: list[str]
+
+    def train(self, *more: object, model: str = "paq_dino_nano", **options: object) -> list[str]:
+        chosen = {"data": self.data, "output": self.output, "device": "cpu"} | options
+        pairs = [str(part) for key, value in chosen.items() for part in (f"--{key}", value)]
+        return ["train", model, *self.settings, *map(str, more), *pairs]
+
+    def eval(self, *more: object, checkpoint: object = None) -> list[str]:
+        return ["eval", str(checkpoint or self.checkpoint), *map(str, more or ("--data", self.data))]
+
+    def predict(self, *sources: object, checkpoint: object = None, output: object = None) -> list[str]:
+        sources = sources or (self.data / "val",)
+        target = str(output or self.output)
+        return ["predict", str(checkpoint or self.checkpoint), *map(str, sources), "--output", target]
+
+    def edit(self, split: str, change: Callable[[dict[str, Any]], object]) -> None:
+        path = self.data / f"{split}.json"
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+
+    def file(self, name: str, content: str | bytes = "mine") -> Path:
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return path
+
+
+@pytest.fixture
+def world(tmp_path: Path, tiny_digits: Path, tiny_run: Run, tiny_settings: dict[str, Any]) -> World:
+    return World(
+        root=tmp_path,
+        data=Path(shutil.copytree(tiny_digits, tmp_path / "digits")),
+        checkpoint=Path(shutil.copy(tiny_run.best, tmp_path / "model.safetensors")),
+        output=tmp_path / "output",
+        settings=[f"{key}={value}" for key, value in tiny_settings.items()],
+    )
+
+
+def snapshot(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# Each takes the world, may break something in it, and gives the arguments; then what the error and the help line say.
+Case = tuple[Callable[[World], list[str]], str, str]
+CASES: dict[str, Case] = {}
+
+
+def case(error: str, remedy: str = "") -> Callable[[Callable[[World], list[str]]], Callable[[World], list[str]]]:
+    def keep(make: Callable[[World], list[str]]) -> Callable[[World], list[str]]:
+        CASES[make.__name__] = (make, error, remedy)
+        return make
+
+    return keep
+
+
+# --------------------------------------------------------------------------------------------------- data
+
+
+@case("nowhere: no such data folder", "paqdetr data make digits")
+def missing_data_folder(w: World) -> list[str]:
+    return w.train(data=w.root / "nowhere")
+
+
+@case("empty: the data folder is empty", "train.json")
+def empty_data_folder(w: World) -> list[str]:
+    (w.root / "empty").mkdir()
+    return w.train(data=w.root / "empty")
+
+
+@case("train.json: has no `categories`", "paqdetr data check")
+def json_without_categories(w: World) -> list[str]:
+    w.edit("train", lambda content: content.pop("categories"))
+    return w.train()
+
+
+@case("belongs to image 99, which `images` does not list")
+def annotation_of_an_unknown_image(w: World) -> list[str]:
+    w.edit("train", lambda content: content["annotations"][2].update(image_id=99))
+    return w.train()
+
+
+@case("train.json: no valid json at line 1")
+def json_cut_short(w: World) -> list[str]:
+    text = (w.data / "train.json").read_text()
+    (w.data / "train.json").write_text(text[: len(text) // 2])
+    return w.train()
+
+
+@case("000004.jpg: missing, though")
+def missing_image(w: World) -> list[str]:
+    (w.data / "train" / "000004.jpg").unlink()
+    return w.train()
+
+
+@case("000004.jpg: not an image in a known format", "remove it")
+def image_that_does_not_decode(w: World) -> list[str]:
+    (w.data / "train" / "000004.jpg").write_text("no image")
+    return w.train()
+
+
+@case("000001.jpg: is 50x40 pixels", "paqdetr data check")
+def image_of_another_size(w: World) -> list[str]:
+    Image.new("RGB", (50, 40)).save(w.data / "val" / "000001.jpg")
+    return w.eval()
+
+
+@case("val.json: category 11 'ten' does not fit the model: unknown to it")
+def validation_with_other_classes(w: World) -> list[str]:
+    w.edit("val", lambda content: content["categories"].append({"id": 11, "name": "ten"}))
+    return w.train()
+
+
+@case("val.json: category 1 'zero' does not fit the model: the model calls 1 '0'", "classes the model was trained on")
+def evaluation_on_other_classes(w: World) -> list[str]:
+    w.edit("val", lambda content: content["categories"][0].update(name="zero"))
+    return w.eval()
+
+
+@case("has no split 'nights', found train, val, test")
+def split_that_does_not_exist(w: World) -> list[str]:
+    return w.eval("--data", w.data, "--split", "nights")
+
+
+# ----------------------------------------------------------------------------------------------- settings
+
+
+@case("unknown setting 'model.num_pattern'", "did you mean 'model.num_patterns'?")
+def unknown_setting(w: World) -> list[str]:
+    return w.train("model.num_pattern=32")
+
+
+@case("unknown setting 'num_patterns'", "did you mean 'model.num_patterns'?")
+def setting_without_its_section(w: World) -> list[str]:
+    return w.train("num_patterns=32")
+
+
+@case("'epochs' is not a setting", "key=value")
+def setting_without_a_value(w: World) -> list[str]:
+    return w.train("epochs")
+
+
+@case("epochs='many'")
+def setting_of_the_wrong_type(w: World) -> list[str]:
+    return w.train("epochs=many")
+
+
+@case("unknown model or recipe 'paq_dino_nan'", "did you mean 'paq_dino_nano'?")
+def unknown_model(w: World) -> list[str]:
+    return w.train(model="paq_dino_nan")
+
+
+@case("mine.yaml: no such file")
+def missing_settings_file(w: World) -> list[str]:
+    return w.train(model=str(w.root / "mine.yaml"))
+
+
+@case("broken.yaml: not valid YAML")
+def broken_settings_file(w: World) -> list[str]:
+    return w.train(model=str(w.file("broken.yaml", "model: [1, 2")))
+
+
+@case("device 'quantum': torch cannot use it here", "--device cpu")
+def unknown_device(w: World) -> list[str]:
+    return w.train(device="quantum")
+
+
+@case("device 'quantum'", "--device cpu")
+def unknown_device_to_evaluate_on(w: World) -> list[str]:
+    return w.eval("--data", w.data, "--device", "quantum")
+
+
+@case("amp='fp16' needs a GPU", "amp=bf16")
+def half_precision_on_the_cpu(w: World) -> list[str]:
+    return w.train("amp=fp16")
+
+
+# --------------------------------------------------------------------------------------------- checkpoints
+
+
+@case("nowhere.safetensors: no such checkpoint")
+def missing_checkpoint(w: World) -> list[str]:
+    return w.eval(checkpoint=w.root / "nowhere.safetensors")
+
+
+@case("nothing: the folder has no checkpoint")
+def folder_without_a_checkpoint(w: World) -> list[str]:
+    (w.root / "nothing").mkdir()
+    return w.predict(checkpoint=w.root / "nothing")
+
+
+@case("model.safetensors: not a readable safetensors file", "copy or train it again")
+def truncated_checkpoint(w: World) -> list[str]:
+    w.checkpoint.write_bytes(w.checkpoint.read_bytes()[:-1000])
+    return w.eval()
+
+
+@case("foreign.safetensors: safetensors without a paqdetr header")
+def checkpoint_of_another_program(w: World) -> list[str]:
+    save_file({"weight": torch.zeros(2)}, w.root / "foreign.safetensors")
+    return w.eval(checkpoint=w.root / "foreign.safetensors")
+
+
+@case("it is of another model: it has another shape for", "")
+def checkpoint_whose_header_is_of_another_model(w: World) -> list[str]:
+    from paqdetr.checkpoint import read_checkpoint, write_checkpoint
+
+    tensors, header = read_checkpoint(w.checkpoint)
+    header["model"]["dim"] = 64
+    write_checkpoint(w.checkpoint, tensors, header)
+    return w.predict()
+
+
+@case("model.pth: a pickle, which this program does not open", ".safetensors")
+def pickled_checkpoint(w: World) -> list[str]:
+    return w.eval(checkpoint=w.file("model.pth"))
+
+
+# ------------------------------------------------------------------------------------------------- output
+
+
+@case("output: a file is in the way", "--output")
+def file_in_the_way_of_training(w: World) -> list[str]:
+    w.file("output")
+    return w.train()
+
+
+@case("output: the folder holds other files", "--output")
+def foreign_folder_in_the_way_of_training(w: World) -> list[str]:
+    w.file("output/metrics.jsonl")
+    return [*w.train(), "--resume"]
+
+
+@case("output: there is a run already, and nothing is overwritten", "--resume")
+def run_in_the_way(w: World) -> list[str]:
+    w.file("output/config.yaml", "name: paq_dino_nano")
+    w.file("output/best.safetensors")
+    return w.train()
+
+
+@case("the run was started with", "start a new run")
+def resumption_with_other_settings(w: World) -> list[str]:
+    w.file("output/config.yaml", "name: paq_dino_nano")
+    return [*w.train(), "--resume"]
+
+
+@case("output: the folder holds other files")
+def foreign_folder_in_the_way_of_predictions(w: World) -> list[str]:
+    w.file("output/000000.jpg")
+    return w.predict()
+
+
+@case("digits: the folder is not empty and holds no digits data", "")
+def folder_in_the_way_of_the_digits(w: World) -> list[str]:
+    (w.data / "digits.json").unlink()
+    return ["data", "make", "digits", "--output", str(w.data)]
+
+
+@case("holds another edition of the digits: seed=0 (asked for 5)")
+def another_edition_in_the_way(w: World) -> list[str]:
+    return f"data make digits --size 96 --train 8 --val 4 --test 4 --max-objects 5 --seed 5 --output {w.data}".split()
+
+
+# ------------------------------------------------------------------------------------------ command line
+
+
+@case("--threshold", "`paqdetr predict --help`")
+def threshold_out_of_range(w: World) -> list[str]:
+    return [*w.predict(), "--threshold", "1.5"]
+
+
+@case("--output", "`paqdetr train --help`")
+def missing_option(w: World) -> list[str]:
+    return ["train", "paq_dino_nano", "--data", str(w.data)]
+
+
+@case("No such command 'trian'", "`paqdetr --help`")
+def unknown_verb(w: World) -> list[str]:
+    return ["trian", "paq_dino_nano"]
+
+
+@case("--epochs", "`paqdetr train --help`")
+def unknown_option(w: World) -> list[str]:
+    return [*w.train(), "--epochs", "3"]
+
+
+@case("no model is called 'yolo*'", "`paqdetr models`")
+def pattern_without_a_model(w: World) -> list[str]:
+    return ["models", "yolo*"]
+
+
+@case("there is no recipe for a data set 'letters'")
+def unknown_data_set(w: World) -> list[str]:
+    return ["data", "make", "letters", "--output", str(w.output)]
+
+
+@case("size")
+def too_small_digits(w: World) -> list[str]:
+    return ["data", "make", "digits", "--size", "1", "--output", str(w.output)]
+
+
+@case("eval takes a CHECKPOINT or --results")
+def nothing_to_evaluate(w: World) -> list[str]:
+    return ["eval", "--data", str(w.data)]
+
+
+@case("eval CHECKPOINT needs --data")
+def evaluation_without_data(w: World) -> list[str]:
+    return ["eval", str(w.checkpoint)]
+
+
+@case("eval --results needs --annotations")
+def results_without_annotations(w: World) -> list[str]:
+    return ["eval", "--results", str(w.file("results.json", "[]"))]
+
+
+@case("--iou-type and --annotations go with --results")
+def masks_of_a_checkpoint(w: World) -> list[str]:
+    return w.eval("--data", w.data, "--iou-type", "segm")
+
+
+@case("--iou-type: expected bbox or segm, found 'oks'")
+def unknown_iou_type(w: World) -> list[str]:
+    results, truth = str(w.file("results.json", "[]")), str(w.data / "val.json")
+    return ["eval", "--results", results, "--annotations", truth, "--iou-type", "oks"]
+
+
+@case("train.json: found a json dict, expected a list of detections")
+def annotations_in_place_of_results(w: World) -> list[str]:
+    return ["eval", "--results", str(w.data / "train.json"), "--annotations", str(w.data / "train.json")]
+
+
+@case("image_id 'a.jpg' is none of the 4 images")
+def results_of_other_images(w: World) -> list[str]:
+    row = {"image_id": "a.jpg", "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}
+    results = w.file("results.json", json.dumps([row]))
+    return ["eval", "--results", str(results), "--annotations", str(w.data / "val.json")]
+
+
+@case("nowhere.jpg: no such file or folder")
+def missing_picture(w: World) -> list[str]:
+    return w.predict(w.root / "nowhere.jpg")
+
+
+@case("pictures: the folder holds no images")
+def folder_without_pictures(w: World) -> list[str]:
+    (w.root / "pictures").mkdir()
+    return w.predict(w.root / "pictures")
+
+
+@case("none of 1 images could be read; the first: ")
+def no_readable_picture(w: World) -> list[str]:
+    return w.predict(w.file("bad.png"))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_mistake(name: str, world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    make, error, remedy = CASES[name]
+    arguments = make(world)
+    before = snapshot(world.root)
+    assert run(arguments) == 2
+    said = capsys.readouterr()
+    lines = said.err.splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    helps = [line for line in lines if line.startswith("help: ")]
+    assert len(errors) == 1 and len(helps) == 1, said.err
+    assert error in errors[0] and remedy in helps[0], said.err
+    assert lines[-2:] == [errors[0], helps[0]]  # on one line each, and the last thing said
+    assert "Traceback" not in said.err + said.out and "\\[" not in said.err
+    after = snapshot(world.root)
+    assert {path: after.get(path) for path in before} == before
+    new = {path.name for path in after.keys() - before.keys()}
+    # Only a training that had begun leaves something: what --resume needs.
+    assert new <= ({"config.yaml", "metrics.jsonl"} if name == "image_that_does_not_decode" else set())

@@ -1,0 +1,159 @@
+"""The public names of the README and the design: they stay."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import paqdetr
+from paqdetr.engine import Run
+
+
+def parameters(function: Any) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(function).parameters)
+
+
+def test_import_is_lazy_and_complete() -> None:
+    code = (
+        "import sys, paqdetr\n"
+        "heavy = {'torch', 'numpy', 'PIL', 'timm', 'accelerate', 'matplotlib', 'typer', 'rich', 'yaml'} & sys.modules.keys()\n"
+        "assert not heavy, heavy\n"
+        "assert set(paqdetr.__all__) <= set(dir(paqdetr))\n"
+        "paqdetr.DataError\n"
+        "assert 'torch' not in sys.modules\n"
+        "from paqdetr import *\n"
+        "assert callable(train) and callable(evaluate) and callable(load) and issubclass(Callback, object)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_name_is_there() -> None:
+    for name in paqdetr.__all__:
+        assert getattr(paqdetr, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'tarin'"):
+        _ = paqdetr.tarin
+    assert paqdetr.__version__.count(".") >= 2
+    assert issubclass(paqdetr.CheckpointError, paqdetr.UserError)
+
+
+def test_signatures() -> None:
+    create = parameters(paqdetr.create_model)
+    assert next(iter(create)) == "name" and "num_classes" in create
+    assert list(parameters(paqdetr.load)) == ["path", "device"]
+    assert parameters(paqdetr.list_models)["pattern"].default == "*"
+    train = parameters(paqdetr.train)
+    assert list(train)[:3] == ["model", "data", "output"]
+    assert {"resume", "device", "callbacks", "settings", "overrides"} <= train.keys()
+    assert train["data"].kind is inspect.Parameter.KEYWORD_ONLY
+    assert train["overrides"].kind is inspect.Parameter.VAR_KEYWORD
+    evaluate = parameters(paqdetr.evaluate)
+    assert list(evaluate)[:3] == ["model", "data", "split"] and evaluate["split"].default == "val"
+    assert list(parameters(paqdetr.Detector.predict)) == ["self", "images", "threshold", "batch_size"]
+    assert parameters(paqdetr.Detector.predict)["threshold"].default == 0.3
+    assert list(parameters(paqdetr.Detector.forward))[:3] == ["self", "images", "padding_mask"]
+
+
+def test_list_models() -> None:
+    names = paqdetr.list_models("paq_*")
+    assert {"paq_dino_r50", "paq_dino_swin_l", "paq_dino_nano"} <= set(names)
+    assert all(name.startswith("paq_") for name in names)
+    assert set(names) < set(paqdetr.list_models()) and names == sorted(names)
+    assert paqdetr.list_models("yolo*") == []
+
+
+def test_create_model_and_call_it() -> None:
+    model = paqdetr.create_model(
+        "paq_dino_nano", num_classes=5, dim=32, ffn_dim=64, num_queries=15, image_size=96
+    ).eval()
+    mask = torch.zeros(2, 64, 96, dtype=torch.bool)
+    mask[1, :, 64:] = True
+    with torch.no_grad():
+        out = model(torch.randn(2, 3, 64, 96), padding_mask=mask)
+    assert out.pred_logits.shape == (2, 15, 5) and out.pred_boxes.shape == (2, 15, 4)
+    assert (out.pred_boxes >= 0).all() and (out.pred_boxes <= 1).all()
+    with pytest.raises(paqdetr.ConfigError, match="unknown setting"):
+        paqdetr.create_model("paq_dino_nano", num_querys=15)
+    with pytest.raises(paqdetr.ConfigError, match="unknown model"):
+        paqdetr.create_model("paq_dino_nanoo")
+
+
+def test_train_load_predict_evaluate(
+    tmp_path: Path, tiny_digits: Path, tiny_settings: dict[str, Any], no_pictures: None
+) -> None:
+    class Count(paqdetr.Callback):
+        steps = 0
+
+        def on_step(self, step: int, loss: float) -> None:
+            self.steps = step
+
+    count = Count()
+    run = paqdetr.train(
+        "paq_dino_nano",
+        data=str(tiny_digits),
+        output=str(tmp_path / "run"),
+        epochs=1,
+        callbacks=[count],
+        device="cpu",
+        settings=tiny_settings,
+    )
+    assert isinstance(run, paqdetr.Run) and count.steps == 2
+    model = paqdetr.load(str(tmp_path / "run" / "best.safetensors"))
+    figures = paqdetr.evaluate(model, data=str(tiny_digits), split="test").to_json()
+    assert 0 <= figures["AP"] <= 1
+    model.save(str(tmp_path / "copy.safetensors"))
+    copy = paqdetr.load(tmp_path / "copy.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), copy.parameters(), strict=True))
+
+
+def test_predict_takes_paths_pictures_and_arrays(tiny_run: Run, tiny_digits: Path) -> None:
+    model = tiny_run.model()
+    path = tiny_digits / "val" / "000000.jpg"
+    with Image.open(path) as opened:
+        picture = opened.convert("RGB")
+    array = np.asarray(picture)
+    (alone,) = model.predict(str(path), threshold=0.0)
+    assert alone.image_id == "000000.jpg" and len(alone) == 200
+    found = model.predict([path, picture, array], threshold=0.0, batch_size=2)
+    assert [d.image_id for d in found] == ["000000.jpg", None, None]
+    for detections in found:
+        np.testing.assert_allclose(detections.scores, alone.scores, atol=1e-5)
+    assert model.predict(array, threshold=1.0)[0].scores.shape == (0,)
+    assert model.predict([]) == []
+
+
+def test_detections(tiny_run: Run, tiny_digits: Path) -> None:
+    path = tiny_digits / "val" / "000000.jpg"
+    found = tiny_run.model().predict(path, threshold=0.0)[0]
+    assert found.boxes.shape == (len(found), 4) and found.boxes.dtype == np.float32
+    assert found.boxes.min() >= 0 and found.boxes.max() <= 96
+    assert (np.diff(found.scores) <= 0).all()
+    assert set(found.labels.tolist()) <= set(range(1, 11)) and found.names[1] == "0"  # the data set's own ids
+
+    some = found.above(float(found.scores[4]))
+    assert len(some) >= 5 and some.scores.min() >= found.scores[4]
+
+    rows = some.to_coco()
+    assert len(rows) == len(some) and rows[0]["image_id"] == "000000.jpg"
+    x, y, width, height = rows[0]["bbox"]
+    assert [x, y, x + width, y + height] == pytest.approx(some.boxes[0].tolist(), abs=1e-4)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its advice on OpenCV
+        other = some.to_supervision()
+    assert np.array_equal(other.xyxy, some.boxes) and other.data["class_name"][0] in set("0123456789")
+    assert len(found.above(1.1).to_supervision()) == 0 and found.above(1.1).to_coco() == []
+
+    with Image.open(path) as opened:
+        before = np.asarray(opened)
+        drawn = some.draw(opened)
+    assert drawn.size == (96, 96) and np.abs(np.asarray(drawn, int) - before).mean() > 0.5
