@@ -36,7 +36,9 @@ PARTS = ("backbone", "neck", "encoder", "proposal_head", "query_source", "denois
 
 def main() -> None:
     """Parse, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", required=True, type=Path)
     parser.add_argument("--model", default="paq_dino_nano")
     parser.add_argument("--image-size", type=int, default=256)
@@ -98,7 +100,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
             average.update(model)
             marks.append(clock())
             times["data"].append(marks[0] - started)
-            for name, i in (("forward", 0), ("criterion", 1), ("backward", 2), ("optimizer", 3), ("average", 4)):
+            for name, i in (
+                ("forward", 0),
+                ("criterion", 1),
+                ("backward", 2),
+                ("optimizer", 3),
+                ("average", 4),
+            ):
                 times[name].append(marks[i + 1] - marks[i])
             times["step"].append(marks[-1] - started)
             started = clock()

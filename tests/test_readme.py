@@ -75,7 +75,9 @@ def test_links_lead_somewhere() -> None:
 
 def test_make_targets_exist() -> None:
     makefile = (REPO / "Makefile").read_text(encoding="utf-8")
-    targets = [line.split()[1] for block in blocks("") for line in block.splitlines() if line.startswith("make ")]
+    targets = [
+        line.split()[1] for block in blocks("") for line in block.splitlines() if line.startswith("make ")
+    ]
     assert targets == ["quickstart", "test"]
     for target in targets:
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE)
@@ -90,7 +92,14 @@ def test_quickstart_in_small(tmp_path: Path) -> None:
     small = ["DIGITS_ARGS=--train 8 --val 2 --test 2", f"QUICKSTART_ARGS={' '.join(FEWER_STEPS)}"]
     first = run(["make", "quickstart", *small], clone)
     assert first.returncode == 0, first.stdout + first.stderr
-    for name in ("best.safetensors", "config.yaml", "metrics.jsonl", "curves.png", "predictions.png", "test.json"):
+    for name in (
+        "best.safetensors",
+        "config.yaml",
+        "metrics.jsonl",
+        "curves.png",
+        "predictions.png",
+        "test.json",
+    ):
         assert (clone / "runs/quickstart" / name).is_file(), name
     before = (clone / "runs/quickstart/metrics.jsonl").read_bytes()
     second = run(["make", "quickstart", *small], clone)

@@ -9,7 +9,9 @@ REPO = Path(__file__).resolve().parents[1]
 
 
 def test_readme_table_is_read_from_the_kept_files() -> None:
-    spec = importlib.util.spec_from_file_location("collect_results", REPO / "benchmarks" / "collect_results.py")
+    spec = importlib.util.spec_from_file_location(
+        "collect_results", REPO / "benchmarks" / "collect_results.py"
+    )
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

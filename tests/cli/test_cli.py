@@ -41,7 +41,10 @@ def test_the_verbs_as_processes(tmp_path: Path, tiny_run: Run, tiny_digits: Path
     """`train` is run as a process by tests/engine/test_resume.py."""
     done = paqdetr("eval", tiny_run.best, "--data", tiny_digits, "--json", tmp_path / "out.json")
     assert done.returncode == 0, done.stderr
-    assert "AP50" in done.stdout and json.loads((tmp_path / "out.json").read_text())["AP"] == tiny_run.metrics["AP"]
+    assert (
+        "AP50" in done.stdout
+        and json.loads((tmp_path / "out.json").read_text())["AP"] == tiny_run.metrics["AP"]
+    )
 
     done = paqdetr("predict", tiny_run.output, tiny_digits / "test", "--output", tmp_path / "drawn")
     assert done.returncode == 0, done.stderr
@@ -105,7 +108,16 @@ def test_eval_of_a_checkpoint(
     tmp_path: Path, tiny_run: Run, tiny_digits: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "deep" / "out.json"
-    arguments = ["eval", str(tiny_run.output), "--data", str(tiny_digits), "--split", "test", "--json", str(out)]
+    arguments = [
+        "eval",
+        str(tiny_run.output),
+        "--data",
+        str(tiny_digits),
+        "--split",
+        "test",
+        "--json",
+        str(out),
+    ]
     assert run([*arguments, "--batch-size", "2"]) == 0
     said = capsys.readouterr().out
     for words in ("AP75", "AR100", "AP after NMS", "AP of 9", "paq_dino_nano on"):
@@ -116,7 +128,10 @@ def test_eval_of_a_checkpoint(
 
 def test_eval_of_results(tmp_path: Path, tiny_digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = json.loads((tiny_digits / "val.json").read_text())
-    rows = [{k: a[k] for k in ("image_id", "category_id", "bbox")} | {"score": 0.5} for a in content["annotations"]]
+    rows = [
+        {k: a[k] for k in ("image_id", "category_id", "bbox")} | {"score": 0.5}
+        for a in content["annotations"]
+    ]
     (tmp_path / "results.json").write_text(json.dumps(rows))
     out = tmp_path / "out.json"
     arguments = ["eval", "--results", str(tmp_path / "results.json")]

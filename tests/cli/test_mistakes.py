@@ -74,7 +74,9 @@ Case = tuple[Callable[[World], list[str]], str, str]
 CASES: dict[str, Case] = {}
 
 
-def case(error: str, remedy: str = "") -> Callable[[Callable[[World], list[str]]], Callable[[World], list[str]]]:
+def case(
+    error: str, remedy: str = ""
+) -> Callable[[Callable[[World], list[str]]], Callable[[World], list[str]]]:
     def keep(make: Callable[[World], list[str]]) -> Callable[[World], list[str]]:
         CASES[make.__name__] = (make, error, remedy)
         return make
@@ -139,7 +141,10 @@ def validation_with_other_classes(w: World) -> list[str]:
     return w.train()
 
 
-@case("val.json: category 1 'zero' does not fit the model: the model calls 1 '0'", "classes the model was trained on")
+@case(
+    "val.json: category 1 'zero' does not fit the model: the model calls 1 '0'",
+    "classes the model was trained on",
+)
 def evaluation_on_other_classes(w: World) -> list[str]:
     w.edit("val", lambda content: content["categories"][0].update(name="zero"))
     return w.eval()

@@ -39,11 +39,18 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> CocoDataset:
     for i in range(10):
         width, height = (40, 60) if i < 4 else (60, 40)
         name = f"{i}.png"
-        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / "train" / name)
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(
+            folder / "train" / name
+        )
         images.append({"id": 100 + i, "file_name": name, "width": width, "height": height})
         for j in range(i % 4):
             annotations.append(
-                {"id": len(annotations), "image_id": 100 + i, "category_id": 1 + j % 2, "bbox": [5 * j, 4, 20, 30]}
+                {
+                    "id": len(annotations),
+                    "image_id": 100 + i,
+                    "category_id": 1 + j % 2,
+                    "bbox": [5 * j, 4, 20, 30],
+                }
             )
     categories = [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}]
     content = {"images": images, "annotations": annotations, "categories": categories}
@@ -52,7 +59,9 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> CocoDataset:
 
 
 def settings(**overrides: object) -> Config:
-    return load_config("paq_dino_nano", {"image_size": 64, "batch_size": 3, "augment.color": 0.2, **overrides})
+    return load_config(
+        "paq_dino_nano", {"image_size": 64, "batch_size": 3, "augment.color": 0.2, **overrides}
+    )
 
 
 def epoch(config: Config, split: CocoDataset, epochs: int = 1) -> list[Batch]:

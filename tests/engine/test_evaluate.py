@@ -91,7 +91,9 @@ def test_a_perfect_detector(split: CocoDataset, model: Detector, monkeypatch: py
     progress: list[tuple[int, int]] = []
     for batch_size in (1, 3):
         progress.clear()
-        found = evaluate_split(model, split, batch_size=batch_size, progress=lambda *done: progress.append(done))
+        found = evaluate_split(
+            model, split, batch_size=batch_size, progress=lambda *done: progress.append(done)
+        )
         assert found.figures.AP == pytest.approx(1) and found.figures_nms.AP == pytest.approx(1)
         assert found.figures.per_class == {"cat": pytest.approx(1), "dog": pytest.approx(1)}
         # 1 + 2 + 3 + 1 + 2 + 3 + 1 boxes in 7 images, all of them sure
@@ -187,5 +189,7 @@ def test_a_split_that_is_not_there(tiny_digits: Path, tiny_run: Run) -> None:
 
 def test_a_trained_model_on_its_data(tiny_digits: Path, tiny_run: Run) -> None:
     found = evaluate(tiny_run.model(), data=tiny_digits)
-    assert found.to_json()["AP"] == pytest.approx(tiny_run.metrics["AP"])  # best.safetensors is that of the record
+    assert found.to_json()["AP"] == pytest.approx(
+        tiny_run.metrics["AP"]
+    )  # best.safetensors is that of the record
     assert len(found.results) == 4 * 200  # 20 queries, 10 classes

@@ -185,18 +185,24 @@ def test_a_killed_process_is_resumed_from_the_command_line(
     output = tmp_path / "killed"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", KILLED, str(tiny_digits), str(output), json.dumps(tiny_settings)]
-    killed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    killed = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     run = Run(output)
     assert run.records("train")[-1]["step"] == 4 and not run.finished
-    run.append({"kind": "train", "step": 5, "epoch": 2.5, "loss": 1.0, "lr": 1.0})  # as if it had come a bit further
+    run.append(
+        {"kind": "train", "step": 5, "epoch": 2.5, "loss": 1.0, "lr": 1.0}
+    )  # as if it had come a bit further
     with run.metrics_file.open("a") as file:
         file.write('{"kind": "train", "st')
 
     command = [sys.executable, "-m", "paqdetr", "train", "paq_dino_nano", "--data", str(tiny_digits)]
     command += ["--output", str(output), "--device", "cpu", "epochs=4", "--resume"]
     command += [f"{key}={value}" for key, value in tiny_settings.items()]
-    resumed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    resumed = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
     assert resumed.returncode == 0, resumed.stderr
     assert "resumed at step 4" in resumed.stderr and "best.safetensors" in resumed.stdout
     assert [record["step"] for record in run.records("train")] == list(range(1, 9))

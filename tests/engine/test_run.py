@@ -60,7 +60,12 @@ def test_a_run_is_not_begun_twice(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value", "old"),
-    [("epochs", 4, "3"), ("model.num_patterns", 32, "64"), ("augment.scale", (0.5, 1.0), "[0.6, 1.0]"), ("seed", 1, "0")],
+    [
+        ("epochs", 4, "3"),
+        ("model.num_patterns", 32, "64"),
+        ("augment.scale", (0.5, 1.0), "[0.6, 1.0]"),
+        ("seed", 1, "0"),
+    ],
 )
 def test_changed_settings_are_named(tmp_path: Path, key: str, value: Any, old: str) -> None:
     run = begun(tmp_path / "run")

@@ -34,9 +34,7 @@ class Parts:
             self.average.update(self.model)
 
     def save(self, path: Path) -> None:
-        save_state(
-            path, model=self.model, average=self.average, optimizer=self.optimizer, position=POSITION
-        )
+        save_state(path, model=self.model, average=self.average, optimizer=self.optimizer, position=POSITION)
 
     def load(self, path: Path) -> Position:
         return load_state(path, model=self.model, average=self.average, optimizer=self.optimizer)

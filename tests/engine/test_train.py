@@ -195,7 +195,9 @@ def test_steps_and_evaluations_as_set(
     assert [record["step"] for record in run.records("train")] == [3, 5]  # every third, and the last
     assert [record["epoch"] for record in run.records("eval")] == [2, 3]
     assert run.records("finished")[0]["step"] == 5
-    assert "mixture_entropy" not in run.records("train")[0] and "loss_diversity" not in run.records("train")[0]
+    assert (
+        "mixture_entropy" not in run.records("train")[0] and "loss_diversity" not in run.records("train")[0]
+    )
 
 
 def test_precision_may_differ_between_trainings_of_one_process(
@@ -217,7 +219,9 @@ def test_precision_may_differ_between_trainings_of_one_process(
         assert load_config(run.config_file).amp == amp
         losses.setdefault(amp, []).append(listener.of("step")[0][1])
     assert losses["no"][0] == pytest.approx(losses["no"][1], rel=1e-5)
-    assert losses["bf16"][0] == pytest.approx(losses["no"][0], rel=0.05) and losses["bf16"] != losses["no"][:1]
+    assert (
+        losses["bf16"][0] == pytest.approx(losses["no"][0], rel=0.05) and losses["bf16"] != losses["no"][:1]
+    )
 
 
 def test_images_without_boxes_take_part(
@@ -241,7 +245,9 @@ def test_images_without_boxes_take_part(
 
 def test_mixture_figures_by_hand() -> None:
     content = torch.tensor([[[1.0, 0.0], [0.0, 2.0], [-3.0, 0.0]]])  # cosines 0, -1, 0
-    weights = torch.tensor([[[1.0, 0, 0, 0], [0.5, 0.5, 0, 0], [0.25, 0.25, 0.25, 0.25]]])  # entropies 0, ln 2, ln 4
+    weights = torch.tensor(
+        [[[1.0, 0, 0, 0], [0.5, 0.5, 0, 0], [0.25, 0.25, 0.25, 0.25]]]
+    )  # entropies 0, ln 2, ln 4
 
     class Output:
         mixture = Mixture(content=content, weights=weights)
