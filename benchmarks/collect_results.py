@@ -1,10 +1,10 @@
-"""Keep what a finished run reached, and write it into the tables of README.md and docs/results/README.md.
+"""Keep what a finished run reached, and write it into the table of the README.
 
 python benchmarks/collect_results.py NAME RUN "COMMANDS THAT MADE IT"     # take a run in
-python benchmarks/collect_results.py                                       # only write the tables anew
+python benchmarks/collect_results.py    # only write the table anew
 
-RUN is a run's folder with a test.json beside its checkpoint (`paqdetr eval RUN --split test --json RUN/test.json`). Kept are settings, figures and the
-log, not weights; every number of the tables is read from there.
+RUN is a run's folder with a test.json beside its checkpoint (`paqdetr eval RUN --split test --json RUN/test.json`).
+Kept are settings, figures and the log, not weights; every number of the tables is read from there.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 python benchmarks/train_step.py --data data/digits-small                 # paq_dino_nano at 256 px
 python benchmarks/train_step.py --data data/digits-small --model dino_nano --json step.json
 
-Every figure is the median over the counted steps, in milliseconds a batch. Forward parts are timed with hooks, backward as a whole;
-`--freeze` times the same step with the backbone frozen, which shows what its backward costs.
+Every figure is the median over the counted steps, in milliseconds a batch. Forward parts are timed with hooks, backward
+as a whole; `--freeze` times the same step with the backbone frozen, which shows what its backward costs.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The README's commands and Python blocks run as they stand, in order, in an empty folder; only the amount of work is cut.
 
-`make readme` runs this. Trainings get a few steps on small pictures, the data set a few images: what is tested is that the words work.
+`make readme` runs this. Trainings get a few steps on small pictures, the data set a few images: what is tested is that the
+words work.
 """
 
 from __future__ import annotations

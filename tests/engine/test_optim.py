@@ -121,7 +121,7 @@ def test_moving_average_against_a_loop() -> None:
         # The first update copies; later ones keep (1 + t) / (10 + t) = 2/11, 3/12, ..., at most 0.4.
         keep = 0.0 if step == 0 else min(0.4, (1 + step) / (10 + step))
         now = [value.detach().clone().double() for value in model.state_dict().values()]
-        expected = now if not expected else expected
+        expected = expected or now
         expected = [keep * old + (1 - keep) * new for old, new in zip(expected, now, strict=True)]
     assert average.updates == 8
     assert keep == 0.4

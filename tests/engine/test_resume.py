@@ -158,7 +158,9 @@ def test_a_damaged_state_is_named_and_kept(tmp_path: Path, go: Any) -> None:
     run = Run(tmp_path / "run")
     run.state_file.write_bytes(run.state_file.read_bytes()[:5000])
     before = snapshot(run.output)
-    with pytest.raises(CheckpointError, match="training_state.safetensors: not a readable safetensors file"):
+    with pytest.raises(
+        CheckpointError, match=r"training_state\.safetensors: not a readable safetensors file"
+    ):
         go(run.output, resume=True)
     assert snapshot(run.output) == before
 
@@ -173,7 +175,8 @@ class Kill(paqdetr.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 data, output, settings = sys.argv[1:]
-paqdetr.train("paq_dino_nano", data=data, output=output, device="cpu", epochs=4, settings=json.loads(settings), callbacks=[Kill()])
+settings = json.loads(settings) | {"epochs": 4}
+paqdetr.train("paq_dino_nano", data=data, output=output, device="cpu", settings=settings, callbacks=[Kill()])
 """
 
 
