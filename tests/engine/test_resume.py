@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ import torch
 from paqdetr.checkpoint import read_checkpoint
 from paqdetr.engine import Callback, Run, train
 from paqdetr.errors import CheckpointError, ConfigError
+
+MODULE = importlib.import_module("paqdetr.engine.train")  # the package's attribute is the function
 
 
 class Stop(Exception):
@@ -43,15 +47,30 @@ class Told(Callback):
         self.steps.append(step)
 
 
-@pytest.fixture
-def go(tiny_digits: Path, tiny_settings: dict[str, Any], no_pictures: None, one_thread: None) -> Any:
-    """`go(output, **settings)` trains four epochs of two steps."""
+Go = Callable[..., Run]
+
+
+@pytest.fixture(scope="module")
+def go(tiny_digits: Path, tiny_settings: dict[str, Any]) -> Iterator[Go]:
+    """`go(output, **settings)` trains four epochs of two steps, in one thread, and draws no pictures."""
 
     def train_four(output: Path, **arguments: Any) -> Run:
         fixed = {"data": tiny_digits, "device": "cpu", "epochs": 4, "settings": tiny_settings}
         return train("paq_dino_nano", output=output, **fixed | arguments)
 
-    return train_four
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("training_curves", "draw_predictions"):
+            patch.setattr(MODULE, name, lambda *args, **kwargs: None)
+        yield train_four
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def straight(go: Go, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The training that is never interrupted."""
+    return go(tmp_path_factory.mktemp("straight") / "run")
 
 
 def require_same_end(one: Run, other: Run) -> None:
@@ -84,9 +103,8 @@ def require_same_end(one: Run, other: Run) -> None:
     ],
 )
 def test_stopped_and_resumed_equals_never_stopped(
-    tmp_path: Path, go: Any, tmp_path_factory: pytest.TempPathFactory, stop: int, workers: int, first: int
+    tmp_path: Path, go: Go, straight: Run, stop: int, workers: int, first: int
 ) -> None:
-    straight = go(tmp_path / "straight")
     with pytest.raises(Stop):
         go(tmp_path / "halves", callbacks=[StopAt(stop)])
     halves = Run(tmp_path / "halves")
@@ -101,14 +119,10 @@ def test_stopped_and_resumed_equals_never_stopped(
 
 
 def test_stopped_between_evaluation_and_state(
-    tmp_path: Path, go: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, go: Go, straight: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The checkpoint of the second epoch is there, its state is not: the epoch is done again."""
-    import importlib
-
-    module = importlib.import_module("paqdetr.engine.train")
-    straight = go(tmp_path / "straight")
-    save_state, calls = module.save_state, []
+    save_state, calls = MODULE.save_state, []
 
     def interrupted(*args: Any, **kwargs: Any) -> None:
         calls.append(1)
@@ -117,14 +131,14 @@ def test_stopped_between_evaluation_and_state(
         save_state(*args, **kwargs)
 
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(module, "save_state", interrupted)
+        patch.setattr(MODULE, "save_state", interrupted)
         go(tmp_path / "halves")
     halves = go(tmp_path / "halves", resume=True)
     assert [record["epoch"] for record in halves.records("eval")] == [1, 2, 3, 4]
     require_same_end(straight, halves)
 
 
-def test_resume_starts_what_is_not_there(tmp_path: Path, go: Any) -> None:
+def test_resume_starts_what_is_not_there(tmp_path: Path, go: Go) -> None:
     run = go(tmp_path / "run", resume=True, max_steps=1)
     assert run.finished and [record["step"] for record in run.records("train")] == [1]
 
@@ -137,7 +151,7 @@ def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
     }
 
 
-def test_a_finished_run_is_left_alone(tmp_path: Path, go: Any) -> None:
+def test_a_finished_run_is_left_alone(tmp_path: Path, go: Go) -> None:
     run = go(tmp_path / "run", max_steps=1)
     before = snapshot(run.output)
     told = Told()
@@ -152,7 +166,7 @@ def test_a_finished_run_is_left_alone(tmp_path: Path, go: Any) -> None:
     assert snapshot(run.output) == before
 
 
-def test_a_damaged_state_is_named_and_kept(tmp_path: Path, go: Any) -> None:
+def test_a_damaged_state_is_named_and_kept(tmp_path: Path, go: Go) -> None:
     with pytest.raises(Stop):
         go(tmp_path / "run", callbacks=[StopAt(3)])
     run = Run(tmp_path / "run")
@@ -182,9 +196,8 @@ paqdetr.train("paq_dino_nano", data=data, output=output, device="cpu", settings=
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL, which Windows has not")
 def test_a_killed_process_is_resumed_from_the_command_line(
-    tmp_path: Path, go: Any, tiny_digits: Path, tiny_settings: dict[str, Any]
+    tmp_path: Path, straight: Run, tiny_digits: Path, tiny_settings: dict[str, Any]
 ) -> None:
-    straight = go(tmp_path / "straight")
     output = tmp_path / "killed"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", KILLED, str(tiny_digits), str(output), json.dumps(tiny_settings)]

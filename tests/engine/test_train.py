@@ -359,7 +359,7 @@ def test_weights_that_blow_up_are_the_users_to_mend(
 
 
 def test_twenty_steps_reproduce_stored_losses(
-    tmp_path: Path, tiny_digits: Path, tiny_settings: dict[str, Any], no_pictures: None
+    tmp_path: Path, tiny_digits: Path, tiny_settings: dict[str, Any], no_pictures: None, one_thread: None
 ) -> None:
     """A change of model, losses, data or recipe shows here. If it is meant, store anew:
 
@@ -379,19 +379,22 @@ def test_twenty_steps_reproduce_stored_losses(
     )
     losses = [loss for _, loss in listener.of("step")]
     assert len(losses) == 20
+    here = {"torch": torch.__version__.split("+")[0], "cpu": torch.backends.cpu.get_cpu_capability()}
     if os.environ.get("UPDATE_GOLDEN"):
-        content = {
-            "what": "loss of every step of the training in test_twenty_steps_reproduce_stored_losses",
-            "torch": torch.__version__.split("+")[0],
-            "losses": [round(loss, 5) for loss in losses],
-        }
-        GOLDEN.parent.mkdir(exist_ok=True)
+        what = "loss of every step in tests/engine/test_train.py::test_twenty_steps_reproduce_stored_losses"
+        content = {"what": what, **here, "losses": [round(loss, 5) for loss in losses]}
         GOLDEN.write_text(json.dumps(content, indent=1) + "\n")
         pytest.skip(f"stored in {GOLDEN.name}; run again without UPDATE_GOLDEN")
-    stored = json.loads(GOLDEN.read_text())["losses"]
-    # Sums in another order (threads, versions) are magnified from step to step.
-    assert losses[:3] == pytest.approx(stored[:3], rel=1e-3)
-    assert losses == pytest.approx(stored, rel=2e-2)
+    stored = json.loads(GOLDEN.read_text())
+    if here == {key: stored[key] for key in here}:
+        assert losses[:3] == pytest.approx(stored["losses"][:3], rel=1e-3)
+        assert losses == pytest.approx(stored["losses"], rel=2e-2)
+    else:
+        # Elsewhere pixels and sums differ in their last bits, and a proposal or a match that was nearly a tie falls the other
+        # way: single steps then differ by a few percent, their mean does not.
+        assert losses[:3] == pytest.approx(stored["losses"][:3], rel=5e-2)
+        assert losses == pytest.approx(stored["losses"], rel=0.2)
+        assert sum(losses) == pytest.approx(sum(stored["losses"]), rel=2e-2)
 
 
 # ------------------------------------------------------------------------------------------------- slow

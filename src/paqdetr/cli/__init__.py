@@ -50,6 +50,8 @@ def run(argv: Sequence[str]) -> int:
     arguments = [argument for argument in argv if argument != "--debug"]
     try:
         code = typer.main.get_command(app).main(arguments, prog_name="paqdetr", standalone_mode=False)
+        if code == 130:  # typer has caught Ctrl-C itself
+            return _interrupted()
         return code if isinstance(code, int) else 0
     except UserError as error:
         return _mistake(error.message, error.remedy, debug=debug)
@@ -67,9 +69,8 @@ def run(argv: Sequence[str]) -> int:
             return int(getattr(error, "exit_code", 0))
         if type(error).__name__ == "Abort":
             return _interrupted()
-        if (
-            isinstance(error, OSError) and error.filename is not None
-        ):  # a full disk, a folder that may not be written...
+        # A full disk, a folder that may not be written...
+        if isinstance(error, OSError) and error.filename is not None:
             return _mistake(
                 f"{error.filename}: {error.strerror}",
                 "check the path, its permissions and the disk",

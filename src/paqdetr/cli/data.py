@@ -46,7 +46,7 @@ def make(
             workers=workers,
             progress=progress,
         )
-    results.print(f"{folder}: {train} train, {val} val, {test} test images, seed {seed}")
+    results.print(f"{folder}: {train} train, {val} val, {test} test images, seed {seed}", soft_wrap=True)
 
 
 @app.command()
