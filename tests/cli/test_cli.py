@@ -92,12 +92,12 @@ def test_train(
 
 
 def test_settings_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "mine.yaml").write_text("base: paq_dino_nano\nlr: 1.0e-3\nmodel:\n  num_patterns: 8\n")
+    (tmp_path / "mine.yaml").write_text("base: paq_dino_nano\nlr: 2.0e-3\nmodel:\n  num_patterns: 8\n")
     assert run(["config", "show", str(tmp_path / "mine.yaml"), "epochs=3"]) == 0
     shown = capsys.readouterr().out
     (tmp_path / "shown.yaml").write_text(shown)
     config = load_config(tmp_path / "shown.yaml")
-    assert (config.name, config.lr, config.model.num_patterns, config.epochs) == ("mine", 1e-3, 8, 3)
+    assert (config.name, config.lr, config.model.num_patterns, config.epochs) == ("mine", 2e-3, 8, 3)
     assert config == load_config(tmp_path / "mine.yaml", ["epochs=3"])
 
 

@@ -55,7 +55,7 @@ def test_rate_and_decay_of_every_parameter(model: nn.Module) -> None:
 
 
 def test_optimizer_has_the_groups(model: nn.Module) -> None:
-    optimizer = build_optimizer(model, config(lr=1e-3))
+    optimizer = build_optimizer(model, config(lr=1e-3, backbone_lr=1e-4))
     assert isinstance(optimizer, torch.optim.AdamW)
     assert {group["lr"] for group in optimizer.param_groups} == {1e-3, 1e-4}
     assert all(group["initial_lr"] == group["lr"] for group in optimizer.param_groups)

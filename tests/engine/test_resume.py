@@ -159,8 +159,8 @@ def test_a_finished_run_is_left_alone(tmp_path: Path, go: Go) -> None:
     assert snapshot(run.output) == before and told.first == -1 and told.steps == []
     with pytest.raises(ConfigError, match="there is a run already, and nothing is overwritten"):
         go(run.output, max_steps=1)
-    with pytest.raises(ConfigError, match=r"was started with lr=0\.0004, now it is 0\.001"):
-        go(run.output, resume=True, max_steps=1, lr=1e-3)
+    with pytest.raises(ConfigError, match=r"was started with lr=\S+, now it is 0\.123"):
+        go(run.output, resume=True, max_steps=1, lr=0.123)
     with pytest.raises(ConfigError, match=r"model\.num_patterns=64, now it is 8"):
         go(run.output, resume=True, max_steps=1, **{"model.num_patterns": 8})
     assert snapshot(run.output) == before
