@@ -204,11 +204,12 @@ class Config(_Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def list_configs() -> list[str]:
-    """Names of the models and recipes that come with the package, sorted."""
-    return sorted(
-        entry.name.removesuffix(".yaml") for entry in _config_dir().iterdir() if entry.name.endswith(".yaml")
-    )
+def list_configs(kind: Literal["all", "model", "recipe"] = "all") -> list[str]:
+    """Names of the settings that come with the package, sorted: models, and recipes that train one for a certain purpose."""
+    folders = {"model": [_config_dir()], "recipe": [_config_dir() / "recipes"]}
+    chosen = folders.get(kind, [*folders["model"], *folders["recipe"]])
+    entries = [entry.name for folder in chosen for entry in folder.iterdir()]
+    return sorted(name.removesuffix(".yaml") for name in entries if name.endswith(".yaml"))
 
 
 def load_config(source: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> Config:
@@ -287,7 +288,8 @@ def _read_chain(source: str, *, with_presets: bool, seen: tuple[str, ...] = ()) 
             )
         values, where = _read_yaml(path.read_text(encoding="utf-8"), source), source
     else:
-        entry = _config_dir() / f"{source}.yaml"
+        folder = _config_dir() / "recipes" if source in list_configs("recipe") else _config_dir()
+        entry = folder / f"{source}.yaml"
         if not entry.is_file():
             raise ConfigError(
                 f"unknown model or recipe {source!r}", _nearest(source, list_configs(), "`paqdetr models`")

@@ -58,7 +58,7 @@ QUERY_SOURCES: dict[str, Callable[[ModelConfig], nn.Module]] = {
 
 def list_models(pattern: str = "*") -> list[str]:
     """Names of the models that `create_model` knows, by a wildcard such as "paq_*"."""
-    return fnmatch.filter([name for name in list_configs() if "dino" in name], pattern)
+    return fnmatch.filter(list_configs("model"), pattern)
 
 
 def create_model(
