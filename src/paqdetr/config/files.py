@@ -1,0 +1,180 @@
+"""Settings from YAML files inside and outside the package, laid over one another.
+
+A YAML file may name a `base` whose settings it changes, and `preset: paper` the literal paper, laid over the base.
+Later wins: defaults < base < preset of the file < file < preset among the overrides < other `key=value` overrides.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import ValidationError
+
+from paqdetr.config.schema import Config, Section
+from paqdetr.errors import ConfigError
+
+
+def list_configs(kind: Literal["all", "model", "recipe"] = "all") -> list[str]:
+    """Names of the settings that come with the package, sorted: models, and recipes that train one for a certain purpose."""
+    folders = {"model": [_config_dir()], "recipe": [_config_dir() / "recipes"]}
+    chosen = folders.get(kind, [*folders["model"], *folders["recipe"]])
+    entries = [entry.name for folder in chosen for entry in folder.iterdir()]
+    return sorted(name.removesuffix(".yaml") for name in entries if name.endswith(".yaml"))
+
+
+def load_config(source: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> Config:
+    """Settings from a model's name or a YAML file, with overrides.
+
+    Args:
+        source: a name of `list_configs()` or a path that ends in .yaml.
+        overrides: `key=value` strings (dotted keys, YAML values), or a mapping of dotted keys to values.
+
+    Raises:
+        ConfigError: unknown name, key or value, naming it and the nearest known one.
+    """
+    pairs = dict(overrides) if isinstance(overrides, Mapping) else parse_overrides(overrides)
+    merged, where = _read_chain(str(source), with_presets="preset" not in pairs)
+    merged = _merge(merged, _read_preset(pairs.get("preset")))
+    for key, value in pairs.items():
+        merged = _merge(merged, _nest(key, value))
+    merged.setdefault("name", Path(source).stem)
+    return validate_config(merged, where)
+
+
+def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
+    """`key=value` strings -> dotted keys and values, read as YAML.
+
+    Raises:
+        ConfigError: a string without a key or an equals sign.
+    """
+    return dict(map(_parse_override, texts))
+
+
+def validate_config(values: Mapping[str, Any], where: str) -> Config:
+    """A `Config` from nested values; `where` names their origin in errors."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise _explain(error, where) from None
+
+
+def known_keys() -> list[str]:
+    """Every dotted key that can be set."""
+    keys: list[str] = []
+    for name, field in Config.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, Section):
+            keys += [f"{name}.{inner}" for inner in section.model_fields]
+        else:
+            keys.append(name)
+    return keys
+
+
+def _config_dir():  # type: ignore[no-untyped-def]  # a Traversable, which typeshed moved between modules
+    return files("paqdetr") / "configs"
+
+
+def _read_preset(name: Any) -> dict[str, Any]:
+    """The settings of a preset; none if the name is None."""
+    if name is None:
+        return {}
+    entry = _config_dir() / "presets" / f"{name}.yaml"
+    if not entry.is_file():
+        raise ConfigError(f"preset: unknown preset {name!r}", "the only preset is 'paper'")
+    return _read_yaml(entry.read_text(encoding="utf-8"), f"preset {name}")
+
+
+def _read_chain(source: str, *, with_presets: bool, seen: tuple[str, ...] = ()) -> tuple[dict[str, Any], str]:
+    """The settings of `source` laid over those of its preset and its bases, and what to call it in errors."""
+    if source in seen:
+        raise ConfigError(
+            f"{source}: `base` leads back to itself ({' -> '.join(seen)})", "remove one of the bases"
+        )
+    if source.endswith((".yaml", ".yml")):
+        path = Path(source)
+        if not path.is_file():
+            raise ConfigError(
+                f"{source}: no such file", "give a YAML file, or a name that `paqdetr models` lists"
+            )
+        values, where = _read_yaml(path.read_text(encoding="utf-8"), source), source
+    else:
+        folder = _config_dir() / "recipes" if source in list_configs("recipe") else _config_dir()
+        entry = folder / f"{source}.yaml"
+        if not entry.is_file():
+            raise ConfigError(
+                f"unknown model or recipe {source!r}", _nearest(source, list_configs(), "`paqdetr models`")
+            )
+        values, where = _read_yaml(entry.read_text(encoding="utf-8"), source), source
+    base, inherited = values.pop("base", None), {}
+    if base is not None:
+        base = str(base)
+        if base.endswith((".yaml", ".yml")):  # beside the file that names it, wherever the program runs
+            base = str((Path(source).parent / base).resolve())
+        inherited, _ = _read_chain(base, with_presets=with_presets, seen=(*seen, source))
+        inherited.pop("name", None)
+    if with_presets:
+        inherited = _merge(inherited, _read_preset(values.get("preset")))
+    return _merge(inherited, values), where
+
+
+def _read_yaml(text: str, where: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"{where}: not valid YAML: {' '.join(str(error).split())}", "correct the file"
+        ) from None
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"{where}: expected a mapping of settings, found {type(values).__name__}", "correct the file"
+        )
+    return values
+
+
+def _parse_override(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{text!r} is not a setting", "write settings as key=value, for example epochs=12")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError:
+        return key, value
+
+
+def _nest(dotted: str, value: Any) -> dict[str, Any]:
+    for part in reversed(dotted.split(".")):
+        value = {part: value}
+    return value
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _nearest(word: str, known: list[str], where: str) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"{where} lists what there is"
+
+
+def _explain(error: ValidationError, where: str) -> ConfigError:
+    """One line about the first of pydantic's complaints."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"] if part not in ("int", "tuple[int, int]"))
+    if first["type"] == "extra_forbidden":
+        known = known_keys()
+        leaf = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+        remedy = f"did you mean {leaf[0]!r}?" if leaf else _nearest(key, known, "`paqdetr config show`")
+        return ConfigError(f"{where}: unknown setting {key!r}", remedy)
+    message = first["msg"].removeprefix("Value error, ")
+    subject = f"{key}={first['input']!r}" if key and not isinstance(first["input"], Mapping) else key
+    detail = f"{subject}: {message}" if subject else message
+    return ConfigError(f"{where}: {detail}", "`paqdetr config show` prints every setting with its default")
