@@ -1,21 +1,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from paqdetr.models.decoder import Decoder
+from paqdetr.models.decoder import Decoded, Decoder
 from paqdetr.models.position import sine_boxes
+from paqdetr.models.queries import QueryGroup
 from paqdetr.models.tokens import Tokens
 
 LEVELS = [(4, 6), (2, 3)]
 
 
-def build(*, layers: int = 4, twice: bool = True, share: bool = False) -> Decoder:
-    return Decoder(
+def build(*, layers: int = 4, **changes: Any) -> Decoder:
+    settings: dict[str, Any] = dict(
         num_layers=layers,
         dim=8,
         num_heads=2,
@@ -24,10 +26,27 @@ def build(*, layers: int = 4, twice: bool = True, share: bool = False) -> Decode
         ffn_dim=16,
         dropout=0.0,
         num_classes=3,
-        look_forward_twice=twice,
-        share_heads=share,
-        class_bias=-4.0,
+        norm=True,
+        share_heads=False,
+        fixed_position=False,
+        scale_positions=False,
+        box_refinement=True,
+        look_forward_twice=True,
+        refine_from="normed",
+        box_eps=1e-5,
+        padded_positions=False,
     )
+    decoder = Decoder(**settings | changes)
+    for head in decoder.box_heads:  # as `init_weights` does
+        torch.nn.init.zeros_(head[-1].weight)
+        torch.nn.init.zeros_(head[-1].bias)
+    return decoder
+
+
+def run(
+    decoder: Decoder, content: Tensor, reference: Tensor, memory: Tokens, mask: Tensor | None = None
+) -> Decoded:
+    return decoder(QueryGroup(content, reference), memory, mask)
 
 
 @pytest.fixture
@@ -71,7 +90,7 @@ def test_equals_a_plainly_written_decoder(padding: int, make_tokens: Callable, s
     stir(decoder)
     memory = make_tokens([torch.randn(2, 8, h, w) for h, w in LEVELS], padding)
     content, reference = torch.randn(2, 5, 8), 0.2 + 0.6 * torch.rand(2, 5, 4)
-    found = decoder(content, reference, memory)
+    found = run(decoder, content, reference, memory)
     assert found.logits.shape == (4, 2, 5, 3) and found.boxes.shape == (4, 2, 5, 4)
     for i, (logits, boxes) in enumerate(slow_decoder(decoder, content, reference, memory)):
         assert (found.logits[i] - logits).abs().max() < 1e-5
@@ -81,17 +100,16 @@ def test_equals_a_plainly_written_decoder(padding: int, make_tokens: Callable, s
 @torch.no_grad()
 @pytest.mark.parametrize("twice", [True, False])
 def test_starts_with_the_boxes_it_was_given(inputs: tuple, twice: bool) -> None:
-    found = build(twice=twice)(*inputs)
+    found = run(build(look_forward_twice=twice), *inputs)
     assert (found.boxes - inputs[1]).abs().max() < 1e-5
-    assert found.logits.mean() < -3  # the bias of the class heads
 
 
 @torch.no_grad()
 def test_looking_forward_twice_changes_gradients_not_values(inputs: tuple, stir: Callable) -> None:
-    twice, once = build(twice=True), build(twice=False)
+    twice, once = build(look_forward_twice=True), build(look_forward_twice=False)
     stir(twice)
     once.load_state_dict(twice.state_dict())
-    assert torch.equal(twice(*inputs).boxes, once(*inputs).boxes)
+    assert torch.equal(run(twice, *inputs).boxes, run(once, *inputs).boxes)
 
 
 @pytest.mark.parametrize("twice", [True, False])
@@ -99,9 +117,9 @@ def test_looking_forward_twice_changes_gradients_not_values(inputs: tuple, stir:
 def test_which_box_heads_the_loss_of_a_layer_reaches(
     inputs: tuple, stir: Callable, twice: bool, layer: int
 ) -> None:
-    decoder = build(twice=twice)
+    decoder = build(look_forward_twice=twice)
     stir(decoder)
-    decoder(*inputs).boxes[layer].square().sum().backward()
+    run(decoder, *inputs).boxes[layer].square().sum().backward()
     reached = [
         i for i, head in enumerate(decoder.box_heads) if head[-1].weight.grad is not None
         and bool(head[-1].weight.grad.any())
@@ -109,32 +127,39 @@ def test_which_box_heads_the_loss_of_a_layer_reaches(
     assert reached == ([layer - 1, layer] if twice and layer else [layer])
 
 
-def test_no_gradient_flows_into_the_boxes_it_starts_from(inputs: tuple, stir: Callable) -> None:
-    decoder = build()
+@pytest.mark.parametrize("refine", [True, False])
+def test_learned_places_are_trained_where_they_are_used(inputs: tuple, stir: Callable, refine: bool) -> None:
+    """With refinement only the first layer starts from them; without, every layer does."""
+    decoder = build(box_refinement=refine, look_forward_twice=False)
     stir(decoder)
     content, reference, memory = inputs
-    content, reference = content.requires_grad_(), reference.requires_grad_()
-    found = decoder(content, reference, memory)
-    (found.boxes.sum() + found.logits.sum()).backward()
-    assert reference.grad is None
-    assert content.grad is not None and content.grad.any()
+    reached = []
+    for layer in range(4):
+        reference = reference.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(
+            run(decoder, content.detach(), reference, memory).boxes[layer].sum(), reference
+        )
+        reached.append(float(gradient.abs().sum()))
+    # A later layer's boxes depend on them through the content alone, which looked around them in layer 1.
+    direct = [gradient > 1.0 for gradient in reached]
+    assert direct == ([True, False, False, False] if refine else [True] * 4)
 
 
 def test_box_loss_does_not_reach_the_embedding_through_earlier_boxes(inputs: tuple, stir: Callable) -> None:
     """Where a layer looks and what position it embeds follow the earlier box without gradient."""
-    decoder = build(twice=True)
+    decoder = build(look_forward_twice=True)
     stir(decoder)
-    found = decoder(*inputs)
+    found = run(decoder, *inputs)
     found.logits[3].sum().backward()
     for head in decoder.box_heads:
         assert all(parameter.grad is None for parameter in head.parameters())
 
 
 def test_shared_heads(inputs: tuple, stir: Callable) -> None:
-    decoder = build(share=True)
+    decoder = build(share_heads=True)
     assert len(decoder.class_heads) == len(decoder.box_heads) == 1
     stir(decoder)
-    own = build(share=False)
+    own = build(share_heads=False)
     state = decoder.state_dict()
     for i in range(4):
         for kind in ("class_heads", "box_heads"):
@@ -145,8 +170,8 @@ def test_shared_heads(inputs: tuple, stir: Callable) -> None:
             }
     own.load_state_dict(state)
     with torch.no_grad():
-        assert torch.equal(decoder(*inputs).boxes, own(*inputs).boxes)
-        assert torch.equal(decoder(*inputs).logits, own(*inputs).logits)
+        assert torch.equal(run(decoder, *inputs).boxes, run(own, *inputs).boxes)
+        assert torch.equal(run(decoder, *inputs).logits, run(own, *inputs).logits)
 
 
 @torch.no_grad()
@@ -156,14 +181,14 @@ def test_forbidden_queries_are_not_heard(inputs: tuple, stir: Callable) -> None:
     content, reference, memory = inputs
     mask = torch.zeros(5, 5, dtype=torch.bool)
     mask[2:, :2] = True  # the last three may not see the first two
-    expected = decoder(content, reference, memory, mask)
+    expected = run(decoder, content, reference, memory, mask)
     other, moved = content.clone(), reference.clone()
     other[:, :2], moved[:, :2] = torch.randn(2, 2, 8), torch.rand(2, 2, 4)
-    found = decoder(other, moved, memory, mask)
+    found = run(decoder, other, moved, memory, mask)
     assert torch.allclose(found.logits[:, :, 2:], expected.logits[:, :, 2:], atol=1e-6)
     assert not torch.allclose(found.logits[:, :, :2], expected.logits[:, :, :2], atol=1e-2)
     assert not torch.allclose(
-        decoder(other, moved, memory).logits[:, :, 2:], expected.logits[:, :, 2:], atol=1e-4
+        run(decoder, other, moved, memory).logits[:, :, 2:], expected.logits[:, :, 2:], atol=1e-4
     )
 
 
@@ -173,15 +198,15 @@ def test_queries_have_no_order(inputs: tuple, stir: Callable) -> None:
     stir(decoder)
     content, reference, memory = inputs
     order = torch.tensor([3, 0, 4, 1, 2])
-    found = decoder(content[:, order], reference[:, order], memory)
-    expected = decoder(content, reference, memory)
+    found = run(decoder, content[:, order], reference[:, order], memory)
+    expected = run(decoder, content, reference, memory)
     assert torch.allclose(found.boxes, expected.boxes[:, :, order], atol=1e-5)
 
 
 @torch.no_grad()
 def test_boxes_are_float32_in_half_precision(inputs: tuple) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = build()(*inputs)
+        found = run(build(), *inputs)
     assert found.boxes.dtype == torch.float32
     # Nothing has moved at the start: a bfloat16 anywhere on the way would show at 1e-3.
     assert (found.boxes - inputs[1]).abs().max() < 1e-5

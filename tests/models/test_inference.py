@@ -21,7 +21,7 @@ def model(request: pytest.FixtureRequest, stir: Callable) -> Detector:
     """Two classes, so that all 200 scores of an image are detections and none is cut off at 300."""
     torch.manual_seed(3)
     model = create_model(request.param, num_classes=2, image_size=64)
-    for part in (model.encoder, model.decoder, model.query_source, model.proposal_head):
+    for part in (model.encoder, model.decoder, model.query_source, model.start):
         stir(part)
     return model
 

@@ -11,8 +11,8 @@ from paqdetr.models.proposals import ProposalHead, Proposals
 from paqdetr.models.tokens import Tokens
 
 
-def build(num_queries: int, stir: Callable) -> ProposalHead:
-    head = ProposalHead(dim=8, num_classes=3, num_queries=num_queries, class_bias=-4.0)
+def build(stir: Callable, **settings: bool) -> ProposalHead:
+    head = ProposalHead(dim=8, num_classes=3, **settings)
     stir(head)
     return head
 
@@ -56,10 +56,10 @@ def slow_proposals(head: ProposalHead, tokens: Tokens, levels: list[Tensor], cou
 @pytest.mark.parametrize("padding", [0, 2])
 @pytest.mark.parametrize("count", [1, 7, 30])
 def test_equal_a_plain_loop(count: int, padding: int, make_tokens: Callable, stir: Callable) -> None:
-    head = build(count, stir)
+    head = build(stir)
     levels = [torch.randn(2, 8, 3, 5), torch.randn(2, 8, 2, 2)]  # 19 tokens: 30 queries repeat the ranking
     tokens = make_tokens(levels, padding)
-    found = head(tokens)
+    found = head(tokens, count)
     for image, expected in enumerate(slow_proposals(head, tokens, levels, count)):
         assert found.indices[image].tolist() == expected.indices.tolist()
         assert (found.logits[image] - expected.logits).abs().max() < 1e-5
@@ -68,9 +68,11 @@ def test_equal_a_plain_loop(count: int, padding: int, make_tokens: Callable, sti
 
 @torch.no_grad()
 def test_boxes_by_hand(make_tokens: Callable) -> None:
-    head = ProposalHead(dim=8, num_classes=3, num_queries=5, class_bias=-4.0)
+    head = ProposalHead(dim=8, num_classes=3)
+    torch.nn.init.zeros_(head.box_head[-1].weight)
+    torch.nn.init.zeros_(head.box_head[-1].bias)
     tokens = make_tokens([torch.randn(1, 8, 2, 2), torch.randn(1, 8, 1, 1)])
-    found = head(tokens)
+    found = head(tokens, 5)
     # The regression starts at zero, so every box is its anchor: 5 % of the image on the first level, 10 % on the second.
     anchors = [[x, y, 0.05, 0.05] for y in (0.25, 0.75) for x in (0.25, 0.75)] + [[0.5, 0.5, 0.1, 0.1]]
     expected = torch.tensor(anchors)[found.indices[0]]
@@ -83,17 +85,17 @@ def test_boxes_by_hand(make_tokens: Callable) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("garbage", [1e4, -1e4])
 def test_padding_is_never_chosen(garbage: float, make_tokens: Callable, stir: Callable) -> None:
-    head = build(40, stir)
+    head = build(stir)
     tokens = make_tokens([torch.randn(2, 8, 3, 5), torch.randn(2, 8, 2, 2)], padding=3)
     tokens = tokens.with_values(tokens.values.masked_fill(tokens.padding_mask[..., None], garbage))
-    found = head(tokens)
+    found = head(tokens, 40)
     assert not tokens.padding_mask.gather(1, found.indices).any()
 
 
 @torch.no_grad()
 def test_tokens_at_the_very_border_propose_nothing(make_tokens: Callable, stir: Callable) -> None:
-    head = build(60, stir)
-    found = head(make_tokens([torch.randn(1, 8, 1, 60)]))  # centres from 0.0083 to 0.9917
+    head = build(stir)
+    found = head(make_tokens([torch.randn(1, 8, 1, 60)]), 60)  # centres from 0.0083 to 0.9917
     assert set(found.indices[0].tolist()) == set(range(1, 59))
 
 
@@ -101,18 +103,18 @@ def test_tokens_at_the_very_border_propose_nothing(make_tokens: Callable, stir: 
 def test_a_cell_exactly_on_the_border_is_treated_alike_with_any_padding(
     make_tokens: Callable, stir: Callable
 ) -> None:
-    head = build(50, stir)
+    head = build(stir)
     level = torch.randn(1, 8, 1, 50)  # the first centre is 0.01
-    expected = head(make_tokens([level])).indices
+    expected = head(make_tokens([level]), 50).indices
     for padding in range(1, 20):
-        assert torch.equal(head(make_tokens([level], padding)).indices, expected)
+        assert torch.equal(head(make_tokens([level], padding), 50).indices, expected)
 
 
 def test_gradients(make_tokens: Callable, stir: Callable) -> None:
-    head = build(4, stir)
+    head = build(stir)
     tokens = make_tokens([torch.randn(1, 8, 3, 3)])
     values = tokens.values.requires_grad_()
-    found = head(tokens.with_values(values))
+    found = head(tokens.with_values(values), 4)
     found.boxes.sum().backward(retain_graph=True)
     assert head.class_head.weight.grad is None
     assert all(p.grad is not None and p.grad.any() for p in head.box_head.parameters())
@@ -125,12 +127,13 @@ def test_gradients(make_tokens: Callable, stir: Callable) -> None:
 
 @torch.no_grad()
 def test_ranking_is_by_the_best_class() -> None:
-    head = ProposalHead(dim=8, num_classes=2, num_queries=2, class_bias=0.0)
+    head = ProposalHead(dim=8, num_classes=2)
+    head.class_head.bias.data.zero_()
     head.project.weight.copy_(torch.eye(8))
     head.project.bias.zero_()
     head.class_head.weight.zero_()
     head.class_head.weight[0, 0], head.class_head.weight[1, 1] = 1.0, 3.0
     values = torch.zeros(1, 3, 8)
     values[0, 0, 0] = values[0, 1, 1] = values[0, 2, 2] = 1.0
-    found = head(Tokens.from_values(values, [(1, 3)], None, temperature=20))
+    found = head(Tokens.from_values(values, [(1, 3)], None, temperature=20), 2)
     assert found.indices.tolist() == [[1, 0]]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 
 import paqdetr
@@ -15,22 +16,39 @@ from paqdetr.checkpoint import read_checkpoint, write_checkpoint
 from paqdetr.config import ModelConfig, load_config
 from paqdetr.errors import CheckpointError, ConfigError
 from paqdetr.models import Detector, create_model, list_models, load, save
+from paqdetr.models.denoising import ContrastiveDenoising, PlainDenoising
 from paqdetr.models.queries import StaticQueries
+from paqdetr.models.start import LearnedAnchors, LearnedPoints, ProposalStart
 from paqdetr.models.zoo import build_model, find_checkpoint
 from paqdetr.paq import PatternQueries
 from paqdetr.structures import ClassTable
 
-MODELS = ["dino_nano", "dino_r50", "dino_swin_l", "paq_dino_nano", "paq_dino_r50", "paq_dino_swin_l"]
+CORE = [
+    f"{host}_{size}" for host in ("deformable_detr", "dn_detr", "dino") for size in ("r50", "swin_l", "nano")
+]
+VARIANTS = [
+    "dab_deformable_detr_r50",
+    "deformable_detr_one_stage_r50",
+    "deformable_detr_plus_r50",
+    "deformable_detr_refine_r50",
+    "deformable_detr_static_r50",
+    "dino_5scale_r50",
+    "hybrid_deformable_detr_r50",
+]
 
 
 def test_list_models() -> None:
-    assert list_models() == MODELS
-    assert list_models("paq_*") == MODELS[3:]
-    assert list_models("*_nano") == ["dino_nano", "paq_dino_nano"]
+    names = list_models()
+    assert names == sorted(names)
+    for name in CORE + VARIANTS:
+        assert name in names and f"paq_{name}" in names
+    plain = [name for name in names if not name.startswith("paq_")]
+    assert list_models("paq_*") == [f"paq_{name}" for name in plain]
+    assert list_models("dino_nano") == ["dino_nano"]
     assert list_models("yolo*") == []
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", list_models())
 def test_every_model_is_put_together_as_its_settings_say(name: str) -> None:
     with torch.device("meta"):  # shapes without weights
         model = create_model(name, num_classes=7)
@@ -38,11 +56,59 @@ def test_every_model_is_put_together_as_its_settings_say(name: str) -> None:
     assert model.name == name and config == load_config(name, {"model.num_classes": 7}).model
     assert len(model.encoder.layers) == config.encoder_layers
     assert len(model.decoder.layers) == config.decoder_layers
-    assert isinstance(model.query_source, PatternQueries if name.startswith("paq_") else StaticQueries)
     assert len(model.neck.lateral) + len(model.neck.extra) == config.num_levels
-    assert model.denoising is not None and model.denoising.label_embed.weight.shape == (7, config.dim)
-    assert model.proposal_head.class_head.out_features == 7
-    assert len(model.classes) == 7
+    assert len(model.classes) == 7 and model.decoder.class_heads[0].out_features == 7
+
+
+# host: where queries start, where their content comes from without PaQ, denoising
+HOSTS = {
+    "deformable_detr": (ProposalStart, None, None),
+    "deformable_detr_one_stage": (LearnedPoints, StaticQueries, None),
+    "deformable_detr_refine": (LearnedPoints, StaticQueries, None),
+    "deformable_detr_static": (ProposalStart, StaticQueries, None),
+    "deformable_detr_plus": (ProposalStart, StaticQueries, None),
+    "hybrid_deformable_detr": (ProposalStart, StaticQueries, None),
+    "dab_deformable_detr": (LearnedAnchors, StaticQueries, None),
+    "dn_detr": (LearnedAnchors, StaticQueries, PlainDenoising),
+    "dino": (ProposalStart, StaticQueries, ContrastiveDenoising),
+    "dino_5scale": (ProposalStart, StaticQueries, ContrastiveDenoising),
+}
+
+
+@pytest.mark.parametrize("paq", ["", "paq_"])
+@pytest.mark.parametrize("host", HOSTS)
+def test_what_makes_a_host(host: str, paq: str) -> None:
+    with torch.device("meta"):
+        model = create_model(f"{paq}{host}_r50")
+    start, source, denoising = HOSTS[host]
+    assert type(model.start) is start
+    assert type(model.query_source) is (PatternQueries if paq else source or type(None))
+    assert type(model.denoising) is (denoising or type(None))
+    dn = host == "dn_detr"
+    if model.query_source is not None:
+        table = model.query_source.patterns if paq else model.query_source.table
+        assert table.shape == (64 if paq else model.config.num_queries, 255 if dn else 256)
+    if denoising:
+        assert model.denoising.label_embed.weight.shape == (80, 255 if dn else 256)
+    assert model.config.num_queries == (900 if host.startswith("dino") else 300)
+    assert isinstance(model.decoder.norm, torch.nn.LayerNorm) is host.startswith("dino")
+    assert (model.decoder.position_scale is not None) is (host in ("dn_detr", "dab_deformable_detr"))
+    assert (model.decoder.position_head is None) is ("deformable_detr" in host and "dab" not in host)
+    assert (model.hybrid_source is not None) is host.startswith("hybrid")
+    if isinstance(model.start, ProposalStart):
+        assert model.start.head.class_head.out_features == (80 if host.startswith("dino") else 1)
+
+
+@pytest.mark.parametrize("name", [name for name in list_models() if name.startswith("paq_")])
+def test_paq_is_a_few_settings_away_from_its_baseline(name: str) -> None:
+    ours = yaml.safe_load(load_config(name).to_yaml())
+    host = yaml.safe_load(load_config(name.removeprefix("paq_")).to_yaml())
+    different = {f"model.{key}" for key in ours["model"] if ours["model"][key] != host["model"][key]}
+    different |= {f"loss.{key}" for key in ours["loss"] if ours["loss"][key] != host["loss"][key]}
+    different |= {key for key in ours if key not in ("model", "loss", "name") and ours[key] != host[key]}
+    assert {"model.queries", "loss.assigner"} <= different
+    nano = {"model.pattern_std", "loss.one_to_many_until"} if name.endswith("_nano") else set()
+    assert different <= {"model.queries", "loss.assigner", "loss.classification"} | nano
 
 
 def test_overrides(tiny_model: Callable) -> None:
@@ -195,7 +261,7 @@ def test_headers_of_other_makes(
     [
         ({"dim": 64}, "another shape for"),
         ({"queries": "patterns"}, "lacks query_source.patterns"),
-        ({"denoising_queries": 0}, "has unknown denoising.label_embed.weight"),
+        ({"denoising": "none"}, "has unknown denoising.label_embed.weight"),
         ({"backbone": "resnet18"}, "lacks backbone.body.conv1.weight"),
     ],
 )

@@ -1,7 +1,11 @@
 """Settings from YAML files inside and outside the package, laid over one another.
 
-A YAML file may name a `base` whose settings it changes, and `preset: paper` the literal paper, laid over the base.
-Later wins: defaults < base < preset of the file < file < preset among the overrides < other `key=value` overrides.
+A YAML file may name a `base` whose settings it changes, or a list of them, the later over the earlier, and
+`preset: paper`, the literal paper, laid over its bases. Later wins: defaults < bases < preset of the file < file <
+preset among the overrides < other `key=value` overrides.
+
+Inside the package: `configs/models` one file a model, with its COCO recipe; `configs/parts` what models are put together
+from (hosts, sizes, PaQ); `configs/recipes` other trainings of a model; `configs/presets`.
 """
 
 from __future__ import annotations
@@ -21,9 +25,8 @@ from paqdetr.errors import ConfigError
 
 def list_configs(kind: Literal["all", "model", "recipe"] = "all") -> list[str]:
     """Names of the settings that come with the package, sorted: models, and recipes that train one for a certain purpose."""
-    folders = {"model": [_config_dir()], "recipe": [_config_dir() / "recipes"]}
-    chosen = folders.get(kind, [*folders["model"], *folders["recipe"]])
-    entries = [entry.name for folder in chosen for entry in folder.iterdir()]
+    folders = {"model": ["models"], "recipe": ["recipes"]}.get(kind, ["models", "recipes"])
+    entries = [entry.name for folder in folders for entry in (_config_dir() / folder).iterdir()]
     return sorted(name.removesuffix(".yaml") for name in entries if name.endswith(".yaml"))
 
 
@@ -95,31 +98,37 @@ def _read_chain(source: str, *, with_presets: bool, seen: tuple[str, ...] = ()) 
         raise ConfigError(
             f"{source}: `base` leads back to itself ({' -> '.join(seen)})", "remove one of the bases"
         )
+    values = _read_yaml(_text_of(source), source)
+    bases = values.pop("base", None) or []
+    inherited: dict[str, Any] = {}
+    for base in bases if isinstance(bases, list) else [bases]:
+        base = str(base)
+        if base.endswith((".yaml", ".yml")):  # beside the file that names it, wherever the program runs
+            base = str((Path(source).parent / base).resolve())
+        below, _ = _read_chain(base, with_presets=with_presets, seen=(*seen, source))
+        below.pop("name", None)
+        inherited = _merge(inherited, below)
+    if with_presets:
+        inherited = _merge(inherited, _read_preset(values.get("preset")))
+    return _merge(inherited, values), source
+
+
+def _text_of(source: str) -> str:
+    """The YAML behind a path, or behind the name of a model, a recipe or a part ("parts/dino")."""
     if source.endswith((".yaml", ".yml")):
         path = Path(source)
         if not path.is_file():
             raise ConfigError(
                 f"{source}: no such file", "give a YAML file, or a name that `paqdetr models` lists"
             )
-        values, where = _read_yaml(path.read_text(encoding="utf-8"), source), source
-    else:
-        folder = _config_dir() / "recipes" if source in list_configs("recipe") else _config_dir()
-        entry = folder / f"{source}.yaml"
-        if not entry.is_file():
-            raise ConfigError(
-                f"unknown model or recipe {source!r}", _nearest(source, list_configs(), "`paqdetr models`")
-            )
-        values, where = _read_yaml(entry.read_text(encoding="utf-8"), source), source
-    base, inherited = values.pop("base", None), {}
-    if base is not None:
-        base = str(base)
-        if base.endswith((".yaml", ".yml")):  # beside the file that names it, wherever the program runs
-            base = str((Path(source).parent / base).resolve())
-        inherited, _ = _read_chain(base, with_presets=with_presets, seen=(*seen, source))
-        inherited.pop("name", None)
-    if with_presets:
-        inherited = _merge(inherited, _read_preset(values.get("preset")))
-    return _merge(inherited, values), where
+        return path.read_text(encoding="utf-8")
+    for name in (f"models/{source}", f"recipes/{source}", source):
+        entry = _config_dir().joinpath(*f"{name}.yaml".split("/"))
+        if entry.is_file() and (name != source or source.startswith("parts/")):
+            return entry.read_text(encoding="utf-8")
+    raise ConfigError(
+        f"unknown model or recipe {source!r}", _nearest(source, list_configs(), "`paqdetr models`")
+    )
 
 
 def _read_yaml(text: str, where: str) -> dict[str, Any]:

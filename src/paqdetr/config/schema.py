@@ -25,6 +25,10 @@ class ModelConfig(Section):
     frozen_stride: int = Field(default=4, ge=0, description="0 trains the whole backbone")
     freeze_backbone_norm: bool = True
 
+    backbone_output_norm: bool = Field(
+        default=False, description="a LayerNorm on each feature map, as official Swin detectors have"
+    )
+
     # Transformer
     dim: int = Field(default=256, ge=8)
     num_levels: int = Field(default=4, ge=1)
@@ -37,16 +41,31 @@ class ModelConfig(Section):
         default=None, ge=1, description="only the N coarsest levels are updated; None: all"
     )
     decoder_layers: int = Field(default=6, ge=1)
-    position_temperature: float = Field(default=20.0, gt=0)
-    look_forward_twice: bool = True
+    decoder_norm: bool = Field(default=True, description="a LayerNorm between a decoder layer and its heads")
     share_heads: bool = Field(
         default=False, description="one class head and one box head for all decoder layers"
     )
 
-    # Content queries. `queries: patterns` is PaQ; `static` is the host's own learned table.
+    # Where queries begin. `proposals`: boxes chosen among the encoder's tokens (two-stage); `anchors`: learned boxes (DAB);
+    # `points`: places computed from learned position embeddings (Deformable DETR, one-stage).
+    positions: Literal["proposals", "anchors", "points"] = "proposals"
+    class_agnostic_proposals: bool = Field(
+        default=False, description="tokens are ranked and trained as object or not"
+    )
+    # How a query's place is told to the decoder: `refined`, from its current box in every layer (DAB, DINO), or `fixed`, once.
+    position_embedding: Literal["refined", "fixed"] = "refined"
+    scale_positions: bool = Field(
+        default=False, description="from layer 2 on, positions are scaled by the content (DAB)"
+    )
+    box_refinement: bool = Field(default=True, description="each layer starts from the boxes of the last")
+    look_forward_twice: bool = True
+
+    # Content of queries: `static`, a learned table; `proposals`, computed from the proposal; `patterns` is PaQ.
     num_queries: int = Field(default=900, ge=1)
-    queries: Literal["static", "patterns"] = "static"
-    content_std: float = Field(default=1.0, ge=0, description="initial std of static content queries")
+    queries: Literal["static", "proposals", "patterns"] = "static"
+    content_std: float | None = Field(
+        default=1.0, ge=0, description="initial std of static content; None: Xavier-uniform"
+    )
     num_patterns: int = Field(default=64, ge=2)
     pattern_std: float = Field(default=1.0, ge=0)
     extractor: Literal["fused", "pooled"] = "fused"
@@ -59,10 +78,34 @@ class ModelConfig(Section):
         default=2.0, ge=0, description="None: the plain initialisation of a linear layer"
     )
 
-    # Contrastive denoising; 0 queries switches it off.
-    denoising_queries: int = Field(default=100, ge=0)
+    # Denoising. `contrastive` is DINO's, with about `denoising_queries` positives an image; `plain` is DN-DETR's, with
+    # `denoising_groups` copies of each box and an indicator channel.
+    denoising: Literal["none", "plain", "contrastive"] = "contrastive"
+    denoising_queries: int = Field(default=100, ge=1)
+    denoising_groups: int = Field(default=5, ge=1)
     label_noise: float = Field(default=0.5, ge=0, le=1)
     box_noise: float = Field(default=1.0, ge=0)
+
+    # H-DETR's second set of queries, in training alone, with several positives a box. Any two-stage host can have it.
+    hybrid_queries: int = Field(default=0, ge=0)
+
+    # Conventions in which published codes differ; docs/convert.md names who does what.
+    position_temperature: float = Field(
+        default=20.0, gt=0, description="of the sine embedding of feature maps"
+    )
+    position_offset: float = Field(
+        default=0.0, ge=-0.5, le=0, description="-0.5 counts cells from their centres"
+    )
+    refine_from: Literal["normed", "raw"] = Field(
+        default="normed",
+        description="`raw`: the next layer's boxes come from the output before the decoder's norm",
+    )
+    box_eps: float = Field(
+        default=1e-5, gt=0, lt=0.5, description="boxes are kept so far from 0 and 1 in logits"
+    )
+    padded_positions: bool = Field(
+        default=False, description="positions of boxes are those in the padded image"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelConfig:
@@ -76,7 +119,49 @@ class ModelConfig(Section):
             raise ValueError(
                 f"encoder_query_levels={self.encoder_query_levels} exceeds num_levels={self.num_levels}"
             )
+        for key, wrong, needs in self._contradictions():
+            if wrong:
+                raise ValueError(f"{key} needs {needs}")
         return self
+
+    def _contradictions(self) -> list[tuple[str, bool, str]]:
+        """Settings that no host combines: which, whether it is so here, what would be needed."""
+        two_stage, points = self.positions == "proposals", self.positions == "points"
+        anchors, refined = self.positions == "anchors", self.position_embedding == "refined"
+        from_proposals = self.queries == "proposals"
+        return [
+            ("queries=proposals", from_proposals and not two_stage, "positions=proposals"),
+            ("queries=proposals", from_proposals and refined, "position_embedding=fixed"),
+            ("position_embedding=refined", refined and points, "positions=proposals or anchors"),
+            ("position_embedding=fixed", anchors and not refined, "positions=proposals or points"),
+            ("scale_positions=true", self.scale_positions and not refined, "position_embedding=refined"),
+            ("box_refinement=false", not self.box_refinement and not points, "positions=points"),
+            (
+                "look_forward_twice=true",
+                self.look_forward_twice and not self.box_refinement,
+                "box_refinement=true",
+            ),
+            (
+                f"denoising={self.denoising}",
+                self.denoising != "none" and not refined,
+                "position_embedding=refined",
+            ),
+            (
+                "class_agnostic_proposals=true",
+                self.class_agnostic_proposals and not two_stage,
+                "positions=proposals",
+            ),
+            (
+                f"hybrid_queries={self.hybrid_queries}",
+                self.hybrid_queries > 0 and not two_stage,
+                "positions=proposals",
+            ),
+        ]
+
+    @property
+    def content_dim(self) -> int:
+        """Width of the content that a query source makes: one less than `dim` where an indicator channel follows it."""
+        return self.dim - 1 if self.denoising == "plain" else self.dim
 
 
 class LossConfig(Section):
@@ -101,6 +186,8 @@ class LossConfig(Section):
         default=0.2, ge=0, description="beta of the paper; 0 switches the term off"
     )
     div_scale: float = Field(default=1.0, ge=0)
+    hybrid_weight: float = Field(default=1.0, ge=0, description="of the one-to-many branch of H-DETR")
+    hybrid_repeat: int = Field(default=6, ge=1, description="positives a box in that branch")
     class_cost: float = Field(default=2.0, ge=0)
     l1_cost: float = Field(default=5.0, ge=0)
     giou_cost: float = Field(default=2.0, ge=0)
@@ -158,7 +245,7 @@ class Config(Section):
     batch_size: int = Field(default=2, ge=1)
     lr: float = Field(default=1e-4, gt=0)
     backbone_lr: float = Field(default=1e-5, gt=0)
-    # Sampling offsets and reference points learn slower in the published recipes.
+    # Sampling offsets and the layer that makes reference points learn slower in the published recipes.
     offsets_lr_scale: float = Field(default=0.1, gt=0)
     weight_decay: float = Field(default=1e-4, ge=0)
     schedule: Literal["step", "cosine"] = "step"

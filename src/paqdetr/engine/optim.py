@@ -14,8 +14,8 @@ from paqdetr.config import Config
 
 
 def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, object]]:
-    """Trainable parameters by learning rate and weight decay: backbone and sampling offsets learn slower, norms and biases
-    do not decay."""
+    """Trainable parameters by learning rate and weight decay: backbone, sampling offsets and reference points learn slower,
+    norms and biases do not decay."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -23,7 +23,7 @@ def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, object]
         lr = config.lr
         if "backbone." in name:
             lr = config.backbone_lr
-        elif "sampling_offsets" in name:
+        elif "sampling_offsets" in name or "point_head" in name:
             lr = config.lr * config.offsets_lr_scale
         decay = 0.0 if parameter.ndim == 1 else config.weight_decay
         groups.setdefault((lr, decay), []).append(parameter)

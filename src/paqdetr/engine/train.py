@@ -222,7 +222,7 @@ class Trainer:
         report = self.criterion(
             output,
             batch.targets,
-            aux_losses=self.model.query_source.aux_losses(),
+            aux_losses=self.model.aux_losses(),
             progress=progress,
             num_boxes=num_boxes,
         )

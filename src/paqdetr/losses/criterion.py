@@ -7,14 +7,16 @@ and the denoising queries, whose targets are fixed.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from paqdetr.config import LossConfig
 from paqdetr.losses.boxes import FlatPairs, box_losses
+from paqdetr.models.decoder import Decoded
 from paqdetr.models.detector import DetectorOutput
+from paqdetr.models.proposals import AllTokens
 from paqdetr.paq import (
     Assigner,
     CostWeights,
@@ -29,6 +31,9 @@ from paqdetr.structures import Targets
 
 ClassificationLoss = Callable[[Tensor, Tensor], Tensor]
 
+# A logit whose probability is 0 to the last bit that matters, and which half precision can hold.
+_CERTAINLY_NOT = -50.0
+
 
 @dataclass(frozen=True, slots=True)
 class LossReport:
@@ -37,7 +42,7 @@ class LossReport:
     Attributes:
         total: scalar, the sum of `terms`.
         terms: weighted scalars by name: "layer1/class", "layer1/l1", "layer1/giou", ... for the decoder's layers from 1,
-            "encoder/...", "denoising1/...", and "diversity", which is beta * scale * L_div.
+            "encoder/...", "denoising1/...", "hybrid1/...", and "diversity", which is beta * scale * L_div.
         positives_per_box: mean number of positives of a box in each decoder layer; NaN on a batch without boxes.
         pairs: the matches behind it, [layer][image].
     """
@@ -106,30 +111,34 @@ class Criterion:
         normalizer = max(float(own_boxes if num_boxes is None else num_boxes), 1.0)
         num_layers = output.layers.logits.shape[0]
 
-        # The encoder's proposals are matched with the decoder's layers: one transfer to the host.
-        logits = torch.cat([output.layers.logits, output.proposals.logits[None]])  # (K + 1, B, n, C)
-        boxes = torch.cat([output.layers.boxes, output.proposals.boxes[None]])
-        names = [f"layer{i + 1}" for i in range(num_layers)] + ["encoder"]
+        # The encoder's proposals are matched with the decoder's layers: one transfer to the host. A loss over all tokens, and the
+        # one-to-many branch, have matches of their own.
+        logits, boxes = output.layers.logits, output.layers.boxes  # (K, B, n, C), (K, B, n, 4)
+        names = [f"layer{i + 1}" for i in range(num_layers)]
         assigners = self._assigners(num_layers, progress)
+        proposals = output.proposals
+        if proposals is not None and proposals.everything is None:
+            logits = torch.cat([logits, proposals.logits[None]])
+            boxes = torch.cat([boxes, proposals.boxes[None]])
+            names.append("encoder")
+            assigners.append(self._encoder_assigner(progress))
         pairs = match_layers(logits, boxes, targets, assigners, weights=self.cost_weights, names=names)
         flat = FlatPairs.from_pairs(pairs, targets, device)
         terms = self._terms(names, logits, boxes, flat, normalizer)
-
+        if proposals is not None and proposals.everything is not None:
+            terms |= self._all_tokens(proposals.everything, targets, progress, normalizer)
+        if output.hybrid is not None:
+            terms |= self._hybrid(output.hybrid, targets, normalizer)
         if output.denoised is not None and output.denoising is not None:
             fixed = [Pairs(*output.denoising.positives(len(target))) for target in targets]
             copies = FlatPairs.from_pairs([fixed] * num_layers, targets, device)
             names = [f"denoising{i + 1}" for i in range(num_layers)]
-            terms |= self._terms(
-                names,
-                output.denoised.logits,
-                output.denoised.boxes,
-                copies,
-                normalizer * output.denoising.groups,
-            )
+            scale = normalizer * output.denoising.groups
+            terms |= self._terms(names, output.denoised.logits, output.denoised.boxes, copies, scale)
         for name, value in (aux_losses or {}).items():
             terms[name] = self.aux_weights[name] * value
 
-        counts = flat.counts(num_layers + 1)[:num_layers].tolist()
+        counts = flat.counts(len(pairs))[:num_layers].tolist()
         return LossReport(
             total=torch.stack(list(terms.values())).sum(),
             terms=terms,
@@ -138,9 +147,44 @@ class Criterion:
         )
 
     def _assigners(self, num_layers: int, progress: float) -> list[Assigner]:
-        if not self.one_to_many(progress):
-            return [self.last] * (num_layers + 1)
-        return [self.intermediate] * (num_layers - 1) + [self.last, self.encoder]
+        middle = self.intermediate if self.one_to_many(progress) else self.last
+        return [middle] * (num_layers - 1) + [self.last]
+
+    def _encoder_assigner(self, progress: float) -> Assigner:
+        return self.encoder if self.one_to_many(progress) else self.last
+
+    def _all_tokens(
+        self, tokens: AllTokens, targets: Sequence[Targets], progress: float, normalizer: float
+    ) -> dict[str, Tensor]:
+        """The encoder's loss where every token is "an object" (class 0) or not (Deformable DETR, two-stage)."""
+        objects = [replace(target, labels=torch.zeros_like(target.labels)) for target in targets]
+        # Padding and border tokens, which can never be chosen, are made certain of nothing: no loss, no gradient, no match.
+        logits = tokens.logits.masked_fill(~tokens.valid[..., None], _CERTAINLY_NOT)[None]  # (1, B, S, C)
+        boxes = tokens.boxes[None]
+        assigner = self._encoder_assigner(progress)
+        pairs = match_layers(logits, boxes, objects, [assigner], weights=self.cost_weights, names=["encoder"])
+        flat = FlatPairs.from_pairs(pairs, objects, logits.device)
+        return self._terms(["encoder"], logits, boxes, flat, normalizer)
+
+    def _hybrid(self, predicted: Decoded, targets: Sequence[Targets], normalizer: float) -> dict[str, Tensor]:
+        """One-to-many branch of H-DETR (arXiv 2207.13080): each box counts `hybrid_repeat` times, matched one-to-one."""
+        repeat, layers = self.config.hybrid_repeat, predicted.logits.shape[0]
+        repeated = [
+            replace(target, labels=target.labels.repeat(repeat), boxes=target.boxes.repeat(repeat, 1))
+            for target in targets
+        ]
+        names = [f"hybrid{i + 1}" for i in range(layers)]
+        pairs = match_layers(
+            predicted.logits,
+            predicted.boxes,
+            repeated,
+            [self.last] * layers,
+            weights=self.cost_weights,
+            names=names,
+        )
+        flat = FlatPairs.from_pairs(pairs, repeated, predicted.logits.device)
+        terms = self._terms(names, predicted.logits, predicted.boxes, flat, normalizer * repeat)
+        return {name: self.config.hybrid_weight * value for name, value in terms.items()}
 
     def _terms(
         self, names: list[str], logits: Tensor, boxes: Tensor, pairs: FlatPairs, normalizer: float

@@ -93,8 +93,6 @@ class FeedForward(nn.Module):
         self.linear2 = nn.Linear(hidden, dim)
         self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(dim)
-        for linear in (self.linear1, self.linear2):
-            nn.init.xavier_uniform_(linear.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., d)"""

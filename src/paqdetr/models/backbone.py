@@ -25,6 +25,7 @@ class Backbone(nn.Module):
         strides: pixels a feature cell, ascending, for example (8, 16, 32).
         frozen_stride: everything up to the feature of this stride keeps its weights; 0 freezes nothing.
         freeze_norm: batch norms use their running statistics and train nothing.
+        output_norm: a LayerNorm over the channels of each map.
         pretrained: load ImageNet weights.
 
     Raises:
@@ -38,6 +39,7 @@ class Backbone(nn.Module):
         strides: tuple[int, ...],
         frozen_stride: int = 0,
         freeze_norm: bool = True,
+        output_norm: bool = False,
         pretrained: bool,
     ) -> None:
         super().__init__()
@@ -55,11 +57,17 @@ class Backbone(nn.Module):
             _freeze(self.body, after=_module_of_stride(self.body, name, max(strides)))
         if freeze_norm:
             self.body = freeze_batch_norm_2d(self.body)
+        self.norms = nn.ModuleList(nn.LayerNorm(c) for c in self.channels) if output_norm else None
         self._channels_first = getattr(self.body, "output_fmt", None) is None or _is_nchw(self.body)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> per stride (B, c, H / stride, W / stride)."""
         maps = self.body(images)
+        if self.norms is not None:
+            rows = [x.permute(0, 2, 3, 1) for x in maps] if self._channels_first else maps  # (B, h, w, c)
+            return [
+                norm(x).permute(0, 3, 1, 2).contiguous() for norm, x in zip(self.norms, rows, strict=True)
+            ]
         return list(maps) if self._channels_first else [x.permute(0, 3, 1, 2).contiguous() for x in maps]
 
 

@@ -7,12 +7,15 @@ positions, DINO (arXiv 2203.03605) for look-forward-twice.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paqdetr.models.attention import MLP, DeformableAttention, FeedForward
-from paqdetr.models.position import inverse_sigmoid, sine_boxes
+from paqdetr.models.position import at_least_float32, inverse_sigmoid, sine_boxes
+from paqdetr.models.queries import QueryGroup
 from paqdetr.models.tokens import Tokens
 
 
@@ -27,6 +30,10 @@ class Decoded:
 
     logits: Tensor
     boxes: Tensor
+
+    def part(self, first: int, end: int | None) -> Decoded:
+        """Predictions of the queries first..end - 1."""
+        return Decoded(self.logits[:, :, first:end], self.boxes[:, :, first:end])
 
 
 class DecoderLayer(nn.Module):
@@ -63,9 +70,15 @@ class Decoder(nn.Module):
     """Layers and the heads that read them.
 
     Args:
-        look_forward_twice: a layer's box offsets are trained by the next layer's loss too.
+        norm: a LayerNorm between a layer and its heads (DINO); Deformable DETR has none.
         share_heads: one class head and one box head for all layers.
-        class_bias: initial bias of the class heads.
+        fixed_position: queries bring a position embedding; otherwise each layer makes it from their boxes.
+        scale_positions: from layer 2 on, multiply that embedding by an MLP of the content (DAB-DETR, section 4.2).
+        box_refinement: each layer starts from the last one's boxes; otherwise all from the first reference.
+        look_forward_twice: a layer's box offsets are trained by the next layer's loss too (DINO, section 3.5).
+        refine_from: "raw" computes the next layer's boxes from the output before the norm, as DINO's code does.
+        box_eps: logits of boxes are taken of values at least this far from 0 and 1.
+        padded_positions: embed boxes as they stand in the padded image, as published codes do; then padding changes the result.
     """
 
     def __init__(
@@ -79,13 +92,20 @@ class Decoder(nn.Module):
         ffn_dim: int,
         dropout: float,
         num_classes: int,
-        look_forward_twice: bool,
+        norm: bool,
         share_heads: bool,
-        class_bias: float,
+        fixed_position: bool,
+        scale_positions: bool,
+        box_refinement: bool,
+        look_forward_twice: bool,
+        refine_from: Literal["normed", "raw"],
+        box_eps: float,
+        padded_positions: bool,
     ) -> None:
         super().__init__()
         self.dim = dim
-        self.look_forward_twice = look_forward_twice
+        self.box_refinement, self.look_forward_twice = box_refinement, look_forward_twice
+        self.refine_raw, self.box_eps, self.padded_positions = refine_from == "raw", box_eps, padded_positions
         self.layers = nn.ModuleList(
             DecoderLayer(
                 dim=dim,
@@ -97,41 +117,56 @@ class Decoder(nn.Module):
             )
             for _ in range(num_layers)
         )
-        self.norm = nn.LayerNorm(dim)
-        self.position_head = MLP((2 * dim, dim, dim))
+        self.norm = nn.LayerNorm(dim) if norm else nn.Identity()
+        self.position_head = None if fixed_position else MLP((2 * dim, dim, dim))
+        self.position_scale = MLP((dim, dim, dim)) if scale_positions else None
         heads = 1 if share_heads else num_layers
         self.class_heads = nn.ModuleList(nn.Linear(dim, num_classes) for _ in range(heads))
         self.box_heads = nn.ModuleList(MLP((dim, dim, dim, 4)) for _ in range(heads))
-        for class_head, box_head in zip(self.class_heads, self.box_heads, strict=True):
-            nn.init.constant_(class_head.bias, class_bias)  # type: ignore[arg-type]
-            nn.init.zeros_(box_head[-1].weight)  # type: ignore[index]
-            nn.init.zeros_(box_head[-1].bias)  # type: ignore[index]
 
-    def forward(
-        self, content: Tensor, reference: Tensor, memory: Tokens, attention_mask: Tensor | None = None
-    ) -> Decoded:
+    def forward(self, queries: QueryGroup, memory: Tokens, attention_mask: Tensor | None = None) -> Decoded:
         """Refine boxes layer by layer.
 
         Args:
-            content: (B, N, d).
-            reference: (B, N, 4) cxcywh in [0, 1], the boxes to start from; no gradient flows into them.
+            queries: content (B, N, d), the boxes or points to start from, and their position embedding if it is fixed.
             memory: the encoder's tokens.
             attention_mask: (N, N) bool, True where attention is forbidden.
         """
-        ratios = torch.cat([memory.valid_ratios, memory.valid_ratios], dim=-1)  # (B, L, 4)
-        x, reference = content, reference.detach().float()
-        previous = reference  # the same boxes, with the gradient of the layer that made them
+        x, reference = queries.content, at_least_float32(queries.reference)
+        previous = reference  # the same places, with the gradient of the layer that made them
         logits, boxes = [], []
         for i, layer in enumerate(self.layers):
-            # A quarter of the channels for each of cy, cx, w, h, twice over for sine and cosine.
-            embedding = sine_boxes(reference, self.dim // 2)  # (B, N, 2 d)
-            position = self.position_head(embedding.to(x.dtype))
+            position = queries.position
+            if position is None:
+                position = self._embed(reference, x if i else None, memory)
+            ratios = memory.valid_ratios.repeat(1, 1, reference.shape[-1] // 2)  # (B, L, 2 or 4)
             x = layer(x, position, reference[:, :, None] * ratios[:, None], memory, attention_mask)
             state = self.norm(x)
-            offset = self.box_heads[i % len(self.box_heads)](state).float()
+            box_head = self.box_heads[i % len(self.box_heads)]
+            offset = at_least_float32(box_head(state))  # (B, N, 4)
             logits.append(self.class_heads[i % len(self.class_heads)](state))
-            boxes.append((offset + inverse_sigmoid(previous)).sigmoid())
-            refined = (offset + inverse_sigmoid(reference)).sigmoid()
-            reference = refined.detach()
-            previous = refined if self.look_forward_twice else reference
+            boxes.append(self._shift(previous, offset))
+            if self.box_refinement and i + 1 < len(self.layers):
+                if self.refine_raw:
+                    offset = at_least_float32(box_head(x))
+                refined = self._shift(reference, offset)
+                reference = refined.detach()
+                previous = refined if self.look_forward_twice else reference
         return Decoded(logits=torch.stack(logits), boxes=torch.stack(boxes))
+
+    def _embed(self, reference: Tensor, content: Tensor | None, memory: Tokens) -> Tensor:
+        """Position embedding (B, N, d) of boxes (B, N, 4), scaled by the content if there is any and the host does that."""
+        assert self.position_head is not None, "fixed positions come with the queries"
+        if self.padded_positions:
+            reference = reference * memory.valid_ratios[:, :1].repeat(1, 1, 2)
+        # A quarter of the channels for each of cy, cx, w, h, twice over for sine and cosine.
+        embedding = sine_boxes(reference, self.dim // 2).to(memory.values.dtype)  # (B, N, 2 d)
+        position = self.position_head(embedding)
+        if self.position_scale is not None and content is not None:
+            position = position * self.position_scale(content)
+        return position
+
+    def _shift(self, reference: Tensor, offset: Tensor) -> Tensor:
+        """Boxes (B, N, 4) from boxes or points and offsets (B, N, 4) in logits; a point says nothing of width and height."""
+        known = inverse_sigmoid(reference, self.box_eps)
+        return (offset + F.pad(known, (0, 4 - known.shape[-1]))).sigmoid()

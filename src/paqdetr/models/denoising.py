@@ -1,6 +1,7 @@
-"""Contrastive denoising: noisy copies of the ground truth that the decoder learns to repair or to reject.
+"""Denoising: noisy copies of the ground truth that the decoder learns to repair, or to reject.
 
-Source: DINO (arXiv 2203.03605, section 3.3), building on DN-DETR (arXiv 2203.01305).
+Sources: DN-DETR (arXiv 2203.01305, section 4) for `PlainDenoising`; DINO (arXiv 2203.03605, section 3.3) for
+`ContrastiveDenoising`. Copies stand in groups, which see the matching queries but not each other.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -19,27 +21,29 @@ from paqdetr.structures import Targets
 class DenoisingQueries:
     """Queries that precede the matching ones in the decoder.
 
-    A group holds `boxes` slots with a slightly moved copy of each box, then as many with a strongly moved one.
+    A group holds `boxes` slots with a slightly moved copy of each box, then, if `kinds` is 2, as many with a strongly moved one.
 
     Attributes:
-        content: (B, groups * 2 * boxes, d).
-        reference: (B, groups * 2 * boxes, 4) cxcywh in [0, 1].
+        content: (B, groups * kinds * boxes, d).
+        reference: (B, groups * kinds * boxes, 4) cxcywh in [0, 1].
         groups: how many groups.
         boxes: slots of a kind in a group: the most boxes any image of the batch has, at least 1.
+        kinds: 1, positives alone; 2, positives and negatives.
     """
 
     content: Tensor
     reference: Tensor
     groups: int
     boxes: int
+    kinds: int = 2
 
     def __len__(self) -> int:
-        return self.groups * 2 * self.boxes
+        return self.groups * self.kinds * self.boxes
 
     def positives(self, num_boxes: int) -> tuple[Tensor, Tensor]:
         """(query indices, target indices), each (groups * num_boxes,), of an image with `num_boxes` boxes."""
         target = torch.arange(num_boxes).repeat(self.groups)
-        start = torch.arange(self.groups).repeat_interleave(num_boxes) * 2 * self.boxes
+        start = torch.arange(self.groups).repeat_interleave(num_boxes) * self.kinds * self.boxes
         return start + target, target
 
     def attention_mask(self, num_queries: int, device: torch.device) -> Tensor:
@@ -49,17 +53,18 @@ class DenoisingQueries:
         """
         total = len(self) + num_queries
         group = torch.full((total,), self.groups, device=device)
-        group[: len(self)] = torch.arange(self.groups, device=device).repeat_interleave(2 * self.boxes)
+        members = torch.arange(self.groups, device=device).repeat_interleave(self.kinds * self.boxes)
+        group[: len(self)] = members
         to_copies = torch.arange(total, device=device) < len(self)
         return to_copies[None, :] & (group[:, None] != group[None, :])
 
 
 class ContrastiveDenoising(nn.Module):
-    """Makes denoising queries from the targets of a batch.
+    """DINO's: copies moved a little are to be repaired, copies moved more are to be rejected.
 
     Args:
         num_queries: positive queries an image, shared out over the groups.
-        label_noise: share of copies whose label is drawn anew is half of it, as in DN-DETR.
+        label_noise: share of copies whose label is drawn anew is half of it, as in DINO's code.
         box_noise: corners move by up to this times half the side (positives), or up to twice that (negatives).
     """
 
@@ -73,35 +78,25 @@ class ContrastiveDenoising(nn.Module):
         box_noise: float = 1.0,
     ) -> None:
         super().__init__()
-        self.num_queries, self.num_classes = num_queries, num_classes
+        self.num_queries = num_queries
         self.label_noise, self.box_noise = label_noise, box_noise
         self.label_embed = nn.Embedding(num_classes, dim)
 
     def forward(self, targets: Sequence[Targets]) -> DenoisingQueries:
         """Targets of B images -> queries. Without a single box one group of empty slots remains, so
         that the embedding has a gradient."""
-        device = self.label_embed.weight.device
         most = max(len(target) for target in targets)
-        boxes, groups = max(most, 1), max(self.num_queries // most, 1) if most else 1
-        copies = groups * 2
-        labels = pad_sequence([t.labels.to(device) for t in targets], batch_first=True)  # (B, G)
-        truth = pad_sequence([t.boxes.to(device).float() for t in targets], batch_first=True)  # (B, G, 4)
-        if labels.shape[1] == 0:
-            labels, truth = labels.new_zeros(len(targets), 1), truth.new_zeros(len(targets), 1, 4)
-        counts = torch.tensor([len(target) for target in targets], device=device)
-        exists = (torch.arange(boxes, device=device) < counts[:, None]).repeat(1, copies)  # (B, N)
-        negative = (torch.arange(copies * boxes, device=device) // boxes % 2).bool()  # (N,)
-
-        noisy_labels = self._flip(labels.repeat(1, copies))
-        reference = self._move(truth.repeat(1, copies, 1), negative)
-        # Empty slots hold a harmless box in the middle and no content.
-        reference = torch.where(exists[..., None], reference, reference.new_full((), 0.5))
-        content = self.label_embed(noisy_labels) * exists[..., None]
-        return DenoisingQueries(content=content, reference=reference, groups=groups, boxes=boxes)
-
-    def _flip(self, labels: Tensor) -> Tensor:
-        flipped = torch.rand(labels.shape, device=labels.device) < self.label_noise * 0.5
-        return torch.where(flipped, torch.randint_like(labels, self.num_classes), labels)
+        groups = max(self.num_queries // most, 1) if most else 1
+        labels, boxes, exists = _copies(targets, groups * 2, self.label_embed.weight)
+        slots = max(most, 1)
+        negative = (torch.arange(boxes.shape[1], device=boxes.device) // slots % 2).bool()  # (N,)
+        noisy_labels = _flip(labels, self.label_noise * 0.5, self.label_embed.num_embeddings)
+        return DenoisingQueries(
+            content=self.label_embed(noisy_labels) * exists[..., None],
+            reference=_hide(self._move(boxes, negative), exists),
+            groups=groups,
+            boxes=slots,
+        )
 
     def _move(self, boxes: Tensor, negative: Tensor) -> Tensor:
         """Move both corners of (B, N, 4) boxes, each by a random sign times u times half the side."""
@@ -117,3 +112,67 @@ class ContrastiveDenoising(nn.Module):
             torch.maximum(moved[..., :2], moved[..., 2:]),
         )
         return torch.cat([(low + high) / 2, high - low], dim=-1)
+
+
+class PlainDenoising(nn.Module):
+    """DN-DETR's: every group holds one moved copy of each box, to be repaired. The last channel of the content says that a query
+    is a copy (1) rather than a matching one (0).
+
+    Args:
+        groups: copies of each box.
+        dim: width of a query; labels have one channel less.
+        label_noise: share of copies whose label is drawn anew.
+        box_noise: centres move by up to this times half the side, sides by up to this times themselves.
+    """
+
+    def __init__(
+        self, *, groups: int, num_classes: int, dim: int, label_noise: float = 0.2, box_noise: float = 0.4
+    ) -> None:
+        super().__init__()
+        self.groups = groups
+        self.label_noise, self.box_noise = label_noise, box_noise
+        self.label_embed = nn.Embedding(num_classes, dim - 1)
+
+    def forward(self, targets: Sequence[Targets]) -> DenoisingQueries:
+        """Targets of B images -> queries; without a single box, empty slots."""
+        labels, boxes, exists = _copies(targets, self.groups, self.label_embed.weight)
+        noisy_labels = _flip(labels, self.label_noise, self.label_embed.num_embeddings)
+        content = F.pad(self.label_embed(noisy_labels), (0, 1), value=1.0) * exists[..., None]
+        reach = torch.cat([boxes[..., 2:] / 2, boxes[..., 2:]], dim=-1)
+        moved = boxes + (torch.rand_like(boxes) * 2 - 1) * reach * self.box_noise
+        return DenoisingQueries(
+            content=content,
+            reference=_hide(moved.clamp(0, 1), exists),
+            groups=self.groups,
+            boxes=boxes.shape[1] // self.groups,
+            kinds=1,
+        )
+
+
+Denoising = ContrastiveDenoising | PlainDenoising
+
+
+def _copies(targets: Sequence[Targets], copies: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Labels (B, N), boxes (B, N, 4) and whether there is one (B, N), each image's repeated `copies` times; at least one slot."""
+    device = like.device
+    labels = pad_sequence([t.labels.to(device) for t in targets], batch_first=True)  # (B, G)
+    boxes = pad_sequence(
+        [t.boxes.to(device, torch.promote_types(like.dtype, torch.float32)) for t in targets],
+        batch_first=True,
+    )
+    if labels.shape[1] == 0:
+        labels, boxes = labels.new_zeros(len(targets), 1), boxes.new_zeros(len(targets), 1, 4)
+    counts = torch.tensor([len(target) for target in targets], device=device)
+    exists = torch.arange(labels.shape[1], device=device) < counts[:, None]
+    return labels.repeat(1, copies), boxes.repeat(1, copies, 1), exists.repeat(1, copies)
+
+
+def _flip(labels: Tensor, share: float, num_classes: int) -> Tensor:
+    """Draw a share of the labels anew."""
+    flipped = torch.rand(labels.shape, device=labels.device) < share
+    return torch.where(flipped, torch.randint_like(labels, num_classes), labels)
+
+
+def _hide(boxes: Tensor, exists: Tensor) -> Tensor:
+    """A harmless box in the middle for empty slots."""
+    return torch.where(exists[..., None], boxes, boxes.new_full((), 0.5))

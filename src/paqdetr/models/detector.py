@@ -6,17 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paqdetr.config import ModelConfig
 from paqdetr.models.backbone import Backbone
 from paqdetr.models.decoder import Decoded, Decoder
-from paqdetr.models.denoising import ContrastiveDenoising, DenoisingQueries
+from paqdetr.models.denoising import Denoising, DenoisingQueries
 from paqdetr.models.encoder import DeformableEncoder
 from paqdetr.models.neck import Neck
-from paqdetr.models.proposals import ProposalHead, Proposals
-from paqdetr.models.queries import QuerySource
+from paqdetr.models.proposals import Proposals
+from paqdetr.models.queries import QueryGroup, QuerySource, StaticQueries, attention_mask
+from paqdetr.models.start import ProposalStart, QueryStart, Start
 from paqdetr.models.tokens import Tokens
 from paqdetr.paq import Mixture
 from paqdetr.preprocessing import Preprocessing
@@ -34,19 +35,21 @@ class DetectorOutput:
         pred_logits: (B, n, C) of the last layer; `sigmoid` gives the probability of each class.
         pred_boxes: (B, n, 4) cxcywh in [0, 1] of the image without its padding.
         layers: predictions of all K decoder layers, the last included: (K, B, n, C) and (K, B, n, 4).
-        proposals: the encoder's choice, (B, n, C) and (B, n, 4).
+        proposals: the encoder's choice, (B, n, C) and (B, n, 4); None in one-stage hosts.
         mixture: content queries (B, n, d), and the weights (B, n, m) of pattern queries or None.
         denoised: predictions of the denoising queries, (K, B, N, C) and (K, B, N, 4); None outside training.
         denoising: how these queries are laid out; None outside training.
+        hybrid: predictions of the one-to-many branch, (K, B, N, C) and (K, B, N, 4); None outside training.
     """
 
     pred_logits: Tensor
     pred_boxes: Tensor
     layers: Decoded
-    proposals: Proposals
+    proposals: Proposals | None
     mixture: Mixture
     denoised: Decoded | None = None
     denoising: DenoisingQueries | None = None
+    hybrid: Decoded | None = None
 
 
 class Detector(nn.Module):
@@ -69,20 +72,22 @@ class Detector(nn.Module):
         backbone: Backbone,
         neck: Neck,
         encoder: DeformableEncoder,
-        proposal_head: ProposalHead,
-        query_source: QuerySource,
+        start: QueryStart,
+        query_source: QuerySource | None,
         decoder: Decoder,
-        denoising: ContrastiveDenoising | None,
+        denoising: Denoising | None,
+        hybrid_source: StaticQueries | None,
     ) -> None:
         super().__init__()
         self.config, self.name, self.classes, self.preprocessing = config, name, classes, preprocessing
         self.backbone = backbone
         self.neck = neck
         self.encoder = encoder
-        self.proposal_head = proposal_head
+        self.start = start
         self.query_source = query_source
         self.decoder = decoder
         self.denoising = denoising
+        self.hybrid_source = hybrid_source
 
     def forward(
         self, images: Tensor, padding_mask: Tensor | None = None, targets: Sequence[Targets] | None = None
@@ -100,28 +105,71 @@ class Detector(nn.Module):
     def extract(self, images: Tensor, padding_mask: Tensor | None = None) -> Tokens:
         """Backbone and neck: (B, 3, H, W) -> tokens of all levels."""
         maps = self.neck(self.backbone(images))
-        return Tokens.from_maps(maps, padding_mask, temperature=self.config.position_temperature)
+        return Tokens.from_maps(
+            maps,
+            padding_mask,
+            temperature=self.config.position_temperature,
+            offset=self.config.position_offset,
+        )
 
     def detect(self, features: Tokens, targets: Sequence[Targets] | None = None) -> DetectorOutput:
-        """Encoder to heads. The result does not depend on padded tokens, neither their content nor their number."""
-        memory = self.encoder(features)
-        proposals = self.proposal_head(memory)
-        mixture = self.query_source(
-            memory.values, memory.spatial_shapes, memory.padding_mask, proposals.boxes.detach()
-        )
-        denoising = self.denoising(targets) if self.denoising is not None and targets is not None else None
-        if denoising is None:
-            decoded = self.decoder(mixture.content, proposals.boxes, memory)
-            return _output(decoded, proposals, mixture)
+        """Encoder to heads. The result does not depend on padded tokens, neither their content nor their number.
 
-        copies = len(denoising)
-        content = torch.cat([denoising.content, mixture.content], dim=1)  # (B, copies + n, d)
-        reference = torch.cat([denoising.reference, proposals.boxes.detach()], dim=1)
-        forbidden = denoising.attention_mask(mixture.content.shape[1], content.device)
-        decoded = self.decoder(content, reference, memory, forbidden)
-        denoised = Decoded(decoded.logits[:, :, :copies], decoded.boxes[:, :, :copies])
-        matched = Decoded(decoded.logits[:, :, copies:], decoded.boxes[:, :, copies:])
-        return _output(matched, proposals, mixture, denoised, denoising)
+        Args:
+            features: of `extract`.
+            targets: given, the queries that exist in training alone (denoising, hybrid) take part.
+        """
+        memory = self.encoder(features)
+        hybrid = 0 if targets is None else self.config.hybrid_queries
+        start = self.start(memory, hybrid) if isinstance(self.start, ProposalStart) else self.start(memory)
+        mixture = self._content(memory, start)
+
+        count = self.config.num_queries
+        matching = _group(start, slice(0, count), self._marked(mixture.content))
+        groups, denoising = [matching], None
+        if self.denoising is not None and targets is not None:
+            denoising = self.denoising(targets)
+            groups.insert(0, QueryGroup(denoising.content, denoising.reference))
+        if hybrid:
+            content = (
+                None
+                if self.hybrid_source is None
+                else self.hybrid_source(memory.values, memory.spatial_shapes).content
+            )
+            groups.append(_group(start, slice(count, None), content))
+        forbidden = attention_mask(denoising, count, hybrid, features.values.device)
+        decoded = self.decoder(QueryGroup.join(groups), memory, forbidden)
+
+        copies = 0 if denoising is None else len(denoising)
+        layers = decoded.part(copies, copies + count)
+        proposals = start.proposals
+        return DetectorOutput(
+            pred_logits=layers.logits[-1],
+            pred_boxes=layers.boxes[-1],
+            layers=layers,
+            proposals=None if proposals is None else proposals.first(count),
+            mixture=mixture,
+            denoised=None if denoising is None else decoded.part(0, copies),
+            denoising=denoising,
+            hybrid=decoded.part(copies + count, None) if hybrid else None,
+        )
+
+    def aux_losses(self) -> dict[str, Tensor]:
+        """Unweighted losses that the query source owes for itself, by name."""
+        return {} if self.query_source is None else self.query_source.aux_losses()
+
+    def _content(self, memory: Tokens, start: Start) -> Mixture:
+        """Content of the matching queries, (B, n, content_dim)."""
+        count = self.config.num_queries
+        if self.query_source is None:  # the host makes it from the proposals
+            assert start.content is not None
+            return Mixture(content=start.content[:, :count], weights=None)
+        boxes = None if start.proposals is None else start.reference[:, :count]
+        return self.query_source(memory.values, memory.spatial_shapes, memory.padding_mask, boxes)
+
+    def _marked(self, content: Tensor) -> Tensor:
+        """With DN-DETR's indicator channel, 0 for "not a noisy copy", where the host has one: (B, n, d)."""
+        return F.pad(content, (0, self.config.dim - self.config.content_dim))
 
     def predict(
         self, images: ImageSource | Sequence[ImageSource], threshold: float = 0.3, batch_size: int = 1
@@ -147,19 +195,10 @@ class Detector(nn.Module):
         save(self, path)
 
 
-def _output(
-    decoded: Decoded,
-    proposals: Proposals,
-    mixture: Mixture,
-    denoised: Decoded | None = None,
-    denoising: DenoisingQueries | None = None,
-) -> DetectorOutput:
-    return DetectorOutput(
-        pred_logits=decoded.logits[-1],
-        pred_boxes=decoded.boxes[-1],
-        layers=decoded,
-        proposals=proposals,
-        mixture=mixture,
-        denoised=denoised,
-        denoising=denoising,
-    )
+def _group(start: Start, rows: slice, content: Tensor | None) -> QueryGroup:
+    """Some rows of a start, with content of their own or the start's."""
+    if content is None:
+        assert start.content is not None
+        content = start.content[:, rows]
+    position = None if start.position is None else start.position[:, rows]
+    return QueryGroup(content=content, reference=start.reference[:, rows], position=position)

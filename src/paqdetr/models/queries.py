@@ -1,4 +1,4 @@
-"""Where content queries come from: the protocol, and the hosts' own learned table.
+"""Content queries: the protocol of their sources, the hosts' own learned table, and groups of queries in one decoder pass.
 
 PaQ's `paqdetr.paq.PatternQueries` is the other source. A new idea is a module with these two methods.
 """
@@ -6,11 +6,13 @@ PaQ's `paqdetr.paq.PatternQueries` is the other source. A new idea is a module w
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from paqdetr.models.denoising import DenoisingQueries
 from paqdetr.paq import Mixture
 
 
@@ -37,12 +39,15 @@ class StaticQueries(nn.Module):
     """One learned vector a query, the same for every image (DINO's mixed query selection).
 
     Args:
-        std: initial standard deviation; 1 is customary, 0 leaves the start to the positions.
+        std: initial standard deviation; 0 leaves the start to the positions; None is the Xavier-uniform start of DINO's code,
+            0.04 at 900 x 256.
     """
 
-    def __init__(self, *, num_queries: int, dim: int, std: float = 1.0) -> None:
+    def __init__(self, *, num_queries: int, dim: int, std: float | None = 1.0) -> None:
         super().__init__()
-        self.table = nn.Parameter(torch.randn(num_queries, dim) * std)
+        self.table = nn.Parameter(torch.randn(num_queries, dim) * (1.0 if std is None else std))
+        if std is None:
+            nn.init.xavier_uniform_(self.table)
 
     def forward(
         self,
@@ -57,3 +62,52 @@ class StaticQueries(nn.Module):
     def aux_losses(self) -> dict[str, Tensor]:
         """Nothing."""
         return {}
+
+
+@dataclass(frozen=True, slots=True)
+class QueryGroup:
+    """Queries that go through the decoder together with others.
+
+    Attributes:
+        content: (B, N, d).
+        reference: (B, N, 4) cxcywh, or (B, N, 2) xy, in [0, 1].
+        position: (B, N, d) if fixed over the layers; None where each layer makes it from the boxes.
+    """
+
+    content: Tensor
+    reference: Tensor
+    position: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.content.shape[1]
+
+    @staticmethod
+    def join(groups: Sequence[QueryGroup]) -> QueryGroup:
+        """One after the other; either all have a fixed position or none has."""
+        positions = [group.position for group in groups if group.position is not None]
+        return QueryGroup(
+            content=torch.cat([group.content for group in groups], dim=1),
+            reference=torch.cat([group.reference for group in groups], dim=1),
+            position=torch.cat(positions, dim=1) if positions else None,
+        )
+
+
+def attention_mask(
+    denoising: DenoisingQueries | None, num_queries: int, num_hybrid: int, device: torch.device
+) -> Tensor | None:
+    """Who may not look at whom, in the order denoising, matching, hybrid.
+
+    Matching queries see each other alone, so that they do in training what they do in use; so do hybrid ones.
+
+    Returns:
+        (N, N) bool, True where attention is forbidden; None if there are only matching queries.
+    """
+    if denoising is None and not num_hybrid:
+        return None
+    seen = num_queries + (0 if denoising is None else len(denoising))
+    mask = torch.zeros(seen + num_hybrid, seen + num_hybrid, dtype=torch.bool, device=device)
+    if denoising is not None:
+        mask[:seen, :seen] = denoising.attention_mask(num_queries, device)
+    mask[:seen, seen:] = True
+    mask[seen:, :seen] = True
+    return mask

@@ -39,20 +39,22 @@ class Tokens:
         return replace(self, values=values)
 
     @classmethod
-    def from_maps(cls, maps: Sequence[Tensor], padding_mask: Tensor | None, *, temperature: float) -> Tokens:
+    def from_maps(
+        cls, maps: Sequence[Tensor], padding_mask: Tensor | None, *, temperature: float, offset: float = 0.0
+    ) -> Tokens:
         """Lay out the neck's maps.
 
         Args:
             maps: per level (B, d, h, w).
             padding_mask: (B, H, W) bool of the images, True at padding, or None.
-            temperature: of the sine embedding.
+            temperature, offset: of the sine embedding, see `sine_map`.
         """
         masks: list[Tensor] | None = None
         if padding_mask is not None and bool(padding_mask.any()):
             masks = [downsample_mask(padding_mask, x.shape[-2:]) for x in maps]
         shapes = [(int(x.shape[2]), int(x.shape[3])) for x in maps]
         values = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], dim=1)
-        return cls.from_values(values, shapes, masks, temperature=temperature)
+        return cls.from_values(values, shapes, masks, temperature=temperature, offset=offset)
 
     @classmethod
     def from_values(
@@ -62,15 +64,17 @@ class Tokens:
         masks: Sequence[Tensor] | None,
         *,
         temperature: float,
+        offset: float = 0.0,
     ) -> Tokens:
         """From values (B, S, d) already laid out, and per-level masks (B, h, w), True at padding, or None."""
         batch, _, dim = values.shape
+        dtype = torch.promote_types(values.dtype, torch.float32)
         levels = masks or [
             torch.zeros(batch, height, width, dtype=torch.bool, device=values.device)
             for height, width in spatial_shapes
         ]
-        ratios = torch.stack([_valid_ratio(mask) for mask in levels], dim=1)  # (B, L, 2)
-        centers = [_centers(mask) for mask in levels]
+        ratios = torch.stack([_valid_ratio(mask, dtype) for mask in levels], dim=1)  # (B, L, 2)
+        centers = [_centers(mask, dtype) for mask in levels]
         level_index = [
             torch.full((height * width,), level, device=values.device)
             for level, (height, width) in enumerate(spatial_shapes)
@@ -79,24 +83,24 @@ class Tokens:
             values=values,
             spatial_shapes=spatial_shapes,
             padding_mask=None if masks is None else torch.cat([mask.flatten(1) for mask in masks], dim=1),
-            position=torch.cat([sine_map(mask, dim, temperature) for mask in levels], dim=1),
+            position=torch.cat([sine_map(mask, dim, temperature, offset, dtype) for mask in levels], dim=1),
             centers=torch.cat(centers, dim=1),
             valid_ratios=ratios,
             level_index=torch.cat(level_index),
         )
 
 
-def _valid_ratio(mask: Tensor) -> Tensor:
+def _valid_ratio(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """(B, h, w) -> (B, 2): share of valid cells along x and y."""
     valid = ~mask
-    return torch.stack([valid[:, 0].float().mean(1), valid[:, :, 0].float().mean(1)], dim=-1)
+    return torch.stack([valid[:, 0].to(dtype).mean(1), valid[:, :, 0].to(dtype).mean(1)], dim=-1)
 
 
-def _centers(mask: Tensor) -> Tensor:
+def _centers(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """(B, h, w) -> (B, h * w, 2) xy; beyond 1 at padding."""
     _, height, width = mask.shape
-    y = torch.arange(height, device=mask.device) + 0.5
-    x = torch.arange(width, device=mask.device) + 0.5
+    y = torch.arange(height, device=mask.device, dtype=dtype) + 0.5
+    x = torch.arange(width, device=mask.device, dtype=dtype) + 0.5
     grid = torch.stack([x.expand(height, -1), y[:, None].expand(-1, width)], dim=-1).flatten(0, 1)  # (h*w, 2)
     # One division by the number of valid cells: to the last bit the same however many padded ones follow.
     valid = ~mask

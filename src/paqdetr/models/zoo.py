@@ -3,37 +3,33 @@
 from __future__ import annotations
 
 import fnmatch
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-from torch import nn
 
 from paqdetr.checkpoint import load_tensors, read_checkpoint, write_checkpoint
 from paqdetr.config import Config, ModelConfig, list_configs, load_config, validate_config
 from paqdetr.errors import CheckpointError, ConfigError
 from paqdetr.models.backbone import Backbone, normalization_of
 from paqdetr.models.decoder import Decoder
-from paqdetr.models.denoising import ContrastiveDenoising
+from paqdetr.models.denoising import ContrastiveDenoising, Denoising, PlainDenoising
 from paqdetr.models.detector import Detector
 from paqdetr.models.encoder import DeformableEncoder
+from paqdetr.models.initialize import init_weights
 from paqdetr.models.neck import Neck
 from paqdetr.models.proposals import ProposalHead
-from paqdetr.models.queries import StaticQueries
+from paqdetr.models.queries import QuerySource, StaticQueries
+from paqdetr.models.start import LearnedAnchors, LearnedPoints, ProposalStart, QueryStart
 from paqdetr.paq import PatternQueries
 from paqdetr.preprocessing import Preprocessing
 from paqdetr.structures import ClassTable
 
-# Every class starts at a probability of 0.01, so that the many background queries do not drown the first steps.
-_CLASS_BIAS = -math.log((1 - 0.01) / 0.01)
+
+def _static_queries(config: ModelConfig) -> StaticQueries:
+    return StaticQueries(num_queries=config.num_queries, dim=config.content_dim, std=config.content_std)
 
 
-def _static_queries(config: ModelConfig) -> nn.Module:
-    return StaticQueries(num_queries=config.num_queries, dim=config.dim, std=config.content_std)
-
-
-def _pattern_queries(config: ModelConfig) -> nn.Module:
+def _pattern_queries(config: ModelConfig) -> PatternQueries:
     return PatternQueries(
         num_queries=config.num_queries,
         num_patterns=config.num_patterns,
@@ -41,6 +37,7 @@ def _pattern_queries(config: ModelConfig) -> nn.Module:
         num_levels=config.num_levels,
         extractor=config.extractor,
         head=config.head,
+        pattern_dim=config.content_dim,
         temperature=config.temperature,
         gain=config.gain,
         bias_std=config.bias_std,
@@ -50,9 +47,59 @@ def _pattern_queries(config: ModelConfig) -> nn.Module:
     )
 
 
-QUERY_SOURCES: dict[str, Callable[[ModelConfig], nn.Module]] = {
+# None: the start makes the content itself.
+QUERY_SOURCES: dict[str, Callable[[ModelConfig], QuerySource | None]] = {
     "static": _static_queries,
     "patterns": _pattern_queries,
+    "proposals": lambda config: None,
+}
+
+
+def _proposal_start(config: ModelConfig) -> ProposalStart:
+    return ProposalStart(
+        head=ProposalHead(
+            dim=config.dim,
+            num_classes=config.num_classes,
+            class_agnostic=config.class_agnostic_proposals,
+        ),
+        num_queries=config.num_queries,
+        dim=config.dim,
+        fixed_position=config.position_embedding == "fixed",
+        with_content=config.queries == "proposals",
+    )
+
+
+STARTS: dict[str, Callable[[ModelConfig], QueryStart]] = {
+    "proposals": _proposal_start,
+    "anchors": lambda config: LearnedAnchors(num_queries=config.num_queries),
+    "points": lambda config: LearnedPoints(num_queries=config.num_queries, dim=config.dim),
+}
+
+
+def _contrastive_denoising(config: ModelConfig) -> ContrastiveDenoising:
+    return ContrastiveDenoising(
+        num_queries=config.denoising_queries,
+        num_classes=config.num_classes,
+        dim=config.dim,
+        label_noise=config.label_noise,
+        box_noise=config.box_noise,
+    )
+
+
+def _plain_denoising(config: ModelConfig) -> PlainDenoising:
+    return PlainDenoising(
+        groups=config.denoising_groups,
+        num_classes=config.num_classes,
+        dim=config.dim,
+        label_noise=config.label_noise,
+        box_noise=config.box_noise,
+    )
+
+
+DENOISING: dict[str, Callable[[ModelConfig], Denoising | None]] = {
+    "none": lambda config: None,
+    "plain": _plain_denoising,
+    "contrastive": _contrastive_denoising,
 }
 
 
@@ -105,6 +152,7 @@ def build_model(
         strides=model.backbone_strides,
         frozen_stride=model.frozen_stride,
         freeze_norm=model.freeze_backbone_norm,
+        output_norm=model.backbone_output_norm,
         pretrained=pretrained_backbone,
     )
     sizes: dict[str, Any] = dict(
@@ -115,44 +163,41 @@ def build_model(
         ffn_dim=model.ffn_dim,
         dropout=model.dropout,
     )
-    encoder = DeformableEncoder(
-        num_layers=model.encoder_layers, query_levels=model.encoder_query_levels, **sizes
-    )
     decoder = Decoder(
         num_layers=model.decoder_layers,
         num_classes=model.num_classes,
-        look_forward_twice=model.look_forward_twice,
+        norm=model.decoder_norm,
         share_heads=model.share_heads,
-        class_bias=_CLASS_BIAS,
+        fixed_position=model.position_embedding == "fixed",
+        scale_positions=model.scale_positions,
+        box_refinement=model.box_refinement,
+        look_forward_twice=model.look_forward_twice,
+        refine_from=model.refine_from,
+        box_eps=model.box_eps,
+        padded_positions=model.padded_positions,
         **sizes,
     )
-    denoising = None
-    if model.denoising_queries:
-        denoising = ContrastiveDenoising(
-            num_queries=model.denoising_queries,
-            num_classes=model.num_classes,
-            dim=model.dim,
-            label_noise=model.label_noise,
-            box_noise=model.box_noise,
-        )
-    return Detector(
+    hybrid_source = None
+    if model.hybrid_queries and model.queries != "proposals":
+        hybrid_source = StaticQueries(num_queries=model.hybrid_queries, dim=model.dim, std=model.content_std)
+    detector = Detector(
         config=model,
         name=config.name,
         classes=classes,
         preprocessing=Preprocessing(config.image_size, config.size_divisor, normalization_of(model.backbone)),
         backbone=backbone,
         neck=Neck(in_channels=backbone.channels, dim=model.dim, num_levels=model.num_levels),
-        encoder=encoder,
-        proposal_head=ProposalHead(
-            dim=model.dim,
-            num_classes=model.num_classes,
-            num_queries=model.num_queries,
-            class_bias=_CLASS_BIAS,
+        encoder=DeformableEncoder(
+            num_layers=model.encoder_layers, query_levels=model.encoder_query_levels, **sizes
         ),
-        query_source=QUERY_SOURCES[model.queries](model),  # type: ignore[arg-type]
+        start=STARTS[model.positions](model),
+        query_source=QUERY_SOURCES[model.queries](model),
         decoder=decoder,
-        denoising=denoising,
+        denoising=DENOISING[model.denoising](model),
+        hybrid_source=hybrid_source,
     )
+    init_weights(detector)
+    return detector
 
 
 def save(model: Detector, path: str | Path, **extra: Any) -> None:
