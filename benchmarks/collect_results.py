@@ -1,4 +1,4 @@
-"""Keep what a finished run reached, and write it into the table of the README.
+"""Keep what a finished run reached, and write it into the table of the README and the list that `paqdetr models` shows.
 
 python benchmarks/collect_results.py NAME RUN "COMMANDS THAT MADE IT"     # take a run in
 python benchmarks/collect_results.py    # only write the table anew
@@ -19,6 +19,7 @@ import yaml
 
 REPO = Path(__file__).resolve().parents[1]
 RESULTS = REPO / "docs" / "results"
+MEASURED = REPO / "src" / "paqdetr" / "configs" / "measured.yaml"
 MARKERS = ("<!-- results -->", "<!-- end of results -->")
 
 
@@ -52,6 +53,26 @@ def write_tables(*files: Path) -> None:
         file.write_text(pattern.sub(lambda _: f"{start}\n{table()}\n{end}", text), encoding="utf-8")
 
 
+def measured() -> str:
+    """YAML: model -> what it reached on the test split of which data."""
+    rows: dict[str, list[dict[str, object]]] = {}
+    for folder in sorted(RESULTS.iterdir()):
+        if not (folder / "test.json").is_file():
+            continue
+        figures = json.loads((folder / "test.json").read_text(encoding="utf-8"))
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        row = {"data": folder.name, "AP": round(figures["AP"], 3), "AP50": round(figures["AP50"], 3)}
+        rows.setdefault(_model_of(config["name"]), []).append(row)
+    head = "# Written by benchmarks/collect_results.py from docs/results: one seed each, on the test split.\n"
+    return head + yaml.safe_dump(rows, sort_keys=True)
+
+
+def _model_of(name: str) -> str:
+    """The model that a recipe trains."""
+    recipe = REPO / "src" / "paqdetr" / "configs" / "recipes" / f"{name}.yaml"
+    return _model_of(yaml.safe_load(recipe.read_text(encoding="utf-8"))["base"]) if recipe.is_file() else name
+
+
 def _row(folder: Path) -> str:
     figures = json.loads((folder / "test.json").read_text(encoding="utf-8"))
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
@@ -81,6 +102,7 @@ def main() -> None:
     elif len(sys.argv) != 1:
         raise SystemExit(__doc__)
     write_tables(REPO / "README.md")
+    MEASURED.write_text(measured(), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -8,11 +8,13 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+import paqdetr
 from paqdetr.config import (
     AugmentConfig,
     Config,
     LossConfig,
     ModelConfig,
+    known_figures,
     known_keys,
     list_configs,
     load_config,
@@ -305,3 +307,85 @@ def test_known_keys() -> None:
 def test_settings_do_not_change() -> None:
     with pytest.raises(ValueError, match="frozen"):
         load_config("dino_nano").epochs = 3  # type: ignore[misc]
+
+
+# --- several bases, and the files of the package
+
+
+def test_of_several_bases_the_later_wins(tmp_path: Path) -> None:
+    write(tmp_path, "first.yaml", "base: dino_nano\nepochs: 3\nlr: 0.5\nmodel: {num_queries: 7}\n")
+    write(tmp_path, "second.yaml", "epochs: 4\nmodel: {dim: 64}\n")
+    config = load_config(write(tmp_path, "top.yaml", "base: [first.yaml, second.yaml]\nseed: 3\n"))
+    assert (config.epochs, config.lr, config.seed) == (4, 0.5, 3)
+    assert (config.model.num_queries, config.model.dim) == (7, 64)
+
+
+def test_a_part_alone_is_no_model_but_can_be_a_base(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, "mine.yaml", "base: [parts/dn_detr, parts/nano, parts/paq]\n"))
+    assert (config.model.denoising, config.model.backbone) == ("plain", "tf_efficientnet_lite0")
+    with pytest.raises(ConfigError, match="unknown model or recipe 'dino'"):
+        load_config("dino")
+
+
+@pytest.mark.parametrize("name", list_configs())
+def test_every_file_says_how_to_run_it_and_on_what(name: str) -> None:
+    configs = Path(paqdetr.__file__).parent / "configs"
+    (path,) = [
+        p for p in (configs / "models" / f"{name}.yaml", configs / "recipes" / f"{name}.yaml") if p.is_file()
+    ]
+    head = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert any(f"paqdetr train {name} --data" in line for line in head)
+    config = load_config(name)
+    assert config.name == name
+    if name != "digits_quickstart":
+        assert any(line.startswith("# Hardware it is meant for: ") for line in head)
+    published = known_figures("published").get(name)
+    if published is not None:
+        assert any(line.startswith(f"# Published: {published} AP") for line in head)
+    elif "_cityscapes" not in name:
+        assert not any(line.startswith("# Published") for line in head)
+
+
+def test_published_figures_are_of_models() -> None:
+    assert set(known_figures("published")) <= set(list_configs("model"))
+    assert set(known_figures("measured")) <= set(list_configs("model"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"model.queries": "proposals"}, "queries=proposals needs position_embedding=fixed"),
+        ({"model.positions": "points"}, "position_embedding=refined needs positions=proposals or anchors"),
+        (
+            {"model.positions": "anchors", "model.position_embedding": "fixed", "model.denoising": "none"},
+            "position_embedding=fixed needs positions=proposals or points",
+        ),
+        ({"model.box_refinement": False}, "box_refinement=false needs positions=points"),
+        ({"model.position_embedding": "fixed"}, "denoising=contrastive needs position_embedding=refined"),
+        (
+            {"model.positions": "anchors", "model.class_agnostic_proposals": True},
+            "class_agnostic_proposals=true needs positions=proposals",
+        ),
+        (
+            {"model.positions": "anchors", "model.hybrid_queries": 5},
+            "hybrid_queries=5 needs positions=proposals",
+        ),
+        (
+            {
+                "model.positions": "points",
+                "model.position_embedding": "fixed",
+                "model.denoising": "none",
+                "model.box_refinement": False,
+            },
+            "look_forward_twice=true needs box_refinement=true",
+        ),
+        (
+            {"model.scale_positions": True, "model.position_embedding": "fixed", "model.denoising": "none"},
+            "scale_positions=true needs position_embedding=refined",
+        ),
+    ],
+)
+def test_combinations_that_no_host_has(overrides: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load_config("dino_nano", overrides)
+    assert message in raised.value.message

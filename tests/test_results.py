@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from types import ModuleType
 
 REPO = Path(__file__).resolve().parents[1]
 
 
-def test_readme_table_is_read_from_the_kept_files() -> None:
+def collector() -> ModuleType:
     spec = importlib.util.spec_from_file_location(
         "collect_results", REPO / "benchmarks" / "collect_results.py"
     )
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    table = module.table()
+    return module
+
+
+def test_readme_table_is_read_from_the_kept_files() -> None:
+    table = collector().table()
     assert table.count("\n") >= 2, "no result is kept"
     assert table in (REPO / "README.md").read_text(encoding="utf-8")
+
+
+def test_what_the_models_command_shows_is_read_from_the_kept_files() -> None:
+    text = (REPO / "src" / "paqdetr" / "configs" / "measured.yaml").read_text(encoding="utf-8")
+    assert text == collector().measured()
+    assert "paq_dino_nano" in text
 
 
 def test_every_result_says_how_it_was_made() -> None:

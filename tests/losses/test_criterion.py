@@ -138,7 +138,7 @@ def test_every_term_and_the_total(model: Detector, classification: Any, encoder_
     targets = random_targets(3, 0, 1)
     output = near_the_targets(run(model, targets), targets)
     config = LossConfig(**(PAQ | dict(classification=classification, encoder_assigner=encoder_assigner)))
-    report = build_criterion(config)(output, targets, aux_losses=model.query_source.aux_losses())
+    report = build_criterion(config)(output, targets, aux_losses=model.aux_losses())
 
     one_to_one, one_to_many = OneToOneAssigner(), QualityAwareAssigner()
     for layer in range(LAYERS):
@@ -325,9 +325,7 @@ def test_more_boxes_than_queries(model: Detector) -> None:
 def test_every_parameter_has_a_gradient(queries: str, counts: tuple[int, ...]) -> None:
     model = tiny_detector(queries=queries)
     targets = random_targets(*counts)
-    report = build_criterion(LossConfig(**PAQ))(
-        run(model, targets), targets, aux_losses=model.query_source.aux_losses()
-    )
+    report = build_criterion(LossConfig(**PAQ))(run(model, targets), targets, aux_losses=model.aux_losses())
     assert report.total.isfinite() and report.total > 0
     report.total.backward()
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -210,3 +210,82 @@ def test_boxes_are_float32_in_half_precision(inputs: tuple) -> None:
     assert found.boxes.dtype == torch.float32
     # Nothing has moved at the start: a bfloat16 anywhere on the way would show at 1e-3.
     assert (found.boxes - inputs[1]).abs().max() < 1e-5
+
+
+# --- what the hosts do differently
+
+
+def embed(decoder: Decoder, box: Tensor) -> Tensor:
+    first, _, second = decoder.position_head
+    hidden = F.linear(sine_boxes(box, 4), first.weight, first.bias).relu()
+    return F.linear(hidden, second.weight, second.bias)
+
+
+def passes(layer: Any, x: Tensor, position: Tensor, box: Tensor, memory: Tokens) -> Tensor:
+    """One decoder layer, which the tests above have compared with its plain form."""
+    ratios = memory.valid_ratios.repeat(1, 1, 2)
+    return layer(x, position, box[:, :, None] * ratios[:, None], memory, None)
+
+
+@torch.no_grad()
+def test_positions_scaled_by_content_from_the_second_layer_on(make_tokens: Callable, stir: Callable) -> None:
+    """DAB-DETR, section 4.2, without a norm before the heads."""
+    decoder = build(norm=False, scale_positions=True, look_forward_twice=False).double()
+    stir(decoder)
+    memory = make_tokens([torch.randn(2, 8, h, w, dtype=torch.float64) for h, w in LEVELS], 2)
+    x, box = torch.randn(2, 5, 8).double(), (0.2 + 0.6 * torch.rand(2, 5, 4)).double()
+    found = run(decoder, x, box, memory)
+    scale = decoder.position_scale
+    for i, layer in enumerate(decoder.layers):
+        position = embed(decoder, box)
+        if i > 0:
+            hidden = F.linear(x, scale[0].weight, scale[0].bias).relu()
+            position = position * F.linear(hidden, scale[2].weight, scale[2].bias)
+        x = passes(layer, x, position, box, memory)
+        box = (decoder.box_heads[i](x) + logit(box)).sigmoid()
+        assert (found.boxes[i] - box).abs().max() < 1e-10
+        assert (found.logits[i] - decoder.class_heads[i](x)).abs().max() < 1e-10
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padding", [0, 3])
+def test_published_conventions_of_dino(padding: int, make_tokens: Callable, stir: Callable) -> None:
+    """Boxes of the next layer from the output before the norm, 1e-3 in the inverse sigmoid, positions in the padded image."""
+    decoder = build(refine_from="raw", box_eps=1e-3, padded_positions=True).double()
+    stir(decoder)
+    memory = make_tokens([torch.randn(2, 8, h, w, dtype=torch.float64) for h, w in LEVELS], padding)
+    x, box = torch.randn(2, 5, 8).double(), (0.2 + 0.6 * torch.rand(2, 5, 4)).double()
+    box[0, 0, 0], box[1, 2, 3] = 1e-5, 1 - 1e-6  # beyond the limit
+    found = run(decoder, x, box, memory)
+    for i, layer in enumerate(decoder.layers):
+        ratio = memory.valid_ratios[:, 0].repeat(1, 2)[:, None]  # (B, 1, 4), of the finest level
+        x = passes(layer, x, embed(decoder, box * ratio), box, memory)
+        state = F.layer_norm(x, (8,), decoder.norm.weight, decoder.norm.bias)
+        known = (box.clamp(min=1e-3) / (1 - box).clamp(min=1e-3)).log()
+        assert (found.boxes[i] - (decoder.box_heads[i](state) + known).sigmoid()).abs().max() < 1e-10
+        assert (found.logits[i] - decoder.class_heads[i](state)).abs().max() < 1e-10
+        box = (decoder.box_heads[i](x) + known).sigmoid()
+
+
+@torch.no_grad()
+def test_without_refinement_all_layers_look_around_the_same_point(inputs: tuple, stir: Callable) -> None:
+    decoder = build(fixed_position=True, box_refinement=False, look_forward_twice=False, share_heads=True)
+    stir(decoder)
+    x, _, memory = inputs
+    point, position = torch.rand(2, 5, 2), torch.randn(2, 5, 8)
+    found = decoder(QueryGroup(x, point, position), memory)
+    for i, layer in enumerate(decoder.layers):
+        places = point[:, :, None] * memory.valid_ratios[:, None]
+        x = layer(x, position, places, memory, None)
+        offset = decoder.box_heads[0](F.layer_norm(x, (8,), decoder.norm.weight, decoder.norm.bias))
+        expected = torch.cat([offset[..., :2] + logit(point), offset[..., 2:]], dim=-1).sigmoid()
+        assert (found.boxes[i] - expected).abs().max() < 1e-5
+
+
+def test_a_part_of_the_queries(inputs: tuple) -> None:
+    found = run(build(), *inputs)
+    part = found.part(1, 3)
+    assert torch.equal(part.boxes, found.boxes[:, :, 1:3]) and torch.equal(
+        part.logits, found.logits[:, :, 1:3]
+    )
+    assert found.part(3, None).boxes.shape[2] == 2

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.ops import box_convert
 
-from paqdetr.models.denoising import ContrastiveDenoising, DenoisingQueries
+from paqdetr.models.denoising import ContrastiveDenoising, DenoisingQueries, PlainDenoising
 from paqdetr.structures import Targets
 
 
@@ -178,3 +178,99 @@ def test_only_embeddings_of_labels_in_use_get_a_gradient(make_targets: Callable)
     denoising([target]).content.sum().backward()
     grad = denoising.label_embed.weight.grad
     assert grad is not None and grad.abs().sum(1).nonzero().flatten().tolist() == [3, 7]
+
+
+# --- both kinds against the papers' words, one slot after the other in float64, with the very same random draws
+
+
+def slow_slots(targets: list[Targets], copies: int) -> list[list[tuple[int, list[float]] | None]]:
+    """Per image: (label, box) of every slot, None where the image has no such box; `copies` rounds over the boxes."""
+    most = max(len(target) for target in targets)
+    images = []
+    for target in targets:
+        row = [
+            (int(target.labels[j]), target.boxes[j].tolist()) if j < len(target) else None
+            for j in range(most)
+        ]
+        images.append(row * copies)
+    return images
+
+
+@torch.no_grad()
+def test_contrastive_copies_equal_a_plain_loop(make_targets: Callable) -> None:
+    targets = [Targets(t.labels, t.boxes.double()) for t in make_targets(3, 1, num_classes=10)]
+    denoising = build(num_queries=7, label_noise=0.6, box_noise=0.8).double()
+    torch.manual_seed(5)
+    queries = denoising(targets)
+    slots = slow_slots(targets, 2 * 2)  # 7 // 3 groups of positives and negatives
+    count = len(slots[0])
+    torch.manual_seed(5)
+    flip, label = torch.rand(2, count), torch.randint(10, (2, count))
+    amount, sign = torch.rand(2, count, 4, dtype=torch.float64), torch.randint(2, (2, count, 4)).double()
+    for i, row in enumerate(slots):
+        for n, slot in enumerate(row):
+            if slot is None:
+                assert queries.reference[i, n].tolist() == [0.5] * 4 and not queries.content[i, n].any()
+                continue
+            name, (cx, cy, w, h) = slot
+            if flip[i, n] < 0.6 / 2:
+                name = int(label[i, n])
+            assert queries.content[i, n].argmax() == name and queries.content[i, n].sum() == 1
+            corners = []
+            for k, (value, half) in enumerate(
+                [(cx - w / 2, w / 2), (cy - h / 2, h / 2), (cx + w / 2, w / 2), (cy + h / 2, h / 2)]
+            ):
+                reach = float(amount[i, n, k]) + (n // 3 % 2)  # a second round of three slots is negative
+                direction = 2 * float(sign[i, n, k]) - 1
+                corners.append(min(max(value + direction * reach * half * 0.8, 0.0), 1.0))
+            x0, x1 = sorted((corners[0], corners[2]))
+            y0, y1 = sorted((corners[1], corners[3]))
+            expected = [(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0]
+            assert queries.reference[i, n].tolist() == pytest.approx(expected, abs=1e-10)
+
+
+@torch.no_grad()
+def test_plain_copies_equal_a_plain_loop(make_targets: Callable) -> None:
+    targets = [Targets(t.labels, t.boxes.double()) for t in make_targets(3, 1, num_classes=10)]
+    denoising = PlainDenoising(groups=5, num_classes=10, dim=11, label_noise=0.3, box_noise=0.4).double()
+    denoising.label_embed.weight.copy_(torch.eye(10))
+    torch.manual_seed(6)
+    queries = denoising(targets)
+    assert (queries.groups, queries.boxes, queries.kinds, len(queries)) == (5, 3, 1, 15)
+    slots = slow_slots(targets, 5)
+    torch.manual_seed(6)
+    flip, label = torch.rand(2, 15), torch.randint(10, (2, 15))
+    amount = torch.rand(2, 15, 4, dtype=torch.float64)
+    for i, row in enumerate(slots):
+        for n, slot in enumerate(row):
+            if slot is None:
+                assert queries.reference[i, n].tolist() == [0.5] * 4 and not queries.content[i, n].any()
+                continue
+            name, (cx, cy, w, h) = slot
+            if flip[i, n] < 0.3:
+                name = int(label[i, n])
+            # The label, then the indicator: this is a copy.
+            assert queries.content[i, n].tolist() == [float(k == name) for k in range(10)] + [1.0]
+            expected = [
+                min(max(value + (2 * float(amount[i, n, k]) - 1) * reach * 0.4, 0.0), 1.0)
+                for k, (value, reach) in enumerate([(cx, w / 2), (cy, h / 2), (w, w), (h, h)])
+            ]
+            assert queries.reference[i, n].tolist() == pytest.approx(expected, abs=1e-10)
+
+
+def test_plain_positives_and_mask_by_hand() -> None:
+    # Two groups of two slots, no negatives.
+    queries = DenoisingQueries(torch.zeros(1, 4, 1), torch.zeros(1, 4, 4), groups=2, boxes=2, kinds=1)
+    query, target = queries.positives(1)
+    assert (query.tolist(), target.tolist()) == ([0, 2], [0, 0])
+    rows = ["..xx.", "..xx.", "xx...", "xx...", "xxxx."]
+    mask = queries.attention_mask(1, torch.device("cpu"))
+    assert mask.tolist() == [[cell == "x" for cell in row] for row in rows]
+
+
+def test_plain_denoising_without_a_single_box(make_targets: Callable) -> None:
+    denoising = PlainDenoising(groups=5, num_classes=10, dim=8)
+    queries = denoising(make_targets(0, 0))
+    assert len(queries) == 5 and not queries.content.any() and (queries.reference == 0.5).all()
+    queries.content.sum().backward()
+    assert denoising.label_embed.weight.grad is not None

@@ -7,7 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paqdetr.models.position import inverse_sigmoid, sine_boxes, sine_map
+from paqdetr.models.position import (
+    at_least_float32,
+    inverse_sigmoid,
+    sine_boxes,
+    sine_map,
+    sine_proposals,
+)
 
 
 def slow_sine(position: float, dim: int, temperature: float) -> list[float]:
@@ -19,19 +25,21 @@ def slow_sine(position: float, dim: int, temperature: float) -> list[float]:
     return out
 
 
-def test_sine_map_equals_a_plain_loop_and_counts_valid_cells() -> None:
+@pytest.mark.parametrize(("offset", "temperature"), [(0.0, 20.0), (-0.5, 10000.0)])
+def test_sine_map_equals_a_plain_loop_and_counts_valid_cells(offset: float, temperature: float) -> None:
     mask = torch.ones(2, 3, 5, dtype=torch.bool)
     sizes = [(2, 4), (3, 5)]  # valid height and width of each image
     for image, (height, width) in enumerate(sizes):
         mask[image, :height, :width] = False
-    embedding = sine_map(mask, 8, temperature=20.0)
+    embedding = sine_map(mask, 8, temperature, offset, torch.float64)
     assert embedding.shape == (2, 15, 8)
     for image, (height, width) in enumerate(sizes):
         for row in range(height):
             for column in range(width):
-                expected = slow_sine((row + 1) / height, 4, 20.0) + slow_sine((column + 1) / width, 4, 20.0)
+                y, x = (row + 1 + offset) / (height + 1e-6), (column + 1 + offset) / (width + 1e-6)
+                expected = slow_sine(y, 4, temperature) + slow_sine(x, 4, temperature)
                 found = embedding[image, row * 5 + column].tolist()
-                assert found == pytest.approx(expected, abs=2e-5)
+                assert found == pytest.approx(expected, abs=1e-10)
 
 
 @pytest.mark.parametrize("padding", [0, 1, 7])
@@ -58,7 +66,10 @@ def test_sine_boxes_equal_a_plain_loop() -> None:
         for j in range(2):
             cx, cy, w, h = boxes[i, j].tolist()
             expected = [value for side in (cy, cx, w, h) for value in slow_sine(side, 8, 10000.0)]
-            assert found[i, j].tolist() == pytest.approx(expected, abs=1e-6)
+            assert found[i, j].tolist() == pytest.approx(expected, abs=1e-10)
+            # Proposals of Deformable DETR put x first.
+            expected = [value for side in (cx, cy, w, h) for value in slow_sine(side, 8, 10000.0)]
+            assert sine_proposals(boxes, 8)[i, j].tolist() == pytest.approx(expected, abs=1e-10)
 
 
 @given(st.floats(1e-5, 1 - 1e-5))
@@ -69,5 +80,19 @@ def test_inverse_sigmoid_undoes_the_sigmoid(x: float) -> None:
 
 def test_inverse_sigmoid_is_finite_at_the_ends() -> None:
     ends = inverse_sigmoid(torch.tensor([-1.0, 0.0, 0.5, 1.0, 2.0], dtype=torch.float64))
-    limit = math.log((1 - 1e-5) / 1e-5)
+    limit = math.log(1e5)
     assert ends.tolist() == pytest.approx([-limit, -limit, 0, limit, limit])
+    assert inverse_sigmoid(torch.tensor(0.0), 1e-3).item() == pytest.approx(-math.log(1e3))
+
+
+@pytest.mark.parametrize(
+    ("given_", "wanted"),
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_at_least_float32(given_: torch.dtype, wanted: torch.dtype) -> None:
+    assert at_least_float32(torch.zeros(1, dtype=given_)).dtype == wanted

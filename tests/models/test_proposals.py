@@ -37,7 +37,7 @@ def slow_proposals(head: ProposalHead, tokens: Tokens, levels: list[Tensor], cou
                         head.project(x[image, :, row, column]), (8,), head.norm.weight, head.norm.bias
                     )
                     logits = head.class_head(state)
-                    box = torch.special.expit(head.box_head(state) + torch.logit(torch.tensor(anchor)))
+                    box = torch.special.expit(head.box_head(state) + torch.logit(x.new_tensor(anchor)))
                     rows.append((float(logits.max()), start + row * width + column, logits, box))
             start += height * width
         rows.sort(key=lambda row: -row[0])
@@ -56,14 +56,15 @@ def slow_proposals(head: ProposalHead, tokens: Tokens, levels: list[Tensor], cou
 @pytest.mark.parametrize("padding", [0, 2])
 @pytest.mark.parametrize("count", [1, 7, 30])
 def test_equal_a_plain_loop(count: int, padding: int, make_tokens: Callable, stir: Callable) -> None:
-    head = build(stir)
-    levels = [torch.randn(2, 8, 3, 5), torch.randn(2, 8, 2, 2)]  # 19 tokens: 30 queries repeat the ranking
+    head = build(stir).double()
+    shapes = [(3, 5), (2, 2)]  # 19 tokens: 30 queries repeat the ranking
+    levels = [torch.randn(2, 8, *shape, dtype=torch.float64) for shape in shapes]
     tokens = make_tokens(levels, padding)
     found = head(tokens, count)
     for image, expected in enumerate(slow_proposals(head, tokens, levels, count)):
         assert found.indices[image].tolist() == expected.indices.tolist()
-        assert (found.logits[image] - expected.logits).abs().max() < 1e-5
-        assert (found.boxes[image] - expected.boxes).abs().max() < 1e-5
+        assert (found.logits[image] - expected.logits).abs().max() < 1e-10
+        assert (found.boxes[image] - expected.boxes).abs().max() < 1e-10
 
 
 @torch.no_grad()
@@ -137,3 +138,22 @@ def test_ranking_is_by_the_best_class() -> None:
     values[0, 0, 0] = values[0, 1, 1] = values[0, 2, 2] = 1.0
     found = head(Tokens.from_values(values, [(1, 3)], None, temperature=20), 2)
     assert found.indices.tolist() == [[1, 0]]
+
+
+@torch.no_grad()
+def test_class_agnostic_proposals(make_tokens: Callable, stir: Callable) -> None:
+    """One logit a token; in training every token says its box, in use only those that were chosen."""
+    head = build(stir, class_agnostic=True)
+    tokens = make_tokens([torch.randn(2, 8, 3, 5), torch.randn(2, 8, 2, 2)], padding=1)
+    trained, used = head.train()(tokens, 4), head.eval()(tokens, 4)
+    assert used.everything is None and trained.everything is not None
+    assert trained.logits.shape == (2, 4, 1)
+    for name in ("logits", "boxes", "indices"):
+        assert torch.equal(getattr(trained, name), getattr(used, name))
+    everything = trained.everything
+    assert everything.logits.shape == (2, 33, 1) and everything.boxes.shape == (2, 33, 4)
+    assert everything.valid.sum(1).tolist() == [19, 19]
+    scores = everything.logits[..., 0].masked_fill(~everything.valid, -torch.inf)
+    assert torch.equal(scores.topk(4, dim=1).indices, trained.indices)
+    first = trained.first(2)
+    assert first.boxes.shape == (2, 2, 4) and torch.equal(first.indices, trained.indices[:, :2])

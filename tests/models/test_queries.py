@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from paqdetr.models.queries import QuerySource, StaticQueries
+from paqdetr.models.denoising import DenoisingQueries
+from paqdetr.models.queries import QueryGroup, QuerySource, StaticQueries, attention_mask
 from paqdetr.paq import PatternQueries
 
 
@@ -33,3 +34,32 @@ def test_gradients_of_all_images_add_up() -> None:
 def test_both_sources_follow_the_protocol() -> None:
     assert isinstance(StaticQueries(num_queries=4, dim=8), QuerySource)
     assert isinstance(PatternQueries(num_queries=4, num_patterns=3, dim=8, num_levels=1), QuerySource)
+
+
+def test_xavier_start() -> None:
+    table = StaticQueries(num_queries=900, dim=256, std=None).table.detach()
+    bound = (6 / (900 + 256)) ** 0.5
+    assert float(table.abs().max()) <= bound and float(table.std()) == pytest.approx(bound / 3**0.5, rel=0.02)
+
+
+def test_groups_are_joined_in_order() -> None:
+    groups = [QueryGroup(torch.full((1, n, 2), float(n)), torch.full((1, n, 4), float(n))) for n in (2, 3)]
+    joined = QueryGroup.join(groups)
+    assert len(joined) == 5 and joined.position is None
+    assert joined.content[0, :, 0].tolist() == joined.reference[0, :, 0].tolist() == [2, 2, 3, 3, 3]
+
+
+def test_who_may_look_at_whom() -> None:
+    cpu = torch.device("cpu")
+    assert attention_mask(None, 3, 0, cpu) is None
+    copies = DenoisingQueries(torch.zeros(1, 2, 1), torch.zeros(1, 2, 4), groups=2, boxes=1, kinds=1)
+    rows = {
+        (True, 0): [".x..", "x...", "xx..", "xx.."],
+        (False, 1): ["..x", "..x", "xx."],
+        # copy, copy, matching, matching, hybrid
+        (True, 1): [".x..x", "x...x", "xx..x", "xx..x", "xxxx."],
+    }
+    for (denoising, hybrid), expected in rows.items():
+        mask = attention_mask(copies if denoising else None, 2, hybrid, cpu)
+        assert mask is not None
+        assert mask.tolist() == [[cell == "x" for cell in row] for row in expected]

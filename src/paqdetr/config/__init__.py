@@ -1,6 +1,7 @@
 """Settings: `schema` says what there is, `files` where it is read from."""
 
 from paqdetr.config.files import (
+    known_figures,
     known_keys,
     list_configs,
     load_config,
@@ -14,6 +15,7 @@ __all__ = [
     "Config",
     "LossConfig",
     "ModelConfig",
+    "known_figures",
     "known_keys",
     "list_configs",
     "load_config",

@@ -78,6 +78,11 @@ def known_keys() -> list[str]:
     return keys
 
 
+def known_figures(kind: Literal["published", "measured"]) -> dict[str, Any]:
+    """Figures by model name: `published` AP on COCO val2017 after 12 epochs; `measured`, rows of data, AP, AP50 (test split)."""
+    return _read_yaml((_config_dir() / f"{kind}.yaml").read_text(encoding="utf-8"), kind)
+
+
 def _config_dir():  # type: ignore[no-untyped-def]  # a Traversable, which typeshed moved between modules
     return files("paqdetr") / "configs"
 
