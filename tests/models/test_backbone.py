@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torchvision
 from PIL import Image
 from sklearn.datasets import load_sample_image
 from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import FrozenBatchNorm2d
 
 from paqdetr.errors import ConfigError
@@ -170,6 +172,45 @@ def test_weights_from_timm_keep_their_places(name: str, monkeypatch: pytest.Monk
         maps = source.eval().forward_intermediates(x, intermediates_only=True)  # type: ignore[operator]
         for found, wanted in zip(backbone(x), maps[-3:], strict=True):
             assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(64, 96), (75, 101)])
+def test_resnet50_is_torchvisions(size: tuple[int, int]) -> None:
+    """Same names, same weights, same features; where these come from, in torchvision's own ResNet."""
+    twin = torchvision.models.resnet50(norm_layer=FrozenBatchNorm2d)
+    for key, tensor in twin.state_dict().items():  # statistics and scales as after a training
+        if ".bn" in key or key.startswith("bn") or "downsample.1" in key:
+            tensor.uniform_(0.3, 0.7)
+    backbone = build("resnet50", freeze_norm=True)
+    state = {key: value for key, value in twin.state_dict().items() if not key.startswith("fc.")}
+    assert set(state) == {key for key in backbone.body.state_dict() if "num_batches" not in key}
+    backbone.body.load_state_dict(state, strict=False)
+    layers = [f"layer{i}" for i in (2, 3, 4)]
+    features = create_feature_extractor(twin, layers)(images := torch.randn(2, 3, *size))
+    for name, found in zip(layers, backbone(images), strict=True):
+        scale = float(features[name].abs().max())
+        assert scale > 0 and float((found - features[name]).abs().max()) < 1e-5 * max(scale, 1)
+
+
+@torch.no_grad()
+def test_output_norms_are_over_the_channels_of_each_map() -> None:
+    plain, normed = (
+        build("swin_tiny_patch4_window7_224"),
+        build("swin_tiny_patch4_window7_224", output_norm=True),
+    )
+    normed.load_state_dict(plain.state_dict(), strict=False)
+    plain.eval(), normed.eval()  # Swin drops paths at random in training
+    images = torch.randn(1, 3, 64, 96)
+    assert normed.norms is not None
+    for norm in normed.norms:
+        norm.weight.uniform_(0.5, 2.0)
+    for x, found, norm in zip(plain(images), normed(images), normed.norms, strict=True):
+        mean, variance = x.mean(1, keepdim=True), x.var(1, unbiased=False, keepdim=True)
+        expected = (x - mean) / (variance + 1e-5).sqrt() * norm.weight[:, None, None] + norm.bias[
+            :, None, None
+        ]
+        assert (found - expected).abs().max() < 1e-4
 
 
 def test_a_weight_file_of_another_model_is_refused() -> None:
