@@ -177,6 +177,7 @@ def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Detector, Pat
     return model, path
 
 
+@pytest.mark.parametrize("saved", list_models("*_nano"), indirect=True)
 def test_saved_and_loaded_bit_for_bit(saved: tuple[Detector, Path]) -> None:
     model, path = saved
     found = load(path)
@@ -207,6 +208,7 @@ def test_method_and_package_door(saved: tuple[Detector, Path], tmp_path: Path) -
     assert paqdetr.load(tmp_path / "other.safetensors").config == paqdetr.load(str(path)).config
 
 
+@pytest.mark.parametrize("saved", list_models("*_nano"), indirect=True)
 def test_the_header_needs_nothing_but_json(saved: tuple[Detector, Path]) -> None:
     model, path = saved
     with path.open("rb") as file:

@@ -60,7 +60,7 @@ def init_weights(model: Detector) -> None:
         last = _last(head)
         nn.init.zeros_(last.weight)
         _zero(last.bias)
-    else:
+    if not isinstance(start, ProposalStart):
         nn.init.constant_(_last(box_heads[0]).bias[2:], -2.0)
     if isinstance(start, LearnedPoints):
         nn.init.xavier_uniform_(start.point_head.weight)
