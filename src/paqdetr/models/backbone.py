@@ -12,6 +12,7 @@ from timm.layers import freeze_batch_norm_2d
 from torch import Tensor, nn
 
 from paqdetr.errors import ConfigError
+from paqdetr.models.folding import fold_frozen_norms
 from paqdetr.preprocessing import Normalization
 
 _TF_LITE = "tf_efficientnet_lite"
@@ -57,6 +58,7 @@ class Backbone(nn.Module):
             _freeze(self.body, after=_module_of_stride(self.body, name, max(strides)))
         if freeze_norm:
             self.body = freeze_batch_norm_2d(self.body)
+            fold_frozen_norms(self.body)
         self.norms = nn.ModuleList(nn.LayerNorm(c) for c in self.channels) if output_norm else None
         self._channels_first = getattr(self.body, "output_fmt", None) is None or _is_nchw(self.body)
 

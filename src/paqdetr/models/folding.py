@@ -1,0 +1,137 @@
+"""Frozen batch norms, folded into the convolutions before them.
+
+A frozen norm multiplies and shifts each channel by constants. Done as written it reads and writes every activation once more,
+forward and backward. Scaling the weights instead gives the same result and costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Conv2dSame, pad_same
+from timm.layers.norm_act import FrozenBatchNormAct2d
+from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
+
+_Norm = FrozenBatchNormAct2d | FrozenBatchNorm2d
+
+
+class FoldedNorm(nn.Module):
+    """What is left of a frozen norm: its numbers, under their names, and the activation that timm puts behind it."""
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+    eps: float
+
+    def __init__(self, norm: _Norm) -> None:
+        super().__init__()
+        for name, buffer in norm.named_buffers(recurse=False):
+            self.register_buffer(name, buffer)
+        self.eps = float(norm.eps)
+        self.drop = getattr(norm, "drop", nn.Identity())
+        self.act = getattr(norm, "act", nn.Identity())
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """Scale and shift of each channel, (C,) and (C,)."""
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        return scale, self.bias - self.running_mean * scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Only the activation: the convolution has done the rest."""
+        return self.act(self.drop(x))
+
+
+class FoldedConv2d(nn.Module):
+    """A convolution whose weights are scaled by the norm that followed it. Its own weights stay what they were, and train."""
+
+    def __init__(self, conv: nn.Conv2d, norm: FoldedNorm) -> None:
+        super().__init__()
+        self.weight, self.bias = conv.weight, conv.bias
+        self.stride, self.padding, self.dilation, self.groups = (
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            conv.groups,
+        )
+        self.pads_same = isinstance(conv, Conv2dSame)
+        self._norm = (norm,)  # in a tuple: its tensors belong to its own place in the model
+        self._kept: tuple[tuple[object, ...], Tensor, Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, c, H, W) -> (B, c', H', W'), normed."""
+        weight, bias = self._folded()
+        padding = self.padding
+        if self.pads_same:
+            x, padding = pad_same(x, list(weight.shape[-2:]), list(self.stride), list(self.dilation)), 0
+        return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
+
+    def _folded(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias, computed anew where the weight is being trained and kept where it is not."""
+        training = torch.is_grad_enabled() and self.weight.requires_grad
+        if training or torch.compiler.is_compiling() or self.weight.is_meta:
+            return self._fold()
+        norm = self._norm[0]
+        sources = (self.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        stamp = tuple((source.data_ptr(), source._version) for source in sources)
+        if self._kept is None or self._kept[0] != stamp:
+            with torch.inference_mode(False), torch.no_grad():  # it may be needed in a training as well
+                self._kept = (stamp, *self._fold())
+        return self._kept[1:]
+
+    def _fold(self) -> tuple[Tensor, Tensor]:
+        scale, shift = self._norm[0].affine()
+        bias = shift if self.bias is None else shift + self.bias * scale
+        return self.weight * scale[:, None, None, None], bias
+
+
+@torch.no_grad()
+def fold_frozen_norms(body: nn.Module) -> int:
+    """Replace every frozen norm that follows a convolution, in place. Names and values of all tensors stay.
+
+    Which norm follows which convolution is seen in a forward pass over a small black image.
+
+    Returns:
+        How many were folded. A norm behind anything else is left as it is.
+    """
+    last_of: dict[int, tuple[str, Tensor]] = {}  # output -> the convolution it came from
+    follows: dict[str, str] = {}
+    handles = []
+    for name, part in body.named_modules():
+        if type(part) in (nn.Conv2d, Conv2dSame):
+            handles.append(part.register_forward_hook(_remember(name, last_of)))
+        elif isinstance(part, _Norm):
+            handles.append(part.register_forward_pre_hook(_look_up(name, last_of, follows)))
+    if not any(isinstance(part, _Norm) for part in body.modules()):
+        return 0
+    training = body.training
+    body.eval()
+    try:
+        body(torch.zeros(1, 3, 64, 64, device=next(body.parameters()).device))
+    finally:
+        body.train(training)
+        for handle in handles:
+            handle.remove()
+    for norm_name, conv_name in follows.items():
+        conv, norm = body.get_submodule(conv_name), body.get_submodule(norm_name)
+        assert isinstance(conv, nn.Conv2d) and isinstance(norm, _Norm)
+        folded = FoldedNorm(norm)
+        body.set_submodule(norm_name, folded)
+        body.set_submodule(conv_name, FoldedConv2d(conv, folded))
+    return len(follows)
+
+
+def _remember(name: str, last_of: dict[int, tuple[str, Tensor]]):  # type: ignore[no-untyped-def]
+    def hook(part: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        last_of[id(output)] = (name, output)  # holding the tensor keeps its id from being given away
+
+    return hook
+
+
+def _look_up(name: str, last_of: dict[int, tuple[str, Tensor]], follows: dict[str, str]):  # type: ignore[no-untyped-def]
+    def hook(part: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if id(inputs[0]) in last_of:
+            follows[name] = last_of[id(inputs[0])][0]
+
+    return hook

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import timm
+import torch
+from timm.layers import freeze_batch_norm_2d
+from torch import Tensor, nn
+
+from paqdetr.models.folding import FoldedConv2d, FoldedNorm, fold_frozen_norms
+
+
+def pair(name: str) -> tuple[nn.Module, nn.Module]:
+    """A body with frozen norms as after a training, and the same one folded."""
+    body = timm.create_model(name, features_only=True, drop_path_rate=0.0)
+    for part in body.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            nn.init.uniform_(part.weight, 0.3, 0.7)
+            nn.init.normal_(part.bias)
+            part.running_mean.normal_()
+            part.running_var.uniform_(0.5, 2.0)
+    plain = freeze_batch_norm_2d(body)
+    folded = copy.deepcopy(plain)
+    fold_frozen_norms(folded)
+    return plain.double(), folded.double()
+
+
+def run(body: nn.Module, images: Tensor) -> tuple[list[Tensor], dict[str, Tensor]]:
+    maps = body(images)
+    body.zero_grad()
+    sum(x.square().mean() for x in maps).backward()
+    return maps, {key: p.grad for key, p in body.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "resnet18", "resnet50", "regnety_002"])
+def test_same_names_same_features_same_gradients(name: str) -> None:
+    plain, folded = pair(name)
+    assert list(folded.state_dict()) == list(plain.state_dict())
+    assert not any("FrozenBatchNorm" in type(part).__name__ for part in folded.modules())
+    images = torch.randn(2, 3, 65, 90, dtype=torch.float64)
+    expected, their_gradients = run(plain, images)
+    found, gradients = run(folded, images)
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).abs().max() < 1e-10 * b.abs().max()
+    assert gradients.keys() == their_gradients.keys() and len(gradients) > 10
+    for key, gradient in gradients.items():
+        scale = their_gradients[key].abs().max()
+        assert (gradient - their_gradients[key]).abs().max() <= 1e-9 * scale, key
+
+
+def test_weights_are_those_that_were_saved() -> None:
+    plain, folded = pair("resnet18")
+    for (key, a), (_, b) in zip(plain.state_dict().items(), folded.state_dict().items(), strict=True):
+        assert torch.equal(a, b), key
+    other, _ = pair("resnet18")
+    folded.load_state_dict(other.state_dict())
+    images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        assert (folded(images)[-1] - other(images)[-1]).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("tensor", ["weight", "running_mean", "bias"])
+def test_what_is_kept_follows_a_change(tensor: str) -> None:
+    plain, folded = pair("resnet18")
+    images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    with torch.inference_mode():
+        before = folded(images)[-1]
+        assert torch.equal(folded(images)[-1], before)
+    for body in (plain, folded):
+        with torch.no_grad():
+            key = "conv1.weight" if tensor == "weight" else f"bn1.{tensor}"
+            body.state_dict(keep_vars=True)[key].add_(0.3)
+    with torch.inference_mode():
+        after = folded(images)[-1]
+        assert (after - before).abs().max() > 1e-3
+        assert (after - plain(images)[-1]).abs().max() < 1e-9
+
+
+def test_kept_weights_serve_a_training_afterwards() -> None:
+    """Frozen convolutions keep what inference mode has computed; autograd must be able to save it."""
+    _, folded = pair("resnet18")
+    for part in (folded.conv1, folded.layer1):
+        part.requires_grad_(False)
+    images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    with torch.inference_mode():
+        folded(images)
+    images.requires_grad_()
+    folded(images)[-1].sum().backward()
+    assert images.grad is not None and images.grad.any()
+
+
+def test_copies_are_independent() -> None:
+    _, folded = pair("resnet18")
+    images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        before = folded(images)[-1]
+        twin = copy.deepcopy(folded)
+        for tensor in twin.state_dict(keep_vars=True).values():
+            if tensor.is_floating_point():
+                tensor.mul_(1.1)
+        assert not torch.equal(twin(images)[-1], before)
+        assert torch.equal(folded(images)[-1], before)
+
+
+def test_a_norm_behind_anything_else_stays() -> None:
+    body = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.ReLU(), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+    )
+    frozen = freeze_batch_norm_2d(body)
+    assert fold_frozen_norms(frozen) == 1
+    kinds = [type(part).__name__ for part in frozen]
+    assert kinds == ["Conv2d", "ReLU", "FrozenBatchNorm2d", "FoldedConv2d", "FoldedNorm"]
+    assert isinstance(frozen[3], FoldedConv2d) and isinstance(frozen[4], FoldedNorm)
+
+
+def test_nothing_to_fold() -> None:
+    assert fold_frozen_norms(nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(1, 4))) == 0
+
+
+def test_half_precision() -> None:
+    plain, folded = pair("resnet18")
+    images = torch.randn(1, 3, 64, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        found, expected = folded.float()(images)[-1], plain.float()(images)[-1]
+    assert found.dtype == torch.bfloat16
+    assert (found - expected).abs().max() < 0.1 * expected.abs().max()
