@@ -6,6 +6,8 @@ forward and backward. Scaling the weights instead gives the same result and cost
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from timm.layers import Conv2dSame, pad_same
@@ -29,7 +31,7 @@ class FoldedNorm(nn.Module):
         super().__init__()
         for name, buffer in norm.named_buffers(recurse=False):
             self.register_buffer(name, buffer)
-        self.eps = float(norm.eps)
+        self.eps = cast(float, norm.eps)
         self.drop = getattr(norm, "drop", nn.Identity())
         self.act = getattr(norm, "act", nn.Identity())
 
