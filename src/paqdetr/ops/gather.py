@@ -18,26 +18,22 @@ def ms_deform_attn_gather(
 ) -> Tensor:
     """See `paqdetr.ops.ms_deform_attn`, whose arguments these are, already checked."""
     batch, _, heads, channels = value.shape
-    queries = sampling_locations.shape[1]
-    dtype = torch.promote_types(value.dtype, torch.float32)
-    locations, weights = sampling_locations.to(dtype), attention_weights.to(dtype)
+    _, queries, _, _, points, _ = sampling_locations.shape
+    dtype = sampling_locations.dtype
     levels = value.to(dtype).split([height * width for height, width in spatial_shapes], dim=1)
-    # (B, 1, H, 1): the table of a level holds the tokens of one image and head one after another.
-    table_of = (torch.arange(batch, device=value.device)[:, None] * heads).add(
-        torch.arange(heads, device=value.device)
-    )[:, None, :, None]
+    image = torch.arange(batch, device=value.device)[:, None, None, None]
+    head = torch.arange(heads, device=value.device)[:, None]
     total = value.new_zeros(batch, queries, heads, channels, dtype=dtype)
     for level, (height, width) in enumerate(spatial_shapes):
-        table = levels[level].transpose(1, 2).reshape(-1, channels)  # (B * H * S_l, D)
-        x, y = (locations[:, :, :, level] * locations.new_tensor([width, height]) - 0.5).unbind(-1)
+        table = levels[level].reshape(-1, channels)  # (B * S_l * H, D)
+        x, y = sampling_locations[:, :, :, level].unbind(-1)  # (B, Q, H, P)
         rows, shares = [], []
-        # (B, Q, H, P) each: pixels before and after along an axis, and what the point takes of each.
-        for row, share_y in _neighbours(y, height):
-            for column, share_x in _neighbours(x, width):
-                rows.append(table_of * (height * width) + row * width + column)
-                shares.append(share_y * share_x * weights[:, :, :, level])
-        read = table.index_select(0, torch.stack(rows, -1).flatten())  # (B * Q * H * P * 4, D)
-        read = read.view(batch, queries, heads, -1, channels)  # (B, Q, H, P * 4, D)
+        for row, share_y in _neighbours(y * height - 0.5, height):
+            for column, share_x in _neighbours(x * width - 0.5, width):
+                rows.append((image * (height * width) + row * width + column) * heads + head)
+                shares.append(share_y * share_x * attention_weights[:, :, :, level])
+        read = table.index_select(0, torch.stack(rows, -1).flatten())
+        read = read.view(batch, queries, heads, points * 4, channels)
         total = total + (read * torch.stack(shares, -1).flatten(3)[..., None]).sum(3)
     return total.flatten(2).to(value.dtype)
 
