@@ -16,12 +16,12 @@ SHAPES = [(2, 3)]
 @pytest.fixture
 def anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """Whether libraries are there is asked again, in the test and after it."""
-    for ask in (choice._numba_missing, choice._triton_missing):
-        ask.cache_clear()
+    for ask in (choice.numba_missing, choice.triton_missing):
+        vars(ask)["cache_clear"]()
     yield monkeypatch
     monkeypatch.undo()
-    for ask in (choice._numba_missing, choice._triton_missing):
-        ask.cache_clear()
+    for ask in (choice.numba_missing, choice.triton_missing):
+        vars(ask)["cache_clear"]()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -44,7 +44,7 @@ def test_cuda_takes_triton_where_its_compiler_is(anew: pytest.MonkeyPatch) -> No
     anew.setenv("CC", "cc")
     assert choose_backend("cuda:1") == "triton"
     assert choose_backend("cuda", torch.float64) == "reference"
-    choice._triton_missing.cache_clear()
+    vars(choice.triton_missing)["cache_clear"]()
     anew.delenv("CC")
     anew.setenv("PATH", "")
     assert choose_backend("cuda") == "reference"

@@ -111,7 +111,11 @@ def test_workers_of_a_loader(method: str) -> None:
     torch.set_num_threads(2)
     expected = [step(index, queries=50)[1] for index in range(4)]  # the parent's pool has threads now
     loader = DataLoader(
-        Attended(), batch_size=None, num_workers=2, multiprocessing_context=method, timeout=120
+        Attended(),
+        batch_size=None,
+        num_workers=2 if method == "fork" else 1,
+        multiprocessing_context=method,
+        timeout=120,
     )
     assert equal(list(loader), expected)
 
@@ -140,7 +144,11 @@ def run(script: str = SCRIPT, **environment: str) -> subprocess.Popen[str]:
     variables = {name: value for name, value in os.environ.items() if name not in ("CC", "CXX")}
     variables |= {"PYTHONPATH": str(SRC), **environment}
     return subprocess.Popen(
-        [sys.executable, "-c", script], env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-c", script],
+        env=variables,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
 
 

@@ -8,7 +8,7 @@ import importlib.util
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -25,9 +25,7 @@ _DEVICES = {"numba": "cpu", "triton": "cuda"}
 _forced: str | None = None
 
 
-def choose_backend(
-    device: torch.device | str, dtype: torch.dtype = torch.float32, *, tokens: int = 0
-) -> str:
+def choose_backend(device: torch.device | str, dtype: torch.dtype = torch.float32, *, tokens: int = 0) -> str:
     """The back end that `ms_deform_attn(..., backend="auto")` takes.
 
     "numba" on a CPU and "triton" on CUDA, which both need a library and no compiler of the user's: numba brings its own, and
@@ -100,21 +98,24 @@ def _obstacle(name: str, device: str, dtype: torch.dtype, tokens: int) -> str | 
     return numba_missing() if name == "numba" else triton_missing()
 
 
-# Constant for a process, so torch.compile need not look inside.
-@torch.compiler.assume_constant_result
+def _constant(ask: Callable[[], str | None]) -> Callable[[], str | None]:
+    """Ask once, and have `torch.compile` take the answer for a constant.
+
+    `torch.compiler.assume_constant_result` sets the same mark, but it imports the compiler, which takes a second.
+    """
+    once = functools.cache(ask)
+
+    @functools.wraps(ask)
+    def answer() -> str | None:
+        return once()
+
+    vars(answer).update(_dynamo_marked_constant=True, cache_clear=once.cache_clear)
+    return answer
+
+
+@_constant
 def numba_missing() -> str | None:
     """Why numba cannot be used in this process, or None. Imports it, at the first call."""
-    return _numba_missing()
-
-
-@torch.compiler.assume_constant_result
-def triton_missing() -> str | None:
-    """Why Triton cannot be used in this process, or None."""
-    return _triton_missing()
-
-
-@functools.cache
-def _numba_missing() -> str | None:
     try:
         import numba  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ModuleNotFoundError as error:
@@ -125,12 +126,13 @@ def _numba_missing() -> str | None:
         reason = str(error)
     else:
         return None
-    warnings.warn(f"numba is installed but cannot be imported: {reason}", RuntimeWarning, stacklevel=4)
+    warnings.warn(f"numba is installed but cannot be imported: {reason}", RuntimeWarning, stacklevel=5)
     return f"numba cannot be imported: {reason}"
 
 
-@functools.cache
-def _triton_missing() -> str | None:
+@_constant
+def triton_missing() -> str | None:
+    """Why Triton cannot be used in this process, or None."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"):

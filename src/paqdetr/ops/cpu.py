@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from threading import Lock
 
 import numpy as np
@@ -39,9 +39,7 @@ def forward(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, wei
         target = _flat(out, dtype)
 
         def work(span: tuple[int, int]) -> None:
-            kernel(
-                arrays[0], levels, *arrays[1:], target, tokens, heads, queries, *span, *_scratch(levels)
-            )
+            kernel(arrays[0], levels, *arrays[1:], target, tokens, heads, queries, *span, *_scratch(levels))
 
         _by_queries(work, batch * queries, levels.shape[1])
     return out.to(value.dtype)
@@ -91,7 +89,7 @@ def _by_queries(work, queries: int, points: int) -> None:  # type: ignore[no-unt
     threads = torch.get_num_threads()
     count = min(threads * _TASKS_A_THREAD if threads > 1 else 1, -(-queries * points // _POINTS_A_TASK))
     ends = [queries * i // count for i in range(count + 1)]
-    for_each(work, list(zip(ends, ends[1:], strict=False)), threads=threads)
+    for_each(work, list(pairwise(ends)), threads=threads)
 
 
 def _parts(
@@ -104,7 +102,15 @@ def _parts(
         return [(image, 0, heads, 0, levels * points, 0, ends[-1]) for image in range(batch)]
     together = levels if batch * heads >= 2 * threads else 1
     return [
-        (image, head, head + 1, level * points, (level + together) * points, ends[level], ends[level + together])
+        (
+            image,
+            head,
+            head + 1,
+            level * points,
+            (level + together) * points,
+            ends[level],
+            ends[level + together],
+        )
         for level in range(0, levels, together)
         for image in range(batch)
         for head in range(heads)
@@ -122,9 +128,7 @@ def _scratch(levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 @functools.lru_cache(maxsize=64)
-def _levels(
-    shapes: tuple[tuple[int, int], ...], heads: int, points: int, dtype: torch.dtype
-) -> np.ndarray:
+def _levels(shapes: tuple[tuple[int, int], ...], heads: int, points: int, dtype: torch.dtype) -> np.ndarray:
     """(3, H * L * P): width, height and first token of the level that every point of a query looks at."""
     sizes = np.array(shapes, dtype=np.int64).reshape(-1, 2)
     starts = np.cumsum(sizes.prod(1)) - sizes.prod(1)

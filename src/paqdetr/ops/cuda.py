@@ -60,7 +60,7 @@ def _grid(batch: int, queries: int, heads: int) -> tuple[int, int, int]:
     return -(-queries // _BLOCK), heads, batch
 
 
-def _sizes(locations: Tensor, channels: int) -> dict[str, int]:
+def _sizes(locations: Tensor, channels: int) -> dict[str, Any]:
     """Constants of a kernel."""
     _, _, heads, levels, points, _ = locations.shape
     wide = 1 << max(channels - 1, 0).bit_length()

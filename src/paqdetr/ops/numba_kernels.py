@@ -1,20 +1,18 @@
 """Loops of deformable attention on a CPU, compiled at run time by numba. `paqdetr.ops.cpu` calls them.
 
-Python's numba turns the outer loops into machine code well, and the two inner ones badly: it cannot know that arrays do not
-overlap, so it computes places one by one, and it keeps sums in memory. Both are written here as LLVM vectors through
-`numba.extending.intrinsic`: places of up to 16 points at once, and rows of channels that stay in registers. LLVM splits the
-vectors to what the machine has (AVX-512, AVX2, SSE, NEON), and no compiler needs to be installed.
+The outer loops are numba's Python. The inner ones are vectors (`simd.py`): places of up to 16 points at once, and rows of
+channels that stay in registers.
 
-Each `compile_...` makes a loop for one dtype, "float32" or "float64", and one number of channels D. Its arrays are contiguous: value,
-locations, attention, gradient, out and the like flat; `levels` (3, H L P), the width, height and first token of what each point
-looks at, in the float dtype; scratch of 4 H L P elements for each call. A call fills a part of the output that is its own.
-
-numba's cache on disk looks at the date of this file alone, so all that becomes machine code has to stay in it.
+Each `compile_...` makes a loop for one dtype, "float32" or "float64", and one number of channels D. Its arrays are contiguous:
+value, locations, attention, gradient, out and the like flat; `levels` (3, H L P), the width, height and first token of what each
+point looks at, in the float dtype; scratch of 4 H L P elements for each call. A call fills a part of the output that is its own.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numba
@@ -23,108 +21,25 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-_INT32, _INT64 = ir.IntType(32), ir.IntType(64)
+from paqdetr.ops import simd
+from paqdetr.ops.simd import INT32, INT64, Builder, Emit, Value, chunks, each_width, pointers
+
 _CORNERS = 4
-_LANES = (16, 4, 1)  # points at once; what is left over goes to the next, narrower, width
+_intrinsic: Any = intrinsic  # a function of one argument less, which a type checker cannot know
 
-
-class _Emit:
-    """Appends vector instructions of `lanes` floats to a function that is being compiled."""
-
-    def __init__(self, builder: ir.IRBuilder, scalar: ir.Type, lanes: int) -> None:
-        self.builder, self.scalar, self.lanes = builder, scalar, lanes
-        self.vector = ir.VectorType(scalar, lanes)
-        self.suffix = f"v{lanes}{'f32' if isinstance(scalar, ir.FloatType) else 'f64'}"
-
-    def constant(self, number: float) -> ir.Value:
-        return ir.Constant(self.vector, [number] * self.lanes)
-
-    def splat(self, number: ir.Value) -> ir.Value:
-        undefined = ir.Constant(self.vector, ir.Undefined)
-        first = self.builder.insert_element(undefined, number, _INT32(0))
-        return self.builder.shuffle_vector(
-            first, undefined, ir.Constant(ir.VectorType(_INT32, self.lanes), [0] * self.lanes)
-        )
-
-    def at(self, pointer: ir.Value, index: ir.Value, kind: ir.Type | None = None) -> ir.Value:
-        return self.builder.bitcast(
-            self.builder.gep(pointer, [index]), (kind or self.vector).as_pointer()
-        )
-
-    def load(self, pointer: ir.Value, index: ir.Value) -> ir.Value:
-        return self.builder.load(self.at(pointer, index), align=self.scalar_bytes)
-
-    def store(self, value: ir.Value, pointer: ir.Value, index: ir.Value) -> None:
-        self.builder.store(value, self.at(pointer, index, value.type), align=4)
-
-    def load_pairs(self, pointer: ir.Value, index: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """x0 y0 x1 y1 ... -> x0 x1 ..., y0 y1 ..."""
-        double = ir.VectorType(self.scalar, 2 * self.lanes)
-        pairs = self.builder.load(self.at(pointer, index, double), align=self.scalar_bytes)
-        undefined = ir.Constant(double, ir.Undefined)
-        mask = ir.VectorType(_INT32, self.lanes)
-        even, odd = ([2 * i + k for i in range(self.lanes)] for k in (0, 1))
-        return (
-            self.builder.shuffle_vector(pairs, undefined, ir.Constant(mask, even)),
-            self.builder.shuffle_vector(pairs, undefined, ir.Constant(mask, odd)),
-        )
-
-    def store_pairs(self, x: ir.Value, y: ir.Value, pointer: ir.Value, index: ir.Value) -> None:
-        order = [i + k * self.lanes for i in range(self.lanes) for k in (0, 1)]
-        mask = ir.Constant(ir.VectorType(_INT32, 2 * self.lanes), order)
-        self.store(self.builder.shuffle_vector(x, y, mask), pointer, index)
-
-    @property
-    def scalar_bytes(self) -> int:
-        return 4 if isinstance(self.scalar, ir.FloatType) else 8
-
-    def add(self, a: ir.Value, b: ir.Value) -> ir.Value:
-        return self.builder.fadd(a, b)
-
-    def sub(self, a: ir.Value, b: ir.Value) -> ir.Value:
-        return self.builder.fsub(a, b)
-
-    def mul(self, a: ir.Value, b: ir.Value) -> ir.Value:
-        return self.builder.fmul(a, b)
-
-    def fma(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
-        """a b + c, in one rounding where the machine can."""
-        kind = ir.FunctionType(self.vector, [self.vector] * 3)
-        name = f"llvm.fmuladd.{self.suffix}"
-        return self.builder.call(cgutils.get_or_insert_function(self.builder.module, kind, name), [a, b, c])
-
-    def floor(self, a: ir.Value) -> ir.Value:
-        kind = ir.FunctionType(self.vector, [self.vector])
-        name = f"llvm.floor.{self.suffix}"
-        return self.builder.call(cgutils.get_or_insert_function(self.builder.module, kind, name), [a])
-
-    def maximum(self, a: ir.Value, b: ir.Value) -> ir.Value:
-        """The larger one; b where a is not a number."""
-        return self.builder.select(self.builder.fcmp_ordered(">", a, b), a, b)
-
-    def minimum(self, a: ir.Value, b: ir.Value) -> ir.Value:
-        return self.builder.select(self.builder.fcmp_ordered("<", a, b), a, b)
-
-    def inside(self, a: ir.Value, size: ir.Value) -> ir.Value:
-        """0 <= a < size."""
-        return self.builder.and_(
-            self.builder.fcmp_ordered(">=", a, self.constant(0.0)), self.builder.fcmp_ordered("<", a, size)
-        )
-
-    def where(self, mask: ir.Value, a: ir.Value) -> ir.Value:
-        """a where the mask is set, else 0."""
-        return self.builder.select(mask, a, self.constant(0.0))
+# numba's cache on disk looks at the date of this file alone, and at what a function takes from outside: each takes this.
+_SIMD_VERSION = hashlib.sha256(Path(simd.__file__).read_bytes()).hexdigest()[:16]
 
 
 class _Axis(NamedTuple):
     """The two pixels around places along one axis, before and after: where, whether there, and how much of each."""
 
-    at: tuple[ir.Value, ir.Value]  # clamped to the map
-    there: tuple[ir.Value, ir.Value]
-    share: tuple[ir.Value, ir.Value]
+    at: tuple[Value, Value]  # clamped to the map
+    there: tuple[Value, Value]
+    share: tuple[Value, Value]
 
 
-def _neighbours(e: _Emit, place: ir.Value, size: ir.Value) -> _Axis:
+def _neighbours(e: Emit, place: Value, size: Value) -> _Axis:
     """place: in pixels, whole numbers at pixel centres; size: of the map, all as vectors."""
     # Beyond these bounds both pixels lie outside, and the cast to whole numbers would be undefined far outside.
     place = e.minimum(e.maximum(place, e.constant(-2.0)), size)
@@ -143,43 +58,23 @@ def _neighbours(e: _Emit, place: ir.Value, size: ir.Value) -> _Axis:
 
 
 def _places(
-    e: _Emit, locations: ir.Value, levels: ir.Value, count: ir.Value, point: ir.Value
-) -> tuple[_Axis, _Axis, ir.Value, ir.Value, ir.Value, ir.Value]:
+    e: Emit, locations: Value, levels: Value, count: Value, point: Value
+) -> tuple[_Axis, _Axis, Value, Value, Value, Value]:
     """The axes x and y of `lanes` points from `point` on, the points' widths, heights and first rows, and zeros: NaN where a
     location is not finite, so that it shows in the result as it does with grid_sample."""
     builder = e.builder
     width = e.load(levels, point)
     height = e.load(levels, builder.add(count, point))
-    first = e.load(levels, builder.add(builder.mul(count, _INT64(2)), point))
-    x, y = e.load_pairs(locations, builder.mul(point, _INT64(2)))
+    first = e.load(levels, builder.add(builder.mul(count, INT64(2)), point))
+    x, y = e.load_pairs(locations, builder.mul(point, INT64(2)))
     half = e.constant(-0.5)
     x, y = e.add(e.mul(x, width), half), e.add(e.mul(y, height), half)
     zero = e.add(e.sub(x, x), e.sub(y, y))
     return _neighbours(e, x, width), _neighbours(e, y, height), width, height, first, zero
 
 
-def _each_width(
-    builder: ir.IRBuilder, scalar: ir.Type, start: ir.Value, stop: ir.Value, body: Callable[[_Emit, ir.Value], None]
-) -> None:
-    """Emit `body(emit, point)` for all points of [start, stop), as many at once as possible."""
-    for lanes in _LANES:
-        steps = builder.sdiv(builder.sub(stop, start), _INT64(lanes))
-        end = builder.add(start, builder.mul(steps, _INT64(lanes)))
-        with cgutils.for_range_slice(builder, start, end, _INT64(lanes)) as (point, _):
-            body(_Emit(builder, scalar, lanes), point)
-        start = end
-
-
-def _pointers(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> list[ir.Value]:
-    """Arguments of an intrinsic with arrays replaced by pointers to their first elements."""
-    return [
-        context.make_array(kind)(context, builder, arg).data if isinstance(kind, types.Array) else arg
-        for kind, arg in zip(signature.args, args, strict=True)
-    ]
-
-
-@intrinsic
-def _locate(typingctx, locations, attention, offset, levels, start, stop, rows, shares):  # type: ignore[no-untyped-def]
+@_intrinsic
+def _locate(typingctx, locations, attention, offset, levels, start, stop, rows, shares):
     """For points [start, stop) of a query: the 4 rows they read, and the share of each, times `attention`.
 
     locations: starts with the query's, 2 a point, `offset` points into the array; attention likewise, 1 a point.
@@ -187,57 +82,55 @@ def _locate(typingctx, locations, attention, offset, levels, start, stop, rows, 
     """
     signature = types.void(locations, attention, offset, levels, start, stop, rows, shares)
 
-    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, args):
         count = builder.extract_value(
             context.make_array(signature.args[3])(context, builder, args[3]).shape, 1
         )
-        locations, attention, offset, levels, start, stop, rows, shares = _pointers(
+        locations, attention, offset, levels, start, stop, rows, shares = pointers(
             context, builder, signature, args
         )
-        locations = builder.gep(locations, [builder.mul(offset, _INT64(2))])
+        locations = builder.gep(locations, [builder.mul(offset, INT64(2))])
         attention = builder.gep(attention, [offset])
 
-        def body(e: _Emit, point: ir.Value) -> None:
+        def body(e: Emit, point: Value) -> None:
             x, y, width, _, first, zero = _places(e, locations, levels, count, point)
             weight = e.add(e.load(attention, point), zero)
             for row in (0, 1):
                 line = e.add(first, e.mul(y.at[row], width))
                 share = e.mul(e.where(y.there[row], y.share[row]), weight)
                 for column in (0, 1):
-                    to = builder.add(point, builder.mul(count, _INT64(2 * row + column)))
-                    index = builder.fptosi(e.add(line, x.at[column]), ir.VectorType(_INT32, e.lanes))
+                    to = builder.add(point, builder.mul(count, INT64(2 * row + column)))
+                    index = builder.fptosi(e.add(line, x.at[column]), ir.VectorType(INT32, e.lanes))
                     e.store(index, rows, to)
                     e.store(e.mul(share, e.where(x.there[column], x.share[column])), shares, to)
 
         scalar = context.get_data_type(signature.args[0].dtype)
-        _each_width(builder, scalar, start, stop, body)
+        each_width(builder, scalar, start, stop, body)
         return context.get_dummy_value()
 
     return signature, generate
 
 
-@intrinsic
-def _finish(typingctx, locations, attention, offset, levels, count, products, to_locations, to_attention):  # type: ignore[no-untyped-def]
+@_intrinsic
+def _finish(typingctx, locations, attention, offset, levels, count, products, to_locations, to_attention):
     """Gradients of a query's locations and attention from the products (4, n) of its rows with the output's gradient."""
-    signature = types.void(
-        locations, attention, offset, levels, count, products, to_locations, to_attention
-    )
+    signature = types.void(locations, attention, offset, levels, count, products, to_locations, to_attention)
 
-    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        locations, attention, offset, levels, count, products, to_locations, to_attention = _pointers(
+    def generate(context, builder, signature, args):
+        locations, attention, offset, levels, count, products, to_locations, to_attention = pointers(
             context, builder, signature, args
         )
-        twice = builder.mul(offset, _INT64(2))
+        twice = builder.mul(offset, INT64(2))
         locations, to_locations = builder.gep(locations, [twice]), builder.gep(to_locations, [twice])
         attention, to_attention = builder.gep(attention, [offset]), builder.gep(to_attention, [offset])
 
-        def body(e: _Emit, point: ir.Value) -> None:
+        def body(e: Emit, point: Value) -> None:
             x, y, width, height, _, zero = _places(e, locations, levels, count, point)
             product = [
                 [
                     builder.select(
                         builder.and_(y.there[row], x.there[column]),
-                        e.load(products, builder.add(point, builder.mul(count, _INT64(2 * row + column)))),
+                        e.load(products, builder.add(point, builder.mul(count, INT64(2 * row + column)))),
                         zero,
                     )
                     for column in (0, 1)
@@ -254,36 +147,24 @@ def _finish(typingctx, locations, attention, offset, levels, count, products, to
                 e.mul(e.mul(slope_x, weight), width),
                 e.mul(e.mul(e.sub(lower, upper), weight), height),
                 to_locations,
-                builder.mul(point, _INT64(2)),
+                builder.mul(point, INT64(2)),
             )
 
         scalar = context.get_data_type(signature.args[0].dtype)
-        _each_width(builder, scalar, _INT64(0), count, body)
+        each_width(builder, scalar, INT64(0), count, body)
         return context.get_dummy_value()
 
     return signature, generate
 
 
-def _chunks(channels: int, widest: int) -> list[tuple[int, int]]:
-    """(first channel, how many) of vectors that cover a row: as wide as may be, then the halves that fit."""
-    found, first = [], 0
-    width = widest
-    while first < channels:
-        while width > channels - first:
-            width //= 2
-        found.append((first, width))
-        first += width
-    return found
-
-
 def _row_pointers(
-    builder: ir.IRBuilder, table: ir.Value, rows: ir.Value, count: ir.Value, point: ir.Value, stride: ir.Value
-) -> list[tuple[ir.Value, ir.Value]]:
+    builder: Builder, table: Value, rows: Value, count: Value, point: Value, stride: Value
+) -> list[tuple[Value, Value]]:
     """(index into rows and shares, pointer to the row's first channel) of a point's 4 corners."""
     found = []
     for corner in range(_CORNERS):
-        index = builder.add(point, builder.mul(count, _INT64(corner)))
-        row = builder.sext(builder.load(builder.gep(rows, [index])), _INT64)
+        index = builder.add(point, builder.mul(count, INT64(corner)))
+        row = builder.sext(builder.load(builder.gep(rows, [index])), INT64)
         found.append((index, builder.gep(table, [builder.mul(row, stride)])))
     return found
 
@@ -296,84 +177,69 @@ def _over_rows(generate: Callable[..., None]) -> Any:
     points; `other` holds one row from `other_first` on.
     """
 
-    def over_rows(  # type: ignore[no-untyped-def]
+    def over_rows(
         typingctx, table, first, rows, numbers, count, start, stop, channels, stride, other, other_first
     ):
         size = types.int64
         signature = types.void(table, size, rows, numbers, size, size, size, channels, size, other, size)
-        vectors_of = _chunks(channels.literal_value, 64)
+        vectors_of = chunks(channels.literal_value, 64)
 
-        def code(context, builder, signature, args):  # type: ignore[no-untyped-def]
-            table, first, rows, numbers, count, start, stop, _, stride, other, other_first = _pointers(
+        def code(context, builder, signature, args):
+            table, first, rows, numbers, count, start, stop, _, stride, other, other_first = pointers(
                 context, builder, signature, args
             )
             scalar = context.get_data_type(signature.args[0].dtype)
             table, other = builder.gep(table, [first]), builder.gep(other, [other_first])
             # 64 channels of float32 are 4 registers of AVX-512, or 8 of AVX2.
-            vectors = [(c, _Emit(builder, scalar, n)) for c, n in vectors_of]
+            vectors = [(c, Emit(builder, scalar, n)) for c, n in vectors_of]
             generate(builder, vectors, table, rows, numbers, count, start, stop, stride, other)
             return context.get_dummy_value()
 
         return signature, code
 
-    return intrinsic(prefer_literal=True)(over_rows)
+    return _intrinsic(prefer_literal=True)(over_rows)
 
 
 @_over_rows
-def _mix(builder, vectors, table, rows, shares, count, start, stop, stride, out):  # type: ignore[no-untyped-def]
+def _mix(builder, vectors, table, rows, shares, count, start, stop, stride, out):
     """out = sum of shares * rows."""
     for first, e in vectors:
         # One sum a corner: a chain of additions to a single one would wait for each other.
         sums = [cgutils.alloca_once(builder, e.vector) for _ in range(_CORNERS)]
         for total in sums:
             builder.store(e.constant(0.0), total)
-        with cgutils.for_range_slice(builder, start, stop, _INT64(1)) as (point, _):
-            pointers = _row_pointers(builder, table, rows, count, point, stride)
-            for (index, row), total in zip(pointers, sums, strict=True):
+        with cgutils.for_range_slice(builder, start, stop, INT64(1)) as (point, _):
+            corners = _row_pointers(builder, table, rows, count, point, stride)
+            for (index, row), total in zip(corners, sums, strict=True):
                 share = e.splat(builder.load(builder.gep(shares, [index])))
-                builder.store(e.fma(share, e.load(row, _INT64(first)), builder.load(total)), total)
+                builder.store(e.fma(share, e.load(row, INT64(first)), builder.load(total)), total)
         a, b, c, d = (builder.load(total) for total in sums)
-        e.store(e.add(e.add(a, b), e.add(c, d)), out, _INT64(first))
+        e.store(e.add(e.add(a, b), e.add(c, d)), out, INT64(first))
 
 
 @_over_rows
-def _dot(builder, vectors, table, rows, products, count, start, stop, stride, gradient):  # type: ignore[no-untyped-def]
+def _dot(builder, vectors, table, rows, products, count, start, stop, stride, gradient):
     """products = rows . gradient"""
-    loaded = [e.load(gradient, _INT64(first)) for first, e in vectors]
-    with cgutils.for_range_slice(builder, start, stop, _INT64(1)) as (point, _):
+    loaded = [e.load(gradient, INT64(first)) for first, e in vectors]
+    with cgutils.for_range_slice(builder, start, stop, INT64(1)) as (point, _):
         for index, row in _row_pointers(builder, table, rows, count, point, stride):
             total = None
             for (first, e), factor in zip(vectors, loaded, strict=True):
-                part = _sum_of(e, e.mul(e.load(row, _INT64(first)), factor))
+                part = e.sum(e.mul(e.load(row, INT64(first)), factor))
                 total = part if total is None else builder.fadd(total, part)
             builder.store(total, builder.gep(products, [index]))
 
 
-def _sum_of(e: _Emit, vector: ir.Value) -> ir.Value:
-    """Sum over lanes, by halves: a fixed order, which LLVM must keep."""
-    lanes = e.lanes
-    while lanes > 1:
-        lanes //= 2
-        undefined = ir.Constant(vector.type, ir.Undefined)
-        mask = ir.VectorType(_INT32, lanes)
-        low, high = (
-            e.builder.shuffle_vector(vector, undefined, ir.Constant(mask, [i + k * lanes for i in range(lanes)]))
-            for k in (0, 1)
-        )
-        vector = e.builder.fadd(low, high)
-    return e.builder.extract_element(vector, _INT32(0))
-
-
 @_over_rows
-def _add(builder, vectors, table, rows, shares, count, start, stop, stride, gradient):  # type: ignore[no-untyped-def]
+def _add(builder, vectors, table, rows, shares, count, start, stop, stride, gradient):
     """rows += shares * gradient, one corner after another: two corners may be one row."""
-    loaded = [e.load(gradient, _INT64(first)) for first, e in vectors]
-    with cgutils.for_range_slice(builder, start, stop, _INT64(1)) as (point, _):
+    loaded = [e.load(gradient, INT64(first)) for first, e in vectors]
+    with cgutils.for_range_slice(builder, start, stop, INT64(1)) as (point, _):
         for index, row in _row_pointers(builder, table, rows, count, point, stride):
             share = builder.load(builder.gep(shares, [index]))
             for (first, e), factor in zip(vectors, loaded, strict=True):
-                added = e.fma(e.splat(share), factor, e.load(row, _INT64(first)))
-                e.store(added, row, _INT64(first))
+                added = e.fma(e.splat(share), factor, e.load(row, INT64(first)))
+                e.store(added, row, INT64(first))
 
 
 def _compile(signature: Any, cache: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -388,10 +254,11 @@ def _arrays(dtype: str) -> tuple[Any, Any, Any]:
 
 def compile_forward(dtype: str, channels: int, *, cache: bool) -> Callable[..., None]:
     """`out` of queries [start, stop), counted through the batch."""
-    flat, table, integers = _arrays(dtype)
+    (flat, table, integers), version = _arrays(dtype), _SIMD_VERSION
 
     @_compile(types.void(flat, table, flat, flat, flat, *[types.int64] * 5, integers, flat), cache)
-    def forward(value, levels, locations, attention, out, tokens, heads, queries, start, stop, rows, shares):  # type: ignore[no-untyped-def]
+    def forward(value, levels, locations, attention, out, tokens, heads, queries, start, stop, rows, shares):
+        version  # noqa: B018  # pyright: ignore[reportUnusedExpression]
         count, stride = levels.shape[1], heads * channels
         points = count // heads
         for query in range(start, stop):
@@ -407,14 +274,15 @@ def compile_forward(dtype: str, channels: int, *, cache: bool) -> Callable[..., 
 
 def compile_read(dtype: str, channels: int, *, cache: bool) -> Callable[..., None]:
     """Gradients of locations and attention of queries [start, stop), counted through the batch."""
-    flat, table, integers = _arrays(dtype)
+    (flat, table, integers), version = _arrays(dtype), _SIMD_VERSION
     signature = types.void(flat, table, *[flat] * 5, *[types.int64] * 5, integers, flat)
 
     @_compile(signature, cache)
-    def read(  # type: ignore[no-untyped-def]
+    def read(
         value, levels, locations, attention, gradient, to_locations, to_attention,
         tokens, heads, queries, start, stop, rows, products,
     ):  # fmt: skip
+        version  # noqa: B018  # pyright: ignore[reportUnusedExpression]
         count, stride = levels.shape[1], heads * channels
         points = count // heads
         for query in range(start, stop):
@@ -425,9 +293,7 @@ def compile_read(dtype: str, channels: int, *, cache: bool) -> Callable[..., Non
                 first, last, by = head * points, (head + 1) * points, query * stride + head * channels
                 of = image + head * channels
                 _dot(value, of, rows, products, count, first, last, channels, stride, gradient, by)
-            _finish(
-                locations, attention, query * count, levels, count, products, to_locations, to_attention
-            )
+            _finish(locations, attention, query * count, levels, count, products, to_locations, to_attention)
 
     return read
 
@@ -435,13 +301,14 @@ def compile_read(dtype: str, channels: int, *, cache: bool) -> Callable[..., Non
 def compile_scatter(dtype: str, channels: int, *, cache: bool) -> Callable[..., None]:
     """Gradient of the values [first_token, last_token) of one image and a range of heads: of the levels that points
     [first_point, last_point) look at. Overwrites what was there."""
-    flat, table, integers = _arrays(dtype)
+    (flat, table, integers), version = _arrays(dtype), _SIMD_VERSION
 
     @_compile(types.void(flat, table, flat, flat, flat, *[types.int64] * 10, integers, flat), cache)
-    def scatter(  # type: ignore[no-untyped-def]
+    def scatter(
         to_value, levels, locations, attention, gradient, tokens, heads, queries,
         image, first_head, last_head, first_point, last_point, first_token, last_token, rows, shares,
     ):  # fmt: skip
+        version  # noqa: B018  # pyright: ignore[reportUnusedExpression]
         count, stride = levels.shape[1], heads * channels
         points = count // heads
         base = image * tokens * stride

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from paqdetr.ops import cpu, cuda
 
+_operator: Any = torch.library.custom_op  # declared to return a function, which has no `register_fake`
+
 KERNELS: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda}
 """By type of device: modules with `NAME`, `forward` and `backward`."""
 
@@ -22,7 +24,7 @@ ran: dict[str, None] = {}
 """Names of back ends that computed something in this process, in order of their first time."""
 
 
-@torch.library.custom_op("paqdetr::ms_deform_attn", mutates_args=())
+@_operator("paqdetr::ms_deform_attn", mutates_args=())
 def ms_deform_attn(
     value: Tensor, spatial_shapes: Sequence[int], sampling_locations: Tensor, attention_weights: Tensor
 ) -> Tensor:
@@ -32,7 +34,7 @@ def ms_deform_attn(
     return kernels.forward(value, _pairs(spatial_shapes), sampling_locations, attention_weights)
 
 
-@torch.library.custom_op("paqdetr::ms_deform_attn_backward", mutates_args=())
+@_operator("paqdetr::ms_deform_attn_backward", mutates_args=())
 def ms_deform_attn_backward(
     gradient: Tensor,
     value: Tensor,
@@ -42,9 +44,7 @@ def ms_deform_attn_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of value, locations and weights."""
     kernels = KERNELS[value.device.type]
-    return kernels.backward(
-        gradient, value, _pairs(spatial_shapes), sampling_locations, attention_weights
-    )
+    return kernels.backward(gradient, value, _pairs(spatial_shapes), sampling_locations, attention_weights)
 
 
 @ms_deform_attn.register_fake
@@ -57,7 +57,9 @@ def _(value: Tensor, spatial_shapes: Sequence[int], locations: Tensor, weights: 
 def _(
     gradient: Tensor, value: Tensor, spatial_shapes: Sequence[int], locations: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (value, locations, weights))  # type: ignore[return-value]
+    return tuple(
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (value, locations, weights)
+    )  # type: ignore[return-value]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -51,7 +51,7 @@ def forward(
         x, y, width, height, first = _place(locations, levels, points, point // POINTS, inside)
         weight = tl.load(weights + points, mask=inside, other=0.0)
         left, top = tl.floor(x), tl.floor(y)
-        for corner in tl.static_range(4):
+        for corner in tl.static_range(4):  # pyright: ignore[reportGeneralTypeIssues]
             token, there, share_x, share_y = _corner(
                 x, y, left, top, width, height, first, inside, corner % 2, corner // 2
             )
@@ -96,7 +96,7 @@ def backward(
         to_weight = tl.zeros((BLOCK,), tl.float32)
         to_x = tl.zeros((BLOCK,), tl.float32)
         to_y = tl.zeros((BLOCK,), tl.float32)
-        for corner in tl.static_range(4):
+        for corner in tl.static_range(4):  # pyright: ignore[reportGeneralTypeIssues]
             token, there, share_x, share_y = _corner(
                 x, y, left, top, width, height, first, inside, corner % 2, corner // 2
             )
