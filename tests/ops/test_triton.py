@@ -67,6 +67,8 @@ print(cases)
 """
 
 COMPILED = """
+import inspect
+
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -81,7 +83,11 @@ for kernel in (triton_kernels.forward, triton_kernels.backward):
         signature = {name: kinds.get(name, "*fp32") for name in kernel.arg_names}
         # 7.5 is Turing, 8.0 Ampere, 9.0 Hopper.
         for capability in (75, 90) if values == "*fp32" else (80,):
-            source = ASTSource(fn=kernel, signature=signature, constexprs=sizes)
+            if "constexprs" in inspect.signature(ASTSource).parameters:
+                source = ASTSource(fn=kernel, signature=signature, constexprs=sizes)
+            else:  # Triton 3.2
+                numbers = {name: kind for name, kind in signature.items() if name not in sizes}
+                source = ASTSource(fn=kernel, signature=numbers, constants=sizes)
             done += len(triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]) > 0
 print(done)
 """
