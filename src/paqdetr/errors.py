@@ -36,3 +36,7 @@ class CheckpointError(UserError):
 
 class NonFiniteError(UserError):
     """A prediction or a loss became NaN or infinite."""
+
+
+class BackendError(UserError):
+    """A kernel was asked for that cannot run here: its library is missing, or it knows neither device nor dtype."""

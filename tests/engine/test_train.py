@@ -88,6 +88,7 @@ def test_the_records(tiny_run: Run) -> None:
     start = tiny_run.records("start")[0]
     assert start["device"].startswith("cpu") and start["step"] == 0
     assert {"version", "torch", "threads", "cores", "processes"} <= start.keys()
+    assert start["attention"] == "numba"
     for number, record in enumerate(tiny_run.records("train"), start=1):
         assert record["step"] == number and record["epoch"] == number / 2
         assert record.keys() == {

@@ -1,8 +1,10 @@
-"""The one door to deformable attention against a slow loop that follows the definition."""
+"""Every back end of the one door against a slow loop that follows the definition. Triton has a file of its own."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,10 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from paqdetr.ops import ms_deform_attn
+
+BACKENDS = ("reference", "gather", "numba")
+Problem = Callable[..., tuple[Tensor, Tensor, Tensor]]
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 SHAPES = {
     "two levels": [(4, 5), (2, 3)],
@@ -49,116 +55,131 @@ def slow(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weight
     return result.flatten(2)
 
 
-def problem(
-    shapes: list[tuple[int, int]], batch=2, queries=3, heads=2, channels=3, points=2, dtype=torch.float64
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Value, locations that reach beyond the map, weights of any sign."""
-    tokens = sum(h * w for h, w in shapes)
-    grid = (batch, queries, heads, len(shapes), points)
-    value = torch.randn(batch, tokens, heads, channels, dtype=dtype)
-    locations = torch.rand(*grid, 2, dtype=dtype) * 1.6 - 0.3
-    return value, locations, torch.randn(grid, dtype=dtype)
-
-
+@each_backend
 @pytest.mark.parametrize("name", SHAPES)
-def test_equals_the_slow_loop(name: str) -> None:
+def test_equals_the_slow_loop(name: str, backend: Any, problem: Problem) -> None:
     value, locations, weights = problem(SHAPES[name])
-    found = ms_deform_attn(value, SHAPES[name], locations, weights)
+    found = ms_deform_attn(value, SHAPES[name], locations, weights, backend)
     assert found.shape == (2, 3, 6) and found.is_contiguous()
     torch.testing.assert_close(found, slow(value, SHAPES[name], locations, weights), atol=1e-10, rtol=0)
 
 
-def test_locations_on_pixel_edges_and_centres() -> None:
+@each_backend
+def test_locations_on_pixel_edges_and_centres(backend: Any) -> None:
     """On every half pixel from outside the map to outside again, the map's own edges included."""
     shapes = [(4, 2)]
     ys, xs = torch.arange(-1, 10, dtype=torch.float64) / 8, torch.arange(-1, 6, dtype=torch.float64) / 4
     places = torch.stack(torch.meshgrid(xs, ys, indexing="ij"), dim=-1).view(1, -1, 1, 1, 1, 2)
     value = torch.randn(1, 8, 1, 2, dtype=torch.float64)
     weights = torch.ones(places.shape[:-1], dtype=torch.float64)
-    found = ms_deform_attn(value, shapes, places, weights)
+    found = ms_deform_attn(value, shapes, places, weights, backend)
     torch.testing.assert_close(found, slow(value, shapes, places, weights), atol=1e-10, rtol=0)
 
 
-def test_by_hand() -> None:
+@each_backend
+def test_by_hand(backend: Any) -> None:
     # One row of two pixels, 10 and 20: centres at x = .25 and .75.
     value = torch.tensor([10.0, 20.0]).view(1, 2, 1, 1)
     x = torch.tensor([0.25, 0.75, 0.5, 0.0, 1.0, -0.25, 1.3])
     locations = torch.stack([x, torch.full_like(x, 0.5)], dim=-1).view(1, -1, 1, 1, 1, 2)
-    found = ms_deform_attn(value, [(1, 2)], locations, torch.ones(1, 7, 1, 1, 1))
+    found = ms_deform_attn(value, [(1, 2)], locations, torch.ones(1, 7, 1, 1, 1), backend)
     # The outer edges lie half a pixel from a centre; a whole pixel away all is zero.
     torch.testing.assert_close(found.flatten(), torch.tensor([10.0, 20.0, 15.0, 5.0, 10.0, 0.0, 0.0]))
 
 
-def test_a_constant_map_reads_constant_inside() -> None:
+@each_backend
+def test_a_constant_map_reads_constant_inside(backend: Any) -> None:
     shapes = [(6, 4), (3, 2)]
     value = torch.full((1, 30, 2, 3), 7.0)
     locations = 0.3 + 0.4 * torch.rand(1, 5, 2, 2, 4, 2)
     weights = torch.rand(1, 5, 2, 2, 4).flatten(3).softmax(-1).view(1, 5, 2, 2, 4)
-    torch.testing.assert_close(ms_deform_attn(value, shapes, locations, weights), torch.full((1, 5, 6), 7.0))
+    found = ms_deform_attn(value, shapes, locations, weights, backend)
+    torch.testing.assert_close(found, torch.full((1, 5, 6), 7.0))
 
 
-def test_gradients() -> None:
+@each_backend
+def test_gradients(backend: Any, problem: Problem) -> None:
     shapes = [(3, 2), (1, 1)]
     value, locations, weights = problem(shapes, batch=1, queries=2, heads=2, channels=2)
     inputs = tuple(x.requires_grad_() for x in (value, locations, weights))
-    assert gradcheck(lambda v, x, w: ms_deform_attn(v, shapes, x, w), inputs)
+    assert gradcheck(lambda v, x, w: ms_deform_attn(v, shapes, x, w, backend), inputs)
 
 
-@pytest.mark.parametrize(("batch", "queries"), [(2, 0), (1, 1), (3, 2)])
-def test_few_queries(batch: int, queries: int) -> None:
+@each_backend
+@pytest.mark.parametrize(("batch", "queries"), [(0, 2), (2, 0), (1, 1), (3, 2)])
+def test_few_queries(batch: int, queries: int, backend: Any, problem: Problem) -> None:
     value, locations, weights = problem(SHAPES["two levels"], batch=batch, queries=queries)
-    value.requires_grad_()
-    found = ms_deform_attn(value, SHAPES["two levels"], locations, weights)
+    inputs = [x.requires_grad_() for x in (value, locations, weights)]
+    found = ms_deform_attn(value, SHAPES["two levels"], locations, weights, backend)
     assert found.shape == (batch, queries, 6)
     found.sum().backward()
-    assert value.grad is not None
+    assert all(x.grad is not None and x.grad.shape == x.shape and x.grad.isfinite().all() for x in inputs)
+    if not queries:
+        assert value.grad is not None and not value.grad.any()
 
 
-def test_shapes_may_be_a_tensor_and_the_back_end_named() -> None:
+def test_shapes_may_be_a_tensor_and_the_back_end_named(problem: Problem) -> None:
     shapes = SHAPES["two levels"]
     inputs = problem(shapes)
     value, rest = inputs[0], inputs[1:]
     expected = ms_deform_attn(value, shapes, *rest)
     assert torch.equal(ms_deform_attn(value, torch.tensor(shapes), *rest), expected)
-    assert torch.equal(ms_deform_attn(value, shapes, *rest, backend="reference"), expected)
+    assert torch.equal(ms_deform_attn(value, shapes, *rest, backend="numba"), expected)
 
 
-def test_images_and_heads_do_not_mix() -> None:
+@each_backend
+def test_images_and_heads_do_not_mix(backend: Any, problem: Problem) -> None:
     shapes = SHAPES["two levels"]
     value, locations, weights = problem(shapes)
-    before = ms_deform_attn(value, shapes, locations, weights).view(2, 3, 2, 3)
+    before = ms_deform_attn(value, shapes, locations, weights, backend).view(2, 3, 2, 3)
     value[0, :, 1] += 1.0
-    after = ms_deform_attn(value, shapes, locations, weights).view(2, 3, 2, 3)
+    after = ms_deform_attn(value, shapes, locations, weights, backend).view(2, 3, 2, 3)
     changed = (before != after).any(-1).any(1)  # (B, H)
     assert changed.tolist() == [[False, True], [False, False]]
 
 
-def test_a_strided_value_is_read_right() -> None:
+@each_backend
+def test_strided_inputs_are_read_right(backend: Any, problem: Problem) -> None:
     shapes = SHAPES["two levels"]
-    value, locations, weights = problem(shapes)
-    strided = value.transpose(1, 2).contiguous().transpose(1, 2)
-    assert not strided.is_contiguous()
-    expected = ms_deform_attn(value, shapes, locations, weights)
-    assert torch.equal(ms_deform_attn(strided, shapes, locations, weights), expected)
+    inputs = problem(shapes)
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in inputs]
+    assert not any(x.is_contiguous() for x in strided)
+    plain = [x.requires_grad_() for x in inputs]
+    results = []
+    for value, locations, weights in (plain, strided):
+        found = ms_deform_attn(value, shapes, locations, weights, backend)
+        # A gradient of one number, expanded, is strided too.
+        results.append((found, *torch.autograd.grad(found.sum(), (value, locations, weights))))
+    for expected, found in zip(*results, strict=True):
+        assert torch.equal(found, expected)
 
 
+@each_backend
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_values(dtype: torch.dtype) -> None:
+def test_half_precision_values(dtype: torch.dtype, backend: Any, problem: Problem) -> None:
     """Only the values are rounded: places and sums stay in float32, and the dtype of the values comes out."""
     shapes = [(80, 90), (2, 3)]
     value, locations, weights = problem(shapes, dtype=torch.float32)
     value = value.to(dtype)
-    found = ms_deform_attn(value, shapes, locations, weights)
+    inputs = [x.requires_grad_() for x in (value, locations, weights)]
+    found = ms_deform_attn(value, shapes, locations, weights, backend)
     assert found.dtype == dtype
-    expected = ms_deform_attn(value.float(), shapes, locations, weights)
+    exact = [x.detach().float().requires_grad_() for x in inputs]
+    expected = ms_deform_attn(exact[0], shapes, exact[1], exact[2], backend)
     assert torch.equal(found, expected.to(dtype))
+    found.backward(torch.ones_like(found))
+    expected.backward(torch.ones_like(expected))
+    for x, y in zip(inputs, exact, strict=True):
+        assert x.grad is not None and y.grad is not None and x.grad.dtype == x.dtype
+        torch.testing.assert_close(x.grad, y.grad.to(x.dtype))
 
 
-def test_half_precision_locations_lose_no_more_than_their_own_rounding() -> None:
+@each_backend
+def test_half_precision_locations_lose_no_more_than_their_own_rounding(backend: Any) -> None:
     shapes = [(1, 100)]
     value = torch.arange(100.0).view(1, 100, 1, 1)
     locations = torch.tensor([0.011, 0.5]).view(1, 1, 1, 1, 1, 2).bfloat16()
-    found = ms_deform_attn(value, shapes, locations, torch.ones(1, 1, 1, 1, 1))
+    found = ms_deform_attn(value, shapes, locations, torch.ones(1, 1, 1, 1, 1), backend)
     assert found.item() == pytest.approx(locations.flatten()[0].item() * 100 - 0.5, abs=1e-4)
 
 
@@ -184,11 +205,41 @@ def test_contradicting_shapes(change: dict[str, tuple[int, ...]], message: str) 
         ms_deform_attn(value, SHAPES["two levels"], locations, weights)
 
 
-def test_unknown_back_end() -> None:
+def test_whole_numbers_are_refused(problem: Problem) -> None:
+    value, locations, weights = problem([(2, 2)])
+    with pytest.raises(ValueError, match=r"floating.*torch.int64"):
+        ms_deform_attn(value, [(2, 2)], locations.long(), weights)
+
+
+def test_unknown_back_end(problem: Problem) -> None:
+    value, locations, weights = problem([(2, 2)])
     with pytest.raises(ValueError, match=r"'cuda_ext'.*reference"):
-        ms_deform_attn(*_swap(problem([(2, 2)]), [(2, 2)]), backend="cuda_ext")  # type: ignore[arg-type]
+        ms_deform_attn(value, [(2, 2)], locations, weights, backend="cuda_ext")  # type: ignore[arg-type]
 
 
-def _swap(inputs: tuple[Tensor, Tensor, Tensor], shapes: list[tuple[int, int]]) -> tuple:
-    value, locations, weights = inputs
-    return value, shapes, locations, weights
+@each_backend
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_location_that_is_not_finite_shows_in_its_query_alone(
+    bad: float, axis: int, backend: Any, problem: Problem
+) -> None:
+    """Hidden, it would train on."""
+    shapes = SHAPES["two levels"]
+    value, locations, weights = problem(shapes)
+    locations[0, 1, 1, 0, 1, axis] = bad
+    nan = ms_deform_attn(value, shapes, locations, weights, backend).isnan().view(2, 3, 2, 3)
+    assert nan[0, 1, 1].all() and nan.sum() == 3
+
+
+@each_backend
+@pytest.mark.parametrize("far", [-1e30, -1e9, -10.0, 10.0, 1e9, 1e30])
+def test_far_outside_reads_zero_and_has_no_gradient(far: float, backend: Any) -> None:
+    value = torch.randn(1, 6, 1, 3, dtype=torch.float64, requires_grad=True)
+    locations = torch.full((1, 1, 1, 1, 1, 2), 0.5, dtype=torch.float64)
+    locations[..., 0] = far
+    locations.requires_grad_()
+    weights = torch.ones(1, 1, 1, 1, 1, dtype=torch.float64, requires_grad=True)
+    found = ms_deform_attn(value, [(2, 3)], locations, weights, backend)
+    found.sum().backward()
+    for zero in (found, value.grad, locations.grad, weights.grad):
+        assert zero is not None and not zero.any()

@@ -33,6 +33,7 @@ from paqdetr.losses import LossReport, build_criterion
 from paqdetr.models import Detector, load, save
 from paqdetr.models.detector import DetectorOutput
 from paqdetr.models.zoo import build_model
+from paqdetr.ops import backends_run, choose_backend
 
 
 def train(
@@ -174,6 +175,7 @@ class Trainer:
                 "threads": torch.get_num_threads(),
                 "cores": os.cpu_count(),
                 "processes": self.accelerator.num_processes,
+                "attention": choose_backend(self.accelerator.device),
             }
         )
         try:
@@ -295,6 +297,7 @@ class Trainer:
                 "step": self.position.step,
                 "epoch": self.position.epoch,
                 "seconds": round(self.position.seconds, 1),
+                "attention": list(backends_run()),
                 "peak_memory_gib": round(_peak_memory(), 3),
             }
         )

@@ -67,21 +67,30 @@ class DeformableAttention(nn.Module):
         batch, queries, _ = query.shape
         value = self.value_proj(memory)
         if padding_mask is not None:
-            value = value.masked_fill(padding_mask[..., None], 0.0)
+            value = value.masked_fill_(padding_mask[..., None], 0.0)  # nobody else holds it
         value = value.unflatten(-1, (self.num_heads, -1))  # (B, S, H, D)
         grid = (batch, queries, self.num_heads, self.num_levels, self.num_points)
-        offsets = self.sampling_offsets(query).view(*grid, 2)
         weights = (
             self.attention_weights(query).view(batch, queries, self.num_heads, -1).softmax(-1).view(grid)
         )
         reference = reference_points[:, :, None, :, None]  # (B, Q, 1, L, 1, 2 or 4)
         if reference.shape[-1] == 2:
-            sizes = [[width, height] for height, width in spatial_shapes]
-            locations = reference + offsets / query.new_tensor(sizes)[:, None]
+            locations = reference + self._offsets_in_levels(query, spatial_shapes).view(*grid, 2)
         else:
             # An offset of `num_points` reaches the edge of the box.
-            locations = reference[..., :2] + offsets / self.num_points * reference[..., 2:] * 0.5
+            reach = reference[..., 2:] * (0.5 / self.num_points)
+            locations = reference[..., :2] + self.sampling_offsets(query).view(*grid, 2) * reach
         return self.output_proj(ms_deform_attn(value, spatial_shapes, locations, weights))
+
+    def _offsets_in_levels(self, query: Tensor, spatial_shapes: list[tuple[int, int]]) -> Tensor:
+        """`sampling_offsets(query)` over the width or height of their level: (B, Q, H * L * P * 2).
+
+        The parameters are divided and not the result, which has a number for every query and takes longer than the attention.
+        """
+        linear = self.sampling_offsets
+        sizes = linear.weight.new_tensor([[width, height] for height, width in spatial_shapes])
+        shares = (1 / sizes)[:, None].expand(self.num_heads, -1, self.num_points, -1).flatten()
+        return F.linear(query, linear.weight * shares[:, None], linear.bias * shares)
 
 
 class FeedForward(nn.Module):

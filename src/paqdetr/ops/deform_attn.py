@@ -5,19 +5,21 @@ Source: Deformable DETR (arXiv 2010.04159), equation 3.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor
 
+from paqdetr.ops import registered
+from paqdetr.ops.choice import choose_backend, require_backend
+from paqdetr.ops.gather import ms_deform_attn_gather
 from paqdetr.ops.reference import ms_deform_attn_reference
 
 SpatialShapes = Tensor | Sequence[tuple[int, int]]
-Backend = Literal["auto", "reference"]
+Backend = Literal["auto", "reference", "gather", "numba", "triton"]
 
-_BACKENDS: dict[str, Callable[[Tensor, list[tuple[int, int]], Tensor, Tensor], Tensor]] = {
-    "reference": ms_deform_attn_reference,
-}
+_COMPOSED = {"reference": ms_deform_attn_reference, "gather": ms_deform_attn_gather}
 
 
 def ms_deform_attn(
@@ -29,32 +31,54 @@ def ms_deform_attn(
 ) -> Tensor:
     """Weighted sum of values sampled bilinearly at a few points of every level.
 
+    Sums are taken in float32, or in float64 where the values are; locations and weights are cast to that too, whatever autocast
+    says. Locations that are not finite make the result NaN.
+
     Args:
         value: (B, S, H, D) float, the levels' tokens one after another, row by row; S = sum of height * width.
-        spatial_shapes: (L, 2) int64 tensor or L pairs (height, width).
+        spatial_shapes: L pairs (height, width), or the same as an (L, 2) int64 tensor.
         sampling_locations: (B, Q, H, L, P, 2) float, (x, y), where [0, 1] spans the level from its first pixel's
             outer edge to its last's; what lies outside reads zero.
         attention_weights: (B, Q, H, L, P) float, usually summing to 1 over (L, P).
-        backend: "auto" picks by device and shapes; a name forces one.
+        backend: "auto" takes the fastest that runs here (`choose_backend`). "reference" is grid_sample and "gather" plain
+            indexing: both run on every device and can be differentiated twice. "numba" (CPU) and "triton" (CUDA) are one
+            operator, `torch.ops.paqdetr.ms_deform_attn`, which saves its three inputs for backward and nothing else.
 
     Returns:
         (B, Q, H * D), in the dtype of `value`.
 
     Raises:
-        ValueError: shapes that contradict each other, or an unknown back end.
+        ValueError: shapes that contradict each other, dtypes that are not floating, or an unknown back end.
+        BackendError: the back end that was asked for cannot run here.
     """
     shapes = as_shape_list(spatial_shapes)
     _check(value, shapes, sampling_locations, attention_weights)
-    name = "reference" if backend == "auto" else backend
-    if name not in _BACKENDS:
-        raise ValueError(f"unknown back end {backend!r}: expected 'auto' or one of {sorted(_BACKENDS)}")
-    return _BACKENDS[name](value, shapes, sampling_locations, attention_weights)
+    if backend == "auto":
+        name = choose_backend(value.device, value.dtype, tokens=value.shape[1])
+    else:
+        require_backend(backend, value.device, value.dtype, tokens=value.shape[1])
+        name = backend
+    # bfloat16 locations would be off by whole pixels.
+    dtype = torch.promote_types(value.dtype, torch.float32)
+    locations, weights = sampling_locations.to(dtype), attention_weights.to(dtype)
+    if name in _COMPOSED:
+        if not torch.compiler.is_compiling():
+            registered.ran[name] = None
+        return _COMPOSED[name](value, shapes, locations, weights)
+    flat = [side for shape in shapes for side in shape]
+    return registered.ms_deform_attn(value, flat, locations, weights)
+
+
+def backends_run() -> tuple[str, ...]:
+    """Names of the back ends that computed something in this process so far, in order of their first time. What
+    `torch.compile` made of "reference" or "gather" is not counted."""
+    return tuple(registered.ran)
 
 
 def as_shape_list(spatial_shapes: SpatialShapes) -> list[tuple[int, int]]:
     """(L, 2) tensor or pairs -> list of (height, width) integers. A tensor on a GPU costs a synchronisation."""
     rows = spatial_shapes.tolist() if isinstance(spatial_shapes, Tensor) else spatial_shapes
-    return [(int(height), int(width)) for height, width in rows]
+    return [(height, width) for height, width in rows]
 
 
 def _check(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor) -> None:
@@ -62,6 +86,11 @@ def _check(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weig
         raise ValueError(
             "expected value (B,S,H,D), sampling_locations (B,Q,H,L,P,2) and attention_weights (B,Q,H,L,P), found "
             f"{tuple(value.shape)}, {tuple(locations.shape)}, {tuple(weights.shape)}"
+        )
+    if not (value.is_floating_point() and locations.is_floating_point() and weights.is_floating_point()):
+        raise ValueError(
+            "expected floating value, sampling_locations and attention_weights, found "
+            f"{value.dtype}, {locations.dtype}, {weights.dtype}"
         )
     tokens = sum(height * width for height, width in shapes)
     if value.shape[1] != tokens:

@@ -16,8 +16,7 @@ def ms_deform_attn_reference(
     """See `paqdetr.ops.ms_deform_attn`, whose arguments these are, already checked."""
     batch, _, heads, channels = value.shape
     queries, points = sampling_locations.shape[1], sampling_locations.shape[4]
-    # grid_sample wants value and grid in one dtype; bfloat16 locations would be off by whole pixels.
-    grids = 2 * sampling_locations.to(torch.promote_types(value.dtype, torch.float32)) - 1
+    grids = 2 * sampling_locations - 1  # in at least float32; grid_sample wants the values in the same dtype
     levels = value.split([height * width for height, width in spatial_shapes], dim=1)
     sampled = []
     for level, (height, width) in enumerate(spatial_shapes):

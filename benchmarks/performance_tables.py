@@ -1,0 +1,119 @@
+"""Writes the tables of docs/performance.md from the files in docs/results/performance.
+
+python benchmarks/performance_tables.py
+
+A table stands in the page between `<!-- NAME -->` and `<!-- end of NAME -->` and is written by a function of TABLES from
+docs/results/performance/NAME.json. A new benchmark is a json, a function, and two such lines in the page.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+REPO = Path(__file__).resolve().parents[1]
+PAGE = REPO / "docs" / "performance.md"
+RESULTS = REPO / "docs" / "results" / "performance"
+
+Report = dict[str, Any]
+
+
+def attention(report: Report) -> str:
+    """Back ends against the reference, and against what the machine can do."""
+    fast = next(name for name in report["cases"][0]["forward"] if name != "reference")
+    speed = [
+        ["shape", "forward, reference", fast, "ratio", "forward + backward, reference", fast, "ratio"],
+    ]
+    speed[0] += ["kept for backward, reference", fast]
+    limits = [
+        ["shape", fast, "all rows in the first cache", "share", "copying", "rows read, GB/s", "GFLOP/s"]
+    ]
+    for case in report["cases"]:
+        forward, both, saved = case["forward"], case["forward_backward"], case["saved_bytes"]
+        name = f"{case['part']} {case['image']}, {case['queries']:,} queries"
+        kept = [f"{saved[key] / 1e6:.0f} MB" for key in ("reference", fast)]
+        speed.append([name, *_times(forward, fast), *_times(both, fast), *kept])
+        own = forward[fast]["median_ms"]
+        core, copying = (case["limits"][key]["median_ms"] for key in ("core", "memory"))
+        rates = [f"{case[key] / own / 1e6:.0f}" for key in ("row_bytes", "flops")]
+        limits.append([name, _number(own), _number(core), f"{core / own:.0%}", _number(copying), *rates])
+    first = report["first_call_seconds"]
+    return "\n\n".join(
+        [
+            _made_by(report),
+            _table(speed),
+            "How far the forward pass is from what the machine could do:",
+            _table(limits),
+            f"First call of a process, import of {fast} included: {first['empty_cache_forward']:.1f} s forward and "
+            f"{first['empty_cache_forward_backward']:.1f} s forward + backward with an empty cache, "
+            f"{first['cached_forward']:.1f} s and {first['cached_forward_backward']:.1f} s later.",
+        ]
+    )
+
+
+TABLES: dict[str, Callable[[Report], str]] = {
+    "deform_attn": attention,
+    "deform_attn_one_thread": attention,
+}
+
+
+def write(page: str) -> str:
+    """The page with every table made anew.
+
+    Raises:
+        SystemExit: a table's place is missing in the page, or its json in the folder.
+    """
+    for name, table in TABLES.items():
+        file = RESULTS / f"{name}.json"
+        if not file.is_file():
+            raise SystemExit(f"{file.relative_to(REPO)} is missing: run the benchmark that writes it")
+        start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
+        if not pattern.search(page):
+            raise SystemExit(f"{PAGE.relative_to(REPO)} has no place for {name}: no {start} ... {end}")
+        content = table(json.loads(file.read_text(encoding="utf-8")))
+        page = pattern.sub(lambda _, text=f"{start}\n{content}\n{end}": text, page)
+    return page
+
+
+def _made_by(report: Report) -> str:
+    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items() if number)
+    threads = "1 thread" if report["threads"] == 1 else f"{report['threads']} threads"
+    clock = {"wall": "time on the clock", "cpu": "time the process was given"}[report.get("clock", "wall")]
+    command = [f"{name}={value}" for name, value in report["environment"].items()] + [report["command"]]
+    load = report["load_average_before"]
+    parts = [
+        f"`{' '.join(command)}`: {threads} of {report['cores']} cores, {report['processor']}",
+        f"{report['system']}, Python {report['python']}, {versions}",
+        f"seed {report['seed']}. Medians of {report['rounds']} rounds, milliseconds, {clock}.",
+    ]
+    return ", ".join(parts) + (f" Load average before it: {load[0]:.1f}." if load else "")
+
+
+def _times(compared: Report, name: str) -> list[str]:
+    reference, own = compared["reference"], compared[name]
+    return [_number(reference["median_ms"]), _number(own["median_ms"]), f"**{own['ratio']:.1f}x**"]
+
+
+def _number(x: float) -> str:
+    """Three digits that say something."""
+    return f"{x:.0f}" if x >= 100 else f"{x:.1f}" if x >= 10 else f"{x:.2f}"
+
+
+def _table(rows: list[list[str]]) -> str:
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main() -> None:
+    """Write the page."""
+    PAGE.write_text(write(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    print(f"{len(TABLES)} tables written", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

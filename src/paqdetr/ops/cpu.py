@@ -1,0 +1,165 @@
+"""Deformable attention on a CPU: shares numba's loops (`numba_kernels.py`) between threads.
+
+Forward and the gradients of locations and weights are split by queries, the gradient of the values by image and head, and by
+level where that makes too few: every number is written by one thread, from additions in one order. So results have the same
+bits whatever the number of threads.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from itertools import accumulate, pairwise
+from threading import Lock
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from paqdetr.ops.threads import for_each
+
+NAME = "numba"
+
+_POINTS_A_TASK = 8192  # some 50 us: less is not worth waking a thread for
+_TASKS_A_THREAD = 4  # so that a thread that is held up leaves its share to others
+_compiling = Lock()
+
+
+def forward(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
+    """(B, S, H, D), L pairs, (B, Q, H, L, P, 2), (B, Q, H, L, P) -> (B, Q, H * D) in the dtype of `value`."""
+    dtype = torch.promote_types(value.dtype, torch.float32)
+    batch, tokens, heads, channels = value.shape
+    queries, points = locations.shape[1], locations.shape[4]
+    out = torch.empty(batch, queries, heads * channels, dtype=dtype)
+    if out.numel():
+        levels = _levels(tuple(shapes), heads, points, dtype)
+        kernel = _kernel("forward", dtype, channels)
+        arrays = [_flat(x, dtype) for x in (value, locations, weights)]
+        target = _flat(out, dtype)
+
+        def work(span: tuple[int, int]) -> None:
+            kernel(arrays[0], levels, *arrays[1:], target, tokens, heads, queries, *span, *_scratch(levels))
+
+        _by_queries(work, batch * queries, levels.shape[1])
+    return out.to(value.dtype)
+
+
+def backward(
+    gradient: Tensor, value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of value, locations and weights from that of the output, each in its own dtype."""
+    dtype = torch.promote_types(value.dtype, torch.float32)
+    batch, tokens, heads, channels = value.shape
+    queries, points = locations.shape[1], locations.shape[4]
+    to_value = torch.empty(value.shape, dtype=dtype)
+    to_locations = torch.empty(locations.shape, dtype=dtype)
+    to_weights = torch.empty(weights.shape, dtype=dtype)
+    if gradient.numel() and weights.numel():
+        levels = _levels(tuple(shapes), heads, points, dtype)
+        read_kernel, write_kernel = (_kernel(name, dtype, channels) for name in ("read", "scatter"))
+        flat_value, flat_locations, flat_weights, flat_gradient = (
+            _flat(x, dtype) for x in (value, locations, weights, gradient)
+        )
+        targets = [_flat(x, dtype) for x in (to_value, to_locations, to_weights)]
+
+        def read(span: tuple[int, int]) -> None:
+            read_kernel(
+                flat_value, levels, flat_locations, flat_weights, flat_gradient, *targets[1:],
+                tokens, heads, queries, *span, *_scratch(levels),
+            )  # fmt: skip
+
+        def write(part: tuple[int, ...]) -> None:
+            write_kernel(
+                targets[0], levels, flat_locations, flat_weights, flat_gradient,
+                tokens, heads, queries, *part, *_scratch(levels),
+            )  # fmt: skip
+
+        _by_queries(read, batch * queries, levels.shape[1])
+        threads = torch.get_num_threads()
+        for_each(write, _parts(batch, heads, shapes, points, threads), threads=threads)
+    else:
+        for tensor in (to_value, to_locations, to_weights):
+            tensor.zero_()
+    return to_value.to(value.dtype), to_locations.to(locations.dtype), to_weights.to(weights.dtype)
+
+
+def _by_queries(work, queries: int, points: int) -> None:  # type: ignore[no-untyped-def]
+    """Split `queries` of `points` points each into ranges, and work on them."""
+    threads = torch.get_num_threads()
+    count = min(threads * _TASKS_A_THREAD if threads > 1 else 1, -(-queries * points // _POINTS_A_TASK))
+    ends = [queries * i // count for i in range(count + 1)]
+    for_each(work, list(pairwise(ends)), threads=threads)
+
+
+def _parts(
+    batch: int, heads: int, shapes: list[tuple[int, int]], points: int, threads: int
+) -> list[tuple[int, ...]]:
+    """Slices of the values' gradient that do not overlap: image, range of heads, of points, and of tokens."""
+    ends = [0, *accumulate(height * width for height, width in shapes)]
+    levels = len(shapes)
+    if threads == 1:
+        return [(image, 0, heads, 0, levels * points, 0, ends[-1]) for image in range(batch)]
+    together = levels if batch * heads >= 2 * threads else 1
+    return [
+        (
+            image,
+            head,
+            head + 1,
+            level * points,
+            (level + together) * points,
+            ends[level],
+            ends[level + together],
+        )
+        for level in range(0, levels, together)
+        for image in range(batch)
+        for head in range(heads)
+    ]
+
+
+def _flat(tensor: Tensor, dtype: torch.dtype) -> np.ndarray:
+    return tensor.detach().to(dtype).contiguous().view(-1).numpy()
+
+
+def _scratch(levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A row and a number for each of the 4 corners of a query's points."""
+    size = 4 * levels.shape[1]
+    return np.empty(size, np.int32), np.empty(size, levels.dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _levels(shapes: tuple[tuple[int, int], ...], heads: int, points: int, dtype: torch.dtype) -> np.ndarray:
+    """(3, H * L * P): width, height and first token of the level that every point of a query looks at."""
+    sizes = np.array(shapes, dtype=np.int64).reshape(-1, 2)
+    starts = np.cumsum(sizes.prod(1)) - sizes.prod(1)
+    table = np.stack([sizes[:, 1], sizes[:, 0], starts])  # (3, L)
+    table = np.tile(np.repeat(table, points, axis=1), heads)
+    return np.ascontiguousarray(table, dtype=np.float64 if dtype == torch.float64 else np.float32)
+
+
+def _kernel(name: str, dtype: torch.dtype, channels: int) -> Callable[..., None]:
+    with _compiling:  # two threads would compile the same twice
+        return _compiled(name, "float64" if dtype == torch.float64 else "float32", channels)
+
+
+@functools.cache
+def _compiled(name: str, dtype: str, channels: int) -> Callable[..., None]:
+    from paqdetr.ops import numba_kernels
+
+    compile_kernel = getattr(numba_kernels, f"compile_{name}")
+    try:
+        return compile_kernel(dtype, channels, cache=True)
+    except RuntimeError as error:
+        if "locator" not in str(error):
+            raise
+        # Neither the package's folder nor the user's is writable: every process compiles for itself.
+        return compile_kernel(dtype, channels, cache=False)
+
+
+def _forget_lock() -> None:
+    global _compiling
+    _compiling = Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_lock)

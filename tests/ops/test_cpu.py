@@ -1,0 +1,193 @@
+"""numba's loops among threads and processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from paqdetr.ops import cpu, ms_deform_attn
+
+SHAPES = [(16, 20), (8, 10), (4, 5), (2, 3)]
+SRC = Path(__file__).resolve().parents[2] / "src"
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Sets the number of threads back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def random_problem(seed: int = 0, queries: int = 425, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    value = torch.randn(batch, 426, 4, 8, generator=random)
+    locations = torch.rand(batch, queries, 4, 4, 3, 2, generator=random) * 1.4 - 0.2
+    return value, locations, torch.rand(batch, queries, 4, 4, 3, generator=random)
+
+
+def step(seed: int = 0, queries: int = 425, batch: int = 2) -> list[Tensor]:
+    """Output and gradients."""
+    inputs = [x.requires_grad_() for x in random_problem(seed, queries, batch)]
+    found = ms_deform_attn(inputs[0], SHAPES, inputs[1], inputs[2], "numba")
+    return [found.detach(), *torch.autograd.grad(found.square().sum(), inputs)]
+
+
+def equal(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.usefixtures("threads")
+def test_the_same_bits_with_any_number_of_threads(batch: int) -> None:
+    torch.set_num_threads(1)
+    expected = step(batch=batch)
+    for count in (2, 3, 8, 64):
+        torch.set_num_threads(count)
+        for _ in range(3):
+            assert equal(step(batch=batch), expected)
+
+
+@pytest.mark.parametrize(("batch", "count"), [(1, 1), (3, 1), (1, 2), (2, 4), (1, 64)])
+def test_parts_of_the_gradient_cover_it_once(batch: int, count: int) -> None:
+    heads, points, tokens = 4, 3, sum(h * w for h, w in SHAPES)
+    written = torch.zeros(batch, tokens, heads)
+    used = torch.zeros(batch, heads, len(SHAPES) * points)
+    parts = cpu._parts(batch, heads, SHAPES, points, count)
+    for image, first_head, last_head, first_point, last_point, first_token, last_token in parts:
+        written[image, first_token:last_token, first_head:last_head] += 1
+        used[image, first_head:last_head, first_point:last_point] += 1
+    assert (written == 1).all() and (used == 1).all()
+    assert len(parts) >= min(count, batch * heads * len(SHAPES))
+
+
+@pytest.mark.usefixtures("threads")
+def test_python_threads_at_once() -> None:
+    torch.set_num_threads(2)
+    expected = [step(seed) for seed in range(4)]
+    wrong: list[int] = []
+
+    def work(seed: int) -> None:
+        torch.set_num_threads(2)  # a setting of the thread
+        wrong.extend(seed for _ in range(10) if not equal(step(seed), expected[seed]))
+
+    workers = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(timeout=120)
+    assert not any(worker.is_alive() for worker in workers)
+    assert not wrong
+
+
+class Attended(Dataset[Tensor]):
+    """Attention as part of what a loader's worker does."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> Tensor:
+        torch.set_num_threads(2)
+        return step(index, queries=50)[1]
+
+
+# numba's own threads would end a forked process here, or hang it.
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.usefixtures("threads")
+def test_workers_of_a_loader(method: str) -> None:
+    if method not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"this system does not {method}")
+    torch.set_num_threads(2)
+    expected = [step(index, queries=50)[1] for index in range(4)]  # the parent's pool has threads now
+    loader = DataLoader(
+        Attended(),
+        batch_size=None,
+        num_workers=2 if method == "fork" else 1,
+        multiprocessing_context=method,
+        timeout=120,
+    )
+    assert equal(list(loader), expected)
+
+
+SCRIPT = """
+import sys, torch
+torch.set_num_threads(2)
+from paqdetr.ops import backends_run, ms_deform_attn
+torch.manual_seed(0)
+inputs = [torch.randn(1, 26, 2, 8), torch.rand(1, 3, 2, 2, 2, 2), torch.rand(1, 3, 2, 2, 2)]
+inputs = [x.requires_grad_() for x in inputs]
+found = ms_deform_attn(inputs[0], [(4, 5), (2, 3)], inputs[1], inputs[2])
+found.sum().backward()
+auto = [found.detach()] + [x.grad.clone() for x in inputs]
+for x in inputs:
+    x.grad = None
+found = ms_deform_attn(inputs[0], [(4, 5), (2, 3)], inputs[1], inputs[2], "reference")
+found.sum().backward()
+for x, y in zip(auto, [found] + [x.grad for x in inputs]):
+    torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-4)
+print(backends_run()[0], torch.ops.paqdetr.ms_deform_attn.default.name())
+"""
+
+
+def run(script: str = SCRIPT, **environment: str) -> subprocess.Popen[str]:
+    variables = {name: value for name, value in os.environ.items() if name not in ("CC", "CXX")}
+    variables |= {"PYTHONPATH": str(SRC), **environment}
+    return subprocess.Popen(
+        [sys.executable, "-c", script],
+        env=variables,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def output_of(process: subprocess.Popen[str]) -> str:
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    return out
+
+
+def test_no_compiler_is_needed(tmp_path: Path) -> None:
+    """In two processes at once that share an empty cache; the second time it is read from there."""
+    nothing = tmp_path / "bin"
+    nothing.mkdir()
+    environment = {"PATH": str(nothing), "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    for process in [run(**environment) for _ in range(2)]:
+        assert output_of(process).split()[0] == "numba"
+    compiled = set((tmp_path / "cache").rglob("*.nbc"))
+    assert len(compiled) == 3
+    times = {path: path.stat().st_mtime_ns for path in compiled}
+    assert output_of(run(**environment)).split()[0] == "numba"
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.nbc")} == times
+
+
+def test_a_process_without_numba() -> None:
+    script = "import sys; sys.modules['numba'] = None; sys.modules['llvmlite'] = None\n" + SCRIPT
+    assert output_of(run(script)).split()[0] == "reference"
+
+
+def test_nowhere_to_keep_what_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    from paqdetr.ops import numba_kernels
+
+    asked: list[bool] = []
+
+    def refuse(dtype: str, channels: int, *, cache: bool) -> Any:
+        asked.append(cache)
+        if cache:
+            raise RuntimeError("cannot cache function 'forward': no locator available for file 'x.py'")
+        return print
+
+    monkeypatch.setattr(numba_kernels, "compile_forward", refuse)
+    assert cpu._compiled.__wrapped__("forward", "float32", 8) is print
+    assert asked == [True, False]

@@ -1,0 +1,93 @@
+"""The figures of docs/performance.md are those of the files in docs/results/performance."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+BENCHMARKS = REPO / "benchmarks"
+
+
+def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    if not BENCHMARKS.is_dir():
+        pytest.skip("needs a checkout: benchmarks are not part of the source distribution")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_tables_are_read_from_the_kept_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = load("performance_tables", monkeypatch)
+    page = (REPO / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert tables.write(page) == page
+    assert page.count("**") >= 2 * 2 * len(tables.TABLES)
+
+
+def test_a_table_without_a_place_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = load("performance_tables", monkeypatch)
+    with pytest.raises(SystemExit, match="no place for deform_attn"):
+        tables.write("# Empty\n")
+
+
+def test_interleaved_timing_counts_every_case_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    common = load("common", monkeypatch)
+    calls: list[str] = []
+    ticks = iter([0, 1, 10, 12, 20, 21, 30, 34])
+    seconds = common.interleave(
+        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")},
+        rounds=2,
+        warmup=1,
+        clock=lambda: next(ticks),
+    )
+    assert calls == ["a", "b", "a", "b", "a", "b"]
+    assert seconds == {"a": [1, 1], "b": [2, 4]}
+    compared = common.compare(seconds, against="b")
+    assert compared["a"] == {
+        "median_ms": 1e3,
+        "min_ms": 1e3,
+        "max_ms": 1e3,
+        "ratio": 3,
+        "ratio_of_fastest": 2,
+    }
+
+
+def test_the_attention_benchmark_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: Any
+) -> None:
+    benchmark = load("deform_attn", monkeypatch)
+    monkeypatch.setattr(benchmark, "IMAGES", {"64x48": (64, 48)})
+    monkeypatch.setattr(benchmark, "QUERIES", 5)
+    monkeypatch.setattr(benchmark, "first_call", lambda: {"empty_cache_forward": 1.0})
+    file = tmp_path / "out" / "x.json"
+    arguments = [
+        "--threads",
+        "1",
+        "--rounds",
+        "2",
+        "--clock",
+        "cpu",
+        "--images",
+        "64x48",
+        "--json",
+        str(file),
+    ]
+    monkeypatch.setattr(sys, "argv", ["benchmarks/deform_attn.py", *arguments])
+    benchmark.main()
+    report = json.loads(file.read_text())
+    assert report["command"].startswith("python benchmarks/deform_attn.py --threads 1")
+    assert [(case["part"], case["queries"]) for case in report["cases"]] == [("encoder", 65), ("decoder", 5)]
+    for case in report["cases"]:
+        assert case["forward"]["numba"]["median_ms"] > 0 and case["forward_backward"]["numba"]["ratio"] > 0
+        assert 0 < case["saved_bytes"]["numba"] < case["saved_bytes"]["reference"]
+        # 4 corners, 8 heads of 32 channels, 4 levels of 4 points.
+        assert case["flops"] == 2 * 4 * 8 * 32 * 16 * case["queries"]
