@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -124,6 +125,7 @@ def test_shapes_may_be_a_tensor_and_the_back_end_named(problem: Problem) -> None
     value, rest = inputs[0], inputs[1:]
     expected = ms_deform_attn(value, shapes, *rest)
     assert torch.equal(ms_deform_attn(value, torch.tensor(shapes), *rest), expected)
+    assert torch.equal(ms_deform_attn(value, np.array(shapes), *rest), expected)  # type: ignore[arg-type]
     assert torch.equal(ms_deform_attn(value, shapes, *rest, backend="numba"), expected)
 
 
@@ -209,6 +211,14 @@ def test_whole_numbers_are_refused(problem: Problem) -> None:
     value, locations, weights = problem([(2, 2)])
     with pytest.raises(ValueError, match=r"floating.*torch.int64"):
         ms_deform_attn(value, [(2, 2)], locations.long(), weights)
+
+
+@pytest.mark.parametrize("shapes", [[(7, 1), (0, 3)], [(7, 1), (3, 0)], [(2, 2), (-1, -3)]])
+def test_an_empty_level_is_refused(shapes: list[tuple[int, int]], problem: Problem) -> None:
+    """A kernel would read beside the values."""
+    value, locations, weights = problem([(2, 2), (1, 3)])
+    with pytest.raises(ValueError, match=r"at least one pixel, found spatial_shapes \["):
+        ms_deform_attn(value, shapes, locations, weights)
 
 
 def test_unknown_back_end(problem: Problem) -> None:

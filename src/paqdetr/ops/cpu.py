@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from threading import Lock
 
 import numpy as np
@@ -38,10 +38,11 @@ def forward(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, wei
         arrays = [_flat(x, dtype) for x in (value, locations, weights)]
         target = _flat(out, dtype)
 
-        def work(span: tuple[int, int]) -> None:
+        def work(span: tuple[int, ...]) -> None:
             kernel(arrays[0], levels, *arrays[1:], target, tokens, heads, queries, *span, *_scratch(levels))
 
-        _by_queries(work, batch * queries, levels.shape[1])
+        threads = torch.get_num_threads()
+        for_each(work, _spans(batch * queries, levels.shape[1], threads), threads=threads)
     return out.to(value.dtype)
 
 
@@ -52,7 +53,7 @@ def backward(
     dtype = torch.promote_types(value.dtype, torch.float32)
     batch, tokens, heads, channels = value.shape
     queries, points = locations.shape[1], locations.shape[4]
-    to_value = torch.empty(value.shape, dtype=dtype)
+    to_value = torch.zeros(value.shape, dtype=dtype)
     to_locations = torch.empty(locations.shape, dtype=dtype)
     to_weights = torch.empty(weights.shape, dtype=dtype)
     if gradient.numel() and weights.numel():
@@ -63,7 +64,7 @@ def backward(
         )
         targets = [_flat(x, dtype) for x in (to_value, to_locations, to_weights)]
 
-        def read(span: tuple[int, int]) -> None:
+        def read(span: tuple[int, ...]) -> None:
             read_kernel(
                 flat_value, levels, flat_locations, flat_weights, flat_gradient, *targets[1:],
                 tokens, heads, queries, *span, *_scratch(levels),
@@ -75,42 +76,36 @@ def backward(
                 tokens, heads, queries, *part, *_scratch(levels),
             )  # fmt: skip
 
-        _by_queries(read, batch * queries, levels.shape[1])
+        # Neither needs the other's results, so they are one list of work.
         threads = torch.get_num_threads()
-        for_each(write, _parts(batch, heads, shapes, points, threads), threads=threads)
+        parts = _parts(batch, heads, len(shapes), points, threads)
+        spans = _spans(batch * queries, levels.shape[1], threads)
+        for_each(_call, [(write, part) for part in parts] + [(read, span) for span in spans], threads=threads)
     else:
-        for tensor in (to_value, to_locations, to_weights):
-            tensor.zero_()
+        to_locations.zero_()
+        to_weights.zero_()
     return to_value.to(value.dtype), to_locations.to(locations.dtype), to_weights.to(weights.dtype)
 
 
-def _by_queries(work, queries: int, points: int) -> None:  # type: ignore[no-untyped-def]
-    """Split `queries` of `points` points each into ranges, and work on them."""
-    threads = torch.get_num_threads()
-    count = min(threads * _TASKS_A_THREAD if threads > 1 else 1, -(-queries * points // _POINTS_A_TASK))
-    ends = [queries * i // count for i in range(count + 1)]
-    for_each(work, list(pairwise(ends)), threads=threads)
+def _call(task: tuple[Callable[[tuple[int, ...]], None], tuple[int, ...]]) -> None:
+    work, item = task
+    work(item)
 
 
-def _parts(
-    batch: int, heads: int, shapes: list[tuple[int, int]], points: int, threads: int
-) -> list[tuple[int, ...]]:
-    """Slices of the values' gradient that do not overlap: image, range of heads, of points, and of tokens."""
-    ends = [0, *accumulate(height * width for height, width in shapes)]
-    levels = len(shapes)
+def _spans(queries: int, points: int, threads: int) -> list[tuple[int, ...]]:
+    """Ranges of queries of `points` points each: a few a thread, unless they become too small."""
+    most = threads * _TASKS_A_THREAD if threads > 1 else 1
+    count = min(most, -(-queries * points // _POINTS_A_TASK))
+    return list(pairwise(queries * i // count for i in range(count + 1)))
+
+
+def _parts(batch: int, heads: int, levels: int, points: int, threads: int) -> list[tuple[int, ...]]:
+    """Slices of the values' gradient that do not overlap: image, range of heads, and of points, which are levels."""
     if threads == 1:
-        return [(image, 0, heads, 0, levels * points, 0, ends[-1]) for image in range(batch)]
+        return [(image, 0, heads, 0, levels * points) for image in range(batch)]
     together = levels if batch * heads >= 2 * threads else 1
     return [
-        (
-            image,
-            head,
-            head + 1,
-            level * points,
-            (level + together) * points,
-            ends[level],
-            ends[level + together],
-        )
+        (image, head, head + 1, level * points, (level + together) * points)
         for level in range(0, levels, together)
         for image in range(batch)
         for head in range(heads)

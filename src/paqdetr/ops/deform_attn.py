@@ -48,7 +48,7 @@ def ms_deform_attn(
         (B, Q, H * D), in the dtype of `value`.
 
     Raises:
-        ValueError: shapes that contradict each other, dtypes that are not floating, or an unknown back end.
+        ValueError: shapes that contradict each other, an empty level, dtypes that are not floating, or an unknown back end.
         BackendError: the back end that was asked for cannot run here.
     """
     shapes = as_shape_list(spatial_shapes)
@@ -78,7 +78,12 @@ def backends_run() -> tuple[str, ...]:
 def as_shape_list(spatial_shapes: SpatialShapes) -> list[tuple[int, int]]:
     """(L, 2) tensor or pairs -> list of (height, width) integers. A tensor on a GPU costs a synchronisation."""
     rows = spatial_shapes.tolist() if isinstance(spatial_shapes, Tensor) else spatial_shapes
-    return [(height, width) for height, width in rows]
+    return [(_whole(height), _whole(width)) for height, width in rows]
+
+
+def _whole(side: int) -> int:
+    """numpy's numbers as Python's; those that `torch.compile` keeps open stay so."""
+    return side if isinstance(side, int | torch.SymInt) else int(side)
 
 
 def _check(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor) -> None:
@@ -92,6 +97,8 @@ def _check(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weig
             "expected floating value, sampling_locations and attention_weights, found "
             f"{value.dtype}, {locations.dtype}, {weights.dtype}"
         )
+    if any(height < 1 or width < 1 for height, width in shapes):
+        raise ValueError(f"expected levels of at least one pixel, found spatial_shapes {shapes}")
     tokens = sum(height * width for height, width in shapes)
     if value.shape[1] != tokens:
         raise ValueError(f"value has {value.shape[1]} tokens, but spatial_shapes {shapes} make {tokens}")

@@ -299,23 +299,19 @@ def compile_read(dtype: str, channels: int, *, cache: bool) -> Callable[..., Non
 
 
 def compile_scatter(dtype: str, channels: int, *, cache: bool) -> Callable[..., None]:
-    """Gradient of the values [first_token, last_token) of one image and a range of heads: of the levels that points
-    [first_point, last_point) look at. Overwrites what was there."""
+    """Adds to the gradient of the values of one image and a range of heads, of the levels that points [first_point, last_point)
+    look at."""
     (flat, table, integers), version = _arrays(dtype), _SIMD_VERSION
 
-    @_compile(types.void(flat, table, flat, flat, flat, *[types.int64] * 10, integers, flat), cache)
+    @_compile(types.void(flat, table, flat, flat, flat, *[types.int64] * 8, integers, flat), cache)
     def scatter(
         to_value, levels, locations, attention, gradient, tokens, heads, queries,
-        image, first_head, last_head, first_point, last_point, first_token, last_token, rows, shares,
+        image, first_head, last_head, first_point, last_point, rows, shares,
     ):  # fmt: skip
         version  # noqa: B018  # pyright: ignore[reportUnusedExpression]
         count, stride = levels.shape[1], heads * channels
         points = count // heads
         base = image * tokens * stride
-        for token in range(first_token, last_token):
-            row = base + token * stride
-            for i in range(row + first_head * channels, row + last_head * channels):
-                to_value[i] = 0.0
         whole = last_point - first_point == points
         for query in range(image * queries, (image + 1) * queries):
             if whole:
