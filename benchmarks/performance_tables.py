@@ -55,9 +55,42 @@ def attention(report: Report) -> str:
     )
 
 
+def whole_model(report: Report) -> str:
+    """Inference, training step and memory against transformers."""
+    inference, training = report["inference"], report["training_step"]
+    theirs, ours = report["saved_bytes"]["transformers"], report["saved_bytes"]["paqdetr"]
+    height, width = report["image"]
+    rows = [["", "transformers", "paqdetr", "ratio"]]
+    for name, compared in (
+        (f"inference, 1 image of {height}x{width}", inference),
+        (f"training step, {report['batch']} images", training),
+    ):
+        times = [_number(compared[key]["median_ms"]) for key in ("transformers", "paqdetr")]
+        rows.append([name, *times, f"**{compared['paqdetr']['ratio']:.2f}x**"])
+    rows.append(
+        [
+            "kept for backward in that step",
+            f"{theirs / 1e6:.0f} MB",
+            f"{ours / 1e6:.0f} MB",
+            f"{ours / theirs:.2f}",
+        ]
+    )
+    share = report["attention_share_of_transformers_inference"]
+    return "\n\n".join(
+        [
+            _made_by(report),
+            _table(rows),
+            f"Form: {report['form']}. Outputs differ by at most {report['largest_difference_of_outputs']:.0e}. "
+            f"Sampling takes {share:.0%} of transformers' inference here, so that an attention without any cost would make it "
+            f"{report['limit']:.2f} times as fast: Amdahl's limit.",
+        ]
+    )
+
+
 TABLES: dict[str, Callable[[Report], str]] = {
     "deform_attn": attention,
     "deform_attn_one_thread": attention,
+    "whole_model": whole_model,
 }
 
 
