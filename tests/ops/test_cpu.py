@@ -135,7 +135,7 @@ found = ms_deform_attn(inputs[0], [(4, 5), (2, 3)], inputs[1], inputs[2], "refer
 found.sum().backward()
 for x, y in zip(auto, [found] + [x.grad for x in inputs]):
     torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-4)
-print(backends_run()[0], torch.ops.paqdetr.ms_deform_attn.default.name())
+print(backends_run()[0], "torch._dynamo" in sys.modules)
 """
 
 
@@ -163,7 +163,8 @@ def test_no_compiler_is_needed(tmp_path: Path) -> None:
     nothing.mkdir()
     environment = {"PATH": str(nothing), "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
     for process in [run(**environment) for _ in range(2)]:
-        assert output_of(process).split()[0] == "numba"
+        # Nor torch's, whose import takes a second.
+        assert output_of(process).split() == ["numba", "False"]
     compiled = set((tmp_path / "cache").rglob("*.nbc"))
     assert len(compiled) == 3
     times = {path: path.stat().st_mtime_ns for path in compiled}

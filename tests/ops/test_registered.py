@@ -143,7 +143,7 @@ def test_a_second_derivative_is_refused_not_wrong(problem: Any) -> None:
     inputs = [x.requires_grad_() for x in problem(SHAPES)]
     found = ms_deform_attn(inputs[0], SHAPES, inputs[1], inputs[2], "numba")
     (gradient,) = torch.autograd.grad(found.square().sum(), inputs[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="ms_deform_attn_backward"):
+    with pytest.raises(RuntimeError, match=r"no derivative.*reference"):
         gradient.sum().backward()
 
 

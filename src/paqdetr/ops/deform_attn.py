@@ -83,7 +83,7 @@ def as_shape_list(spatial_shapes: SpatialShapes) -> list[tuple[int, int]]:
 
 def _whole(side: int) -> int:
     """numpy's numbers as Python's; those that `torch.compile` keeps open stay so."""
-    return side if isinstance(side, int | torch.SymInt) else int(side)
+    return side if isinstance(side, (int, torch.SymInt)) else int(side)
 
 
 def _check(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor) -> None:

@@ -11,8 +11,8 @@ point looks at, in the float dtype; scratch of 4 H L P elements for each call. A
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numba
@@ -28,7 +28,7 @@ _CORNERS = 4
 _intrinsic: Any = intrinsic  # a function of one argument less, which a type checker cannot know
 
 # numba's cache on disk looks at the date of this file alone, and at what a function takes from outside: each takes this.
-_SIMD_VERSION = hashlib.sha256(Path(simd.__file__).read_bytes()).hexdigest()[:16]
+_SIMD_VERSION = hashlib.sha256(inspect.getsource(simd).encode()).hexdigest()[:16]
 
 
 class _Axis(NamedTuple):
