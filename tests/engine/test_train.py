@@ -17,8 +17,8 @@ from paqdetr.checkpoint import read_checkpoint, read_header
 from paqdetr.config import load_config
 from paqdetr.engine import Callback, Run, evaluate, train
 from paqdetr.engine.events import TrainingPlan
+from paqdetr.engine.figures import mixture_figures
 from paqdetr.engine.optim import lr_factor
-from paqdetr.engine.train import mixture_figures
 from paqdetr.errors import ConfigError, DataError, NonFiniteError, UserError
 from paqdetr.models.detector import Detector
 from paqdetr.paq import Mixture
@@ -69,6 +69,7 @@ def test_the_run_folder(tiny_run: Run, tiny_settings: dict[str, Any]) -> None:
         "best.safetensors",
         "config.yaml",
         "curves.png",
+        "environment.json",
         "last.safetensors",
         "metrics.jsonl",
         "predictions.png",

@@ -54,6 +54,8 @@ def run(argv: Sequence[str]) -> int:
             return _interrupted()
         return code if isinstance(code, int) else 0
     except UserError as error:
+        if error.told_elsewhere:  # by another of several processes
+            return 2
         return _mistake(error.message, error.remedy, debug=debug)
     except Exception as error:
         # typer may carry a copy of click: know its errors by this
@@ -90,13 +92,15 @@ def run(argv: Sequence[str]) -> int:
 def _mistake(message: str, remedy: str, *, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print_styled(errors, ("error:", "bold red"), f" {message}")
+    rank = os.environ.get("RANK", "0")
+    where = "" if rank == "0" else f" process {rank}:"
+    print_styled(errors, ("error:", "bold red"), f"{where} {message}")
     print_styled(errors, ("help:", "bold"), f" {remedy}")
     return 2
 
 
 def _interrupted() -> int:
     print_styled(
-        errors, ("interrupted:", "bold"), " a training goes on from its last whole epoch with --resume"
+        errors, ("interrupted:", "bold"), " a training goes on from its last saved state with --resume"
     )
     return 130
