@@ -80,7 +80,7 @@ def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
         tensor = tensors[name]
         total.update(f"|{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         if tensor.numel():
-            total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+            total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 

@@ -1,4 +1,5 @@
-"""Ctrl-C and SIGTERM: the step in hand is finished and the state saved before a training ends."""
+"""What ends a training from outside. Ctrl-C and SIGTERM: the step in hand is finished and the state saved first. A process
+that loads images dies: an error that says so."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ import threading
 from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
+
+from paqdetr.errors import WorkerError
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -60,3 +63,14 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+
+
+def worker_error(error: RuntimeError) -> WorkerError | None:
+    """What a user can do about torch's complaint that a worker died; None for any other error."""
+    if "DataLoader worker" not in str(error):
+        return None
+    reason = str(error).strip().split("\n")[0]
+    return WorkerError(
+        f"a process that loads images died: {reason}",
+        "often memory ran out: set workers or cache_images lower, then continue with --resume",
+    )

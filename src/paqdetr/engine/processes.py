@@ -44,7 +44,7 @@ class Processes:
     @classmethod
     def of(cls, state: Accelerator | PartialState) -> Processes:
         """Those that accelerate knows of."""
-        return cls(index=state.process_index, count=state.num_processes, device=state.device)
+        return cls(index=state.process_index, count=state.num_processes, device=state.device or "cpu")
 
     @classmethod
     def join(cls, device: str | None) -> Processes:

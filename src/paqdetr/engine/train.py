@@ -11,28 +11,26 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from timm.layers import convert_sync_batchnorm
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from paqdetr._version import __version__
 from paqdetr.config import Config, load_config
-from paqdetr.data.coco import CocoDataset, open_split
-from paqdetr.data.layout import available_splits
+from paqdetr.data.coco import CocoDataset
 from paqdetr.data.loader import Batch, training_loader
 from paqdetr.engine.environment import describe_environment
-from paqdetr.engine.evaluate import evaluate_together, require_same_classes
+from paqdetr.engine.evaluate import evaluate_together
 from paqdetr.engine.events import Callback, Callbacks, TrainingPlan
 from paqdetr.engine.figures import Interval
-from paqdetr.engine.interrupt import StopRequest, TrainingInterrupted
+from paqdetr.engine.interrupt import StopRequest, TrainingInterrupted, worker_error
 from paqdetr.engine.memory import largest_batch, peak_memory
 from paqdetr.engine.optim import MovingAverage, build_optimizer, build_schedule, lr_factor, lr_scale
 from paqdetr.engine.pictures import GroundTruth, contact_sheet, training_curves
 from paqdetr.engine.processes import Processes, build_accelerator
 from paqdetr.engine.run import Run, prepare_run
+from paqdetr.engine.setup import open_splits, synchronise_norms, with_classes
 from paqdetr.engine.state import Own, Position, load_state, random_state, restore_random_state, save_state
 from paqdetr.engine.step import Step, TrainingStep
 from paqdetr.engine.trackers import require_trackers, start_trackers, track
-from paqdetr.errors import ConfigError, NonFiniteError, UserError, WorkerError
+from paqdetr.errors import ConfigError, NonFiniteError, UserError
 from paqdetr.losses import build_criterion
 from paqdetr.models import Detector, load, save
 from paqdetr.models.zoo import build_model
@@ -88,31 +86,6 @@ def train(
         run.add_environment(describe_environment() | {"processes": trainer.processes.count})
     trainer.fit()
     return run
-
-
-def open_splits(data: str | Path, config: Config) -> tuple[CocoDataset, CocoDataset | None]:
-    """The split to train on, and the one to validate on if there is one.
-
-    Raises:
-        DataError: one is malformed, or their classes differ.
-        ConfigError: a setting needs a validation split and there is none.
-    """
-    train_split = open_split(data, "train")
-    val_split = open_split(data, "val") if "val" in available_splits(data) else None
-    if val_split is not None:  # now, not after the first epoch
-        require_same_classes(train_split.classes, val_split)
-    elif config.patience is not None:
-        raise ConfigError(
-            f"patience={config.patience} needs a validation split, and {data} has none",
-            "add a val split, or leave patience out",
-        )
-    return train_split, val_split
-
-
-def with_classes(config: Config, split: CocoDataset) -> Config:
-    """The settings with the number of classes of the data."""
-    architecture = config.model.model_copy(update={"num_classes": len(split.classes)})
-    return config.model_copy(update={"model": architecture})
 
 
 def _with_largest_batch(config: Config, split: CocoDataset, run: Run, *, device: str | None) -> Config:
@@ -218,7 +191,7 @@ class Trainer:
             self._finish()
             self.processes.wait()
         except RuntimeError as error:
-            raise _worker_error(error) or error from None
+            raise worker_error(error) or error from None
         finally:
             self.events.on_end()
             for tracker in self.accelerator.trackers:
@@ -269,7 +242,7 @@ class Trainer:
         except UserError as error:
             failure = error
         except RuntimeError as error:
-            failure = _worker_error(error)
+            failure = worker_error(error)
             if failure is None:
                 raise
         own_boxes = sum(len(target) for batch in batches for target in batch.targets)
@@ -446,20 +419,6 @@ class Trainer:
             track(self.accelerator, record)
 
 
-def synchronise_norms(model: Detector) -> Detector:
-    """The model with batch norms that train on the images of all processes.
-
-    Raises:
-        ConfigError: it has none that train.
-    """
-    if not any(isinstance(part, _BatchNorm) and part.training for part in model.train().modules()):
-        raise ConfigError(
-            "sync_batch_norm=True: the model has no batch norm that trains",
-            "leave it out, or train the backbone's with model.freeze_backbone_norm=false",
-        )
-    return convert_sync_batchnorm(model)  # timm's: it knows norms that have an activation inside
-
-
 def draw_predictions(model: Detector, split: CocoDataset, output: Path, *, images: int = 12) -> None:
     """Write a contact sheet of the first images of a split: predictions beside ground truth."""
     items = []
@@ -468,14 +427,3 @@ def draw_predictions(model: Detector, split: CocoDataset, output: Path, *, image
         ids = [split.classes.ids[label] for label in split.labels(index).tolist()]
         items.append((picture, model.predict(picture)[0], GroundTruth(split.boxes(index), ids)))
     contact_sheet(items, split.classes.id_to_name, output=output)
-
-
-def _worker_error(error: RuntimeError) -> WorkerError | None:
-    """What a user can do about torch's complaint that a worker died; None for any other error."""
-    if "DataLoader worker" not in str(error):
-        return None
-    reason = str(error).strip().split("\n")[0]
-    return WorkerError(
-        f"a process that loads images died: {reason}",
-        "often memory ran out: set workers or cache_images lower, then continue with --resume",
-    )
