@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -200,5 +201,9 @@ def run(place: tuple[int, int, int, str, str], work: str, *arguments: str) -> No
     if count > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
+    # As in a program of its own: workers of a loader would otherwise hang on a server, and outlive a process that is killed.
+    multiprocessing.set_start_method("fork", force=True)
+    for name in ("training_curves", "draw_predictions"):  # take longer than a tiny training itself
+        setattr(sys.modules[Trainer.__module__], name, lambda *positional, **named: None)
     globals()[work](*arguments)
     leave()

@@ -16,7 +16,7 @@ import typer
 os.environ.setdefault("GOMP_SPINCOUNT", "300000")
 
 from paqdetr.cli import config, data, evaluate, models, predict, train
-from paqdetr.cli.console import errors, print_styled
+from paqdetr.cli.console import Ended, errors, print_styled
 from paqdetr.errors import UserError
 
 app = typer.Typer(
@@ -53,6 +53,8 @@ def run(argv: Sequence[str]) -> int:
         if code == 130:  # typer has caught Ctrl-C itself
             return _interrupted()
         return code if isinstance(code, int) else 0
+    except Ended as ended:
+        return ended.code
     except UserError as error:
         if error.told_elsewhere:  # by another of several processes
             return 2

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from paqdetr.cli.console import errors, print_styled, results, show
+from paqdetr.cli.console import Ended, errors, print_styled, results, show
 
 
 def train(
@@ -66,7 +66,7 @@ def train(
                 errors, ("interrupted:", "bold"), f" saved at step {interrupted.step}; continue with"
             )
             errors.print(f"  {command}", soft_wrap=True)
-        raise typer.Exit(interrupted.exit_code) from None
+        raise Ended(interrupted.exit_code) from None
     leave()
     if not this_is_main():
         return

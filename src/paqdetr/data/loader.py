@@ -222,6 +222,14 @@ class TrainingLoader:
                 raise batch.kind(batch.message, batch.remedy)
             yield batch
 
+    def close(self) -> None:
+        """End the worker processes."""
+        # Dropping the loader would do it too, but only when nothing refers to it any more, a traceback for example.
+        end = getattr(self._loader._iterator, "_shutdown_workers", None)
+        if end is not None:
+            end()
+        self._loader._iterator = None
+
 
 def training_loader(
     config: Config, split: CocoDataset, preprocessing: Preprocessing, *, rank: int = 0, world_size: int = 1

@@ -194,6 +194,7 @@ class Trainer:
             raise worker_error(error) or error from None
         finally:
             self.events.on_end()
+            self.loader.close()
             for tracker in self.accelerator.trackers:
                 tracker.finish()
 
