@@ -18,14 +18,14 @@ from paqdetr import checkpoint
 from paqdetr.cli import console, main
 from paqdetr.config import load_config
 from paqdetr.data.coco import CocoDataset, open_split
-from paqdetr.data.loader import Batch, collate, read_picture
+from paqdetr.data.loader import Batch
 from paqdetr.engine.evaluate import evaluate_together
+from paqdetr.engine.plan import plain_batch
 from paqdetr.engine.processes import leave
 from paqdetr.engine.run import Run
 from paqdetr.engine.setup import with_classes
 from paqdetr.engine.train import Trainer
 from paqdetr.errors import NonFiniteError
-from paqdetr.preprocessing import Preprocessing
 from paqdetr.structures import Targets
 
 
@@ -33,24 +33,6 @@ def trainer(job: dict[str, Any], split: CocoDataset, **settings: Any) -> Trainer
     config = load_config("paq_dino_nano", {**job["settings"], **settings})
     run = Run(Path(job["output"]))
     return Trainer(with_classes(config, split), run, split, None, device="cpu", callbacks=[])
-
-
-def plain_batch(split: CocoDataset, preprocessing: Preprocessing, indices: list[int]) -> Batch:
-    """Images as they are, all of one size."""
-    samples: list[tuple[torch.Tensor, Targets]] = []
-    for index in indices:
-        picture = read_picture(split, index)
-        corners = torch.from_numpy(split.boxes(index))
-        side = torch.tensor([picture.width, picture.height])
-        boxes = torch.cat(
-            [(corners[:, :2] + corners[:, 2:]) / 2 / side, (corners[:, 2:] - corners[:, :2]) / side], 1
-        )
-        size = preprocessing.target_size(picture.height, picture.width)
-        targets = Targets(torch.from_numpy(split.labels(index)), boxes, split.image_ids[index], size)
-        samples.append((preprocessing(picture, size), targets))
-    batch = collate(samples)
-    assert isinstance(batch, Batch) and batch.padding_mask is None
-    return batch
 
 
 def without_boxes(batch: Batch) -> Batch:

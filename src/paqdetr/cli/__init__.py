@@ -15,7 +15,7 @@ import typer
 # Before torch starts its threads: idle ones that spin without end slow a busy machine down several times.
 os.environ.setdefault("GOMP_SPINCOUNT", "300000")
 
-from paqdetr.cli import config, data, evaluate, models, predict, train
+from paqdetr.cli import config, data, evaluate, models, plan, predict, train
 from paqdetr.cli.console import Ended, errors, print_styled
 from paqdetr.errors import UserError
 
@@ -28,6 +28,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("train")(train.train)
+app.command("plan")(plan.plan)
 app.command("eval")(evaluate.evaluate)
 app.command("predict")(predict.predict)
 app.command("models")(models.models)

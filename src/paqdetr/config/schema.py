@@ -267,7 +267,8 @@ class Config(Section):
         default=False, description="batch norms that train see the images of all processes"
     )
     nan_policy: Literal["raise", "skip-step"] = Field(
-        default="raise", description="what a loss or gradient that is not finite does: end, or leave out the step"
+        default="raise",
+        description="what a loss or gradient that is not finite does: end, or leave out the step",
     )
     seed: int = Field(default=0, ge=0)
     workers: int = Field(default=2, ge=0)

@@ -226,13 +226,13 @@ class Trainer:
         mark = time.perf_counter()
         for number in range(first, last):
             left = len(self.batches) - number * self.config.accumulate
-            batches, boxes = self._fetch(source, min(self.config.accumulate, left))
+            batches, boxes = self.fetch(source, min(self.config.accumulate, left))
             step = self.step(batches, boxes=boxes, progress=self.position.step / self.total_steps)
             self._advance(step, seconds=time.perf_counter() - mark)
             mark = time.perf_counter()
         self._close_epoch()
 
-    def _fetch(self, source: Iterator[Batch], count: int) -> tuple[list[Batch], float]:
+    def fetch(self, source: Iterator[Batch], count: int) -> tuple[list[Batch], float]:
         """The batches of the next step, and the boxes in those of all processes.
 
         Here, between two steps, all processes agree on whether one of them cannot go on, is to stop, or is to save.
