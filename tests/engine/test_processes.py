@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 from paqdetr.config import load_config
@@ -246,3 +248,13 @@ def test_norms_are_synchronised_on_gpus_alone(tmp_path: Path) -> None:
     config = load_config("paq_dino_nano", {"sync_batch_norm": True})
     with pytest.raises(ConfigError, match="sync_batch_norm=True"):
         build_accelerator(config, "cpu", tmp_path)
+
+
+def test_weights_that_are_not_whole_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FSDP and DeepSpeed, which accelerate can be set to behind our back."""
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(
+        ConfigError, match="accelerate is set to FSDP, and training keeps whole weights"
+    ) as caught:
+        build_accelerator(load_config("paq_dino_nano"), "cpu", tmp_path)
+    assert "without FSDP" in caught.value.remedy

@@ -39,7 +39,7 @@ def describe_environment() -> dict[str, Any]:
         "git": _git(),
         "paqdetr": __version__,
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {"torch": torch.__version__} | {name: _version(name) for name in _PACKAGES},
         "machine": machine(),
     }
 

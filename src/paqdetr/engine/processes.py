@@ -153,6 +153,8 @@ def build_accelerator(config: Config, device: str | None, output: Path) -> Accel
             AcceleratorState._reset_state(reset_partial_state=not dist.is_initialized())
     # Of depthwise convolutions, on the first step; torch's own words: "not an error".
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    # Where nan_policy leaves out the very first step, it counts all the same.
+    warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler.step\(\)` before")
     accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision=config.amp,
