@@ -50,9 +50,11 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8])
     options = parser.parse_args()
 
+    import torch
+
     from paqdetr.config import load_config
     from paqdetr.data.coco import open_split
-    from paqdetr.engine.environment import describe_environment
+    from paqdetr.engine.environment import machine
     from paqdetr.engine.memory import step_memory
     from paqdetr.engine.setup import with_classes
 
@@ -76,7 +78,13 @@ def main() -> None:
         print(
             f"batch {batch_size}: estimated {estimated / 2**20:.0f} MiB, measured {measured / 2**20:.0f} MiB"
         )
-    content = {"model": options.model, "image_size": options.size, "rows": rows, **describe_environment()}
+    content = {
+        "model": options.model,
+        "image_size": options.size,
+        "rows": rows,
+        "torch": torch.__version__,
+        "machine": machine(),
+    }
     options.json.write_text(json.dumps(content, indent=1) + "\n")
 
 

@@ -47,7 +47,7 @@ def describe_environment() -> dict[str, Any]:
 def machine() -> dict[str, Any]:
     """Processor, memory and devices."""
     return {
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
