@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
+from paqdetr.checkpoint import read_header
 from paqdetr.config import load_config
 from paqdetr.data.coco import open_split
 from paqdetr.engine import Run
@@ -30,7 +33,7 @@ from paqdetr.models.zoo import build_model
 Start = Callable[..., Any]  # the fixture of conftest.py
 
 # Groups of denoising queries depend on what is in a batch, and so do the losses.
-PLAIN = {"model.denoising_queries": 0, "augment.flip": 0.0, "augment.crop": 0.0, "workers": 0}
+PLAIN = {"model.denoising": "none", "augment.flip": 0.0, "augment.crop": 0.0, "workers": 0}
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +214,41 @@ def test_an_image_that_one_process_misses_ends_all(
     assert not run.finished
 
 
+def test_a_signal_to_one_process_stops_all_at_one_step(
+    tmp_path: Path, arguments: list[str], start: Start
+) -> None:
+    run = Run(tmp_path / "run")
+    group = start(2, "command_line", *arguments, "epochs=500", "--output", run.output)
+    for _ in range(2400):
+        if run.records("train") or not group.processes[1].is_alive():
+            break
+        time.sleep(0.05)
+    # Nobody else trains there meanwhile.
+    (other,) = start(1, "command_line", *arguments, "epochs=500", "--output", run.output, "--resume").end()
+    assert other.code == 2, other.err
+    os.kill(group.processes[1].pid, signal.SIGTERM)
+    first, second = group.end()
+    assert first.code == 130 or first.code == 128 + signal.SIGTERM, first.err
+    assert second.code == 128 + signal.SIGTERM and "interrupted" not in second.err
+    step = read_header(run.state_file)["position"]["step"]
+    assert f"interrupted: saved at step {step}; continue with" in first.err
+    assert first.err.splitlines()[-1].strip().startswith("torchrun --nproc_per_node=2 -m paqdetr train")
+
+
+def test_the_eval_command_in_three_processes(
+    tmp_path: Path, tiny_run: Run, tiny_digits: Path, start: Start
+) -> None:
+    told = []
+    for count in (1, 3):
+        file = tmp_path / f"{count}.json"
+        arguments = ("eval", tiny_run.best, "--data", tiny_digits, "--json", file)
+        ended = start(count, "command_line", *arguments).end()
+        assert [process.code for process in ended] == [0] * count, ended[0].err
+        assert "AP50" in ended[0].out and not any(process.out for process in ended[1:])
+        told.append({k: v for k, v in json.loads(file.read_text()).items() if k != "images_per_second"})
+    assert told[0] == told[1]
+
+
 # ------------------------------------------------------------------------------------------ one alone
 
 
@@ -258,3 +296,13 @@ def test_weights_that_are_not_whole_are_refused(tmp_path: Path, monkeypatch: pyt
     ) as caught:
         build_accelerator(load_config("paq_dino_nano"), "cpu", tmp_path)
     assert "without FSDP" in caught.value.remedy
+
+
+def test_processes_that_nobody_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "29512"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    AcceleratorState._reset_state(reset_partial_state=True)  # of earlier tests
+    with pytest.raises(ConfigError, match="WORLD_SIZE=2 announces several processes") as caught:
+        Processes.join("cpu")
+    assert "torchrun" in caught.value.remedy and not PartialState._shared_state

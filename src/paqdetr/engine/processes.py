@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,8 @@ class Processes:
         wanted = require_device(device)
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls(device=wanted)
-        return cls.of(PartialState(cpu=wanted.type == "cpu", timeout=_PATIENCE))
+        with _meeting():
+            return cls.of(PartialState(cpu=wanted.type == "cpu", timeout=_PATIENCE))
 
     @property
     def main(self) -> bool:
@@ -126,6 +128,23 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
+@contextmanager
+def _meeting() -> Iterator[None]:
+    """Say what is missing where the environment announces other processes that cannot be met."""
+    try:
+        yield
+    except ValueError as error:
+        if "environment variable" not in str(error):
+            raise
+        PartialState._reset_state()  # half filled
+        reason = str(error).strip().split("\n")[0]
+        count = os.environ.get("WORLD_SIZE")
+        raise ConfigError(
+            f"WORLD_SIZE={count} announces several processes, but they cannot meet: {reason}",
+            "start them with torchrun, or unset WORLD_SIZE to train in one",
+        ) from None
+
+
 def build_accelerator(config: Config, device: str | None, output: Path) -> Accelerator:
     """The accelerator that the settings ask for.
 
@@ -155,16 +174,17 @@ def build_accelerator(config: Config, device: str | None, output: Path) -> Accel
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     # Where nan_policy leaves out the very first step, it counts all the same.
     warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler.step\(\)` before")
-    accelerator = Accelerator(
-        cpu=on_cpu,
-        mixed_precision=config.amp,
-        log_with=list(config.trackers) or None,
-        project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output)),
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(find_unused_parameters=False),
-            InitProcessGroupKwargs(timeout=_PATIENCE),
-        ],
-    )
+    with _meeting():
+        accelerator = Accelerator(
+            cpu=on_cpu,
+            mixed_precision=config.amp,
+            log_with=list(config.trackers) or None,
+            project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output)),
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(find_unused_parameters=False),
+                InitProcessGroupKwargs(timeout=_PATIENCE),
+            ],
+        )
     known = (
         DistributedType.NO,
         DistributedType.MULTI_CPU,

@@ -6,7 +6,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from paqdetr.checkpoint import write_whole
 from paqdetr.config import Config, load_config
@@ -128,6 +128,29 @@ class Run:
         with self.metrics_file.open("r+b") as file:
             os.fsync(file.fileno())
             return os.fstat(file.fileno()).st_size
+
+    def hold(self) -> IO[bytes] | None:
+        """Keep other trainings out of the folder until the file that is given back is closed, or this process ends, however.
+
+        Raises:
+            ConfigError: another process holds it.
+        """
+        try:
+            import fcntl
+        except ImportError:  # Windows: nobody is kept out
+            return None
+        # A lock of the process, which those that load images do not inherit.
+        file = self.config_file.open("r+b")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.close()
+            raise ConfigError(
+                f"{self.output}: another process is training there", "wait until it ends, or stop it"
+            ) from None
+        except OSError:
+            pass  # a network's file system without locks
+        return file
 
     def remove_leftovers(self) -> None:
         """Remove half-written files of a process that was killed while saving."""

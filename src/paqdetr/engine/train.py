@@ -80,11 +80,21 @@ def train(
         return run
     trainer = Trainer(config, run, train_split, val_split, device=device, callbacks=list(callbacks))
     trainer.processes.wait()  # the others have seen that there is no run yet
+    held, failure = None, None
     if trainer.processes.main:
-        run.remove_leftovers()
-        run.write_config(config)
-        run.add_environment(describe_environment() | {"processes": trainer.processes.count})
-    trainer.fit()
+        try:
+            run.write_config(config)
+            held = run.hold()
+            run.remove_leftovers()
+            run.add_environment(describe_environment() | {"processes": trainer.processes.count})
+        except UserError as error:
+            failure = error
+    trainer.processes.raise_together(failure)
+    try:
+        trainer.fit()
+    finally:
+        if held is not None:
+            held.close()
     return run
 
 
@@ -140,8 +150,6 @@ class Trainer:
         self.position, self._own = Position(), None
         if run.state_file.is_file():
             self._load(optimizer)
-        elif run.metrics_file.is_file() and self.processes.main:
-            run.truncate_metrics(0)
         self.schedule = build_schedule(optimizer, config, self.total_steps, done=self.position.step)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.step = TrainingStep(
@@ -170,6 +178,8 @@ class Trainer:
         )
         try:
             if self.processes.main:
+                # Of steps that are done again, or of a start that saved nothing.
+                self.run.truncate_metrics(self.position.metrics_size)
                 start_trackers(self.accelerator, self.run, self.config, step=self.position.step)
             self._record(
                 {
@@ -393,8 +403,6 @@ class Trainer:
         self.position, self._own = saved.position, saved.owns[self.processes.index]
         if self.accelerator.scaler is not None and saved.scaler:
             self.accelerator.scaler.load_state_dict(saved.scaler)
-        if self.processes.main:
-            self.run.truncate_metrics(self.position.metrics_size)
 
     def _finish(self) -> None:
         if not self.processes.main:
