@@ -88,7 +88,11 @@ KILLS = {
 }
 
 
-SLOW = ("before the state is moved to its place", "between the checkpoint and the state")
+SLOW = (
+    "before the state is moved to its place",
+    "after the state was moved to its place",
+    "between the checkpoint and the state",
+)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +121,7 @@ def wait_for(condition: Callable[[], bool], alive: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", [pytest.param("SIGTERM", marks=pytest.mark.slow), "SIGINT"])
 def test_a_signal_saves_and_says_how_to_go_on(
     tmp_path: Path, arguments: list[str], start: Start, straight: Run, name: str
 ) -> None:

@@ -8,10 +8,13 @@ from typing import cast
 from timm.layers import convert_sync_batchnorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from paqdetr.config import Config
+from paqdetr.config import Config, load_config
 from paqdetr.data.coco import CocoDataset, open_split
 from paqdetr.data.layout import available_splits
 from paqdetr.engine.evaluate import require_same_classes
+from paqdetr.engine.memory import largest_batch
+from paqdetr.engine.processes import Processes
+from paqdetr.engine.run import Run
 from paqdetr.errors import ConfigError
 from paqdetr.models import Detector
 
@@ -39,6 +42,15 @@ def with_classes(config: Config, split: CocoDataset) -> Config:
     """The settings with the number of classes of the data."""
     architecture = config.model.model_copy(update={"num_classes": len(split.classes)})
     return config.model_copy(update={"model": architecture})
+
+
+def with_largest_batch(config: Config, split: CocoDataset, run: Run, *, device: str | None) -> Config:
+    """The settings with the largest batch that fits, or the one that an earlier start of the run has found."""
+    if run.config_file.is_file():
+        size = load_config(run.config_file).batch_size
+    else:
+        size = largest_batch(config, split, Processes.join(device))
+    return config.model_copy(update={"batch_size": size})
 
 
 def synchronise_norms(model: Detector) -> Detector:

@@ -21,12 +21,12 @@ from paqdetr.engine.evaluate import evaluate_together
 from paqdetr.engine.events import Callback, Callbacks, TrainingPlan
 from paqdetr.engine.figures import Interval
 from paqdetr.engine.interrupt import StopRequest, TrainingInterrupted, worker_error
-from paqdetr.engine.memory import largest_batch, peak_memory
+from paqdetr.engine.memory import peak_memory
 from paqdetr.engine.optim import MovingAverage, build_optimizer, build_schedule, lr_factor, lr_scale
-from paqdetr.engine.pictures import GroundTruth, contact_sheet, training_curves
+from paqdetr.engine.pictures import draw_predictions, training_curves
 from paqdetr.engine.processes import Processes, build_accelerator
 from paqdetr.engine.run import Run, prepare_run
-from paqdetr.engine.setup import open_splits, synchronise_norms, with_classes
+from paqdetr.engine.setup import open_splits, synchronise_norms, with_classes, with_largest_batch
 from paqdetr.engine.state import Own, Position, load_state, random_state, restore_random_state, save_state
 from paqdetr.engine.step import Step, TrainingStep
 from paqdetr.engine.trackers import require_trackers, start_trackers, track
@@ -74,7 +74,7 @@ def train(
     config = with_classes(config, train_split)
     require_trackers(config.trackers)
     if auto_batch:
-        config = _with_largest_batch(config, train_split, Run(Path(output)), device=device)
+        config = with_largest_batch(config, train_split, Run(Path(output)), device=device)
     run = prepare_run(output, config, resume=resume)
     if run.finished:
         return run
@@ -96,14 +96,6 @@ def train(
         if held is not None:
             held.close()
     return run
-
-
-def _with_largest_batch(config: Config, split: CocoDataset, run: Run, *, device: str | None) -> Config:
-    if run.config_file.is_file():
-        size = load_config(run.config_file).batch_size
-    else:
-        size = largest_batch(config, split, Processes.join(device))
-    return config.model_copy(update={"batch_size": size})
 
 
 class Trainer:
@@ -426,13 +418,3 @@ class Trainer:
         if self.processes.main:
             self.run.append(record)
             track(self.accelerator, record)
-
-
-def draw_predictions(model: Detector, split: CocoDataset, output: Path, *, images: int = 12) -> None:
-    """Write a contact sheet of the first images of a split: predictions beside ground truth."""
-    items = []
-    for index in range(min(images, len(split))):
-        picture = split.image(index)
-        ids = [split.classes.ids[label] for label in split.labels(index).tolist()]
-        items.append((picture, model.predict(picture)[0], GroundTruth(split.boxes(index), ids)))
-    contact_sheet(items, split.classes.id_to_name, output=output)
