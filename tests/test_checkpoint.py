@@ -11,7 +11,7 @@ from torch import nn
 from paqdetr import checkpoint
 from paqdetr._version import __version__
 from paqdetr.checkpoint import load_tensors, read_checkpoint, read_header, write_checkpoint
-from paqdetr.errors import CheckpointError
+from paqdetr.errors import CheckpointError, StorageError
 
 TENSORS = {
     "float": torch.tensor([[1.5, -0.0], [float("inf"), 1e-42]]),
@@ -56,10 +56,10 @@ def test_a_failed_write_leaves_the_old_file(file: Path, monkeypatch: pytest.Monk
 
     def half(tensors: object, path: Path, metadata: object) -> None:
         path.write_bytes(before[:100])
-        raise OSError("disk full")
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", half)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(StorageError, match=r"safetensors: cannot be written \(No space left on device\)"):
         write_checkpoint(file, {"other": torch.zeros(2)}, {})
     assert file.read_bytes() == before
     assert [path.name for path in file.parent.iterdir()] == [file.name]
@@ -70,6 +70,24 @@ def test_a_header_that_json_refuses_leaves_the_old_file(file: Path) -> None:
     with pytest.raises(TypeError):
         write_checkpoint(file, TENSORS, {"metrics": torch.zeros(2)})
     assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("place", ["tensors", "header"])
+def test_what_was_damaged_is_noticed(file: Path, place: str) -> None:
+    """One bit, which safetensors itself does not mind."""
+    content = bytearray(file.read_bytes())
+    content[-1 if place == "tensors" else content.index(b"0.5")] ^= 1
+    file.write_bytes(bytes(content))
+    with pytest.raises(CheckpointError, match="damaged: its content is not what was written"):
+        read_checkpoint(file)
+
+
+def test_a_file_without_a_hash_is_read(file: Path) -> None:
+    """As versions before the hash wrote it."""
+    with safe_open(file, framework="pt") as opened:
+        metadata = {"paqdetr": opened.metadata()["paqdetr"]}
+    save_file({key: tensor.contiguous() for key, tensor in TENSORS.items()}, file, metadata=metadata)
+    assert read_checkpoint(file)[0].keys() == TENSORS.keys()
 
 
 @pytest.mark.parametrize("size", [0, 4, 100, -1])

@@ -11,8 +11,16 @@ from typing import TYPE_CHECKING, Any
 from paqdetr._version import __version__
 
 if TYPE_CHECKING:
-    from paqdetr.engine import Callback, Run, evaluate, train
-    from paqdetr.errors import CheckpointError, ConfigError, DataError, NonFiniteError, UserError
+    from paqdetr.engine import Callback, Run, TrainingInterrupted, evaluate, train
+    from paqdetr.errors import (
+        CheckpointError,
+        ConfigError,
+        DataError,
+        NonFiniteError,
+        StorageError,
+        UserError,
+        WorkerError,
+    )
     from paqdetr.models import Detector, create_model, list_models, load
     from paqdetr.structures import ClassTable, Detections, Targets
 
@@ -26,8 +34,11 @@ _HOME = {
     "Detector": "models",
     "NonFiniteError": "errors",
     "Run": "engine",
+    "StorageError": "errors",
     "Targets": "structures",
+    "TrainingInterrupted": "engine",
     "UserError": "errors",
+    "WorkerError": "errors",
     "create_model": "models",
     "evaluate": "engine",
     "list_models": "models",
@@ -45,8 +56,11 @@ __all__ = [
     "Detector",
     "NonFiniteError",
     "Run",
+    "StorageError",
     "Targets",
+    "TrainingInterrupted",
     "UserError",
+    "WorkerError",
     "__version__",
     "create_model",
     "evaluate",

@@ -1,14 +1,17 @@
 """A checkpoint is one safetensors file: tensors, and a header that says what they are. No pickle.
 
 The header's `paqdetr` entry is json with model name, config, class table, preprocessing, metrics and version; any
-safetensors reader shows it without torch.
+safetensors reader shows it without torch. Its `sha256` entry covers that json and every tensor: a file that was damaged on its
+way is refused, whatever safetensors itself makes of it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +21,67 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from paqdetr._version import __version__
-from paqdetr.errors import CheckpointError
+from paqdetr.errors import CheckpointError, StorageError
 
 _KEY = "paqdetr"
+_HASH = "sha256"
 
 
 def write_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Write atomically: a reader sees the old file or the whole new one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Write atomically: a reader sees the old file or the whole new one, after a crash or a power cut too.
+
+    Raises:
+        StorageError: it cannot be written; what was at `path` before is still there.
+    """
     content = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    metadata = {_KEY: json.dumps({**header, "version": __version__})}
+    text = json.dumps({**header, "version": __version__})
+    metadata = {_KEY: text, _HASH: _digest(text, content)}
+    write_whole(Path(path), lambda temporary: save_file(content, temporary, metadata=metadata))
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a file beside `path`, and move it there once it lies safely on the disk.
+
+    Raises:
+        StorageError: any step of it fails; what was at `path` before is still there.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(content, temporary, metadata=metadata)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        _flush(temporary)
         temporary.replace(path)
+        _flush(path.parent)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise StorageError(
+            f"{path}: cannot be written ({reason})", "check the disk's space and the folder's permissions"
+        ) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    """Have the disk take over a file's content, or a folder's entries."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no folders
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the header's json and of all tensors: names, types, shapes and bytes."""
+    total = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        total.update(f"|{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        if tensor.numel():
+            total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
 
 
 def read_header(path: str | Path) -> dict[str, Any]:
@@ -47,7 +94,11 @@ def read_header(path: str | Path) -> dict[str, Any]:
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors by name, on the CPU, and the header. Raises as `read_header`."""
+    """Tensors by name, on the CPU, and the header.
+
+    Raises:
+        CheckpointError: as `read_header`; or the content is not what was written.
+    """
     return _open(Path(path), tensors=True)
 
 
@@ -69,11 +120,18 @@ def _open(path: Path, tensors: bool = False) -> tuple[dict[str, Tensor], dict[st
             f"{path}: not a readable safetensors file ({error})", "copy or train it again"
         ) from None
     try:
-        return content, json.loads(metadata[_KEY])
+        header = json.loads(metadata[_KEY])
     except (KeyError, json.JSONDecodeError):
         raise CheckpointError(
             f"{path}: safetensors without a paqdetr header", "convert weights of other programs first"
         ) from None
+    # Files of versions before the hash have none.
+    if tensors and _HASH in metadata and metadata[_HASH] != _digest(metadata[_KEY], content):
+        raise CheckpointError(
+            f"{path}: damaged: its content is not what was written (the SHA-256 in its header differs)",
+            "copy it again from where it came, or train it again",
+        )
+    return content, header
 
 
 def load_tensors(module: torch.nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:

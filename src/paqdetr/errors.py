@@ -11,7 +11,12 @@ class UserError(Exception):
         remedy: the next thing to do, as one sentence.
 
     The command line prints both and ends with exit code 2.
+
+    Attributes:
+        told_elsewhere: several processes end with this error, and another one of them tells it.
     """
+
+    told_elsewhere = False
 
     def __init__(self, message: str, remedy: str) -> None:
         super().__init__(message)
@@ -40,3 +45,11 @@ class NonFiniteError(UserError):
 
 class BackendError(UserError):
     """A kernel was asked for that cannot run here: its library is missing, or it knows neither device nor dtype."""
+
+
+class StorageError(UserError):
+    """A file of a run cannot be written: no space, no permission, a disk that fails."""
+
+
+class WorkerError(UserError):
+    """A process that loads images died."""

@@ -27,6 +27,17 @@ class World:
     checkpoint: Path
     output: Path
     settings: list[str]
+    tiny_run: Run
+
+    def unfinished(self) -> Run:
+        """A run in `output` that has been stopped at its very end; `resume` continues it."""
+        run = Run(Path(shutil.copytree(self.tiny_run.output, self.output)))
+        lines = run.metrics_file.read_text().splitlines(keepends=True)
+        run.metrics_file.write_text("".join(line for line in lines if '"finished"' not in line))
+        return run
+
+    def resume(self, *more: object) -> list[str]:
+        return [*self.train("epochs=2", *more), "--resume"]
 
     def train(self, *more: object, model: str = "paq_dino_nano", **options: object) -> list[str]:
         chosen = {"data": self.data, "output": self.output, "device": "cpu"} | options
@@ -62,6 +73,7 @@ def world(tmp_path: Path, tiny_digits: Path, tiny_run: Run, tiny_settings: dict[
         checkpoint=Path(shutil.copy(tiny_run.best, tmp_path / "model.safetensors")),
         output=tmp_path / "output",
         settings=[f"{key}={value}" for key, value in tiny_settings.items()],
+        tiny_run=tiny_run,
     )
 
 
@@ -72,6 +84,8 @@ def snapshot(folder: Path) -> dict[Path, bytes]:
 # Each takes the world, may break something in it, and gives the arguments; then what the error and the help line say.
 Case = tuple[Callable[[World], list[str]], str, str]
 CASES: dict[str, Case] = {}
+# Found in the middle of a training.
+BEGUN = {"image_that_does_not_decode"}
 
 
 def case(
@@ -153,6 +167,166 @@ def evaluation_on_other_classes(w: World) -> list[str]:
 @case("has no split 'nights', found train, val, test")
 def split_that_does_not_exist(w: World) -> list[str]:
     return w.eval("--data", w.data, "--split", "nights")
+
+
+# ------------------------------------------------------------------------------- a training and its state
+
+
+@case("patience=3 needs a validation split", "add a val split")
+def patience_without_a_validation_split(w: World) -> list[str]:
+    (w.data / "val.json").unlink()
+    return w.train("patience=3")
+
+
+@case("patience=0", "paqdetr config show")
+def no_patience_at_all(w: World) -> list[str]:
+    return w.train("patience=0")
+
+
+@case("trackers", "paqdetr config show")
+def unknown_tracker(w: World) -> list[str]:
+    return w.train("trackers=[notebook]")
+
+
+@case("sync_batch_norm=True: torch synchronises batch norms on GPUs alone", "sync_batch_norm=false")
+def synchronised_norms_on_the_cpu(w: World) -> list[str]:
+    return w.train("sync_batch_norm=true")
+
+
+@case("nan_policy='ignore'", "paqdetr config show")
+def unknown_policy_for_nan(w: World) -> list[str]:
+    return w.train("nan_policy=ignore")
+
+
+@case("accumulate=0")
+def accumulation_of_nothing(w: World) -> list[str]:
+    return w.train("accumulate=0")
+
+
+@case("lr_rule='quadratic'")
+def unknown_rule_for_rates(w: World) -> list[str]:
+    return w.train("lr_rule=quadratic")
+
+
+@case("lr_reference_batch=-4")
+def negative_reference_batch(w: World) -> list[str]:
+    return w.train("lr_reference_batch=-4")
+
+
+@case("save_every_steps=0")
+def state_saved_every_zero_steps(w: World) -> list[str]:
+    return w.train("save_every_steps=0")
+
+
+@case("save_every_minutes=-1")
+def state_saved_every_negative_minute(w: World) -> list[str]:
+    return w.train("save_every_minutes=-1")
+
+
+@case("training_state.safetensors: not a readable safetensors file")
+def truncated_state(w: World) -> list[str]:
+    file = w.unfinished().state_file
+    file.write_bytes(file.read_bytes()[:-1000])
+    return w.resume()
+
+
+@case("training_state.safetensors: damaged: its content is not what was written", "copy it again")
+def state_with_a_flipped_bit(w: World) -> list[str]:
+    file = w.unfinished().state_file
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(bytes(content))
+    return w.resume()
+
+
+@case("model.safetensors: damaged: its content is not what was written")
+def checkpoint_with_a_flipped_bit(w: World) -> list[str]:
+    content = bytearray(w.checkpoint.read_bytes())
+    content[-1] ^= 1
+    w.checkpoint.write_bytes(bytes(content))
+    return w.eval()
+
+
+def change_state(run: Run, change: Callable[[dict[str, Any], dict[str, Any]], object]) -> None:
+    from paqdetr.checkpoint import read_checkpoint, write_checkpoint
+
+    tensors, header = read_checkpoint(run.state_file)
+    change(tensors, header)
+    write_checkpoint(run.state_file, tensors, header)
+
+
+@case("its header is not that of a training state of this version ('position')", "which wrote it")
+def state_of_another_version(w: World) -> list[str]:
+    change_state(w.unfinished(), lambda tensors, header: header.pop("position"))
+    return w.resume()
+
+
+@case("the run was started with 3 processes, now there are 1", "resume with as many")
+def state_of_more_processes(w: World) -> list[str]:
+    change_state(w.unfinished(), lambda tensors, header: header.update(intervals=header["intervals"] * 3))
+    return w.resume()
+
+
+@case("it is of another model: it lacks")
+def state_that_lacks_a_tensor(w: World) -> list[str]:
+    run = w.unfinished()
+    change_state(
+        run, lambda tensors, header: tensors.pop(next(key for key in tensors if key.startswith("model.")))
+    )
+    return w.resume()
+
+
+@case("training_state.safetensors: it is of another model: it lacks")
+def checkpoint_in_place_of_the_state(w: World) -> list[str]:
+    run = w.unfinished()
+    shutil.copy(run.last, run.state_file)
+    return w.resume()
+
+
+@case("an epoch of the run had 2 batches, now it has 1", "resume with the images it was started with")
+def state_of_other_images(w: World) -> list[str]:
+    w.unfinished()
+
+    def halve(content: dict[str, Any]) -> None:
+        kept = {row["id"] for row in content["images"][:4]}
+        content["images"] = content["images"][:4]
+        content["annotations"] = [row for row in content["annotations"] if row["image_id"] in kept]
+
+    w.edit("train", halve)
+    return w.resume()
+
+
+@case("the run was started with batch_size=4, now it is 2", "resume with the same settings")
+def resumption_with_another_batch_size(w: World) -> list[str]:
+    w.unfinished()
+    return w.resume("batch_size=2")
+
+
+@case("config.yaml: not valid YAML")
+def damaged_settings_of_a_run(w: World) -> list[str]:
+    w.unfinished().config_file.write_text("name: [paq")
+    return w.resume()
+
+
+@case("file/run")
+def output_below_a_file(w: World) -> list[str]:
+    return w.train(output=w.file("file") / "run")
+
+
+@case("nowhere: no such data folder")
+def plan_without_data(w: World) -> list[str]:
+    return ["plan", "paq_dino_nano", "--data", str(w.root / "nowhere")]
+
+
+@case("--steps", "`paqdetr plan --help`")
+def plan_of_no_steps(w: World) -> list[str]:
+    return ["plan", "paq_dino_nano", "--data", str(w.data), "--steps", "0"]
+
+
+@case("train.json: no image has boxes", "paqdetr data check")
+def overfitting_without_boxes(w: World) -> list[str]:
+    w.edit("train", lambda content: content.update(annotations=[]))
+    return ["plan", "paq_dino_nano", *w.settings, "--data", str(w.data), "--device", "cpu", "--overfit", "1"]
 
 
 # ----------------------------------------------------------------------------------------------- settings
@@ -404,4 +578,5 @@ def test_mistake(name: str, world: World, capsys: pytest.CaptureFixture[str]) ->
     assert {path: after.get(path) for path in before} == before
     new = {path.name for path in after.keys() - before.keys()}
     # Only a training that had begun leaves something: what --resume needs.
-    assert new <= ({"config.yaml", "metrics.jsonl"} if name == "image_that_does_not_decode" else set())
+    begun = {"config.yaml", "environment.json", "metrics.jsonl", "training_state.safetensors"}
+    assert new <= (begun if name in BEGUN else set())

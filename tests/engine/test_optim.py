@@ -8,7 +8,14 @@ import torch
 from torch import nn
 
 from paqdetr.config import Config, load_config
-from paqdetr.engine.optim import MovingAverage, build_optimizer, build_schedule, lr_factor, parameter_groups
+from paqdetr.engine.optim import (
+    MovingAverage,
+    build_optimizer,
+    build_schedule,
+    lr_factor,
+    lr_scale,
+    parameter_groups,
+)
 from paqdetr.models import create_model
 
 
@@ -153,3 +160,23 @@ def test_a_restored_average_goes_on_counting() -> None:
     average.update(model)
     assert average.updates == 6
     assert average.model.weight.item() == pytest.approx(6 / 15 * 1 + 9 / 15 * 3)  # type: ignore[operator, union-attr]
+
+
+@pytest.mark.parametrize(
+    ("rule", "batch", "accumulate", "processes", "expected"),
+    [
+        ("none", 4, 2, 8, 1.0),
+        ("linear", 2, 1, 1, 1 / 8),
+        ("linear", 4, 2, 4, 2.0),
+        ("sqrt", 4, 4, 4, 2.0),
+        ("sqrt", 16, 1, 1, 1.0),
+    ],
+)
+def test_rates_for_other_batch_sizes(
+    rule: str, batch: int, accumulate: int, processes: int, expected: float
+) -> None:
+    settings = load_config("paq_dino_nano", {"lr_rule": rule, "batch_size": batch, "accumulate": accumulate})
+    assert lr_scale(settings, processes) == pytest.approx(expected)
+    model = nn.ModuleDict({"backbone": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
+    rates = {group["initial_lr"] for group in parameter_groups(model, settings, scale=expected)}
+    assert rates == {settings.lr * expected, settings.backbone_lr * expected}

@@ -91,7 +91,7 @@ def require_same_end(one: Run, other: Run) -> None:
         )
         assert mine_rows == its_rows
     keys = {key.split(".")[0] for key in read_checkpoint(one.state_file)[0]}
-    assert keys == {"model", "average", "optimizer"}
+    assert keys == {"model", "average", "optimizer", "random"}
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +10,7 @@ import pytest
 
 from paqdetr.config import load_config
 from paqdetr.engine.run import Run, prepare_run
-from paqdetr.errors import ConfigError
+from paqdetr.errors import ConfigError, StorageError
 
 CONFIG = load_config("paq_dino_nano", {"epochs": 3})
 
@@ -111,3 +114,52 @@ def test_the_first_of_equal_figures_is_the_best(tmp_path: Path) -> None:
     for epoch, ap in ((1, 0.0), (2, 0.3), (3, 0.3)):
         run.append({"kind": "eval", "epoch": epoch, "AP": ap})
     assert run.metrics["epoch"] == 2  # as best.safetensors, which only a better one replaces
+
+
+def test_records_that_cannot_be_written(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.metrics_file.mkdir()
+    with pytest.raises(StorageError, match=r"metrics\.jsonl: cannot be written \(Is a directory\)") as caught:
+        run.append({"kind": "train", "step": 1})
+    assert "--resume" in caught.value.remedy
+
+
+def test_what_a_killed_process_left_half_written_goes(tmp_path: Path) -> None:
+    run = begun(tmp_path / "run")
+    for name in (".last.safetensors.4711.tmp", ".notes", "mine.tmp"):
+        (run.output / name).write_text("x")
+    run.remove_leftovers()
+    assert sorted(path.name for path in run.output.iterdir()) == [".notes", "config.yaml", "mine.tmp"]
+
+
+def test_starts_are_noted_one_after_the_other(tmp_path: Path) -> None:
+    run = begun(tmp_path / "run")
+    run.add_environment({"command": "a"})
+    run.add_environment({"command": "b"})
+    assert json.loads(run.environment_file.read_text()) == [{"command": "a"}, {"command": "b"}]
+    run.environment_file.write_text("[{")  # of use to a reader alone
+    run.add_environment({"command": "c"})
+    assert json.loads(run.environment_file.read_text()) == [{"command": "c"}]
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from paqdetr.engine.run import Run
+held = Run(Path(sys.argv[1])).hold()
+print("held", flush=True)
+time.sleep(120)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows keeps nobody out")
+def test_one_training_at_a_time(tmp_path: Path) -> None:
+    run = begun(tmp_path / "run")
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(run.output)], stdout=-1, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match="another process is training there"):
+            run.hold()
+        other.kill()
+    held = run.hold()  # nothing is left of one that was killed
+    assert held is not None
+    held.close()

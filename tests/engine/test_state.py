@@ -6,14 +6,18 @@ import pytest
 import torch
 from torch import nn
 
-from paqdetr.checkpoint import read_header
+from paqdetr.checkpoint import read_checkpoint, read_header, write_checkpoint
 from paqdetr.config import load_config
 from paqdetr.engine.optim import MovingAverage, build_optimizer
-from paqdetr.engine.state import Position, load_state, save_state
+from paqdetr.engine.state import Own, Position, SavedState, load_state, save_state
 from paqdetr.errors import CheckpointError
 
 CONFIG = load_config("paq_dino_nano")
-POSITION = Position(epoch=3, step=17, best_ap=0.25, metrics_size=1234, seconds=5.5)
+POSITION = Position(epoch=3, step=17, best_ap=0.25, metrics_size=1234, seconds=5.5, stale=2)
+OWNS = [
+    Own({"cpu": torch.arange(9, dtype=torch.uint8)}, {"steps": 1, "sums": {"loss": 0.1 + 0.2}}),
+    Own({"cpu": torch.ones(9, dtype=torch.uint8), "cuda": torch.zeros(3, dtype=torch.uint8)}, {"steps": 0}),
+]
 
 
 class Parts:
@@ -34,9 +38,18 @@ class Parts:
             self.average.update(self.model)
 
     def save(self, path: Path) -> None:
-        save_state(path, model=self.model, average=self.average, optimizer=self.optimizer, position=POSITION)
+        save_state(
+            path,
+            model=self.model,
+            average=self.average,
+            optimizer=self.optimizer,
+            position=POSITION,
+            owns=OWNS,
+            scaler={"scale": 1024.0, "_growth_tracker": 3},
+            batches=5,
+        )
 
-    def load(self, path: Path) -> Position:
+    def load(self, path: Path) -> SavedState:
         return load_state(path, model=self.model, average=self.average, optimizer=self.optimizer)
 
 
@@ -44,7 +57,13 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
     path = tmp_path / "state.safetensors"
     one, other = Parts(steps=3), Parts(seed=1)
     one.save(path)
-    assert other.load(path) == POSITION
+    saved = other.load(path)
+    assert saved.position == POSITION and saved.batches == 5
+    assert saved.scaler == {"scale": 1024.0, "_growth_tracker": 3}
+    assert [own.interval for own in saved.owns] == [own.interval for own in OWNS]  # floats to the last bit
+    for own, expected in zip(saved.owns, OWNS, strict=True):
+        assert own.random.keys() == expected.random.keys()
+        assert all(torch.equal(own.random[key], expected.random[key]) for key in own.random)
     assert other.average.updates == 3
     for module in ("model", "average"):
         mine, its = (getattr(p, module) for p in (one, other))
@@ -72,6 +91,17 @@ def test_state_of_another_model(tmp_path: Path) -> None:
     Parts(steps=1).save(tmp_path / "state.safetensors")
     with pytest.raises(CheckpointError, match=r"of another model: it has another shape for 0.weight"):
         Parts(width=5).load(tmp_path / "state.safetensors")
+
+
+def test_state_of_another_version(tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    Parts(steps=1).save(path)
+    tensors, header = read_checkpoint(path)
+    del header["position"]["step"]
+    write_checkpoint(path, tensors, header)
+    with pytest.raises(CheckpointError, match="not that of a training state of this version") as caught:
+        Parts().load(path)
+    assert header["version"] in caught.value.remedy
 
 
 def test_damaged_state(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from paqdetr.checkpoint import read_checkpoint, read_header
 from paqdetr.config import load_config
 from paqdetr.engine import Callback, Run, evaluate, train
 from paqdetr.engine.events import TrainingPlan
+from paqdetr.engine.figures import mixture_figures
 from paqdetr.engine.optim import lr_factor
-from paqdetr.engine.train import mixture_figures
 from paqdetr.errors import ConfigError, DataError, NonFiniteError, UserError
 from paqdetr.models.detector import Detector
 from paqdetr.paq import Mixture
@@ -69,6 +69,7 @@ def test_the_run_folder(tiny_run: Run, tiny_settings: dict[str, Any]) -> None:
         "best.safetensors",
         "config.yaml",
         "curves.png",
+        "environment.json",
         "last.safetensors",
         "metrics.jsonl",
         "predictions.png",
@@ -256,6 +257,149 @@ def test_mixture_figures_by_hand() -> None:
     assert figures["mixture_entropy"] == pytest.approx((0 + 0.5 + 1) / 3)
     Output.mixture = Mixture(content=content, weights=None)
     assert mixture_figures(Output()).keys() == {"query_cosine"}  # type: ignore[arg-type]
+
+
+# --------------------------------------------------------------------------------------- steps and their ends
+
+
+def small(tiny_digits: Path, tiny_settings: dict[str, Any], output: Path, **arguments: Any) -> Run:
+    settings = {**tiny_settings, "workers": 0, **arguments.pop("settings", {})}
+    fixed: dict[str, Any] = {"data": tiny_digits, "device": "cpu", "settings": settings}
+    return train("paq_dino_nano", output=output, **fixed | arguments)
+
+
+def test_accumulated_batches_make_one_step(
+    tmp_path: Path, tiny_digits: Path, tiny_settings: dict[str, Any], no_pictures: None
+) -> None:
+    """Eight images are four batches of two: one step of three and one of what is left."""
+    listener = Listener()
+    settings = {"batch_size": 2, "accumulate": 3}
+    run = small(
+        tiny_digits, tiny_settings, tmp_path / "run", epochs=2, settings=settings, callbacks=[listener]
+    )
+    assert [record["step"] for record in run.records("train")] == [1, 2, 3, 4]
+    assert [record["step"] for record in run.records("eval")] == [2, 4]
+    assert listener.of("start")[0].step_images == 6
+    assert read_header(run.state_file)["updates"] == 4
+
+
+def test_a_training_without_progress_ends_early(
+    tmp_path: Path,
+    tiny_digits: Path,
+    tiny_settings: dict[str, Any],
+    no_pictures: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """AP .1 .3 .2 .3 .2: with patience 3 the fifth evaluation is the last."""
+    figures = iter([0.1, 0.3, 0.2, 0.3, 0.2, 0.9])
+    evaluate_together = MODULE.evaluate_together
+
+    def pretend(*args: Any, **kwargs: Any) -> Any:
+        found = evaluate_together(*args, **kwargs)
+        ap = next(figures)
+        monkeypatch.setattr(type(found), "to_json", lambda self: {"AP": ap, "AP50": ap})
+        return found
+
+    monkeypatch.setattr(MODULE, "evaluate_together", pretend)
+    run = small(tiny_digits, tiny_settings, tmp_path / "run", epochs=20, patience=3)
+    assert [record["AP"] for record in run.records("eval")] == [0.1, 0.3, 0.2, 0.3, 0.2]
+    (finished,) = run.records("finished")
+    assert finished["epoch"] == 5 and finished["stopped"] == "no better AP in 3 evaluations"
+    assert read_header(run.best)["epoch"] == 2 and run.metrics["epoch"] == 2
+    state = read_header(run.state_file)["position"]
+    assert state["stale"] == 3 and state["best_ap"] == 0.3
+    # Resumed before it could say so, it ends at once.
+    lines = run.metrics_file.read_text().splitlines(keepends=True)
+    run.metrics_file.write_text("".join(lines[:-1]))
+    small(tiny_digits, tiny_settings, run.output, epochs=20, patience=3, resume=True)
+    assert run.finished and len(run.records("eval")) == 5
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_left_out(
+    tmp_path: Path,
+    tiny_digits: Path,
+    tiny_settings: dict[str, Any],
+    no_pictures: None,
+    monkeypatch: pytest.MonkeyPatch,
+    what: str,
+) -> None:
+    build, calls = MODULE.build_criterion, 0
+
+    def poisoned(config: Any) -> Any:
+        criterion = build(config)
+        classify = criterion.classify
+
+        def bad(logits: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:
+            nonlocal calls
+            calls += 1
+            loss = classify(logits, goal)
+            if calls not in (3, 4):  # matched and denoising terms of the second step
+                return loss
+            if what == "loss":
+                return loss * float("nan")
+            # Finite, with a gradient that is not: the root of zero.
+            return loss + (logits - logits.detach()).abs().sqrt().sum() * 0
+
+        criterion.classify = bad
+        return criterion
+
+    monkeypatch.setattr(MODULE, "build_criterion", poisoned)
+    listener = Listener()
+    arguments: dict[str, Any] = {"max_steps": 3, "nan_policy": "skip-step", "callbacks": [listener]}
+    run = small(tiny_digits, tiny_settings, tmp_path / "run", **arguments)
+    assert [record["step"] for record in run.records("train")] == [1, 3]
+    (skipped,) = run.records("skipped")
+    assert skipped["step"] == 2 and "became nan on images [" in skipped["reason"]
+    assert [step for step, _ in listener.of("step")] == [1, 2, 3]
+    assert math.isnan(listener.of("step")[1][1])
+    assert read_header(run.state_file)["updates"] == 2
+    tensors, _ = read_checkpoint(run.last)
+    assert all(bool(tensor.isfinite().all()) for tensor in tensors.values())
+
+    calls = 0
+    with pytest.raises(NonFiniteError, match=r"became nan on images \["):
+        small(tiny_digits, tiny_settings, tmp_path / "other", max_steps=3)
+
+
+def test_too_many_steps_left_out_in_a_row(
+    tmp_path: Path, tiny_digits: Path, tiny_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = MODULE.build_criterion
+
+    def poisoned(config: Any) -> Any:
+        criterion = build(config)
+        classify = criterion.classify
+        criterion.classify = lambda logits, goal: classify(logits, goal) * float("inf")
+        return criterion
+
+    monkeypatch.setattr(MODULE, "build_criterion", poisoned)
+    monkeypatch.setattr(MODULE, "_MOST_SKIPPED", 3)
+    with pytest.raises(
+        NonFiniteError, match="3 steps in a row were left out; the last because the loss became"
+    ):
+        small(tiny_digits, tiny_settings, tmp_path / "run", epochs=9, nan_policy="skip-step")
+    assert len(Run(tmp_path / "run").records("skipped")) == 3
+
+
+def test_the_run_says_what_it_was_made_with(tiny_run: Run) -> None:
+    (entry,) = json.loads(tiny_run.environment_file.read_text())
+    assert entry["paqdetr"] == paqdetr.__version__ and entry["packages"]["torch"] == torch.__version__
+    assert entry["machine"]["memory_gib"] > 0 and entry["processes"] == 1 and "pytest" in entry["command"]
+    assert entry["git"] is None or len(entry["git"]["commit"]) == 40
+
+
+def test_nothing_that_is_written_holds_a_pickle(tiny_run: Run) -> None:
+    import pickletools
+    import zipfile
+
+    for path in tiny_run.output.iterdir():
+        assert path.suffix in (".safetensors", ".json", ".jsonl", ".yaml", ".png") and not zipfile.is_zipfile(
+            path
+        )
+        with pytest.raises(ValueError), path.open("rb") as file:
+            for _ in pickletools.genops(file):
+                pass
 
 
 # --------------------------------------------------------------------------------------------- what fails

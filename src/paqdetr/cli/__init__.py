@@ -15,8 +15,8 @@ import typer
 # Before torch starts its threads: idle ones that spin without end slow a busy machine down several times.
 os.environ.setdefault("GOMP_SPINCOUNT", "300000")
 
-from paqdetr.cli import config, data, evaluate, models, predict, train
-from paqdetr.cli.console import errors, print_styled
+from paqdetr.cli import config, data, evaluate, models, plan, predict, train
+from paqdetr.cli.console import Ended, errors, print_styled
 from paqdetr.errors import UserError
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("train")(train.train)
+app.command("plan")(plan.plan)
 app.command("eval")(evaluate.evaluate)
 app.command("predict")(predict.predict)
 app.command("models")(models.models)
@@ -53,7 +54,11 @@ def run(argv: Sequence[str]) -> int:
         if code == 130:  # typer has caught Ctrl-C itself
             return _interrupted()
         return code if isinstance(code, int) else 0
+    except Ended as ended:
+        return ended.code
     except UserError as error:
+        if error.told_elsewhere:  # by another of several processes
+            return 2
         return _mistake(error.message, error.remedy, debug=debug)
     except Exception as error:
         # typer may carry a copy of click: know its errors by this
@@ -90,13 +95,15 @@ def run(argv: Sequence[str]) -> int:
 def _mistake(message: str, remedy: str, *, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print_styled(errors, ("error:", "bold red"), f" {message}")
+    rank = os.environ.get("RANK", "0")
+    where = "" if rank == "0" else f" process {rank}:"
+    print_styled(errors, ("error:", "bold red"), f"{where} {message}")
     print_styled(errors, ("help:", "bold"), f" {remedy}")
     return 2
 
 
 def _interrupted() -> int:
     print_styled(
-        errors, ("interrupted:", "bold"), " a training goes on from its last whole epoch with --resume"
+        errors, ("interrupted:", "bold"), " a training goes on from its last saved state with --resume"
     )
     return 130

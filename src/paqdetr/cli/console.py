@@ -16,6 +16,14 @@ results = Console(highlight=False, markup=False, emoji=False)
 errors = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
+class Ended(Exception):
+    """A verb has said what there is to say, and ends the program with this exit code."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
 def print_styled(console: Console, *parts: str | tuple[str, str]) -> None:
     """One line from plain pieces and (piece, style) pairs; a line break inside a piece becomes a space."""
     plain = [part if isinstance(part, tuple) else (part, "") for part in parts]

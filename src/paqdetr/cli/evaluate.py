@@ -36,7 +36,10 @@ def evaluate(
             raise ConfigError("eval CHECKPOINT needs --data", "name the data set's folder")
         if iou_type != "bbox" or annotations is not None:
             raise ConfigError("--iou-type and --annotations go with --results", "leave them out")
-        figures, title = _of_checkpoint(checkpoint, data, split, batch_size, device)
+        found = _of_checkpoint(checkpoint, data, split, batch_size, device)
+        if found is None:
+            return  # another process prints and writes
+        figures, title = found
     else:
         assert results_file is not None
         if annotations is None:
@@ -50,14 +53,25 @@ def evaluate(
 
 def _of_checkpoint(
     checkpoint: Path, data: Path, split: str, batch_size: int, device: str
-) -> tuple[dict[str, Any], str]:
-    from paqdetr.engine import evaluate as run_evaluation
-    from paqdetr.engine.device import require_device
+) -> tuple[dict[str, Any], str] | None:
+    from paqdetr.data.coco import open_split
+    from paqdetr.engine.evaluate import evaluate_together
+    from paqdetr.engine.processes import Processes, leave
     from paqdetr.models import load
 
-    model = load(checkpoint, device=str(require_device(device)))
+    processes = Processes.join(device)
+    model = load(checkpoint, device=str(processes.device))
     with progress_bar(f"evaluate on {split}") as progress:
-        found = run_evaluation(model, data=data, split=split, batch_size=batch_size, progress=progress)
+        found = evaluate_together(
+            model,
+            open_split(data, split),
+            processes,
+            batch_size=batch_size,
+            progress=progress if processes.main else None,
+        )
+    leave()
+    if found is None:
+        return None
     return found.to_json(), f"{model.name} on {data} {split}, {found.images_per_second:.1f} images/s"
 
 

@@ -40,7 +40,7 @@ class TrainingProgress(Callback):
         config = plan.config
         done = f", resumed at step {plan.first_step}" if plan.first_step else ""
         what = (
-            f": {plan.images} images, {plan.total_steps} steps of {config.batch_size} on {plan.device}{done}"
+            f": {plan.images} images, {plan.total_steps} steps of {plan.step_images} on {plan.device}{done}"
         )
         print_styled(errors, (config.name, "bold"), what)
         self._bar.start()
@@ -66,6 +66,12 @@ class TrainingProgress(Callback):
             f"lr {record['lr']:.2e}  {record['images_per_second']:.1f} images/s{positives}",
             soft_wrap=True,
         )
+
+    def on_skip(self, record: dict[str, Any]) -> None:
+        errors.print(f"step {record['step']} left out: {record['reason']}", soft_wrap=True)
+
+    def on_interrupt(self, name: str) -> None:
+        errors.print(f"{name}: finishing the step, then saving; a second one ends at once", soft_wrap=True)
 
     def on_evaluation_progress(self, done: int, total: int) -> None:
         if self._eval is None:

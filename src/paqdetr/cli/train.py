@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from paqdetr.cli.console import errors, results, show
+from paqdetr.cli.console import Ended, errors, print_styled, results, show
 
 
 def train(
@@ -31,23 +31,45 @@ def train(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Short for seed=N.")] = None,
     amp: Annotated[str | None, typer.Option(help="Short for amp=bf16|fp16|no.")] = None,
+    auto_batch: Annotated[
+        bool, typer.Option("--auto-batch", help="Take the largest batch that fits into memory.")
+    ] = False,
 ) -> None:
-    """Train a detector and evaluate it on the validation split."""
+    """Train a detector and evaluate it on the validation split.
+
+    Ctrl-C or SIGTERM finishes the step and saves the state; --resume continues from there.
+    """
     from paqdetr.cli.progress import TrainingProgress
     from paqdetr.config import parse_overrides
     from paqdetr.engine import train as run_training
+    from paqdetr.engine.environment import command_line
+    from paqdetr.engine.interrupt import TrainingInterrupted
+    from paqdetr.engine.processes import leave, this_is_main
 
     overrides = parse_overrides(settings or [])
     overrides |= {key: value for key, value in (("seed", seed), ("amp", amp)) if value is not None}
-    run = run_training(
-        model,
-        data=data,
-        output=output,
-        resume=resume,
-        device=device,
-        settings=overrides,
-        callbacks=[TrainingProgress()],
-    )
+    try:
+        run = run_training(
+            model,
+            data=data,
+            output=output,
+            resume=resume,
+            device=device,
+            auto_batch=auto_batch,
+            settings=overrides,
+            callbacks=[TrainingProgress()],
+        )
+    except TrainingInterrupted as interrupted:
+        if this_is_main():
+            command = command_line() + ("" if resume else " --resume")
+            print_styled(
+                errors, ("interrupted:", "bold"), f" saved at step {interrupted.step}; continue with"
+            )
+            errors.print(f"  {command}", soft_wrap=True)
+        raise Ended(interrupted.exit_code) from None
+    leave()
+    if not this_is_main():
+        return
     best = run.metrics
     table = Table(title=f"run {run.output}", title_justify="left", show_header=False)
     if best:
@@ -55,6 +77,8 @@ def train(
         table.add_row("AP50", show(best["AP50"]))
         table.add_row("AP after NMS", show(best["AP_nms"]))
     finished = run.records("finished")[-1]
+    if "stopped" in finished:
+        table.add_row(f"stopped after epoch {finished['epoch']}", finished["stopped"])
     table.add_row("training time", f"{finished['seconds'] / 60:.1f} min")
     table.add_row("peak memory", f"{finished['peak_memory_gib']:.2f} GiB")
     results.print(table)

@@ -245,6 +245,12 @@ class Config(Section):
     batch_size: int = Field(default=2, ge=1)
     lr: float = Field(default=1e-4, gt=0)
     backbone_lr: float = Field(default=1e-5, gt=0)
+    accumulate: int = Field(
+        default=1, ge=1, description="batches whose gradients make one step, as if they were one batch"
+    )
+    # Rates are for a step over `lr_reference_batch` images; the rule says what other numbers of them do to the rates.
+    lr_rule: Literal["none", "linear", "sqrt"] = "none"
+    lr_reference_batch: int = Field(default=16, ge=1)
     # Sampling offsets and the layer that makes reference points learn slower in the published recipes.
     offsets_lr_scale: float = Field(default=0.1, gt=0)
     weight_decay: float = Field(default=1e-4, ge=0)
@@ -257,13 +263,30 @@ class Config(Section):
     ema_decay: float = Field(default=0.9998, ge=0, lt=1, description="0 switches the moving average off")
     amp: Literal["no", "bf16", "fp16"] = "no"
     channels_last: bool = False
+    sync_batch_norm: bool = Field(
+        default=False, description="batch norms that train see the images of all processes"
+    )
+    nan_policy: Literal["raise", "skip-step"] = Field(
+        default="raise",
+        description="what a loss or gradient that is not finite does: end, or leave out the step",
+    )
     seed: int = Field(default=0, ge=0)
     workers: int = Field(default=2, ge=0)
     cache_images: float = Field(default=2.0, ge=0, description="GiB of decoded images kept in memory")
     eval_every: int = Field(
         default=1, ge=1, description="epochs between evaluations; the last epoch always has one"
     )
+    patience: int | None = Field(
+        default=None, ge=1, description="stop after so many evaluations without a better AP"
+    )
     log_every: int = Field(default=20, ge=1, description="steps between records in metrics.jsonl")
+    save_every_steps: int | None = Field(
+        default=None, ge=1, description="save the state within an epoch too, after so many steps"
+    )
+    save_every_minutes: float | None = Field(default=None, gt=0, description="likewise, by the clock")
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = Field(
+        default=(), description="where records go besides metrics.jsonl"
+    )
 
     @field_validator("amp", mode="before")
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -109,6 +110,10 @@ class TrainingBatches(Sampler[list[SampleKey]]):
         sizes: (N, 2) (height, width) of the images.
         scale: range from which each batch draws its scale.
         rank, world_size: this process, and how many there are.
+
+    Attributes:
+        epoch: which pass over the data comes next.
+        start: batches of this process that the next pass leaves out at its beginning, because they are done.
     """
 
     def __init__(
@@ -123,7 +128,7 @@ class TrainingBatches(Sampler[list[SampleKey]]):
     ) -> None:
         self.batch_size, self.scale, self.seed = batch_size, scale, seed
         self.rank, self.world_size = rank, world_size
-        self.epoch = 0
+        self.epoch = self.start = 0
         self._tall = np.asarray(sizes[:, 0] > sizes[:, 1])
 
     def __len__(self) -> int:
@@ -145,11 +150,17 @@ class TrainingBatches(Sampler[list[SampleKey]]):
         batches = batches[rng.permutation(len(batches))]
         scales = rng.uniform(*self.scale, size=len(batches))
         seeds = rng.integers(2**62, size=batches.shape)
-        for number in range(self.rank, len(batches), self.world_size):
+        for number in range(self.rank + self.start * self.world_size, len(batches), self.world_size):
             yield [
                 SampleKey(int(index), int(seed), float(scales[number]))
                 for index, seed in zip(batches[number], seeds[number], strict=True)
             ]
+
+
+def leave_signals_to_the_parent(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal: a worker goes on until the training, which finishes its step, ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def collate(samples: Sequence[tuple[Tensor, Targets] | Failure]) -> Batch | Failure:
@@ -195,6 +206,7 @@ class TrainingLoader:
             num_workers=workers,
             collate_fn=collate,
             persistent_workers=workers > 0,
+            worker_init_fn=leave_signals_to_the_parent,
             pin_memory=torch.cuda.is_available(),
             # Of its own: each start of workers draws a number, which must not change the training's noise.
             generator=torch.Generator(),
@@ -209,6 +221,14 @@ class TrainingLoader:
             if isinstance(batch, Failure):
                 raise batch.kind(batch.message, batch.remedy)
             yield batch
+
+    def close(self) -> None:
+        """End the worker processes."""
+        # Dropping the loader would do it too, but only when nothing refers to it any more, a traceback for example.
+        end = getattr(self._loader._iterator, "_shutdown_workers", None)
+        if end is not None:
+            end()
+        self._loader._iterator = None
 
 
 def training_loader(

@@ -1,4 +1,8 @@
-"""A model against a split: the COCO figures, with and without removing copies."""
+"""A model against a split: the COCO figures, with and without removing copies.
+
+Several processes share out the batches, which one process alone would make just so; the main one puts them in order and
+computes the figures. No image is seen twice, and the figures do not depend on how many processes there are.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,8 @@ import numpy as np
 
 from paqdetr.data.coco import CocoDataset, open_split
 from paqdetr.data.loader import read_picture
-from paqdetr.errors import DataError
+from paqdetr.engine.processes import Processes
+from paqdetr.errors import DataError, UserError
 from paqdetr.metrics.coco import CocoFigures, evaluate_detections, non_maximum_suppression
 from paqdetr.models.detector import Detector
 from paqdetr.models.inference import detect_batch
@@ -87,15 +92,43 @@ def evaluate_split(
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """As `evaluate`, on a split that is open already."""
+    found = evaluate_together(model, split, Processes(), batch_size=batch_size, progress=progress)
+    assert found is not None
+    return found
+
+
+def evaluate_together(
+    model: Detector,
+    split: CocoDataset,
+    processes: Processes,
+    *,
+    batch_size: int = 4,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation | None:
+    """As `evaluate_split`, by several processes, each with the same model. All have to call it.
+
+    Returns:
+        the figures in the main process, None in the others.
+    """
     require_same_classes(model.classes, split)
     started = time.perf_counter()
-    found: list[Detections] = []
-    for index, detections in detect_split(model, split, batch_size=batch_size):
-        detections.image_id = split.image_ids[index]
-        found.append(detections)
-        if progress is not None:
-            progress(len(found), len(split))
+    own: list[tuple[int, Detections]] = []
+    failure: UserError | None = None
+    try:
+        for index, detections in detect_split(model, split, batch_size=batch_size, processes=processes):
+            detections.image_id = split.image_ids[index]
+            own.append((index, detections))
+            if progress is not None:
+                progress(min(len(own) * processes.count, len(split)), len(split))
+    except UserError as error:
+        failure = error
+    processes.raise_together(failure)
+    shares = processes.gather(own)
+    if shares is None:
+        return None
     seconds = time.perf_counter() - started
+    by_index = {index: detections for share in shares for index, detections in share}
+    found = [by_index[index] for index in range(len(split))]
     results = [row for detections in found for row in detections.to_coco()]
     cleaned = [row for detections in found for row in non_maximum_suppression(detections).to_coco()]
     return Evaluation(
@@ -108,18 +141,25 @@ def evaluate_split(
     )
 
 
-def detect_split(model: Detector, split: CocoDataset, *, batch_size: int) -> Iterator[tuple[int, Detections]]:
-    """(index, detections) of every image, in batches of one size: what an image is batched with never matters."""
+def detect_split(
+    model: Detector, split: CocoDataset, *, batch_size: int, processes: Processes | None = None
+) -> Iterator[tuple[int, Detections]]:
+    """(index, detections) of every image, in batches of one size: what an image is batched with never matters. Of several
+    processes each takes its share of the batches."""
+    processes = processes or Processes()
     buckets: dict[tuple[int, int], list[int]] = defaultdict(list)
     for index, (height, width) in enumerate(split.sizes.tolist()):
         buckets[model.preprocessing.target_size(height, width)].append(index)
-    for size, members in buckets.items():
-        for start in range(0, len(members), batch_size):
-            chosen = members[start : start + batch_size]
-            pictures = [read_picture(split, index) for index in chosen]
-            images = [model.preprocessing(picture, size) for picture in pictures]
-            sizes = [(picture.height, picture.width) for picture in pictures]
-            yield from zip(chosen, detect_batch(model, images, sizes), strict=True)
+    batches = [
+        (size, members[start : start + batch_size])
+        for size, members in buckets.items()
+        for start in range(0, len(members), batch_size)
+    ]
+    for size, chosen in batches[processes.index :: processes.count]:
+        pictures = [read_picture(split, index) for index in chosen]
+        images = [model.preprocessing(picture, size) for picture in pictures]
+        sizes = [(picture.height, picture.width) for picture in pictures]
+        yield from zip(chosen, detect_batch(model, images, sizes), strict=True)
 
 
 def require_same_classes(classes: ClassTable, split: CocoDataset) -> None:

@@ -18,6 +18,7 @@ class TrainingPlan:
         total_steps: optimiser steps in all.
         images: of the training split.
         device: that trains.
+        step_images: images of an optimiser step, of all processes.
     """
 
     config: Config
@@ -25,6 +26,7 @@ class TrainingPlan:
     total_steps: int
     images: int
     device: str
+    step_images: int
 
 
 class Callback:
@@ -34,10 +36,16 @@ class Callback:
         """Before the first step."""
 
     def on_step(self, step: int, loss: float) -> None:
-        """After every optimiser step; step counts from 1."""
+        """After every optimiser step; step counts from 1. The loss is that of all processes, NaN if the step was left out."""
 
     def on_record(self, record: dict[str, Any]) -> None:
         """After every record of kind "train", written each `log_every` steps."""
+
+    def on_skip(self, record: dict[str, Any]) -> None:
+        """After a record of kind "skipped": a step that `nan_policy` left out."""
+
+    def on_interrupt(self, name: str) -> None:
+        """When a signal such as "SIGINT" arrives; the step in hand is still finished and the state saved."""
 
     def on_evaluation_progress(self, done: int, total: int) -> None:
         """While a split is evaluated: images done."""
@@ -66,6 +74,14 @@ class Callbacks(Callback):
     def on_record(self, record: dict[str, Any]) -> None:
         for callback in self.callbacks:
             callback.on_record(record)
+
+    def on_skip(self, record: dict[str, Any]) -> None:
+        for callback in self.callbacks:
+            callback.on_skip(record)
+
+    def on_interrupt(self, name: str) -> None:
+        for callback in self.callbacks:
+            callback.on_interrupt(name)
 
     def on_evaluation_progress(self, done: int, total: int) -> None:
         for callback in self.callbacks:

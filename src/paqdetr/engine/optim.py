@@ -13,9 +13,19 @@ from torch.optim.swa_utils import AveragedModel
 from paqdetr.config import Config
 
 
-def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, object]]:
+def lr_scale(config: Config, processes: int = 1) -> float:
+    """What the rule for other batch sizes multiplies every learning rate by.
+
+    "linear" is proportional to the images of a step (Goyal et al., arXiv 1706.02677, section 2.1), "sqrt" to their root
+    (for Adam: Malladi et al., arXiv 2205.10287).
+    """
+    ratio = config.batch_size * config.accumulate * processes / config.lr_reference_batch
+    return {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[config.lr_rule]
+
+
+def parameter_groups(model: nn.Module, config: Config, *, scale: float = 1.0) -> list[dict[str, object]]:
     """Trainable parameters by learning rate and weight decay: backbone, sampling offsets and reference points learn slower,
-    norms and biases do not decay."""
+    norms and biases do not decay. All rates are multiplied by `scale`."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -25,6 +35,7 @@ def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, object]
             lr = config.backbone_lr
         elif "sampling_offsets" in name or "point_head" in name:
             lr = config.lr * config.offsets_lr_scale
+        lr *= scale
         decay = 0.0 if parameter.ndim == 1 else config.weight_decay
         groups.setdefault((lr, decay), []).append(parameter)
     # A schedule that starts in mid-training reads initial_lr: lr is then already changed.
@@ -34,9 +45,9 @@ def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, object]
     ]
 
 
-def build_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, config: Config, *, scale: float = 1.0) -> torch.optim.AdamW:
     """AdamW over `parameter_groups`."""
-    return torch.optim.AdamW(parameter_groups(model, config), lr=config.lr, fused=True)
+    return torch.optim.AdamW(parameter_groups(model, config, scale=scale), lr=config.lr * scale, fused=True)
 
 
 def lr_factor(config: Config, step: int, total_steps: int) -> float:

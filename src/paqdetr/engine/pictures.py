@@ -13,9 +13,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw, ImageFont
 
+from paqdetr.data.coco import CocoDataset
 from paqdetr.drawing import draw_detections, draw_targets, font_path
 from paqdetr.errors import DataError
 from paqdetr.images import read_image
+from paqdetr.models import Detector
 from paqdetr.structures import Detections
 
 # Okabe and Ito's colours, told apart with any colour vision.
@@ -341,3 +343,13 @@ def _thin(steps: np.ndarray, values: np.ndarray, most: int = 1500) -> tuple[np.n
     """Every n-th point: more than a panel has pixels only makes an SVG heavy."""
     stride = math.ceil(len(steps) / most) or 1
     return steps[::stride], values[::stride]
+
+
+def draw_predictions(model: Detector, split: CocoDataset, output: Path, *, images: int = 12) -> None:
+    """Write a contact sheet of the first images of a split: predictions beside ground truth."""
+    items = []
+    for index in range(min(images, len(split))):
+        picture = split.image(index)
+        ids = [split.classes.ids[label] for label in split.labels(index).tolist()]
+        items.append((picture, model.predict(picture)[0], GroundTruth(split.boxes(index), ids)))
+    contact_sheet(items, split.classes.id_to_name, output=output)

@@ -6,13 +6,23 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from paqdetr.checkpoint import write_whole
 from paqdetr.config import Config, load_config
-from paqdetr.errors import ConfigError
+from paqdetr.errors import ConfigError, StorageError
 from paqdetr.models import Detector, load
 
 _ENDED = "finished"
+# What may differ when a run is continued: it changes neither weights nor figures.
+_FREE = (
+    "workers",
+    "cache_images",
+    "save_every_steps",
+    "save_every_minutes",
+    "trackers",
+    "nan_policy",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +30,8 @@ class Run:
     """A training's output.
 
     Attributes:
-        output: the folder, with config.yaml, metrics.jsonl, best.safetensors, last.safetensors, curves.png, predictions.png.
+        output: the folder, with config.yaml, environment.json, metrics.jsonl, best.safetensors, last.safetensors,
+            training_state.safetensors, curves.png, predictions.png.
     """
 
     output: Path
@@ -29,6 +40,11 @@ class Run:
     def config_file(self) -> Path:
         """Settings as resolved."""
         return self.output / "config.yaml"
+
+    @property
+    def environment_file(self) -> Path:
+        """A json list with an entry for each start and resumption: command, versions, git commit, machine."""
+        return self.output / "environment.json"
 
     @property
     def metrics_file(self) -> Path:
@@ -80,14 +96,66 @@ class Run:
     def write_config(self, config: Config) -> None:
         """Write the settings, whole or not at all, unless they are there."""
         if not self.config_file.exists():
-            temporary = self.output / f".config.{os.getpid()}.tmp"
-            temporary.write_text(config.to_yaml(), encoding="utf-8")
-            temporary.replace(self.config_file)
+            text = config.to_yaml()
+            write_whole(self.config_file, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def add_environment(self, entry: dict[str, Any]) -> None:
+        """Note what this start or resumption runs with."""
+        try:
+            entries = json.loads(self.environment_file.read_text(encoding="utf-8"))
+        except (FileNotFoundError, json.JSONDecodeError):
+            entries = []
+        text = json.dumps([*entries, entry], indent=1) + "\n"
+        write_whole(self.environment_file, lambda path: path.write_text(text, encoding="utf-8"))
 
     def append(self, record: dict[str, Any]) -> None:
-        """Add a record to metrics.jsonl."""
-        with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        """Add a record to metrics.jsonl.
+
+        Raises:
+            StorageError: the file cannot be written.
+        """
+        try:
+            with self.metrics_file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise StorageError(
+                f"{self.metrics_file}: cannot be written ({error.strerror})",
+                "check the disk's space and the folder's permissions, then continue with --resume",
+            ) from None
+
+    def flush_metrics(self) -> int:
+        """Have the disk take over metrics.jsonl; its size in bytes."""
+        with self.metrics_file.open("r+b") as file:
+            os.fsync(file.fileno())
+            return os.fstat(file.fileno()).st_size
+
+    def hold(self) -> IO[bytes] | None:
+        """Keep other trainings out of the folder until the file that is given back is closed, or this process ends, however.
+
+        Raises:
+            ConfigError: another process holds it.
+        """
+        try:
+            import fcntl
+        except ImportError:  # Windows: nobody is kept out
+            return None
+        # A lock of the process, which those that load images do not inherit.
+        file = self.config_file.open("r+b")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.close()
+            raise ConfigError(
+                f"{self.output}: another process is training there", "wait until it ends, or stop it"
+            ) from None
+        except OSError:
+            pass  # a network's file system without locks
+        return file
+
+    def remove_leftovers(self) -> None:
+        """Remove half-written files of a process that was killed while saving."""
+        for path in self.output.glob(".*.tmp"):
+            path.unlink(missing_ok=True)
 
     def truncate_metrics(self, size: int) -> None:
         """Forget records written after a saved state, given the file's size in bytes at that time."""
@@ -121,16 +189,19 @@ def prepare_run(output: str | Path, config: Config, *, resume: bool) -> Run:
 
 
 def _require_same(old: Config, new: Config, where: Path) -> None:
-    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
-    changed = [
-        key for key in before if before[key] != after.get(key) and key not in ("workers", "cache_images")
-    ]
+    before, after = flat_settings(old), flat_settings(new)
+    changed = [key for key in before if before[key] != after.get(key) and key not in _FREE]
     if changed:
         key = changed[0]
         raise ConfigError(
             f"{where}: the run was started with {key}={before[key]!r}, now it is {after.get(key)!r}",
             "resume with the same settings, or start a new run with another --output",
         )
+
+
+def flat_settings(config: Config) -> dict[str, Any]:
+    """Every setting by its dotted key, as json values."""
+    return _flat(config.model_dump(mode="json"))
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""Everything a training needs to go on as if it had never stopped: weights, average, optimiser, step, best figure."""
+"""Everything a training needs to go on as if it had never stopped, in one file without pickle."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from paqdetr.checkpoint import load_tensors, read_checkpoint, write_checkpoint
 from paqdetr.engine.optim import MovingAverage
+from paqdetr.errors import CheckpointError
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,9 +20,11 @@ class Position:
     """Where a training stands.
 
     Attributes:
-        epoch: whole epochs done.
-        step: optimiser steps done.
+        epoch: whole epochs done, their evaluation included.
+        step: optimiser steps done; those since the last whole epoch say which batches are done.
         best_ap: best validation AP so far; -1 before the first evaluation.
+        stale: evaluations since the best one.
+        skipped: steps left out in a row, up to now, because loss or gradient were not finite.
         metrics_size: bytes of metrics.jsonl that belong to this state.
         seconds: spent in training so far.
     """
@@ -28,8 +32,38 @@ class Position:
     epoch: int = 0
     step: int = 0
     best_ap: float = -1.0
+    stale: int = 0
+    skipped: int = 0
     metrics_size: int = 0
     seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Own:
+    """What each process has of its own in mid-epoch.
+
+    Attributes:
+        random: states of the random generators, uint8 (n,), by device: "cpu", and "cuda" and the like.
+        interval: figures since the last record, as json.
+    """
+
+    random: dict[str, Tensor]
+    interval: dict[str, Any]
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """States of the generators that dropout and denoising noise draw from."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        states[device.type] = torch.get_device_module(device).get_rng_state()
+    return states
+
+
+def restore_random_state(states: Mapping[str, Tensor], device: torch.device) -> None:
+    """Put them back; a state of a device that is not here is left alone."""
+    torch.set_rng_state(states["cpu"])
+    if device.type != "cpu" and device.type in states:
+        torch.get_device_module(device).set_rng_state(states[device.type])
 
 
 def save_state(
@@ -39,9 +73,20 @@ def save_state(
     average: MovingAverage,
     optimizer: torch.optim.Optimizer,
     position: Position,
+    owns: list[Own],
+    scaler: Mapping[str, Any] | None = None,
+    batches: int = 0,
 ) -> None:
-    """Write the state atomically, without pickle. Taken at the end of an epoch, when no random number matters any more:
-    every epoch seeds anew."""
+    """Write the state atomically.
+
+    Args:
+        owns: of every process, in their order.
+        scaler: the gradient scaler's state in fp16.
+        batches: of an epoch, by which a change of the data is noticed.
+
+    Raises:
+        StorageError: the file cannot be written; an earlier one is still there.
+    """
     tensors: dict[str, Tensor] = {f"model.{key}": value for key, value in model.state_dict().items()}
     tensors |= {f"average.{key}": value for key, value in average.model.state_dict().items()}
     scalars: dict[str, dict[str, float]] = {}
@@ -51,35 +96,61 @@ def save_state(
                 tensors[f"optimizer.{index}.{key}"] = value
             else:
                 scalars.setdefault(str(index), {})[key] = value
+    for rank, own in enumerate(owns):
+        tensors |= {f"random.{rank}.{device}": state for device, state in own.random.items()}
     header: dict[str, Any] = {
         "position": asdict(position),
         "updates": average.updates,
         "optimizer": scalars,
+        "scaler": scaler,
+        "batches": batches,
+        "intervals": [own.interval for own in owns],
     }
     write_checkpoint(path, {key: value.clone() for key, value in tensors.items()}, header)
 
 
+@dataclass(frozen=True, slots=True)
+class SavedState:
+    """What a state file says besides the tensors that `load_state` has put into their places."""
+
+    position: Position
+    owns: list[Own]
+    scaler: dict[str, Any] | None
+    batches: int
+
+
 def load_state(
     path: Path, *, model: nn.Module, average: MovingAverage, optimizer: torch.optim.Optimizer
-) -> Position:
+) -> SavedState:
     """Put a saved state back.
 
     Raises:
-        CheckpointError: the file is damaged or of another model.
+        CheckpointError: the file is damaged, of another version or of another model.
     """
     tensors, header = read_checkpoint(path)
     load_tensors(model, _strip(tensors, "model."), str(path))
     load_tensors(average.model, _strip(tensors, "average."), str(path))
-    average.restore(int(header["updates"]))
-    state: dict[int, dict[str, Any]] = {}
-    for name, value in _strip(tensors, "optimizer.").items():
-        index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = value
-    for index, entries in header["optimizer"].items():
-        state.setdefault(int(index), {}).update(entries)
-    # Learning rates are the schedule's: they follow from the settings and the step.
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return Position(**header["position"])
+    try:
+        average.restore(int(header["updates"]))
+        position = Position(**{field.name: header["position"][field.name] for field in fields(Position)})
+        owns = [
+            Own(_strip(tensors, f"random.{rank}."), interval)
+            for rank, interval in enumerate(header["intervals"])
+        ]
+        state: dict[int, dict[str, Any]] = {}
+        for name, value in _strip(tensors, "optimizer.").items():
+            index, key = name.split(".", 1)
+            state.setdefault(int(index), {})[key] = value
+        for index, entries in header["optimizer"].items():
+            state.setdefault(int(index), {}).update(entries)
+        # Learning rates are the schedule's: they follow from the settings and the step.
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        return SavedState(position, owns, header["scaler"], int(header["batches"]))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path}: its header is not that of a training state of this version ({error})",
+            f"resume with version {header.get('version')}, which wrote it",
+        ) from None
 
 
 def _strip(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -2,38 +2,42 @@
 
 from __future__ import annotations
 
-import math
 import os
+import signal
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs
-from torch import Tensor
 
 from paqdetr._version import __version__
 from paqdetr.config import Config, load_config
-from paqdetr.data.coco import CocoDataset, open_split
-from paqdetr.data.layout import available_splits
+from paqdetr.data.coco import CocoDataset
 from paqdetr.data.loader import Batch, training_loader
-from paqdetr.engine.device import require_device
-from paqdetr.engine.evaluate import evaluate_split, require_same_classes
+from paqdetr.engine.environment import describe_environment
+from paqdetr.engine.evaluate import evaluate_together
 from paqdetr.engine.events import Callback, Callbacks, TrainingPlan
-from paqdetr.engine.optim import MovingAverage, build_optimizer, build_schedule, lr_factor
-from paqdetr.engine.pictures import GroundTruth, contact_sheet, training_curves
+from paqdetr.engine.figures import Interval
+from paqdetr.engine.interrupt import StopRequest, TrainingInterrupted, worker_error
+from paqdetr.engine.memory import peak_memory
+from paqdetr.engine.optim import MovingAverage, build_optimizer, build_schedule, lr_factor, lr_scale
+from paqdetr.engine.pictures import draw_predictions, training_curves
+from paqdetr.engine.processes import Processes, build_accelerator
 from paqdetr.engine.run import Run, prepare_run
-from paqdetr.engine.state import Position, load_state, save_state
-from paqdetr.errors import ConfigError, NonFiniteError
-from paqdetr.losses import LossReport, build_criterion
+from paqdetr.engine.setup import open_splits, synchronise_norms, with_classes, with_largest_batch
+from paqdetr.engine.state import Own, Position, load_state, random_state, restore_random_state, save_state
+from paqdetr.engine.step import Step, TrainingStep
+from paqdetr.engine.trackers import require_trackers, start_trackers, track
+from paqdetr.errors import ConfigError, NonFiniteError, UserError
+from paqdetr.losses import build_criterion
 from paqdetr.models import Detector, load, save
-from paqdetr.models.detector import DetectorOutput
 from paqdetr.models.zoo import build_model
 from paqdetr.ops import backends_run, choose_backend
+
+# With nan_policy=skip-step: so many left out in a row mean that the training itself has failed.
+_MOST_SKIPPED = 10
 
 
 def train(
@@ -43,6 +47,7 @@ def train(
     output: str | Path,
     resume: bool = False,
     device: str | None = None,
+    auto_batch: bool = False,
     callbacks: Sequence[Callback] = (),
     settings: Mapping[str, Any] | None = None,
     **overrides: Any,
@@ -55,56 +60,42 @@ def train(
         output: the run's folder.
         resume: continue a run that was interrupted; start it if there is none; do nothing if it is finished.
         device: "cpu", "cuda", ...; the best there is if None.
+        auto_batch: take the largest batch that fits into memory as `batch_size`; a resumption keeps the one found first.
         callbacks: told of every step and evaluation.
         settings: overrides with dotted keys, such as {"model.num_patterns": 32}.
         overrides: overrides of top-level settings, such as epochs=12.
 
     Raises:
         UserError: settings, data or the output folder cannot be used; nothing is overwritten.
+        TrainingInterrupted: SIGINT or SIGTERM came; the state is saved.
     """
     config = load_config(model, {**(settings or {}), **overrides})
-    train_split = open_split(data, "train")
-    val_split = open_split(data, "val") if "val" in available_splits(data) else None
-    if val_split is not None:  # now, not after the first epoch
-        require_same_classes(train_split.classes, val_split)
-    architecture = config.model.model_copy(update={"num_classes": len(train_split.classes)})
-    config = config.model_copy(update={"model": architecture})
+    train_split, val_split = open_splits(data, config)
+    config = with_classes(config, train_split)
+    require_trackers(config.trackers)
+    if auto_batch:
+        config = with_largest_batch(config, train_split, Run(Path(output)), device=device)
     run = prepare_run(output, config, resume=resume)
     if run.finished:
         return run
     trainer = Trainer(config, run, train_split, val_split, device=device, callbacks=list(callbacks))
-    trainer.accelerator.wait_for_everyone()
-    if trainer.accelerator.is_main_process:
-        run.write_config(config)
-    trainer.fit()
+    trainer.processes.wait()  # the others have seen that there is no run yet
+    held, failure = None, None
+    if trainer.processes.main:
+        try:
+            run.write_config(config)
+            held = run.hold()
+            run.remove_leftovers()
+            run.add_environment(describe_environment() | {"processes": trainer.processes.count})
+        except UserError as error:
+            failure = error
+    trainer.processes.raise_together(failure)
+    try:
+        trainer.fit()
+    finally:
+        if held is not None:
+            held.close()
     return run
-
-
-@dataclass(slots=True)
-class _Interval:
-    """Sums over the steps between two records."""
-
-    steps: int = 0
-    images: int = 0
-    started: float = field(default_factory=time.perf_counter)
-    sums: dict[str, float] = field(default_factory=dict)
-    positives: list[list[float]] = field(default_factory=list)
-
-    def add(self, values: Mapping[str, float], positives: list[float], images: int) -> None:
-        self.steps += 1
-        self.images += images
-        for key, value in values.items():
-            self.sums[key] = self.sums.get(key, 0.0) + value
-        if positives and not math.isnan(positives[0]):
-            self.positives.append(positives)
-
-    def means(self) -> dict[str, Any]:
-        means: dict[str, Any] = {key: round(value / self.steps, 6) for key, value in self.sums.items()}
-        means["images_per_second"] = round(self.images / (time.perf_counter() - self.started), 3)
-        if self.positives:
-            columns = zip(*self.positives, strict=True)
-            means["positives_per_box"] = [round(sum(column) / len(column), 4) for column in columns]
-        return means
 
 
 class Trainer:
@@ -121,38 +112,49 @@ class Trainer:
         callbacks: list[Callback],
     ) -> None:
         self.config, self.run, self.val_split = config, run, val_split
-        self.accelerator = _accelerator(config, device)
-        self.events = Callbacks(callbacks if self.accelerator.is_main_process else [])
+        self.accelerator = build_accelerator(config, device, run.output)
+        self.processes = Processes.of(self.accelerator)
+        self.events = Callbacks(callbacks if self.processes.main else [])
+        self.stop = StopRequest(self.events.on_interrupt)
         torch.manual_seed(config.seed)
         self.model = build_model(
             config, classes=train_split.classes, pretrained_backbone=config.pretrained_backbone
-        ).to(self.accelerator.device)
+        )
+        if config.sync_batch_norm:
+            self.model = synchronise_norms(self.model)
+        self.model.to(self.accelerator.device)
         if config.channels_last:
             self.model.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.criterion = build_criterion(config.loss)
         self.loader, self.batches = training_loader(
             config,
             train_split,
             self.model.preprocessing,
-            rank=self.accelerator.process_index,
-            world_size=self.accelerator.num_processes,
+            rank=self.processes.index,
+            world_size=self.processes.count,
         )
-        epoch_steps = len(self.batches)
-        planned = config.epochs * epoch_steps
+        self.epoch_steps = -(-len(self.batches) // config.accumulate)
+        planned = config.epochs * self.epoch_steps
         self.total_steps = min(planned, config.max_steps or planned)
         self.num_images = len(train_split)
         self.average = MovingAverage(self.model, config.ema_decay)
-        optimizer = build_optimizer(self.model, config)
-        self.position = Position()
+        self.lr_scale = lr_scale(config, self.processes.count)
+        optimizer = build_optimizer(self.model, config, scale=self.lr_scale)
+        self.position, self._own = Position(), None
         if run.state_file.is_file():
-            self.position = load_state(
-                run.state_file, model=self.model, average=self.average, optimizer=optimizer
-            )
-            run.truncate_metrics(self.position.metrics_size)
-        elif run.metrics_file.is_file():
-            run.truncate_metrics(0)
+            self._load(optimizer)
         self.schedule = build_schedule(optimizer, config, self.total_steps, done=self.position.step)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        self.step = TrainingStep(
+            config=config,
+            model=self.model,
+            wrapped=self.wrapped,
+            optimizer=cast(torch.optim.Optimizer, self.optimizer),
+            criterion=build_criterion(config.loss),
+            accelerator=self.accelerator,
+        )
+        self._saved = (self.position.epoch, self.position.step)
+        self._saved_at = time.monotonic()
+        self.interval = Interval()
 
     def fit(self) -> None:
         """Train to the end of the recipe. Callbacks hear of the main process alone."""
@@ -163,215 +165,256 @@ class Trainer:
                 total_steps=self.total_steps,
                 images=self.num_images,
                 device=str(self.accelerator.device),
+                step_images=self.config.batch_size * self.config.accumulate * self.processes.count,
             )
-        )
-        self._record(
-            {
-                "kind": "start",
-                "step": self.position.step,
-                "version": __version__,
-                "torch": torch.__version__,
-                "device": str(self.accelerator.device),
-                "threads": torch.get_num_threads(),
-                "cores": os.cpu_count(),
-                "processes": self.accelerator.num_processes,
-                "attention": choose_backend(self.accelerator.device),
-            }
         )
         try:
-            while self.position.step < self.total_steps:
-                self._epoch()
+            if self.processes.main:
+                # Of steps that are done again, or of a start that saved nothing.
+                self.run.truncate_metrics(self.position.metrics_size)
+                start_trackers(self.accelerator, self.run, self.config, step=self.position.step)
+            self._record(
+                {
+                    "kind": "start",
+                    "step": self.position.step,
+                    "version": __version__,
+                    "torch": torch.__version__,
+                    "device": str(self.accelerator.device),
+                    "threads": torch.get_num_threads(),
+                    "cores": os.cpu_count(),
+                    "processes": self.processes.count,
+                    "attention": choose_backend(self.accelerator.device),
+                    "lr_scale": self.lr_scale,
+                }
+            )
+            with self.stop:
+                while not self._ended:
+                    self._epoch()
             self._finish()
-            self.accelerator.wait_for_everyone()
+            self.processes.wait()
+        except RuntimeError as error:
+            raise worker_error(error) or error from None
         finally:
             self.events.on_end()
+            self.loader.close()
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+
+    @property
+    def _ended(self) -> bool:
+        patience = self.config.patience
+        whole = self.position.step <= self.position.epoch * self.epoch_steps
+        return whole and (
+            self.position.step >= self.total_steps
+            or (patience is not None and self.position.stale >= patience)
+        )
 
     def _epoch(self) -> None:
-        started = time.perf_counter()
-        epoch, step = self.position.epoch, self.position.step
-        self.batches.epoch = epoch
-        # Noise of an epoch depends on the seed and the epoch alone, so resuming at its start repeats it exactly.
-        torch.manual_seed(self.config.seed * 1_000_003 + epoch * 10_007 + self.accelerator.process_index)
+        """What is left of the epoch, and its evaluation."""
+        epoch = self.position.epoch
+        first = self.position.step - epoch * self.epoch_steps
+        self.batches.epoch, self.batches.start = epoch, first * self.config.accumulate
+        if self._own is None or first == 0:
+            # Noise of an epoch depends on the seed and the epoch alone, so resuming at its start repeats it exactly.
+            torch.manual_seed(self.config.seed * 1_000_003 + epoch * 10_007 + self.processes.index)
+            self.interval = Interval()
+        else:
+            restore_random_state(self._own.random, self.accelerator.device)
+            self.interval = Interval.from_json(self._own.interval)
+        self._own = None
         self.wrapped.train()
-        interval = _Interval()
-        for batch in self.loader:
-            report, values = self._step(batch, step / self.total_steps)
-            step += 1
-            interval.add(values, report.positives_per_box, len(batch.targets))
-            self.events.on_step(step, values["loss"])
-            if step % self.config.log_every == 0 or step == self.total_steps:
-                record = {"kind": "train", "step": step, "epoch": round(step / len(self.batches), 4)}
-                factor = lr_factor(self.config, step - 1, self.total_steps)
-                record |= interval.means() | {"lr": self.config.lr * factor}
-                self._record(record)
-                self.events.on_record(record)
-                interval = _Interval()
-            if step >= self.total_steps:
-                break
-        seconds = self.position.seconds + time.perf_counter() - started
-        self.position = replace(self.position, epoch=epoch + 1, step=step, seconds=seconds)
+        last = min(self.epoch_steps, self.total_steps - epoch * self.epoch_steps)
+        source = iter(self.loader) if first < last else iter(())
+        mark = time.perf_counter()
+        for number in range(first, last):
+            left = len(self.batches) - number * self.config.accumulate
+            batches, boxes = self.fetch(source, min(self.config.accumulate, left))
+            step = self.step(batches, boxes=boxes, progress=self.position.step / self.total_steps)
+            self._advance(step, seconds=time.perf_counter() - mark)
+            mark = time.perf_counter()
         self._close_epoch()
 
-    def _step(self, batch: Batch, progress: float) -> tuple[LossReport, dict[str, float]]:
-        batch = batch.to(self.accelerator.device)
-        images = batch.images
-        if self.config.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        boxes = torch.tensor(float(sum(map(len, batch.targets))), device=self.accelerator.device)
-        num_boxes = float(cast(Tensor, self.accelerator.reduce(boxes, "mean")))
-        with self.accelerator.autocast():
-            output = self.wrapped(images, batch.padding_mask, batch.targets)
-        report = self.criterion(
-            output,
-            batch.targets,
-            aux_losses=self.model.aux_losses(),
-            progress=progress,
-            num_boxes=num_boxes,
+    def fetch(self, source: Iterator[Batch], count: int) -> tuple[list[Batch], float]:
+        """The batches of the next step, and the boxes in those of all processes.
+
+        Here, between two steps, all processes agree on whether one of them cannot go on, is to stop, or is to save.
+        """
+        batches, failure = [], None
+        try:
+            batches = [next(source).to(self.accelerator.device) for _ in range(count)]
+        except UserError as error:
+            failure = error
+        except RuntimeError as error:
+            failure = worker_error(error)
+            if failure is None:
+                raise
+        own_boxes = sum(len(target) for batch in batches for target in batch.targets)
+        stopped = self.stop.signal_number is not None
+        boxes, failed, stop, due = self.processes.sum(
+            [float(own_boxes), float(failure is not None), float(stopped), float(self._save_is_due())]
         )
-        total = float(report.total.detach())
-        if not math.isfinite(total):
-            ids = [target.image_id for target in batch.targets]
+        if failed or stop or due:
+            self._save()
+        if failed:
+            self.processes.raise_together(failure)
+        if stop:
+            raise TrainingInterrupted(self.position.step, self.stop.signal_number or signal.SIGINT)
+        return batches, boxes
+
+    def _save_is_due(self) -> bool:
+        steps, minutes = self.config.save_every_steps, self.config.save_every_minutes
+        by_step = steps is not None and self.position.step % steps == 0
+        by_clock = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+        return by_step or (by_clock and self.processes.main)
+
+    def _advance(self, step: Step, *, seconds: float) -> None:
+        """Weights are changed: schedule, average, position and records follow."""
+        self.schedule.step()
+        if step.problem is None:
+            if not self.accelerator.optimizer_step_was_skipped:
+                self.average.update(self.model)
+            self.interval.add(step.values, step.positives, step.images)
+        self.position = replace(
+            self.position,
+            step=self.position.step + 1,
+            skipped=0 if step.problem is None else self.position.skipped + 1,
+            seconds=self.position.seconds + seconds,
+        )
+        number = self.position.step
+        if step.problem is not None:
+            record = {"kind": "skipped", "step": number, "reason": step.problem}
+            self._record(record)
+            self.events.on_skip(record)
+        self.events.on_step(number, step.loss)
+        if self.position.skipped >= _MOST_SKIPPED:
             raise NonFiniteError(
-                f"the loss became {total} on images {ids}",
+                f"{_MOST_SKIPPED} steps in a row were left out; the last because {step.problem}",
                 "lower the learning rate, or train without half precision",
             )
-        self.optimizer.zero_grad()
-        self.accelerator.backward(report.total)
-        norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.clip_norm)
-        self.optimizer.step()
-        self.schedule.step()
-        self.average.update(self.model)
-        values = {"loss": total, **_grouped(report.terms), **mixture_figures(output)}
-        values["grad_norm"] = float(cast(Tensor, norm))
-        return report, values
+        if (number % self.config.log_every == 0 or number == self.total_steps) and self.interval.steps:
+            record = {"kind": "train", "step": number, "epoch": round(number / self.epoch_steps, 4)}
+            factor = lr_factor(self.config, number - 1, self.total_steps)
+            record |= self.interval.means(self.processes) | {"lr": self.config.lr * self.lr_scale * factor}
+            self._record(record)
+            self.events.on_record(record)
+            self.interval = Interval()
 
     def _close_epoch(self) -> None:
         """Evaluate if it is time, then write checkpoints, and the state last: it stands for all that came before."""
+        epoch = self.position.epoch + 1
+        averaged = cast(Detector, self.average.model)
         done = self.position.step >= self.total_steps
         metrics: dict[str, Any] = {}
-        if self.accelerator.is_main_process:
-            averaged = cast(Detector, self.average.model)
-            if self.val_split is not None and (done or self.position.epoch % self.config.eval_every == 0):
-                metrics = self._evaluate(averaged)
-            header = {"metrics": metrics, "step": self.position.step, "epoch": self.position.epoch}
-            save(averaged, self.run.last, **header)
+        if self.val_split is not None and (done or epoch % self.config.eval_every == 0):
+            metrics = self._evaluate(averaged, self.val_split, epoch)
+        position, failure = replace(self.position, epoch=epoch), None
+        if self.processes.main:
+            header = {"metrics": metrics, "step": position.step, "epoch": epoch}
             ap = float(metrics.get("AP") or 0.0)
-            if self.val_split is None or (metrics and ap > self.position.best_ap):
-                save(averaged, self.run.best, **header)
-                self.position = replace(self.position, best_ap=ap)
-            size = self.run.metrics_file.stat().st_size
-            self.position = replace(self.position, metrics_size=size)
-            save_state(
-                self.run.state_file,
-                model=self.model,
-                average=self.average,
-                optimizer=cast(torch.optim.Optimizer, self.optimizer),
-                position=self.position,
-            )
-        self.accelerator.wait_for_everyone()
+            better = self.val_split is None or (bool(metrics) and ap > position.best_ap)
+            try:
+                save(averaged, self.run.last, **header)
+                if better:
+                    save(averaged, self.run.best, **header)
+            except UserError as error:
+                failure = error
+            if better:
+                position = replace(position, best_ap=ap, stale=0)
+            elif metrics:
+                position = replace(position, stale=position.stale + 1)
+        self.processes.raise_together(failure)
+        self.position = self.processes.broadcast(position)
+        self._save()
 
-    def _evaluate(self, model: Detector) -> dict[str, Any]:
-        assert self.val_split is not None
-        result = evaluate_split(model, self.val_split, progress=self.events.on_evaluation_progress)
+    def _evaluate(self, model: Detector, split: CocoDataset, epoch: int) -> dict[str, Any]:
+        """Figures of a model, in the main process; nothing in the others."""
+
+        def progress(done: int, total: int) -> None:
+            self.events.on_evaluation_progress(done, total)
+            # Alone, nobody waits: the epoch's steps are saved, its evaluation is what a resumption begins with.
+            if self.stop.signal_number is not None and self.processes.count == 1:
+                self._save()
+                raise TrainingInterrupted(self.position.step, self.stop.signal_number)
+
+        # Weights are equal everywhere; running statistics of norms that train are each process's own.
+        self.processes.copy_from_main(model.buffers())
+        result = evaluate_together(model, split, self.processes, progress=progress)
+        if result is None:
+            return {}
         metrics = result.to_json()
-        record = {
-            "kind": "eval",
-            "step": self.position.step,
-            "epoch": self.position.epoch,
-            "split": "val",
-            **metrics,
-        }
+        record = {"kind": "eval", "step": self.position.step, "epoch": epoch, "split": "val", **metrics}
         self._record(record)
         self.events.on_evaluation(record)
         return metrics
 
+    def _save(self) -> None:
+        """Write the state, unless the file has it already."""
+        place = (self.position.epoch, self.position.step)
+        self._saved_at = time.monotonic()
+        if place == self._saved:
+            return
+        owns = self.processes.gather(Own(random_state(self.accelerator.device), self.interval.to_json()))
+        scaler = self.accelerator.scaler
+        failure: UserError | None = None
+        if owns is not None:
+            try:
+                self.position = replace(self.position, metrics_size=self.run.flush_metrics())
+                save_state(
+                    self.run.state_file,
+                    model=self.model,
+                    average=self.average,
+                    optimizer=cast(torch.optim.Optimizer, self.optimizer),
+                    position=self.position,
+                    owns=owns,
+                    scaler=None if scaler is None else scaler.state_dict(),
+                    batches=len(self.batches),
+                )
+            except UserError as error:
+                failure = error
+        self.processes.raise_together(failure)
+        self._saved = place
+
+    def _load(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take up the saved state.
+
+        Raises:
+            ConfigError: it is of other data, or of another number of processes.
+        """
+        path = self.run.state_file
+        saved = load_state(path, model=self.model, average=self.average, optimizer=optimizer)
+        if len(saved.owns) != self.processes.count:
+            raise ConfigError(
+                f"{path}: the run was started with {len(saved.owns)} processes, now there are {self.processes.count}",
+                "resume with as many, or start a new run with another --output",
+            )
+        if saved.batches != len(self.batches):
+            raise ConfigError(
+                f"{path}: an epoch of the run had {saved.batches} batches, now it has {len(self.batches)}",
+                "resume with the images it was started with, or start a new run with another --output",
+            )
+        self.position, self._own = saved.position, saved.owns[self.processes.index]
+        if self.accelerator.scaler is not None and saved.scaler:
+            self.accelerator.scaler.load_state_dict(saved.scaler)
+
     def _finish(self) -> None:
-        if not self.accelerator.is_main_process:
+        if not self.processes.main:
             return
         training_curves(self.run.metrics_file, self.run.output / "curves.png")
         if self.val_split is not None:
             draw_predictions(load(self.run.best), self.val_split, self.run.output / "predictions.png")
-        self._record(
-            {
-                "kind": "finished",
-                "step": self.position.step,
-                "epoch": self.position.epoch,
-                "seconds": round(self.position.seconds, 1),
-                "attention": list(backends_run()),
-                "peak_memory_gib": round(_peak_memory(), 3),
-            }
-        )
+        record: dict[str, Any] = {
+            "kind": "finished",
+            "step": self.position.step,
+            "epoch": self.position.epoch,
+            "seconds": round(self.position.seconds, 1),
+            "peak_memory_gib": round(peak_memory(), 3),
+            "attention": list(backends_run()),
+        }
+        if self.position.step < self.total_steps:
+            record["stopped"] = f"no better AP in {self.position.stale} evaluations"
+        self._record(record)
 
     def _record(self, record: dict[str, Any]) -> None:
-        if self.accelerator.is_main_process:
+        if self.processes.main:
             self.run.append(record)
-
-
-def draw_predictions(model: Detector, split: CocoDataset, output: Path, *, images: int = 12) -> None:
-    """Write a contact sheet of the first images of a split: predictions beside ground truth."""
-    items = []
-    for index in range(min(images, len(split))):
-        picture = split.image(index)
-        ids = [split.classes.ids[label] for label in split.labels(index).tolist()]
-        items.append((picture, model.predict(picture)[0], GroundTruth(split.boxes(index), ids)))
-    contact_sheet(items, split.classes.id_to_name, output=output)
-
-
-def mixture_figures(output: DetectorOutput) -> dict[str, float]:
-    """How content queries differ: mean cosine between those of an image, and the entropy of mixture rows over log m."""
-    with torch.no_grad():
-        unit = torch.nn.functional.normalize(output.mixture.content.float(), dim=-1)  # (B, n, d)
-        count = unit.shape[1]
-        together = unit.sum(1).square().sum(-1)  # |sum|^2 = n + sum of all pairs' cosines
-        figures = {"query_cosine": float(((together - count) / max(count * (count - 1), 1)).mean())}
-        if output.mixture.weights is not None:
-            weights = output.mixture.weights
-            entropy = -(weights * weights.clamp(min=1e-12).log()).sum(-1).mean()
-            figures["mixture_entropy"] = float(entropy) / math.log(weights.shape[-1])
-    return figures
-
-
-def _grouped(terms: Mapping[str, Tensor]) -> dict[str, float]:
-    """Terms by what they are: decoder class, L1 and GIoU over all layers, encoder, denoising, diversity."""
-    values = torch.stack([term.detach() for term in terms.values()]).tolist()
-    sums: dict[str, float] = {}
-    for name, value in zip(terms, values, strict=True):
-        place, _, kind = name.partition("/")
-        group = kind if place.startswith("layer") else place.rstrip("0123456789")
-        sums[f"loss_{group}"] = sums.get(f"loss_{group}", 0.0) + value
-    return sums
-
-
-def _accelerator(config: Config, device: str | None) -> Accelerator:
-    wanted = require_device(device)
-    on_cpu = wanted.type == "cpu"
-    if wanted.index:
-        raise ConfigError(
-            f"device {device!r}: training takes the first device it sees",
-            f"set CUDA_VISIBLE_DEVICES={wanted.index} and use --device {wanted.type}",
-        )
-    if config.amp == "fp16" and on_cpu:
-        raise ConfigError("amp='fp16' needs a GPU, and the device is the CPU", "use amp=bf16 or amp=no")
-    # accelerate keeps one state a process, and refuses another training in it with other precision or device.
-    if AcceleratorState._shared_state:
-        state = AcceleratorState()
-        if state.mixed_precision != config.amp or (state.device.type == "cpu") != on_cpu:
-            AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
-    return Accelerator(
-        cpu=on_cpu,
-        mixed_precision=config.amp,
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=False)],
-    )
-
-
-def _peak_memory() -> float:
-    """Peak memory of the process in GiB; on a GPU, of the device."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    try:
-        import resource
-        import sys
-    except ImportError:  # Windows
-        return float("nan")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+            track(self.accelerator, record)

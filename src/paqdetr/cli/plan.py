@@ -1,0 +1,104 @@
+"""`paqdetr plan`"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from paqdetr.cli.console import Ended, errors, print_styled, results
+
+
+def plan(
+    model: Annotated[
+        str,
+        typer.Argument(help="A model or recipe (`paqdetr models`), or a YAML file.", metavar="MODEL|CONFIG"),
+    ],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(help="Settings, such as epochs=12 model.num_patterns=32.", metavar="[KEY=VALUE]..."),
+    ] = None,
+    *,
+    data: Annotated[Path, typer.Option(help="Folder of the data set.")],
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, ...: the best there is if not given.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to measure.")] = 5,
+    auto_batch: Annotated[
+        bool, typer.Option("--auto-batch", help="Plan with the largest batch that fits into memory.")
+    ] = False,
+    overfit: Annotated[
+        int | None,
+        typer.Option(min=1, help="Instead: train so many steps on one batch, and see if it is learnt."),
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+) -> None:
+    """Say what a training will take before it starts: memory, time, disk. Nothing is kept of the steps it tries."""
+    from paqdetr.config import load_config, parse_overrides
+    from paqdetr.engine.memory import largest_batch
+    from paqdetr.engine.processes import Processes
+    from paqdetr.engine.setup import open_splits, with_classes
+
+    config = load_config(model, parse_overrides(settings or []))
+    train_split, val_split = open_splits(data, config)
+    config = with_classes(config, train_split)
+    if auto_batch:
+        size = largest_batch(config, train_split, Processes.join(device))
+        config = config.model_copy(update={"batch_size": size})
+    if overfit is not None:
+        from paqdetr.engine.plan import overfit_one_batch
+
+        tried = overfit_one_batch(config, train_split, steps=overfit, device=device)
+        _write(json_file, tried.to_json())
+        first, last = tried.losses[0], tried.losses[-1]
+        results.print(
+            f"{tried.images} images, {len(tried.losses)} steps: loss {first:.2f} -> {last:.2f}, "
+            f"{tried.found:.0%} of {tried.boxes} boxes found, {tried.wrong:.2f} wrong predictions a box",
+            soft_wrap=True,
+        )
+        if not tried.learnt:
+            print_styled(
+                errors, ("not learnt:", "bold"), " less than 90 % of the boxes of this one batch are found"
+            )
+            print_styled(
+                errors,
+                ("help:", "bold"),
+                " give it more steps; then look at lr, and at the boxes and classes of the data",
+            )
+            raise Ended(2)
+        return
+    from paqdetr.engine.plan import plan_training
+
+    found = plan_training(config, train_split, val_split, device=device, steps=steps)
+    _write(json_file, found.to_json() | {"batch_size": config.batch_size})
+    table = Table(title=f"{config.name} on {data}, {found.device}", title_justify="left", show_header=False)
+    rows = {
+        "images of a step": f"{found.step_images} (batch_size {config.batch_size}, accumulate {config.accumulate})",
+        "steps": f"{found.epoch_steps} an epoch, {found.total_steps} in all",
+        "parameters": f"{found.parameters / 1e6:.1f} M, {found.trainable / 1e6:.1f} M of them trained at lr {found.lr:.2e}",
+        "memory": f"about {found.memory['total']:.2f} GiB of {found.memory['available']:.2f} free"
+        + ("" if found.fits else ": too much"),
+        "a step": f"{found.step_seconds:.3f} s, mean of {found.measured_steps}",
+        "an epoch": f"{_duration(found.epoch_seconds)}, and {_duration(found.evaluation_seconds)} to evaluate",
+        "in all": _duration(found.total_seconds),
+        "disk": f"{found.disk:.2f} GiB",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    results.print(table)
+
+
+def _write(file: Path | None, figures: dict[str, Any]) -> None:
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"

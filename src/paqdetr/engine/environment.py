@@ -1,0 +1,101 @@
+"""What a run was made with: command, versions, code, machine. No host name, user name or environment variable."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from paqdetr._version import __version__
+
+_PACKAGES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "accelerate",
+    "numpy",
+    "scipy",
+    "safetensors",
+    "hotcoco",
+    "pillow",
+)
+
+
+def describe_environment() -> dict[str, Any]:
+    """Command, versions, git commit of the working directory (None outside a repository) and machine, ready for json."""
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command_line(),
+        "directory": str(Path.cwd()),
+        "git": _git(),
+        "paqdetr": __version__,
+        "python": platform.python_version(),
+        "packages": {"torch": torch.__version__} | {name: _version(name) for name in _PACKAGES},
+        "machine": machine(),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Processor, memory and devices."""
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "cuda": torch.version.cuda,
+    }
+
+
+def command_line() -> str:
+    """The command that started this process, or all processes of this machine, ready to be pasted into a shell."""
+    program = Path(sys.argv[0])
+    is_own = program.name == "paqdetr" or (program.name == "__main__.py" and program.parent.name == "paqdetr")
+    words = ["paqdetr", *sys.argv[1:]] if is_own else [Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if is_own and processes > 1:
+        words = ["torchrun", f"--nproc_per_node={processes}", "-m", *words]
+    return shlex.join(words)
+
+
+def _git() -> dict[str, Any] | None:
+    commit = _ask("rev-parse", "HEAD")
+    if not commit:
+        return None
+    return {"commit": commit, "changed": bool(_ask("status", "--porcelain", "--untracked-files=no"))}
+
+
+def _ask(*arguments: str) -> str | None:
+    """What git says; None if it is not installed, slow, or not in a repository."""
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or platform.machine()

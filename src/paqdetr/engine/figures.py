@@ -1,0 +1,100 @@
+"""The figures of training steps, from one record of metrics.jsonl to the next."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paqdetr.engine.processes import Processes
+from paqdetr.models.detector import DetectorOutput
+
+# Each process has its own share of a loss, and losses add up. These are the same kind of figure in each.
+_AVERAGED = frozenset({"query_cosine", "mixture_entropy", "grad_norm"})
+
+
+class Interval:
+    """Sums over the steps of this process since the last record."""
+
+    def __init__(self) -> None:
+        self.steps = self.images = 0
+        self.sums: dict[str, float] = {}
+        self.positives: list[float] = []  # by layer, over the batches that have boxes
+        self.batches_with_boxes = 0
+        self._started = time.perf_counter()
+
+    def add(self, values: Mapping[str, float], positives: list[list[float]], images: int) -> None:
+        """Take in a step: its figures, and for each of its batches the mean positives of a box by layer, NaN without boxes."""
+        self.steps += 1
+        self.images += images
+        for key, value in values.items():
+            self.sums[key] = self.sums.get(key, 0.0) + value
+        for row in positives:
+            self.positives = self.positives or [0.0] * len(row)
+            if row and not math.isnan(row[0]):
+                self.positives = [total + value for total, value in zip(self.positives, row, strict=True)]
+                self.batches_with_boxes += 1
+
+    def means(self, processes: Processes) -> dict[str, Any]:
+        """Means over the steps, of all processes together; every process has to ask for them."""
+        counts = [float(self.images), float(self.batches_with_boxes)]
+        totals = processes.sum([*counts, *self.positives, *self.sums.values()])
+        images, batches, *rest = totals
+        positives, sums = rest[: len(self.positives)], rest[len(self.positives) :]
+        means: dict[str, Any] = {}
+        for name, value in zip(self.sums, sums, strict=True):
+            shared = processes.count if name in _AVERAGED else 1
+            means[name] = round(value / shared / self.steps, 6)
+        means["images_per_second"] = round(images / (time.perf_counter() - self._started), 3)
+        if batches:
+            means["positives_per_box"] = [round(value / batches, 4) for value in positives]
+        return means
+
+    def to_json(self) -> dict[str, Any]:
+        """What a resumed training has to know to write the same record."""
+        return {
+            "steps": self.steps,
+            "images": self.images,
+            "sums": self.sums,
+            "positives": self.positives,
+            "batches_with_boxes": self.batches_with_boxes,
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Interval:
+        """As it was; time counts from now."""
+        interval = cls()
+        interval.steps, interval.images = int(values["steps"]), int(values["images"])
+        interval.sums = {str(key): float(value) for key, value in values["sums"].items()}
+        interval.positives = [float(value) for value in values["positives"]]
+        interval.batches_with_boxes = int(values["batches_with_boxes"])
+        return interval
+
+
+def mixture_figures(output: DetectorOutput) -> dict[str, float]:
+    """How content queries differ: mean cosine between those of an image, and the entropy of mixture rows over log m."""
+    with torch.no_grad():
+        unit = torch.nn.functional.normalize(output.mixture.content.float(), dim=-1)  # (B, n, d)
+        count = unit.shape[1]
+        together = unit.sum(1).square().sum(-1)  # |sum|^2 = n + sum of all pairs' cosines
+        figures = {"query_cosine": float(((together - count) / max(count * (count - 1), 1)).mean())}
+        if output.mixture.weights is not None:
+            weights = output.mixture.weights
+            entropy = -(weights * weights.clamp(min=1e-12).log()).sum(-1).mean()
+            figures["mixture_entropy"] = float(entropy) / math.log(weights.shape[-1])
+    return figures
+
+
+def grouped(terms: Mapping[str, Tensor]) -> dict[str, float]:
+    """Terms by what they are: decoder class, L1 and GIoU over all layers, encoder, denoising, diversity."""
+    values = torch.stack([term.detach() for term in terms.values()]).tolist()
+    sums: dict[str, float] = {}
+    for name, value in zip(terms, values, strict=True):
+        place, _, kind = name.partition("/")
+        group = kind if place.startswith("layer") else place.rstrip("0123456789")
+        sums[f"loss_{group}"] = sums.get(f"loss_{group}", 0.0) + value
+    return sums

@@ -1,0 +1,228 @@
+"""What goes wrong in the middle of a training, with real processes: it ends with one clear error or goes on as if nothing had
+happened, and never with a damaged file."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from paqdetr.checkpoint import read_checkpoint
+from paqdetr.engine import Run
+
+Start = Callable[..., Any]  # the fixture of conftest.py
+
+
+@pytest.fixture(scope="module")
+def arguments(tiny_digits: Path, tiny_settings: dict[str, Any]) -> list[str]:
+    """Four epochs of four steps, on two workers, saved after every other step."""
+    settings = {
+        **tiny_settings,
+        "batch_size": 2,
+        "epochs": 4,
+        "save_every_steps": 2,
+        "log_every": 3,
+        "workers": 2,
+    }
+    pairs = [f"{key}={value}" for key, value in settings.items()]
+    return ["train", "paq_dino_nano", *pairs, "--data", str(tiny_digits), "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def straight(arguments: list[str], start: Start, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The training to which nothing happens."""
+    run = Run(tmp_path_factory.mktemp("straight") / "run")
+    (ended,) = start(1, "command_line", *arguments, "--output", run.output).end()
+    assert ended.code == 0, ended.err
+    return run
+
+
+def require_same_end(one: Run, other: Run) -> None:
+    """Bit for bit: weights, average, optimiser, generators, position; and every record, but for times."""
+    for path in ("state_file", "last", "best"):
+        (mine, header), (its, other_header) = (read_checkpoint(getattr(run, path)) for run in (one, other))
+        assert mine.keys() == its.keys()
+        different = [key for key in mine if not torch.equal(mine[key], its[key])]
+        assert different == [], f"{path}: {len(different)} of {len(mine)} tensors, {different[:3]}"
+        for found in (header, other_header):
+            found.get("metrics", {}).pop("images_per_second", None)
+            for key in ("metrics_size", "seconds"):
+                found.get("position", {}).pop(key, None)
+        assert header == other_header
+    for kind in ("train", "eval"):
+        rows = [
+            [{k: v for k, v in row.items() if k != "images_per_second"} for row in run.records(kind)]
+            for run in (one, other)
+        ]
+        assert rows[0] == rows[1]
+    assert all(json.loads(line) for line in other.metrics_file.read_text().splitlines())
+    assert not list(other.output.glob(".*.tmp")) and other.finished
+
+
+KILLS = {
+    "in mid-epoch": ("killed_after_step", 7),
+    "while the state is half written": ("killed_while_writing", "training_state.safetensors", 3, "half"),
+    "before the state is moved to its place": (
+        "killed_while_writing",
+        "training_state.safetensors",
+        7,
+        "whole",
+    ),
+    "after the state was moved to its place": (
+        "killed_while_writing",
+        "training_state.safetensors",
+        7,
+        "moved",
+    ),
+    "between the checkpoint and the state": ("killed_while_writing", "last.safetensors", 2, "moved"),
+}
+
+
+SLOW = (
+    "before the state is moved to its place",
+    "after the state was moved to its place",
+    "between the checkpoint and the state",
+)
+
+
+@pytest.mark.parametrize(
+    "kill", [pytest.param(kill, marks=[pytest.mark.slow] if kill in SLOW else []) for kill in KILLS]
+)
+def test_killed_and_resumed_equals_never_killed(
+    tmp_path: Path, arguments: list[str], start: Start, straight: Run, kill: str
+) -> None:
+    run = Run(tmp_path / "run")
+    output = ["--output", run.output]
+    (ended,) = start(1, *KILLS[kill], *arguments, *output).end()
+    assert ended.code == -signal.SIGKILL, ended.err
+    assert len(run.records("eval")) in (1, 2) and not run.finished
+    (ended,) = start(1, "command_line", *arguments, *output, "--resume").end()
+    assert ended.code == 0 and "resumed at step" in ended.err, ended.err
+    require_same_end(straight, run)
+    environments = json.loads(run.environment_file.read_text())
+    assert len(environments) == 2 and environments[1]["command"].endswith("--resume")
+
+
+def wait_for(condition: Callable[[], bool], alive: Callable[[], bool]) -> None:
+    """Until it is so, for two minutes at most and while the process lives."""
+    for _ in range(2400):
+        if condition() or not alive():
+            return
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("name", [pytest.param("SIGTERM", marks=pytest.mark.slow), "SIGINT"])
+def test_a_signal_saves_and_says_how_to_go_on(
+    tmp_path: Path, arguments: list[str], start: Start, straight: Run, name: str
+) -> None:
+    number = signal.Signals[name]
+    run = Run(tmp_path / "run")
+    command = [*arguments, "--output", run.output]
+    group = start(1, "command_line", *command, "save_every_steps=1000")
+    (process,) = group.processes
+    wait_for(lambda: bool(run.records("train")), process.is_alive)
+    trainer = psutil.Process(process.pid)
+    workers = trainer.children(recursive=True)
+    assert len(workers) == 2
+    for one in [*workers, trainer] if name == "SIGINT" else [trainer]:
+        one.send_signal(number)  # Ctrl-C reaches every process of a terminal
+    (ended,) = group.end()
+    assert ended.code == 128 + number, ended.err
+    assert f"{name}: finishing the step" in ended.err and "Traceback" not in ended.err and ended.out == ""
+    *_, what, how = ended.err.splitlines()
+    step = read_checkpoint(run.state_file)[1]["position"]["step"]
+    assert what == f"interrupted: saved at step {step}; continue with" and 3 <= step < 16
+    assert how.strip().startswith("paqdetr train") and how.endswith("--resume") and str(run.output) in how
+    (ended,) = start(1, "command_line", *command, "--resume").end()
+    assert ended.code == 0, ended.err
+    require_same_end(straight, run)
+
+
+def test_a_worker_that_dies(tmp_path: Path, arguments: list[str], start: Start, straight: Run) -> None:
+    """As when the system kills it for its memory."""
+    run = Run(tmp_path / "run")
+    group = start(1, "command_line", *arguments, "--output", run.output)
+    (process,) = group.processes
+    wait_for(lambda: bool(run.records("train")), process.is_alive)
+    for worker in psutil.Process(process.pid).children(recursive=True):
+        worker.kill()
+    (ended,) = group.end()
+    assert ended.code == 2, ended.err
+    *_, error, remedy = ended.err.splitlines()
+    assert error.startswith("error: a process that loads images died: DataLoader worker")
+    assert "--resume" in remedy and "Traceback" not in ended.err
+    (ended,) = start(1, "command_line", *arguments, "--output", run.output, "--resume").end()
+    assert ended.code == 0, ended.err
+    require_same_end(straight, run)
+
+
+def test_an_image_that_goes_missing_and_comes_back(
+    tmp_path: Path, arguments: list[str], start: Start, straight: Run, tiny_digits: Path
+) -> None:
+    """What was done before is saved, even without save_every_steps."""
+    data = Path(shutil.copytree(tiny_digits, tmp_path / "digits"))
+    run = Run(tmp_path / "run")
+    command = [*arguments, "save_every_steps=1000", "cache_images=0", "--data", data, "--output", run.output]
+    group = start(1, "command_line", *command)
+    (process,) = group.processes
+    wait_for(lambda: bool(run.records("train")), process.is_alive)
+    (data / "train").rename(data / "gone")
+    (ended,) = group.end()
+    assert ended.code == 2, ended.err
+    *_, error, remedy = ended.err.splitlines()
+    assert "train/0" in error and error.startswith("error: ") and remedy.startswith("help: ")
+    step = read_checkpoint(run.state_file)[1]["position"]["step"]
+    assert step >= 3
+    (data / "gone").rename(data / "train")
+    (ended,) = start(1, "command_line", *command, "--resume").end()
+    assert ended.code == 0 and f"resumed at step {step}" in ended.err, ended.err
+    require_same_end(straight, run)
+
+
+def test_a_full_disk(tmp_path: Path, arguments: list[str], start: Start, straight: Run) -> None:
+    """Checkpoints fit, the larger training state does not: one line says so, and more room is all it needs."""
+    run = Run(tmp_path / "run")
+    size = straight.last.stat().st_size
+    assert size * 1.5 < straight.state_file.stat().st_size
+    command = [*arguments, "--output", run.output]
+    (ended,) = start(1, "with_full_disk", size * 1.2 / 2**20, *command).end()
+    assert ended.code == 2, ended.err
+    *_, error, remedy = ended.err.splitlines()
+    assert error.startswith(f"error: {run.state_file}: cannot be written (")
+    assert "disk's space" in remedy and "Traceback" not in ended.err
+    assert not run.state_file.exists() and not list(run.output.glob(".*.tmp"))
+    (ended,) = start(1, "command_line", *command, "--resume").end()
+    assert ended.code == 0, ended.err
+    require_same_end(straight, run)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment(tmp_path: Path, arguments: list[str], start: Start, straight: Run) -> None:
+    """Again and again, whatever it is doing, until it is through."""
+    run, moments = Run(tmp_path / "run"), random.Random(0)
+    kills = 0
+    for _ in range(40):
+        group = start(1, "command_line", *arguments, "--output", run.output, "--resume")
+        (process,) = group.processes
+        before = len(run.records("start"))
+        wait_for(lambda before=before: len(run.records("start")) > before, process.is_alive)
+        process.join(moments.uniform(0, 1.5))
+        if process.exitcode is None:
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        (ended,) = group.end()
+        assert ended.code in (0, -signal.SIGKILL), ended.err
+        if ended.code == 0:
+            break
+    assert kills > 3
+    require_same_end(straight, run)
