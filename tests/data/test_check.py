@@ -81,51 +81,46 @@ def test_a_broken_data_set(tmp_path: Path) -> None:
 
     report = check_dataset(tmp_path)
 
-    errors = dict(found(report, "error", "train"))
-    assert errors.keys() == {
-        "annotation 6 of 2.png",
-        "annotation 7",
-        "annotation 8 of 2.png",
-        "3.png",
-        "4.png",
-        "5.png",
-    }
-    assert "category_id 9" in errors["annotation 6 of 2.png"]
-    assert "image 99" in errors["annotation 7"]
-    assert "bbox [1, 1, 5], expected four" in errors["annotation 8 of 2.png"]
-    assert errors["3.png"] == "is 20x10 pixels, the annotations say 10x20 (turned by its EXIF orientation?)"
-    assert "missing" in errors["4.png"]
-    assert "does not decode" in errors["5.png"]
+    errors = found(report, "error", "train")
+    json_file = str(tmp_path / "train.json")
+    assert [message for subject, message in errors if subject == json_file] == [
+        "annotation 6 of image 2 has category_id 9, which `categories` does not list",
+        "annotation 7 belongs to image 99, which `images` does not list",
+        "annotation 8 of image 2 has bbox [1, 1, 5], expected four finite numbers [x, y, w, h]",
+    ]
+    others = {Path(subject).name: message for subject, message in errors if subject != json_file}
+    assert others.keys() == {"3.png", "4.png", "5.png"}
+    assert others["3.png"] == "is 20x10 pixels, the annotations say 10x20 (turned by its EXIF orientation?)"
+    assert "missing" in others["4.png"]
+    assert "does not decode" in others["5.png"]
 
-    warnings = dict(found(report, "warning", "train"))
-    assert warnings.keys() == {
-        f"annotation {i}" + s
-        for i, s in ((2, " of 1.png"), (3, " of 1.png"), (4, " of 1.png"), (5, " of 2.png"))
-    } | {"train.json"}
-    assert "same class and box" in warnings["annotation 2 of 1.png"]
-    assert "5 pixels over the edge" in warnings["annotation 3 of 1.png"]
-    assert "outside the image of 20x10" in warnings["annotation 4 of 1.png"]
-    assert "without area" in warnings["annotation 5 of 2.png"]
-    assert warnings["train.json"].startswith("4 of 5 images have no boxes")
+    assert found(report, "warning", "train") == [
+        ("2.png", "box [3, 3, 0, 2] of class 'b' has no area; training leaves it out"),
+        ("1.png", "box [30, 5, 10, 5] of class 'b' is outside the image of 20x10; training leaves it out"),
+        ("1.png", "box [15, 5, 10, 5] of class 'b' is 5 pixels over the edge of the image of 20x10"),
+        ("1.png", "box [1, 1, 5, 5] of class 'a' is there twice"),
+        ("train.json", "2 of 4 images have no boxes; right if nothing is in them"),
+    ]
 
     summary = report.splits["train"]
-    assert (summary.images, summary.boxes, summary.images_without_boxes) == (5, 3, 4)
-    assert summary.boxes_per_class == {"a": 2, "b": 1, "c": 0}
+    assert (summary.images, summary.boxes, summary.crowds, summary.images_without_boxes) == (4, 5, 1, 2)
+    assert summary.boxes_per_class == {"a": 2, "b": 3, "c": 0}
 
     assert found(report, "error", "val") == [("class x", "has id 1, which is 'b' in train")]
     assert found(report, "warning", "val") == [
-        ("2.png", "the same picture as train/1.png"),
+        ("2.png", "the same file as train/1.png"),
         ("class c", "has boxes here and none in train"),
     ]
     ((subject, message),) = found(report, "error", "test")
-    assert subject == "test.json" and "line 1, column 2" in message
+    assert subject == str(tmp_path / "test.json") and "line 1, column 2" in message
+    assert report.number_of("error") == len(report.errors)
     assert report.splits["test"].images == 0
 
 
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        ([image(1), image(1)], "listed twice"),
+        ([image(1), image(1)], "image id 1 is given twice"),
         ([image(1, id=None)], "has id None"),
         ([image(1, width="20")], "pixels"),
         ([], "`images` is empty"),

@@ -100,7 +100,7 @@ def test_folders_without_data(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is empty"):
         available_splits(tmp_path)
     (tmp_path / "readme.txt").write_text("hello")
-    with pytest.raises(DataError, match="no COCO annotations"):
+    with pytest.raises(DataError, match="no data set of a known layout"):
         open_split(tmp_path, "train")
     with pytest.raises(DataError, match="is a file"):
         open_split(tmp_path / "readme.txt", "train")
@@ -148,7 +148,10 @@ def changed(key: str, position: int, **values: object) -> dict[str, Any]:
         (changed("images", 2, file_name="gone.png"), r"gone\.png: missing.*1 of 3"),
         (changed("images", 1, file_name="nowhere/a.png"), r"nowhere/a\.png: missing"),
         (changed("categories", 1, id=4), r"category id 4 is given twice"),
-        (changed("categories", 1, id="a"), r"categories\[1\]"),
+        (changed("categories", 1, id="a"), r"some category ids are integers and some are texts"),
+        (changed("categories", 1, id=None), r"categories\[1\]"),
+        (changed("images", 2, file_name="../c.png"), r"file_name '\.\./c\.png', which is no name inside"),
+        (changed("images", 2, file_name="/etc/c.png"), r"file_name '/etc/c\.png', which is no name inside"),
     ],
 )
 def test_malformed_annotations(tmp_path: Path, content: object, message: str) -> None:
