@@ -213,6 +213,16 @@ class AugmentConfig(Section):
     color: float = Field(
         default=0.0, ge=0, le=1, description="strength of brightness, contrast and saturation jitter"
     )
+    crop_style: Literal["aspect", "detr"] = Field(
+        default="aspect",
+        description="aspect: a part of the image's aspect; detr: the published recipe's crop",
+    )
+    keep_small: float = Field(
+        default=0.0,
+        ge=0,
+        description="the crop grows until it cuts no box whose side is below so many pixels",
+    )
+    mosaic: float = Field(default=0.0, ge=0, le=1, description="probability of four images in one")
 
     @field_validator("scale", "crop_size")
     @classmethod
