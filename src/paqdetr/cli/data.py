@@ -109,15 +109,14 @@ def stats(
 @app.command()
 def preview(
     folder: _Data,
-    model: Annotated[
-        str,
-        typer.Argument(help="A model, recipe or YAML file whose settings count.", metavar="[MODEL|CONFIG]"),
-    ] = "paq_dino_nano",
     settings: Annotated[
         list[str] | None,
         typer.Argument(help="Settings, such as augment.mosaic=0.5 batch_size=4.", metavar="[KEY=VALUE]..."),
     ] = None,
     *,
+    model: Annotated[
+        str, typer.Option(help="The model, recipe or YAML file whose settings count.")
+    ] = "paq_dino_nano",
     output: Annotated[Path, typer.Option(help="PNG file to draw.")] = Path("preview.png"),
     split: Annotated[str, typer.Option(help="Split to show.")] = "train",
     batches: Annotated[int, typer.Option(min=1, help="Batches, one a row.")] = 3,

@@ -64,6 +64,16 @@ class Issues:
             raise DataError(f"{subject}: {message}", remedy)
         self._keep(Problem("error", kind, self.split, str(subject), message))
 
+    def unreadable(self, path: Path, error: DataError) -> None:
+        """A file of annotations that could not be read, or one of several images.
+
+        Raises:
+            DataError: `error`, unless problems are collected.
+        """
+        if not self.collect:
+            raise error
+        self.error(path, error.message.removeprefix(f"{path}: "), error.remedy, kind="unreadable file")
+
     def warn(self, subject: Path | str, message: str, *, kind: str) -> None:
         """Something a user should look at; forgotten unless problems are collected."""
         if self.collect:

@@ -68,9 +68,7 @@ def read_cityscapes(place: CityscapesPlace, issues: Issues) -> Annotations:
         try:
             content = load_json(path)
         except DataError as error:
-            if not issues.collect:
-                raise
-            issues.error(path, error.message.removeprefix(f"{path}: "), kind="unreadable file")
+            issues.unreadable(path, error)
             continue
         height, width, objects = (content.get(key) for key in ("imgHeight", "imgWidth", "objects"))
         if not (is_side(height) and is_side(width)):

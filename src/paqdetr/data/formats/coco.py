@@ -36,12 +36,8 @@ def read_coco(annotation_file: Path, image_dir: Path, issues: Issues) -> Annotat
     try:
         content = load_json(annotation_file)
     except DataError as error:
-        if not issues.collect:
-            raise
-        issues.error(
-            annotation_file, error.message.removeprefix(f"{annotation_file}: "), kind="unreadable file"
-        )
-        content = {}
+        issues.unreadable(annotation_file, error)
+        return Builder().build(source=annotation_file, image_dir=image_dir, classes=ClassTable((), ()))
     reader = _Reader(annotation_file, content, issues)
     classes, label_of = reader.classes()
     positions = reader.images(image_dir)
@@ -60,9 +56,8 @@ class _Reader:
     def entries(self, key: str, *, may_be_empty: bool = False) -> list[tuple[int, dict[str, Any]]]:
         """(position, object) of a list in the file."""
         if key not in self.content:
-            if self.content or not self.issues.collect:
-                found = ", ".join(sorted(self.content)[:20]) or "nothing"
-                self.fail(f"has no `{key}`, found {found[:200]}", "unreadable file")
+            found = ", ".join(sorted(self.content)[:20]) or "nothing"
+            self.fail(f"has no `{key}`, found {found[:200]}", "unreadable file")
             return []
         entries = self.content[key]
         if not isinstance(entries, list):

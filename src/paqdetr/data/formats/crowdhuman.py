@@ -53,11 +53,7 @@ def read_crowdhuman(place: CrowdHumanPlace, issues: Issues) -> Annotations:
         try:
             record = parse_json(line, f"{place.odgt_file}: {where}")
         except DataError as error:
-            if not issues.collect:
-                raise
-            issues.error(
-                place.odgt_file, error.message.removeprefix(f"{place.odgt_file}: "), kind="unreadable file"
-            )
+            issues.unreadable(place.odgt_file, error)
             continue
         own = record.get("ID") if isinstance(record, dict) else None
         boxes = record.get("gtboxes") if isinstance(record, dict) else None

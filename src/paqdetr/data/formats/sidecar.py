@@ -50,9 +50,7 @@ class Sidecar:
         try:
             return cls._parse(path, load_json(path), split)
         except DataError as error:
-            if not issues.collect:
-                raise
-            issues.error(path, error.message.removeprefix(f"{path}: "), error.remedy, kind="unreadable file")
+            issues.unreadable(path, error)
             return cls()
 
     @classmethod

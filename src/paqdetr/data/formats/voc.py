@@ -166,9 +166,7 @@ def _images(place: VocPlace, issues: Issues) -> dict[str, _Xml]:
         try:
             found[images[stem]] = _Xml(xml, _parse(xml))
         except DataError as error:
-            if not issues.collect:
-                raise
-            issues.error(xml, error.message.removeprefix(f"{xml}: "), kind="unreadable file")
+            issues.unreadable(xml, error)
     if not found and not issues.collect:
         raise DataError(
             f"{place.list_file or place.image_dir}: names no image", "Put images and XML files there."

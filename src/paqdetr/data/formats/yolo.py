@@ -249,8 +249,13 @@ def _read_labels(path: Path, num_classes: int, issues: Issues) -> list[tuple[int
     """(class index, [x, y, width, height] relative to the image) of every line."""
     if not path.is_file():
         return []
+    try:
+        text = read_text(path)
+    except DataError as error:
+        issues.unreadable(path, error)
+        return []
     rows = []
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+    for number, line in enumerate(text.splitlines(), start=1):
         words = line.split()
         if not words:
             continue
