@@ -177,11 +177,11 @@ def _difference(one: Annotations, other: Annotations) -> str | None:
 def _rows(content: Annotations, index: int) -> np.ndarray:
     """(n, 7) label, crowd, area, box of an image; crowds, which may have changed places, come last."""
     rows = slice(content.starts[index], content.starts[index + 1])
-    table = np.column_stack(
-        [content.labels[rows], content.crowd[rows], content.areas[rows], content.boxes[rows]]
-    )
+    boxes, areas = content.boxes[rows], content.areas[rows]
+    areas = np.where(np.isnan(areas), boxes[:, 2] * boxes[:, 3], areas)
+    table = np.column_stack([content.labels[rows], content.crowd[rows], areas, boxes])
     return table[np.argsort(content.crowd[rows], kind="stable")]
 
 
 def _same_boxes(one: np.ndarray, other: np.ndarray) -> bool:
-    return one.shape == other.shape and np.allclose(one, other, rtol=0, atol=_PIXELS, equal_nan=True)
+    return one.shape == other.shape and np.allclose(one, other, rtol=_PIXELS, atol=_PIXELS)
