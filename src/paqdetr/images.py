@@ -92,6 +92,8 @@ def read_header(source: str | Path) -> ImageHeader:
         # not PngImageFile's own, which decodes everything in search of a late EXIF chunk
         turn = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
         width, height = image.size
+        if image.format == "TIFF":  # some versions of Pillow have turned the size already
+            width, height = image.tag_v2[256], image.tag_v2[257]  # type: ignore[attr-defined]
         size = (height, width) if turn in _TURNING else (width, height)
         return ImageHeader(size, frozenset(_traits(image, turn)))
 

@@ -94,7 +94,7 @@ def test_nothing_is_lost(source: Path, converted: dict[str, Path], to: str) -> N
     assert sum(a["iscrowd"] for a in open_split(source, "train").ground_truth()["annotations"]) > 0
 
 
-@pytest.mark.parametrize(("first", "second"), itertools.product(TARGETS, repeat=2))
+@pytest.mark.parametrize(("first", "second"), list(itertools.product(TARGETS, repeat=2)))
 def test_nor_on_the_way_back(
     source: Path, converted: dict[str, Path], tmp_path: Path, first: str, second: str
 ) -> None:
@@ -180,9 +180,7 @@ def test_a_model_has_the_same_ap(tiny_digits: Path, tiny_run: Any, tmp_path: Pat
         found[to] = evaluate(model, data=tmp_path / to)
     for to in ("voc", "yolo"):
         assert found[to].results == found["coco"].results
-        assert found[to].figures == pytest.approx(found["coco"].figures, nan_ok=True) or (
-            found[to].figures.to_json() == found["coco"].figures.to_json()
-        )
+        assert found[to].figures.to_json() == found["coco"].figures.to_json()
 
 
 def test_without_the_side_file_the_boxes_are_the_same(
