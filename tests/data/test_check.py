@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.datasets import load_sample_images
 
+from paqdetr.cli import run as cli
 from paqdetr.data.check import CheckReport, check_dataset
 from paqdetr.data.digits import make_digits
 from paqdetr.errors import DataError
@@ -136,3 +138,48 @@ def test_what_training_would_refuse_is_an_error(
 def test_a_folder_without_data(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is empty"):
         check_dataset(tmp_path)
+
+
+def test_copies_and_leaks_are_told_apart(tmp_path: Path) -> None:
+    photographs = [Image.fromarray(pixels).resize((320, 214)) for pixels in load_sample_images().images]
+    for split, names in (("train", ["a", "b", "c"]), ("val", ["d"])):
+        images = [image(n, file_name=f"{name}.jpg", width=320, height=214) for n, name in enumerate(names)]
+        make_split(tmp_path, split, images, [box(1, 0, 0, 1, 1, 9, 9)], ["x"])
+    photographs[0].save(tmp_path / "train" / "a.jpg", quality=95)
+    photographs[0].save(tmp_path / "train" / "b.jpg", quality=40)
+    photographs[1].save(tmp_path / "train" / "c.jpg")
+    photographs[1].save(tmp_path / "val" / "d.jpg", quality=50)
+    for workers in (1, 2):
+        report = check_dataset(tmp_path, workers=workers)
+        found = {p.kind: (p.split, p.subject, p.message) for p in report.warnings}
+        assert found["copy"][:2] == ("train", "b.jpg") and found["copy"][2].endswith("a.jpg")
+        assert found["leak between splits"][:2] == ("val", "d.jpg")
+        assert found["leak between splits"][2].endswith(" of 64 bits differ) train/c.jpg")
+
+
+def test_the_report_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    boxes = [box(n, 1, n % 2, 1, 1, size, size) for n, size in enumerate((2, 40, 100, 7))]
+    make_split(tmp_path, "train", [image(1, width=200, height=120)], boxes, ["a", "b"])
+    Image.effect_noise((200, 120), 60).convert("RGBA").save(tmp_path / "train" / "1.png")
+    assert cli(["data", "check", str(tmp_path), "--json", str(tmp_path / "out" / "report.json")]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (report["format"], report["errors"], report["warnings"], report["problems"]) == ("coco", 0, 0, [])
+    train = report["splits"]["train"]
+    assert train["boxes_per_class"] == {"a": 2, "b": 2} and train["traits"] == {"alpha": 1}
+    sizes = train["box_sizes"]
+    assert (sizes["small"], sizes["medium"], sizes["large"]) == (2, 1, 1)
+    assert {edge: count for edge, count in sizes["histogram"].items() if count} == {
+        "2": 1,
+        "4": 1,
+        "32": 1,
+        "64": 1,
+    }
+    assert "1 alpha" in capsys.readouterr().out
+
+
+def test_many_problems_of_a_kind_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    boxes = [box(n, 1, 0, 30, 1, 5, 5) for n in range(25)]
+    make_split(tmp_path, "train", [image(1)], boxes, ["a"])
+    assert cli(["data", "check", str(tmp_path), "--show", "3"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("is outside the image") == 3 and "train: 22 more of this kind" in out

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from collections import Counter
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from paqdetr.data.loader import (
     SampleKey,
     TrainingBatches,
     TrainingImages,
+    TrainingLoader,
     collate,
     read_picture,
     training_loader,
@@ -237,6 +239,56 @@ def test_a_failure_stands_for_its_batch() -> None:
     good = (torch.zeros(3, 32, 32), Targets(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4)))
     failure = Failure(DataError, "what", "remedy")
     assert collate([good, failure, good]) is failure
+
+
+# ------------------------------------------------------------------------------------- workers and mosaic
+
+
+def test_spawned_workers_change_no_batch(split: DetectionDataset) -> None:
+    """What a worker needs survives pickling: macOS and Windows start workers so, and Python 3.14 does on Linux."""
+    config = settings(workers=2, **{"augment.mosaic": 0.5})
+    expected = epoch(settings(workers=0, **{"augment.mosaic": 0.5}), split)
+    images = TrainingImages(split=split, augment=Augment(config.augment, PREPROCESSING), cache_gib=0.1)
+    _, batches = training_loader(config, split, PREPROCESSING)
+    require_equal(expected, list(TrainingLoader(images, batches, workers=2, start_method="spawn")))
+
+
+def test_workers_share_the_cache(split: DetectionDataset) -> None:
+    if "fork" not in multiprocessing.get_all_start_methods():
+        pytest.skip("this platform does not fork")
+    images = TrainingImages(split=split, augment=Augment(AugmentConfig(), PREPROCESSING), cache_gib=0.1)
+    _, batches = training_loader(settings(), split, PREPROCESSING)
+    loader = TrainingLoader(images, batches, workers=2, start_method="fork")
+    seen = {target.image_id for batch in loader for target in batch.targets}
+    assert len(images.cache) == len(seen) == 9  # decoded by the workers, and here too
+
+
+def test_workers_persist_over_epochs(split: DetectionDataset) -> None:
+    loader, batches = training_loader(settings(workers=2), split, PREPROCESSING)
+    before = {child.pid for child in multiprocessing.active_children()}
+    workers = []
+    for batches.epoch in range(3):
+        list(loader)
+        workers.append({child.pid for child in multiprocessing.active_children()} - before)
+    assert len(workers[0]) == 2 and workers[0] == workers[1] == workers[2]
+
+
+def test_mosaic_is_a_setting_that_leaves_the_others_alone(split: DetectionDataset) -> None:
+    """With it off, or on and not drawn, an image is what it was before there was mosaic."""
+    key = SampleKey(7, 5, 1.0)
+
+    def sample(mosaic: float, key: SampleKey = key) -> tuple[torch.Tensor, Targets]:
+        augment = Augment(AugmentConfig(color=0.3, mosaic=mosaic), PREPROCESSING)
+        return TrainingImages(split=split, augment=augment, cache_gib=0).sample(key)
+
+    off, rare, always = sample(0.0), sample(1e-9), sample(1.0)
+    assert torch.equal(off[0], rare[0]) and torch.equal(off[1].boxes, rare[1].boxes)
+    assert always[0].shape == off[0].shape and not torch.equal(always[0], off[0])
+    assert always[1].image_id == off[1].image_id and always[1].size == off[1].size
+    assert torch.equal(sample(1.0)[0], always[0])
+    several = [sample(1.0, SampleKey(7, seed, 1.0))[1] for seed in range(20)]
+    assert max(len(targets) for targets in several) > 3  # of one image: three at the most
+    assert all(((t.boxes >= 0) & (t.boxes <= 1)).all() for t in several)
 
 
 # ------------------------------------------------------------------------------------------- the sampler
