@@ -347,11 +347,11 @@ BOMB = '<!DOCTYPE a [<!ENTITY b "ha"><!ENTITY c "&b;&b;">]><annotation>&c;</anno
 FOREIGN = '<!DOCTYPE a [<!ENTITY b SYSTEM "file:///etc/passwd">]><annotation>&b;</annotation>'
 
 
-def xml(old: str, new: str) -> Callable[[Path], None]:
+def xml(old: str, new: str, times: int = 1) -> Callable[[Path], None]:
     def make(root: Path) -> None:
         content = (root / XML).read_text()
         assert old in content
-        (root / XML).write_text(content.replace(old, new, 1))
+        (root / XML).write_text(content.replace(old, new, times))
 
     return make
 
@@ -366,11 +366,11 @@ row(
     "a.xml: no valid XML",
     text(XML, "<?xml version='1.0' encoding='klingon'?><annotation/>"),
 )
-row("voc", "object_without_a_box", "object 1 (person) has no <bndbox>", xml("bndbox>", "box>"))
+row("voc", "object_without_a_box", "object 1 (person) has no <bndbox>", xml("bndbox>", "box>", 2))
 row(
     "voc",
     "box_with_a_text",
-    "object 1 (person) has <bndbox> ['left'",
+    "object 1 (person) has <bndbox> ['left', '7'",
     xml("<xmin>5</xmin>", "<xmin>left</xmin>"),
 )
 row("voc", "box_of_nan", "expected xmin, ymin, xmax and ymax", xml("<xmin>5</xmin>", "<xmin>NaN</xmin>"))

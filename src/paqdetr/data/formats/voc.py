@@ -244,7 +244,7 @@ def _objects(
         if None in edges:
             given = "no <bndbox>" if frame is None else f"<bndbox> {[_text(frame, c.tag) for c in frame]}"
             issues.error(
-                path, f"object {number} ({name}) has {shorten(given)}, expected xmin, ymin, xmax and ymax",
+                path, f"object {number} ({name}) has {given[:100]}, expected xmin, ymin, xmax and ymax",
                 kind="malformed box",
             )  # fmt: skip
             continue
