@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from paqdetr.data.annotations import (
     Builder,
     Issues,
     is_box,
-    is_coordinate,
     is_integer,
     is_side,
     shorten,
@@ -53,25 +52,23 @@ class _Reader:
     def fail(self, message: str, kind: str = "annotation") -> None:
         self.issues.error(self.path, message, kind=kind)
 
-    def entries(self, key: str, *, may_be_empty: bool = False) -> list[tuple[int, dict[str, Any]]]:
+    def entries(self, key: str, *, may_be_empty: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
         """(position, object) of a list in the file."""
         if key not in self.content:
             found = ", ".join(sorted(self.content)[:20]) or "nothing"
             self.fail(f"has no `{key}`, found {found[:200]}", "unreadable file")
-            return []
+            return
         entries = self.content[key]
         if not isinstance(entries, list):
             self.fail(f"`{key}` is a {type(entries).__name__}, expected a list", "unreadable file")
-            return []
+            return
         if not entries and not may_be_empty:
             self.fail(f"`{key}` is empty", "unreadable file")
-        objects = []
         for position, entry in enumerate(entries):
             if isinstance(entry, dict):
-                objects.append((position, entry))
+                yield position, entry
             else:
                 self.fail(f"{key}[{position}] is {shorten(entry)}, expected an object")
-        return objects
 
     def classes(self) -> tuple[ClassTable, dict[int | str, int]]:
         """The class table, and the file's own category ids -> contiguous index."""
@@ -149,43 +146,53 @@ class _Reader:
         return set(missing)
 
     def boxes(self, label_of: dict[int | str, int], positions: dict[int | str, int]) -> None:
+        """Takes the well-formed annotations; the names of what is wrong are made up for the others alone: there are millions."""
         add = self.builder.add_box
         for position, entry in self.entries("annotations", may_be_empty=True):
-            owner, category, box, area = (entry.get(k) for k in ("image_id", "category_id", "bbox", "area"))
+            owner, category, box, area = (
+                entry.get("image_id"),
+                entry.get("category_id"),
+                entry.get("bbox"),
+                entry.get("area"),
+            )
+            if (
+                isinstance(owner, (int, str))
+                and owner in self._known
+                and isinstance(category, (int, str))
+                and category in label_of
+                and category is not True
+                and category is not False
+                and is_box(box)
+                and (area is None or _is_area(area))
+            ):
+                self.builder.masks += bool(entry.get("segmentation"))
+                if owner in positions:
+                    add(
+                        positions[owner], label_of[category], box, crowd=bool(entry.get("iscrowd")), area=area
+                    )
+            else:
+                self.fail(*self._complaint(position, entry, label_of))
 
-            def subject(entry: dict[str, Any] = entry, position: int = position) -> str:
-                return f"annotation {shorten(entry.get('id', [position]))}"
-
-            if not isinstance(owner, (int, str)) or owner not in self._known:
-                self.fail(f"{subject()} belongs to image {shorten(owner)}, which `images` does not list")
-                continue
-            where = f"{shorten(owner)} has"
-            if not isinstance(category, (int, str)) or isinstance(category, bool) or category not in label_of:
-                self.fail(
-                    f"{subject()} of image {where} category_id {shorten(category)}, which `categories` does"
-                    " not list",
-                    "unknown class",
-                )
-                continue
-            if not is_box(box):
-                self.fail(
-                    f"{subject()} of image {where} bbox {shorten(box)}, expected four finite numbers"
-                    " [x, y, w, h]",
-                    "malformed box",
-                )
-                continue
-            if area is not None and not is_coordinate(area) and not _is_area(area):
-                self.fail(
-                    f"{subject()} of image {where} area {shorten(area)}, expected a number", "malformed box"
-                )
-                continue
-            self.builder.masks += bool(entry.get("segmentation"))
-            if owner in positions:
-                add(positions[owner], label_of[category], box, crowd=bool(entry.get("iscrowd")), area=area)
+    def _complaint(
+        self, position: int, entry: dict[str, Any], label_of: dict[int | str, int]
+    ) -> tuple[str, str]:
+        """What is wrong with an annotation, and the kind of problem."""
+        subject = f"annotation {shorten(entry.get('id', [position]))}"
+        owner, category, box, area = (entry.get(k) for k in ("image_id", "category_id", "bbox", "area"))
+        if not isinstance(owner, (int, str)) or owner not in self._known:
+            return f"{subject} belongs to image {shorten(owner)}, which `images` does not list", "annotation"
+        subject = f"{subject} of image {shorten(owner)} has"
+        if not isinstance(category, (int, str)) or isinstance(category, bool) or category not in label_of:
+            message = f"{subject} category_id {shorten(category)}, which `categories` does not list"
+            return message, "unknown class"
+        if not is_box(box):
+            message = f"{subject} bbox {shorten(box)}, expected four finite numbers [x, y, w, h]"
+            return message, "malformed box"
+        return f"{subject} area {shorten(area)}, expected a number", "malformed box"
 
 
 def _is_area(value: object) -> bool:
-    return isinstance(value, (int, float)) and -1e18 < value < 1e18
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e18 < value < 1e18
 
 
 def _numbered(own: list[int | str]) -> dict[int | str, int]:
