@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from paqdetr.data.cache import PixelCache
+from paqdetr.errors import ConfigError
 
 SIZES = np.array([[4, 5], [10, 10], [2, 3]])
 
@@ -71,3 +72,8 @@ def test_a_pickled_one_is_empty_and_keeps_to_the_budget() -> None:
     original = cache.get(0)
     assert original is not None and int(original[0, 0, 0]) == 7
     assert len(pickle.dumps(PixelCache(SIZES, 10**6))) < 2000
+
+
+def test_more_memory_than_there_is() -> None:
+    with pytest.raises(ConfigError, match=r"cache_images: .* GiB for decoded images cannot be had"):
+        PixelCache(np.array([[10**9, 10**9]]), 2**62)

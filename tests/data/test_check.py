@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from paqdetr.cli import run as cli
+from paqdetr.data import check_images
 from paqdetr.data.check import CheckReport, check_dataset
 from paqdetr.data.digits import make_digits
 from paqdetr.errors import DataError
@@ -174,7 +176,8 @@ def test_the_report_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         "32": 1,
         "64": 1,
     }
-    assert "1 alpha" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "1 alpha" in out and "2 to 4 px" in out and "8 to 16 px" in out and "128 to" not in out
 
 
 def test_many_problems_of_a_kind_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -183,3 +186,14 @@ def test_many_problems_of_a_kind_are_counted(tmp_path: Path, capsys: pytest.Capt
     assert cli(["data", "check", str(tmp_path), "--show", "3"]) == 0
     out = capsys.readouterr().out
     assert out.count("is outside the image") == 3 and "train: 22 more of this kind" in out
+
+
+def test_a_process_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object, **kwargs: object) -> None:
+        raise BrokenProcessPool
+
+    make_split(tmp_path, "train", [image(1)], [], ["a"])
+    monkeypatch.setattr(check_images.ProcessPoolExecutor, "map", broken)
+    with pytest.raises(DataError, match="was killed") as caught:
+        check_dataset(tmp_path, workers=2)
+    assert "--workers 1" in caught.value.remedy

@@ -292,3 +292,12 @@ def test_problems_of_a_kind_are_counted_beyond_those_kept() -> None:
         issues.warn("file", str(number), kind="many")
     assert len(issues.found) == 1000 and issues.counts["warning", "many"] == 1500
     Issues().warn("file", "nobody listens", kind="many")
+
+
+def test_yaml_of_other_programs_is_no_data_set(copy_of: Any) -> None:
+    root = copy_of("voc")
+    (root / "docker.yaml").write_text("version: [1\n{{ template }}")
+    (root / "names.yml").write_text("names: [a]\nversion: 3\n")
+    assert find_layout(root).format == "voc"
+    (root / "aquarium.yaml").write_text("names: [person, rider]\ntrain: JPEGImages\n")
+    assert find_layout(root).format == "yolo"

@@ -170,6 +170,7 @@ def _print_report(report: CheckReport, *, title: str, show: int) -> None:
         table.add_row(name, *map(str, (*numbers, sizes.small, sizes.medium, sizes.large)))
     results.print(table)
     _print_classes(report)
+    _print_sizes(report)
     unusual = [
         f"{name}: " + ", ".join(f"{count} {trait}" for trait, count in split.traits.items())
         for name, split in report.splits.items()
@@ -210,6 +211,21 @@ def _print_classes(report: CheckReport) -> None:
         results.print(table)
     if len(shown) < len(order):
         results.print(f"(the 10 most and the 10 least frequent of {len(order)} classes)")
+
+
+def _print_sizes(report: CheckReport) -> None:
+    """How many boxes are how large, in bins that double."""
+    splits = report.splits.values()
+    table = _table("boxes with a side of", *report.splits)
+    edges = max((list(split.box_sizes.histogram) for split in splits), key=len)
+    used = [n for n, edge in enumerate(edges) if any(split.box_sizes.histogram.get(edge) for split in splits)]
+    for n in used and range(used[0], used[-1] + 1):
+        upper = f" to {edges[n + 1]}" if n + 1 < len(edges) else " and more"
+        table.add_row(
+            f"{edges[n]}{upper} px", *(str(split.box_sizes.histogram.get(edges[n], 0)) for split in splits)
+        )
+    if used:
+        results.print(table)
 
 
 def _table(first: str, *columns: str) -> Table:

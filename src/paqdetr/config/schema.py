@@ -269,7 +269,7 @@ class Config(Section):
     channels_last: bool = False
     seed: int = Field(default=0, ge=0)
     workers: int = Field(default=2, ge=0)
-    cache_images: float = Field(default=2.0, ge=0, description="GiB of decoded images kept in memory")
+    cache_images: float = Field(default=2.0, ge=0, description="GiB of decoded images that workers share")
     eval_every: int = Field(
         default=1, ge=1, description="epochs between evaluations; the last epoch always has one"
     )

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from paqdetr.errors import ConfigError
+
 
 class PixelCache:
     """Keeps the pixels of as many images as the budget holds, each in a place of its own that is fixed beforehand.
@@ -21,6 +23,9 @@ class PixelCache:
     Args:
         sizes: (N, 2) (height, width) of the images.
         budget: bytes.
+
+    Raises:
+        ConfigError: the system does not give so much memory.
     """
 
     def __init__(self, sizes: np.ndarray, budget: int) -> None:
@@ -36,7 +41,14 @@ class PixelCache:
                 self._starts[index] = used
                 used += size
         # One byte an image says whether its pixels are there; it is written after them.
-        memory = np.frombuffer(mmap.mmap(-1, len(needed) + used + 1), dtype=np.uint8)
+        try:
+            mapping = mmap.mmap(-1, len(needed) + used + 1)
+        except OSError as error:
+            raise ConfigError(
+                f"cache_images: {used / 2**30:.1f} GiB for decoded images cannot be had: {error.strerror}",
+                "lower cache_images; 0 keeps none",
+            ) from None
+        memory = np.frombuffer(mapping, dtype=np.uint8)
         self._ready, self._pixels = memory[: len(needed)], memory[len(needed) :]
         self._shared = True
 

@@ -6,8 +6,8 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -56,6 +56,9 @@ def inspect_all(paths: Sequence[Path], *, workers: int | None = None) -> Iterato
 
     Args:
         workers: processes; None for one a core, or none beside this one for few images.
+
+    Raises:
+        DataError: a process was killed.
     """
     if workers is None:
         workers = min(os.cpu_count() or 1, len(paths) // _WORTH_PROCESSES)
@@ -65,6 +68,11 @@ def inspect_all(paths: Sequence[Path], *, workers: int | None = None) -> Iterato
     # spawn: forking a process in which torch has started threads can hang.
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
     try:
-        yield from pool.map(partial(inspect), paths, chunksize=16)
+        yield from pool.map(inspect, paths, chunksize=16)
+    except BrokenProcessPool:
+        raise DataError(
+            "a process that decodes images was killed, perhaps for want of memory",
+            "Pass --workers 1, or lower PAQDETR_MAX_PIXELS to refuse large images.",
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -13,7 +14,7 @@ from paqdetr.data.formats.cityscapes import cityscapes_places
 from paqdetr.data.formats.coco import read_coco
 from paqdetr.data.formats.crowdhuman import crowdhuman_places
 from paqdetr.data.formats.voc import voc_places
-from paqdetr.data.formats.yolo import yolo_places
+from paqdetr.data.formats.yolo import YoloPlace, yolo_places
 from paqdetr.errors import DataError
 
 Format = Literal["coco", "voc", "yolo", "cityscapes", "crowdhuman"]
@@ -113,11 +114,8 @@ def find_layout(data: str | Path) -> Layout:
         raise DataError(f"{root}: the data folder is empty", f"Put a data set there: {_FORMS}.")
     if coco := _beside(root) or _as_coco(root) or _as_roboflow(root):
         return _layout("coco", coco)
-    for file in sorted(
-        [*root.glob("*.yaml"), *root.glob("*.yml")], key=lambda file: (file.stem != "data", file)
-    ):
-        if yolo := yolo_places(file, named=False):
-            return _layout("yolo", yolo)
+    if yolo := _as_yolo(root):
+        return _layout("yolo", yolo)
     if voc := voc_places(root):
         return _layout("voc", voc)
     if cityscapes := cityscapes_places(root):
@@ -158,6 +156,17 @@ def _as_coco(root: Path) -> dict[str, CocoPlace]:
             found[earlier.annotation_file.stem.removeprefix("instances_")] = earlier
         found[split] = CocoPlace(file, folder)
     return found
+
+
+def _as_yolo(root: Path) -> dict[str, YoloPlace]:
+    """data.yaml, or another yaml file that names classes and images."""
+    if (root / "data.yaml").is_file():
+        return yolo_places(root / "data.yaml", named=False)
+    for file in sorted([*root.glob("*.yaml"), *root.glob("*.yml")]):
+        with suppress(DataError):  # a file of some other program need not even be YAML
+            if found := yolo_places(file, named=False):
+                return found
+    return {}
 
 
 def _as_roboflow(root: Path) -> dict[str, CocoPlace]:
