@@ -183,6 +183,22 @@ def test_a_model_has_the_same_ap(tiny_digits: Path, tiny_run: Any, tmp_path: Pat
         assert found[to].figures.to_json() == found["coco"].figures.to_json()
 
 
+@pytest.mark.usefixtures("no_pictures", "one_thread")
+def test_a_training_is_the_same(tiny_digits: Path, tiny_settings: dict[str, Any], tmp_path: Path) -> None:
+    """The door that `paqdetr train --data` goes through, with a folder and with a data.yaml."""
+    from paqdetr.engine import train
+
+    convert_dataset(tiny_digits, tmp_path / "yolo", to="yolo")
+    settings = tiny_settings | {"augment.mosaic": 0.5, "augment.keep_small": 12.0, "augment.color": 0.2}
+    records = []
+    for number, data in enumerate((tiny_digits, tmp_path / "yolo" / "data.yaml")):
+        output = tmp_path / f"run{number}"
+        run = train("paq_dino_nano", data=data, output=output, device="cpu", epochs=1, settings=settings)
+        kept = [{k: v for k, v in row.items() if k.startswith("loss") or k == "AP"} for row in run.records()]
+        records.append([row for row in kept if row])
+    assert records[0] == records[1] and len(records[0]) == 3
+
+
 def test_without_the_side_file_the_boxes_are_the_same(
     source: Path, converted: dict[str, Path], tmp_path: Path
 ) -> None:
