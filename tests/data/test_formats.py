@@ -157,6 +157,17 @@ def test_voc_in_a_devkit_and_beside_the_images(copy_of: Any, tmp_path: Path) -> 
     assert boxes(open_split(tmp_path / "flat", "train")) == expected
 
 
+def test_voc_with_a_list_for_training_and_validation_together(copy_of: Any) -> None:
+    root = copy_of("voc")
+    lists = root / "ImageSets" / "Main"
+    (lists / "train.txt").rename(lists / "trainval.txt")
+    assert available_splits(root) == ["train", "val"]
+    assert len(open_split(root, "train")) == 3
+    (lists / "trainval.txt").unlink()
+    (lists / "val.txt").unlink()
+    assert available_splits(root) == ["train"] and len(open_split(root, "train")) == 4
+
+
 def test_voc_classes_are_those_of_all_splits(copy_of: Any) -> None:
     root = copy_of("voc")
     edit(root / "Annotations" / "d.xml", "rider", "aardvark")

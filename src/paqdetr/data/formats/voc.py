@@ -52,7 +52,11 @@ def voc_places(root: Path) -> dict[str, VocPlace]:
         lists = sorted((folder / "ImageSets" / "Main").glob("*.txt"))
         # aeroplane_train.txt and its like list one class
         chosen = [file for file in lists if "_" not in file.stem and file.stem != "trainval"]
-        splits: dict[str, Path | None] = {file.stem: file for file in chosen} or {"train": None}
+        splits: dict[str, Path | None] = {file.stem: file for file in chosen}
+        both = folder / "ImageSets" / "Main" / "trainval.txt"
+        if "train" not in splits and both.is_file():
+            splits["train"] = both
+        splits = splits or {"train": None}
         return {
             split: VocPlace(root, split, *_own_folder(images, xml, split), file, (xml,))
             for split, file in splits.items()
