@@ -211,10 +211,10 @@ class TrainingLoader:
         self._loader: DataLoader[Batch | Failure] = DataLoader(
             images,  # type: ignore[arg-type]
             batch_sampler=batches,  # type: ignore[arg-type]
+            multiprocessing_context=start_method if workers else None,
             num_workers=workers,
             collate_fn=collate,
             persistent_workers=workers > 0,
-            multiprocessing_context=start_method if workers else None,
             pin_memory=torch.cuda.is_available(),
             # Of its own: each start of workers draws a number, which must not change the training's noise.
             generator=torch.Generator(),
