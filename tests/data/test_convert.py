@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -248,6 +250,17 @@ def test_what_a_format_cannot_hold_is_named(source: Path, tmp_path: Path) -> Non
         content["annotations"][0] |= {"bbox": [900, 1, 5, 5], "iscrowd": 0}
 
     assert "yolo cannot hold this data: labels/train/9.txt" in failing(source, tmp_path, "yolo", far)
+
+
+def test_a_full_disk(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    for to in TARGETS:
+        with pytest.raises(DataError, match="out: cannot be written: No space left on device"):
+            convert_dataset(source, tmp_path / "out", to=to)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_images_that_share_a_label_file(source: Path, tmp_path: Path) -> None:

@@ -86,6 +86,11 @@ def convert_dataset(
         _require_equal(splits, partial, to)
         partial.chmod(0o777 & ~_umask())  # mkdtemp makes a private folder
         partial.replace(target)
+    except OSError as error:  # a full disk, for one, does not name the file
+        shutil.rmtree(partial, ignore_errors=True)
+        raise DataError(
+            f"{target}: cannot be written: {error.strerror}", "Check the disk and the folder's permissions."
+        ) from None
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
