@@ -106,6 +106,20 @@ def test_nor_on_the_way_back(
         same(open_split(source, split), open_split(tmp_path / "back", split))
 
 
+@pytest.mark.parametrize("to", TARGETS)
+@pytest.mark.parametrize("form", ["coco", "voc", "yolo", "cityscapes", "crowdhuman"])
+def test_from_every_format(tiny_data: dict[str, Path], tmp_path: Path, form: str, to: str) -> None:
+    done = convert_dataset(tiny_data[form], tmp_path / "out", to=to)
+    assert (done.format, done.images, done.boxes, done.masks) == (
+        form,
+        {"train": 3, "val": 1},
+        {"train": 3, "val": 1},
+        0,
+    )
+    for split in ("train", "val"):
+        same(open_split(tiny_data[form], split), open_split(tmp_path / "out", split))
+
+
 COORDINATES = st.floats(-20, 100).map(lambda value: round(value, 4))
 SIDES = st.floats(0.01, 90).map(lambda value: round(value, 4))
 
