@@ -7,7 +7,6 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,7 @@ if (
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
 # What is decoded, whatever a file is called. Pillow knows 40 more formats; of PostScript it would run the program.
-_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
+_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF", "HEIF", "JXL")
 
 _TURNING = frozenset(range(5, 9))  # EXIF orientations that exchange width and height
 
@@ -117,9 +116,8 @@ def _traits(image: Image.Image, turn: object) -> Iterator[str]:
         yield "several frames"
 
 
-@cache
 def _formats() -> tuple[str, ...]:
-    """Those of `_FORMATS` that this Pillow was built with."""
+    """Those of `_FORMATS` that this Pillow was built with, or that a plug-in of the user's has added by now."""
     Image.init()
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 

@@ -120,6 +120,21 @@ def test_from_every_format(tiny_data: dict[str, Path], tmp_path: Path, form: str
         same(open_split(tiny_data[form], split), open_split(tmp_path / "out", split))
 
 
+def test_folders_called_images(source: Path, tmp_path: Path) -> None:
+    """YOLO finds labels by that word in the path."""
+    (tmp_path / "in" / "train" / "images").mkdir(parents=True)
+    for name in ("images/9.jpg", "8.jpg"):
+        shutil.copy(source / "train" / "9.jpg", tmp_path / "in" / "train" / name)
+    content = json.loads((source / "train.json").read_text())
+    image = content["images"][0]
+    content["images"] = [image | {"file_name": "images/9.jpg"}, image | {"file_name": "8.jpg", "id": 1}]
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] == image["id"]]
+    (tmp_path / "in" / "train.json").write_text(json.dumps(content))
+    for to in TARGETS:
+        convert_dataset(tmp_path / "in", tmp_path / to, to=to)
+        same(open_split(tmp_path / "in", "train"), open_split(tmp_path / to, "train"))
+
+
 COORDINATES = st.floats(-20, 100).map(lambda value: round(value, 4))
 SIDES = st.floats(0.01, 90).map(lambda value: round(value, 4))
 

@@ -92,8 +92,7 @@ def read_yolo(place: YoloPlace, issues: Issues) -> Annotations:
         DataError: `data.yaml`, a list or a label file is malformed, or an image is missing or damaged.
     """
     classes = _classes(place.yaml_file)
-    images = _images(place, issues)
-    image_dir = _common_folder(images)
+    images, image_dir = _images(place, issues)
     sidecar = Sidecar.read(place.root, place.split, issues)
     classes = sidecar.with_ids(classes, place.yaml_file)
     names = sidecar.ordered([path.relative_to(image_dir).as_posix() for path in images])
@@ -146,8 +145,11 @@ def _classes(yaml_file: Path) -> ClassTable:
     return ClassTable(tuple(range(len(names))), tuple(map(str, names)))
 
 
-def _images(place: YoloPlace, issues: Issues) -> list[Path]:
-    """The split's images, sorted: `entry` is a folder, a text file that lists images, or a list of these."""
+def _images(place: YoloPlace, issues: Issues) -> tuple[list[Path], Path]:
+    """The split's images, sorted, and the folder they are named from.
+
+    `entry` is a folder, a text file that lists images, or a list of these; of several the common folder counts.
+    """
     entries = place.entry if isinstance(place.entry, list) else [place.entry]
     images: list[Path] = []
     for entry in entries:
@@ -166,7 +168,9 @@ def _images(place: YoloPlace, issues: Issues) -> list[Path]:
             f"{place.yaml_file}: `{place.split}: {shorten(place.entry)}` holds no images",
             "Put the images there.",
         )
-    return list(dict.fromkeys(images))
+    single = _resolve(place, entries[0]) if len(entries) == 1 else None
+    folder = single if single is not None and single.is_dir() else _common_folder(images)
+    return list(dict.fromkeys(images)), folder
 
 
 def _resolve(place: YoloPlace, entry: Any) -> Path:
@@ -308,7 +312,7 @@ def write_yolo(root: Path, splits: dict[str, Annotations], place_image: Callable
             place_image(part.image_dir / name, image)
             rows = range(starts[index], starts[index + 1])
             lines = [_line(part, row, index) for row in rows if not part.crowd[row]]
-            labels = (root / "labels" / split / name).with_suffix(".txt")
+            labels = _label_file(image, root)
             labels.parent.mkdir(parents=True, exist_ok=True)
             if labels.exists():
                 raise DataError(
