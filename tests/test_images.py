@@ -1,13 +1,24 @@
 from __future__ import annotations
 
+import contextlib
+import io
+import os
+import struct
+import subprocess
+import sys
+import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
+from paqdetr import images
 from paqdetr.errors import DataError
-from paqdetr.images import list_images, read_image
+from paqdetr.images import list_images, read_header, read_image
 
 
 def pixels(source: object) -> np.ndarray:
@@ -122,3 +133,182 @@ def test_list_images(tmp_path: Path) -> None:
         list_images(tmp_path / "c.txt")
     with pytest.raises(DataError, match="no such"):
         list_images(tmp_path / "absent")
+
+
+# ------------------------------------------------------------------------------------------- every mode
+
+RGB = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 20, 3), dtype=np.uint8))
+SIXTEEN = Image.fromarray(np.arange(320, dtype=np.uint16).reshape(16, 20) * 205)
+
+
+@pytest.mark.parametrize(
+    ("mode", "image", "tolerance"),
+    [
+        ("RGB", RGB, 0),
+        ("RGBA", RGB.convert("RGBA"), 0),
+        ("RGBa", RGB.convert("RGBA").convert("RGBa"), 0),
+        ("RGBX", RGB.convert("RGBX"), 0),
+        ("CMYK", RGB.convert("CMYK"), 0),
+        ("YCbCr", RGB.convert("YCbCr"), 3),
+        ("LAB", RGB.convert("LAB"), 25),
+        ("HSV", RGB.convert("HSV"), 6),
+    ],
+)
+def test_modes_in_colour(mode: str, image: Image.Image, tolerance: int) -> None:
+    assert image.mode == mode
+    difference = np.abs(pixels(image).astype(int) - np.asarray(RGB))
+    assert difference.max() <= tolerance
+
+
+@pytest.mark.parametrize(
+    ("mode", "image", "expected"),
+    [
+        ("1", RGB.convert("1"), np.asarray(RGB.convert("1").convert("L"))),
+        ("L", RGB.convert("L"), np.asarray(RGB.convert("L"))),
+        ("LA", RGB.convert("LA"), np.asarray(RGB.convert("L"))),
+        ("La", RGB.convert("LA").convert("La"), np.asarray(RGB.convert("L"))),
+        ("I;16", SIXTEEN, np.rint(np.asarray(SIXTEEN) / 257).astype(np.uint8)),
+        ("I", SIXTEEN.convert("I"), np.rint(np.asarray(SIXTEEN) / 257).astype(np.uint8)),
+    ],
+)
+def test_modes_in_grey(mode: str, image: Image.Image, expected: np.ndarray) -> None:
+    assert image.mode == mode
+    assert (pixels(image) == expected[..., None]).all()
+
+
+def test_palettes_with_and_without_transparency() -> None:
+    few = RGB.convert("P", palette=Image.Palette.ADAPTIVE)
+    assert (pixels(few) == np.asarray(few.convert("RGB"))).all()
+    assert pixels(few.convert("PA")).shape == (16, 20, 3)
+
+
+def test_no_mode_of_pillow_is_without_a_rule() -> None:
+    """A new Pillow may bring new modes; whoever sees this fail adds a row above."""
+    known = "1 L P RGB RGBA CMYK YCbCr LAB HSV I F LA PA RGBX RGBa La I;16 I;16L I;16B I;16N".split()
+    assert set(Image.MODES) <= set(known)
+
+
+def test_several_frames_give_the_first(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green")]
+    frames[0].save(tmp_path / "a.tif", save_all=True, append_images=frames[1:])
+    assert pixels(tmp_path / "a.tif")[0, 0].tolist() == [255, 0, 0]
+    assert read_header(tmp_path / "a.tif").traits == {"several frames"}
+
+
+# ---------------------------------------------------------------------------------------------- headers
+
+
+@pytest.mark.parametrize(
+    ("ending", "image", "traits"),
+    [
+        ("png", RGB, set()),
+        ("jpg", RGB, set()),
+        ("webp", RGB, set()),
+        ("png", RGB.convert("RGBA"), {"alpha"}),
+        ("webp", Image.new("RGBA", (20, 16), (1, 2, 3, 100)), {"alpha"}),
+        ("png", RGB.convert("P"), {"palette"}),
+        ("jpg", RGB.convert("CMYK"), {"CMYK"}),
+        ("jpg", RGB.convert("L"), {"grey"}),
+        ("png", SIXTEEN, {"16 bit", "grey"}),
+        ("tif", RGB.convert("F"), {"16 bit"}),
+    ],
+)
+def test_header(tmp_path: Path, ending: str, image: Image.Image, traits: set[str]) -> None:
+    image.save(tmp_path / f"a.{ending}")
+    header = read_header(tmp_path / f"a.{ending}")
+    assert header.size == (20, 16) and header.traits == traits
+
+
+def test_sixteen_bits_in_colour(tmp_path: Path) -> None:
+    """Pillow keeps the upper eight bits; written by hand, as it writes no such file."""
+    values = np.random.default_rng(0).integers(0, 65536, (4, 5, 3), dtype=np.uint16)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    (tmp_path / "a.png").write_bytes(png(5, 4, 16, rows))
+    assert (pixels(tmp_path / "a.png") == values >> 8).all()
+    assert read_header(tmp_path / "a.png").traits == {"16 bit"}
+
+
+def png(width: int, height: int, bits: int, rows: bytes) -> bytes:
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, bits, 2, 0, 0, 0)
+    parts = [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp", "tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_size_in_the_header_is_that_of_the_picture(tmp_path: Path, ending: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    RGB.save(tmp_path / f"a.{ending}", exif=exif)
+    header = read_header(tmp_path / f"a.{ending}")
+    assert header.size == read_image(tmp_path / f"a.{ending}").size
+    assert ("exif turn" in header.traits) == (orientation != 1)
+
+
+# ----------------------------------------------------------------------------------------------- limits
+
+
+def test_a_bomb_is_refused_before_it_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.png").write_bytes(png(100, 100, 8, b""))
+    with pytest.raises(DataError, match="does not decode"):
+        read_image(tmp_path / "a.png")
+    monkeypatch.setattr(images, "MAX_PIXELS", 9999)
+    for read in (read_image, read_header):
+        with pytest.raises(DataError, match=r"a\.png: the image is too large: 100x100 pixels") as caught:
+            read(tmp_path / "a.png")
+        assert "PAQDETR_MAX_PIXELS" in caught.value.remedy
+
+
+def test_the_limit_can_be_raised(tmp_path: Path) -> None:
+    """In a process of its own: Pillow's limit is one of the whole process."""
+    (tmp_path / "a.png").write_bytes(png(20_000, 20_000, 8, b""))
+    code = "import sys; from paqdetr.images import read_header; print(read_header(sys.argv[1]).size)"
+    command = [sys.executable, "-W", "error", "-c", code, str(tmp_path / "a.png")]
+    path = os.pathsep.join([str(Path(images.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    for limit, works in ((None, False), ("500000000", True)):
+        env = os.environ | {"PYTHONPATH": path} | ({"PAQDETR_MAX_PIXELS": limit} if limit else {})
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+        assert ("(20000, 20000)" in done.stdout) == works, done.stderr
+        assert works or "the image is too large" in done.stderr
+
+
+def test_a_text_chunk_that_unpacks_to_gigabytes_is_refused(tmp_path: Path) -> None:
+    text = zlib.compress(b"a" * 200_000_000)
+    whole = png(2, 2, 8, b"\0" * 14)
+    bomb = b"zTXt" + b"Comment\0\0" + text
+    chunk = struct.pack(">I", len(bomb) - 4) + bomb + struct.pack(">I", zlib.crc32(bomb))
+    (tmp_path / "a.png").write_bytes(whole[:33] + chunk + whole[33:])
+    with pytest.raises(DataError, match="does not decode"):
+        read_image(tmp_path / "a.png")
+
+
+def test_postscript_is_not_run(tmp_path: Path) -> None:
+    RGB.save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "a.png")
+    with pytest.raises(DataError, match="not an image in a known format"):
+        read_image(tmp_path / "a.png")
+
+
+@given(
+    st.binary(max_size=60),
+    st.integers(0, 400),
+    st.sampled_from(["PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"]),
+)
+@settings(max_examples=150, deadline=None)
+def test_damaged_files_raise_nothing_but_our_errors(
+    tmp_path_factory: pytest.TempPathFactory, noise: bytes, place: int, form: str
+) -> None:
+    buffer = io.BytesIO()
+    RGB.save(buffer, format=form)
+    whole = buffer.getvalue()
+    path = tmp_path_factory.getbasetemp() / "damaged"
+    path.write_bytes(whole[:place] + noise + whole[place + len(noise) :])
+    for read in (read_image, read_header):
+        with contextlib.suppress(DataError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            read(path)

@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
+import os
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from paqdetr.errors import DataError
 
 IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
+
+MAX_PIXELS = int(os.environ.get("PAQDETR_MAX_PIXELS", "178956970"))
+"""Images with more pixels are refused before they are decoded: a file of some kilobytes can claim any size."""
+
+if (
+    "PAQDETR_MAX_PIXELS" in os.environ
+):  # Pillow has a limit of its own, of half as many, and refuses over twice that
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+
+# What is decoded, whatever a file is called. Pillow knows 40 more formats; of PostScript it would run the program.
+_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF", "HEIF", "JXL")
+
+_TURNING = frozenset(range(5, 9))  # EXIF orientations that exchange width and height
+
+# Pillow reports damaged files by all of these.
+_DAMAGED = (
+    OSError, ValueError, SyntaxError, EOFError, TypeError, IndexError, KeyError, OverflowError, struct.error,
+)  # fmt: skip
 
 _ARRAY_REMEDY = "Pass uint8 RGB of shape (height, width, 3), or grey of shape (height, width)."
 
@@ -22,12 +45,14 @@ def read_image(source: str | Path | Image.Image | np.ndarray) -> Image.Image:
 
     Returns:
         A PIL image of mode "RGB", independent of the source. Other modes are converted thus: grey, 1 bit,
-        palette, CMYK and YCbCr by their meaning; what is transparent is put on white; 16-bit grey (also in a
-        32-bit integer image) is divided by 257; larger integers and floats, whose range is not known, are
-        stretched so that the least value is black and the greatest white (what is not finite is black).
+        palette, CMYK, YCbCr, HSV and LAB by their meaning; of several frames the first; what is transparent
+        is put on white; 16-bit grey (also in a 32-bit integer image) is divided by 257; larger integers and
+        floats, whose range is not known, are stretched so that the least value is black and the greatest
+        white (what is not finite is black).
 
     Raises:
-        DataError: the file is missing, no image, damaged or cut short, or the array has another form.
+        DataError: the file is missing, no image, damaged or cut short, of more than `MAX_PIXELS` pixels, or the array has
+            another form.
     """
     if isinstance(source, np.ndarray):
         return _from_array(source)
@@ -35,12 +60,81 @@ def read_image(source: str | Path | Image.Image | np.ndarray) -> Image.Image:
         name = getattr(source, "filename", "") or "the given image"
         try:
             return _to_rgb(ImageOps.exif_transpose(source))
-        except (OSError, ValueError, SyntaxError) as error:
+        except _DAMAGED as error:
             raise _undecodable(name, error) from error
     path = Path(source)
+    with _opened(path) as image:
+        return _to_rgb(ImageOps.exif_transpose(image))
+
+
+@dataclass(frozen=True, slots=True)
+class ImageHeader:
+    """What a file says about its image before it is decoded.
+
+    Attributes:
+        size: (width, height) in pixels with its EXIF turn applied, as `read_image` gives it.
+        traits: what is out of the ordinary, of "exif turn", "16 bit", "palette", "CMYK", "alpha", "grey" and
+            "several frames"; `read_image` has a rule for each.
+    """
+
+    size: tuple[int, int]
+    traits: frozenset[str]
+
+
+def read_header(source: str | Path) -> ImageHeader:
+    """Size and kind of an image file, without decoding it.
+
+    Raises:
+        DataError: the file is missing, no image, or its header is damaged.
+    """
+    with _opened(Path(source)) as image:
+        # not PngImageFile's own, which decodes everything in search of a late EXIF chunk
+        turn = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+        width, height = image.size
+        if image.format == "TIFF":  # some versions of Pillow have turned the size already
+            width, height = image.tag_v2[256], image.tag_v2[257]  # type: ignore[attr-defined]
+        size = (height, width) if turn in _TURNING else (width, height)
+        return ImageHeader(size, frozenset(_traits(image, turn)))
+
+
+def _traits(image: Image.Image, turn: object) -> Iterator[str]:
+    mode = image.mode
+    raw = str(image.tile[0].args) if getattr(image, "tile", None) else ""  # type: ignore[attr-defined]
+    if turn not in (0, 1):
+        yield "exif turn"
+    if mode.startswith("I") or mode == "F" or ";16" in raw:
+        yield "16 bit"
+    if mode in ("P", "PA"):
+        yield "palette"
+    if mode == "CMYK":
+        yield "CMYK"
+    if mode in ("1", "L", "LA") or mode.startswith("I"):
+        yield "grey"
+    if image.has_transparency_data:
+        yield "alpha"
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+        yield "several frames"
+
+
+def _formats() -> tuple[str, ...]:
+    """Those of `_FORMATS` that this Pillow was built with, or that a plug-in of the user's has added by now."""
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """The image, not yet decoded; whatever goes wrong meanwhile, while decoding too, becomes a DataError."""
     try:
-        with Image.open(path) as image:
-            return _to_rgb(ImageOps.exif_transpose(image))
+        with Image.open(path, formats=_formats()) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels")
+            yield image
+    except Image.DecompressionBombError as error:
+        raise DataError(
+            f"{path}: the image is too large: {error}",
+            f"Make it smaller, or cut it into tiles; PAQDETR_MAX_PIXELS=N raises the limit of {MAX_PIXELS:,}.",
+        ) from None
     except FileNotFoundError:
         raise DataError(f"{path}: no such image file", "Check the path.") from None
     except IsADirectoryError:
@@ -52,8 +146,7 @@ def read_image(source: str | Path | Image.Image | np.ndarray) -> Image.Image:
             f"{path}: not an image in a known format ({path.stat().st_size} bytes)",
             "Convert it to JPEG or PNG, or remove it.",
         ) from None
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        # Pillow reports damaged files by all of these.
+    except _DAMAGED as error:
         raise _undecodable(path, error) from error
 
 
@@ -106,6 +199,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         values = np.asarray(image, dtype=np.float64)
         sixteen_bits = image.mode == "I" and values.min() >= 0 and values.max() <= 65535
         return _grey(values / 257 if sixteen_bits else _stretched(values))
+    if image.mode in ("La", "RGBa"):  # colours multiplied by their opacity
+        image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))

@@ -193,7 +193,7 @@ def test_data_check_names_every_problem(
     assert run(["data", "check", str(folder)]) == 2
     said = capsys.readouterr()
     for problem in problems:  # in full: brackets are no markup
-        assert f"error {problem.split} {problem.subject}: {problem.message}" in said.out
+        assert f"error [{problem.kind}] {problem.split} {problem.subject}: {problem.message}" in said.out
     assert "expected four finite numbers [x, y, w, h]" in said.out
     assert f"error: {folder}: 3 errors" in said.err
 

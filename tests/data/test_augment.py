@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from paqdetr.config import AugmentConfig
-from paqdetr.data.augment import Augment, Augmented
+from paqdetr.data.augment import Augment, Augmented, spare_small
 from paqdetr.preprocessing import Normalization, Preprocessing
 
 PLAIN = Normalization(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
@@ -182,3 +182,72 @@ def test_what_is_given_is_not_changed() -> None:
         torch.manual_seed(seed)
         augment(crop=1.0, flip=1.0, color=0.5)(pixels, boxes, labels, scale=1.0)
     assert torch.equal(pixels, before[0]) and np.array_equal(boxes, before[1])
+
+
+# --------------------------------------------------------------------------- settings that are off by default
+
+
+def test_settings_that_are_off_draw_nothing() -> None:
+    """Noise of older trainings must not change: what is off takes no random number."""
+    pixels, boxes = scene(100, 100, (30, 30, 70, 70))
+    plain, spelled = augment(crop=1.0, flip=0.5), augment(crop=1.0, flip=0.5, mosaic=0.0, keep_small=0.0)
+    for seed in range(5):
+        states = []
+        for change in (plain, spelled):
+            torch.manual_seed(seed)
+            change(pixels, boxes, np.array([0]), scale=1.0)
+            states.append(torch.get_rng_state())
+        assert torch.equal(*states)
+
+
+@given(
+    frame=st.tuples(st.integers(0, 80), st.integers(0, 80), st.integers(1, 60), st.integers(1, 60)),
+    boxes=st.lists(st.tuples(*[st.floats(0, 90)] * 2, *[st.floats(1, 50)] * 2), max_size=8),
+    side=st.floats(1, 60),
+)
+def test_a_frame_that_spares_small_boxes(
+    frame: tuple[int, int, int, int], boxes: list[tuple[float, ...]], side: float
+) -> None:
+    corners = torch.tensor([[x, y, x + w, y + h] for x, y, w, h in boxes]).reshape(-1, 4)
+    top, left, height, width = spare_small(frame, corners, side)
+    # it grows, and no further than boxes reach
+    assert top <= frame[0] and left <= frame[1]
+    assert top + height >= frame[0] + frame[2] and left + width >= frame[1] + frame[3]
+    for x0, y0, x1, y1 in corners.tolist():
+        small = ((x1 - x0) * (y1 - y0)) ** 0.5 < side - 1e-3
+        meets = x0 < left + width and x1 > left and y0 < top + height and y1 > top
+        inside = x0 >= left and x1 <= left + width and y0 >= top and y1 <= top + height
+        assert not small or not meets or inside
+
+
+@given(seed=st.integers(0, 2**62))
+def test_small_boxes_are_never_cut(seed: int) -> None:
+    pixels, boxes = scene(100, 100, (0, 0, 60, 60), (45, 45, 57, 55))
+    torch.manual_seed(seed)
+    result = augment(size=200, crop=1.0, crop_size=(0.3, 0.6), keep_small=20.0)(
+        pixels, boxes, np.array([1, 2]), scale=1.0
+    )
+    height, width = result.pixels.shape[1:]
+    for label, box in zip(result.labels.tolist(), result.boxes.tolist(), strict=True):
+        if label == 2:  # its aspect is that of the whole box
+            assert box[2] * width / (box[3] * height) == pytest.approx(12 / 10, rel=0.05)
+
+
+@given(seed=st.integers(0, 2**62), height=st.integers(40, 200), width=st.integers(40, 200))
+def test_the_crop_of_detr(seed: int, height: int, width: int) -> None:
+    """The short side becomes 400, 500 or 600, and a window of 384 to 600 is cut out: 0.64 of it to all."""
+    change = augment(crop=1.0, crop_style="detr")
+    torch.manual_seed(seed)
+    top, left, crop_height, crop_width = change._frame(height, width)
+    assert 0 <= top <= height - crop_height and 0 <= left <= width - crop_width
+    short = min(height, width)
+    for side, whole in ((crop_height, height), (crop_width, width)):
+        assert 384 / 600 * short - 1 <= side <= min(600 / 400 * short + 1, whole)
+
+
+def test_the_crop_of_detr_changes_the_aspect() -> None:
+    change = augment(crop=1.0, crop_style="detr")
+    torch.manual_seed(0)
+    frames = [change._frame(300, 300)[2:] for _ in range(50)]
+    assert len({h / w for h, w in frames}) > 40
+    assert max(h for h, _ in frames) == 300 and min(h for h, _ in frames) < 220

@@ -2,13 +2,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.datasets import load_sample_images
 
+from paqdetr.cli import run as cli
+from paqdetr.data import check_images
 from paqdetr.data.check import CheckReport, check_dataset
 from paqdetr.data.digits import make_digits
 from paqdetr.errors import DataError
@@ -81,51 +85,46 @@ def test_a_broken_data_set(tmp_path: Path) -> None:
 
     report = check_dataset(tmp_path)
 
-    errors = dict(found(report, "error", "train"))
-    assert errors.keys() == {
-        "annotation 6 of 2.png",
-        "annotation 7",
-        "annotation 8 of 2.png",
-        "3.png",
-        "4.png",
-        "5.png",
-    }
-    assert "category_id 9" in errors["annotation 6 of 2.png"]
-    assert "image 99" in errors["annotation 7"]
-    assert "bbox [1, 1, 5], expected four" in errors["annotation 8 of 2.png"]
-    assert errors["3.png"] == "is 20x10 pixels, the annotations say 10x20 (turned by its EXIF orientation?)"
-    assert "missing" in errors["4.png"]
-    assert "does not decode" in errors["5.png"]
+    errors = found(report, "error", "train")
+    json_file = str(tmp_path / "train.json")
+    assert [message for subject, message in errors if subject == json_file] == [
+        "annotation 6 of image 2 has category_id 9, which `categories` does not list",
+        "annotation 7 belongs to image 99, which `images` does not list",
+        "annotation 8 of image 2 has bbox [1, 1, 5], expected four finite numbers [x, y, w, h]",
+    ]
+    others = {Path(subject).name: message for subject, message in errors if subject != json_file}
+    assert others.keys() == {"3.png", "4.png", "5.png"}
+    assert others["3.png"] == "is 20x10 pixels, the annotations say 10x20 (turned by its EXIF orientation?)"
+    assert "missing" in others["4.png"]
+    assert "does not decode" in others["5.png"]
 
-    warnings = dict(found(report, "warning", "train"))
-    assert warnings.keys() == {
-        f"annotation {i}" + s
-        for i, s in ((2, " of 1.png"), (3, " of 1.png"), (4, " of 1.png"), (5, " of 2.png"))
-    } | {"train.json"}
-    assert "same class and box" in warnings["annotation 2 of 1.png"]
-    assert "5 pixels over the edge" in warnings["annotation 3 of 1.png"]
-    assert "outside the image of 20x10" in warnings["annotation 4 of 1.png"]
-    assert "without area" in warnings["annotation 5 of 2.png"]
-    assert warnings["train.json"].startswith("4 of 5 images have no boxes")
+    assert found(report, "warning", "train") == [
+        ("2.png", "box [3, 3, 0, 2] of class 'b' has no area; training leaves it out"),
+        ("1.png", "box [30, 5, 10, 5] of class 'b' is outside the image of 20x10; training leaves it out"),
+        ("1.png", "box [15, 5, 10, 5] of class 'b' is 5 pixels over the edge of the image of 20x10"),
+        ("1.png", "box [1, 1, 5, 5] of class 'a' is there twice"),
+        ("train.json", "2 of 4 images have no boxes; right if nothing is in them"),
+    ]
 
     summary = report.splits["train"]
-    assert (summary.images, summary.boxes, summary.images_without_boxes) == (5, 3, 4)
-    assert summary.boxes_per_class == {"a": 2, "b": 1, "c": 0}
+    assert (summary.images, summary.boxes, summary.crowds, summary.images_without_boxes) == (4, 5, 1, 2)
+    assert summary.boxes_per_class == {"a": 2, "b": 3, "c": 0}
 
     assert found(report, "error", "val") == [("class x", "has id 1, which is 'b' in train")]
     assert found(report, "warning", "val") == [
-        ("2.png", "the same picture as train/1.png"),
+        ("2.png", "the same file as train/1.png"),
         ("class c", "has boxes here and none in train"),
     ]
     ((subject, message),) = found(report, "error", "test")
-    assert subject == "test.json" and "line 1, column 2" in message
+    assert subject == str(tmp_path / "test.json") and "line 1, column 2" in message
+    assert report.number_of("error") == len(report.errors)
     assert report.splits["test"].images == 0
 
 
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        ([image(1), image(1)], "listed twice"),
+        ([image(1), image(1)], "image id 1 is given twice"),
         ([image(1, id=None)], "has id None"),
         ([image(1, width="20")], "pixels"),
         ([], "`images` is empty"),
@@ -141,3 +140,60 @@ def test_what_training_would_refuse_is_an_error(
 def test_a_folder_without_data(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is empty"):
         check_dataset(tmp_path)
+
+
+def test_copies_and_leaks_are_told_apart(tmp_path: Path) -> None:
+    photographs = [Image.fromarray(pixels).resize((320, 214)) for pixels in load_sample_images().images]
+    for split, names in (("train", ["a", "b", "c"]), ("val", ["d"])):
+        images = [image(n, file_name=f"{name}.jpg", width=320, height=214) for n, name in enumerate(names)]
+        make_split(tmp_path, split, images, [box(1, 0, 0, 1, 1, 9, 9)], ["x"])
+    photographs[0].save(tmp_path / "train" / "a.jpg", quality=95)
+    photographs[0].save(tmp_path / "train" / "b.jpg", quality=40)
+    photographs[1].save(tmp_path / "train" / "c.jpg")
+    photographs[1].save(tmp_path / "val" / "d.jpg", quality=50)
+    for workers in (1, 2):
+        report = check_dataset(tmp_path, workers=workers)
+        found = {p.kind: (p.split, p.subject, p.message) for p in report.warnings}
+        assert found["copy"][:2] == ("train", "b.jpg") and found["copy"][2].endswith("a.jpg")
+        assert found["leak between splits"][:2] == ("val", "d.jpg")
+        assert found["leak between splits"][2].endswith(" of 64 bits differ) train/c.jpg")
+
+
+def test_the_report_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    boxes = [box(n, 1, n % 2, 1, 1, size, size) for n, size in enumerate((2, 40, 100, 7))]
+    make_split(tmp_path, "train", [image(1, width=200, height=120)], boxes, ["a", "b"])
+    Image.effect_noise((200, 120), 60).convert("RGBA").save(tmp_path / "train" / "1.png")
+    assert cli(["data", "check", str(tmp_path), "--json", str(tmp_path / "out" / "report.json")]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (report["format"], report["errors"], report["warnings"], report["problems"]) == ("coco", 0, 0, [])
+    train = report["splits"]["train"]
+    assert train["boxes_per_class"] == {"a": 2, "b": 2} and train["traits"] == {"alpha": 1}
+    sizes = train["box_sizes"]
+    assert (sizes["small"], sizes["medium"], sizes["large"]) == (2, 1, 1)
+    assert {edge: count for edge, count in sizes["histogram"].items() if count} == {
+        "2": 1,
+        "4": 1,
+        "32": 1,
+        "64": 1,
+    }
+    out = capsys.readouterr().out
+    assert "1 alpha" in out and "2 to 4 px" in out and "8 to 16 px" in out and "128 to" not in out
+
+
+def test_many_problems_of_a_kind_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    boxes = [box(n, 1, 0, 30, 1, 5, 5) for n in range(25)]
+    make_split(tmp_path, "train", [image(1)], boxes, ["a"])
+    assert cli(["data", "check", str(tmp_path), "--show", "3"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("is outside the image") == 3 and "train: 22 more of this kind" in out
+
+
+def test_a_process_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object, **kwargs: object) -> None:
+        raise BrokenProcessPool
+
+    make_split(tmp_path, "train", [image(1)], [], ["a"])
+    monkeypatch.setattr(check_images.ProcessPoolExecutor, "map", broken)
+    with pytest.raises(DataError, match="was killed") as caught:
+        check_dataset(tmp_path, workers=2)
+    assert "--workers 1" in caught.value.remedy

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from paqdetr.data.coco import CocoDataset, available_splits, open_split
+from paqdetr.data.dataset import DetectionDataset, open_split
+from paqdetr.data.layout import available_splits
 from paqdetr.errors import DataError
 
 CONTENT: dict[str, Any] = {
@@ -38,7 +39,7 @@ def write(annotations: Path, images: Path, content: object = CONTENT) -> None:
         Image.new("RGB", (int(entry["width"]), entry["height"])).save(images / entry["file_name"])
 
 
-def read(tmp_path: Path, content: object) -> CocoDataset:
+def read(tmp_path: Path, content: object) -> DetectionDataset:
     write(tmp_path / "train.json", tmp_path / "train", content)
     return open_split(tmp_path, "train")
 
@@ -100,7 +101,7 @@ def test_folders_without_data(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is empty"):
         available_splits(tmp_path)
     (tmp_path / "readme.txt").write_text("hello")
-    with pytest.raises(DataError, match="no COCO annotations"):
+    with pytest.raises(DataError, match="no data set of a known layout"):
         open_split(tmp_path, "train")
     with pytest.raises(DataError, match="is a file"):
         open_split(tmp_path / "readme.txt", "train")
@@ -148,7 +149,10 @@ def changed(key: str, position: int, **values: object) -> dict[str, Any]:
         (changed("images", 2, file_name="gone.png"), r"gone\.png: missing.*1 of 3"),
         (changed("images", 1, file_name="nowhere/a.png"), r"nowhere/a\.png: missing"),
         (changed("categories", 1, id=4), r"category id 4 is given twice"),
-        (changed("categories", 1, id="a"), r"categories\[1\]"),
+        (changed("categories", 1, id="a"), r"some category ids are integers and some are texts"),
+        (changed("categories", 1, id=None), r"categories\[1\]"),
+        (changed("images", 2, file_name="../c.png"), r"file_name '\.\./c\.png', which is no name inside"),
+        (changed("images", 2, file_name="/etc/c.png"), r"file_name '/etc/c\.png', which is no name inside"),
     ],
 )
 def test_malformed_annotations(tmp_path: Path, content: object, message: str) -> None:
@@ -159,10 +163,10 @@ def test_malformed_annotations(tmp_path: Path, content: object, message: str) ->
 
 def test_unreadable_annotation_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such annotation file"):
-        CocoDataset.from_json(tmp_path / "absent.json", tmp_path)
+        DetectionDataset.from_json(tmp_path / "absent.json", tmp_path)
     (tmp_path / "latin.json").write_bytes(b'{"images": "\xe9"}')
     with pytest.raises(DataError, match="no UTF-8"):
-        CocoDataset.from_json(tmp_path / "latin.json", tmp_path)
+        DetectionDataset.from_json(tmp_path / "latin.json", tmp_path)
 
 
 def test_a_byte_order_mark_does_no_harm(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from collections import Counter
 from pathlib import Path
 
@@ -11,13 +12,14 @@ from PIL import Image
 
 from paqdetr.config import AugmentConfig, Config, load_config
 from paqdetr.data.augment import Augment
-from paqdetr.data.coco import CocoDataset, open_split
+from paqdetr.data.dataset import DetectionDataset, open_split
 from paqdetr.data.loader import (
     Batch,
     Failure,
     SampleKey,
     TrainingBatches,
     TrainingImages,
+    TrainingLoader,
     collate,
     read_picture,
     training_loader,
@@ -30,7 +32,7 @@ PREPROCESSING = Preprocessing(64, 32, Normalization(mean=(127.0,) * 3, std=(128.
 
 
 @pytest.fixture(scope="module")
-def split(tmp_path_factory: pytest.TempPathFactory) -> CocoDataset:
+def split(tmp_path_factory: pytest.TempPathFactory) -> DetectionDataset:
     """Ten pictures of noise, four of them tall, with 0 to 3 boxes each."""
     folder = tmp_path_factory.mktemp("noise")
     (folder / "train").mkdir()
@@ -64,7 +66,7 @@ def settings(**overrides: object) -> Config:
     )
 
 
-def epoch(config: Config, split: CocoDataset, epochs: int = 1) -> list[Batch]:
+def epoch(config: Config, split: DetectionDataset, epochs: int = 1) -> list[Batch]:
     loader, batches = training_loader(config, split, PREPROCESSING)
     found = []
     for number in range(epochs):
@@ -98,7 +100,7 @@ def keys(epoch: int = 0, **changes: object) -> list[list[SampleKey]]:
 # ---------------------------------------------------------------------------------------------- batches
 
 
-def test_workers_change_no_batch_and_no_noise(split: CocoDataset) -> None:
+def test_workers_change_no_batch_and_no_noise(split: DetectionDataset) -> None:
     torch.manual_seed(3)
     alone = epoch(settings(workers=0), split, epochs=2)
     after_alone = torch.rand(2)
@@ -111,7 +113,7 @@ def test_workers_change_no_batch_and_no_noise(split: CocoDataset) -> None:
     assert torch.equal(after_alone, after_helped)
 
 
-def test_an_epoch_can_be_repeated_alone(split: CocoDataset) -> None:
+def test_an_epoch_can_be_repeated_alone(split: DetectionDataset) -> None:
     both = epoch(settings(workers=0), split, epochs=2)
     loader, batches = training_loader(settings(workers=0), split, PREPROCESSING)
     batches.epoch = 1
@@ -120,7 +122,7 @@ def test_an_epoch_can_be_repeated_alone(split: CocoDataset) -> None:
     assert len(loader) == 3
 
 
-def test_a_batch_has_what_a_step_takes(split: CocoDataset) -> None:
+def test_a_batch_has_what_a_step_takes(split: DetectionDataset) -> None:
     for batch in epoch(settings(workers=0), split):
         count, channels, height, width = batch.images.shape
         assert count == 3 and channels == 3 and height % 32 == 0 and width % 32 == 0
@@ -152,7 +154,7 @@ def test_collate_pads_and_marks_the_padding() -> None:
 # -------------------------------------------------------------------------------------------- the images
 
 
-def test_a_sample_depends_on_its_key_alone(split: CocoDataset) -> None:
+def test_a_sample_depends_on_its_key_alone(split: DetectionDataset) -> None:
     images = TrainingImages(split=split, augment=Augment(AugmentConfig(), PREPROCESSING), cache_gib=0)
     key = SampleKey(index=7, seed=5, scale=1.0)
     before = torch.get_rng_state()
@@ -166,7 +168,7 @@ def test_a_sample_depends_on_its_key_alone(split: CocoDataset) -> None:
     assert len(images) == 10
 
 
-def test_the_cache_keeps_to_its_budget(split: CocoDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_keeps_to_its_budget(split: DetectionDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: Counter[int] = Counter()
     read = split.image
 
@@ -183,10 +185,10 @@ def test_the_cache_keeps_to_its_budget(split: CocoDataset, monkeypatch: pytest.M
         for index in range(10):
             images.sample(SampleKey(index, 0, 1.0))
     assert [opened[index] for index in range(10)] == [1, 1, 1] + [3] * 7
-    assert sum(pixels.numel() for pixels in images._cache.values()) == 3 * one
+    assert len(images.cache) == 3 and images.cache.nbytes == 3 * one
 
 
-def test_cached_pixels_are_not_changed_by_use(split: CocoDataset) -> None:
+def test_cached_pixels_are_not_changed_by_use(split: DetectionDataset) -> None:
     augment = Augment(AugmentConfig(color=0.5, flip=1.0, crop=1.0), PREPROCESSING)
     images = TrainingImages(split=split, augment=augment, cache_gib=1)
     first = images.sample(SampleKey(9, 1, 1.0))[0]
@@ -195,7 +197,7 @@ def test_cached_pixels_are_not_changed_by_use(split: CocoDataset) -> None:
 
 
 @pytest.fixture
-def broken(split: CocoDataset, tmp_path: Path) -> CocoDataset:
+def broken(split: DetectionDataset, tmp_path: Path) -> DetectionDataset:
     """The same pictures, but number 5 is text and number 6 lies on its side."""
     content = json.loads(split.annotation_file.read_text())
     (tmp_path / "train").mkdir()
@@ -211,13 +213,13 @@ def broken(split: CocoDataset, tmp_path: Path) -> CocoDataset:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_image_that_does_not_decode_is_named(broken: CocoDataset, workers: int) -> None:
+def test_an_image_that_does_not_decode_is_named(broken: DetectionDataset, workers: int) -> None:
     with pytest.raises(DataError, match=r"5\.png") as caught:
         epoch(settings(workers=workers, batch_size=1), broken_without(broken, 6))
     assert caught.value.remedy == "Convert it to JPEG or PNG, or remove it."
 
 
-def test_an_image_of_another_size_than_stated_is_named(broken: CocoDataset) -> None:
+def test_an_image_of_another_size_than_stated_is_named(broken: DetectionDataset) -> None:
     with pytest.raises(DataError, match=r"6\.png: is 40x60 pixels .* says 60x40"):
         read_picture(broken, 6)
     with pytest.raises(DataError, match=r"6\.png"):
@@ -225,18 +227,68 @@ def test_an_image_of_another_size_than_stated_is_named(broken: CocoDataset) -> N
     assert read_picture(broken, 0).size == (40, 60)
 
 
-def broken_without(split: CocoDataset, number: int) -> CocoDataset:
+def broken_without(split: DetectionDataset, number: int) -> DetectionDataset:
     content = json.loads(split.annotation_file.read_text())
     content["images"] = [image for image in content["images"] if image["id"] != 100 + number]
     content["annotations"] = [a for a in content["annotations"] if a["image_id"] != 100 + number]
     split.annotation_file.write_text(json.dumps(content))
-    return CocoDataset.from_json(split.annotation_file, split.image_dir)
+    return DetectionDataset.from_json(split.annotation_file, split.image_dir)
 
 
 def test_a_failure_stands_for_its_batch() -> None:
     good = (torch.zeros(3, 32, 32), Targets(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4)))
     failure = Failure(DataError, "what", "remedy")
     assert collate([good, failure, good]) is failure
+
+
+# ------------------------------------------------------------------------------------- workers and mosaic
+
+
+def test_spawned_workers_change_no_batch(split: DetectionDataset) -> None:
+    """What a worker needs survives pickling: macOS and Windows start workers so, and Python 3.14 does on Linux."""
+    config = settings(workers=2, **{"augment.mosaic": 0.5})
+    expected = epoch(settings(workers=0, **{"augment.mosaic": 0.5}), split)
+    images = TrainingImages(split=split, augment=Augment(config.augment, PREPROCESSING), cache_gib=0.1)
+    _, batches = training_loader(config, split, PREPROCESSING)
+    require_equal(expected, list(TrainingLoader(images, batches, workers=2, start_method="spawn")))
+
+
+def test_workers_share_the_cache(split: DetectionDataset) -> None:
+    if "fork" not in multiprocessing.get_all_start_methods():
+        pytest.skip("this platform does not fork")
+    images = TrainingImages(split=split, augment=Augment(AugmentConfig(), PREPROCESSING), cache_gib=0.1)
+    _, batches = training_loader(settings(), split, PREPROCESSING)
+    loader = TrainingLoader(images, batches, workers=2, start_method="fork")
+    seen = {target.image_id for batch in loader for target in batch.targets}
+    assert len(images.cache) == len(seen) == 9  # decoded by the workers, and here too
+
+
+def test_workers_persist_over_epochs(split: DetectionDataset) -> None:
+    loader, batches = training_loader(settings(workers=2), split, PREPROCESSING)
+    before = {child.pid for child in multiprocessing.active_children()}
+    workers = []
+    for batches.epoch in range(3):
+        list(loader)
+        workers.append({child.pid for child in multiprocessing.active_children()} - before)
+    assert len(workers[0]) == 2 and workers[0] == workers[1] == workers[2]
+
+
+def test_mosaic_is_a_setting_that_leaves_the_others_alone(split: DetectionDataset) -> None:
+    """With it off, or on and not drawn, an image is what it was before there was mosaic."""
+    key = SampleKey(7, 5, 1.0)
+
+    def sample(mosaic: float, key: SampleKey = key) -> tuple[torch.Tensor, Targets]:
+        augment = Augment(AugmentConfig(color=0.3, mosaic=mosaic), PREPROCESSING)
+        return TrainingImages(split=split, augment=augment, cache_gib=0).sample(key)
+
+    off, rare, always = sample(0.0), sample(1e-9), sample(1.0)
+    assert torch.equal(off[0], rare[0]) and torch.equal(off[1].boxes, rare[1].boxes)
+    assert always[0].shape == off[0].shape and not torch.equal(always[0], off[0])
+    assert always[1].image_id == off[1].image_id and always[1].size == off[1].size
+    assert torch.equal(sample(1.0)[0], always[0])
+    several = [sample(1.0, SampleKey(7, seed, 1.0))[1] for seed in range(20)]
+    assert max(len(targets) for targets in several) > 3  # of one image: three at the most
+    assert all(((t.boxes >= 0) & (t.boxes <= 1)).all() for t in several)
 
 
 # ------------------------------------------------------------------------------------------- the sampler

@@ -1,9 +1,11 @@
-"""`paqdetr data make|check`"""
+"""`paqdetr data make|check|stats|preview|convert`"""
 
 from __future__ import annotations
 
+import json
+from collections import defaultdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -11,7 +13,13 @@ from rich.table import Table
 from paqdetr.cli.console import errors, print_styled, progress_bar, results
 from paqdetr.errors import ConfigError, DataError
 
-app = typer.Typer(help="Make and check data sets.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from paqdetr.data.check import CheckReport
+
+app = typer.Typer(help="Make, check, look at and convert data sets.", no_args_is_help=True)
+
+_Data = Annotated[Path, typer.Argument(help="Folder of the data set, or its data.yaml.", metavar="DIR")]
+_Json = Annotated[Path | None, typer.Option("--json", help="Write everything to this json file too.")]
 
 
 @app.command()
@@ -50,24 +58,184 @@ def make(
 
 
 @app.command()
-def check(folder: Annotated[Path, typer.Argument(help="Folder of the data set.", metavar="DIR")]) -> None:
+def check(
+    folder: _Data,
+    *,
+    json_file: _Json = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that decode; the number of cores if not given.")
+    ] = None,
+    show: Annotated[
+        int, typer.Option(min=0, help="Findings of a kind that are printed; --json has all.")
+    ] = 10,
+) -> None:
     """Read every image and annotation once and report what is wrong; exit 2 if training would fail."""
     from paqdetr.data.check import check_dataset
 
     with progress_bar("check") as progress:
-        report = check_dataset(folder, progress=progress)
-    table = Table(title=str(folder), title_justify="left")
-    for column in ("split", "images", "without boxes", "boxes", "classes"):
-        table.add_column(column, justify="left" if column == "split" else "right")
+        report = check_dataset(folder, workers=workers, progress=progress)
+    if json_file is not None:
+        _write_json(json_file, {"data": str(folder), **report.to_json()})
+    _print_report(report, title=f"{folder} ({report.format})", show=show)
+    if report.errors:
+        raise DataError(f"{folder}: {report.number_of('error')} errors", "correct them before training")
+    errors.print(f"no errors, {report.number_of('warning')} warnings")
+
+
+@app.command()
+def stats(
+    folder: _Data,
+    *,
+    output: Annotated[Path, typer.Option(help="PNG file to draw.")] = Path("stats.png"),
+    json_file: _Json = None,
+) -> None:
+    """Draw how many, how large, where and of what shape the boxes are; from the annotations alone."""
+    from paqdetr.data.stats import dataset_stats
+    from paqdetr.data.stats_plot import draw_stats
+
+    found = dataset_stats(folder)
+    figures = {split: one.to_json() for split, one in found.items()}
+    if json_file is not None:
+        _write_json(json_file, {"data": str(folder), "splits": figures})
+    results.print(str(folder), soft_wrap=True)
+    table = _table("split", "images", "without boxes", "boxes", "crowds", "small", "medium", "large")
+    for split, one in figures.items():
+        counts = (one[key] for key in ("images", "images_without_boxes", "boxes", "crowds"))
+        table.add_row(split, *map(str, counts), *map(str, one["box_sizes"].values()))
+    results.print(table)
+    results.print(f"drawn: {draw_stats(found, output, title=str(folder))}", soft_wrap=True)
+
+
+@app.command()
+def preview(
+    folder: _Data,
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(help="Settings, such as augment.mosaic=0.5 batch_size=4.", metavar="[KEY=VALUE]..."),
+    ] = None,
+    *,
+    model: Annotated[
+        str, typer.Option(help="The model, recipe or YAML file whose settings count.")
+    ] = "paq_dino_nano",
+    output: Annotated[Path, typer.Option(help="PNG file to draw.")] = Path("preview.png"),
+    split: Annotated[str, typer.Option(help="Split to show.")] = "train",
+    batches: Annotated[int, typer.Option(min=1, help="Batches, one a row.")] = 3,
+    epoch: Annotated[int, typer.Option(min=0, help="Epoch whose first batches are shown.")] = 0,
+) -> None:
+    """Draw training batches as a model gets them: augmented, padded (purple), with their boxes."""
+    from paqdetr.config import load_config, parse_overrides
+    from paqdetr.data.dataset import open_split
+    from paqdetr.data.preview import preview_batches
+    from paqdetr.models.backbone import normalization_of
+    from paqdetr.preprocessing import Preprocessing
+
+    config = load_config(model, {"workers": 0, **parse_overrides(settings or [])})
+    opened = open_split(folder, split)
+    normalization = normalization_of(config.model.backbone)
+    preprocessing = Preprocessing(config.image_size, config.size_divisor, normalization)
+    drawn = preview_batches(config, opened, preprocessing, output, batches=batches, epoch=epoch)
+    results.print(f"drawn: {drawn}", soft_wrap=True)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="Folder of the data set, or its data.yaml.", metavar="SRC")],
+    target: Annotated[Path, typer.Argument(help="Folder to make; nothing is overwritten.", metavar="DST")],
+    *,
+    to: Annotated[str, typer.Option(help="coco, voc or yolo")],
+    link: Annotated[bool, typer.Option("--link", help="Hard links to the images instead of copies.")] = False,
+) -> None:
+    """Write a data set as COCO, Pascal VOC or YOLO; read again and compared before it appears."""
+    from paqdetr.data.convert import convert_dataset
+
+    with progress_bar("convert") as progress:
+        done = convert_dataset(source, target, to=to, link=link, progress=progress)
+    counts = ", ".join(
+        f"{split} {count} images {done.boxes[split]} boxes" for split, count in done.images.items()
+    )
+    results.print(f"{target}: {to} from {done.format}: {counts}", soft_wrap=True)
+    if done.masks:
+        errors.print(f"{done.masks} segmentations were left out: boxes alone are converted")
+
+
+def _print_report(report: CheckReport, *, title: str, show: int) -> None:
+    results.print(title, soft_wrap=True)
+    table = _table(
+        "split", "images", "without boxes", "boxes", "crowds", "classes", "small", "medium", "large"
+    )
     for name, split in report.splits.items():
         used = sum(count > 0 for count in split.boxes_per_class.values())
-        table.add_row(name, str(split.images), str(split.images_without_boxes), str(split.boxes), str(used))
+        sizes = split.box_sizes
+        numbers = (split.images, split.images_without_boxes, split.boxes, split.crowds, used)
+        table.add_row(name, *map(str, (*numbers, sizes.small, sizes.medium, sizes.large)))
     results.print(table)
-    for problem in report.problems:
-        colour = "red" if problem.severity == "error" else "yellow"
-        print_styled(
-            results, (problem.severity, colour), f" {problem.split} {problem.subject}: {problem.message}"
+    _print_classes(report)
+    _print_sizes(report)
+    unusual = [
+        f"{name}: " + ", ".join(f"{count} {trait}" for trait, count in split.traits.items())
+        for name, split in report.splits.items()
+        if split.traits
+    ]
+    if unusual:
+        results.print(
+            f"images out of the ordinary, which are converted: {'; '.join(unusual)}", soft_wrap=True
         )
-    if report.errors:
-        raise DataError(f"{folder}: {len(report.errors)} errors", "correct them before training")
-    errors.print(f"no errors, {len(report.warnings)} warnings")
+    printed: dict[tuple[str, str, str], int] = defaultdict(int)
+    for problem in sorted(report.problems, key=lambda problem: problem.severity):  # errors first
+        key = (problem.split, problem.severity, problem.kind)
+        printed[key] += 1
+        colour = "red" if problem.severity == "error" else "yellow"
+        if printed[key] <= show:
+            place = " ".join(part for part in (problem.split, problem.subject) if part)
+            line = f" [{problem.kind}] {place}: {problem.message}"
+            print_styled(results, (problem.severity, colour), line)
+        elif printed[key] == show + 1:
+            more = report.counts[key] - show
+            print_styled(
+                results,
+                (problem.severity, colour),
+                f" [{problem.kind}] {problem.split}: {more} more of this kind",
+            )
+
+
+def _print_classes(report: CheckReport) -> None:
+    """Boxes of every class by split, up to a length that can be read."""
+    splits = list(report.splits.values())
+    names = list(dict.fromkeys(name for split in splits for name in split.boxes_per_class))
+    table = _table("boxes of class", *report.splits)
+    order = sorted(names, key=lambda name: -sum(split.boxes_per_class.get(name, 0) for split in splits))
+    shown = order if len(order) <= 30 else [*order[:10], *order[-10:]]
+    for name in shown:
+        table.add_row(name, *(str(split.boxes_per_class.get(name, 0)) for split in splits))
+    if names:
+        results.print(table)
+    if len(shown) < len(order):
+        results.print(f"(the 10 most and the 10 least frequent of {len(order)} classes)")
+
+
+def _print_sizes(report: CheckReport) -> None:
+    """How many boxes are how large, in bins that double."""
+    splits = report.splits.values()
+    table = _table("boxes with a side of", *report.splits)
+    edges = max((list(split.box_sizes.histogram) for split in splits), key=len)
+    used = [n for n, edge in enumerate(edges) if any(split.box_sizes.histogram.get(edge) for split in splits)]
+    for n in used and range(used[0], used[-1] + 1):
+        upper = f" to {edges[n + 1]}" if n + 1 < len(edges) else " and more"
+        table.add_row(
+            f"{edges[n]}{upper} px", *(str(split.box_sizes.histogram.get(edges[n], 0)) for split in splits)
+        )
+    if used:
+        results.print(table)
+
+
+def _table(first: str, *columns: str) -> Table:
+    table = Table()
+    table.add_column(first)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

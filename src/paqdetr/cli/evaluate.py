@@ -17,7 +17,7 @@ def evaluate(
         Path | None, typer.Argument(help="A .safetensors file or a run's folder.", metavar="[CHECKPOINT]")
     ] = None,
     *,
-    data: Annotated[Path | None, typer.Option(help="Folder of the data set.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of the data set, or its data.yaml.")] = None,
     split: Annotated[str, typer.Option(help="train, val or test.")] = "val",
     results_file: Annotated[
         Path | None, typer.Option("--results", help="Instead of a checkpoint: COCO results of any detector.")

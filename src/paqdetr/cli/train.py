@@ -21,7 +21,7 @@ def train(
         typer.Argument(help="Settings, such as epochs=12 model.num_patterns=32.", metavar="[KEY=VALUE]..."),
     ] = None,
     *,
-    data: Annotated[Path, typer.Option(help="Folder of the data set.")],
+    data: Annotated[Path, typer.Option(help="Folder of the data set, or its data.yaml.")],
     output: Annotated[Path, typer.Option(help="Folder of the run; made if absent.")],
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue an interrupted run, or start it.")

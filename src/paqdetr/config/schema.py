@@ -213,6 +213,16 @@ class AugmentConfig(Section):
     color: float = Field(
         default=0.0, ge=0, le=1, description="strength of brightness, contrast and saturation jitter"
     )
+    crop_style: Literal["aspect", "detr"] = Field(
+        default="aspect",
+        description="aspect: a part of the image's aspect; detr: the published recipe's crop",
+    )
+    keep_small: float = Field(
+        default=0.0,
+        ge=0,
+        description="the crop grows until it cuts no box whose side is below so many pixels",
+    )
+    mosaic: float = Field(default=0.0, ge=0, le=1, description="probability of four images in one")
 
     @field_validator("scale", "crop_size")
     @classmethod
@@ -272,7 +282,7 @@ class Config(Section):
     )
     seed: int = Field(default=0, ge=0)
     workers: int = Field(default=2, ge=0)
-    cache_images: float = Field(default=2.0, ge=0, description="GiB of decoded images kept in memory")
+    cache_images: float = Field(default=2.0, ge=0, description="GiB of decoded images that workers share")
     eval_every: int = Field(
         default=1, ge=1, description="epochs between evaluations; the last epoch always has one"
     )

@@ -15,12 +15,23 @@ from paqdetr.config import AugmentConfig
 from paqdetr.preprocessing import Preprocessing
 
 # A box of which a crop leaves less than this share is dropped: too little to tell what it was.
-_MIN_VISIBLE = 0.2
+MIN_VISIBLE = 0.2
+
+# DETR's crop: the short side is resized to one of these, then a window of sides in this range is cut out. The resize that
+# follows makes only their ratios count.
+_DETR_SHORT_SIDES = (400, 500, 600)
+_DETR_WINDOW = (384, 600)
 
 
 @dataclass(frozen=True, slots=True)
 class Augmented:
-    """A training image: pixels (3, h, w) float32, boxes (G, 4) cxcywh in [0, 1], labels (G,) int64."""
+    """A training image.
+
+    Attributes:
+        pixels: (3, h, w) float32; uint8 before they are normalised.
+        boxes: (G, 4) float32 cxcywh in [0, 1].
+        labels: (G,) int64.
+    """
 
     pixels: Tensor
     boxes: Tensor
@@ -36,7 +47,15 @@ class Augment:
         self._color = T.ColorJitter(strength, strength, strength, strength / 10) if strength else None
 
     def __call__(self, pixels: Tensor, boxes: np.ndarray, labels: np.ndarray, *, scale: float) -> Augmented:
-        """Change one image.
+        """As `change`, with normalised pixels."""
+        return self.normalized(self.change(pixels, boxes, labels, scale=scale))
+
+    def normalized(self, image: Augmented) -> Augmented:
+        """The image as the backbone wants its pixels."""
+        return Augmented(self.preprocessing.normalization(image.pixels), image.boxes, image.labels)
+
+    def change(self, pixels: Tensor, boxes: np.ndarray, labels: np.ndarray, *, scale: float) -> Augmented:
+        """Change one image; pixels stay uint8.
 
         Args:
             pixels: (3, H, W) uint8.
@@ -64,21 +83,34 @@ class Augment:
         resized = TF.resize(image.as_subclass(Tensor), list(size), antialias=True)
         side = torch.tensor([width, height, width, height])
         normed = TF.convert_bounding_box_format(corners, new_format=tv_tensors.BoundingBoxFormat.CXCYWH)
-        return Augmented(self.preprocessing.normalization(resized), normed.as_subclass(Tensor) / side, kept)
+        return Augmented(resized, normed.as_subclass(Tensor) / side, kept)
+
+    def _frame(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """Top, left, height and width of a crop that is drawn."""
+        if self.config.crop_style == "detr":
+            short = _DETR_SHORT_SIDES[int(torch.randint(len(_DETR_SHORT_SIDES), ()))]
+            zoom = short / min(height, width)
+            crop_height, crop_width = (_window(side, zoom) for side in (height, width))
+        else:
+            low, high = self.config.crop_size
+            share = low + (high - low) * float(torch.rand(()))
+            crop_height, crop_width = max(round(height * share), 1), max(round(width * share), 1)
+        top = int(torch.randint(height - crop_height + 1, ())) if crop_height < height else 0
+        left = int(torch.randint(width - crop_width + 1, ())) if crop_width < width else 0
+        return top, left, crop_height, crop_width
 
     def _crop(
         self, image: tv_tensors.Image, boxes: tv_tensors.BoundingBoxes, labels: Tensor
     ) -> tuple[tv_tensors.Image, tv_tensors.BoundingBoxes, Tensor]:
-        """A part of the image with the image's aspect; a crop that loses every box is not made."""
-        low, high = self.config.crop_size
-        share = low + (high - low) * float(torch.rand(()))
-        height, width = image.shape[-2:]
-        crop_height, crop_width = max(round(height * share), 1), max(round(width * share), 1)
-        top = int(torch.randint(height - crop_height + 1, ())) if crop_height < height else 0
-        left = int(torch.randint(width - crop_width + 1, ())) if crop_width < width else 0
+        """A part of the image; a crop that loses every box is not made."""
+        height, width = (int(side) for side in image.shape[-2:])
+        frame = self._frame(height, width)
+        if self.config.keep_small:
+            frame = spare_small(frame, boxes.as_subclass(Tensor), self.config.keep_small)
+        top, left, crop_height, crop_width = frame
         shifted = TF.clamp_bounding_boxes(TF.crop(boxes, top, left, crop_height, crop_width))
         visible = _area(shifted) / _area(boxes).clamp(min=1e-6)
-        keep = visible >= _MIN_VISIBLE
+        keep = visible >= MIN_VISIBLE
         if len(labels) and not bool(keep.any()):
             return image, boxes, labels
         kept = tv_tensors.BoundingBoxes(  # type: ignore[call-arg]
@@ -88,6 +120,35 @@ class Augment:
         )
         cropped = tv_tensors.Image(TF.crop(image, top, left, crop_height, crop_width))
         return cropped, kept, labels[keep]
+
+
+def _window(side: int, zoom: float) -> int:
+    """A side of DETR's crop, in pixels of the image before its resize by `zoom`."""
+    low, high = _DETR_WINDOW
+    most = min(round(side * zoom), high)
+    drawn = low + int(torch.randint(most - low + 1, ())) if most > low else most
+    return min(max(round(drawn / zoom), 1), side)
+
+
+def spare_small(frame: tuple[int, int, int, int], boxes: Tensor, side: float) -> tuple[int, int, int, int]:
+    """The least frame around `frame` whose edges cut no box with a side (root of its area) below `side`.
+
+    Args:
+        frame: top, left, height, width in pixels.
+        boxes: (G, 4) xyxy in pixels.
+    """
+    top, left = frame[:2]
+    bottom, right = top + frame[2], left + frame[3]
+    small = boxes[_area(boxes).sqrt() < side]
+    while True:
+        x0, y0, x1, y1 = small.unbind(1)
+        meets = (x0 < right) & (x1 > left) & (y0 < bottom) & (y1 > top)
+        within = (x0 >= left) & (x1 <= right) & (y0 >= top) & (y1 <= bottom)
+        cut = small[meets & ~within]
+        if not len(cut):
+            return top, left, bottom - top, right - left
+        top, left = min(top, int(cut[:, 1].min().floor())), min(left, int(cut[:, 0].min().floor()))
+        bottom, right = max(bottom, int(cut[:, 3].max().ceil())), max(right, int(cut[:, 2].max().ceil()))
 
 
 def _area(boxes: Tensor) -> Tensor:

@@ -1,56 +1,62 @@
-"""Reads every image and annotation of a data folder once and lists what is wrong with them."""
+"""Reads every image and annotation of a data set once and lists what is wrong with them."""
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from paqdetr.data.coco import CocoDataset, is_box, load_json, missing_files
-from paqdetr.data.layout import SplitPlace, split_places
+import numpy as np
+
+from paqdetr.data.annotations import Annotations, Issues, Problem
+from paqdetr.data.check_images import ImageFacts, inspect_all
+from paqdetr.data.fingerprints import similar
+from paqdetr.data.layout import Format, find_layout
+from paqdetr.data.stats import BoxSizes
 from paqdetr.errors import DataError
-from paqdetr.images import read_image
+from paqdetr.structures import ClassTable
 
 # Boxes may reach this many pixels over the edge of their image: exporters round.
 _EDGE_TOLERANCE = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """One finding.
-
-    Attributes:
-        severity: "error" where reading or training would stop, "warning" where it would go on.
-        split: name of the split, or "" where it concerns the whole folder.
-        subject: the file, image, annotation or class.
-        message: what was found and what was expected.
-    """
-
-    severity: Literal["error", "warning"]
-    split: str
-    subject: str
-    message: str
-
-
 @dataclass(slots=True)
 class SplitSummary:
-    """Counts of one split; `boxes_per_class` by category name, classes without boxes included."""
+    """Counts of one split.
+
+    Attributes:
+        images, boxes, crowds, images_without_boxes: how many there are; crowds are no boxes.
+        boxes_per_class: by category name, classes without boxes included.
+        box_sizes: how many boxes are how large.
+        traits: how many images are out of the ordinary in which way, see `ImageHeader`.
+    """
 
     images: int = 0
     boxes: int = 0
+    crowds: int = 0
     images_without_boxes: int = 0
     boxes_per_class: dict[str, int] = field(default_factory=dict)
+    box_sizes: BoxSizes = field(default_factory=BoxSizes)
+    traits: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class CheckReport:
-    """What `check_dataset` found: problems in the order found, and counts by split."""
+    """What `check_dataset` found.
 
+    Attributes:
+        format: of the data set.
+        problems: in the order found, at most 1,000 of a kind in a split.
+        splits: counts by split.
+        counts: how many problems there are of each (split, severity, kind).
+    """
+
+    format: Format
     problems: list[Problem] = field(default_factory=list)
     splits: dict[str, SplitSummary] = field(default_factory=dict)
+    counts: Counter[tuple[str, str, str]] = field(default_factory=Counter)
 
     @property
     def errors(self) -> list[Problem]:
@@ -62,177 +68,203 @@ class CheckReport:
         """What should be looked at."""
         return [problem for problem in self.problems if problem.severity == "warning"]
 
+    def number_of(self, severity: str) -> int:
+        """How many problems there are, those that are not listed included."""
+        return sum(count for (_, found, _), count in self.counts.items() if found == severity)
 
-def check_dataset(data: str | Path, *, progress: Callable[[int, int], None] | None = None) -> CheckReport:
-    """Checks all splits of a data folder; a broken one becomes a problem in the report.
+    def to_json(self) -> dict[str, Any]:
+        """Everything, ready for json."""
+        return {
+            "format": self.format,
+            "errors": self.number_of("error"),
+            "warnings": self.number_of("warning"),
+            "splits": {name: asdict(split) for name, split in self.splits.items()},
+            "counts": [
+                {"split": split, "severity": severity, "kind": kind, "count": count}
+                for (split, severity, kind), count in self.counts.items()
+            ],
+            "problems": [asdict(problem) for problem in self.problems],
+        }
+
+    def _take(self, issues: Issues) -> None:
+        self.problems += issues.found
+        for (severity, kind), count in issues.counts.items():
+            self.counts[issues.split, severity, kind] += count
+
+
+def check_dataset(
+    data: str | Path, *, workers: int | None = None, progress: Callable[[int, int], None] | None = None
+) -> CheckReport:
+    """Checks all splits of a data set; a broken one becomes a problem in the report.
 
     Args:
-        data: a folder in one of the layouts of `open_split`.
+        data: a folder in one of the layouts of `find_layout`, or a `data.yaml`.
+        workers: processes that decode images; None: as many as there are cores, if it is worth it.
         progress: called with (images done, images in all) after every image.
 
     Raises:
         DataError: the folder is missing, empty or of no known layout.
     """
-    report = CheckReport()
-    checks = [_SplitCheck(report, split, place) for split, place in split_places(data).items()]
-    total, done = sum(len(check.images) for check in checks), 0
-    first_with: dict[bytes, tuple[str, str]] = {}  # content -> the split and file it was first seen in
-    for check in checks:
-        check.annotations()
-        for digest, file_name in check.files():
-            if digest is not None:
-                split, other = first_with.setdefault(digest, (check.split, file_name))
-                if (split, other) != (check.split, file_name):
-                    where = f"{split}/{other}" if split != check.split else other
-                    check.warn(file_name, f"the same picture as {where}")
-            done += 1
-            if progress is not None:
-                progress(done, total)
-        check.strictly()
-    _compare_classes(report, checks)
+    layout = find_layout(data)
+    report = CheckReport(layout.format)
+    read: dict[str, Annotations] = {}
+    issues: dict[str, Issues] = {}
+    for split, place in layout.splits.items():
+        issues[split] = Issues(collect=True, split=split)
+        report.splits[split] = SplitSummary()
+        try:
+            read[split] = place.read(issues[split])
+        except DataError as error:
+            issues[split].error("", f"{error.message}. {error.remedy}", kind="unreadable file")
+    for split, content in read.items():
+        _check_boxes(content, issues[split])
+        report.splits[split] = _summary(content)
+    paths = [(split, a.image_dir / name) for split, a in read.items() for name in a.file_names]
+    facts: list[ImageFacts] = []
+    for fact in inspect_all([path for _, path in paths], workers=workers):
+        facts.append(fact)
+        if progress is not None:
+            progress(len(facts), len(paths))
+    start = 0
+    for split, content in read.items():
+        own = facts[start : start + len(content)]
+        start += len(content)
+        _check_sizes(content, own, issues[split])
+        report.splits[split].traits = dict(Counter(trait for fact in own for trait in sorted(fact.traits)))
+    _find_copies(paths, facts, issues)
+    _compare_classes({split: a.classes for split, a in read.items()}, report, issues)
+    whole = Issues(collect=True)
+    if "train" not in layout.splits:
+        whole.error(
+            str(data), f"has no split 'train', found {', '.join(layout.splits)}", kind="no train split"
+        )
+    for found in (whole, *issues.values()):
+        report._take(found)
     return report
 
 
-class _SplitCheck:
-    """One split being checked; what is malformed is reported once and then left out."""
+def _summary(annotations: Annotations) -> SplitSummary:
+    single = ~annotations.crowd
+    per_class = np.bincount(annotations.labels[single], minlength=len(annotations.classes)).tolist()
+    names = annotations.classes.names
+    return SplitSummary(
+        images=len(annotations),
+        boxes=int(single.sum()),
+        crowds=int(annotations.crowd.sum()),
+        images_without_boxes=len(annotations) - len(np.unique(annotations.owners[single])),
+        boxes_per_class={
+            name if names.count(name) == 1 else f"{name} ({own})": count
+            for own, name, count in zip(annotations.classes.ids, names, per_class, strict=True)
+        },
+        box_sizes=BoxSizes.of(annotations),
+    )
 
-    def __init__(self, report: CheckReport, split: str, place: SplitPlace) -> None:
-        self.report, self.split, self.place = report, split, place
-        self.summary = report.splits[split] = SplitSummary()
-        try:
-            self.content = load_json(place.annotation_file)
-        except DataError as error:
-            self.content = {}
-            self.fail(place.annotation_file.name, f"{error.message}. {error.remedy}")
-        self.images: dict[int | str, dict[str, Any]] = {}
-        for image in self._entries("images"):
-            image_id = image.get("id")
-            if not isinstance(image_id, (int, str)):
-                continue  # `strictly` names it
-            if image_id in self.images:
-                self.fail(f"image {image_id}", "is listed twice")
-            self.images.setdefault(image_id, image)
-        self.names = {
-            e["id"]: str(e.get("name")) for e in self._entries("categories") if isinstance(e.get("id"), int)
-        }
-        self.summary.images = len(self.images)
 
-    def fail(self, subject: str, message: str) -> None:
-        self.report.problems.append(Problem("error", self.split, subject, message))
+def _check_boxes(annotations: Annotations, issues: Issues) -> None:
+    """Boxes that training leaves out or clips, and copies."""
+    a = annotations
+    rows = np.flatnonzero(~a.crowd)
+    owners, boxes = a.owners[rows], a.boxes[rows]
+    height, width = a.sizes[owners].T if len(rows) else (np.zeros(0), np.zeros(0))
+    x, y, w, h = boxes.T
+    empty = (w <= 0) | (h <= 0)
+    outside = ~empty & ((x >= width) | (y >= height) | (x + w <= 0) | (y + h <= 0))
+    over = np.max([-x, -y, x + w - width, y + h - height], axis=0) if len(rows) else np.zeros(0)
 
-    def warn(self, subject: str, message: str) -> None:
-        self.report.problems.append(Problem("warning", self.split, subject, message))
+    def warn(position: int, message: str, kind: str) -> None:
+        name, label = a.file_names[owners[position]], a.classes.names[a.labels[rows[position]]]
+        shown = ", ".join(f"{value:g}" for value in boxes[position])
+        issues.warn(name, f"box [{shown}] of class {label!r} {message}", kind=kind)
 
-    def _entries(self, key: str) -> list[dict[str, Any]]:
-        entries = self.content.get(key)
-        return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+    for position in np.flatnonzero(empty).tolist():
+        warn(position, "has no area; training leaves it out", "box without area")
+    for position in np.flatnonzero(outside).tolist():
+        across, down = int(width[position]), int(height[position])
+        warn(
+            position,
+            f"is outside the image of {across}x{down}; training leaves it out",
+            "box outside the image",
+        )
+    for position in np.flatnonzero(~empty & ~outside & (over > _EDGE_TOLERANCE)).tolist():
+        across, down = int(width[position]), int(height[position])
+        warn(
+            position, f"is {over[position]:g} pixels over the edge of the image of {across}x{down}", "box over the edge"
+        )  # fmt: skip
+    keys = np.column_stack([owners, a.labels[rows], boxes])
+    _, first, which = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+    for position in np.flatnonzero(first[which.reshape(-1)] != np.arange(len(rows))).tolist():
+        warn(position, "is there twice", "duplicated box")
+    bare = len(a) - len(np.unique(owners))
+    if bare and len(a):
+        issues.warn(
+            a.source.name, f"{bare} of {len(a)} images have no boxes; right if nothing is in them",
+            kind="images without boxes",
+        )  # fmt: skip
 
-    def annotations(self) -> None:
-        """Boxes, categories, and images without boxes."""
-        per_class: Counter[int] = Counter()
-        with_boxes: set[int | str] = set()
-        known: set[tuple[Any, ...]] = set()
-        for position, entry in enumerate(self._entries("annotations")):
-            subject = f"annotation {entry.get('id', f'[{position}]')}"
-            image_id, category, box = entry.get("image_id"), entry.get("category_id"), entry.get("bbox")
-            image = self.images.get(image_id) if isinstance(image_id, (int, str)) else None
-            if image is None:
-                self.fail(subject, f"belongs to image {image_id!r}, which `images` does not list")
-                continue
-            subject += f" of {image.get('file_name')}"
-            if not isinstance(category, int) or category not in self.names:
-                self.fail(subject, f"has category_id {category!r}, which `categories` does not list")
-                continue
-            if not is_box(box):
-                self.fail(subject, f"has bbox {box!r}, expected four finite numbers [x, y, w, h]")
-                continue
-            if entry.get("iscrowd"):
-                continue
-            x, y, width, height = box
-            if width <= 0 or height <= 0:
-                self.warn(subject, f"has a box without area, {box}; training leaves it out")
-                continue
-            if self._outside(subject, box, image):
-                continue
-            if (image_id, category, *box) in known:
-                self.warn(subject, f"has the same class and box {box} as another one")
-            known.add((image_id, category, *box))
-            per_class[category] += 1
-            with_boxes.add(image["id"])
-        self.summary.boxes = per_class.total()
-        self.summary.boxes_per_class = {name: per_class[category] for category, name in self.names.items()}
-        self.summary.images_without_boxes = len(self.images) - len(with_boxes)
-        if self.summary.images_without_boxes:
-            count = f"{self.summary.images_without_boxes} of {len(self.images)}"
-            self.warn(
-                self.place.annotation_file.name, f"{count} images have no boxes; right if nothing is in them"
+
+def _check_sizes(annotations: Annotations, facts: list[ImageFacts], issues: Issues) -> None:
+    """Images that do not decode, or are of another size than the annotations state."""
+    for name, stated, fact in zip(annotations.file_names, annotations.sizes.tolist(), facts, strict=True):
+        size = (stated[1], stated[0])
+        if fact.error is not None:
+            issues.error(name, fact.error, kind="unreadable image")
+        elif fact.size != size:
+            turned = " (turned by its EXIF orientation?)" if fact.size == size[::-1] else ""
+            issues.error(
+                name,
+                f"is {fact.size[0]}x{fact.size[1]} pixels, the annotations say {size[0]}x{size[1]}{turned}",
+                kind="image size",
             )
 
-    def _outside(self, subject: str, box: list[float], image: dict[str, Any]) -> bool:
-        """Reports a box that leaves its image; True if nothing of it is inside."""
-        across, down = image.get("width"), image.get("height")
-        if not (isinstance(across, (int, float)) and isinstance(down, (int, float))):
-            return False  # reported with the image
-        x, y, width, height = box
-        over = max(-x, -y, x + width - across, y + height - down)
-        if x >= across or y >= down or x + width <= 0 or y + height <= 0:
-            self.warn(subject, f"has box {box} outside the image of {across}x{down}; training leaves it out")
-            return True
-        if over > _EDGE_TOLERANCE:
-            self.warn(
-                subject, f"has box {box}, {over:g} pixels over the edge of the image of {across}x{down}"
-            )
-        return False
 
-    def files(self) -> Iterator[tuple[bytes | None, str]]:
-        """Decodes every image; yields a digest of its content (None if there is none) and its file name."""
-        names = [str(image.get("file_name")) for image in self.images.values()]
-        missing = set(missing_files(self.place.image_dir, names))
-        for image, name in zip(self.images.values(), names, strict=True):
-            path = self.place.image_dir / name
-            if name in missing:
-                self.fail(name, f"the image is missing in {self.place.image_dir}")
-                yield None, name
-                continue
-            try:
-                size = read_image(path).size
-            except DataError as error:
-                self.fail(name, f"{error.message}. {error.remedy}")
-                yield None, name
-                continue
-            stated = (image.get("width"), image.get("height"))
-            if size != stated:
-                turned = " (turned by its EXIF orientation?)" if size == stated[::-1] else ""
-                self.fail(
-                    name,
-                    f"is {size[0]}x{size[1]} pixels, the annotations say {stated[0]}x{stated[1]}{turned}",
-                )
-            yield hashlib.blake2b(path.read_bytes(), digest_size=16).digest(), name
+def _find_copies(paths: list[tuple[str, Path]], facts: list[ImageFacts], issues: dict[str, Issues]) -> None:
+    """Images that are the same, or look the same, within a split and across splits; one finding an image at the most."""
+    resembles: dict[int, tuple[bool, int, int]] = {}  # image -> (same split, differing bits or -1, the other)
 
-    def strictly(self) -> None:
-        """What training would stop at, should the checks above have missed it."""
-        if any(
-            problem.severity == "error" and problem.split == self.split for problem in self.report.problems
-        ):
-            return
-        try:
-            CocoDataset.from_json(self.place.annotation_file, self.place.image_dir)
-        except DataError as error:
-            self.fail(self.place.annotation_file.name, f"{error.message}. {error.remedy}")
+    def note(second: int, first: int, bits: int) -> None:
+        found = (paths[first][0] == paths[second][0], bits, first)
+        resembles[second] = min(
+            found, resembles.get(second, found)
+        )  # a leak is worse than a copy in the split
+
+    first_with: dict[bytes, int] = {}
+    for position, fact in enumerate(facts):
+        if fact.error is None:
+            first = first_with.setdefault(fact.digest, position)
+            if first != position:
+                note(position, first, -1)
+    for first, second, bits in similar([fact.print for fact in facts]):
+        if facts[first].digest != facts[second].digest:
+            note(second, first, bits)
+    for position, (same_split, bits, other) in sorted(resembles.items()):
+        split, path = paths[position]
+        where = paths[other][1].name if same_split else f"{paths[other][0]}/{paths[other][1].name}"
+        how = "the same file as" if bits < 0 else f"looks like ({bits} of 64 bits differ)"
+        issues[split].warn(path.name, f"{how} {where}", kind="copy" if same_split else "leak between splits")
 
 
-def _compare_classes(report: CheckReport, checks: list[_SplitCheck]) -> None:
+def _compare_classes(tables: dict[str, ClassTable], report: CheckReport, issues: dict[str, Issues]) -> None:
     """The other splits' classes against those of train."""
-    train = next((check for check in checks if check.split == "train"), None)
-    if train is None or not train.names:
+    train = tables.get("train")
+    if train is None or not len(train):
         return
-    for check in checks:
-        if check is train:
+    of_train = train.id_to_name
+    used = report.splits["train"].boxes_per_class
+    for split, table in tables.items():
+        if split == "train":
             continue
-        for category, name in check.names.items():
-            if train.names.get(category, name) != name:
-                check.fail(f"class {name}", f"has id {category}, which is {train.names[category]!r} in train")
-            elif category not in train.names:
-                check.fail(f"class {name}", f"has id {category}, which train does not list")
-            elif check.summary.boxes_per_class[name] and not train.summary.boxes_per_class[name]:
-                check.warn(f"class {name}", "has boxes here and none in train")
+        for category, name in table.id_to_name.items():
+            if of_train.get(category, name) != name:
+                issues[split].error(
+                    f"class {name}",
+                    f"has id {category}, which is {of_train[category]!r} in train",
+                    kind="class",
+                )
+            elif category not in of_train:
+                issues[split].error(
+                    f"class {name}", f"has id {category}, which train does not list", kind="class"
+                )
+            elif report.splits[split].boxes_per_class.get(name) and not used.get(name):
+                issues[split].warn(
+                    f"class {name}", "has boxes here and none in train", kind="class without training"
+                )

@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from paqdetr.config import Config
-from paqdetr.data.augment import Augment
-from paqdetr.data.coco import CocoDataset
+from paqdetr.data.augment import MIN_VISIBLE, Augment, Augmented
+from paqdetr.data.cache import PixelCache
+from paqdetr.data.dataset import DetectionDataset
+from paqdetr.data.mosaic import mosaic
 from paqdetr.errors import DataError, UserError
 from paqdetr.preprocessing import Preprocessing, pad_images, to_pixels
 from paqdetr.structures import Targets
@@ -57,13 +59,12 @@ class TrainingImages(Dataset[tuple[Tensor, Targets] | Failure]):
     """Augmented images of a split; decoded pixels stay in memory while the budget lasts.
 
     Args:
-        cache_gib: memory for decoded images in GiB, in each process that loads them.
+        cache_gib: memory for decoded images in GiB, for all loading processes of a training process together.
     """
 
-    def __init__(self, *, split: CocoDataset, augment: Augment, cache_gib: float) -> None:
+    def __init__(self, *, split: DetectionDataset, augment: Augment, cache_gib: float) -> None:
         self.split, self.augment = split, augment
-        self._cache: dict[int, Tensor] = {}
-        self._room = int(cache_gib * 2**30)
+        self.cache = PixelCache(split.sizes, int(cache_gib * 2**30))
 
     def __len__(self) -> int:
         return len(self.split)
@@ -80,26 +81,36 @@ class TrainingImages(Dataset[tuple[Tensor, Targets] | Failure]):
         Raises:
             DataError: the image does not decode, or is of another size than the annotations state.
         """
-        pixels = self._pixels(key.index)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(
                 key.seed
             )  # torch.manual_seed would also seed the GPU's, for good
-            changed = self.augment(
-                pixels, self.split.boxes(key.index), self.split.labels(key.index), scale=key.scale
-            )
-        height, width = (int(side) for side in pixels.shape[1:])
+            changed = self._changed(key.index, key.scale)
+            share = self.augment.config.mosaic
+            if share and torch.rand(()) < share:
+                changed = self._mosaic(changed, key.scale)
+        changed = self.augment.normalized(changed)
+        height, width = self.split.sizes[key.index].tolist()
         targets = Targets(changed.labels, changed.boxes, self.split.image_ids[key.index], (height, width))
         return changed.pixels, targets
 
+    def _changed(self, index: int, scale: float) -> Augmented:
+        pixels = self._pixels(index)
+        return self.augment.change(pixels, self.split.boxes(index), self.split.labels(index), scale=scale)
+
+    def _mosaic(self, first: Augmented, scale: float) -> Augmented:
+        """The image together with three others that are drawn."""
+        others = [self._changed(index, scale) for index in torch.randint(len(self.split), (3,)).tolist()]
+        tiles = [(tile.pixels, tile.boxes, tile.labels) for tile in (first, *others)]
+        return Augmented(*mosaic(tiles, min_visible=MIN_VISIBLE))
+
     def _pixels(self, index: int) -> Tensor:
-        """(3, H, W) uint8."""
-        if index in self._cache:
-            return self._cache[index]
+        """(3, H, W) uint8, not to be written to."""
+        cached = self.cache.get(index)
+        if cached is not None:
+            return cached
         pixels = to_pixels(read_picture(self.split, index))
-        if pixels.numel() <= self._room:
-            self._room -= pixels.numel()
-            self._cache[index] = pixels
+        self.cache.put(index, pixels)
         return pixels
 
 
@@ -174,7 +185,7 @@ def collate(samples: Sequence[tuple[Tensor, Targets] | Failure]) -> Batch | Fail
     return Batch(images, mask, [targets for _, targets in good])
 
 
-def read_picture(split: CocoDataset, index: int) -> Image:
+def read_picture(split: DetectionDataset, index: int) -> Image:
     """The picture, of the size that its boxes refer to.
 
     Raises:
@@ -197,12 +208,21 @@ class TrainingLoader:
     Args:
         batches: the sampler, whose `epoch` is to be set before each pass.
         workers: processes that load; 0 loads in this one. It changes no batch.
+        start_method: of the workers, such as "spawn"; the platform's own if None.
     """
 
-    def __init__(self, images: TrainingImages, batches: TrainingBatches, *, workers: int) -> None:
+    def __init__(
+        self,
+        images: TrainingImages,
+        batches: TrainingBatches,
+        *,
+        workers: int,
+        start_method: str | None = None,
+    ) -> None:
         self._loader: DataLoader[Batch | Failure] = DataLoader(
             images,  # type: ignore[arg-type]
             batch_sampler=batches,  # type: ignore[arg-type]
+            multiprocessing_context=start_method if workers else None,
             num_workers=workers,
             collate_fn=collate,
             persistent_workers=workers > 0,
@@ -232,7 +252,12 @@ class TrainingLoader:
 
 
 def training_loader(
-    config: Config, split: CocoDataset, preprocessing: Preprocessing, *, rank: int = 0, world_size: int = 1
+    config: Config,
+    split: DetectionDataset,
+    preprocessing: Preprocessing,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> tuple[TrainingLoader, TrainingBatches]:
     """The loader of a training, and its sampler, whose `epoch` is to be set before each pass."""
     sampler = TrainingBatches(

@@ -131,9 +131,10 @@ def evaluate_together(
     found = [by_index[index] for index in range(len(split))]
     results = [row for detections in found for row in detections.to_coco()]
     cleaned = [row for detections in found for row in non_maximum_suppression(detections).to_coco()]
+    truth = split.ground_truth()
     return Evaluation(
-        figures=evaluate_detections(split.annotation_file, results),
-        figures_nms=evaluate_detections(split.annotation_file, cleaned),
+        figures=evaluate_detections(truth, results),
+        figures_nms=evaluate_detections(truth, cleaned),
         predictions_per_image=float(np.mean([(d.scores > _CONFIDENT).sum() for d in found])),
         boxes_per_image=float(np.mean([len(split.labels(i)) for i in range(len(split))])),
         images_per_second=len(found) / max(seconds, 1e-9),

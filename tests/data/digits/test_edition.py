@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from paqdetr.data.coco import available_splits, open_split
+from paqdetr.data.dataset import open_split
 from paqdetr.data.digits import make_digits
 from paqdetr.data.digits.scenes import SceneSpec, compose_scene
+from paqdetr.data.layout import available_splits
 from paqdetr.errors import ConfigError, DataError
 
 TINY = {"size": 96, "train": 6, "val": 3, "test": 4}

@@ -1,0 +1,208 @@
+"""What every reader of a format returns, and where it reports what is wrong."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeGuard
+
+import numpy as np
+
+from paqdetr.data.columns import Ids, Texts
+from paqdetr.errors import DataError
+from paqdetr.structures import ClassTable
+
+REMEDY = "Correct the annotation file; `paqdetr data check` lists all problems of a data set."
+
+# A set with a systematic mistake has it a million times.
+_KEPT_OF_A_KIND = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One finding.
+
+    Attributes:
+        severity: "error" where reading or training would stop, "warning" where it would go on.
+        kind: what sort of problem, such as "box outside".
+        split: name of the split, or "" where it concerns the whole folder.
+        subject: the file, image or class.
+        message: what was found and what was expected.
+    """
+
+    severity: Literal["error", "warning"]
+    kind: str
+    split: str
+    subject: str
+    message: str
+
+
+class Issues:
+    """Takes what is wrong: the first error is raised, or, with `collect`, all of them are kept and reading goes on without them.
+
+    Attributes:
+        found: the problems, at most 1,000 of a kind.
+        counts: how many there were of each (severity, kind).
+    """
+
+    def __init__(self, *, collect: bool = False, split: str = "") -> None:
+        self.collect, self.split = collect, split
+        self.found: list[Problem] = []
+        self.counts: Counter[tuple[str, str]] = Counter()
+
+    def error(
+        self, subject: Path | str, message: str, remedy: str = REMEDY, *, kind: str = "annotation"
+    ) -> None:
+        """Something training would stop at.
+
+        Raises:
+            DataError: unless problems are collected.
+        """
+        if not self.collect:
+            raise DataError(f"{subject}: {message}", remedy)
+        self._keep(Problem("error", kind, self.split, str(subject), message))
+
+    def unreadable(self, path: Path, error: DataError) -> None:
+        """A file of annotations that could not be read, or one of several images.
+
+        Raises:
+            DataError: `error`, unless problems are collected.
+        """
+        if not self.collect:
+            raise error
+        self.error(path, error.message.removeprefix(f"{path}: "), error.remedy, kind="unreadable file")
+
+    def warn(self, subject: Path | str, message: str, *, kind: str) -> None:
+        """Something a user should look at; forgotten unless problems are collected."""
+        if self.collect:
+            self._keep(Problem("warning", kind, self.split, str(subject), message))
+
+    def _keep(self, problem: Problem) -> None:
+        self.counts[problem.severity, problem.kind] += 1
+        if self.counts[problem.severity, problem.kind] <= _KEPT_OF_A_KIND:
+            self.found.append(problem)
+
+
+@dataclass(slots=True)
+class Annotations:
+    """One split as its files have it, in flat arrays; boxes are neither clipped nor left out.
+
+    Attributes:
+        source: the file or folder that errors name.
+        image_dir: the folder that `file_names` are relative to.
+        classes: contiguous class index <-> category id and name.
+        image_ids: the data set's own ids.
+        file_names: relative to `image_dir`, with forward slashes.
+        sizes: (N, 2) int64, (height, width) of every image in pixels, its EXIF turn applied.
+        starts: (N + 1,) int64: boxes of image i are the rows starts[i]:starts[i + 1] of what follows.
+        boxes: (A, 4) float64, [x, y, width, height] in pixels.
+        labels: (A,) int64, contiguous class indices.
+        crowd: (A,) bool: groups and regions to ignore.
+        areas: (A,) float64, square pixels; NaN where the format gives none.
+        masks: annotations that have a segmentation, which this package does not use.
+    """
+
+    source: Path
+    image_dir: Path
+    classes: ClassTable
+    image_ids: Ids
+    file_names: Texts
+    sizes: np.ndarray
+    starts: np.ndarray
+    boxes: np.ndarray
+    labels: np.ndarray
+    crowd: np.ndarray
+    areas: np.ndarray
+    masks: int = 0
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    @property
+    def owners(self) -> np.ndarray:
+        """(A,) int64: position of each box's image."""
+        return np.repeat(np.arange(len(self)), np.diff(self.starts))
+
+
+@dataclass(slots=True)
+class Builder:
+    """Collects images and boxes in any order and makes `Annotations` of them."""
+
+    image_ids: list[int | str] = field(default_factory=list)
+    file_names: list[str] = field(default_factory=list)
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    masks: int = 0
+    _owners: list[int] = field(default_factory=list)
+    _labels: list[int] = field(default_factory=list)
+    _boxes: list[Sequence[float]] = field(default_factory=list)
+    _crowd: list[bool] = field(default_factory=list)
+    _areas: list[float] = field(default_factory=list)
+
+    def add_image(self, image_id: int | str, file_name: str, *, height: int, width: int) -> int:
+        """The image's position."""
+        self.image_ids.append(image_id)
+        self.file_names.append(file_name)
+        self.sizes.append((height, width))
+        return len(self.image_ids) - 1
+
+    def add_box(
+        self, image: int, label: int, box: Sequence[float], *, crowd: bool = False, area: float | None = None
+    ) -> None:
+        """A box [x, y, width, height] of the image at a position."""
+        self._owners.append(image)
+        self._labels.append(label)
+        self._boxes.append(box)
+        self._crowd.append(crowd)
+        self._areas.append(np.nan if area is None else area)
+
+    def build(self, *, source: Path, image_dir: Path, classes: ClassTable) -> Annotations:
+        """Everything collected, sorted by image; boxes of an image keep their order."""
+        owners = np.array(self._owners, dtype=np.int64)
+        order = np.argsort(owners, kind="stable")
+        starts = np.zeros(len(self.image_ids) + 1, dtype=np.int64)
+        np.cumsum(np.bincount(owners, minlength=len(self.image_ids)), out=starts[1:])
+        return Annotations(
+            source=source,
+            image_dir=image_dir,
+            classes=classes,
+            image_ids=Ids(self.image_ids),
+            file_names=Texts(self.file_names),
+            sizes=np.array(self.sizes, dtype=np.int64).reshape(-1, 2),
+            starts=starts,
+            boxes=np.array(self._boxes, dtype=np.float64).reshape(-1, 4)[order],
+            labels=np.array(self._labels, dtype=np.int64)[order],
+            crowd=np.array(self._crowd, dtype=bool)[order],
+            areas=np.array(self._areas, dtype=np.float64)[order],
+            masks=self.masks,
+        )
+
+
+def is_integer(value: object) -> TypeGuard[int]:
+    """Whether it is an integer; json's true is none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_coordinate(value: object) -> TypeGuard[float]:
+    """Whether it is a finite number of pixels. The comparison also sorts out NaN and integers that no float can hold."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e9 < value < 1e9
+
+
+def is_box(value: object) -> TypeGuard[list[float]]:
+    """Whether it is four finite numbers of pixels."""
+    return isinstance(value, list) and len(value) == 4 and all(map(is_coordinate, value))
+
+
+def is_side(value: object) -> TypeGuard[float]:
+    """Whether it is a side in whole pixels; some exporters write 640.0."""
+    return is_coordinate(value) and value >= 1 and value == int(value)
+
+
+def shorten(value: object, limit: int = 80) -> str:
+    """How a value from a file is shown in a message."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer too long to print, a list too deep
+        return f"a {type(value).__name__}"
+    return text if len(text) <= limit else f"{text[:limit]}..."

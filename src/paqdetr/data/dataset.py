@@ -1,0 +1,111 @@
+"""One split of a data set of any format, as training and evaluation use it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from paqdetr.data.annotations import Annotations, Issues
+from paqdetr.data.formats.coco import read_coco, to_coco
+from paqdetr.data.layout import find_split
+from paqdetr.images import read_image
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+class DetectionDataset:
+    """Images and boxes of one split, by position; annotations lie in flat arrays.
+
+    Attributes:
+        name: of the split.
+        annotations: the split as its files have it.
+        classes: contiguous class index <-> category id and name.
+        annotation_file, image_dir: where it was read from.
+        image_ids: the data set's own ids.
+        file_names: relative to `image_dir`.
+        sizes: (N, 2) int64, (height, width) of every image as the annotations say.
+        skipped: number of annotations left out of training: crowds, and boxes without area inside their image.
+    """
+
+    def __init__(self, annotations: Annotations, *, name: str) -> None:
+        a = annotations
+        self.name, self.annotations, self.classes = name, a, a.classes
+        self.annotation_file, self.image_dir = a.source, a.image_dir
+        self.image_ids, self.file_names, self.sizes = a.image_ids, a.file_names, a.sizes
+        rows = np.flatnonzero(~a.crowd)
+        owners = a.owners[rows]
+        corners = a.boxes[rows]
+        corners[:, 2:] += corners[:, :2]
+        limits = a.sizes[owners][:, [1, 0, 1, 0]]
+        clipped = np.clip(corners, 0, limits).astype(np.float32)
+        keep = (clipped[:, 2:] > clipped[:, :2]).all(axis=1)
+        self._boxes, self._labels = clipped[keep], a.labels[rows][keep]
+        self._starts = np.zeros(len(a) + 1, dtype=np.int64)
+        np.cumsum(np.bincount(owners[keep], minlength=len(a)), out=self._starts[1:])
+        self.skipped = len(a.boxes) - len(self._boxes)
+
+    @classmethod
+    def from_json(
+        cls, annotation_file: str | Path, image_dir: str | Path, *, name: str | None = None
+    ) -> DetectionDataset:
+        """Reads and verifies a COCO json; images themselves are not opened, only looked for.
+
+        Args:
+            annotation_file: COCO json with `images`, `annotations` and `categories`.
+            image_dir: the folder that `file_name` is relative to.
+            name: of the split; the file's name without its ending if not given.
+
+        Raises:
+            DataError: the file or an entry of it is malformed or contradicts another, or an image is missing.
+        """
+        annotation_file = Path(annotation_file)
+        return cls(read_coco(annotation_file, Path(image_dir), Issues()), name=name or annotation_file.stem)
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def path(self, index: int) -> Path:
+        """Where the image lies."""
+        return self.image_dir / self.file_names[index]
+
+    def boxes(self, index: int) -> np.ndarray:
+        """(G, 4) float32, xyxy in pixels, clipped to the image; without crowds and boxes of no area."""
+        return self._boxes[self._rows(index)].copy()
+
+    def labels(self, index: int) -> np.ndarray:
+        """(G,) int64 contiguous class indices of `boxes(index)`."""
+        return self._labels[self._rows(index)].copy()
+
+    def image(self, index: int) -> Image.Image:
+        """The picture as RGB with its EXIF orientation applied.
+
+        Raises:
+            DataError: it does not decode.
+        """
+        return read_image(self.path(index))
+
+    def ground_truth(self) -> dict[str, Any]:
+        """What evaluation compares with, as a COCO json: every box as the files have it, crowds and what is skipped too."""
+        return to_coco(self.annotations)
+
+    def _rows(self, index: int) -> slice:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
+        index %= len(self)
+        return slice(int(self._starts[index]), int(self._starts[index + 1]))
+
+
+def open_split(data: str | Path, split: str) -> DetectionDataset:
+    """Opens one split of a data set in any of the layouts that docs/data.md shows.
+
+    Args:
+        data: the folder, or the `data.yaml` of a YOLO data set.
+        split: "train", "val" or "test", or whatever else the data set has.
+
+    Raises:
+        DataError: no such folder or split, or the split is malformed.
+    """
+    return DetectionDataset(find_split(data, split).read(Issues()), name=split)

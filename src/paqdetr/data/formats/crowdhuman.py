@@ -1,0 +1,104 @@
+"""CrowdHuman: `annotation_SPLIT.odgt`, a json object a line, and one folder `Images/` for all splits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from paqdetr.data.annotations import Annotations, Builder, Issues, is_box, shorten
+from paqdetr.data.files import MAX_JSON_BYTES, inner_path, parse_json, read_text
+from paqdetr.data.formats.sizes import header_sizes
+from paqdetr.errors import DataError
+from paqdetr.structures import ClassTable
+
+CLASSES = ClassTable((1,), ("person",))
+_PREFIX = "annotation_"
+
+
+@dataclass(frozen=True, slots=True)
+class CrowdHumanPlace:
+    """One split: its odgt file and the folder of images."""
+
+    odgt_file: Path
+    image_dir: Path
+
+    def read(self, issues: Issues) -> Annotations:
+        """See `read_crowdhuman`."""
+        return read_crowdhuman(self, issues)
+
+
+def crowdhuman_places(root: Path) -> dict[str, CrowdHumanPlace]:
+    """The splits of a CrowdHuman folder."""
+    return {
+        file.stem.removeprefix(_PREFIX): CrowdHumanPlace(file, root / "Images")
+        for file in sorted(root.glob(f"{_PREFIX}*.odgt"))
+    }
+
+
+def read_crowdhuman(place: CrowdHumanPlace, issues: Issues) -> Annotations:
+    """Reads and verifies one split: full-body boxes (`fbox`), which may reach out of the image, as the benchmark has them.
+
+    What is tagged `mask`, or marked `ignore`, is a crowd: a region, or a person nobody has to find.
+
+    Raises:
+        DataError: a line is malformed, or an image is missing or damaged.
+    """
+    builder = Builder()
+    records: dict[str, tuple[str, list[Any]]] = {}  # id -> where, gtboxes
+    for number, line in enumerate(read_text(place.odgt_file, limit=MAX_JSON_BYTES).splitlines(), start=1):
+        if not line.strip():
+            continue
+        where = f"line {number}"
+        try:
+            record = parse_json(line, f"{place.odgt_file}: {where}")
+        except DataError as error:
+            issues.unreadable(place.odgt_file, error)
+            continue
+        own = record.get("ID") if isinstance(record, dict) else None
+        boxes = record.get("gtboxes") if isinstance(record, dict) else None
+        if not isinstance(own, str) or not isinstance(boxes, list):
+            issues.error(place.odgt_file, f"{where}: {shorten(record)}, expected an ID and gtboxes")
+        elif inner_path(f"{own}.jpg") is None:
+            issues.error(
+                place.odgt_file, f"{where}: ID {shorten(own)} is no name inside {place.image_dir}",
+                "Give names without '..'.", kind="path leaves the folder",
+            )  # fmt: skip
+        elif own in records:
+            issues.error(
+                place.odgt_file, f"{where}: ID {shorten(own)} is given twice, first in {records[own][0]}"
+            )
+        elif not (place.image_dir / f"{own}.jpg").is_file():
+            issues.error(
+                place.image_dir / f"{own}.jpg", f"missing, though {where} of {place.odgt_file} lists it",
+                "Unpack the images into Images/.", kind="missing image",
+            )  # fmt: skip
+        else:
+            records[own] = (where, boxes)
+    if not records:
+        issues.error(place.odgt_file, "lists no image", "Download the file again.", kind="unreadable file")
+    sizes = header_sizes([place.image_dir / f"{own}.jpg" for own in records], issues)
+    for (own, (where, boxes)), size in zip(records.items(), sizes, strict=True):
+        if size is None:
+            continue
+        image = builder.add_image(own, f"{own}.jpg", height=size[0], width=size[1])
+        for position, item in enumerate(boxes):
+            _add(builder, image, item, f"{where}: gtboxes[{position}] of {own}", place.odgt_file, issues)
+    return builder.build(source=place.odgt_file, image_dir=place.image_dir, classes=CLASSES)
+
+
+def _add(builder: Builder, image: int, item: Any, where: str, path: Path, issues: Issues) -> None:
+    tag = item.get("tag") if isinstance(item, dict) else None
+    if tag not in ("person", "mask"):
+        issues.error(
+            path, f"{where} has the tag {shorten(tag)}, expected person or mask", kind="unknown class"
+        )
+        return
+    box = item.get("fbox")
+    if not is_box(box):
+        message = f"{where} has fbox {shorten(box)}, expected four finite numbers [x, y, w, h]"
+        issues.error(path, message, kind="malformed box")
+        return
+    extra = item.get("extra")
+    ignored = isinstance(extra, dict) and bool(extra.get("ignore"))
+    builder.add_box(image, 0, box, crowd=tag == "mask" or ignored)
