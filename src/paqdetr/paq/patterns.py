@@ -122,6 +122,42 @@ class PatternQueries(nn.Module):
         weights = (logits / self.temperature).softmax(-1)  # (B, n, m)
         return Mixture(content=weights.to(self.patterns.dtype) @ self.patterns, weights=weights)
 
+    @property
+    def num_queries(self) -> int:
+        """n."""
+        return self.head.num_queries
+
+    def resize(self, num_queries: int, *, rows: Tensor | None = None) -> Tensor:
+        """Change the number of queries of a trained module, in place: rows of its weight head are sampled anew.
+
+        A query is only a row of mixing weights, so any row serves in any number; patterns and extractor stay as they are.
+        Parameters whose shape changes are new objects afterwards: make the optimiser after this, not before.
+
+        Args:
+            num_queries: the new n, at least 1.
+            rows: (num_queries,) int64 in [0, old n), the old row of each new query; by default evenly spaced over the old
+                ones, in their order, so that halving keeps every second row and doubling has each row twice.
+
+        Returns:
+            The rows taken, (num_queries,) int64, for whatever else a host keeps for each query.
+
+        Raises:
+            ValueError: `num_queries` below 1, or rows of another shape, dtype or range.
+        """
+        if num_queries < 1:
+            raise ValueError(f"num_queries: expected at least 1, found {num_queries}")
+        old = self.num_queries
+        if rows is None:
+            rows = torch.arange(num_queries) * old // num_queries
+        if rows.dtype != torch.int64 or rows.shape != (num_queries,):
+            raise ValueError(f"rows: expected ({num_queries},) int64, found {tuple(rows.shape)} {rows.dtype}")
+        if rows.min() < 0 or rows.max() >= old:
+            raise ValueError(
+                f"rows: expected indices in [0, {old}), found {int(rows.min())} to {int(rows.max())}"
+            )
+        self.head.take_rows(rows)
+        return rows
+
     def aux_losses(self) -> dict[str, Tensor]:
         """What the patterns themselves owe, before weighting: {"diversity": scalar}."""
         return {"diversity": pattern_diversity_loss(self.patterns)}
@@ -134,15 +170,25 @@ class _DenseHead(nn.Module):
         self, *, dim: int, num_queries: int, num_patterns: int, rank: int, gain: float, bias_std: float | None
     ) -> None:
         super().__init__()
-        self.shape = (num_queries, num_patterns)
+        self.num_patterns = num_patterns
         self.linear = nn.Linear(dim, num_queries * num_patterns)
         with torch.no_grad():
             self.linear.weight.mul_(gain)
             if bias_std is not None:
                 self.linear.bias.normal_(std=bias_std)
 
+    @property
+    def num_queries(self) -> int:
+        return self.linear.out_features // self.num_patterns
+
     def forward(self, summary: Tensor) -> Tensor:
-        return self.linear(summary).unflatten(1, self.shape)
+        return self.linear(summary).unflatten(1, (-1, self.num_patterns))
+
+    def take_rows(self, rows: Tensor) -> None:
+        for name, parameter in list(self.linear.named_parameters()):
+            kept = _rows_of(parameter.unflatten(0, (-1, self.num_patterns)), rows)  # (n', m, ...)
+            setattr(self.linear, name, nn.Parameter(kept.flatten(0, 1), parameter.requires_grad))
+        self.linear.out_features = len(rows) * self.num_patterns
 
 
 class _FactorisedHead(nn.Module):
@@ -164,3 +210,15 @@ class _FactorisedHead(nn.Module):
     def forward(self, summary: Tensor) -> Tensor:
         factors = self.factors(summary).unflatten(1, (self.queries.shape[1], -1))  # (B, r, m)
         return self.queries @ factors + self.bias
+
+    @property
+    def num_queries(self) -> int:
+        return self.queries.shape[0]
+
+    def take_rows(self, rows: Tensor) -> None:
+        self.queries = nn.Parameter(_rows_of(self.queries, rows), self.queries.requires_grad)
+        self.bias = nn.Parameter(_rows_of(self.bias, rows), self.bias.requires_grad)
+
+
+def _rows_of(table: Tensor, rows: Tensor) -> Tensor:
+    return table.detach().index_select(0, rows.to(table.device)).clone()
