@@ -2,7 +2,9 @@
 
 `FusedExtractor` is the paper's (section "pattern-based dynamic queries"), `PooledExtractor` the simple variant.
 Padded tokens are zero before every convolution and left out of every mean and norm, so that neither their content nor
-their number reaches the result.
+their number reaches the result. The valid tokens of a level form a rectangle, anywhere in the map: padding may lie on any side,
+as with centred images. Masks with holes or slanted edges are read by their bounding rectangle where a level is enlarged; the
+result is still blind to what stands in the padding, though no longer to its amount.
 """
 
 from __future__ import annotations
@@ -179,12 +181,16 @@ def _enlarge(x: Tensor, valid: Tensor | None, size: Sequence[int], fine_valid: T
 
 
 def _sample_positions(coarse: Tensor, fine: Tensor) -> Tensor:
-    """Where each fine cell reads along one axis: (B, h) and (B, H) valid flags -> (B, H) for `align_corners=True`."""
+    """Where each fine cell reads along one axis: (B, h) and (B, H) valid flags -> (B, H) for `align_corners=True`.
+
+    The valid cells of an axis are one run, wherever it begins.
+    """
     have, want = coarse.float().sum(1, keepdim=True), fine.float().sum(1, keepdim=True).clamp(min=1)
-    cells = torch.arange(fine.shape[1], device=fine.device)
+    start = coarse.float().argmax(1, keepdim=True)
+    cells = torch.arange(fine.shape[1], device=fine.device) - fine.float().argmax(1, keepdim=True)  # (B, H)
     # Half-pixel centres, held inside the valid cells so that padding is never read.
     position = torch.minimum(((cells + 0.5) * have / want - 0.5).clamp(min=0), (have - 1).clamp(min=0))
-    return 2 * position / max(coarse.shape[1] - 1, 1) - 1
+    return 2 * (start + position) / max(coarse.shape[1] - 1, 1) - 1
 
 
 def _groups(dim: int) -> int:
