@@ -25,13 +25,20 @@ class MaskedGroupNorm(nn.GroupNorm):
             return super().forward(x)
         batch, channels, height, width = x.shape
         working = torch.promote_types(x.dtype, torch.float32)
-        groups = x.to(working).view(batch, self.num_groups, channels // self.num_groups, height, width)
-        weight = valid.to(working).unsqueeze(1)  # (B, 1, 1, h, w)
-        count = weight.sum((2, 3, 4), keepdim=True).clamp(min=1) * groups.shape[2]
-        mean = (groups * weight).sum((2, 3, 4), keepdim=True) / count
-        variance = ((groups - mean).square() * weight).sum((2, 3, 4), keepdim=True) / count
-        normed = ((groups - mean) * (variance + self.eps).rsqrt()).view_as(x)
-        return (normed * self.weight[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+        # Channels last, as tokens are: sums over the valid cells are matrix products then.
+        cells = x.to(working).permute(0, 2, 3, 1).reshape(batch, height * width, channels)
+        weight = valid.to(working).reshape(batch, 1, height * width)
+        count = weight.sum(2).clamp(min=1)  # (B, 1)
+        mean = (weight @ cells)[:, 0] / count  # (B, d), of each channel
+        centred = cells - mean[:, None]
+        variance = (weight @ centred.square())[:, 0] / count  # (B, d), of each channel
+        # Of a group: the mean of its channels' variances, and the variance of their means.
+        mean, variance = (figure.unflatten(1, (self.num_groups, -1)) for figure in (mean, variance))
+        offset = mean - mean.mean(2, keepdim=True)  # (B, groups, d / groups)
+        scale = ((variance + offset.square()).mean(2, keepdim=True) + self.eps).rsqrt()
+        gain, shift = scale.expand_as(offset).flatten(1) * self.weight, (offset * scale).flatten(1) * self.weight
+        normed = torch.addcmul((shift + self.bias)[:, None], centred, gain[:, None])
+        return normed.to(x.dtype).view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
 class PooledExtractor(nn.Module):
