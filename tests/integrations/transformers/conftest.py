@@ -85,6 +85,8 @@ def _make_host(kind: str, **settings: Any) -> Any:
         auxiliary_loss=True,
         dropout=0.0,
     )
+    # Early releases of 5 take a backbone of timm by default, with weights.
+    no_timm: dict[str, Any] = dict(backbone=None, use_timm_backbone=False, use_pretrained_backbone=False)
     torch.manual_seed(0)
     if kind.startswith("deformable"):
         config = hf.DeformableDetrConfig(
@@ -94,11 +96,12 @@ def _make_host(kind: str, **settings: Any) -> Any:
             with_box_refine=kind != "deformable",
             two_stage=kind == "deformable-two-stage",
             two_stage_num_proposals=QUERIES,
-            **(sizes | settings),
+            **(sizes | no_timm | settings),
         )
         return hf.DeformableDetrForObjectDetection(config).eval()
     if kind == "conditional" or kind.startswith("dab"):
         last = hf.ResNetConfig(**stages, out_features=["stage4"])
+        sizes |= no_timm
         if kind == "conditional":
             config = hf.ConditionalDetrConfig(backbone_config=last, d_model=DIM, **(sizes | settings))
             return hf.ConditionalDetrForObjectDetection(config).eval()

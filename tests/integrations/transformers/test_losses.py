@@ -123,9 +123,9 @@ def test_all_terms_of_a_layer_get_the_same_pairs(
             return host(self, loss, outputs, *args)
 
         monkeypatch.setattr(owner, "get_loss", spy)
-    model = attach(make_host(kind), min_positives=3, num_patterns=8)
+    model = attach(make_host(kind), top_k=3, min_positives=3, num_patterns=8)
     run(model, batch)
-    assigner = QualityAwareAssigner(min_positives=3, cost_weights=model.paq.cost_weights)
+    assigner = QualityAwareAssigner(top_k=3, min_positives=3, cost_weights=model.paq.cost_weights)
     targets = [Targets(row["class_labels"], row["boxes"]) for row in batch["labels"]]
     terms = {"vfl", "boxes", "local"} if kind == "d-fine" else {"boxes"}
     checked = 0
@@ -133,7 +133,7 @@ def test_all_terms_of_a_layer_get_the_same_pairs(
         assert terms <= set(pairs)
         assert all(indices is pairs["boxes"] for indices in pairs.values()), "one list for all terms"
         counts = [len(queries) for queries, _ in pairs["boxes"]]
-        if counts[1] != 3:  # one box, hence 1 or 3; denoising layers have more
+        if counts[1] != 3:  # one box, hence 1 or 3; 4 in denoising layers
             continue
         outputs = outputs_of[key]
         for (queries, boxes), expected in zip(
