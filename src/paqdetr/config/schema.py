@@ -60,8 +60,8 @@ class ModelConfig(Section):
     box_refinement: bool = Field(default=True, description="each layer starts from the boxes of the last")
     look_forward_twice: bool = True
 
-    # Content of queries: `static`, a learned table; `proposals`, computed from the proposal; `patterns` is PaQ; `static_mixture`, an
-    # ablation, mixes patterns by learned weights that no image changes.
+    # Content of queries: `static`, a learned table; `proposals`, computed from the proposal; `patterns` is PaQ;
+    # `static_mixture`, an ablation, mixes patterns by learned weights that no image changes.
     num_queries: int = Field(default=900, ge=1)
     queries: Literal["static", "proposals", "patterns", "static_mixture"] = "static"
     content_std: float | None = Field(
