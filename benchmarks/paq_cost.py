@@ -288,5 +288,24 @@ def print_table(report: dict[str, Any]) -> None:
     )
 
 
+def markdown(report: dict[str, Any]) -> str:
+    """The table of docs/plugin.md."""
+    host = report["host"]
+    lines = [
+        f"| {report['model']}, {report['image_size']} px, batch {report['batch_size']} | parameters | GFLOPs an image | "
+        "memory of a step | training step | inference |",
+        "|---|---|---|---|---|---|",
+        f"| the host without PaQ | {host['parameters'] / 1e6:.1f} M | {host['gflops']:.1f} | {host['memory_mb'] / 1e3:.2f} GB | "
+        f"{host['training_ms'] / 1e3:.2f} s | {host['inference_ms'] / 1e3:.2f} s |",
+    ]
+    lines += [
+        f"| {name} | +{row['parameters_added'] / 1e6:.2f} M | +{row['gflops_added']:.2f} ({row['flops_percent']:.2f} %) | "
+        f"+{row['memory_added_mb'] / 1e3:.2f} GB | +{row['training_ms']:.0f} ms (**{row['training_percent']:.2f} %**) | "
+        f"+{row['inference_ms']:.0f} ms (**{row['inference_percent']:.2f} %**) |"
+        for name, row in report["forms"].items()
+    ]
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     main()

@@ -52,6 +52,10 @@ def test_saved_and_loaded_it_gives_the_same(kind: str, make_host: Make, batch: B
     torch.testing.assert_close(detect(loaded, batch), detect(model, batch), atol=2e-6, rtol=0)
     loaded.train()(**batch)
     assert min(loaded.paq.positives_per_box) >= 2
+    plain = type(model).from_pretrained(tmp_path)
+    torch.testing.assert_close(
+        detect(detach(from_pretrained(tmp_path)), batch), detect(plain, batch), atol=2e-6, rtol=0
+    )
     again = tmp_path / "again"
     loaded.save_pretrained(again)
     assert load_file(again / "model.safetensors").keys() == load_file(tmp_path / "model.safetensors").keys()
