@@ -210,7 +210,7 @@ def test_a_circle_of_bases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rela
         ({"amp": "fp8"}, "amp='fp8': Input should be 'no', 'bf16' or 'fp16'", "config show"),
         (
             {"model.queries": "dense"},
-            "model.queries='dense': Input should be 'static', 'proposals' or 'patterns'",
+            "model.queries='dense': Input should be 'static', 'proposals', 'patterns' or 'static_mixture'",
             "config show",
         ),
         ({"model.dim": 130}, "dim=130 must be divisible by 4 and by num_heads=8", "config show"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class UserError(Exception):
     """Something outside the program is wrong: a path, a file's content, a key.
@@ -40,7 +42,24 @@ class CheckpointError(UserError):
 
 
 class NonFiniteError(UserError):
-    """A prediction or a loss became NaN or infinite."""
+    """A prediction or a loss became NaN or infinite.
+
+    Attributes:
+        layers: names of the decoder layers concerned, if known.
+        images: ids of the images concerned, or "batch position i" where an image has no id.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        remedy: str,
+        *,
+        layers: Sequence[str] = (),
+        images: Sequence[int | str] = (),
+    ) -> None:
+        super().__init__(message, remedy)
+        self.layers = tuple(layers)
+        self.images = tuple(images)
 
 
 class BackendError(UserError):

@@ -110,10 +110,8 @@ class Reference:
         if empty and free:
             rows, columns = linear_sum_assignment(np.array([[self.cost[i][j] for j in empty] for i in free]))
             owner |= {free[i]: empty[j] for i, j in zip(rows, columns, strict=True)}
-        for j in empty:
-            if j not in owner.values():
-                surplus = [i for i in owner if list(owner.values()).count(owner[i]) > 1]
-                owner[max(surplus, key=lambda i: self.s[i][j])] = j
+        # The cap leaves a free query for every empty box: see `select_by_score`.
+        assert len(set(owner.values())) == self.boxes
         return set(owner.items())
 
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from paqdetr.paq import OneToOneAssigner, Pairs, QualityAwareAssigner
-from paqdetr.paq.assignment import _select_by_score
 from paqdetr.paq.costs import Matchables
 from paqdetr.structures import Targets
 
@@ -151,13 +150,6 @@ def test_score_fills_all_boxes_that_lost_their_claim() -> None:
     cost = [[0.0] * 3, [9.0, 1.0, 2.0], [9.0, 5.0, 5.0], [9.0, 2.0, 9.0], [9.0, 9.0, 9.0], [9.0, 9.0, 9.0]]
     found = as_set(QualityAwareAssigner(gamma=0.0, select="score").solve(image_of(cost, iou)))
     assert found == {(0, 0), (3, 1), (1, 2)}
-
-
-def test_score_takes_a_surplus_query_when_none_is_free() -> None:
-    # The cap on the k_j leaves a query free for every empty box, so only claims beyond it come here.
-    scores = np.array([[0.9, 0.1], [0.8, 0.4], [0.7, 0.3]])
-    rows, columns = _select_by_score(scores, np.array([3, 1]), np.zeros((3, 2)))
-    assert list(zip(rows.tolist(), columns.tolist(), strict=True)) == [(0, 0), (1, 1), (2, 0)]
 
 
 def test_as_many_boxes_as_queries_obeys_the_rule_of_selection() -> None:

@@ -197,6 +197,24 @@ def test_enlarging_a_padded_map_is_enlarging_the_crop(coarse: tuple[int, int], f
     torch.testing.assert_close(found[..., : fine[0], : fine[1]], expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("corner", [(0, 0), (4, 2), (1, 1), (2, 0)])
+@pytest.mark.parametrize("fine_corner", [(0, 0), (1, 3), (0, 2)])
+def test_enlarging_reads_the_valid_part_wherever_it_lies(
+    corner: tuple[int, int], fine_corner: tuple[int, int]
+) -> None:
+    (top, left), (fine_top, fine_left) = corner, fine_corner
+    image = torch.randn(1, 3, 3, 4)
+    x, valid, fine_valid = torch.zeros(1, 3, 7, 6), torch.zeros(1, 1, 7, 6), torch.zeros(1, 1, 7, 10)
+    x[..., top : top + 3, left : left + 4] = image
+    valid[..., top : top + 3, left : left + 4] = 1
+    fine_valid[..., fine_top : fine_top + 6, fine_left : fine_left + 7] = 1
+    found = _enlarge(x, valid, (7, 10), fine_valid)
+    expected = F.interpolate(image, size=(6, 7), mode="bilinear", align_corners=False)
+    cut = found[..., fine_top : fine_top + 6, fine_left : fine_left + 7]
+    torch.testing.assert_close(cut, expected, atol=1e-5, rtol=0)
+    assert (found * (1 - fine_valid) == 0).all()
+
+
 def test_enlarging_in_half_precision_rounds_values_alone() -> None:
     """Positions kept in bfloat16 would be off by half a cell here."""
     x = torch.linspace(-1, 1, 200).view(1, 1, 1, 200).bfloat16()

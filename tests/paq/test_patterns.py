@@ -333,6 +333,64 @@ def test_pattern_std(std: float) -> None:
     assert content.abs().max() <= queries.patterns.abs().max() + 1e-6
 
 
+# --- another number of queries
+
+
+@pytest.mark.parametrize("count", [1, 3, 7, 14, 20])
+@every_kind
+def test_resize_keeps_the_mixture_of_each_row(kind: str, count: int) -> None:
+    queries, inputs = make(kind), pad_batch([random_image(), random_image()], extra=1)
+    before = queries(*inputs)
+    patterns = queries.patterns
+    rows = queries.resize(count)
+    assert rows.tolist() == [i * 7 // count for i in range(count)]
+    assert queries.num_queries == count and queries.patterns is patterns
+    after = queries(*inputs)
+    assert before.weights is not None and after.weights is not None
+    torch.testing.assert_close(after.weights, before.weights[:, rows], atol=1e-6, rtol=0)
+    torch.testing.assert_close(after.content, before.content[:, rows], atol=1e-6, rtol=0)
+
+
+@every_kind
+def test_resize_makes_what_a_new_module_of_that_size_has(kind: str) -> None:
+    """Names, shapes and gradients, so that a resized module saves and loads as any other."""
+    queries, fresh, inputs = make(kind), make(kind, num_queries=12), pad_batch([random_image()])
+    queries.resize(12)
+    fresh.load_state_dict(queries.state_dict())
+    assert_same(fresh(*inputs), queries(*inputs))
+    queries(*inputs).content.square().sum().backward()
+    for name, parameter in queries.named_parameters():
+        assert parameter.is_leaf and parameter.grad is not None, name
+
+
+@pytest.mark.parametrize("head", ["dense", "factorised"])
+def test_resize_takes_the_rows_it_is_given_and_keeps_what_is_frozen(head: Any) -> None:
+    queries, inputs = make(head=head).double(), pad_batch([random_image()])
+    queries.head.requires_grad_(False)
+    tokens = inputs[0].double()
+    before = queries(tokens, *inputs[1:]).content
+    rows = torch.tensor([6, 0, 0, 2])
+    assert queries.resize(4, rows=rows) is rows
+    torch.testing.assert_close(queries(tokens, *inputs[1:]).content, before[:, rows])
+    assert not any(parameter.requires_grad for parameter in queries.head.parameters())
+    assert all(parameter.dtype == torch.float64 for parameter in queries.parameters())
+
+
+@pytest.mark.parametrize(
+    ("count", "rows", "message"),
+    [
+        (0, None, "num_queries: expected at least 1, found 0"),
+        (2, torch.tensor([0]), r"rows: expected \(2,\) int64, found \(1,\)"),
+        (2, torch.tensor([0.0, 1.0]), "int64, found .*float32"),
+        (2, torch.tensor([0, 7]), r"rows: expected indices in \[0, 7\), found 0 to 7"),
+        (2, torch.tensor([-1, 3]), r"found -1 to 3"),
+    ],
+)
+def test_resize_says_what_is_wrong(count: int, rows: Tensor | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make().resize(count, rows=rows)
+
+
 def test_the_public_signature_stays() -> None:
     parameters = inspect.signature(PatternQueries).parameters
     defaults = {name: parameter.default for name, parameter in parameters.items()}

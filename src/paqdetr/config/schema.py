@@ -60,9 +60,10 @@ class ModelConfig(Section):
     box_refinement: bool = Field(default=True, description="each layer starts from the boxes of the last")
     look_forward_twice: bool = True
 
-    # Content of queries: `static`, a learned table; `proposals`, computed from the proposal; `patterns` is PaQ.
+    # Content of queries: `static`, a learned table; `proposals`, computed from the proposal; `patterns` is PaQ;
+    # `static_mixture`, an ablation, mixes patterns by learned weights that no image changes.
     num_queries: int = Field(default=900, ge=1)
-    queries: Literal["static", "proposals", "patterns"] = "static"
+    queries: Literal["static", "proposals", "patterns", "static_mixture"] = "static"
     content_std: float | None = Field(
         default=1.0, ge=0, description="initial std of static content; None: Xavier-uniform"
     )
@@ -164,12 +165,19 @@ class ModelConfig(Section):
         return self.dim - 1 if self.denoising == "plain" else self.dim
 
 
+AssignerName = Literal["one_to_one", "quality_aware", "fixed_k", "simota"]
+
+
 class LossConfig(Section):
-    """Assignment and losses. `assigner: quality_aware` is PaQ's; `one_to_one` the host's."""
+    """Assignment and losses. `assigner: quality_aware` is PaQ's; `one_to_one` the host's; the others are there to compare.
+
+    `top_k`, `min_positives` and `select` mean the same to all: `fixed_k` gives every box exactly `top_k` positives, and where
+    `quality_aware` selects by score, `simota` selects by cost.
+    """
 
     classification: Literal["focal", "varifocal"] = "focal"
-    assigner: Literal["one_to_one", "quality_aware"] = "one_to_one"
-    encoder_assigner: Literal["one_to_one", "quality_aware"] = "one_to_one"
+    assigner: AssignerName = "one_to_one"
+    encoder_assigner: AssignerName = "one_to_one"
     one_to_many_until: float = Field(
         default=1.0, ge=0, le=1, description="share of the training with several positives a box"
     )

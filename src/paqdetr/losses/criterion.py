@@ -20,9 +20,11 @@ from paqdetr.models.proposals import AllTokens
 from paqdetr.paq import (
     Assigner,
     CostWeights,
+    FixedKAssigner,
     OneToOneAssigner,
     Pairs,
     QualityAwareAssigner,
+    SimOTAAssigner,
     focal_loss,
     match_layers,
     varifocal_loss,
@@ -219,6 +221,13 @@ def build_criterion(config: LossConfig) -> Criterion:
             min_positives=config.min_positives,
             select=config.select,
             confidence=config.confidence,
+            cost_weights=weights,
+        ),
+        "fixed_k": FixedKAssigner(k=config.top_k, cost_weights=weights),
+        "simota": SimOTAAssigner(
+            top_k=config.top_k,
+            min_positives=config.min_positives,
+            select="cost" if config.select == "score" else "hungarian",
             cost_weights=weights,
         ),
     }

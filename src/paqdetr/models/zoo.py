@@ -20,7 +20,7 @@ from paqdetr.models.neck import Neck
 from paqdetr.models.proposals import ProposalHead
 from paqdetr.models.queries import QuerySource, StaticQueries
 from paqdetr.models.start import LearnedAnchors, LearnedPoints, ProposalStart, QueryStart
-from paqdetr.paq import PatternQueries
+from paqdetr.paq import PatternQueries, StaticMixtures
 from paqdetr.preprocessing import Preprocessing
 from paqdetr.structures import ClassTable
 
@@ -47,10 +47,22 @@ def _pattern_queries(config: ModelConfig) -> PatternQueries:
     )
 
 
+def _static_mixtures(config: ModelConfig) -> StaticMixtures:
+    return StaticMixtures(
+        num_queries=config.num_queries,
+        num_patterns=config.num_patterns,
+        dim=config.content_dim,
+        temperature=config.temperature,
+        bias_std=config.bias_std,
+        pattern_std=config.pattern_std,
+    )
+
+
 # None: the start makes the content itself.
 QUERY_SOURCES: dict[str, Callable[[ModelConfig], QuerySource | None]] = {
     "static": _static_queries,
     "patterns": _pattern_queries,
+    "static_mixture": _static_mixtures,
     "proposals": lambda config: None,
 }
 

@@ -15,6 +15,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from paqdetr.paq.costs import CostWeights, Matchables, matchables
+from paqdetr.paq.selection import ceil_of_best, limit_claims, select_by_hungarian, select_by_score
 from paqdetr.structures import Targets
 
 
@@ -50,11 +51,11 @@ class OneToOneAssigner:
 
     def __call__(self, pred_logits: Tensor, pred_boxes: Tensor, targets: Sequence[Targets]) -> list[Pairs]:
         """(B, n, C) logits, (B, n, 4) cxcywh in [0, 1], B targets -> pairs of every image."""
-        return _each_image(self, pred_logits, pred_boxes, targets, self.cost_weights)
+        return solve_batch(self, pred_logits, pred_boxes, targets, self.cost_weights)
 
     def solve(self, image: Matchables) -> Pairs:
         """Pairs of one image of one layer."""
-        return _to_pairs(*linear_sum_assignment(image.cost))
+        return to_pairs(*linear_sum_assignment(image.cost))
 
 
 class QualityAwareAssigner:
@@ -108,7 +109,7 @@ class QualityAwareAssigner:
         Raises:
             NonFiniteError: a prediction is NaN or infinite.
         """
-        return _each_image(self, pred_logits, pred_boxes, targets, self.cost_weights)
+        return solve_batch(self, pred_logits, pred_boxes, targets, self.cost_weights)
 
     def num_positives(
         self, pred_logits: Tensor, pred_boxes: Tensor, targets: Sequence[Targets]
@@ -121,14 +122,12 @@ class QualityAwareAssigner:
         """Pairs of one image of one layer."""
         num_queries, num_boxes = image.cost.shape
         if num_boxes == 0 or num_boxes > num_queries:
-            return _to_pairs(*linear_sum_assignment(image.cost))
+            return to_pairs(*linear_sum_assignment(image.cost))
         scores = self._scores(image)
         claims = self._claims(scores)
         if self.select == "hungarian":
-            columns = np.repeat(np.arange(num_boxes), claims)
-            rows, chosen = linear_sum_assignment(image.cost[:, columns])
-            return _to_pairs(rows, columns[chosen])
-        return _to_pairs(*_select_by_score(scores, claims, image.cost))
+            return to_pairs(*select_by_hungarian(image.cost, claims))
+        return to_pairs(*select_by_score(scores, claims, image.cost))
 
     def _scores(self, image: Matchables) -> np.ndarray:
         """s_ij, (n, G)."""
@@ -137,20 +136,8 @@ class QualityAwareAssigner:
 
     def _claims(self, scores: np.ndarray) -> np.ndarray:
         """k_j, (G,) int64."""
-        num_queries, num_boxes = scores.shape
-        if num_boxes == 0:
-            return np.zeros(0, dtype=np.int64)
-        best = -np.sort(-scores, axis=0)[: self.top_k]  # (min(k, n), G), descending
-        # 1e-6: a sum of IoUs that is 2 but for the rounding of float32 is 2.
-        wanted = np.ceil(best.sum(axis=0) - 1e-6).astype(np.int64)
-        claims = np.minimum(np.clip(wanted, self.min_positives, self.top_k), num_queries)
-        surplus = int(claims.sum()) - max(num_boxes, num_queries // 2)
-        if surplus <= 0:
-            return claims
-        # Claim r of box j stands for its r-th best query. Each box keeps claim 0.
-        ranks, boxes = np.nonzero(np.arange(1, len(best))[:, None] < claims[None, :])
-        weakest = np.lexsort((boxes, -ranks, best[ranks + 1, boxes]))[:surplus]
-        return claims - np.bincount(boxes[weakest], minlength=num_boxes)
+        wanted = ceil_of_best(scores, self.top_k)
+        return limit_claims(wanted, scores, least=self.min_positives, most=self.top_k)
 
 
 def match_layers(
@@ -170,41 +157,20 @@ def match_layers(
     return [[assigner.solve(image) for image in row] for assigner, row in zip(assigners, rows, strict=True)]
 
 
-def _select_by_score(
-    scores: np.ndarray, claims: np.ndarray, cost: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """The k_j best queries of each box; a query claimed twice goes to the larger s; no box stays empty if n >= G."""
-    num_queries, num_boxes = scores.shape
-    order = np.argsort(-scores, axis=0, kind="stable")
-    owner = np.full(num_queries, -1)
-    for box in range(num_boxes):
-        for query in order[: claims[box], box]:
-            if owner[query] < 0 or scores[query, box] > scores[query, owner[query]]:
-                owner[query] = box
-    empty = np.setdiff1d(np.arange(num_boxes), owner)
-    free = np.nonzero(owner < 0)[0]
-    rows, columns = linear_sum_assignment(cost[np.ix_(free, empty)])
-    owner[free[rows]] = empty[columns]
-    for box in np.setdiff1d(empty, owner):
-        held = np.bincount(owner[owner >= 0], minlength=num_boxes)
-        spare = np.nonzero(held[owner] > 1)[0]  # every query is owned here, so some box holds two
-        owner[spare[np.argmax(scores[spare, box])]] = box
-    rows = np.nonzero(owner >= 0)[0]
-    return rows, owner[rows]
-
-
-def _each_image(
+def solve_batch(
     assigner: Assigner,
     pred_logits: Tensor,
     pred_boxes: Tensor,
     targets: Sequence[Targets],
     weights: CostWeights,
 ) -> list[Pairs]:
+    """Pairs of every image of one layer: what calling an assigner means. Shapes as in `QualityAwareAssigner.__call__`."""
     rows = matchables(pred_logits[None], pred_boxes[None], targets, weights=weights)[0]
     return [assigner.solve(image) for image in rows]
 
 
-def _to_pairs(rows: np.ndarray, columns: np.ndarray) -> Pairs:
+def to_pairs(rows: np.ndarray, columns: np.ndarray) -> Pairs:
+    """Queries (P,) and boxes (P,) in any order -> pairs in the order of their queries."""
     order = np.argsort(rows, kind="stable")
     return Pairs(
         torch.from_numpy(rows[order].astype(np.int64)), torch.from_numpy(columns[order].astype(np.int64))

@@ -132,10 +132,12 @@ def _require_finite(host: np.ndarray, targets: Sequence[Targets], names: Sequenc
     bad = ~np.isfinite(host).all(axis=(2, 3))  # (K, B)
     if not bad.any():
         return
-    layers = ", ".join(names[layer] for layer in sorted({int(layer) for layer in np.nonzero(bad)[0]}))
+    layers = [names[layer] for layer in sorted({int(layer) for layer in np.nonzero(bad)[0]})]
     images = sorted({int(image) for image in np.nonzero(bad)[1]})
-    ids = [targets[i].image_id if targets[i].image_id is not None else f"batch position {i}" for i in images]
+    ids = [f"batch position {i}" if (name := targets[i].image_id) is None else name for i in images]
     raise NonFiniteError(
-        f"predictions of {layers} (or the boxes they are matched with) are NaN or infinite for image(s) {ids}",
+        f"predictions of {', '.join(layers)} (or the boxes they are matched with) are NaN or infinite for image(s) {ids}",
         "lower the learning rate, clip gradients harder, or train without half precision",
+        layers=layers,
+        images=ids,
     )

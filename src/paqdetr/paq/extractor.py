@@ -2,7 +2,9 @@
 
 `FusedExtractor` is the paper's (section "pattern-based dynamic queries"), `PooledExtractor` the simple variant.
 Padded tokens are zero before every convolution and left out of every mean and norm, so that neither their content nor
-their number reaches the result.
+their number reaches the result. The valid tokens of a level form a rectangle, anywhere in the map: padding may lie on any side,
+as with centred images. Masks with holes or slanted edges are read by their bounding rectangle where a level is enlarged; the
+result is still blind to what stands in the padding, though no longer to its amount.
 """
 
 from __future__ import annotations
@@ -23,13 +25,23 @@ class MaskedGroupNorm(nn.GroupNorm):
             return super().forward(x)
         batch, channels, height, width = x.shape
         working = torch.promote_types(x.dtype, torch.float32)
-        groups = x.to(working).view(batch, self.num_groups, channels // self.num_groups, height, width)
-        weight = valid.to(working).unsqueeze(1)  # (B, 1, 1, h, w)
-        count = weight.sum((2, 3, 4), keepdim=True).clamp(min=1) * groups.shape[2]
-        mean = (groups * weight).sum((2, 3, 4), keepdim=True) / count
-        variance = ((groups - mean).square() * weight).sum((2, 3, 4), keepdim=True) / count
-        normed = ((groups - mean) * (variance + self.eps).rsqrt()).view_as(x)
-        return (normed * self.weight[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+        # Channels last, as tokens are: sums over the valid cells are matrix products then.
+        cells = x.to(working).permute(0, 2, 3, 1).reshape(batch, height * width, channels)
+        weight = valid.to(working).reshape(batch, 1, height * width)
+        count = weight.sum(2).clamp(min=1)  # (B, 1)
+        mean = (weight @ cells)[:, 0] / count  # (B, d), of each channel
+        centred = cells - mean[:, None]
+        variance = (weight @ centred.square())[:, 0] / count  # (B, d), of each channel
+        # Of a group: the mean of its channels' variances, and the variance of their means.
+        mean, variance = (figure.unflatten(1, (self.num_groups, -1)) for figure in (mean, variance))
+        offset = mean - mean.mean(2, keepdim=True)  # (B, groups, d / groups)
+        scale = ((variance + offset.square()).mean(2, keepdim=True) + self.eps).rsqrt()
+        gain, shift = (
+            scale.expand_as(offset).flatten(1) * self.weight,
+            (offset * scale).flatten(1) * self.weight,
+        )
+        normed = torch.addcmul((shift + self.bias)[:, None], centred, gain[:, None])
+        return normed.to(x.dtype).view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
 class PooledExtractor(nn.Module):
@@ -179,12 +191,16 @@ def _enlarge(x: Tensor, valid: Tensor | None, size: Sequence[int], fine_valid: T
 
 
 def _sample_positions(coarse: Tensor, fine: Tensor) -> Tensor:
-    """Where each fine cell reads along one axis: (B, h) and (B, H) valid flags -> (B, H) for `align_corners=True`."""
+    """Where each fine cell reads along one axis: (B, h) and (B, H) valid flags -> (B, H) for `align_corners=True`.
+
+    The valid cells of an axis are one run, wherever it begins.
+    """
     have, want = coarse.float().sum(1, keepdim=True), fine.float().sum(1, keepdim=True).clamp(min=1)
-    cells = torch.arange(fine.shape[1], device=fine.device)
+    start = coarse.float().argmax(1, keepdim=True)
+    cells = torch.arange(fine.shape[1], device=fine.device) - fine.float().argmax(1, keepdim=True)  # (B, H)
     # Half-pixel centres, held inside the valid cells so that padding is never read.
     position = torch.minimum(((cells + 0.5) * have / want - 0.5).clamp(min=0), (have - 1).clamp(min=0))
-    return 2 * position / max(coarse.shape[1] - 1, 1) - 1
+    return 2 * (start + position) / max(coarse.shape[1] - 1, 1) - 1
 
 
 def _groups(dim: int) -> int:

@@ -108,7 +108,7 @@ class PatternQueries(nn.Module):
         Args:
             tokens: (B, S, d) encoder memory, levels one after another, finest first.
             spatial_shapes: (L, 2) int64 or L pairs (height, width), S = sum of height * width.
-            padding_mask: (B, S) bool, True at padding; None if there is none.
+            padding_mask: (B, S) bool, True at padding, the rest of each level a rectangle; None if there is none.
             proposals: ignored; every source of content queries is offered them.
 
         Returns:
@@ -119,12 +119,108 @@ class PatternQueries(nn.Module):
         summary = self.hidden(self.extractor(tokens, shapes, padding_mask))  # (B, d)
         # float32 at least: in half precision the weights of 64 patterns would not sum to 1.
         logits = self.head(summary).to(torch.promote_types(tokens.dtype, torch.float32))
-        weights = (logits / self.temperature).softmax(-1)  # (B, n, m)
-        return Mixture(content=weights.to(self.patterns.dtype) @ self.patterns, weights=weights)
+        return _mix(logits / self.temperature, self.patterns)
+
+    @property
+    def num_queries(self) -> int:
+        """n."""
+        return self.head.num_queries
+
+    def resize(self, num_queries: int, *, rows: Tensor | None = None) -> Tensor:
+        """Change the number of queries of a trained module, in place: rows of its weight head are sampled anew.
+
+        A query is only a row of mixing weights, so any row serves in any number; patterns and extractor stay as they are.
+        Parameters whose shape changes are new objects afterwards: make the optimiser after this, not before.
+
+        Args:
+            num_queries: the new n, at least 1.
+            rows: (num_queries,) int64 in [0, old n), the old row of each new query; by default evenly spaced over the old
+                ones, in their order, so that halving keeps every second row and doubling has each row twice.
+
+        Returns:
+            The rows taken, (num_queries,) int64, for whatever else a host keeps for each query.
+
+        Raises:
+            ValueError: `num_queries` below 1, or rows of another shape, dtype or range.
+        """
+        rows = _checked_rows(rows, num_queries, self.num_queries)
+        self.head.take_rows(rows)
+        return rows
 
     def aux_losses(self) -> dict[str, Tensor]:
         """What the patterns themselves owe, before weighting: {"diversity": scalar}."""
         return {"diversity": pattern_diversity_loss(self.patterns)}
+
+
+class StaticMixtures(nn.Module):
+    """Patterns mixed by learned weights that no image changes: what pattern queries are without their network.
+
+    An ablation between a learned table of queries and `PatternQueries`: gradients are shared, nothing adapts to the image.
+
+    Args:
+        num_queries: n.
+        num_patterns: m, at least 2.
+        dim: width d of patterns and content.
+        temperature: logits are divided by it.
+        bias_std: initial std of the logits; None draws them as the bias of a linear layer of width `dim`.
+        pattern_std: initial std of the patterns.
+    """
+
+    def __init__(
+        self,
+        num_queries: int,
+        num_patterns: int = 64,
+        dim: int = 256,
+        *,
+        temperature: float = 1.0,
+        bias_std: float | None = 2.0,
+        pattern_std: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if num_patterns < 2:
+            raise ValueError(f"num_patterns: expected at least 2, found {num_patterns}")
+        if temperature <= 0:
+            raise ValueError(f"temperature: expected a positive number, found {temperature}")
+        self.temperature = temperature
+        self.patterns = nn.Parameter(torch.randn(num_patterns, dim) * pattern_std)
+        bound = 1 / math.sqrt(dim)
+        logits = torch.empty(num_queries, num_patterns).uniform_(-bound, bound)
+        self.logits = nn.Parameter(logits if bias_std is None else logits.normal_(std=bias_std))
+
+    def forward(
+        self,
+        tokens: Tensor,
+        spatial_shapes: Tensor | Sequence[tuple[int, int]],
+        padding_mask: Tensor | None = None,
+        proposals: Tensor | None = None,
+    ) -> Mixture:
+        """As `PatternQueries.forward`; of the tokens (B, S, d) only the number of images counts."""
+        logits = self.logits.to(torch.promote_types(self.logits.dtype, torch.float32))
+        mix = _mix(logits / self.temperature, self.patterns)
+        assert mix.weights is not None
+        batch = tokens.shape[0]
+        return Mixture(mix.content.expand(batch, -1, -1), mix.weights.expand(batch, -1, -1))
+
+    @property
+    def num_queries(self) -> int:
+        """n."""
+        return self.logits.shape[0]
+
+    def resize(self, num_queries: int, *, rows: Tensor | None = None) -> Tensor:
+        """See `PatternQueries.resize`."""
+        rows = _checked_rows(rows, num_queries, self.num_queries)
+        self.logits = nn.Parameter(_rows_of(self.logits, rows), self.logits.requires_grad)
+        return rows
+
+    def aux_losses(self) -> dict[str, Tensor]:
+        """What the patterns themselves owe, before weighting: {"diversity": scalar}."""
+        return {"diversity": pattern_diversity_loss(self.patterns)}
+
+
+def _mix(logits: Tensor, patterns: Tensor) -> Mixture:
+    """(..., n, m) logits, at least float32, and (m, d) patterns -> content (..., n, d) and weights (..., n, m)."""
+    weights = logits.softmax(-1)
+    return Mixture(content=weights.to(patterns.dtype) @ patterns, weights=weights)
 
 
 class _DenseHead(nn.Module):
@@ -134,15 +230,25 @@ class _DenseHead(nn.Module):
         self, *, dim: int, num_queries: int, num_patterns: int, rank: int, gain: float, bias_std: float | None
     ) -> None:
         super().__init__()
-        self.shape = (num_queries, num_patterns)
+        self.num_patterns = num_patterns
         self.linear = nn.Linear(dim, num_queries * num_patterns)
         with torch.no_grad():
             self.linear.weight.mul_(gain)
             if bias_std is not None:
                 self.linear.bias.normal_(std=bias_std)
 
+    @property
+    def num_queries(self) -> int:
+        return self.linear.out_features // self.num_patterns
+
     def forward(self, summary: Tensor) -> Tensor:
-        return self.linear(summary).unflatten(1, self.shape)
+        return self.linear(summary).unflatten(1, (-1, self.num_patterns))
+
+    def take_rows(self, rows: Tensor) -> None:
+        for name, parameter in list(self.linear.named_parameters()):
+            kept = _rows_of(parameter.unflatten(0, (-1, self.num_patterns)), rows)  # (n', m, ...)
+            setattr(self.linear, name, nn.Parameter(kept.flatten(0, 1), parameter.requires_grad))
+        self.linear.out_features = len(rows) * self.num_patterns
 
 
 class _FactorisedHead(nn.Module):
@@ -164,3 +270,29 @@ class _FactorisedHead(nn.Module):
     def forward(self, summary: Tensor) -> Tensor:
         factors = self.factors(summary).unflatten(1, (self.queries.shape[1], -1))  # (B, r, m)
         return self.queries @ factors + self.bias
+
+    @property
+    def num_queries(self) -> int:
+        return self.queries.shape[0]
+
+    def take_rows(self, rows: Tensor) -> None:
+        self.queries = nn.Parameter(_rows_of(self.queries, rows), self.queries.requires_grad)
+        self.bias = nn.Parameter(_rows_of(self.bias, rows), self.bias.requires_grad)
+
+
+def _checked_rows(rows: Tensor | None, new: int, old: int) -> Tensor:
+    if new < 1:
+        raise ValueError(f"num_queries: expected at least 1, found {new}")
+    if rows is None:
+        rows = torch.arange(new) * old // new
+    if rows.dtype != torch.int64 or rows.shape != (new,):
+        raise ValueError(f"rows: expected ({new},) int64, found {tuple(rows.shape)} {rows.dtype}")
+    if rows.min() < 0 or rows.max() >= old:
+        raise ValueError(
+            f"rows: expected indices in [0, {old}), found {int(rows.min())} to {int(rows.max())}"
+        )
+    return rows
+
+
+def _rows_of(table: Tensor, rows: Tensor) -> Tensor:
+    return table.detach().index_select(0, rows.to(table.device)).clone()

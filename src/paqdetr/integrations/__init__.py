@@ -1,0 +1,1 @@
+"""Other people's libraries: PaQ for their models."""

@@ -1,0 +1,142 @@
+"""Attach PaQ to a detector of transformers, detach it, and load an attached one again."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import nn
+
+from paqdetr._version import __version__
+from paqdetr.errors import CheckpointError, ConfigError
+from paqdetr.integrations.transformers.hosts import HOSTS, host_of
+from paqdetr.integrations.transformers.plugin import PaqPlugin
+from paqdetr.integrations.transformers.settings import PaqSettings
+
+_logger = logging.getLogger(__name__)
+
+# Under this name the module stands in the model, its tensors in the state dict, and its settings in config.json.
+NAME = "paq"
+
+
+def attach(model: Any, settings: PaqSettings | None = None, **changes: Any) -> Any:
+    """Put pattern queries into a detector of transformers, and quality-aware assignment into its intermediate losses.
+
+    The model itself is changed, but none of its own parameters: patterns, their network and the gate are at `model.paq`, the
+    settings at `model.config.paq`. With the default settings outputs stay what they were until training moves the gate.
+    The last decoder layer, the encoder's proposals and denoising queries are matched as before.
+
+    Args:
+        model: a `DeformableDetr-`, `ConditionalDetr-`, `DabDetr-`, `RTDetr-`, `RTDetrV2-` or `DFineForObjectDetection`.
+        settings: how; the defaults if None.
+        changes: single settings by name, laid over them.
+
+    Returns:
+        the model.
+
+    Raises:
+        ConfigError: a model of another class, one that has PaQ already, or settings that do not fit it.
+    """
+    host = host_of(model)
+    if isinstance(getattr(model, NAME, None), PaqPlugin):
+        raise ConfigError(f"this {type(model).__name__} has PaQ attached already", "call detach(model) first")
+    base = settings.to_dict() if settings else {}
+    settings = PaqSettings.from_dict({**base, **changes}, "attach")
+    plugin = PaqPlugin(host, model.config, settings)
+    own = next(model.model.decoder.parameters())
+    plugin.to(device=own.device, dtype=own.dtype).train(model.training)
+    plugin.insert(model)
+    setattr(model, NAME, plugin)
+    setattr(model.config, NAME, {**settings.to_dict(), "version": __version__})
+    return model
+
+
+def detach(model: Any) -> Any:
+    """Take PaQ out again. What training has done to the model's own parameters stays; without training, outputs are bit-equal.
+
+    Returns:
+        the model.
+
+    Raises:
+        ConfigError: nothing is attached.
+    """
+    plugin = getattr(model, NAME, None)
+    if not isinstance(plugin, PaqPlugin):
+        raise ConfigError(f"this {type(model).__name__} has no PaQ attached", "call attach(model) first")
+    plugin.remove(model)
+    delattr(model, NAME)
+    delattr(model.config, NAME)
+    return model
+
+
+def from_pretrained(path: str | Path, **options: Any) -> Any:
+    """Load a detector that was saved by `save_pretrained` with PaQ attached, patterns included.
+
+    A plain `from_pretrained` of transformers would build the model without PaQ and leave the tensors of the patterns out, which a
+    trained model does not survive; a log message says so with each load.
+
+    Args:
+        path: a folder or the name of a repository on the Hub.
+        options: of transformers' `from_pretrained`: dtype, device_map, revision, ...
+
+    Raises:
+        ConfigError: the model has no PaQ, or settings that this version does not know.
+        CheckpointError: its files lack tensors of the patterns.
+    """
+    hub = {
+        name: options[name]
+        for name in ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download")
+        if name in options
+    }
+    config = options.pop("config", None) or transformers.AutoConfig.from_pretrained(path, **hub)
+    marker = getattr(config, NAME, None)
+    if not isinstance(marker, dict):
+        raise ConfigError(
+            f"{path}: its config.json has no {NAME!r}, so no PaQ was attached to this model",
+            "load it with transformers, then call attach(model)",
+        )
+    settings = PaqSettings.from_dict(
+        {k: v for k, v in marker.items() if k != "version"}, f"{path}: config.json"
+    )
+    attached = _with_paq(_class_of(config, path), settings)
+    model, report = attached.from_pretrained(path, config=config, output_loading_info=True, **options)
+    missing = sorted(name for name in report["missing_keys"] if name.startswith(f"{NAME}."))
+    if missing:
+        raise CheckpointError(
+            f"{path}: {len(missing)} tensors of the patterns are missing, such as {missing[0]!r}",
+            "save the model again with save_pretrained while PaQ is attached",
+        )
+    model.__class__ = attached.__base__
+    count = sum(1 for _ in model.paq.state_dict())
+    _logger.warning(
+        "%s: loaded with PaQ (%s). %s.from_pretrained of transformers would leave out its %d tensors.",
+        path,
+        model.paq.extra_repr(),
+        type(model).__name__,
+        count,
+    )
+    return model
+
+
+def _with_paq(base: type[nn.Module], settings: PaqSettings) -> Any:
+    """The class whose instances are born with PaQ, so that the loader of transformers fills its tensors as any others."""
+
+    class Attached(base):  # type: ignore[misc, valid-type]
+        def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+            super().__init__(config, *args, **kwargs)
+            attach(self, settings)
+
+    Attached.__name__ = Attached.__qualname__ = base.__name__
+    return Attached
+
+
+def _class_of(config: Any, path: str | Path) -> type[nn.Module]:
+    for name in config.architectures or []:
+        if name in HOSTS and hasattr(transformers, name):
+            return getattr(transformers, name)
+    raise ConfigError(
+        f"{path}: config.json names the architectures {config.architectures}",
+        f"expected one of {', '.join(HOSTS)}",
+    )

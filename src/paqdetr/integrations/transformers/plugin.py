@@ -1,0 +1,161 @@
+"""PaQ inside a detector of transformers: a module of the model with two seams, the decoder's input and the loss function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paqdetr.errors import ConfigError
+from paqdetr.integrations.transformers.hosts import Host
+from paqdetr.integrations.transformers.losses import OneToManyCriterion, with_another
+from paqdetr.integrations.transformers.settings import PaqSettings
+from paqdetr.paq import Mixture, PatternQueries
+
+
+class PaqPlugin(nn.Module):
+    """What `attach` puts at `model.paq`: the patterns, their network, the gate, and how the loss matches.
+
+    Its methods are registered as they are, bound: a deep copy or a pickle of the model keeps its own.
+
+    Attributes:
+        queries: the pattern queries; None with mode="none".
+        gate: (d,) parameter of the residual form; None otherwise.
+        one_to_many: whether intermediate layers use the assigner now; `OneToManyUntil` switches it off during a training.
+        positives_per_box: of each intermediate layer, in the last step that computed a loss; empty if the batch had no boxes.
+    """
+
+    gate: nn.Parameter | None
+
+    def __init__(self, host: Host, config: Any, settings: PaqSettings) -> None:
+        super().__init__()
+        if settings.classification == "varifocal" and not host.focal:
+            raise ConfigError(
+                "classification='varifocal': this model has varifocal loss already, in all of its layers",
+                "leave the setting out",
+            )
+        self.host = host
+        self.settings = settings
+        self.one_to_many = settings.assigner != "none"
+        self.positives_per_box: list[float] = []
+        self._host_loss: Callable[..., Any] | None = None
+        self._loss_was_set = False
+        self._map_size: tuple[int, int] | None = None
+        self._handles: list[Any] = []
+        self.cost_weights = host.cost_weights(config) if self.one_to_many else None
+        self.assigner = None if self.cost_weights is None else settings.build_assigner(self.cost_weights)
+        self.queries = None
+        self.register_parameter("gate", None)
+        if settings.mode == "none":
+            return
+        dim = int(getattr(config, host.dim))
+        self.queries = PatternQueries(
+            host.num_queries(config),
+            settings.num_patterns,
+            dim,
+            host.num_levels(config),
+            settings.extractor,
+            settings.head,
+            None,
+            settings.temperature,
+            settings.gain,
+            settings.bias_std,
+            settings.pattern_std,
+            head_rank=settings.head_rank,
+            conv=settings.conv,
+        )
+        if settings.mode == "residual":
+            self.gate = nn.Parameter(torch.full((dim,), float(settings.gate)))
+
+    def extra_repr(self) -> str:
+        return f"mode={self.settings.mode}, assigner={self.settings.assigner}"
+
+    def insert(self, model: Any) -> None:
+        """Take both seams of the model; `remove` gives them back.
+
+        Raises:
+            ConfigError: the loss of this model has no place for the assigner.
+        """
+        if self.assigner is not None:
+            with_another(model.loss_function, self.host.criterion, lambda original: original)  # or an error
+            if not model.config.auxiliary_loss:
+                raise ConfigError(
+                    "auxiliary_loss=False: this model has no loss for intermediate layers, so there is nothing to assign",
+                    "set model.config.auxiliary_loss = True, or attach with assigner='none'",
+                )
+        if self.queries is not None:
+            decoder = model.model.decoder
+            self._handles.append(decoder.register_forward_pre_hook(self.mix_into_content, with_kwargs=True))
+            if self.host.single_level:
+                projection = model.model.input_projection
+                self._handles.append(projection.register_forward_hook(self.remember_map_size))
+        self._host_loss = model.loss_function
+        self._loss_was_set = "_loss_function" in model.__dict__
+        model.loss_function = self.loss
+
+    def remove(self, model: Any) -> None:
+        """Undo `insert`."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        del model._loss_function  # its class finds its own again
+        if self._loss_was_set:
+            model.loss_function = self._host_loss
+
+    def remember_map_size(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        """Forward hook of the projection of single-level hosts: (B, d, h, w) -> (h, w)."""
+        self._map_size = (output.shape[-2], output.shape[-1])
+
+    def mix_into_content(
+        self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Forward pre-hook of the decoder: its content queries (B, N, d), of which the last n are not for denoising."""
+        if "inputs_embeds" not in kwargs or "encoder_hidden_states" not in kwargs:
+            raise ConfigError(
+                f"this release of transformers calls {type(decoder).__name__} in a way that is not known here",
+                "install a release that paqdetr's `transformers` extra allows",
+            )
+        assert self.queries is not None
+        content = kwargs["inputs_embeds"]
+        mixture: Mixture = self.queries(*self.host.memory(kwargs, self._map_size))
+        first = content.shape[1] - self.queries.num_queries
+        if self.gate is None:
+            mixed = mixture.content.to(content.dtype)
+        else:
+            mixed = content[:, first:] + (self.gate * mixture.content).to(content.dtype)
+        if first:
+            mixed = torch.cat([content[:, :first], mixed], dim=1)
+        return args, {**kwargs, "inputs_embeds": mixed}
+
+    def loss(self, *args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor], Any]:
+        """The host's loss function, with the assigner's pairs in the intermediate layers, plus the diversity of the patterns."""
+        assert self._host_loss is not None
+        function, built = self._host_loss, list[OneToManyCriterion]()
+        if self.one_to_many and self.assigner is not None and self.cost_weights is not None:
+            settings: dict[str, Any] = dict(
+                assigner=self.assigner,
+                cost_weights=self.cost_weights,
+                encoder_logits=kwargs.get("enc_topk_logits"),
+                varifocal=self.settings.classification == "varifocal",
+            )
+
+            def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+                def build(*inner: Any, **options: Any) -> OneToManyCriterion:
+                    built.append(OneToManyCriterion(original(*inner, **options), **settings))
+                    return built[-1]
+
+                return build
+
+            function = with_another(function, self.host.criterion, wrap)
+        total, terms, auxiliary = function(*args, **kwargs)
+        boxes = sum(len(row["class_labels"]) for row in args[1])
+        self.positives_per_box = [
+            count / boxes for criterion in built for count in criterion.positives if boxes
+        ]
+        weight = self.settings.diversity_weight * self.settings.div_scale
+        if self.queries is not None and weight:
+            terms = {**terms, "loss_diversity": weight * self.queries.aux_losses()["diversity"]}
+            total = total + terms["loss_diversity"]
+        return total, terms, auxiliary
