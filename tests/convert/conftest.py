@@ -9,8 +9,8 @@ Sources (repository, file, commit):
 - facebookresearch/detectron2: detectron2/modeling/backbone/swin.py 405ef0d
 - IDEA-Research/DN-DETR: models/dn_dab_deformable_detr/dab_deformable_detr.py 3e196c4, deformable_transformer.py 61f5d6a
 - fundamentalvision/Deformable-DETR: models/deformable_detr.py, models/deformable_transformer.py, models/backbone.py 48092c5
-- xiuqhou/Relation-DETR: models/bricks/dino_transformer.py 2c305dd, models/bricks/base_transformer.py, models/necks/channel_mapper.py,
-  models/backbones/resnet.py, models/backbones/swin.py, models/bricks/denoising.py 7047657
+- xiuqhou/Relation-DETR: models/bricks/dino_transformer.py 2c305dd; models/bricks/base_transformer.py, models/bricks/denoising.py,
+  models/necks/channel_mapper.py, models/backbones/resnet.py, models/backbones/swin.py 7047657
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,7 @@ class Writer:
         self.state[f"{name}.running_var"] = torch.rand(width, generator=self.generator) + 0.5
 
     def mlp(self, name: str, *dims: int) -> None:
-        for i, (fan_in, fan_out) in enumerate(zip(dims, dims[1:], strict=False)):
+        for i, (fan_in, fan_out) in enumerate(pairwise(dims)):
             self.linear(f"{name}.layers.{i}", fan_in, fan_out)
 
     def deformable_attention(self, name: str, levels: int) -> None:
@@ -83,7 +84,9 @@ class Writer:
 
     # Backbones
 
-    def resnet(self, prefix: str, blocks: tuple[int, ...] = (2, 2, 2, 2), *, deep: bool = False) -> tuple[int, ...]:
+    def resnet(
+        self, prefix: str, blocks: tuple[int, ...] = (2, 2, 2, 2), *, deep: bool = False
+    ) -> tuple[int, ...]:
         """torchvision's ResNet; `deep` has bottlenecks. Returns the widths of its stages."""
         self.conv(f"{prefix}conv1", 3, 64, 7, bias=False)
         self.frozen_batch_norm(f"{prefix}bn1", 64)
@@ -152,7 +155,9 @@ class Writer:
 
     # Parts that Deformable DETR's descendants share
 
-    def levels(self, widths: tuple[int, ...], levels: int, *, name: str = "input_proj", bias: bool = True) -> None:
+    def levels(
+        self, widths: tuple[int, ...], levels: int, *, name: str = "input_proj", bias: bool = True
+    ) -> None:
         """1x1 convolutions, then 3x3 ones of stride 2, a GroupNorm on each."""
         for i in range(levels):
             fan_in = widths[i] if i < len(widths) else (widths[-1] if i == len(widths) else DIM)

@@ -29,7 +29,11 @@ OFFICIAL = {
     "encoder_norms": ("norm1.", "norm2."),
     "self_attention": "self_attn.",
     "cross_attention": "cross_attn.",
-    "decoder_norms": ("norm2.", "norm1.", "norm3."),  # after self-attention, after cross-attention, after the feed-forward block
+    "decoder_norms": (
+        "norm2.",
+        "norm1.",
+        "norm3.",
+    ),  # after self-attention, after cross-attention, after the feed-forward block
     "linear1": "linear1.",
     "linear2": "linear2.",
     "level_embed": "transformer.level_embed",
@@ -60,7 +64,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "detrex dn": {"names": DETREX, "temperature": 10000, "offset": -0.5, "eps": 1e-3, "host": "dn"},
     "detrex dn newer": {"names": DETREX, "temperature": 10000, "offset": -0.5, "eps": 1e-3, "host": "dn"},
     **{
-        f"deformable {kind}": {"names": OFFICIAL, "temperature": 10000, "offset": -0.5, "eps": 1e-5, "host": kind}
+        f"deformable {kind}": {
+            "names": OFFICIAL,
+            "temperature": 10000,
+            "offset": -0.5,
+            "eps": 1e-5,
+            "host": kind,
+        }
         for kind in ("one-stage", "single scale", "refine", "two-stage")
     },
 }
@@ -72,7 +82,9 @@ def test_boxes_and_scores_equal_the_originals(variant: str, make_original: Calla
     given = {"num_heads": HEADS, "num_queries": QUERIES}
     model, _ = convert_checkpoint(original.save(), origin=original.origin, settings=given)
     images, mask = _batch(256 if "swin" in variant else 96)
-    state = {key: value.double() if value.is_floating_point() else value for key, value in original.state.items()}
+    state = {
+        key: value.double() if value.is_floating_point() else value for key, value in original.state.items()
+    }
     with torch.no_grad():
         logits, boxes = Reference(state, VARIANTS[variant])(images, mask)
         found = model.double()(images, mask)
@@ -132,7 +144,11 @@ class Reference:
         return x
 
     def backbone(self, images: Tensor) -> list[Tensor]:
-        prefix = next(p for p in ("backbone.0.body.", "backbone.0.", "backbone.") if any(k.startswith(p) for k in self.state))
+        prefix = next(
+            p
+            for p in ("backbone.0.body.", "backbone.0.", "backbone.")
+            if any(k.startswith(p) for k in self.state)
+        )
         own = {key.removeprefix(prefix): value for key, value in self.state.items() if key.startswith(prefix)}
         return _swin(own, images) if any("relative_position" in key for key in own) else _resnet(own, images)
 
@@ -226,7 +242,11 @@ class Reference:
         batch = memory.shape[0]
         if self.host == "dn":
             table = F.pad(self.state["tgt_embed.weight"], (0, 1))  # the indicator comes last
-            return table.expand(batch, -1, -1), None, self.state["refpoint_embed.weight"].sigmoid().expand(batch, -1, -1)
+            return (
+                table.expand(batch, -1, -1),
+                None,
+                self.state["refpoint_embed.weight"].sigmoid().expand(batch, -1, -1),
+            )
         if "query_embed.weight" in self.state:
             position, content = self.state["query_embed.weight"].split(DIM, 1)
             points = self.linear("transformer.reference_points.", position).sigmoid()
@@ -277,7 +297,11 @@ class Reference:
             if relation
             else ("class_embed.{}.", "bbox_embed.{}")
         )
-        rows = torch.tensor(COCO.ids) if self.state[f"{classes.format(0)}weight"].shape[0] == 91 else torch.arange(80)
+        rows = (
+            torch.tensor(COCO.ids)
+            if self.state[f"{classes.format(0)}weight"].shape[0] == 91
+            else torch.arange(80)
+        )
         for i in range(3):
             layer = self.names["decoder"].format(i)
             scaled = reference[:, :, None] * ratios.repeat(1, 1, reference.shape[-1] // 2)[:, None]
@@ -291,7 +315,9 @@ class Reference:
             after_self, after_cross, after_ffn = (layer + norm for norm in self.names["decoder_norms"])
             x = self.norm(after_self, x + self.attend(layer + self.names["self_attention"], x, position))
             name = layer + self.names["cross_attention"]
-            x = self.norm(after_cross, x + self.deformable(name, x + position, scaled, memory, shapes, padding))
+            x = self.norm(
+                after_cross, x + self.deformable(name, x + position, scaled, memory, shapes, padding)
+            )
             x = self.norm(after_ffn, x + self.feed_forward(layer, x))
             state = self.norm("transformer.decoder.norm.", x) if self.facts.get("norm") else x
             known = _logit(reference, eps)
@@ -299,7 +325,9 @@ class Reference:
             logits.append(self.linear(classes.format(i), state)[..., rows])
             boxes.append((self.mlp(regress.format(i), state) + known).sigmoid())
             if self.host not in ("one-stage", "single scale"):
-                reference = (self.mlp(regress.format(i), x) + known).sigmoid()  # of the output before the norm
+                reference = (
+                    self.mlp(regress.format(i), x) + known
+                ).sigmoid()  # of the output before the norm
         return torch.stack(logits), torch.stack(boxes)
 
     def attend(self, name: str, x: Tensor, position: Tensor) -> Tensor:
@@ -316,9 +344,7 @@ class Reference:
 
 def _waves(angle: Tensor, dim: int, temperature: float) -> Tensor:
     """(...) -> (..., dim): sin(a / T^0), cos(a / T^0), sin(a / T^(2/dim)), ..."""
-    waves = [
-        f(angle / temperature ** (2 * i / dim)) for i in range(dim // 2) for f in (torch.sin, torch.cos)
-    ]
+    waves = [f(angle / temperature ** (2 * i / dim)) for i in range(dim // 2) for f in (torch.sin, torch.cos)]
     return torch.stack(waves, -1)
 
 

@@ -32,7 +32,9 @@ class _Evil:
 def test_a_pickle_that_wants_code_is_refused_and_nothing_runs(tmp_path: Path, legacy: bool) -> None:
     path, trap = tmp_path / "evil.pth", tmp_path / "trap"
     torch.save({"model": WEIGHTS, "x": _Evil(trap)}, path, _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(CheckpointError, match=r"evil\.pth: it holds more than tensors: \w+\.mkdir, which could run code"):
+    with pytest.raises(
+        CheckpointError, match=r"evil\.pth: it holds more than tensors: \w+\.mkdir, which could run code"
+    ):
         read_source(path)
     assert not trap.exists()
 
@@ -140,7 +142,9 @@ def test_a_file_cut_short_is_named(tmp_path: Path) -> None:
 def test_files_without_weights_say_what_they_hold(tmp_path: Path) -> None:
     path = tmp_path / "x.pth"
     torch.save({"epoch": 3, "loss": 0.5}, path)
-    with pytest.raises(CheckpointError, match="no weights under model, state_dict, ema_model; it holds epoch, loss"):
+    with pytest.raises(
+        CheckpointError, match="no weights under model, state_dict, ema_model; it holds epoch, loss"
+    ):
         read_source(path)
     torch.save([torch.zeros(1)], path)
     with pytest.raises(CheckpointError, match="expected a dict of tensors, found list"):

@@ -32,14 +32,14 @@ def convert(
     *,
     origin: Annotated[
         str,
-        typer.Option(
-            "--from", help="dino, detrex, dn_detr, deformable_detr, relation_detr or transformers."
-        ),
+        typer.Option("--from", help="dino, detrex, dn_detr, deformable_detr, relation_detr or transformers."),
     ],
     output: Annotated[Path, typer.Option(help="The checkpoint to write, .safetensors.")],
     model: Annotated[
         str | None,
-        typer.Option("--as", help="A model of the same host to become, such as paq_dino_r50.", metavar="MODEL"),
+        typer.Option(
+            "--as", help="A model of the same host to become, such as paq_dino_r50.", metavar="MODEL"
+        ),
     ] = None,
     partial: Annotated[
         bool, typer.Option("--partial", help="Leave out unknown tensors, start missing ones anew.")

@@ -130,7 +130,5 @@ def _blocks(tensors: Mapping[str, Tensor], stage: str, numbers: Sequence[int]) -
     counts = []
     for number in numbers:
         prefix = stage.format(number)
-        counts.append(
-            len({key[len(prefix) :].split(".")[0] for key in tensors if key.startswith(prefix)})
-        )
+        counts.append(len({key[len(prefix) :].split(".")[0] for key in tensors if key.startswith(prefix)}))
     return tuple(counts)

@@ -43,7 +43,7 @@ LAYOUTS: dict[str, Layout] = {
 }
 """The programs whose checkpoints can be converted, by the word for --from."""
 
-# What a model that is named by `model=` decides itself; the rest of its settings has to be the source's, or the weights would mean
+# What a model named by `model=` decides itself; the rest of its settings has to be the file's, or the weights would mean
 # something else.
 _QUERY_KEYS = (
     "queries",
@@ -94,12 +94,12 @@ def convert_checkpoint(
     Args:
         source: a .pth, a .safetensors, or a folder that transformers' `save_pretrained` wrote.
         origin: the program that wrote it, a key of `LAYOUTS`.
-        model: a model of `list_models()` to become: of the same host and backbone, with its own queries, which start fresh where they
-            are others ("paq_dino_r50" from a DINO). The host of the file itself if None.
+        model: a model of `list_models()` to become: of the same host and backbone, with its own queries, which start fresh where
+            they are others ("paq_dino_r50" from a DINO). The host of the file itself if None.
         partial: accept unknown tensors (dropped) and missing ones (they start fresh) instead of raising.
         settings: settings of the model that the file does not tell (num_heads, num_queries, position_temperature...);
-            image_size; `classes` ("coco", "numbered", a COCO json, a text file with a name a line); `weights`, the entry of a .pth that
-            holds them.
+            image_size; `classes` ("coco", "numbered", a COCO json, a text file with a name a line); `weights`, which entry of a
+            .pth holds them.
 
     Returns:
         the model in evaluation mode, on the CPU, and what became of every tensor.
@@ -183,9 +183,12 @@ def _unknown(renamed: Renamed, file: SourceFile, origin: str, where: str) -> Che
     if share[best] > share[origin]:
         remedy = f"its names look like --from {best}, which knows {share[best]:.0%} of them"
     else:
-        remedy = "if you can do without them, --partial leaves them out; outputs then differ from the original's"
+        remedy = (
+            "if you can do without them, --partial leaves them out; outputs then differ from the original's"
+        )
     return CheckpointError(
-        f"{where}: {len(keys)} of {len(file.tensors)} tensors are not of {LAYOUTS[origin].title}: {shown}", remedy
+        f"{where}: {len(keys)} of {len(file.tensors)} tensors are not of {LAYOUTS[origin].title}: {shown}",
+        remedy,
     )
 
 
@@ -254,9 +257,7 @@ def _natural_name(values: Mapping[str, Any]) -> str:
     return f"{host}_{short.get(backbone, backbone)}"
 
 
-def _origin(
-    key: str, config: ModelConfig, known: Mapping[str, Setting], model: str | None
-) -> str:
+def _origin(key: str, config: ModelConfig, known: Mapping[str, Setting], model: str | None) -> str:
     if key in known and known[key].value == getattr(config, key):
         return known[key].known_from
     return f"model {model}" if model else "default"
@@ -284,7 +285,9 @@ def _fit_queries(renamed: Renamed, config: ModelConfig, kind: str) -> None:
     if kind == "proposals":
         for key in [key for key in renamed.tensors if key.startswith("start.embed.")]:
             half = renamed.tensors[key][: config.dim].clone()
-            note = "the position half; its norm now sees that half alone, so positions are a start, not the same"
+            note = (
+                "the position half; its norm now sees that half alone, so positions are a start, not the same"
+            )
             renamed.change(key, half, note)
 
 
@@ -338,7 +341,9 @@ def _fill(
         renamed.discard(key, "no place in the model" if key in left else "another shape than the model's")
     for key in renamed.unknown:
         renamed.dropped[key] = "unknown"
-    values: dict[str, Tensor] = {key: renamed.tensors.get(key, value).to(value.dtype) for key, value in own.items()}
+    values: dict[str, Tensor] = {
+        key: renamed.tensors.get(key, value).to(value.dtype) for key, value in own.items()
+    }
     with torch.no_grad():
         detector.load_state_dict(values)
     return fresh

@@ -1,8 +1,8 @@
 """What a key map of another program consists of, and the rules that several of them share.
 
 Rules lead to our names, but for what the names alone cannot say. `level.{i}.0` and `.1` are the convolution and the norm of a
-level, a lateral or an extra one; `class_head.{i}` and `box_head.{i}.{k}` are heads, of decoder layer i or, past the last layer, of
-the proposals; `backbone.stage_norms.{i}` norms the output of stage i. `settle` in `settle.py` does.
+level, a lateral or an extra one; `class_head.{i}` and `box_head.{i}.{k}` are heads, of decoder layer i or, past the last layer,
+of the proposals; `backbone.stage_norms.{i}` norms the output of stage i. `settle.py` does the rest.
 """
 
 from __future__ import annotations

@@ -84,7 +84,8 @@ def _read_folder(folder: Path) -> SourceFile:
     config = folder / "config.json"
     if not config.is_file():
         raise CheckpointError(
-            f"{folder}: a folder without config.json", "give a folder that transformers' save_pretrained wrote"
+            f"{folder}: a folder without config.json",
+            "give a folder that transformers' save_pretrained wrote",
         )
     source = SourceFile(folder, {}, _read_json(config))
     for name in ("model.safetensors", "pytorch_model.bin"):

@@ -70,9 +70,7 @@ def settle_heads(renamed: Renamed, *, layers: int, must_share: bool, where: str)
         indices = sorted(_numbers(renamed.tensors, home))
         first = _below(renamed.tensors, f"{home}.0.")
         different = [
-            index
-            for index in indices[1:]
-            if not _equal(first, _below(renamed.tensors, f"{home}.{index}."))
+            index for index in indices[1:] if not _equal(first, _below(renamed.tensors, f"{home}.{index}."))
         ]
         if must_share and different:
             raise CheckpointError(
@@ -211,7 +209,8 @@ def _from_shapes(
     def shape(key: str) -> tuple[int, ...]:
         if key not in tensors:
             raise CheckpointError(
-                f"{where}: no tensor for {key}", "give a checkpoint of a whole detector, of the program you name"
+                f"{where}: no tensor for {key}",
+                "give a checkpoint of a whole detector, of the program you name",
             )
         return tuple(tensors[key].shape)
 
@@ -219,7 +218,10 @@ def _from_shapes(
     samples = _agree(
         {
             part: shape(f"{part}.weight")[0] // levels
-            for part in ("encoder.layers.0.attention.attention_weights", "decoder.layers.0.cross_attention.attention_weights")
+            for part in (
+                "encoder.layers.0.attention.attention_weights",
+                "decoder.layers.0.cross_attention.attention_weights",
+            )
         },
         "samples of deformable attention",
         where,
@@ -234,7 +236,10 @@ def _from_shapes(
         "num_levels": levels,
         "num_points": samples // heads,
         "ffn_dim": _agree(
-            {f"{part}.layers.0.ffn": shape(f"{part}.layers.0.ffn.linear1.weight")[0] for part in ("encoder", "decoder")},
+            {
+                f"{part}.layers.0.ffn": shape(f"{part}.layers.0.ffn.linear1.weight")[0]
+                for part in ("encoder", "decoder")
+            },
             "width of the feed-forward block",
             where,
         ),
@@ -277,8 +282,7 @@ def _strides(tensors: Mapping[str, Tensor], backbone: str, where: str) -> tuple[
     widths = [tensors[f"neck.lateral.{i}.0.weight"].shape[1] for i in range(count)]
     if not timm.is_model(backbone):
         raise CheckpointError(f"backbone={backbone}: timm has no such model", "give the name of a timm model")
-    options = {"strict_img_size": False} if backbone.startswith("swin") else {}
-    infos = timm.create_model(backbone, features_only=True, pretrained=False, **options).feature_info.info  # type: ignore[union-attr]
+    infos = timm.create_model(backbone, features_only=True, pretrained=False).feature_info.info  # type: ignore[union-attr]
     by_width = {int(info["num_chs"]): int(info["reduction"]) for info in infos}
     if not count or not all(width in by_width for width in widths):
         raise CheckpointError(
@@ -292,7 +296,8 @@ def _agree(values: Mapping[str, int], what: str, where: str) -> int:
     if len(set(values.values())) > 1:
         found = ", ".join(f"{value} in {part}" for part, value in values.items())
         raise CheckpointError(
-            f"{where}: {what}: {found}; here encoder and decoder have the same", "such a model cannot be built"
+            f"{where}: {what}: {found}; here encoder and decoder have the same",
+            "such a model cannot be built",
         )
     return next(iter(values.values()))
 

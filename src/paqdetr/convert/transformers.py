@@ -1,7 +1,7 @@
 """transformers' Deformable DETR, as `save_pretrained` writes it. Conventions and their evidence: docs/convert.md.
 
-Files keep the names of version 4 (`fc1`, `out_proj`, `conv_encoder`) whatever version wrote them; the names that version 5 uses in
-memory are known as well. Tensors that are tied in memory are left out of the file.
+Files keep the names of version 4 (`fc1`, `out_proj`, `conv_encoder`) whatever version wrote them; the names that version 5 uses
+in memory are known as well. Tensors that are tied in memory are left out of the file.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""Weights for another number of classes or queries, and trainings that start from a checkpoint.
+"""Weights for another number of classes or queries: which rows go where.
 
-Nothing is left to chance: class rows go over by name, query rows by a rule, the report says which rows are new, and whatever
-else does not fit is an error.
+Class rows go over by name, query rows by a rule, a report says which rows are new, and whatever else does not fit is an error.
 """
 
 from __future__ import annotations
@@ -10,19 +9,17 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from paqdetr.checkpoint import load_tensors, read_checkpoint
+from paqdetr.checkpoint import load_tensors
 from paqdetr.config import Config, ModelConfig
 from paqdetr.errors import CheckpointError, ConfigError
+from paqdetr.models.detector import Detector
+from paqdetr.models.zoo import build_model
 from paqdetr.structures import ClassTable
-
-if TYPE_CHECKING:
-    from paqdetr.models.detector import Detector
 
 # Tensors with a row a class, and with one or several rows a query.
 _CLASS_ROWS = re.compile(
@@ -33,8 +30,8 @@ _QUERY_ROWS = re.compile(
 )
 _COUNTER = "num_batches_tracked"
 
-# Settings in which a checkpoint and the training that starts from it may differ: sizes that are changed on the way, starts that the
-# checkpoint replaces, and what acts in training alone.
+# Settings in which a checkpoint and the training that starts from it may differ: sizes that are changed on the way, initial
+# values that the checkpoint replaces, and what acts in training alone.
 _FREE_KEYS = frozenset(
     "num_classes num_queries dropout frozen_stride freeze_backbone_norm look_forward_twice content_std pattern_std gain bias_std "
     "denoising_queries denoising_groups label_noise box_noise".split()
@@ -85,77 +82,66 @@ class ReshapeReport:
         }
 
 
+def reshape(
+    model: Detector,
+    *,
+    classes: ClassTable | Sequence[str] | int | None = None,
+    num_queries: int | None = None,
+) -> tuple[Detector, ReshapeReport]:
+    """The same model with other classes, another number of queries, or both.
+
+    Class rows of heads, and of the labels that denoising embeds, go over where names agree, whatever their case; other classes
+    start as in a new model. Where a query is the rank of a proposal (two-stage hosts), fewer queries are the first ones; where it
+    is an identity (learned anchors or points), they are spread evenly over the old ones. More queries are all the old ones, then
+    new ones interpolated between neighbours: content, positions, and the rows of PaQ's weight head alike.
+
+    Args:
+        model: unchanged.
+        classes: a table, names (ids are then 0, 1, ...), or a number of nameless classes; None keeps them.
+        num_queries: None keeps it.
+
+    Returns:
+        a new model, and what was kept.
+
+    Raises:
+        ConfigError: no class, one name twice, or fewer than one query.
+    """
+    table = model.classes if classes is None else as_class_table(classes)
+    count = model.config.num_queries if num_queries is None else num_queries
+    if count < 1:
+        raise ConfigError(f"num_queries={count}: expected at least 1", "choose a positive number")
+    architecture = model.config.model_copy(update={"num_classes": len(table), "num_queries": count})
+    preprocessing = model.preprocessing
+    config = Config(
+        name=model.name,
+        model=architecture,
+        image_size=preprocessing.image_size,
+        size_divisor=preprocessing.size_divisor,
+    )
+    rebuilt = build_model(config, classes=table)
+    rebuilt.preprocessing = preprocessing
+    tensors, report = reshape_tensors(
+        model.state_dict(),
+        rebuilt.state_dict(),
+        config=architecture,
+        classes=(model.classes, table),
+        queries=(model.config.num_queries, count),
+    )
+    load_tensors(rebuilt, tensors, f"{model.name} with {len(table)} classes and {count} queries")
+    device = next(model.parameters()).device
+    return rebuilt.to(device).train(model.training), report
+
+
 def reshape_classes(
     model: Detector, classes: ClassTable | Sequence[str] | int
 ) -> tuple[Detector, ReshapeReport]:
-    """The same model for other classes.
-
-    Rows of heads, and of the labels that denoising embeds, go over where names agree, whatever their case; other classes start as
-    in a new model.
-
-    Args:
-        model: unchanged.
-        classes: a table, names (ids are then 0, 1, ...), or a number of nameless classes.
-
-    Returns:
-        a new model, and what was kept.
-    """
-    return _rebuild(model, classes=as_class_table(classes), num_queries=model.config.num_queries)
+    """`reshape` to other classes."""
+    return reshape(model, classes=classes)
 
 
 def resize_queries(model: Detector, num_queries: int) -> tuple[Detector, ReshapeReport]:
-    """The same model with another number of queries.
-
-    Where a query is the rank of a proposal (two-stage hosts), fewer queries are the first ones. Where it is an identity (learned
-    anchors or points), fewer are spread evenly over the old ones. More queries are all the old ones, then new ones interpolated between
-    neighbours: content, positions, and the rows of PaQ's weight head alike.
-
-    Args:
-        model: unchanged.
-        num_queries: at least 1.
-
-    Returns:
-        a new model, and what was kept.
-
-    Raises:
-        ConfigError: fewer than one query.
-    """
-    if num_queries < 1:
-        raise ConfigError(f"num_queries={num_queries}: expected at least 1", "choose a positive number")
-    return _rebuild(model, classes=model.classes, num_queries=num_queries)
-
-
-def start_from(model: Detector, path: str | Path) -> ReshapeReport:
-    """Fill a model with the weights of a checkpoint, in place; its classes and its number of queries may be others.
-
-    Args:
-        model: for the classes and queries of the new training.
-        path: a checkpoint of paqdetr's.
-
-    Returns:
-        what was kept.
-
-    Raises:
-        CheckpointError: the checkpoint cannot be read, or its model has other settings; the message says which, the remedy how to
-            set them.
-    """
-    from paqdetr.models.zoo import describe_checkpoint
-
-    tensors, header = read_checkpoint(path)
-    old, classes = describe_checkpoint(header, str(path))
-    _require_same(old.model, model.config, path)
-    own = model.state_dict()
-    tensors = {key: value for key, value in tensors.items() if key in own or not key.endswith(_COUNTER)}
-    tensors |= {key: value for key, value in own.items() if key.endswith(_COUNTER) and key not in tensors}
-    changed, report = reshape_tensors(
-        tensors,
-        own,
-        config=model.config,
-        classes=(classes, model.classes),
-        queries=(old.model.num_queries, model.config.num_queries),
-    )
-    load_tensors(model, changed, str(path))
-    return report
+    """`reshape` to another number of queries."""
+    return reshape(model, num_queries=num_queries)
 
 
 def as_class_table(classes: ClassTable | Sequence[str] | int) -> ClassTable:
@@ -247,44 +233,35 @@ def _query_rows(old: int, new: int, *, ranked: bool) -> tuple[Tensor, Tensor, Te
     )
 
 
-def _rebuild(model: Detector, *, classes: ClassTable, num_queries: int) -> tuple[Detector, ReshapeReport]:
-    from paqdetr.models.zoo import build_model
-
-    architecture = model.config.model_copy(
-        update={"num_classes": len(classes), "num_queries": num_queries}
-    )
-    preprocessing = model.preprocessing
-    config = Config(
-        name=model.name,
-        model=architecture,
-        image_size=preprocessing.image_size,
-        size_divisor=preprocessing.size_divisor,
-    )
-    rebuilt = build_model(config, classes=classes)
-    rebuilt.preprocessing = preprocessing
-    tensors, report = reshape_tensors(
-        model.state_dict(),
-        rebuilt.state_dict(),
-        config=model.config,
-        classes=(model.classes, classes),
-        queries=(model.config.num_queries, num_queries),
-    )
-    load_tensors(rebuilt, tensors, f"{model.name} with {len(classes)} classes and {num_queries} queries")
-    device = next(model.parameters()).device
-    return rebuilt.to(device).train(model.training), report
+def without_counters(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors with the step counters of batch norms that the model has, whose norms may be frozen where the others were not."""
+    result = {key: value for key, value in tensors.items() if key in own or not key.endswith(_COUNTER)}
+    return result | {key: own[key] for key in own if key.endswith(_COUNTER) and key not in tensors}
 
 
-def _require_same(old: ModelConfig, new: ModelConfig, path: str | Path) -> None:
+def require_same_settings(old: ModelConfig, new: ModelConfig, where: str) -> None:
+    """Weights mean what they meant only under the settings they were made with.
+
+    Args:
+        old: of the checkpoint.
+        new: of the model to be filled.
+        where: the checkpoint, for errors.
+
+    Raises:
+        CheckpointError: a setting that matters differs; the remedy says how to set it.
+    """
     before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
     different = [key for key in before if before[key] != after[key] and key not in _FREE_KEYS]
     if not different:
         return
     found = ", ".join(f"{key} {before[key]!r} instead of {after[key]!r}" for key in different)
     if "queries" in different:
-        remedy = "paqdetr convert CHECKPOINT --from paqdetr --as MODEL gives it the queries of another model first"
+        remedy = (
+            "paqdetr convert CHECKPOINT --from paqdetr --as MODEL gives it the queries of another model first"
+        )
     else:
         remedy = "add " + " ".join(f"model.{key}={_yaml(before[key])}" for key in different)
-    raise CheckpointError(f"{path}: its weights were made with {found}", remedy)
+    raise CheckpointError(f"{where}: its weights were made with {found}", remedy)
 
 
 def _yaml(value: Any) -> str:
