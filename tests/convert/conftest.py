@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -380,6 +381,7 @@ ORIGINALS: dict[str, tuple[str, Callable[[], State]]] = {
 class Original:
     """A checkpoint of an original program: its word for --from, its tensors, and its file."""
 
+    name: str
     origin: str
     state: State
     path: Path
@@ -391,19 +393,24 @@ class Original:
         return self.path
 
 
-@pytest.fixture(params=list(ORIGINALS))
-def original(request: pytest.FixtureRequest, tmp_path: Path) -> Original:
+@cache
+def _state(name: str) -> State:
+    return ORIGINALS[name][1]()
+
+
+@pytest.fixture(scope="module", params=list(ORIGINALS))
+def original(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Original:
     """Every variant of every program."""
-    origin, make = ORIGINALS[request.param]
-    return Original(origin, make(), tmp_path / "original.pth")
+    name = request.param
+    return Original(name, ORIGINALS[name][0], _state(name), tmp_path_factory.mktemp("x") / "original.pth")
 
 
 @pytest.fixture
 def make_original(tmp_path: Path) -> Callable[[str], Original]:
-    """One of `ORIGINALS` by name."""
+    """One of `ORIGINALS` by name, to be changed at will."""
 
     def make(name: str) -> Original:
-        origin, build = ORIGINALS[name]
-        return Original(origin, build(), tmp_path / "original.pth")
+        state = {key: value.clone() for key, value in _state(name).items()}
+        return Original(name, ORIGINALS[name][0], state, tmp_path / "original.pth")
 
     return make

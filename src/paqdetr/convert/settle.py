@@ -231,6 +231,11 @@ def _from_shapes(
             f"{where}: {samples} samples a level and width {dim} do not part into {heads} heads",
             "say how many heads it has: num_heads=N",
         )
+    if dim % 32 or dim < 128:
+        raise CheckpointError(
+            f"{where}: width {dim}: levels are normed in 32 groups there, and in fewer here",
+            "models of width 128, 160, ... can be converted",
+        )
     settings: dict[str, Any] = {
         "dim": dim,
         "num_levels": levels,
