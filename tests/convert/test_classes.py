@@ -43,7 +43,7 @@ def test_a_coco_json_fits_by_count_or_by_id(tmp_path: Path) -> None:
     assert class_slots(2, given=str(path), names=None, where="f").rows == (0, 1)
     by_id = class_slots(6, given=str(path), names=None, where="f")
     assert (by_id.rows, by_id.table.names) == ((2, 5), ("a", "b"))
-    with pytest.raises(CheckpointError, match="head has 5 rows, .* 2 classes with ids up to 5"):
+    with pytest.raises(CheckpointError, match=r"head has 5 rows, .* 2 classes with ids up to 5"):
         class_slots(5, given=str(path), names=None, where="f")
     path.write_text("[]")
     with pytest.raises(UserError, match="no COCO json with categories"):

@@ -48,13 +48,16 @@ def test_the_model_is_the_host_that_the_file_is_of(
     assert model.classes == COCO
     assert report.model == model.name
     host = model.name.rsplit("_resnet18", 1)[0].rsplit("_swin_tiny", 1)[0]
-    assert host in {
-        "dino": {"dino", "dino_5scale"},
-        "detrex": {"dino", "dn_detr"},
-        "dn_detr": {"dn_detr"},
-        "deformable_detr": {"deformable_detr", "deformable_detr_refine", "deformable_detr_one_stage"},
-        "relation_detr": {"dino"},
-    }[original.origin]
+    assert (
+        host
+        in {
+            "dino": {"dino", "dino_5scale"},
+            "detrex": {"dino", "dn_detr"},
+            "dn_detr": {"dn_detr"},
+            "deformable_detr": {"deformable_detr", "deformable_detr_refine", "deformable_detr_one_stage"},
+            "relation_detr": {"dino"},
+        }[original.origin]
+    )
     assert (model.config.dim, model.config.num_heads, model.config.num_points) == (128, HEADS, 3)
     assert (model.config.encoder_layers, model.config.decoder_layers, model.config.ffn_dim) == (2, 3, 48)
     assert model.config.num_queries == QUERIES
@@ -81,7 +84,12 @@ PLACES: list[tuple[str, str, str, Callable[[Tensor], Tensor]]] = [
     ("dino", "transformer.enc_out_class_embed.weight", "start.head.class_head.weight", lambda x: x[SLOTS]),
     ("dino", "transformer.decoder.layers.1.norm2.bias", "decoder.layers.1.self_norm.bias", lambda x: x),
     ("dino", "transformer.decoder.layers.1.norm1.bias", "decoder.layers.1.cross_norm.bias", lambda x: x),
-    ("dino", "transformer.decoder.ref_point_head.layers.1.weight", "decoder.position_head.2.weight", lambda x: x),
+    (
+        "dino",
+        "transformer.decoder.ref_point_head.layers.1.weight",
+        "decoder.position_head.2.weight",
+        lambda x: x,
+    ),
     ("dino", "input_proj.3.0.weight", "neck.extra.0.0.weight", lambda x: x),
     ("dino unshared", "bbox_embed.2.layers.2.weight", "decoder.box_heads.2.4.weight", lambda x: x),
     (
@@ -94,7 +102,12 @@ PLACES: list[tuple[str, str, str, Callable[[Tensor], Tensor]]] = [
     ("dino 5scale swin", "backbone.0.norm0.weight", "backbone.norms.0.weight", lambda x: x),
     ("detrex dino", "label_enc.weight", "denoising.label_embed.weight", lambda x: x),
     ("detrex dino", "class_embed.3.weight", "start.head.class_head.weight", lambda x: x),
-    ("detrex dino", "backbone.res3.0.shortcut.norm.bias", "backbone.body.layer2.0.downsample.1.bias", lambda x: x),
+    (
+        "detrex dino",
+        "backbone.res3.0.shortcut.norm.bias",
+        "backbone.body.layer2.0.downsample.1.bias",
+        lambda x: x,
+    ),
     ("detrex dn", "label_encoder.weight", "denoising.label_embed.weight", lambda x: x[:80]),
     (
         "detrex dn newer",
@@ -108,7 +121,12 @@ PLACES: list[tuple[str, str, str, Callable[[Tensor], Tensor]]] = [
     ("deformable one-stage", "query_embed.weight", "query_source.table", lambda x: x[:, 128:]),
     ("deformable two-stage", "class_embed.3.weight", "start.head.class_head.weight", lambda x: x[:1]),
     ("deformable two-stage", "transformer.pos_trans.weight", "start.embed.0.weight", lambda x: x),
-    ("relation", "denoising_generator.label_encoder.weight", "denoising.label_embed.weight", lambda x: x[SLOTS]),
+    (
+        "relation",
+        "denoising_generator.label_encoder.weight",
+        "denoising.label_embed.weight",
+        lambda x: x[SLOTS],
+    ),
     ("relation", "neck.convs.3.1.bias", "neck.extra.0.1.bias", lambda x: x),
 ]
 
@@ -130,7 +148,9 @@ def test_convolutions_without_a_bias_get_one_of_zeros(make_original: Make) -> No
 # Shared heads
 
 
-@pytest.mark.parametrize(("variant", "shared"), [("dino", True), ("dino unshared", False), ("deformable one-stage", True)])
+@pytest.mark.parametrize(
+    ("variant", "shared"), [("dino", True), ("dino unshared", False), ("deformable one-stage", True)]
+)
 def test_heads_are_shared_where_all_copies_are_equal(variant: str, shared: bool, make_original: Make) -> None:
     model, report = convert(make_original(variant))
     assert model.config.share_heads is shared
@@ -141,7 +161,9 @@ def test_heads_are_shared_where_all_copies_are_equal(variant: str, shared: bool,
 def test_heads_that_the_program_shares_have_to_be_equal(make_original: Make) -> None:
     original = make_original("deformable one-stage")
     original.state["bbox_embed.1.layers.0.bias"] += 1
-    with pytest.raises(CheckpointError, match="3 box_heads are one and the same in its program, but number 1 differs"):
+    with pytest.raises(
+        CheckpointError, match="3 box_heads are one and the same in its program, but number 1 differs"
+    ):
         convert(original)
 
 
@@ -165,7 +187,9 @@ def test_settings_name_their_origin(make_original: Make) -> None:
 
 
 def test_what_is_given_wins_over_what_the_file_says(make_original: Make) -> None:
-    model, report = convert(make_original("detrex dino"), settings={"position_temperature": 20, "model.position_offset": 0.0})
+    model, report = convert(
+        make_original("detrex dino"), settings={"position_temperature": 20, "model.position_offset": 0.0}
+    )
     assert (model.config.position_temperature, model.config.position_offset) == (20, 0)
     assert report.settings["position_temperature"].known_from == "given"
 
@@ -194,7 +218,11 @@ def test_variants_that_cannot_be_built_are_refused(argument: str, value: Any, ma
 
 def test_encoder_and_decoder_have_to_be_of_one_size(make_original: Make) -> None:
     original = make_original("dino")
-    for leaf, shape in (("linear1.weight", (64, 128)), ("linear1.bias", (64,)), ("linear2.weight", (128, 64))):
+    for leaf, shape in (
+        ("linear1.weight", (64, 128)),
+        ("linear1.bias", (64,)),
+        ("linear2.weight", (128, 64)),
+    ):
         for i in range(3):
             original.state[f"transformer.decoder.layers.{i}.{leaf}"] = torch.zeros(shape)
     with pytest.raises(CheckpointError, match=r"feed-forward block: 48 in encoder.*64 in decoder"):
@@ -226,7 +254,9 @@ def test_missing_tensors_are_an_error_unless_partial(make_original: Make) -> Non
 def test_misfits_are_an_error_unless_partial(make_original: Make) -> None:
     original = make_original("dino")
     original.state["transformer.enc_output.bias"] = torch.zeros(64)
-    with pytest.raises(CheckpointError, match=r"other shapes for start\.head\.project\.bias \(64,\) instead of \(128,\)"):
+    with pytest.raises(
+        CheckpointError, match=r"other shapes for start\.head\.project\.bias \(64,\) instead of \(128,\)"
+    ):
         convert(original)
     _, report = convert(original, partial=True)
     assert report.fresh == {"start.head.project.bias": "the file has shape (64,)"}
@@ -307,5 +337,7 @@ def test_a_model_of_another_host_is_refused(model: str, message: str, make_origi
 def test_another_host_is_refused(make_original: Make, tmp_path: Path) -> None:
     recipe = tmp_path / "dn.yaml"
     recipe.write_text("base: paq_dn_detr_r50\nmodel: {backbone: resnet18}\n")
-    with pytest.raises(CheckpointError, match=r"positions='proposals', and .* has positions='anchors': another host"):
+    with pytest.raises(
+        CheckpointError, match=r"positions='proposals', and .* has positions='anchors': another host"
+    ):
         convert(make_original("dino"), model=str(recipe))

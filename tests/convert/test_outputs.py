@@ -80,7 +80,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def test_boxes_and_scores_equal_the_originals(variant: str, make_original: Callable[[str], Any]) -> None:
     original = make_original(variant)
     for key in ("transformer.enc_out_class_embed.bias", "transformer.encoder_class_head.bias"):
-        if key in original.state:  # slots without a class never had an object, so in a trained model they never win
+        if (
+            key in original.state
+        ):  # slots without a class never had an object, so in a trained model they never win
             original.state[key][[i for i in range(91) if i not in COCO.ids]] = -100.0
     given = {"num_heads": HEADS, "num_queries": QUERIES}
     model, _ = convert_checkpoint(original.save(), origin=original.origin, settings=given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
@@ -32,7 +33,9 @@ from paqdetr.errors import ConfigError, NonFiniteError
 from paqdetr.losses import LossReport, build_criterion
 from paqdetr.models import Detector, load, save
 from paqdetr.models.detector import DetectorOutput
-from paqdetr.models.zoo import build_model
+from paqdetr.models.files import model_to_train
+
+_LOG = logging.getLogger(__name__)
 
 
 def train(
@@ -123,9 +126,10 @@ class Trainer:
         self.accelerator = _accelerator(config, device)
         self.events = Callbacks(callbacks if self.accelerator.is_main_process else [])
         torch.manual_seed(config.seed)
-        self.model = build_model(
-            config, classes=train_split.classes, pretrained_backbone=config.pretrained_backbone
-        ).to(self.accelerator.device)
+        self.model, self.taken = model_to_train(config, train_split.classes, resumed=run.state_file.is_file())
+        if self.taken is not None and self.accelerator.is_main_process:
+            _LOG.warning("init %s: %s", config.init, self.taken)
+        self.model.to(self.accelerator.device)
         if config.channels_last:
             self.model.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.criterion = build_criterion(config.loss)
@@ -174,6 +178,7 @@ class Trainer:
                 "threads": torch.get_num_threads(),
                 "cores": os.cpu_count(),
                 "processes": self.accelerator.num_processes,
+                **({} if self.taken is None else {"init": self.taken.to_dict()}),
             }
         )
         try:

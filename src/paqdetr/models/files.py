@@ -73,6 +73,27 @@ def load(
     return model.to(device).eval()
 
 
+def model_to_train(
+    config: Config, classes: ClassTable, *, resumed: bool = False
+) -> tuple[Detector, ReshapeReport | None]:
+    """A model at the start of a training: new, or with the weights of the checkpoint `config.init`.
+
+    Args:
+        config: of the training.
+        classes: of its data.
+        resumed: a saved state will fill it, so that the checkpoint need not be there any more.
+
+    Returns:
+        the model, and what it took from the checkpoint; None if there is none or it is not read.
+
+    Raises:
+        CheckpointError: as `start_from`.
+    """
+    pretrained = config.pretrained_backbone and config.init is None
+    model = build_model(config, classes=classes, pretrained_backbone=pretrained)
+    return model, None if config.init is None or resumed else start_from(model, config.init)
+
+
 def start_from(model: Detector, path: str | Path) -> ReshapeReport:
     """Fill a model with the weights of a checkpoint, in place; its classes and its number of queries may be others.
 

@@ -118,7 +118,8 @@ def reshape(
         image_size=preprocessing.image_size,
         size_divisor=preprocessing.size_divisor,
     )
-    rebuilt = build_model(config, classes=table)
+    like = next(model.parameters())
+    rebuilt = build_model(config, classes=table).to(like.device, like.dtype)
     rebuilt.preprocessing = preprocessing
     tensors, report = reshape_tensors(
         model.state_dict(),
@@ -128,8 +129,7 @@ def reshape(
         queries=(model.config.num_queries, count),
     )
     load_tensors(rebuilt, tensors, f"{model.name} with {len(table)} classes and {count} queries")
-    device = next(model.parameters()).device
-    return rebuilt.to(device).train(model.training), report
+    return rebuilt.train(model.training), report
 
 
 def reshape_classes(
