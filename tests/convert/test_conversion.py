@@ -10,7 +10,7 @@ from torch import Tensor
 
 from paqdetr.convert import COCO, ConversionReport, convert_checkpoint
 from paqdetr.errors import CheckpointError, ConfigError, UserError
-from paqdetr.models import Detector, load, save
+from paqdetr.models import Detector, create_model, load, save
 
 if TYPE_CHECKING:
     from tests.convert.conftest import Original  # its fixtures make them
@@ -320,6 +320,21 @@ def test_content_from_proposals_becomes_patterns(make_original: Make, tmp_path: 
     assert torch.equal(model.state_dict()["start.embed.0.weight"], half)
     assert "position half" in report.renamed["start.embed.0.weight"].note
     assert all(key.startswith("query_source.") for key in report.fresh)
+
+
+def test_a_checkpoint_of_ours_starts_a_paq_model(tmp_path: Path) -> None:
+    small = {"dim": 32, "ffn_dim": 16, "encoder_layers": 1, "decoder_layers": 2, "num_queries": 6}
+    baseline = create_model("dn_detr_nano", num_classes=3, **small)
+    save(baseline, tmp_path / "best.safetensors")
+    model, report = convert_checkpoint(tmp_path, origin="paqdetr", model="paq_dn_detr_nano")
+    ours, theirs = model.state_dict(), baseline.state_dict()
+    assert model.name == "paq_dn_detr_nano" and model.classes == baseline.classes
+    assert set(report.kept) == {key for key in theirs if key != "query_source.table"}
+    assert all(torch.equal(ours[key], theirs[key]) for key in report.kept)
+    assert report.dropped == {"query_source.table": "content queries become patterns"}
+    assert all(key.startswith("query_source.") for key in report.fresh)
+    same, whole = convert_checkpoint(tmp_path / "best.safetensors", origin="paqdetr")
+    assert same.name == "dn_detr_nano" and set(whole.kept) == set(theirs)
 
 
 @pytest.mark.parametrize(

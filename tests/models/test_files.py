@@ -77,7 +77,7 @@ def test_every_host_starts_from_its_checkpoint(name: str, tmp_path: Path) -> Non
 def test_other_settings_are_an_error_whose_remedy_works(checkpoint: Path) -> None:
     options = {
         "position_temperature": 10000,
-        "box_eps": 0.001,
+        "refine_from": "normed",
         "share_heads": True,
         "backbone_strides": [16, 32],
         "padded_positions": True,

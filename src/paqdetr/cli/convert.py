@@ -32,7 +32,9 @@ def convert(
     *,
     origin: Annotated[
         str,
-        typer.Option("--from", help="dino, detrex, dn_detr, deformable_detr, relation_detr or transformers."),
+        typer.Option(
+            "--from", help="dino, detrex, dn_detr, deformable_detr, relation_detr, transformers or paqdetr."
+        ),
     ],
     output: Annotated[Path, typer.Option(help="The checkpoint to write, .safetensors.")],
     model: Annotated[
@@ -64,6 +66,7 @@ def convert(
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(report.to_dict(), indent=1), encoding="utf-8")
+    results.print(f"{report.source} ({report.origin}) as {report.model}", soft_wrap=True)
     results.print(_tensors(report))
     results.print(_settings(report))
     for kind, reasons in (("dropped", report.dropped), ("starts anew", report.fresh)):
@@ -76,7 +79,7 @@ def convert(
 
 def _tensors(report: ConversionReport) -> Table:
     """Tensors of the model by part: as they were, under another name, anew."""
-    table = Table(title=f"{report.source} ({report.origin}) as {report.model}", title_justify="left")
+    table = Table(title="tensors of the model", title_justify="left")
     table.add_column("part")
     for column in ("same name", "renamed", "starts anew"):
         table.add_column(column, justify="right")

@@ -19,14 +19,14 @@ _COUNTER = "a step counter of batch norm, which frozen norms have no use for"
 _INDEX = "follows from the window size"
 
 # (bottlenecks?, blocks of each stage) and (width, blocks, window side) -> timm name.
-_RESNETS = {
+_RESNETS: dict[tuple[bool, tuple[int, ...]], str] = {
     (False, (2, 2, 2, 2)): "resnet18",
     (False, (3, 4, 6, 3)): "resnet34",
     (True, (3, 4, 6, 3)): "resnet50",
     (True, (3, 4, 23, 3)): "resnet101",
     (True, (3, 8, 36, 3)): "resnet152",
 }
-_SWINS = {
+_SWINS: dict[tuple[int, tuple[int, ...], int], str] = {
     (96, (2, 2, 6, 2), 7): "swin_tiny_patch4_window7_224",
     (96, (2, 2, 18, 2), 7): "swin_small_patch4_window7_224",
     (128, (2, 2, 18, 2), 7): "swin_base_patch4_window7_224",

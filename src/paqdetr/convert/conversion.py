@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from paqdetr.config import Config, ModelConfig, list_configs, load_config, validate_config
+from paqdetr.checkpoint import read_checkpoint
+from paqdetr.config import ModelConfig
 from paqdetr.convert.classes import class_slots
 from paqdetr.convert.deformable_detr import DEFORMABLE_DETR
 from paqdetr.convert.detrex import DETREX
@@ -28,9 +27,11 @@ from paqdetr.convert.settle import (
     settle_heads,
     settle_names,
 )
+from paqdetr.convert.target import QUERY_KEYS, fill_model, fit_heads, fit_queries, target_config
 from paqdetr.convert.transformers import TRANSFORMERS
 from paqdetr.errors import CheckpointError, ConfigError
 from paqdetr.models import Detector
+from paqdetr.models.files import describe_checkpoint, find_checkpoint
 from paqdetr.models.zoo import build_model
 
 LAYOUTS: dict[str, Layout] = {
@@ -42,43 +43,8 @@ LAYOUTS: dict[str, Layout] = {
     "transformers": TRANSFORMERS,
 }
 """The programs whose checkpoints can be converted, by the word for --from."""
-
-# What a model named by `model=` decides itself; the rest of its settings has to be the file's, or the weights would mean
-# something else.
-_QUERY_KEYS = (
-    "queries",
-    "content_std",
-    "num_patterns",
-    "pattern_std",
-    "extractor",
-    "extractor_conv",
-    "head",
-    "head_rank",
-    "temperature",
-    "gain",
-    "bias_std",
-)
-_TRAINING_KEYS = (
-    "share_heads",
-    "look_forward_twice",
-    "dropout",
-    "frozen_stride",
-    "freeze_backbone_norm",
-    "denoising_queries",
-    "denoising_groups",
-    "label_noise",
-    "box_noise",
-    "hybrid_queries",
-)
-_HOST_KEYS = (
-    "backbone",
-    "positions",
-    "position_embedding",
-    "scale_positions",
-    "box_refinement",
-    "class_agnostic_proposals",
-    "denoising",
-)
+OWN = "paqdetr"
+"""The word for our own checkpoints, which can become other models of their host too."""
 
 
 def convert_checkpoint(
@@ -93,7 +59,7 @@ def convert_checkpoint(
 
     Args:
         source: a .pth, a .safetensors, or a folder that transformers' `save_pretrained` wrote.
-        origin: the program that wrote it, a key of `LAYOUTS`.
+        origin: the program that wrote it, a key of `LAYOUTS`; "paqdetr" for a checkpoint or a run of ours.
         model: a model of `list_models()` to become: of the same host and backbone, with its own queries, which start fresh where
             they are others ("paq_dino_r50" from a DINO). The host of the file itself if None.
         partial: accept unknown tensors (dropped) and missing ones (they start fresh) instead of raising.
@@ -108,13 +74,15 @@ def convert_checkpoint(
         CheckpointError: the file cannot be read, is of another program, or does not fit; it names the tensors.
         ConfigError: unknown origin, model or setting.
     """
-    if origin not in LAYOUTS:
-        raise ConfigError(f"--from {origin}: no such program", f"choose among {', '.join(LAYOUTS)}")
-    layout, where = LAYOUTS[origin], str(source)
     given = {key.removeprefix("model."): value for key, value in (settings or {}).items()}
     weights, classes = given.pop("weights", None), given.pop("classes", None)
     overrides = {key: given.pop(key) for key in ("image_size", "size_divisor") if key in given}
     _require_known(given)
+    if origin == OWN:
+        return _from_own(source, model, partial, given, overrides)
+    if origin not in LAYOUTS:
+        raise ConfigError(f"--from {origin}: no such program", f"choose among {', '.join([*LAYOUTS, OWN])}")
+    layout, where = LAYOUTS[origin], str(source)
 
     file = read_source(source, weights=weights)
     renamed = apply_rules(layout.rules, file.tensors, where=where)
@@ -139,19 +107,56 @@ def convert_checkpoint(
     settle_classes(renamed, slots, agnostic=agnostic)
     known["num_classes"] = Setting(len(slots.table), slots.note)
 
-    config = _config(known, model, given, overrides, where)
+    config = target_config(known, model, given, overrides, where)
     detector = build_model(config, classes=slots.table)
-    _fit_heads(renamed, config.model)
-    _fit_queries(renamed, config.model, known["queries"].value)
-    fresh = _fill(detector, renamed, config.model, known, partial=partial, where=where)
-    report = ConversionReport(
+    report = _finish(detector, renamed, known, model, partial=partial, where=where)
+    return detector.eval(), replace(report, origin=layout.title, notes=tuple(file.notes))
+
+
+def _from_own(
+    source: str | Path,
+    model: str | None,
+    partial: bool,
+    given: Mapping[str, Any],
+    overrides: Mapping[str, Any],
+) -> tuple[Detector, ConversionReport]:
+    """A checkpoint of ours: names stay, and its header knows all settings."""
+    file = find_checkpoint(source)
+    where = str(file)
+    tensors, header = read_checkpoint(file)
+    old, table, preprocessing = describe_checkpoint(header, where)
+    known = {key: Setting(getattr(old.model, key), "header of the file") for key in ModelConfig.model_fields}
+    known |= {key: Setting(value, "given") for key, value in given.items()}
+    sizes = {"image_size": preprocessing.image_size, "size_divisor": preprocessing.size_divisor}
+    config = target_config(known, model, given, sizes | dict(overrides), where, name=old.name)
+    detector = build_model(config, classes=table)
+    renamed = Renamed(tensors=dict(tensors), sources={key: (key,) for key in tensors})
+    report = _finish(detector, renamed, known, model, partial=partial, where=where)
+    return detector.eval(), report
+
+
+def _finish(
+    detector: Detector,
+    renamed: Renamed,
+    known: Mapping[str, Setting],
+    model: str | None,
+    *,
+    partial: bool,
+    where: str,
+) -> ConversionReport:
+    """Fit the tensors to the model, fill it, and say what became of them."""
+    config = detector.config
+    fit_heads(renamed, config)
+    fit_queries(renamed, config, known["queries"].value)
+    fresh = fill_model(detector, renamed, config, known, partial=partial, where=where)
+    return ConversionReport(
         source=where,
-        origin=layout.title,
-        model=config.name,
+        origin=OWN,
+        model=detector.name,
         settings={
-            key: Setting(getattr(config.model, key), _origin(key, config.model, known, model))
+            key: Setting(getattr(config, key), _origin(key, config, known, model))
             for key in ModelConfig.model_fields
-            if key in known or (model is not None and key in _QUERY_KEYS)
+            if key in known or (model is not None and key in QUERY_KEYS)
         },
         kept=tuple(key for key, names in renamed.sources.items() if names == (key,)),
         renamed={
@@ -161,9 +166,7 @@ def convert_checkpoint(
         },
         dropped=renamed.dropped,
         fresh=fresh,
-        notes=tuple(file.notes),
     )
-    return detector.eval(), report
 
 
 def _require_known(given: Mapping[str, Any]) -> None:
@@ -201,149 +204,7 @@ def _label_names(hints: Mapping[str, Any]) -> dict[int, str] | None:
     return None if all(name == f"LABEL_{row}" for row, name in names.items()) else names
 
 
-def _config(
-    known: Mapping[str, Setting],
-    model: str | None,
-    given: Mapping[str, Any],
-    overrides: Mapping[str, Any],
-    where: str,
-) -> Config:
-    """Settings of the model to build: the file's, over those of the model it becomes."""
-    values = {key: setting.value for key, setting in known.items() if key in ModelConfig.model_fields}
-    name = model or _natural_name(values)
-    if name in list_configs() or name.endswith((".yaml", ".yml")):
-        base = load_config(name)
-    elif model is not None:
-        base = load_config(model)  # which says that there is no such model, and which is near
-    else:
-        base = Config(name=name, model=ModelConfig(frozen_stride=0 if "swin" in values["backbone"] else 4))
-    if model is not None:
-        _require_same_host(values, base, model, where)
-        own = {*_QUERY_KEYS, *_TRAINING_KEYS} - set(given)
-        values = {key: value for key, value in values.items() if key not in own}
-    merged = base.model_dump(mode="json", exclude={"preset"})
-    merged["model"] |= values
-    merged |= {"name": name if model is None else base.name, **overrides}
-    return validate_config(merged, where)
-
-
-def _require_same_host(values: Mapping[str, Any], base: Config, model: str, where: str) -> None:
-    for key in _HOST_KEYS:
-        wanted = getattr(base.model, key)
-        if key in values and _plain(values[key]) != _plain(wanted):
-            raise CheckpointError(
-                f"{where}: it has {key}={values[key]!r}, and {model} has {key}={wanted!r}: another host",
-                f"its own host is {_natural_name(values)}; choose the model that is built on it",
-            )
-
-
-def _plain(value: Any) -> Any:
-    """A timm name without the tag of its weights."""
-    return value.split(".")[0] if isinstance(value, str) else value
-
-
-def _natural_name(values: Mapping[str, Any]) -> str:
-    """What we call the host and the backbone of the file."""
-    if values["positions"] == "points":
-        host = "deformable_detr_refine" if values.get("box_refinement") else "deformable_detr_one_stage"
-    elif values["positions"] == "anchors":
-        host = "dab_deformable_detr" if values["denoising"] == "none" else "dn_detr"
-    elif values["position_embedding"] == "fixed":
-        host = "deformable_detr"
-    else:
-        host = "dino_5scale" if len(values["backbone_strides"]) == 4 else "dino"
-    short = {"resnet50": "r50", "swin_large_patch4_window12_384": "swin_l"}
-    backbone = _plain(values["backbone"])
-    return f"{host}_{short.get(backbone, backbone)}"
-
-
 def _origin(key: str, config: ModelConfig, known: Mapping[str, Setting], model: str | None) -> str:
     if key in known and known[key].value == getattr(config, key):
         return known[key].known_from
     return f"model {model}" if model else "default"
-
-
-def _fit_heads(renamed: Renamed, config: ModelConfig) -> None:
-    """One head for all layers becomes a copy for each where the model has heads of its own for each."""
-    if config.share_heads:
-        return
-    for kind in ("class_heads", "box_heads"):
-        for key in [key for key in renamed.tensors if key.startswith(f"decoder.{kind}.0.")]:
-            rest = key.removeprefix(f"decoder.{kind}.0.")
-            for layer in range(1, config.decoder_layers):
-                target = f"decoder.{kind}.{layer}.{rest}"
-                if target not in renamed.tensors:
-                    renamed.copy(key, target, "a copy of the head that all layers share")
-
-
-def _fit_queries(renamed: Renamed, config: ModelConfig, kind: str) -> None:
-    """Another source of content: what the file has for the purpose goes, and positions that were made with content stay alone."""
-    if config.queries == kind:
-        return
-    if "query_source.table" in renamed.tensors:
-        renamed.discard("query_source.table", f"content queries become {config.queries}")
-    if kind == "proposals":
-        for key in [key for key in renamed.tensors if key.startswith("start.embed.")]:
-            half = renamed.tensors[key][: config.dim].clone()
-            note = (
-                "the position half; its norm now sees that half alone, so positions are a start, not the same"
-            )
-            renamed.change(key, half, note)
-
-
-def _fill(
-    detector: Detector,
-    renamed: Renamed,
-    config: ModelConfig,
-    known: Mapping[str, Setting],
-    *,
-    partial: bool,
-    where: str,
-) -> dict[str, str]:
-    """Put the tensors into the model.
-
-    Returns:
-        tensors of the model that start anew, and why.
-    """
-    own = detector.state_dict()
-    fresh: dict[str, str] = {}
-    missing, misfit = [], []
-    for key, value in own.items():
-        tensor = renamed.tensors.get(key)
-        if tensor is not None and tensor.shape == value.shape:
-            continue
-        if tensor is not None:
-            misfit.append(f"{key} {tuple(tensor.shape)} instead of {tuple(value.shape)}")
-            fresh[key] = f"the file has shape {tuple(tensor.shape)}"
-        elif key.endswith("num_batches_tracked"):
-            fresh[key] = "a counter that frozen norms do not keep"
-        elif key.startswith("query_source.") and config.queries != known["queries"].value:
-            fresh[key] = f"{config.queries} instead of the file's {known['queries'].value} queries"
-        elif key.startswith("hybrid_source."):
-            fresh[key] = "queries that exist in training alone"
-        else:
-            missing.append(key)
-            fresh[key] = "not in the file"
-    left = [key for key in renamed.tensors if key not in own]
-    if not partial:
-        for problem, keys in (
-            ("lacks", missing),
-            ("has other shapes for", misfit),
-            ("has tensors without a place:", left),
-        ):
-            if keys:
-                more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-                raise CheckpointError(
-                    f"{where}: for a {detector.name} it {problem} {', '.join(keys[:3])}{more}",
-                    "correct the settings given, or start those parts anew with --partial",
-                )
-    for key in [*left, *(key for key in fresh if key in renamed.tensors)]:
-        renamed.discard(key, "no place in the model" if key in left else "another shape than the model's")
-    for key in renamed.unknown:
-        renamed.dropped[key] = "unknown"
-    values: dict[str, Tensor] = {
-        key: renamed.tensors.get(key, value).to(value.dtype) for key, value in own.items()
-    }
-    with torch.no_grad():
-        detector.load_state_dict(values)
-    return fresh

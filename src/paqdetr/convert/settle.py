@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -287,7 +287,8 @@ def _strides(tensors: Mapping[str, Tensor], backbone: str, where: str) -> tuple[
     widths = [tensors[f"neck.lateral.{i}.0.weight"].shape[1] for i in range(count)]
     if not timm.is_model(backbone):
         raise CheckpointError(f"backbone={backbone}: timm has no such model", "give the name of a timm model")
-    infos = timm.create_model(backbone, features_only=True, pretrained=False).feature_info.info  # type: ignore[union-attr]
+    body = timm.create_model(backbone, features_only=True, pretrained=False)
+    infos: list[dict[str, Any]] = list(cast(Any, body.feature_info).info)
     by_width = {int(info["num_chs"]): int(info["reduction"]) for info in infos}
     if not count or not all(width in by_width for width in widths):
         raise CheckpointError(
