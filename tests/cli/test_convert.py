@@ -34,6 +34,7 @@ def test_a_conversion_as_a_process(checkpoint: Path, tmp_path: Path) -> None:
         "dropped: 1 x content queries become patterns",
         "x patterns instead of the file's static queries",
         f"checkpoint: {output}",
+        f"to train it: paqdetr train paq_dn_detr_nano --data DIR --output RUN init={output} model.dim=32",
     ):
         assert text in done.stdout
     model, old = load(output), load(checkpoint)

@@ -51,9 +51,10 @@ def convert(
     ] = None,
 ) -> None:
     """Turn weights of another program into a checkpoint, and say what became of each tensor."""
-    from paqdetr.config import parse_overrides
+    from paqdetr.config import load_config, parse_overrides
     from paqdetr.convert import convert_checkpoint
-    from paqdetr.models import save
+    from paqdetr.models import list_models, save
+    from paqdetr.models.reshape import settings_to_add
 
     if output.suffix != ".safetensors":
         raise ConfigError(f"--output {output}: checkpoints are .safetensors", "change the ending")
@@ -75,6 +76,10 @@ def convert(
     for note in report.notes:
         print_styled(errors, ("note:", "bold"), f" {note}")
     results.print(f"checkpoint: {output}", soft_wrap=True)
+    if report.model in list_models():
+        extra = settings_to_add(detector.config, load_config(report.model).model)
+        words = ["paqdetr train", report.model, "--data DIR --output RUN", f"init={output}", *extra]
+        results.print(f"to train it: {' '.join(words)}", soft_wrap=True)
 
 
 def _tensors(report: ConversionReport) -> Table:

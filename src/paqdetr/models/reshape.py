@@ -250,18 +250,25 @@ def require_same_settings(old: ModelConfig, new: ModelConfig, where: str) -> Non
     Raises:
         CheckpointError: a setting that matters differs; the remedy says how to set it.
     """
-    before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
-    different = [key for key in before if before[key] != after[key] and key not in _FREE_KEYS]
-    if not different:
+    overrides = settings_to_add(old, new)
+    if not overrides:
         return
-    found = ", ".join(f"{key} {before[key]!r} instead of {after[key]!r}" for key in different)
-    if "queries" in different:
+    keys = [override.split("=")[0].removeprefix("model.") for override in overrides]
+    found = ", ".join(f"{key} {getattr(old, key)!r} instead of {getattr(new, key)!r}" for key in keys)
+    if "queries" in keys:
         remedy = (
             "paqdetr convert CHECKPOINT --from paqdetr --as MODEL gives it the queries of another model first"
         )
     else:
-        remedy = "add " + " ".join(f"model.{key}={_yaml(before[key])}" for key in different)
+        remedy = f"add {' '.join(overrides)}"
     raise CheckpointError(f"{where}: its weights were made with {found}", remedy)
+
+
+def settings_to_add(old: ModelConfig, new: ModelConfig) -> list[str]:
+    """Overrides of `new` that give it what `old`'s weights need."""
+    before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
+    different = [key for key in before if before[key] != after[key] and key not in _FREE_KEYS]
+    return [f"model.{key}={_yaml(before[key])}" for key in different]
 
 
 def _yaml(value: Any) -> str:
