@@ -263,6 +263,28 @@ def test_misfits_are_an_error_unless_partial(make_original: Make) -> None:
     assert "transformer.enc_output.bias" in report.dropped
 
 
+def test_step_counters_of_norms_are_dropped_with_the_reason(make_original: Make) -> None:
+    original = make_original("detrex dino")
+    key = "backbone.res3.0.shortcut.norm.num_batches_tracked"
+    original.state[key] = torch.tensor(7)
+    _, report = convert(original)
+    assert report.dropped[key] == "a step counter of batch norm, which frozen norms have no use for"
+
+
+def test_a_backbone_we_do_not_know_can_be_replaced(make_original: Make) -> None:
+    original = make_original("dino")
+    backbone = [key for key in original.state if key.startswith("backbone.")]
+    for i, key in enumerate(backbone):
+        original.state[f"backbone.0.blocks.{i}.kernel"] = original.state.pop(key)
+    model, report = convert(original, partial=True, settings={"backbone": "resnet18"})
+    assert {key for key in report.dropped if report.dropped[key] == "unknown"} == {
+        f"backbone.0.blocks.{i}.kernel" for i in range(len(backbone))
+    }
+    assert set(report.fresh) == {key for key in model.state_dict() if key.startswith("backbone.body.")}
+    with pytest.raises(CheckpointError, match=r"no weights of a ResNet or Swin|backbone"):
+        convert(original, partial=True)
+
+
 def test_a_file_of_another_program_is_recognised(make_original: Make) -> None:
     with pytest.raises(CheckpointError, match=r"names look like --from dino, which knows 100% of them"):
         convert_checkpoint(make_original("dino").save(), origin="deformable_detr")
@@ -335,6 +357,12 @@ def test_a_checkpoint_of_ours_starts_a_paq_model(tmp_path: Path) -> None:
     assert all(key.startswith("query_source.") for key in report.fresh)
     same, whole = convert_checkpoint(tmp_path / "best.safetensors", origin="paqdetr")
     assert same.name == "dn_detr_nano" and set(whole.kept) == set(theirs)
+
+
+@pytest.mark.parametrize("key", ["classes", "weights"])
+def test_a_checkpoint_of_ours_says_its_classes_itself(key: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"{key}: a checkpoint of ours says so itself"):
+        convert_checkpoint(tmp_path / "best.safetensors", origin="paqdetr", settings={key: "coco"})
 
 
 @pytest.mark.parametrize(

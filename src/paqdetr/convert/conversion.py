@@ -79,6 +79,11 @@ def convert_checkpoint(
     overrides = {key: given.pop(key) for key in ("image_size", "size_divisor") if key in given}
     _require_known(given)
     if origin == OWN:
+        if weights is not None or classes is not None:
+            raise ConfigError(
+                f"{'classes' if weights is None else 'weights'}: a checkpoint of ours says so itself",
+                "leave it out; for other classes, convert first and then paqdetr.load(..., classes=...)",
+            )
         return _from_own(source, model, partial, given, overrides)
     if origin not in LAYOUTS:
         raise ConfigError(f"--from {origin}: no such program", f"choose among {', '.join([*LAYOUTS, OWN])}")

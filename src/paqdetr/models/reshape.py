@@ -194,7 +194,7 @@ def reshape_tensors(
                     result[key][new] = tensor[old]
         elif _QUERY_ROWS.fullmatch(key) and queries[0] != queries[1]:
             by_query = tensor.unflatten(0, (queries[0], -1))  # (n, rows a query, ...)
-            weight = share.to(tensor.dtype).view(-1, *[1] * (by_query.ndim - 1))
+            weight = share.to(by_query).view(-1, *[1] * (by_query.ndim - 1))
             result[key] = torch.lerp(by_query[low], by_query[high], weight).flatten(0, 1)
     known = {new for _, new in rows}
     went = {old for old, _ in rows}
