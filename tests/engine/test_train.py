@@ -568,3 +568,28 @@ def test_eight_images_are_learnt_by_heart(tmp_path: Path, no_pictures: None) -> 
     )
     found = evaluate(paqdetr.load(run.last), data=data, split="train")
     assert found.figures.AP >= 0.9, found.to_json()
+
+
+# ---------------------------------------------------------------------------------------- from a checkpoint
+
+
+def test_a_training_from_a_checkpoint(
+    tmp_path: Path, tiny_run: Run, tiny_digits: Path, tiny_settings: dict[str, Any], no_pictures: None
+) -> None:
+    settings = {**tiny_settings, "init": str(tiny_run.best), "model.num_queries": 12, "lr": 1e-12}
+    settings |= {"backbone_lr": 1e-12, "ema_decay": 0.0}
+    run = train("paq_dino_nano", data=tiny_digits, output=tmp_path / "run", epochs=1, settings=settings)
+    start = run.records("start")[0]["init"]
+    assert start["queries"] == [20, 12] and len(start["known_classes"]) == 10 and not start["new_classes"]
+    old, new = (read_checkpoint(path)[0] for path in (tiny_run.best, run.best))
+    for key in ("encoder.level_embed", "query_source.patterns", "decoder.class_heads.0.weight"):
+        torch.testing.assert_close(new[key], old[key], atol=1e-6, rtol=1e-5)
+
+
+def test_a_training_from_another_model_is_refused_before_it_begins(
+    tmp_path: Path, tiny_run: Run, tiny_digits: Path, tiny_settings: dict[str, Any]
+) -> None:
+    settings = {**tiny_settings, "init": str(tiny_run.best), "model.num_patterns": 7}
+    with pytest.raises(UserError, match="num_patterns 64 instead of 7"):
+        train("paq_dino_nano", data=tiny_digits, output=tmp_path / "run", epochs=1, settings=settings)
+    assert not (tmp_path / "run" / "config.yaml").exists()

@@ -17,6 +17,7 @@ from paqdetr.errors import ConfigError
 from paqdetr.models import backbone as module
 from paqdetr.models.backbone import Backbone, load_imagenet_weights, normalization_of
 from paqdetr.models.folding import FoldedNorm
+from paqdetr.models.swin import pad_before_shift
 from paqdetr.preprocessing import Normalization, to_pixels
 
 STRIDES = (8, 16, 32)
@@ -167,6 +168,7 @@ def test_weights_from_timm_keep_their_places(name: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(module.timm, "create_model", offline)
     backbone = build(name, pretrained=True, freeze_norm=False).eval()
     (source,) = stands_in
+    pad_before_shift(source)  # as the backbone does
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         maps = source.eval().forward_intermediates(x, intermediates_only=True)  # type: ignore[operator]

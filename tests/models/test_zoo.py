@@ -17,9 +17,10 @@ from paqdetr.config import ModelConfig, load_config
 from paqdetr.errors import CheckpointError, ConfigError
 from paqdetr.models import Detector, create_model, list_models, load, save
 from paqdetr.models.denoising import ContrastiveDenoising, PlainDenoising
+from paqdetr.models.files import find_checkpoint
 from paqdetr.models.queries import StaticQueries
 from paqdetr.models.start import LearnedAnchors, LearnedPoints, ProposalStart
-from paqdetr.models.zoo import build_model, find_checkpoint
+from paqdetr.models.zoo import build_model
 from paqdetr.paq import PatternQueries
 from paqdetr.structures import ClassTable
 

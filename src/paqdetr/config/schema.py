@@ -255,6 +255,9 @@ class Config(Section):
         default=1, ge=1, description="sides are rounded to multiples of it, aspect ratios a little off"
     )
     pretrained_backbone: bool = Field(default=True, description="start from ImageNet weights")
+    init: str | None = Field(
+        default=None, description="start from this checkpoint; its classes and number of queries may differ"
+    )
 
     epochs: int = Field(default=12, ge=1)
     max_steps: int | None = Field(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import time
@@ -33,8 +34,10 @@ from paqdetr.engine.trackers import require_trackers, start_trackers, track
 from paqdetr.errors import ConfigError, NonFiniteError, UserError
 from paqdetr.losses import build_criterion
 from paqdetr.models import Detector, load, save
-from paqdetr.models.zoo import build_model
+from paqdetr.models.files import model_to_train
 from paqdetr.ops import backends_run, choose_backend
+
+_LOG = logging.getLogger(__name__)
 
 # With nan_policy=skip-step: so many left out in a row mean that the training itself has failed.
 _MOST_SKIPPED = 10
@@ -117,9 +120,9 @@ class Trainer:
         self.events = Callbacks(callbacks if self.processes.main else [])
         self.stop = StopRequest(self.events.on_interrupt)
         torch.manual_seed(config.seed)
-        self.model = build_model(
-            config, classes=train_split.classes, pretrained_backbone=config.pretrained_backbone
-        )
+        self.model, self.taken = model_to_train(config, train_split.classes, resumed=run.state_file.is_file())
+        if self.taken is not None and self.processes.main:
+            _LOG.warning("init %s: %s", config.init, self.taken)
         if config.sync_batch_norm:
             self.model = synchronise_norms(self.model)
         self.model.to(self.accelerator.device)
@@ -185,6 +188,7 @@ class Trainer:
                     "processes": self.processes.count,
                     "attention": choose_backend(self.accelerator.device),
                     "lr_scale": self.lr_scale,
+                    **({} if self.taken is None else {"init": self.taken.to_dict()}),
                 }
             )
             with self.stop:

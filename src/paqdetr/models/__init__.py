@@ -1,6 +1,19 @@
-"""Detectors as compositions of small parts: backbone, neck, encoder, proposals, queries, denoising, decoder."""
+"""Detectors as compositions of small parts: backbone, neck, encoder, starts, queries, denoising, decoder."""
 
 from paqdetr.models.detector import Detector, DetectorOutput
-from paqdetr.models.zoo import create_model, list_models, load, save
+from paqdetr.models.files import load, save, start_from
+from paqdetr.models.reshape import ReshapeReport, reshape_classes, resize_queries
+from paqdetr.models.zoo import create_model, list_models
 
-__all__ = ["Detector", "DetectorOutput", "create_model", "list_models", "load", "save"]
+__all__ = [
+    "Detector",
+    "DetectorOutput",
+    "ReshapeReport",
+    "create_model",
+    "list_models",
+    "load",
+    "reshape_classes",
+    "resize_queries",
+    "save",
+    "start_from",
+]

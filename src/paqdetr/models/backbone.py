@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from paqdetr.errors import ConfigError
 from paqdetr.models.folding import fold_frozen_norms
+from paqdetr.models.swin import BUILD_OPTIONS, pad_before_shift
 from paqdetr.preprocessing import Normalization
 
 _TF_LITE = "tf_efficientnet_lite"
@@ -45,6 +46,7 @@ class Backbone(nn.Module):
     ) -> None:
         super().__init__()
         self.body, indices = _create_features(name, strides)
+        pad_before_shift(self.body)
         infos = _feature_info(self.body)
         self.channels = tuple(int(infos[i]["num_chs"]) for i in indices)
         if pretrained:
@@ -139,8 +141,7 @@ def _feature_info(body: nn.Module) -> list[dict[str, Any]]:
 
 
 def _size_options(name: str) -> dict[str, Any]:
-    # Swin is built for one image size unless told otherwise.
-    return {"strict_img_size": False} if name.startswith("swin") else {}
+    return BUILD_OPTIONS if name.startswith("swin") else {}
 
 
 def _is_nchw(body: nn.Module) -> bool:

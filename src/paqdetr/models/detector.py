@@ -190,7 +190,7 @@ class Detector(nn.Module):
 
     def save(self, path: str) -> None:
         """Write weights, config, classes and preprocessing as one safetensors file that `paqdetr.load` reads."""
-        from paqdetr.models.zoo import save
+        from paqdetr.models.files import save
 
         save(self, path)
 

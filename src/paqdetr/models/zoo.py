@@ -1,15 +1,13 @@
-"""Models by name: built from settings, saved to and loaded from one file."""
+"""Models by name, built from settings."""
 
 from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from paqdetr.checkpoint import load_tensors, read_checkpoint, write_checkpoint
-from paqdetr.config import Config, ModelConfig, list_configs, load_config, validate_config
-from paqdetr.errors import CheckpointError, ConfigError
+from paqdetr.config import Config, ModelConfig, list_configs, load_config
+from paqdetr.errors import ConfigError
 from paqdetr.models.backbone import Backbone, normalization_of
 from paqdetr.models.decoder import Decoder
 from paqdetr.models.denoising import ContrastiveDenoising, Denoising, PlainDenoising
@@ -210,78 +208,3 @@ def build_model(
     )
     init_weights(detector)
     return detector
-
-
-def save(model: Detector, path: str | Path, **extra: Any) -> None:
-    """Write a model as one safetensors file; `extra` (metrics, step...) goes into its header."""
-    header = {
-        "name": model.name,
-        "model": model.config.model_dump(mode="json"),
-        "classes": [
-            {"id": i, "name": name} for i, name in zip(model.classes.ids, model.classes.names, strict=True)
-        ],
-        "preprocessing": model.preprocessing.to_dict(),
-        **extra,
-    }
-    write_checkpoint(path, model.state_dict(), header)
-
-
-def load(path: str | Path, *, device: str = "cpu") -> Detector:
-    """A model from a checkpoint, in evaluation mode.
-
-    Args:
-        path: a .safetensors file, or a run's folder (its best.safetensors, else last.safetensors).
-        device: where to put it.
-
-    Raises:
-        CheckpointError: the file is missing, damaged, or does not fit the model its header names.
-    """
-    file = find_checkpoint(path)
-    tensors, header = read_checkpoint(file)
-    try:
-        preprocessing = Preprocessing.from_dict(header["preprocessing"])
-        # In the order of the file: position is the class index.
-        classes = ClassTable(
-            tuple(int(row["id"]) for row in header["classes"]),
-            tuple(str(row["name"]) for row in header["classes"]),
-        )
-        config = validate_config(
-            {
-                "name": header["name"],
-                "model": header["model"],
-                "image_size": preprocessing.image_size,
-                "size_divisor": preprocessing.size_divisor,
-            },
-            str(file),
-        )
-        model = build_model(config, classes=classes)
-    except KeyError as error:
-        raise CheckpointError(
-            f"{file}: its header lacks {error}", "give a file that paqdetr's `save` or a run has written"
-        ) from None
-    except (TypeError, ValueError, IndexError) as error:
-        raise CheckpointError(
-            f"{file}: its header is malformed ({error})",
-            "give a file that paqdetr's `save` or a run has written",
-        ) from None
-    except ConfigError as error:
-        raise CheckpointError(
-            f"{file}: its header describes no model that this version can build ({error.message})",
-            f"load it with the version that wrote it, {header.get('version')}",
-        ) from None
-    model.preprocessing = preprocessing
-    load_tensors(model, tensors, str(file))
-    return model.to(device).eval()
-
-
-def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint that a path means: itself, or the best of a run's folder."""
-    path = Path(path)
-    if not path.is_dir():
-        return path
-    for name in ("best.safetensors", "last.safetensors"):
-        if (path / name).is_file():
-            return path / name
-    raise CheckpointError(
-        f"{path}: the folder has no checkpoint", "give a run's folder or a .safetensors file"
-    )

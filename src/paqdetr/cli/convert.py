@@ -1,0 +1,119 @@
+"""`paqdetr convert`"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from paqdetr.cli.console import errors, print_styled, results
+from paqdetr.errors import ConfigError
+
+if TYPE_CHECKING:
+    from paqdetr.convert import ConversionReport
+
+
+def convert(
+    source: Annotated[
+        Path, typer.Argument(help="A .pth, a .safetensors, or a folder of transformers' save_pretrained.")
+    ],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="What the file does not tell, such as num_heads=8 num_queries=300 classes=coco.",
+            metavar="[KEY=VALUE]...",
+        ),
+    ] = None,
+    *,
+    origin: Annotated[
+        str,
+        typer.Option(
+            "--from", help="dino, detrex, dn_detr, deformable_detr, relation_detr, transformers or paqdetr."
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="The checkpoint to write, .safetensors.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--as", help="A model of the same host to become, such as paq_dino_r50.", metavar="MODEL"
+        ),
+    ] = None,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Leave out unknown tensors, start missing ones anew.")
+    ] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write what became of every tensor to this file.")
+    ] = None,
+) -> None:
+    """Turn weights of another program into a checkpoint, and say what became of each tensor."""
+    from paqdetr.config import load_config, parse_overrides
+    from paqdetr.convert import convert_checkpoint
+    from paqdetr.models import list_models, save
+    from paqdetr.models.reshape import settings_to_add
+
+    if output.suffix != ".safetensors":
+        raise ConfigError(f"--output {output}: checkpoints are .safetensors", "change the ending")
+    if output.exists():
+        raise ConfigError(f"--output {output}: the file exists, and nothing is overwritten", "choose another")
+    detector, report = convert_checkpoint(
+        source, origin=origin, model=model, partial=partial, settings=parse_overrides(settings or [])
+    )
+    save(detector, output, converted={"origin": report.origin, "source": report.source, **report.counts()})
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(report.to_dict(), indent=1), encoding="utf-8")
+    results.print(f"{report.source} ({report.origin}) as {report.model}", soft_wrap=True)
+    results.print(_tensors(report))
+    results.print(_settings(report))
+    for kind, reasons in (("dropped", report.dropped), ("starts anew", report.fresh)):
+        for reason, count in Counter(_general(reasons.values())).most_common():
+            results.print(f"{kind}: {count} x {reason}", soft_wrap=True)
+    for note in report.notes:
+        print_styled(errors, ("note:", "bold"), f" {note}")
+    results.print(f"checkpoint: {output}", soft_wrap=True)
+    if report.model in list_models():
+        extra = settings_to_add(detector.config, load_config(report.model).model)
+        words = ["paqdetr train", report.model, "--data DIR --output RUN", f"init={output}", *extra]
+        results.print(f"to train it: {' '.join(words)}", soft_wrap=True)
+
+
+def _tensors(report: ConversionReport) -> Table:
+    """Tensors of the model by part: as they were, under another name, anew."""
+    table = Table(title="tensors of the model", title_justify="left")
+    table.add_column("part")
+    for column in ("same name", "renamed", "starts anew"):
+        table.add_column(column, justify="right")
+    kinds: tuple[Iterable[str], ...] = (report.kept, report.renamed, report.fresh)
+    columns = [Counter(key.split(".")[0] for key in keys) for keys in kinds]
+    for part in dict.fromkeys(key for column in columns for key in column):
+        table.add_row(part, *(str(column[part] or "-") for column in columns))
+    table.add_section()
+    table.add_row("all", *(str(column.total() or "-") for column in columns))
+    return table
+
+
+def _settings(report: ConversionReport) -> Table:
+    table = Table(title="settings, and how they are known", title_justify="left")
+    for column in ("setting", "value", "from"):
+        table.add_column(column)
+    for key, setting in report.settings.items():
+        table.add_row(key, _show(setting.value), setting.known_from)
+    return table
+
+
+def _show(value: Any) -> str:
+    return json.dumps(list(value) if isinstance(value, tuple) else value)
+
+
+def _general(reasons: Iterable[str]) -> Iterable[str]:
+    """Reasons without the tensor that each of them names."""
+    for reason in reasons:
+        if reason.startswith("the same tensor as"):
+            yield "a second name of another tensor, verified equal"
+        else:
+            yield reason.split(" (")[0]

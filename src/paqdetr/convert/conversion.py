@@ -1,0 +1,215 @@
+"""From a file of another program to a model of ours: read, rename, settle, build, fill, and account for all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from paqdetr.checkpoint import read_checkpoint
+from paqdetr.config import ModelConfig
+from paqdetr.convert.classes import class_slots
+from paqdetr.convert.deformable_detr import DEFORMABLE_DETR
+from paqdetr.convert.detrex import DETREX
+from paqdetr.convert.dino import DINO
+from paqdetr.convert.dn_detr import DN_DETR
+from paqdetr.convert.keymap import Renamed, apply_rules, coverage
+from paqdetr.convert.layout import Layout
+from paqdetr.convert.read import SourceFile, read_source
+from paqdetr.convert.relation_detr import RELATION_DETR
+from paqdetr.convert.report import ConversionReport, Origin
+from paqdetr.convert.settle import (
+    Setting,
+    class_rows,
+    infer_settings,
+    settle_classes,
+    settle_heads,
+    settle_names,
+)
+from paqdetr.convert.target import QUERY_KEYS, fill_model, fit_heads, fit_queries, target_config
+from paqdetr.convert.transformers import TRANSFORMERS
+from paqdetr.errors import CheckpointError, ConfigError
+from paqdetr.models import Detector
+from paqdetr.models.files import describe_checkpoint, find_checkpoint
+from paqdetr.models.zoo import build_model
+
+LAYOUTS: dict[str, Layout] = {
+    "dino": DINO,
+    "detrex": DETREX,
+    "dn_detr": DN_DETR,
+    "deformable_detr": DEFORMABLE_DETR,
+    "relation_detr": RELATION_DETR,
+    "transformers": TRANSFORMERS,
+}
+"""The programs whose checkpoints can be converted, by the word for --from."""
+OWN = "paqdetr"
+"""The word for our own checkpoints, which can become other models of their host too."""
+
+
+def convert_checkpoint(
+    source: str | Path,
+    *,
+    origin: str,
+    model: str | None = None,
+    partial: bool = False,
+    settings: Mapping[str, Any] | None = None,
+) -> tuple[Detector, ConversionReport]:
+    """Read weights of another program into a model of ours.
+
+    Args:
+        source: a .pth, a .safetensors, or a folder that transformers' `save_pretrained` wrote.
+        origin: the program that wrote it, a key of `LAYOUTS`; "paqdetr" for a checkpoint or a run of ours.
+        model: a model of `list_models()` to become: of the same host and backbone, with its own queries, which start fresh where
+            they are others ("paq_dino_r50" from a DINO). The host of the file itself if None.
+        partial: accept unknown tensors (dropped) and missing ones (they start fresh) instead of raising.
+        settings: settings of the model that the file does not tell (num_heads, num_queries, position_temperature...);
+            image_size; `classes` ("coco", "numbered", a COCO json, a text file with a name a line); `weights`, which entry of a
+            .pth holds them.
+
+    Returns:
+        the model in evaluation mode, on the CPU, and what became of every tensor.
+
+    Raises:
+        CheckpointError: the file cannot be read, is of another program, or does not fit; it names the tensors.
+        ConfigError: unknown origin, model or setting.
+    """
+    given = {key.removeprefix("model."): value for key, value in (settings or {}).items()}
+    weights, classes = given.pop("weights", None), given.pop("classes", None)
+    overrides = {key: given.pop(key) for key in ("image_size", "size_divisor") if key in given}
+    _require_known(given)
+    if origin == OWN:
+        if weights is not None or classes is not None:
+            raise ConfigError(
+                f"{'classes' if weights is None else 'weights'}: a checkpoint of ours says so itself",
+                "leave it out; for other classes, convert first and then paqdetr.load(..., classes=...)",
+            )
+        return _from_own(source, model, partial, given, overrides)
+    if origin not in LAYOUTS:
+        raise ConfigError(f"--from {origin}: no such program", f"choose among {', '.join([*LAYOUTS, OWN])}")
+    layout, where = LAYOUTS[origin], str(source)
+
+    file = read_source(source, weights=weights)
+    renamed = apply_rules(layout.rules, file.tensors, where=where)
+    if renamed.unknown and not partial:
+        raise _unknown(renamed, file, origin, where)
+    settle_names(renamed, layout, where=where)
+    known = infer_settings(renamed, layout, file.hints, given, where=where)
+    shared = settle_heads(
+        renamed,
+        layers=known["decoder_layers"].value,
+        must_share=not known.get("box_refinement", Setting(True, "")).value,
+        where=where,
+    )
+    known.setdefault("share_heads", Setting(shared, "tensors"))
+    slots = class_slots(
+        class_rows(renamed.tensors, where=where),
+        given=None if classes is None else str(classes),
+        names=_label_names(file.hints),
+        where=where,
+    )
+    agnostic = bool(known.get("class_agnostic_proposals", Setting(False, "")).value)
+    settle_classes(renamed, slots, agnostic=agnostic)
+    known["num_classes"] = Setting(len(slots.table), slots.note)
+
+    config = target_config(known, model, given, overrides, where)
+    detector = build_model(config, classes=slots.table)
+    report = _finish(detector, renamed, known, model, partial=partial, where=where)
+    return detector.eval(), replace(report, origin=layout.title, notes=tuple(file.notes))
+
+
+def _from_own(
+    source: str | Path,
+    model: str | None,
+    partial: bool,
+    given: Mapping[str, Any],
+    overrides: Mapping[str, Any],
+) -> tuple[Detector, ConversionReport]:
+    """A checkpoint of ours: names stay, and its header knows all settings."""
+    file = find_checkpoint(source)
+    where = str(file)
+    tensors, header = read_checkpoint(file)
+    old, table, preprocessing = describe_checkpoint(header, where)
+    known = {key: Setting(getattr(old.model, key), "header of the file") for key in ModelConfig.model_fields}
+    known |= {key: Setting(value, "given") for key, value in given.items()}
+    sizes = {"image_size": preprocessing.image_size, "size_divisor": preprocessing.size_divisor}
+    config = target_config(known, model, given, sizes | dict(overrides), where, name=old.name)
+    detector = build_model(config, classes=table)
+    renamed = Renamed(tensors=dict(tensors), sources={key: (key,) for key in tensors})
+    report = _finish(detector, renamed, known, model, partial=partial, where=where)
+    return detector.eval(), report
+
+
+def _finish(
+    detector: Detector,
+    renamed: Renamed,
+    known: Mapping[str, Setting],
+    model: str | None,
+    *,
+    partial: bool,
+    where: str,
+) -> ConversionReport:
+    """Fit the tensors to the model, fill it, and say what became of them."""
+    config = detector.config
+    fit_heads(renamed, config)
+    fit_queries(renamed, config, known["queries"].value)
+    fresh = fill_model(detector, renamed, config, known, partial=partial, where=where)
+    return ConversionReport(
+        source=where,
+        origin=OWN,
+        model=detector.name,
+        settings={
+            key: Setting(getattr(config, key), _origin(key, config, known, model))
+            for key in ModelConfig.model_fields
+            if key in known or (model is not None and key in QUERY_KEYS)
+        },
+        kept=tuple(key for key, names in renamed.sources.items() if names == (key,)),
+        renamed={
+            key: Origin(names, renamed.notes.get(key, ""))
+            for key, names in renamed.sources.items()
+            if names != (key,)
+        },
+        dropped=renamed.dropped,
+        fresh=fresh,
+    )
+
+
+def _require_known(given: Mapping[str, Any]) -> None:
+    unknown = [key for key in given if key not in ModelConfig.model_fields]
+    if unknown:
+        raise ConfigError(
+            f"unknown setting {unknown[0]!r}",
+            "a conversion takes settings of the model, image_size, classes and weights",
+        )
+
+
+def _unknown(renamed: Renamed, file: SourceFile, origin: str, where: str) -> CheckpointError:
+    keys = renamed.unknown
+    shown = ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
+    share = {name: coverage(layout.rules, file.tensors) for name, layout in LAYOUTS.items()}
+    best = max(share, key=lambda name: share[name])
+    if share[best] > share[origin]:
+        remedy = f"its names look like --from {best}, which knows {share[best]:.0%} of them"
+    else:
+        remedy = (
+            "if you can do without them, --partial leaves them out; outputs then differ from the original's"
+        )
+    return CheckpointError(
+        f"{where}: {len(keys)} of {len(file.tensors)} tensors are not of {LAYOUTS[origin].title}: {shown}",
+        remedy,
+    )
+
+
+def _label_names(hints: Mapping[str, Any]) -> dict[int, str] | None:
+    """Names in a config.json of transformers, unless they are the ones it makes up."""
+    labels = hints.get("id2label")
+    if not isinstance(labels, Mapping):
+        return None
+    names = {int(row): str(name) for row, name in labels.items()}
+    return None if all(name == f"LABEL_{row}" for row, name in names.items()) else names
+
+
+def _origin(key: str, config: ModelConfig, known: Mapping[str, Setting], model: str | None) -> str:
+    if key in known and known[key].value == getattr(config, key):
+        return known[key].known_from
+    return f"model {model}" if model else "default"

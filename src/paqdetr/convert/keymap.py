@@ -1,0 +1,261 @@
+"""Key maps: rules that say where the tensors of another program go, and one function that applies them and loses track of none.
+
+A rule names tensors by a template. `{i}`, `{j}`, `{k}` stand for a number, `{p}` for `weight` or `bias`, `{rest}` for whatever is
+left; a target may use `{2k}` (twice k), `{i+1}` and `{i-1}`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from paqdetr.errors import CheckpointError
+
+_HOLES = {
+    "i": r"\d+",
+    "j": r"\d+",
+    "k": r"\d+",
+    "p": r"weight|bias",
+    "rest": r".+",
+}
+_ARITHMETIC: dict[str, Callable[[int], int]] = {
+    "2k": lambda k: 2 * k,
+    "i+1": lambda i: i + 1,
+    "i-1": lambda i: i - 1,
+}
+
+
+@dataclass(frozen=True)
+class Take:
+    """A part of a source tensor, and how a report names it."""
+
+    name: str
+    of: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Where a source tensor goes, or a part of it.
+
+    Attributes:
+        target: template of our name.
+        take: which part; None for all.
+        part: (position, count) if the target is several sources one after the other, by rows.
+    """
+
+    target: str
+    take: Take | None = None
+    part: tuple[int, int] = (0, 1)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What becomes of the source tensors that a template matches.
+
+    Attributes:
+        source: template of their name.
+        pieces: where they go; none if they are dropped.
+        reason: why they are dropped.
+        twin: template of another source that has to hold the same values: the same module under a second name.
+    """
+
+    source: str
+    pieces: tuple[Piece, ...] = ()
+    reason: str = ""
+    twin: str | None = None
+
+    @cached_property
+    def pattern(self) -> re.Pattern[str]:
+        """The template as a regular expression."""
+        parts = re.split(r"\{(\w+)\}", self.source)
+        expression = "".join(
+            f"(?P<{part}>{_HOLES[part]})" if odd else re.escape(part)
+            for part, odd in zip(parts, [False, True] * len(parts), strict=False)
+        )
+        return re.compile(expression)
+
+
+def move(source: str, target: str) -> Rule:
+    """One tensor under another name."""
+    return Rule(source, (Piece(target),))
+
+
+def split(source: str, *pieces: tuple[str, Take]) -> Rule:
+    """One tensor that holds several of ours: (target, which part of it)."""
+    return Rule(source, tuple(Piece(target, take) for target, take in pieces))
+
+
+def pack(sources: Iterable[str], target: str) -> tuple[Rule, ...]:
+    """Several tensors that are one of ours, one after the other by rows."""
+    names = tuple(sources)
+    return tuple(Rule(name, (Piece(target, part=(i, len(names))),)) for i, name in enumerate(names))
+
+
+def drop(source: str, reason: str) -> Rule:
+    """Tensors that we have no use for, and why."""
+    return Rule(source, reason=reason)
+
+
+def same(source: str, twin: str) -> Rule:
+    """A second name of the same tensor: the two must be equal, and it counts once. Alone in a file, it stands for its twin."""
+    return Rule(source, twin=twin)
+
+
+FIRST_HALF = Take("first half of each row", lambda tensor: tensor.chunk(2, dim=1)[0])
+SECOND_HALF = Take("second half of each row", lambda tensor: tensor.chunk(2, dim=1)[1])
+
+
+@dataclass
+class Renamed:
+    """Tensors under our names, and what became of every source.
+
+    Attributes:
+        tensors: by our name.
+        sources: our name -> the source tensors it was made of.
+        notes: our name -> how, where it was more than renaming.
+        dropped: source -> why.
+        unknown: sources that no rule knows.
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    sources: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)
+    unknown: list[str] = field(default_factory=list)
+
+    @property
+    def all_sources(self) -> set[str]:
+        """Every tensor of the file."""
+        used = {source for sources in self.sources.values() for source in sources}
+        return used | set(self.dropped) | set(self.unknown)
+
+    def rename(self, old: str, new: str) -> None:
+        """One of ours under another name of ours."""
+        for table in (self.tensors, self.sources, self.notes):
+            if old in table:
+                table[new] = table.pop(old)  # type: ignore[assignment]
+
+    def change(self, key: str, tensor: Tensor, note: str) -> None:
+        """Other values for one of ours."""
+        self.tensors[key] = tensor
+        self.notes[key] = f"{self.notes[key]}; {note}" if key in self.notes else note
+
+    def copy(self, old: str, new: str, note: str) -> None:
+        """The same values for another of ours."""
+        self.tensors[new], self.sources[new] = self.tensors[old], self.sources[old]
+        self.notes[new] = note
+
+    def discard(self, key: str, reason: str) -> None:
+        """Leave one of ours out after all."""
+        del self.tensors[key]
+        self.notes.pop(key, None)
+        sources = self.sources.pop(key)
+        used = {source for others in self.sources.values() for source in others}
+        self.dropped |= {source: reason for source in sources if source not in used}
+
+
+def apply_rules(rules: Iterable[Rule], tensors: Mapping[str, Tensor], *, where: str) -> Renamed:
+    """Put every source tensor where the first rule that knows it says.
+
+    Args:
+        rules: of the program that wrote the file.
+        tensors: of the file.
+        where: the file, for errors.
+
+    Raises:
+        CheckpointError: two names of one tensor hold different values; two sources want to be the same tensor of ours; one of
+            ours is made of several sources and some are missing.
+    """
+    rules = tuple(rules)
+    result = Renamed()
+    parts: dict[str, dict[tuple[int, int], tuple[str, Tensor]]] = {}
+    for key, tensor in tensors.items():
+        rule, match = _find(rules, key)
+        name = key
+        while rule is not None and match is not None and rule.twin is not None:
+            twin = _fill(rule.twin, match)
+            if twin in tensors:
+                _require_equal(key, tensor, twin, tensors[twin], where)
+                result.dropped[key] = f"the same tensor as {twin}, verified equal"
+                rule = None
+                break
+            name = twin  # alone in the file: it stands for its twin
+            rule, match = _find(rules, name)
+        if rule is None or match is None:
+            if key not in result.dropped:
+                result.unknown.append(key)
+            continue
+        if not rule.pieces:
+            result.dropped[key] = rule.reason
+        for piece in rule.pieces:
+            target = _fill(piece.target, match)
+            value = tensor if piece.take is None else piece.take.of(tensor)
+            slot = parts.setdefault(target, {})
+            if piece.part in slot:
+                raise CheckpointError(
+                    f"{where}: {key} and {slot[piece.part][0]} are both {target}",
+                    "the file holds two models or two versions of one; take out the other",
+                )
+            slot[piece.part] = (key, value)
+            if piece.take is not None:
+                result.notes[target] = piece.take.name
+    for target, slot in parts.items():
+        _assemble(result, target, slot, where)
+    return result
+
+
+def coverage(rules: Iterable[Rule], keys: Iterable[str]) -> float:
+    """The share of keys that some rule knows, in [0, 1]."""
+    rules, keys = tuple(rules), list(keys)
+    return sum(_find(rules, key)[0] is not None for key in keys) / max(len(keys), 1)
+
+
+def _find(rules: tuple[Rule, ...], key: str) -> tuple[Rule, re.Match[str]] | tuple[None, None]:
+    for rule in rules:
+        if match := rule.pattern.fullmatch(key):
+            return rule, match
+    return None, None
+
+
+def _fill(template: str, match: re.Match[str]) -> str:
+    groups = match.groupdict()
+
+    def value(hole: re.Match[str]) -> str:
+        name = hole.group(1)
+        if name in groups:
+            return groups[name]
+        return str(_ARITHMETIC[name](int(groups[name.strip("2+-1")])))
+
+    return re.sub(r"\{([\w+-]+)\}", value, template)
+
+
+def _require_equal(key: str, tensor: Tensor, twin: str, other: Tensor, where: str) -> None:
+    if tensor.shape != other.shape or not torch.equal(tensor, other):
+        raise CheckpointError(
+            f"{where}: {key} and {twin} are two names of one tensor, but hold different values",
+            "the file was edited or is damaged; use the one its program wrote",
+        )
+
+
+def _assemble(
+    result: Renamed, target: str, slot: dict[tuple[int, int], tuple[str, Tensor]], where: str
+) -> None:
+    """One of ours from its parts, all of which have to be there."""
+    ordered = sorted(slot.items())
+    count = ordered[0][0][1]
+    if len(ordered) != count:
+        names = ", ".join(key for _, (key, _) in ordered)
+        raise CheckpointError(
+            f"{where}: {target} is made of {count} tensors, and only {names} is there",
+            "the file is incomplete; use the one its program wrote",
+        )
+    result.sources[target] = tuple(key for _, (key, _) in ordered)
+    pieces = [value for _, (_, value) in ordered]
+    result.tensors[target] = pieces[0] if count == 1 else torch.cat(pieces)
+    if count > 1:
+        result.notes[target] = f"{count} tensors packed by rows"

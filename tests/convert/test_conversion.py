@@ -1,0 +1,386 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from paqdetr.convert import COCO, ConversionReport, convert_checkpoint
+from paqdetr.errors import CheckpointError, ConfigError, UserError
+from paqdetr.models import Detector, create_model, load, save
+
+if TYPE_CHECKING:
+    from tests.convert.conftest import Original  # its fixtures make them
+
+HEADS, QUERIES = 4, 7
+Make = Callable[[str], "Original"]
+
+
+def convert(original: Original, **options: Any) -> tuple[Detector, ConversionReport]:
+    given = {"num_heads": HEADS, "num_queries": QUERIES} | options.pop("settings", {})
+    return convert_checkpoint(original.save(), origin=original.origin, settings=given, **options)
+
+
+@pytest.fixture(scope="module")
+def converted(original: Original) -> tuple[Detector, ConversionReport]:
+    return convert(original)
+
+
+def test_every_tensor_is_used_once_or_said_to_be_dropped(
+    original: Original, converted: tuple[Detector, ConversionReport]
+) -> None:
+    model, report = converted
+    assert report.used | set(report.dropped) == set(original.state)
+    assert not report.used & set(report.dropped)
+    allowed = ("the same tensor as", "shared with layer 0, verified equal", "follows from the window size")
+    assert all(reason.startswith(allowed) for reason in report.dropped.values())
+    assert set(report.kept) | set(report.renamed) == set(model.state_dict())
+    assert not report.fresh
+
+
+def test_the_model_is_the_host_that_the_file_is_of(
+    original: Original, converted: tuple[Detector, ConversionReport]
+) -> None:
+    model, report = converted
+    assert model.classes == COCO
+    assert report.model == model.name
+    host = model.name.rsplit("_resnet18", 1)[0].rsplit("_swin_tiny", 1)[0]
+    assert (
+        host
+        in {
+            "dino": {"dino", "dino_5scale"},
+            "detrex": {"dino", "dn_detr"},
+            "dn_detr": {"dn_detr"},
+            "deformable_detr": {"deformable_detr", "deformable_detr_refine", "deformable_detr_one_stage"},
+            "relation_detr": {"dino"},
+        }[original.origin]
+    )
+    assert (model.config.dim, model.config.num_heads, model.config.num_points) == (128, HEADS, 3)
+    assert (model.config.encoder_layers, model.config.decoder_layers, model.config.ffn_dim) == (2, 3, 48)
+    assert model.config.num_queries == QUERIES
+    assert not model.training
+
+
+def test_a_converted_model_can_be_saved_and_loaded(
+    converted: tuple[Detector, ConversionReport], tmp_path: Path
+) -> None:
+    model, _ = converted
+    save(model, tmp_path / "x.safetensors")
+    loaded = load(tmp_path / "x.safetensors")
+    images = torch.randn(1, 3, 96, 128)
+    with torch.no_grad():
+        assert torch.equal(model(images).pred_boxes, loaded(images).pred_boxes)
+    assert loaded.classes.names[0] == "person" and loaded.classes.ids[-1] == 90
+
+
+# For each program: their tensor, ours, and what is done on the way. What takes part in predictions is proven in test_outputs.py.
+SLOTS = list(COCO.ids)
+PLACES: list[tuple[str, str, str, Callable[[Tensor], Tensor]]] = [
+    ("dino", "label_enc.weight", "denoising.label_embed.weight", lambda x: x[SLOTS]),
+    ("dino", "class_embed.2.bias", "decoder.class_heads.0.bias", lambda x: x[SLOTS]),
+    ("dino", "transformer.enc_out_class_embed.weight", "start.head.class_head.weight", lambda x: x[SLOTS]),
+    ("dino", "transformer.decoder.layers.1.norm2.bias", "decoder.layers.1.self_norm.bias", lambda x: x),
+    ("dino", "transformer.decoder.layers.1.norm1.bias", "decoder.layers.1.cross_norm.bias", lambda x: x),
+    (
+        "dino",
+        "transformer.decoder.ref_point_head.layers.1.weight",
+        "decoder.position_head.2.weight",
+        lambda x: x,
+    ),
+    ("dino", "input_proj.3.0.weight", "neck.extra.0.0.weight", lambda x: x),
+    ("dino unshared", "bbox_embed.2.layers.2.weight", "decoder.box_heads.2.4.weight", lambda x: x),
+    (
+        "dino swin",
+        "backbone.0.layers.0.downsample.reduction.weight",
+        "backbone.body.layers_1.downsample.reduction.weight",
+        lambda x: x,
+    ),
+    ("dino swin", "backbone.0.norm1.weight", "backbone.norms.0.weight", lambda x: x),
+    ("dino 5scale swin", "backbone.0.norm0.weight", "backbone.norms.0.weight", lambda x: x),
+    ("detrex dino", "label_enc.weight", "denoising.label_embed.weight", lambda x: x),
+    ("detrex dino", "class_embed.3.weight", "start.head.class_head.weight", lambda x: x),
+    (
+        "detrex dino",
+        "backbone.res3.0.shortcut.norm.bias",
+        "backbone.body.layer2.0.downsample.1.bias",
+        lambda x: x,
+    ),
+    ("detrex dn", "label_encoder.weight", "denoising.label_embed.weight", lambda x: x[:80]),
+    (
+        "detrex dn newer",
+        "denoising_generator.label_encoder.weight",
+        "denoising.label_embed.weight",
+        lambda x: x[:80],
+    ),
+    ("dn_detr", "label_enc.weight", "denoising.label_embed.weight", lambda x: x[SLOTS]),
+    ("dn_detr", "refpoint_embed.weight", "start.boxes", lambda x: x),
+    ("deformable one-stage", "query_embed.weight", "start.position", lambda x: x[:, :128]),
+    ("deformable one-stage", "query_embed.weight", "query_source.table", lambda x: x[:, 128:]),
+    ("deformable two-stage", "class_embed.3.weight", "start.head.class_head.weight", lambda x: x[:1]),
+    ("deformable two-stage", "transformer.pos_trans.weight", "start.embed.0.weight", lambda x: x),
+    (
+        "relation",
+        "denoising_generator.label_encoder.weight",
+        "denoising.label_embed.weight",
+        lambda x: x[SLOTS],
+    ),
+    ("relation", "neck.convs.3.1.bias", "neck.extra.0.1.bias", lambda x: x),
+]
+
+
+@pytest.mark.parametrize("variant", sorted({place[0] for place in PLACES}))
+def test_tensors_land_where_they_should(variant: str, make_original: Make) -> None:
+    original = make_original(variant)
+    ours = convert(original)[0].state_dict()
+    for _, theirs, target, change in (place for place in PLACES if place[0] == variant):
+        assert torch.equal(ours[target], change(original.state[theirs])), (theirs, target)
+
+
+def test_convolutions_without_a_bias_get_one_of_zeros(make_original: Make) -> None:
+    model, report = convert(make_original("relation"))
+    assert model.state_dict()["neck.lateral.0.0.bias"].count_nonzero() == 0
+    assert report.renamed["neck.lateral.0.0.bias"].note == "zero: the convolution had no bias"
+
+
+# Shared heads
+
+
+@pytest.mark.parametrize(
+    ("variant", "shared"), [("dino", True), ("dino unshared", False), ("deformable one-stage", True)]
+)
+def test_heads_are_shared_where_all_copies_are_equal(variant: str, shared: bool, make_original: Make) -> None:
+    model, report = convert(make_original(variant))
+    assert model.config.share_heads is shared
+    dropped = [key for key, reason in report.dropped.items() if "shared with layer 0" in reason]
+    assert bool(dropped) is shared
+
+
+def test_heads_that_the_program_shares_have_to_be_equal(make_original: Make) -> None:
+    original = make_original("deformable one-stage")
+    original.state["bbox_embed.1.layers.0.bias"] += 1
+    with pytest.raises(
+        CheckpointError, match="3 box_heads are one and the same in its program, but number 1 differs"
+    ):
+        convert(original)
+
+
+def test_a_second_name_with_other_values_is_an_error(make_original: Make) -> None:
+    original = make_original("dino")
+    original.state["transformer.decoder.bbox_embed.0.layers.0.bias"] += 1
+    with pytest.raises(CheckpointError, match="two names of one tensor, but hold different values"):
+        convert(original)
+
+
+# What the file says of itself
+
+
+def test_settings_name_their_origin(make_original: Make) -> None:
+    _, report = convert_checkpoint(make_original("dino").save(), origin="dino")
+    known = {key: (setting.value, setting.known_from) for key, setting in report.settings.items()}
+    assert known["num_heads"] == (HEADS, "arguments in the file")
+    assert known["dim"] == (128, "tensors")
+    assert known["position_temperature"] == (20.0, "code of IDEA-Research/DINO")
+    assert known["num_classes"] == (80, "91 slots, one a COCO category id")
+
+
+def test_what_is_given_wins_over_what_the_file_says(make_original: Make) -> None:
+    model, report = convert(
+        make_original("detrex dino"), settings={"position_temperature": 20, "model.position_offset": 0.0}
+    )
+    assert (model.config.position_temperature, model.config.position_offset) == (20, 0)
+    assert report.settings["position_temperature"].known_from == "given"
+
+
+def test_what_published_models_have_is_assumed_and_said(make_original: Make) -> None:
+    original = make_original("deformable two-stage")
+    torch.save(original.state, original.path)  # without arguments
+    with pytest.raises(CheckpointError, match=r"12 samples a level and width 128 do not part into 8 heads"):
+        convert_checkpoint(original.path, origin="deformable_detr")
+    _, report = convert_checkpoint(original.path, origin="deformable_detr", settings={"num_heads": HEADS})
+    assert report.settings["num_queries"].value == 300
+    assert report.settings["num_queries"].known_from == "published models; the file does not say"
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"), [("two_stage_type", "no"), ("dilation", True), ("transformer_activation", "gelu")]
+)
+def test_variants_that_cannot_be_built_are_refused(argument: str, value: Any, make_original: Make) -> None:
+    path = make_original("dino").save()
+    content = torch.load(path, weights_only=False)
+    setattr(content["args"], argument, value)
+    torch.save(content, path)
+    with pytest.raises(CheckpointError, match=rf"made with {argument}={value!r}, which cannot be built here"):
+        convert_checkpoint(path, origin="dino")
+
+
+def test_encoder_and_decoder_have_to_be_of_one_size(make_original: Make) -> None:
+    original = make_original("dino")
+    for leaf, shape in (
+        ("linear1.weight", (64, 128)),
+        ("linear1.bias", (64,)),
+        ("linear2.weight", (128, 64)),
+    ):
+        for i in range(3):
+            original.state[f"transformer.decoder.layers.{i}.{leaf}"] = torch.zeros(shape)
+    with pytest.raises(CheckpointError, match=r"feed-forward block: 48 in encoder.*64 in decoder"):
+        convert(original)
+
+
+# Unknown and missing tensors
+
+
+def test_unknown_tensors_are_an_error_unless_partial(make_original: Make) -> None:
+    original = make_original("relation")
+    key = "transformer.decoder.position_relation_embedding.pos_proj.0.weight"
+    original.state[key] = torch.zeros(8, 64, 1, 1)
+    with pytest.raises(CheckpointError, match=rf"1 of \d+ tensors are not of .*Relation-DETR.*: {key}"):
+        convert(original)
+    _, report = convert(original, partial=True)
+    assert report.dropped[key] == "unknown"
+
+
+def test_missing_tensors_are_an_error_unless_partial(make_original: Make) -> None:
+    original = make_original("dino")
+    del original.state["transformer.enc_output.bias"]
+    with pytest.raises(CheckpointError, match=r"for a dino_resnet18 it lacks start\.head\.project\.bias"):
+        convert(original)
+    _, report = convert(original, partial=True)
+    assert report.fresh == {"start.head.project.bias": "not in the file"}
+
+
+def test_misfits_are_an_error_unless_partial(make_original: Make) -> None:
+    original = make_original("dino")
+    original.state["transformer.enc_output.bias"] = torch.zeros(64)
+    with pytest.raises(
+        CheckpointError, match=r"other shapes for start\.head\.project\.bias \(64,\) instead of \(128,\)"
+    ):
+        convert(original)
+    _, report = convert(original, partial=True)
+    assert report.fresh == {"start.head.project.bias": "the file has shape (64,)"}
+    assert "transformer.enc_output.bias" in report.dropped
+
+
+def test_step_counters_of_norms_are_dropped_with_the_reason(make_original: Make) -> None:
+    original = make_original("detrex dino")
+    key = "backbone.res3.0.shortcut.norm.num_batches_tracked"
+    original.state[key] = torch.tensor(7)
+    _, report = convert(original)
+    assert report.dropped[key] == "a step counter of batch norm, which frozen norms have no use for"
+
+
+def test_a_backbone_we_do_not_know_can_be_replaced(make_original: Make) -> None:
+    original = make_original("dino")
+    backbone = [key for key in original.state if key.startswith("backbone.")]
+    for i, key in enumerate(backbone):
+        original.state[f"backbone.0.blocks.{i}.kernel"] = original.state.pop(key)
+    model, report = convert(original, partial=True, settings={"backbone": "resnet18"})
+    assert {key for key in report.dropped if report.dropped[key] == "unknown"} == {
+        f"backbone.0.blocks.{i}.kernel" for i in range(len(backbone))
+    }
+    assert set(report.fresh) == {key for key in model.state_dict() if key.startswith("backbone.body.")}
+    with pytest.raises(CheckpointError, match=r"no weights of a ResNet or Swin|backbone"):
+        convert(original, partial=True)
+
+
+def test_a_file_of_another_program_is_recognised(make_original: Make) -> None:
+    with pytest.raises(CheckpointError, match=r"names look like --from dino, which knows 100% of them"):
+        convert_checkpoint(make_original("dino").save(), origin="deformable_detr")
+
+
+def test_widths_that_are_normed_otherwise_are_refused(make_original: Make) -> None:
+    original = make_original("dino")
+    original.state["transformer.level_embed"] = torch.zeros(4, 64)
+    with pytest.raises(CheckpointError, match="width 64: levels are normed in 32 groups there"):
+        convert(original)
+
+
+def test_a_file_without_a_detector_is_named(tmp_path: Path) -> None:
+    torch.save({"model": {"backbone.0.body.conv1.weight": torch.zeros(64, 3, 7, 7)}}, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=r"no tensor for encoder\.level_embed"):
+        convert_checkpoint(tmp_path / "x.pth", origin="dino")
+
+
+def test_unknown_programs_and_settings_are_named(make_original: Make) -> None:
+    path = make_original("dino").save()
+    with pytest.raises(ConfigError, match="--from yolo: no such program"):
+        convert_checkpoint(path, origin="yolo")
+    with pytest.raises(ConfigError, match="unknown setting 'num_head'"):
+        convert_checkpoint(path, origin="dino", settings={"num_head": 8})
+
+
+# Another model
+
+
+def test_a_baseline_starts_a_paq_model(make_original: Make, tmp_path: Path) -> None:
+    original = make_original("dino")
+    recipe = tmp_path / "paq.yaml"
+    recipe.write_text("base: paq_dino_r50\nmodel: {backbone: resnet18, num_patterns: 5}\n")
+    model, report = convert(original, model=str(recipe))
+    ours, baseline = model.state_dict(), convert(original)[0].state_dict()
+    assert model.config.queries == "patterns" and model.config.num_patterns == 5
+    assert {key for key in ours if key.startswith("query_source.")} == set(report.fresh)
+    assert set(report.fresh.values()) == {"patterns instead of the file's static queries"}
+    assert report.dropped["transformer.tgt_embed.weight"] == "content queries become patterns"
+    for key in ours.keys() & baseline.keys():
+        assert torch.equal(ours[key], baseline[key]), key
+    # Heads that the baseline shares are copied: PaQ trains the last layer otherwise than the rest.
+    assert not model.config.share_heads
+    assert torch.equal(ours["decoder.box_heads.2.4.weight"], baseline["decoder.box_heads.0.4.weight"])
+    assert model.config.refine_from == "raw"  # the weights' own conventions stay
+    assert model(torch.randn(1, 3, 96, 96)).pred_boxes.isfinite().all()
+
+
+def test_content_from_proposals_becomes_patterns(make_original: Make, tmp_path: Path) -> None:
+    original = make_original("deformable two-stage")
+    recipe = tmp_path / "paq.yaml"
+    recipe.write_text("base: paq_deformable_detr_r50\nmodel: {backbone: resnet18}\n")
+    model, report = convert(original, model=str(recipe))
+    half = original.state["transformer.pos_trans.weight"][:128]
+    assert torch.equal(model.state_dict()["start.embed.0.weight"], half)
+    assert "position half" in report.renamed["start.embed.0.weight"].note
+    assert all(key.startswith("query_source.") for key in report.fresh)
+
+
+def test_a_checkpoint_of_ours_starts_a_paq_model(tmp_path: Path) -> None:
+    small = {"dim": 32, "ffn_dim": 16, "encoder_layers": 1, "decoder_layers": 2, "num_queries": 6}
+    baseline = create_model("dn_detr_nano", num_classes=3, **small)
+    save(baseline, tmp_path / "best.safetensors")
+    model, report = convert_checkpoint(tmp_path, origin="paqdetr", model="paq_dn_detr_nano")
+    ours, theirs = model.state_dict(), baseline.state_dict()
+    assert model.name == "paq_dn_detr_nano" and model.classes == baseline.classes
+    assert set(report.kept) == {key for key in theirs if key != "query_source.table"}
+    assert all(torch.equal(ours[key], theirs[key]) for key in report.kept)
+    assert report.dropped == {"query_source.table": "content queries become patterns"}
+    assert all(key.startswith("query_source.") for key in report.fresh)
+    same, whole = convert_checkpoint(tmp_path / "best.safetensors", origin="paqdetr")
+    assert same.name == "dn_detr_nano" and set(whole.kept) == set(theirs)
+
+
+@pytest.mark.parametrize("key", ["classes", "weights"])
+def test_a_checkpoint_of_ours_says_its_classes_itself(key: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"{key}: a checkpoint of ours says so itself"):
+        convert_checkpoint(tmp_path / "best.safetensors", origin="paqdetr", settings={key: "coco"})
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("paq_dino_r50", "backbone='resnet18', and paq_dino_r50 has backbone='resnet50'"),
+        ("paq_dino_r5", "unknown model or recipe"),
+    ],
+)
+def test_a_model_of_another_host_is_refused(model: str, message: str, make_original: Make) -> None:
+    with pytest.raises(UserError, match=message):
+        convert(make_original("dino"), model=model)
+
+
+def test_another_host_is_refused(make_original: Make, tmp_path: Path) -> None:
+    recipe = tmp_path / "dn.yaml"
+    recipe.write_text("base: paq_dn_detr_r50\nmodel: {backbone: resnet18}\n")
+    with pytest.raises(
+        CheckpointError, match=r"positions='proposals', and .* has positions='anchors': another host"
+    ):
+        convert(make_original("dino"), model=str(recipe))

@@ -1,0 +1,155 @@
+import argparse
+import json
+import os
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from paqdetr.convert.read import read_source
+from paqdetr.errors import CheckpointError
+
+WEIGHTS = {"a.weight": torch.tensor([1.0]), "b.bias": torch.tensor([2.0])}
+
+
+def _equal(found: dict[str, torch.Tensor]) -> bool:
+    return found.keys() == WEIGHTS.keys() and all(torch.equal(found[key], WEIGHTS[key]) for key in WEIGHTS)
+
+
+class _Evil:
+    """A pickle of it makes a file when it is opened."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_pickle_that_wants_code_is_refused_and_nothing_runs(tmp_path: Path, legacy: bool) -> None:
+    path, trap = tmp_path / "evil.pth", tmp_path / "trap"
+    torch.save({"model": WEIGHTS, "x": _Evil(trap)}, path, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(
+        CheckpointError, match=r"evil\.pth: it holds more than tensors: \w+\.mkdir, which could run code"
+    ):
+        read_source(path)
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_arguments_of_the_command_line_are_read_as_values(tmp_path: Path, legacy: bool) -> None:
+    path = tmp_path / "x.pth"
+    arguments = argparse.Namespace(nheads=8, output_dir=Path("out"), lr=np.float64(1e-4), names=["a"])
+    torch.save(
+        {"model": WEIGHTS, "optimizer": {"state": {}}, "epoch": 3, "args": arguments},
+        path,
+        _use_new_zipfile_serialization=not legacy,
+    )
+    source = read_source(path)
+    assert _equal(source.tensors)
+    assert source.hints["nheads"] == 8
+    assert PurePosixPath(source.hints["output_dir"]) == PurePosixPath("out")
+
+
+def test_wrappers_are_taken_off(tmp_path: Path) -> None:
+    path = tmp_path / "x.pth"
+    for wrapped in (
+        WEIGHTS,
+        {"model": {f"module.{key}": value for key, value in WEIGHTS.items()}},
+        {"state_dict": {f"_orig_mod.{key}": value for key, value in WEIGHTS.items()}},
+    ):
+        torch.save(wrapped, path)
+        assert _equal(read_source(path).tensors)
+
+
+def test_one_of_two_sets_of_weights_is_taken_and_the_other_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.pth"
+    other = {key: value + 1 for key, value in WEIGHTS.items()}
+    torch.save({"ema_model": other, "model": WEIGHTS}, path)
+    source = read_source(path)
+    assert _equal(source.tensors)
+    assert "weights=ema_model" in source.notes[0]
+    assert read_source(path, weights="ema_model").tensors["a.weight"].item() == 2
+    with pytest.raises(CheckpointError, match="no weights under 'teacher'"):
+        read_source(path, weights="teacher")
+
+
+def test_a_folder_with_one_file_or_with_an_index(tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for folder in (whole, parts):
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({"d_model": 64}))
+    save_file(WEIGHTS, whole / "model.safetensors")
+    for i, key in enumerate(WEIGHTS):
+        save_file({key: WEIGHTS[key]}, parts / f"model-{i}.safetensors")
+    index = {"weight_map": {key: f"model-{i}.safetensors" for i, key in enumerate(WEIGHTS)}}
+    (parts / "model.safetensors.index.json").write_text(json.dumps(index))
+    for folder in (whole, parts):
+        source = read_source(folder)
+        assert _equal(source.tensors)
+        assert source.hints == {"d_model": 64}
+    (parts / "model-1.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model-1\.safetensors: the index names it"):
+        read_source(parts)
+
+
+def test_an_index_cannot_lead_out_of_its_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    save_file(WEIGHTS, tmp_path / "secret.safetensors")
+    (folder / "config.json").write_text("{}")
+    index = {"weight_map": dict.fromkeys(WEIGHTS, "../secret.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="is no file name"):
+        read_source(folder)
+
+
+def test_a_pickle_in_a_folder_is_read_as_carefully(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    torch.save(WEIGHTS, tmp_path / "pytorch_model.bin")
+    assert _equal(read_source(tmp_path).tensors)
+    torch.save({**WEIGHTS, "x": _Evil(tmp_path / "trap")}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="could run code"):
+        read_source(tmp_path)
+    assert not (tmp_path / "trap").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"not a pickle", "not a checkpoint that torch can read"),
+        (b"", "not a checkpoint that torch can read"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "x.pth"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"x\.pth: {message}"):
+        read_source(path)
+
+
+def test_a_file_cut_short_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.pth"
+    torch.save({"model": {"a": torch.randn(1000)}}, path)
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(CheckpointError, match=r"x\.pth: not a checkpoint that torch can read"):
+        read_source(path)
+
+
+def test_files_without_weights_say_what_they_hold(tmp_path: Path) -> None:
+    path = tmp_path / "x.pth"
+    torch.save({"epoch": 3, "loss": 0.5}, path)
+    with pytest.raises(
+        CheckpointError, match="no weights under model, state_dict, ema_model; it holds epoch, loss"
+    ):
+        read_source(path)
+    torch.save([torch.zeros(1)], path)
+    with pytest.raises(CheckpointError, match="expected a dict of tensors, found list"):
+        read_source(path)
+    with pytest.raises(CheckpointError, match="no such file"):
+        read_source(tmp_path / "absent.pth")
+    with pytest.raises(CheckpointError, match=r"a folder without config\.json"):
+        read_source(tmp_path)
