@@ -16,6 +16,7 @@ import psutil
 import torch
 
 from paqdetr._version import __version__
+from paqdetr.ops import choose_backend
 
 _PACKAGES = (
     "torch",
@@ -39,8 +40,21 @@ def describe_environment() -> dict[str, Any]:
         "git": _git(),
         "paqdetr": __version__,
         "python": platform.python_version(),
-        "packages": {"torch": torch.__version__} | {name: _version(name) for name in _PACKAGES},
+        "packages": {name: _version(name) for name in _PACKAGES} | {"torch": torch.__version__},
         "machine": machine(),
+    }
+
+
+def describe_start(device: torch.device, processes: int) -> dict[str, Any]:
+    """What the "start" record of metrics.jsonl says: enough to judge its times by."""
+    return {
+        "version": __version__,
+        "torch": torch.__version__,
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "processes": processes,
+        "attention": choose_backend(device),
     }
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from paqdetr.checkpoint import load_tensors, read_checkpoint, write_checkpoint
 from paqdetr.engine.optim import MovingAverage
-from paqdetr.errors import CheckpointError
+from paqdetr.errors import CheckpointError, ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +117,19 @@ class SavedState:
     owns: list[Own]
     scaler: dict[str, Any] | None
     batches: int
+
+    def require(self, path: Path, *, processes: int, batches: int) -> None:
+        """Raise ConfigError unless it is of so many processes, and of so many batches an epoch."""
+        if len(self.owns) != processes:
+            raise ConfigError(
+                f"{path}: the run was started with {len(self.owns)} processes, now there are {processes}",
+                "resume with as many, or start a new run with another --output",
+            )
+        if self.batches != batches:
+            raise ConfigError(
+                f"{path}: an epoch of the run had {self.batches} batches, now it has {batches}",
+                "resume with the images it was started with, or start a new run with another --output",
+            )
 
 
 def load_state(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,11 +12,10 @@ from typing import Any, cast
 
 import torch
 
-from paqdetr._version import __version__
 from paqdetr.config import Config, load_config
 from paqdetr.data.coco import CocoDataset
 from paqdetr.data.loader import Batch, training_loader
-from paqdetr.engine.environment import describe_environment
+from paqdetr.engine.environment import describe_environment, describe_start
 from paqdetr.engine.evaluate import evaluate_together
 from paqdetr.engine.events import Callback, Callbacks, TrainingPlan
 from paqdetr.engine.figures import Interval
@@ -31,11 +29,11 @@ from paqdetr.engine.setup import open_splits, synchronise_norms, with_classes, w
 from paqdetr.engine.state import Own, Position, load_state, random_state, restore_random_state, save_state
 from paqdetr.engine.step import Step, TrainingStep
 from paqdetr.engine.trackers import require_trackers, start_trackers, track
-from paqdetr.errors import ConfigError, NonFiniteError, UserError
+from paqdetr.errors import NonFiniteError, UserError
 from paqdetr.losses import build_criterion
 from paqdetr.models import Detector, load, save
 from paqdetr.models.files import model_to_train
-from paqdetr.ops import backends_run, choose_backend
+from paqdetr.ops import backends_run
 
 _LOG = logging.getLogger(__name__)
 
@@ -176,21 +174,10 @@ class Trainer:
                 # Of steps that are done again, or of a start that saved nothing.
                 self.run.truncate_metrics(self.position.metrics_size)
                 start_trackers(self.accelerator, self.run, self.config, step=self.position.step)
-            self._record(
-                {
-                    "kind": "start",
-                    "step": self.position.step,
-                    "version": __version__,
-                    "torch": torch.__version__,
-                    "device": str(self.accelerator.device),
-                    "threads": torch.get_num_threads(),
-                    "cores": os.cpu_count(),
-                    "processes": self.processes.count,
-                    "attention": choose_backend(self.accelerator.device),
-                    "lr_scale": self.lr_scale,
-                    **({} if self.taken is None else {"init": self.taken.to_dict()}),
-                }
-            )
+            start = describe_start(self.accelerator.device, self.processes.count)
+            if self.taken is not None:
+                start["init"] = self.taken.to_dict()
+            self._record({"kind": "start", "step": self.position.step, **start, "lr_scale": self.lr_scale})
             with self.stop:
                 while not self._ended:
                     self._epoch()
@@ -386,16 +373,7 @@ class Trainer:
         """
         path = self.run.state_file
         saved = load_state(path, model=self.model, average=self.average, optimizer=optimizer)
-        if len(saved.owns) != self.processes.count:
-            raise ConfigError(
-                f"{path}: the run was started with {len(saved.owns)} processes, now there are {self.processes.count}",
-                "resume with as many, or start a new run with another --output",
-            )
-        if saved.batches != len(self.batches):
-            raise ConfigError(
-                f"{path}: an epoch of the run had {saved.batches} batches, now it has {len(self.batches)}",
-                "resume with the images it was started with, or start a new run with another --output",
-            )
+        saved.require(path, processes=self.processes.count, batches=len(self.batches))
         self.position, self._own = saved.position, saved.owns[self.processes.index]
         if self.accelerator.scaler is not None and saved.scaler:
             self.accelerator.scaler.load_state_dict(saved.scaler)
