@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -36,6 +38,17 @@ def test_attaching_takes_20_lines() -> None:
 
 def test_the_minimal_detr_knows_nothing_of_paqdetr() -> None:
     assert "class TinyDETR" in BLOCKS[0] and "paqdetr" not in BLOCKS[0] + BLOCKS[1]
+
+
+def test_costs_are_those_of_the_kept_files() -> None:
+    spec = importlib.util.spec_from_file_location("paq_cost", PAGE.parents[1] / "benchmarks" / "paq_cost.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    files = sorted((PAGE.parent / "results" / "paq_cost").glob("*.json"))
+    assert len(files) == 2
+    for file in files:
+        assert module.markdown(json.loads(file.read_text("utf-8"))) in PAGE.read_text("utf-8"), file.name
 
 
 def test_links_lead_somewhere() -> None:

@@ -272,6 +272,18 @@ def test_mistakes_are_the_users_and_change_nothing(make_host: Make, batch: Batch
     expect("has PaQ attached already", attach, model)
 
 
+def test_another_number_of_queries(make_host: Make, batch: Batch) -> None:
+    """RT-DETR takes as many of its proposals as the settings say, at any time."""
+    model = attach(make_host("rt"), gate=0.5, num_patterns=8)
+    for count in (10, 30):
+        model.config.num_queries = count
+        with pytest.raises(ConfigError, match=rf"now has {count} queries, PaQ was attached with") as caught:
+            detect(model, batch)
+        assert "resize" in caught.value.remedy
+        model.paq.queries.resize(count)
+        assert detect(model, batch)[0].shape[1] == count
+
+
 def test_a_loss_function_of_ones_own_is_put_back(make_host: Make, batch: Batch) -> None:
     model = make_host("rt")
     own = lambda *args, **kwargs: (torch.zeros(()), {}, None)  # noqa: E731

@@ -109,7 +109,7 @@ class PaqPlugin(nn.Module):
         self._map_size = (output.shape[-2], output.shape[-1])
 
     def mix_into_content(
-        self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Forward pre-hook of the decoder: its content queries (B, N, d), of which the last n are not for denoising."""
         if "inputs_embeds" not in kwargs or "encoder_hidden_states" not in kwargs:
@@ -118,9 +118,14 @@ class PaqPlugin(nn.Module):
                 "install a release that paqdetr's `transformers` extra allows",
             )
         assert self.queries is not None
-        content = kwargs["inputs_embeds"]
+        content, own = kwargs["inputs_embeds"], self.queries.num_queries
+        if self.host.num_queries(decoder.config) != own or content.shape[1] < own:
+            raise ConfigError(
+                f"the model now has {self.host.num_queries(decoder.config)} queries, PaQ was attached with {own}",
+                "call model.paq.queries.resize(n) with the model's number, before the optimiser is made",
+            )
         mixture: Mixture = self.queries(*self.host.memory(kwargs, self._map_size))
-        first = content.shape[1] - self.queries.num_queries
+        first = content.shape[1] - own
         if self.gate is None:
             mixed = mixture.content.to(content.dtype)
         else:
