@@ -15,7 +15,7 @@ import torch
 
 from paqdetr._version import __version__
 from paqdetr.config import Config, load_config
-from paqdetr.data.coco import CocoDataset
+from paqdetr.data.dataset import DetectionDataset
 from paqdetr.data.loader import Batch, training_loader
 from paqdetr.engine.environment import describe_environment
 from paqdetr.engine.evaluate import evaluate_together
@@ -108,8 +108,8 @@ class Trainer:
         self,
         config: Config,
         run: Run,
-        train_split: CocoDataset,
-        val_split: CocoDataset | None,
+        train_split: DetectionDataset,
+        val_split: DetectionDataset | None,
         *,
         device: str | None,
         callbacks: list[Callback],
@@ -330,7 +330,7 @@ class Trainer:
         self.position = self.processes.broadcast(position)
         self._save()
 
-    def _evaluate(self, model: Detector, split: CocoDataset, epoch: int) -> dict[str, Any]:
+    def _evaluate(self, model: Detector, split: DetectionDataset, epoch: int) -> dict[str, Any]:
         """Figures of a model, in the main process; nothing in the others."""
 
         def progress(done: int, total: int) -> None:
