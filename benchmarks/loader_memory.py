@@ -76,10 +76,12 @@ def synthetic(records: int, boxes: int, seed: int) -> Builder:
     return builder
 
 
-def memory(process: psutil.Process) -> dict[str, float]:
-    """MiB of a process: its own pages, and its own with its share of the others."""
-    full = process.memory_full_info()
-    return {"uss": round(full.uss / 2**20, 2), "pss": round(getattr(full, "pss", full.uss) / 2**20, 2)}
+def memory(process: psutil.Process) -> float:
+    """MiB that belong to a process alone.
+
+    Not its share of common pages: libraries are shared with processes that have nothing to do with this one, and come and go.
+    """
+    return round(process.memory_full_info().uss / 2**20, 2)
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -111,8 +113,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 "images": count,
                 "seconds": round(time.perf_counter() - started, 1),
                 "workers": each,
-                "uss_of_workers": round(sum(one["uss"] for one in each), 1),
-                "pss_of_all": round(sum(one["pss"] for one in each) + memory(psutil.Process())["pss"], 1),
+                "of_workers": round(sum(each), 1),
+                "of_all": round(sum(each) + memory(psutil.Process()), 1),
             }
         )
         print({key: value for key, value in epochs[-1].items() if key != "workers"}, flush=True)
@@ -127,8 +129,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         },
         "boxes": len(built.boxes),
         "epochs": epochs,
-        "growth_uss_of_workers": round(last["uss_of_workers"] / first["uss_of_workers"] - 1, 4),
-        "growth_pss_of_all": round(last["pss_of_all"] / first["pss_of_all"] - 1, 4),
+        "growth_of_workers": round(last["of_workers"] / first["of_workers"] - 1, 4),
+        "growth_of_all": round(last["of_all"] / first["of_all"] - 1, 4),
     }
 
 
@@ -146,7 +148,7 @@ def main() -> None:
     arguments = parser.parse_args()
     found = measure(arguments)
     arguments.json.write_text(json.dumps(found, indent=1) + "\n")
-    own, everything = found["growth_uss_of_workers"], found["growth_pss_of_all"]
+    own, everything = found["growth_of_workers"], found["growth_of_all"]
     print(f"growth from the first epoch to the last: workers' own {own:+.1%}, all {everything:+.1%}")
 
 

@@ -28,7 +28,7 @@ from transformers import RTDetrConfig, RTDetrForObjectDetection, TimmBackboneCon
 
 import paqdetr
 from paqdetr.config import load_config
-from paqdetr.data.coco import open_split
+from paqdetr.data.dataset import open_split
 from paqdetr.data.loader import Batch, training_loader
 from paqdetr.engine.evaluate import evaluate_split
 from paqdetr.engine.optim import MovingAverage, build_optimizer, build_schedule

@@ -16,7 +16,7 @@ import resource, sys
 import psutil
 import torch
 from paqdetr.config import load_config
-from paqdetr.data.coco import open_split
+from paqdetr.data.dataset import open_split
 from paqdetr.engine.memory import _loss, worst_batch
 from paqdetr.engine.setup import with_classes
 from paqdetr.models.zoo import build_model
@@ -53,7 +53,7 @@ def main() -> None:
     import torch
 
     from paqdetr.config import load_config
-    from paqdetr.data.coco import open_split
+    from paqdetr.data.dataset import open_split
     from paqdetr.engine.environment import machine
     from paqdetr.engine.memory import step_memory
     from paqdetr.engine.setup import with_classes

@@ -25,7 +25,7 @@ from torch import nn
 
 import paqdetr
 from paqdetr.config import load_config
-from paqdetr.data.coco import open_split
+from paqdetr.data.dataset import open_split
 from paqdetr.data.loader import training_loader
 from paqdetr.engine.optim import MovingAverage, build_optimizer
 from paqdetr.losses import build_criterion

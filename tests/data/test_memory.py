@@ -69,4 +69,4 @@ def test_memory_of_the_loader_is_flat(tmp_path: Path) -> None:
     subprocess.run([*command, "--json", str(tmp_path / "m.json")], env=env, check=True, capture_output=True)
     found = json.loads((tmp_path / "m.json").read_text())
     assert [len(epoch["workers"]) for epoch in found["epochs"]] == [4, 4, 4]
-    assert found["growth_uss_of_workers"] < 0.05 and found["growth_pss_of_all"] < 0.05
+    assert found["growth_of_workers"] < 0.05 and found["growth_of_all"] < 0.05

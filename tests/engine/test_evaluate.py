@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from torch import Tensor
 
-from paqdetr.data.coco import CocoDataset, open_split
+from paqdetr.data.dataset import DetectionDataset, open_split
 from paqdetr.engine import evaluate
 from paqdetr.engine.evaluate import detect_split, evaluate_split, require_same_classes
 from paqdetr.engine.run import Run
@@ -27,7 +27,7 @@ MODULE = importlib.import_module("paqdetr.engine.evaluate")
 CATEGORIES = [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}]
 
 
-def write(folder: Path, count: int = 7) -> CocoDataset:
+def write(folder: Path, count: int = 7) -> DetectionDataset:
     """Pictures of unequal sizes, tall and wide; image i has i % 3 + 1 boxes that lie apart."""
     (folder / "val").mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -52,7 +52,7 @@ def write(folder: Path, count: int = 7) -> CocoDataset:
 
 
 @pytest.fixture(scope="module")
-def split(tmp_path_factory: pytest.TempPathFactory) -> CocoDataset:
+def split(tmp_path_factory: pytest.TempPathFactory) -> DetectionDataset:
     return write(tmp_path_factory.mktemp("evaluate"))
 
 
@@ -65,7 +65,7 @@ def model() -> Detector:
     return detector
 
 
-def cheat(split: CocoDataset, *, copies: bool = False, leave_out: int = 0) -> Any:
+def cheat(split: DetectionDataset, *, copies: bool = False, leave_out: int = 0) -> Any:
     """In place of `detect_batch`: the ground truth of the images that have these sizes."""
     place = {tuple(size): index for index, size in enumerate(split.sizes.tolist())}
 
@@ -86,7 +86,9 @@ def cheat(split: CocoDataset, *, copies: bool = False, leave_out: int = 0) -> An
     return detect
 
 
-def test_a_perfect_detector(split: CocoDataset, model: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_perfect_detector(
+    split: DetectionDataset, model: Detector, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(MODULE, "detect_batch", cheat(split))
     progress: list[tuple[int, int]] = []
     for batch_size in (1, 3):
@@ -103,14 +105,16 @@ def test_a_perfect_detector(split: CocoDataset, model: Detector, monkeypatch: py
         assert progress == [(done, 7) for done in range(1, 8)]
 
 
-def test_a_detector_that_misses(split: CocoDataset, model: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_detector_that_misses(
+    split: DetectionDataset, model: Detector, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(MODULE, "detect_batch", cheat(split, leave_out=1))
     found = evaluate_split(model, split)
     assert 0 < found.figures.AR100 < 0.8 and 0 < found.figures.AP < 0.8
     assert found.predictions_per_image == pytest.approx(6 / 7)
 
 
-def test_what_copies_cost(split: CocoDataset, model: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_copies_cost(split: DetectionDataset, model: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MODULE, "detect_batch", cheat(split, copies=True))
     found = evaluate_split(model, split)
     assert found.figures.AP < 0.8 and found.figures_nms.AP == pytest.approx(1)
@@ -122,7 +126,7 @@ def test_what_copies_cost(split: CocoDataset, model: Detector, monkeypatch: pyte
 
 
 def test_the_batch_size_changes_no_figure(
-    split: CocoDataset, model: Detector, tmp_path: Path, one_thread: None
+    split: DetectionDataset, model: Detector, tmp_path: Path, one_thread: None
 ) -> None:
     # The truth is what the model itself finds one by one, so that AP is neither 0 nor 1.
     content = json.loads(split.annotation_file.read_text())
@@ -133,7 +137,7 @@ def test_the_batch_size_changes_no_figure(
             if row["bbox"][2] > 1 and row["bbox"][3] > 1:
                 content["annotations"].append({**row, "id": len(content["annotations"]) + 1})
     (tmp_path / "val.json").write_text(json.dumps(content))
-    truth = CocoDataset.from_json(tmp_path / "val.json", split.image_dir)
+    truth = DetectionDataset.from_json(tmp_path / "val.json", split.image_dir)
     one, four = (evaluate_split(model, truth, batch_size=size) for size in (1, 4))
     assert 0.05 < one.figures.AP < 1
     for name in ("AP", "AP50", "AR100"):
@@ -147,7 +151,7 @@ def test_the_batch_size_changes_no_figure(
         assert mine[image_id] == pytest.approx(its[image_id], abs=1e-5)
 
 
-def test_the_model_is_left_in_its_mode(split: CocoDataset, model: Detector) -> None:
+def test_the_model_is_left_in_its_mode(split: DetectionDataset, model: Detector) -> None:
     model.train()
     evaluate_split(model, split)
     assert model.training
@@ -171,7 +175,7 @@ def test_other_classes_than_the_models(tmp_path: Path, model: Detector, categori
     assert "val.json" in caught.value.message
 
 
-def test_fewer_classes_than_the_models_will_do(split: CocoDataset) -> None:
+def test_fewer_classes_than_the_models_will_do(split: DetectionDataset) -> None:
     require_same_classes(ClassTable((3, 5, 7), ("cat", "cow", "dog")), split)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from paqdetr.cli import run
 from paqdetr.config import Config, load_config
-from paqdetr.data.coco import open_split
+from paqdetr.data.dataset import open_split
 from paqdetr.engine.memory import available_memory, largest_batch, search_largest, step_memory, worst_batch
 from paqdetr.engine.plan import Overfit, overfit_one_batch, plan_training
 from paqdetr.engine.processes import Processes

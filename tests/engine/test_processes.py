@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from paqdetr import cli
 from paqdetr.checkpoint import read_header
 from paqdetr.config import load_config
-from paqdetr.data.coco import open_split
+from paqdetr.data.dataset import open_split
 from paqdetr.engine import Run
 from paqdetr.engine.evaluate import detect_split
 from paqdetr.engine.processes import Processes, build_accelerator

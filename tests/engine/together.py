@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from paqdetr import checkpoint
 from paqdetr.cli import console, main
 from paqdetr.config import load_config
-from paqdetr.data.coco import CocoDataset, open_split
+from paqdetr.data.dataset import DetectionDataset, open_split
 from paqdetr.data.loader import Batch
 from paqdetr.engine.evaluate import evaluate_together
 from paqdetr.engine.plan import plain_batch
@@ -29,7 +29,7 @@ from paqdetr.errors import NonFiniteError
 from paqdetr.structures import Targets
 
 
-def trainer(job: dict[str, Any], split: CocoDataset, **settings: Any) -> Trainer:
+def trainer(job: dict[str, Any], split: DetectionDataset, **settings: Any) -> Trainer:
     config = load_config("paq_dino_nano", {**job["settings"], **settings})
     run = Run(Path(job["output"]))
     return Trainer(with_classes(config, split), run, split, None, device="cpu", callbacks=[])
@@ -40,7 +40,7 @@ def without_boxes(batch: Batch) -> Batch:
     return Batch(batch.images, None, none)
 
 
-def gradients(job: dict[str, Any], split: CocoDataset) -> None:
+def gradients(job: dict[str, Any], split: DetectionDataset) -> None:
     """Of one step over the same six images, shared out over processes and `accumulate` batches."""
     train = trainer(job, split)
     share = 6 // (train.processes.count * job["accumulate"])
@@ -58,9 +58,9 @@ def gradients(job: dict[str, Any], split: CocoDataset) -> None:
         Path(job["answer"]).write_text(json.dumps({"loss": step.loss}))
 
 
-def evaluation(job: dict[str, Any], split: CocoDataset) -> None:
+def evaluation(job: dict[str, Any], split: DetectionDataset) -> None:
     train = trainer(job, split)
-    truth = CocoDataset.from_json(job["truth"], split.image_dir)
+    truth = DetectionDataset.from_json(job["truth"], split.image_dir)
     found = evaluate_together(train.model, truth, train.processes, batch_size=2)
     assert (found is not None) == train.processes.main
     if found is not None:
@@ -68,7 +68,7 @@ def evaluation(job: dict[str, Any], split: CocoDataset) -> None:
         Path(job["answer"]).write_text(json.dumps({"figures": figures, "results": found.results}))
 
 
-def accidents(job: dict[str, Any], split: CocoDataset) -> None:
+def accidents(job: dict[str, Any], split: DetectionDataset) -> None:
     """One process has no boxes, none has, one sees NaN; and ordinary steps in between."""
     answer: dict[str, Any] = {}
     train = trainer(job, split, nan_policy="skip-step")

@@ -54,7 +54,7 @@ def evaluate(
 def _of_checkpoint(
     checkpoint: Path, data: Path, split: str, batch_size: int, device: str
 ) -> tuple[dict[str, Any], str] | None:
-    from paqdetr.data.coco import open_split
+    from paqdetr.data.dataset import open_split
     from paqdetr.engine.evaluate import evaluate_together
     from paqdetr.engine.processes import Processes, leave
     from paqdetr.models import load

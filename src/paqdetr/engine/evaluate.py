@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from paqdetr.data.coco import CocoDataset, open_split
+from paqdetr.data.dataset import DetectionDataset, open_split
 from paqdetr.data.loader import read_picture
 from paqdetr.engine.processes import Processes
 from paqdetr.errors import DataError, UserError
@@ -86,7 +86,7 @@ def evaluate(
 
 def evaluate_split(
     model: Detector,
-    split: CocoDataset,
+    split: DetectionDataset,
     *,
     batch_size: int = 4,
     progress: Callable[[int, int], None] | None = None,
@@ -99,7 +99,7 @@ def evaluate_split(
 
 def evaluate_together(
     model: Detector,
-    split: CocoDataset,
+    split: DetectionDataset,
     processes: Processes,
     *,
     batch_size: int = 4,
@@ -143,7 +143,7 @@ def evaluate_together(
 
 
 def detect_split(
-    model: Detector, split: CocoDataset, *, batch_size: int, processes: Processes | None = None
+    model: Detector, split: DetectionDataset, *, batch_size: int, processes: Processes | None = None
 ) -> Iterator[tuple[int, Detections]]:
     """(index, detections) of every image, in batches of one size: what an image is batched with never matters. Of several
     processes each takes its share of the batches."""
@@ -163,7 +163,7 @@ def detect_split(
         yield from zip(chosen, detect_batch(model, images, sizes), strict=True)
 
 
-def require_same_classes(classes: ClassTable, split: CocoDataset) -> None:
+def require_same_classes(classes: ClassTable, split: DetectionDataset) -> None:
     """Raise DataError unless every class of the split is one of the model's `classes`, under the same id and name."""
     known = classes.id_to_name
     for category_id, name in split.classes.id_to_name.items():

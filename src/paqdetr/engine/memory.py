@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from paqdetr.config import Config
-from paqdetr.data.coco import CocoDataset
+from paqdetr.data.dataset import DetectionDataset
 from paqdetr.data.loader import Batch
 from paqdetr.engine.processes import Processes
 from paqdetr.errors import ConfigError
@@ -79,7 +79,7 @@ def available_memory(device: torch.device) -> int:
     return min(free, max(limit - used, 0))
 
 
-def worst_batch(config: Config, split: CocoDataset, preprocessing: Preprocessing, size: int) -> Batch:
+def worst_batch(config: Config, split: DetectionDataset, preprocessing: Preprocessing, size: int) -> Batch:
     """Noise of the largest size that the settings make of this split's images, with as many boxes as its fullest image has."""
     shapes = {
         preprocessing.target_size(height, width) for height, width in np.unique(split.sizes, axis=0).tolist()
@@ -102,7 +102,7 @@ def worst_batch(config: Config, split: CocoDataset, preprocessing: Preprocessing
     return Batch(torch.randn(size, 3, height, width), None, targets)
 
 
-def step_memory(config: Config, split: CocoDataset, *, processes: int = 1) -> StepMemory:
+def step_memory(config: Config, split: DetectionDataset, *, processes: int = 1) -> StepMemory:
     """Estimate from the tensors that a forward pass keeps for the backward pass, with one and with two images."""
     torch.manual_seed(config.seed)
     model = build_model(config, classes=split.classes).train()
@@ -120,7 +120,7 @@ def step_memory(config: Config, split: CocoDataset, *, processes: int = 1) -> St
     )
 
 
-def largest_batch(config: Config, split: CocoDataset, processes: Processes) -> int:
+def largest_batch(config: Config, split: DetectionDataset, processes: Processes) -> int:
     """The largest `batch_size` that fits into the memory of every process: tried on a GPU, estimated on a CPU.
 
     Raises:
@@ -156,7 +156,7 @@ def search_largest(fits: Callable[[int], bool], limit: int) -> int:
     return low
 
 
-def _runs(config: Config, split: CocoDataset, size: int, device: torch.device) -> bool:
+def _runs(config: Config, split: DetectionDataset, size: int, device: torch.device) -> bool:
     """Whether two steps fit into a GPU, with some room."""
     model = optimizer = batch = None
     try:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw, ImageFont
 
-from paqdetr.data.coco import CocoDataset
+from paqdetr.data.dataset import DetectionDataset
 from paqdetr.drawing import draw_detections, draw_targets, font_path
 from paqdetr.errors import DataError
 from paqdetr.images import read_image
@@ -345,7 +345,7 @@ def _thin(steps: np.ndarray, values: np.ndarray, most: int = 1500) -> tuple[np.n
     return steps[::stride], values[::stride]
 
 
-def draw_predictions(model: Detector, split: CocoDataset, output: Path, *, images: int = 12) -> None:
+def draw_predictions(model: Detector, split: DetectionDataset, output: Path, *, images: int = 12) -> None:
     """Write a contact sheet of the first images of a split: predictions beside ground truth."""
     items = []
     for index in range(min(images, len(split))):

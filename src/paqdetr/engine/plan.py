@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.ops import box_convert, box_iou
 
 from paqdetr.config import Config
-from paqdetr.data.coco import CocoDataset
+from paqdetr.data.dataset import DetectionDataset
 from paqdetr.data.loader import Batch, collate, read_picture
 from paqdetr.engine.evaluate import detect_split
 from paqdetr.engine.memory import available_memory, step_memory
@@ -77,8 +77,8 @@ class Plan:
 
 def plan_training(
     config: Config,
-    train_split: CocoDataset,
-    val_split: CocoDataset | None,
+    train_split: DetectionDataset,
+    val_split: DetectionDataset | None,
     *,
     device: str | None = None,
     steps: int = 5,
@@ -155,7 +155,7 @@ def _time_steps(trainer: Trainer, count: int) -> list[float]:
     return seconds[_WARM_UP:]
 
 
-def _time_evaluation(trainer: Trainer, split: CocoDataset) -> float:
+def _time_evaluation(trainer: Trainer, split: DetectionDataset) -> float:
     """Seconds for the whole split, from its first images."""
     some = min(_EVALUATED, len(split))
     found = detect_split(trainer.model, split, batch_size=4)
@@ -193,7 +193,7 @@ class Overfit:
 
 
 def overfit_one_batch(
-    config: Config, split: CocoDataset, *, steps: int = 200, device: str | None = None
+    config: Config, split: DetectionDataset, *, steps: int = 200, device: str | None = None
 ) -> Overfit:
     """Train on one batch without augmentation. A model that does not learn it by heart will learn nothing else: look for
     wrong classes or boxes, a learning rate far off, or frozen weights.
@@ -226,7 +226,7 @@ def overfit_one_batch(
     return Overfit(len(chosen), int(boxes), losses, round(found / boxes, 4), round(wrong / boxes, 4))
 
 
-def plain_batch(split: CocoDataset, preprocessing: Preprocessing, indices: list[int]) -> Batch:
+def plain_batch(split: DetectionDataset, preprocessing: Preprocessing, indices: list[int]) -> Batch:
     """Images of a split as `predict` sees them, with their targets."""
     samples: list[tuple[Tensor, Targets]] = []
     for index in indices:

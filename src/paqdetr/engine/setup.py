@@ -9,7 +9,7 @@ from timm.layers import convert_sync_batchnorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from paqdetr.config import Config, load_config
-from paqdetr.data.coco import CocoDataset, open_split
+from paqdetr.data.dataset import DetectionDataset, open_split
 from paqdetr.data.layout import available_splits
 from paqdetr.engine.evaluate import require_same_classes
 from paqdetr.engine.memory import largest_batch
@@ -19,7 +19,7 @@ from paqdetr.errors import ConfigError
 from paqdetr.models import Detector
 
 
-def open_splits(data: str | Path, config: Config) -> tuple[CocoDataset, CocoDataset | None]:
+def open_splits(data: str | Path, config: Config) -> tuple[DetectionDataset, DetectionDataset | None]:
     """The split to train on, and the one to validate on if there is one.
 
     Raises:
@@ -38,13 +38,13 @@ def open_splits(data: str | Path, config: Config) -> tuple[CocoDataset, CocoData
     return train_split, val_split
 
 
-def with_classes(config: Config, split: CocoDataset) -> Config:
+def with_classes(config: Config, split: DetectionDataset) -> Config:
     """The settings with the number of classes of the data."""
     architecture = config.model.model_copy(update={"num_classes": len(split.classes)})
     return config.model_copy(update={"model": architecture})
 
 
-def with_largest_batch(config: Config, split: CocoDataset, run: Run, *, device: str | None) -> Config:
+def with_largest_batch(config: Config, split: DetectionDataset, run: Run, *, device: str | None) -> Config:
     """The settings with the largest batch that fits, or the one that an earlier start of the run has found."""
     if run.config_file.is_file():
         size = load_config(run.config_file).batch_size

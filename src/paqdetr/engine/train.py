@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 
 from paqdetr.config import Config, load_config
-from paqdetr.data.coco import CocoDataset
+from paqdetr.data.dataset import DetectionDataset
 from paqdetr.data.loader import Batch, training_loader
 from paqdetr.engine.environment import describe_environment, describe_start
 from paqdetr.engine.evaluate import evaluate_together
@@ -106,8 +106,8 @@ class Trainer:
         self,
         config: Config,
         run: Run,
-        train_split: CocoDataset,
-        val_split: CocoDataset | None,
+        train_split: DetectionDataset,
+        val_split: DetectionDataset | None,
         *,
         device: str | None,
         callbacks: list[Callback],
@@ -317,7 +317,7 @@ class Trainer:
         self.position = self.processes.broadcast(position)
         self._save()
 
-    def _evaluate(self, model: Detector, split: CocoDataset, epoch: int) -> dict[str, Any]:
+    def _evaluate(self, model: Detector, split: DetectionDataset, epoch: int) -> dict[str, Any]:
         """Figures of a model, in the main process; nothing in the others."""
 
         def progress(done: int, total: int) -> None:
