@@ -1,8 +1,8 @@
 """A checkpoint is one safetensors file: tensors, and a header that says what they are. No pickle.
 
 The header's `paqdetr` entry is json with model name, config, class table, preprocessing, metrics and version; any
-safetensors reader shows it without torch. Its `sha256` entry covers that json and every tensor: a file that was damaged on its
-way is refused, whatever safetensors itself makes of it.
+safetensors reader shows it without torch. Its last key, `sha256`, covers the rest of it and every tensor: a file that was damaged
+on its way is refused, whatever safetensors itself makes of it.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ def write_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], header: Ma
         StorageError: it cannot be written; what was at `path` before is still there.
     """
     content = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    text = json.dumps({**header, "version": __version__})
-    metadata = {_KEY: text, _HASH: _digest(text, content)}
+    full = {**header, "version": __version__}
+    # Inside the json: several entries of metadata would be written in no fixed order.
+    metadata = {_KEY: json.dumps({**full, _HASH: _digest(json.dumps(full), content)})}
     write_whole(Path(path), lambda temporary: save_file(content, temporary, metadata=metadata))
 
 
@@ -125,8 +126,8 @@ def _open(path: Path, tensors: bool = False) -> tuple[dict[str, Tensor], dict[st
         raise CheckpointError(
             f"{path}: safetensors without a paqdetr header", "convert weights of other programs first"
         ) from None
-    # Files of versions before the hash have none.
-    if tensors and _HASH in metadata and metadata[_HASH] != _digest(metadata[_KEY], content):
+    written = header.pop(_HASH, None)  # files of versions before it have none
+    if tensors and written is not None and written != _digest(json.dumps(header), content):
         raise CheckpointError(
             f"{path}: damaged: its content is not what was written (the SHA-256 in its header differs)",
             "copy it again from where it came, or train it again",

@@ -384,7 +384,8 @@ def test_too_many_steps_left_out_in_a_row(
 
 def test_the_run_says_what_it_was_made_with(tiny_run: Run) -> None:
     (entry,) = json.loads(tiny_run.environment_file.read_text())
-    assert entry["paqdetr"] == paqdetr.__version__ and entry["packages"]["torch"] == torch.__version__
+    assert entry["paqdetr"] == paqdetr.__version__
+    assert torch.__version__.split("+")[0] == entry["packages"]["torch"].split("+")[0]
     assert entry["machine"]["memory_gib"] > 0 and entry["processes"] == 1 and "pytest" in entry["command"]
     assert entry["git"] is None or len(entry["git"]["commit"]) == 40
 

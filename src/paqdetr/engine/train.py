@@ -35,8 +35,6 @@ from paqdetr.models import Detector, load, save
 from paqdetr.models.files import model_to_train
 from paqdetr.ops import backends_run
 
-_LOG = logging.getLogger(__name__)
-
 # With nan_policy=skip-step: so many left out in a row mean that the training itself has failed.
 _MOST_SKIPPED = 10
 
@@ -120,7 +118,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model, self.taken = model_to_train(config, train_split.classes, resumed=run.state_file.is_file())
         if self.taken is not None and self.processes.main:
-            _LOG.warning("init %s: %s", config.init, self.taken)
+            logging.getLogger(__name__).warning("init %s: %s", config.init, self.taken)
         if config.sync_batch_norm:
             self.model = synchronise_norms(self.model)
         self.model.to(self.accelerator.device)
@@ -174,10 +172,11 @@ class Trainer:
                 # Of steps that are done again, or of a start that saved nothing.
                 self.run.truncate_metrics(self.position.metrics_size)
                 start_trackers(self.accelerator, self.run, self.config, step=self.position.step)
-            start = describe_start(self.accelerator.device, self.processes.count)
-            if self.taken is not None:
-                start["init"] = self.taken.to_dict()
-            self._record({"kind": "start", "step": self.position.step, **start, "lr_scale": self.lr_scale})
+            start = describe_start(self.accelerator.device, self.processes.count) | {
+                "lr_scale": self.lr_scale
+            }
+            taken = {} if self.taken is None else {"init": self.taken.to_dict()}
+            self._record({"kind": "start", "step": self.position.step, **start, **taken})
             with self.stop:
                 while not self._ended:
                     self._epoch()
