@@ -172,11 +172,9 @@ class Trainer:
                 # Of steps that are done again, or of a start that saved nothing.
                 self.run.truncate_metrics(self.position.metrics_size)
                 start_trackers(self.accelerator, self.run, self.config, step=self.position.step)
-            start = describe_start(self.accelerator.device, self.processes.count) | {
-                "lr_scale": self.lr_scale
-            }
-            taken = {} if self.taken is None else {"init": self.taken.to_dict()}
-            self._record({"kind": "start", "step": self.position.step, **start, **taken})
+            start = describe_start(self.accelerator.device, self.processes.count)
+            start |= {} if self.taken is None else {"init": self.taken.to_dict()}
+            self._record({"kind": "start", "step": self.position.step, "lr_scale": self.lr_scale} | start)
             with self.stop:
                 while not self._ended:
                     self._epoch()
