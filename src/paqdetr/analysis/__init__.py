@@ -1,0 +1,1 @@
+"""What a trained detector does: its errors, its queries and patterns, its inside, and the report that shows them."""
