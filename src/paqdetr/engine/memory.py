@@ -106,6 +106,7 @@ def step_memory(config: Config, split: DetectionDataset, *, processes: int = 1) 
     """Estimate from the tensors that a forward pass keeps for the backward pass, with one and with two images."""
     torch.manual_seed(config.seed)
     model = build_model(config, classes=split.classes).train()
+    model.checkpoint_activations(config.checkpoint_activations)
     saved = [
         _saved_bytes(model, config, worst_batch(config, split, model.preprocessing, size)) for size in (1, 2)
     ]
@@ -162,6 +163,7 @@ def _runs(config: Config, split: DetectionDataset, size: int, device: torch.devi
     try:
         torch.cuda.reset_peak_memory_stats(device)
         model = build_model(config, classes=split.classes).to(device).train()
+        model.checkpoint_activations(config.checkpoint_activations)
         average = build_model(config, classes=split.classes).to(device)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
         batch = worst_batch(config, split, model.preprocessing, size).to(device)
