@@ -12,8 +12,6 @@ import sys
 import tempfile
 import time
 
-os.environ.setdefault("GOMP_SPINCOUNT", "300000")
-
 from paqdetr.engine.events import Callback
 from paqdetr.engine.train import train
 

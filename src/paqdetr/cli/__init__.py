@@ -12,9 +12,6 @@ from collections.abc import Sequence
 
 import typer
 
-# Before torch starts its threads: idle ones that spin without end slow a busy machine down several times.
-os.environ.setdefault("GOMP_SPINCOUNT", "300000")
-
 from paqdetr.cli import config, convert, data, evaluate, models, plan, predict, train
 from paqdetr.cli.console import Ended, errors, print_styled
 from paqdetr.errors import UserError
