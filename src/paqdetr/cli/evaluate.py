@@ -46,6 +46,10 @@ def evaluate(
             raise ConfigError("eval --results needs --annotations", "name the COCO json of the ground truth")
         figures, title = _of_results(results_file, annotations, iou_type)
     results.print(figures_table(figures, title))
+    if checkpoint is not None:
+        from paqdetr.engine.memory import peak_memory
+
+        results.print(f"peak memory: {peak_memory():.2f} GiB")
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(figures, indent=1), encoding="utf-8")
