@@ -46,6 +46,8 @@ def main() -> None:
     }
     others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(arguments.busy)]
     try:
+        for side in sides.values():
+            assert side.settings  # all are ready
         wall: dict[str, list[float]] = {count: [] for count in counts}
         cpu: dict[str, list[float]] = {count: [] for count in counts}
         for number in range(arguments.warmup + arguments.rounds):

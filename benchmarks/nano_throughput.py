@@ -49,12 +49,14 @@ def main() -> None:
         "batch_size": arguments.batch_size,
         "rounds": arguments.rounds,
         "commits": {name: commit_of(folder) for name, folder in checkouts.items()},
-        "sizes": {str(size): measure(checkouts, size, arguments) for size in arguments.image_sizes},
+        "sizes": {},
     }
-    print(json.dumps(report, indent=1))
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    for size in arguments.image_sizes:
+        report["sizes"][str(size)] = measure(checkouts, size, arguments)
+        print(json.dumps(report, indent=1))
+        if arguments.json:  # after each size: a run of several takes long
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def measure(checkouts: dict[str, Path], size: int, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -112,7 +114,14 @@ class Side:
             text=True,
             env=environment,
         )
-        self.settings = self._read()
+        self._settings: dict[str, Any] | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Of model and losses; waits for the training to be ready."""
+        if self._settings is None:
+            self._settings = self._read()
+        return self._settings
 
     def step(self) -> dict[str, float]:
         """Let it take one."""
