@@ -87,6 +87,20 @@ def whole_model(report: Report) -> str:
     )
 
 
+def nano_throughput(report: Report) -> str:
+    """A training step of the nano now and at the first slice."""
+    rows = [["image size", "CPU, before", "now", "ratio", "clock, before", "now", "ratio"]]
+    for size, found in report["sizes"].items():
+        row = [size]
+        for clock in ("cpu", "wall"):
+            times = found[clock]
+            row += [*(_number(times[key]) for key in ("before_ms", "now_ms")), f"**{times['ratio']:.2f}x**"]
+        rows.append(row)
+    commits = report["commits"]
+    text = f"{report['model']}, batches of {report['batch_size']}; before: commit {commits['before']}, now: {commits['now']}."
+    return "\n\n".join([_made_by(report), _table(rows), text])
+
+
 TABLES: dict[str, Callable[[Report], str]] = {
     "deform_attn": attention,
     "deform_attn_one_thread": attention,
