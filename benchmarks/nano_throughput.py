@@ -43,6 +43,8 @@ def main() -> None:
     report = provenance(
         threads=arguments.threads, seed=0, packages=("paqdetr", "torch", "torchvision", "timm", "numba")
     )
+    for folder in (arguments.data, arguments.against):  # where they lie on this machine is nobody's business
+        report["command"] = report["command"].replace(str(folder), folder.name)
     checkouts = {"before": arguments.against.resolve(), "now": HERE.parent}
     report |= {
         "model": arguments.model,
