@@ -137,6 +137,7 @@ TABLES: dict[str, Callable[[Report], str]] = {
     "deform_attn_one_thread": attention,
     "whole_model": whole_model,
     "nano_throughput": nano_throughput,
+    "evaluation": evaluation,
 }
 
 
