@@ -8,7 +8,7 @@ resampled data set therefore needs no second evaluation, which makes thousands o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,24 @@ class MatchTable:
     def of_class(self, index: int) -> slice:
         """Where the detections of a class lie in the arrays of length N."""
         return slice(int(self.offsets[index]), int(self.offsets[index + 1]))
+
+    def of_images(self, chosen: Sequence[int]) -> MatchTable:
+        """The table of some images alone, by their positions: what `match` makes of that part of the data set."""
+        places = np.full(len(self.image_ids), -1, np.int32)
+        places[list(chosen)] = np.arange(len(chosen))
+        kept = np.flatnonzero(places[self.images] >= 0)
+        return replace(
+            self,
+            image_ids=tuple(self.image_ids[place] for place in chosen),
+            offsets=np.searchsorted(kept, self.offsets),
+            scores=self.scores[kept],
+            images=places[self.images[kept]],
+            ranks=self.ranks[kept],
+            detections=self.detections[kept],
+            true_positive=self.true_positive[:, :, kept],
+            ignored=self.ignored[:, :, kept],
+            positives=self.positives[:, :, list(chosen)],
+        )
 
     def average_precision(
         self, weights: np.ndarray | None = None, *, areas: Sequence[int] = range(len(AREAS))
