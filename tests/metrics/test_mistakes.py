@@ -122,6 +122,23 @@ def test_split_settings_and_oracles() -> None:
     assert list(written["gains"]) == list(MISTAKES) and written["foreground"] == 0.5
 
 
+@pytest.mark.parametrize(
+    ("dog", "cats", "kinds"),
+    [
+        # IoU 1/4 with the cat, .82 with the dog: a cat at a wrong place before a dog of the wrong class.
+        (80.0, [70.0], {"localisation": 1, "missed": 1}),
+        # A copy of the cat, and on the dog as well (IoU .90): a dog of the wrong class before a copy.
+        (15.0, [10.0, 10.0], {"classification": 1}),
+        # The second overlaps the dog alone, at .43: both wrong. It leaves the dog missed.
+        (80.0, [10.0, 120.0], {"both": 1, "missed": 1}),
+    ],
+)
+def test_split_takes_the_first_kind_that_fits(dog: float, cats: list[float], kinds: dict[str, int]) -> None:
+    gt = truth((1, CAT, BOX), (1, DOG, [dog, *BOX[1:]]))
+    results = found(*((1, CAT, [x, *BOX[1:]], 0.9 - i / 10) for i, x in enumerate(cats)))
+    assert error_split(gt, results).counts == dict.fromkeys(MISTAKES, 0) | kinds
+
+
 def test_split_without_objects_or_detections() -> None:
     assert math.isnan(error_split(truth(), found((1, CAT, BOX, 0.9))).ap)
     nothing = error_split(truth((1, CAT, BOX)), [])

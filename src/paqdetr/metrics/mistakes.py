@@ -36,11 +36,10 @@ MISTAKES = {
 class ErrorSplit:
     """The six kinds of mistakes of TIDE (Bolya et al. 2020), at IoU thresholds f (foreground) and b (background).
 
-    A false positive is the first of these that fits, by its best IoU with an object:
-    classification: at least f with an object of another class; localisation: between b and f with one of its class;
-    both: between b and f with one of another class; duplicate: at least f with one of its class that is taken already;
-    background: below b with all. missed: an object that no detection found and no classification or localisation
-    mistake explains.
+    A false positive is the first of these that fits, whether or not the object is found by another detection:
+    localisation: its best IoU with an object of its class lies between b and f; classification: it has IoU f or more with
+    an object of another class; duplicate: f or more with one of its own; background: less than b with every object; both:
+    the rest. missed: an object that no detection found and that no classification or localisation mistake is about.
 
     Attributes:
         ap: AP at IoU f.
