@@ -86,11 +86,13 @@ def test_text_and_lines_stand_out_from_the_ground(theme: int, ground: str) -> No
 
 def test_black_is_ink_in_drawings_of_others_too() -> None:
     axes = plots.new_axes()
-    axes.plot([0, 1], [0, 1], color="black")
+    axes.plot([0, 1], [0, 1], "o-", color="black")
     axes.text(0.5, 0.5, "plain")
     svg = plots.to_svg(axes.figure, title="plain")
     assert "stroke: var(--plot-ink, #000000)" in svg
-    assert re.search(r'<text style="[^"]*fill: var\(--plot-ink, #000000\)"[^>]*>plain<', svg)
+    # What matplotlib writes without a fill (text, marks) takes it from the root.
+    assert re.match(r'<svg [^>]*style="fill: var\(--plot-ink, #000000\)"', svg)
+    assert not re.search(r'<text style="[^"]*fill:[^"]*"[^>]*>plain<', svg)
 
 
 def test_cells_of_a_heat_map_carry_their_values_in_a_colour_that_reads_on_the_cell() -> None:

@@ -101,6 +101,7 @@ def _remove_furniture(root: ElementTree.Element) -> None:
         for child in list(parent):
             if child.tag in (f"{{{_SVG}}}metadata", f"{{{_SVG}}}style"):
                 parent.remove(child)
+    root.set("fill", INK)  # of what has none: matplotlib leaves out black
     root.set("stroke-linejoin", "round")
     root.set("stroke-linecap", "butt")
     _, _, width, height = root.get("viewBox", "0 0 1 1").split()
@@ -114,8 +115,6 @@ def _restyle(element: ElementTree.Element) -> None:
     if element.tag == f"{{{_SVG}}}text" or element.tag == f"{{{_SVG}}}tspan":
         css = re.sub(r"(font: [^;]*?[\d.]+px )[^;]*", lambda m: m[1] + _FONT, css or "")
         css = re.sub(r"font-family: [^;]*", f"font-family: {_FONT}", css)
-        if element.tag == f"{{{_SVG}}}text" and "fill:" not in css:  # matplotlib leaves out black
-            css += f"; fill: {INK}"
     if css:
         element.set("style", re.sub(r"#[0-9a-fA-F]{6}\b", lambda m: _themed(m[0]), css))
     for name in ("fill", "stroke"):
