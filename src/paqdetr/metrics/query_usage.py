@@ -105,7 +105,7 @@ class QueryUsage:
             if weights is not None:
                 self._add_weights(weights.detach())
             if content is not None:
-                self._add("cosine", _fixed(query_cosine(content.detach()).sum(0, keepdim=True)))
+                self._add("cosine", _fixed(query_cosine(content.detach())).sum(0, keepdim=True))
                 self._add("images_with_content", torch.tensor([len(content)], device=content.device))
 
     def see(self, output: DetectorOutput, targets: Sequence[Targets], indices: Sequence[int]) -> None:
