@@ -9,6 +9,7 @@ from paqdetr.metrics.coco import (
     non_maximum_suppression,
     read_results,
 )
+from paqdetr.metrics.matching import MatchTable
 from paqdetr.metrics.query_report import PatternUse, Places, QueryUsageReport, Spread
 from paqdetr.metrics.query_usage import QueryUsage
 from paqdetr.metrics.query_use import chance_gini, gini, lorenz_curve
@@ -16,6 +17,7 @@ from paqdetr.metrics.query_use import chance_gini, gini, lorenz_curve
 __all__ = [
     "FIGURE_NAMES",
     "CocoFigures",
+    "MatchTable",
     "PatternUse",
     "Places",
     "QueryUsage",
