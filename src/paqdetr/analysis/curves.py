@@ -12,8 +12,8 @@ import numpy as np
 from paqdetr.analysis import plots
 from paqdetr.analysis.judged import Judged, labels
 from paqdetr.analysis.section import Column, Figure, Section, Table
-from paqdetr.metrics.calibration import Calibration, calibration
 from paqdetr.metrics.curves import precision_recall
+from paqdetr.metrics.reliability import Calibration, calibration
 from paqdetr.metrics.weighting import RECALLS
 
 _COLOURS = (plots.BLUE, plots.ORANGE)
