@@ -14,15 +14,15 @@ from scipy.spatial.distance import pdist
 from paqdetr.analysis.overlay import Overlay, mark
 from paqdetr.analysis.parts import plot_part, rounded_values
 from paqdetr.analysis.patterns import ContentStudy, Samples
-from paqdetr.analysis.plots import GREY, PALETTE, bars, heat_map, legend, new_axes, new_grid
+from paqdetr.analysis.plots import GREY, PALETTE, bars, colour, heat_map, legend, new_axes, new_grid
 from paqdetr.analysis.section import Column, Part, Picture, Section, Table
 from paqdetr.analysis.semantics import SHUFFLES, Semantics
 from paqdetr.data.dataset import DetectionDataset
 from paqdetr.drawing import font_path
 from paqdetr.metrics.query_report import rounded
 
-# As many categories get a colour of their own; the rest share one.
-_COLOURS = len(PALETTE)
+# As many categories get a colour and shape of their own; the rest share one.
+_COLOURS = 3 * len(PALETTE)
 _EMBEDDED = 1200
 _LEAD = (
     "What the content of queries has to do with what they find. The pictures suggest meaning wherever one "
@@ -64,7 +64,7 @@ def pattern_section(
         DataError: an image cannot be read.
     """
     models = [studied] if against is None else [studied, against]
-    parts: list[Part | None] = [_meaning(models)]
+    parts: list[Part | None] = [_image_share(models), _meaning(models)]
     for number, model in enumerate(models):
         suffix = "" if number == 0 else "_against"
         parts += [
@@ -79,33 +79,65 @@ def pattern_section(
 
 
 def _meaning(models: Sequence[Studied]) -> Part | None:
+    words = {"all": "over all", "image": "in each image", "index": "in each index"}
     rows = []
     for model in models:
         for measure in model.semantics.measures:
-            row: dict[str, Any] = {"model": model.name, "measure": measure.name, "value": measure.value}
-            row["twin"] = measure.twin
             for kind in SHUFFLES:
+                row = {
+                    "model": model.name,
+                    "measure": measure.name,
+                    "value": measure.value,
+                    "twin": measure.twin,
+                }
                 test = measure.shuffled[kind]
-                row |= {kind: test.mean, f"{kind}_high": test.high, f"{kind}_p": test.p}
-            rows.append(rounded_values(row))
+                row |= {
+                    "shuffled": words[kind],
+                    "mean": test.mean,
+                    "low": test.low,
+                    "high": test.high,
+                    "p": test.p,
+                }
+                rows.append(rounded_values(row))
     if not rows:
         return None
-    columns = [Column("model", "model", "text")] if len(models) > 1 else []
-    columns += [Column("measure", "measure", "text"), Column("value", "value"), Column("twin", "static twin")]
-    for kind, words in zip(SHUFFLES, ("shuffled", "in images", "in indices"), strict=True):
-        columns += [
-            Column(kind, words),
-            Column(f"{kind}_high", f"{words}, 97.5 %"),
-            Column(f"{kind}_p", f"{words}, p"),
-        ]
+    columns = (
+        Column("measure", "measure", "text"),
+        Column("value", "value"),
+        Column("twin", "static twin"),
+        Column("shuffled", "labels shuffled", "text"),
+        Column("mean", "then: mean"),
+        Column("low", "2.5 %"),
+        Column("high", "97.5 %"),
+        Column("p", "p"),
+    )
+    if len(models) > 1:
+        columns = (Column("model", "model", "text"), *columns)
     looked = models[0].semantics
     caption = (
         f"{looked.samples} matched queries, {looked.categories} categories, {looked.permutations} shufflings "
         "of each kind. Dominant pattern and cluster: adjusted mutual information with the category, 0 by "
-        "chance and 1 for a one-to-one relation. Nearest neighbour: share of queries whose nearest content "
-        "in another image belongs to the same category."
+        "chance and 1 for a one-to-one relation. Nearest neighbour: share of queries whose nearest content in "
+        "another image belongs to the same category. p: share of shufflings that reach the value."
     )
-    return Table(name="pattern_meaning", caption=caption, columns=tuple(columns), rows=tuple(rows))
+    return Table(name="pattern_meaning", caption=caption, columns=columns, rows=tuple(rows))
+
+
+def _image_share(models: Sequence[Studied]) -> Part:
+    rows = tuple(
+        {"model": m.name, "image": round(m.study.image_share, 6), "index": round(1 - m.study.image_share, 6)}
+        for m in models
+    )
+    columns = (
+        Column("model", "model", "text"),
+        Column("image", "by the image", "percent"),
+        Column("index", "by the index", "percent"),
+    )
+    caption = (
+        "What decides a query's content: shares of its variance over queries and images. Content that nothing "
+        "but the index decides is a learned table, whatever made it."
+    )
+    return Table(name="content_variance", caption=caption, columns=columns, rows=rows)
 
 
 # ------------------------------------------------------------------------------------------------- plots
@@ -127,6 +159,7 @@ def _category_map(model: Studied, suffix: str) -> Part | None:
         axes, np.clip(values, -3, 3), rows=names, columns=[str(c) for c in columns], centred=True,
         bar="log2 of the weight over the mean", form="",
     )  # fmt: skip
+    axes.tick_params(axis="x", labelsize=6)
     caption = (
         "Mean mixture weight of each pattern in the queries matched with a category, over its mean in all "
         "matched queries: 1 is twice as much, -1 half. Matches in brackets. Rows and columns stand in the "
@@ -162,7 +195,10 @@ def _embedding(model: Studied, suffix: str, seed: int) -> Part | None:
             axes.scatter(*points[rest].T, s=7, color=GREY, alpha=0.5, linewidths=0, label="others")
         for number, kind in enumerate(common.tolist()):
             own = points[samples.categories == kind]
-            axes.scatter(*own.T, s=9, color=PALETTE[number], alpha=0.75, linewidths=0, label=names[kind])
+            shape = "o^s"[number // len(PALETTE)]
+            axes.scatter(
+                *own.T, s=13, color=colour(number), marker=shape, alpha=0.75, linewidths=0, label=names[kind]
+            )
         axes.set_xticks([])
         axes.set_yticks([])
         axes.grid(visible=False)
@@ -246,7 +282,7 @@ def _exciting_images(model: Studied, split: DetectionDataset, suffix: str) -> Pa
             sheet.paste(picture, (x + (cell - picture.width) // 2, top + (cell - picture.height) // 2))
             pen.text(
                 (x + 2, top + cell + 2),
-                f"{split.image_ids[index]}: {ratio:.2f} x"[-24:],
+                f"{split.image_ids[index]}: {ratio:.3f} x"[-24:],
                 fill="#222222",
                 font=font,
             )

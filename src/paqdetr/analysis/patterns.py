@@ -64,6 +64,8 @@ class ContentStudy:
             there is none.
         index_content: (n, d) mean content of each query index over all images: a static table, as near as one can be.
         index_weights: (n, m) mean weights of each query index over all images.
+        image_share: of the variance of content over queries and images, the share that the query index does not explain: 0 is a
+            learned table, the same for every image; pattern queries that learnt to look at the image have more.
         images: (I,) int64, those of `image_mass`, ascending.
         image_mass: (I, m) float32 mean weight of each pattern over the queries of an image.
         patterns: (m, d) float32.
@@ -78,6 +80,7 @@ class ContentStudy:
     category_weights: np.ndarray | None
     index_content: np.ndarray
     index_weights: np.ndarray | None
+    image_share: float
     images: np.ndarray
     image_mass: np.ndarray | None
     patterns: np.ndarray | None
@@ -116,6 +119,7 @@ class ContentCollector:
         self.num_classes, self.limit = num_classes, limit
         self._kept: list[tuple[np.ndarray, Samples]] = []  # hashes and samples
         self._sums: dict[str, np.ndarray] = {}
+        self._squares = 0  # of content, in units; an int of any size
         self._masses: dict[int, np.ndarray] = {}
         self._images: list[int] = []
 
@@ -126,6 +130,7 @@ class ContentCollector:
         assert content is not None
         self._images += indices
         self._add("content", _fixed(content).sum(0))
+        self._squares += int(_fixed(np.square(content, dtype=np.float64).sum((1, 2))).sum())
         if weights is not None:
             self._add("weights", _fixed(weights).sum(0))
             self._masses |= dict(zip(indices, weights.mean(1), strict=True))
@@ -150,6 +155,7 @@ class ContentCollector:
         """Take over what another process's copy has seen."""
         for name, value in other._sums.items():
             self._add(name, value)
+        self._squares += other._squares
         self._masses |= other._masses
         self._images += other._images
         self._kept += other._kept
@@ -181,14 +187,20 @@ class ContentCollector:
                 category_weights = sums["category_weights"] / np.where(counts, counts, np.nan)[:, None]
             index_weights = sums["weights"] / len(images)
             mass = np.stack([self._masses[index] for index in images.tolist()])
+        index_content = sums["content"] / len(images)
+        # Of a mean square over queries and images: that of the index means, and that of the mean of all.
+        square = self._squares / _UNIT / (len(images) * len(index_content))
+        between, overall = np.square(index_content).sum(1).mean(), np.square(index_content.mean(0)).sum()
+        share = max(square - between, 0.0) / (square - overall) if square - overall > 1e-9 * square else 0.0
         return ContentStudy(
             classes=model.classes,
             matched=int(counts.sum()),
             samples=samples,
             category_counts=counts,
             category_weights=category_weights,
-            index_content=sums["content"] / len(images),
+            index_content=index_content,
             index_weights=index_weights,
+            image_share=float(share),
             images=images,
             image_mass=mass,
             patterns=source.patterns.detach().float().cpu().numpy() if mixes else None,
