@@ -175,6 +175,18 @@ def test_embeddings_are_seeded_and_keep_groups_apart() -> None:
         assert np.linalg.norm(centres[0] - centres[1]) > 2 * spread, name
 
 
+@pytest.mark.parametrize("different", [1, 5, 9, 250])
+def test_embeddings_of_equal_rows(different: int) -> None:
+    """Static tables: every row many times. Zero, which some tables start with, too."""
+    rows = np.random.default_rng(0).normal(size=(different, 4)) * (different > 1)
+    found = embed(np.tile(rows, (5, 1)).astype(np.float32))
+    assert bool(found) == (different >= 8)
+    for places in found.values():
+        assert places.shape == (5 * different, 2) and np.isfinite(places).all()
+        assert np.array_equal(places[:different], places[-different:])
+        assert len(np.unique(places, axis=0)) == different
+
+
 def test_cosines() -> None:
     found = pattern_cosines(np.array([[2.0, 0], [0, 3], [-1, 0], [0, 0]]))
     assert found.tolist() == [[1, 0, -1, 0], [0, 1, 0, 0], [-1, 0, 1, 0], [0, 0, 0, 0]]
@@ -209,6 +221,9 @@ def observed(split: DetectionDataset) -> dict[str, tuple[QueryUsageReport, Conte
         torch.manual_seed(0)
         model = create_model(name, num_classes=10, dim=32, ffn_dim=64, num_queries=12, image_size=96).eval()
         model.classes = split.classes
+        with torch.no_grad():  # content that starts at zero would have nothing to show
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.05)
         usage, collector = QueryUsage(num_queries=12), ContentCollector(num_classes=10)
         evaluate_split(model, split, observers=[usage, collector])
         gradients = Spread(counts=np.arange(12.0), images=8, ranked=True, discrete=False)

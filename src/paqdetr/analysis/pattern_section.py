@@ -23,6 +23,8 @@ from paqdetr.metrics.query_report import rounded
 # As many categories get a colour and shape of their own; the rest share one.
 _COLOURS = 3 * len(PALETTE)
 _EMBEDDED = 1200
+# Rows that differ: fewer make no map; for fewer than the second number t-SNE is computed exactly.
+_LEAST_DIFFERENT, _FEW = 8, 200
 _LEAD = (
     "What the content of queries has to do with what they find. The pictures suggest meaning wherever one "
     "looks for it; the first table says how much of it is there. Each number is held against shuffled labels: "
@@ -178,12 +180,12 @@ def _category_map(model: Studied, suffix: str) -> Part | None:
 def _embedding(model: Studied, suffix: str, seed: int) -> Part | None:
     """Matched content queries in two dimensions, by PCA and by t-SNE, coloured by category."""
     samples = model.study.samples
-    if len(samples) < 8:
-        return None
     if len(samples) > _EMBEDDED:
         chosen = np.random.default_rng(seed).choice(len(samples), _EMBEDDED, replace=False)
         samples = samples.rows(np.sort(chosen))
     places = embed(samples.content, seed=seed)
+    if not places:
+        return None
     plots = new_grid(1, 2, width=7.4, height=3.6, titles=[f"{model.name}: {name}" for name in places])
     kinds, counts = np.unique(samples.categories, return_counts=True)
     common = kinds[np.argsort(-counts, kind="stable")][:_COLOURS]
@@ -393,13 +395,27 @@ def pattern_cosines(patterns: np.ndarray) -> np.ndarray:
 
 
 def embed(content: np.ndarray, *, seed: int = 0) -> dict[str, np.ndarray]:
-    """(P, d) content in two dimensions, P at least 8: {"PCA": (P, 2), "t-SNE": (P, 2)}; the same seed gives the same places."""
+    """(P, d) content in two dimensions: {"PCA": (P, 2), "t-SNE": (P, 2)}; the same seed gives the same places, and equal rows
+    have the same place. Empty if fewer than eight rows differ: a static table of few queries has no map."""
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
+    # Equal rows are embedded once: t-SNE's tree does not survive heaps of points in one place.
+    scale = float(np.abs(content).max(initial=0)) or 1.0
     values = content.astype(np.float64)
+    _, first, inverse = np.unique((values / scale).round(5), axis=0, return_index=True, return_inverse=True)
+    inverse = inverse.reshape(-1)
+    values = values[first]
+    if len(values) < _LEAST_DIFFERENT:
+        return {}
     width = min(30, *values.shape)
     reduced = PCA(width, svd_solver="full").fit_transform(values)
-    perplexity = min(30.0, (len(values) - 1) / 3)
-    tsne = TSNE(2, perplexity=perplexity, init="pca", learning_rate="auto", random_state=seed)
-    return {"PCA": reduced[:, :2], "t-SNE": np.asarray(tsne.fit_transform(reduced))}
+    tsne = TSNE(
+        2,
+        perplexity=min(30.0, (len(values) - 1) / 3),
+        init="pca",
+        learning_rate="auto",
+        random_state=seed,
+        method="exact" if len(values) < _FEW else "barnes_hut",
+    )
+    return {"PCA": reduced[inverse, :2], "t-SNE": np.asarray(tsne.fit_transform(reduced))[inverse]}
