@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering
-from scipy.spatial.distance import pdist
 
+from paqdetr.analysis.arrange import cluster_order, embed, pattern_cosines
 from paqdetr.analysis.overlay import Overlay, mark
 from paqdetr.analysis.parts import plot_part, rounded_values
 from paqdetr.analysis.patterns import ContentStudy, Samples
@@ -23,8 +22,6 @@ from paqdetr.metrics.query_report import rounded
 # As many categories get a colour and shape of their own; the rest share one.
 _COLOURS = 3 * len(PALETTE)
 _EMBEDDED = 1200
-# Rows that differ: fewer make no map; for fewer than the second number t-SNE is computed exactly.
-_LEAST_DIFFERENT, _FEW = 8, 200
 _LEAD = (
     "What the content of queries has to do with what they find. The pictures suggest meaning wherever one "
     "looks for it; the first table says how much of it is there. Each number is held against shuffled labels: "
@@ -374,48 +371,3 @@ def _telling_image(samples: Samples) -> int:
     kinds = [len(np.unique(samples.categories[samples.images == image])) for image in images]
     boxes = [int((samples.images == image).sum()) for image in images]
     return int(images[np.lexsort((np.asarray(boxes), -np.asarray(kinds)))[0]])
-
-
-# --------------------------------------------------------------------------------------------- arithmetic
-
-
-def cluster_order(rows: np.ndarray) -> np.ndarray:
-    """An order of (R, D) rows in which like ones stand together: leaves of average-linkage clustering by Euclidean distance, in
-    scipy's optimal order."""
-    if len(rows) < 3:
-        return np.arange(len(rows))
-    distances = pdist(np.asarray(rows, dtype=np.float64))
-    return leaves_list(optimal_leaf_ordering(linkage(distances, "average"), distances))
-
-
-def pattern_cosines(patterns: np.ndarray) -> np.ndarray:
-    """(m, m) cosines of (m, d) patterns."""
-    unit = patterns / np.maximum(np.linalg.norm(patterns, axis=1, keepdims=True), 1e-12)
-    return unit @ unit.T
-
-
-def embed(content: np.ndarray, *, seed: int = 0) -> dict[str, np.ndarray]:
-    """(P, d) content in two dimensions: {"PCA": (P, 2), "t-SNE": (P, 2)}; the same seed gives the same places, and equal rows
-    have the same place. Empty if fewer than eight rows differ: a static table of few queries has no map."""
-    from sklearn.decomposition import PCA
-    from sklearn.manifold import TSNE
-
-    # Equal rows are embedded once: t-SNE's tree does not survive heaps of points in one place.
-    scale = float(np.abs(content).max(initial=0)) or 1.0
-    values = content.astype(np.float64)
-    _, first, inverse = np.unique((values / scale).round(5), axis=0, return_index=True, return_inverse=True)
-    inverse = inverse.reshape(-1)
-    values = values[first]
-    if len(values) < _LEAST_DIFFERENT:
-        return {}
-    width = min(30, *values.shape)
-    reduced = PCA(width, svd_solver="full").fit_transform(values)
-    tsne = TSNE(
-        2,
-        perplexity=min(30.0, (len(values) - 1) / 3),
-        init="pca",
-        learning_rate="auto",
-        random_state=seed,
-        method="exact" if len(values) < _FEW else "barnes_hut",
-    )
-    return {"PCA": reduced[inverse, :2], "t-SNE": np.asarray(tsne.fit_transform(reduced))[inverse]}
