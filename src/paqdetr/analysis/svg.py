@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 
 import matplotlib
 from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.legend import Legend
 
 # Okabe and Ito's colours, told apart with any colour vision; the yellow, which is lost on white, is left out.
@@ -64,17 +64,18 @@ def theme_css() -> tuple[str, str]:
     return light, dark
 
 
-def to_svg(figure: Figure, *, title: str, description: str = "") -> str:
+def to_svg(figure: Figure | SubFigure, *, title: str, description: str = "") -> str:
     """The figure as an <svg> element for an HTML page.
 
     Transparent, text as text, colours as CSS properties, no scripts, no style sheet, no date: the same figure gives the same
     bytes. Its ids start with a hash of its content, so several can stand in one page.
 
     Args:
-        figure: drawn with the helpers above, or under `style()`.
+        figure: drawn with the helpers of `plots`, or under its `style()`; `axes.figure` is one.
         title: what the plot is, for screen readers and as a tooltip.
         description: what is to be seen in it, for screen readers.
     """
+    assert isinstance(figure, Figure), "a part of a figure cannot be saved by itself"
     for box in figure.findobj(Legend):
         assert isinstance(box, Legend)
         box.get_frame().set(facecolor="none", edgecolor="none")

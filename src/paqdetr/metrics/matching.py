@@ -15,6 +15,7 @@ from typing import Any
 import hotcoco
 import numpy as np
 
+from paqdetr.errors import ConfigError
 from paqdetr.metrics.coco_records import CocoRecords, IouType
 from paqdetr.metrics.weighting import WeightedFigures, average_precision, recall, weighted_figures
 
@@ -23,8 +24,9 @@ AREAS = ("all", "small", "medium", "large")
 
 _Json = Mapping[str, Any]
 _MAX_DETECTIONS = 100
-# Image and class pairs that are asked for at once: their matches are Python lists, of some 10 kB a pair.
-_PAIRS_AT_ONCE = 20_000
+# Image and class pairs that are asked for at once: their matches are Python lists, of some 10 kB a pair, and of many pairs
+# each takes longer than of few.
+_PAIRS_AT_ONCE = 200
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,6 +49,8 @@ class MatchTable:
         true_positive: (A, T, N) bool.
         ignored: (A, T, N) bool, neither right nor wrong: matched to a crowd or to an object of another size, or unmatched
             and itself of another size.
+        matches: (T, N) int32, positions in the annotations of the ground truth that detections were matched to, crowds
+            included, whatever the size; -1 for none.
         positives: (A, C, I) int32, objects to be found.
     """
 
@@ -61,6 +65,7 @@ class MatchTable:
     detections: np.ndarray
     true_positive: np.ndarray
     ignored: np.ndarray
+    matches: np.ndarray
     positives: np.ndarray
 
     @classmethod
@@ -69,10 +74,12 @@ class MatchTable:
         ground_truth: _Json | str | Path,
         results: Sequence[_Json],
         iou_type: IouType = "bbox",
+        *,
+        source: str = "",
     ) -> MatchTable:
         """Match results with the ground truth. Arguments and errors are those of `evaluate_detections`."""
         records = CocoRecords.open(ground_truth, iou_type)
-        return cls.of_records(records, records.results(results))
+        return cls.of_records(records, records.results(results, source))
 
     @classmethod
     def of_records(cls, records: CocoRecords, results: list[dict[str, Any]]) -> MatchTable:
@@ -92,7 +99,8 @@ class MatchTable:
         outside = (areas < ranges[:, :1]) | (areas > ranges[:, 1:])  # (A, number of results)
         matched = np.zeros((len(ranges), len(thresholds), len(results)), bool)
         ignored = np.repeat(outside[:, None], len(thresholds), axis=1)  # right where nothing could be matched
-        _matches(truth, results, iou_type, matched, ignored)
+        matches = np.full((len(thresholds), len(results)), -1, np.int32)
+        _fill_in_matches(truth, results, iou_type, matched, ignored, matches)
         return cls(
             image_ids=records.image_ids,
             category_ids=records.category_ids,
@@ -105,6 +113,7 @@ class MatchTable:
             detections=order,
             true_positive=(matched & ~ignored)[:, :, order],
             ignored=ignored[:, :, order],
+            matches=matches[:, order],
             positives=_positives(
                 truth["annotations"], ranges, len(records.class_names), len(truth["images"])
             ),
@@ -129,8 +138,21 @@ class MatchTable:
             detections=self.detections[kept],
             true_positive=self.true_positive[:, :, kept],
             ignored=self.ignored[:, :, kept],
+            matches=self.matches[:, kept],
             positives=self.positives[:, :, list(chosen)],
         )
+
+    def threshold_index(self, iou_threshold: float) -> int:
+        """Which of `iou_thresholds` is meant.
+
+        Raises:
+            ConfigError: none of them.
+        """
+        close = np.flatnonzero(np.isclose(self.iou_thresholds, iou_threshold, atol=1e-6))
+        if not len(close):
+            known = ", ".join(f"{threshold:.2f}" for threshold in self.iou_thresholds)
+            raise ConfigError(f"IoU threshold {iou_threshold}: expected one of {known}", "choose one of them")
+        return int(close[0])
 
     def average_precision(
         self, weights: np.ndarray | None = None, *, areas: Sequence[int] = range(len(AREAS))
@@ -213,12 +235,13 @@ def _positives(
     return positives
 
 
-def _matches(
+def _fill_in_matches(
     truth: dict[str, Any],
     results: list[dict[str, Any]],
     iou_type: str,
     matched: np.ndarray,  # (A, T, number of results), filled in
     ignored: np.ndarray,  # likewise
+    matches: np.ndarray,  # (T, number of results), likewise
 ) -> None:
     """Ask the library for the matches of every image and class that has both objects and detections."""
     objects: dict[tuple[int, int], list[dict[str, Any]]] = {}
@@ -263,3 +286,5 @@ def _matches(
             area = areas[tuple(pair["aRng"])]
             matched[area][:, own] = pair["dtMatched"]
             ignored[area][:, own] = pair["dtIgnore"]
+            if area == 0:
+                matches[:, own] = np.array(pair["dtMatches"], np.int32) - 1  # annotations are numbered from 1
