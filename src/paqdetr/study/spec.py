@@ -226,7 +226,8 @@ class Study(_Part):
         evaluations: on the validation split, about so many over a training.
         seeds: the same number means the same order of images and the same initial weights where shapes agree, so runs are
             compared seed by seed.
-        threads: of each training.
+        threads: of each process.
+        processes: that train together, each on a device of its own; `batch_size` is of one.
         baseline: the variant that others are compared with.
         level: one minus the confidence of intervals, and how often, over all claims together, a wrong verdict is accepted.
     """
@@ -240,6 +241,7 @@ class Study(_Part):
     evaluations: int = Field(default=10, ge=1)
     seeds: Seeds = (0, 1, 2)
     threads: int = Field(default=2, ge=1)
+    processes: int = Field(default=1, ge=1, description="that train together, one a device")
     baseline: str = "baseline"
     level: float = Field(default=0.05, gt=0, lt=0.5)
     data: Annotated[dict[str, DataSet], Field(min_length=1), AfterValidator(_named)]
