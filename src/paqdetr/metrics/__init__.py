@@ -9,11 +9,13 @@ from paqdetr.metrics.coco import (
     non_maximum_suppression,
     read_results,
 )
+from paqdetr.metrics.matching import MatchTable
 from paqdetr.metrics.query_use import gini
 
 __all__ = [
     "FIGURE_NAMES",
     "CocoFigures",
+    "MatchTable",
     "evaluate_detections",
     "gini",
     "non_maximum_suppression",
