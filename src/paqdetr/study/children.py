@@ -87,8 +87,8 @@ def run_child(
 ) -> Ended:
     """Run `python -m ARGUMENTS` to its end. A signal to this process is handed on, once; the child saves and ends.
 
-    The child is in a session of its own: Ctrl-C in a terminal would reach it a second time otherwise, and the second one ends it at
-    once. It inherits the lock, so a child that outlives a queue that was killed keeps its run.
+    The child is in a session of its own: Ctrl-C in a terminal would reach it a second time otherwise, and the second
+    one ends it at once. It inherits the lock, so a child that outlives a queue that was killed keeps its run.
 
     Args:
         threads: of OpenMP, BLAS and numba.

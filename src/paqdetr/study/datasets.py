@@ -77,8 +77,8 @@ def _make(digits: Digits, folder: Path, progress: Progress | None) -> None:
 
 
 def _cut(source: Path, folder: Path, fold: int, folds: int) -> None:
-    """A data set whose `val` is one part of the source's train and val together, and whose `train` is the other parts. Images stay
-    where they are: `from_train` and `from_val` are links to their folders."""
+    """A data set whose `val` is one part of the source's train and val together, and whose `train` is the other parts.
+    Images stay where they are: `from_train` and `from_val` are links to their folders."""
     if folder.exists():
         return
     splits = {name: open_split(source, name) for name in ("train", "val")}
@@ -91,7 +91,9 @@ def _cut(source: Path, folder: Path, fold: int, folds: int) -> None:
     for name in ("train", "val"):
         (partial / name).mkdir(parents=True)
         for origin, split in splits.items():
-            (partial / name / f"from_{origin}").symlink_to(split.image_dir.resolve(), target_is_directory=True)
+            (partial / name / f"from_{origin}").symlink_to(
+                split.image_dir.resolve(), target_is_directory=True
+            )
         inside = chosen if name == "val" else {image["id"] for image in pool["images"]} - chosen
         _write(partial / f"{name}.json", _only(pool, inside))
     if "test" in available_splits(source):
@@ -110,7 +112,9 @@ def _pool(splits: dict[str, DetectionDataset]) -> dict[str, Any]:
         content = split.ground_truth()
         categories = categories or content["categories"]
         if content["categories"] != categories:
-            raise DataError(f"{split.annotation_file}: other classes than in train", "folds need equal classes")
+            raise DataError(
+                f"{split.annotation_file}: other classes than in train", "folds need equal classes"
+            )
         ids = {image["id"]: len(images) + n for n, image in enumerate(content["images"], start=1)}
         images += [
             {**image, "id": ids[image["id"]], "file_name": f"from_{origin}/{image['file_name']}"}

@@ -88,7 +88,7 @@ def run_queue(
         while waiting:
             busy = [(number, planned) for number, planned in waiting if not queue.attempt(planned, number)]
             if busy:
-                events and events.on_wait(busy[0][1])
+                queue.events.on_wait(busy[0][1])
                 _sleep(queue.signals)
             waiting = busy
     return queue.done
@@ -209,7 +209,7 @@ def _require_free(run: Run) -> None:
 
 def _note_cost(run: Run, ended: Ended, threads: int) -> None:
     """Beside the run: what each session of the training took, so that a resumed one counts whole."""
-    if run.output.is_dir():
+    if run.config_file.is_file():
         row = {"seconds": round(ended.seconds, 1), "cpu_seconds": ended.cpu_seconds, "threads": threads}
         with (run.output / "sessions.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")

@@ -128,7 +128,9 @@ def plan_runs(study: Study, *, file: Path, places: Places, root: Path) -> list[P
     prepared = {name: _DataPlan.of(study, name, file=file, root=root) for name in study.data}
     most = max(len(study.seeds_of(name)) for name in study.data)
     return [
-        _planned(study, RunKey(name, variant, study.seeds_of(name)[turn]), turn, prepared[name], file, places, root)
+        _planned(
+            study, RunKey(name, variant, study.seeds_of(name)[turn]), turn, prepared[name], file, places, root
+        )
         for turn in range(most)
         for name in study.data
         if turn < len(study.seeds_of(name))
@@ -159,7 +161,10 @@ class _DataPlan:
             assert steps is not None  # the study's file was checked for it
             epochs = -(-steps // epoch_steps)
             budget["max_steps"] = steps
-        budget |= {"epochs": epochs, "eval_every": max(1, round(epochs / (data.evaluations or study.evaluations)))}
+        budget |= {
+            "epochs": epochs,
+            "eval_every": max(1, round(epochs / (data.evaluations or study.evaluations))),
+        }
         classes = None if data.make is not None else len(open_split(root / str(data.folder), "train").classes)
         return cls(budget, steps or epochs * epoch_steps, epoch_steps, 10 if data.make else classes)
 

@@ -12,8 +12,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from pydantic import model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from paqdetr.config import known_keys
 from paqdetr.data.files import load_yaml
@@ -31,17 +38,14 @@ _DECIDED = {
     "save_every_steps": "leave it out: the queue has states saved every two minutes",
     "save_every_minutes": "leave it out: the queue has states saved every two minutes",
 }
-_DECIDED_FOR_VARIANTS = {
-    key: "all variants see equally many images: write it under `settings` of the study or of the data set"
-    for key in ("batch_size", "accumulate")
-}
+_ALL_SEE_AS_MUCH = ("batch_size", "accumulate")
 
 CLAIMED = (
     *("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"),
     *("AP_nms", "AP50_nms", "copies", "predictions_per_image"),
 )
-"""Figures that a claim can be about: the COCO figures; those after non-maximum suppression; `copies`, AP_nms - AP; and predictions
-that score over 0.3. Query-use views come on top as `queries.NAME`, whatever the runs have."""
+"""Figures that a claim can be about: the COCO figures; those after non-maximum suppression; `copies`, AP_nms - AP; and
+predictions that score over 0.3. Query-use views come on top as `queries.NAME`, whatever the runs have."""
 
 
 def _flat(value: Any, prefix: str = "") -> Any:
@@ -147,9 +151,12 @@ class Variant(_Part):
 
     @model_validator(mode="after")
     def _same_images(self) -> Variant:
-        for key, remedy in _DECIDED_FOR_VARIANTS.items():
+        for key in _ALL_SEE_AS_MUCH:
             if key in self.settings:
-                raise ValueError(f"settings.{key} is not a variant's to set: {remedy}")
+                raise ValueError(
+                    f"settings.{key} is not a variant's to set: all variants see equally many images; "
+                    "write it under `settings` of the study or of the data set"
+                )
         return self
 
 
@@ -166,7 +173,8 @@ class Published(_Part):
 
 
 class Claim(_Part):
-    """A sentence that the runs decide: the figure of `variant` is higher (lower) than that of `against`, by more than `threshold`.
+    """A sentence that the runs decide: the figure of `variant` is higher (lower) than that of `against`, by more than
+    `threshold`.
 
     Attributes:
         text: the sentence.
@@ -325,9 +333,7 @@ def _explain(error: ValidationError, path: Path) -> ConfigError:
         known = _fields_at(first["loc"][:-1])
         close = difflib.get_close_matches(leaf, known, n=1, cutoff=0.5)
         remedy = f"did you mean {close[0]!r}?" if close else f"known there: {', '.join(known)}"
-        return ConfigError(
-            f"{path}: unknown key {leaf!r}" + (f" in {parent}" if parent else ""), remedy
-        )
+        return ConfigError(f"{path}: unknown key {leaf!r}" + (f" in {parent}" if parent else ""), remedy)
     if first["type"] == "missing":
         return ConfigError(f"{path}: {key} is missing", "docs/study.md shows what a study's file holds")
     message = first["msg"].removeprefix("Value error, ")
