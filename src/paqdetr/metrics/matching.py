@@ -8,13 +8,14 @@ resampled data set therefore needs no second evaluation, which makes thousands o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import hotcoco
 import numpy as np
 
+from paqdetr.errors import ConfigError
 from paqdetr.metrics.coco_records import CocoRecords, IouType
 from paqdetr.metrics.weighting import WeightedFigures, average_precision, recall, weighted_figures
 
@@ -47,6 +48,8 @@ class MatchTable:
         true_positive: (A, T, N) bool.
         ignored: (A, T, N) bool, neither right nor wrong: matched to a crowd or to an object of another size, or unmatched
             and itself of another size.
+        matches: (T, N) int64, positions in the annotations of the ground truth that detections were matched to, crowds
+            included, whatever the size; -1 for none.
         positives: (A, C, I) int32, objects to be found.
     """
 
@@ -61,6 +64,7 @@ class MatchTable:
     detections: np.ndarray
     true_positive: np.ndarray
     ignored: np.ndarray
+    matches: np.ndarray
     positives: np.ndarray
 
     @classmethod
@@ -92,7 +96,8 @@ class MatchTable:
         outside = (areas < ranges[:, :1]) | (areas > ranges[:, 1:])  # (A, number of results)
         matched = np.zeros((len(ranges), len(thresholds), len(results)), bool)
         ignored = np.repeat(outside[:, None], len(thresholds), axis=1)  # right where nothing could be matched
-        _matches(truth, results, iou_type, matched, ignored)
+        matches = np.full((len(thresholds), len(results)), -1, np.int64)
+        _fill_in_matches(truth, results, iou_type, matched, ignored, matches)
         return cls(
             image_ids=records.image_ids,
             category_ids=records.category_ids,
@@ -105,6 +110,7 @@ class MatchTable:
             detections=order,
             true_positive=(matched & ~ignored)[:, :, order],
             ignored=ignored[:, :, order],
+            matches=matches[:, order],
             positives=_positives(
                 truth["annotations"], ranges, len(records.class_names), len(truth["images"])
             ),
@@ -113,6 +119,37 @@ class MatchTable:
     def of_class(self, index: int) -> slice:
         """Where the detections of a class lie in the arrays of length N."""
         return slice(int(self.offsets[index]), int(self.offsets[index + 1]))
+
+    def of_images(self, chosen: Sequence[int]) -> MatchTable:
+        """The table of some images alone, by their positions: what `match` makes of that part of the data set."""
+        places = np.full(len(self.image_ids), -1, np.int32)
+        places[list(chosen)] = np.arange(len(chosen))
+        kept = np.flatnonzero(places[self.images] >= 0)
+        return replace(
+            self,
+            image_ids=tuple(self.image_ids[place] for place in chosen),
+            offsets=np.searchsorted(kept, self.offsets),
+            scores=self.scores[kept],
+            images=places[self.images[kept]],
+            ranks=self.ranks[kept],
+            detections=self.detections[kept],
+            true_positive=self.true_positive[:, :, kept],
+            ignored=self.ignored[:, :, kept],
+            matches=self.matches[:, kept],
+            positives=self.positives[:, :, list(chosen)],
+        )
+
+    def threshold_index(self, iou_threshold: float) -> int:
+        """Which of `iou_thresholds` is meant.
+
+        Raises:
+            ConfigError: none of them.
+        """
+        close = np.flatnonzero(np.isclose(self.iou_thresholds, iou_threshold, atol=1e-6))
+        if not len(close):
+            known = ", ".join(f"{threshold:.2f}" for threshold in self.iou_thresholds)
+            raise ConfigError(f"IoU threshold {iou_threshold}: expected one of {known}", "choose one of them")
+        return int(close[0])
 
     def average_precision(
         self, weights: np.ndarray | None = None, *, areas: Sequence[int] = range(len(AREAS))
@@ -195,12 +232,13 @@ def _positives(
     return positives
 
 
-def _matches(
+def _fill_in_matches(
     truth: dict[str, Any],
     results: list[dict[str, Any]],
     iou_type: str,
     matched: np.ndarray,  # (A, T, number of results), filled in
     ignored: np.ndarray,  # likewise
+    matches: np.ndarray,  # (T, number of results), likewise
 ) -> None:
     """Ask the library for the matches of every image and class that has both objects and detections."""
     objects: dict[tuple[int, int], list[dict[str, Any]]] = {}
@@ -245,3 +283,5 @@ def _matches(
             area = areas[tuple(pair["aRng"])]
             matched[area][:, own] = pair["dtMatched"]
             ignored[area][:, own] = pair["dtIgnore"]
+            if area == 0:
+                matches[:, own] = np.array(pair["dtMatches"], np.int64) - 1  # annotations are numbered from 1
