@@ -104,7 +104,8 @@ class Job:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Job:
         """As it was."""
-        return cls(**(values | {"checkpoints": tuple(values["checkpoints"])}))
+        arguments: dict[str, Any] = values | {"checkpoints": tuple(values["checkpoints"])}
+        return cls(**arguments)
 
 
 def is_current(result: RunResult, job: Job) -> bool:
