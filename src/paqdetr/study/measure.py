@@ -21,7 +21,10 @@ from paqdetr.engine.evaluate import detect_split, require_same_classes
 from paqdetr.engine.run import Run, flat_settings
 from paqdetr.errors import UserError
 from paqdetr.metrics.coco import non_maximum_suppression
+from paqdetr.metrics.intervals import resample_images
 from paqdetr.metrics.matching import MatchTable
+from paqdetr.metrics.query_report import QueryUsageReport, Spread
+from paqdetr.metrics.query_usage import QueryUsage
 from paqdetr.models import Detector, load
 from paqdetr.models.cost import model_cost
 from paqdetr.structures import Detections
@@ -154,7 +157,8 @@ def measure_model(
     """
     require_same_classes(model.classes, split)
     found: list[Detections] = []
-    for index, detections in detect_split(model, split, batch_size=4):
+    usage = QueryUsage(num_queries=model.config.num_queries)
+    for index, detections in detect_split(model, split, batch_size=4, observers=[usage]):
         detections.image_id = split.image_ids[index]
         found.append(detections)
     raw, raw_replicates = _figures(split, found, replicates, seed)
@@ -163,13 +167,14 @@ def measure_model(
     )
     sure = {detections.image_id: int((detections.scores > _CONFIDENT).sum()) for detections in found}
     counts = np.array([sure[image] for image in split.image_ids])
-    weights = _resamples(len(split), replicates, seed)
+    weights = resample_images(len(split), replicates, seed)
     figures = {
         **raw,
         "AP_nms": cleaned["AP"],
         "AP50_nms": cleaned["AP50"],
         "predictions_per_image": round(float(counts.mean()), 4),
         "boxes_per_image": round(float(np.mean([len(split.labels(i)) for i in range(len(split))])), 4),
+        "queries": query_views(usage.report()),
     }
     values = {
         "AP": raw_replicates["AP"],
@@ -190,16 +195,34 @@ def _figures(
     figures: dict[str, Any] = {name: _rounded(values[0]) for name, values in whole.figures.items()}
     classes = zip(table.class_names, whole.per_class[0], strict=True)
     figures["per_class"] = {name: _rounded(value) for name, value in classes}
-    weights = _resamples(len(split), replicates, seed)
+    weights = resample_images(len(split), replicates, seed)
     precision = table.average_precision(weights, areas=(0,))[:, 0]  # (R, C, T)
     # A rare class may be missing in a resample: the mean is over those that are there, as in COCO.
     return figures, {"AP": np.nanmean(precision, axis=(1, 2)), "AP50": np.nanmean(precision[:, :, 0], axis=1)}
 
 
-def _resamples(images: int, replicates: int, seed: int) -> np.ndarray:
-    """(R, I) how often each image is drawn; the same for every model."""
-    rng = np.random.default_rng(seed)
-    return rng.multinomial(images, np.full(images, 1 / images), size=replicates)
+def query_views(report: QueryUsageReport) -> dict[str, Any]:
+    """The views of query use as single numbers: Gini coefficients, with what they have to be read beside."""
+    views: dict[str, Any] = {"n": report.num_queries, "cosine": report.query_cosine}
+    spreads: dict[str, Spread | None] = {
+        **{
+            f"over_{round(100 * spread.threshold)}": spread
+            for spread in report.activations
+            if spread.threshold
+        },
+        "equal": report.equal,
+        "positives": report.positives,
+    }
+    for name, spread in spreads.items():
+        if spread is not None:
+            views[f"gini_{name}"], views[f"per_image_{name}"] = spread.gini, spread.per_image
+            views[f"by_rank_{name}"] = spread.by_rank
+    if report.equal is not None:
+        views["threshold_equal"] = report.equal.threshold
+    if report.patterns is not None:
+        views["gini_patterns"], views["entropy"] = report.patterns.gini, report.patterns.entropy
+        views["dead_patterns"], views["patterns"] = report.patterns.dead, len(report.patterns.mass)
+    return {name: _rounded(value) for name, value in views.items() if value is not None}
 
 
 def learning_curve(run: Run) -> list[dict[str, Any]]:

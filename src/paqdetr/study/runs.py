@@ -126,15 +126,16 @@ def plan_runs(study: Study, *, file: Path, places: Places, root: Path) -> list[P
         DataError: a data folder is missing or not readable.
     """
     prepared = {name: _DataPlan.of(study, name, file=file, root=root) for name in study.data}
-    most = max(len(study.seeds_of(name)) for name in study.data)
+    seeds = {
+        (data, variant): study.seeds_of(data, variant)
+        for data in study.data
+        for variant in study.variants_of(data)
+    }
     return [
-        _planned(
-            study, RunKey(name, variant, study.seeds_of(name)[turn]), turn, prepared[name], file, places, root
-        )
-        for turn in range(most)
-        for name in study.data
-        if turn < len(study.seeds_of(name))
-        for variant in study.variants_of(name)
+        _planned(study, RunKey(data, variant, own[turn]), turn, prepared[data], file, places, root)
+        for turn in range(max(map(len, seeds.values())))
+        for (data, variant), own in seeds.items()
+        if turn < len(own)
     ]
 
 

@@ -114,6 +114,7 @@ class DataSet(_Part):
         split: that is measured, if not that of `evaluate`.
         steps, epochs, evaluations, seeds: instead of the study's.
         variants: those that run here; all if None.
+        more_seeds: of single variants, after the seeds of all: variant -> seeds.
     """
 
     about: str = ""
@@ -127,6 +128,7 @@ class DataSet(_Part):
     evaluations: int | None = Field(default=None, ge=1)
     seeds: Seeds | None = None
     variants: tuple[str, ...] | None = None
+    more_seeds: dict[str, Seeds] = {}
 
     @model_validator(mode="after")
     def _one_source(self) -> DataSet:
@@ -266,8 +268,11 @@ class Study(_Part):
         for name, data in self.data.items():
             if not (data.steps or data.epochs or self.steps or self.epochs):
                 raise ValueError(f"data.{name}: has no budget: give steps or epochs, here or for the study")
-            for variant in data.variants or ():
-                _one_of(f"data.{name}.variants", variant, self.variants, "a variant")
+            for key, variants in (("variants", data.variants or ()), ("more_seeds", data.more_seeds)):
+                for variant in variants:
+                    _one_of(f"data.{name}.{key}", variant, self.variants, "a variant")
+            for variant in data.more_seeds:
+                _distinct(self.seeds_of(name, variant))
         for name, claim in self.claims.items():
             _one_of(f"claims.{name}.variant", claim.variant, self.variants, "a variant")
             if claim.against is not None:
@@ -278,9 +283,10 @@ class Study(_Part):
                 _one_of(f"claims.{name}.data", data, self.data, "a data set")
         return self
 
-    def seeds_of(self, data: str) -> tuple[int, ...]:
-        """Seeds of the runs on a data set."""
-        return self.data[data].seeds or self.seeds
+    def seeds_of(self, data: str, variant: str) -> tuple[int, ...]:
+        """Seeds of a variant's runs on a data set."""
+        own = self.data[data]
+        return (own.seeds or self.seeds) + own.more_seeds.get(variant, ())
 
     def variants_of(self, data: str) -> tuple[str, ...]:
         """Variants that run on a data set, in the study's order."""
