@@ -74,7 +74,7 @@ def test_the_head_chooses_by_its_own_boxes(
 ) -> None:
     head = ProposalHead(dim=8, num_classes=3, class_agnostic=class_agnostic, distinct=0.1)
     stir(head)
-    head.box_head[-1].bias[2:] += 1.0  # large enough to overlap
+    head.box_head[-1].bias[2:] += 2.5  # large enough to overlap
     levels = [torch.randn(2, 8, 4, 5), torch.randn(2, 8, 2, 3)]
     plain = ProposalHead(dim=8, num_classes=3, class_agnostic=class_agnostic)
     plain.load_state_dict(head.state_dict())
