@@ -73,7 +73,9 @@ class Estimate:
     @property
     def interval(self) -> tuple[float, float]:
         """Where the expectation lies; both NaN with a single seed, which says nothing of others."""
-        half = float(_half_width(self.seed_variance, self.image_variance, self.seeds, self.images, self.level))
+        half = float(
+            _half_width(self.seed_variance, self.image_variance, self.seeds, self.images, self.level)
+        )
         return self.mean - half, self.mean + half
 
     def p_value(self, threshold: float = 0.0) -> float:
@@ -91,7 +93,7 @@ class Estimate:
             )
 
         lowest = math.log(1e-12)
-        return 1e-12 if excess(lowest) > 0 else math.exp(brentq(excess, lowest, 0.0))
+        return 1e-12 if excess(lowest) > 0 else math.exp(float(brentq(excess, lowest, 0.0)))  # type: ignore[arg-type]
 
     def with_seeds(self, count: int) -> Estimate:
         """The same chances with another number of seeds: to plan with. Its values are the mean, repeated."""
@@ -122,7 +124,8 @@ class Estimate:
         highest = 10 * float(
             _half_width(self.seed_variance, self.image_variance, self.seeds, self.images, self.level)
         )
-        return float(brentq(lambda effect: self.power(effect) - power, 0.0, highest, xtol=1e-3 * error))
+        found = brentq(lambda effect: self.power(effect) - power, 0.0, highest, xtol=1e-3 * error)
+        return float(found)  # type: ignore[arg-type]
 
     def seeds_needed(self, effect: float, power: float = POWER) -> int | None:
         """The fewest seeds with which this effect is seen; None if the images alone stand in the way of it.
