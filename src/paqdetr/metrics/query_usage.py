@@ -91,6 +91,10 @@ class QueryUsage:
             NonFiniteError: a prediction of an image with ground truth is NaN or infinite.
         """
         self._require(pred_logits, pred_boxes, targets, weights, content)
+        if pred_logits.device.type == "mps":  # which has no float64
+            pred_logits, pred_boxes = pred_logits.cpu(), pred_boxes.cpu()
+            targets = None if targets is None else [target.to("cpu") for target in targets]
+            weights, content = (None if value is None else value.cpu() for value in (weights, content))
         # Sums that began in inference mode could not be added to outside of it.
         with torch.inference_mode(False), torch.no_grad():
             logits = pred_logits.detach()
@@ -105,7 +109,7 @@ class QueryUsage:
             if weights is not None:
                 self._add_weights(weights.detach())
             if content is not None:
-                self._add("cosine", _fixed(query_cosine(content.detach())).sum(0, keepdim=True))
+                self._add("cosine", _fixed(query_cosine(content.detach().double())).sum(0, keepdim=True))
                 self._add("images_with_content", torch.tensor([len(content)], device=content.device))
 
     def see(self, output: DetectorOutput, targets: Sequence[Targets], indices: Sequence[int]) -> None:
@@ -331,7 +335,7 @@ class QueryUsage:
 
 def query_cosine(content: Tensor) -> Tensor:
     """Mean cosine between the different content queries of each image: (B, n, d) -> (B,); 0 where there is only one."""
-    unit = F.normalize(content.double(), dim=-1)
+    unit = F.normalize(content.to(torch.promote_types(content.dtype, torch.float32)), dim=-1)
     count = content.shape[1]
     together = unit.sum(1).square().sum(-1)  # |sum|^2 = n + sum of all pairs' cosines
     return (together - unit.square().sum((1, 2))) / max(count * (count - 1), 1)
@@ -339,7 +343,6 @@ def query_cosine(content: Tensor) -> Tensor:
 
 def row_entropy(weights: Tensor) -> Tensor:
     """Mean entropy of each image's mixture rows over log m: (B, n, m) -> (B,) in [0, 1]."""
-    weights = weights.double()
     entropy = -torch.special.xlogy(weights, weights).sum(-1).mean(-1)
     return entropy / np.log(weights.shape[-1])
 

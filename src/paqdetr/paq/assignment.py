@@ -37,6 +37,21 @@ class Pairs:
         return self.query_indices.shape[0]
 
 
+@dataclass(frozen=True, slots=True)
+class Qualities:
+    """What PaQ's assignment goes by.
+
+    Attributes:
+        scores: (n, G) float64, s_ij = IoU_ij - gamma * c_ij.
+        confidence: (n, G) float64 in [0, 1], c_ij.
+        claims: (G,) int64, k_j.
+    """
+
+    scores: np.ndarray
+    confidence: np.ndarray
+    claims: np.ndarray
+
+
 class Assigner(Protocol):
     """What every assignment rule offers."""
 
@@ -134,10 +149,20 @@ class QualityAwareAssigner:
             return to_pairs(*select_by_hungarian(image.cost, claims))
         return to_pairs(*select_by_score(scores, claims, image.cost))
 
+    def qualities(self, image: Matchables) -> Qualities:
+        """What the rule goes by in one image of one layer, for those who want to show it."""
+        scores = self._scores(image)
+        return Qualities(scores=scores, confidence=self._confident(image), claims=self._claims(scores))
+
     def _scores(self, image: Matchables) -> np.ndarray:
         """s_ij, (n, G)."""
-        confident = image.class_confidence if self.confidence == "gt_class" else image.max_confidence[:, None]
-        return image.iou - self.gamma * confident
+        return image.iou - self.gamma * self._confident(image)
+
+    def _confident(self, image: Matchables) -> np.ndarray:
+        """c, (n, G)."""
+        if self.confidence == "gt_class":
+            return image.class_confidence
+        return np.broadcast_to(image.max_confidence[:, None], image.iou.shape)
 
     def _claims(self, scores: np.ndarray) -> np.ndarray:
         """k_j, (G,) int64."""

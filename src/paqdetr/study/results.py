@@ -129,11 +129,11 @@ def read_result(path: Path) -> RunResult | None:
 
 
 def read_results(folder: Path) -> list[RunResult]:
-    """All results below a folder, by data set, variant and seed.
+    """All results below a folder, of one study or of several, by data set, variant and seed.
 
     Raises:
         DataError: a file holds something else.
     """
-    files: Iterable[Path] = sorted(folder.glob("*/*/seed*.json"))
+    files: Iterable[Path] = sorted(folder.rglob("seed*.json"))
     found = [result for result in map(read_result, files) if result is not None]
     return sorted(found, key=lambda result: result.key)
