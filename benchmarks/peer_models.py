@@ -56,7 +56,7 @@ DETR_SETTINGS: dict[str, Any] = {
     "decoder_layers": 3,
     "ffn": 512,
     "heads": 8,
-    "form": "two-stage, box refinement, all three levels updated by the encoder",
+    "form": "one-stage, box refinement, all three levels updated by the encoder",
 }
 
 
@@ -245,7 +245,6 @@ def _deformable_detr(name: str, classes: ClassTable, image_size: int, settings: 
         ),
         num_labels=len(classes),
         num_queries=queries,
-        two_stage_num_proposals=queries,
         d_model=WIDTH,
         num_feature_levels=len(STRIDES),
         encoder_layers=DETR_SETTINGS["encoder_layers"],
@@ -257,14 +256,12 @@ def _deformable_detr(name: str, classes: ClassTable, image_size: int, settings: 
         dropout=0.0,
         auxiliary_loss=True,
         with_box_refine=True,
-        two_stage=True,
+        two_stage=False,  # its loss leaves the proposals of the two-stage form untrained
         class_cost=2,
         tie_word_embeddings=False,
     )
     model = DeformableDetrForObjectDetection(config)
-    # One module under two names, as in the published code.
-    model.model.decoder.bbox_embed = model.bbox_embed
-    model.model.decoder.class_embed = model.class_embed
+    model.model.decoder.bbox_embed = model.bbox_embed  # one module under two names, as in the published code
     # Its own frozen norm would drop the activations that timm's EfficientNet keeps inside its norms.
     model.model.backbone.model = body = _backbone()
 
@@ -302,7 +299,7 @@ def preprocessing_of(image_size: int) -> Preprocessing:
 PEERS: dict[str, Callable[[str, ClassTable, int, dict[str, Any]], Peer]] = {
     "dino_nano": _ours,
     "paq_dino_nano": _ours,
-    "deformable_detr_nano": _ours,
+    "deformable_detr_refine_nano": _ours,  # the form that transformers' has here
     "transformers_deformable_detr": _deformable_detr,
     "fcos": _torchvision,
     "retinanet": _torchvision,
