@@ -14,6 +14,9 @@ The learning rate is the only thing that is chosen: `--sweep 3e-4 1e-3 3e-3` tra
 rate, with a schedule of its own, and takes the one of best AP on the validation split; without it the rates are those of `RATES`.
 The backbone's is a quarter of it, as in our recipes.
 
+transformers' Deformable DETR is the one-stage form with box refinement, since its loss leaves the proposals of the two-stage form
+untrained; `deformable_detr_refine_nano` is ours of that form.
+
 Each detector's result is written to OUTPUT/NAME.json as soon as it is there; what lies there already is kept. `peers.json` and
 `peers.svg` are made of all files in the folder.
 """
