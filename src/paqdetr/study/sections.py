@@ -198,7 +198,7 @@ def _mean_curve(
 # ------------------------------------------------------------------------------------------------ columns
 
 
-def _columns(*named: tuple[str, str] | tuple[str, str, Any]) -> tuple[Column, ...]:
+def _columns(*named: tuple[Any, ...]) -> tuple[Column, ...]:
     return tuple(Column(*column) for column in named)
 
 
