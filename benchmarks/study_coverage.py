@@ -72,7 +72,7 @@ def coverage(world: tuple[float, float, float], n: int, simulations: int) -> dic
             rng.normal(0, shared, IMAGES) + rng.normal(0, between, (n, 1)) + rng.normal(0, mixed, (n, IMAGES))
         )
         for name, (low, high) in intervals(images.mean(1), images @ weights, rng).items():
-            inside[name] = inside.get(name, 0) + (low <= 0 <= high)
+            inside[name] = inside.get(name, 0) + bool(low <= 0 <= high)
     return {name: count / simulations for name, count in inside.items()}
 
 

@@ -87,7 +87,15 @@ class Children:
             job = json.loads(Path(arguments[1]).read_text())
             found = Job.from_json(job)
             figures = {name: {"AP": 0.5, "AP_nms": 0.5} for name in found.checkpoints}
-            result = RunResult(found.key, None, found.settings, measure=found.measure, figures=figures)
+            result = RunResult(
+                found.key,
+                None,
+                found.settings,
+                measure=found.measure,
+                images={"count": 4, "hash": "a"},
+                figures=figures,
+                cost={"seconds": 1.0},
+            )
             Path(job["result"]).write_text(result.to_text())
 
 
