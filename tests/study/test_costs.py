@@ -45,10 +45,12 @@ def test_times_come_from_the_nearest_that_was_measured(tmp_path: Path, runs: lis
     done = rows["digits", "baseline"]
     assert (done.seconds, done.done, done.left, done.source) == (50, 1, 50, "these runs")
     assert (rows["digits", "new"].left, rows["digits", "new"].source) == (100, "this data")
-    # Four times the pixels: about four times the arithmetic.
-    assert rows["fish", "new"].source == "FLOPs" and rows["fish", "new"].seconds == pytest.approx(
-        200, rel=0.3
-    )
+    # Four times the pixels: more arithmetic, if less than four times, since the decoder's is the same.
+    further = rows["fish", "new"]
+    assert further.source == "FLOPs" and further.seconds is not None
+    fish = next(run for run in runs if (run.key.data, run.key.variant) == ("fish", "new"))
+    assert further.seconds == pytest.approx(50 * gflops(fish.config) / gflops(first.config))
+    assert 75 < further.seconds < 200
     # A data set of the same name with other images is none of that.
     other = replace(result, key=RunKey("digits", "new", 0), settings=result.settings | {"image_size": 64})
     again = {(row.data, row.variant): row for row in forecast(runs, places, [other])}
