@@ -34,6 +34,12 @@ def sections(runs: Runs, decided: Sequence[Verdict]) -> list[Section]:
     return [*found, _planning(runs), _cost(runs), _all_runs(runs)]
 
 
+def _table(name: str, caption: str, columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> Table:
+    """Without the columns in which no row has anything."""
+    used = tuple(c for c in columns if any(row.get(c.key) not in (None, "") for row in rows))
+    return Table(name, caption, used, tuple(rows))
+
+
 def identifier(*parts: str) -> str:
     """Letters, digits and underscores, as names of a report's parts are."""
     return re.sub(r"\W", "_", "_".join(parts))
@@ -46,10 +52,10 @@ def _claims(runs: Runs, decided: Sequence[Verdict]) -> Section:
     level = runs.study.level
     caption = (
         f"Effect of each claim with its {1 - level:.0%} interval, paired by seed and by image. p is adjusted for all "
-        f"{len(decided)} claims (Holm). Smallest effect: what so many seeds on these images would have seen in four of five "
-        "studies."
+        f"{len(decided)} claims (Holm). Could see: the smallest effect that so many seeds on "
+        "these images show in four of five studies."
     )
-    table = Table("verdicts", caption, VERDICT_COLUMNS, tuple(verdict_rows(runs, decided)))
+    table = _table("verdicts", caption, VERDICT_COLUMNS, verdict_rows(runs, decided))
     parts: list[Part] = [table]
     shown = [verdict for verdict in decided if verdict.effect is not None and verdict.effect.seeds > 1]
     if shown:
@@ -70,22 +76,25 @@ def _of_data(runs: Runs, name: str) -> Iterator[Section]:
         return
     split = runs.study.split_of(name)
     caption = (
-        f"{name}, {split}: means over seeds. Copies: what AP gains by removing overlapping boxes of one class. The "
-        f"difference is to {runs.study.baseline}, paired, with its {1 - runs.study.level:.0%} interval."
+        f"{name}, {split}: means over seeds. The difference in AP is to {runs.study.baseline}, paired, with its "
+        f"{1 - runs.study.level:.0%} interval. Copies: what AP gains by non-maximum suppression. Predictions: that score over 0.3, "
+        "an image; boxes: to be found there."
     )
-    parts: list[Part] = [Table(identifier("figures", name), caption, FIGURE_COLUMNS, tuple(rows))]
+    parts: list[Part] = [_table(identifier("figures", name), caption, FIGURE_COLUMNS, rows)]
     curves = _curves(runs, name)
     if curves is not None:
         parts.append(curves)
     queries = query_rows(runs, name)
     if queries:
         parts.append(
-            Table(
+            _table(
                 identifier("queries", name),
-                f"{name}: use of the content queries, means over seeds. Gini coefficients are read beside n and the activations "
-                "an image: lower is not better by itself.",
+                f"{name}: Gini coefficients of the use of content queries, means over seeds: of images with a score over 0.3 or "
+                "0.5, or at the threshold of equal activations an image; of matches in the last layer, and what rank order alone "
+                "explains of it; of the mass of patterns. Entropy of the mixtures, dead patterns, cosine between queries. Lower "
+                "is not better by itself.",
                 QUERY_COLUMNS,
-                tuple(queries),
+                queries,
             )
         )
     yield Section(
@@ -100,8 +109,8 @@ def _planning(runs: Runs) -> Section:
     rows = tuple(planning_rows(runs))
     table = Table(
         "planning",
-        "Spread of the paired differences to the baseline, pooled over variants, and the smallest effect on AP that n seeds "
-        "see in four of five studies. Seeds for 0.015: the fewest that see 1.5 points of AP; at most: if the spread between "
+        "Spread of the paired differences to the baseline, pooled over variants, and the smallest effect on AP that 2, 3, ... "
+        "seeds see in four of five studies. For 0.015: the fewest seeds that see 1.5 points of AP; at most: if the spread between "
         "seeds is as large as these runs allow (80 % bound). A dash: no number of seeds, the test images are too few.",
         PLANNING_COLUMNS,
         rows,
@@ -129,15 +138,14 @@ def _planning(runs: Runs) -> Section:
 
 
 def _cost(runs: Runs) -> Section:
-    caption = "Means over seeds. Times are by the clock of the machine named above; FLOPs of one image, a multiply-add counted once."
-    table = Table("cost", caption, COST_COLUMNS, tuple(cost_rows(runs)))
+    caption = "Means over seeds, by the clock of the machine that the facts name. FLOPs: of one image, a multiply-add counted once."
+    table = _table("cost", caption, COST_COLUMNS, cost_rows(runs))
     return Section("cost", "Cost", "What a training takes, and what the model does.", (table,))
 
 
 def _all_runs(runs: Runs) -> Section:
-    table = Table(
-        "runs", f"{len(runs.done)} of {runs.planned} runs are done.", RUN_COLUMNS, tuple(run_rows(runs))
-    )
+    caption = f"{len(runs.done)} of {runs.planned} runs are done."
+    table = _table("runs", caption, RUN_COLUMNS, run_rows(runs))
     return Section("runs", "Runs", "Every run, those that failed among them.", (table,))
 
 
@@ -198,7 +206,7 @@ def _mean_curve(
 # ------------------------------------------------------------------------------------------------ columns
 
 
-def _columns(*named: tuple[str, str] | tuple[str, str, Any]) -> tuple[Column, ...]:
+def _columns(*named: tuple[Any, ...]) -> tuple[Column, ...]:
     return tuple(Column(*column) for column in named)
 
 
@@ -210,9 +218,9 @@ VERDICT_COLUMNS = _columns(
     ("effect", "effect"),
     ("low", "from"),
     ("high", "to"),
-    ("threshold", "more than"),
+    ("threshold", "over"),
     ("p", "p"),
-    ("smallest", "smallest effect seen"),
+    ("smallest", "could see"),
     ("seeds", "seeds", "integer"),
     ("published", "published"),
     ("note", "note", "text"),
@@ -223,27 +231,27 @@ FIGURE_COLUMNS = _columns(
     ("AP", "AP"),
     ("spread", "\N{PLUS-MINUS SIGN} seeds"),
     ("AP50", "AP50"),
-    ("AP_nms", "AP after NMS"),
-    ("copies", "copies"),
-    ("predictions", "predictions over 0.3"),
-    ("boxes", "boxes an image"),
-    ("difference", "AP to baseline"),
+    ("difference", "to baseline"),
     ("low", "from"),
     ("high", "to"),
+    ("AP_nms", "AP, NMS"),
+    ("copies", "copies"),
+    ("predictions", "predictions"),
+    ("boxes", "boxes"),
 )
 QUERY_COLUMNS = _columns(
     ("variant", "variant", "text"),
     ("n", "n", "integer"),
-    ("gini_over_30", "Gini, over 0.3"),
-    ("per_image_over_30", "activations an image"),
-    ("gini_over_50", "Gini, over 0.5"),
-    ("gini_equal", "Gini, equal activations"),
-    ("gini_positives", "Gini of matches"),
+    ("gini_over_30", "over 0.3"),
+    ("per_image_over_30", "activations"),
+    ("gini_over_50", "over 0.5"),
+    ("gini_equal", "equal activations"),
+    ("gini_positives", "matches"),
     ("by_rank_positives", "by rank alone"),
-    ("cosine", "cosine of queries"),
-    ("gini_patterns", "Gini of patterns"),
-    ("entropy", "entropy of mixtures"),
-    ("dead_patterns", "dead patterns"),
+    ("gini_patterns", "patterns"),
+    ("entropy", "entropy"),
+    ("dead_patterns", "dead"),
+    ("cosine", "cosine"),
 )
 COST_COLUMNS = _columns(
     ("data", "data", "text"),
@@ -259,10 +267,10 @@ COST_COLUMNS = _columns(
 PLANNING_COLUMNS = _columns(
     ("data", "data", "text"),
     ("seed_error", "\N{PLUS-MINUS SIGN} a seed"),
-    ("degrees", "degrees of freedom", "integer"),
+    ("degrees", "d.o.f.", "integer"),
     ("image_error", "\N{PLUS-MINUS SIGN} the images"),
-    *((f"n{count}", f"{count} seeds see") for count in SEED_COUNTS),
-    ("needed", "seeds for 0.015", "integer"),
+    *((f"n{count}", f"{count} see") for count in SEED_COUNTS),
+    ("needed", "for 0.015", "integer"),
     ("needed_at_most", "at most", "integer"),
 )
 RUN_COLUMNS = _columns(
