@@ -10,17 +10,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.ops import box_convert
 
 from paqdetr.data.dataset import DetectionDataset, open_split
 from paqdetr.engine import evaluate
 from paqdetr.engine.evaluate import detect_split, evaluate_split, require_same_classes
 from paqdetr.engine.run import Run
 from paqdetr.errors import DataError
+from paqdetr.metrics import QueryUsage
 from paqdetr.models import create_model
-from paqdetr.models.detector import Detector
-from paqdetr.structures import ClassTable, Detections
+from paqdetr.models.detector import Detector, DetectorOutput
+from paqdetr.structures import ClassTable, Detections, Targets
 
 # The package's attribute of this name is the function.
 MODULE = importlib.import_module("paqdetr.engine.evaluate")
@@ -149,6 +152,56 @@ def test_the_batch_size_changes_no_figure(
     mine, its = scores(one.results), scores(four.results)
     for image_id in split.image_ids:
         assert mine[image_id] == pytest.approx(its[image_id], abs=1e-5)
+
+
+class Watch:
+    """Notes what it is shown."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[DetectorOutput, list[Targets], list[int]]] = []
+
+    def see(self, output: DetectorOutput, targets: Sequence[Targets], indices: Sequence[int]) -> None:
+        self.seen.append((output, list(targets), list(indices)))
+
+    def merge(self, other: Watch) -> None:
+        raise AssertionError("there is no other process")
+
+
+def test_observers_see_every_raw_output_once(split: DetectionDataset, model: Detector) -> None:
+    first, second = Watch(), Watch()
+    found = evaluate_split(model, split, batch_size=3, observers=[first, second])
+    plain = evaluate_split(model, split, batch_size=3)
+    assert found.results == plain.results and plain.figures == found.figures, "looking changes nothing"
+    assert sorted(index for _, _, indices in first.seen for index in indices) == list(range(7))
+    assert [indices for _, _, indices in second.seen] == [indices for _, _, indices in first.seen]
+    scores = {image_id: [] for image_id in split.image_ids}
+    for row in found.results:
+        scores[row["image_id"]].append(row["score"])
+    for output, targets, indices in first.seen:
+        assert output.pred_logits.shape == (len(indices), 12, 2) and output.mixture.weights is not None
+        assert not output.pred_logits.requires_grad
+        for logits, target, index in zip(output.pred_logits, targets, indices, strict=True):
+            assert target.image_id == split.image_ids[index]
+            assert target.size == tuple(split.sizes[index].tolist())
+            # The raw output is that of this very image.
+            assert sorted(logits.sigmoid().flatten().tolist()) == pytest.approx(
+                sorted(scores[target.image_id]), abs=1e-6
+            )
+            corners = (
+                box_convert(target.boxes, "cxcywh", "xyxy") * torch.tensor(target.size * 2)[[1, 0, 3, 2]]
+            )
+            assert corners.numpy() == pytest.approx(split.boxes(index), abs=1e-3)
+            assert target.labels.tolist() == split.labels(index).tolist()
+
+
+def test_query_usage_observes(split: DetectionDataset, model: Detector) -> None:
+    usage = QueryUsage(num_queries=12)
+    found = evaluate_split(model, split, observers=[usage])
+    report = usage.report()
+    assert report.images == 7 and report.boxes_per_image == pytest.approx(13 / 7) == found.boxes_per_image
+    assert report.ranked and report.positives is not None and report.positives.counts.sum() == 13
+    assert report.patterns is not None and report.patterns.mass.sum() == pytest.approx(1)
+    assert report.query_cosine is not None and -1 <= report.query_cosine <= 1
 
 
 def test_the_model_is_left_in_its_mode(split: DetectionDataset, model: Detector) -> None:

@@ -17,11 +17,9 @@ from paqdetr.checkpoint import read_checkpoint, read_header
 from paqdetr.config import load_config
 from paqdetr.engine import Callback, Run, evaluate, train
 from paqdetr.engine.events import TrainingPlan
-from paqdetr.engine.figures import mixture_figures
 from paqdetr.engine.optim import lr_factor
 from paqdetr.errors import ConfigError, DataError, NonFiniteError, UserError
 from paqdetr.models.detector import Detector
-from paqdetr.paq import Mixture
 
 GOLDEN = Path(__file__).parent / "golden" / "losses_paq_dino_nano.json"
 MODULE = importlib.import_module("paqdetr.engine.train")  # the package's attribute is the function
@@ -95,7 +93,8 @@ def test_the_records(tiny_run: Run) -> None:
         assert record.keys() == {
             *("kind", "step", "epoch", "loss", "loss_class", "loss_l1", "loss_giou", "loss_encoder"),
             *("loss_denoising", "loss_diversity", "query_cosine", "mixture_entropy", "grad_norm"),
-            *("images_per_second", "positives_per_box", "lr"),
+            *("images_per_second", "positives_per_box", "positives_histogram", "lr", "positives_gini"),
+            *("positives_gini_chance", "gradient_gini", "pattern_gini", "dead_patterns", "pattern_cosine"),
         }
         parts = sum(value for key, value in record.items() if key.startswith("loss_"))
         assert record["loss"] == pytest.approx(parts, rel=1e-5)
@@ -241,22 +240,6 @@ def test_images_without_boxes_take_part(
     rows = run.records("train")
     assert len(rows) == 8 and all(math.isfinite(row["loss"]) for row in rows)
     assert sum("positives_per_box" in row for row in rows) == 1  # nothing defines it without boxes
-
-
-def test_mixture_figures_by_hand() -> None:
-    content = torch.tensor([[[1.0, 0.0], [0.0, 2.0], [-3.0, 0.0]]])  # cosines 0, -1, 0
-    weights = torch.tensor(
-        [[[1.0, 0, 0, 0], [0.5, 0.5, 0, 0], [0.25, 0.25, 0.25, 0.25]]]
-    )  # entropies 0, ln 2, ln 4
-
-    class Output:
-        mixture = Mixture(content=content, weights=weights)
-
-    figures = mixture_figures(Output())  # type: ignore[arg-type]
-    assert figures["query_cosine"] == pytest.approx(-1 / 3)
-    assert figures["mixture_entropy"] == pytest.approx((0 + 0.5 + 1) / 3)
-    Output.mixture = Mixture(content=content, weights=None)
-    assert mixture_figures(Output()).keys() == {"query_cosine"}  # type: ignore[arg-type]
 
 
 # --------------------------------------------------------------------------------------- steps and their ends

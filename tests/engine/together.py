@@ -26,6 +26,7 @@ from paqdetr.engine.run import Run
 from paqdetr.engine.setup import with_classes
 from paqdetr.engine.train import Trainer
 from paqdetr.errors import NonFiniteError
+from paqdetr.metrics import QueryUsage
 from paqdetr.structures import Targets
 
 
@@ -61,11 +62,13 @@ def gradients(job: dict[str, Any], split: DetectionDataset) -> None:
 def evaluation(job: dict[str, Any], split: DetectionDataset) -> None:
     train = trainer(job, split)
     truth = DetectionDataset.from_json(job["truth"], split.image_dir)
-    found = evaluate_together(train.model, truth, train.processes, batch_size=2)
+    usage = QueryUsage(num_queries=train.model.config.num_queries)
+    found = evaluate_together(train.model, truth, train.processes, batch_size=2, observers=[usage])
     assert (found is not None) == train.processes.main
     if found is not None:
         figures = {key: value for key, value in found.to_json().items() if key != "images_per_second"}
-        Path(job["answer"]).write_text(json.dumps({"figures": figures, "results": found.results}))
+        answer = {"figures": figures, "results": found.results, "usage": usage.report().to_json()}
+        Path(job["answer"]).write_text(json.dumps(answer))
 
 
 def accidents(job: dict[str, Any], split: DetectionDataset) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
-from paqdetr.cli import bench, config, convert, data, evaluate, models, plan, predict, train
+from paqdetr.cli import bench, config, convert, data, evaluate, models, plan, predict, study, train
 from paqdetr.cli.console import Ended, errors, print_styled
 from paqdetr.errors import UserError
 
@@ -31,6 +31,7 @@ app.command("predict")(predict.predict)
 app.command("convert")(convert.convert)
 app.command("models")(models.models)
 app.command("bench")(bench.bench)
+app.command("study")(study.study)
 app.add_typer(data.app, name="data")
 app.add_typer(config.app, name="config")
 

@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torchvision.ops import box_convert
 
 from paqdetr.data.dataset import DetectionDataset, open_split
 from paqdetr.data.loader import read_picture
 from paqdetr.engine.processes import Processes
 from paqdetr.errors import DataError, UserError
 from paqdetr.metrics.coco import CocoFigures, evaluate_detections, non_maximum_suppression
-from paqdetr.models.detector import Detector
-from paqdetr.models.inference import detect_batch
-from paqdetr.structures import ClassTable, Detections
+from paqdetr.models.detector import Detector, DetectorOutput
+from paqdetr.models.inference import Observer, detect_batch
+from paqdetr.structures import ClassTable, Detections, Targets
 
 # Above this score a prediction counts as made, when copies are counted.
 _CONFIDENT = 0.3
@@ -68,6 +70,7 @@ def evaluate(
     split: str = "val",
     batch_size: int = 4,
     progress: Callable[[int, int], None] | None = None,
+    observers: Sequence[Observer] = (),
 ) -> Evaluation:
     """Figures of a model on one split of a data set.
 
@@ -77,11 +80,13 @@ def evaluate(
         split: "train", "val" or "test".
         batch_size: images of one size that go through together; it changes no figure.
         progress: told (images done, images in all).
+        observers: shown the raw outputs on the way, such as `paqdetr.metrics.QueryUsage`.
 
     Raises:
         DataError: the split is missing or malformed, or its classes are not the model's.
     """
-    return evaluate_split(model, open_split(data, split), batch_size=batch_size, progress=progress)
+    opened = open_split(data, split)
+    return evaluate_split(model, opened, batch_size=batch_size, progress=progress, observers=observers)
 
 
 def evaluate_split(
@@ -90,9 +95,12 @@ def evaluate_split(
     *,
     batch_size: int = 4,
     progress: Callable[[int, int], None] | None = None,
+    observers: Sequence[Observer] = (),
 ) -> Evaluation:
     """As `evaluate`, on a split that is open already."""
-    found = evaluate_together(model, split, Processes(), batch_size=batch_size, progress=progress)
+    found = evaluate_together(
+        model, split, Processes(), batch_size=batch_size, progress=progress, observers=observers
+    )
     assert found is not None
     return found
 
@@ -104,8 +112,11 @@ def evaluate_together(
     *,
     batch_size: int = 4,
     progress: Callable[[int, int], None] | None = None,
+    observers: Sequence[Observer] = (),
 ) -> Evaluation | None:
-    """As `evaluate_split`, by several processes, each with the same model. All have to call it.
+    """As `evaluate_split`, by several processes, each with the same model and observers. All have to call it.
+
+    The main process's observers have seen everything afterwards, the others' their own share.
 
     Returns:
         the figures in the main process, None in the others.
@@ -115,7 +126,9 @@ def evaluate_together(
     own: list[tuple[int, Detections]] = []
     failure: UserError | None = None
     try:
-        for index, detections in detect_split(model, split, batch_size=batch_size, processes=processes):
+        for index, detections in detect_split(
+            model, split, batch_size=batch_size, processes=processes, observers=observers
+        ):
             detections.image_id = split.image_ids[index]
             own.append((index, detections))
             if progress is not None:
@@ -124,6 +137,9 @@ def evaluate_together(
         failure = error
     processes.raise_together(failure)
     shares = processes.gather(own)
+    for observer in observers:
+        for share in (processes.gather(observer) or [])[1:]:
+            observer.merge(share)
     if shares is None:
         return None
     seconds = time.perf_counter() - started
@@ -143,10 +159,15 @@ def evaluate_together(
 
 
 def detect_split(
-    model: Detector, split: DetectionDataset, *, batch_size: int, processes: Processes | None = None
+    model: Detector,
+    split: DetectionDataset,
+    *,
+    batch_size: int,
+    processes: Processes | None = None,
+    observers: Sequence[Observer] = (),
 ) -> Iterator[tuple[int, Detections]]:
     """(index, detections) of every image, in batches of one size: what an image is batched with never matters. Of several
-    processes each takes its share of the batches."""
+    processes each takes its share of the batches. Observers are shown the raw output of each batch."""
     processes = processes or Processes()
     buckets: dict[tuple[int, int], list[int]] = defaultdict(list)
     for index, (height, width) in enumerate(split.sizes.tolist()):
@@ -160,7 +181,25 @@ def detect_split(
         pictures = [read_picture(split, index) for index in chosen]
         images = [model.preprocessing(picture, size) for picture in pictures]
         sizes = [(picture.height, picture.width) for picture in pictures]
-        yield from zip(chosen, detect_batch(model, images, sizes), strict=True)
+
+        def look(output: DetectorOutput, chosen: list[int] = chosen) -> None:
+            targets = [targets_of(split, index, output.pred_boxes.device) for index in chosen]
+            for observer in observers:
+                observer.see(output, targets, chosen)
+
+        found = detect_batch(model, images, sizes, look=look if observers else None)
+        yield from zip(chosen, found, strict=True)
+
+
+def targets_of(split: DetectionDataset, index: int, device: torch.device | str = "cpu") -> Targets:
+    """Ground truth of an image as training has it, without crowds and boxes of no area."""
+    height, width = split.sizes[index].tolist()
+    corners = torch.from_numpy(split.boxes(index))
+    boxes = box_convert(corners, "xyxy", "cxcywh") / torch.tensor([width, height] * 2)
+    targets = Targets(
+        torch.from_numpy(split.labels(index)), boxes, split.image_ids[index], size=(height, width)
+    )
+    return targets.to(device)
 
 
 def require_same_classes(classes: ClassTable, split: DetectionDataset) -> None:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from paqdetr.engine.processes import Processes
-from paqdetr.models.detector import DetectorOutput
+from paqdetr.engine.query_figures import BatchUse, QuerySums
 
 # Each process has its own share of a loss, and losses add up. These are the same kind of figure in each.
-_AVERAGED = frozenset({"query_cosine", "mixture_entropy", "grad_norm"})
+_AVERAGED = frozenset({"query_cosine", "mixture_entropy", "pattern_cosine", "grad_norm"})
 
 
 class Interval:
@@ -25,15 +25,18 @@ class Interval:
         self.sums: dict[str, float] = {}
         self.positives: list[float] = []  # by layer, over the batches that have boxes
         self.batches_with_boxes = 0
+        self.queries = QuerySums()
         self._started = time.perf_counter()
 
-    def add(self, values: Mapping[str, float], positives: list[list[float]], images: int) -> None:
-        """Take in a step: its figures, and for each of its batches the mean positives of a box by layer, NaN without boxes."""
+    def add(self, values: Mapping[str, float], batches: Sequence[BatchUse], images: int) -> None:
+        """Take in a step: its figures, and how each of its batches used queries."""
         self.steps += 1
         self.images += images
         for key, value in values.items():
             self.sums[key] = self.sums.get(key, 0.0) + value
-        for row in positives:
+        for batch in batches:
+            row = batch.positives
+            self.queries.add(batch)
             self.positives = self.positives or [0.0] * len(row)
             if row and not math.isnan(row[0]):
                 self.positives = [total + value for total, value in zip(self.positives, row, strict=True)]
@@ -42,8 +45,10 @@ class Interval:
     def means(self, processes: Processes) -> dict[str, Any]:
         """Means over the steps, of all processes together; every process has to ask for them."""
         counts = [float(self.images), float(self.batches_with_boxes)]
-        totals = processes.sum([*counts, *self.positives, *self.sums.values()])
+        queries = self.queries.flat()
+        totals = processes.sum([*counts, *queries, *self.positives, *self.sums.values()])
         images, batches, *rest = totals
+        queries, rest = rest[: len(queries)], rest[len(queries) :]
         positives, sums = rest[: len(self.positives)], rest[len(self.positives) :]
         means: dict[str, Any] = {}
         for name, value in zip(self.sums, sums, strict=True):
@@ -52,7 +57,7 @@ class Interval:
         means["images_per_second"] = round(images / (time.perf_counter() - self._started), 3)
         if batches:
             means["positives_per_box"] = [round(value / batches, 4) for value in positives]
-        return means
+        return means | self.queries.figures(queries, images=images)
 
     def to_json(self) -> dict[str, Any]:
         """What a resumed training has to know to write the same record."""
@@ -62,6 +67,7 @@ class Interval:
             "sums": self.sums,
             "positives": self.positives,
             "batches_with_boxes": self.batches_with_boxes,
+            "queries": self.queries.to_json(),
         }
 
     @classmethod
@@ -72,21 +78,8 @@ class Interval:
         interval.sums = {str(key): float(value) for key, value in values["sums"].items()}
         interval.positives = [float(value) for value in values["positives"]]
         interval.batches_with_boxes = int(values["batches_with_boxes"])
+        interval.queries = QuerySums.from_json(values.get("queries", {}))
         return interval
-
-
-def mixture_figures(output: DetectorOutput) -> dict[str, float]:
-    """How content queries differ: mean cosine between those of an image, and the entropy of mixture rows over log m."""
-    with torch.no_grad():
-        unit = torch.nn.functional.normalize(output.mixture.content.float(), dim=-1)  # (B, n, d)
-        count = unit.shape[1]
-        together = unit.sum(1).square().sum(-1)  # |sum|^2 = n + sum of all pairs' cosines
-        figures = {"query_cosine": float(((together - count) / max(count * (count - 1), 1)).mean())}
-        if output.mixture.weights is not None:
-            weights = output.mixture.weights
-            entropy = -(weights * weights.clamp(min=1e-12).log()).sum(-1).mean()
-            figures["mixture_entropy"] = float(entropy) / math.log(weights.shape[-1])
-    return figures
 
 
 def grouped(terms: Mapping[str, Tensor]) -> dict[str, float]:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from paqdetr.config import Config
 from paqdetr.data.loader import Batch
-from paqdetr.engine.figures import grouped, mixture_figures
+from paqdetr.engine.figures import grouped
 from paqdetr.engine.processes import Processes
+from paqdetr.engine.query_figures import BatchUse, batch_use, mixture_figures, watch_gradients
 from paqdetr.errors import NonFiniteError
 from paqdetr.losses.criterion import Criterion
 from paqdetr.models import Detector
@@ -35,7 +36,7 @@ class Step:
     Attributes:
         loss: of all processes; NaN if the step was left out.
         values: figures of this process's share.
-        positives: mean positives of a box by layer, for each batch.
+        batches: how each used its queries.
         images: of this process.
         problem: why the step was left out; None if it was not.
     """
@@ -43,7 +44,7 @@ class Step:
     images: int
     loss: float = 0.0
     values: dict[str, float] = field(default_factory=dict)
-    positives: list[list[float]] = field(default_factory=list)
+    batches: list[BatchUse] = field(default_factory=list)
     problem: str | None = None
 
 
@@ -127,7 +128,8 @@ class TrainingStep:
             output = self.wrapped(images, batch.padding_mask, batch.targets)
         # Once a step, however many batches see it.
         shares = batches * self.processes.count
-        aux_losses = {name: loss / shares for name, loss in self.model.aux_losses().items()}
+        owed = self.model.aux_losses()
+        aux_losses = {name: loss / shares for name, loss in owed.items()}
         try:
             report = self.criterion(
                 output, batch.targets, aux_losses=aux_losses, progress=progress, num_boxes=boxes
@@ -141,9 +143,13 @@ class TrainingStep:
         figures = {"loss": total, **grouped(report.terms)}
         for name, value in figures.items():
             step.values[name] = step.values.get(name, 0.0) + value
-        for name, value in mixture_figures(output).items():
+        for name, value in mixture_figures(output, owed.get("diversity")).items():
             step.values[name] = step.values.get(name, 0.0) + value / batches
-        step.positives.append(report.positives_per_box)
+        use = batch_use(output, report.pairs, report.positives_per_box, [len(t) for t in batch.targets])
+        scaler = self.accelerator.scaler
+        scale = 1.0 if scaler is None else scaler.get_scale()
+        watch_gradients(output.mixture.content, use.gradients, scale=scale)
+        step.batches.append(use)
         return report.total, None
 
     def _give_up(self, step: Step, error: NonFiniteError | None) -> None:

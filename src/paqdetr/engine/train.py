@@ -257,7 +257,7 @@ class Trainer:
         if step.problem is None:
             if not self.accelerator.optimizer_step_was_skipped:
                 self.average.update(self.model)
-            self.interval.add(step.values, step.positives, step.images)
+            self.interval.add(step.values, step.batches, step.images)
         self.position = replace(
             self.position,
             step=self.position.step + 1,

@@ -10,18 +10,17 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import hotcoco
 import numpy as np
 import torch
 from torchvision.ops import batched_nms
 
-from paqdetr.errors import ConfigError, DataError
-from paqdetr.metrics.coco_records import CocoRecords, read_json
+from paqdetr.errors import DataError
+from paqdetr.metrics.coco_records import CocoRecords, IouType, read_json
 from paqdetr.structures import Detections
 
-IouType = Literal["bbox", "segm"]
 _Json = Mapping[str, Any]
 
 
@@ -70,7 +69,11 @@ FIGURE_NAMES: tuple[str, ...] = tuple(
 
 
 def evaluate_detections(
-    ground_truth: _Json | str | Path, results: Sequence[_Json], *, iou_type: IouType = "bbox"
+    ground_truth: _Json | str | Path,
+    results: Sequence[_Json],
+    *,
+    iou_type: IouType = "bbox",
+    source: str = "",
 ) -> CocoFigures:
     """Compare results with the ground truth, by COCO's rules. Prints nothing and changes neither argument.
 
@@ -81,20 +84,16 @@ def evaluate_detections(
         results: COCO results, as of `Detections.to_coco()`: `image_id`, `category_id`, `score` and `bbox`
             ([x, y, width, height] in pixels) or, for "segm", `segmentation`. May be empty: AP is then 0.
         iou_type: "bbox" compares boxes, "segm" masks (`bbox` of a result is then ignored).
+        source: what errors call the results by, their file as a rule.
 
     Raises:
         DataError: the ground truth cannot be read or is malformed, or a result belongs to an unknown image or
             category, or its box, mask or score is missing or not finite.
         ConfigError: `iou_type` is something else.
     """
-    if iou_type not in ("bbox", "segm"):
-        raise ConfigError(f"iou_type: found {iou_type!r}, expected 'bbox' or 'segm'", "choose one of the two")
-    truth, source = ground_truth, "the ground truth"
-    if isinstance(ground_truth, (str, Path)):
-        truth, source = read_json(Path(ground_truth)), str(ground_truth)
-    records = CocoRecords(truth, source=source, masks=iou_type == "segm")
+    records = CocoRecords.open(ground_truth, iou_type)
     dataset = hotcoco.COCO(records.ground_truth())
-    detected = dataset.load_res(records.results(results))
+    detected = dataset.load_res(records.results(results, source))
     evaluation = hotcoco.COCOeval(dataset, detected, iou_type)
     evaluation.evaluate()
     evaluation.accumulate()

@@ -10,14 +10,15 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import hotcoco
 import numpy as np
 
-from paqdetr.errors import DataError
+from paqdetr.errors import ConfigError, DataError
 
 Json = Mapping[str, Any]
+IouType = Literal["bbox", "segm"]
 
 
 def read_json(path: Path) -> Any:
@@ -45,6 +46,8 @@ class CocoRecords:
     Attributes:
         class_names: in the order of the rewritten category ids, which is that of the original ids; a name
             that two categories share has its id in brackets.
+        image_ids: the original ids; the rewritten one is the position, from 1.
+        category_ids: likewise.
 
     Raises:
         DataError: a list is missing, or ids are missing or not unique.
@@ -58,11 +61,29 @@ class CocoRecords:
                     "give the COCO json of the data set, not the one with the results",
                 )
             _require_objects(truth[key], f"{source}: {key}")
-        self._truth, self._source, self._masks = truth, source, masks
+        self._truth, self._source, self.masks = truth, source, masks
         self._images = _numbering(truth["images"], f"{source}: images")
         self._categories = _numbering(truth["categories"], f"{source}: categories")
         self._sizes = {self._images[image["id"]]: _size(image) for image in truth["images"]}
         self.class_names = _class_names(truth["categories"], self._categories)
+        self.image_ids: tuple[int | str, ...] = tuple(self._images)
+        self.category_ids: tuple[int | str, ...] = tuple(self._categories)
+
+    @classmethod
+    def open(cls, ground_truth: Json | str | Path, iou_type: str) -> CocoRecords:
+        """The records of a COCO json, or of the file with it, to be compared by boxes or by masks.
+
+        Raises:
+            DataError: the file cannot be read, or as above.
+            ConfigError: `iou_type` is neither "bbox" nor "segm".
+        """
+        if iou_type not in ("bbox", "segm"):
+            raise ConfigError(
+                f"iou_type: found {iou_type!r}, expected 'bbox' or 'segm'", "choose one of the two"
+            )
+        if isinstance(ground_truth, (str, Path)):
+            return cls(read_json(Path(ground_truth)), source=str(ground_truth), masks=iou_type == "segm")
+        return cls(ground_truth, source="the ground truth", masks=iou_type == "segm")
 
     def ground_truth(self) -> dict[str, Any]:
         """The data set with new ids; `area` and `iscrowd` filled in where they are missing.
@@ -81,12 +102,12 @@ class CocoRecords:
             # Numbered from 1 whatever their own ids: COCO's rules read the id 0 as "not matched".
             record["id"] = number
             record["iscrowd"] = int(bool(annotation.get("iscrowd")))
-            if self._masks:
+            if self.masks:
                 record["bbox"] = hotcoco.mask.to_bbox(record["segmentation"]).tolist()
             area = annotation.get("area")
             if area is not None:
                 record["area"] = _finite(area, "area", name)
-            elif self._masks:
+            elif self.masks:
                 record["area"] = float(hotcoco.mask.area(record["segmentation"]))
             else:
                 record["area"] = record["bbox"][2] * record["bbox"][3]
@@ -98,14 +119,15 @@ class CocoRecords:
             "annotations": records,
         }
 
-    def results(self, results: Sequence[Json]) -> list[dict[str, Any]]:
-        """The results with new ids.
+    def results(self, results: Sequence[Json], source: str = "") -> list[dict[str, Any]]:
+        """The results with new ids; `source` is what errors call them by, their file as a rule.
 
         Raises:
             DataError: a result is malformed, or its image or category is not in the data set.
         """
-        _require_objects(results, "the results")
-        names = [f"result number {i}" for i in range(len(results))]
+        _require_objects(results, source or "the results")
+        before = f"{source}: " if source else ""
+        names = [f"{before}result number {i}" for i in range(len(results))]
         records = self._rewrite(results, names)
         for record, result, name in zip(records, results, names, strict=True):
             record["score"] = _finite(result.get("score"), "score", name)
@@ -114,7 +136,7 @@ class CocoRecords:
     def _rewrite(self, items: Sequence[Json], names: list[str]) -> list[dict[str, Any]]:
         """Image, category and shape of each; `names` say which one an error is about."""
         records = [self._place(item, name) for item, name in zip(items, names, strict=True)]
-        if self._masks:
+        if self.masks:
             for record, item, name in zip(records, items, names, strict=True):
                 record["segmentation"] = self._mask(item, record["image_id"], name)
         else:

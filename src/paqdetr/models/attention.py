@@ -66,11 +66,22 @@ class DeformableAttention(nn.Module):
         Returns:
             (B, Q, d)
         """
-        batch, queries, _ = query.shape
         value = self.value_proj(memory)
         if padding_mask is not None:
             value = value.masked_fill_(padding_mask[..., None], 0.0)  # nobody else holds it
         value = value.unflatten(-1, (self.num_heads, -1))  # (B, S, H, D)
+        locations, weights = self.sampling(query, reference_points, spatial_shapes)
+        return self.output_proj(ms_deform_attn(value, spatial_shapes, locations, weights))
+
+    def sampling(
+        self, query: Tensor, reference_points: Tensor, spatial_shapes: list[tuple[int, int]]
+    ) -> tuple[Tensor, Tensor]:
+        """Where queries look, and with what weight. Arguments as of `forward`.
+
+        Returns:
+            locations (B, Q, H, L, P, 2), xy in [0, 1] of the padded level; weights (B, Q, H, L, P), which sum to 1 over L and P.
+        """
+        batch, queries, _ = query.shape
         grid = (batch, queries, self.num_heads, self.num_levels, self.num_points)
         weights = softmax(self.attention_weights(query).view(batch, queries, self.num_heads, -1)).reshape(
             grid
@@ -88,7 +99,7 @@ class DeformableAttention(nn.Module):
             reach = (reference[..., 2:] * (0.5 / self.num_points)).flatten(3)
             locations = center + self.sampling_offsets(query).view(flat) * reach
         locations = locations.view(*grid, 2)
-        return self.output_proj(ms_deform_attn(value, spatial_shapes, locations, weights))
+        return locations, weights
 
     def _offsets_in_levels(self, query: Tensor, spatial_shapes: list[tuple[int, int]]) -> Tensor:
         """`sampling_offsets(query)` over the width or height of their level: (B, Q, H * L * P * 2).

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -15,12 +15,34 @@ from torchvision.ops import box_convert
 
 from paqdetr.images import read_image
 from paqdetr.preprocessing import pad_images
-from paqdetr.structures import ClassTable, Detections
+from paqdetr.structures import ClassTable, Detections, Targets
 
 if TYPE_CHECKING:
-    from paqdetr.models.detector import Detector
+    from paqdetr.models.detector import Detector, DetectorOutput
 
 ImageSource = str | Path | Image | np.ndarray
+Self = TypeVar("Self")
+
+
+class Observer(Protocol):
+    """Looks at the raw outputs of an evaluation while it runs, so that one pass serves many questions.
+
+    With several processes each has its own copy, which sees its share of the images; the copies have to be picklable.
+    """
+
+    def see(self, output: DetectorOutput, targets: Sequence[Targets], indices: Sequence[int]) -> None:
+        """A batch of images of one size, without padding.
+
+        Args:
+            output: on the model's device, without gradients; not to be changed.
+            targets: ground truth of the images, on that device; crowds and boxes of no area are left out.
+            indices: of the images in the split.
+        """
+        ...
+
+    def merge(self: Self, other: Self) -> None:
+        """Take over what another process's copy has seen; called in the main process alone."""
+        ...
 
 
 def predict_images(
@@ -54,7 +76,12 @@ def predict_images(
 
 
 def detect_batch(
-    model: Detector, images: Sequence[Tensor], sizes: Sequence[tuple[int, int]], *, threshold: float = 0.0
+    model: Detector,
+    images: Sequence[Tensor],
+    sizes: Sequence[tuple[int, int]],
+    *,
+    threshold: float = 0.0,
+    look: Callable[[DetectorOutput], None] | None = None,
 ) -> Iterator[Detections]:
     """Preprocessed images of one size -> detections in pixels of the original images.
 
@@ -62,6 +89,7 @@ def detect_batch(
         images: (3, H, W) float each, all of one size.
         sizes: (height, width) of the originals in pixels.
         threshold: the least score.
+        look: shown the raw output, before the first detections are given.
     """
     device = next(model.parameters()).device
     batch, mask = pad_images(images)
@@ -72,6 +100,8 @@ def detect_batch(
             output = model(batch.to(device), None if mask is None else mask.to(device))
     finally:
         model.train(was_training)
+    if look is not None:
+        look(output)
     logits, boxes = output.pred_logits.float().cpu(), output.pred_boxes.float().cpu()
     for image_logits, image_boxes, size in zip(logits, boxes, sizes, strict=True):
         yield postprocess(image_logits, image_boxes, size, model.classes, threshold=threshold)

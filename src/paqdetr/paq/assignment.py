@@ -26,13 +26,30 @@ class Pairs:
     Attributes:
         query_indices: (P,) int64, ascending, no query twice.
         target_indices: (P,) int64.
+        weights: (P,) float64 in (0, 1], how much of a positive each pair is; None if all are whole ones.
     """
 
     query_indices: Tensor
     target_indices: Tensor
+    weights: Tensor | None = None
 
     def __len__(self) -> int:
         return self.query_indices.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Qualities:
+    """What PaQ's assignment goes by.
+
+    Attributes:
+        scores: (n, G) float64, s_ij = IoU_ij - gamma * c_ij.
+        confidence: (n, G) float64 in [0, 1], c_ij.
+        claims: (G,) int64, k_j.
+    """
+
+    scores: np.ndarray
+    confidence: np.ndarray
+    claims: np.ndarray
 
 
 class Assigner(Protocol):
@@ -73,6 +90,7 @@ class QualityAwareAssigner:
             query that two boxes claim going to the larger s.
         confidence: "gt_class", the probability of the box's class; "max", of the likeliest.
         cost_weights: of the matching cost.
+        max_positives: the most positives a box may get, where that shall be fewer than `top_k`; the sum is still over `top_k`.
     """
 
     def __init__(
@@ -84,6 +102,7 @@ class QualityAwareAssigner:
         confidence: Literal["gt_class", "max"] = "gt_class",
         *,
         cost_weights: CostWeights | None = None,
+        max_positives: int | None = None,
     ) -> None:
         if not 1 <= min_positives <= top_k:
             raise ValueError(f"expected 1 <= min_positives <= top_k, found {min_positives} and {top_k}")
@@ -94,6 +113,7 @@ class QualityAwareAssigner:
         self.gamma = gamma
         self.top_k = top_k
         self.min_positives = min_positives
+        self.max_positives = checked_most(max_positives, min_positives, top_k)
         self.select = select
         self.confidence = confidence
         self.cost_weights = cost_weights or CostWeights()
@@ -129,15 +149,36 @@ class QualityAwareAssigner:
             return to_pairs(*select_by_hungarian(image.cost, claims))
         return to_pairs(*select_by_score(scores, claims, image.cost))
 
+    def qualities(self, image: Matchables) -> Qualities:
+        """What the rule goes by in one image of one layer, for those who want to show it."""
+        scores = self._scores(image)
+        return Qualities(scores=scores, confidence=self._confident(image), claims=self._claims(scores))
+
     def _scores(self, image: Matchables) -> np.ndarray:
         """s_ij, (n, G)."""
-        confident = image.class_confidence if self.confidence == "gt_class" else image.max_confidence[:, None]
-        return image.iou - self.gamma * confident
+        return image.iou - self.gamma * self._confident(image)
+
+    def _confident(self, image: Matchables) -> np.ndarray:
+        """c, (n, G)."""
+        if self.confidence == "gt_class":
+            return image.class_confidence
+        return np.broadcast_to(image.max_confidence[:, None], image.iou.shape)
 
     def _claims(self, scores: np.ndarray) -> np.ndarray:
         """k_j, (G,) int64."""
         wanted = ceil_of_best(scores, self.top_k)
-        return limit_claims(wanted, scores, least=self.min_positives, most=self.top_k)
+        return limit_claims(wanted, scores, least=self.min_positives, most=self.max_positives)
+
+
+def checked_most(most: int | None, least: int, top_k: int) -> int:
+    """The most positives a box may get: `top_k` if not said.
+
+    Raises:
+        ValueError: outside of [least, top_k].
+    """
+    if most is not None and not least <= most <= top_k:
+        raise ValueError(f"expected min_positives <= max_positives <= top_k, found {least}, {most}, {top_k}")
+    return top_k if most is None else most
 
 
 def match_layers(

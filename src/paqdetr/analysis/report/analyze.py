@@ -1,0 +1,234 @@
+"""From a checkpoint and a data set to a report: one pass over the images, then one section after another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from paqdetr._version import __version__
+from paqdetr.analysis.examples import example_sections
+from paqdetr.analysis.inside_view import inside_section
+from paqdetr.analysis.report.folder import require_free, write_folder
+from paqdetr.analysis.report.page import Chapter, Heading, render
+from paqdetr.analysis.section import Section
+from paqdetr.analysis.subject import Subject, outcome
+from paqdetr.analysis.summary import class_section, summary_section
+from paqdetr.analysis.training import run_folder, training_section
+from paqdetr.data.dataset import DetectionDataset, open_split
+from paqdetr.engine.evaluate import evaluate_split, require_same_classes
+from paqdetr.errors import ConfigError, DataError
+from paqdetr.metrics.curves import threshold_curves
+from paqdetr.metrics.intervals import SAMPLES, compare_results, figure_intervals
+from paqdetr.metrics.matching import MatchTable
+from paqdetr.models import Detector, load
+
+Progress = Callable[[str, int, int], None]
+"""Told (stage, done, in all)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What `analyze` wrote.
+
+    Attributes:
+        page: index.html; it needs no other file.
+        sections: of the model; where two models have sections of their own, the other's follow under `against`.
+        figures: COCO figures of the model by name, as `Evaluation.to_json` has them.
+        against: sections of the other model; empty without one.
+    """
+
+    page: Path
+    sections: tuple[Section, ...]
+    figures: dict[str, Any]
+    against: tuple[Section, ...] = ()
+
+
+def analyze(
+    model: Detector | str | Path,
+    *,
+    data: str | Path,
+    output: str | Path,
+    split: str = "val",
+    against: Detector | str | Path | None = None,
+    images: int = 6,
+    samples: int = SAMPLES,
+    seed: int = 0,
+    batch_size: int = 4,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Report:
+    """Write a report of what a detector does on one split: a page, and the numbers behind each plot in data/.
+
+    Args:
+        model: a checkpoint, a run's folder, or a detector. A run's folder also gives the curves of the training.
+        data: the data set's folder.
+        output: a folder that is new, empty, or holds an earlier report, which is replaced. It is written whole or not at all.
+        split: "train", "val" or "test".
+        against: another model, shown side by side, with paired intervals of the differences.
+        images: how many of the best, of the worst and (with `against`) of the most different images are shown. The inside is
+            shown for a third of it, at least one.
+        samples, seed: of the bootstrap.
+        batch_size: images that go through together; it changes no figure.
+        device: where checkpoints are put; detectors stay where they are.
+        progress: told (stage, done, in all).
+
+    Raises:
+        CheckpointError, DataError, ConfigError, StorageError: with what is wrong and what helps.
+    """
+    if images < 1 or samples < 1:
+        raise ConfigError(f"images={images}, samples={samples}: expected at least 1 of each", "give more")
+    output = Path(output)
+    require_free(output)
+    chosen = [model] if against is None else [model, against]
+    opened = open_split(data, split)
+    if not len(opened):
+        raise DataError(f"{opened.annotation_file}: the split has no images", "choose another --split")
+    truth = opened.ground_truth()
+    detectors = [one if isinstance(one, Detector) else load(one, device=device) for one in chosen]
+    for one in detectors:
+        require_same_classes(one.classes, opened)
+    labels = _labels(chosen, detectors)
+    tell = progress or _silent
+    subjects = [
+        _evaluated(detector, source, label, opened, truth, batch_size, tell)
+        for detector, source, label in zip(detectors, chosen, labels, strict=True)
+    ]
+    chapters = _chapters(subjects, Path(data), images, samples, seed, tell)
+    heading = _heading(subjects, Path(data), split)
+    page = render(heading, chapters, progress=_stage(tell, "pictures"))
+    write_folder(output, page, chapters)
+    return Report(
+        page=output / "index.html",
+        sections=tuple(chapter.sections[0] for chapter in chapters),
+        figures=subjects[0].evaluation.to_json(),
+        against=tuple(chapter.sections[1] for chapter in chapters if len(chapter.sections) > 1),
+    )
+
+
+def _evaluated(
+    detector: Detector,
+    source: Detector | str | Path,
+    label: str,
+    split: DetectionDataset,
+    truth: dict[str, Any],
+    batch_size: int,
+    tell: Progress,
+) -> Subject:
+    found = evaluate_split(detector, split, batch_size=batch_size, progress=_stage(tell, f"evaluate {label}"))
+    return Subject(
+        label=label,
+        model=detector,
+        checkpoint=None if isinstance(source, Detector) else Path(source),
+        split=split,
+        truth=truth,
+        evaluation=found,
+        table=MatchTable.match(truth, found.results),
+    )
+
+
+def _chapters(
+    subjects: Sequence[Subject], data: Path, images: int, samples: int, seed: int, tell: Progress
+) -> list[Chapter]:
+    stage = _stage(tell, "intervals")
+    if len(subjects) > 1:
+        found = compare_results(
+            subjects[1].table, subjects[0].table, samples=samples, seed=seed, progress=stage
+        )
+    else:
+        found = figure_intervals(subjects[0].table, samples=samples, seed=seed, progress=stage)
+    outcomes = []
+    for subject in subjects:
+        best = float(threshold_curves(subject.table).best_threshold[-1])
+        outcomes.append(outcome(subject.table, 0.3 if np.isnan(best) else best))
+    chapters = [
+        Chapter((summary_section(subjects, found),)),
+        Chapter((class_section(subjects, found),)),
+        Chapter(
+            example_sections(
+                subjects, outcomes, images=images, progress=_stage(tell, "best and worst images")
+            )
+        ),
+    ]
+    training = training_section([(subject.label, run_folder(subject.checkpoint)) for subject in subjects])
+    if training is not None:
+        chapters.append(Chapter((training,)))
+    few = max(1, images // 3)
+    busiest = np.argsort(-(outcomes[0].right), kind="stable")[:few].tolist()
+    examples = _training_images(data, few)
+    chapters.append(
+        Chapter(
+            tuple(
+                inside_section(
+                    subject,
+                    images=busiest,
+                    training=examples,
+                    progress=_stage(tell, f"inside {subject.label}"),
+                )
+                for subject in subjects
+            )
+        )
+    )
+    return chapters
+
+
+def _training_images(data: Path, few: int) -> tuple[DetectionDataset, list[int]] | None:
+    """Images of the training split with a few boxes each: as many as still can be told apart."""
+    try:
+        split = open_split(data, "train")
+    except DataError:
+        return None
+    counts = np.array([len(split.labels(index)) for index in range(len(split))])
+    fit = np.flatnonzero((counts > 0) & (counts <= 8))
+    if not len(fit):
+        fit = np.flatnonzero(counts > 0)
+    order = fit[np.argsort(-np.minimum(counts[fit], 8), kind="stable")]
+    return (split, order[:few].tolist()) if len(order) else None
+
+
+def _labels(sources: Sequence[Detector | str | Path], detectors: Sequence[Detector]) -> list[str]:
+    """The models' names; with the checkpoint's where two share one."""
+    names = [detector.name for detector in detectors]
+    if len(set(names)) == len(names):
+        return names
+    return [
+        f"{name} ({'given' if isinstance(source, Detector) else _short(Path(source))})"
+        for name, source in zip(names, sources, strict=True)
+    ]
+
+
+def _short(path: Path) -> str:
+    return "/".join(path.parts[-2:])
+
+
+def _heading(subjects: Sequence[Subject], data: Path, split: str) -> Heading:
+    names = [subject.label for subject in subjects]
+    title = f"{' against '.join(names)} on {data.resolve().name} {split}"
+    facts = [
+        (
+            "Data",
+            f"{data}, {split}: {len(subjects[0].split)} images, {len(subjects[0].truth['annotations'])} boxes",
+        )
+    ]
+    for letter, subject in zip("AB", subjects, strict=False):
+        which = f"Model {letter}" if len(subjects) > 1 else "Model"
+        parameters = sum(parameter.numel() for parameter in subject.model.parameters())
+        where = "an object in memory" if subject.checkpoint is None else str(subject.checkpoint)
+        size = subject.model.preprocessing.image_size
+        facts.append(
+            (which, f"{subject.model.name}, {parameters / 1e6:.1f} million parameters, input {size}, {where}")
+        )
+    facts.append(("Made by", f"paqdetr {__version__} on {date.today().isoformat()}"))
+    return Heading(title=title, models=tuple(names), facts=tuple(facts))
+
+
+def _stage(tell: Progress, name: str) -> Callable[[int, int], None]:
+    return lambda done, total: tell(name, done, total)
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    pass

@@ -1,0 +1,205 @@
+"""Sections in, one HTML page out that needs nothing else: no network, no other file."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from PIL.Image import Image
+
+from paqdetr._version import __version__
+from paqdetr.analysis.plots import theme_css
+from paqdetr.analysis.report.pictures import encode_pictures
+from paqdetr.analysis.section import Column, Figure, Part, Picture, Section, Slides, Table
+
+LIMIT = 12 * 2**20
+"""The most bytes a page has. Pictures get smaller, and in the end fewer, to keep it."""
+GENERATOR = "paqdetr analyze"
+
+
+@dataclass(frozen=True, slots=True)
+class Chapter:
+    """A section of the page: about everything, or one for each of two models, whose parts of one name stand side by side."""
+
+    sections: tuple[Section, ...]
+
+    def rows(self) -> list[tuple[Part | None, ...]]:
+        """The parts that stand side by side; None where a model has none of that name."""
+        names = dict.fromkeys(part.name for section in self.sections for part in section.parts)
+        by_name = [{part.name: part for part in section.parts} for section in self.sections]
+        return [tuple(parts.get(name) for parts in by_name) for name in names]
+
+
+@dataclass(frozen=True, slots=True)
+class Heading:
+    """What stands over the page.
+
+    Attributes:
+        title: of the page.
+        models: the names of the one or two models, in the order of each chapter's sections.
+        facts: (what, value) in small print: data, checkpoints, versions.
+    """
+
+    title: str
+    models: tuple[str, ...]
+    facts: tuple[tuple[str, str], ...]
+
+
+def render(
+    heading: Heading,
+    chapters: Sequence[Chapter],
+    *,
+    limit: int = LIMIT,
+    progress: Callable[[int, int], None] | None = None,
+) -> str:
+    """The page.
+
+    Args:
+        heading: what stands over it.
+        chapters: in order; sections' keys and the names within a section are letters, digits and underscores.
+        limit: the most bytes of it.
+        progress: told (pictures encoded, pictures in all).
+
+    Raises:
+        ValueError: two parts of one model share a name, or a name is not fit to be one.
+    """
+    _require_names(chapters)
+    images = [image for _, part in _parts(chapters) for image in _images(part)]
+    bare = _fill(heading, chapters, [""] * len(images))
+    uris = encode_pictures(images, budget=limit - len(bare.encode()), progress=progress)
+    return _fill(heading, chapters, uris)
+
+
+def _require_names(chapters: Sequence[Chapter]) -> None:
+    seen: set[tuple[int, str]] = set()
+    for place, part in _parts(chapters):
+        if not part.name.isidentifier() or not part.name.isascii():
+            raise ValueError(f"{part.name!r}: expected letters, digits and underscores")
+        if (place, part.name) in seen:
+            raise ValueError(f"{part.name!r}: two parts of one model have this name")
+        seen.add((place, part.name))
+
+
+def _parts(chapters: Sequence[Chapter]) -> Iterator[tuple[int, Part]]:
+    """(which model, part) in the order of the page."""
+    for chapter in chapters:
+        for row in chapter.rows():
+            for place, part in enumerate(row):
+                if part is not None:
+                    yield place, part
+
+
+def _images(part: Part) -> tuple[Image, ...]:
+    if isinstance(part, Picture):
+        return (part.image,)
+    return part.images if isinstance(part, Slides) else ()
+
+
+# ----------------------------------------------------------------------------------------------- template
+
+
+def _fill(heading: Heading, chapters: Sequence[Chapter], uris: Sequence[str | None]) -> str:
+    queue = iter(uris)
+    shown = [
+        {
+            "key": chapter.sections[0].key,
+            "title": chapter.sections[0].title,
+            "leads": list(dict.fromkeys(section.lead for section in chapter.sections)),
+            "paired": len(chapter.sections) > 1,
+            "rows": [
+                [_shown(part, place, queue) for place, part in enumerate(row)] for row in chapter.rows()
+            ],
+        }
+        for chapter in chapters
+    ]
+    script = _resource("report.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    light, dark = theme_css()
+    return _template().render(
+        heading=heading,
+        chapters=shown,
+        style=Markup(
+            _resource("report.css").replace("/*plots-light*/", light).replace("/*plots-dark*/", dark)
+        ),
+        script=Markup(script),
+        script_hash=digest,
+        generator=f"{GENERATOR} {__version__}",
+    )
+
+
+def _template() -> Any:
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string(_resource("report.html.j2"))
+
+
+def _resource(name: str) -> str:
+    return resources.files("paqdetr.analysis.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _shown(part: Part | None, place: int, uris: Iterator[str | None]) -> dict[str, Any] | None:
+    """What the template shows of a part; takes as many URIs as it has pictures."""
+    if part is None:
+        return None
+    shown: dict[str, Any] = {
+        "kind": type(part).__name__.lower(),
+        "name": part.name,
+        "id": f"{'ab'[place]}-{part.name}",
+        "caption": part.caption,
+        "file": data_file(part, place),
+    }
+    if isinstance(part, Figure):
+        shown["svg"] = Markup(part.svg)
+    elif isinstance(part, Table):
+        shown["columns"] = part.columns
+        shown["rows"] = [
+            [{"text": written(row.get(c.key), c), "value": _sorted_by(row.get(c.key))} for c in part.columns]
+            for row in part.rows
+        ]
+    elif isinstance(part, Slides):
+        shown["slides"] = [
+            {"label": label, "uri": _checked(next(uris)), "width": image.width, "height": image.height}
+            for label, image in zip(part.labels, part.images, strict=True)
+        ]
+    else:
+        shown |= {"uri": _checked(next(uris)), "width": part.image.width, "height": part.image.height}
+    return shown
+
+
+def _checked(uri: str | None) -> Markup | None:
+    return None if uri is None else Markup(uri)  # base64 needs no escapes, and there is much of it
+
+
+def data_file(part: Part, place: int) -> str | None:
+    """Where the numbers behind a part are written, in the report's folder; None if it has none."""
+    if not isinstance(part, Table) and part.data is None:
+        return None
+    return f"data/{part.name}.json" if place == 0 else f"data/against/{part.name}.json"
+
+
+def written(value: Any, column: Column) -> str:
+    """A value as a table shows it."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "\N{EN DASH}"
+    if column.kind == "text":
+        return str(value)
+    if column.kind == "integer":
+        return f"{int(value):,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
+    if column.kind == "percent":
+        return f"{100 * float(value):.1f} %"
+    number = float(value)
+    return f"{number:.3f}" if abs(number) < 10 else f"{number:.4g}"
+
+
+def _sorted_by(value: Any) -> str:
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return ""
+    return str(value)

@@ -1,0 +1,68 @@
+"""A model under analysis, with what one pass over the split found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from paqdetr.data.dataset import DetectionDataset
+from paqdetr.engine.evaluate import Evaluation
+from paqdetr.metrics.matching import MatchTable
+from paqdetr.models import Detector
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A model and what it found.
+
+    Attributes:
+        label: what the report calls it.
+        model: the detector.
+        checkpoint: where it was read from, a file or a run's folder; None if it came as an object.
+        split: the images.
+        truth: their ground truth, a COCO json.
+        evaluation: of the model on the split.
+        table: how its detections were matched.
+    """
+
+    label: str
+    model: Detector
+    checkpoint: Path | None
+    split: DetectionDataset
+    truth: dict[str, Any]
+    evaluation: Evaluation
+    table: MatchTable
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a model got right in each image, at one score threshold and IoU 0.5; I images.
+
+    Attributes:
+        threshold: detections below it are not looked at: where F1 over all classes is at its best.
+        right, wrong, missed: (I,) int64 detections that found an object, that found none, objects not found.
+    """
+
+    threshold: float
+    right: np.ndarray
+    wrong: np.ndarray
+    missed: np.ndarray
+
+    @property
+    def f1(self) -> np.ndarray:
+        """(I,) 2 right / (2 right + wrong + missed); 1 where there was nothing to find and nothing was found."""
+        total = 2 * self.right + self.wrong + self.missed
+        return np.where(total > 0, 2 * self.right / np.maximum(total, 1), 1.0)
+
+
+def outcome(table: MatchTable, threshold: float) -> Outcome:
+    """Count right, wrong and missed by image."""
+    t, images = table.threshold_index(0.5), len(table.image_ids)
+    kept = (table.scores >= threshold) & ~table.ignored[0, t]
+    right = np.bincount(table.images[kept & table.true_positive[0, t]], minlength=images)
+    found = np.bincount(table.images[kept], minlength=images)
+    objects = table.positives[0].sum(axis=0)
+    return Outcome(threshold, right, found - right, objects - right)

@@ -1,0 +1,199 @@
+"""The curves of one training or two, from their runs' metrics.jsonl."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from paqdetr.analysis import plots
+from paqdetr.analysis.section import Figure, Section
+from paqdetr.engine.pictures import read_metrics
+
+Record = dict[str, Any]
+_MOST_POINTS = 400
+_DASHES = ("-", "--")
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """The records of a run, and what the report calls its model: the first or the second."""
+
+    place: int
+    label: str
+    records: list[Record]
+
+
+@dataclass(frozen=True, slots=True)
+class _Panel:
+    """A plot of one figure of the records, smoothed over a fiftieth of them where it jumps from step to step."""
+
+    name: str
+    key: str
+    title: str
+    y: str
+    caption: str
+    kind: str = "train"
+    log: bool = False
+    smooth: bool = True
+
+
+_PANELS = (
+    _Panel("ap", "AP", "AP on the validation split", "AP", "After each evaluation.", kind="eval"),
+    _Panel(
+        "loss",
+        "loss",
+        "Loss, all terms",
+        "loss",
+        "Of training steps; a drop may only mean that several positives a box were switched off.",
+        log=True,
+    ),
+    _Panel(
+        "entropy",
+        "mixture_entropy",
+        "Entropy of a query's mixture",
+        "entropy / log m",
+        "At 1 every query mixes all patterns alike, and all queries are copies of each other; at 0 each is one pattern.",
+    ),
+    _Panel(
+        "cosine",
+        "query_cosine",
+        "Likeness of content queries",
+        "mean cosine of pairs",
+        "Near 1, nothing but their positions tells queries apart.",
+    ),
+    _Panel(
+        "lr", "lr", "Learning rate", "learning rate", "Of the parts outside of the backbone.", smooth=False
+    ),
+)
+
+
+def run_folder(checkpoint: Path | None) -> Path | None:
+    """The run that a checkpoint lies in, if it has a metrics.jsonl."""
+    if checkpoint is None:
+        return None
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    return folder if (folder / "metrics.jsonl").is_file() else None
+
+
+def training_section(runs: Sequence[tuple[str, Path | None]]) -> Section | None:
+    """The curves of (label, run folder); None if there is no run.
+
+    Raises:
+        DataError: a metrics.jsonl cannot be read or has no record.
+    """
+    trainings = [
+        Training(label, read_metrics(folder / "metrics.jsonl"))
+        for label, folder in runs
+        if folder is not None
+    ]
+    if not trainings:
+        return None
+    parts = [
+        *(figure for panel in _PANELS if (figure := _draw(panel, trainings)) is not None),
+        *_positives(trainings),
+    ]
+    lead = "How the training went, from the run's metrics.jsonl. Lines from step to step are running means."
+    without = [label for label, folder in runs if folder is None]
+    if without:
+        lead += f" {', '.join(without)}: its checkpoint lies in no run folder, so there is nothing to draw."
+    return Section("training", "Training", lead, tuple(parts))
+
+
+def _draw(panel: _Panel, trainings: Sequence[Training]) -> Figure | None:
+    curves = []
+    for training in trainings:
+        steps, values = _series(training.records, panel)
+        if len(steps):
+            curves.append((training.place, training.label, steps, values))
+    if not curves:
+        return None
+    axes = plots.new_axes(height=2.6, title=panel.title, x="step", y=panel.y)
+    data = {}
+    for place, label, steps, values in curves:
+        if panel.smooth and panel.kind == "train":
+            shown = _running_mean(values, max(1, len(values) // 50))
+        else:
+            shown = values
+        plots.line(
+            axes,
+            *_thin(steps, shown),
+            colour=(plots.BLUE, plots.ORANGE)[place],
+            label=label if len(trainings) > 1 else "",
+            dash=_DASHES[place],
+            marker="o" if panel.kind == "eval" else "",
+        )
+        data[label] = {"step": steps, "value": values}
+    if panel.log:
+        axes.set_yscale("log")
+    if panel.kind == "eval":
+        axes.set_ylim(bottom=0)
+    plots.legend(axes)
+    svg = plots.to_svg(axes.figure, title=panel.title, description=panel.caption)
+    return Figure(f"training_{panel.name}", panel.caption, svg, data)
+
+
+def _positives(trainings: Sequence[Training]) -> list[Figure]:
+    """Positives a box by layer: one plot, the trainings side by side."""
+    shown = [(t, _layers(t.records)) for t in trainings]
+    shown = [(training, layers) for training, layers in shown if len(layers)]
+    if not shown:
+        return []
+    titles = [training.label if len(shown) > 1 else "Positive queries a box" for training, _ in shown]
+    grid = plots.new_grid(1, len(shown), height=2.8, titles=titles, x="step", y="positives a box")
+    data = {}
+    for axes, (training, layers) in zip(grid, shown, strict=True):
+        for (layer, (steps, values)), colour in zip(layers.items(), plots.ramp(len(layers)), strict=True):
+            mean = _running_mean(values, max(1, len(values) // 50))
+            plots.line(axes, *_thin(steps, mean), colour=colour, label=layer)
+        data[training.label] = {layer: {"step": s, "value": v} for layer, (s, v) in layers.items()}
+        axes.set_ylim(bottom=0)
+    plots.legend(grid[-1])
+    caption = "How many queries learn from each box, in each decoder layer. The last layer always has one."
+    svg = plots.to_svg(grid[0].figure, title="Positive queries a box, by decoder layer", description=caption)
+    return [Figure("training_positives", caption, svg, data)]
+
+
+def _layers(records: Sequence[Record]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    rows = [r for r in records if isinstance(r.get("positives_per_box"), list)]
+    count = max((len(r["positives_per_box"]) for r in rows), default=0)
+    found = {}
+    for layer in range(count):
+        points = [(r["step"], (r["positives_per_box"] + [None] * count)[layer]) for r in rows]
+        points = [(step, value) for step, value in points if _finite(value)]
+        if points:
+            array = np.array(points, dtype=float)
+            found[f"layer {layer + 1}"] = (array[:, 0], array[:, 1])
+    return found
+
+
+def _series(records: Sequence[Record], panel: _Panel) -> tuple[np.ndarray, np.ndarray]:
+    points = [
+        (r["step"], r[panel.key])
+        for r in records
+        if r.get("kind") == panel.kind and _finite(r.get(panel.key)) and (not panel.log or r[panel.key] > 0)
+    ]
+    array = np.array(points, dtype=float).reshape(-1, 2)
+    return array[:, 0], array[:, 1]
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean of the last `window` values, of fewer at the start."""
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - window, 0)
+    return (total[ends] - total[starts]) / (ends - starts)
+
+
+def _thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Every n-th point: more than there are pixels only makes the page heavy."""
+    stride = math.ceil(len(steps) / _MOST_POINTS) or 1
+    return steps[::stride], values[::stride]

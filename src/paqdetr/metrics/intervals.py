@@ -1,0 +1,329 @@
+"""How far a figure depends on which images were in the test set: bootstrap intervals over images.
+
+A resample draws as many images as there are, with replacement. Everything here is about images alone: what another
+training with another seed would give is another question (`paqdetr study`).
+
+Repeated images make AP look better: their true positives stand side by side, and each lifts the other's precision. So the
+resampled AP lies above the AP itself, by as much as its own standard error on a small test set, and plain percentiles
+would miss. Intervals of a figure are therefore moved back by that excess (`interval`). In the difference of two result
+sets it cancels, and `difference` takes the percentiles as they are. What each covers was simulated:
+docs/decisions/0011-error-analysis.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from paqdetr.errors import ConfigError, DataError
+from paqdetr.metrics.matching import MatchTable
+from paqdetr.metrics.weighting import WeightedFigures
+
+SAMPLES = 1000
+"""Resamples of an interval if nobody says otherwise."""
+LEVEL = 0.95
+
+_AT_ONCE = 100
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A figure and where it would lie, at the level asked for, on other test sets of as many images.
+
+    Attributes:
+        value: the figure on all images, each once; NaN where nothing defines it.
+        low, high: NaN with it.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    def to_json(self) -> dict[str, float | None]:
+        """value, low and high; None for NaN."""
+        return {key: _or_none(getattr(self, key)) for key in ("value", "low", "high")}
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """By how much a second result set exceeds a first one on the same images.
+
+    Attributes:
+        value: second minus first.
+        low, high: the paired interval.
+        superiority: the share of resamples in which the second is better, ties counting half. Above .975 or below .025
+            zero lies outside a 95 % interval.
+    """
+
+    value: float
+    low: float
+    high: float
+    superiority: float
+
+    @property
+    def decided(self) -> bool:
+        """Whether zero lies outside the interval."""
+        return self.low > 0 or self.high < 0
+
+    def to_json(self) -> dict[str, float | None]:
+        """The four attributes; None for NaN."""
+        return {key: _or_none(getattr(self, key)) for key in ("value", "low", "high", "superiority")}
+
+
+@dataclass(frozen=True, slots=True)
+class FigureIntervals:
+    """Intervals of all figures of a result set.
+
+    Attributes:
+        figures: by the names of `FIGURE_NAMES`.
+        per_class, per_class_AP50: by class name.
+        samples, seed, level: what they come from.
+    """
+
+    figures: dict[str, Interval]
+    per_class: dict[str, Interval]
+    per_class_AP50: dict[str, Interval]
+    samples: int
+    seed: int
+    level: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, ready for json."""
+        return _json_of(self, ("figures", "per_class", "per_class_AP50"))
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two result sets on the same ground truth, and their paired differences (second minus first).
+
+    Attributes:
+        first, second: each by itself, on the same resamples.
+        figures: differences by the names of `FIGURE_NAMES`.
+        per_class, per_class_AP50: differences by class name.
+        samples, seed, level: what they come from.
+    """
+
+    first: FigureIntervals
+    second: FigureIntervals
+    figures: dict[str, Difference]
+    per_class: dict[str, Difference]
+    per_class_AP50: dict[str, Difference]
+    samples: int
+    seed: int
+    level: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The differences, ready for json; `first` and `second` write themselves."""
+        return _json_of(self, ("figures", "per_class", "per_class_AP50"))
+
+
+def resample_images(num_images: int, samples: int = SAMPLES, seed: int = 0) -> np.ndarray:
+    """How often each image is drawn in each resample: as many draws as images, with replacement.
+
+    Returns:
+        (samples, num_images) int32; every row sums to `num_images`. The same seed gives the same rows, so that everything
+        measured on them is paired.
+
+    Raises:
+        ConfigError: there is no image, or fewer than one sample.
+    """
+    if num_images < 1 or samples < 1:
+        raise ConfigError(
+            f"{samples} resamples of {num_images} images: nothing to draw", "give at least one of each"
+        )
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(num_images, np.full(num_images, 1 / num_images), size=samples).astype(np.int32)
+
+
+def replicate_figures(
+    table: MatchTable, weights: np.ndarray, *, progress: Progress | None = None
+) -> WeightedFigures:
+    """`table.figures(weights)`, telling `progress` of (resamples done, in all)."""
+    parts = []
+    for start in range(0, len(weights), _AT_ONCE):
+        parts.append(table.figures(weights[start : start + _AT_ONCE]))
+        if progress is not None:
+            progress(min(start + _AT_ONCE, len(weights)), len(weights))
+    return WeightedFigures(
+        {name: np.concatenate([part.figures[name] for part in parts]) for name in parts[0].figures},
+        np.concatenate([part.per_class for part in parts]),
+        np.concatenate([part.per_class_AP50 for part in parts]),
+    )
+
+
+def interval(value: float, replicates: np.ndarray, level: float = LEVEL) -> Interval:
+    """The interval of one figure, inside [0, 1].
+
+    The percentiles of the replicates, moved by the difference between the figure and the replicates' mean: it is meant to
+    hold the mean that the figure has over test sets of this size.
+
+    Args:
+        value: on all images, each once.
+        replicates: (S,), on the resamples. Those where nothing defines the figure (NaN: a rare class was not drawn) are left
+            out.
+        level: in (0, 1).
+    """
+    low, high, mean = _percentiles(value, replicates, level)
+    moved = np.clip([low - mean + value, high - mean + value], 0.0, 1.0)
+    return Interval(float(value), float(moved[0]), float(moved[1]))
+
+
+def difference(value: float, replicates: np.ndarray, level: float = LEVEL) -> Difference:
+    """The paired interval of a difference: the percentiles of the differences on the same resamples.
+
+    Args:
+        value: second minus first, on all images.
+        replicates: (S,), second minus first on each resample; NaN are left out.
+        level: in (0, 1).
+    """
+    low, high, _ = _percentiles(value, replicates, level)
+    defined = replicates[~np.isnan(replicates)]
+    superiority = math.nan if math.isnan(low) else float(np.mean((np.sign(defined) + 1) / 2))
+    return Difference(float(value), low, high, superiority)
+
+
+def figure_intervals(
+    table: MatchTable,
+    *,
+    samples: int = SAMPLES,
+    seed: int = 0,
+    level: float = LEVEL,
+    progress: Progress | None = None,
+) -> FigureIntervals:
+    """Intervals of the twelve figures and of AP by class.
+
+    Raises:
+        ConfigError: `level` is not between 0 and 1, or there is nothing to draw.
+    """
+    weights = _weights(table, samples, seed, level)
+    found = replicate_figures(table, weights, progress=progress)
+    return _intervals(table, table.figures(), found, (samples, seed, level))
+
+
+def compare_results(
+    first: MatchTable,
+    second: MatchTable,
+    *,
+    samples: int = SAMPLES,
+    seed: int = 0,
+    level: float = LEVEL,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Two result sets on the same ground truth, resampled together.
+
+    Raises:
+        DataError: the two were matched with different ground truths.
+        ConfigError: as of `figure_intervals`.
+    """
+    require_same_truth(first, second)
+    weights = _weights(first, samples, seed, level)
+
+    def told(part: int) -> Progress | None:
+        tell = progress
+        return None if tell is None else lambda done, total: tell(part * total + done, 2 * total)
+
+    values = first.figures(), second.figures()
+    found = (
+        replicate_figures(first, weights, progress=told(0)),
+        replicate_figures(second, weights, progress=told(1)),
+    )
+    parts = [_named(first, part) for part in (*values, *found)]
+    differences = {
+        kind: {
+            name: difference(float((b - a)[0]), after - before, level)
+            for name, a, b, before, after in (
+                (name, *(part[kind][name] for part in parts)) for name in parts[0][kind]
+            )
+        }
+        for kind in parts[0]
+    }
+    return Comparison(
+        _intervals(first, values[0], found[0], (samples, seed, level)),
+        _intervals(second, values[1], found[1], (samples, seed, level)),
+        **differences,
+        samples=samples,
+        seed=seed,
+        level=level,
+    )
+
+
+def require_same_truth(first: MatchTable, second: MatchTable) -> None:
+    """Raise DataError unless both result sets were matched with the same images, classes and objects."""
+    for what, a, b in (
+        ("images", first.image_ids, second.image_ids),
+        ("categories", first.category_ids, second.category_ids),
+    ):
+        if a != b:
+            missing = sorted(map(repr, set(a) ^ set(b)))[:3]
+            raise DataError(
+                f"the two result sets were matched with different {what}: {len(a)} and {len(b)}"
+                + (f", only one side has {', '.join(missing)}" if missing else ""),
+                "compare results on the same annotations",
+            )
+    if not np.array_equal(first.positives, second.positives):
+        image = int(np.flatnonzero((first.positives != second.positives).any(axis=(0, 1)))[0])
+        raise DataError(
+            f"the two result sets were matched with different objects: image {first.image_ids[image]!r}",
+            "compare results on the same annotations, both by boxes or both by masks",
+        )
+
+
+def _weights(table: MatchTable, samples: int, seed: int, level: float) -> np.ndarray:
+    if not 0 < level < 1:
+        raise ConfigError(f"level: found {level}, expected a number between 0 and 1", "use 0.95")
+    return resample_images(len(table.image_ids), samples, seed)
+
+
+def _named(table: MatchTable, found: WeightedFigures) -> dict[str, dict[str, np.ndarray]]:
+    """Kind of figure -> name -> (S,)."""
+    return {
+        "figures": found.figures,
+        "per_class": dict(zip(table.class_names, found.per_class.T, strict=True)),
+        "per_class_AP50": dict(zip(table.class_names, found.per_class_AP50.T, strict=True)),
+    }
+
+
+def _intervals(
+    table: MatchTable, values: WeightedFigures, found: WeightedFigures, source: tuple[int, int, float]
+) -> FigureIntervals:
+    once, often = _named(table, values), _named(table, found)
+    samples, seed, level = source
+    return FigureIntervals(
+        **{
+            kind: {name: interval(float(once[kind][name][0]), row, level) for name, row in rows.items()}
+            for kind, rows in often.items()
+        },
+        samples=samples,
+        seed=seed,
+        level=level,
+    )
+
+
+def _percentiles(value: float, replicates: np.ndarray, level: float) -> tuple[float, float, float]:
+    """(low, high, mean) of the replicates that are defined; NaN if the figure itself is not."""
+    defined = replicates[~np.isnan(replicates)]
+    if math.isnan(value) or not len(defined):
+        return math.nan, math.nan, math.nan
+    low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high), float(defined.mean())
+
+
+def _json_of(found: FigureIntervals | Comparison, kinds: tuple[str, ...]) -> dict[str, Any]:
+    def rows(part: Mapping[str, Interval | Difference]) -> dict[str, Any]:
+        return {name: entry.to_json() for name, entry in part.items()}
+
+    return {
+        **{kind: rows(getattr(found, kind)) for kind in kinds},
+        "samples": found.samples,
+        "seed": found.seed,
+        "level": found.level,
+    }
+
+
+def _or_none(value: float) -> float | None:
+    return None if math.isnan(value) else value

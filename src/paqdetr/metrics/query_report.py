@@ -1,0 +1,242 @@
+"""What is said about the use of queries: five views, each with its unit and with what chance alone would give."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from paqdetr.metrics.query_use import chance_gini, gini, lorenz_curve
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """How some use of queries is spread over them.
+
+    Attributes:
+        counts: (n,) by query index: int64 images that used it, or float64 amounts.
+        images: over which they were taken.
+        threshold: the score above which a query counts as used; None where no score decides.
+        ranked: whether index i is the i-th best proposal of each image, as in two-stage hosts.
+        discrete: counts of images, of which an image adds at most one to a query; False for amounts such as gradient norms.
+    """
+
+    counts: np.ndarray
+    images: int
+    threshold: float | None = None
+    ranked: bool = False
+    discrete: bool = True
+
+    @property
+    def gini(self) -> float:
+        """Of the counts, in [0, 1)."""
+        return gini(self.counts)
+
+    @property
+    def per_image(self) -> float:
+        """Mean number of queries that an image uses, or mean amount an image."""
+        return float(self.counts.sum()) / max(self.images, 1)
+
+    @property
+    def chance(self) -> float | None:
+        """The Gini coefficient if all queries were used alike: see `chance_gini`. None for amounts."""
+        if not self.discrete:
+            return None
+        return chance_gini(num_queries=len(self.counts), images=self.images, per_image=self.per_image)
+
+    @property
+    def by_rank(self) -> float | None:
+        """The Gini coefficient that rank order alone explains: that of the non-increasing curve over the index which is
+        nearest to the counts (isotonic regression). None where the index is no rank."""
+        if not self.ranked:
+            return None
+        from sklearn.isotonic import isotonic_regression  # slow to import
+
+        return gini(np.asarray(isotonic_regression(self.counts.astype(np.float64), increasing=False)))
+
+    @property
+    def unused(self) -> int:
+        """Queries that were never used."""
+        return int((self.counts == 0).sum())
+
+    @property
+    def half(self) -> int:
+        """The fewest queries that make up half of all use; 0 where there was none."""
+        total = np.cumsum(np.sort(self.counts)[::-1], dtype=np.float64)
+        return 0 if total[-1] == 0 else int(np.searchsorted(total, total[-1] / 2)) + 1
+
+    def lorenz(self, points: int = 101) -> tuple[np.ndarray, np.ndarray]:
+        """See `lorenz_curve`."""
+        return lorenz_curve(self.counts, points=points)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, ready for json."""
+        shares, use = self.lorenz()
+        return {
+            "threshold": None if self.threshold is None else round(self.threshold, 6),
+            "gini": round(self.gini, 6),
+            "chance": None if self.chance is None else round(self.chance, 6),
+            "by_rank": None if self.by_rank is None else round(self.by_rank, 6),
+            "per_image": round(self.per_image, 6),
+            "unused": self.unused,
+            "half": self.half,
+            "lorenz": [[round(float(s), 4), round(float(u), 6)] for s, u in zip(shares, use, strict=True)],
+            "counts": rounded(self.counts),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class PatternUse:
+    """How patterns are used by the mixtures of all queries of all images: the fifth view.
+
+    Attributes:
+        mass: (m,) mean weight of each pattern over queries and images: sums to 1, equal use is 1/m.
+        peak: (m,) its largest weight in any query of any image.
+        leads: (m,) int64, how often it has the largest weight of a query.
+        entropy: of the mixture rows, mean, over log m: 1 is a uniform mixture, 0 a single pattern.
+        dead_share: a pattern is dead if its mass is below this share of 1/m.
+    """
+
+    mass: np.ndarray
+    peak: np.ndarray
+    leads: np.ndarray
+    entropy: float
+    dead_share: float
+
+    @property
+    def gini(self) -> float:
+        """Of the mass, the column sums of W."""
+        return gini(self.mass)
+
+    @property
+    def dead(self) -> int:
+        """Patterns with less than `dead_share` of an equal share of the mass."""
+        return count_dead(self.mass, self.dead_share)
+
+    @property
+    def never_lead(self) -> int:
+        """Patterns that are never the largest part of a query: shades of other patterns at most."""
+        return int((self.leads == 0).sum())
+
+    @property
+    def effective(self) -> float:
+        """exp of the entropy of the mass: as many patterns of equal mass would be as diverse."""
+        mass = self.mass[self.mass > 0]
+        return float(np.exp(-(mass * np.log(mass)).sum()))
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, ready for json."""
+        return {
+            "num_patterns": len(self.mass),
+            "gini": round(self.gini, 6),
+            "entropy": round(self.entropy, 6),
+            "dead": self.dead,
+            "dead_share": self.dead_share,
+            "never_lead": self.never_lead,
+            "effective": round(self.effective, 4),
+            "mass": rounded(self.mass),
+            "peak": rounded(self.peak),
+            "leads": rounded(self.leads),
+        }
+
+
+def count_dead(mass: np.ndarray, dead_share: float = 0.1) -> int:
+    """Of (m,) masses in any unit, those below `dead_share` of their mean; 0 if all are 0."""
+    return int((mass < dead_share * mass.mean()).sum())
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where queries find their boxes: of the ground truth boxes that each was matched with in the last layer.
+
+    Attributes:
+        mean: (n, 4) cxcywh in [0, 1]; NaN where a query was never matched.
+        std: (n, 4) standard deviation over its boxes; NaN likewise.
+        ranks: (R, R) int64 matches, R = min(n, 32): row r are the queries of indices r n/R and on, column s those whose score
+            is of that rank in the image, best first.
+    """
+
+    mean: np.ndarray
+    std: np.ndarray
+    ranks: np.ndarray
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, ready for json; NaN is None."""
+        return {"mean": rounded(self.mean), "std": rounded(self.std), "ranks": rounded(self.ranks)}
+
+
+@dataclass(frozen=True, slots=True)
+class QueryUsageReport:
+    """Five views of how a detector uses its queries. None of them stands alone: docs/queries.md says why.
+
+    Attributes:
+        num_queries: n.
+        images: that were seen.
+        boxes_per_image: ground truth; None if there was none.
+        ranked: whether the index is the proposal's rank (two-stage hosts).
+        activations: view (a), at fixed thresholds: images in which a query's best score lies above.
+        equal: view (b), at the threshold with equal activations an image; None if neither boxes nor a number were given.
+        target: the activations an image that (b) is meant to have; `equal.per_image` is what it has.
+        positives: view (c), matches of the last layer's one-to-one assignment; None without ground truth.
+        gradients: view (d), norms of the gradient at the content queries; None if they were not collected.
+        patterns: view (e); None for content that is no mixture.
+        query_cosine: mean cosine between the content queries of an image: 1 means copies; None if content was not given.
+        places: where queries find their boxes; None without ground truth.
+    """
+
+    num_queries: int
+    images: int
+    boxes_per_image: float | None
+    ranked: bool
+    activations: tuple[Spread, ...]
+    equal: Spread | None
+    target: float | None
+    positives: Spread | None
+    gradients: Spread | None
+    patterns: PatternUse | None
+    query_cosine: float | None
+    places: Places | None
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The views as rows of one table: `view`, `what`, and the properties of `Spread` under their names."""
+        spreads = [("a", f"score > {spread.threshold:g}", spread) for spread in self.activations]
+        if self.equal is not None:
+            spreads.append(("b", "equal activations", self.equal))
+        if self.positives is not None:
+            spreads.append(("c", "matched in the last layer", self.positives))
+        if self.gradients is not None:
+            spreads.append(("d", "gradient norm", self.gradients))
+        keys = ("threshold", "gini", "chance", "by_rank", "per_image", "unused", "half")
+        rows = [
+            {"view": view, "what": what, **{key: getattr(spread, key) for key in keys}}
+            for view, what, spread in spreads
+        ]
+        if self.patterns is not None:
+            row = dict.fromkeys(keys) | {"gini": self.patterns.gini, "unused": self.patterns.dead}
+            rows.append({"view": "e", "what": "mass of patterns", **row})
+        return rows
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, ready for json."""
+        parts = {"equal": self.equal, "positives": self.positives, "gradients": self.gradients}
+        parts |= {"patterns": self.patterns, "places": self.places}
+        return {
+            "num_queries": self.num_queries,
+            "images": self.images,
+            "boxes_per_image": None if self.boxes_per_image is None else round(self.boxes_per_image, 6),
+            "ranked": self.ranked,
+            "activations": [spread.to_json() for spread in self.activations],
+            "target": None if self.target is None else round(self.target, 6),
+            **{name: None if part is None else part.to_json() for name, part in parts.items()},
+            "query_cosine": None if self.query_cosine is None else round(self.query_cosine, 6),
+        }
+
+
+def rounded(values: np.ndarray) -> list[Any]:
+    """Nested lists for json: whole numbers as they are, others to six digits, NaN and infinity as None."""
+    if np.issubdtype(values.dtype, np.integer):
+        return values.tolist()
+    nested = np.round(values.astype(np.float64), 6).astype(object)
+    nested[~np.isfinite(values)] = None
+    return nested.tolist()

@@ -1,0 +1,220 @@
+"""Bootstrap intervals against closed forms, where a figure is a mean, and by simulation, where it is not."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.stats import binom
+
+from paqdetr.errors import ConfigError, DataError
+from paqdetr.metrics import FIGURE_NAMES
+from paqdetr.metrics.intervals import (
+    compare_results,
+    difference,
+    figure_intervals,
+    interval,
+    replicate_figures,
+    resample_images,
+)
+from paqdetr.metrics.matching import MatchTable
+
+Problem = tuple[dict[str, Any], list[dict[str, Any]]]
+BOX = [10.0, 10.0, 50.0, 50.0]
+
+
+def found_or_not(found: np.ndarray) -> MatchTable:
+    """One object an image, detected or not, and nothing false: recall is the mean of `found`, at a precision of 1."""
+    truth = {
+        "images": [{"id": i} for i in range(len(found))],
+        "categories": [{"id": 1, "name": "cat"}],
+        "annotations": [{"image_id": i, "category_id": 1, "bbox": BOX} for i in range(len(found))],
+    }
+    rows = [
+        {"image_id": i, "category_id": 1, "bbox": BOX, "score": (i + 1) / (len(found) + 1)}
+        for i in np.flatnonzero(found).tolist()
+    ]
+    return MatchTable.match(truth, rows)
+
+
+def test_resamples() -> None:
+    weights = resample_images(7, 5000, seed=1)
+    assert weights.shape == (5000, 7) and (weights.sum(axis=1) == 7).all() and weights.min() == 0
+    np.testing.assert_array_equal(weights, resample_images(7, 5000, seed=1))
+    assert (weights != resample_images(7, 5000, seed=2)).any()
+    # Each image is drawn Binomial(7, 1/7) times: mean 1, variance 6/7; 5000 x 7 of them.
+    assert weights.mean(axis=0) == pytest.approx(np.ones(7), abs=0.06)
+    assert weights.var() == pytest.approx(6 / 7, rel=0.05)
+
+
+def test_a_mean_has_the_variance_of_a_mean() -> None:
+    n, hits, samples = 199, 130, 4000  # a prime: no recall lies exactly on one of the 101 places
+    table = found_or_not(np.arange(n) < hits)
+    found = replicate_figures(table, resample_images(n, samples)).figures
+    p = hits / n
+    # The standard deviation of 4000 draws is known to about 1.1 %.
+    assert found["AR100"].std() == pytest.approx(math.sqrt(p * (1 - p) / n), rel=0.05)
+    # AP reads recall at 101 places: it is the mean up to one of them.
+    np.testing.assert_allclose(found["AP"], np.floor(found["AR100"] * 100 + 1) / 101, atol=1e-12)
+    low, high = binom.ppf([0.025, 0.975], n, p) / n
+    own = figure_intervals(table, samples=samples).figures["AR100"]
+    assert own.value == p and (own.low, own.high) == pytest.approx((low, high), abs=1.5 / n)
+
+
+def test_intervals_cover_a_mean() -> None:
+    """Of 300 test sets, some 95 % have the true recall within their interval."""
+    rng, size = np.random.default_rng(0), 80
+    everything = found_or_not(rng.random(2000) < 0.6)
+    p = everything.recall()[0, 0, 0, 0]
+    covered = 0
+    for seed in range(300):
+        own = everything.of_images(rng.choice(2000, size, replace=False))
+        replicates = own.recall(resample_images(size, 200, seed), areas=(0,))[:, 0, 0, 0]
+        found = interval(own.recall()[0, 0, 0, 0], replicates)
+        covered += found.low <= p <= found.high
+    assert 0.90 <= covered / 300 <= 0.98
+
+
+def test_interval_moves_back_and_stays_inside() -> None:
+    # Replicates 0.02 too high on average.
+    replicates = np.linspace(0.42, 0.62, 1001)
+    own = interval(0.5, replicates, 0.95)
+    assert (own.value, own.low, own.high) == pytest.approx((0.5, 0.405, 0.595))
+    assert interval(0.99, np.array([0.9, 1.0]), 0.9).high == 1.0
+    undefined = interval(math.nan, np.array([0.5]))
+    assert undefined.to_json() == {"value": None, "low": None, "high": None}
+    assert interval(0.5, np.array([0.4, math.nan, 0.6])).value == 0.5  # what is not defined is left out
+
+
+def test_difference_by_hand() -> None:
+    own = difference(0.1, np.array([-0.1, 0.0, 0.1, 0.3]), 0.5)
+    assert (own.low, own.high) == pytest.approx((-0.025, 0.15))
+    assert own.superiority == 0.625 and not own.decided  # two of four better, one equal
+    assert difference(0.1, np.array([0.05, 0.2])).decided and difference(-0.1, np.array([-0.05])).decided
+
+
+def test_identical_results_differ_by_exactly_nothing(make_problem: Callable[..., Problem]) -> None:
+    table = MatchTable.match(*make_problem(2))
+    found = compare_results(table, MatchTable.match(*make_problem(2)), samples=50)
+    assert list(found.figures) == list(FIGURE_NAMES) and list(found.per_class) == list(table.class_names)
+    for own in (*found.figures.values(), *found.per_class.values(), *found.per_class_AP50.values()):
+        assert (own.value, own.low, own.high, own.superiority) == (0.0, 0.0, 0.0, 0.5)
+    assert found.first == found.second == figure_intervals(table, samples=50)
+
+
+def test_exchanged_results_give_the_opposite(make_problem: Callable[..., Problem]) -> None:
+    truth, results = make_problem(4, images=12)
+    a, b = MatchTable.match(truth, results), MatchTable.match(truth, results[::2])
+    there, back = compare_results(a, b, samples=60, seed=3), compare_results(b, a, samples=60, seed=3)
+    assert (there.first, there.second) == (back.second, back.first)
+    for name in FIGURE_NAMES:
+        one, other = there.figures[name], back.figures[name]
+        assert (one.value, one.low, one.high) == pytest.approx((-other.value, -other.high, -other.low))
+        assert one.superiority == pytest.approx(1 - other.superiority)
+    assert there.figures["AR100"].value < 0  # half of the results are gone
+
+
+def test_pairing_takes_out_what_both_share() -> None:
+    """B finds all that A finds and 10 images more: the difference is a mean of 0s and 1s with variance p (1 - p) / n."""
+    n = 200
+    a, b = np.arange(n) < 100, np.arange(n) < 110
+    found = compare_results(found_or_not(a), found_or_not(b), samples=4000)
+    own, p = found.figures["AR100"], 10 / n
+    low, high = binom.ppf([0.025, 0.975], n, p) / n
+    assert own.value == pytest.approx(p)
+    assert (own.low, own.high) == pytest.approx((low, high), abs=1.5 / n)
+    assert own.superiority > 0.999 and own.decided
+    alone = found.first.figures["AR100"]
+    assert alone.high - alone.low > 2 * (own.high - own.low)
+
+
+def test_a_class_that_is_not_always_drawn() -> None:
+    truth = {
+        "images": [{"id": i} for i in range(4)],
+        "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
+        "annotations": [
+            {"image_id": i, "category_id": c, "bbox": BOX} for i, c in ((0, 1), (1, 2), (2, 2), (3, 2))
+        ],
+    }
+    rows = [{"image_id": 0, "category_id": 1, "bbox": BOX, "score": 0.5}]
+    found = figure_intervals(MatchTable.match(truth, rows), samples=100)
+    assert found.per_class["cat"].to_json() == pytest.approx({"value": 1.0, "low": 1.0, "high": 1.0})
+    assert found.figures["APl"].to_json() == {"value": None, "low": None, "high": None}
+
+
+def test_progress_and_json(make_problem: Callable[..., Problem]) -> None:
+    table = MatchTable.match(*make_problem(2))
+    told: list[tuple[int, int]] = []
+    found = compare_results(table, table, samples=150, progress=lambda *args: told.append(args))
+    assert told == [(100, 300), (150, 300), (250, 300), (300, 300)]
+    written = found.to_json()
+    assert written["samples"] == 150 and written["figures"]["AP"]["superiority"] == 0.5
+    assert set(found.first.to_json()) == {
+        "figures",
+        "per_class",
+        "per_class_AP50",
+        "samples",
+        "seed",
+        "level",
+    }
+
+
+def test_mistakes(make_problem: Callable[..., Problem]) -> None:
+    truth, results = make_problem(2)
+    table = MatchTable.match(truth, results)
+    fewer = truth | {"images": truth["images"][1:], "annotations": []}
+    with pytest.raises(DataError, match="different images: 6 and 5, only one side has"):
+        compare_results(table, MatchTable.match(fewer, []))
+    renumbered = truth | {"categories": [*truth["categories"], {"id": 99, "name": "bat"}]}
+    with pytest.raises(DataError, match="different categories: 3 and 4, only one side has 99"):
+        compare_results(table, MatchTable.match(renumbered, []))
+    image = truth["annotations"][0]["image_id"]
+    with pytest.raises(DataError, match=f"different objects: image {image}"):
+        compare_results(table, MatchTable.match(truth | {"annotations": truth["annotations"][1:]}, []))
+    with pytest.raises(ConfigError, match="level: found 95"):
+        figure_intervals(table, level=95)
+    with pytest.raises(ConfigError, match="0 resamples"):
+        figure_intervals(table, samples=0)
+    with pytest.raises(ConfigError, match="0 images"):
+        resample_images(0, 10)
+
+
+@pytest.mark.slow
+def test_what_intervals_of_ap_cover(make_problem: Callable[..., Problem]) -> None:
+    """200 test sets of 100 images out of 3,000. The interval of AP, and the paired one of two detectors, hold the mean over
+    test sets of that size. The figures are in docs/decisions/0011-error-analysis.md."""
+    truth, results = make_problem(1, images=3000, classes=8, objects=6.0)
+    rng = np.random.default_rng(0)
+    noisy = [r | {"score": r["score"] * float(np.exp(rng.normal(0, 0.4)))} for r in results]
+    moved = [r | {"bbox": (np.array(r["bbox"]) * np.exp(rng.normal(0, 0.04, 4))).tolist()} for r in noisy]
+    tables = MatchTable.match(truth, results), MatchTable.match(truth, moved)
+    sets, size = 200, 100
+    values, replicates = np.empty((sets, 2)), np.empty((sets, 2, 300))
+    for seed in range(sets):
+        chosen, weights = rng.choice(3000, size, replace=False), resample_images(size, 300, seed)
+        for which, table in enumerate(tables):
+            part = table.of_images(chosen)
+            values[seed, which] = np.nanmean(part.average_precision(areas=(0,)))
+            replicates[seed, which] = np.nanmean(part.average_precision(weights, areas=(0,)), axis=(1, 2, 3))
+
+    mean = values.mean(axis=0)
+    plain = np.quantile(replicates[:, 0], [0.025, 0.975], axis=1)
+    own = [interval(value, row) for value, row in zip(values[:, 0], replicates[:, 0], strict=True)]
+    paired = [
+        difference(b - a, after - before) for (a, b), (before, after) in zip(values, replicates, strict=True)
+    ]
+    covered = {
+        "percentiles": float(np.mean((plain[0] <= mean[0]) & (mean[0] <= plain[1]))),
+        "interval": float(np.mean([found.low <= mean[0] <= found.high for found in own])),
+        "difference": float(np.mean([found.low <= mean[1] - mean[0] <= found.high for found in paired])),
+    }
+    sys.stderr.write(
+        f"AP {mean}, spread {values.std(axis=0)}, replicates {replicates.mean(axis=(0, 2))}; {covered}\n"
+    )
+    assert 0.91 <= covered["interval"] <= 0.98
+    assert 0.91 <= covered["difference"] <= 0.98
+    assert covered["percentiles"] < covered["interval"]
