@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from paqdetr._version import __version__
 
 if TYPE_CHECKING:
+    from paqdetr.analysis import Report, analyze
     from paqdetr.engine import Callback, Run, TrainingInterrupted, evaluate, train
     from paqdetr.errors import (
         CheckpointError,
@@ -33,12 +34,14 @@ _HOME = {
     "Detections": "structures",
     "Detector": "models",
     "NonFiniteError": "errors",
+    "Report": "analysis",
     "Run": "engine",
     "StorageError": "errors",
     "Targets": "structures",
     "TrainingInterrupted": "engine",
     "UserError": "errors",
     "WorkerError": "errors",
+    "analyze": "analysis",
     "create_model": "models",
     "evaluate": "engine",
     "list_models": "models",
@@ -55,6 +58,7 @@ __all__ = [
     "Detections",
     "Detector",
     "NonFiniteError",
+    "Report",
     "Run",
     "StorageError",
     "Targets",
@@ -62,6 +66,7 @@ __all__ = [
     "UserError",
     "WorkerError",
     "__version__",
+    "analyze",
     "create_model",
     "evaluate",
     "list_models",

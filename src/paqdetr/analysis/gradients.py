@@ -54,7 +54,8 @@ def content_gradients(
     count = len(split) if images is None else min(images, len(split))
     if count < 1:
         raise DataError(
-            f"{split.annotation_file}: no image to take gradients of", "take another split, or images=1 or more"
+            f"{split.annotation_file}: no image to take gradients of",
+            "take another split, or images=1 or more",
         )
     chosen = [place * len(split) // count for place in range(count)]
     device = next(model.parameters()).device

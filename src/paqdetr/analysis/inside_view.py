@@ -117,7 +117,7 @@ def _views(inside: Inside, targets: Targets, subject: Subject, number: int) -> l
 
 def _attention(inside: Inside, layer: int, said: Sequence[str]) -> Image.Image:
     overlay = Overlay(inside.picture, dim=0.35)
-    for place, query in enumerate(inside.chosen):
+    for place in range(len(inside.chosen)):
         _dots(overlay, inside.decoder[layer], place, mark(place))
     for place, query in enumerate(inside.chosen):
         came = inside.boxes[layer - 1, query] if layer else inside.start[query]

@@ -20,6 +20,7 @@ from paqdetr.drawing import font_path
 MARKS = (ORANGE, SKY, "#F0E442", PINK, GREEN, RED, "#FFFFFF", "#B9A6FF")
 _FINE = 2
 _RIM = (0, 0, 0, 150)
+_STEPS = (0, 1, -1, 2, -2, 3, -3)  # lines that a label may move down
 
 
 def mark(number: int) -> str:
@@ -96,17 +97,10 @@ class Overlay:
             width, height = font.getlength(text) + 6, 17.0
             left = min(max(x * self.width, 0), max(self.width - width, 0))
             top = min(max(y * self.height - height, 0), self.height - height)
-            place = next(
-                (
-                    spot
-                    for step in (0, 1, -1, 2, -2, 3, -3)
-                    if 0 <= (shifted := top + step * height) <= self.height - height
-                    and not any(
-                        _overlap(spot := (left, shifted, left + width, shifted + height), t) for t in taken
-                    )
-                ),
-                (left, top, left + width, top + height),
-            )
+            spots = [(left, top + step * height, left + width, top + (step + 1) * height) for step in _STEPS]
+            inside = [spot for spot in spots if 0 <= spot[1] and spot[3] <= self.height]
+            free = [spot for spot in inside if not any(_overlap(spot, other) for other in taken)]
+            place = free[0] if free else spots[0]
             taken.append(place)
             pen.rectangle(place, fill=colour)
             dark = ImageColor.getcolor(colour, "L") > 110  # type: ignore[operator]

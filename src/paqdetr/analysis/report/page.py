@@ -11,7 +11,6 @@ from importlib import resources
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 from PIL.Image import Image
 
 from paqdetr._version import __version__
@@ -125,10 +124,8 @@ def _fill(heading: Heading, chapters: Sequence[Chapter], uris: Sequence[str | No
     return _template().render(
         heading=heading,
         chapters=shown,
-        style=Markup(
-            _resource("report.css").replace("/*plots-light*/", light).replace("/*plots-dark*/", dark)
-        ),
-        script=Markup(script),
+        style=_resource("report.css").replace("/*plots-light*/", light).replace("/*plots-dark*/", dark),
+        script=script,
         script_hash=digest,
         generator=f"{GENERATOR} {__version__}",
     )
@@ -157,7 +154,7 @@ def _shown(part: Part | None, place: int, uris: Iterator[str | None]) -> dict[st
         "file": data_file(part, place),
     }
     if isinstance(part, Figure):
-        shown["svg"] = Markup(part.svg)
+        shown["svg"] = part.svg
     elif isinstance(part, Table):
         shown["columns"] = part.columns
         shown["rows"] = [
@@ -166,16 +163,12 @@ def _shown(part: Part | None, place: int, uris: Iterator[str | None]) -> dict[st
         ]
     elif isinstance(part, Slides):
         shown["slides"] = [
-            {"label": label, "uri": _checked(next(uris)), "width": image.width, "height": image.height}
+            {"label": label, "uri": next(uris), "width": image.width, "height": image.height}
             for label, image in zip(part.labels, part.images, strict=True)
         ]
     else:
-        shown |= {"uri": _checked(next(uris)), "width": part.image.width, "height": part.image.height}
+        shown |= {"uri": next(uris), "width": part.image.width, "height": part.image.height}
     return shown
-
-
-def _checked(uri: str | None) -> Markup | None:
-    return None if uri is None else Markup(uri)  # base64 needs no escapes, and there is much of it
 
 
 def data_file(part: Part, place: int) -> str | None:
