@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -78,7 +79,13 @@ def render(
 
 def _require_names(chapters: Sequence[Chapter]) -> None:
     seen: set[tuple[int, str]] = set()
-    for place, part in _parts(chapters):
+    everything = [
+        (place, part)
+        for chapter in chapters
+        for place, section in enumerate(chapter.sections)
+        for part in section.parts
+    ]
+    for place, part in everything:
         if not part.name.isidentifier() or not part.name.isascii():
             raise ValueError(f"{part.name!r}: expected letters, digits and underscores")
         if (place, part.name) in seen:
@@ -154,7 +161,7 @@ def _shown(part: Part | None, place: int, uris: Iterator[str | None]) -> dict[st
         "file": data_file(part, place),
     }
     if isinstance(part, Figure):
-        shown["svg"] = part.svg
+        shown["svg"] = _own_ids(part.svg, shown["id"])
     elif isinstance(part, Table):
         shown["columns"] = part.columns
         shown["rows"] = [
@@ -169,6 +176,12 @@ def _shown(part: Part | None, place: int, uris: Iterator[str | None]) -> dict[st
     else:
         shown |= {"uri": next(uris), "width": part.image.width, "height": part.image.height}
     return shown
+
+
+def _own_ids(svg: str, prefix: str) -> str:
+    """The same plot may stand in the page twice; `to_svg` gives both the same ids."""
+    found = re.search(r' id="(p[0-9a-f]{10})-', svg)
+    return svg if found is None else svg.replace(f"{found[1]}-", f"{prefix}-")
 
 
 def data_file(part: Part, place: int) -> str | None:
