@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ def test_eval_of_a_checkpoint(
     ]
     assert run([*arguments, "--batch-size", "2"]) == 0
     said = capsys.readouterr().out
-    for words in ("AP75", "AR100", "AP after NMS", "AP of 9", "paq_dino_nano on"):
+    for words in ("AP75", "AR100", "AP after NMS", "by class", "paq_dino_nano on"):
         assert words in said
     figures = json.loads(out.read_text())
     assert {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "per_class"} <= figures.keys()
@@ -139,6 +140,73 @@ def test_eval_of_results(tmp_path: Path, tiny_digits: Path, capsys: pytest.Captu
     assert run(arguments) == 0
     assert json.loads(out.read_text())["AP"] == pytest.approx(1)
     assert "1.000" in capsys.readouterr().out
+
+
+def test_eval_keeps_results_that_can_be_compared(
+    tmp_path: Path, tiny_run: Run, tiny_digits: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept, out = tmp_path / "deep" / "kept.json", tmp_path / "out.json"
+    data = ["--data", str(tiny_digits), "--split", "test"]
+    arguments = ["eval", str(tiny_run.output), *data, "--results-out", str(kept), "--json", str(out)]
+    assert run([*arguments, "--intervals", "--resamples", "20", "--seed", "3"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("95 % interval") == 3
+    figures = json.loads(out.read_text())
+    assert figures["intervals"]["figures"]["AP"]["value"] == pytest.approx(figures["AP"])
+    assert (figures["intervals"]["samples"], figures["intervals"]["seed"]) == (20, 3)
+    # The same detections, read back: no difference to the model itself.
+    assert run(["eval", "--compare", str(kept), str(tiny_run.best), *data, "--json", str(out)]) == 0
+    assert "A and B are equally good: AP of B - A is +0.000" in capsys.readouterr().out
+    found = json.loads(out.read_text())
+    assert found["A"] == found["B"] | {"source": str(kept)}
+    assert found["A"]["figures"]["AP"]["value"] == pytest.approx(figures["AP"])
+    # They are COCO results like any others.
+    truth = str(tiny_digits / "test.json")
+    assert run(["eval", "--results", str(kept), "--annotations", truth, "--json", str(out)]) == 0
+    assert json.loads(out.read_text())["AP"] == pytest.approx(figures["AP"])
+
+
+def test_eval_compares_results(tmp_path: Path, tiny_digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    truth = tiny_digits / "val.json"
+    rows = [
+        {k: a[k] for k in ("image_id", "category_id", "bbox")} | {"score": 0.5}
+        for a in json.loads(truth.read_text())["annotations"]
+    ]
+    good, bad, out = (tmp_path / name for name in ("good.json", "bad.json", "out.json"))
+    good.write_text(json.dumps(rows))
+    bad.write_text(json.dumps([]))
+    arguments = ["--annotations", str(truth), "--resamples", "50", "--json", str(out)]
+    assert run(["eval", "--compare", str(bad), str(good), *arguments]) == 0
+    said = capsys.readouterr().out
+    assert "B is better: AP of B - A is +1.000, 95 % interval +1.000 to +1.000." in said
+    assert f"A: {bad}\nB: {good}" in said and "another training seed" in said
+    found = json.loads(out.read_text())
+    assert found["difference"]["figures"]["AP"] == pytest.approx(
+        {"value": 1.0, "low": 1.0, "high": 1.0, "superiority": 1.0}
+    )
+    assert found["verdict"].startswith("B is better")
+    assert found["difference"]["per_class"].keys() == found["A"]["per_class"].keys()
+    assert run(["eval", "--compare", str(good), str(bad), *arguments]) == 0
+    assert "A is better: AP of B - A is -1.000" in capsys.readouterr().out
+    # Half of the images each: which half is better depends on the images drawn.
+    images = sorted({row["image_id"] for row in rows})
+    for path, part in ((good, images[::2]), (bad, images[1::2])):
+        path.write_text(json.dumps([row for row in rows if row["image_id"] in part]))
+    assert run(["eval", "--compare", str(good), str(bad), *arguments]) == 0
+    assert "Not decided on these images" in capsys.readouterr().out
+
+
+def test_eval_compares_masks(shared_data: Callable[[str], Path], tmp_path: Path) -> None:
+    folder, out = shared_data("cocoeval_fixture"), tmp_path / "out.json"
+    results = str(folder / "instances_val2014_fakesegm100_results.json")
+    arguments = ["--annotations", str(folder / "instances_val2014_100.json"), "--iou-type", "segm"]
+    assert run(["eval", "--results", results, *arguments, "--json", str(out)]) == 0
+    assert json.loads(out.read_text())["AP"] == pytest.approx(0.319545, abs=5e-7)
+    compared = ["eval", "--compare", results, results, *arguments, "--resamples", "5", "--json", str(out)]
+    assert run(compared) == 0
+    found = json.loads(out.read_text())
+    assert found["A"]["figures"]["AP"]["value"] == pytest.approx(0.319545, abs=5e-7)
+    assert found["difference"]["figures"]["AP"]["superiority"] == 0.5
 
 
 # ------------------------------------------------------------------------------------------------ predict

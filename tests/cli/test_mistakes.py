@@ -544,6 +544,41 @@ def results_of_other_images(w: World) -> list[str]:
     return ["eval", "--results", str(results), "--annotations", str(w.data / "val.json")]
 
 
+@case("other.json: result number 0: image_id 'a.jpg' is none of the 4 images")
+def comparison_with_results_of_other_images(w: World) -> list[str]:
+    row = {"image_id": "a.jpg", "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}
+    pair = [w.file("results.json", "[]"), w.file("other.json", json.dumps([row]))]
+    return ["eval", "--compare", *map(str, pair), "--annotations", str(w.data / "val.json")]
+
+
+@case("eval --compare needs the ground truth, once", "--annotations if both are results")
+def comparison_without_truth(w: World) -> list[str]:
+    return ["eval", "--compare", str(w.checkpoint), str(w.checkpoint)]
+
+
+@case("model.safetensors: a checkpoint needs --data")
+def comparison_of_a_checkpoint_with_annotations(w: World) -> list[str]:
+    results, truth = w.file("results.json", "[]"), w.data / "val.json"
+    return ["eval", "--compare", str(results), str(w.checkpoint), "--annotations", str(truth)]
+
+
+@case("--iou-type segm compares results files")
+def comparison_of_masks_of_checkpoints(w: World) -> list[str]:
+    pair = [str(w.checkpoint)] * 2
+    return ["eval", "--compare", *pair, "--data", str(w.data), "--iou-type", "segm"]
+
+
+@case("eval takes a CHECKPOINT or --results or --compare")
+def evaluation_and_comparison(w: World) -> list[str]:
+    return w.eval("--compare", w.checkpoint, w.checkpoint, "--data", w.data)
+
+
+@case("--results-out keeps the detections of a CHECKPOINT")
+def results_kept_of_results(w: World) -> list[str]:
+    kept = ["--annotations", str(w.data / "val.json"), "--results-out", str(w.root / "kept.json")]
+    return ["eval", "--results", str(w.file("results.json", "[]")), *kept]
+
+
 @case("nowhere.jpg: no such file or folder")
 def missing_picture(w: World) -> list[str]:
     return w.predict(w.root / "nowhere.jpg")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 
 # No markup: what is printed holds file names and lists in brackets, which rich would take for styles and swallow.
@@ -43,24 +42,6 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
         yield update
 
 
-def figures_table(figures: dict[str, Any], title: str) -> Table:
-    """The COCO figures and AP of every class, as a table."""
-    from paqdetr.metrics.coco import FIGURE_NAMES  # brings torch, which `--help` need not wait for
-
-    table = Table(title=title, title_justify="left")
-    table.add_column("figure")
-    table.add_column("value", justify="right")
-    for name in FIGURE_NAMES:
-        table.add_row(name, show(figures.get(name)))
-    for name, label in (("AP_nms", "AP after NMS"), ("AP50_nms", "AP50 after NMS")):
-        if name in figures:
-            table.add_row(label, show(figures[name]))
-    table.add_section()
-    for name, value in figures["per_class"].items():
-        table.add_row(f"AP of {name}", show(value))
-    return table
-
-
 def show(value: float | None) -> str:
     """A figure in [0, 1], or a dash where nothing defines it."""
-    return "-" if value is None else f"{value:.3f}"
+    return "-" if value is None or math.isnan(value) else f"{value:.3f}"

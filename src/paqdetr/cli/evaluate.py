@@ -3,13 +3,35 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from paqdetr.cli.console import figures_table, progress_bar, results
+from paqdetr.cli.console import progress_bar, results
 from paqdetr.errors import ConfigError
+
+if TYPE_CHECKING:
+    from paqdetr.data.dataset import DetectionDataset
+    from paqdetr.engine.evaluate import Evaluation
+    from paqdetr.engine.processes import Processes
+    from paqdetr.metrics import CocoFigures
+    from paqdetr.metrics.intervals import FigureIntervals
+    from paqdetr.metrics.matching import MatchTable
+
+_Kind = Literal["bbox", "segm"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A result set with all that is printed and written of it."""
+
+    title: str
+    figures: CocoFigures
+    written: dict[str, Any]
+    truth: dict[str, Any] | Path
+    rows: list[dict[str, Any]]
 
 
 def evaluate(
@@ -22,64 +44,194 @@ def evaluate(
     results_file: Annotated[
         Path | None, typer.Option("--results", help="Instead of a checkpoint: COCO results of any detector.")
     ] = None,
-    annotations: Annotated[Path | None, typer.Option(help="Ground truth for --results, a COCO json.")] = None,
-    iou_type: Annotated[str, typer.Option(help="bbox or segm; segm with --results alone.")] = "bbox",
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(
+            metavar="A B",
+            help="Instead of a checkpoint: two of them, or two results files (.json), side by side.",
+        ),
+    ] = None,
+    annotations: Annotated[Path | None, typer.Option(help="Ground truth of results, a COCO json.")] = None,
+    iou_type: Annotated[str, typer.Option(help="bbox or segm; segm with results alone.")] = "bbox",
+    intervals: Annotated[
+        bool, typer.Option("--intervals", help="Say how far each figure depends on the choice of images.")
+    ] = False,
+    resamples: Annotated[int, typer.Option(min=1, help="Resamples of the images behind an interval.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Of the resamples.")] = 0,
+    results_out: Annotated[
+        Path | None, typer.Option(help="Keep the checkpoint's detections in this file, as COCO results.")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="It changes the speed, never a figure.")] = 4,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
 ) -> None:
-    """Print the COCO figures of a checkpoint, or of a results file."""
-    if (checkpoint is None) == (results_file is None):
-        raise ConfigError("eval takes a CHECKPOINT or --results", "give one of them")
-    if checkpoint is not None:
-        if data is None:
-            raise ConfigError("eval CHECKPOINT needs --data", "name the data set's folder")
-        if iou_type != "bbox" or annotations is not None:
-            raise ConfigError("--iou-type and --annotations go with --results", "leave them out")
-        found = _of_checkpoint(checkpoint, data, split, batch_size, device)
-        if found is None:
-            return  # another process prints and writes
-        figures, title = found
+    """Print the COCO figures of a checkpoint or of a results file, or compare two."""
+    if [checkpoint, results_file, compare].count(None) != 2:
+        raise ConfigError("eval takes a CHECKPOINT or --results or --compare", "give one of them")
+    if iou_type not in ("bbox", "segm"):
+        raise ConfigError(f"--iou-type: expected bbox or segm, found {iou_type!r}", "choose one of them")
+    kind: _Kind = "segm" if iou_type == "segm" else "bbox"
+    if results_out is not None and checkpoint is None:
+        raise ConfigError("--results-out keeps the detections of a CHECKPOINT", "leave it out")
+    if compare is not None:
+        written = _compare(compare, data, split, annotations, kind, (resamples, seed), batch_size, device)
     else:
-        assert results_file is not None
-        if annotations is None:
-            raise ConfigError("eval --results needs --annotations", "name the COCO json of the ground truth")
-        figures, title = _of_results(results_file, annotations, iou_type)
-    results.print(figures_table(figures, title))
-    if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(figures, indent=1), encoding="utf-8")
+        if checkpoint is not None:
+            if data is None:
+                raise ConfigError("eval CHECKPOINT needs --data", "name the data set's folder")
+            if kind != "bbox" or annotations is not None:
+                raise ConfigError("--iou-type and --annotations go with --results", "leave them out")
+            found = _of_checkpoint(checkpoint, data, split, batch_size, device)
+        else:
+            assert results_file is not None
+            if annotations is None:
+                raise ConfigError(
+                    "eval --results needs --annotations", "name the COCO json of the ground truth"
+                )
+            found = _of_results(results_file, annotations, kind)
+        written = None if found is None else _tell(found, kind, (resamples, seed) if intervals else None)
+        if found is not None and results_out is not None:
+            _write(results_out, found.rows)
+    if written is not None and json_file is not None:  # None: another process prints and writes
+        _write(json_file, written)
 
 
-def _of_checkpoint(
-    checkpoint: Path, data: Path, split: str, batch_size: int, device: str
-) -> tuple[dict[str, Any], str] | None:
+def _of_checkpoint(checkpoint: Path, data: Path, split: str, batch_size: int, device: str) -> _Found | None:
     from paqdetr.data.dataset import open_split
-    from paqdetr.engine.evaluate import evaluate_together
     from paqdetr.engine.processes import Processes, leave
-    from paqdetr.models import load
 
     processes = Processes.join(device)
-    model = load(checkpoint, device=str(processes.device))
-    with progress_bar(f"evaluate on {split}") as progress:
-        found = evaluate_together(
-            model,
-            open_split(data, split),
-            processes,
-            batch_size=batch_size,
-            progress=progress if processes.main else None,
-        )
+    dataset = open_split(data, split)
+    name, found = _detect(checkpoint, dataset, processes, batch_size)
     leave()
     if found is None:
         return None
-    return found.to_json(), f"{model.name} on {data} {split}, {found.images_per_second:.1f} images/s"
+    title = f"{name} on {data} {split}, {found.images_per_second:.1f} images/s"
+    return _Found(title, found.figures, found.to_json(), dataset.ground_truth(), found.results)
 
 
-def _of_results(results_file: Path, annotations: Path, iou_type: str) -> tuple[dict[str, Any], str]:
+def _detect(
+    checkpoint: Path, dataset: DetectionDataset, processes: Processes, batch_size: int
+) -> tuple[str, Evaluation | None]:
+    """The model's name, and what it finds; None in all processes but the main one."""
+    from paqdetr.engine.evaluate import evaluate_together
+    from paqdetr.models import load
+
+    model = load(checkpoint, device=str(processes.device))
+    with progress_bar(f"evaluate on {dataset.name}") as progress:
+        told = progress if processes.main else None
+        return model.name, evaluate_together(model, dataset, processes, batch_size=batch_size, progress=told)
+
+
+def _of_results(results_file: Path, annotations: Path, kind: _Kind) -> _Found:
     from paqdetr.metrics.coco import evaluate_detections, read_results
 
-    if iou_type not in ("bbox", "segm"):
-        raise ConfigError(f"--iou-type: expected bbox or segm, found {iou_type!r}", "choose one of them")
-    kind: Literal["bbox", "segm"] = "segm" if iou_type == "segm" else "bbox"
-    figures = evaluate_detections(annotations, read_results(results_file), iou_type=kind)
-    return figures.to_json(), f"{results_file} against {annotations}, {kind}"
+    rows = read_results(results_file)
+    figures = evaluate_detections(annotations, rows, iou_type=kind, source=str(results_file))
+    title = f"{results_file} against {annotations}, {kind}"
+    return _Found(title, figures, figures.to_json(), annotations, rows)
+
+
+def _tell(found: _Found, kind: _Kind, drawn: tuple[int, int] | None) -> dict[str, Any]:
+    """Print the figures; what goes into the json. `drawn`: how many resamples, and their seed."""
+    from paqdetr.cli.figures import classes_table, figures_table
+    from paqdetr.metrics.intervals import figure_intervals
+    from paqdetr.metrics.matching import MatchTable
+
+    intervals: FigureIntervals | None = None
+    written = dict(found.written)
+    if drawn is not None:
+        table = MatchTable.match(found.truth, found.rows, kind)
+        with progress_bar("resample the images") as progress:
+            intervals = figure_intervals(table, samples=drawn[0], seed=drawn[1], progress=progress)
+        written["intervals"] = intervals.to_json()
+    labels = {"AP_nms": "AP after NMS", "AP50_nms": "AP50 after NMS"}
+    more = {label: written[key] for key, label in labels.items() if key in written}
+    results.print(figures_table(found.figures, found.title, more, intervals))
+    results.print(classes_table(found.figures, intervals))
+    return written
+
+
+def _compare(
+    pair: tuple[Path, Path],
+    data: Path | None,
+    split: str,
+    annotations: Path | None,
+    kind: _Kind,
+    drawn: tuple[int, int],
+    batch_size: int,
+    device: str,
+) -> dict[str, Any] | None:
+    """Print two result sets side by side; what goes into the json."""
+    from paqdetr.cli.figures import class_comparison_table, comparison_table, verdict
+    from paqdetr.metrics.intervals import compare_results
+
+    models = [path for path in pair if path.suffix != ".json"]
+    if (data is None) == (annotations is None):
+        raise ConfigError(
+            "eval --compare needs the ground truth, once", "give --data, or --annotations if both are results"
+        )
+    if models and data is None:
+        raise ConfigError(f"{models[0]}: a checkpoint needs --data", "name the data set's folder")
+    if models and kind != "bbox":
+        raise ConfigError("--iou-type segm compares results files", "give two of them")
+    tables = _tables(pair, data, split, annotations, kind, batch_size, device)
+    if tables is None:
+        return None
+    with progress_bar("resample the images") as progress:
+        found = compare_results(*tables, samples=drawn[0], seed=drawn[1], progress=progress)
+    where = f"{data} {split}" if data is not None else str(annotations)
+    results.print(f"A: {pair[0]}\nB: {pair[1]}", soft_wrap=True)
+    results.print(comparison_table(found, f"on {where}, {kind}, {len(tables[0].image_ids)} images"))
+    results.print(class_comparison_table(found))
+    results.print(verdict(found), soft_wrap=True)
+    results.print(
+        f"Over {found.samples} resamples of the images; another training seed would move both as well.",
+        soft_wrap=True,
+    )
+    return {
+        "A": {"source": str(pair[0]), **found.first.to_json()},
+        "B": {"source": str(pair[1]), **found.second.to_json()},
+        "difference": found.to_json(),
+        "verdict": verdict(found),
+    }
+
+
+def _tables(
+    pair: tuple[Path, Path],
+    data: Path | None,
+    split: str,
+    annotations: Path | None,
+    kind: _Kind,
+    batch_size: int,
+    device: str,
+) -> tuple[MatchTable, MatchTable] | None:
+    """The matches of both; None in all processes but the main one."""
+    from paqdetr.data.dataset import open_split
+    from paqdetr.engine.processes import Processes, leave
+    from paqdetr.metrics.coco import read_results
+    from paqdetr.metrics.matching import MatchTable
+
+    processes, dataset = Processes.join(device), None if data is None else open_split(data, split)
+    truth: dict[str, Any] | Path | None = annotations if dataset is None else dataset.ground_truth()
+    assert truth is not None
+    rows: list[list[dict[str, Any]]] = []
+    for path in pair:
+        if path.suffix == ".json":
+            rows.append(read_results(path))
+            continue
+        assert dataset is not None
+        _, found = _detect(path, dataset, processes, batch_size)
+        rows.append([] if found is None else found.results)
+    leave()
+    if not processes.main:
+        return None
+    first, second = (
+        MatchTable.match(truth, own, kind, source=str(path)) for own, path in zip(rows, pair, strict=True)
+    )
+    return first, second
+
+
+def _write(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1 if isinstance(content, dict) else None), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What is measured about a detector: COCO's figures, and how evenly its queries are used."""
+"""What is measured about a detector: COCO's figures and their intervals, its mistakes, and how evenly its queries are used."""
 
 from __future__ import annotations
 
@@ -9,24 +9,52 @@ from paqdetr.metrics.coco import (
     non_maximum_suppression,
     read_results,
 )
+from paqdetr.metrics.curves import ThresholdCurves, precision_recall, threshold_curves
+from paqdetr.metrics.intervals import (
+    Comparison,
+    Difference,
+    FigureIntervals,
+    Interval,
+    compare_results,
+    figure_intervals,
+    resample_images,
+)
 from paqdetr.metrics.matching import MatchTable
+from paqdetr.metrics.mistakes import Confusion, ErrorSplit, confusion, error_split
 from paqdetr.metrics.query_report import PatternUse, Places, QueryUsageReport, Spread
 from paqdetr.metrics.query_usage import QueryUsage
 from paqdetr.metrics.query_use import chance_gini, gini, lorenz_curve
+from paqdetr.metrics.reliability import Calibration, calibration
 
 __all__ = [
     "FIGURE_NAMES",
+    "Calibration",
     "CocoFigures",
+    "Comparison",
+    "Confusion",
+    "Difference",
+    "ErrorSplit",
+    "FigureIntervals",
+    "Interval",
     "MatchTable",
     "PatternUse",
     "Places",
     "QueryUsage",
     "QueryUsageReport",
     "Spread",
+    "ThresholdCurves",
+    "calibration",
     "chance_gini",
+    "compare_results",
+    "confusion",
+    "error_split",
     "evaluate_detections",
+    "figure_intervals",
     "gini",
     "lorenz_curve",
     "non_maximum_suppression",
+    "precision_recall",
     "read_results",
+    "resample_images",
+    "threshold_curves",
 ]

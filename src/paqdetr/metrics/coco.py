@@ -69,7 +69,11 @@ FIGURE_NAMES: tuple[str, ...] = tuple(
 
 
 def evaluate_detections(
-    ground_truth: _Json | str | Path, results: Sequence[_Json], *, iou_type: IouType = "bbox"
+    ground_truth: _Json | str | Path,
+    results: Sequence[_Json],
+    *,
+    iou_type: IouType = "bbox",
+    source: str = "",
 ) -> CocoFigures:
     """Compare results with the ground truth, by COCO's rules. Prints nothing and changes neither argument.
 
@@ -80,6 +84,7 @@ def evaluate_detections(
         results: COCO results, as of `Detections.to_coco()`: `image_id`, `category_id`, `score` and `bbox`
             ([x, y, width, height] in pixels) or, for "segm", `segmentation`. May be empty: AP is then 0.
         iou_type: "bbox" compares boxes, "segm" masks (`bbox` of a result is then ignored).
+        source: what errors call the results by, their file as a rule.
 
     Raises:
         DataError: the ground truth cannot be read or is malformed, or a result belongs to an unknown image or
@@ -88,7 +93,7 @@ def evaluate_detections(
     """
     records = CocoRecords.open(ground_truth, iou_type)
     dataset = hotcoco.COCO(records.ground_truth())
-    detected = dataset.load_res(records.results(results))
+    detected = dataset.load_res(records.results(results, source))
     evaluation = hotcoco.COCOeval(dataset, detected, iou_type)
     evaluation.evaluate()
     evaluation.accumulate()

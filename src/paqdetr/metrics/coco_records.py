@@ -119,14 +119,15 @@ class CocoRecords:
             "annotations": records,
         }
 
-    def results(self, results: Sequence[Json]) -> list[dict[str, Any]]:
-        """The results with new ids.
+    def results(self, results: Sequence[Json], source: str = "") -> list[dict[str, Any]]:
+        """The results with new ids; `source` is what errors call them by, their file as a rule.
 
         Raises:
             DataError: a result is malformed, or its image or category is not in the data set.
         """
-        _require_objects(results, "the results")
-        names = [f"result number {i}" for i in range(len(results))]
+        _require_objects(results, source or "the results")
+        before = f"{source}: " if source else ""
+        names = [f"{before}result number {i}" for i in range(len(results))]
         records = self._rewrite(results, names)
         for record, result, name in zip(records, results, names, strict=True):
             record["score"] = _finite(result.get("score"), "score", name)

@@ -73,10 +73,12 @@ class MatchTable:
         ground_truth: _Json | str | Path,
         results: Sequence[_Json],
         iou_type: IouType = "bbox",
+        *,
+        source: str = "",
     ) -> MatchTable:
         """Match results with the ground truth. Arguments and errors are those of `evaluate_detections`."""
         records = CocoRecords.open(ground_truth, iou_type)
-        return cls.of_records(records, records.results(results))
+        return cls.of_records(records, records.results(results, source))
 
     @classmethod
     def of_records(cls, records: CocoRecords, results: list[dict[str, Any]]) -> MatchTable:

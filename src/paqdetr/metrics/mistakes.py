@@ -142,6 +142,7 @@ def confusion(
     iou_type: IouType = "bbox",
     iou_threshold: float = 0.5,
     score_threshold: float = 0.3,
+    table: MatchTable | None = None,
 ) -> Confusion:
     """Count which class is taken for which.
 
@@ -153,10 +154,11 @@ def confusion(
         ground_truth, results, iou_type: as of `evaluate_detections`, with its errors.
         iou_threshold: one of .50, .55, ... .95.
         score_threshold: leave out what scores less.
+        table: the matches of just these results, if they are there already.
     """
     records = CocoRecords.open(ground_truth, iou_type)
     rows, truth = records.results(results), records.ground_truth()
-    table = MatchTable.of_records(records, rows)
+    table = table or MatchTable.of_records(records, rows)
     t, classes = table.threshold_index(iou_threshold), len(table.class_names)
     kept = (table.scores >= score_threshold) & ~table.ignored[0, t]
     right = kept & table.true_positive[0, t]

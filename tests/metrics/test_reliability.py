@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from paqdetr.errors import ConfigError, DataError
-from paqdetr.metrics.calibration import calibration
 from paqdetr.metrics.coco_records import CocoRecords
 from paqdetr.metrics.matching import MatchTable
+from paqdetr.metrics.reliability import calibration
 
 BOX, FAR = [0.0, 0.0, 100.0, 100.0], [300.0, 0.0, 100.0, 100.0]
 

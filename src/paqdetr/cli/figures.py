@@ -1,0 +1,103 @@
+"""Tables of figures for the terminal: of one result set, with or without intervals, and of two side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+from paqdetr.cli.console import show
+from paqdetr.metrics.coco import FIGURE_NAMES, CocoFigures
+from paqdetr.metrics.intervals import Comparison, Difference, FigureIntervals
+
+
+def figures_table(
+    figures: CocoFigures, title: str, more: Mapping[str, float | None], intervals: FigureIntervals | None
+) -> Table:
+    """The twelve figures and what there is besides, each in a row, with its interval if there are any."""
+    table = _table(title, "figure", "value", *_interval_headings(intervals))
+    for name in FIGURE_NAMES:
+        table.add_row(name, show(getattr(figures, name)), *_interval(intervals, "figures", name))
+    for name, value in more.items():
+        table.add_row(name, show(value))
+    return table
+
+
+def classes_table(figures: CocoFigures, intervals: FigureIntervals | None) -> Table:
+    """AP and AP50 of every class."""
+    headings = _interval_headings(intervals)
+    table = _table("by class", "class", "AP", *headings, "AP50", *headings)
+    for name, value in figures.per_class.items():
+        table.add_row(
+            name,
+            show(value),
+            *_interval(intervals, "per_class", name),
+            show(figures.per_class_AP50[name]),
+            *_interval(intervals, "per_class_AP50", name),
+        )
+    return table
+
+
+def comparison_table(found: Comparison, title: str) -> Table:
+    """The twelve figures of two result sets and their paired differences."""
+    table = _table(title, "figure", *_comparison_headings(found))
+    for name, own in found.figures.items():
+        table.add_row(name, *_comparison_row(found, "figures", name, own))
+    return table
+
+
+def class_comparison_table(found: Comparison) -> Table:
+    """AP of every class of two result sets and their paired differences."""
+    table = _table("AP by class", "class", *_comparison_headings(found))
+    for name, own in found.per_class.items():
+        table.add_row(name, *_comparison_row(found, "per_class", name, own))
+    return table
+
+
+def verdict(found: Comparison) -> str:
+    """What the comparison of AP comes to, in a sentence."""
+    own, percent = found.figures["AP"], f"{found.level:.0%}".replace("%", " %")
+    if math.isnan(own.value):
+        return "Nothing to compare: the ground truth has no objects."
+    where = f"AP of B - A is {own.value:+.3f}, {percent} interval {_signed(own)}"
+    if own.value == own.low == own.high == 0:
+        return f"A and B are equally good: {where}."
+    if own.decided:
+        return f"{'B' if own.value > 0 else 'A'} is better: {where}."
+    return f"Not decided on these images: {where}, which holds 0."
+
+
+def _table(title: str, first: str, *others: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column(first, overflow="fold")
+    for heading in others:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def _interval_headings(intervals: FigureIntervals | None) -> tuple[str, ...]:
+    return () if intervals is None else (f"{intervals.level:.0%} interval".replace("%", " %"),)
+
+
+def _interval(intervals: FigureIntervals | None, kind: str, name: str) -> tuple[str, ...]:
+    if intervals is None:
+        return ()
+    own = getattr(intervals, kind)[name]
+    return ("-" if math.isnan(own.low) else f"{own.low:.3f} to {own.high:.3f}",)
+
+
+def _comparison_headings(found: Comparison) -> tuple[str, ...]:
+    return "A", "B", "B - A", *_interval_headings(found.first), "B better"
+
+
+def _comparison_row(found: Comparison, kind: str, name: str, own: Difference) -> tuple[Any, ...]:
+    values = [show(getattr(side, kind)[name].value) for side in (found.first, found.second)]
+    if math.isnan(own.value):
+        return *values, "-", "-", "-"
+    return *values, f"{own.value:+.3f}", _signed(own), f"{own.superiority:.1%}".replace("%", " %")
+
+
+def _signed(own: Difference) -> str:
+    return f"{own.low:+.3f} to {own.high:+.3f}"
