@@ -151,7 +151,7 @@ def read_metrics(path: Path) -> list[Record]:
 
 
 def training_curves(metrics_jsonl: Path, output: Path) -> None:
-    """Draw a run's metrics: losses, AP, learning rate, positives per box, mixture entropy, query cosine.
+    """Draw a run's metrics: losses, AP, learning rate, positives per box, mixture entropy, query cosine, use of queries.
 
     A panel without data is left out. The suffix of `output` (.png, .svg, .pdf) chooses the format; parent
     folders are made.
@@ -170,7 +170,7 @@ def training_curves(metrics_jsonl: Path, output: Path) -> None:
             f"{metrics_jsonl}: {len(records)} records, none with a figure to draw (loss, AP, lr, ...)",
             "give the metrics.jsonl of a training run",
         )
-    columns = {1: 1, 2: 2, 3: 3, 4: 2, 5: 3, 6: 3}.get(len(panels), 4)
+    columns = {1: 1, 2: 2, 3: 3, 4: 2, 5: 3, 6: 3, 9: 3}.get(len(panels), 4)
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(4.3 * columns, 3.3 * rows), dpi=110, layout="constrained")
     for position, draw in enumerate(panels, start=1):
@@ -201,6 +201,13 @@ def _panels(train: list[Record], evaluations: list[Record]) -> list[_Panel]:
         "diversity": ("loss_diversity", RED),
     }
 
+    uses = {
+        "matches": ("positives_gini", BLUE),
+        "matches by chance": ("positives_gini_chance", _GREY),
+        "gradients": ("gradient_gini", ORANGE),
+        "patterns": ("pattern_gini", GREEN),
+    }
+
     def one(title: str, key: str, ylabel: str, **options: Any) -> _Panel:
         return _lines({"": (*_series(train, key), BLUE)}, title, ylabel, **options)
 
@@ -217,6 +224,12 @@ def _panels(train: list[Record], evaluations: list[Record]) -> list[_Panel]:
         one("Learning rate", "lr", "learning rate", smooth=False),
         one("Entropy of a query's mixture weights", "mixture_entropy", "entropy / log m"),
         one("Likeness of content queries", "query_cosine", "mean cosine of pairs"),
+        _lines(
+            {label: (*_series(train, key), colour) for label, (key, colour) in uses.items()},
+            "Unevenness of query use",
+            "Gini coefficient",
+            bottom=0.0,
+        ),
         one("Training throughput", "images_per_second", "images per second", bottom=0.0),
     ]
 

@@ -1,0 +1,405 @@
+"""Patterns as a chapter of a report: what they are used for, and whether that is meaning or chance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering
+from scipy.spatial.distance import pdist
+
+from paqdetr.analysis.overlay import Overlay, mark
+from paqdetr.analysis.parts import plot_part, rounded_values
+from paqdetr.analysis.patterns import ContentStudy, Samples
+from paqdetr.analysis.plots import GREY, PALETTE, bars, colour, heat_map, legend, new_axes, new_grid
+from paqdetr.analysis.section import Column, Part, Picture, Section, Table
+from paqdetr.analysis.semantics import SHUFFLES, Semantics
+from paqdetr.data.dataset import DetectionDataset
+from paqdetr.drawing import font_path
+from paqdetr.metrics.query_report import rounded
+
+# As many categories get a colour and shape of their own; the rest share one.
+_COLOURS = 3 * len(PALETTE)
+_EMBEDDED = 1200
+_LEAD = (
+    "What the content of queries has to do with what they find. The pictures suggest meaning wherever one "
+    "looks for it; the first table says how much of it is there. Each number is held against shuffled labels: "
+    "over all queries (chance), within each image (what stands together is found together), and within each "
+    "query index (an index has its places, and these their categories). Only what beats the last two says "
+    "that the image told the query what to look for. The static twin is the same model with the mean content "
+    "of each index, as a learned table would have it."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Studied:
+    """A model's content, to be shown alone or beside another's.
+
+    Attributes:
+        name: of the model, as the page calls it.
+        study: of `ContentCollector.study`.
+        semantics: of `paqdetr.analysis.semantics.semantics`.
+    """
+
+    name: str
+    study: ContentStudy
+    semantics: Semantics
+
+
+def pattern_section(
+    studied: Studied, split: DetectionDataset, *, against: Studied | None = None, seed: int = 0
+) -> Section:
+    """The chapter on patterns.
+
+    Args:
+        studied: the model; of one without patterns there is less to show.
+        split: whose evaluation was observed, for its pictures.
+        against: another model beside it, a static one for example.
+        seed: of the embeddings.
+
+    Raises:
+        DataError: an image cannot be read.
+    """
+    models = [studied] if against is None else [studied, against]
+    parts: list[Part | None] = [_image_share(models), _meaning(models)]
+    for number, model in enumerate(models):
+        suffix = "" if number == 0 else "_against"
+        parts += [
+            _category_map(model, suffix),
+            _embedding(model, suffix, seed),
+            _cosines(model, suffix),
+            _exciting_images(model, split, suffix),
+            *_one_image(model, split, suffix),
+        ]
+    kept = tuple(part for part in parts if part is not None)
+    return Section(key="patterns", title="Patterns and meaning", lead=_LEAD, parts=kept)
+
+
+def _meaning(models: Sequence[Studied]) -> Part | None:
+    words = {"all": "over all", "image": "in each image", "index": "in each index"}
+    rows = []
+    for model in models:
+        for measure in model.semantics.measures:
+            for kind in SHUFFLES:
+                row = {
+                    "model": model.name,
+                    "measure": measure.name,
+                    "value": measure.value,
+                    "twin": measure.twin,
+                }
+                test = measure.shuffled[kind]
+                row |= {
+                    "shuffled": words[kind],
+                    "mean": test.mean,
+                    "low": test.low,
+                    "high": test.high,
+                    "p": test.p,
+                }
+                rows.append(rounded_values(row))
+    if not rows:
+        return None
+    columns = (
+        Column("measure", "measure", "text"),
+        Column("value", "value"),
+        Column("twin", "static twin"),
+        Column("shuffled", "labels shuffled", "text"),
+        Column("mean", "then: mean"),
+        Column("low", "2.5 %"),
+        Column("high", "97.5 %"),
+        Column("p", "p"),
+    )
+    if len(models) > 1:
+        columns = (Column("model", "model", "text"), *columns)
+    looked = models[0].semantics
+    caption = (
+        f"{looked.samples} matched queries, {looked.categories} categories, {looked.permutations} shufflings "
+        "of each kind. Dominant pattern and cluster: adjusted mutual information with the category, 0 by "
+        "chance and 1 for a one-to-one relation. Nearest neighbour: share of queries whose nearest content in "
+        "another image belongs to the same category. p: share of shufflings that reach the value."
+    )
+    return Table(name="pattern_meaning", caption=caption, columns=columns, rows=tuple(rows))
+
+
+def _image_share(models: Sequence[Studied]) -> Part:
+    rows = tuple(
+        {"model": m.name, "image": round(m.study.image_share, 6), "index": round(1 - m.study.image_share, 6)}
+        for m in models
+    )
+    columns = (
+        Column("model", "model", "text"),
+        Column("image", "by the image", "percent"),
+        Column("index", "by the index", "percent"),
+    )
+    caption = (
+        "What decides a query's content: shares of its variance over queries and images. Content that nothing "
+        "but the index decides is a learned table, whatever made it."
+    )
+    return Table(name="content_variance", caption=caption, columns=columns, rows=rows)
+
+
+# ------------------------------------------------------------------------------------------------- plots
+
+
+def _category_map(model: Studied, suffix: str) -> Part | None:
+    """Categories by patterns, both in the order of a clustering."""
+    study = model.study
+    lift = study.category_lift()
+    if lift is None or study.category_weights is None:
+        return None
+    seen = np.flatnonzero(study.category_counts)
+    rows, columns = seen[cluster_order(lift[seen])], cluster_order(lift[seen].T)
+    values = lift[np.ix_(rows, columns)]
+    names = [f"{study.classes.names[c]} ({study.category_counts[c]})" for c in rows]
+    height = min(max(2.2, 1.2 + 0.22 * len(rows)), 12)
+    axes = new_axes(width=7.0, height=height, x="pattern", title=f"{model.name}: patterns of each category")
+    heat_map(
+        axes, np.clip(values, -3, 3), rows=names, columns=[str(c) for c in columns], centred=True,
+        bar="log2 of the weight over the mean", form="",
+    )  # fmt: skip
+    axes.tick_params(axis="x", labelsize=6)
+    caption = (
+        "Mean mixture weight of each pattern in the queries matched with a category, over its mean in all "
+        "matched queries: 1 is twice as much, -1 half. Matches in brackets. Rows and columns stand in the "
+        "order of a hierarchical clustering."
+    )
+    data = {
+        "categories": [study.classes.names[c] for c in rows],
+        "matches": study.category_counts[rows].tolist(),
+        "patterns": columns.tolist(),
+        "mean_weights": rounded(study.category_weights[np.ix_(rows, columns)]),
+        "log2_lift": rounded(values),
+    }
+    name = f"category_patterns{suffix}"
+    return plot_part(axes, name=name, title="Patterns of each category", caption=caption, data=data)
+
+
+def _embedding(model: Studied, suffix: str, seed: int) -> Part | None:
+    """Matched content queries in two dimensions, by PCA and by t-SNE, coloured by category."""
+    samples = model.study.samples
+    if len(samples) < 8:
+        return None
+    if len(samples) > _EMBEDDED:
+        chosen = np.random.default_rng(seed).choice(len(samples), _EMBEDDED, replace=False)
+        samples = samples.rows(np.sort(chosen))
+    places = embed(samples.content, seed=seed)
+    plots = new_grid(1, 2, width=7.4, height=3.6, titles=[f"{model.name}: {name}" for name in places])
+    kinds, counts = np.unique(samples.categories, return_counts=True)
+    common = kinds[np.argsort(-counts, kind="stable")][:_COLOURS]
+    names = model.study.classes.names
+    for axes, points in zip(plots, places.values(), strict=True):
+        rest = ~np.isin(samples.categories, common)
+        if rest.any():
+            axes.scatter(*points[rest].T, s=7, color=GREY, alpha=0.5, linewidths=0, label="others")
+        for number, kind in enumerate(common.tolist()):
+            own = points[samples.categories == kind]
+            shape = "o^s"[number // len(PALETTE)]
+            axes.scatter(
+                *own.T, s=13, color=colour(number), marker=shape, alpha=0.75, linewidths=0, label=names[kind]
+            )
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.grid(visible=False)
+    legend(plots[-1], outside=True)
+    caption = (
+        f"{len(samples)} content queries as they entered the decoder, coloured by the category that each was "
+        "matched with in the end. Distances in t-SNE say who is near, not how far apart groups are. The "
+        "numbers that decide are in the table above."
+    )
+    data = {"categories": [names[c] for c in samples.categories]} | {k: rounded(v) for k, v in places.items()}
+    name = f"content_embedding{suffix}"
+    return plot_part(
+        plots[0], name=name, title="Content queries in two dimensions", caption=caption, data=data
+    )
+
+
+def _cosines(model: Studied, suffix: str) -> Part | None:
+    patterns = model.study.patterns
+    if patterns is None:
+        return None
+    cosine = pattern_cosines(patterns)
+    order = cluster_order(patterns)
+    others = np.abs(cosine[~np.eye(len(cosine), dtype=bool)])
+    axes = new_axes(width=5.4, height=4.6, title=f"{model.name}: cosine between patterns")
+    words = [str(pattern) for pattern in order]
+    values = cosine[np.ix_(order, order)]
+    heat_map(axes, values, rows=words, columns=words, low=-1, high=1, centred=True, form="", most_labels=24)
+    random = np.sqrt(2 / np.pi / patterns.shape[1])
+    caption = (
+        "Cosine between patterns, in the order of a clustering. Mean of the absolute values: "
+        f"{others.mean():.3f}; random directions in {patterns.shape[1]} dimensions would have {random:.3f}."
+    )
+    data = {
+        "patterns": order.tolist(),
+        "cosine": rounded(values),
+        "mean_absolute": round(float(others.mean()), 6),
+    }
+    name = f"pattern_cosines{suffix}"
+    return plot_part(axes, name=name, title="Cosine between patterns", caption=caption, data=data)
+
+
+# ---------------------------------------------------------------------------------------------- pictures
+
+
+def exciting_images(
+    study: ContentStudy, *, patterns: int = 5, images: int = 4
+) -> list[tuple[int, list[tuple[int, float]]]]:
+    """For the patterns whose mass depends most on the image: the images with the most of it.
+
+    Returns:
+        (pattern, [(image of the split, its mass over the pattern's mean mass), ...]), the most variable pattern first.
+    """
+    if study.image_mass is None:
+        return []
+    mass = study.image_mass.astype(np.float64)
+    # In units of an equal share, so that a pattern nobody uses is not "variable".
+    spread = mass.std(0) * mass.shape[1]
+    found = []
+    for pattern in np.argsort(-spread, kind="stable")[:patterns].tolist():
+        best = np.argsort(-mass[:, pattern], kind="stable")[:images]
+        ratios = mass[best, pattern] / max(mass[:, pattern].mean(), 1e-12)
+        found.append((pattern, list(zip(study.images[best].tolist(), ratios.tolist(), strict=True))))
+    return found
+
+
+def _exciting_images(model: Studied, split: DetectionDataset, suffix: str) -> Part | None:
+    found = exciting_images(model.study)
+    if not found:
+        return None
+    cell, bar, left = 150, 18, 92
+    width = left + max(len(images) for _, images in found) * (cell + 6)
+    sheet = Image.new("RGB", (width, len(found) * (cell + bar + 6)), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.truetype(font_path(), 12)
+    for row, (pattern, images) in enumerate(found):
+        top = row * (cell + bar + 6)
+        pen.text((4, top + cell // 2), f"pattern {pattern}", fill="#222222", font=font)
+        for column, (index, ratio) in enumerate(images):
+            picture = split.image(index)
+            picture.thumbnail((cell, cell))
+            x = left + column * (cell + 6)
+            sheet.paste(picture, (x + (cell - picture.width) // 2, top + (cell - picture.height) // 2))
+            pen.text(
+                (x + 2, top + cell + 2),
+                f"{split.image_ids[index]}: {ratio:.3f} x"[-24:],
+                fill="#222222",
+                font=font,
+            )
+    caption = (
+        "The images that excite a pattern most, for the patterns whose weight depends most on the image; "
+        "below each how much more of the pattern its queries hold than those of a mean image."
+    )
+    data = [
+        {"pattern": pattern, "images": [[str(split.image_ids[i]), round(ratio, 4)] for i, ratio in images]}
+        for pattern, images in found
+    ]
+    return Picture(name=f"exciting_images{suffix}", caption=caption, image=sheet, data=data)
+
+
+def _one_image(model: Studied, split: DetectionDataset, suffix: str) -> list[Part | None]:
+    """The mixtures of one image's matched queries, and the picture they belong to."""
+    study = model.study
+    samples = study.samples
+    if samples.weights is None or not len(samples):
+        return []
+    chosen = _telling_image(samples)
+    own = samples.rows(samples.images == chosen)
+    assert own.weights is not None
+    own = own.rows(np.argsort(own.categories, kind="stable")[:12])
+    assert own.weights is not None
+    names = [study.classes.names[c] for c in own.categories]
+    overlay = Overlay(split.image(chosen), size=560, dim=0.15)
+    for number, (box, name) in enumerate(zip(own.boxes, names, strict=True)):
+        x, y, w, h = box.tolist()
+        overlay.box([x - w / 2, y - h / 2, x + w / 2, y + h / 2], mark(number))
+        overlay.label((x - w / 2, y - h / 2), f"{number + 1} {name}", mark(number))
+    ident = str(split.image_ids[chosen])
+    lift = own.weights / np.maximum(samples.weights.mean(0), 1e-12)
+    top = np.argsort(-own.weights.max(0), kind="stable")[:16]
+    axes = new_axes(
+        width=7.0, height=1.4 + 0.26 * len(own), x="pattern", title=f"{model.name}: mixtures of image {ident}"
+    )
+    rows = [f"{number + 1} {name}" for number, name in enumerate(names)]
+    heat_map(axes, own.weights[:, top], rows=rows, columns=[str(p) for p in top], bar="weight", low=0)
+    data = {
+        "image": ident,
+        "categories": names,
+        "queries": own.queries.tolist(),
+        "weights": rounded(own.weights),
+        "over_mean": rounded(lift),
+    }
+    caption = f"Boxes of image {ident} whose queries are taken apart below."
+    picture = Picture(name=f"mixture_image{suffix}", caption=caption, image=overlay.picture())
+    caption = "What these queries were mixed from: weights of the patterns that are largest in any of them."
+    mixed = plot_part(
+        axes, name=f"mixtures{suffix}", title="Mixtures of an image's queries", caption=caption, data=data
+    )
+    return [picture, mixed, _one_query(own, names, model, suffix)]
+
+
+def _one_query(own: Samples, names: list[str], model: Studied, suffix: str) -> Part:
+    """The query of the least even mixture: its largest weights as bars, beside those of its index in a mean image."""
+    weights, mean = own.weights, model.study.index_weights
+    assert weights is not None and mean is not None
+    which = int(weights.max(1).argmax())
+    top = np.argsort(-weights[which], kind="stable")[:10]
+    axes = new_axes(
+        width=5.6, height=3.4, title=f"{model.name}: query {own.queries[which]}, {names[which]}", x="weight"
+    )
+    labels = [f"pattern {pattern}" for pattern in top]
+    bars(axes, labels, weights[which, top], label="in this image", series=(0, 2), form="")
+    index = mean[own.queries[which], top]
+    bars(axes, labels, index, label="mean of this index", colour=GREY, series=(1, 2), form="")
+    legend(axes)
+    caption = (
+        f"Query {own.queries[which]}, number {which + 1} in the picture: its ten largest weights, and what a "
+        "query of this index holds in a mean image. Where the two agree, the image changes little."
+    )
+    data = {
+        "query": int(own.queries[which]),
+        "patterns": top.tolist(),
+        "weights": rounded(weights[which, top]),
+        "mean": rounded(index),
+    }
+    return plot_part(
+        axes, name=f"one_mixture{suffix}", title="Mixture of one query", caption=caption, data=data
+    )
+
+
+def _telling_image(samples: Samples) -> int:
+    """The image with the most categories, of these the one with the fewest boxes: much to tell apart, little clutter."""
+    images = np.unique(samples.images)
+    kinds = [len(np.unique(samples.categories[samples.images == image])) for image in images]
+    boxes = [int((samples.images == image).sum()) for image in images]
+    return int(images[np.lexsort((np.asarray(boxes), -np.asarray(kinds)))[0]])
+
+
+# --------------------------------------------------------------------------------------------- arithmetic
+
+
+def cluster_order(rows: np.ndarray) -> np.ndarray:
+    """An order of (R, D) rows in which like ones stand together: leaves of average-linkage clustering by Euclidean distance, in
+    scipy's optimal order."""
+    if len(rows) < 3:
+        return np.arange(len(rows))
+    distances = pdist(np.asarray(rows, dtype=np.float64))
+    return leaves_list(optimal_leaf_ordering(linkage(distances, "average"), distances))
+
+
+def pattern_cosines(patterns: np.ndarray) -> np.ndarray:
+    """(m, m) cosines of (m, d) patterns."""
+    unit = patterns / np.maximum(np.linalg.norm(patterns, axis=1, keepdims=True), 1e-12)
+    return unit @ unit.T
+
+
+def embed(content: np.ndarray, *, seed: int = 0) -> dict[str, np.ndarray]:
+    """(P, d) content in two dimensions, P at least 8: {"PCA": (P, 2), "t-SNE": (P, 2)}; the same seed gives the same places."""
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
+    values = content.astype(np.float64)
+    width = min(30, *values.shape)
+    reduced = PCA(width, svd_solver="full").fit_transform(values)
+    perplexity = min(30.0, (len(values) - 1) / 3)
+    tsne = TSNE(2, perplexity=perplexity, init="pca", learning_rate="auto", random_state=seed)
+    return {"PCA": reduced[:, :2], "t-SNE": np.asarray(tsne.fit_transform(reduced))}

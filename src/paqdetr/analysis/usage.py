@@ -1,0 +1,358 @@
+"""The use of queries as a chapter of a report: five views in one table, and the pictures behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from paqdetr.analysis.parts import plot_part, rounded_values
+from paqdetr.analysis.plots import (
+    BLUE,
+    GREEN,
+    GREY,
+    MUTED,
+    ORANGE,
+    PINK,
+    heat_map,
+    legend,
+    line,
+    new_grid,
+    ramp,
+)
+from paqdetr.analysis.section import Column, Part, Section, Table
+from paqdetr.metrics import QueryUsageReport, Spread
+from paqdetr.metrics.query_report import rounded
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """A model's use of queries, to be shown alone or beside another's.
+
+    Attributes:
+        name: of the model, as the page calls it.
+        report: of `QueryUsage.report`.
+        records: of its training, `paqdetr.engine.pictures.read_metrics`; empty if there are none.
+    """
+
+    name: str
+    report: QueryUsageReport
+    records: Sequence[Record] = field(default=())
+
+
+_LEAD = (
+    "How unevenly the detector's queries are used. The Gini coefficient is 0 where all queries are used alike "
+    "and near 1 where a few do everything. No single number of these can be read alone. A count above a "
+    "threshold (a) moves with the scores' calibration: compare models at equal activations (b). With few "
+    "images chance alone makes counts uneven: compare each number with the one beside it. In two-stage "
+    "detectors the index of a query is the rank of its proposal, and falling use along the ranks makes a "
+    "large coefficient by itself. And lower is not better by itself: collapsed models, whose queries are "
+    "copies of each other, have the lowest of all."
+)
+
+
+def usage_section(usage: Usage, *, against: Usage | None = None) -> Section:
+    """The chapter on query use.
+
+    Args:
+        usage: the model.
+        against: another one beside it. View (b) of the two is comparable if both reports had the same target.
+    """
+    models = [usage] if against is None else [usage, against]
+    makers = (
+        _views, _content, _lorenz, _by_index, _ranks, _places, _positives_over_training, _gini_over_training,
+    )  # fmt: skip
+    parts = [part for make in makers if (part := make(models)) is not None]
+    return Section(key="query-use", title="Use of queries", lead=_LEAD, parts=tuple(parts))
+
+
+def _colour(number: int) -> str:
+    return (BLUE, ORANGE)[number]
+
+
+def _views(models: Sequence[Usage]) -> Part:
+    rows = []
+    for model in models:
+        for row in model.report.rows():
+            shown = rounded_values(row)
+            shown["what"] = f"({row['view']}) {row['what']}"
+            rows.append({"model": model.name, **shown})
+    columns = (
+        Column("what", "view", "text"),
+        Column("gini", "Gini"),
+        Column("chance", "by chance"),
+        Column("by_rank", "by rank alone"),
+        Column("per_image", "an image"),
+        Column("threshold", "threshold"),
+        Column("unused", "never used", "integer"),
+        Column("half", "do half", "integer"),
+    )
+    if len(models) > 1:
+        columns = (Column("model", "model", "text"), *columns)
+    caption = (
+        "Five views of how unevenly queries are used. By chance: what counts of this size would give if all "
+        "queries were used alike. By rank alone: what the falling use along the proposals' ranks gives. An "
+        "image: queries that an image uses, or its amount. Never used: queries, or dead patterns in (e). Do "
+        "half: the fewest queries that make up half of all use."
+    )
+    return Table(name="query_views", caption=caption, columns=columns, rows=tuple(rows))
+
+
+def _content(models: Sequence[Usage]) -> Part:
+    rows = []
+    for model in models:
+        report, patterns = model.report, model.report.patterns
+        row = {
+            "model": model.name,
+            "num_queries": report.num_queries,
+            "images": report.images,
+            "boxes_per_image": report.boxes_per_image,
+            "query_cosine": report.query_cosine,
+            **dict.fromkeys(("num_patterns", "entropy", "dead", "never_lead", "effective")),
+        }
+        if patterns is not None:
+            names = ("entropy", "dead", "never_lead", "effective")
+            row |= {"num_patterns": len(patterns.mass)} | {name: getattr(patterns, name) for name in names}
+        rows.append(rounded_values(row))
+    columns = (
+        Column("model", "model", "text"),
+        Column("num_queries", "queries", "integer"),
+        Column("images", "images", "integer"),
+        Column("boxes_per_image", "boxes an image"),
+        Column("query_cosine", "cosine of queries"),
+        Column("num_patterns", "patterns", "integer"),
+        Column("entropy", "mixture entropy"),
+        Column("dead", "dead patterns", "integer"),
+        Column("never_lead", "never lead", "integer"),
+        Column("effective", "effective patterns"),
+    )
+    caption = (
+        "What the views stand on. Cosine of queries: 1 means that all content queries of an image are copies. "
+        "Mixture entropy: 1 is a uniform mixture, 0 a single pattern. Dead patterns have less than a tenth of "
+        "an equal share of the weight; those that never lead are never the largest part of a query."
+    )
+    return Table(name="query_content", caption=caption, columns=columns, rows=tuple(rows))
+
+
+def _spreads(report: QueryUsageReport) -> dict[str, Spread]:
+    """The views that have a curve, by their heading."""
+    found = {f"(a) score > {spread.threshold:g}": spread for spread in report.activations[:1]}
+    named = {
+        "(b) equal activations": report.equal,
+        "(c) matched": report.positives,
+        "(d) gradient": report.gradients,
+    }
+    found |= {name: spread for name, spread in named.items() if spread is not None}
+    if report.patterns is not None:
+        found["(e) patterns"] = Spread(counts=report.patterns.mass, images=report.images, discrete=False)
+    return found
+
+
+def _lorenz(models: Sequence[Usage]) -> Part:
+    views = [_spreads(model.report) for model in models]
+    names = list(dict.fromkeys(name for view in views for name in view))
+    plots = _grid(names, x="share of queries, least used first", y="share of use")
+    data: dict[str, Any] = {}
+    for axes, name in zip(plots, names, strict=False):
+        line(axes, [0, 1], [0, 1], colour=GREY, dash=":")
+        for number, (model, view) in enumerate(zip(models, views, strict=True)):
+            if name in view:
+                shares, use = view[name].lorenz()
+                label = f"{model.name} {view[name].gini:.2f}"
+                line(axes, shares, use, colour=_colour(number), label=label)
+                data.setdefault(name, {})[model.name] = rounded(np.stack([shares, use], axis=1))
+        axes.set(xlim=(0, 1), ylim=(0, 1))
+        legend(axes)
+    caption = (
+        "Lorenz curves: the share of all use that the least used share of the queries makes up. The dotted "
+        "line is equal use; the further below it, the less even. The legend says the Gini coefficient."
+    )
+    return plot_part(plots[0], name="lorenz", title="Lorenz curves of query use", caption=caption, data=data)
+
+
+def _by_index(models: Sequence[Usage]) -> Part:
+    views = [{k: v for k, v in _spreads(m.report).items() if not k.startswith("(e)")} for m in models]
+    names = list(dict.fromkeys(name for view in views for name in view))
+    ranked = any(model.report.ranked for model in models)
+    plots = _grid(names, x="index of the query" + (" = rank of its proposal" if ranked else ""), y="an image")
+    data: dict[str, Any] = {}
+    for axes, name in zip(plots, names, strict=False):
+        for number, (model, view) in enumerate(zip(models, views, strict=True)):
+            if name not in view:
+                continue
+            values = view[name].counts / max(view[name].images, 1)
+            line(axes, np.arange(len(values)), values, colour=_colour(number), label=model.name)
+            data.setdefault(name, {})[model.name] = rounded(values)
+        axes.set_ylim(bottom=0)
+        if len(models) > 1:
+            legend(axes)
+    caption = (
+        "How often an image uses each query, or how much of a gradient it gives to it, by the query's index."
+    )
+    return plot_part(
+        plots[0], name="use_by_index", title="Use by index of the query", caption=caption, data=data
+    )
+
+
+def _ranks(models: Sequence[Usage]) -> Part | None:
+    shown = [(model, model.report.places) for model in models if model.report.places is not None]
+    if not shown:
+        return None
+    plots = new_grid(
+        1, len(shown), height=3.4, x="rank of the score in its image", y="index of the query",
+        titles=[model.name for model, _ in shown],
+    )  # fmt: skip
+    data = {}
+    for axes, (model, places) in zip(plots, shown, strict=True):
+        assert places is not None
+        n, cells = model.report.num_queries, len(places.ranks)
+        share = places.ranks / max(places.ranks.sum(), 1)
+        heat_map(axes, 100 * share, bar="% of matches", form="")
+        ticks = np.linspace(0, cells - 1, 5).round().astype(int)
+        words = [str(int(tick) * n // cells) for tick in ticks]
+        axes.set_xticks(ticks, words)
+        axes.set_yticks(ticks, words)
+        data[model.name] = rounded(share)
+    caption = (
+        "Where matched queries stand: by their index, and by the rank of their score among all queries of the "
+        "image. A detector that says each object once, and first, has everything in the leftmost columns; a "
+        "diagonal means that the order of the proposals is kept to the end."
+    )
+    return plot_part(
+        plots[0], name="index_and_rank", title="Matches by index and score rank", caption=caption, data=data
+    )
+
+
+def _places(models: Sequence[Usage]) -> Part | None:
+    shown = [m for m in models if m.report.places is not None and m.report.positives is not None]
+    if not shown:
+        return None
+    plots = new_grid(1, len(shown), height=3.6, titles=[m.name for m in shown], x="x", y="y")
+    data = {}
+    for axes, model in zip(plots, shown, strict=True):
+        places, positives = model.report.places, model.report.positives
+        assert places is not None and positives is not None
+        used = positives.counts > 0
+        mean, counts = places.mean[used], positives.counts[used]
+        # An area as large as the mean box would be on axes of two inches; the darker, the more often matched.
+        area = np.clip(mean[:, 2] * mean[:, 3] * 144**2, 8, 4000)
+        strength = 0.15 + 0.75 * counts / max(counts.max(initial=1), 1)
+        axes.scatter(mean[:, 0], mean[:, 1], s=area, alpha=strength, color=BLUE, linewidths=0)
+        axes.set(xlim=(0, 1), ylim=(1, 0), aspect="equal")
+        data[model.name] = {
+            "mean": rounded(places.mean),
+            "std": rounded(places.std),
+            "matches": rounded(positives.counts),
+        }
+    caption = (
+        "Mean place of the boxes that each query was matched with, in the image; the area is that of the mean "
+        "box, and strong colours are matched often. Queries that find boxes all over the image gather in the "
+        "middle."
+    )
+    return plot_part(plots[0], name="query_places", title="Places of queries", caption=caption, data=data)
+
+
+def _positives_over_training(models: Sequence[Usage]) -> Part | None:
+    """Shares of boxes with 1, 2, ... positives in each intermediate layer; of the first model that has any beyond 1."""
+    for model in models:
+        rows = [row for row in model.records if row.get("positives_histogram")]
+        layers = list(rows[0]["positives_histogram"]) if rows else []
+        most = max(
+            (int(k) for row in rows for layer in layers for k in row["positives_histogram"][layer]), default=0
+        )
+        if most < 2:
+            continue
+        steps = np.array([row["step"] for row in rows])
+        counts = np.array(
+            [
+                [
+                    [row["positives_histogram"][layer].get(str(k), 0) for k in range(most + 1)]
+                    for layer in layers
+                ]
+                for row in rows
+            ]
+        )  # (R, K - 1, most + 1)
+        shares = counts / np.maximum(counts.sum(-1, keepdims=True), 1)
+        kinds = [k for k in range(most + 1) if counts[..., k].any()]
+        titles = [f"layer {name.removeprefix('layer')}" for name in layers]
+        plots = _grid(titles, x="step", y="share of boxes")
+        for place, (axes, shades) in enumerate(zip(plots, [ramp(len(kinds))] * len(titles), strict=False)):
+            axes.stackplot(
+                steps, shares[:, place, kinds].T, labels=[f"{k}" for k in kinds], colors=shades, linewidth=0
+            )
+            axes.set(ylim=(0, 1), xlim=(steps.min(), max(steps.max(), steps.min() + 1)))
+        legend(plots[len(titles) - 1], outside=True)
+        caption = (
+            f"{model.name} in training: how many positives boxes have in the layers before the last, by share "
+            "of the boxes. Quality-aware assignment gives a box as many as its good predictions deserve."
+        )
+        data = {
+            "model": model.name,
+            "steps": steps.tolist(),
+            "kinds": kinds,
+            "layers": layers,
+            "shares": rounded(shares[..., kinds]),
+        }
+        return plot_part(
+            plots[0],
+            name="positives_over_training",
+            title="Positives of a box over the training",
+            caption=caption,
+            data=data,
+        )
+    return None
+
+
+def _gini_over_training(models: Sequence[Usage]) -> Part | None:
+    known = (
+        ("positives_gini", "matched in the last layer", BLUE),
+        ("positives_gini_chance", "the same by chance", GREY),
+        ("gradient_gini", "gradient at content queries", ORANGE),
+        ("pattern_gini", "weight of patterns", GREEN),
+        ("query_cosine", "cosine of queries (no Gini)", PINK),
+    )
+    shown = [m for m in models if any("positives_gini" in row for row in m.records)]
+    if not shown:
+        return None
+    plots = new_grid(
+        1, len(shown), titles=[m.name for m in shown], x="step", y="Gini coefficient", height=3.4
+    )
+    data: dict[str, Any] = {}
+    for axes, model in zip(plots, shown, strict=True):
+        for key, label, shade in known:
+            points = [(r["step"], r[key]) for r in model.records if isinstance(r.get(key), (int, float))]
+            if points:
+                x, y = np.array(points, dtype=float).T
+                line(axes, x, y, label=label, colour=shade, dash=":" if shade == GREY else "-")
+                data.setdefault(model.name, {})[key] = [[int(step), value] for step, value in points]
+        low = min(0.0, axes.get_ylim()[0])
+        axes.set_ylim(low, 1)
+    legend(plots[-1])
+    caption = (
+        "The same in training, over the steps between two records. Few boxes make the coefficient of matches "
+        "large by chance, which the dotted line shows."
+    )
+    return plot_part(
+        plots[0],
+        name="gini_over_training",
+        title="Gini coefficients over the training",
+        caption=caption,
+        data=data,
+    )
+
+
+def _grid(titles: Sequence[str], *, x: str, y: str) -> list[Axes]:
+    """Up to three plots in a row; places without a plot stay empty."""
+    columns = min(len(titles), 3 if len(titles) != 4 else 2)
+    rows = -(-len(titles) // columns)
+    plots = new_grid(rows, columns, width=7.0, height=2.5 * rows + 0.3, titles=titles, x=x, y=y)
+    for axes in plots[len(titles) :]:
+        axes.set_axis_off()
+    for axes in plots:
+        axes.tick_params(labelsize=8, colors=MUTED)
+    return plots
