@@ -117,13 +117,15 @@ def _fill(heading: Heading, chapters: Sequence[Chapter], uris: Sequence[str | No
         {
             "key": chapter.sections[0].key,
             "title": chapter.sections[0].title,
-            "leads": list(dict.fromkeys(section.lead for section in chapter.sections)),
+            "lead": shared,
+            "own_leads": own,
             "paired": len(chapter.sections) > 1,
             "rows": [
                 [_shown(part, place, queue) for place, part in enumerate(row)] for row in chapter.rows()
             ],
         }
         for chapter in chapters
+        for shared, own in (_leads(chapter.sections),)
     ]
     script = _resource("report.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -136,6 +138,15 @@ def _fill(heading: Heading, chapters: Sequence[Chapter], uris: Sequence[str | No
         script_hash=digest,
         generator=f"{GENERATOR} {__version__}",
     )
+
+
+def _leads(sections: Sequence[Section]) -> tuple[str, list[str]]:
+    """What the leads have in common, by whole sentences from the start; and what is each model's own."""
+    sentences = [re.split(r"(?<=\.) ", section.lead) for section in sections]
+    shared = 0
+    while all(len(own) > shared and own[shared] == sentences[0][shared] for own in sentences):
+        shared += 1
+    return " ".join(sentences[0][:shared]), [" ".join(own[shared:]) for own in sentences]
 
 
 def _template() -> Any:
