@@ -180,7 +180,7 @@ def _refinement(inside: Inside, targets: Targets, names: Sequence[str], number: 
         "scores": inside.scores[:, queries],
         "truth": targets.boxes.numpy(),
     }
-    caption = f"Boxes from the start ({start}) to the last layer: the {len(queries)} surest of it. White, dashed: ground truth."
+    caption = f"Boxes from the start ({start}) to the last layer, of the {len(queries)} surest detections. White, dashed: ground truth."
     return Slides(f"refinement_{number}", caption, tuple(labels), tuple(images), data)
 
 
