@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering
-from scipy.spatial.distance import pdist
 
+from paqdetr.analysis.arrange import cluster_order, embed, pattern_cosines
 from paqdetr.analysis.overlay import Overlay, mark
 from paqdetr.analysis.parts import plot_part, rounded_values
 from paqdetr.analysis.patterns import ContentStudy, Samples
@@ -178,12 +177,12 @@ def _category_map(model: Studied, suffix: str) -> Part | None:
 def _embedding(model: Studied, suffix: str, seed: int) -> Part | None:
     """Matched content queries in two dimensions, by PCA and by t-SNE, coloured by category."""
     samples = model.study.samples
-    if len(samples) < 8:
-        return None
     if len(samples) > _EMBEDDED:
         chosen = np.random.default_rng(seed).choice(len(samples), _EMBEDDED, replace=False)
         samples = samples.rows(np.sort(chosen))
     places = embed(samples.content, seed=seed)
+    if not places:
+        return None
     plots = new_grid(1, 2, width=7.4, height=3.6, titles=[f"{model.name}: {name}" for name in places])
     kinds, counts = np.unique(samples.categories, return_counts=True)
     common = kinds[np.argsort(-counts, kind="stable")][:_COLOURS]
@@ -372,34 +371,3 @@ def _telling_image(samples: Samples) -> int:
     kinds = [len(np.unique(samples.categories[samples.images == image])) for image in images]
     boxes = [int((samples.images == image).sum()) for image in images]
     return int(images[np.lexsort((np.asarray(boxes), -np.asarray(kinds)))[0]])
-
-
-# --------------------------------------------------------------------------------------------- arithmetic
-
-
-def cluster_order(rows: np.ndarray) -> np.ndarray:
-    """An order of (R, D) rows in which like ones stand together: leaves of average-linkage clustering by Euclidean distance, in
-    scipy's optimal order."""
-    if len(rows) < 3:
-        return np.arange(len(rows))
-    distances = pdist(np.asarray(rows, dtype=np.float64))
-    return leaves_list(optimal_leaf_ordering(linkage(distances, "average"), distances))
-
-
-def pattern_cosines(patterns: np.ndarray) -> np.ndarray:
-    """(m, m) cosines of (m, d) patterns."""
-    unit = patterns / np.maximum(np.linalg.norm(patterns, axis=1, keepdims=True), 1e-12)
-    return unit @ unit.T
-
-
-def embed(content: np.ndarray, *, seed: int = 0) -> dict[str, np.ndarray]:
-    """(P, d) content in two dimensions, P at least 8: {"PCA": (P, 2), "t-SNE": (P, 2)}; the same seed gives the same places."""
-    from sklearn.decomposition import PCA
-    from sklearn.manifold import TSNE
-
-    values = content.astype(np.float64)
-    width = min(30, *values.shape)
-    reduced = PCA(width, svd_solver="full").fit_transform(values)
-    perplexity = min(30.0, (len(values) - 1) / 3)
-    tsne = TSNE(2, perplexity=perplexity, init="pca", learning_rate="auto", random_state=seed)
-    return {"PCA": reduced[:, :2], "t-SNE": np.asarray(tsne.fit_transform(reduced))}

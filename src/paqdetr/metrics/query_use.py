@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
+from scipy.special import bdtr
 
 
 def gini(counts: ArrayLike | torch.Tensor) -> float:
@@ -73,8 +74,6 @@ def chance_gini(*, num_queries: int, images: int, per_image: float) -> float:
     Returns:
         A float in [0, 1); 0 where nothing is used.
     """
-    from scipy.stats import binom  # slow to import, and a training that logs nothing yet does not need it
-
     share = per_image / num_queries
     if not 0 <= share <= 1:
         raise ValueError(f"per_image: expected 0 to {num_queries}, found {per_image}")
@@ -84,7 +83,7 @@ def chance_gini(*, num_queries: int, images: int, per_image: float) -> float:
     # Beyond twelve standard deviations F (1 - F) is 0 to the last bit: an evaluation of a million images stays quick.
     reach = 12 * np.sqrt(mean * (1 - share)) + 12
     counts = np.arange(max(int(mean - reach), 0), min(int(mean + reach), images) + 1)
-    below = binom.cdf(counts, images, share)
+    below = bdtr(counts, images, share)
     return float((below * (1 - below)).sum() / mean * (num_queries - 1) / num_queries)
 
 
