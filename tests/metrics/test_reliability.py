@@ -64,14 +64,14 @@ def test_localisation_counts_where_it_is_asked_for() -> None:
 
 def test_a_calibrated_detector() -> None:
     rng = np.random.default_rng(0)
-    scores = rng.random(4000)
-    right = rng.random(4000) < scores
+    scores = rng.random(1500)
+    right = rng.random(1500) < scores
     rows = [(BOX if hit else FAR, float(score)) for hit, score in zip(right, scores, strict=True)]
-    # 400 in a bin: accuracy is known to about .02.
-    assert calibration(table(rows)).error < 0.03
+    # 150 in a bin: accuracy is known to about .035, and the mean distance is .8 of that.
+    assert calibration(table(rows)).error < 0.045
     overconfident = [(box, math.sqrt(score)) for box, score in rows]
     # E[sqrt(s) - s] = 2/3 - 1/2
-    assert calibration(table(overconfident)).error == pytest.approx(1 / 6, abs=0.02)
+    assert calibration(table(overconfident)).error == pytest.approx(1 / 6, abs=0.03)
 
 
 def test_score_threshold_class_and_nothing(make_problem: Callable[..., Any]) -> None:

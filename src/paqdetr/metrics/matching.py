@@ -24,8 +24,9 @@ AREAS = ("all", "small", "medium", "large")
 
 _Json = Mapping[str, Any]
 _MAX_DETECTIONS = 100
-# Image and class pairs that are asked for at once: their matches are Python lists, of some 10 kB a pair.
-_PAIRS_AT_ONCE = 20_000
+# Image and class pairs that are asked for at once: their matches are Python lists, of some 10 kB a pair, and of many pairs
+# each takes longer than of few.
+_PAIRS_AT_ONCE = 200
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,7 +49,7 @@ class MatchTable:
         true_positive: (A, T, N) bool.
         ignored: (A, T, N) bool, neither right nor wrong: matched to a crowd or to an object of another size, or unmatched
             and itself of another size.
-        matches: (T, N) int64, positions in the annotations of the ground truth that detections were matched to, crowds
+        matches: (T, N) int32, positions in the annotations of the ground truth that detections were matched to, crowds
             included, whatever the size; -1 for none.
         positives: (A, C, I) int32, objects to be found.
     """
@@ -98,7 +99,7 @@ class MatchTable:
         outside = (areas < ranges[:, :1]) | (areas > ranges[:, 1:])  # (A, number of results)
         matched = np.zeros((len(ranges), len(thresholds), len(results)), bool)
         ignored = np.repeat(outside[:, None], len(thresholds), axis=1)  # right where nothing could be matched
-        matches = np.full((len(thresholds), len(results)), -1, np.int64)
+        matches = np.full((len(thresholds), len(results)), -1, np.int32)
         _fill_in_matches(truth, results, iou_type, matched, ignored, matches)
         return cls(
             image_ids=records.image_ids,
@@ -286,4 +287,4 @@ def _fill_in_matches(
             matched[area][:, own] = pair["dtMatched"]
             ignored[area][:, own] = pair["dtIgnore"]
             if area == 0:
-                matches[:, own] = np.array(pair["dtMatches"], np.int64) - 1  # annotations are numbered from 1
+                matches[:, own] = np.array(pair["dtMatches"], np.int32) - 1  # annotations are numbered from 1
