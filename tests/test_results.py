@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from types import ModuleType
+
+import pytest
 
 REPO = Path(__file__).resolve().parents[1]
 
 
-def collector() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        "collect_results", REPO / "benchmarks" / "collect_results.py"
-    )
+def benchmark(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, REPO / "benchmarks" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def collector() -> ModuleType:
+    return benchmark("collect_results")
 
 
 def test_readme_table_is_read_from_the_kept_files() -> None:
@@ -38,3 +43,12 @@ def test_every_result_says_how_it_was_made() -> None:
         commands = (folder / "commands.txt").read_text(encoding="utf-8")
         assert "paqdetr train" in commands or "make quickstart" in commands, folder
         assert (folder / "config.yaml").is_file() and (folder / "metrics.jsonl").is_file(), folder
+
+
+def test_other_numbers_of_queries_are_read_from_the_kept_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(REPO / "benchmarks"))
+    report = json.loads((REPO / "docs" / "results" / "query_count.json").read_text("utf-8"))
+    table = benchmark("query_count").markdown(report)
+    assert {model["name"] for model in report["models"]} == {"paq_dino_nano", "dino_nano"}
+    assert table.count("**") == 2 * len(report["models"]), "the number each was trained with is in bold"
+    assert f"<!-- query_count -->\n{table}\n<!--" in (REPO / "docs" / "convert.md").read_text("utf-8")

@@ -41,6 +41,11 @@ class ModelConfig(Section):
         default=None, ge=1, description="only the N coarsest levels are updated; None: all"
     )
     decoder_layers: int = Field(default=6, ge=1)
+    one_to_many_heads: Literal["none", "intermediate", "all"] = Field(
+        default="none",
+        description="decoder layers with further heads, in training alone, that have the several positives a box in place of the "
+        "layer's own (MS-DETR, arXiv 2401.03989: all)",
+    )
     decoder_norm: bool = Field(default=True, description="a LayerNorm between a decoder layer and its heads")
     share_heads: bool = Field(
         default=False, description="one class head and one box head for all decoder layers"
@@ -51,6 +56,12 @@ class ModelConfig(Section):
     positions: Literal["proposals", "anchors", "points"] = "proposals"
     class_agnostic_proposals: bool = Field(
         default=False, description="tokens are ranked and trained as object or not"
+    )
+    distinct_proposals: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="proposals that overlap a better one by more than this IoU come last (DDQ, arXiv 2303.12776: 0.8)",
     )
     # How a query's place is told to the decoder: `refined`, from its current box in every layer (DAB, DINO), or `fixed`, once.
     position_embedding: Literal["refined", "fixed"] = "refined"
@@ -67,6 +78,10 @@ class ModelConfig(Section):
     content_std: float | None = Field(
         default=1.0, ge=0, description="initial std of static content; None: Xavier-uniform"
     )
+    mixture: Literal["replace", "residual"] = Field(
+        default="replace",
+        description="residual: static content, to which mixtures are added through a gate that starts at 0 (ours)",
+    )
     num_patterns: int = Field(default=64, ge=2)
     pattern_std: float = Field(default=1.0, ge=0)
     extractor: Literal["fused", "pooled"] = "fused"
@@ -74,7 +89,7 @@ class ModelConfig(Section):
     head: Literal["dense", "factorised"] = "dense"
     head_rank: int = Field(default=32, ge=1)
     temperature: float = Field(default=1.0, gt=0)
-    gain: float = Field(default=1.0, gt=0)
+    gain: float = Field(default=1.0, ge=0, description="0: mixtures start as static ones")
     bias_std: float | None = Field(
         default=2.0, ge=0, description="None: the plain initialisation of a linear layer"
     )
@@ -153,6 +168,16 @@ class ModelConfig(Section):
                 "positions=proposals",
             ),
             (
+                f"distinct_proposals={self.distinct_proposals}",
+                self.distinct_proposals is not None and not two_stage,
+                "positions=proposals",
+            ),
+            (
+                "mixture=residual",
+                self.mixture == "residual" and self.queries not in ("patterns", "static_mixture"),
+                "queries=patterns or static_mixture",
+            ),
+            (
                 f"hybrid_queries={self.hybrid_queries}",
                 self.hybrid_queries > 0 and not two_stage,
                 "positions=proposals",
@@ -172,7 +197,8 @@ class LossConfig(Section):
     """Assignment and losses. `assigner: quality_aware` is PaQ's; `one_to_one` the host's; the others are there to compare.
 
     `top_k`, `min_positives` and `select` mean the same to all: `fixed_k` gives every box exactly `top_k` positives, and where
-    `quality_aware` selects by score, `simota` selects by cost.
+    `quality_aware` selects by score, `simota` selects by cost. Settings from `one_to_many_weight` to `normalizer` are remedies
+    against what several positives a box cost; none is part of the paper, and docs/method.md names their sources.
     """
 
     classification: Literal["focal", "varifocal"] = "focal"
@@ -186,6 +212,29 @@ class LossConfig(Section):
     min_positives: int = Field(default=1, ge=1)
     select: Literal["hungarian", "score"] = "hungarian"
     confidence: Literal["gt_class", "max"] = "gt_class"
+
+    one_to_many_weight: float = Field(
+        default=1.0, ge=0, description="of the decoder's losses while they have several positives a box"
+    )
+    one_to_one_weight: float = Field(
+        default=0.0,
+        ge=0,
+        description="of a one-to-one loss beside them, in the same layers (MS-DETR, arXiv 2401.03989, with one set of heads)",
+    )
+    positives_schedule: Literal["constant", "linear"] = Field(
+        default="constant",
+        description="linear: the most positives of a box fall from top_k to 1 until one_to_many_until (ours; H-DETR, "
+        "arXiv 2207.13080, has the one step)",
+    )
+    rank_damping: float | None = Field(
+        default=None,
+        gt=0,
+        description="tau: the r-th best positive of a box counts exp(-r / tau) (Align-DETR, arXiv 2304.07527: 1.5)",
+    )
+    normalizer: Literal["boxes", "positives"] = Field(
+        default="boxes",
+        description="what a layer's losses are divided by (positives: RetinaNet, arXiv 1708.02002)",
+    )
 
     class_weight: float = Field(default=1.0, ge=0)
     l1_weight: float = Field(default=5.0, ge=0)
@@ -204,6 +253,17 @@ class LossConfig(Section):
     def _consistent(self) -> LossConfig:
         if self.min_positives > self.top_k:
             raise ValueError(f"min_positives={self.min_positives} exceeds top_k={self.top_k}")
+        if self.one_to_one_weight and self.assigner == "one_to_one":
+            raise ValueError("one_to_one_weight needs an assigner with several positives a box")
+        if self.assigner == self.encoder_assigner == "one_to_one":
+            for key, is_set in (
+                ("positives_schedule", self.positives_schedule != "constant"),
+                ("rank_damping", self.rank_damping is not None),
+            ):
+                if is_set:
+                    raise ValueError(
+                        f"{key} needs an assigner or encoder_assigner with several positives a box"
+                    )
         return self
 
 
@@ -308,6 +368,14 @@ class Config(Section):
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = Field(
         default=(), description="where records go besides metrics.jsonl"
     )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        if self.loss.one_to_one_weight and self.model.one_to_many_heads != "none":
+            raise ValueError(
+                "loss.one_to_one_weight needs model.one_to_many_heads=none: with them, the other heads are one-to-one"
+            )
+        return self
 
     @field_validator("amp", mode="before")
     @classmethod

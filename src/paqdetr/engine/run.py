@@ -15,7 +15,7 @@ from paqdetr.models import Detector, load
 
 _ENDED = "finished"
 # What may differ when a run is continued: it changes neither weights nor figures.
-_FREE = (
+FREE_SETTINGS = (
     "workers",
     "cache_images",
     "save_every_steps",
@@ -190,7 +190,7 @@ def prepare_run(output: str | Path, config: Config, *, resume: bool) -> Run:
 
 def _require_same(old: Config, new: Config, where: Path) -> None:
     before, after = flat_settings(old), flat_settings(new)
-    changed = [key for key in before if before[key] != after.get(key) and key not in _FREE]
+    changed = [key for key in before if before[key] != after.get(key) and key not in FREE_SETTINGS]
     if changed:
         key = changed[0]
         raise ConfigError(

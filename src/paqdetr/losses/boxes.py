@@ -21,6 +21,7 @@ class FlatPairs:
         layer, image, query: where the prediction stands in (K, B, N).
         label: its class.
         box: (P, 4) cxcywh it should have.
+        weight: (P,) how much of a positive it is; None if all pairs are whole ones.
     """
 
     layer: Tensor
@@ -28,6 +29,7 @@ class FlatPairs:
     query: Tensor
     label: Tensor
     box: Tensor
+    weight: Tensor | None = None
 
     @classmethod
     def from_pairs(
@@ -52,11 +54,21 @@ class FlatPairs:
         layer, image, query, truth = torch.cat(rows, dim=1).to(device)
         labels = torch.cat([target.labels for target in targets]).to(device)
         boxes = torch.cat([target.boxes for target in targets]).to(device)
-        return cls(layer, image, query, labels[truth], boxes[truth])
+        weight = None
+        if any(found.weights is not None for row in pairs for found in row):
+            parts = [_weights_of(found) for row in pairs for found in row]
+            weight = torch.cat(parts).to(device, boxes.dtype)
+        return cls(layer, image, query, labels[truth], boxes[truth], weight)
 
     def counts(self, num_layers: int) -> Tensor:
         """Positives of each layer: (K,) int64."""
         return torch.bincount(self.layer, minlength=num_layers)
+
+
+def _weights_of(pairs: Pairs) -> Tensor:
+    if pairs.weights is None:
+        return torch.ones(len(pairs), dtype=torch.float64)
+    return pairs.weights.to(torch.float64)
 
 
 def elementwise_iou(boxes: Tensor, others: Tensor) -> Tensor:
@@ -73,7 +85,7 @@ def box_losses(pred_boxes: Tensor, pairs: FlatPairs) -> tuple[Tensor, Tensor, Te
 
     Args:
         pred_boxes: (K, B, N, 4) cxcywh.
-        pairs: of the K layers.
+        pairs: of the K layers; weighted ones count by their weight.
 
     Returns:
         L1 (K,), GIoU loss (K,), and the detached IoU of every pair (P,).
@@ -86,5 +98,7 @@ def box_losses(pred_boxes: Tensor, pairs: FlatPairs) -> tuple[Tensor, Tensor, Te
     giou = generalized_box_iou_loss(corners, truth_corners, eps=1e-12)
     with torch.no_grad():
         iou = elementwise_iou(corners, truth_corners)
+    if pairs.weight is not None:
+        l1, giou = pairs.weight * l1, pairs.weight * giou
     zero = predicted.new_zeros(pred_boxes.shape[0])
     return zero.index_add(0, pairs.layer, l1), zero.index_add(0, pairs.layer, giou), iou

@@ -1,11 +1,13 @@
 """The total loss of a DETR with or without PaQ: L = L_1:m + L_aux + beta * L_div (PaQ-DETR, arXiv 2603.06917).
 
 L_1:m are layers 1..L-1 under the configured assigner; L_aux is everything one-to-one: the last layer, the encoder's proposals,
-and the denoising queries, whose targets are fixed.
+and the denoising queries, whose targets are fixed. Three settings change who learns one-to-many, none of them the paper's: a
+one-to-one loss beside it in the same layers, heads of its own for it, and a schedule that ends it or lowers its positives.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -21,14 +23,17 @@ from paqdetr.paq import (
     Assigner,
     CostWeights,
     FixedKAssigner,
+    Matchables,
     OneToOneAssigner,
     Pairs,
     QualityAwareAssigner,
+    RankDamping,
     SimOTAAssigner,
     focal_loss,
     match_layers,
     varifocal_loss,
 )
+from paqdetr.paq.costs import matchables
 from paqdetr.structures import Targets
 
 ClassificationLoss = Callable[[Tensor, Tensor], Tensor]
@@ -44,9 +49,11 @@ class LossReport:
     Attributes:
         total: scalar, the sum of `terms`.
         terms: weighted scalars by name: "layer1/class", "layer1/l1", "layer1/giou", ... for the decoder's layers from 1,
-            "encoder/...", "denoising1/...", "hybrid1/...", and "diversity", which is beta * scale * L_div.
-        positives_per_box: mean number of positives of a box in each decoder layer; NaN on a batch without boxes.
-        pairs: the matches behind it, [layer][image].
+            "encoder/...", "denoising1/...", "hybrid1/...", and "diversity", which is beta * scale * L_div. A one-to-one loss
+            beside one-to-many is "one_to_one1/...", and what heads of their own learn one-to-many "one_to_many1/...".
+        positives_per_box: mean number of positives of a box in each decoder layer, of whichever of its matches has more; NaN on a
+            batch without boxes.
+        pairs: the matches behind "layer1", "layer2", ...: [layer][image].
     """
 
     total: Tensor
@@ -60,8 +67,9 @@ class Criterion:
 
     Args:
         config: weights, classification loss, schedule.
-        intermediate: assigner of layers 1..L-1 while several positives a box are on.
+        intermediate: assigner of layers 1..L-1, or of the heads for several positives, while several positives a box are on.
         encoder: assigner of the proposals while they are on.
+        annealed: the pairs (intermediate, encoder) that allow at most 1, 2, ... positives a box, if the schedule lowers them.
         last: assigner of the last layer, and of all once they are off.
         cost_weights: of the matching cost.
     """
@@ -74,9 +82,11 @@ class Criterion:
         encoder: Assigner,
         last: Assigner,
         cost_weights: CostWeights,
+        annealed: Sequence[tuple[Assigner, Assigner]] = (),
     ) -> None:
         self.config = config
         self.intermediate, self.encoder, self.last = intermediate, encoder, last
+        self.annealed = annealed
         self.cost_weights = cost_weights
         self.aux_weights = {"diversity": config.diversity_weight * config.div_scale}
         self.classify: ClassificationLoss = (
@@ -86,6 +96,15 @@ class Criterion:
     def one_to_many(self, progress: float) -> bool:
         """Whether intermediate layers use their own assigner at this share of the training, in [0, 1]."""
         return progress < self.config.one_to_many_until
+
+    def most_positives(self, progress: float) -> int:
+        """The most positives a box may get from an assigner with several at this share of the training."""
+        if not self.one_to_many(progress):
+            return 1
+        if self.config.positives_schedule == "constant":
+            return self.config.top_k
+        left = 1 - progress / self.config.one_to_many_until  # in (0, 1]
+        return math.ceil(self.config.top_k * left)  # each number for an equal share of the time
 
     def __call__(
         self,
@@ -112,23 +131,45 @@ class Criterion:
         own_boxes = sum(len(target) for target in targets)
         normalizer = max(float(own_boxes if num_boxes is None else num_boxes), 1.0)
         num_layers = output.layers.logits.shape[0]
+        middle, of_encoder = self._assigners(progress)
+        several = self.one_to_many(progress)
+        many = output.layers.many
 
-        # The encoder's proposals are matched with the decoder's layers: one transfer to the host. A loss over all tokens, and the
-        # one-to-many branch, have matches of their own.
-        logits, boxes = output.layers.logits, output.layers.boxes  # (K, B, n, C), (K, B, n, 4)
+        # Heads for several positives and the encoder's proposals are matched with the decoder's layers: one transfer to the host.
+        # A loss over all tokens, and the one-to-many branch, have matches of their own.
+        stages = [output.layers]  # (K, B, n, C), (K, B, n, 4)
         names = [f"layer{i + 1}" for i in range(num_layers)]
-        assigners = self._assigners(num_layers, progress)
+        assigners = [self.last if many is not None else middle] * (num_layers - 1) + [self.last]
+        if many is not None and several:
+            stages.append(many)
+            names += [f"one_to_many{i + 1}" for i in range(len(many.logits))]
+            assigners += [middle] * len(many.logits)
         proposals = output.proposals
         if proposals is not None and proposals.everything is None:
-            logits = torch.cat([logits, proposals.logits[None]])
-            boxes = torch.cat([boxes, proposals.boxes[None]])
+            stages.append(Decoded(proposals.logits[None], proposals.boxes[None]))
             names.append("encoder")
-            assigners.append(self._encoder_assigner(progress))
-        pairs = match_layers(logits, boxes, targets, assigners, weights=self.cost_weights, names=names)
+            assigners.append(of_encoder)
+        logits = torch.cat([stage.logits for stage in stages])
+        boxes = torch.cat([stage.boxes for stage in stages])
+        rows = matchables(logits, boxes, targets, weights=self.cost_weights, names=names)
+        pairs = _solve(assigners, rows)
         flat = FlatPairs.from_pairs(pairs, targets, device)
-        terms = self._terms(names, logits, boxes, flat, normalizer)
+        counts = flat.counts(len(pairs))
+        terms = self._terms(names, logits, boxes, flat, self._divisor(normalizer, counts, own_boxes))
+        if several and self.config.one_to_many_weight != 1:
+            of_layers = [f"layer{i + 1}" for i in range(num_layers - 1)] if many is None else []
+            _scale(terms, (*of_layers, "one_to_many"), self.config.one_to_many_weight)
+        if several and self.config.one_to_one_weight:
+            beside = _solve([self.last] * (num_layers - 1), rows)
+            one = FlatPairs.from_pairs(beside, targets, device)
+            names = [f"one_to_one{i + 1}" for i in range(num_layers - 1)]
+            extra = self._terms(names, logits[: num_layers - 1], boxes[: num_layers - 1], one, normalizer)
+            _scale(extra, ("one_to_one",), self.config.one_to_one_weight)
+            terms |= extra
+        if many is not None and not several:  # every parameter has a gradient in every step
+            terms["one_to_many/idle"] = 0 * (many.logits.float().sum() + many.boxes.float().sum())
         if proposals is not None and proposals.everything is not None:
-            terms |= self._all_tokens(proposals.everything, targets, progress, normalizer)
+            terms |= self._all_tokens(proposals.everything, targets, of_encoder, normalizer)
         if output.hybrid is not None:
             terms |= self._hybrid(output.hybrid, targets, normalizer)
         if output.denoised is not None and output.denoising is not None:
@@ -140,33 +181,47 @@ class Criterion:
         for name, value in (aux_losses or {}).items():
             terms[name] = self.aux_weights[name] * value
 
-        counts = flat.counts(len(pairs))[:num_layers].tolist()
+        most = counts[:num_layers].clone()
+        if many is not None and several:
+            learnt = counts[num_layers : num_layers + len(many.logits)]
+            most[: len(learnt)] = torch.maximum(most[: len(learnt)], learnt)
         return LossReport(
             total=torch.stack(list(terms.values())).sum(),
             terms=terms,
-            positives_per_box=[count / own_boxes if own_boxes else float("nan") for count in counts],
+            positives_per_box=[count / own_boxes if own_boxes else float("nan") for count in most.tolist()],
             pairs=pairs[:num_layers],
         )
 
-    def _assigners(self, num_layers: int, progress: float) -> list[Assigner]:
-        middle = self.intermediate if self.one_to_many(progress) else self.last
-        return [middle] * (num_layers - 1) + [self.last]
+    def _assigners(self, progress: float) -> tuple[Assigner, Assigner]:
+        """Of the intermediate layers, and of the encoder's proposals."""
+        if not self.one_to_many(progress):
+            return self.last, self.last
+        if self.annealed:
+            return self.annealed[self.most_positives(progress) - 1]
+        return self.intermediate, self.encoder
 
-    def _encoder_assigner(self, progress: float) -> Assigner:
-        return self.encoder if self.one_to_many(progress) else self.last
+    def _divisor(self, normalizer: float, counts: Tensor, own_boxes: int) -> Tensor | float:
+        """What each layer's sums are divided by, a number or (K,).
+
+        Positives are counted in this batch alone. In a step of several batches or processes each takes its own number of
+        positives a box, times the boxes of the whole step.
+        """
+        if self.config.normalizer == "boxes" or not own_boxes:
+            return normalizer
+        return normalizer * (counts / own_boxes).clamp(min=1 / own_boxes)
 
     def _all_tokens(
-        self, tokens: AllTokens, targets: Sequence[Targets], progress: float, normalizer: float
+        self, tokens: AllTokens, targets: Sequence[Targets], assigner: Assigner, normalizer: float
     ) -> dict[str, Tensor]:
         """The encoder's loss where every token is "an object" (class 0) or not (Deformable DETR, two-stage)."""
         objects = [replace(target, labels=torch.zeros_like(target.labels)) for target in targets]
         # Padding and border tokens, which can never be chosen, are made certain of nothing: no loss, no gradient, no match.
         logits = tokens.logits.masked_fill(~tokens.valid[..., None], _CERTAINLY_NOT)[None]  # (1, B, S, C)
         boxes = tokens.boxes[None]
-        assigner = self._encoder_assigner(progress)
         pairs = match_layers(logits, boxes, objects, [assigner], weights=self.cost_weights, names=["encoder"])
         flat = FlatPairs.from_pairs(pairs, objects, logits.device)
-        return self._terms(["encoder"], logits, boxes, flat, normalizer)
+        divisor = self._divisor(normalizer, flat.counts(1), sum(map(len, targets)))
+        return self._terms(["encoder"], logits, boxes, flat, divisor)
 
     def _hybrid(self, predicted: Decoded, targets: Sequence[Targets], normalizer: float) -> dict[str, Tensor]:
         """One-to-many branch of H-DETR (arXiv 2207.13080): each box counts `hybrid_repeat` times, matched one-to-one."""
@@ -189,52 +244,94 @@ class Criterion:
         return {name: self.config.hybrid_weight * value for name, value in terms.items()}
 
     def _terms(
-        self, names: list[str], logits: Tensor, boxes: Tensor, pairs: FlatPairs, normalizer: float
+        self, names: list[str], logits: Tensor, boxes: Tensor, pairs: FlatPairs, divisor: float | Tensor
     ) -> dict[str, Tensor]:
         """Weighted class, L1 and GIoU losses of each layer: (K, B, N, C), (K, B, N, 4) -> 3 K scalars."""
         l1, giou, iou = box_losses(boxes, pairs)
-        goal = torch.zeros_like(logits, dtype=torch.float32)
-        quality = iou.to(goal.dtype) if self.config.classification == "varifocal" else torch.ones_like(iou)
-        goal[pairs.layer, pairs.image, pairs.query, pairs.label] = quality
-        classification = self.classify(logits, goal).sum((1, 2, 3))
+        classification = self._class_losses(logits, pairs, iou)
         weighted = (
             ("class", self.config.class_weight * classification),
             ("l1", self.config.l1_weight * l1),
             ("giou", self.config.giou_weight * giou),
         )
         return {
-            f"{name}/{kind}": values[i] / normalizer
-            for kind, values in weighted
+            f"{name}/{kind}": values[i]
+            for kind, values in ((kind, sums / divisor) for kind, sums in weighted)
             for i, name in enumerate(names)
         }
+
+    def _class_losses(self, logits: Tensor, pairs: FlatPairs, iou: Tensor) -> Tensor:
+        """Sums of each layer, (K,). A pair of weight w has the target w * IoU, as in Align-DETR; for focal loss, whose targets
+        are 0 and 1, it is w of a positive and 1 - w of a negative."""
+        place = (pairs.layer, pairs.image, pairs.query, pairs.label)
+        varifocal = self.config.classification == "varifocal"
+        quality = iou.to(torch.float32) if varifocal else torch.ones_like(iou, dtype=torch.float32)
+        if varifocal and pairs.weight is not None:
+            quality = quality * pairs.weight.to(quality.dtype)
+        goal = torch.zeros_like(logits, dtype=torch.float32)
+        goal[place] = quality
+        losses = self.classify(logits, goal)  # (K, B, N, C)
+        if not varifocal and pairs.weight is not None:
+            whole = losses[place]
+            negative = self.classify(logits[place], torch.zeros_like(whole))
+            weight = pairs.weight.to(whole.dtype)
+            losses = losses.index_put(place, weight * whole + (1 - weight) * negative)
+        return losses.sum((1, 2, 3))
+
+
+def _solve(assigners: Sequence[Assigner], rows: Sequence[Sequence[Matchables]]) -> list[list[Pairs]]:
+    """[layer][image] of the first layers, as many as there are assigners."""
+    return [[assigner.solve(image) for image in row] for assigner, row in zip(assigners, rows, strict=False)]
+
+
+def _scale(terms: dict[str, Tensor], places: Sequence[str], weight: float) -> None:
+    """Multiply the terms whose place is one of these, or one of these and a number, in place."""
+    for name, value in terms.items():
+        place = name.partition("/")[0]
+        if place in places or place.rstrip("0123456789") in places:
+            terms[name] = weight * value
 
 
 def build_criterion(config: LossConfig) -> Criterion:
     """The criterion that the settings describe."""
     weights = CostWeights(classification=config.class_cost, l1=config.l1_cost, giou=config.giou_cost)
-    one_to_one = OneToOneAssigner(cost_weights=weights)
-    assigners: dict[str, Assigner] = {
-        "one_to_one": one_to_one,
+    by_most = [_assigners(config, weights, most) for most in range(1, config.top_k + 1)]
+    pairs = [(rules[config.assigner], rules[config.encoder_assigner]) for rules in by_most]
+    return Criterion(
+        config=config,
+        intermediate=pairs[-1][0],
+        encoder=pairs[-1][1],
+        last=OneToOneAssigner(cost_weights=weights),
+        cost_weights=weights,
+        annealed=() if config.positives_schedule == "constant" else pairs,
+    )
+
+
+def _assigners(config: LossConfig, weights: CostWeights, most: int) -> dict[str, Assigner]:
+    """Every rule by name, with at most so many positives a box."""
+    least = min(config.min_positives, most)
+    rules: dict[str, Assigner] = {
         "quality_aware": QualityAwareAssigner(
             gamma=config.gamma,
             top_k=config.top_k,
-            min_positives=config.min_positives,
+            min_positives=least,
+            max_positives=most,
             select=config.select,
             confidence=config.confidence,
             cost_weights=weights,
         ),
-        "fixed_k": FixedKAssigner(k=config.top_k, cost_weights=weights),
+        "fixed_k": FixedKAssigner(k=most, cost_weights=weights),
         "simota": SimOTAAssigner(
             top_k=config.top_k,
-            min_positives=config.min_positives,
+            min_positives=least,
+            max_positives=most,
             select="cost" if config.select == "score" else "hungarian",
             cost_weights=weights,
         ),
     }
-    return Criterion(
-        config=config,
-        intermediate=assigners[config.assigner],
-        encoder=assigners[config.encoder_assigner],
-        last=one_to_one,
-        cost_weights=weights,
-    )
+    if config.rank_damping is not None:
+        rules = {
+            name: RankDamping(rule, tau=config.rank_damping, cost_weights=weights)
+            for name, rule in rules.items()
+        }
+    return {"one_to_one": OneToOneAssigner(cost_weights=weights), **rules}

@@ -7,9 +7,10 @@
 | convolutions of the neck | Xavier-uniform, bias 0 |
 | class heads | bias such that every probability is 0.01; weights as torch makes them |
 | box heads, last layer | 0: a layer starts by repeating the box it is given |
-| one-stage hosts: the first layer's box head | bias -2 for width and height |
+| one-stage hosts: the first layer's box heads | bias -2 for width and height |
 | level embeddings, learned positions, anchors, labels | N(0, 1) |
 | static content, patterns and their mixing | `model.content_std`; `model.pattern_std`, `model.bias_std`, `model.gain` |
+| gate of residual mixtures | 0 |
 | backbone | ImageNet weights or timm's own start |
 
 Source: the published codes of Deformable DETR and DINO, which agree on these.
@@ -47,6 +48,9 @@ def init_weights(model: Detector) -> None:
             nn.init.xavier_uniform_(part.weight)
             _zero(part.bias)
     class_heads, box_heads = list(model.decoder.class_heads), list(model.decoder.box_heads)
+    if model.decoder.many_heads is not None:
+        class_heads += list(model.decoder.many_heads.class_heads)
+        box_heads += list(model.decoder.many_heads.box_heads)
     start = model.start
     if isinstance(start, ProposalStart):
         nn.init.xavier_uniform_(start.head.project.weight)
@@ -61,7 +65,11 @@ def init_weights(model: Detector) -> None:
         nn.init.zeros_(last.weight)
         _zero(last.bias)
     if not isinstance(start, ProposalStart):
-        nn.init.constant_(_last(box_heads[0]).bias[2:], -2.0)
+        firsts = (
+            [model.decoder] if model.decoder.many_heads is None else [model.decoder, model.decoder.many_heads]
+        )
+        for part in firsts:
+            nn.init.constant_(_last(part.box_heads[0]).bias[2:], -2.0)
     if isinstance(start, LearnedPoints):
         nn.init.xavier_uniform_(start.point_head.weight)
         _zero(start.point_head.bias)

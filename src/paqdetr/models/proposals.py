@@ -1,15 +1,17 @@
 """Two-stage start: every token proposes a box, the best become the decoder's first reference boxes.
 
 Sources: Deformable DETR (arXiv 2010.04159), appendix A.4; DINO (arXiv 2203.03605, section 3.4), where tokens are ranked by their
-likeliest class and only positions come from the proposals.
+likeliest class and only positions come from the proposals; DDQ (arXiv 2303.12776, section 3.2) for proposals that are distinct.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torchvision.ops import box_convert, nms
 
 from paqdetr.models.attention import MLP
 from paqdetr.models.position import at_least_float32, inverse_sigmoid
@@ -60,10 +62,16 @@ class ProposalHead(nn.Module):
     Args:
         class_agnostic: tell "an object" from background with a single logit (Deformable DETR); otherwise one for each class, and
             tokens are ranked by the likeliest.
+        distinct: a proposal that overlaps a better one by more than this IoU is chosen only after all others; None: as ranked. Of
+            DDQ this is the selection before the decoder, in training and in use; its selection between layers and its loss on
+            dense queries are not there.
     """
 
-    def __init__(self, *, dim: int, num_classes: int, class_agnostic: bool = False) -> None:
+    def __init__(
+        self, *, dim: int, num_classes: int, class_agnostic: bool = False, distinct: float | None = None
+    ) -> None:
         super().__init__()
+        self.distinct = distinct
         self.class_agnostic = class_agnostic
         self.project = nn.Linear(dim, dim)
         self.norm = nn.LayerNorm(dim)
@@ -77,20 +85,27 @@ class ProposalHead(nn.Module):
         valid = usable if memory.padding_mask is None else usable & ~memory.padding_mask
         x = self.norm(self.project(memory.values.masked_fill(~valid[..., None], 0.0)))
         logits = self.class_head(x)  # (B, S, C or 1)
-        indices = _best_tokens(logits.detach().amax(-1), valid, count)  # (B, n)
-
-        def pick(tokens: Tensor) -> Tensor:
-            return tokens.gather(1, indices[..., None].expand(-1, -1, tokens.shape[-1]))
 
         def regress(tokens: Tensor, starts: Tensor) -> Tensor:
             return (at_least_float32(self.box_head(tokens)) + inverse_sigmoid(starts)).sigmoid()
 
+        @torch.no_grad()
+        def boxes_of(chosen: Tensor) -> Tensor:
+            return regress(_pick(x, chosen), _pick(anchors, chosen))
+
+        scores = logits.detach().amax(-1)  # (B, S)
+        if self.distinct is None:
+            indices = _best_tokens(scores, valid, count)  # (B, n)
+        else:
+            indices = _distinct_tokens(scores, valid, count, boxes_of, self.distinct)
+
         if self.class_agnostic and self.training:  # its loss is over all tokens
             boxes = regress(x, anchors)
             everything = AllTokens(logits=logits, boxes=boxes, valid=valid)
-            return Proposals(pick(logits), pick(boxes), indices, everything)
+            return Proposals(_pick(logits, indices), _pick(boxes, indices), indices, everything)
         # Boxes are regressed for the selected tokens alone: the rest would be thrown away.
-        return Proposals(logits=pick(logits), boxes=regress(pick(x), pick(anchors)), indices=indices)
+        boxes = regress(_pick(x, indices), _pick(anchors, indices))
+        return Proposals(logits=_pick(logits, indices), boxes=boxes, indices=indices)
 
 
 def _anchors(memory: Tokens) -> Tensor:
@@ -106,6 +121,42 @@ def _best_tokens(scores: Tensor, valid: Tensor, count: int) -> Tensor:
     An image with fewer valid tokens than queries repeats its ranking, so that the result never depends on padding.
     """
     order = scores.masked_fill(~valid, -torch.inf).topk(min(count, scores.shape[1]), dim=1).indices
+    return _repeated(order, valid, count)
+
+
+def _repeated(order: Tensor, valid: Tensor, count: int) -> Tensor:
+    """The first `count` of a ranking (B, M), which starts anew where an image has no more valid tokens."""
     available = valid.sum(1, keepdim=True).clamp(1, order.shape[1])
-    ranks = torch.arange(count, device=scores.device)[None] % available  # (B, count)
+    ranks = torch.arange(count, device=order.device)[None] % available  # (B, count)
     return order.gather(1, ranks)
+
+
+def _distinct_tokens(
+    scores: Tensor, valid: Tensor, count: int, boxes_of: Callable[[Tensor], Tensor], threshold: float
+) -> Tensor:
+    """As `_best_tokens`, but tokens whose box overlaps that of a better one by more than `threshold` come after all others.
+
+    Which tokens survive non-maximum suppression depends on better ones alone. So only as many of the best are looked at as are
+    needed for `count` survivors, and the result is that of suppression among all tokens.
+    """
+    ranked = scores.masked_fill(~valid, -torch.inf)
+    available = valid.sum(1)  # (B,)
+    looked_at = min(2 * count, scores.shape[1])
+    while True:
+        order = ranked.topk(looked_at, dim=1).indices  # (B, M)
+        corners = box_convert(boxes_of(order), "cxcywh", "xyxy")
+        descending = torch.arange(looked_at, 0, -1, device=scores.device, dtype=corners.dtype)
+        last = torch.full_like(order, 2)  # 0 survives, 1 is suppressed, 2 is no valid token
+        for image, number in enumerate(available.clamp(max=looked_at).tolist()):
+            last[image, :number] = 1
+            # Image by image: what it is batched with must not matter, not even to the last bit.
+            last[image, nms(corners[image, :number], descending[:number], threshold)] = 0
+        survivors = (last == 0).sum(1)
+        if bool(((survivors >= count) | (available <= looked_at)).all()):
+            return _repeated(order.gather(1, last.argsort(dim=1, stable=True)), valid, count)
+        looked_at = min(2 * looked_at, scores.shape[1])
+
+
+def _pick(tokens: Tensor, indices: Tensor) -> Tensor:
+    """(B, S, c) rows of the tokens (B, n) -> (B, n, c)."""
+    return tokens.gather(1, indices[..., None].expand(-1, -1, tokens.shape[-1]))

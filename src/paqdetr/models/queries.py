@@ -6,14 +6,14 @@ PaQ's `paqdetr.paq.PatternQueries` is the other source. A new idea is a module w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from paqdetr.models.denoising import DenoisingQueries
-from paqdetr.paq import Mixture
+from paqdetr.paq import Mixture, PatternQueries, StaticMixtures
 
 
 @runtime_checkable
@@ -62,6 +62,45 @@ class StaticQueries(nn.Module):
     def aux_losses(self) -> dict[str, Tensor]:
         """Nothing."""
         return {}
+
+
+class ResidualMixtures(nn.Module):
+    """A learned table, and mixtures that are added to it through a gate of one number a channel.
+
+    The gate starts at zero, as ReZero's (arXiv 2003.04887): a training begins as that of the host with static content, and takes
+    from the patterns what helps. A trained table of a host can be put in, and then the detector begins as it was. Ours; the
+    form that `paqdetr.integrations.transformers` has as `mode="residual"`.
+
+    Args:
+        static: the table; its `table` becomes this module's.
+        mixtures: the source of (B, n, d) mixtures.
+    """
+
+    def __init__(self, *, static: StaticQueries, mixtures: PatternQueries | StaticMixtures) -> None:
+        super().__init__()
+        self.table = static.table
+        self.gate = nn.Parameter(torch.zeros(self.table.shape[1]))
+        self.mixtures = mixtures
+
+    def forward(
+        self,
+        tokens: Tensor,
+        spatial_shapes: Sequence[tuple[int, int]],
+        padding_mask: Tensor | None = None,
+        proposals: Tensor | None = None,
+    ) -> Mixture:
+        """Content (B, n, d) is table + gate * mixture; the weights (B, n, m) are the mixture's."""
+        mixture = self.mixtures(tokens, spatial_shapes, padding_mask, proposals)
+        return replace(mixture, content=self.table + self.gate * mixture.content)
+
+    @property
+    def patterns(self) -> Tensor:
+        """(m, d), those of the mixtures."""
+        return self.mixtures.patterns
+
+    def aux_losses(self) -> dict[str, Tensor]:
+        """What the mixtures owe."""
+        return self.mixtures.aux_losses()
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,10 +23,11 @@ from paqdetr.structures import ClassTable
 
 # Tensors with a row a class, and with one or several rows a query.
 _CLASS_ROWS = re.compile(
-    r"decoder\.class_heads\.\d+\.(weight|bias)|start\.head\.class_head\.(weight|bias)|denoising\.label_embed\.weight"
+    r"decoder\.(many_heads\.)?class_heads\.\d+\.(weight|bias)|start\.head\.class_head\.(weight|bias)|denoising\.label_embed\.weight"
 )
 _QUERY_ROWS = re.compile(
-    r"query_source\.table|start\.(boxes|position)|query_source\.head\.(linear\.(weight|bias)|queries|bias)"
+    r"query_source\.(table|logits|mixtures\.logits)|start\.(boxes|position)|"
+    r"query_source\.(mixtures\.)?head\.(linear\.(weight|bias)|queries|bias)"
 )
 _COUNTER = "num_batches_tracked"
 
@@ -34,7 +35,7 @@ _COUNTER = "num_batches_tracked"
 # values that the checkpoint replaces, and what acts in training alone.
 _FREE_KEYS = frozenset(
     "num_classes num_queries dropout frozen_stride freeze_backbone_norm look_forward_twice content_std pattern_std gain bias_std "
-    "denoising_queries denoising_groups label_noise box_noise".split()
+    "denoising_queries denoising_groups label_noise box_noise distinct_proposals".split()
 )
 
 

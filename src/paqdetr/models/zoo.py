@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from paqdetr.config import Config, ModelConfig, list_configs, load_config
 from paqdetr.errors import ConfigError
@@ -16,18 +16,43 @@ from paqdetr.models.encoder import DeformableEncoder
 from paqdetr.models.initialize import init_weights
 from paqdetr.models.neck import Neck
 from paqdetr.models.proposals import ProposalHead
-from paqdetr.models.queries import QuerySource, StaticQueries
+from paqdetr.models.queries import QuerySource, ResidualMixtures, StaticQueries
 from paqdetr.models.start import LearnedAnchors, LearnedPoints, ProposalStart, QueryStart
 from paqdetr.paq import PatternQueries, StaticMixtures
 from paqdetr.preprocessing import Preprocessing
 from paqdetr.structures import ClassTable
+
+_Mixtures = TypeVar("_Mixtures", PatternQueries, StaticMixtures)
 
 
 def _static_queries(config: ModelConfig) -> StaticQueries:
     return StaticQueries(num_queries=config.num_queries, dim=config.content_dim, std=config.content_std)
 
 
-def _pattern_queries(config: ModelConfig) -> PatternQueries:
+def _pattern_queries(config: ModelConfig) -> PatternQueries | ResidualMixtures:
+    return _as_mixture(config, _patterns(config))
+
+
+def _static_mixtures(config: ModelConfig) -> StaticMixtures | ResidualMixtures:
+    mixtures = StaticMixtures(
+        num_queries=config.num_queries,
+        num_patterns=config.num_patterns,
+        dim=config.content_dim,
+        temperature=config.temperature,
+        bias_std=config.bias_std,
+        pattern_std=config.pattern_std,
+    )
+    return _as_mixture(config, mixtures)
+
+
+def _as_mixture(config: ModelConfig, mixtures: _Mixtures) -> _Mixtures | ResidualMixtures:
+    """The mixtures themselves, or added to static content."""
+    if config.mixture == "replace":
+        return mixtures
+    return ResidualMixtures(static=_static_queries(config), mixtures=mixtures)
+
+
+def _patterns(config: ModelConfig) -> PatternQueries:
     return PatternQueries(
         num_queries=config.num_queries,
         num_patterns=config.num_patterns,
@@ -42,17 +67,6 @@ def _pattern_queries(config: ModelConfig) -> PatternQueries:
         pattern_std=config.pattern_std,
         head_rank=config.head_rank,
         conv=config.extractor_conv,
-    )
-
-
-def _static_mixtures(config: ModelConfig) -> StaticMixtures:
-    return StaticMixtures(
-        num_queries=config.num_queries,
-        num_patterns=config.num_patterns,
-        dim=config.content_dim,
-        temperature=config.temperature,
-        bias_std=config.bias_std,
-        pattern_std=config.pattern_std,
     )
 
 
@@ -71,6 +85,7 @@ def _proposal_start(config: ModelConfig) -> ProposalStart:
             dim=config.dim,
             num_classes=config.num_classes,
             class_agnostic=config.class_agnostic_proposals,
+            distinct=config.distinct_proposals,
         ),
         num_queries=config.num_queries,
         dim=config.dim,
@@ -173,8 +188,10 @@ def build_model(
         ffn_dim=model.ffn_dim,
         dropout=model.dropout,
     )
+    layers = model.decoder_layers
     decoder = Decoder(
-        num_layers=model.decoder_layers,
+        num_layers=layers,
+        many_layers={"none": 0, "intermediate": layers - 1, "all": layers}[model.one_to_many_heads],
         num_classes=model.num_classes,
         norm=model.decoder_norm,
         share_heads=model.share_heads,

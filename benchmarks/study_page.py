@@ -1,0 +1,261 @@
+"""Keep what studies found, and write the tables of docs/study.md from it.
+
+python benchmarks/study_page.py take DIR         # take in the folder that `paqdetr study --output DIR` has filled
+python benchmarks/study_page.py plan DATA_ROOT   # work out what the studies of studies/ would take, and full scale
+python benchmarks/study_page.py                  # only write the tables anew
+
+Kept in docs/results/studies are the study's file and one json a run, not weights. A table of the page stands between
+`<!-- study NAME TABLE -->` and `<!-- end of study NAME TABLE -->`, with the names of the report's tables; or `facts`, how the
+study was made. `<!-- study plan runs -->`, `<!-- study plan cuts -->` and `<!-- study plan gpu -->` are about all studies.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from paqdetr.analysis.section import Column, Table
+from paqdetr.config import load_config
+from paqdetr.study.costs import Forecast, forecast, gflops, gpu_hours
+from paqdetr.study.markdown import to_table
+from paqdetr.study.report import StudyReport, study_report
+from paqdetr.study.results import read_results
+from paqdetr.study.runs import Places, plan_runs
+from paqdetr.study.spec import Study, load_study
+from paqdetr.study.tables import SETTLED, planning
+
+REPO = Path(__file__).resolve().parents[1]
+PAGE = REPO / "docs" / "study.md"
+KEPT = REPO / "docs" / "results" / "studies"
+PLAN = KEPT / "plan.json"
+MOST_BYTES = 20 * 2**20
+
+# Full scale: COCO train2017, the recipes' epochs, and what a GPU sustains in such a training, as an assumption.
+COCO_IMAGES = 118_287
+FULL_SCALE = (
+    *("deformable_detr_r50", "dn_detr_r50", "dino_r50"),
+    *("paq_deformable_detr_r50", "paq_dn_detr_r50", "paq_dino_r50"),
+    *("dino_swin_l", "paq_dino_swin_l"),
+)
+SUSTAINED = (10.0, 40.0)
+
+
+def take_in(folder: Path) -> None:
+    """Copy the study's file and its results to docs/results/studies/NAME."""
+    places = Places(folder)
+    if not places.study_file.is_file() or not places.results.is_dir():
+        raise SystemExit(f"{folder} holds no study with results")
+    study = load_study(places.study_file)
+    target = KEPT / study.name
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    shutil.copyfile(places.study_file, target / "study.yaml")
+    for file in sorted(places.results.glob("*/*/seed*.json")):
+        copy = target / "results" / file.relative_to(places.results)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)
+    size = sum(file.stat().st_size for file in KEPT.rglob("*") if file.is_file())
+    if size > MOST_BYTES:
+        raise SystemExit(
+            f"{KEPT.relative_to(REPO)} has {size / 2**20:.1f} MiB, more than {MOST_BYTES / 2**20:.0f}"
+        )
+
+
+def make_plan(root: Path) -> None:
+    """Write plan.json: runs and hours of every study, and the arithmetic of full scale."""
+    measured = read_results(KEPT)
+    rows: list[dict[str, Any]] = []
+    for file in sorted((REPO / "studies").glob("*.yaml")):
+        study = load_study(file)
+        places = Places(KEPT / study.name)
+        runs = plan_runs(study, file=file, places=places, root=root)
+        rows += [_plan_row(study, row) for row in forecast(runs, places, measured)]
+    scale = []
+    for name in FULL_SCALE:
+        config = load_config(name)
+        scale.append({"model": name, "epochs": config.epochs, "gflops": round(gflops(config), 2)})
+    KEPT.mkdir(parents=True, exist_ok=True)
+    PLAN.write_text(json.dumps({"runs": rows, "full_scale": scale}, indent=1) + "\n", encoding="utf-8")
+
+
+def _plan_row(study: Study, row: Forecast) -> dict[str, Any]:
+    return {
+        "study": study.name,
+        "about": study.about,
+        "data": row.data,
+        "variant": row.variant,
+        "seeds": len(row.seeds),
+        "steps": row.steps,
+        "done": row.done,
+        "hours": None if row.seconds is None else round(row.seconds * len(row.seeds) / 3600, 3),
+        "source": row.source,
+    }
+
+
+def write(page: str) -> str:
+    """The page with every table made anew.
+
+    Raises:
+        SystemExit: a table is asked for that there is not, or one has no end.
+    """
+    for name, what in re.findall(r"<!-- study (\S+) (\S+) -->", page):
+        start, end = f"<!-- study {name} {what} -->", f"<!-- end of study {name} {what} -->"
+        if end not in page:
+            raise SystemExit(f"{PAGE.relative_to(REPO)}: {start} has no {end}")
+        content = table(name, what)
+        page = re.sub(
+            f"{re.escape(start)}.*?{re.escape(end)}",
+            lambda _, text=f"{start}\n{content}\n{end}": text,
+            page,
+            flags=re.DOTALL,
+        )
+    return page
+
+
+def table(name: str, what: str) -> str:
+    """Markdown of one table of a study that is kept."""
+    if name == "plan":
+        return {"runs": plan_table, "cuts": cut_table, "gpu": gpu_table}[what]()
+    if not (KEPT / name / "study.yaml").is_file():
+        return f"No run of `studies/{name}.yaml` is kept yet."
+    report = kept_report(name)
+    if what == "facts":
+        return "\n".join(f"- {key}: {value}" for key, value in report.facts)
+    try:
+        return to_table(report.table(what))
+    except KeyError:
+        raise SystemExit(f"{PAGE.relative_to(REPO)}: the study {name} has no table {what!r}") from None
+
+
+@cache
+def kept_report(name: str) -> StudyReport:
+    """What the results of a study that is kept say."""
+    command = f"paqdetr study studies/{name}.yaml --output runs/{name} --data-root DATA"
+    return study_report(kept_study(name), read_results(KEPT / name / "results"), command=command)
+
+
+@cache
+def kept_study(name: str) -> Study:
+    """The study's file as it was when its results were taken in."""
+    return load_study(KEPT / name / "study.yaml")
+
+
+def plan_table() -> str:
+    """Runs, steps and hours of each study and data set."""
+    rows = []
+    for study, data, group in _grouped(("study", "data")):
+        hours = [row["hours"] for row in group]
+        rows.append(
+            {
+                "study": study,
+                "data": data,
+                "variants": len(group),
+                "runs": sum(row["seeds"] for row in group),
+                "steps": group[0]["steps"],
+                "done": sum(row["done"] for row in group),
+                "hours": None if None in hours else sum(hours),
+                "source": ", ".join(sorted({row["source"] for row in group} - {""})),
+            }
+        )
+    columns = (
+        Column("study", "study", "text"),
+        Column("data", "data", "text"),
+        Column("variants", "variants", "integer"),
+        Column("runs", "runs", "integer"),
+        Column("steps", "steps a run", "integer"),
+        Column("done", "done", "integer"),
+        Column("hours", "machine hours"),
+        Column("source", "from", "text"),
+    )
+    return to_table(Table("plan", "", columns, tuple(rows)))
+
+
+def cut_table() -> str:
+    """Studies in the order in which they are cut if time is short: first those whose seeds cannot see 1.5 points of AP where the
+    pilot measured its variances, then those that take the most hours."""
+    rows = []
+    for study, _, group in _grouped(("study",)):
+        hours = sum(row["hours"] or 0.0 for row in group)
+        seen = [_smallest(row["data"], row["seeds"]) for row in group]
+        known = [effect for effect in seen if effect is not None]
+        smallest = max(known) if known else None
+        rows.append({"study": study, "hours": hours, "smallest": smallest})
+    rows.sort(key=lambda row: (-((row["smallest"] or 0.0) > SETTLED), -row["hours"]))
+    ranked = tuple({"order": place, **row} for place, row in enumerate(rows, start=1))
+    columns = (
+        Column("order", "cut as number", "integer"),
+        Column("study", "study", "text"),
+        Column("hours", "machine hours"),
+        Column("smallest", "smallest effect its seeds see"),
+    )
+    return to_table(Table("cuts", "", columns, ranked), empty=True)
+
+
+def gpu_table() -> str:
+    """GPU hours of COCO trainings by arithmetic."""
+    rows = []
+    for row in _plan()["full_scale"]:
+        hours = [
+            gpu_hours(gflops=row["gflops"], images=COCO_IMAGES, epochs=row["epochs"], tflops=tflops)
+            for tflops in SUSTAINED
+        ]
+        rows.append({**row, "slow": round(hours[0]), "fast": round(hours[1])})
+    slow, fast = SUSTAINED
+    columns = (
+        Column("model", "model", "text"),
+        Column("epochs", "epochs of COCO", "integer"),
+        Column("gflops", "GFLOPs an image"),
+        Column("slow", f"GPU hours at {slow:.0f} TFLOP/s", "integer"),
+        Column("fast", f"at {fast:.0f} TFLOP/s", "integer"),
+    )
+    return to_table(Table("gpu", "", columns, tuple(rows)))
+
+
+def _smallest(data: str, seeds: int) -> float | None:
+    """The effect that so many seeds see, with the variances that any kept study has measured on a data set of this name."""
+    for folder in sorted(KEPT.glob("*/study.yaml")):
+        if data in kept_study(folder.parent.name).data and seeds > 1:
+            found = planning(kept_report(folder.parent.name).runs, data)
+            if found is not None:
+                effect = found.with_seeds(seeds).smallest_effect()
+                return None if math.isnan(effect) else round(effect, 4)
+    return None
+
+
+def _grouped(keys: tuple[str, ...]) -> list[tuple[str, str, list[dict[str, Any]]]]:
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in _plan()["runs"]:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return [(key[0], key[-1], rows) for key, rows in groups.items()]
+
+
+def _plan() -> dict[str, Any]:
+    if not PLAN.is_file():
+        raise SystemExit(
+            f"{PLAN.relative_to(REPO)} is missing: python benchmarks/study_page.py plan DATA_ROOT"
+        )
+    return json.loads(PLAN.read_text(encoding="utf-8"))
+
+
+def main() -> None:
+    """Take in or plan if that is asked for, then write the page."""
+    match sys.argv[1:]:
+        case ["take", folder]:
+            take_in(Path(folder))
+        case ["plan", root]:
+            make_plan(Path(root))
+        case []:
+            pass
+        case _:
+            raise SystemExit(__doc__)
+    PAGE.write_text(write(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""`paqdetr study`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from paqdetr.cli.console import Ended, errors, print_styled, progress_bar, results, show
+from paqdetr.errors import ConfigError
+
+if TYPE_CHECKING:
+    from paqdetr.study.report import StudyReport
+    from paqdetr.study.runs import Places, PlannedRun
+    from paqdetr.study.spec import Study
+
+
+def study(
+    file: Annotated[Path, typer.Argument(help="What is compared: a YAML file.", metavar="STUDY.yaml")],
+    *,
+    output: Annotated[Path, typer.Option(help="Folder of the study; made if absent.")],
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue a study that was stopped, or start it.")
+    ] = False,
+    data_root: Annotated[Path, typer.Option(help="What data folders of the file are relative to.")] = Path(),
+    plan: Annotated[
+        bool, typer.Option("--plan", help="List the runs and what they will take; run none.")
+    ] = False,
+    commands: Annotated[
+        bool, typer.Option("--commands", help="Print the command of every training; run none.")
+    ] = False,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Write the report of what is there; run nothing.")
+    ] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Run those that failed before once more.")] = False,
+    measured: Annotated[
+        Path | None,
+        typer.Option(help="With --plan: a folder with results of other studies, to know times from."),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, ...: the best there is if not given.")
+    ] = None,
+) -> None:
+    """Compare variants over data sets and seeds: train what is missing, measure it, and say what the runs decide.
+
+    Ctrl-C or SIGTERM stops at the next step of the training in hand, with its state saved; --resume goes on.
+    """
+    from paqdetr.study.runs import Places, plan_runs
+    from paqdetr.study.spec import load_study
+
+    loaded, places = load_study(file), Places(output)
+    if report_only:
+        return _report(loaded, file, places)
+    runs = plan_runs(loaded, file=file, places=places, root=data_root)
+    if commands:
+        for planned in runs:
+            results.print(planned.command(places.run(planned.key), device=device), soft_wrap=True)
+    elif plan:
+        _plan(loaded, runs, places, measured)
+    else:
+        _run(loaded, file, runs, places, data_root=data_root, resume=resume, retry=retry, device=device)
+
+
+def _run(
+    study: Study,
+    file: Path,
+    runs: list[PlannedRun],
+    places: Places,
+    *,
+    data_root: Path,
+    resume: bool,
+    retry: bool,
+    device: str | None,
+) -> None:
+    from paqdetr.cli.study_progress import QueueProgress
+    from paqdetr.engine.environment import command_line
+    from paqdetr.study.children import StudyInterrupted
+    from paqdetr.study.datasets import prepare
+    from paqdetr.study.queue import require_no_conflict, run_queue
+
+    if places.study_file.exists() and not resume:
+        raise ConfigError(
+            f"{places.output}: there is a study already, and nothing is overwritten",
+            "continue it with --resume, or choose another --output",
+        )
+    for planned in runs:
+        require_no_conflict(planned, places)
+    places.output.mkdir(parents=True, exist_ok=True)
+    places.study_file.write_text(file.read_text(encoding="utf-8"), encoding="utf-8")
+    for name, data in study.data.items():
+        with progress_bar(f"prepare {name}") as progress:
+            prepare(data, cache=places.data, root=data_root, progress=progress)
+    try:
+        with QueueProgress(study, runs) as told:
+            done = run_queue(study, runs, places, device=device, retry=retry, events=told)
+    except StudyInterrupted as interrupted:
+        command = command_line() + ("" if resume else " --resume")
+        print_styled(errors, ("interrupted:", "bold"), " the state is saved; continue with")
+        errors.print(f"  {command}", soft_wrap=True)
+        raise Ended(interrupted.exit_code) from None
+    _report(study, file, places)
+    if done.failed:
+        for planned in done.failed:
+            errors.print(f"failed: {planned.key}; see {places.log(planned.key)}", soft_wrap=True)
+        print_styled(errors, ("help:", "bold"), " mend the cause, then continue with --resume --retry")
+        raise Ended(2)
+
+
+def _report(study: Study, file: Path, places: Places) -> None:
+    from paqdetr.study.report import write_report
+
+    if not places.results.is_dir():
+        raise ConfigError(f"{places.output}: there are no results yet", "run the study without --report-only")
+    command = f"paqdetr study {file} --output {places.output} --resume"
+    report = write_report(study, places.results, places.output, command=command)
+    _print(report)
+    results.print(f"report: {places.output / 'report' / 'index.html'}", soft_wrap=True)
+
+
+def _print(report: StudyReport) -> None:
+    """Figures by data set, and the verdicts."""
+    study = report.runs.study
+    for name in study.data:
+        table = Table(title=f"{name}, {study.split_of(name)}", title_justify="left")
+        table.add_column("variant")
+        for heading in ("seeds", "AP", "spread", "AP after NMS", "to baseline", "interval"):
+            table.add_column(heading, justify="right")
+        from paqdetr.study.tables import figure_rows
+
+        rows = figure_rows(report.runs, name)
+        for row in rows:
+            interval = "-" if row["low"] is None else f"{row['low']:+.3f} to {row['high']:+.3f}"
+            difference = "-" if row["difference"] is None else f"{row['difference']:+.3f}"
+            figures = (show(row["AP"]), show(row["spread"]), show(row["AP_nms"]))
+            table.add_row(row["variant"], str(row["seeds"]), *figures, difference, interval)
+        if rows:
+            results.print(table)
+    if not report.verdicts:
+        return
+    table = Table(title="claims", title_justify="left")
+    for heading in ("claim", "data", "verdict"):
+        table.add_column(heading)
+    for heading in ("effect", "p", "smallest effect seen"):
+        table.add_column(heading, justify="right")
+    for row in report.table("verdicts").rows:
+        effect = "-" if row["effect"] is None else f"{row['effect']:+.3f}"
+        numbers = (effect, show(row["p"]), show(row["smallest"]))
+        table.add_row(row["claim"], row["data"], row["verdict"], *numbers)
+    results.print(table)
+
+
+def _plan(study: Study, runs: list[PlannedRun], places: Places, measured: Path | None) -> None:
+    from paqdetr.study.costs import forecast
+    from paqdetr.study.results import read_results
+
+    rows = forecast(runs, places, [] if measured is None else read_results(measured))
+    table = Table(title=f"study {study.name}: {len(runs)} runs", title_justify="left")
+    for heading in ("data", "variant", "seeds"):
+        table.add_column(heading)
+    for heading in ("steps", "done", "a run", "left"):
+        table.add_column(heading, justify="right")
+    table.add_column("from")
+    for row in rows:
+        table.add_row(
+            row.data,
+            row.variant,
+            " ".join(map(str, row.seeds)),
+            str(row.steps),
+            f"{row.done} of {len(row.seeds)}",
+            _hours(row.seconds),
+            _hours(row.left),
+            row.source,
+        )
+    results.print(table)
+    known = [row.left for row in rows if row.left is not None]
+    unknown = sum(len(row.seeds) - row.done for row in rows if row.left is None)
+    more = f", and {unknown} runs like none that was measured" if unknown else ""
+    results.print(f"left: {_hours(sum(known))}{more}", soft_wrap=True)
+
+
+def _hours(seconds: float | None) -> str:
+    if seconds is None:
+        return "?"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

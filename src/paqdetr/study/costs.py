@@ -1,0 +1,132 @@
+"""What runs took, and from that what others will take."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from paqdetr.config import Config
+from paqdetr.models.cost import model_cost
+from paqdetr.study.results import RunResult, read_result
+from paqdetr.study.runs import Places, PlannedRun
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """The runs of a variant on a data set, and what they will take on the machine that made the measurements.
+
+    Attributes:
+        seeds: of all runs.
+        steps: of each.
+        done: number of runs that need not be trained any more.
+        seconds: of a training, without its evaluations; None if nothing comparable was measured.
+        source: what that rests on, from the nearest to the farthest: "these runs", "this data", "FLOPs".
+    """
+
+    data: str
+    variant: str
+    seeds: tuple[int, ...]
+    steps: int
+    done: int
+    seconds: float | None
+    source: str
+
+    @property
+    def left(self) -> float | None:
+        """Seconds of the trainings that are to be done."""
+        missing = len(self.seeds) - self.done
+        return 0.0 if not missing else None if self.seconds is None else self.seconds * missing
+
+
+def forecast(
+    runs: Sequence[PlannedRun], places: Places, measured: Sequence[RunResult] = ()
+) -> list[Forecast]:
+    """What is to be done, by data set and variant.
+
+    Args:
+        runs: of one study.
+        measured: results of other studies, whose times count too.
+    """
+    found = {planned.key: read_result(places.result(planned.key)) for planned in runs}
+    own = [result for result in found.values() if result is not None]
+    times = _Times([*own, *measured])
+    grouped: dict[tuple[str, str], list[PlannedRun]] = {}
+    for planned in runs:
+        grouped.setdefault((planned.key.data, planned.key.variant), []).append(planned)
+    rows = []
+    for (data, variant), group in grouped.items():
+        seconds, source = times.of(data, variant, group[0].config)
+        done = sum(found[planned.key] is not None or places.run(planned.key).finished for planned in group)
+        seeds = tuple(planned.key.seed for planned in group)
+        steps = group[0].steps
+        rows.append(
+            Forecast(data, variant, seeds, steps, done, None if seconds is None else seconds * steps, source)
+        )
+    return rows
+
+
+class _Times:
+    """Seconds of an optimiser step, of settings that were measured or resemble such."""
+
+    def __init__(self, results: Sequence[RunResult]) -> None:
+        self._results = [result for result in results if result.failed is None and result.cost]
+
+    def of(self, data: str, variant: str, config: Config) -> tuple[float | None, str]:
+        """Seconds, and what they rest on."""
+        near = [result for result in self._results if result.key.data == data and _alike(result, config)]
+        same = [result for result in near if result.key.variant == variant]
+        for found, source in ((same, "these runs"), (near, "this data")):
+            if found:
+                return statistics.median(result.cost["step_seconds"] for result in found), source
+        rates = [
+            result.cost["step_seconds"] / (result.cost["gflops"] * _step_images(result.settings))
+            for result in self._results
+        ]
+        if not rates:
+            return None, ""
+        images = config.batch_size * config.accumulate
+        return statistics.median(rates) * gflops(config) * images, "FLOPs"
+
+
+def gflops(config: Config) -> float:
+    """10^9 multiply-adds of a square image of the settings' size, each counted once."""
+    size = config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return _gflops(config.to_yaml(), height, width)
+
+
+@cache
+def _gflops(text: str, height: int, width: int) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.yaml"
+        file.write_text(text, encoding="utf-8")
+        return model_cost(str(file), height=height, width=width).flops / 1e9
+
+
+def gpu_hours(*, gflops: float, images: int, epochs: int, tflops: float) -> float:
+    """GPU hours of a training by arithmetic alone.
+
+    A multiply-add is counted once in `gflops` and is two operations; a backward pass takes twice a forward pass.
+
+    Args:
+        gflops: of one image, as `paqdetr models` shows them.
+        images: of an epoch.
+        tflops: 10^12 operations a second that the GPU sustains in such a training: a fraction of what it is sold with.
+    """
+    return 2 * 3 * gflops * 1e9 * images * epochs / (tflops * 1e12) / 3600
+
+
+def _alike(result: RunResult, config: Config) -> bool:
+    """Whether a step has as many images of one size: data sets of one name may differ between studies."""
+    size = config.model_dump(mode="json")["image_size"]
+    images = config.batch_size * config.accumulate
+    return result.settings["image_size"] == size and _step_images(result.settings) == images
+
+
+def _step_images(settings: dict[str, Any]) -> int:
+    return int(settings["batch_size"]) * int(settings["accumulate"])

@@ -1,0 +1,306 @@
+"""Measures a finished training: `python -m paqdetr.study.measure JOB.json`, a process of its own that a queue starts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from paqdetr.checkpoint import write_whole
+from paqdetr.config import load_config
+from paqdetr.data.dataset import DetectionDataset, open_split
+from paqdetr.engine.device import require_device
+from paqdetr.engine.evaluate import detect_split, require_same_classes
+from paqdetr.engine.run import Run, flat_settings
+from paqdetr.errors import UserError
+from paqdetr.metrics.coco import non_maximum_suppression
+from paqdetr.metrics.intervals import resample_images
+from paqdetr.metrics.matching import MatchTable
+from paqdetr.metrics.query_report import QueryUsageReport, Spread
+from paqdetr.metrics.query_usage import QueryUsage
+from paqdetr.models import Detector, load
+from paqdetr.models.cost import model_cost
+from paqdetr.structures import Detections
+from paqdetr.study.results import RunResult
+from paqdetr.study.runs import Places, PlannedRun, RunKey
+from paqdetr.study.spec import Study
+
+# Raised whenever the same run would be measured otherwise than before.
+_VERSION = 1
+_CONFIDENT = 0.3
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is to be measured, of which run, and where the result goes.
+
+    Attributes:
+        data, variant, seed: of the run.
+        run, folder, result: its folder, that of the data set, and the file to write.
+        settings: flat, as planned.
+        split, checkpoints, replicates, resample_seed: as of `Measurement`.
+        device: "cpu", ...; the best there is if None.
+    """
+
+    data: str
+    variant: str
+    seed: int
+    run: str
+    folder: str
+    result: str
+    settings: dict[str, Any]
+    split: str
+    checkpoints: tuple[str, ...]
+    replicates: int
+    resample_seed: int
+    device: str | None
+
+    @classmethod
+    def of(cls, study: Study, planned: PlannedRun, places: Places, *, device: str | None) -> Job:
+        """What a study wants to know of one of its runs."""
+        key = planned.key
+        return cls(
+            data=key.data,
+            variant=key.variant,
+            seed=key.seed,
+            run=str(places.run(key).output),
+            folder=str(planned.folder),
+            result=str(places.result(key)),
+            settings=flat_settings(planned.config),
+            split=study.split_of(key.data),
+            checkpoints=study.evaluate.checkpoints,
+            replicates=study.evaluate.replicates,
+            resample_seed=study.evaluate.seed,
+            device=device,
+        )
+
+    @property
+    def measure(self) -> dict[str, Any]:
+        """What the result depends on besides the run."""
+        return {
+            "version": _VERSION,
+            "split": self.split,
+            "checkpoints": list(self.checkpoints),
+            "replicates": self.replicates,
+            "seed": self.resample_seed,
+        }
+
+    @property
+    def key(self) -> RunKey:
+        return RunKey(self.data, self.variant, self.seed)
+
+    def failed(self, reason: str) -> RunResult:
+        """The result of a run that has none."""
+        return RunResult(self.key, reason, self.settings, measure=self.measure)
+
+    def to_json(self) -> dict[str, Any]:
+        """Ready for json."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Job:
+        """As it was."""
+        arguments: dict[str, Any] = values | {"checkpoints": tuple(values["checkpoints"])}
+        return cls(**arguments)
+
+
+def is_current(result: RunResult, job: Job) -> bool:
+    """Whether a result is of just what the job measures."""
+    return result.measure == job.measure
+
+
+def measure_run(job: Job) -> RunResult:
+    """Evaluate a run's checkpoints and collect what its records say.
+
+    Raises:
+        UserError: a checkpoint or the data cannot be read, or do not fit.
+    """
+    run = Run(Path(job.run))
+    split = open_split(job.folder, job.split)
+    figures: dict[str, dict[str, Any]] = {}
+    replicates: dict[str, dict[str, np.ndarray]] = {}
+    model: Detector | None = None
+    for checkpoint in job.checkpoints:
+        model = load(getattr(run, checkpoint), device=str(require_device(job.device)))
+        figures[checkpoint], replicates[checkpoint] = measure_model(
+            model, split, replicates=job.replicates, seed=job.resample_seed
+        )
+    assert model is not None
+    return RunResult(
+        key=job.key,
+        failed=None,
+        settings=flat_settings(load_config(run.config_file)),
+        measure=job.measure,
+        images={"count": len(split), "hash": _hash(split)},
+        figures=figures,
+        replicates=replicates,
+        curve=learning_curve(run),
+        cost=cost_of(run, model, split),
+        provenance=provenance_of(run),
+    )
+
+
+def measure_model(
+    model: Detector, split: DetectionDataset, *, replicates: int, seed: int
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Figures of a model on a split, and those of each resample of its images.
+
+    Returns:
+        figures by name; and (R,) float64 by name.
+    """
+    require_same_classes(model.classes, split)
+    found: list[Detections] = []
+    usage = QueryUsage(num_queries=model.config.num_queries)
+    for index, detections in detect_split(model, split, batch_size=4, observers=[usage]):
+        detections.image_id = split.image_ids[index]
+        found.append(detections)
+    raw, raw_replicates = _figures(split, found, replicates, seed)
+    cleaned, cleaned_replicates = _figures(
+        split, [non_maximum_suppression(detections) for detections in found], replicates, seed
+    )
+    sure = {detections.image_id: int((detections.scores > _CONFIDENT).sum()) for detections in found}
+    counts = np.array([sure[image] for image in split.image_ids])
+    weights = resample_images(len(split), replicates, seed)
+    figures = {
+        **raw,
+        "AP_nms": cleaned["AP"],
+        "AP50_nms": cleaned["AP50"],
+        "predictions_per_image": round(float(counts.mean()), 4),
+        "boxes_per_image": round(float(np.mean([len(split.labels(i)) for i in range(len(split))])), 4),
+        "queries": query_views(usage.report()),
+    }
+    values = {
+        "AP": raw_replicates["AP"],
+        "AP50": raw_replicates["AP50"],
+        "AP_nms": cleaned_replicates["AP"],
+        "predictions_per_image": weights @ counts / len(split),
+    }
+    return figures, values
+
+
+def _figures(
+    split: DetectionDataset, found: Sequence[Detections], replicates: int, seed: int
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The COCO figures of detections, and AP and AP50 of each resample of the images."""
+    results = [row for detections in found for row in detections.to_coco()]
+    table = MatchTable.match(split.ground_truth(), results)
+    whole = table.figures()
+    figures: dict[str, Any] = {name: _rounded(values[0]) for name, values in whole.figures.items()}
+    classes = zip(table.class_names, whole.per_class[0], strict=True)
+    figures["per_class"] = {name: _rounded(value) for name, value in classes}
+    weights = resample_images(len(split), replicates, seed)
+    precision = table.average_precision(weights, areas=(0,))[:, 0]  # (R, C, T)
+    # A rare class may be missing in a resample: the mean is over those that are there, as in COCO.
+    return figures, {"AP": np.nanmean(precision, axis=(1, 2)), "AP50": np.nanmean(precision[:, :, 0], axis=1)}
+
+
+def query_views(report: QueryUsageReport) -> dict[str, Any]:
+    """The views of query use as single numbers: Gini coefficients, with what they have to be read beside."""
+    views: dict[str, Any] = {"n": report.num_queries, "cosine": report.query_cosine}
+    spreads: dict[str, Spread | None] = {
+        **{
+            f"over_{round(100 * spread.threshold)}": spread
+            for spread in report.activations
+            if spread.threshold
+        },
+        "equal": report.equal,
+        "positives": report.positives,
+    }
+    for name, spread in spreads.items():
+        if spread is not None:
+            views[f"gini_{name}"], views[f"per_image_{name}"] = spread.gini, spread.per_image
+            views[f"by_rank_{name}"] = spread.by_rank
+    if report.equal is not None:
+        views["threshold_equal"] = report.equal.threshold
+    if report.patterns is not None:
+        views["gini_patterns"], views["entropy"] = report.patterns.gini, report.patterns.entropy
+        views["dead_patterns"], views["patterns"] = report.patterns.dead, len(report.patterns.mass)
+    return {name: _rounded(value) for name, value in views.items() if value is not None}
+
+
+def learning_curve(run: Run) -> list[dict[str, Any]]:
+    """The evaluations of a training on its validation split, each with the mean loss since the one before."""
+    curve: list[dict[str, Any]] = []
+    losses: list[float] = []
+    for record in run.records():
+        if record.get("kind") == "train":
+            losses.append(record["loss"])
+        elif record.get("kind") == "eval":
+            names = ("AP", "AP50", "AP_nms", "predictions_per_image")
+            row = {"step": record["step"]} | {name: _rounded(record.get(name)) for name in names}
+            curve.append(row | {"loss": _rounded(float(np.mean(losses))) if losses else None})
+            losses = []
+    return curve
+
+
+def cost_of(run: Run, model: Detector, split: DetectionDataset) -> dict[str, Any]:
+    """What the training took, and what the model takes. FLOPs are of one image of the split's commonest size."""
+    finished, start = run.records("finished")[-1], run.records("start")[-1]
+    sizes = Counter(model.preprocessing.target_size(*size) for size in split.sizes.tolist())
+    height, width = sizes.most_common(1)[0][0]
+    size = model_cost(str(run.config_file), height=height, width=width)
+    return {
+        "steps": finished["step"],
+        "seconds": finished["seconds"],
+        "step_seconds": round(finished["seconds"] / max(finished["step"], 1), 4),
+        "cpu_seconds": _cpu_seconds(run),
+        "peak_memory_gib": finished["peak_memory_gib"],
+        "parameters": size.parameters,
+        "trainable": size.trainable,
+        "gflops": round(size.flops / 1e9, 3),
+        "image": [height, width],
+        "device": start["device"],
+        "threads": start["threads"],
+        "processes": start["processes"],
+    }
+
+
+def _cpu_seconds(run: Run) -> float | None:
+    """Of all sessions of the training, its evaluations among them; None unless every one of them was counted."""
+    file = run.output / "sessions.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    starts = len(json.loads(run.environment_file.read_text(encoding="utf-8")))
+    times = [row["cpu_seconds"] for row in rows]
+    return None if len(rows) != starts or None in times else round(sum(times), 1)
+
+
+def provenance_of(run: Run) -> dict[str, Any]:
+    """What the training ran with: of its last session, and how many there were."""
+    sessions = json.loads(run.environment_file.read_text(encoding="utf-8"))
+    last = sessions[-1]
+    kept = ("started", "git", "paqdetr", "python", "packages", "machine")
+    return {"sessions": len(sessions)} | {name: last.get(name) for name in kept}
+
+
+def _hash(split: DetectionDataset) -> str:
+    """Which images, in which order, with how many boxes: resamples of equal hashes are the same."""
+    content = json.dumps([[str(i), len(split.boxes(n))] for n, i in enumerate(split.image_ids)])
+    return hashlib.sha256(content.encode()).hexdigest()[:12]
+
+
+def _rounded(value: float | None) -> float | None:
+    """Six digits; None where nothing defines the figure."""
+    return None if value is None or np.isnan(value) else round(float(value), 6)
+
+
+def main(file: str) -> int:
+    """Do a job; 2 and the reason on standard error if it cannot be done."""
+    job = Job.from_json(json.loads(Path(file).read_text(encoding="utf-8")))
+    try:
+        text = measure_run(job).to_text()
+        write_whole(Path(job.result), lambda path: path.write_text(text, encoding="utf-8"))
+    except UserError as error:
+        sys.stderr.write(f"error: {error.message}\nhelp: {error.remedy}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

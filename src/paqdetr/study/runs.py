@@ -1,0 +1,255 @@
+"""The runs of a study: every data set with every variant and every seed, their settings, and where they lie."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from paqdetr.config import Config, load_config
+from paqdetr.data.dataset import open_split
+from paqdetr.engine.run import FREE_SETTINGS, Run, flat_settings
+from paqdetr.errors import ConfigError
+from paqdetr.study.datasets import folder_of, training_images
+from paqdetr.study.spec import Study
+
+_SAVE_EVERY_MINUTES = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where a study keeps what: DIR/KIND/DATA/VARIANT/seedN for each kind of thing.
+
+    Attributes:
+        output: the study's folder. `runs` holds ordinary folders of `paqdetr train`, `results` one json a run, which is all that
+            tables are made of, `logs` what trainings printed, `data` what was made for all runs.
+    """
+
+    output: Path
+
+    @property
+    def study_file(self) -> Path:
+        return self.output / "study.yaml"
+
+    @property
+    def data(self) -> Path:
+        return self.output / "data"
+
+    @property
+    def results(self) -> Path:
+        return self.output / "results"
+
+    def run(self, key: RunKey) -> Run:
+        return Run(self.output / "runs" / key.path)
+
+    def result(self, key: RunKey) -> Path:
+        return self.results / f"{key.path}.json"
+
+    def log(self, key: RunKey) -> Path:
+        return self.output / "logs" / f"{key.path}.log"
+
+    def lock(self, key: RunKey) -> Path:
+        return self.output / "locks" / f"{key.path}.lock"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class RunKey:
+    """Which of a study's runs."""
+
+    data: str
+    variant: str
+    seed: int
+
+    @property
+    def path(self) -> str:
+        """Relative, with slashes."""
+        return f"{self.data}/{self.variant}/seed{self.seed}"
+
+    def __str__(self) -> str:
+        return f"{self.data}, {self.variant}, seed {self.seed}"
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRun:
+    """One training of a study.
+
+    Attributes:
+        key: which one.
+        base: model, recipe or YAML file.
+        settings: what is laid over it, by dotted keys.
+        config: the result of both, with the number of classes if the data are there.
+        folder: of the data.
+        fold: which part of the data is validated on; None without folds.
+        steps: optimiser steps.
+        epoch_steps: of an epoch.
+        processes: that train together.
+    """
+
+    key: RunKey
+    base: str
+    settings: dict[str, Any]
+    config: Config
+    folder: Path
+    fold: int | None
+    steps: int
+    epoch_steps: int
+    processes: int
+
+    def train_arguments(self, run: Run, *, device: str | None = None) -> list[str]:
+        """What follows `python -m` to train it, or to take it up again."""
+        launcher = ["torch.distributed.run", f"--nproc_per_node={self.processes}", "-m"]
+        words = [*(launcher if self.processes > 1 else []), "paqdetr", "train", self.base]
+        words += [f"{key}={_as_yaml(value)}" for key, value in self.settings.items()]
+        words += [f"save_every_minutes={_SAVE_EVERY_MINUTES}"]
+        words += ["--data", str(self.folder), "--output", str(run.output), "--resume"]
+        return words + (["--device", device] if device else [])
+
+    def command(self, run: Run, *, device: str | None = None) -> str:
+        """The same, to be pasted into a shell."""
+        return shlex.join(["python", "-m", *self.train_arguments(run, device=device)])
+
+
+def plan_runs(study: Study, *, file: Path, places: Places, root: Path) -> list[PlannedRun]:
+    """All runs in the order in which they are done: all of the first seed first, so that a study that is stopped early has
+    something to say on every variant.
+
+    Args:
+        file: the study's own, which YAML files that it names are relative to.
+        root: what data folders are relative to.
+
+    Raises:
+        ConfigError: a base or a setting is wrong; the message says where in the study it stands.
+        DataError: a data folder is missing or not readable.
+    """
+    prepared = {name: _DataPlan.of(study, name, file=file, root=root) for name in study.data}
+    seeds = {
+        (data, variant): study.seeds_of(data, variant)
+        for data in study.data
+        for variant in study.variants_of(data)
+    }
+    return [
+        _planned(study, RunKey(data, variant, own[turn]), turn, prepared[data], file, places, root)
+        for turn in range(max(map(len, seeds.values())))
+        for (data, variant), own in seeds.items()
+        if turn < len(own)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _DataPlan:
+    """What is looked up once for all runs on a data set."""
+
+    budget: dict[str, Any]
+    steps: int
+    epoch_steps: int
+    classes: int | None
+
+    @classmethod
+    def of(cls, study: Study, name: str, *, file: Path, root: Path) -> _DataPlan:
+        data = study.data[name]
+        config = _layered(study, name, None, file)
+        images = training_images(data, root=root)
+        batches = max(images // (config.batch_size * study.processes), 1)
+        epoch_steps = -(-batches // config.accumulate)
+        own = data.steps is not None or data.epochs is not None
+        steps, epochs = (data.steps, data.epochs) if own else (study.steps, study.epochs)
+        budget: dict[str, Any] = {}
+        if epochs is None:
+            assert steps is not None  # the study's file was checked for it
+            epochs = -(-steps // epoch_steps)
+            budget["max_steps"] = steps
+        budget |= {
+            "epochs": epochs,
+            "eval_every": max(1, round(epochs / (data.evaluations or study.evaluations))),
+        }
+        classes = None if data.make is not None else len(open_split(root / str(data.folder), "train").classes)
+        return cls(budget, steps or epochs * epoch_steps, epoch_steps, 10 if data.make else classes)
+
+
+def _planned(
+    study: Study, key: RunKey, turn: int, data: _DataPlan, file: Path, places: Places, root: Path
+) -> PlannedRun:
+    spec = study.data[key.data]
+    fold = turn % spec.folds if spec.folds else None
+    settings = _settings(study, key.data, key.variant) | data.budget | {"seed": key.seed}
+    base = _base(study.variants[key.variant].base or study.base, file)
+    _layered(study, key.data, key.variant, file)  # names the layer if something is wrong
+    config = load_config(base, settings)
+    if data.classes is not None:
+        model = config.model.model_copy(update={"num_classes": data.classes})
+        config = config.model_copy(update={"model": model})
+    return PlannedRun(
+        key=key,
+        base=base,
+        settings=settings,
+        config=config,
+        folder=folder_of(spec, cache=places.data, root=root, fold=fold),
+        fold=fold,
+        steps=data.steps,
+        epoch_steps=data.epoch_steps,
+        processes=study.processes,
+    )
+
+
+def _settings(study: Study, data: str, variant: str | None) -> dict[str, Any]:
+    own = study.variants[variant].settings if variant else {}
+    return {**study.settings, **study.data[data].settings, **own}
+
+
+def _layered(study: Study, data: str, variant: str | None, file: Path) -> Config:
+    """The settings without budget and seed, put together layer by layer, so that an error names the one that brings it.
+
+    Raises:
+        ConfigError: a layer is wrong.
+    """
+    base = (study.variants[variant].base if variant else None) or study.base
+    layers = [
+        (f"variants.{variant}.base" if variant and study.variants[variant].base else "base", {}),
+        ("settings", study.settings),
+        (f"data.{data}.settings", study.data[data].settings),
+    ]
+    if variant:
+        layers.append((f"variants.{variant}.settings", study.variants[variant].settings))
+    config, settings = None, {}
+    for place, more in layers:
+        settings = {**settings, **more}
+        try:
+            config = load_config(_base(base, file), settings)
+        except ConfigError as error:
+            message = error.message.removeprefix(f"{base}: ")
+            raise ConfigError(f"{file}: {place}: {message}", error.remedy) from None
+    assert config is not None
+    return config
+
+
+def _base(base: str, file: Path) -> str:
+    """A name, or the path of a YAML file wherever the program runs."""
+    if not base.endswith((".yaml", ".yml")):
+        return base
+    return str((file.parent / base).resolve())
+
+
+def require_same_settings(planned: PlannedRun, found: Mapping[str, Any], where: Path) -> None:
+    """Raise ConfigError unless a run that is there, or its result, has the settings that are planned.
+
+    Args:
+        found: flat settings, by dotted key.
+    """
+    wanted = flat_settings(planned.config)
+    for key, value in wanted.items():
+        if key in FREE_SETTINGS or key not in found or found[key] == value:
+            continue
+        raise ConfigError(
+            f"{where}: was made with {key}={found[key]!r}, the study now says {value!r}",
+            "give changed settings a new name among the variants or data sets, or choose another --output",
+        )
+
+
+def _as_yaml(value: Any) -> str:
+    """One word for the command line."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=10_000).strip()
+    return text.removesuffix("...").strip()

@@ -1,0 +1,361 @@
+"""A study as a file: which variants are compared, on which data, with which seeds and budget, and what is claimed.
+
+studies/pilot.yaml is the example. Settings are laid over one another, the later over the earlier: the variant's base model (the
+study's, if it names none), `settings` of the study, of the data set, of the variant. A variant thus is the same on all data.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from paqdetr.config import known_keys
+from paqdetr.data.files import load_yaml
+from paqdetr.errors import ConfigError
+
+# What a study decides for all of its runs alike: key -> what to write instead.
+_DECIDED = {
+    "name": "the names of runs are those of data set, variant and seed",
+    "seed": "list the seeds under `seeds`",
+    "epochs": "write `epochs` of the study or of the data set, not of settings",
+    "max_steps": "write `steps` of the study or of the data set",
+    "eval_every": "write `evaluations` of the study or of the data set",
+    "patience": "all runs of a study have the same budget, whatever they reach",
+    "model.num_classes": "the data say it",
+    "save_every_steps": "leave it out: the queue has states saved every two minutes",
+    "save_every_minutes": "leave it out: the queue has states saved every two minutes",
+}
+_ALL_SEE_AS_MUCH = ("batch_size", "accumulate")
+
+CLAIMED = (
+    *("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"),
+    *("AP_nms", "AP50_nms", "copies", "predictions_per_image"),
+)
+"""Figures that a claim can be about: the COCO figures; those after non-maximum suppression; `copies`, AP_nms - AP; and
+predictions that score over 0.3. Query-use views come on top as `queries.NAME`, whatever the runs have."""
+
+
+def _flat(value: Any, prefix: str = "") -> Any:
+    """Nested settings by their dotted keys: both forms mean the same."""
+    if not isinstance(value, Mapping):
+        return value
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= _flat(inner, f"{prefix}{key}.") if isinstance(inner, Mapping) else {f"{prefix}{key}": inner}
+    return flat
+
+
+def _known(settings: dict[str, Any]) -> dict[str, Any]:
+    known = known_keys()
+    for key in settings:
+        if key in _DECIDED:
+            raise ValueError(f"{key} is the study's to set: {_DECIDED[key]}")
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            raise ValueError(f"unknown setting {key!r}" + (f", did you mean {close[0]!r}?" if close else ""))
+    return settings
+
+
+def _named(names: dict[str, Any]) -> dict[str, Any]:
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", name):
+            raise ValueError(f"{name!r} names a folder: letters, digits and _ . + - alone")
+    return names
+
+
+def _distinct(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(seeds)) != len(seeds):
+        raise ValueError("a seed is listed twice")
+    return seeds
+
+
+Settings = Annotated[dict[str, Any], BeforeValidator(_flat), AfterValidator(_known)]
+Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), AfterValidator(_distinct)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Digits(_Part):
+    """Arguments of `paqdetr data make digits`."""
+
+    seed: int = Field(default=0, ge=0)
+    size: int = Field(default=320, ge=32)
+    train: int = Field(default=1600, ge=1)
+    val: int = Field(default=300, ge=1)
+    test: int = Field(default=1000, ge=1)
+    min_objects: int = Field(default=3, ge=0)
+    max_objects: int = Field(default=12, ge=1)
+
+
+class DataSet(_Part):
+    """Images to train and evaluate on, and what all variants have in common there. The same images may stand under several names,
+    with other settings or another budget.
+
+    Attributes:
+        folder: of a data set, relative to --data-root.
+        make: or the digits that are made, once for all data sets of the study with equal arguments.
+        folds: cut train and val together into so many parts; the run of the k-th seed (counted from 0) is validated on part
+            k modulo `folds`, and trained on the others.
+        split: that is measured, if not that of `evaluate`.
+        steps, epochs, evaluations, seeds: instead of the study's.
+        variants: those that run here; all if None.
+        more_seeds: of single variants, after the seeds of all: variant -> seeds.
+    """
+
+    about: str = ""
+    folder: str | None = None
+    make: Digits | None = None
+    folds: int | None = Field(default=None, ge=2)
+    split: Literal["train", "val", "test"] | None = None
+    settings: Settings = {}
+    steps: int | None = Field(default=None, ge=1)
+    epochs: int | None = Field(default=None, ge=1)
+    evaluations: int | None = Field(default=None, ge=1)
+    seeds: Seeds | None = None
+    variants: tuple[str, ...] | None = None
+    more_seeds: dict[str, Seeds] = {}
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataSet:
+        if (self.folder is None) == (self.make is None):
+            raise ValueError("needs either a folder or make")
+        if self.steps and self.epochs:
+            raise ValueError("has both steps and epochs; a budget is one of them")
+        return self
+
+
+class Variant(_Part):
+    """One row of a comparison.
+
+    Attributes:
+        base: another model, recipe or YAML file than the study's.
+        settings: what differs from it.
+    """
+
+    about: str = ""
+    base: str | None = None
+    settings: Settings = {}
+
+    @model_validator(mode="after")
+    def _same_images(self) -> Variant:
+        for key in _ALL_SEE_AS_MUCH:
+            if key in self.settings:
+                raise ValueError(
+                    f"settings.{key} is not a variant's to set: all variants see equally many images; "
+                    "write it under `settings` of the study or of the data set"
+                )
+        return self
+
+
+class Published(_Part):
+    """What a paper says of a claim.
+
+    Attributes:
+        effect: in the figure's own unit: 0.015 is 1.5 points of AP.
+        where: data, model and table.
+    """
+
+    effect: float
+    where: str
+
+
+class Claim(_Part):
+    """A sentence that the runs decide: the figure of `variant` is higher (lower) than that of `against`, by more than
+    `threshold`.
+
+    Attributes:
+        text: the sentence.
+        against: another variant than the baseline.
+        threshold: in the figure's unit: 0.01 is one point of AP.
+        data: where it is to be decided; all data sets that both variants run on if None.
+        published: what is claimed elsewhere, to stand beside it.
+    """
+
+    text: str = ""
+    variant: str
+    against: str | None = None
+    figure: str = "AP"
+    direction: Literal["higher", "lower"] = "higher"
+    threshold: float = Field(default=0.0, ge=0)
+    data: tuple[str, ...] | None = None
+    published: Published | None = None
+
+    @model_validator(mode="after")
+    def _known_figure(self) -> Claim:
+        if self.figure not in CLAIMED and not self.figure.startswith("queries."):
+            close = difflib.get_close_matches(self.figure, CLAIMED, n=1, cutoff=0.4)
+            hint = f", did you mean {close[0]!r}?" if close else f"; there are {', '.join(CLAIMED)}"
+            raise ValueError(f"figure: unknown figure {self.figure!r}{hint}")
+        share = self.figure != "predictions_per_image" and not self.figure.startswith("queries.")
+        numbers = {"threshold": self.threshold, "published.effect": self.published and self.published.effect}
+        for key, value in numbers.items():
+            if share and value is not None and abs(value) >= 0.5:
+                raise ValueError(f"{key}: {value} of {self.figure}, which lies in [0, 1]: one point is 0.01")
+        return self
+
+
+class Measurement(_Part):
+    """What is measured of a finished training; it can change without training again.
+
+    Attributes:
+        split: of the data set.
+        checkpoints: the first is the one that claims are about. `best` was chosen on the validation split, `last` was not chosen.
+        replicates: resamples of the images, the same for all runs of a data set.
+        seed: of those resamples.
+    """
+
+    split: Literal["train", "val", "test"] = "test"
+    checkpoints: Annotated[tuple[Literal["last", "best"], ...], Field(min_length=1, max_length=2)] = ("last",)
+    replicates: int = Field(default=400, ge=50, le=10_000)
+    seed: int = Field(default=0, ge=0)
+
+
+class Study(_Part):
+    """All of it.
+
+    Attributes:
+        base: the model, recipe or YAML file (relative to the study's) that variants change.
+        settings: of all runs.
+        steps, epochs: the budget of every run: optimiser steps, or passes over the training images. One of the two, here or at
+            each data set.
+        evaluations: on the validation split, about so many over a training.
+        seeds: the same number means the same order of images and the same initial weights where shapes agree, so runs are
+            compared seed by seed.
+        threads: of each process.
+        processes: that train together, each on a device of its own; `batch_size` is of one.
+        baseline: the variant that others are compared with.
+        level: one minus the confidence of intervals, and how often, over all claims together, a wrong verdict is accepted.
+    """
+
+    name: str
+    about: str = ""
+    base: str
+    settings: Settings = {}
+    steps: int | None = Field(default=None, ge=1)
+    epochs: int | None = Field(default=None, ge=1)
+    evaluations: int = Field(default=10, ge=1)
+    seeds: Seeds = (0, 1, 2)
+    threads: int = Field(default=2, ge=1)
+    processes: int = Field(default=1, ge=1, description="that train together, one a device")
+    baseline: str = "baseline"
+    level: float = Field(default=0.05, gt=0, lt=0.5)
+    data: Annotated[dict[str, DataSet], Field(min_length=1), AfterValidator(_named)]
+    variants: Annotated[dict[str, Variant], Field(min_length=1), AfterValidator(_named)]
+    claims: dict[str, Claim] = {}
+    evaluate: Measurement = Measurement()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Study:
+        _named({self.name: None})
+        _one_of("baseline", self.baseline, self.variants, "a variant")
+        if self.steps and self.epochs:
+            raise ValueError("the study has both steps and epochs; a budget is one of them")
+        for name, data in self.data.items():
+            if not (data.steps or data.epochs or self.steps or self.epochs):
+                raise ValueError(f"data.{name}: has no budget: give steps or epochs, here or for the study")
+            for key, variants in (("variants", data.variants or ()), ("more_seeds", data.more_seeds)):
+                for variant in variants:
+                    _one_of(f"data.{name}.{key}", variant, self.variants, "a variant")
+            for variant in data.more_seeds:
+                _distinct(self.seeds_of(name, variant))
+        for name, claim in self.claims.items():
+            _one_of(f"claims.{name}.variant", claim.variant, self.variants, "a variant")
+            if claim.against is not None:
+                _one_of(f"claims.{name}.against", claim.against, self.variants, "a variant")
+            if claim.variant == (claim.against or self.baseline):
+                raise ValueError(f"claims.{name}: compares {claim.variant!r} with itself")
+            for data in claim.data or ():
+                _one_of(f"claims.{name}.data", data, self.data, "a data set")
+        return self
+
+    def seeds_of(self, data: str, variant: str) -> tuple[int, ...]:
+        """Seeds of a variant's runs on a data set."""
+        own = self.data[data]
+        return (own.seeds or self.seeds) + own.more_seeds.get(variant, ())
+
+    def variants_of(self, data: str) -> tuple[str, ...]:
+        """Variants that run on a data set, in the study's order."""
+        chosen = self.data[data].variants
+        return tuple(name for name in self.variants if chosen is None or name in chosen)
+
+    def split_of(self, data: str) -> str:
+        """The split that is measured."""
+        return self.data[data].split or self.evaluate.split
+
+    def data_of(self, claim: Claim) -> tuple[str, ...]:
+        """Data sets on which a claim is decided: those that both of its variants run on."""
+        both = {claim.variant, claim.against or self.baseline}
+        return tuple(
+            name
+            for name in self.data
+            if (claim.data is None or name in claim.data) and both <= set(self.variants_of(name))
+        )
+
+
+def load_study(path: str | Path) -> Study:
+    """A study's file, checked.
+
+    Raises:
+        ConfigError: naming the key that is wrong.
+        DataError: the file cannot be read as YAML.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such study", "give a YAML file, such as studies/pilot.yaml")
+    values = load_yaml(path)
+    values.setdefault("name", path.stem)
+    try:
+        return Study.model_validate(values)
+    except ValidationError as error:
+        raise _explain(error, path) from None
+
+
+def _one_of(key: str, name: str, known: Mapping[str, Any], what: str) -> None:
+    if name not in known:
+        raise ValueError(f"{key}: {name!r} is not {what} of this study; there are {', '.join(known)}")
+
+
+def _explain(error: ValidationError, path: Path) -> ConfigError:
+    """One line about the first of pydantic's complaints."""
+    first = error.errors()[0]
+    key = ".".join(map(str, first["loc"]))
+    if first["type"] == "extra_forbidden":
+        parent, _, leaf = key.rpartition(".")
+        known = _fields_at(first["loc"][:-1])
+        close = difflib.get_close_matches(leaf, known, n=1, cutoff=0.5)
+        remedy = f"did you mean {close[0]!r}?" if close else f"known there: {', '.join(known)}"
+        return ConfigError(f"{path}: unknown key {leaf!r}" + (f" in {parent}" if parent else ""), remedy)
+    if first["type"] == "missing":
+        return ConfigError(f"{path}: {key} is missing", "docs/study.md shows what a study's file holds")
+    message = first["msg"].removeprefix("Value error, ")
+    return ConfigError(
+        f"{path}: {key}: {message}" if key else f"{path}: {message}",
+        "correct the file; docs/study.md shows what it holds",
+    )
+
+
+def _fields_at(place: tuple[int | str, ...]) -> list[str]:
+    """Keys that are known at a place of the file."""
+    sections: dict[str, type[BaseModel]] = {"data": DataSet, "variants": Variant, "claims": Claim}
+    inner: dict[str, type[BaseModel]] = {"make": Digits, "published": Published}
+    if not place:
+        return list(Study.model_fields)
+    if place[0] == "evaluate":
+        return list(Measurement.model_fields)
+    found = inner.get(str(place[-1])) or sections.get(str(place[0]))
+    return list(found.model_fields) if found else []

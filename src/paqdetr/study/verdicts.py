@@ -1,0 +1,204 @@
+"""From the results of runs to comparisons and verdicts. Nothing here is written by hand: a claim's verdict is computed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from paqdetr.errors import DataError
+from paqdetr.study.results import RunResult
+from paqdetr.study.spec import Claim, Study
+from paqdetr.study.statistics import Estimate, estimate, holm
+
+Outcome = Literal["holds", "does not hold", "undecided"]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the runs say of a claim on one data set.
+
+    Attributes:
+        claim: its name.
+        data: where it was decided.
+        against: the variant that is compared with.
+        effect: variant minus the other, signed so that the claim says "positive".
+        threshold: that the effect is claimed to exceed.
+        p: of the effect being just the threshold, adjusted for all claims of the study together (Holm).
+        outcome: `holds` if p is below the study's level and the effect above the threshold; `does not hold` if below; undecided
+            otherwise.
+        over_images: whether images were resampled; else the interval is one over seeds alone.
+        missing: seeds that only one of the two variants has, or that failed.
+    """
+
+    claim: str
+    data: str
+    against: str
+    effect: Estimate | None
+    threshold: float
+    p: float
+    outcome: Outcome
+    over_images: bool
+    missing: tuple[int, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Ready for json."""
+        return {
+            "claim": self.claim,
+            "data": self.data,
+            "against": self.against,
+            "effect": None if self.effect is None else self.effect.to_json(),
+            "threshold": self.threshold,
+            "p": round(self.p, 4),
+            "outcome": self.outcome,
+            "over_images": self.over_images,
+            "missing": list(self.missing),
+        }
+
+
+class Runs:
+    """The results of a study by data set, variant and seed.
+
+    Args:
+        results: of any order; those that the study does not have are left out.
+    """
+
+    def __init__(self, study: Study, results: Sequence[RunResult]) -> None:
+        self.study = study
+        self.checkpoint: str = study.evaluate.checkpoints[0]
+        planned = {
+            (data, variant, seed)
+            for data in study.data
+            for variant in study.variants_of(data)
+            for seed in study.seeds_of(data, variant)
+        }
+        self._all = {
+            (r.key.data, r.key.variant, r.key.seed): r
+            for r in results
+            if (r.key.data, r.key.variant, r.key.seed) in planned
+        }
+        self.planned = len(planned)
+
+    @property
+    def failed(self) -> list[RunResult]:
+        """Runs that ended with an error."""
+        return [result for result in self._all.values() if result.failed is not None]
+
+    @property
+    def done(self) -> list[RunResult]:
+        """Runs that have figures."""
+        return [result for result in self._all.values() if result.failed is None]
+
+    def of(self, data: str, variant: str) -> dict[int, RunResult]:
+        """Runs that are done, by seed."""
+        found = (self._all.get((data, variant, seed)) for seed in self.study.seeds_of(data, variant))
+        return {result.key.seed: result for result in found if result is not None and result.failed is None}
+
+    def mean(self, data: str, variant: str, figure: str, checkpoint: str | None = None) -> Estimate | None:
+        """A variant's figure by itself, with its interval; None if no run has it."""
+        own = self._with(figure, self.of(data, variant), checkpoint)
+        return self._estimate(list(own.values()), None, figure, checkpoint) if own else None
+
+    def difference(
+        self, data: str, variant: str, against: str, figure: str, checkpoint: str | None = None
+    ) -> Estimate | None:
+        """Variant minus the other, paired by seed and by image; None if they have no seed in common."""
+        mine = self._with(figure, self.of(data, variant), checkpoint)
+        its = self._with(figure, self.of(data, against), checkpoint)
+        seeds = [seed for seed in mine if seed in its]
+        if not seeds:
+            return None
+        return self._estimate([mine[s] for s in seeds], [its[s] for s in seeds], figure, checkpoint)
+
+    def _with(
+        self, figure: str, runs: Mapping[int, RunResult], checkpoint: str | None
+    ) -> dict[int, RunResult]:
+        chosen = checkpoint or self.checkpoint
+        return {seed: run for seed, run in runs.items() if run.figure(figure, chosen) is not None}
+
+    def _estimate(
+        self, mine: list[RunResult], its: list[RunResult] | None, figure: str, checkpoint: str | None
+    ) -> Estimate:
+        chosen = checkpoint or self.checkpoint
+        if its is not None:
+            for one, other in zip(mine, its, strict=True):
+                _require_same_images(one, other)
+        values = _numbers([run.figure(figure, chosen) for run in mine])
+        replicates = _stacked([run.replicate(figure, chosen) for run in mine])
+        if its is not None:
+            values = values - _numbers([run.figure(figure, chosen) for run in its])
+            below = _stacked([run.replicate(figure, chosen) for run in its])
+            replicates = None if replicates is None or below is None else replicates - below
+        return estimate(
+            values.tolist(),
+            replicates,
+            groups=[run.images["hash"] for run in mine],
+            images=min(int(run.images["count"]) for run in mine),
+            level=self.study.level,
+        )
+
+
+def verdicts(runs: Runs) -> list[Verdict]:
+    """Of every claim on every data set where it is to be decided, in the study's order."""
+    study = runs.study
+    places = [(name, claim, data) for name, claim in study.claims.items() for data in study.data_of(claim)]
+    effects = [_effect(runs, claim, data) for _, claim, data in places]
+    raw = [
+        1.0 if effect is None else effect.p_value(claim.threshold)
+        for (_, claim, _), effect in zip(places, effects, strict=True)
+    ]
+    return [
+        Verdict(
+            claim=name,
+            data=data,
+            against=claim.against or study.baseline,
+            effect=effect,
+            threshold=claim.threshold,
+            p=p,
+            outcome=_outcome(effect, claim.threshold, p, study.level),
+            over_images=effect is not None and effect.images is not None,
+            missing=_missing(runs, claim, data),
+        )
+        for (name, claim, data), effect, p in zip(places, effects, holm(raw), strict=True)
+    ]
+
+
+def _outcome(effect: Estimate | None, threshold: float, p: float, level: float) -> Outcome:
+    if effect is None or p >= level:
+        return "undecided"
+    return "holds" if effect.mean > threshold else "does not hold"
+
+
+def _effect(runs: Runs, claim: Claim, data: str) -> Estimate | None:
+    """Signed so that the claim says: more than the threshold."""
+    pair = (claim.variant, claim.against or runs.study.baseline)
+    first, second = pair if claim.direction == "higher" else pair[::-1]
+    return runs.difference(data, first, second, claim.figure)
+
+
+def _missing(runs: Runs, claim: Claim, data: str) -> tuple[int, ...]:
+    against = claim.against or runs.study.baseline
+    wanted = set(runs.study.seeds_of(data, claim.variant)) & set(runs.study.seeds_of(data, against))
+    there = runs.of(data, claim.variant).keys() & runs.of(data, against).keys()
+    return tuple(sorted(wanted - there))
+
+
+def _require_same_images(one: RunResult, other: RunResult) -> None:
+    if one.images != other.images or one.measure != other.measure:
+        raise DataError(
+            f"{one.key} and {other.key}: were measured on other images or resamples",
+            "measure them again: `paqdetr study --resume` with the data of both",
+        )
+
+
+def _numbers(values: list[float | None]) -> np.ndarray:
+    return np.array([math.nan if value is None else value for value in values])
+
+
+def _stacked(replicates: list[np.ndarray | None]) -> np.ndarray | None:
+    """(n, R); None if a run has none."""
+    found = [values for values in replicates if values is not None]
+    return np.stack(found) if len(found) == len(replicates) else None

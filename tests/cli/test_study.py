@@ -1,0 +1,95 @@
+"""`paqdetr study`: what it lists, prints and refuses. Its queue is tested in tests/study/test_queue.py."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from paqdetr.cli import run
+from paqdetr.study.results import RunResult
+from paqdetr.study.runs import RunKey
+
+VALUES: dict[str, Any] = {
+    "name": "small",
+    "base": "dino_nano",
+    "seeds": [0, 1],
+    "steps": 100,
+    "data": {"digits": {"make": {"train": 40}}},
+    "variants": {"baseline": {}, "new": {"settings": {"loss.assigner": "quality_aware"}}},
+    "claims": {"better": {"text": "New is better.", "variant": "new"}},
+}
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    file = tmp_path / "small.yaml"
+    file.write_text(yaml.safe_dump(VALUES))
+    return file
+
+
+def result(output: Path, variant: str, seed: int, ap: float) -> None:
+    """Leave a result, without resamples."""
+    found = RunResult(
+        RunKey("digits", variant, seed),
+        None,
+        {},
+        images={"count": 10, "hash": "a"},
+        figures={"last": {"AP": ap, "AP_nms": ap + 0.01}},
+        cost={"seconds": 60.0},
+    )
+    file = output / "results" / f"{found.key.path}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(found.to_text())
+
+
+def test_plan_lists_the_runs_and_makes_nothing(
+    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    assert run(["study", str(study), "--output", str(output), "--plan"]) == 0
+    said = capsys.readouterr().out
+    assert "4 runs" in said and "0 of 2" in said and "and 4 runs like none that was measured" in said
+    assert not output.exists()
+
+
+def test_commands_can_be_run_by_hand(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "out"
+    assert run(["study", str(study), "--output", str(output), "--commands", "--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and not output.exists()
+    words = shlex.split(lines[1])
+    assert words[:5] == ["python", "-m", "paqdetr", "train", "dino_nano"]
+    assert {"loss.assigner=quality_aware", "seed=0", "max_steps=100", "epochs=10"} <= set(words)
+    assert str(output / "runs/digits/new/seed0") in words
+
+
+def test_the_report_of_what_is_there(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "out"
+    arguments = ["study", str(study), "--output", str(output), "--report-only"]
+    assert run(arguments) == 2 and "there are no results yet" in capsys.readouterr().err
+    for seed in (0, 1):
+        result(output, "baseline", seed, 0.4 + seed / 1000)
+        result(output, "new", seed, 0.5 + seed / 500)
+    assert run(arguments) == 0
+    said = capsys.readouterr().out
+    assert "New is better." in said and "holds" in said and "+0.101" in said
+    assert (output / "report" / "index.html").is_file() and (output / "study.md").is_file()
+    assert run(arguments) == 0  # the page is replaced
+
+
+def test_mistakes(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "study.yaml").write_text(study.read_text())
+    assert run(["study", str(study), "--output", str(output)]) == 2
+    said = capsys.readouterr().err
+    assert "there is a study already" in said and "--resume" in said
+    assert run(["study", str(tmp_path / "no.yaml"), "--output", str(output)]) == 2
+    assert "no such study" in capsys.readouterr().err
+    study.write_text(yaml.safe_dump(VALUES | {"data": {"fish": {"folder": "fish"}}}))
+    assert run(["study", str(study), "--output", str(output), "--resume"]) == 2
+    assert "no such data folder" in capsys.readouterr().err

@@ -1,0 +1,62 @@
+"""What is left of a study, and what full scale takes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from paqdetr.engine.run import flat_settings
+from paqdetr.study.costs import forecast, gflops, gpu_hours
+from paqdetr.study.results import RunResult
+from paqdetr.study.runs import Places, PlannedRun, RunKey, plan_runs
+from paqdetr.study.spec import Study
+
+VALUES = {
+    "name": "x",
+    "base": "dino_nano",
+    "seeds": [0, 1],
+    "steps": 100,
+    "data": {
+        "digits": {"make": {}, "settings": {"image_size": 96}},
+        "fish": {"make": {}, "settings": {"image_size": 192}},
+    },
+    "variants": {"baseline": {}, "new": {"settings": {"loss.gamma": 0.1}}},
+}
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[PlannedRun]:
+    study = Study.model_validate(VALUES)
+    return plan_runs(study, file=tmp_path / "x.yaml", places=Places(tmp_path), root=tmp_path)
+
+
+def test_times_come_from_the_nearest_that_was_measured(tmp_path: Path, runs: list[PlannedRun]) -> None:
+    places = Places(tmp_path)
+    unknown = forecast(runs, places)
+    assert [row.seconds for row in unknown] == [None] * 4 and unknown[0].left is None
+    first = runs[0]
+    cost = {"step_seconds": 0.5, "gflops": gflops(first.config)}
+    result = RunResult(first.key, None, flat_settings(first.config), cost=cost)
+    places.result(first.key).parent.mkdir(parents=True)
+    places.result(first.key).write_text(result.to_text())
+    rows = {(row.data, row.variant): row for row in forecast(runs, places)}
+    done = rows["digits", "baseline"]
+    assert (done.seconds, done.done, done.left, done.source) == (50, 1, 50, "these runs")
+    assert (rows["digits", "new"].left, rows["digits", "new"].source) == (100, "this data")
+    # Four times the pixels: more arithmetic, if less than four times, since the decoder's is the same.
+    further = rows["fish", "new"]
+    assert further.source == "FLOPs" and further.seconds is not None
+    fish = next(run for run in runs if (run.key.data, run.key.variant) == ("fish", "new"))
+    assert further.seconds == pytest.approx(50 * gflops(fish.config) / gflops(first.config))
+    assert 75 < further.seconds < 200
+    # A data set of the same name with other images is none of that.
+    other = replace(result, key=RunKey("digits", "new", 0), settings=result.settings | {"image_size": 64})
+    again = {(row.data, row.variant): row for row in forecast(runs, places, [other])}
+    assert again["digits", "new"].source == "this data"
+
+
+def test_gpu_hours_by_hand() -> None:
+    # 10^12 multiply-adds, twice, times three, a thousand images, twice, at 10^12 operations a second: 12,000 s.
+    assert gpu_hours(gflops=1000, images=1000, epochs=2, tflops=1) == pytest.approx(12000 / 3600)

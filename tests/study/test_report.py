@@ -1,0 +1,207 @@
+"""What a study's report says, from simulated runs: the same numbers in json, Markdown and the page."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from paqdetr.analysis.section import Column, Table
+from paqdetr.errors import DataError
+from paqdetr.study.markdown import to_table
+from paqdetr.study.report import StudyReport, write_report
+from paqdetr.study.results import RunResult, read_result
+from paqdetr.study.runs import RunKey
+from paqdetr.study.spec import Study
+from paqdetr.study.tables import planning
+
+IMAGES = 60
+WEIGHTS = np.random.default_rng(0).multinomial(IMAGES, np.full(IMAGES, 1 / IMAGES), size=400).T / IMAGES
+EFFECTS = {"baseline": 0.0, "patterns": 0.0, "both": 0.06}
+
+
+def study() -> Study:
+    return Study.model_validate(
+        {
+            "name": "simulated",
+            "base": "dino_nano",
+            "epochs": 1,
+            "seeds": [0, 1, 2, 3],
+            "data": {"digits": {"make": {}}, "fish-2": {"folder": "fish"}},
+            "variants": {name: {} for name in EFFECTS},
+            "claims": {
+                "patterns": {"text": "Patterns raise AP.", "variant": "patterns", "data": ["digits"]},
+                "both": {
+                    "text": "PaQ | raises AP.",
+                    "variant": "both",
+                    "published": {"effect": 0.016, "where": "COCO"},
+                },
+            },
+        }
+    )
+
+
+def result(key: RunKey, images: np.ndarray) -> RunResult:
+    ap = float(images.mean())
+    figures = {
+        "AP": ap,
+        "AP50": ap + 0.2,
+        "AP_nms": ap + 0.04,
+        "predictions_per_image": 9.5,
+        "boxes_per_image": 7.25,
+        "queries": {"n": 60, "gini_over_30": 0.7, "gini_positives": 0.4 + key.seed / 100},
+    }
+    curve = [
+        {"step": 50 * n, "AP": ap * n / 4, "AP_nms": ap * n / 4 + 0.02, "loss": 20.0 / n}
+        for n in (1, 2, 3, 4)
+    ]
+    cost = {
+        "steps": 200,
+        "seconds": 120.0,
+        "step_seconds": 0.6,
+        "cpu_seconds": 180.0,
+        "peak_memory_gib": 1.5,
+        "parameters": 5_000_000,
+        "trainable": 4_000_000,
+        "gflops": 1.25,
+    }
+    provenance = {
+        "git": {"commit": "0123456789abcdef", "changed": False},
+        "paqdetr": "0.1",
+        "python": "3.11",
+        "packages": {"torch": "2.9"},
+        "machine": {"processor": "a processor", "cores": 2},
+    }
+    return RunResult(
+        key,
+        None,
+        {"lr": 0.1},
+        measure={"split": "test"},
+        images={"count": IMAGES, "hash": key.data},
+        figures={"last": figures},
+        replicates={"last": {"AP": images @ WEIGHTS, "AP_nms": images @ WEIGHTS + 0.04}},
+        curve=curve,
+        cost=cost,
+        provenance=provenance,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results of all runs but one, which failed, and one that is missing."""
+    output = tmp_path_factory.mktemp("study")
+    rng = np.random.default_rng(1)
+    for data in ("digits", "fish-2"):
+        difficulty = rng.normal(0.4, 0.2, IMAGES)
+        for variant, effect in EFFECTS.items():
+            for seed in range(4):
+                key = RunKey(data, variant, seed)
+                found = result(key, difficulty + effect + rng.normal(0, 0.008) + rng.normal(0, 0.03, IMAGES))
+                if key == RunKey("digits", "patterns", 3):
+                    found = RunResult(key, "training: error: loss is not finite", {})
+                if key == RunKey("fish-2", "both", 0):
+                    continue
+                path = output / "results" / f"{key.path}.json"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(found.to_text())
+    return output
+
+
+@pytest.fixture(scope="module")
+def report(folder: Path) -> StudyReport:
+    started = time.process_time()
+    written = write_report(study(), folder / "results", folder, command="paqdetr study x.yaml --output DIR")
+    assert time.process_time() - started < 20, "statistics and report take seconds"
+    return written
+
+
+def test_a_result_is_read_as_it_was_written(tmp_path: Path) -> None:
+    found = result(RunKey("digits", "both", 1), np.linspace(0, 1, IMAGES))
+    file = tmp_path / "seed1.json"
+    file.write_text(found.to_text())
+    assert file.stat().st_size < 10_000
+    again = read_result(file)
+    assert again is not None and again.key == found.key and again.figures == found.figures
+    assert again.curve == found.curve and again.cost == found.cost and again.failed is None
+    np.testing.assert_allclose(again.replicates["last"]["AP"], found.replicates["last"]["AP"], atol=5e-6)
+    assert again.figure("copies", "last") == pytest.approx(0.04)
+    assert again.figure("queries.gini_positives", "last") == pytest.approx(0.41)
+    assert again.figure("queries.nothing", "last") is None and again.figure("AP", "best") is None
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 0}'])
+def test_a_file_that_is_no_result(tmp_path: Path, text: str) -> None:
+    (tmp_path / "seed0.json").write_text(text)
+    with pytest.raises(DataError, match=r"seed0\.json: is "):
+        read_result(tmp_path / "seed0.json")
+    assert read_result(tmp_path / "seed1.json") is None
+
+
+def test_json_says_everything(report: StudyReport, folder: Path) -> None:
+    content = json.loads((folder / "study.json").read_text())
+    outcomes = {(row["claim"], row["data"]): row["outcome"] for row in content["verdicts"]}
+    assert outcomes == {
+        ("patterns", "digits"): "undecided",
+        ("both", "digits"): "holds",
+        ("both", "fish-2"): "holds",
+    }
+    tables = content["tables"]
+    assert [row["seeds"] for row in tables["figures_digits"]] == [4, 3, 4]
+    baseline, _, both = tables["figures_digits"]
+    assert baseline["difference"] is None and both["low"] < both["difference"] < both["high"]
+    assert both["difference"] == pytest.approx(both["AP"] - baseline["AP"], abs=1e-5)
+    assert both["copies"] == pytest.approx(0.04) and both["predictions"] == 9.5
+    # The missing seed is left out of the pair, and said.
+    verdict = next(row for row in tables["verdicts"] if row["data"] == "fish-2")
+    assert verdict["seeds"] == 3 and verdict["note"] == "missing seeds 0"
+    states = [row["state"] for row in tables["runs"] if row["state"] != "done"]
+    assert states == ["training: error: loss is not finite", "not yet"]
+    assert (
+        content["facts"]["runs"] == "22 of 24 done, 1 failed" and "0123456789" in content["facts"]["commit"]
+    )
+
+
+def test_seeds_are_planned_from_the_pooled_variances(report: StudyReport) -> None:
+    pooled = planning(report.runs, "digits")
+    assert pooled is not None and pooled.seeds == 1 + 2 + 3  # two variants, of 3 and of 4 pairs
+    row = report.table("planning").rows[0]
+    assert row["degrees"] == 5 and row["needed"] <= row["needed_at_most"]
+    effects = [row[f"n{count}"] for count in (2, 3, 5, 8, 12)]
+    assert effects == sorted(effects, reverse=True)
+    assert row["needed"] == pooled.seeds_needed(0.015)
+
+
+def test_markdown_and_plots(report: StudyReport, folder: Path) -> None:
+    text = (folder / "study.md").read_text()
+    assert text.startswith("# Study simulated\n") and "PaQ \\| raises AP." in text and "| holds |" in text
+    assert "paqdetr study x.yaml --output DIR" in text and "nan" not in text.lower()
+    for name in ("effects", "curves_digits", "curves_fish_2", "smallest_effect"):
+        assert f"(plots/{name}.svg)" in text
+        root = ElementTree.parse(folder / "plots" / f"{name}.svg").getroot()
+        assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    for line in text.splitlines():
+        if line.startswith("|"):
+            assert line.endswith("|")
+
+
+def test_the_page_needs_nothing_else(report: StudyReport, folder: Path) -> None:
+    page = (folder / "report" / "index.html").read_text()
+    assert "Study simulated" in page and "PaQ | raises AP." in page and "undecided" in page
+    assert page.count("<svg") == 4 and "https://" not in page
+    data = json.loads((folder / "report" / "data" / "verdicts.json").read_text())
+    assert [row["verdict"] for row in data["data"]["rows"]] == ["undecided", "holds", "holds"]
+
+
+def test_a_table_leaves_out_what_no_row_has() -> None:
+    columns = (Column("a", "A", "text"), Column("b", "B"), Column("c", "C", "integer"))
+    rows = ({"a": "x|y", "b": None, "c": 1000}, {"a": "z", "c": None})
+    assert to_table(Table("t", "", columns, rows)).splitlines() == [
+        "| A | C |",
+        "| --- | ---: |",
+        "| x\\|y | 1\N{NARROW NO-BREAK SPACE}000 |",
+        "| z | \N{EN DASH} |",
+    ]

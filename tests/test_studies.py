@@ -1,0 +1,91 @@
+"""The studies of the repository: every file loads, and each of its rows is a model of its own."""
+
+from __future__ import annotations
+
+import re
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+import torch
+
+from paqdetr.config import Config, load_config
+from paqdetr.losses import build_criterion
+from paqdetr.models.zoo import build_model
+from paqdetr.study.spec import Study, load_study
+
+FOLDER = Path(__file__).resolve().parents[1] / "studies"
+FILES = sorted(FOLDER.glob("*.yaml"))
+
+
+def config_of(study: Study, data: str, variant: str) -> Config:
+    row = study.variants[variant]
+    settings = {**study.settings, **study.data[data].settings, **row.settings}
+    return load_config(row.base or study.base, settings)
+
+
+def rows(study: Study) -> list[tuple[str, str]]:
+    return [(data, variant) for data in study.data for variant in study.variants_of(data)]
+
+
+def test_the_issues_questions_have_files() -> None:
+    if not FOLDER.is_dir():
+        pytest.skip("needs a checkout: studies are not part of the source distribution")
+    wanted = {"ablation", "hosts", "sweeps", "budget", "data_size", "remedies", "pilot"}
+    assert wanted <= {file.stem for file in FILES}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_every_row_is_valid_and_none_is_another(file: Path) -> None:
+    study = load_study(file)
+    assert study.name == file.stem
+    for data in study.data:
+        configs = {v: config_of(study, data, v) for v in study.variants_of(data)}
+        for (one, a), (other, b) in combinations(configs.items(), 2):
+            same = a.model_copy(update={"name": "", "preset": None}) == b.model_copy(
+                update={"name": "", "preset": None}
+            )
+            assert not same, f"{one} and {other} on {data} are the same training"
+        for config in configs.values():
+            build_criterion(config.loss)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_the_first_lines_say_what_is_asked_and_how(file: Path) -> None:
+    head = [line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    assert any(f"paqdetr study studies/{file.name} --output" in line for line in head)
+    study = load_study(file)
+    if any(data.folder for data in study.data.values()):
+        assert any("--data-root DIR" in line for line in head)
+    if file.stem != "pilot":
+        assert head[0].rstrip().endswith(("?", "names the sources.", "paq_dino_nano."))
+        text = " ".join(line.removeprefix("# ") for line in head)
+        found = re.search(r"Machine time: (\d+) variants", text)
+        assert found is None or int(found[1]) == len(study.variants)
+        assert "Machine time: " in text
+
+
+@pytest.mark.parametrize(
+    ("file", "variant"),
+    [
+        ("ablation", "paper"),
+        ("ablation", "static_mixture"),
+        ("hosts", "paq_dab"),
+        ("sweeps", "pooled_factorised"),
+        ("remedies", "heads_distinct"),
+        ("remedies", "heads_residual"),
+    ],
+)
+def test_models_of_some_rows(file: str, variant: str) -> None:
+    study = load_study(FOLDER / f"{file}.yaml")
+    with torch.device("meta"):  # shapes without weights
+        model = build_model(config_of(study, next(iter(study.data)), variant))
+    assert sum(p.numel() for p in model.parameters()) > 1e6
+    assert (model.decoder.many_heads is not None) == variant.startswith("heads")
+
+
+def test_paper_rows_are_the_literal_paper() -> None:
+    study = load_study(FOLDER / "ablation.yaml")
+    config, paper = config_of(study, "digits", "paper"), load_config("paq_dino_nano", {"preset": "paper"})
+    assert config.loss == paper.loss
+    assert config.model == paper.model.model_copy(update={"num_queries": 60})
