@@ -51,12 +51,13 @@ def run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
 
 def test_commands_and_python_blocks(tmp_path: Path) -> None:
     listed = commands()
-    assert [words[1] for words in listed] == ["data", "data", "train", "eval", "predict"]
+    assert [words[1] for words in listed] == ["data", "data", "train", "eval", "predict", "analyze"]
     for words in listed:
         done = run([sys.executable, "-m", *shortened(words)], tmp_path)
         assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
     assert (tmp_path / "runs/first/test.json").is_file()
     assert any((tmp_path / "runs/first/drawn").glob("*.jpg"))
+    assert (tmp_path / "runs/report/index.html").is_file()
 
     train_block, paq_block = blocks("python")
     settings = '"max_steps": 3, "image_size": 96, "log_every": 1'

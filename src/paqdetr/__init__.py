@@ -14,6 +14,7 @@ from paqdetr._version import __version__
 calm_idle_threads()
 
 if TYPE_CHECKING:
+    from paqdetr.analysis import Report, analyze
     from paqdetr.engine import Callback, Run, TrainingInterrupted, evaluate, train
     from paqdetr.errors import (
         CheckpointError,
@@ -36,12 +37,14 @@ _HOME = {
     "Detections": "structures",
     "Detector": "models",
     "NonFiniteError": "errors",
+    "Report": "analysis",
     "Run": "engine",
     "StorageError": "errors",
     "Targets": "structures",
     "TrainingInterrupted": "engine",
     "UserError": "errors",
     "WorkerError": "errors",
+    "analyze": "analysis",
     "create_model": "models",
     "evaluate": "engine",
     "list_models": "models",
@@ -58,6 +61,7 @@ __all__ = [
     "Detections",
     "Detector",
     "NonFiniteError",
+    "Report",
     "Run",
     "StorageError",
     "Targets",
@@ -65,6 +69,7 @@ __all__ = [
     "UserError",
     "WorkerError",
     "__version__",
+    "analyze",
     "create_model",
     "evaluate",
     "list_models",

@@ -95,6 +95,7 @@ class LayerPositives:
         iou, confidence: (P,) float64; confidence is c of the assignment rule, the probability of the box's class if it has none.
         score: (P,) float64, s = IoU - gamma * c; None where the layer's rule knows no s.
         claims: (G,) int64, k_j; likewise.
+        weight: (P,) float64 in (0, 1], how much of a positive each pair is; None if all are whole ones.
     """
 
     layer: int
@@ -104,6 +105,7 @@ class LayerPositives:
     confidence: np.ndarray
     score: np.ndarray | None
     claims: np.ndarray | None
+    weight: np.ndarray | None
 
 
 # --------------------------------------------------------------------------------------------- recording
@@ -263,7 +265,8 @@ def loss_settings(model: Detector, checkpoint: Path | None) -> tuple[LossConfig,
 def positives(
     inside: Inside, targets: Targets, criterion: Criterion, *, progress: float = 0.0
 ) -> list[LayerPositives]:
-    """The pairs that the criterion would make of this image, layer by layer.
+    """The pairs that the criterion would make of this image, layer by layer, where several positives a box have no heads of their
+    own (`model.one_to_many_heads`).
 
     Args:
         inside: of the image.
@@ -273,7 +276,7 @@ def positives(
     """
     logits, boxes = torch.from_numpy(inside.logits)[:, None], torch.from_numpy(inside.boxes)[:, None]
     rows = matchables(logits, boxes, [targets], weights=criterion.cost_weights)
-    middle = criterion.intermediate if criterion.one_to_many(progress) else criterion.last
+    middle, _ = criterion.assigners(progress)
     found = []
     for layer, (image,) in enumerate(rows, start=1):
         assigner = criterion.last if layer == len(rows) else middle
@@ -290,6 +293,7 @@ def positives(
                 confidence=confidence[query, target],
                 score=None if known is None else known.scores[query, target],
                 claims=None if known is None else known.claims,
+                weight=None if pairs.weights is None else pairs.weights.numpy(),
             )
         )
     return found

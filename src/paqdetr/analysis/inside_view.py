@@ -40,6 +40,8 @@ def inside_section(
     settings, source = loss_settings(subject.model, subject.checkpoint)
     criterion = build_criterion(settings)
     several = settings.assigner != "one_to_one" and settings.one_to_many_until > 0
+    apart = several and subject.model.config.one_to_many_heads != "none"
+    several = several and not apart
     pairs = training[1] if training is not None and several else ()
     total, done, parts, without = len(images) + len(pairs), 0, [], []
     for number, index in enumerate(images):
@@ -60,7 +62,9 @@ def inside_section(
                 progress(done, total)
     if subject.model.config.positions != "proposals":
         without.append("its queries start from learned places, so there are no encoder proposals")
-    if not several:
+    if apart:
+        without.append("several positives a box go to heads that exist in training alone")
+    elif not several:
         without.append(f"it was trained with one positive a box in every layer ({source})")
     elif training is None:
         without.append("the data has no training split to show positives of")
@@ -117,7 +121,7 @@ def _views(inside: Inside, targets: Targets, subject: Subject, number: int) -> l
 
 def _attention(inside: Inside, layer: int, said: Sequence[str]) -> Image.Image:
     overlay = Overlay(inside.picture, dim=0.35)
-    for place, query in enumerate(inside.chosen):
+    for place in range(len(inside.chosen)):
         _dots(overlay, inside.decoder[layer], place, mark(place))
     for place, query in enumerate(inside.chosen):
         came = inside.boxes[layer - 1, query] if layer else inside.start[query]
@@ -180,7 +184,10 @@ def _refinement(inside: Inside, targets: Targets, names: Sequence[str], number: 
         "scores": inside.scores[:, queries],
         "truth": targets.boxes.numpy(),
     }
-    caption = f"Boxes from the start ({start}) to the last layer: the {len(queries)} surest of it. White, dashed: ground truth."
+    caption = (
+        f"Boxes from the start ({start}) to the last layer, of the {len(queries)} surest detections. "
+        "White, dashed: ground truth."
+    )
     return Slides(f"refinement_{number}", caption, tuple(labels), tuple(images), data)
 
 
@@ -219,6 +226,7 @@ def _learning(
         Column("c", "c"),
         Column("s", "s"),
         Column("k", "k", "integer"),
+        *([Column("weight", "weight")] if any(layer.weight is not None for layer in layers) else []),
     )
     return [
         Slides(
@@ -254,6 +262,7 @@ def _pair_rows(layer: LayerPositives, targets: Targets, names: Sequence[str]) ->
             "c": float(layer.confidence[p]),
             "s": None if layer.score is None else float(layer.score[p]),
             "k": int(counts[layer.target[p]]),
+            **({} if layer.weight is None else {"weight": float(layer.weight[p])}),
         }
         for p in order
     ]

@@ -266,16 +266,19 @@ def heat_map(
             )  # fmt: skip
 
 
-def legend(axes: Axes, *, outside: bool = False, columns: int = 1) -> None:
-    """The legend, where it hides least; `outside` puts it right of the plot. Nothing if nothing has a label."""
+def legend(axes: Axes, *, outside: bool = False, above: bool = False, columns: int = 1) -> None:
+    """The legend, where it hides least; `outside` puts it right of the plot, `above` in rows over it. Nothing if nothing has a
+    label."""
     handles, names = axes.get_legend_handles_labels()
     if not handles:
         return
+    places: dict[str, Any] = {"loc": "best"}
+    if outside:
+        places = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
+    if above:
+        places = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0)}
     with style():
-        if outside:
-            axes.legend(handles, names, loc="upper left", bbox_to_anchor=(1.0, 1.0), ncols=columns)
-        else:
-            axes.legend(handles, names, loc="best", ncols=columns)
+        axes.legend(handles, names, ncols=columns, **places)
 
 
 def _short(name: str, most: int = 24) -> str:

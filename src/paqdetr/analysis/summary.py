@@ -174,7 +174,7 @@ def _bars(
         )  # fmt: skip
         data[subjects[place].label] = {name: i.to_json() for name, i in zip(names, intervals, strict=True)}
     if len(sets) > 1:
-        plots.legend(axes, outside=False)
+        plots.legend(axes, above=True, columns=2)
     caption = f"COCO figures with {level} bootstrap intervals over images."
     return Figure(
         "figures_bars", caption, plots.to_svg(axes.figure, title="COCO figures", description=caption), data
@@ -222,7 +222,7 @@ def _class_bars(
             high=[i.high for i in intervals], series=(place, len(sets)), form="{:.2f}",
         )  # fmt: skip
     if len(sets) > 1:
-        plots.legend(axes)
+        plots.legend(axes, above=True, columns=2)
     caption = "AP by class with its interval, best first."
     data = {
         s.label: {name: f.per_class[name].to_json() for name in names}

@@ -87,8 +87,8 @@ def training_section(runs: Sequence[tuple[str, Path | None]]) -> Section | None:
         DataError: a metrics.jsonl cannot be read or has no record.
     """
     trainings = [
-        Training(label, read_metrics(folder / "metrics.jsonl"))
-        for label, folder in runs
+        Training(place, label, read_metrics(folder / "metrics.jsonl"))
+        for place, (label, folder) in enumerate(runs)
         if folder is not None
     ]
     if not trainings:

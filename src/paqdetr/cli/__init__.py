@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
-from paqdetr.cli import bench, config, convert, data, evaluate, models, plan, predict, study, train
+from paqdetr.cli import analyze, bench, config, convert, data, evaluate, models, plan, predict, study, train
 from paqdetr.cli.console import Ended, errors, print_styled
 from paqdetr.errors import UserError
 
@@ -28,6 +28,7 @@ app.command("train")(train.train)
 app.command("plan")(plan.plan)
 app.command("eval")(evaluate.evaluate)
 app.command("predict")(predict.predict)
+app.command("analyze")(analyze.analyze)
 app.command("convert")(convert.convert)
 app.command("models")(models.models)
 app.command("bench")(bench.bench)

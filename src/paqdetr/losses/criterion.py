@@ -131,7 +131,7 @@ class Criterion:
         own_boxes = sum(len(target) for target in targets)
         normalizer = max(float(own_boxes if num_boxes is None else num_boxes), 1.0)
         num_layers = output.layers.logits.shape[0]
-        middle, of_encoder = self._assigners(progress)
+        middle, of_encoder = self.assigners(progress)
         several = self.one_to_many(progress)
         many = output.layers.many
 
@@ -192,8 +192,8 @@ class Criterion:
             pairs=pairs[:num_layers],
         )
 
-    def _assigners(self, progress: float) -> tuple[Assigner, Assigner]:
-        """Of the intermediate layers, and of the encoder's proposals."""
+    def assigners(self, progress: float) -> tuple[Assigner, Assigner]:
+        """Of the intermediate layers, and of the encoder's proposals, at this share of the training."""
         if not self.one_to_many(progress):
             return self.last, self.last
         if self.annealed:

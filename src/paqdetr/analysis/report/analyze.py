@@ -11,21 +11,36 @@ from typing import Any
 import numpy as np
 
 from paqdetr._version import __version__
+from paqdetr.analysis.errors import diagnosis_sections
 from paqdetr.analysis.examples import example_sections
+from paqdetr.analysis.gradients import content_gradients
+from paqdetr.analysis.inside import loss_settings
 from paqdetr.analysis.inside_view import inside_section
+from paqdetr.analysis.judged import Judged
+from paqdetr.analysis.pattern_section import Studied, pattern_section
+from paqdetr.analysis.patterns import ContentCollector
 from paqdetr.analysis.report.folder import require_free, write_folder
 from paqdetr.analysis.report.page import Chapter, Heading, render
 from paqdetr.analysis.section import Section
+from paqdetr.analysis.semantics import semantics
 from paqdetr.analysis.subject import Subject, outcome
 from paqdetr.analysis.summary import class_section, summary_section
 from paqdetr.analysis.training import run_folder, training_section
+from paqdetr.analysis.usage import Usage, usage_section
 from paqdetr.data.dataset import DetectionDataset, open_split
+from paqdetr.data.layout import available_splits
 from paqdetr.engine.evaluate import evaluate_split, require_same_classes
+from paqdetr.engine.pictures import read_metrics
 from paqdetr.errors import ConfigError, DataError
-from paqdetr.metrics.curves import threshold_curves
+from paqdetr.losses.criterion import build_criterion
+from paqdetr.metrics import QueryUsage
 from paqdetr.metrics.intervals import SAMPLES, compare_results, figure_intervals
 from paqdetr.metrics.matching import MatchTable
 from paqdetr.models import Detector, load
+
+# Where nothing is found there is no best threshold.
+_CONFIDENT = 0.3
+_MOST_BOXES = 8
 
 Progress = Callable[[str, int, int], None]
 """Told (stage, done, in all)."""
@@ -94,11 +109,12 @@ def analyze(
         require_same_classes(one.classes, opened)
     labels = _labels(chosen, detectors)
     tell = progress or _silent
-    subjects = [
-        _evaluated(detector, source, label, opened, truth, batch_size, tell)
+    watched = [
+        _watched(detector, source, label, opened, truth, batch_size, tell)
         for detector, source, label in zip(detectors, chosen, labels, strict=True)
     ]
-    chapters = _chapters(subjects, Path(data), images, samples, seed, tell)
+    chapters = _chapters(watched, Path(data), images, samples, seed, tell)
+    subjects = [one.subject for one in watched]
     heading = _heading(subjects, Path(data), split)
     page = render(heading, chapters, progress=_stage(tell, "pictures"))
     write_folder(output, page, chapters)
@@ -110,7 +126,17 @@ def analyze(
     )
 
 
-def _evaluated(
+@dataclass(frozen=True, slots=True)
+class _Watched:
+    """A model, and those that watched its evaluation."""
+
+    subject: Subject
+    judged: Judged
+    usage: QueryUsage
+    content: ContentCollector
+
+
+def _watched(
     detector: Detector,
     source: Detector | str | Path,
     label: str,
@@ -118,76 +144,120 @@ def _evaluated(
     truth: dict[str, Any],
     batch_size: int,
     tell: Progress,
-) -> Subject:
-    found = evaluate_split(detector, split, batch_size=batch_size, progress=_stage(tell, f"evaluate {label}"))
-    return Subject(
-        label=label,
-        model=detector,
-        checkpoint=None if isinstance(source, Detector) else Path(source),
-        split=split,
-        truth=truth,
-        evaluation=found,
-        table=MatchTable.match(truth, found.results),
+) -> _Watched:
+    """The one pass over the split that everything is made of."""
+    usage = QueryUsage(num_queries=detector.config.num_queries)
+    content = ContentCollector(num_classes=len(detector.classes))
+    found = evaluate_split(
+        detector,
+        split,
+        batch_size=batch_size,
+        progress=_stage(tell, f"evaluate {label}"),
+        observers=[usage, content],
+    )
+    table = MatchTable.match(truth, found.results)
+    checkpoint = None if isinstance(source, Detector) else Path(source)
+    return _Watched(
+        Subject(label, detector, checkpoint, split, truth, found, table),
+        Judged(label, truth, found.results, table),
+        usage,
+        content,
     )
 
 
 def _chapters(
-    subjects: Sequence[Subject], data: Path, images: int, samples: int, seed: int, tell: Progress
+    watched: Sequence[_Watched], data: Path, images: int, samples: int, seed: int, tell: Progress
 ) -> list[Chapter]:
+    subjects = [one.subject for one in watched]
+    judged = [one.judged for one in watched]
     stage = _stage(tell, "intervals")
+    tables = [subject.table for subject in subjects]
     if len(subjects) > 1:
-        found = compare_results(
-            subjects[1].table, subjects[0].table, samples=samples, seed=seed, progress=stage
-        )
+        found = compare_results(tables[1], tables[0], samples=samples, seed=seed, progress=stage)
     else:
-        found = figure_intervals(subjects[0].table, samples=samples, seed=seed, progress=stage)
-    outcomes = []
-    for subject in subjects:
-        best = float(threshold_curves(subject.table).best_threshold[-1])
-        outcomes.append(outcome(subject.table, 0.3 if np.isnan(best) else best))
+        found = figure_intervals(tables[0], samples=samples, seed=seed, progress=stage)
+    outcomes = [outcome(own.table, own.confident or _CONFIDENT) for own in judged]
+    runs = [run_folder(subject.checkpoint) for subject in subjects]
+    training = _training_split(data)
+    examples = example_sections(
+        subjects, outcomes, images=images, progress=_stage(tell, "best and worst images")
+    )
     chapters = [
         Chapter((summary_section(subjects, found),)),
         Chapter((class_section(subjects, found),)),
-        Chapter(
-            example_sections(
-                subjects, outcomes, images=images, progress=_stage(tell, "best and worst images")
-            )
-        ),
+        Chapter(examples),
+        *(Chapter((section,)) for section in diagnosis_sections(judged)),
+        Chapter((_usage(watched, runs, training, 4 * images, tell),)),
+        Chapter((_patterns(watched, samples, seed, tell),)),
     ]
-    training = training_section([(subject.label, run_folder(subject.checkpoint)) for subject in subjects])
-    if training is not None:
-        chapters.append(Chapter((training,)))
     few = max(1, images // 3)
-    busiest = np.argsort(-(outcomes[0].right), kind="stable")[:few].tolist()
-    examples = _training_images(data, few)
-    chapters.append(
-        Chapter(
-            tuple(
-                inside_section(
-                    subject,
-                    images=busiest,
-                    training=examples,
-                    progress=_stage(tell, f"inside {subject.label}"),
-                )
-                for subject in subjects
-            )
+    shown = np.argsort(-outcomes[0].right, kind="stable")[:few].tolist()
+    learning = None if training is None else (training, _learnable(training, few))
+    inside = [
+        inside_section(
+            subject, images=shown, training=learning, progress=_stage(tell, f"inside {subject.label}")
         )
-    )
-    return chapters
+        for subject in subjects
+    ]
+    chapters.append(Chapter(tuple(inside)))
+    curves = training_section([(own.label, run) for own, run in zip(subjects, runs, strict=True)])
+    return chapters if curves is None else [*chapters, Chapter((curves,))]
 
 
-def _training_images(data: Path, few: int) -> tuple[DetectionDataset, list[int]] | None:
-    """Images of the training split with a few boxes each: as many as still can be told apart."""
-    try:
-        split = open_split(data, "train")
-    except DataError:
+def _usage(
+    watched: Sequence[_Watched],
+    runs: Sequence[Path | None],
+    training: DetectionDataset | None,
+    images: int,
+    tell: Progress,
+) -> Section:
+    """The use of queries, with the gradients that some images of the training split give them."""
+    found = []
+    for one, run in zip(watched, runs, strict=True):
+        gradients = None
+        if training is not None:
+            settings, _ = loss_settings(one.subject.model, one.subject.checkpoint)
+            gradients = content_gradients(
+                one.subject.model,
+                training,
+                criterion=build_criterion(settings),
+                images=images,
+                progress=_stage(tell, f"gradients {one.subject.label}"),
+            )
+        records = [] if run is None else read_metrics(run / "metrics.jsonl")
+        found.append(Usage(one.subject.label, one.usage.report(gradients=gradients), records))
+    return usage_section(found[0], against=found[1] if len(found) > 1 else None)
+
+
+def _patterns(watched: Sequence[_Watched], samples: int, seed: int, tell: Progress) -> Section:
+    """What patterns are used for, with as many permutations as there are resamples."""
+    found = []
+    for done, one in enumerate(watched):
+        tell("patterns", done, len(watched) + 1)
+        study = one.content.study(one.subject.model)
+        found.append(
+            Studied(one.subject.label, study, semantics(study, permutations=max(samples - 1, 19), seed=seed))
+        )
+    tell("patterns", len(watched), len(watched) + 1)
+    against = found[1] if len(found) > 1 else None
+    return pattern_section(found[0], watched[0].subject.split, against=against, seed=seed)
+
+
+def _training_split(data: Path) -> DetectionDataset | None:
+    """The split that a model learns from; None if the data has none, which an analysis can do without."""
+    if "train" not in available_splits(data):
         return None
+    split = open_split(data, "train")
+    return split if len(split) else None
+
+
+def _learnable(split: DetectionDataset, few: int) -> list[int]:
+    """Images with several boxes, but no more than can be told apart."""
     counts = np.array([len(split.labels(index)) for index in range(len(split))])
-    fit = np.flatnonzero((counts > 0) & (counts <= 8))
+    fit = np.flatnonzero((counts > 0) & (counts <= _MOST_BOXES))
     if not len(fit):
         fit = np.flatnonzero(counts > 0)
-    order = fit[np.argsort(-np.minimum(counts[fit], 8), kind="stable")]
-    return (split, order[:few].tolist()) if len(order) else None
+    return fit[np.argsort(-counts[fit], kind="stable")][:few].tolist()
 
 
 def _labels(sources: Sequence[Detector | str | Path], detectors: Sequence[Detector]) -> list[str]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 from PIL.Image import Image
 
 from paqdetr._version import __version__
@@ -79,7 +79,13 @@ def render(
 
 def _require_names(chapters: Sequence[Chapter]) -> None:
     seen: set[tuple[int, str]] = set()
-    for place, part in _parts(chapters):
+    everything = [
+        (place, part)
+        for chapter in chapters
+        for place, section in enumerate(chapter.sections)
+        for part in section.parts
+    ]
+    for place, part in everything:
         if not part.name.isidentifier() or not part.name.isascii():
             raise ValueError(f"{part.name!r}: expected letters, digits and underscores")
         if (place, part.name) in seen:
@@ -111,13 +117,15 @@ def _fill(heading: Heading, chapters: Sequence[Chapter], uris: Sequence[str | No
         {
             "key": chapter.sections[0].key,
             "title": chapter.sections[0].title,
-            "leads": list(dict.fromkeys(section.lead for section in chapter.sections)),
+            "lead": shared,
+            "own_leads": own,
             "paired": len(chapter.sections) > 1,
             "rows": [
                 [_shown(part, place, queue) for place, part in enumerate(row)] for row in chapter.rows()
             ],
         }
         for chapter in chapters
+        for shared, own in (_leads(chapter.sections),)
     ]
     script = _resource("report.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -125,13 +133,20 @@ def _fill(heading: Heading, chapters: Sequence[Chapter], uris: Sequence[str | No
     return _template().render(
         heading=heading,
         chapters=shown,
-        style=Markup(
-            _resource("report.css").replace("/*plots-light*/", light).replace("/*plots-dark*/", dark)
-        ),
-        script=Markup(script),
+        style=_resource("report.css").replace("/*plots-light*/", light).replace("/*plots-dark*/", dark),
+        script=script,
         script_hash=digest,
         generator=f"{GENERATOR} {__version__}",
     )
+
+
+def _leads(sections: Sequence[Section]) -> tuple[str, list[str]]:
+    """What the leads have in common, by whole sentences from the start; and what is each model's own."""
+    sentences = [re.split(r"(?<=\.) ", section.lead) for section in sections]
+    shared = 0
+    while all(len(own) > shared and own[shared] == sentences[0][shared] for own in sentences):
+        shared += 1
+    return " ".join(sentences[0][:shared]), [" ".join(own[shared:]) for own in sentences]
 
 
 def _template() -> Any:
@@ -157,7 +172,7 @@ def _shown(part: Part | None, place: int, uris: Iterator[str | None]) -> dict[st
         "file": data_file(part, place),
     }
     if isinstance(part, Figure):
-        shown["svg"] = Markup(part.svg)
+        shown["svg"] = _own_ids(part.svg, shown["id"])
     elif isinstance(part, Table):
         shown["columns"] = part.columns
         shown["rows"] = [
@@ -166,16 +181,18 @@ def _shown(part: Part | None, place: int, uris: Iterator[str | None]) -> dict[st
         ]
     elif isinstance(part, Slides):
         shown["slides"] = [
-            {"label": label, "uri": _checked(next(uris)), "width": image.width, "height": image.height}
+            {"label": label, "uri": next(uris), "width": image.width, "height": image.height}
             for label, image in zip(part.labels, part.images, strict=True)
         ]
     else:
-        shown |= {"uri": _checked(next(uris)), "width": part.image.width, "height": part.image.height}
+        shown |= {"uri": next(uris), "width": part.image.width, "height": part.image.height}
     return shown
 
 
-def _checked(uri: str | None) -> Markup | None:
-    return None if uri is None else Markup(uri)  # base64 needs no escapes, and there is much of it
+def _own_ids(svg: str, prefix: str) -> str:
+    """The same plot may stand in the page twice; `to_svg` gives both the same ids."""
+    found = re.search(r' id="(p[0-9a-f]{10})-', svg)
+    return svg if found is None else svg.replace(f"{found[1]}-", f"{prefix}-")
 
 
 def data_file(part: Part, place: int) -> str | None:

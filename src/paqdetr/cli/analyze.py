@@ -1,0 +1,61 @@
+"""`paqdetr analyze`"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from paqdetr.cli.console import progress_bar, results, show
+
+
+def analyze(
+    checkpoint: Annotated[Path, typer.Argument(help="A .safetensors file or a run's folder.")],
+    *,
+    data: Annotated[Path, typer.Option(help="Folder of the data set, or its data.yaml.")],
+    output: Annotated[Path, typer.Option(help="Folder for the report; an earlier report is replaced.")],
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "val",
+    against: Annotated[
+        Path | None, typer.Option(help="Another checkpoint or run's folder, shown side by side.")
+    ] = None,
+    images: Annotated[int, typer.Option(min=1, help="Best images shown, and worst ones.")] = 6,
+    samples: Annotated[int, typer.Option(min=1, help="Resamples behind the intervals.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Of the resamples and the embeddings.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="It changes the speed, never a figure.")] = 4,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+) -> None:
+    """Write one HTML page on what a detector does: figures, mistakes, images, use of queries, its inside."""
+    from paqdetr.analysis import analyze as write_report
+    from paqdetr.engine.device import require_device
+
+    with ExitStack() as stack:
+        bars = {}
+
+        def progress(stage: str, done: int, total: int) -> None:
+            if stage not in bars:
+                stack.close()  # the bar of the stage before
+                bars.clear()
+                bars[stage] = stack.enter_context(progress_bar(stage))
+            bars[stage](done, total)
+
+        report = write_report(
+            checkpoint,
+            data=data,
+            output=output,
+            split=split,
+            against=against,
+            images=images,
+            samples=samples,
+            seed=seed,
+            batch_size=batch_size,
+            device=str(require_device(device)),
+            progress=progress,
+        )
+    size = report.page.stat().st_size / 2**20
+    results.print(
+        f"AP {show(report.figures['AP'])}, AP50 {show(report.figures['AP50'])}: {report.page} ({size:.1f} MB, one file; "
+        f"the numbers behind it are in {report.page.parent / 'data'})",
+        soft_wrap=True,
+    )

@@ -1,0 +1,233 @@
+"""A report from end to end: by the command line, and as a reader sees it in a real browser."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import paqdetr
+from paqdetr.analysis.report.page import LIMIT
+from paqdetr.cli import run
+from paqdetr.config import load_config
+from paqdetr.data.dataset import open_split
+from paqdetr.errors import ConfigError, DataError
+from paqdetr.models import Detector
+from paqdetr.models.zoo import build_model
+
+# Two models with random weights: what is shown means nothing, but all of it is there.
+SMALL: dict[str, Any] = {
+    "image_size": 96,
+    "pretrained_backbone": False,
+    "model.num_classes": 10,
+    "model.dim": 32,
+    "model.ffn_dim": 64,
+    "model.num_queries": 20,
+    "model.encoder_layers": 1,
+}
+
+
+def untrained(name: str, data: Path, **settings: Any) -> Detector:
+    smaller = dict(SMALL)
+    if name.startswith("paq"):
+        smaller["model.num_patterns"] = 8
+    return build_model(load_config(name, smaller | settings), classes=open_split(data, "val").classes).eval()
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory, tiny_digits: Path) -> Path:
+    """The folder of a report on two models, made by the command line; one lies in the folder of a run."""
+    folder = tmp_path_factory.mktemp("analyze")
+    (folder / "run").mkdir()
+    untrained("paq_dino_nano", tiny_digits).save(str(folder / "run/best.safetensors"))
+    untrained("dino_nano", tiny_digits).save(str(folder / "other.safetensors"))
+    records = [
+        {"kind": "train", "step": step, "epoch": step / 10, "loss": 9.0 - step / 5, "lr": 1e-3, "mixture_entropy": 0.5,
+         "query_cosine": 0.2, "positives_per_box": [1.9, 1.8, 1.0]}
+        for step in range(1, 21)
+    ]  # fmt: skip
+    records.append({"kind": "eval", "step": 20, "epoch": 2, "split": "val", "AP": 0.25, "AP50": 0.5})
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (folder / "run/metrics.jsonl").write_text(lines)
+    command = ["analyze", folder / "run", "--against", folder / "other.safetensors", "--data", tiny_digits]
+    command += ["--output", folder / "report", "--images", 2, "--samples", 20]
+    assert run(list(map(str, command))) == 0
+    return folder / "report"
+
+
+def test_everything_is_there_and_bounded(report: Path) -> None:
+    page = (report / "index.html").read_text(encoding="utf-8")
+    assert len(page.encode()) < LIMIT and {p.name for p in report.iterdir()} == {"index.html", "data"}
+    keys = ("summary", "classes", "images", "mistakes", "confusion", "calibration", "query-use", "patterns")
+    for key in (*keys, "inside", "training"):
+        assert f'<section id="{key}"' in page, key
+    for name in (
+        "figures",
+        "classes",
+        "image_0",
+        "attention_0",
+        "refinement_0",
+        "proposals_0",
+        "training_ap",
+    ):
+        content = json.loads((report / f"data/{name}.json").read_text())
+        assert content["caption"] and content["data"], name
+    # What one model has and the other has not is said.
+    assert (report / "data/pairs_0.json").exists() and not (report / "data/against/pairs_0.json").exists()
+    assert "Not shown for dino_nano: it was trained with one positive a box" in page
+    assert "dino_nano: its checkpoint lies in no run folder" in page
+
+
+def test_figures_are_those_of_the_evaluation(report: Path, tiny_digits: Path, tmp_path: Path) -> None:
+    model = paqdetr.load(report.parent / "run")
+    rows = json.loads((report / "data/figures.json").read_text())["data"]["rows"]
+    expected = paqdetr.evaluate(model, data=tiny_digits, split="val").figures
+    for row in rows:
+        value = getattr(expected, row["figure"])
+        assert row["a"] is None if value != value else row["a"] == pytest.approx(value, abs=1e-9)
+
+    # A model in memory, of a host with neither proposals nor patterns, on data without a training split.
+    (tmp_path / "data").mkdir()
+    for name in ("val.json", "val"):
+        (tmp_path / "data" / name).symlink_to(tiny_digits / name)
+    host = untrained("deformable_detr_one_stage_nano", tiny_digits)
+    seen: dict[str, tuple[int, int]] = {}
+    found = paqdetr.analyze(
+        host, data=tmp_path / "data", output=tmp_path / "out", images=1, samples=5,
+        progress=lambda stage, done, total: seen.__setitem__(stage, (done, total)),
+    )  # fmt: skip
+    assert found.page == tmp_path / "out/index.html" and found.against == ()
+    assert found.figures == paqdetr.evaluate(host, data=tiny_digits, split="val").to_json() | {
+        "images_per_second": found.figures["images_per_second"]
+    }
+    inside = next(section for section in found.sections if section.key == "inside")
+    names = [part.name for part in inside.parts]
+    assert names == ["attention_0", "refinement_0", "encoder_0"]
+    assert "no encoder proposals" in inside.lead and "one positive a box" in inside.lead
+    assert "training" not in {section.key for section in found.sections}
+    assert seen["evaluate deformable_detr_one_stage_nano"] == (4, 4) and "pictures" in seen
+
+
+def test_mistakes_are_told_before_the_work(tiny_digits: Path, tmp_path: Path) -> None:
+    model = untrained("dino_nano", tiny_digits)
+
+    def never(stage: str, done: int, total: int) -> None:
+        raise AssertionError(f"{stage} began")
+
+    (tmp_path / "busy").mkdir()
+    (tmp_path / "busy/notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="holds other files"):
+        paqdetr.analyze(model, data=tiny_digits, output=tmp_path / "busy", progress=never)
+    with pytest.raises(DataError, match="'dev'"):
+        paqdetr.analyze(model, data=tiny_digits, split="dev", output=tmp_path / "out", progress=never)
+    with pytest.raises(ConfigError, match="at least 1"):
+        paqdetr.analyze(model, data=tiny_digits, output=tmp_path / "out", images=0, progress=never)
+    other = build_model(load_config("dino_nano", SMALL | {"model.num_classes": 3}))
+    with pytest.raises(DataError, match="does not fit the model"):
+        paqdetr.analyze(model, against=other, data=tiny_digits, output=tmp_path / "out", progress=never)
+    assert not (tmp_path / "out").exists()
+    missing = ["analyze", str(tmp_path / "no.safetensors"), "--data", str(tiny_digits), "--output", "x"]
+    assert run(missing) == 2
+
+
+# ------------------------------------------------------------------------------------------------ browser
+
+
+def chromium() -> str:
+    """Where Chromium is; without it the tests skip, or fail if $PAQDETR_REQUIRE_CHROMIUM asks for it."""
+    named = os.environ.get("PAQDETR_CHROMIUM")
+    places = [named] if named else ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable"]
+    found = next((path for place in places if (path := shutil.which(place))), None)
+    if found is None:
+        reason = "needs Chromium: install it (apt-get install chromium), or name it in PAQDETR_CHROMIUM"
+        if os.environ.get("PAQDETR_REQUIRE_CHROMIUM"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return found
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    place = chromium()
+    from playwright.sync_api import sync_playwright
+
+    quiet = ("quic", "background-networking", "component-update", "sync", "gpu")
+    arguments = ["--no-sandbox", "--no-first-run", *(f"--disable-{what}" for what in quiet)]
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=place, args=arguments)
+        yield running
+        running.close()
+
+
+@pytest.fixture(params=[(1280, "light"), (390, "dark")], ids=["desktop", "phone"])
+def page(request: pytest.FixtureRequest, browser: Any, report: Path) -> Iterator[Any]:
+    """The report in a window of that width; nothing may be asked of the network, nor said on the console."""
+    width, scheme = request.param
+    context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    opened = context.new_page()
+    asked, said = [], []
+    opened.on("request", lambda call: asked.append(call.url))
+    opened.on("console", lambda message: said.append(message.text))
+    opened.on("pageerror", lambda error: said.append(str(error)))
+    address = (report / "index.html").as_uri()
+    opened.goto(address)
+    yield opened
+    assert [url for url in asked if not url.startswith("data:") and url.partition("#")[0] != address] == []
+    assert said == []
+    context.close()
+
+
+def column(page: Any, number: int) -> list[str]:
+    return page.eval_on_selector_all(
+        f"#a-classes tbody tr > :nth-child({number})", "all => all.map(c => c.dataset.value)"
+    )
+
+
+def test_a_reader_sorts_slides_and_switches_the_theme(page: Any) -> None:
+    # Nothing reaches beyond the window; wide tables scroll by themselves.
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+    boxes = page.locator("#a-classes thead button", has_text="boxes")
+    boxes.click()
+    numbers = [int(value) for value in column(page, 2)]
+    assert numbers == sorted(numbers, reverse=True) and len(set(numbers)) > 1
+    boxes.press("Enter")  # by keyboard, the other way round
+    assert [int(value) for value in column(page, 2)] == sorted(numbers)
+    assert page.locator("#a-classes th[aria-sort=ascending]").inner_text().startswith("boxes")
+    page.locator("#a-classes thead button", has_text="class").click()
+    names = column(page, 1)
+    assert names == sorted(names)
+
+    # The slider shows one layer at a time, and the other model's moves along.
+    shown = "#{} .slide.on .which"
+    for side in ("a", "b"):
+        assert page.locator(shown.format(f"{side}-attention_0")).text_content() == "layer 3"
+    slider = page.locator("#a-attention_0 input")
+    slider.focus()
+    slider.press("Home")
+    for side in ("a", "b"):
+        assert page.locator(shown.format(f"{side}-attention_0")).text_content() == "layer 1"
+        assert page.locator(f"#{side}-attention_0 .slide:visible").count() == 1
+        assert page.locator(f"#{side}-attention_0 output").inner_text() == "layer 1"
+    assert page.locator("#a-attention_0 .slide.on img").evaluate("i => i.complete && i.naturalWidth > 0")
+    assert slider.get_attribute("aria-valuetext") == "layer 1"
+
+    # The system's theme at first, then the reader's choice; plots follow.
+    colours = "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.querySelector('.plot svg')).fill]"
+    before = page.evaluate(colours)
+    page.locator("#theme").click()
+    after = page.evaluate(colours)
+    assert {before[0], after[0]} == {"rgb(255, 255, 255)", "rgb(22, 25, 29)"} and before[1] != after[1]
+    page.reload()
+    assert page.evaluate(colours) == after
+
+
+def test_printed_every_layer_is_there(page: Any) -> None:
+    page.emulate_media(media="print")
+    assert page.locator("#a-attention_0 .slide:visible").count() == 3
+    assert page.locator("nav").is_hidden() and page.locator("#theme").is_hidden()
