@@ -77,8 +77,8 @@ def _of_data(runs: Runs, name: str) -> Iterator[Section]:
     split = runs.study.split_of(name)
     caption = (
         f"{name}, {split}: means over seeds. The difference in AP is to {runs.study.baseline}, paired, with its "
-        f"{1 - runs.study.level:.0%} interval. Copies: what AP gains by non-maximum suppression. Predictions: that score over 0.3, "
-        "an image; boxes: to be found there."
+        f"{1 - runs.study.level:.0%} interval. Copies: what AP gains by non-maximum suppression. Predictions: that score over "
+        "0.3, an image; boxes: to be found there."
     )
     parts: list[Part] = [_table(identifier("figures", name), caption, FIGURE_COLUMNS, rows)]
     curves = _curves(runs, name)
@@ -110,8 +110,8 @@ def _planning(runs: Runs) -> Section:
     table = Table(
         "planning",
         "Spread of the paired differences to the baseline, pooled over variants, and the smallest effect on AP that 2, 3, ... "
-        "seeds see in four of five studies. For 0.015: the fewest seeds that see 1.5 points of AP; at most: if the spread between "
-        "seeds is as large as these runs allow (80 % bound). A dash: no number of seeds, the test images are too few.",
+        "seeds see in four of five studies. For 0.015: the fewest seeds that see 1.5 points of AP; at most: if the spread "
+        "between seeds is as large as these runs allow (80 % bound). A dash: no number of seeds, the test images are too few.",
         PLANNING_COLUMNS,
         rows,
     )
@@ -138,7 +138,10 @@ def _planning(runs: Runs) -> Section:
 
 
 def _cost(runs: Runs) -> Section:
-    caption = "Means over seeds, by the clock of the machine that the facts name. FLOPs: of one image, a multiply-add counted once."
+    caption = (
+        "Means over seeds, by the clock of the machine that the facts name. "
+        "FLOPs: of one image, a multiply-add counted once."
+    )
     table = _table("cost", caption, COST_COLUMNS, cost_rows(runs))
     return Section("cost", "Cost", "What a training takes, and what the model does.", (table,))
 
