@@ -1,68 +1,20 @@
-"""What benchmarks share: interleaved timing, and the machine it was done on."""
+"""What benchmarks share: interleaved timing, which is the package's, and the machine it was done on."""
 
 from __future__ import annotations
 
-import gc
 import os
 import platform
 import shlex
-import statistics
 import sys
-import time
-from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from paqdetr.engine.timing import compare, interleave, summary
+
+__all__ = ["compare", "interleave", "provenance", "summary"]
+
 _SETTINGS = ("OMP_", "GOMP_", "KMP_", "MKL_", "NUMBA_", "PAQDETR_")
-
-
-def interleave(
-    cases: Mapping[str, Callable[[], object]],
-    *,
-    rounds: int,
-    warmup: int = 2,
-    clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, list[float]]:
-    """Seconds of every call, `rounds` of each case: all cases once, then all again, so that what else the machine does in the
-    meantime meets them alike. `time.process_time` as clock counts what the process was given, on all its cores together."""
-    for case in cases.values():
-        for _ in range(warmup):
-            case()
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
-    gc.collect()
-    gc.disable()
-    try:
-        for _ in range(rounds):
-            for name, case in cases.items():
-                started = clock()
-                case()
-                seconds[name].append(clock() - started)
-    finally:
-        gc.enable()
-    return seconds
-
-
-def summary(seconds: list[float]) -> dict[str, float]:
-    """Median, fastest and slowest in milliseconds."""
-    return {
-        "median_ms": round(1e3 * statistics.median(seconds), 4),
-        "min_ms": round(1e3 * min(seconds), 4),
-        "max_ms": round(1e3 * max(seconds), 4),
-    }
-
-
-def compare(seconds: Mapping[str, list[float]], *, against: str) -> dict[str, Any]:
-    """The summary of every case, and how many times faster it is than the case `against`: `ratio` is the median over rounds of
-    the two times in the same round, `ratio_of_fastest` that of the fastest calls, which other work disturbs least."""
-    compared: dict[str, Any] = {}
-    for name, own in seconds.items():
-        pairs = zip(seconds[against], own, strict=True)
-        compared[name] = summary(own) | {
-            "ratio": round(statistics.median(a / b for a, b in pairs), 2),
-            "ratio_of_fastest": round(min(seconds[against]) / min(own), 2),
-        }
-    return compared
 
 
 def provenance(*, threads: int, seed: int, packages: tuple[str, ...]) -> dict[str, Any]:

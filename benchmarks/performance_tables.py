@@ -87,10 +87,57 @@ def whole_model(report: Report) -> str:
     )
 
 
+def nano_throughput(report: Report) -> str:
+    """A training step of the nano now and at the first slice."""
+    rows = [["image size", "CPU, before", "now", "ratio", "clock, before", "now", "ratio"]]
+    for size, found in report["sizes"].items():
+        row = [size]
+        for clock in ("cpu", "wall"):
+            times = found[clock]
+            row += [*(_number(times[key]) for key in ("before_ms", "now_ms")), f"**{times['ratio']:.2f}x**"]
+        rows.append(row)
+    commits = report["commits"]
+    text = f"{report['model']}, batches of {report['batch_size']}; before: commit {commits['before']}, now: {commits['now']}."
+    return "\n\n".join([_made_by(report), _table(rows), text])
+
+
+def matching(report: Report) -> str:
+    """Assigners by the number of boxes."""
+    names = [name for name in report["cases"][0]["times"] if name != "plain loop"]
+    rows = [["boxes an image", "plain loop", *(heading for name in names for heading in (name, "ratio"))]]
+    for case in report["cases"]:
+        times = case["times"]
+        row = [str(case["boxes"]), _number(times["plain loop"]["median_ms"])]
+        for name in names:
+            row += [_number(times[name]["median_ms"]), f"**{times[name]['ratio']:.2f}x**"]
+        rows.append(row)
+    text = f"{report['layers']} layers, {report['images']} images, {report['queries']} queries."
+    return "\n\n".join([_made_by(report), _table(rows), text])
+
+
+def evaluation(report: Report) -> str:
+    """COCO figures against pycocotools, and against inference."""
+    times, one = report["times"], report["inference_of_one_image"]["median_ms"]
+    rows = [["", "pycocotools", "paqdetr", "ratio", "inference of these images by the nano"]]
+    figures = [_number(times[name]["median_ms"]) for name in ("pycocotools", "paqdetr")]
+    images, ratio = report["images"], f"**{times['paqdetr']['ratio']:.1f}x**"
+    rows.append(
+        [
+            f"{images} images, {report['detections']:,} detections",
+            *figures,
+            ratio,
+            f"**{_number(one * images)}**",
+        ]
+    )
+    return "\n\n".join([_made_by(report), _table(rows)])
+
+
 TABLES: dict[str, Callable[[Report], str]] = {
     "deform_attn": attention,
     "deform_attn_one_thread": attention,
     "whole_model": whole_model,
+    "nano_throughput": nano_throughput,
+    "evaluation": evaluation,
 }
 
 

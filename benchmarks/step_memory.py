@@ -17,7 +17,7 @@ import psutil
 import torch
 from paqdetr.config import load_config
 from paqdetr.data.dataset import open_split
-from paqdetr.engine.memory import _loss, worst_batch
+from paqdetr.engine.memory import batch_loss, worst_batch
 from paqdetr.engine.setup import with_classes
 from paqdetr.models.zoo import build_model
 import paqdetr.engine.train
@@ -33,7 +33,7 @@ if int(batch_size):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     for _ in range(2):
         optimizer.zero_grad()
-        _loss(model, config, worst_batch(config, split, model.preprocessing, int(batch_size))).backward()
+        batch_loss(model, config, worst_batch(config, split, model.preprocessing, int(batch_size))).backward()
         optimizer.step()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
 """

@@ -39,28 +39,6 @@ def test_a_table_without_a_place_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
         tables.write("# Empty\n")
 
 
-def test_interleaved_timing_counts_every_case_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    common = load("common", monkeypatch)
-    calls: list[str] = []
-    ticks = iter([0, 1, 10, 12, 20, 21, 30, 34])
-    seconds = common.interleave(
-        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")},
-        rounds=2,
-        warmup=1,
-        clock=lambda: next(ticks),
-    )
-    assert calls == ["a", "b", "a", "b", "a", "b"]
-    assert seconds == {"a": [1, 1], "b": [2, 4]}
-    compared = common.compare(seconds, against="b")
-    assert compared["a"] == {
-        "median_ms": 1e3,
-        "min_ms": 1e3,
-        "max_ms": 1e3,
-        "ratio": 3,
-        "ratio_of_fastest": 2,
-    }
-
-
 def test_the_attention_benchmark_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: Any
 ) -> None:

@@ -8,7 +8,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from paqdetr._threads import calm_idle_threads
 from paqdetr._version import __version__
+
+calm_idle_threads()
 
 if TYPE_CHECKING:
     from paqdetr.analysis import Report, analyze

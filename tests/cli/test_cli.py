@@ -121,7 +121,7 @@ def test_eval_of_a_checkpoint(
     ]
     assert run([*arguments, "--batch-size", "2"]) == 0
     said = capsys.readouterr().out
-    for words in ("AP75", "AR100", "AP after NMS", "by class", "paq_dino_nano on"):
+    for words in ("AP75", "AR100", "AP after NMS", "by class", "paq_dino_nano on", "peak memory: "):
         assert words in said
     figures = json.loads(out.read_text())
     assert {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "per_class"} <= figures.keys()
@@ -226,13 +226,28 @@ def test_predict_leaves_out_what_does_not_decode(
     arguments = ["predict", str(tiny_run.best), str(pictures), str(alone), "--output", str(tmp_path / "out")]
     assert run([*arguments, "--threshold", "0"]) == 2
     said = capsys.readouterr()
-    assert "400 objects over 0.0 in 2 images" in said.out
+    assert "400 objects over 0.0 in 2 images" in said.out and "peak memory: " in said.out
     assert "left out:" in said.err and "bad.jpg" in said.err
     assert "error: 1 images could not be read; the others are done" in said.err
     with Image.open(tmp_path / "out" / "turned.jpg") as drawn:
         assert drawn.size == (64, 96)
     rows = json.loads((tmp_path / "out" / "predictions.json").read_text())
     assert {row["image_id"] for row in rows} == {"turned.jpg", "alone.jpg"}
+
+
+def test_bench_prints_what_it_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "deep" / "bench.json"
+    arguments = ["bench", "dino_nano", "model.decoder_layers=1", "model.num_queries=10", "--image-size", "64"]
+    assert run([*arguments, "--rounds", "1", "--device", "cpu", "--json", str(out)]) == 0
+    said, figures = capsys.readouterr().out, json.loads(out.read_text())
+    assert f"{figures['training_step']['dino_nano']['median_ms']:.1f}" in said
+    assert f"peak memory: {figures['peak_memory_gib']:.2f} GiB" in said
+    assert "1 image of 64x64, cpu" in " ".join(said.split())
+
+
+def test_bench_says_what_it_cannot_compare(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench", "dino_nano", "--against", "transformers", "--image-size", "64"]) == 2
+    assert "transformers: it has no dino_nano" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------------------------- data

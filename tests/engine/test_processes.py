@@ -92,6 +92,7 @@ def answers(
         if count == 2:
             jobs += [job("accidents", "accidents"), job("gradients", "accumulate3", accumulate=3)]
             jobs += [job("gradients", "bf16", amp="bf16")]
+            jobs += [job("gradients", "checkpointed", checkpoint_activations=True)]
         (folder / "jobs.json").write_text(json.dumps(jobs))
         for ended in start(count, "jobs", folder / "jobs.json").end():
             assert ended.code == 0, ended.err
@@ -100,7 +101,14 @@ def answers(
 
 @pytest.mark.parametrize(
     ("count", "name"),
-    [(2, "gradients"), (3, "gradients"), (1, "accumulate2"), (1, "accumulate3"), (2, "accumulate3")],
+    [
+        (2, "gradients"),
+        (3, "gradients"),
+        (1, "accumulate2"),
+        (1, "accumulate3"),
+        (2, "accumulate3"),
+        (2, "checkpointed"),
+    ],
 )
 def test_gradients_are_those_of_the_one_large_batch(answers: dict[int, Path], count: int, name: str) -> None:
     large, shared = (

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from paqdetr.models.attention import MLP, DeformableAttention, FeedForward
+from paqdetr.models.attention import MLP, DeformableAttention, FeedForward, softmax
 
 SHAPES = [(3, 4), (2, 2)]
 
@@ -121,3 +121,14 @@ def test_mlp_has_relu_between_layers_alone() -> None:
     mlp = MLP((3, 4, 5, 2))
     assert [type(part) for part in mlp] == [nn.Linear, nn.ReLU, nn.Linear, nn.ReLU, nn.Linear]
     assert mlp(torch.randn(7, 3)).shape == (7, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [1, 3, 11, 12, 16, 20, 27, 32])
+def test_softmax_of_any_length_is_torchs(length: int, dtype: torch.dtype) -> None:
+    logits = (torch.randn(2, 3, 4, length, dtype=dtype) * 5).requires_grad_()
+    gradient = torch.randn_like(logits)
+    expected, found = logits.softmax(-1), softmax(logits)
+    torch.testing.assert_close(found, expected)
+    theirs, ours = (torch.autograd.grad(y, logits, gradient)[0] for y in (expected, found))
+    torch.testing.assert_close(ours, theirs)

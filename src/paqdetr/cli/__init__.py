@@ -12,10 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
-# Before torch starts its threads: idle ones that spin without end slow a busy machine down several times.
-os.environ.setdefault("GOMP_SPINCOUNT", "300000")
-
-from paqdetr.cli import analyze, config, convert, data, evaluate, models, plan, predict, study, train
+from paqdetr.cli import analyze, bench, config, convert, data, evaluate, models, plan, predict, study, train
 from paqdetr.cli.console import Ended, errors, print_styled
 from paqdetr.errors import UserError
 
@@ -34,6 +31,7 @@ app.command("predict")(predict.predict)
 app.command("analyze")(analyze.analyze)
 app.command("convert")(convert.convert)
 app.command("models")(models.models)
+app.command("bench")(bench.bench)
 app.command("study")(study.study)
 app.add_typer(data.app, name="data")
 app.add_typer(config.app, name="config")

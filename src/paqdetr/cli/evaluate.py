@@ -92,6 +92,10 @@ def evaluate(
         written = None if found is None else _tell(found, kind, (resamples, seed) if intervals else None)
         if found is not None and results_out is not None:
             _write(results_out, found.rows)
+        if found is not None and checkpoint is not None:
+            from paqdetr.engine.memory import peak_memory
+
+            results.print(f"peak memory: {peak_memory():.2f} GiB")
     if written is not None and json_file is not None:  # None: another process prints and writes
         _write(json_file, written)
 

@@ -24,6 +24,7 @@ def predict(
     """Draw what a detector finds, and write it as COCO results."""
     from paqdetr.engine import predict_folder
     from paqdetr.engine.device import require_device
+    from paqdetr.engine.memory import peak_memory
     from paqdetr.models import load
 
     model = load(checkpoint, device=str(require_device(device)))
@@ -34,6 +35,7 @@ def predict(
         f"{count} objects over {threshold} in {len(done.found)} images: {done.output}, {done.results_file}",
         soft_wrap=True,
     )
+    results.print(f"peak memory: {peak_memory():.2f} GiB")
     for reason in done.unreadable.values():
         print_styled(errors, ("left out:", "bold yellow"), f" {reason}")
     if done.unreadable:

@@ -344,6 +344,10 @@ class Config(Section):
     ema_decay: float = Field(default=0.9998, ge=0, lt=1, description="0 switches the moving average off")
     amp: Literal["no", "bf16", "fp16"] = "no"
     channels_last: bool = False
+    checkpoint_activations: bool = Field(
+        default=False,
+        description="encoder and decoder layers compute twice what they would keep for backward",
+    )
     sync_batch_norm: bool = Field(
         default=False, description="batch norms that train see the images of all processes"
     )

@@ -106,8 +106,9 @@ def step_memory(config: Config, split: DetectionDataset, *, processes: int = 1) 
     """Estimate from the tensors that a forward pass keeps for the backward pass, with one and with two images."""
     torch.manual_seed(config.seed)
     model = build_model(config, classes=split.classes).train()
+    model.checkpoint_activations(config.checkpoint_activations)
     saved = [
-        _saved_bytes(model, config, worst_batch(config, split, model.preprocessing, size)) for size in (1, 2)
+        saved_bytes(model, config, worst_batch(config, split, model.preprocessing, size)) for size in (1, 2)
     ]
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
     trainable = sum(p.nbytes for p in model.parameters() if p.requires_grad)
@@ -162,12 +163,13 @@ def _runs(config: Config, split: DetectionDataset, size: int, device: torch.devi
     try:
         torch.cuda.reset_peak_memory_stats(device)
         model = build_model(config, classes=split.classes).to(device).train()
+        model.checkpoint_activations(config.checkpoint_activations)
         average = build_model(config, classes=split.classes).to(device)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
         batch = worst_batch(config, split, model.preprocessing, size).to(device)
         for _ in range(2):
             optimizer.zero_grad()
-            _loss(model, config, batch).backward()
+            batch_loss(model, config, batch).backward()
             optimizer.step()
         del average
         total = torch.cuda.get_device_properties(device).total_memory
@@ -179,7 +181,8 @@ def _runs(config: Config, split: DetectionDataset, size: int, device: torch.devi
         torch.cuda.empty_cache()
 
 
-def _loss(model: Detector, config: Config, batch: Batch) -> Tensor:
+def batch_loss(model: Detector, config: Config, batch: Batch) -> Tensor:
+    """What a training would minimise on a batch: scalar."""
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.amp)
     with torch.autocast(batch.images.device.type, dtype=half, enabled=half is not None):
         output = model(batch.images, batch.padding_mask, batch.targets)
@@ -187,7 +190,7 @@ def _loss(model: Detector, config: Config, batch: Batch) -> Tensor:
     return report.total
 
 
-def _saved_bytes(model: Detector, config: Config, batch: Batch) -> int:
+def saved_bytes(model: Detector, config: Config, batch: Batch) -> int:
     """Bytes of the distinct tensors that autograd keeps, the model's own left out."""
     own = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
     kept: dict[int, int] = {}
@@ -199,6 +202,6 @@ def _saved_bytes(model: Detector, config: Config, batch: Batch) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = _loss(model, config, batch)
+        loss = batch_loss(model, config, batch)
     del loss
     return sum(kept.values())

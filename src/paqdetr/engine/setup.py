@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import cast
 
+import torch
 from timm.layers import convert_sync_batchnorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -51,6 +52,21 @@ def with_largest_batch(config: Config, split: DetectionDataset, run: Run, *, dev
     else:
         size = largest_batch(config, split, Processes.join(device))
     return config.model_copy(update={"batch_size": size})
+
+
+def ready_to_train(model: Detector, config: Config, device: torch.device) -> Detector:
+    """The model on its device, as the settings of a training want it.
+
+    Raises:
+        ConfigError: `sync_batch_norm`, and it has no batch norm that trains.
+    """
+    if config.sync_batch_norm:
+        model = synchronise_norms(model)
+    model.checkpoint_activations(config.checkpoint_activations)
+    model.to(device)
+    if config.channels_last:
+        model.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
 
 
 def synchronise_norms(model: Detector) -> Detector:

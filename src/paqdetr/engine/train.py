@@ -25,7 +25,7 @@ from paqdetr.engine.optim import MovingAverage, build_optimizer, build_schedule,
 from paqdetr.engine.pictures import draw_predictions, training_curves
 from paqdetr.engine.processes import Processes, build_accelerator
 from paqdetr.engine.run import Run, prepare_run
-from paqdetr.engine.setup import open_splits, synchronise_norms, with_classes, with_largest_batch
+from paqdetr.engine.setup import open_splits, ready_to_train, with_classes, with_largest_batch
 from paqdetr.engine.state import Own, Position, load_state, random_state, restore_random_state, save_state
 from paqdetr.engine.step import Step, TrainingStep
 from paqdetr.engine.trackers import require_trackers, start_trackers, track
@@ -119,11 +119,7 @@ class Trainer:
         self.model, self.taken = model_to_train(config, train_split.classes, resumed=run.state_file.is_file())
         if self.taken is not None and self.processes.main:
             logging.getLogger(__name__).warning("init %s: %s", config.init, self.taken)
-        if config.sync_batch_norm:
-            self.model = synchronise_norms(self.model)
-        self.model.to(self.accelerator.device)
-        if config.channels_last:
-            self.model.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model = ready_to_train(self.model, config, self.accelerator.device)
         self.loader, self.batches = training_loader(
             config,
             train_split,

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from paqdetr.ops import ms_deform_attn
 
+_VECTOR = 16  # float32 numbers of the widest vectors there are
+
 
 class DeformableAttention(nn.Module):
     """Every query looks at `num_points` places of each level around its reference.
@@ -81,16 +83,22 @@ class DeformableAttention(nn.Module):
         """
         batch, queries, _ = query.shape
         grid = (batch, queries, self.num_heads, self.num_levels, self.num_points)
-        weights = (
-            self.attention_weights(query).view(batch, queries, self.num_heads, -1).softmax(-1).view(grid)
+        weights = softmax(self.attention_weights(query).view(batch, queries, self.num_heads, -1)).reshape(
+            grid
         )
-        reference = reference_points[:, :, None, :, None]  # (B, Q, 1, L, 1, 2 or 4)
+        # Levels, points and coordinates as one axis: torch is several times slower where the last axis has two numbers.
+        reference = reference_points[:, :, None].repeat_interleave(
+            self.num_points, dim=3
+        )  # (B, Q, 1, L P, 2 or 4)
+        center = reference[..., :2].flatten(3)  # (B, Q, 1, L P 2)
+        flat = (batch, queries, self.num_heads, center.shape[-1])
         if reference.shape[-1] == 2:
-            locations = reference + self._offsets_in_levels(query, spatial_shapes).view(*grid, 2)
+            locations = center + self._offsets_in_levels(query, spatial_shapes).view(flat)
         else:
             # An offset of `num_points` reaches the edge of the box.
-            reach = reference[..., 2:] * (0.5 / self.num_points)
-            locations = reference[..., :2] + self.sampling_offsets(query).view(*grid, 2) * reach
+            reach = (reference[..., 2:] * (0.5 / self.num_points)).flatten(3)
+            locations = center + self.sampling_offsets(query).view(flat) * reach
+        locations = locations.view(*grid, 2)
         return locations, weights
 
     def _offsets_in_levels(self, query: Tensor, spatial_shapes: list[tuple[int, int]]) -> Tensor:
@@ -102,6 +110,16 @@ class DeformableAttention(nn.Module):
         sizes = linear.weight.new_tensor([[width, height] for height, width in spatial_shapes])
         shares = (1 / sizes)[:, None].expand(self.num_heads, -1, self.num_points, -1).flatten()
         return F.linear(query, linear.weight * shares[:, None], linear.bias * shares)
+
+
+def softmax(logits: Tensor) -> Tensor:
+    """Over the last axis, of any length: torch on a CPU takes up to ten times as long where no vectors cover it."""
+    length = logits.shape[-1]
+    missing = -length % _VECTOR
+    worth = 0 < 2 * missing <= length and logits.device.type == "cpu"
+    if not worth or torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export():
+        return logits.softmax(-1)
+    return F.pad(logits, (0, missing), value=-torch.inf).softmax(-1)[..., :length]
 
 
 class FeedForward(nn.Module):

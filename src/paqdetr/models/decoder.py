@@ -17,6 +17,7 @@ from paqdetr.models.attention import MLP, DeformableAttention, FeedForward
 from paqdetr.models.many_heads import OneToManyHeads
 from paqdetr.models.position import at_least_float32, inverse_sigmoid, sine_boxes
 from paqdetr.models.queries import QueryGroup
+from paqdetr.models.recompute import Recomputing
 from paqdetr.models.tokens import Tokens
 
 
@@ -70,7 +71,7 @@ class DecoderLayer(nn.Module):
         return self.ffn(x)
 
 
-class Decoder(nn.Module):
+class Decoder(Recomputing):
     """Layers and the heads that read them.
 
     Args:
@@ -151,7 +152,8 @@ class Decoder(nn.Module):
             if position is None:
                 position = self._embed(reference, x if i else None, memory)
             ratios = memory.valid_ratios.repeat(1, 1, reference.shape[-1] // 2)  # (B, L, 2 or 4)
-            x = layer(x, position, reference[:, :, None] * ratios[:, None], memory, attention_mask)
+            places = reference[:, :, None] * ratios[:, None]  # (B, N, L, 2 or 4)
+            x = self.run(layer, x, position, places, memory, attention_mask)
             state = self.norm(x)
             box_head = self.box_heads[i % len(self.box_heads)]
             offset = at_least_float32(box_head(state))  # (B, N, 4)

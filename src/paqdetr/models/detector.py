@@ -155,6 +155,11 @@ class Detector(nn.Module):
             hybrid=decoded.part(copies + count, None) if hybrid else None,
         )
 
+    def checkpoint_activations(self, on: bool = True) -> None:
+        """Have the layers of encoder and decoder keep their inputs alone for the backward pass, and compute the rest again: less
+        memory, a slower training step, the same gradients."""
+        self.encoder.checkpoint_activations = self.decoder.checkpoint_activations = on
+
     def aux_losses(self) -> dict[str, Tensor]:
         """Unweighted losses that the query source owes for itself, by name."""
         return {} if self.query_source is None else self.query_source.aux_losses()

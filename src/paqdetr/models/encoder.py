@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from paqdetr.models.attention import DeformableAttention, FeedForward
+from paqdetr.models.recompute import Recomputing
 from paqdetr.models.tokens import Tokens
 
 
@@ -23,15 +24,14 @@ class EncoderLayer(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.ffn = FeedForward(dim=dim, hidden=ffn_dim, dropout=dropout)
 
-    def forward(
-        self, x: Tensor, memory: Tensor, position: Tensor, reference: Tensor, tokens: Tokens
-    ) -> Tensor:
-        """x, position: (B, Q, d) the tokens to update; memory: (B, S, d) all; reference: (B, Q, L, 2)."""
+    def forward(self, x: Tensor, fine: Tensor, position: Tensor, reference: Tensor, tokens: Tokens) -> Tensor:
+        """x, position: (B, Q, d) the tokens to update; fine: (B, S - Q, d) those before them; reference: (B, Q, L, 2)."""
+        memory = torch.cat([fine, x], dim=1)
         attended = self.attention(x + position, reference, memory, tokens.spatial_shapes, tokens.padding_mask)
         return self.ffn(self.norm(x + self.dropout(attended)))
 
 
-class DeformableEncoder(nn.Module):
+class DeformableEncoder(Recomputing):
     """A stack of encoder layers.
 
     Args:
@@ -73,5 +73,5 @@ class DeformableEncoder(nn.Module):
         position = (tokens.position + self.level_embed[tokens.level_index])[:, -updated:]
         reference = tokens.centers[:, -updated:, None] * tokens.valid_ratios[:, None]  # (B, Q, L, 2)
         for layer in self.layers:
-            x = layer(x, torch.cat([fine, x], dim=1), position, reference, tokens)
+            x = self.run(layer, x, fine, position, reference, tokens)
         return tokens.with_values(torch.cat([fine, x], dim=1))

@@ -6,6 +6,7 @@ forward and backward. Scaling the weights instead gives the same result and cost
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -14,6 +15,8 @@ from timm.layers import Conv2dSame, pad_same
 from timm.layers.norm_act import FrozenBatchNormAct2d
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
+
+from paqdetr.ops.depthwise import depthwise_conv2d
 
 _Norm = FrozenBatchNormAct2d | FrozenBatchNorm2d
 
@@ -58,6 +61,7 @@ class FoldedConv2d(nn.Module):
             conv.groups,
         )
         self.pads_same = isinstance(conv, Conv2dSame)
+        self._is_depthwise = conv.groups == conv.in_channels == conv.out_channels > 1
         self._norm = (norm,)  # in a tuple: its tensors belong to its own place in the model
         self._kept: tuple[tuple[object, ...], Tensor, Tensor] | None = None
 
@@ -67,6 +71,10 @@ class FoldedConv2d(nn.Module):
         padding = self.padding
         if self.pads_same:
             x, padding = pad_same(x, list(weight.shape[-2:]), list(self.stride), list(self.dilation)), 0
+        if self._is_depthwise and not isinstance(padding, str):
+            stride, pad, dilation = (_one(sides) for sides in (self.stride, padding, self.dilation))
+            if stride is not None and pad is not None and dilation is not None:
+                return depthwise_conv2d(x, weight, bias, stride=stride, padding=pad, dilation=dilation)
         return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
 
     def _folded(self) -> tuple[Tensor, Tensor]:
@@ -86,6 +94,13 @@ class FoldedConv2d(nn.Module):
         scale, shift = self._norm[0].affine()
         bias = shift if self.bias is None else shift + self.bias * scale
         return self.weight * scale[:, None, None, None], bias
+
+
+def _one(sides: int | Sequence[int]) -> int | None:
+    """The number that holds along both axes; None if there are two."""
+    if isinstance(sides, int):
+        return sides
+    return sides[0] if len(set(sides)) == 1 else None
 
 
 @torch.no_grad()

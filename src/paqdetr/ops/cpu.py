@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable
 from itertools import pairwise
 from threading import Lock
+from typing import Any
 
 import numpy as np
 import torch
@@ -141,14 +142,20 @@ def _kernel(name: str, dtype: torch.dtype, channels: int) -> Callable[..., None]
 def _compiled(name: str, dtype: str, channels: int) -> Callable[..., None]:
     from paqdetr.ops import numba_kernels
 
-    compile_kernel = getattr(numba_kernels, f"compile_{name}")
+    return compile_cached(getattr(numba_kernels, f"compile_{name}"), dtype, channels)
+
+
+def compile_cached(
+    compile_kernel: Callable[..., Callable[..., None]], *arguments: Any
+) -> Callable[..., None]:
+    """A kernel, from numba's cache on disk where there is one."""
     try:
-        return compile_kernel(dtype, channels, cache=True)
+        return compile_kernel(*arguments, cache=True)
     except RuntimeError as error:
         if "locator" not in str(error):
             raise
         # Neither the package's folder nor the user's is writable: every process compiles for itself.
-        return compile_kernel(dtype, channels, cache=False)
+        return compile_kernel(*arguments, cache=False)
 
 
 def _forget_lock() -> None:

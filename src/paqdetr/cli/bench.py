@@ -1,0 +1,87 @@
+"""`paqdetr bench`"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from paqdetr.cli.console import progress_bar, results
+
+
+def bench(
+    model: Annotated[
+        str,
+        typer.Argument(help="A model or recipe (`paqdetr models`), or a YAML file.", metavar="MODEL|CONFIG"),
+    ],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(help="Settings of both models, such as model.dim=128.", metavar="[KEY=VALUE]..."),
+    ] = None,
+    *,
+    against: Annotated[
+        str | None, typer.Option(help='Another model to compare with, or "transformers".')
+    ] = None,
+    image_size: Annotated[int, typer.Option(min=64, help="Side of the images, in pixels.")] = 640,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images that go through together.")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="Calls that each median is of.")] = 5,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, ...: the best there is if not given.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+) -> None:
+    """Time a model on this machine: attention, inference and a training step, in turns with what it is compared with."""
+    from paqdetr.config import parse_overrides
+    from paqdetr.engine.bench import bench as measure
+
+    with progress_bar("bench") as progress:
+        found = measure(
+            model,
+            against=against,
+            image_size=image_size,
+            batch_size=batch_size,
+            device=device,
+            rounds=rounds,
+            progress=progress,
+            settings=parse_overrides(settings or []),
+        )
+    images = f"{batch_size} image{'s' * (batch_size > 1)} of {image_size}x{image_size}"
+    count = found.machine["threads"]
+    threads = f", {count} thread{'s' * (count > 1)}" if found.device == "cpu" else ""
+    table = Table(
+        title=f"{model}, {images}, {found.device}{threads}. Milliseconds: median, fastest and slowest of {rounds}.",
+        title_justify="left",
+    )
+    for column in ("part", "of"):
+        table.add_column(column)
+    for column in ("median", "fastest", "slowest", "times faster"):
+        table.add_column(column, justify="right")
+    parts = {
+        "attention": (found.attention, "reference"),  # forward and backward
+        "inference": (found.inference, against or model),
+        "training step": (found.training_step, against or model),
+    }
+    for part, (figures, base) in parts.items():
+        for name, row in figures.items():
+            table.add_row(part, name, *_columns(row, is_base=name == base))
+        table.add_section()
+    results.print(table)
+    speed = found.images_per_second
+    kept = ", ".join(f"{name} {value:.0f} MiB" for name, value in found.saved_mib.items())
+    for line in (
+        f"images a second: {speed['inference']:.1f} in use, {speed['training_step']:.1f} in training",
+        f"kept for backward in a step: {kept}",
+        f"peak memory: {found.peak_memory_gib:.2f} GiB",
+    ):
+        results.print(line, soft_wrap=True)
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(found.to_json(), indent=1) + "\n", encoding="utf-8")
+
+
+def _columns(row: dict[str, Any], *, is_base: bool) -> list[str]:
+    times = [f"{row[key]:.1f}" for key in ("median_ms", "min_ms", "max_ms")]
+    return [*times, "" if is_base else f"{row['ratio']:.2f}x"]

@@ -1,0 +1,296 @@
+"""How fast a model is on this machine: its attention, a use of it, and a step of its training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paqdetr.config import Config, load_config
+from paqdetr.data.loader import Batch
+from paqdetr.engine.device import require_device
+from paqdetr.engine.environment import machine
+from paqdetr.engine.memory import batch_loss, peak_memory, saved_bytes
+from paqdetr.engine.optim import MovingAverage, build_optimizer
+from paqdetr.engine.setup import ready_to_train
+from paqdetr.engine.timing import compare, interleave
+from paqdetr.errors import ConfigError
+from paqdetr.models import Detector
+from paqdetr.models.zoo import build_model
+from paqdetr.ops import choose_backend, ms_deform_attn
+from paqdetr.structures import Targets
+
+_BOXES = 10
+PARTS = ("attention", "inference", "training step")
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What was measured.
+
+    Attributes:
+        model, against: names; None if the model was measured alone.
+        device: where.
+        image_size, batch_size: of square images of noise with ten boxes each.
+        rounds: calls that each median is of.
+        attention: the encoder's deformable attention, forward and backward, by back end: "reference" (grid_sample) and what runs.
+        inference, training_step: milliseconds by model; `ratio` is how many times faster than `against` it is.
+        images_per_second: of the model, in "inference" and "training_step".
+        saved_mib: what autograd keeps for the backward pass of a step, by model of ours.
+        peak_memory_gib: of the process, or of the GPU.
+        machine: processor, threads, memory.
+    """
+
+    model: str
+    against: str | None
+    device: str
+    image_size: int
+    batch_size: int
+    rounds: int
+    attention: dict[str, dict[str, float]]
+    inference: dict[str, dict[str, float]]
+    training_step: dict[str, dict[str, float]]
+    images_per_second: dict[str, float]
+    saved_mib: dict[str, float]
+    peak_memory_gib: float
+    machine: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """Ready for json."""
+        return asdict(self)
+
+
+def bench(
+    model: str,
+    *,
+    against: str | None = None,
+    image_size: int = 640,
+    batch_size: int = 1,
+    device: str | None = None,
+    rounds: int = 5,
+    progress: Callable[[int, int], None] | None = None,
+    settings: dict[str, Any] | None = None,
+) -> Bench:
+    """Time a model with random weights on noise, in turns with another.
+
+    Args:
+        model: a name of `list_models()` or a YAML file.
+        against: another, or "transformers": its Deformable DETR in the sizes of `model`, which has to be one.
+        image_size: side of the images in pixels.
+        batch_size: images that go through together.
+        device: "cpu", "cuda", ...; the best there is if None.
+        rounds: calls of each case that count, after two that do not.
+        progress: told (rounds done, rounds in all) over all three measurements.
+        settings: of both models, with dotted keys.
+
+    Raises:
+        ConfigError: an unknown model or setting, or `against` does not fit the model.
+    """
+    where = require_device(device)
+    torch.manual_seed(0)
+    config = load_config(model, settings or {})
+    names = [model] if against is None else [model, against]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"--against {against}: is the model itself", "name another one")
+    targets = [_targets(config.model.num_classes) for _ in range(batch_size)]
+    images = torch.randn(batch_size, 3, image_size, image_size)
+    sides: dict[str, _Side] = {}
+    for name in names:
+        other = config if name == model else None
+        if name == "transformers":
+            sides[name] = _Transformers(config, images, targets, where)
+        else:
+            sides[name] = _Ours(other or load_config(name, settings or {}), images, targets, where)
+
+    def part(number: int) -> Callable[[int, int], None]:
+        def told(done: int, total: int) -> None:
+            if progress is not None:
+                progress(number * total + done, len(PARTS) * total)
+
+        return told
+
+    def waiting(call: Callable[[], object]) -> Callable[[], object]:
+        if where.type != "cuda":
+            return call
+
+        def finished() -> None:
+            call()
+            torch.cuda.synchronize(where)
+
+        return finished
+
+    attention = interleave(
+        {name: waiting(call) for name, call in _attention(config, image_size, batch_size, where).items()},
+        rounds=rounds,
+        progress=part(0),
+    )
+    for side in sides.values():
+        side.model.eval()
+    inference = interleave(
+        {name: waiting(side.infer) for name, side in sides.items()}, rounds=rounds, progress=part(1)
+    )
+    for side in sides.values():
+        side.model.train()
+    steps = interleave(
+        {name: waiting(side.step) for name, side in sides.items()}, rounds=rounds, progress=part(2)
+    )
+    base = against or model
+    used, trained = compare(inference, against=base), compare(steps, against=base)
+    return Bench(
+        model=model,
+        against=against,
+        device=str(where),
+        image_size=image_size,
+        batch_size=batch_size,
+        rounds=rounds,
+        attention=compare(attention, against="reference"),
+        inference=used,
+        training_step=trained,
+        images_per_second={
+            name: round(1e3 * batch_size / found[model]["median_ms"], 2)
+            for name, found in (("inference", used), ("training_step", trained))
+        },
+        saved_mib={
+            name: round(side.saved() / 2**20, 1) for name, side in sides.items() if isinstance(side, _Ours)
+        },
+        peak_memory_gib=round(peak_memory(), 3),
+        machine=machine(),
+    )
+
+
+class _Ours:
+    """One of our models, in use and in training."""
+
+    def __init__(self, config: Config, images: Tensor, targets: list[Targets], device: torch.device) -> None:
+        self.config = config
+        self.model: nn.Module = ready_to_train(build_model(config), config, device)
+        last = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.batch = Batch(images.contiguous(memory_format=last), None, targets).to(device)
+        self._optimizer = build_optimizer(self.model, config)
+        self._average = MovingAverage(self.model, config.ema_decay)
+
+    def infer(self) -> None:
+        with torch.inference_mode():
+            self.model(self.batch.images)
+
+    def step(self) -> None:
+        self._optimizer.zero_grad()
+        self._loss().backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+        self._optimizer.step()
+        self._average.update(self.model)
+
+    def saved(self) -> int:
+        """Bytes that are kept for backward."""
+        assert isinstance(self.model, Detector)
+        return saved_bytes(self.model, self.config, self.batch)
+
+    def _loss(self) -> Tensor:
+        assert isinstance(self.model, Detector)
+        return batch_loss(self.model, self.config, self.batch)
+
+
+class _Transformers:
+    """Deformable DETR of transformers, in the sizes of ours."""
+
+    def __init__(self, config: Config, images: Tensor, targets: list[Targets], device: torch.device) -> None:
+        self.model = _their_model(config).to(device)
+        self._images = images.to(device)
+        self._labels = [
+            {"class_labels": target.labels.to(device), "boxes": target.boxes.to(device)} for target in targets
+        ]
+        self._optimizer = torch.optim.AdamW(
+            [p for p in self.model.parameters() if p.requires_grad], lr=1e-5, fused=True
+        )
+
+    def infer(self) -> None:
+        with torch.inference_mode():
+            self.model(self._images)
+
+    def step(self) -> None:
+        self._optimizer.zero_grad()
+        self.model(self._images, labels=self._labels).loss.backward()
+        self._optimizer.step()
+
+
+_Side = _Ours | _Transformers
+
+
+def _their_model(config: Config) -> nn.Module:
+    """With random weights."""
+    if not config.name.removeprefix("paq_").startswith("deformable_detr"):
+        raise ConfigError(
+            f"--against transformers: it has no {config.name}",
+            "choose one of deformable_detr*, or leave it out",
+        )
+    try:
+        transformers: Any = import_module("transformers")
+    except ImportError:
+        raise ConfigError("--against transformers: it is not installed", "pip install transformers") from None
+    model = config.model
+    return transformers.DeformableDetrForObjectDetection(
+        transformers.DeformableDetrConfig(
+            backbone_config=transformers.TimmBackboneConfig(
+                backbone=model.backbone,
+                features_only=True,
+                use_pretrained_backbone=False,
+                out_indices=[2, 3, 4],
+            ),
+            num_labels=model.num_classes,
+            num_queries=model.num_queries,
+            d_model=model.dim,
+            encoder_layers=model.encoder_layers,
+            decoder_layers=model.decoder_layers,
+            encoder_ffn_dim=model.ffn_dim,
+            decoder_ffn_dim=model.ffn_dim,
+            encoder_attention_heads=model.num_heads,
+            decoder_attention_heads=model.num_heads,
+            encoder_n_points=model.num_points,
+            decoder_n_points=model.num_points,
+            num_feature_levels=model.num_levels,
+            dropout=model.dropout,
+            auxiliary_loss=True,
+            with_box_refine=model.box_refinement,
+            two_stage=model.positions == "proposals",
+            two_stage_num_proposals=model.num_queries,
+        )
+    )
+
+
+def _attention(
+    config: Config, image_size: int, batch_size: int, device: torch.device
+) -> dict[str, Callable[[], None]]:
+    """The encoder's sampling, forward and backward, by back end."""
+    model = config.model
+    strides = list(model.backbone_strides)
+    while len(strides) < model.num_levels:
+        strides.append(strides[-1] * 2)
+    sides = [-(-image_size // stride) for stride in strides]
+    shapes = [(side, side) for side in sides]
+    tokens = sum(height * width for height, width in shapes)
+    queries = sum(height * width for height, width in shapes[-(model.encoder_query_levels or len(shapes)) :])
+    heads, points = model.num_heads, model.num_points
+    value = torch.randn(batch_size, tokens, heads, model.dim // heads, device=device)
+    locations = torch.rand(batch_size, queries, heads, len(shapes), points, 2, device=device)
+    weights = torch.rand(batch_size, queries, heads, len(shapes), points, device=device)
+    leaves = [tensor.requires_grad_() for tensor in (value, locations, weights)]
+
+    def call(backend: Any) -> Callable[[], None]:
+        def both_ways() -> None:
+            out = ms_deform_attn(value, shapes, locations, weights, backend=backend)
+            torch.autograd.grad(out.sum(), leaves)
+
+        return both_ways
+
+    chosen = choose_backend(device, tokens=tokens)
+    return {name: call(name) for name in dict.fromkeys(("reference", chosen))}
+
+
+def _targets(num_classes: int) -> Targets:
+    """Ten boxes anywhere."""
+    boxes = torch.cat([0.3 + 0.4 * torch.rand(_BOXES, 2), 0.1 + 0.2 * torch.rand(_BOXES, 2)], dim=1)
+    return Targets(torch.randint(num_classes, (_BOXES,)), boxes)

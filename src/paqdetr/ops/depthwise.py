@@ -1,0 +1,122 @@
+"""Depthwise convolution whose weights' gradient is computed fast on a CPU.
+
+torch's takes, for kernels of 5x5, several times as long as everything else about such a layer. Forward pass and the gradient of
+the map are torch's own.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from threading import Lock
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from paqdetr.ops.choice import numba_missing
+from paqdetr.ops.threads import for_each
+
+# torch is as fast with smaller ones.
+_LEAST_KERNEL = 4
+_compiling = Lock()
+
+
+def depthwise_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: int, padding: int, dilation: int
+) -> Tensor:
+    """`F.conv2d` with as many groups as channels: (B, C, H, W), (C, 1, kh, kw), (C,) or None -> (B, C, h, w).
+
+    The result has the same bits as torch's; so has the gradient of x. The weights' has the same ones with any number of threads,
+    and differs from torch's by rounding.
+    """
+    if _is_ours(x, weight):
+        return _DepthwiseConv2d.apply(x, weight, bias, stride, padding, dilation)  # type: ignore[no-any-return]
+    return F.conv2d(x, weight, bias, stride, padding, dilation, groups=x.shape[1])
+
+
+def _is_ours(x: Tensor, weight: Tensor) -> bool:
+    """Whether the loop is made for this, and worth it."""
+    return (
+        min(weight.shape[-2:]) >= _LEAST_KERNEL
+        and torch.is_grad_enabled()
+        and weight.requires_grad
+        and not torch.compiler.is_compiling()
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and not torch.is_autocast_enabled("cpu")
+        and numba_missing() is None
+    )
+
+
+class _DepthwiseConv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, dilation: int
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.geometry = stride, padding, dilation
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups=x.shape[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        stride, padding, dilation = ctx.geometry
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        to_x, _, to_bias = torch.ops.aten.convolution_backward(
+            gradient, x, weight, [x.shape[1]], [stride] * 2, [padding] * 2, [dilation] * 2,
+            False, [0, 0], x.shape[1], [need_x, False, need_bias],
+        )  # fmt: skip
+        to_weight = None
+        if need_weight:
+            to_weight = weight_gradient(x, gradient, tuple(weight.shape[-2:]), *ctx.geometry)
+        return to_x, to_weight, to_bias, None, None, None
+
+
+def weight_gradient(
+    x: Tensor, gradient: Tensor, kernel: tuple[int, int], stride: int, padding: int, dilation: int
+) -> Tensor:
+    """(B, C, H, W), (B, C, h, w) float32 on a CPU -> (C, 1, kh, kw)."""
+    batch, channels, height, width = x.shape
+    high, wide = gradient.shape[-2:]
+    rows, columns = kernel
+    out = torch.zeros(rows * columns, channels)
+    arrays = [_flat(x), _flat(gradient), out.view(-1).numpy()]
+    sizes = (batch, height, width, channels, high, wide, rows, columns, stride, padding, dilation)
+
+    def work(block: tuple[int, int]) -> None:
+        first, lanes = block
+        _kernel(lanes)(*arrays, first, *sizes)
+
+    for_each(work, _blocks(channels), threads=torch.get_num_threads())
+    return out.view(rows, columns, channels, 1).permute(2, 3, 0, 1)
+
+
+def _blocks(channels: int) -> list[tuple[int, int]]:
+    """(first channel, how many) of blocks that cover all: as wide as may be, then the halves that fit."""
+    from paqdetr.ops.numba_depthwise import LANES
+    from paqdetr.ops.simd import chunks
+
+    return chunks(channels, LANES)
+
+
+def _flat(maps: Tensor) -> Any:
+    """(B, C, H, W) -> numpy (B * H * W * C,)."""
+    return maps.detach().permute(0, 2, 3, 1).contiguous().view(-1).numpy()
+
+
+def _kernel(lanes: int) -> Callable[..., None]:
+    with _compiling:  # two threads would compile the same twice
+        return _compiled(lanes)
+
+
+@functools.cache
+def _compiled(lanes: int) -> Callable[..., None]:
+    from paqdetr.ops.cpu import compile_cached
+    from paqdetr.ops.numba_depthwise import compile_weight_gradient
+
+    return compile_cached(compile_weight_gradient, lanes)

@@ -1,0 +1,39 @@
+"""What `import paqdetr` says to torch's threads."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+SHOW = "import os, paqdetr; print(os.environ.get('GOMP_SPINCOUNT'))"
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({}, "10000"),
+        ({"GOMP_SPINCOUNT": "77"}, "77"),
+        ({"OMP_WAIT_POLICY": "active"}, "None"),  # the other variable would overrule it
+    ],
+)
+def test_idle_threads_sleep_soon_unless_the_user_says_otherwise(given: dict[str, str], found: str) -> None:
+    kept = {
+        key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", SHOW], env=kept | given, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == found
+
+
+def test_nothing_is_said_once_torch_has_been_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    from paqdetr._threads import calm_idle_threads
+
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setitem(sys.modules, "torch", sys)  # any module: what counts is that it is there
+    calm_idle_threads()
+    assert "GOMP_SPINCOUNT" not in os.environ
