@@ -31,7 +31,7 @@ def picture(height: int, width: int, seed: int) -> np.ndarray:
 
 
 def by_query(detections: Detections) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes and scores in an order that rounding cannot change."""
+    """Boxes and scores, query by query: scores all but equal may change places by rounding."""
     order = np.lexsort((detections.labels, detections.query_indices))
     return detections.boxes[order], detections.scores[order]
 
@@ -39,10 +39,21 @@ def by_query(detections: Detections) -> tuple[np.ndarray, np.ndarray]:
 def assert_same(found: Detections, expected: Detections) -> None:
     assert len(found) == len(expected) == 200
     for a, b in zip(by_query(found), by_query(expected), strict=True):
-        assert np.abs(a - b).max() < 1e-2 if a.ndim == 2 else np.abs(a - b).max() < 1e-4
+        assert np.abs(a - b).max() < 1e-4 if a.ndim == 2 else np.abs(a - b).max() < 1e-6
+
+
+def in_double(model: Detector) -> Detector:
+    """The detector in float64, pixels too."""
+    model.double().register_forward_pre_hook(lambda _, arguments: (arguments[0].double(), *arguments[1:]))
+    return model
 
 
 def test_the_same_alone_and_in_any_batch_and_order(model: Detector) -> None:
+    """In float64: sums are rounded in an order that depends on the size of the batch (BLAS picks its kernel by it), and in
+    float32 that now and then exchanges two proposals of an untrained model whose scores are equal but for the last bit. Noise of
+    one unit in the last place of the pixels does the same to an image alone. Detections are float32: hence the tolerances.
+    """
+    in_double(model)
     sizes = [(60, 90), (90, 60), (60, 90), (61, 90), (40, 40), (60, 90), (33, 200)]
     images = [picture(*size, seed) for seed, size in enumerate(sizes)]
     alone = [model.predict(image, threshold=0.0)[0] for image in images]

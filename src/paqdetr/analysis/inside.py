@@ -27,7 +27,7 @@ from paqdetr.models.detector import Detector, DetectorOutput
 from paqdetr.models.encoder import EncoderLayer
 from paqdetr.models.queries import QueryGroup
 from paqdetr.models.tokens import Tokens
-from paqdetr.paq import QualityAwareAssigner
+from paqdetr.paq import QualityAwareAssigner, RankDamping
 from paqdetr.paq.costs import matchables
 from paqdetr.preprocessing import pad_images
 from paqdetr.structures import Targets
@@ -282,7 +282,8 @@ def positives(
         assigner = criterion.last if layer == len(rows) else middle
         pairs = assigner.solve(image)
         query, target = pairs.query_indices.numpy(), pairs.target_indices.numpy()
-        known = assigner.qualities(image) if isinstance(assigner, QualityAwareAssigner) else None
+        rule = assigner.assigner if isinstance(assigner, RankDamping) else assigner
+        known = rule.qualities(image) if isinstance(rule, QualityAwareAssigner) else None
         confidence = image.class_confidence if known is None else known.confidence
         found.append(
             LayerPositives(

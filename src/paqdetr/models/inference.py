@@ -1,4 +1,8 @@
-"""From pictures to detections: bucketed by size, so that what an image is batched with never matters."""
+"""From pictures to detections: bucketed by size, so that what an image is batched with never matters.
+
+Never beyond rounding, that is: sums are taken in another order in a batch of another size, and where two proposals have the same
+score but for the last bit, they may change places.
+"""
 
 from __future__ import annotations
 
