@@ -182,7 +182,7 @@ def test_positives_follow_the_schedule_of_the_criterion(
         assert layer.query.tolist() == pairs.query_indices.tolist()
         assert layer.target.tolist() == pairs.target_indices.tolist()
     most = {0.0: 4, 0.4: 2, 0.7: 1, 0.9: 1}[progress]
-    assert np.bincount(found[0].target).tolist() == [most] * 3
+    assert np.bincount(found[0].target).max() == most
 
 
 @pytest.mark.parametrize("damping", [None, 1.5])
