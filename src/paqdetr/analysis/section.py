@@ -59,11 +59,14 @@ class Slides:
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column of a table: a key of its rows, its heading, and how its values are written and sorted."""
+    """A column of a table: a key of its rows, its heading, and how its values are written and sorted.
+
+    A figure has three decimals, a difference of figures also its sign, an amount one decimal.
+    """
 
     key: str
     heading: str
-    kind: Literal["text", "integer", "figure", "percent"] = "figure"
+    kind: Literal["text", "integer", "figure", "difference", "amount", "percent"] = "figure"
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -49,7 +49,7 @@ def summary_section(subjects: Sequence[Subject], found: Found) -> Section:
     if differences is not None:
         lead += (
             " A minus B is resampled in pairs, the same images for both; where its interval holds 0, these images do not "
-            "decide which of the two is better."
+            f"decide which of the two is better. {_verdict(differences['AP'], level)}"
         )
     rows = [
         {
@@ -74,7 +74,7 @@ def summary_section(subjects: Sequence[Subject], found: Found) -> Section:
         (
             _bars(subjects, first, second, level),
             Table("figures", caption, columns, tuple(rows)),
-            _beside(subjects),
+            *_beside(subjects),
         ),
     )
 
@@ -117,7 +117,7 @@ def class_section(subjects: Sequence[Subject], found: Found) -> Section:
             Column(f"{key}_50", f"AP50{mark[key]}"),
         ]
     if two:
-        columns += [Column("difference", "A - B"), Column("difference_range", level, "text")]
+        columns += [Column("difference", "A - B", "difference"), Column("difference_range", level, "text")]
     caption = f"AP by class with {level} intervals. A heading sorts; numbers begin with the largest."
     lead = "A class with few boxes has a wide interval: look at that before at its AP."
     parts = (Table("classes", caption, tuple(columns), tuple(rows)), *_class_bars(subjects, first, second))
@@ -152,7 +152,7 @@ def _columns(subjects: Sequence[Subject], level: str) -> list[Column]:
         Column("a_range", level, "text"),
         Column("b", "B"),
         Column("b_range", level, "text"),
-        Column("difference", "A - B"),
+        Column("difference", "A - B", "difference"),
         Column("difference_range", level, "text"),
     ]
 
@@ -181,27 +181,52 @@ def _bars(
     )
 
 
-def _beside(subjects: Sequence[Subject]) -> Table:
+def _beside(subjects: Sequence[Subject]) -> tuple[Table, Table]:
     """What the twelve figures do not say."""
-    kinds = (
+    copies = (
         ("AP after NMS", "AP_nms", "class-wise non-maximum suppression at IoU 0.7; the gain over AP is the cost of copies"),
-        ("AP50 after NMS", "AP50_nms", ""),
+        ("AP50 after NMS", "AP50_nms", "likewise"),
+    )  # fmt: skip
+    amounts = (
         ("predictions an image", "predictions_per_image", "that score over 0.3"),
         ("boxes an image", "boxes_per_image", "to be found"),
-        ("images a second", "images_per_second", "reading, model and post-processing, on this machine"),
+        ("images a second", "images_per_second", "reading, model and post-processing, on this machine as busy as it was"),
     )  # fmt: skip
     found = [subject.evaluation.to_json() for subject in subjects]
-    rows = [
-        {"what": what, "meaning": meaning, **{key: one[name] for key, one in zip("ab", found, strict=False)}}
-        for what, name, meaning in kinds
-    ]
     labels = [subjects[0].label] if len(subjects) == 1 else ["A", "B"]
-    columns = (
-        Column("what", "what", "text"),
-        *(Column(key, label) for key, label in zip("ab", labels, strict=False)),
-        Column("meaning", "meaning", "text"),
+
+    def table(
+        name: str, caption: str, kind: Literal["figure", "amount"], kinds: Sequence[tuple[str, ...]]
+    ) -> Table:
+        rows = [
+            {
+                "what": what,
+                "meaning": meaning,
+                **{key: one[of] for key, one in zip("ab", found, strict=False)},
+            }
+            for what, of, meaning in kinds
+        ]
+        columns = (
+            Column("what", "what", "text"),
+            *(Column(key, label, kind) for key, label in zip("ab", labels, strict=False)),
+            Column("meaning", "meaning", "text"),
+        )
+        return Table(name, caption, columns, tuple(rows))
+
+    return (
+        table("copies", "What copies of one object cost.", "figure", copies),
+        table("amounts", "Confidence and speed.", "amount", amounts),
     )
-    return Table("beside", "Copies, confidence and speed.", columns, tuple(rows))
+
+
+def _verdict(own: Difference, level: str) -> str:
+    """What the comparison of AP comes to, in a sentence."""
+    if math.isnan(own.value):
+        return "There is nothing to compare: the ground truth has no objects."
+    where = f"AP of A - B is {own.value:+.3f}, {level} interval {_range(own.low, own.high, sign=True)}"
+    if own.decided:
+        return f"Here {'A' if own.value > 0 else 'B'} is better: {where}."
+    return f"Here they do not: {where}."
 
 
 def _class_bars(

@@ -87,7 +87,7 @@ def _views(models: Sequence[Usage]) -> Part:
         Column("gini", "Gini"),
         Column("chance", "by chance"),
         Column("by_rank", "by rank alone"),
-        Column("per_image", "an image"),
+        Column("per_image", "an image", "amount"),
         Column("threshold", "threshold"),
         Column("unused", "never used", "integer"),
         Column("half", "do half", "integer"),
@@ -123,13 +123,13 @@ def _content(models: Sequence[Usage]) -> Part:
         Column("model", "model", "text"),
         Column("num_queries", "queries", "integer"),
         Column("images", "images", "integer"),
-        Column("boxes_per_image", "boxes an image"),
+        Column("boxes_per_image", "boxes an image", "amount"),
         Column("query_cosine", "cosine of queries"),
         Column("num_patterns", "patterns", "integer"),
         Column("entropy", "mixture entropy"),
         Column("dead", "dead patterns", "integer"),
         Column("never_lead", "never lead", "integer"),
-        Column("effective", "effective patterns"),
+        Column("effective", "effective patterns", "amount"),
     )
     caption = (
         "What the views stand on. Cosine of queries: 1 means that all content queries of an image are copies. "

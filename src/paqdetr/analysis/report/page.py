@@ -217,6 +217,12 @@ def written(value: Any, column: Column) -> str:
     if column.kind == "percent":
         return f"{100 * float(value):.1f} %"
     number = float(value)
+    if column.kind == "amount":
+        return f"{number:.1f}"
+    if abs(number) < 0.0005:
+        return "0.000"  # and no sign before it
+    if column.kind == "difference":
+        return f"{number:+.3f}"
     return f"{number:.3f}" if abs(number) < 10 else f"{number:.4g}"
 
 
