@@ -114,6 +114,13 @@ def test_beside_it_is_there_as_long_as_one_to_many_is() -> None:
     }
 
 
+def test_a_single_layer_has_nothing_to_stand_beside() -> None:
+    found = replace(output(), layers=decoded(1))
+    report = criterion(one_to_one_weight=0.5)(found, TARGETS)
+    assert list(report.terms) == ["layer1/class", "layer1/l1", "layer1/giou"]
+    assert values(report.terms, "layer1") == times(1, of_pairs(1))
+
+
 # --- heads of their own
 
 
@@ -254,6 +261,7 @@ def test_all_are_off_by_default_and_in_the_paper() -> None:
     ("name", "overrides", "message"),
     [
         ("dino_nano", {"loss.one_to_one_weight": 1.0}, "one_to_one_weight needs an assigner"),
+        ("dino_nano", {"loss.one_to_many_weight": 0.5}, "one_to_many_weight needs an assigner with several"),
         ("dino_nano", {"loss.rank_damping": 1.5}, "rank_damping needs an assigner or encoder_assigner"),
         ("dino_nano", {"loss.positives_schedule": "linear"}, "positives_schedule needs an assigner"),
         (
