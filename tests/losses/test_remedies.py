@@ -249,12 +249,12 @@ def test_a_batch_without_boxes_is_divided_by_one() -> None:
 
 def test_all_are_off_by_default_and_in_the_paper() -> None:
     remedies = ("one_to_many_weight", "one_to_one_weight", "positives_schedule", "rank_damping", "normalizer")
-    parts = ("one_to_many_heads", "distinct_proposals", "mixture")
+    parts = ("one_to_many_heads", "distinct_proposals", "mixture", "normalize_summary")
     assert [getattr(LossConfig(), key) for key in remedies] == [1.0, 0.0, "constant", None, "boxes"]
     for name in ("paq_dino_nano", "paq_dino_r50", "paq_deformable_detr_r50", "paq_dn_detr_r50"):
         config = load_config(name, {"preset": "paper"})
         assert all(getattr(config.loss, key) == getattr(LossConfig(), key) for key in remedies)
-        assert [getattr(config.model, key) for key in parts] == ["none", None, "replace"]
+        assert [getattr(config.model, key) for key in parts] == ["none", None, "replace", False]
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,7 @@ class ModelConfig(Section):
     bias_std: float | None = Field(
         default=2.0, ge=0, description="None: the plain initialisation of a linear layer"
     )
+    normalize_summary: bool = Field(default=False, description="mix by what sets an image apart (ours)")
 
     # Denoising. `contrastive` is DINO's, with about `denoising_queries` positives an image; `plain` is DN-DETR's, with
     # `denoising_groups` copies of each box and an indicator channel.
@@ -344,10 +345,7 @@ class Config(Section):
     ema_decay: float = Field(default=0.9998, ge=0, lt=1, description="0 switches the moving average off")
     amp: Literal["no", "bf16", "fp16"] = "no"
     channels_last: bool = False
-    checkpoint_activations: bool = Field(
-        default=False,
-        description="encoder and decoder layers compute twice what they would keep for backward",
-    )
+    checkpoint_activations: bool = Field(default=False, description="layers compute twice and keep less")
     sync_batch_norm: bool = Field(
         default=False, description="batch norms that train see the images of all processes"
     )
