@@ -231,7 +231,7 @@ class _RunningNorm(nn.Module):
     """(B, d) -> (B, d): every channel less its mean over past training images, over its standard deviation between them.
 
     The figures are those of earlier batches in training too, so that no image sees what it is batched with. Each of several
-    processes has its own; the first one's are kept.
+    processes adds its own images alone; the first one's figures are kept.
     """
 
     mean: Tensor
