@@ -87,6 +87,7 @@ def test_three_and_six_layers_are_the_pilots_trainings_but_for_the_depth() -> No
         ("ablation", "static_mixture"),
         ("hosts", "paq_dab"),
         ("sweeps", "pooled_factorised"),
+        ("sweeps", "normalized"),
         ("pilot_depth", "paq_layers6"),
         ("remedies", "heads_distinct"),
         ("remedies", "heads_residual"),
