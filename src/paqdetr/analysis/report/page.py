@@ -22,6 +22,8 @@ from paqdetr.analysis.section import Column, Figure, Part, Picture, Section, Sli
 LIMIT = 12 * 2**20
 """The most bytes a page has. Pictures get smaller, and in the end fewer, to keep it."""
 GENERATOR = "paqdetr analyze"
+# Points: a wider plot is not shrunk to a phone's width, which would make its text too small, but scrolls.
+_FITS_A_PHONE = 450
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +175,8 @@ def _shown(part: Part | None, place: int, uris: Iterator[str | None]) -> dict[st
     }
     if isinstance(part, Figure):
         shown["svg"] = _own_ids(part.svg, shown["id"])
+        width = re.search(r'<svg [^>]*?\bwidth="([\d.]+)', part.svg)
+        shown["large"] = width is not None and float(width[1]) > _FITS_A_PHONE
     elif isinstance(part, Table):
         shown["columns"] = part.columns
         shown["rows"] = [
