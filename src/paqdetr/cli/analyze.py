@@ -12,7 +12,9 @@ from paqdetr.cli.console import progress_bar, results, show
 
 
 def analyze(
-    checkpoint: Annotated[Path, typer.Argument(help="A .safetensors file or a run's folder.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A .safetensors file or a run's folder.", metavar="CHECKPOINT")
+    ],
     *,
     data: Annotated[Path, typer.Option(help="Folder of the data set, or its data.yaml.")],
     output: Annotated[Path, typer.Option(help="Folder for the report; an earlier report is replaced.")],

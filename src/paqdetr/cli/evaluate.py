@@ -37,7 +37,7 @@ class _Found:
 
 def evaluate(
     checkpoint: Annotated[
-        Path | None, typer.Argument(help="A .safetensors file or a run's folder.", metavar="[CHECKPOINT]")
+        Path | None, typer.Argument(help="A .safetensors file or a run's folder.", metavar="CHECKPOINT")
     ] = None,
     *,
     data: Annotated[Path | None, typer.Option(help="Folder of the data set, or its data.yaml.")] = None,

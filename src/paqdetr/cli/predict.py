@@ -12,10 +12,10 @@ from paqdetr.errors import DataError
 
 
 def predict(
-    checkpoint: Annotated[Path, typer.Argument(help="A .safetensors file or a run's folder.")],
-    sources: Annotated[
-        list[Path], typer.Argument(help="Images and folders of images.", metavar="IMAGE|DIR...")
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A .safetensors file or a run's folder.", metavar="CHECKPOINT")
     ],
+    sources: Annotated[list[Path], typer.Argument(help="Images and folders of images.", metavar="IMAGE|DIR")],
     *,
     output: Annotated[Path, typer.Option(help="Folder for drawn images and predictions.json.")],
     threshold: Annotated[float, typer.Option(min=0, max=1, help="The least score of a detection.")] = 0.3,
