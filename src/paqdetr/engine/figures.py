@@ -64,7 +64,8 @@ class Interval:
         return {
             "steps": self.steps,
             "images": self.images,
-            "seconds": time.perf_counter() - self._started,
+            # Without a step there is nothing to time, and two states that should be equal are.
+            "seconds": time.perf_counter() - self._started if self.steps else 0.0,
             "sums": self.sums,
             "positives": self.positives,
             "batches_with_boxes": self.batches_with_boxes,
