@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     report = provenance(threads=arguments.threads, seed=0, packages=("paqdetr", "torch", "numba"))
+    report["command"] = report["command"].replace(str(arguments.data), arguments.data.name)
     counts = [GNU, *arguments.counts]
     settings = {"image_size": arguments.image_size, "augment.scale": [1.0, 1.0], "epochs": 100, "workers": 0}
     sides = {

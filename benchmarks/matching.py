@@ -40,7 +40,7 @@ def main() -> None:
     )
     parser.add_argument("--boxes", type=int, nargs="+", default=[10, 50, 200, 800], help="an image")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -34,7 +34,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("GOMP_SPINCOUNT", "300000")
+# The budget is CPU time, and threads that look out for work use it up: as few looks as `import paqdetr` sets.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
 from common import provenance
@@ -72,9 +73,16 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     try:
         settings = parse_overrides(arguments.settings)
+        asked = {
+            "data": arguments.data.name,
+            "cpu_minutes": arguments.minutes,
+            "overrides": settings,
+            "seed": arguments.seed,
+        }
         for name in arguments.peers:
             file = arguments.output / f"{name}.json"
             if file.is_file():
+                require_same(file, asked)
                 print(f"{name}: {file} is there and is kept", flush=True)
                 continue
             result = compare(
@@ -92,6 +100,10 @@ def main() -> None:
                 seed=arguments.seed,
                 packages=("paqdetr", "torch", "torchvision", "transformers", "timm"),
             )
+            # Where folders lie on this machine is nobody's business.
+            for folder in (arguments.data, arguments.output):
+                command = result["provenance"]["command"]
+                result["provenance"]["command"] = command.replace(str(folder), folder.name)
             write(file, result)
             gc.collect()
     except UserError as error:
@@ -255,6 +267,16 @@ def evaluate(
     truth = split.ground_truth()
     figures, after = evaluate_detections(truth, raw).to_json(), evaluate_detections(truth, cleaned).to_json()
     return {"AP": figures["AP"], "AP50": figures["AP50"], "AP_nms": after["AP"]}
+
+
+def require_same(file: Path, asked: dict[str, Any]) -> None:
+    """End if a result that is there was made with another budget, other images or settings: one table holds equals alone."""
+    kept = json.loads(file.read_text(encoding="utf-8"))
+    for key, value in asked.items():
+        if kept[key] != value:
+            raise SystemExit(
+                f"{file}: was made with {key}={kept[key]!r}, not {value!r}: choose another --output"
+            )
 
 
 def collect(folder: Path) -> list[dict[str, Any]]:

@@ -132,11 +132,70 @@ def evaluation(report: Report) -> str:
     return "\n\n".join([_made_by(report), _table(rows)])
 
 
+def loading(report: Report) -> str:
+    """Images a second of each loader."""
+    rows = [["loader", "images a second", "ratio"]]
+    for name, rate in report["images_per_second"].items():
+        rows.append([name, f"{rate:.0f}", f"**{report['times'][name]['ratio']:.2f}x**"])
+    (height, width), (to_height, to_width) = report["first_image"], report["first_batch"]
+    text = f"{report['images']} images of {height}x{width}, scaled to {to_height}x{to_width}; batches of {report['batch_size']}."
+    return "\n\n".join([_made_by(report), _table(rows), text])
+
+
+def variants(report: Report) -> str:
+    """Variants of a model against the first of them: how much longer they take, and what they keep."""
+    first = next(iter(report["inference"]))
+    rows = [["", "inference", "times", "training step", "times", "kept for backward", "times"]]
+    for name, kept in report["saved_bytes"].items():
+        row = [f"`{name}`"]
+        for part in ("inference", "training_step"):
+            times = report[part][name]
+            row += [_number(times["median_ms"]), f"**{1 / times['ratio']:.2f}**"]
+        rows.append([*row, f"{kept / 1e6:.0f} MB", f"**{kept / report['saved_bytes'][first]:.2f}**"])
+    size = report["image_size"]
+    text = f"{size}x{size} pixels, one image in inference, {report['batch_size']} in a step, {report['boxes']} boxes each."
+    return "\n\n".join([_made_by(report), _table(rows), text])
+
+
+def compiling(report: Report) -> str:
+    """Eager forms against compiled ones."""
+    rows = [["", "form", "time", "ratio", "first calls, s of CPU", "graph breaks", "difference"]]
+    for part in (name for name in ("inference", "training") if name in report):
+        for name, times in report[part]["times"].items():
+            row = [part, name, _number(times["median_ms"]), f"**{times['ratio']:.2f}x**"]
+            made = report[part]["compiled"].get(name)
+            rest = ["", "", ""]
+            if made:
+                rest = [f"{made['first_calls_cpu_seconds']:.0f}", str(made["graph_breaks"])]
+                difference = made["relative_difference"]
+                rest.append(f"{difference:.0e}" if difference else "0")
+            rows.append(row + rest)
+    size = report["image_size"]
+    text = f"{report['model']}, {size}x{size} pixels: one image in inference, {report['batch_size']} in training."
+    return "\n\n".join([_made_by(report), _table(rows), text])
+
+
+def operators(report: Report) -> str:
+    """Operators of the package against torch's."""
+    rows = [["", "torch", "paqdetr", "ratio"]]
+    for name, times in report["cases"].items():
+        figures = [_number(times[key]["median_ms"]) for key in ("torch", "paqdetr")]
+        rows.append([name, *figures, f"**{times['paqdetr']['ratio']:.1f}x**"])
+    return "\n\n".join([_made_by(report), _table(rows)])
+
+
 TABLES: dict[str, Callable[[Report], str]] = {
     "deform_attn": attention,
     "deform_attn_one_thread": attention,
     "whole_model": whole_model,
     "nano_throughput": nano_throughput,
+    "operators": operators,
+    "paq_whole": variants,
+    "checkpointing": variants,
+    "compile_backbone": compiling,
+    "compile_inference": compiling,
+    "matching": matching,
+    "loading": loading,
     "evaluation": evaluation,
 }
 

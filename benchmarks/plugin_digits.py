@@ -109,13 +109,22 @@ def build(num_classes: int) -> Any:
         num_queries=60,
         num_denoising=50,
         num_labels=num_classes,
+        # Its own frozen norm takes the place of timm's, and with it of the activation that timm's norm ends with.
+        freeze_backbone_batch_norms=False,
     )
     model = RTDetrForObjectDetection(config)
     body = model.model.backbone.model._backbone
     load_imagenet_weights(body, BACKBONE)
     for name, parameter in body.named_parameters():  # stem and the stages to stride 4, as in our nano models
         parameter.requires_grad_(not name.startswith(("conv_stem", "bn1", "blocks.0", "blocks.1")))
+    for norm in norms_of(model):
+        norm.requires_grad_(False)
     return model
+
+
+def norms_of(model: Any) -> list[nn.Module]:
+    """The batch norms of the backbone, which are frozen, as in our nano models."""
+    return [x for x in model.model.backbone.modules() if isinstance(x, nn.BatchNorm2d)]
 
 
 def train(variant: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -146,6 +155,8 @@ def train(variant: str, arguments: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(arguments.seed)  # the noise of denoising
     step, started, positives = 0, time.perf_counter(), []
     model.train()
+    for norm in norms_of(model):
+        norm.eval()  # keeps the statistics of ImageNet
     while step < arguments.steps:
         for batch in loader:
             if settings is not None and settings.get("assigner") != "none":

@@ -181,12 +181,13 @@ def cut_table() -> str:
     pilot measured its variances, then those that take the most hours."""
     rows = []
     for study, _, group in _grouped(("study",)):
-        hours = sum(row["hours"] or 0.0 for row in group)
+        known_hours = [row["hours"] for row in group if row["hours"] is not None]
+        hours = sum(known_hours) if len(known_hours) == len(group) else None
         seen = [_smallest(row["data"], row["seeds"]) for row in group]
         known = [effect for effect in seen if effect is not None]
         smallest = max(known) if known else None
         rows.append({"study": study, "hours": hours, "smallest": smallest})
-    rows.sort(key=lambda row: (-((row["smallest"] or 0.0) > SETTLED), -row["hours"]))
+    rows.sort(key=lambda row: (-((row["smallest"] or 0.0) > SETTLED), -(row["hours"] or 0.0)))
     ranked = tuple({"order": place, **row} for place, row in enumerate(rows, start=1))
     columns = (
         Column("order", "cut as number", "integer"),

@@ -57,6 +57,14 @@ def test_a_training_of_seconds(peers: ModuleType, name: str, tiny_digits: Path, 
     assert "<svg" in (tmp_path / "peers.svg").read_text(encoding="utf-8")
 
 
+def test_a_result_of_another_budget_is_not_put_beside(peers: ModuleType, tmp_path: Path) -> None:
+    file = tmp_path / "fcos.json"
+    peers.write(file, {"data": "digits", "cpu_minutes": 20.0, "overrides": {}, "seed": 0})
+    peers.require_same(file, {"data": "digits", "cpu_minutes": 20.0, "overrides": {}, "seed": 0})
+    with pytest.raises(SystemExit, match=r"fcos\.json: was made with cpu_minutes=20\.0, not 10\.0"):
+        peers.require_same(file, {"data": "digits", "cpu_minutes": 10.0})
+
+
 @pytest.mark.parametrize("name", names())
 def test_all_start_from_the_same_backbone_and_see_the_same_boxes(peers: ModuleType, name: str) -> None:
     models = sys.modules["peer_models"]

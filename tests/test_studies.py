@@ -31,7 +31,7 @@ def rows(study: Study) -> list[tuple[str, str]]:
 def test_the_issues_questions_have_files() -> None:
     if not FOLDER.is_dir():
         pytest.skip("needs a checkout: studies are not part of the source distribution")
-    wanted = {"ablation", "hosts", "sweeps", "budget", "data_size", "remedies", "pilot"}
+    wanted = {"ablation", "hosts", "sweeps", "budget", "data_size", "remedies", "pilot", "pilot_depth"}
     assert wanted <= {file.stem for file in FILES}
 
 
@@ -59,10 +59,25 @@ def test_the_first_lines_say_what_is_asked_and_how(file: Path) -> None:
         assert any("--data-root DIR" in line for line in head)
     if file.stem != "pilot":
         assert head[0].rstrip().endswith(("?", "names the sources.", "paq_dino_nano."))
-        text = " ".join(line.removeprefix("# ") for line in head)
-        found = re.search(r"Machine time: (\d+) variants", text)
-        assert found is None or int(found[1]) == len(study.variants)
-        assert "Machine time: " in text
+    text = " ".join(line.removeprefix("# ") for line in head)
+    found = re.search(r"Machine time: (\d+) variants", text)
+    assert found is not None and int(found[1]) == len(study.variants)
+
+
+def test_three_and_six_layers_are_the_pilots_trainings_but_for_the_depth() -> None:
+    pilot, depth = (load_study(FOLDER / f"{name}.yaml") for name in ("pilot", "pilot_depth"))
+    for data in depth.data:
+        assert (depth.data[data].make, depth.data[data].epochs) == (
+            pilot.data[data].make,
+            pilot.data[data].epochs,
+        )
+        for ours, its in (("layers3", "baseline"), ("paq_layers3", "both")):
+            three = config_of(depth, data, ours)
+            assert three == config_of(pilot, data, its) and three.model.decoder_layers == 3
+            six = config_of(depth, data, ours.replace("3", "6"))
+            assert (
+                six.model == three.model.model_copy(update={"decoder_layers": 6}) and six.loss == three.loss
+            )
 
 
 @pytest.mark.parametrize(
@@ -72,6 +87,8 @@ def test_the_first_lines_say_what_is_asked_and_how(file: Path) -> None:
         ("ablation", "static_mixture"),
         ("hosts", "paq_dab"),
         ("sweeps", "pooled_factorised"),
+        ("sweeps", "normalized"),
+        ("pilot_depth", "paq_layers6"),
         ("remedies", "heads_distinct"),
         ("remedies", "heads_residual"),
     ],

@@ -65,10 +65,13 @@ class Detections:
 
     def above(self, threshold: float) -> Detections:
         """Only what scores at least `threshold`."""
-        keep = self.scores >= threshold
-        indices = None if self.query_indices is None else self.query_indices[keep]
+        return self.rows(self.scores >= threshold)
+
+    def rows(self, chosen: np.ndarray) -> Detections:
+        """Some of them, by position or by mask; names and image id come along."""
+        indices = None if self.query_indices is None else self.query_indices[chosen]
         return Detections(
-            self.boxes[keep], self.scores[keep], self.labels[keep], self.names, self.image_id, indices
+            self.boxes[chosen], self.scores[chosen], self.labels[chosen], self.names, self.image_id, indices
         )
 
     def to_coco(self) -> list[dict[str, Any]]:

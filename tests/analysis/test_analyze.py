@@ -55,7 +55,7 @@ def report(tmp_path_factory: pytest.TempPathFactory, tiny_digits: Path) -> Path:
     lines = "".join(json.dumps(record) + "\n" for record in records)
     (folder / "run/metrics.jsonl").write_text(lines)
     command = ["analyze", folder / "run", "--against", folder / "other.safetensors", "--data", tiny_digits]
-    command += ["--output", folder / "report", "--images", 1, "--samples", 20]
+    command += ["--output", folder / "report", "--images", 1, "--resamples", 20]
     assert run(list(map(str, command))) == 0
     return folder / "report"
 

@@ -6,12 +6,15 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from paqdetr.analysis import plots
+from paqdetr.analysis.report.analyze import _labels
 from paqdetr.analysis.report.folder import require_free, write_folder
 from paqdetr.analysis.report.page import Chapter, Heading, render, written
 from paqdetr.analysis.report.pictures import encode_pictures
@@ -45,6 +48,14 @@ def a_section(key: str = "all") -> Section:
     return Section(
         key, "Everything", f"Lead {EVIL}", (a_figure(), table, slides, Picture("photo", "A photo.", noise(3)))
     )
+
+
+def test_two_models_never_share_a_label() -> None:
+    """What is kept by label would be lost."""
+    detectors: Any = [SimpleNamespace(name="dino")] * 2
+    assert _labels(["a/one", "a/two"], detectors) == ["dino (a/one)", "dino (a/two)"]
+    assert _labels(["x/run/best", "y/run/best"], detectors) == ["dino (run/best) A", "dino (run/best) B"]
+    assert _labels(["a/one"], detectors[:1]) == ["dino"]
 
 
 class Tags(HTMLParser):

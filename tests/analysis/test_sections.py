@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image, ImageColor
 
-from paqdetr.analysis.examples import _choice
+from paqdetr.analysis.examples import _choice, draw_outcome
 from paqdetr.analysis.overlay import MARKS, Overlay, mark
 from paqdetr.analysis.section import Figure
 from paqdetr.analysis.subject import Outcome, outcome
@@ -40,9 +41,22 @@ def truth_and_results() -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def test_right_wrong_and_missed_by_image() -> None:
-    found = outcome(MatchTable.match(*truth_and_results()), 0.5)
+    found = outcome(MatchTable.match(*truth_and_results()), 0.5, (1, 2, 3))
     assert found.right.tolist() == [1, 0, 0] and found.wrong.tolist() == [1, 0, 0]
     assert found.missed.tolist() == [1, 0, 0] and found.f1.tolist() == [0.5, 1.0, 1.0]
+
+
+def test_images_whose_ids_are_not_in_order() -> None:
+    """As in COCO's own files: counts and drawings are those of the split's image, wherever the table has it."""
+    truth, results = truth_and_results()
+    truth["images"].reverse()
+    table = MatchTable.match(truth, results)
+    assert outcome(table, 0.5, (3, 2, 1)).right.tolist() == [0, 0, 1]
+    split = SimpleNamespace(image_ids=(3, 2, 1), image=lambda _: Image.new("RGB", (100, 100), "white"))
+    evaluation = SimpleNamespace(results=results)
+    subject: Any = SimpleNamespace(table=table, split=split, truth=truth, evaluation=evaluation)
+    empty, busy = (np.asarray(draw_outcome(subject, index, 0.5)) for index in (0, 2))
+    assert (empty == 255).all() and not (busy == 255).all()
 
 
 def test_each_image_is_shown_once_and_empty_ones_are_not_the_best() -> None:

@@ -162,8 +162,12 @@ def test_eval_keeps_results_that_can_be_compared(
     assert found["A"]["figures"]["AP"]["value"] == pytest.approx(figures["AP"])
     # They are COCO results like any others.
     truth = str(tiny_digits / "test.json")
-    assert run(["eval", "--results", str(kept), "--annotations", truth, "--json", str(out)]) == 0
-    assert json.loads(out.read_text())["AP"] == pytest.approx(figures["AP"])
+    for ground_truth in (["--annotations", truth], data):
+        out.unlink()
+        assert run(["eval", "--results", str(kept), *ground_truth, "--json", str(out)]) == 0
+        again = json.loads(out.read_text())
+        assert again["AP"] == pytest.approx(figures["AP"])
+        assert again["per_class_AP50"] == pytest.approx(figures["per_class_AP50"])
 
 
 def test_eval_compares_results(tmp_path: Path, tiny_digits: Path, capsys: pytest.CaptureFixture[str]) -> None:

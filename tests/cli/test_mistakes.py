@@ -516,7 +516,7 @@ def evaluation_without_data(w: World) -> list[str]:
     return ["eval", str(w.checkpoint)]
 
 
-@case("eval --results needs --annotations")
+@case("eval --results needs the ground truth, once", "--annotations, or --data")
 def results_without_annotations(w: World) -> list[str]:
     return ["eval", "--results", str(w.file("results.json", "[]"))]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,11 @@ def test_the_report_of_what_is_there(study: Path, tmp_path: Path, capsys: pytest
     said = capsys.readouterr().out
     assert "New is better." in said and "holds" in said and "+0.101" in said
     assert (output / "report" / "index.html").is_file() and (output / "study.md").is_file()
-    assert run(arguments) == 0  # the page is replaced
+    root = tmp_path / "all my data"
+    assert run([*arguments, "--data-root", str(root)]) == 0  # the page is replaced
+    # The command that the report names finds the data again.
+    command = json.loads((output / "study.json").read_text())["facts"]["command"]
+    assert shlex.split(command)[-3:] == ["--data-root", str(root), "--resume"]
 
 
 def test_mistakes(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

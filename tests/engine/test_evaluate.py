@@ -228,8 +228,28 @@ def test_other_classes_than_the_models(tmp_path: Path, model: Detector, categori
     assert "val.json" in caught.value.message
 
 
-def test_fewer_classes_than_the_models_will_do(split: DetectionDataset) -> None:
-    require_same_classes(ClassTable((3, 5, 7), ("cat", "cow", "dog")), split)
+def test_fewer_classes_than_the_models_will_do(
+    tmp_path: Path, model: Detector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cats are not annotated: what the model takes for one is left out, and dogs keep the model's own index."""
+    split = write(tmp_path)
+    content = json.loads(split.annotation_file.read_text())
+    content["categories"] = [category for category in CATEGORIES if category["name"] == "dog"]
+    content["annotations"] = [a for a in content["annotations"] if a["category_id"] == 7]
+    split.annotation_file.write_text(json.dumps(content))
+    dogs = open_split(tmp_path, "val")
+    require_same_classes(ClassTable((3, 5, 7), ("cat", "cow", "dog")), dogs)
+
+    watch = Watch()
+    found = evaluate_split(model, dogs, observers=[watch])
+    assert {row["category_id"] for row in found.results} == {7}, "of an untrained model, which says both"
+    labels = [label for _, targets, _ in watch.seen for target in targets for label in target.labels.tolist()]
+    assert labels == [1] * len(content["annotations"])
+
+    monkeypatch.setattr(MODULE, "detect_batch", cheat(split))  # finds the cats as well
+    perfect = evaluate_split(model, dogs)
+    assert perfect.figures.AP == pytest.approx(1) and list(perfect.figures.per_class) == ["dog"]
+    assert perfect.predictions_per_image == perfect.boxes_per_image == len(content["annotations"]) / 7
 
 
 def test_an_image_of_another_size_than_stated(tmp_path: Path, model: Detector) -> None:

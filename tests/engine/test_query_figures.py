@@ -93,6 +93,21 @@ def test_a_record_by_hand() -> None:
     assert found["pattern_gini"] == pytest.approx(0.25) and found["dead_patterns"] == 0  # masses 12 and 4
 
 
+def test_throughput_leaves_out_the_time_between_two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight images in 2 s; hours later, in a process whose clock says something else, eight more in another 2 s."""
+    clock = [100.0]
+    monkeypatch.setattr("paqdetr.engine.figures.time.perf_counter", lambda: clock[0])
+    interval = Interval()
+    interval.add({"loss": 1.0}, [], 8)
+    clock[0] += 2.0
+    saved = json.loads(json.dumps(interval.to_json()))
+    clock[0] = 7.0
+    resumed = Interval.from_json(saved)
+    resumed.add({"loss": 1.0}, [], 8)
+    clock[0] += 2.0
+    assert resumed.means(Processes())["images_per_second"] == 4.0
+
+
 def test_many_positives_are_counted_together() -> None:
     use = batch_use(
         output(torch.zeros(1, 40, 2)),

@@ -114,6 +114,13 @@ def test_beside_it_is_there_as_long_as_one_to_many_is() -> None:
     }
 
 
+def test_a_single_layer_has_nothing_to_stand_beside() -> None:
+    found = replace(output(), layers=decoded(1))
+    report = criterion(one_to_one_weight=0.5)(found, TARGETS)
+    assert list(report.terms) == ["layer1/class", "layer1/l1", "layer1/giou"]
+    assert values(report.terms, "layer1") == times(1, of_pairs(1))
+
+
 # --- heads of their own
 
 
@@ -242,18 +249,19 @@ def test_a_batch_without_boxes_is_divided_by_one() -> None:
 
 def test_all_are_off_by_default_and_in_the_paper() -> None:
     remedies = ("one_to_many_weight", "one_to_one_weight", "positives_schedule", "rank_damping", "normalizer")
-    parts = ("one_to_many_heads", "distinct_proposals", "mixture")
+    parts = ("one_to_many_heads", "distinct_proposals", "mixture", "normalize_summary")
     assert [getattr(LossConfig(), key) for key in remedies] == [1.0, 0.0, "constant", None, "boxes"]
     for name in ("paq_dino_nano", "paq_dino_r50", "paq_deformable_detr_r50", "paq_dn_detr_r50"):
         config = load_config(name, {"preset": "paper"})
         assert all(getattr(config.loss, key) == getattr(LossConfig(), key) for key in remedies)
-        assert [getattr(config.model, key) for key in parts] == ["none", None, "replace"]
+        assert [getattr(config.model, key) for key in parts] == ["none", None, "replace", False]
 
 
 @pytest.mark.parametrize(
     ("name", "overrides", "message"),
     [
         ("dino_nano", {"loss.one_to_one_weight": 1.0}, "one_to_one_weight needs an assigner"),
+        ("dino_nano", {"loss.one_to_many_weight": 0.5}, "one_to_many_weight needs an assigner with several"),
         ("dino_nano", {"loss.rank_damping": 1.5}, "rank_damping needs an assigner or encoder_assigner"),
         ("dino_nano", {"loss.positives_schedule": "linear"}, "positives_schedule needs an assigner"),
         (

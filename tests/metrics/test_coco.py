@@ -217,6 +217,9 @@ def test_malformed_ground_truth(tmp_path: Path) -> None:
         evaluate_detections(truth([(5, 1, A)]), [])
     with pytest.raises(DataError, match="number 0 has the id None"):
         evaluate_detections(good | {"images": [{}]}, [])
+    for side in ("tall", [1], -5, math.inf):
+        with pytest.raises(DataError, match="image 1: height: found"):
+            evaluate_detections(good | {"images": [{"id": 1, "height": side, "width": 5}]}, [])
     with pytest.raises(DataError, match="number 0 is 3"):
         evaluate_detections(good | {"annotations": [3]}, [])
     with pytest.raises(DataError, match="area: found 'big'"):

@@ -98,8 +98,8 @@ def test_difference_by_hand() -> None:
 
 
 def test_identical_results_differ_by_exactly_nothing(make_problem: Callable[..., Problem]) -> None:
-    table = MatchTable.match(*make_problem(2))
-    found = compare_results(table, MatchTable.match(*make_problem(2)), samples=50)
+    table = MatchTable.match(*make_problem(2, images=12))
+    found = compare_results(table, MatchTable.match(*make_problem(2, images=12)), samples=50)
     assert list(found.figures) == list(FIGURE_NAMES) and list(found.per_class) == list(table.class_names)
     for own in (*found.figures.values(), *found.per_class.values(), *found.per_class_AP50.values()):
         assert (own.value, own.low, own.high, own.superiority) == (0.0, 0.0, 0.0, 0.5)
@@ -140,10 +140,25 @@ def test_a_class_that_is_not_always_drawn() -> None:
             {"image_id": i, "category_id": c, "bbox": BOX} for i, c in ((0, 1), (1, 2), (2, 2), (3, 2))
         ],
     }
-    rows = [{"image_id": 0, "category_id": 1, "bbox": BOX, "score": 0.5}]
-    found = figure_intervals(MatchTable.match(truth, rows), samples=100)
-    assert found.per_class["cat"].to_json() == pytest.approx({"value": 1.0, "low": 1.0, "high": 1.0})
+    rows = [{"image_id": i, "category_id": c, "bbox": BOX, "score": 0.5} for i, c in ((0, 1), (1, 2))]
+    table = MatchTable.match(truth, rows)
+    found = figure_intervals(table, samples=100)
+    dog = found.per_class["dog"]  # not in every resample either
+    assert 0 <= dog.low < dog.value < dog.high <= 1
     assert found.figures["APl"].to_json() == {"value": None, "low": None, "high": None}
+    # The only cat is found in every resample that holds it, which makes no cat detector a perfect one.
+    alone = {"value": pytest.approx(1.0), "low": None, "high": None}
+    assert found.per_class["cat"].to_json() == found.per_class_AP50["cat"].to_json() == alone
+    own = compare_results(MatchTable.match(truth, []), table, samples=100).per_class["cat"]
+    assert own.value == pytest.approx(1.0) and math.isnan(own.superiority) and not own.decided
+
+
+def test_one_image_decides_nothing() -> None:
+    own = compare_results(*(found_or_not(np.array([hit])) for hit in (False, True)), samples=20)
+    assert own.figures["AP"].value == pytest.approx(1) and not own.figures["AP"].decided
+    assert own.to_json()["figures"]["AP"]["low"] is None
+    for side in (own.first, own.second):
+        assert all(math.isnan(figure.low) for figure in side.figures.values())
 
 
 def test_progress_and_json(make_problem: Callable[..., Problem]) -> None:

@@ -147,6 +147,19 @@ def test_split_without_objects_or_detections() -> None:
         error_split(truth(), found((7, CAT, BOX, 0.9)))
 
 
+@pytest.mark.parametrize(
+    ("thresholds", "words"),
+    [
+        ({"foreground": 0.63}, r"0\.63: expected one of 0\.50, 0\.55"),
+        ({"background": 0.5}, "background IoU threshold 0.5: expected 0 to below"),
+        ({"background": -0.1}, "background IoU threshold -0.1: expected 0 to below"),
+    ],
+)
+def test_split_at_thresholds_that_are_none(thresholds: dict[str, float], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        error_split(truth((1, CAT, BOX)), [], **thresholds)
+
+
 CONFUSIONS = {
     "right": (truth((1, CAT, BOX)), found((1, CAT, BOX, 0.9)), [[1, 0, 0], [0, 0, 0], [0, 0, 0]]),
     "class": (truth((1, CAT, BOX)), found((1, DOG, BOX, 0.9)), [[0, 1, 0], [0, 0, 0], [0, 0, 0]]),

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torchvision.ops import box_convert, box_iou, generalized_box_iou
 
 from paqdetr.errors import NonFiniteError, UserError
 from paqdetr.paq import CostWeights, OneToOneAssigner, QualityAwareAssigner, match_layers
-from paqdetr.paq.costs import Matchables, matchables
+from paqdetr.paq.costs import Matchables, iou_and_giou, matchables
 from paqdetr.structures import Targets
 
 EMPTY = Targets(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4))
@@ -95,6 +96,26 @@ def test_zero_area_is_finite() -> None:
     assert np.isfinite(found.cost).all()
     np.testing.assert_allclose(found.iou, np.diag([0, 0, 1.0]), atol=1e-6)
     assert (found.cost.argmin(0) == [0, 1, 2]).all()
+
+
+def test_overlaps_are_torchvisions_to_the_last_bit() -> None:
+    torch.manual_seed(0)
+    boxes, others = torch.rand(50, 4), torch.rand(20, 4)
+    iou, giou = iou_and_giou(boxes.t()[:, :, None], others.t()[:, None])
+    corners = [box_convert(x, "cxcywh", "xyxy") for x in (boxes, others)]
+    assert torch.equal(iou, box_iou(*corners))
+    assert torch.equal(giou, generalized_box_iou(*corners))
+
+
+def test_the_class_term_is_the_same_with_more_boxes_than_classes() -> None:
+    torch.manual_seed(0)
+    logits, boxes = torch.randn(2, 1, 30, 3), torch.rand(2, 1, 30, 4)
+    labels, truth = torch.tensor([0, 2, 1, 1, 0]), torch.rand(5, 4)
+    many = matchables(logits, boxes, [Targets(labels, truth)])
+    for box in range(5):
+        single = matchables(logits, boxes, [Targets(labels[box : box + 1], truth[box : box + 1])])
+        for (all_boxes,), (one,) in zip(many, single, strict=True):
+            np.testing.assert_allclose(all_boxes.cost[:, box], one.cost[:, 0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -433,3 +433,56 @@ def test_the_patterns_owe_their_diversity() -> None:
 def test_wrong_settings(setting: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"{setting}: expected.*found {value!r}"):
         make(**{setting: value})
+
+
+def alike_images(count: int) -> tuple[Tensor, list[tuple[int, int]]]:
+    """Tokens of images that share nearly everything: (B, S, d)."""
+    shared, own = torch.randn(1, 1, DIM), 0.05 * torch.randn(count, 1, DIM)
+    sizes = sum(height * width for height, width in SIZES)
+    return shared + own + 0.01 * torch.randn(count, sizes, DIM), SIZES
+
+
+@pytest.mark.parametrize("head", ["dense", "factorised"])
+def test_a_normalized_summary_tells_alike_images_apart(head: str) -> None:
+    torch.manual_seed(0)
+    tokens, shapes = alike_images(64)
+
+    def moved(normalize: bool) -> float:
+        """How far mixtures of different images are from one another."""
+        torch.manual_seed(1)
+        model = make(f"pooled-{head}-depthwise", normalize_summary=normalize)
+        for first in range(0, 64, 4):
+            model(tokens[first : first + 4], shapes)
+        weights = model.eval()(tokens, shapes).weights
+        assert weights is not None
+        return float(weights.detach().std(0).mean())
+
+    assert moved(True) > 5 * moved(False)
+
+
+def test_a_normalized_summary_is_of_past_images_alone() -> None:
+    torch.manual_seed(0)
+    tokens, shapes = alike_images(12)
+    model = make("pooled-dense-depthwise", normalize_summary=True)
+    seen = []
+    model.extractor.register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))
+    first = model(tokens[:4], shapes)  # nothing is known yet: as it is
+    torch.testing.assert_close(model.summary_norm.mean, seen[0].mean(0))
+    torch.testing.assert_close(model.summary_norm.variance, seen[0].var(0, unbiased=False))
+    plain = make("pooled-dense-depthwise")
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("summary_norm")})
+    torch.testing.assert_close(first.content, plain(tokens[:4], shapes).content, atol=1e-4, rtol=1e-4)
+    # In training as in use, whoever else is in the batch; and use changes nothing.
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    alone = model.eval()(tokens[4:5], shapes)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert_same(model.train()(tokens[4:8], shapes), alone, slice(0, 1))
+    torch.testing.assert_close(model.summary_norm.mean, (seen[0].mean(0) + seen[-1].mean(0)) / 2)
+    # Gradients reach what makes the summary.
+    content = model(tokens[8:], shapes).content
+    content.square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.extractor.parameters())
+
+
+def test_by_default_and_in_the_paper_the_summary_is_as_it_is() -> None:
+    assert not [name for name, _ in make().named_buffers()]

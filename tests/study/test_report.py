@@ -167,12 +167,23 @@ def test_json_says_everything(report: StudyReport, folder: Path) -> None:
 
 def test_seeds_are_planned_from_the_pooled_variances(report: StudyReport) -> None:
     pooled = planning(report.runs, "digits")
-    assert pooled is not None and pooled.seeds == 1 + 2 + 3  # two variants, of 3 and of 4 pairs
+    # Two variants, of 3 and of 4 pairs, with one baseline: 4 / (2 + 3) of 2 + 3 degrees of freedom.
+    assert pooled is not None and pooled.seeds == 1 + 4
     row = report.table("planning").rows[0]
-    assert row["degrees"] == 5 and row["needed"] <= row["needed_at_most"]
+    assert row["degrees"] == 4 and row["needed"] <= row["needed_at_most"]
     effects = [row[f"n{count}"] for count in (2, 3, 5, 8, 12)]
     assert effects == sorted(effects, reverse=True)
     assert row["needed"] == pooled.seeds_needed(0.015)
+
+
+def test_differences_that_share_a_baseline_know_their_spread_less_well() -> None:
+    """The pooled variance of V paired differences scatters as one of 4 V / (V + 3) times n - 1 degrees of freedom."""
+    rng, seeds = np.random.default_rng(3), 4
+    for variants in (1, 2, 3, 6):
+        runs = rng.normal(size=(20_000, variants + 1, seeds))
+        pooled = (runs[:, 1:] - runs[:, :1]).var(axis=2, ddof=1).mean(1)
+        degrees = 2 * pooled.mean() ** 2 / pooled.var()  # of a scaled chi-squared
+        assert degrees == pytest.approx((seeds - 1) * 4 * variants / (variants + 3), rel=0.08)
 
 
 def test_markdown_and_plots(report: StudyReport, folder: Path) -> None:

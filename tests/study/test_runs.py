@@ -10,6 +10,7 @@ import pytest
 from paqdetr.config import load_config, parse_overrides
 from paqdetr.engine.run import flat_settings
 from paqdetr.errors import ConfigError, DataError
+from paqdetr.study.measure import Job
 from paqdetr.study.runs import Places, PlannedRun, RunKey, plan_runs, require_same_settings
 from paqdetr.study.spec import Study
 
@@ -99,6 +100,20 @@ def test_a_base_may_be_a_file_beside_the_study(tmp_path: Path) -> None:
     assert run.config.lr == 0.5 and Path(run.base).is_absolute()
 
 
+@pytest.mark.parametrize("line", ["batch_size: 8", "accumulate: 2", "patience: 3", "max_steps: 50"])
+def test_a_base_brings_no_budget_of_its_own(tmp_path: Path, line: str) -> None:
+    (tmp_path / "mine.yaml").write_text(f"base: dino_nano\n{line}\n")
+    variants = {"baseline": {}, "new": {"base": "mine.yaml"}}
+    data = {"digits": {"make": {}, "epochs": 1}}
+    key, value = line.split(": ")
+    with pytest.raises(ConfigError, match=rf"variants\.new: .*mine\.yaml: has {key}={value}, but") as caught:
+        plan(tmp_path, variants=variants, data=data, settings={})
+    assert f"take {key} out of the base" in caught.value.remedy
+    # What the study says for all runs goes over every base.
+    if key == "batch_size":
+        assert len(plan(tmp_path, variants=variants, data=data, settings={"batch_size": 4})) == 4
+
+
 def test_runs_made_with_other_settings_are_told_apart(tmp_path: Path) -> None:
     (run, *_) = plan(tmp_path)
     same = flat_settings(run.config)
@@ -106,6 +121,21 @@ def test_runs_made_with_other_settings_are_told_apart(tmp_path: Path) -> None:
     require_same_settings(run, {key: same[key] for key in list(same)[:5]}, tmp_path)  # of an older version
     with pytest.raises(ConfigError, match=r"was made with lr=1.0, the study now says 2e-05"):
         require_same_settings(run, same | {"lr": 1.0}, tmp_path)
+
+
+def test_a_result_keeps_what_was_asked_to_be_measured(tmp_path: Path) -> None:
+    evaluate = {"split": "val", "checkpoints": ["best", "last"], "replicates": 60, "seed": 4}
+    values = {
+        "name": "x",
+        "base": "dino_nano",
+        "steps": 4,
+        "data": {"digits": {"make": {}}},
+        "evaluate": evaluate,
+    }
+    study, places = Study.model_validate(values | {"variants": {"baseline": {}}}), Places(tmp_path)
+    run = plan_runs(study, file=tmp_path / "x.yaml", places=places, root=tmp_path)[0]
+    measure = Job.of(study, run, places, device=None).measure
+    assert study.measure_of("digits") == evaluate == {k: v for k, v in measure.items() if k != "version"}
 
 
 def test_where_things_lie(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -150,3 +151,14 @@ def test_runs_on_other_images_are_not_compared() -> None:
     runs = [result("baseline", 0, images), result("new", 0, images, kind="b")]
     with pytest.raises(DataError, match="other images"):
         verdicts(Runs(study(1), runs))
+
+
+def test_results_of_another_measurement_are_not_shown_as_this_one() -> None:
+    images = np.full(IMAGES, 0.5)
+    old = replace(result("new", 0, images), measure={"version": 1, "split": "val", "replicates": 100})
+    with pytest.raises(
+        DataError, match=r"was measured with split='val', the study now says 'test'"
+    ) as caught:
+        Runs(study(1), [result("baseline", 0, images), old])
+    assert "--resume" in caught.value.remedy
+    Runs(study(1), [replace(old, failed="training: error: NaN")])  # has nothing to be shown

@@ -86,18 +86,20 @@ def _choice(outcomes: Sequence[Outcome], images: int) -> list[tuple[str, int]]:
 
 
 def draw_outcome(subject: Subject, index: int, threshold: float) -> Image:
-    """The image with detections that are right and wrong, and objects that were missed."""
+    """The image of the split with detections that are right and wrong, and objects that were missed."""
     table, t = subject.table, subject.table.threshold_index(0.5)
+    image_id = subject.split.image_ids[index]
     picture = subject.split.image(index)
     scale = np.array([picture.width, picture.height] * 2, dtype=float)
     overlay = Overlay(picture)
-    own = np.flatnonzero((table.images == index) & (table.scores >= threshold) & ~table.ignored[0, t])
+    position = table.image_ids.index(image_id)  # not the index: tables sort whole numbers, files need not
+    own = np.flatnonzero((table.images == position) & (table.scores >= threshold) & ~table.ignored[0, t])
     own = own[np.argsort(table.scores[own])]  # the surest lies on top
     right = table.true_positive[0, t, own]
     found = set(table.matches[t, own[right]].tolist())
     names = {row["id"]: row["name"] for row in subject.truth["categories"]}
     for number, row in enumerate(subject.truth["annotations"]):
-        if row["image_id"] != subject.split.image_ids[index] or row.get("iscrowd") or number in found:
+        if row["image_id"] != image_id or row.get("iscrowd") or number in found:
             continue
         box = _corners(row["bbox"]) / scale
         overlay.box(box, PINK, width=2.5, dashed=True)

@@ -34,7 +34,7 @@ def content_gradients(
     queries they look at, take part. The model is left as it was: no weight, no running statistic, no gradient changes.
 
     Args:
-        model: a detector; its classes must be those of the split.
+        model: a detector; the classes of the split must be among its own.
         split: usually "train".
         criterion: the loss the model was trained with: `build_criterion` of `paqdetr.analysis.inside.loss_settings`.
         images: evenly spaced over the split; all if None.
@@ -47,7 +47,7 @@ def content_gradients(
         A `Spread` of amounts: `counts` are the (n,) sums.
 
     Raises:
-        DataError: an image cannot be read, or the split's classes are not the model's.
+        DataError: an image cannot be read, or the split has a class that the model has not.
         NonFiniteError: a prediction is NaN or infinite.
     """
     require_same_classes(model.classes, split)
@@ -71,7 +71,7 @@ def content_gradients(
                     module.eval()
             for done, index in enumerate(chosen, start=1):
                 pixels, mask = pad_images([model.preprocessing(read_picture(split, index))])
-                target = targets_of(split, index, device)
+                target = targets_of(split, index, device, classes=model.classes)
                 with torch.no_grad():  # the way from the loss to the content does not pass the backbone
                     features = model.extract(pixels.to(device), None if mask is None else mask.to(device))
                 with torch.enable_grad():

@@ -46,7 +46,8 @@ def inside_section(
     total, done, parts, without = len(images) + len(pairs), 0, [], []
     for number, index in enumerate(images):
         inside = look_inside(subject.model, subject.split.image(index))
-        parts += _views(inside, targets_of(subject.split, index), subject, number)
+        targets = targets_of(subject.split, index, classes=subject.model.classes)
+        parts += _views(inside, targets, subject, number)
         done += 1
         if progress is not None:
             progress(done, total)
@@ -54,9 +55,8 @@ def inside_section(
         for number, index in enumerate(pairs):
             split = training[0]
             inside = look_inside(subject.model, split.image(index), most=1)
-            parts += _learning(
-                inside, targets_of(split, index), subject, criterion, number, split.file_names[index]
-            )
+            targets = targets_of(split, index, classes=subject.model.classes)
+            parts += _learning(inside, targets, subject, criterion, number, split.file_names[index])
             done += 1
             if progress is not None:
                 progress(done, total)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a model got right in each image, at one score threshold and IoU 0.5; I images.
+    """What a model got right in each of I images of a split, at one score threshold and IoU 0.5.
 
     Attributes:
         threshold: detections below it are not looked at: where F1 over all classes is at its best.
@@ -58,11 +59,13 @@ class Outcome:
         return np.where(total > 0, 2 * self.right / np.maximum(total, 1), 1.0)
 
 
-def outcome(table: MatchTable, threshold: float) -> Outcome:
-    """Count right, wrong and missed by image."""
+def outcome(table: MatchTable, threshold: float, image_ids: Sequence[int | str]) -> Outcome:
+    """Count right, wrong and missed by image, in the order of `image_ids`: tables sort whole numbers, files need not."""
     t, images = table.threshold_index(0.5), len(table.image_ids)
     kept = (table.scores >= threshold) & ~table.ignored[0, t]
     right = np.bincount(table.images[kept & table.true_positive[0, t]], minlength=images)
     found = np.bincount(table.images[kept], minlength=images)
     objects = table.positives[0].sum(axis=0)
-    return Outcome(threshold, right, found - right, objects - right)
+    places = {own: place for place, own in enumerate(table.image_ids)}
+    order = [places[own] for own in image_ids]
+    return Outcome(threshold, right[order], (found - right)[order], (objects - right)[order])

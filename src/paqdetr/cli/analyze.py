@@ -12,7 +12,9 @@ from paqdetr.cli.console import progress_bar, results, show
 
 
 def analyze(
-    checkpoint: Annotated[Path, typer.Argument(help="A .safetensors file or a run's folder.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A .safetensors file or a run's folder.", metavar="CHECKPOINT")
+    ],
     *,
     data: Annotated[Path, typer.Option(help="Folder of the data set, or its data.yaml.")],
     output: Annotated[Path, typer.Option(help="Folder for the report; an earlier report is replaced.")],
@@ -21,10 +23,14 @@ def analyze(
         Path | None, typer.Option(help="Another checkpoint or run's folder, shown side by side.")
     ] = None,
     images: Annotated[int, typer.Option(min=1, help="Best images shown, and worst ones.")] = 6,
-    samples: Annotated[int, typer.Option(min=1, help="Resamples behind the intervals.")] = 1000,
-    seed: Annotated[int, typer.Option(min=0, help="Of the resamples and the embeddings.")] = 0,
+    resamples: Annotated[
+        int, typer.Option(min=1, help="Resamples behind the intervals, shufflings behind the tests.")
+    ] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Of the resamples, shufflings and embeddings.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="It changes the speed, never a figure.")] = 4,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, ...: the best there is if not given.")
+    ] = None,
 ) -> None:
     """Write one HTML page on what a detector does: figures, mistakes, images, use of queries, its inside."""
     from paqdetr.analysis import analyze as write_report
@@ -47,7 +53,7 @@ def analyze(
             split=split,
             against=against,
             images=images,
-            samples=samples,
+            samples=resamples,
             seed=seed,
             batch_size=batch_size,
             device=str(require_device(device)),

@@ -19,7 +19,7 @@ def bench(
     ],
     settings: Annotated[
         list[str] | None,
-        typer.Argument(help="Settings of both models, such as model.dim=128.", metavar="[KEY=VALUE]..."),
+        typer.Argument(help="Settings of both models, such as model.dim=128.", metavar="KEY=VALUE"),
     ] = None,
     *,
     against: Annotated[

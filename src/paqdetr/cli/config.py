@@ -19,7 +19,7 @@ def _group() -> None:
 @app.command()
 def show(
     model: Annotated[str, typer.Argument(help="A model or recipe, or a YAML file.", metavar="MODEL|CONFIG")],
-    settings: Annotated[list[str] | None, typer.Argument(help="Overrides.", metavar="[KEY=VALUE]...")] = None,
+    settings: Annotated[list[str] | None, typer.Argument(help="Overrides.", metavar="KEY=VALUE")] = None,
 ) -> None:
     """Print every setting of a model and its training as resolved, as YAML that `train` takes."""
     from paqdetr.config import load_config

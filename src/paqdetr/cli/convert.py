@@ -26,7 +26,7 @@ def convert(
         list[str] | None,
         typer.Argument(
             help="What the file does not tell, such as num_heads=8 num_queries=300 classes=coco.",
-            metavar="[KEY=VALUE]...",
+            metavar="KEY=VALUE",
         ),
     ] = None,
     *,

@@ -111,7 +111,7 @@ def preview(
     folder: _Data,
     settings: Annotated[
         list[str] | None,
-        typer.Argument(help="Settings, such as augment.mosaic=0.5 batch_size=4.", metavar="[KEY=VALUE]..."),
+        typer.Argument(help="Settings, such as augment.mosaic=0.5 batch_size=4.", metavar="KEY=VALUE"),
     ] = None,
     *,
     model: Annotated[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -36,7 +37,7 @@ class _Found:
 
 def evaluate(
     checkpoint: Annotated[
-        Path | None, typer.Argument(help="A .safetensors file or a run's folder.", metavar="[CHECKPOINT]")
+        Path | None, typer.Argument(help="A .safetensors file or a run's folder.", metavar="CHECKPOINT")
     ] = None,
     *,
     data: Annotated[Path | None, typer.Option(help="Folder of the data set, or its data.yaml.")] = None,
@@ -51,7 +52,9 @@ def evaluate(
             help="Instead of a checkpoint: two of them, or two results files (.json), side by side.",
         ),
     ] = None,
-    annotations: Annotated[Path | None, typer.Option(help="Ground truth of results, a COCO json.")] = None,
+    annotations: Annotated[
+        Path | None, typer.Option(help="Ground truth of results, a COCO json; or give --data.")
+    ] = None,
     iou_type: Annotated[str, typer.Option(help="bbox or segm; segm with results alone.")] = "bbox",
     intervals: Annotated[
         bool, typer.Option("--intervals", help="Say how far each figure depends on the choice of images.")
@@ -63,7 +66,9 @@ def evaluate(
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="It changes the speed, never a figure.")] = 4,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, ...: the best there is if not given.")
+    ] = None,
 ) -> None:
     """Print the COCO figures of a checkpoint or of a results file, or compare two."""
     if [checkpoint, results_file, compare].count(None) != 2:
@@ -84,11 +89,11 @@ def evaluate(
             found = _of_checkpoint(checkpoint, data, split, batch_size, device)
         else:
             assert results_file is not None
-            if annotations is None:
+            if (data is None) == (annotations is None):
                 raise ConfigError(
-                    "eval --results needs --annotations", "name the COCO json of the ground truth"
+                    "eval --results needs the ground truth, once", "give --annotations, or --data and --split"
                 )
-            found = _of_results(results_file, annotations, kind)
+            found = _of_results(results_file, data, split, annotations, kind)
         written = None if found is None else _tell(found, kind, (resamples, seed) if intervals else None)
         if found is not None and results_out is not None:
             _write(results_out, found.rows)
@@ -100,7 +105,9 @@ def evaluate(
         _write(json_file, written)
 
 
-def _of_checkpoint(checkpoint: Path, data: Path, split: str, batch_size: int, device: str) -> _Found | None:
+def _of_checkpoint(
+    checkpoint: Path, data: Path, split: str, batch_size: int, device: str | None
+) -> _Found | None:
     from paqdetr.data.dataset import open_split
     from paqdetr.engine.processes import Processes, leave
 
@@ -127,13 +134,18 @@ def _detect(
         return model.name, evaluate_together(model, dataset, processes, batch_size=batch_size, progress=told)
 
 
-def _of_results(results_file: Path, annotations: Path, kind: _Kind) -> _Found:
+def _of_results(
+    results_file: Path, data: Path | None, split: str, annotations: Path | None, kind: _Kind
+) -> _Found:
+    from paqdetr.data.dataset import open_split
     from paqdetr.metrics.coco import evaluate_detections, read_results
 
+    truth = annotations if data is None else open_split(data, split).ground_truth()
+    assert truth is not None
+    where = annotations if data is None else f"{data} {split}"
     rows = read_results(results_file)
-    figures = evaluate_detections(annotations, rows, iou_type=kind, source=str(results_file))
-    title = f"{results_file} against {annotations}, {kind}"
-    return _Found(title, figures, figures.to_json(), annotations, rows)
+    figures = evaluate_detections(truth, rows, iou_type=kind, source=str(results_file))
+    return _Found(f"{results_file} against {where}, {kind}", figures, figures.to_json(), truth, rows)
 
 
 def _tell(found: _Found, kind: _Kind, drawn: tuple[int, int] | None) -> dict[str, Any]:
@@ -143,7 +155,11 @@ def _tell(found: _Found, kind: _Kind, drawn: tuple[int, int] | None) -> dict[str
     from paqdetr.metrics.matching import MatchTable
 
     intervals: FigureIntervals | None = None
-    written = dict(found.written)
+    ap50 = found.figures.per_class_AP50
+    written = {
+        **found.written,
+        "per_class_AP50": {name: None if math.isnan(value) else value for name, value in ap50.items()},
+    }
     if drawn is not None:
         table = MatchTable.match(found.truth, found.rows, kind)
         with progress_bar("resample the images") as progress:
@@ -164,7 +180,7 @@ def _compare(
     kind: _Kind,
     drawn: tuple[int, int],
     batch_size: int,
-    device: str,
+    device: str | None,
 ) -> dict[str, Any] | None:
     """Print two result sets side by side; what goes into the json."""
     from paqdetr.cli.figures import class_comparison_table, comparison_table, verdict
@@ -208,7 +224,7 @@ def _tables(
     annotations: Path | None,
     kind: _Kind,
     batch_size: int,
-    device: str,
+    device: str | None,
 ) -> tuple[MatchTable, MatchTable] | None:
     """The matches of both; None in all processes but the main one."""
     from paqdetr.data.dataset import open_split

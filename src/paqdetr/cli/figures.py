@@ -61,6 +61,8 @@ def verdict(found: Comparison) -> str:
     own, percent = found.figures["AP"], f"{found.level:.0%}".replace("%", " %")
     if math.isnan(own.value):
         return "Nothing to compare: the ground truth has no objects."
+    if math.isnan(own.low):
+        return f"Not decided: AP of B - A is {own.value:+.3f}, and all objects lie in one image."
     where = f"AP of B - A is {own.value:+.3f}, {percent} interval {_signed(own)}"
     if own.value == own.low == own.high == 0:
         return f"A and B are equally good: {where}."
@@ -96,6 +98,8 @@ def _comparison_row(found: Comparison, kind: str, name: str, own: Difference) ->
     values = [show(getattr(side, kind)[name].value) for side in (found.first, found.second)]
     if math.isnan(own.value):
         return *values, "-", "-", "-"
+    if math.isnan(own.low):
+        return *values, f"{own.value:+.3f}", "-", "-"
     return *values, f"{own.value:+.3f}", _signed(own), f"{own.superiority:.1%}".replace("%", " %")
 
 

@@ -19,7 +19,7 @@ def plan(
     ],
     settings: Annotated[
         list[str] | None,
-        typer.Argument(help="Settings, such as epochs=12 model.num_patterns=32.", metavar="[KEY=VALUE]..."),
+        typer.Argument(help="Settings, such as epochs=12 model.num_patterns=32.", metavar="KEY=VALUE"),
     ] = None,
     *,
     data: Annotated[Path, typer.Option(help="Folder of the data set.")],

@@ -12,14 +12,16 @@ from paqdetr.errors import DataError
 
 
 def predict(
-    checkpoint: Annotated[Path, typer.Argument(help="A .safetensors file or a run's folder.")],
-    sources: Annotated[
-        list[Path], typer.Argument(help="Images and folders of images.", metavar="IMAGE|DIR...")
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A .safetensors file or a run's folder.", metavar="CHECKPOINT")
     ],
+    sources: Annotated[list[Path], typer.Argument(help="Images and folders of images.", metavar="IMAGE|DIR")],
     *,
     output: Annotated[Path, typer.Option(help="Folder for drawn images and predictions.json.")],
     threshold: Annotated[float, typer.Option(min=0, max=1, help="The least score of a detection.")] = 0.3,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, ...: the best there is if not given.")
+    ] = None,
 ) -> None:
     """Draw what a detector finds, and write it as COCO results."""
     from paqdetr.engine import predict_folder

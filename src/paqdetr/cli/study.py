@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -52,7 +53,7 @@ def study(
 
     loaded, places = load_study(file), Places(output)
     if report_only:
-        return _report(loaded, file, places)
+        return _report(loaded, file, places, data_root)
     runs = plan_runs(loaded, file=file, places=places, root=data_root)
     if commands:
         for planned in runs:
@@ -100,7 +101,7 @@ def _run(
         print_styled(errors, ("interrupted:", "bold"), " the state is saved; continue with")
         errors.print(f"  {command}", soft_wrap=True)
         raise Ended(interrupted.exit_code) from None
-    _report(study, file, places)
+    _report(study, file, places, data_root)
     if done.failed:
         for planned in done.failed:
             errors.print(f"failed: {planned.key}; see {places.log(planned.key)}", soft_wrap=True)
@@ -108,12 +109,14 @@ def _run(
         raise Ended(2)
 
 
-def _report(study: Study, file: Path, places: Places) -> None:
+def _report(study: Study, file: Path, places: Places, data_root: Path) -> None:
     from paqdetr.study.report import write_report
 
     if not places.results.is_dir():
         raise ConfigError(f"{places.output}: there are no results yet", "run the study without --report-only")
-    command = f"paqdetr study {file} --output {places.output} --resume"
+    words = ["paqdetr", "study", str(file), "--output", str(places.output)]
+    words += [] if data_root == Path() else ["--data-root", str(data_root)]
+    command = shlex.join([*words, "--resume"])
     report = write_report(study, places.results, places.output, command=command)
     _print(report)
     results.print(f"report: {places.output / 'report' / 'index.html'}", soft_wrap=True)
@@ -121,14 +124,14 @@ def _report(study: Study, file: Path, places: Places) -> None:
 
 def _print(report: StudyReport) -> None:
     """Figures by data set, and the verdicts."""
+    from paqdetr.study.tables import figure_rows
+
     study = report.runs.study
     for name in study.data:
         table = Table(title=f"{name}, {study.split_of(name)}", title_justify="left")
         table.add_column("variant")
         for heading in ("seeds", "AP", "spread", "AP after NMS", "to baseline", "interval"):
             table.add_column(heading, justify="right")
-        from paqdetr.study.tables import figure_rows
-
         rows = figure_rows(report.runs, name)
         for row in rows:
             interval = "-" if row["low"] is None else f"{row['low']:+.3f} to {row['high']:+.3f}"

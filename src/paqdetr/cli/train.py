@@ -18,7 +18,7 @@ def train(
     ],
     settings: Annotated[
         list[str] | None,
-        typer.Argument(help="Settings, such as epochs=12 model.num_patterns=32.", metavar="[KEY=VALUE]..."),
+        typer.Argument(help="Settings, such as epochs=12 model.num_patterns=32.", metavar="KEY=VALUE"),
     ] = None,
     *,
     data: Annotated[Path, typer.Option(help="Folder of the data set, or its data.yaml.")],

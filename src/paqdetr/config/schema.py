@@ -93,6 +93,7 @@ class ModelConfig(Section):
     bias_std: float | None = Field(
         default=2.0, ge=0, description="None: the plain initialisation of a linear layer"
     )
+    normalize_summary: bool = Field(default=False, description="mix by what sets an image apart (ours)")
 
     # Denoising. `contrastive` is DINO's, with about `denoising_queries` positives an image; `plain` is DN-DETR's, with
     # `denoising_groups` copies of each box and an indicator channel.
@@ -253,17 +254,17 @@ class LossConfig(Section):
     def _consistent(self) -> LossConfig:
         if self.min_positives > self.top_k:
             raise ValueError(f"min_positives={self.min_positives} exceeds top_k={self.top_k}")
-        if self.one_to_one_weight and self.assigner == "one_to_one":
-            raise ValueError("one_to_one_weight needs an assigner with several positives a box")
-        if self.assigner == self.encoder_assigner == "one_to_one":
-            for key, is_set in (
-                ("positives_schedule", self.positives_schedule != "constant"),
-                ("rank_damping", self.rank_damping is not None),
-            ):
-                if is_set:
-                    raise ValueError(
-                        f"{key} needs an assigner or encoder_assigner with several positives a box"
-                    )
+        one = self.assigner == "one_to_one"
+        both = one and self.encoder_assigner == "one_to_one"
+        either = "an assigner or encoder_assigner"
+        for key, wrong, needs in (
+            ("one_to_one_weight", one and self.one_to_one_weight > 0, "an assigner"),
+            ("one_to_many_weight", one and self.one_to_many_weight != 1, "an assigner"),
+            ("positives_schedule", both and self.positives_schedule != "constant", either),
+            ("rank_damping", both and self.rank_damping is not None, either),
+        ):
+            if wrong:
+                raise ValueError(f"{key} needs {needs} with several positives a box")
         return self
 
 
@@ -344,10 +345,7 @@ class Config(Section):
     ema_decay: float = Field(default=0.9998, ge=0, lt=1, description="0 switches the moving average off")
     amp: Literal["no", "bf16", "fp16"] = "no"
     channels_last: bool = False
-    checkpoint_activations: bool = Field(
-        default=False,
-        description="encoder and decoder layers compute twice what they would keep for backward",
-    )
+    checkpoint_activations: bool = Field(default=False, description="layers compute twice and keep less")
     sync_batch_norm: bool = Field(
         default=False, description="batch norms that train see the images of all processes"
     )

@@ -28,6 +28,7 @@ QUERY_KEYS = (
     "gain",
     "bias_std",
     "mixture",
+    "normalize_summary",
 )
 _TRAINING_KEYS = (
     "share_heads",

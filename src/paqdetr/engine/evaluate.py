@@ -40,7 +40,7 @@ class Evaluation:
         predictions_per_image: predictions that score over 0.3.
         boxes_per_image: boxes to be found.
         images_per_second: reading, model and post-processing.
-        results: COCO result dicts of the raw output.
+        results: COCO result dicts of the raw output, of the classes that the split has.
     """
 
     figures: CocoFigures
@@ -75,7 +75,7 @@ def evaluate(
     """Figures of a model on one split of a data set.
 
     Args:
-        model: a detector; its classes must be those of the data.
+        model: a detector; the classes of the data must be among its own.
         data: the data set's folder.
         split: "train", "val" or "test".
         batch_size: images of one size that go through together; it changes no figure.
@@ -83,7 +83,7 @@ def evaluate(
         observers: shown the raw outputs on the way, such as `paqdetr.metrics.QueryUsage`.
 
     Raises:
-        DataError: the split is missing or malformed, or its classes are not the model's.
+        DataError: the split is missing or malformed, or has a class that the model has not.
     """
     opened = open_split(data, split)
     return evaluate_split(model, opened, batch_size=batch_size, progress=progress, observers=observers)
@@ -167,7 +167,10 @@ def detect_split(
     observers: Sequence[Observer] = (),
 ) -> Iterator[tuple[int, Detections]]:
     """(index, detections) of every image, in batches of one size: what an image is batched with never matters. Of several
-    processes each takes its share of the batches. Observers are shown the raw output of each batch."""
+    processes each takes its share of the batches. Observers are shown the raw output of each batch.
+
+    Detections of classes that the model has and the split has not are left out: nothing says whether they are right.
+    """
     processes = processes or Processes()
     buckets: dict[tuple[int, int], list[int]] = defaultdict(list)
     for index, (height, width) in enumerate(split.sizes.tolist()):
@@ -183,22 +186,40 @@ def detect_split(
         sizes = [(picture.height, picture.width) for picture in pictures]
 
         def look(output: DetectorOutput, chosen: list[int] = chosen) -> None:
-            targets = [targets_of(split, index, output.pred_boxes.device) for index in chosen]
+            device = output.pred_boxes.device
+            targets = [targets_of(split, index, device, classes=model.classes) for index in chosen]
             for observer in observers:
                 observer.see(output, targets, chosen)
 
         found = detect_batch(model, images, sizes, look=look if observers else None)
-        yield from zip(chosen, found, strict=True)
+        for index, detections in zip(chosen, found, strict=True):
+            yield index, detections.rows(np.isin(detections.labels, split.classes.ids))
 
 
-def targets_of(split: DetectionDataset, index: int, device: torch.device | str = "cpu") -> Targets:
-    """Ground truth of an image as training has it, without crowds and boxes of no area."""
+def targets_of(
+    split: DetectionDataset,
+    index: int,
+    device: torch.device | str = "cpu",
+    *,
+    classes: ClassTable | None = None,
+) -> Targets:
+    """Ground truth of an image as training has it, without crowds and boxes of no area.
+
+    Args:
+        split: of the image.
+        index: of the image in it.
+        device: where the tensors are put.
+        classes: a model's, whose contiguous indices the labels are to be, since a split may have fewer classes than the
+            model; the split's own by default.
+    """
+    labels = split.labels(index)
+    if classes is not None and classes != split.classes:
+        known = classes.id_to_index
+        labels = np.array([known[category] for category in split.classes.ids], np.int64)[labels]
     height, width = split.sizes[index].tolist()
     corners = torch.from_numpy(split.boxes(index))
     boxes = box_convert(corners, "xyxy", "cxcywh") / torch.tensor([width, height] * 2)
-    targets = Targets(
-        torch.from_numpy(split.labels(index)), boxes, split.image_ids[index], size=(height, width)
-    )
+    targets = Targets(torch.from_numpy(labels), boxes, split.image_ids[index], size=(height, width))
     return targets.to(device)
 
 

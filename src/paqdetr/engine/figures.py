@@ -64,6 +64,8 @@ class Interval:
         return {
             "steps": self.steps,
             "images": self.images,
+            # Without a step there is nothing to time, and two states that should be equal are.
+            "seconds": time.perf_counter() - self._started if self.steps else 0.0,
             "sums": self.sums,
             "positives": self.positives,
             "batches_with_boxes": self.batches_with_boxes,
@@ -72,8 +74,9 @@ class Interval:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Interval:
-        """As it was; time counts from now."""
+        """As it was; the time until now does not count. A state that was saved before there were seconds has none."""
         interval = cls()
+        interval._started -= float(values.get("seconds", 0.0))
         interval.steps, interval.images = int(values["steps"]), int(values["images"])
         interval.sums = {str(key): float(value) for key, value in values["sums"].items()}
         interval.positives = [float(value) for value in values["positives"]]

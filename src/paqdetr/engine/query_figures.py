@@ -80,9 +80,8 @@ def watch_gradients(content: Tensor, into: Tensor, *, scale: float = 1.0) -> Non
 
     def note(gradient: Tensor) -> None:
         norms = gradient.detach().float().norm(dim=-1).sum(0) / scale
-        into.add_(
-            norms.nan_to_num(0.0, 0.0, 0.0)
-        )  # an overflow of half precision: the scaler leaves out its step
+        # Where half precision overflows, the scaler leaves out the step: its gradient is not to stay in the sum.
+        into.add_(norms.nan_to_num(0.0, 0.0, 0.0))
 
     if content.requires_grad:
         content.register_hook(note)

@@ -159,7 +159,7 @@ class Criterion:
         if several and self.config.one_to_many_weight != 1:
             of_layers = [f"layer{i + 1}" for i in range(num_layers - 1)] if many is None else []
             _scale(terms, (*of_layers, "one_to_many"), self.config.one_to_many_weight)
-        if several and self.config.one_to_one_weight:
+        if several and self.config.one_to_one_weight and num_layers > 1:
             beside = _solve([self.last] * (num_layers - 1), rows)
             one = FlatPairs.from_pairs(beside, targets, device)
             names = [f"one_to_one{i + 1}" for i in range(num_layers - 1)]

@@ -145,15 +145,7 @@ def non_maximum_suppression(detections: Detections, iou_threshold: float = 0.7) 
         torch.as_tensor(detections.labels, dtype=torch.int64),
         iou_threshold,
     ).numpy()
-    indices = None if detections.query_indices is None else detections.query_indices[keep]
-    return Detections(
-        detections.boxes[keep],
-        detections.scores[keep],
-        detections.labels[keep],
-        detections.names,
-        detections.image_id,
-        indices,
-    )
+    return detections.rows(keep)
 
 
 def _mean(values: np.ndarray) -> float:

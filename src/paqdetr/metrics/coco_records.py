@@ -64,7 +64,7 @@ class CocoRecords:
         self._truth, self._source, self.masks = truth, source, masks
         self._images = _numbering(truth["images"], f"{source}: images")
         self._categories = _numbering(truth["categories"], f"{source}: categories")
-        self._sizes = {self._images[image["id"]]: _size(image) for image in truth["images"]}
+        self._sizes = {self._images[image["id"]]: _size(image, source) for image in truth["images"]}
         self.class_names = _class_names(truth["categories"], self._categories)
         self.image_ids: tuple[int | str, ...] = tuple(self._images)
         self.category_ids: tuple[int | str, ...] = tuple(self._categories)
@@ -241,8 +241,18 @@ def _finite(value: Any, key: str, name: str) -> float:
     return float(value)
 
 
-def _size(image: Json) -> tuple[int, int]:
-    return int(image.get("height") or 0), int(image.get("width") or 0)
+def _size(image: Json, source: str) -> tuple[int, int]:
+    """(height, width) in pixels, 0 where it is not said: boxes can be compared without."""
+    sides = []
+    for key in ("height", "width"):
+        side = image.get(key) or 0
+        if not isinstance(side, (int, float)) or not math.isfinite(side) or side < 0:
+            raise DataError(
+                f"{source}: image {image['id']!r}: {key}: found {side!r}, expected a number of pixels",
+                "repair the file",
+            )
+        sides.append(int(side))
+    return sides[0], sides[1]
 
 
 def _find(table: dict[Any, int], key: Any) -> int | None:

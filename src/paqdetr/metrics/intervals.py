@@ -37,7 +37,7 @@ class Interval:
 
     Attributes:
         value: the figure on all images, each once; NaN where nothing defines it.
-        low, high: NaN with it.
+        low, high: NaN with it, and where all its objects lie in one image: a sample of one says nothing of others.
     """
 
     value: float
@@ -55,7 +55,7 @@ class Difference:
 
     Attributes:
         value: second minus first.
-        low, high: the paired interval.
+        low, high: the paired interval; NaN as in `Interval`.
         superiority: the share of resamples in which the second is better, ties counting half. Above .975 or below .025
             zero lies outside a 95 % interval.
     """
@@ -201,7 +201,7 @@ def figure_intervals(
         ConfigError: `level` is not between 0 and 1, or there is nothing to draw.
     """
     weights = _weights(table, samples, seed, level)
-    found = replicate_figures(table, weights, progress=progress)
+    found = _replicates(table, weights, progress)
     return _intervals(table, table.figures(), found, (samples, seed, level))
 
 
@@ -229,8 +229,8 @@ def compare_results(
 
     values = first.figures(), second.figures()
     found = (
-        replicate_figures(first, weights, progress=told(0)),
-        replicate_figures(second, weights, progress=told(1)),
+        _replicates(first, weights, told(0)),
+        _replicates(second, weights, told(1)),
     )
     parts = [_named(first, part) for part in (*values, *found)]
     differences = {
@@ -277,6 +277,20 @@ def _weights(table: MatchTable, samples: int, seed: int, level: float) -> np.nda
     if not 0 < level < 1:
         raise ConfigError(f"level: found {level}, expected a number between 0 and 1", "use 0.95")
     return resample_images(len(table.image_ids), samples, seed)
+
+
+def _replicates(table: MatchTable, weights: np.ndarray, progress: Progress | None) -> WeightedFigures:
+    """As `replicate_figures`, but NaN where all objects of a figure lie in one image: its replicates would all be alike, and
+    their interval the narrowest of all."""
+    found = replicate_figures(table, weights, progress=progress)
+    there = table.positives > 0  # (A, C, I)
+    images = there.any(axis=1).sum(axis=-1)  # (A,)
+    for name, values in found.figures.items():
+        if images[{"s": 1, "m": 2, "l": 3}.get(name[-1], 0)] < 2:
+            values[:] = np.nan
+    for values in (found.per_class, found.per_class_AP50):
+        values[:, there[0].sum(axis=-1) < 2] = np.nan
+    return found
 
 
 def _named(table: MatchTable, found: WeightedFigures) -> dict[str, dict[str, np.ndarray]]:

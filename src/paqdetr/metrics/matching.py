@@ -37,7 +37,8 @@ class MatchTable:
     a class by falling score; equal scores in the order of COCO: by image, then as in the results.
 
     Attributes:
-        image_ids: (I) the ids of the ground truth; weights and `images` are in this order.
+        image_ids: (I) the ids of the ground truth, ascending if all are integers, else as listed; weights and `images` are in
+            this order.
         category_ids: (C) the ids of the ground truth, ascending; classes are in this order.
         class_names: (C).
         iou_thresholds: (T,) .50, .55, ... .95.
@@ -148,11 +149,7 @@ class MatchTable:
         Raises:
             ConfigError: none of them.
         """
-        close = np.flatnonzero(np.isclose(self.iou_thresholds, iou_threshold, atol=1e-6))
-        if not len(close):
-            known = ", ".join(f"{threshold:.2f}" for threshold in self.iou_thresholds)
-            raise ConfigError(f"IoU threshold {iou_threshold}: expected one of {known}", "choose one of them")
-        return int(close[0])
+        return threshold_index(self.iou_thresholds, iou_threshold)
 
     def average_precision(
         self, weights: np.ndarray | None = None, *, areas: Sequence[int] = range(len(AREAS))
@@ -195,6 +192,19 @@ class MatchTable:
                 f"weights: {weights.dtype} {weights.shape}, expected integers (samples, {number})"
             )
         return weights.astype(np.int32, copy=False)
+
+
+def threshold_index(thresholds: np.ndarray, iou_threshold: float) -> int:
+    """Which of the IoU thresholds is meant.
+
+    Raises:
+        ConfigError: none of them.
+    """
+    close = np.flatnonzero(np.isclose(thresholds, iou_threshold, atol=1e-6))
+    if not len(close):
+        known = ", ".join(f"{threshold:.2f}" for threshold in thresholds)
+        raise ConfigError(f"IoU threshold {iou_threshold}: expected one of {known}", "choose one of them")
+    return int(close[0])
 
 
 def _columns(

@@ -16,8 +16,9 @@ from typing import Any
 import hotcoco
 import numpy as np
 
+from paqdetr.errors import ConfigError
 from paqdetr.metrics.coco_records import CocoRecords, IouType
-from paqdetr.metrics.matching import MatchTable
+from paqdetr.metrics.matching import MatchTable, threshold_index
 
 _Json = Mapping[str, Any]
 
@@ -114,10 +115,21 @@ def error_split(
 
     Args:
         ground_truth, results, iou_type: as of `evaluate_detections`, with its errors.
-        foreground, background: IoU thresholds, see `ErrorSplit`.
+        foreground: IoU threshold of what is found, one of .50, .55, ... .95.
+        background: IoU threshold of what overlaps at all, from 0 to below `foreground`.
         score_threshold: leave out what scores less. Without it the counts of a DETR are mostly detections that nobody would
             look at; the gains need them all, as AP does.
+
+    Raises:
+        ConfigError: an IoU threshold that is none of these.
     """
+    # Of another one hotcoco would take matches at the nearest of the ten, and kinds at the threshold itself.
+    threshold_index(np.array(hotcoco.Params(iou_type).iou_thrs), foreground)
+    if not 0 <= background < foreground:
+        raise ConfigError(
+            f"background IoU threshold {background}: expected 0 to below the foreground's, {foreground}",
+            "use 0.1",
+        )
     records = CocoRecords.open(ground_truth, iou_type)
     rows = [row for row in records.results(results) if row["score"] >= score_threshold]
     truth = records.ground_truth()

@@ -67,6 +67,7 @@ def _patterns(config: ModelConfig) -> PatternQueries:
         pattern_std=config.pattern_std,
         head_rank=config.head_rank,
         conv=config.extractor_conv,
+        normalize_summary=config.normalize_summary,
     )
 
 

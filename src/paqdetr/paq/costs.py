@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.ops import box_convert, box_iou, generalized_box_iou
 
 from paqdetr.errors import NonFiniteError
 from paqdetr.structures import Targets
@@ -100,36 +99,74 @@ def matchables(
 
 
 def _image_terms(logits: Tensor, boxes: Tensor, target: Targets, weights: CostWeights, most: int) -> Tensor:
-    """Cost, IoU and class confidence of one image over all layers, padded to `most` boxes: (K, 3 * most + 1, n)."""
-    layers, num_queries, _ = logits.shape
+    """Cost, IoU and class confidence of one image over all layers, padded to `most` boxes: (K, 3 * most + 1, n).
+
+    Queries are the last axis throughout, as the solvers want them: nothing is turned afterwards, and all operators run along it.
+    """
+    layers, num_queries, num_classes = logits.shape
     count = len(target)
     # Half precision would tie costs and round IoUs; float64 stays for those who want exact tests.
     working = torch.promote_types(logits.dtype, torch.float32)
-    probability = logits.to(working).sigmoid()  # (K, n, C)
     boxes, truth = boxes.to(working), target.boxes.to(working)
-    of_class = probability[..., target.labels]  # (K, n, G)
+    by_class = logits.to(working).sigmoid()  # (K, n, C)
+    # Neither the repairs of iou_and_giou nor the sigmoid of an infinite logit may hide a broken prediction from the check below.
+    sound = (boxes.isfinite().all(-1) & logits.isfinite().all(-1))[:, None]
+    highest = by_class.amax(-1)[:, None].masked_fill(~sound, torch.nan)  # (K, 1, n)
 
-    positive = weights.alpha * (1 - of_class) ** weights.gamma * -(of_class + 1e-8).log()
-    negative = (1 - weights.alpha) * of_class**weights.gamma * -(1 - of_class + 1e-8).log()
-    flat = boxes.flatten(0, 1)  # (K*n, 4)
-    corners, truth_corners = box_convert(flat, "cxcywh", "xyxy"), box_convert(truth, "cxcywh", "xyxy")
-    # A box of zero area on a target of zero area has no union: such a pair has IoU 0.
-    iou = box_iou(corners, truth_corners).nan_to_num(0.0) if count else flat.new_zeros(len(flat), 0)
-    giou = generalized_box_iou(corners, truth_corners).nan_to_num(-1.0) if count else iou
-    l1 = torch.cdist(flat, truth, p=1)
+    by_class = by_class.transpose(1, 2).contiguous()
+    of_class = by_class.index_select(1, target.labels)  # (K, G, n)
+    if count > num_classes:  # the term depends on the class alone
+        class_cost = _class_cost(by_class, weights).index_select(1, target.labels)
+    else:
+        class_cost = _class_cost(of_class, weights)
+
+    predicted = boxes.permute(2, 0, 1)[:, :, None].contiguous()  # (4, K, 1, n)
+    wanted = truth.t()[:, :, None]  # (4, G, 1)
+    l1 = sum((mine - theirs).abs_() for mine, theirs in zip(predicted, wanted, strict=True))  # (K, G, n)
+    iou, giou = iou_and_giou(predicted, wanted)
     cost = weights.l1 * l1 + weights.giou * -giou
-    cost = cost.view(layers, num_queries, count) + weights.classification * (positive - negative)
+    cost += weights.classification * class_cost
+    padding = logits.new_zeros(layers, most - count, num_queries, dtype=working)
+    return torch.cat([cost, padding, iou, padding, of_class, padding, highest], dim=1)
 
-    # Neither nan_to_num nor the sigmoid of an infinite logit may hide a broken prediction from the check below.
-    sound = flat.isfinite().all(-1).view(layers, num_queries, 1) & logits.isfinite().all(-1, keepdim=True)
-    highest = probability.amax(-1, keepdim=True).masked_fill(~sound, torch.nan)  # (K, n, 1)
-    padding = logits.new_zeros(layers, num_queries, most - count, dtype=working)
-    terms = [cost, padding, iou.view_as(cost), padding, of_class, padding, highest]
-    return torch.cat(terms, dim=-1).transpose(1, 2)
+
+def _class_cost(probability: Tensor, weights: CostWeights) -> Tensor:
+    """The focal loss of a positive less that of a negative, elementwise."""
+    positive = weights.alpha * (1 - probability) ** weights.gamma * -(probability + 1e-8).log()
+    negative = (1 - weights.alpha) * probability**weights.gamma * -(1 - probability + 1e-8).log()
+    return positive - negative
+
+
+def iou_and_giou(boxes: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """IoU and generalised IoU (arXiv 1902.09630) of cxcywh boxes, coordinates first: two (4, ...) -> two (...), broadcast.
+
+    The arithmetic is that of torchvision's two functions, to the last bit; intersections are computed once, and no axis has a
+    length of 2. A box of zero area on another of zero area has no union: such a pair has IoU 0, and GIoU -1 if not even a hull.
+    """
+    (left, top, right, bottom), area = _corners(boxes)
+    (others_left, others_top, others_right, others_bottom), others_area = _corners(others)
+    width = (torch.minimum(right, others_right) - torch.maximum(left, others_left)).clamp_(min=0)
+    height = (torch.minimum(bottom, others_bottom) - torch.maximum(top, others_top)).clamp_(min=0)
+    overlap = width.mul_(height)
+    union = (area + others_area).sub_(overlap)
+    iou = overlap.div_(union)
+    width = (torch.maximum(right, others_right) - torch.minimum(left, others_left)).clamp_(min=0)
+    height = (torch.maximum(bottom, others_bottom) - torch.minimum(top, others_top)).clamp_(min=0)
+    hull = width.mul_(height)
+    giou = iou - (hull - union).div_(hull)
+    return iou.nan_to_num_(0.0), giou.nan_to_num_(-1.0)
+
+
+def _corners(boxes: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """(4, ...) cxcywh -> left, top, right, bottom, and the area."""
+    x, y, width, height = boxes
+    left, top, right, bottom = x - 0.5 * width, y - 0.5 * height, x + 0.5 * width, y + 0.5 * height
+    return (left, top, right, bottom), (right - left) * (bottom - top)
 
 
 def _require_finite(host: np.ndarray, targets: Sequence[Targets], names: Sequence[str]) -> None:
-    bad = ~np.isfinite(host).all(axis=(2, 3))  # (K, B)
+    # A sum of finite float32 numbers is finite in float64, and one with a NaN or an infinity never is.
+    bad = ~np.isfinite(host.sum(axis=(2, 3)))  # (K, B)
     if not bad.any():
         return
     layers = [names[layer] for layer in sorted({int(layer) for layer in np.nonzero(bad)[0]})]

@@ -50,6 +50,8 @@ class PatternQueries(nn.Module):
         pattern_std: initial std of the patterns.
         head_rank: r of the factorised head.
         conv: dilated convolutions of the fused extractor, "depthwise" or "full".
+        normalize_summary: take the extractor's vector less its mean over past training images, over its spread between them. What
+            images share otherwise outweighs what tells them apart, and mixtures hardly depend on the image. Ours.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class PatternQueries(nn.Module):
         *,
         head_rank: int = 32,
         conv: Literal["depthwise", "full"] = "depthwise",
+        normalize_summary: bool = False,
     ) -> None:
         super().__init__()
         if num_patterns < 2:
@@ -85,6 +88,7 @@ class PatternQueries(nn.Module):
             if extractor == "fused"
             else PooledExtractor(dim=dim)
         )
+        self.summary_norm = _RunningNorm(dim) if normalize_summary else nn.Identity()
         self.hidden = nn.Sequential(nn.Linear(dim, dim), nn.LayerNorm(dim), nn.ReLU())
         make_head = _DenseHead if head == "dense" else _FactorisedHead
         self.head = make_head(
@@ -116,7 +120,7 @@ class PatternQueries(nn.Module):
         """
         rows = spatial_shapes.tolist() if isinstance(spatial_shapes, Tensor) else spatial_shapes
         shapes = [(int(height), int(width)) for height, width in rows]
-        summary = self.hidden(self.extractor(tokens, shapes, padding_mask))  # (B, d)
+        summary = self.hidden(self.summary_norm(self.extractor(tokens, shapes, padding_mask)))  # (B, d)
         # float32 at least: in half precision the weights of 64 patterns would not sum to 1.
         logits = self.head(summary).to(torch.promote_types(tokens.dtype, torch.float32))
         return _mix(logits / self.temperature, self.patterns)
@@ -221,6 +225,42 @@ def _mix(logits: Tensor, patterns: Tensor) -> Mixture:
     """(..., n, m) logits, at least float32, and (m, d) patterns -> content (..., n, d) and weights (..., n, m)."""
     weights = logits.softmax(-1)
     return Mixture(content=weights.to(patterns.dtype) @ patterns, weights=weights)
+
+
+class _RunningNorm(nn.Module):
+    """(B, d) -> (B, d): every channel less its mean over past training images, over its standard deviation between them.
+
+    The figures are those of earlier batches in training too, so that no image sees what it is batched with. Each of several
+    processes adds its own images alone; the first one's figures are kept.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    images: Tensor
+    _LEAST_SHARE = 0.02  # of a batch in the figures: they follow an encoder that learns
+    _EPS = 1e-5
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("variance", torch.ones(dim))
+        self.register_buffer("images", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, summary: Tensor) -> Tensor:
+        working = summary.to(torch.promote_types(summary.dtype, torch.float32))
+        normed = (working - self.mean) * (self.variance + self._EPS).rsqrt()
+        if self.training:
+            self._take_in(working.detach())
+        return normed.to(summary.dtype)
+
+    @torch.no_grad()
+    def _take_in(self, summary: Tensor) -> None:
+        self.images += len(summary)
+        share = (
+            (len(summary) / self.images).clamp(min=self._LEAST_SHARE).to(self.mean)
+        )  # 1 for the first batch
+        self.mean.lerp_(summary.mean(0).to(self.mean), share)
+        self.variance.lerp_((summary - self.mean).square().mean(0).to(self.variance), share)
 
 
 class _DenseHead(nn.Module):

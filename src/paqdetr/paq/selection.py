@@ -64,12 +64,13 @@ def select_by_score(
         query and box of each pair; no query twice, no box without one.
     """
     num_queries, num_boxes = scores.shape
-    order = np.argsort(-scores, axis=0, kind="stable")
     owner = np.full(num_queries, -1)
-    for box in range(num_boxes):
-        for query in order[: claims[box], box]:
-            if owner[query] < 0 or scores[query, box] > scores[query, owner[query]]:
-                owner[query] = box
+    queries, boxes = _claimed(scores, claims)
+    order = np.lexsort((boxes, -scores[queries, boxes], queries))  # of each query the best claim first
+    queries, boxes = queries[order], boxes[order]
+    first = np.ones(len(queries), dtype=bool)
+    first[1:] = queries[1:] != queries[:-1]
+    owner[queries[first]] = boxes[first]
     empty = np.setdiff1d(np.arange(num_boxes), owner)
     free = np.nonzero(owner < 0)[0]
     rows, columns = linear_sum_assignment(cost[np.ix_(free, empty)])
@@ -78,6 +79,24 @@ def select_by_score(
     return rows, owner[rows]
 
 
+def _claimed(scores: np.ndarray, claims: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Query and box of each box's claims[j] best queries; of equal scores the first ones."""
+    num_queries, num_boxes = scores.shape
+    most = int(claims.max(initial=0))
+    if most == 0:
+        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+    # Whatever is as good as the `most`-th best of its box: a superset, larger only where scores are equal.
+    least = np.partition(scores, num_queries - most, axis=0)[num_queries - most]
+    boxes, queries = np.nonzero((scores >= least).T)
+    order = np.lexsort((queries, -scores[queries, boxes], boxes))
+    boxes, queries = boxes[order], queries[order]
+    starts = np.searchsorted(boxes, np.arange(num_boxes))
+    chosen = np.arange(len(boxes)) - starts[boxes] < claims[boxes]
+    return queries[chosen], boxes[chosen]
+
+
 def _best(scores: np.ndarray, top_k: int) -> np.ndarray:
     """(min(top_k, n), G), descending."""
-    return -np.sort(-scores, axis=0)[:top_k]
+    rest = max(len(scores) - top_k, 0)
+    best = np.partition(scores, rest, axis=0)[rest:] if 0 < rest < len(scores) else scores
+    return -np.sort(-best, axis=0)[:top_k]

@@ -11,7 +11,6 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from paqdetr.checkpoint import write_whole
@@ -118,7 +117,6 @@ class _Queue:
         self.events, self.total = events, total
         self.signals = Signals()
         self.done = Done()
-        self._retried: set[Path] = set()
 
     def attempt(self, planned: PlannedRun, number: int) -> bool:
         """Do what is missing of a run; False if another process is at it."""

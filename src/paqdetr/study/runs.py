@@ -144,6 +144,7 @@ class _DataPlan:
     """What is looked up once for all runs on a data set."""
 
     budget: dict[str, Any]
+    alike: dict[str, Any]  # what no variant's base may change
     steps: int
     epoch_steps: int
     classes: int | None
@@ -167,7 +168,18 @@ class _DataPlan:
             "eval_every": max(1, round(epochs / (data.evaluations or study.evaluations))),
         }
         classes = None if data.make is not None else len(open_split(root / str(data.folder), "train").classes)
-        return cls(budget, steps or epochs * epoch_steps, epoch_steps, 10 if data.make else classes)
+        return cls(
+            budget=budget,
+            alike={
+                "batch_size": config.batch_size,
+                "accumulate": config.accumulate,
+                "max_steps": budget.get("max_steps"),
+                "patience": None,
+            },
+            steps=steps or epochs * epoch_steps,
+            epoch_steps=epoch_steps,
+            classes=10 if data.make else classes,
+        )
 
 
 def _planned(
@@ -179,6 +191,7 @@ def _planned(
     base = _base(study.variants[key.variant].base or study.base, file)
     _layered(study, key.data, key.variant, file)  # names the layer if something is wrong
     config = load_config(base, settings)
+    _require_alike(config, data.alike, f"{file}: variants.{key.variant}: {base}")
     if data.classes is not None:
         model = config.model.model_copy(update={"num_classes": data.classes})
         config = config.model_copy(update={"model": model})
@@ -198,6 +211,16 @@ def _planned(
 def _settings(study: Study, data: str, variant: str | None) -> dict[str, Any]:
     own = study.variants[variant].settings if variant else {}
     return {**study.settings, **study.data[data].settings, **own}
+
+
+def _require_alike(config: Config, alike: Mapping[str, Any], where: str) -> None:
+    """Raise ConfigError if a base brings a budget of its own. Settings of a study's file cannot: it was checked for them."""
+    for key, value in alike.items():
+        if getattr(config, key) != value:
+            raise ConfigError(
+                f"{where}: has {key}={getattr(config, key)}, but {value} is what all runs on these data are to have",
+                f"take {key} out of the base, so that all variants see equally many images",
+            )
 
 
 def _layered(study: Study, data: str, variant: str | None, file: Path) -> Config:

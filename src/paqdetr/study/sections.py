@@ -10,6 +10,7 @@ from paqdetr.analysis.plots import INK, bars, colour, legend, line, new_axes, ne
 from paqdetr.analysis.section import Column, Figure, Part, Section, Table
 from paqdetr.study.tables import (
     SEED_COUNTS,
+    SETTLED,
     cost_rows,
     figure_rows,
     planning_rows,
@@ -122,7 +123,7 @@ def _planning(runs: Runs) -> Section:
         for number, row in enumerate(usable):
             effects = [row[f"n{count}"] for count in SEED_COUNTS]
             line(axes, SEED_COUNTS, effects, label=row["data"], colour=colour(number), marker="o")
-        axes.axhline(0.015, color=INK, linewidth=0.8, linestyle=":")
+        axes.axhline(SETTLED, color=INK, linewidth=0.8, linestyle=":")
         axes.set_ylim(bottom=0)
         if len(usable) > 1:
             legend(axes)

@@ -297,6 +297,16 @@ class Study(_Part):
         """The split that is measured."""
         return self.data[data].split or self.evaluate.split
 
+    def measure_of(self, data: str) -> dict[str, Any]:
+        """What is measured of a run on a data set, as its result keeps it."""
+        wanted = self.evaluate
+        return {
+            "split": self.split_of(data),
+            "checkpoints": list(wanted.checkpoints),
+            "replicates": wanted.replicates,
+            "seed": wanted.seed,
+        }
+
     def data_of(self, claim: Claim) -> tuple[str, ...]:
         """Data sets on which a claim is decided: those that both of its variants run on."""
         both = {claim.variant, claim.against or self.baseline}

@@ -140,7 +140,9 @@ def cost_rows(runs: Runs) -> list[Row]:
 def planning(runs: Runs, data: str) -> Estimate | None:
     """The chances of an AP difference to the baseline, pooled over the variants of a data set; None without two seeds.
 
-    Its `seeds` are one more than the degrees of freedom of the spread between seeds.
+    Its `seeds` are one more than the degrees of freedom of the spread between seeds. V differences share the baseline's runs,
+    which correlates any two of them by 1/2 if all variants are equally steady, and their sample variances by 1/4: the mean of
+    these is known as well as from 4 V / (V + 3) of them that share nothing.
     """
     base = runs.study.baseline
     found = [
@@ -152,6 +154,7 @@ def planning(runs: Runs, data: str) -> Estimate | None:
     variance, degrees = pooled_variance(usable)
     if not degrees:
         return None
+    degrees = max(round(4 * degrees / (len(usable) + 3)), 1)
     shared = sum(effect.image_variance for effect in usable) / len(usable)
     images = min((effect.images for effect in usable if effect.images is not None), default=None)
     return Estimate(0.0, (0.0,) * (degrees + 1), variance, shared, images, runs.study.level)

@@ -64,6 +64,9 @@ class Runs:
 
     Args:
         results: of any order; those that the study does not have are left out.
+
+    Raises:
+        DataError: a result was measured otherwise than the study's file now says.
     """
 
     def __init__(self, study: Study, results: Sequence[RunResult]) -> None:
@@ -81,6 +84,8 @@ class Runs:
             if (r.key.data, r.key.variant, r.key.seed) in planned
         }
         self.planned = len(planned)
+        for result in self.done:
+            _require_same_measure(study, result)
 
     @property
     def failed(self) -> list[RunResult]:
@@ -192,6 +197,16 @@ def _require_same_images(one: RunResult, other: RunResult) -> None:
             f"{one.key} and {other.key}: were measured on other images or resamples",
             "measure them again: `paqdetr study --resume` with the data of both",
         )
+
+
+def _require_same_measure(study: Study, result: RunResult) -> None:
+    """A file that has changed since must not stand above results of the file that was."""
+    for name, value in study.measure_of(result.key.data).items():
+        if result.measure.get(name, value) != value:
+            raise DataError(
+                f"{result.key}: was measured with {name}={result.measure[name]!r}, the study now says {value!r}",
+                "measure it again: `paqdetr study --resume`, without --report-only",
+            )
 
 
 def _numbers(values: list[float | None]) -> np.ndarray:

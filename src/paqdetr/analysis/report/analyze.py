@@ -176,7 +176,8 @@ def _chapters(
         found = compare_results(tables[1], tables[0], samples=samples, seed=seed, progress=stage)
     else:
         found = figure_intervals(tables[0], samples=samples, seed=seed, progress=stage)
-    outcomes = [outcome(own.table, own.confident or _CONFIDENT) for own in judged]
+    image_ids = subjects[0].split.image_ids
+    outcomes = [outcome(own.table, own.confident or _CONFIDENT, image_ids) for own in judged]
     runs = [run_folder(subject.checkpoint) for subject in subjects]
     training = _training_split(data)
     examples = example_sections(
@@ -261,14 +262,18 @@ def _learnable(split: DetectionDataset, few: int) -> list[int]:
 
 
 def _labels(sources: Sequence[Detector | str | Path], detectors: Sequence[Detector]) -> list[str]:
-    """The models' names; with the checkpoint's where two share one."""
+    """The models' names; with the checkpoint's where two share one, and with a letter where that is the same as well: figures
+    are kept by label."""
     names = [detector.name for detector in detectors]
     if len(set(names)) == len(names):
         return names
-    return [
+    names = [
         f"{name} ({'given' if isinstance(source, Detector) else _short(Path(source))})"
         for name, source in zip(names, sources, strict=True)
     ]
+    if len(set(names)) == len(names):
+        return names
+    return [f"{name} {letter}" for name, letter in zip(names, "AB", strict=True)]
 
 
 def _short(path: Path) -> str:
