@@ -130,6 +130,9 @@ def table(name: str, what: str) -> str:
     try:
         return to_table(report.table(what))
     except KeyError:
+        data = what.partition("_")[2]
+        if data in report.runs.study.data:
+            return f"No run on `{data}` is kept yet."
         raise SystemExit(f"{PAGE.relative_to(REPO)}: the study {name} has no table {what!r}") from None
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 
 import pytest
 
@@ -101,3 +102,10 @@ def test_more_pixels_cost_more() -> None:
     ratio = (800 * 1344) / (320 * 320)
     assert 0.5 * ratio < large.flops / small.flops < ratio
     assert small.flops == cost_of("dino_nano", 320, 320).flops  # sides are rounded up
+
+
+def test_distinct_proposals_are_counted_without_values(tmp_path: Path) -> None:
+    """Which proposals overlap depends on values; what is multiplied does not."""
+    file = tmp_path / "distinct.yaml"
+    file.write_text("base: dino_nano\nname: distinct\nmodel: {distinct_proposals: 0.8}\n", encoding="utf-8")
+    assert cost_of(str(file), 320, 320) == cost_of("dino_nano", 320, 320)
