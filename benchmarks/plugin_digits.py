@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,6 +47,7 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     "assignment": {"mode": "none"},
 }
 ONE_TO_MANY_UNTIL = 0.35
+_OF_PAQ = (("positives_per_box", 2), ("mean_gate", 4))  # and their decimals
 
 
 class AsDetector(nn.Module):
@@ -78,6 +81,7 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     rows = {name: train(name, arguments) for name in arguments.variants}
     report = {
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "variants": rows,
         "steps": arguments.steps,
         "batch_size": arguments.batch_size,
@@ -195,6 +199,19 @@ def train(variant: str, arguments: argparse.Namespace) -> dict[str, Any]:
         row["mean_gate"] = round(float(model.paq.gate.detach().abs().mean()), 4)
     print(f"{variant}: {row}", flush=True)
     return row
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The table of docs/plugin.md."""
+    lines = [
+        "| RT-DETR | test AP | AP50 | AP after NMS | positives a box | mean gate |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in report["variants"].items():
+        of_paq = [f"{row[key]:.{digits}f}" if key in row else "-" for key, digits in _OF_PAQ]
+        figures = [f"{row[key]:.3f}" for key in ("AP", "AP50", "AP_nms")]
+        lines.append("| " + " | ".join([name, *figures, *of_paq]) + " |")
+    return "\n".join(lines)
 
 
 def inputs_of(batch: Batch) -> dict[str, Any]:

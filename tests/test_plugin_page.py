@@ -51,6 +51,20 @@ def test_costs_are_those_of_the_kept_files() -> None:
         assert module.markdown(json.loads(file.read_text("utf-8"))) in PAGE.read_text("utf-8"), file.name
 
 
+def test_the_short_training_is_that_of_the_kept_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    file = PAGE.parents[1] / "benchmarks" / "plugin_digits.py"
+    spec = importlib.util.spec_from_file_location("plugin_digits", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "")  # the script sets it where it is missing
+    spec.loader.exec_module(module)
+    report = json.loads((PAGE.parent / "results" / "plugin_digits.json").read_text("utf-8"))
+    table = module.markdown(report)
+    assert {"host", "residual"} <= set(report["variants"])
+    assert table in PAGE.read_text("utf-8")
+
+
 def test_links_lead_somewhere() -> None:
     targets = [
         target for target in re.findall(r"\]\(([^)#]+)\)", PAGE.read_text("utf-8")) if "://" not in target
