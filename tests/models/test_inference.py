@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +55,14 @@ def test_the_same_alone_and_in_any_batch_and_order(model: Detector) -> None:
     one unit in the last place of the pixels does the same to an image alone. Detections are float32: hence the tolerances.
     """
     in_double(model)
-    sizes = [(60, 90), (90, 60), (60, 90), (61, 90), (40, 40), (60, 90), (33, 200)]
+    model.preprocessing = replace(model.preprocessing, image_size=128)  # float64 is slow
+    sizes = [(60, 90), (90, 60), (60, 90), (61, 90), (60, 90)]
     images = [picture(*size, seed) for seed, size in enumerate(sizes)]
     alone = [model.predict(image, threshold=0.0)[0] for image in images]
-    for batch_size in (1, 4):
-        for order in (range(7), reversed(range(7)), [3, 0, 5, 1, 6, 2, 4]):
-            order = list(order)
-            found = model.predict([images[i] for i in order], threshold=0.0, batch_size=batch_size)
-            for i, detections in zip(order, found, strict=True):
-                assert_same(detections, alone[i])
+    for batch_size, order in ((1, [4, 3, 2, 1, 0]), (4, [0, 1, 2, 3, 4]), (2, [3, 0, 4, 1, 2])):
+        found = model.predict([images[i] for i in order], threshold=0.0, batch_size=batch_size)
+        for i, detections in zip(order, found, strict=True):
+            assert_same(detections, alone[i])
 
 
 def test_every_kind_of_source(model: Detector, tmp_path: Path) -> None:
