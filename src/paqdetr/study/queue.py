@@ -142,7 +142,8 @@ class _Queue:
             self.events.on_begin(planned, "train", number, self.total)
             arguments = planned.train_arguments(run, device=self.device)
             ended = self._run(planned, arguments, lock)
-            _note_cost(run, ended, self.study.threads)
+            _note_cost(run, ended, self.study.threads)  # of a session that a signal ended, too
+            self.signals.raise_if_any()
             if ended.code != 0:
                 return self._fail(planned, job, "training", ended)
             self.done.trained += 1
@@ -152,6 +153,7 @@ class _Queue:
         order.write_text(json.dumps(job.to_json()), encoding="utf-8")
         ended = self._run(planned, ["paqdetr.study.measure", str(order)], lock)
         order.unlink(missing_ok=True)
+        self.signals.raise_if_any()
         if ended.code != 0:
             return self._fail(planned, job, "measuring", ended)
         self.done.measured += 1
@@ -167,7 +169,7 @@ class _Queue:
             if tail.read():
                 self.events.on_progress(planned, tail.step, tail.ap)
 
-        ended = run_child(
+        return run_child(
             arguments,
             threads=self.study.threads,
             log=self.places.log(planned.key),
@@ -175,8 +177,6 @@ class _Queue:
             signals=self.signals,
             watch=watch,
         )
-        self.signals.raise_if_any()
-        return ended
 
     def _fail(self, planned: PlannedRun, job: Job, step: str, ended: Ended) -> None:
         """Keep the reason as the run's result, and let the others go on."""
