@@ -79,10 +79,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     transformers.utils.logging.set_verbosity_error()
-    rows = {name: train(name, arguments) for name in arguments.variants}
-    report = {
+    report: dict[str, Any] = {
         "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
-        "variants": rows,
+        "variants": {},
         "steps": arguments.steps,
         "batch_size": arguments.batch_size,
         "image_size": arguments.image_size,
@@ -93,9 +92,11 @@ def main() -> None:
         "transformers": transformers.__version__,
         "paqdetr": paqdetr.__version__,
     }
+    for name in arguments.variants:
+        report["variants"][name] = train(name, arguments)
+        if arguments.json:  # after each, so that a run that is cut short keeps what it has
+            arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(report, indent=1))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def build(num_classes: int) -> Any:

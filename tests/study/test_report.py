@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 from xml.etree import ElementTree
@@ -14,10 +15,11 @@ from paqdetr.analysis.section import Column, Table
 from paqdetr.errors import DataError
 from paqdetr.study.markdown import to_table
 from paqdetr.study.report import StudyReport, write_report
-from paqdetr.study.results import RunResult, read_result
+from paqdetr.study.results import RunResult, read_result, read_results
 from paqdetr.study.runs import RunKey
 from paqdetr.study.spec import Study
-from paqdetr.study.tables import planning
+from paqdetr.study.tables import cost_rows, planning
+from paqdetr.study.verdicts import Runs
 
 IMAGES = 60
 WEIGHTS = np.random.default_rng(0).multinomial(IMAGES, np.full(IMAGES, 1 / IMAGES), size=400).T / IMAGES
@@ -184,6 +186,26 @@ def test_differences_that_share_a_baseline_know_their_spread_less_well() -> None
         pooled = (runs[:, 1:] - runs[:, :1]).var(axis=2, ddof=1).mean(1)
         degrees = 2 * pooled.mean() ** 2 / pooled.var()  # of a scaled chi-squared
         assert degrees == pytest.approx((seeds - 1) * 4 * variants / (variants + 3), rel=0.08)
+
+
+def test_times_of_different_processors_have_no_mean(folder: Path, tmp_path: Path) -> None:
+    for variant in ("baseline", "both"):
+        target = tmp_path / "digits" / variant
+        shutil.copytree(folder / "results" / "digits" / variant, target)
+    file = tmp_path / "digits" / "both" / "seed2.json"
+    content = json.loads(file.read_text())
+    content["provenance"]["machine"]["processor"] = "another"
+    content["cost"]["seconds"], content["cost"]["step_seconds"] = 60.0, 0.3
+    file.write_text(json.dumps(content))
+    rows = cost_rows(Runs(study(), read_results(tmp_path)))
+    found = [
+        tuple(row[key] for key in ("variant", "processor", "runs", "minutes", "step_seconds")) for row in rows
+    ]
+    assert found == [
+        ("baseline", "a processor", 4, 2.0, 0.6),
+        ("both", "a processor", 3, 2.0, 0.6),
+        ("both", "another", 1, 1.0, 0.3),
+    ]
 
 
 def test_markdown_and_plots(report: StudyReport, folder: Path) -> None:

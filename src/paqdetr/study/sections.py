@@ -140,7 +140,7 @@ def _planning(runs: Runs) -> Section:
 
 def _cost(runs: Runs) -> Section:
     caption = (
-        "Means over seeds, by the clock of the machine that the facts name. "
+        "Means over runs on the same processor, by the clock. "
         "FLOPs: of one image, a multiply-add counted once."
     )
     table = _table("cost", caption, COST_COLUMNS, cost_rows(runs))
@@ -260,6 +260,8 @@ QUERY_COLUMNS = _columns(
 COST_COLUMNS = _columns(
     ("data", "data", "text"),
     ("variant", "variant", "text"),
+    ("processor", "processor", "text"),
+    ("runs", "runs", "integer"),
     ("steps", "steps", "integer"),
     ("minutes", "minutes"),
     ("step_seconds", "s a step"),

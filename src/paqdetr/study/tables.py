@@ -108,33 +108,42 @@ def query_rows(runs: Runs, data: str) -> list[Row]:
 
 
 def cost_rows(runs: Runs) -> list[Row]:
-    """What trainings took."""
+    """What trainings took; a row for every processor that runs of a variant were made on, since their times have no mean."""
     rows = []
     for data in runs.study.data:
         for variant in runs.study.variants_of(data):
-            costs = [run.cost for run in runs.of(data, variant).values() if run.cost]
-            if not costs:
-                continue
-
-            def mean(key: str, costs: list[Row] = costs) -> float | None:
-                values = [cost[key] for cost in costs if cost.get(key) is not None]
-                return sum(values) / len(values) if values else None
-
-            seconds, cpu = mean("seconds"), mean("cpu_seconds")
-            rows.append(
+            by_processor: dict[str, list[Row]] = {}
+            for run in runs.of(data, variant).values():
+                if run.cost:
+                    processor = run.provenance.get("machine", {}).get("processor") or "unknown"
+                    by_processor.setdefault(processor, []).append(run.cost)
+            rows += [
                 {
                     "data": data,
                     "variant": variant,
-                    "steps": mean("steps"),
-                    "minutes": None if seconds is None else _number(seconds / 60),
-                    "step_seconds": mean("step_seconds"),
-                    "cpu_minutes": None if cpu is None else _number(cpu / 60),
-                    "memory": mean("peak_memory_gib"),
-                    "parameters": _number((mean("parameters") or math.nan) / 1e6),
-                    "gflops": mean("gflops"),
+                    "processor": processor,
+                    "runs": len(costs),
+                    **_mean_cost(costs),
                 }
-            )
+                for processor, costs in sorted(by_processor.items())
+            ]
     return rows
+
+
+def _mean_cost(costs: Sequence[Row]) -> Row:
+    def mean(key: str, unit: float = 1.0) -> float | None:
+        values = [cost[key] for cost in costs if cost.get(key) is not None]
+        return sum(values) / len(values) / unit if values else None
+
+    return {
+        "steps": mean("steps"),
+        "minutes": _number(mean("seconds", 60)),
+        "step_seconds": mean("step_seconds"),
+        "cpu_minutes": _number(mean("cpu_seconds", 60)),
+        "memory": mean("peak_memory_gib"),
+        "parameters": _number(mean("parameters", 1e6)),
+        "gflops": mean("gflops"),
+    }
 
 
 def planning(runs: Runs, data: str) -> Estimate | None:
