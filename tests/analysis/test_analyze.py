@@ -63,7 +63,17 @@ def report(tmp_path_factory: pytest.TempPathFactory, tiny_digits: Path) -> Path:
 def test_everything_is_there_and_bounded(report: Path) -> None:
     page = (report / "index.html").read_text(encoding="utf-8")
     assert len(page.encode()) < LIMIT and {p.name for p in report.iterdir()} == {"index.html", "data"}
-    keys = ("summary", "classes", "images", "mistakes", "confusion", "calibration", "query-use", "patterns")
+    keys = (
+        "summary",
+        "classes",
+        "images",
+        "mistakes",
+        "confusion",
+        "calibration",
+        "layers",
+        "query-use",
+        "patterns",
+    )
     for key in (*keys, "inside", "training"):
         assert f'<section id="{key}"' in page, key
     for name in (

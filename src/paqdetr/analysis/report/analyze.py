@@ -17,6 +17,8 @@ from paqdetr.analysis.gradients import content_gradients
 from paqdetr.analysis.inside import loss_settings
 from paqdetr.analysis.inside_view import inside_section
 from paqdetr.analysis.judged import Judged
+from paqdetr.analysis.layer_section import layer_section
+from paqdetr.analysis.layers import LayerCollector
 from paqdetr.analysis.pattern_section import Studied, pattern_section
 from paqdetr.analysis.patterns import ContentCollector
 from paqdetr.analysis.report.folder import require_free, write_folder
@@ -134,6 +136,7 @@ class _Watched:
     judged: Judged
     usage: QueryUsage
     content: ContentCollector
+    layers: LayerCollector
 
 
 def _watched(
@@ -148,12 +151,13 @@ def _watched(
     """The one pass over the split that everything is made of."""
     usage = QueryUsage(num_queries=detector.config.num_queries)
     content = ContentCollector(num_classes=len(detector.classes))
+    layers = LayerCollector(detector.classes)
     found = evaluate_split(
         detector,
         split,
         batch_size=batch_size,
         progress=_stage(tell, f"evaluate {label}"),
-        observers=[usage, content],
+        observers=[usage, content, layers],
     )
     table = MatchTable.match(truth, found.results)
     checkpoint = None if isinstance(source, Detector) else Path(source)
@@ -162,6 +166,7 @@ def _watched(
         Judged(label, truth, found.results, table),
         usage,
         content,
+        layers,
     )
 
 
@@ -188,6 +193,7 @@ def _chapters(
         Chapter((class_section(subjects, found),)),
         Chapter(examples),
         *(Chapter((section,)) for section in diagnosis_sections(judged)),
+        Chapter((_layers(watched, tell),)),
         Chapter((_usage(watched, runs, training, 4 * images, tell),)),
         Chapter((_patterns(watched, samples, seed, tell),)),
     ]
@@ -203,6 +209,15 @@ def _chapters(
     chapters.append(Chapter(tuple(inside)))
     curves = training_section([(own.label, run) for own, run in zip(subjects, runs, strict=True)])
     return chapters if curves is None else [*chapters, Chapter((curves,))]
+
+
+def _layers(watched: Sequence[_Watched], tell: Progress) -> Section:
+    found = []
+    for done, one in enumerate(watched):
+        tell("layers", done, len(watched))
+        found.append((one.subject.label, one.layers.figures(one.subject.split)))
+    tell("layers", len(watched), len(watched))
+    return layer_section(found)
 
 
 def _usage(
