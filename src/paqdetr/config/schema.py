@@ -121,6 +121,13 @@ class Config(Section):
             raise ValueError(
                 "loss.one_to_one_weight needs model.one_to_many_heads=none: with them, the other heads are one-to-one"
             )
+        # An architecture alone, as the header of a checkpoint has it, says nothing of losses.
+        heads, one = self.model.one_to_many_heads, self.loss.assigner == "one_to_one"
+        if "loss" in self.model_fields_set and heads != "none" and one:
+            raise ValueError(
+                f"model.one_to_many_heads={heads} needs an assigner with several positives a box, and loss.assigner is "
+                "one_to_one: choose loss.assigner=quality_aware, fixed_k or simota, or model.one_to_many_heads=none"
+            )
         return self
 
     @field_validator("amp", mode="before")
