@@ -106,7 +106,9 @@ class Config(Section):
     patience: int | None = Field(
         default=None, ge=1, description="stop after so many evaluations without a better AP"
     )
-    log_every: int = Field(default=20, ge=1, description="steps between records in metrics.jsonl")
+    log_every: int = Field(
+        default=20, ge=1, description="steps between records in metrics.jsonl; each epoch ends with one too"
+    )
     save_every_steps: int | None = Field(
         default=None, ge=1, description="save the state within an epoch too, after so many steps"
     )

@@ -228,15 +228,21 @@ def query_views(report: QueryUsageReport) -> dict[str, Any]:
 def learning_curve(run: Run) -> list[dict[str, Any]]:
     """The evaluations of a training on its validation split, each with the mean loss since the one before."""
     curve: list[dict[str, Any]] = []
-    losses: list[float] = []
+    losses, steps, last = (
+        0.0,
+        0,
+        0,
+    )  # a record's means are over the steps since the one before, of either kind
     for record in run.records():
         if record.get("kind") == "train":
-            losses.append(record["loss"])
+            losses += record["loss"] * (record["step"] - last)
+            steps += record["step"] - last
+            last = record["step"]
         elif record.get("kind") == "eval":
             names = ("AP", "AP50", "AP_nms", "predictions_per_image")
             row = {"step": record["step"]} | {name: _rounded(record.get(name)) for name in names}
-            curve.append(row | {"loss": _rounded(float(np.mean(losses))) if losses else None})
-            losses = []
+            curve.append(row | {"loss": _rounded(losses / steps) if steps else None})
+            losses, steps, last = 0.0, 0, record["step"]
     return curve
 
 
