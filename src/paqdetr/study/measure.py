@@ -161,41 +161,48 @@ def measure_model(
     for index, detections in detect_split(model, split, batch_size=4, observers=[usage]):
         detections.image_id = split.image_ids[index]
         found.append(detections)
-    raw, raw_replicates = _figures(split, found, replicates, seed)
-    cleaned, cleaned_replicates = _figures(
-        split, [non_maximum_suppression(detections) for detections in found], replicates, seed
+    figures, values = measure_detections(split, found, replicates=replicates, seed=seed)
+    return figures | {"queries": query_views(usage.report())}, values
+
+
+def measure_detections(
+    split: DetectionDataset, found: Sequence[Detections], *, replicates: int, seed: int
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """As `measure_model`, but for query use, of detections in any order, those of each image by its id."""
+    truth = split.ground_truth()
+    cleaned = [non_maximum_suppression(detections) for detections in found]
+    table, cleaned_table = (
+        MatchTable.match(truth, [row for detections in some for row in detections.to_coco()])
+        for some in (found, cleaned)
     )
-    sure = {detections.image_id: int((detections.scores > _CONFIDENT).sum()) for detections in found}
-    counts = np.array([sure[image] for image in split.image_ids])
+    # A resample counts images in the order of the tables, which is not the split's where ids do not ascend.
     weights = resample_images(len(split), replicates, seed)
+    raw, raw_values = _figures(table, weights)
+    after, after_values = _figures(cleaned_table, weights)
+    sure = {detections.image_id: int((detections.scores > _CONFIDENT).sum()) for detections in found}
+    counts = np.array([sure[image] for image in table.image_ids])
     figures = {
         **raw,
-        "AP_nms": cleaned["AP"],
-        "AP50_nms": cleaned["AP50"],
+        "AP_nms": after["AP"],
+        "AP50_nms": after["AP50"],
         "predictions_per_image": round(float(counts.mean()), 4),
         "boxes_per_image": round(float(np.mean([len(split.labels(i)) for i in range(len(split))])), 4),
-        "queries": query_views(usage.report()),
     }
     values = {
-        "AP": raw_replicates["AP"],
-        "AP50": raw_replicates["AP50"],
-        "AP_nms": cleaned_replicates["AP"],
+        "AP": raw_values["AP"],
+        "AP50": raw_values["AP50"],
+        "AP_nms": after_values["AP"],
         "predictions_per_image": weights @ counts / len(split),
     }
     return figures, values
 
 
-def _figures(
-    split: DetectionDataset, found: Sequence[Detections], replicates: int, seed: int
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The COCO figures of detections, and AP and AP50 of each resample of the images."""
-    results = [row for detections in found for row in detections.to_coco()]
-    table = MatchTable.match(split.ground_truth(), results)
+def _figures(table: MatchTable, weights: np.ndarray) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The COCO figures of a result set, and AP and AP50 of each resample of the images; weights (R, I)."""
     whole = table.figures()
     figures: dict[str, Any] = {name: _rounded(values[0]) for name, values in whole.figures.items()}
     classes = zip(table.class_names, whole.per_class[0], strict=True)
     figures["per_class"] = {name: _rounded(value) for name, value in classes}
-    weights = resample_images(len(split), replicates, seed)
     precision = table.average_precision(weights, areas=(0,))[:, 0]  # (R, C, T)
     # A rare class may be missing in a resample: the mean is over those that are there, as in COCO.
     return figures, {"AP": np.nanmean(precision, axis=(1, 2)), "AP50": np.nanmean(precision[:, :, 0], axis=1)}
