@@ -13,6 +13,8 @@ from paqdetr.engine import Run
 from paqdetr.metrics import resample_images
 from paqdetr.structures import Detections
 from paqdetr.study.measure import learning_curve, measure_detections
+from paqdetr.study.results import RunResult, read_result
+from paqdetr.study.runs import RunKey
 
 BOX = (10.0, 10.0, 50.0, 50.0)
 
@@ -66,3 +68,22 @@ def test_figures_of_a_resample_are_of_the_same_images(tmp_path: Path) -> None:
     assert set(drawn.tolist()) == {0, 1, 2, 3}
     assert values["predictions_per_image"] == pytest.approx(drawn / 3)
     assert values["AP"] == pytest.approx(np.array([0, 34, 67, 101])[drawn] / 101)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_resample_without_an_object_has_no_ap(tmp_path: Path) -> None:
+    split = split_of(tmp_path, {1: 0, 2: 1, 3: 0})
+    found = [detected(image, [0.9]) for image in (1, 2, 3)]
+    _, values = measure_detections(split, found, replicates=30, seed=0)
+    absent = resample_images(3, 30, 0)[:, 1] == 0
+    assert 0 < absent.sum() < 29
+    for name in ("AP", "AP50", "AP_nms"):
+        assert np.array_equal(np.isnan(values[name]), absent), name
+    assert values["predictions_per_image"] == pytest.approx(1)
+    result = RunResult(RunKey("digits", "new", 0), None, {}, replicates={"last": values})
+    file = tmp_path / "result.json"
+    file.write_text(result.to_text())
+    again = read_result(file)
+    assert again is not None
+    for name, kept in again.replicates["last"].items():
+        assert kept == pytest.approx(values[name], abs=1e-5, nan_ok=True), name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -198,14 +199,21 @@ def measure_detections(
 
 
 def _figures(table: MatchTable, weights: np.ndarray) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The COCO figures of a result set, and AP and AP50 of each resample of the images; weights (R, I)."""
+    """The COCO figures of a result set, and AP and AP50 of each resample of the images, NaN where a resample holds no object;
+    weights (R, I)."""
     whole = table.figures()
     figures: dict[str, Any] = {name: _rounded(values[0]) for name, values in whole.figures.items()}
     classes = zip(table.class_names, whole.per_class[0], strict=True)
     figures["per_class"] = {name: _rounded(value) for name, value in classes}
     precision = table.average_precision(weights, areas=(0,))[:, 0]  # (R, C, T)
-    # A rare class may be missing in a resample: the mean is over those that are there, as in COCO.
-    return figures, {"AP": np.nanmean(precision, axis=(1, 2)), "AP50": np.nanmean(precision[:, :, 0], axis=1)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # the mean of nothing is NaN, and meant so
+        # A rare class may be missing in a resample: the mean is over those that are there, as in COCO.
+        values = {
+            "AP": np.nanmean(precision, axis=(1, 2)),
+            "AP50": np.nanmean(precision[:, :, 0], axis=1),
+        }
+    return figures, values
 
 
 def query_views(report: QueryUsageReport) -> dict[str, Any]:
