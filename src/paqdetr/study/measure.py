@@ -23,6 +23,7 @@ from paqdetr.engine.run import Run, flat_settings
 from paqdetr.errors import UserError
 from paqdetr.metrics.coco import non_maximum_suppression
 from paqdetr.metrics.intervals import resample_images
+from paqdetr.metrics.jsonable import json_number
 from paqdetr.metrics.matching import MatchTable
 from paqdetr.metrics.query_report import QueryUsageReport, Spread
 from paqdetr.metrics.query_usage import QueryUsage
@@ -202,9 +203,9 @@ def _figures(table: MatchTable, weights: np.ndarray) -> tuple[dict[str, Any], di
     """The COCO figures of a result set, and AP and AP50 of each resample of the images, NaN where a resample holds no object;
     weights (R, I)."""
     whole = table.figures()
-    figures: dict[str, Any] = {name: _rounded(values[0]) for name, values in whole.figures.items()}
+    figures: dict[str, Any] = {name: json_number(values[0], 6) for name, values in whole.figures.items()}
     classes = zip(table.class_names, whole.per_class[0], strict=True)
-    figures["per_class"] = {name: _rounded(value) for name, value in classes}
+    figures["per_class"] = {name: json_number(value, 6) for name, value in classes}
     precision = table.average_precision(weights, areas=(0,))[:, 0]  # (R, C, T)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # the mean of nothing is NaN, and meant so
@@ -237,7 +238,7 @@ def query_views(report: QueryUsageReport) -> dict[str, Any]:
     if report.patterns is not None:
         views["gini_patterns"], views["entropy"] = report.patterns.gini, report.patterns.entropy
         views["dead_patterns"], views["patterns"] = report.patterns.dead, len(report.patterns.mass)
-    return {name: _rounded(value) for name, value in views.items() if value is not None}
+    return {name: json_number(value, 6) for name, value in views.items() if value is not None}
 
 
 def learning_curve(run: Run) -> list[dict[str, Any]]:
@@ -255,8 +256,8 @@ def learning_curve(run: Run) -> list[dict[str, Any]]:
             last = record["step"]
         elif record.get("kind") == "eval":
             names = ("AP", "AP50", "AP_nms", "predictions_per_image")
-            row = {"step": record["step"]} | {name: _rounded(record.get(name)) for name in names}
-            curve.append(row | {"loss": _rounded(losses / steps) if steps else None})
+            row = {"step": record["step"]} | {name: json_number(record.get(name), 6) for name in names}
+            curve.append(row | {"loss": json_number(losses / steps, 6) if steps else None})
             losses, steps, last = 0.0, 0, record["step"]
     return curve
 
@@ -304,11 +305,6 @@ def _hash(split: DetectionDataset) -> str:
     """Which images, in which order, with how many boxes: resamples of equal hashes are the same."""
     content = json.dumps([[str(i), len(split.boxes(n))] for n, i in enumerate(split.image_ids)])
     return hashlib.sha256(content.encode()).hexdigest()[:12]
-
-
-def _rounded(value: float | None) -> float | None:
-    """Six digits; None where nothing defines the figure."""
-    return None if value is None or np.isnan(value) else round(float(value), 6)
 
 
 def main(file: str) -> int:

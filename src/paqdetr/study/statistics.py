@@ -29,6 +29,8 @@ from scipy import stats
 from scipy.optimize import brentq
 from scipy.special import stdtrit
 
+from paqdetr.metrics.jsonable import json_number
+
 POWER = 0.8
 """How often an effect is to be seen that is called visible."""
 
@@ -156,7 +158,7 @@ class Estimate:
             "image_error": math.sqrt(self.image_variance),
             "smallest_effect": self.smallest_effect(),
         }
-        rounded = {name: None if math.isnan(value) else round(value, 6) for name, value in numbers.items()}
+        rounded = {name: json_number(value, 6) for name, value in numbers.items()}
         return rounded | {"seeds": self.seeds, "values": [round(value, 6) for value in self.values]}
 
 
