@@ -181,6 +181,7 @@ def test_without_a_validation_split(
 def test_steps_and_evaluations_as_set(
     tmp_path: Path, tiny_digits: Path, tiny_settings: dict[str, Any], no_pictures: None
 ) -> None:
+    listener = Listener()
     run = train(
         "dino_nano",
         data=tiny_digits,
@@ -189,9 +190,15 @@ def test_steps_and_evaluations_as_set(
         epochs=10,
         max_steps=5,
         eval_every=2,
+        callbacks=[listener],
         settings={**tiny_settings, "log_every": 3},
     )
-    assert [record["step"] for record in run.records("train")] == [3, 5]  # every third, and the last
+    # Every third, the last of each epoch of two, and the last of all: none of the five is left out, or counted twice.
+    records = run.records("train")
+    assert [record["step"] for record in records] == [2, 3, 4, 5]
+    losses = [loss for _, loss in listener.of("step")]
+    means = [(losses[0] + losses[1]) / 2, *losses[2:]]
+    assert [record["loss"] for record in records] == pytest.approx(means, rel=1e-5)
     assert [record["epoch"] for record in run.records("eval")] == [2, 3]
     assert run.records("finished")[0]["step"] == 5
     assert (

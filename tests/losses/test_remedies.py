@@ -269,6 +269,12 @@ def test_all_are_off_by_default_and_in_the_paper() -> None:
             {"loss.one_to_one_weight": 1.0, "model.one_to_many_heads": "all"},
             "loss.one_to_one_weight needs model.one_to_many_heads=none",
         ),
+        (
+            "dino_nano",
+            {"model.one_to_many_heads": "all", "loss.encoder_assigner": "simota"},
+            "model.one_to_many_heads=all needs an assigner with several positives a box, and loss.assigner is one_to_one: "
+            "choose loss.assigner=quality_aware, fixed_k or simota, or model.one_to_many_heads=none",
+        ),
         ("dino_nano", {"model.mixture": "residual"}, "mixture=residual needs queries=patterns"),
         (
             "dn_detr_nano",

@@ -115,7 +115,7 @@ def test_further_heads_are_not_there_in_use(name: str, tmp_path: Path, stir: Cal
 def test_further_heads_read_what_the_layers_own_read(
     which: str, share: bool, make_targets: Callable, stir: Callable
 ) -> None:
-    model = create_model("dino_nano", **SMALL, one_to_many_heads=which, share_heads=share).train()
+    model = create_model("paq_dino_nano", **SMALL, one_to_many_heads=which, share_heads=share).train()
     stirred(model, stir)
     heads, decoder = model.decoder.many_heads, model.decoder
     assert heads is not None and heads.num_layers == (2 if which == "intermediate" else 3)
@@ -244,8 +244,8 @@ def test_rows_of_classes_and_queries(name: str, settings: dict[str, Any], stir: 
 
 
 def test_a_training_may_start_from_other_proposals_but_not_from_other_heads(tmp_path: Path) -> None:
-    save(create_model("dino_nano", **SMALL), tmp_path / "plain.safetensors")
-    start_from(create_model("dino_nano", **SMALL, distinct_proposals=0.8), tmp_path / "plain.safetensors")
+    save(create_model("paq_dino_nano", **SMALL), tmp_path / "plain.safetensors")
+    start_from(create_model("paq_dino_nano", **SMALL, distinct_proposals=0.8), tmp_path / "plain.safetensors")
     with pytest.raises(CheckpointError) as caught:
-        start_from(create_model("dino_nano", **SMALL, **HEADS), tmp_path / "plain.safetensors")
+        start_from(create_model("paq_dino_nano", **SMALL, **HEADS), tmp_path / "plain.safetensors")
     assert caught.value.remedy == "add model.one_to_many_heads=none"

@@ -75,7 +75,7 @@ def test_several_processes_share_an_epoch(tmp_path: Path) -> None:
     (run, *_) = plan(tmp_path, processes=2)
     assert run.epoch_steps == 6 and run.steps == 100
     words = run.train_arguments(Places(tmp_path).run(run.key))
-    assert words[:4] == ["torch.distributed.run", "--nproc_per_node=2", "-m", "paqdetr"]
+    assert words[:4] == ["paqdetr.study.launch", "--nproc_per_node=2", "-m", "paqdetr"]
 
 
 def test_single_variants_may_have_more_seeds(tmp_path: Path) -> None:

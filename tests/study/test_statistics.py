@@ -118,6 +118,14 @@ def test_the_formula_by_hand() -> None:
     assert estimate(values).p_value(0.01) == pytest.approx(stats.ttest_1samp(values, 0.01).pvalue)
 
 
+def test_resamples_that_define_no_figure_are_left_out() -> None:
+    values, defined = [0.01, 0.02], np.array([[0.1, 0.4, 0.2], [0.3, 0.9, 0.1]])
+    nan = math.nan
+    replicates = np.array([[0.1, nan, 0.4, 0.7, 0.2], [0.3, nan, 0.9, nan, 0.1]])
+    assert estimate(values, replicates, images=10) == estimate(values, defined, images=10)
+    assert estimate(values, replicates[:, :3] * [1, 1, nan], images=10) == estimate(values)
+
+
 def test_the_p_value_is_the_level_at_which_the_interval_ends_there() -> None:
     rng = np.random.default_rng(1)
     found = simulate(WORLDS["as in small data"], 4, EFFECT, rng)

@@ -13,6 +13,7 @@ from paqdetr.analysis import plots
 from paqdetr.analysis.judged import Judged, labels
 from paqdetr.analysis.section import Column, Figure, Section, Table
 from paqdetr.metrics.curves import precision_recall
+from paqdetr.metrics.jsonable import json_number
 from paqdetr.metrics.reliability import Calibration, calibration
 from paqdetr.metrics.weighting import RECALLS
 
@@ -140,8 +141,8 @@ def _best(judged: Sequence[Judged]) -> Table:
     for c, name in enumerate((*judged[0].table.class_names, "all together")):
         row: dict[str, Any] = {"class": name}
         for key, own in zip("ab", judged, strict=False):
-            row[f"{key}_threshold"] = _number(own.curves.best_threshold[c])
-            row[f"{key}_f1"] = _number(own.curves.best_f1[c])
+            row[f"{key}_threshold"] = json_number(own.curves.best_threshold[c])
+            row[f"{key}_f1"] = json_number(own.curves.best_f1[c])
         rows.append(row)
     columns = [Column("class", "class", "text")]
     for key, mark in zip("ab", ("",) if len(judged) == 1 else (" A", " B"), strict=False):
@@ -193,7 +194,7 @@ def _calibration_table(judged: Sequence[Judged]) -> Table:
         for key, own in zip("ab", judged, strict=False):
             found = [_of_class(own, iou, place - 1) for iou, _ in _KINDS]
             row[f"{key}_n"] = int(found[0].counts.sum())
-            row[f"{key}_found"], row[f"{key}_fits"] = (_number(one.error) for one in found)
+            row[f"{key}_found"], row[f"{key}_fits"] = (json_number(one.error) for one in found)
         rows.append(row)
     columns = [Column("class", "class", "text")]
     for key, mark in zip("ab", ("",) if len(judged) == 1 else (" A", " B"), strict=False):
@@ -228,8 +229,4 @@ def _mean(curves: np.ndarray) -> np.ndarray:
 
 
 def _listed(values: np.ndarray) -> list[float | None]:
-    return [_number(value) for value in values]
-
-
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else float(value)
+    return [json_number(value) for value in values]

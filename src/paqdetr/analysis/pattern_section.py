@@ -17,7 +17,7 @@ from paqdetr.analysis.section import Column, Part, Picture, Section, Table
 from paqdetr.analysis.semantics import SHUFFLES, Semantics
 from paqdetr.data.dataset import DetectionDataset
 from paqdetr.drawing import font_path
-from paqdetr.metrics.query_report import rounded
+from paqdetr.metrics.jsonable import rounded
 
 # As many categories get a colour and shape of their own; the rest share one.
 _COLOURS = 3 * len(PALETTE)

@@ -6,13 +6,12 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import numpy as np
-
 from paqdetr.analysis import plots
 from paqdetr.analysis.section import Column, Figure, Section, Table
 from paqdetr.analysis.subject import Subject
 from paqdetr.metrics.coco import FIGURE_NAMES
 from paqdetr.metrics.intervals import Comparison, Difference, FigureIntervals, Interval
+from paqdetr.metrics.jsonable import json_number
 
 _MEANING = {
     "AP": "mean over IoU .50 to .95 and classes",
@@ -97,9 +96,9 @@ def class_section(subjects: Sequence[Subject], found: Found) -> Section:
                 "boxes": int(boxes[place]),
                 "images": int(images[place]),
                 **_cells(first.per_class[name], "a"),
-                "a_50": _number(first.per_class_AP50[name].value),
+                "a_50": json_number(first.per_class_AP50[name].value),
                 **({} if second is None else _cells(second.per_class[name], "b")),
-                **({} if second is None else {"b_50": _number(second.per_class_AP50[name].value)}),
+                **({} if second is None else {"b_50": json_number(second.per_class_AP50[name].value)}),
                 **({} if per_class is None else _difference_cells(per_class)),
             }
         )
@@ -137,11 +136,14 @@ def _parts(
 
 
 def _cells(found: Interval, key: str) -> dict[str, Any]:
-    return {key: _number(found.value), f"{key}_range": _range(found.low, found.high)}
+    return {key: json_number(found.value), f"{key}_range": _range(found.low, found.high)}
 
 
 def _difference_cells(found: Difference) -> dict[str, Any]:
-    return {"difference": _number(found.value), "difference_range": _range(found.low, found.high, sign=True)}
+    return {
+        "difference": json_number(found.value),
+        "difference_range": _range(found.low, found.high, sign=True),
+    }
 
 
 def _columns(subjects: Sequence[Subject], level: str) -> list[Column]:
@@ -258,10 +260,6 @@ def _class_bars(
             "classes_bars", caption, plots.to_svg(axes.figure, title="AP by class", description=caption), data
         ),
     )
-
-
-def _number(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)
 
 
 def _range(low: float, high: float, *, sign: bool = False) -> str | None:

@@ -25,7 +25,7 @@ from paqdetr.analysis.plots import (
 )
 from paqdetr.analysis.section import Column, Part, Section, Table
 from paqdetr.metrics import QueryUsageReport, Spread
-from paqdetr.metrics.query_report import rounded
+from paqdetr.metrics.jsonable import rounded
 
 Record = dict[str, Any]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -152,13 +151,14 @@ def _tell(found: _Found, kind: _Kind, drawn: tuple[int, int] | None) -> dict[str
     """Print the figures; what goes into the json. `drawn`: how many resamples, and their seed."""
     from paqdetr.cli.figures import classes_table, figures_table
     from paqdetr.metrics.intervals import figure_intervals
+    from paqdetr.metrics.jsonable import json_number
     from paqdetr.metrics.matching import MatchTable
 
     intervals: FigureIntervals | None = None
     ap50 = found.figures.per_class_AP50
     written = {
         **found.written,
-        "per_class_AP50": {name: None if math.isnan(value) else value for name, value in ap50.items()},
+        "per_class_AP50": {name: json_number(value) for name, value in ap50.items()},
     }
     if drawn is not None:
         table = MatchTable.match(found.truth, found.rows, kind)

@@ -1,4 +1,4 @@
-"""Settings: `schema` says what there is, `files` where it is read from."""
+"""Settings: `schema` says what there is, with `model` and `loss` beside it; `files` where it is read from."""
 
 from paqdetr.config.files import (
     known_figures,
@@ -8,7 +8,9 @@ from paqdetr.config.files import (
     parse_overrides,
     validate_config,
 )
-from paqdetr.config.schema import AugmentConfig, Config, LossConfig, ModelConfig
+from paqdetr.config.loss import LossConfig
+from paqdetr.config.model import ModelConfig
+from paqdetr.config.schema import AugmentConfig, Config
 
 __all__ = [
     "AugmentConfig",

@@ -19,7 +19,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import ValidationError
 
-from paqdetr.config.schema import Config, Section
+from paqdetr.config.schema import Config
+from paqdetr.config.section import Section
 from paqdetr.errors import ConfigError
 
 

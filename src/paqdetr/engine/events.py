@@ -39,7 +39,7 @@ class Callback:
         """After every optimiser step; step counts from 1. The loss is that of all processes, NaN if the step was left out."""
 
     def on_record(self, record: dict[str, Any]) -> None:
-        """After every record of kind "train", written each `log_every` steps."""
+        """After every record of kind "train", written each `log_every` steps and at the end of an epoch."""
 
     def on_skip(self, record: dict[str, Any]) -> None:
         """After a record of kind "skipped": a step that `nan_policy` left out."""

@@ -275,7 +275,9 @@ class Trainer:
                 f"{_MOST_SKIPPED} steps in a row were left out; the last because {step.problem}",
                 "lower the learning rate, or train without half precision",
             )
-        if (number % self.config.log_every == 0 or number == self.total_steps) and self.interval.steps:
+        # No step is left to a record of the next epoch: an evaluation lies in between.
+        ends = number % self.epoch_steps == 0 or number == self.total_steps
+        if (ends or number % self.config.log_every == 0) and self.interval.steps:
             record = {"kind": "train", "step": number, "epoch": round(number / self.epoch_steps, 4)}
             factor = lr_factor(self.config, number - 1, self.total_steps)
             record |= self.interval.means(self.processes) | {"lr": self.config.lr * self.lr_scale * factor}

@@ -19,6 +19,7 @@ from torchvision.ops import batched_nms
 
 from paqdetr.errors import DataError
 from paqdetr.metrics.coco_records import CocoRecords, IouType, read_json
+from paqdetr.metrics.jsonable import json_number
 from paqdetr.structures import Detections
 
 _Json = Mapping[str, Any]
@@ -57,8 +58,8 @@ class CocoFigures:
 
     def to_json(self) -> dict[str, Any]:
         """The twelve figures and `per_class`, ready for json: None (null) stands where a figure is NaN."""
-        figures: dict[str, Any] = {name: _or_none(getattr(self, name)) for name in FIGURE_NAMES}
-        figures["per_class"] = {name: _or_none(value) for name, value in self.per_class.items()}
+        figures: dict[str, Any] = {name: json_number(getattr(self, name)) for name in FIGURE_NAMES}
+        figures["per_class"] = {name: json_number(value) for name, value in self.per_class.items()}
         return figures
 
 
@@ -156,7 +157,3 @@ def _mean(values: np.ndarray) -> float:
 
 def _or_nan(value: float) -> float:
     return math.nan if value == -1 else float(value)
-
-
-def _or_none(value: float) -> float | None:
-    return None if math.isnan(value) else value

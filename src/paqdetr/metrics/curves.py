@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from paqdetr.metrics.jsonable import json_number
 from paqdetr.metrics.matching import MatchTable
 from paqdetr.metrics.weighting import RECALLS
 
@@ -46,9 +47,10 @@ class ThresholdCurves:
                 {
                     "name": name,
                     **{
-                        key: _listed(getattr(self, key)[row])
-                        for key in ("precision", "recall", "f1", "best_threshold", "best_f1")
+                        key: [json_number(value) for value in getattr(self, key)[row]]
+                        for key in ("precision", "recall", "f1")
                     },
+                    **{key: json_number(getattr(self, key)[row]) for key in ("best_threshold", "best_f1")},
                 }
                 for row, name in enumerate(rows)
             ],
@@ -128,10 +130,3 @@ def _counts(
     """(n,) true positives, and detections that count, down to each detection."""
     right = np.cumsum(table.true_positive[0, t, own][order])
     return right, np.cumsum(~table.ignored[0, t, own][order])
-
-
-def _listed(values: np.ndarray) -> Any:
-    """Numbers ready for json, None for NaN."""
-    if values.ndim:
-        return [_listed(value) for value in values]
-    return None if np.isnan(values) else float(values)

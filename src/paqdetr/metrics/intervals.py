@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from paqdetr.errors import ConfigError, DataError
+from paqdetr.metrics.jsonable import json_number
 from paqdetr.metrics.matching import MatchTable
 from paqdetr.metrics.weighting import WeightedFigures
 
@@ -46,7 +47,7 @@ class Interval:
 
     def to_json(self) -> dict[str, float | None]:
         """value, low and high; None for NaN."""
-        return {key: _or_none(getattr(self, key)) for key in ("value", "low", "high")}
+        return {key: json_number(getattr(self, key)) for key in ("value", "low", "high")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ class Difference:
 
     def to_json(self) -> dict[str, float | None]:
         """The four attributes; None for NaN."""
-        return {key: _or_none(getattr(self, key)) for key in ("value", "low", "high", "superiority")}
+        return {key: json_number(getattr(self, key)) for key in ("value", "low", "high", "superiority")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,7 +338,3 @@ def _json_of(found: FigureIntervals | Comparison, kinds: tuple[str, ...]) -> dic
         "seed": found.seed,
         "level": found.level,
     }
-
-
-def _or_none(value: float) -> float | None:
-    return None if math.isnan(value) else value

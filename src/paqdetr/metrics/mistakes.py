@@ -18,6 +18,7 @@ import numpy as np
 
 from paqdetr.errors import ConfigError
 from paqdetr.metrics.coco_records import CocoRecords, IouType
+from paqdetr.metrics.jsonable import json_number
 from paqdetr.metrics.matching import MatchTable, threshold_index
 
 _Json = Mapping[str, Any]
@@ -64,7 +65,7 @@ class ErrorSplit:
     def to_json(self) -> dict[str, Any]:
         """Everything, ready for json; None for NaN."""
         return {
-            "AP": None if math.isnan(self.ap) else self.ap,
+            "AP": json_number(self.ap),
             "gains": dict(self.gains),
             "counts": dict(self.counts),
             "false_positives": self.false_positives,

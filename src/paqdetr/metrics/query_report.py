@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from paqdetr.metrics.jsonable import rounded
 from paqdetr.metrics.query_use import chance_gini, gini, lorenz_curve
 
 
@@ -231,12 +232,3 @@ class QueryUsageReport:
             **{name: None if part is None else part.to_json() for name, part in parts.items()},
             "query_cosine": None if self.query_cosine is None else round(self.query_cosine, 6),
         }
-
-
-def rounded(values: np.ndarray) -> list[Any]:
-    """Nested lists for json: whole numbers as they are, others to six digits, NaN and infinity as None."""
-    if np.issubdtype(values.dtype, np.integer):
-        return values.tolist()
-    nested = np.round(values.astype(np.float64), 6).astype(object)
-    nested[~np.isfinite(values)] = None
-    return nested.tolist()

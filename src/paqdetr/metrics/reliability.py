@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from paqdetr.errors import ConfigError, DataError
+from paqdetr.metrics.jsonable import json_number
 from paqdetr.metrics.matching import MatchTable
 
 
@@ -47,15 +48,15 @@ class Calibration:
         return {
             "iou_threshold": self.iou_threshold,
             "score_threshold": self.score_threshold,
-            "expected_calibration_error": _or_none(self.error),
-            "largest_error": _or_none(self.largest_error),
+            "expected_calibration_error": json_number(self.error),
+            "largest_error": json_number(self.largest_error),
             "bins": [
                 {
                     "low": low,
                     "high": high,
                     "detections": int(count),
-                    "confidence": _or_none(confidence),
-                    "accuracy": _or_none(accuracy),
+                    "confidence": json_number(confidence),
+                    "accuracy": json_number(accuracy),
                 }
                 for low, high, count, confidence, accuracy in zip(
                     self.edges[:-1].tolist(),
@@ -119,7 +120,3 @@ def calibration(
         iou_threshold=iou_threshold,
         score_threshold=score_threshold,
     )
-
-
-def _or_none(value: float) -> float | None:
-    return None if math.isnan(value) else value

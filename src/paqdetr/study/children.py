@@ -138,8 +138,9 @@ def _thread_settings(threads: int) -> dict[str, str]:
 
 def last_words(log: Path, code: int) -> str:
     """Why a process failed, in its own words as far as it had any."""
-    if code < 0:
-        name = signal.Signals(-code).name
+    number = -code if code < 0 else code - 128  # the latter of a process that a launcher has started
+    if number in list(signal.Signals):
+        name = signal.Signals(number).name
         return f"killed by {name}" + (": memory may have run out" if name == "SIGKILL" else "")
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
     told = [line for line in lines[-50:] if line.startswith(("error:", "internal error:"))]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ from paqdetr.engine.run import Run, flat_settings
 from paqdetr.errors import UserError
 from paqdetr.metrics.coco import non_maximum_suppression
 from paqdetr.metrics.intervals import resample_images
+from paqdetr.metrics.jsonable import json_number
 from paqdetr.metrics.matching import MatchTable
 from paqdetr.metrics.query_report import QueryUsageReport, Spread
 from paqdetr.metrics.query_usage import QueryUsage
@@ -161,44 +163,58 @@ def measure_model(
     for index, detections in detect_split(model, split, batch_size=4, observers=[usage]):
         detections.image_id = split.image_ids[index]
         found.append(detections)
-    raw, raw_replicates = _figures(split, found, replicates, seed)
-    cleaned, cleaned_replicates = _figures(
-        split, [non_maximum_suppression(detections) for detections in found], replicates, seed
+    figures, values = measure_detections(split, found, replicates=replicates, seed=seed)
+    return figures | {"queries": query_views(usage.report())}, values
+
+
+def measure_detections(
+    split: DetectionDataset, found: Sequence[Detections], *, replicates: int, seed: int
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """As `measure_model`, but for query use, of detections in any order, those of each image by its id."""
+    truth = split.ground_truth()
+    cleaned = [non_maximum_suppression(detections) for detections in found]
+    table, cleaned_table = (
+        MatchTable.match(truth, [row for detections in some for row in detections.to_coco()])
+        for some in (found, cleaned)
     )
-    sure = {detections.image_id: int((detections.scores > _CONFIDENT).sum()) for detections in found}
-    counts = np.array([sure[image] for image in split.image_ids])
+    # A resample counts images in the order of the tables, which is not the split's where ids do not ascend.
     weights = resample_images(len(split), replicates, seed)
+    raw, raw_values = _figures(table, weights)
+    after, after_values = _figures(cleaned_table, weights)
+    sure = {detections.image_id: int((detections.scores > _CONFIDENT).sum()) for detections in found}
+    counts = np.array([sure[image] for image in table.image_ids])
     figures = {
         **raw,
-        "AP_nms": cleaned["AP"],
-        "AP50_nms": cleaned["AP50"],
+        "AP_nms": after["AP"],
+        "AP50_nms": after["AP50"],
         "predictions_per_image": round(float(counts.mean()), 4),
         "boxes_per_image": round(float(np.mean([len(split.labels(i)) for i in range(len(split))])), 4),
-        "queries": query_views(usage.report()),
     }
     values = {
-        "AP": raw_replicates["AP"],
-        "AP50": raw_replicates["AP50"],
-        "AP_nms": cleaned_replicates["AP"],
+        "AP": raw_values["AP"],
+        "AP50": raw_values["AP50"],
+        "AP_nms": after_values["AP"],
         "predictions_per_image": weights @ counts / len(split),
     }
     return figures, values
 
 
-def _figures(
-    split: DetectionDataset, found: Sequence[Detections], replicates: int, seed: int
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The COCO figures of detections, and AP and AP50 of each resample of the images."""
-    results = [row for detections in found for row in detections.to_coco()]
-    table = MatchTable.match(split.ground_truth(), results)
+def _figures(table: MatchTable, weights: np.ndarray) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The COCO figures of a result set, and AP and AP50 of each resample of the images, NaN where a resample holds no object;
+    weights (R, I)."""
     whole = table.figures()
-    figures: dict[str, Any] = {name: _rounded(values[0]) for name, values in whole.figures.items()}
+    figures: dict[str, Any] = {name: json_number(values[0], 6) for name, values in whole.figures.items()}
     classes = zip(table.class_names, whole.per_class[0], strict=True)
-    figures["per_class"] = {name: _rounded(value) for name, value in classes}
-    weights = resample_images(len(split), replicates, seed)
+    figures["per_class"] = {name: json_number(value, 6) for name, value in classes}
     precision = table.average_precision(weights, areas=(0,))[:, 0]  # (R, C, T)
-    # A rare class may be missing in a resample: the mean is over those that are there, as in COCO.
-    return figures, {"AP": np.nanmean(precision, axis=(1, 2)), "AP50": np.nanmean(precision[:, :, 0], axis=1)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # the mean of nothing is NaN, and meant so
+        # A rare class may be missing in a resample: the mean is over those that are there, as in COCO.
+        values = {
+            "AP": np.nanmean(precision, axis=(1, 2)),
+            "AP50": np.nanmean(precision[:, :, 0], axis=1),
+        }
+    return figures, values
 
 
 def query_views(report: QueryUsageReport) -> dict[str, Any]:
@@ -222,21 +238,27 @@ def query_views(report: QueryUsageReport) -> dict[str, Any]:
     if report.patterns is not None:
         views["gini_patterns"], views["entropy"] = report.patterns.gini, report.patterns.entropy
         views["dead_patterns"], views["patterns"] = report.patterns.dead, len(report.patterns.mass)
-    return {name: _rounded(value) for name, value in views.items() if value is not None}
+    return {name: json_number(value, 6) for name, value in views.items() if value is not None}
 
 
 def learning_curve(run: Run) -> list[dict[str, Any]]:
     """The evaluations of a training on its validation split, each with the mean loss since the one before."""
     curve: list[dict[str, Any]] = []
-    losses: list[float] = []
+    losses, steps, last = (
+        0.0,
+        0,
+        0,
+    )  # a record's means are over the steps since the one before, of either kind
     for record in run.records():
         if record.get("kind") == "train":
-            losses.append(record["loss"])
+            losses += record["loss"] * (record["step"] - last)
+            steps += record["step"] - last
+            last = record["step"]
         elif record.get("kind") == "eval":
             names = ("AP", "AP50", "AP_nms", "predictions_per_image")
-            row = {"step": record["step"]} | {name: _rounded(record.get(name)) for name in names}
-            curve.append(row | {"loss": _rounded(float(np.mean(losses))) if losses else None})
-            losses = []
+            row = {"step": record["step"]} | {name: json_number(record.get(name), 6) for name in names}
+            curve.append(row | {"loss": json_number(losses / steps, 6) if steps else None})
+            losses, steps, last = 0.0, 0, record["step"]
     return curve
 
 
@@ -283,11 +305,6 @@ def _hash(split: DetectionDataset) -> str:
     """Which images, in which order, with how many boxes: resamples of equal hashes are the same."""
     content = json.dumps([[str(i), len(split.boxes(n))] for n, i in enumerate(split.image_ids)])
     return hashlib.sha256(content.encode()).hexdigest()[:12]
-
-
-def _rounded(value: float | None) -> float | None:
-    """Six digits; None where nothing defines the figure."""
-    return None if value is None or np.isnan(value) else round(float(value), 6)
 
 
 def main(file: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from paqdetr.errors import DataError
 from paqdetr.study.runs import RunKey
 
 FORMAT = 1
-# Replicates are kept as whole multiples of it: five digits of an AP.
+# Replicates are kept as whole multiples of it, five digits of an AP, and as null where they are NaN.
 UNIT = 1e-5
 
 
@@ -29,8 +30,8 @@ class RunResult:
         measure: what was measured: split, checkpoints, replicates, seed. Another wish means to measure again.
         images: of the split, and a hash of their ids: figures of runs with the same hash are of the same images.
         figures: checkpoint -> name -> value in [0, 1], or a number a image; `per_class` is a dict, `queries` another one.
-        replicates: checkpoint -> name -> (R,) float64, the figure of each resample of the images. The r-th resample is
-            the same in all results with the same images and `measure`.
+        replicates: checkpoint -> name -> (R,) float64, the figure of each resample of the images, NaN where nothing defines it.
+            The r-th resample is the same in all results with the same images and `measure`.
         curve: of the validation split, one dict an evaluation: step, AP, AP50, AP_nms, predictions_per_image; and loss.
         cost: seconds, step_seconds, cpu_seconds, peak_memory_gib, parameters, trainable, gflops, steps, threads.
         provenance: version, git commit, command, machine, packages.
@@ -67,7 +68,7 @@ class RunResult:
     def to_text(self) -> str:
         """Compact json, a line for each part, so that versions of it can be compared."""
         whole = {
-            checkpoint: {name: np.rint(values / UNIT).astype(int).tolist() for name, values in named.items()}
+            checkpoint: {name: _whole(values) for name, values in named.items()}
             for checkpoint, named in self.replicates.items()
         }
         parts: dict[str, Any] = {
@@ -112,7 +113,7 @@ def read_result(path: Path) -> RunResult | None:
             images=content["images"],
             figures=content["figures"],
             replicates={
-                checkpoint: {name: np.asarray(values) * UNIT for name, values in named.items()}
+                checkpoint: {name: np.asarray(values, np.float64) * UNIT for name, values in named.items()}
                 for checkpoint, named in content["replicates"].items()
             },
             curve=content["curve"],
@@ -137,3 +138,7 @@ def read_results(folder: Path) -> list[RunResult]:
     files: Iterable[Path] = sorted(folder.rglob("seed*.json"))
     found = [result for result in map(read_result, files) if result is not None]
     return sorted(found, key=lambda result: result.key)
+
+
+def _whole(values: np.ndarray) -> list[int | None]:
+    return [None if math.isnan(value) else round(value / UNIT) for value in values.tolist()]

@@ -101,7 +101,7 @@ class PlannedRun:
 
     def train_arguments(self, run: Run, *, device: str | None = None) -> list[str]:
         """What follows `python -m` to train it, or to take it up again."""
-        launcher = ["torch.distributed.run", f"--nproc_per_node={self.processes}", "-m"]
+        launcher = ["paqdetr.study.launch", f"--nproc_per_node={self.processes}", "-m"]
         words = [*(launcher if self.processes > 1 else []), "paqdetr", "train", self.base]
         words += [f"{key}={_as_yaml(value)}" for key, value in self.settings.items()]
         words += [f"save_every_minutes={_SAVE_EVERY_MINUTES}"]

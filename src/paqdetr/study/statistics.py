@@ -29,6 +29,8 @@ from scipy import stats
 from scipy.optimize import brentq
 from scipy.special import stdtrit
 
+from paqdetr.metrics.jsonable import json_number
+
 POWER = 0.8
 """How often an effect is to be seen that is called visible."""
 
@@ -156,7 +158,7 @@ class Estimate:
             "image_error": math.sqrt(self.image_variance),
             "smallest_effect": self.smallest_effect(),
         }
-        rounded = {name: None if math.isnan(value) else round(value, 6) for name, value in numbers.items()}
+        rounded = {name: json_number(value, 6) for name, value in numbers.items()}
         return rounded | {"seeds": self.seeds, "values": [round(value, 6) for value in self.values]}
 
 
@@ -173,6 +175,8 @@ def estimate(
     Args:
         values: (n,) a figure, or a paired difference, of each seed.
         replicates: (n, R) the same on resamples of the images; None if there are none, and the interval is one over seeds alone.
+            Resamples where nothing defines the figure for one of the seeds (NaN: no object was drawn) are left out; where fewer
+            than two are left, it is as if there were none.
         groups: (n,) which test set a seed was measured on: resamples of seeds in one group are the same. All in one if None.
         images: in a test set, at least 2; needed with `replicates`.
 
@@ -188,7 +192,11 @@ def estimate(
             raise ValueError(f"replicates: expected ({len(found)}, R), found {replicates.shape}")
         if images is None or images < 2:
             raise ValueError(f"images: expected at least 2, found {images}")
-        shared = shared_variance(replicates, groups) * images / (images - 1)
+        replicates = replicates[:, ~np.isnan(replicates).any(axis=0)]
+        if replicates.shape[1] < 2:
+            replicates = None
+        else:
+            shared = shared_variance(replicates, groups) * images / (images - 1)
     return Estimate(
         mean=float(found.mean()),
         values=tuple(found.tolist()),

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from paqdetr.metrics.jsonable import json_number
 from paqdetr.study.statistics import Estimate, pooled_variance, variance_bound
 from paqdetr.study.verdicts import Runs, Verdict
 
@@ -217,7 +218,5 @@ def run_rows(runs: Runs) -> list[Row]:
 
 
 def _number(value: Any) -> Any:
-    """Six digits; None for NaN."""
-    if not isinstance(value, float):
-        return value
-    return None if math.isnan(value) else round(value, 6)
+    """Six digits of what is a figure; names and counts as they are."""
+    return json_number(value, 6) if isinstance(value, float) else value

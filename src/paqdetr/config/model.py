@@ -1,0 +1,186 @@
+"""Settings of the architecture, and which of them go together."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from paqdetr.config.section import Section
+
+
+class ModelConfig(Section):
+    """The architecture. Two models with equal values here have equal state dicts."""
+
+    num_classes: int = Field(default=80, ge=1)
+
+    # Backbone: any timm name. Strides are pixels a token; frozen_stride freezes all up to the feature of that stride.
+    backbone: str = "resnet50"
+    backbone_strides: tuple[int, ...] = (8, 16, 32)
+    frozen_stride: int = Field(default=4, ge=0, description="0 trains the whole backbone")
+    freeze_backbone_norm: bool = True
+
+    backbone_output_norm: bool = Field(
+        default=False, description="a LayerNorm on each feature map, as official Swin detectors have"
+    )
+
+    # Transformer
+    dim: int = Field(default=256, ge=8)
+    num_levels: int = Field(default=4, ge=1)
+    num_heads: int = Field(default=8, ge=1)
+    num_points: int = Field(default=4, ge=1)
+    ffn_dim: int = Field(default=2048, ge=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    encoder_layers: int = Field(default=6, ge=1)
+    encoder_query_levels: int | None = Field(
+        default=None, ge=1, description="only the N coarsest levels are updated; None: all"
+    )
+    decoder_layers: int = Field(default=6, ge=1)
+    one_to_many_heads: Literal["none", "intermediate", "all"] = Field(
+        default="none",
+        description="decoder layers with further heads, in training alone, that have the several positives a box in place of the "
+        "layer's own (MS-DETR, arXiv 2401.03989: all)",
+    )
+    decoder_norm: bool = Field(default=True, description="a LayerNorm between a decoder layer and its heads")
+    share_heads: bool = Field(
+        default=False, description="one class head and one box head for all decoder layers"
+    )
+
+    # Where queries begin. `proposals`: boxes chosen among the encoder's tokens (two-stage); `anchors`: learned boxes (DAB);
+    # `points`: places computed from learned position embeddings (Deformable DETR, one-stage).
+    positions: Literal["proposals", "anchors", "points"] = "proposals"
+    class_agnostic_proposals: bool = Field(
+        default=False, description="tokens are ranked and trained as object or not"
+    )
+    distinct_proposals: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="proposals that overlap a better one by more than this IoU come last (DDQ, arXiv 2303.12776: 0.8)",
+    )
+    # How a query's place is told to the decoder: `refined`, from its current box in every layer (DAB, DINO), or `fixed`, once.
+    position_embedding: Literal["refined", "fixed"] = "refined"
+    scale_positions: bool = Field(
+        default=False, description="from layer 2 on, positions are scaled by the content (DAB)"
+    )
+    box_refinement: bool = Field(default=True, description="each layer starts from the boxes of the last")
+    look_forward_twice: bool = True
+
+    # Content of queries: `static`, a learned table; `proposals`, computed from the proposal; `patterns` is PaQ;
+    # `static_mixture`, an ablation, mixes patterns by learned weights that no image changes.
+    num_queries: int = Field(default=900, ge=1)
+    queries: Literal["static", "proposals", "patterns", "static_mixture"] = "static"
+    content_std: float | None = Field(
+        default=1.0, ge=0, description="initial std of static content; None: Xavier-uniform"
+    )
+    mixture: Literal["replace", "residual"] = Field(
+        default="replace",
+        description="residual: static content, to which mixtures are added through a gate that starts at 0 (ours)",
+    )
+    num_patterns: int = Field(default=64, ge=2)
+    pattern_std: float = Field(default=1.0, ge=0)
+    extractor: Literal["fused", "pooled"] = "fused"
+    extractor_conv: Literal["depthwise", "full"] = "depthwise"
+    head: Literal["dense", "factorised"] = "dense"
+    head_rank: int = Field(default=32, ge=1)
+    temperature: float = Field(default=1.0, gt=0)
+    gain: float = Field(default=1.0, ge=0, description="0: mixtures start as static ones")
+    bias_std: float | None = Field(
+        default=2.0, ge=0, description="None: the plain initialisation of a linear layer"
+    )
+    normalize_summary: bool = Field(default=False, description="mix by what sets an image apart (ours)")
+
+    # Denoising. `contrastive` is DINO's, with about `denoising_queries` positives an image; `plain` is DN-DETR's, with
+    # `denoising_groups` copies of each box and an indicator channel.
+    denoising: Literal["none", "plain", "contrastive"] = "contrastive"
+    denoising_queries: int = Field(default=100, ge=1)
+    denoising_groups: int = Field(default=5, ge=1)
+    label_noise: float = Field(default=0.5, ge=0, le=1)
+    box_noise: float = Field(default=1.0, ge=0)
+
+    # H-DETR's second set of queries, in training alone, with several positives a box. Any two-stage host can have it.
+    hybrid_queries: int = Field(default=0, ge=0)
+
+    # Conventions in which published codes differ; docs/convert.md names who does what.
+    position_temperature: float = Field(
+        default=20.0, gt=0, description="of the sine embedding of feature maps"
+    )
+    position_offset: float = Field(
+        default=0.0, ge=-0.5, le=0, description="-0.5 counts cells from their centres"
+    )
+    refine_from: Literal["normed", "raw"] = Field(
+        default="normed",
+        description="`raw`: the next layer's boxes come from the output before the decoder's norm",
+    )
+    box_eps: float = Field(
+        default=1e-5, gt=0, lt=0.5, description="boxes are kept so far from 0 and 1 in logits"
+    )
+    padded_positions: bool = Field(
+        default=False, description="positions of boxes are those in the padded image"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelConfig:
+        if self.dim % self.num_heads or self.dim % 4:
+            raise ValueError(f"dim={self.dim} must be divisible by 4 and by num_heads={self.num_heads}")
+        if self.num_levels < len(self.backbone_strides):
+            raise ValueError(
+                f"num_levels={self.num_levels} is fewer than backbone_strides={self.backbone_strides}"
+            )
+        if self.encoder_query_levels is not None and self.encoder_query_levels > self.num_levels:
+            raise ValueError(
+                f"encoder_query_levels={self.encoder_query_levels} exceeds num_levels={self.num_levels}"
+            )
+        for key, wrong, needs in self._contradictions():
+            if wrong:
+                raise ValueError(f"{key} needs {needs}")
+        return self
+
+    def _contradictions(self) -> list[tuple[str, bool, str]]:
+        """Settings that no host combines: which, whether it is so here, what would be needed."""
+        two_stage, points = self.positions == "proposals", self.positions == "points"
+        anchors, refined = self.positions == "anchors", self.position_embedding == "refined"
+        from_proposals = self.queries == "proposals"
+        return [
+            ("queries=proposals", from_proposals and not two_stage, "positions=proposals"),
+            ("queries=proposals", from_proposals and refined, "position_embedding=fixed"),
+            ("position_embedding=refined", refined and points, "positions=proposals or anchors"),
+            ("position_embedding=fixed", anchors and not refined, "positions=proposals or points"),
+            ("scale_positions=true", self.scale_positions and not refined, "position_embedding=refined"),
+            ("box_refinement=false", not self.box_refinement and not points, "positions=points"),
+            (
+                "look_forward_twice=true",
+                self.look_forward_twice and not self.box_refinement,
+                "box_refinement=true",
+            ),
+            (
+                f"denoising={self.denoising}",
+                self.denoising != "none" and not refined,
+                "position_embedding=refined",
+            ),
+            (
+                "class_agnostic_proposals=true",
+                self.class_agnostic_proposals and not two_stage,
+                "positions=proposals",
+            ),
+            (
+                f"distinct_proposals={self.distinct_proposals}",
+                self.distinct_proposals is not None and not two_stage,
+                "positions=proposals",
+            ),
+            (
+                "mixture=residual",
+                self.mixture == "residual" and self.queries not in ("patterns", "static_mixture"),
+                "queries=patterns or static_mixture",
+            ),
+            (
+                f"hybrid_queries={self.hybrid_queries}",
+                self.hybrid_queries > 0 and not two_stage,
+                "positions=proposals",
+            ),
+        ]
+
+    @property
+    def content_dim(self) -> int:
+        """Width of the content that a query source makes: one less than `dim` where an indicator channel follows it."""
+        return self.dim - 1 if self.denoising == "plain" else self.dim
