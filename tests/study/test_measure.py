@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from paqdetr.data.dataset import DetectionDataset
+from paqdetr.data.dataset import DetectionDataset, open_split
 from paqdetr.engine import Run
 from paqdetr.metrics import resample_images
+from paqdetr.metrics.mistakes import MISTAKES
+from paqdetr.models import load
 from paqdetr.structures import Detections
-from paqdetr.study.measure import learning_curve, measure_detections
+from paqdetr.study.measure import learning_curve, measure_detections, measure_model
 from paqdetr.study.results import RunResult, read_result
 from paqdetr.study.runs import RunKey
 
@@ -30,6 +32,19 @@ def test_the_loss_of_a_curve_weighs_records_by_their_steps(tmp_path: Path) -> No
     run.append({"kind": "eval", "step": 13, "AP": 0.25})
     rows = [(row["step"], row["AP"], row["loss"]) for row in learning_curve(run)]
     assert rows == [(10, 0.5, (4 * 2 + 7 + 3 * 1 + 2 * 4) / 10), (12, None, 6.0), (13, 0.25, None)]
+
+
+def test_what_is_measured_of_a_model_agrees_with_itself(tiny_run: Run, tiny_digits: Path) -> None:
+    split = open_split(tiny_digits, "val")
+    model = load(tiny_run.last)
+    figures, _ = measure_model(model, split, replicates=5, seed=0)
+    stages = figures["layers"]
+    assert stages[0]["stage"] == "proposals" and len(stages) == 1 + len(model.decoder.layers)
+    for name in ("AP", "AP_nms", "predictions_per_image"):
+        assert stages[-1][name] == pytest.approx(figures[name], abs=1e-4), name
+    assert 0 <= figures["queries"]["image_share"] <= 1
+    assert set(figures["mistakes"]) == set(MISTAKES)
+    json.dumps(figures, allow_nan=False)
 
 
 def split_of(folder: Path, boxes: dict[int, int]) -> DetectionDataset:

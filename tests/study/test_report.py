@@ -57,6 +57,12 @@ def result(key: RunKey, images: np.ndarray) -> RunResult:
         "boxes_per_image": 7.25,
         "queries": {"n": 60, "gini_over_30": 0.7, "gini_positives": 0.4 + key.seed / 100},
     }
+    if key.seed:  # seed 0 was measured before there were such figures
+        figures["layers"] = [
+            {"stage": "proposals", "best_iou": key.seed / 10, "AP": None, "AP_nms": None, "copies": None},
+            {"stage": "layer 1", "best_iou": 0.5, "AP": ap, "AP_nms": ap + 0.04, "copies": 0.04},
+        ]
+        figures["mistakes"] = {"duplicate": 0.01 * key.seed, "missed": 0.2}
     curve = [
         {"step": 50 * n, "AP": ap * n / 4, "AP_nms": ap * n / 4 + 0.02, "loss": 20.0 / n}
         for n in (1, 2, 3, 4)
@@ -186,6 +192,19 @@ def test_differences_that_share_a_baseline_know_their_spread_less_well() -> None
         pooled = (runs[:, 1:] - runs[:, :1]).var(axis=2, ddof=1).mean(1)
         degrees = 2 * pooled.mean() ** 2 / pooled.var()  # of a scaled chi-squared
         assert degrees == pytest.approx((seeds - 1) * 4 * variants / (variants + 3), rel=0.08)
+
+
+def test_stages_and_mistakes_are_of_the_runs_that_have_them(report: StudyReport) -> None:
+    stages = report.table("layers_digits").rows[:2]
+    assert [(row["variant"], row["stage"], row["seeds"]) for row in stages] == [
+        ("baseline", "proposals", 3),
+        ("baseline", "layer 1", 3),
+    ]
+    assert stages[0]["best_iou"] == pytest.approx(0.2) and stages[0]["AP"] is None
+    assert stages[1]["copies"] == pytest.approx(0.04)
+    patterns = report.table("mistakes_digits").rows[1]  # seed 3 failed
+    assert (patterns["variant"], patterns["seeds"]) == ("patterns", 2)
+    assert patterns["duplicate"] == pytest.approx(0.015) and patterns["missed"] == pytest.approx(0.2)
 
 
 def test_times_of_different_processors_have_no_mean(folder: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from torchvision.ops import box_convert, box_iou
 
 from paqdetr.data.dataset import DetectionDataset
 from paqdetr.metrics.coco import evaluate_detections, non_maximum_suppression
+from paqdetr.metrics.jsonable import json_number
 from paqdetr.models.detector import DetectorOutput
 from paqdetr.models.inference import postprocess
 from paqdetr.structures import ClassTable, Detections, Targets
@@ -50,8 +51,7 @@ class StageFigures:
         """Figures by name, with `copies`, to six digits; None where a figure is NaN."""
         values = asdict(self) | {"copies": self.copies}
         return {
-            name: value if isinstance(value, str) else None if np.isnan(value) else round(value, 6)
-            for name, value in values.items()
+            name: value if isinstance(value, str) else json_number(value, 6) for name, value in values.items()
         }
 
 

@@ -160,6 +160,21 @@ class ContentCollector:
         self._images += other._images
         self._kept += other._kept
 
+    @property
+    def image_share(self) -> float | None:
+        """As of `ContentStudy`; None before any image was seen."""
+        if "content" not in self._sums:
+            return None
+        images, index_content = len(self._images), self._sums["content"] / _UNIT / len(self._images)  # (n, d)
+        # Of a mean square over queries and images: that of the index means, and that of the mean of all.
+        square = self._squares / _UNIT / (images * len(index_content))
+        between, overall = np.square(index_content).sum(1).mean(), np.square(index_content.mean(0)).sum()
+        return (
+            float(max(square - between, 0.0) / (square - overall))
+            if square - overall > 1e-9 * square
+            else 0.0
+        )
+
     def study(self, model: Detector) -> ContentStudy:
         """What was collected.
 
@@ -188,10 +203,8 @@ class ContentCollector:
             index_weights = sums["weights"] / len(images)
             mass = np.stack([self._masses[index] for index in images.tolist()])
         index_content = sums["content"] / len(images)
-        # Of a mean square over queries and images: that of the index means, and that of the mean of all.
-        square = self._squares / _UNIT / (len(images) * len(index_content))
-        between, overall = np.square(index_content).sum(1).mean(), np.square(index_content.mean(0)).sum()
-        share = max(square - between, 0.0) / (square - overall) if square - overall > 1e-9 * square else 0.0
+        share = self.image_share
+        assert share is not None
         return ContentStudy(
             classes=model.classes,
             matched=int(counts.sum()),
@@ -200,7 +213,7 @@ class ContentCollector:
             category_weights=category_weights,
             index_content=index_content,
             index_weights=index_weights,
-            image_share=float(share),
+            image_share=share,
             images=images,
             image_mass=mass,
             patterns=source.patterns.detach().float().cpu().numpy() if mixes else None,

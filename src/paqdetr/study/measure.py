@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from paqdetr.analysis.layers import LayerCollector
+from paqdetr.analysis.patterns import ContentCollector
 from paqdetr.checkpoint import write_whole
 from paqdetr.config import load_config
 from paqdetr.data.dataset import DetectionDataset, open_split
@@ -25,6 +27,7 @@ from paqdetr.metrics.coco import non_maximum_suppression
 from paqdetr.metrics.intervals import resample_images
 from paqdetr.metrics.jsonable import json_number
 from paqdetr.metrics.matching import MatchTable
+from paqdetr.metrics.mistakes import error_split
 from paqdetr.metrics.query_report import QueryUsageReport, Spread
 from paqdetr.metrics.query_usage import QueryUsage
 from paqdetr.models import Detector, load
@@ -34,7 +37,7 @@ from paqdetr.study.results import RunResult
 from paqdetr.study.runs import Places, PlannedRun, RunKey
 from paqdetr.study.spec import Study
 
-# Raised whenever the same run would be measured otherwise than before.
+# Raised whenever a figure would come out otherwise than before. A figure that is new is a dash where it was not measured.
 _VERSION = 1
 _CONFIDENT = 0.3
 
@@ -160,11 +163,26 @@ def measure_model(
     require_same_classes(model.classes, split)
     found: list[Detections] = []
     usage = QueryUsage(num_queries=model.config.num_queries)
-    for index, detections in detect_split(model, split, batch_size=4, observers=[usage]):
+    content, layers = ContentCollector(num_classes=len(model.classes)), LayerCollector(model.classes)
+    for index, detections in detect_split(model, split, batch_size=4, observers=[usage, content, layers]):
         detections.image_id = split.image_ids[index]
         found.append(detections)
     figures, values = measure_detections(split, found, replicates=replicates, seed=seed)
-    return figures | {"queries": query_views(usage.report())}, values
+    views = query_views(usage.report())
+    if content.image_share is not None:
+        views["image_share"] = json_number(content.image_share, 6)
+    return figures | {
+        "queries": views,
+        "layers": [stage.to_json() for stage in layers.figures(split)],
+        "mistakes": _mistakes(split, found),
+    }, values
+
+
+def _mistakes(split: DetectionDataset, found: Sequence[Detections]) -> dict[str, float | None]:
+    """What AP50 would gain were one kind of mistake mended."""
+    results = [row for detections in found for row in detections.to_coco()]
+    gains = error_split(split.ground_truth(), results).gains
+    return {kind: json_number(gain, 6) for kind, gain in gains.items()}
 
 
 def measure_detections(
@@ -244,11 +262,8 @@ def query_views(report: QueryUsageReport) -> dict[str, Any]:
 def learning_curve(run: Run) -> list[dict[str, Any]]:
     """The evaluations of a training on its validation split, each with the mean loss since the one before."""
     curve: list[dict[str, Any]] = []
-    losses, steps, last = (
-        0.0,
-        0,
-        0,
-    )  # a record's means are over the steps since the one before, of either kind
+    # A record's means are over the steps since the one before, of either kind.
+    losses, steps, last = 0.0, 0, 0
     for record in run.records():
         if record.get("kind") == "train":
             losses += record["loss"] * (record["step"] - last)

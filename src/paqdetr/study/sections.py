@@ -8,11 +8,14 @@ from typing import Any
 
 from paqdetr.analysis.plots import INK, bars, colour, legend, line, new_axes, new_grid, to_svg
 from paqdetr.analysis.section import Column, Figure, Part, Section, Table
+from paqdetr.metrics.mistakes import MISTAKES
 from paqdetr.study.tables import (
     SEED_COUNTS,
     SETTLED,
     cost_rows,
     figure_rows,
+    layer_rows,
+    mistake_rows,
     planning_rows,
     query_rows,
     run_rows,
@@ -87,17 +90,26 @@ def _of_data(runs: Runs, name: str) -> Iterator[Section]:
         parts.append(curves)
     queries = query_rows(runs, name)
     if queries:
-        parts.append(
-            _table(
-                identifier("queries", name),
-                f"{name}: Gini coefficients of the use of content queries, means over seeds: of images with a score over 0.3 or "
-                "0.5, or at the threshold of equal activations an image; of matches in the last layer, and what rank order alone "
-                "explains of it; of the mass of patterns. Entropy of the mixtures, dead patterns, cosine between queries. Lower "
-                "is not better by itself.",
-                QUERY_COLUMNS,
-                queries,
-            )
+        caption = (
+            f"{name}: Gini coefficients of the use of content queries, means over seeds: of images with a score over 0.3 or 0.5, "
+            "or at the threshold of equal activations an image; of matches in the last layer, and what rank order alone explains "
+            "of it; of the mass of patterns. Entropy of the mixtures, dead patterns, cosine between queries; the image's share: "
+            "of the variance of content, what the query's index does not explain. Lower is not better by itself."
         )
+        parts.append(_table(identifier("queries", name), caption, QUERY_COLUMNS, queries))
+    layers = layer_rows(runs, name)
+    if layers:
+        caption = (
+            f"{name}: what the detector would answer after the encoder's proposals or after any decoder layer. Best IoU: of the "
+            "nearest query, mean over objects; found: objects for which that is 0.5 or more."
+        )
+        parts.append(_table(identifier("layers", name), caption, LAYER_COLUMNS, layers))
+    mistakes = mistake_rows(runs, name)
+    if mistakes:
+        caption = (
+            f"{name}: what AP50 would gain were one kind of mistake mended, after TIDE. Gains do not add up."
+        )
+        parts.append(_table(identifier("mistakes", name), caption, MISTAKE_COLUMNS, mistakes))
     yield Section(
         identifier("data", name),
         name,
@@ -256,6 +268,23 @@ QUERY_COLUMNS = _columns(
     ("entropy", "entropy"),
     ("dead_patterns", "dead"),
     ("cosine", "cosine"),
+    ("image_share", "image's share"),
+)
+LAYER_COLUMNS = _columns(
+    ("variant", "variant", "text"),
+    ("seeds", "seeds", "integer"),
+    ("stage", "stage", "text"),
+    ("best_iou", "best IoU"),
+    ("found", "found"),
+    ("AP", "AP"),
+    ("AP_nms", "AP, NMS"),
+    ("copies", "copies"),
+    ("predictions_per_image", "predictions"),
+)
+MISTAKE_COLUMNS = _columns(
+    ("variant", "variant", "text"),
+    ("seeds", "seeds", "integer"),
+    *((kind, kind) for kind in MISTAKES),
 )
 COST_COLUMNS = _columns(
     ("data", "data", "text"),

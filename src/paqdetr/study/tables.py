@@ -102,10 +102,44 @@ def query_rows(runs: Runs, data: str) -> list[Row]:
             continue
         row: Row = {"variant": variant}
         for name in names:
-            values = [view[name] for view in views if view.get(name) is not None]
-            row[name] = _number(sum(values) / len(values)) if values else None
+            row[name] = _mean([view.get(name) for view in views])
         rows.append(row)
     return rows
+
+
+def layer_rows(runs: Runs, data: str) -> list[Row]:
+    """What every stage of the detectors finds, means over the seeds for which it was measured; empty if it was for none."""
+    rows = []
+    for variant in runs.study.variants_of(data):
+        found = _measured(runs, data, variant, "layers")
+        for stages in zip(*found, strict=True):
+            row: Row = {"variant": variant, "seeds": len(found), "stage": stages[0]["stage"]}
+            rows.append(
+                row | {name: _mean([s[name] for s in stages]) for name in stages[0] if name != "stage"}
+            )
+    return rows
+
+
+def mistake_rows(runs: Runs, data: str) -> list[Row]:
+    """What AP50 would gain were one kind of mistake mended, means over the seeds for which it was measured."""
+    rows = []
+    for variant in runs.study.variants_of(data):
+        found = _measured(runs, data, variant, "mistakes")
+        if found:
+            means = {kind: _mean([gains[kind] for gains in found]) for kind in found[0]}
+            rows.append({"variant": variant, "seeds": len(found), **means})
+    return rows
+
+
+def _measured(runs: Runs, data: str, variant: str, name: str) -> list[Any]:
+    """One figure of all runs that have it."""
+    done = runs.of(data, variant).values()
+    return [found for run in done if (found := run.figures[runs.checkpoint].get(name)) is not None]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return _number(sum(known) / len(known)) if known else None
 
 
 def cost_rows(runs: Runs) -> list[Row]:
@@ -133,16 +167,15 @@ def cost_rows(runs: Runs) -> list[Row]:
 
 def _mean_cost(costs: Sequence[Row]) -> Row:
     def mean(key: str, unit: float = 1.0) -> float | None:
-        values = [cost[key] for cost in costs if cost.get(key) is not None]
-        return sum(values) / len(values) / unit if values else None
+        return _mean([None if cost.get(key) is None else cost[key] / unit for cost in costs])
 
     return {
         "steps": mean("steps"),
-        "minutes": _number(mean("seconds", 60)),
+        "minutes": mean("seconds", 60),
         "step_seconds": mean("step_seconds"),
-        "cpu_minutes": _number(mean("cpu_seconds", 60)),
+        "cpu_minutes": mean("cpu_seconds", 60),
         "memory": mean("peak_memory_gib"),
-        "parameters": _number(mean("parameters", 1e6)),
+        "parameters": mean("parameters", 1e6),
         "gflops": mean("gflops"),
     }
 
