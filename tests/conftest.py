@@ -102,11 +102,10 @@ def tiny_run(
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trainings leave out curves.png and predictions.png, which take longer than a tiny training itself."""
-    import importlib
+    from paqdetr.engine import trainer
 
-    module = importlib.import_module("paqdetr.engine.train")  # the package's attribute is the function
     for name in ("training_curves", "draw_predictions"):
-        monkeypatch.setattr(module, name, lambda *args, **kwargs: None)
+        monkeypatch.setattr(trainer, name, lambda *args, **kwargs: None)
 
 
 @pytest.fixture

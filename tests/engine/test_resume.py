@@ -19,7 +19,7 @@ from paqdetr.checkpoint import read_checkpoint
 from paqdetr.engine import Callback, Run, train
 from paqdetr.errors import CheckpointError, ConfigError
 
-MODULE = importlib.import_module("paqdetr.engine.train")  # the package's attribute is the function
+MODULE = importlib.import_module("paqdetr.engine.trainer")
 
 
 class Stop(Exception):

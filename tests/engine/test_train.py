@@ -22,7 +22,7 @@ from paqdetr.errors import ConfigError, DataError, NonFiniteError, UserError
 from paqdetr.models.detector import Detector
 
 GOLDEN = Path(__file__).parent / "golden" / "losses_paq_dino_nano.json"
-MODULE = importlib.import_module("paqdetr.engine.train")  # the package's attribute is the function
+MODULE = importlib.import_module("paqdetr.engine.trainer")
 
 
 class Listener(Callback):

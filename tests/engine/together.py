@@ -24,7 +24,7 @@ from paqdetr.engine.plan import plain_batch
 from paqdetr.engine.processes import leave
 from paqdetr.engine.run import Run
 from paqdetr.engine.setup import with_classes
-from paqdetr.engine.train import Trainer
+from paqdetr.engine.trainer import Trainer
 from paqdetr.errors import NonFiniteError
 from paqdetr.metrics import QueryUsage
 from paqdetr.structures import Targets

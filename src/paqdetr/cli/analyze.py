@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from paqdetr.cli.console import progress_bar, results, show
+from paqdetr.cli.options import Device
 
 
 def analyze(
@@ -28,9 +29,7 @@ def analyze(
     ] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="Of the resamples, shufflings and embeddings.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="It changes the speed, never a figure.")] = 4,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, ...: the best there is if not given.")
-    ] = None,
+    device: Device = None,
 ) -> None:
     """Write one HTML page on what a detector does: figures, mistakes, images, use of queries, its inside."""
     from paqdetr.analysis import analyze as write_report

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
 from paqdetr.cli.console import progress_bar, results
+from paqdetr.cli.options import Device, JsonFile, Model
 
 
 def bench(
-    model: Annotated[
-        str,
-        typer.Argument(help="A model or recipe (`paqdetr models`), or a YAML file.", metavar="MODEL|CONFIG"),
-    ],
+    model: Model,
     settings: Annotated[
         list[str] | None,
         typer.Argument(help="Settings of both models, such as model.dim=128.", metavar="KEY=VALUE"),
@@ -28,10 +25,8 @@ def bench(
     image_size: Annotated[int, typer.Option(min=64, help="Side of the images, in pixels.")] = 640,
     batch_size: Annotated[int, typer.Option(min=1, help="Images that go through together.")] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="Calls that each median is of.")] = 5,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, ...: the best there is if not given.")
-    ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+    device: Device = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Time a model on this machine: attention, inference and a training step, in turns with what it is compared with."""
     from paqdetr.config import parse_overrides

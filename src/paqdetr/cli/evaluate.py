@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from paqdetr.cli.console import progress_bar, results
+from paqdetr.cli.options import Device
 from paqdetr.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -65,9 +66,7 @@ def evaluate(
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="It changes the speed, never a figure.")] = 4,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, ...: the best there is if not given.")
-    ] = None,
+    device: Device = None,
 ) -> None:
     """Print the COCO figures of a checkpoint or of a results file, or compare two."""
     if [checkpoint, results_file, compare].count(None) != 2:

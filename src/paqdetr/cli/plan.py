@@ -10,22 +10,15 @@ import typer
 from rich.table import Table
 
 from paqdetr.cli.console import Ended, errors, print_styled, results
+from paqdetr.cli.options import Device, JsonFile, Model, Settings
 
 
 def plan(
-    model: Annotated[
-        str,
-        typer.Argument(help="A model or recipe (`paqdetr models`), or a YAML file.", metavar="MODEL|CONFIG"),
-    ],
-    settings: Annotated[
-        list[str] | None,
-        typer.Argument(help="Settings, such as epochs=12 model.num_patterns=32.", metavar="KEY=VALUE"),
-    ] = None,
+    model: Model,
+    settings: Settings = None,
     *,
     data: Annotated[Path, typer.Option(help="Folder of the data set.")],
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, ...: the best there is if not given.")
-    ] = None,
+    device: Device = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps to measure.")] = 5,
     auto_batch: Annotated[
         bool, typer.Option("--auto-batch", help="Plan with the largest batch that fits into memory.")
@@ -34,7 +27,7 @@ def plan(
         int | None,
         typer.Option(min=1, help="Instead: train so many steps on one batch, and see if it is learnt."),
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Say what a training will take before it starts: memory, time, disk. Nothing is kept of the steps it tries."""
     from paqdetr.config import load_config, parse_overrides

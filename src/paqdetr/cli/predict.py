@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from paqdetr.cli.console import errors, print_styled, progress_bar, results
+from paqdetr.cli.options import Device
 from paqdetr.errors import DataError
 
 
@@ -19,9 +20,7 @@ def predict(
     *,
     output: Annotated[Path, typer.Option(help="Folder for drawn images and predictions.json.")],
     threshold: Annotated[float, typer.Option(min=0, max=1, help="The least score of a detection.")] = 0.3,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, ...: the best there is if not given.")
-    ] = None,
+    device: Device = None,
 ) -> None:
     """Draw what a detector finds, and write it as COCO results."""
     from paqdetr.engine import predict_folder

@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from paqdetr.cli.console import Ended, errors, print_styled, progress_bar, results, show
+from paqdetr.cli.options import Device
 from paqdetr.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -40,9 +41,7 @@ def study(
         Path | None,
         typer.Option(help="With --plan: a folder with results of other studies, to know times from."),
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, ...: the best there is if not given.")
-    ] = None,
+    device: Device = None,
 ) -> None:
     """Compare variants over data sets and seeds: train what is missing, measure it, and say what the runs decide.
 

@@ -9,26 +9,19 @@ import typer
 from rich.table import Table
 
 from paqdetr.cli.console import Ended, errors, print_styled, results, show
+from paqdetr.cli.options import Device, Model, Settings
 
 
 def train(
-    model: Annotated[
-        str,
-        typer.Argument(help="A model or recipe (`paqdetr models`), or a YAML file.", metavar="MODEL|CONFIG"),
-    ],
-    settings: Annotated[
-        list[str] | None,
-        typer.Argument(help="Settings, such as epochs=12 model.num_patterns=32.", metavar="KEY=VALUE"),
-    ] = None,
+    model: Model,
+    settings: Settings = None,
     *,
     data: Annotated[Path, typer.Option(help="Folder of the data set, or its data.yaml.")],
     output: Annotated[Path, typer.Option(help="Folder of the run; made if absent.")],
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue an interrupted run, or start it.")
     ] = False,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, ...: the best there is if not given.")
-    ] = None,
+    device: Device = None,
     seed: Annotated[int | None, typer.Option(help="Short for seed=N.")] = None,
     amp: Annotated[str | None, typer.Option(help="Short for amp=bf16|fp16|no.")] = None,
     auto_batch: Annotated[

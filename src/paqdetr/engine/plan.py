@@ -20,7 +20,7 @@ from paqdetr.engine.evaluate import detect_split
 from paqdetr.engine.memory import available_memory, step_memory
 from paqdetr.engine.optim import lr_scale
 from paqdetr.engine.run import Run
-from paqdetr.engine.train import Trainer
+from paqdetr.engine.trainer import Trainer
 from paqdetr.errors import DataError
 from paqdetr.models import Detector
 from paqdetr.preprocessing import Preprocessing

@@ -6,16 +6,15 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import IO, Any
+from typing import IO
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+from paqdetr.engine.interrupt import StopRequest
+
 _POLL = 0.2
 
 
@@ -46,34 +45,10 @@ class Ended:
     cpu_seconds: float | None
 
 
-class Signals:
-    """While entered, notes a signal instead of dying of it, so that it can be handed on. A second one acts as ever."""
-
-    def __init__(self) -> None:
-        self.number: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Signals:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._restore()
-
-    def raise_if_any(self) -> None:
-        """Raise StudyInterrupted if a signal came."""
-        if self.number is not None:
-            raise StudyInterrupted(self.number)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
+def raise_if_stopped(stop: StopRequest) -> None:
+    """Raise StudyInterrupted if a signal came."""
+    if stop.signal_number is not None:
+        raise StudyInterrupted(stop.signal_number)
 
 
 def run_child(
@@ -82,7 +57,7 @@ def run_child(
     threads: int,
     log: Path,
     lock: IO[bytes] | None,
-    signals: Signals,
+    stop: StopRequest,
     watch: Callable[[], object] = lambda: None,
 ) -> Ended:
     """Run `python -m ARGUMENTS` to its end. A signal to this process is handed on, once; the child saves and ends.
@@ -110,9 +85,9 @@ def run_child(
         with _ended_with(child):
             handed_on = False
             while child.poll() is None:
-                if signals.number is not None and not handed_on:
+                if stop.signal_number is not None and not handed_on:
                     handed_on = True
-                    child.send_signal(signals.number)
+                    child.send_signal(stop.signal_number)
                 watch()
                 time.sleep(_POLL)
     after = os.times()

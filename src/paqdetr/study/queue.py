@@ -15,9 +15,10 @@ from typing import Any
 
 from paqdetr.checkpoint import write_whole
 from paqdetr.config import load_config
+from paqdetr.engine.interrupt import StopRequest
 from paqdetr.engine.run import Run, flat_settings
 from paqdetr.errors import ConfigError
-from paqdetr.study.children import Ended, Signals, last_words, run_child
+from paqdetr.study.children import Ended, last_words, raise_if_stopped, run_child
 from paqdetr.study.locks import Busy, held
 from paqdetr.study.measure import Job, is_current
 from paqdetr.study.results import RunResult, read_result
@@ -83,12 +84,12 @@ def run_queue(
         require_no_conflict(planned, places)
     queue = _Queue(study, places, device=device, retry=retry, events=events or QueueEvents(), total=len(runs))
     waiting = list(enumerate(runs, start=1))
-    with Signals() as queue.signals:
+    with StopRequest() as queue.stop:
         while waiting:
             busy = [(number, planned) for number, planned in waiting if not queue.attempt(planned, number)]
             if busy:
                 queue.events.on_wait(busy[0][1])
-                _sleep(queue.signals)
+                _sleep(queue.stop)
             waiting = busy
     return queue.done
 
@@ -115,12 +116,12 @@ class _Queue:
     ) -> None:
         self.study, self.places, self.device, self.retry = study, places, device, retry
         self.events, self.total = events, total
-        self.signals = Signals()
+        self.stop = StopRequest()
         self.done = Done()
 
     def attempt(self, planned: PlannedRun, number: int) -> bool:
         """Do what is missing of a run; False if another process is at it."""
-        self.signals.raise_if_any()
+        raise_if_stopped(self.stop)
         try:
             with held(self.places.lock(planned.key)) as lock:
                 self._do(planned, number, lock)
@@ -143,7 +144,7 @@ class _Queue:
             arguments = planned.train_arguments(run, device=self.device)
             ended = self._run(planned, arguments, lock)
             _note_cost(run, ended, self.study.threads)  # of a session that a signal ended, too
-            self.signals.raise_if_any()
+            raise_if_stopped(self.stop)
             if ended.code != 0:
                 return self._fail(planned, job, "training", ended)
             self.done.trained += 1
@@ -153,7 +154,7 @@ class _Queue:
         order.write_text(json.dumps(job.to_json()), encoding="utf-8")
         ended = self._run(planned, ["paqdetr.study.measure", str(order)], lock)
         order.unlink(missing_ok=True)
-        self.signals.raise_if_any()
+        raise_if_stopped(self.stop)
         if ended.code != 0:
             return self._fail(planned, job, "measuring", ended)
         self.done.measured += 1
@@ -174,7 +175,7 @@ class _Queue:
             threads=self.study.threads,
             log=self.places.log(planned.key),
             lock=lock,
-            signals=self.signals,
+            stop=self.stop,
             watch=watch,
         )
 
@@ -213,10 +214,10 @@ def _note_cost(run: Run, ended: Ended, threads: int) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-def _sleep(signals: Signals) -> None:
+def _sleep(stop: StopRequest) -> None:
     end = time.monotonic() + _WAIT
     while time.monotonic() < end:
-        signals.raise_if_any()
+        raise_if_stopped(stop)
         time.sleep(0.1)
 
 
