@@ -64,8 +64,8 @@ def _table(models: Sequence[Stages]) -> Table:
         Column("best_iou", "best IoU"),
         Column("found", "found", "percent"),
         Column("AP", "AP"),
-        Column("AP_nms", "without copies"),
-        Column("copies", "cost of copies", "difference"),
+        Column("AP_nms", "AP, NMS"),
+        Column("copies", "copies", "difference"),
         Column("predictions_per_image", "predictions", "amount"),
     )
     if len(models) > 1:
@@ -73,7 +73,7 @@ def _table(models: Sequence[Stages]) -> Table:
     rows = tuple({"model": model, **one.to_json()} for model, stages in models for one in stages)
     caption = (
         "Best IoU: that of the nearest query, whatever its class and score, mean over objects; found: objects for "
-        "which it is 0.5 or more. Predictions: an image, those that score over 0.3. Proposals of an encoder that tells "
-        "no classes apart have no AP."
+        "which it is 0.5 or more. NMS: after removing copies, and what they cost. Predictions: an image, those that score "
+        "over 0.3. Proposals of an encoder that tells no classes apart have no AP."
     )
     return Table("layer_figures", caption, columns, rows)
