@@ -1,4 +1,5 @@
-"""The README's commands and Python blocks run as they stand, in order, in an empty folder; only the amount of work is cut.
+"""The commands and Python blocks of the README, and the walk through fine-tuning, run as they stand, in order, in an empty
+folder; only the amount of work is cut.
 
 `make readme` runs this. Trainings get a few steps on small pictures, the data set a few images: what is tested is that the
 words work.
@@ -17,21 +18,22 @@ import pytest
 
 REPO = Path(__file__).resolve().parents[1]
 README = (REPO / "README.md").read_text(encoding="utf-8")
+FINETUNING = (REPO / "docs" / "finetuning.md").read_text(encoding="utf-8")
 FEWER_STEPS = ["max_steps=3", "image_size=96", "log_every=1"]
 FEWER_IMAGES = {"--train": "8", "--val": "2", "--test": "2"}
 
 pytestmark = pytest.mark.readme
 
 
-def blocks(language: str) -> list[str]:
+def blocks(language: str, page: str = README) -> list[str]:
     """Fenced blocks of one language, "" for plain ones."""
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
     return [text for name, text in found if name == language]
 
 
-def commands() -> list[list[str]]:
-    """Every `paqdetr ...` line of the plain blocks."""
-    lines = [line for block in blocks("") for line in block.splitlines()]
+def commands(plain: list[str] | None = None) -> list[list[str]]:
+    """Every `paqdetr ...` line of plain blocks, by default the README's."""
+    lines = [line for block in plain or blocks("") for line in block.splitlines()]
     return [shlex.split(line) for line in lines if line.startswith("paqdetr ")]
 
 
@@ -66,6 +68,17 @@ def test_commands_and_python_blocks(tmp_path: Path) -> None:
     for script in (cut, paq_block):
         done = run([sys.executable, "-c", script], tmp_path)
         assert done.returncode == 0, f"{script}\n{done.stdout}\n{done.stderr}"
+
+
+def test_walk_through_finetuning(tmp_path: Path) -> None:
+    listed = commands(blocks("", FINETUNING)[:1])
+    assert [words[1] for words in listed] == ["data", "data", "train", "train", "eval"]
+    for words in listed:
+        done = run([sys.executable, "-m", *shortened(words)], tmp_path)
+        assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
+        if "init=runs/base" in words:
+            assert "init runs/base: 10 of 10 classes known by name" in done.stdout + done.stderr
+    assert (tmp_path / "runs/tuned/best.safetensors").is_file()
 
 
 def test_links_lead_somewhere() -> None:

@@ -1,4 +1,4 @@
-"""paqdetr: train, evaluate, explain and ship DETR-family detectors, with PaQ's pattern queries.
+"""paqdetr: train, evaluate, convert and explain DETR-family detectors, with PaQ's pattern queries.
 
 Everything here is loaded when it is first used, so `import paqdetr` is quick, and `paqdetr.paq` needs nothing of the rest.
 """

@@ -187,9 +187,12 @@ def _explain(error: ValidationError, where: str) -> ConfigError:
     if first["type"] == "extra_forbidden":
         known = known_keys()
         leaf = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
-        remedy = f"did you mean {leaf[0]!r}?" if leaf else _nearest(key, known, "`paqdetr config show`")
+        remedy = f"did you mean {leaf[0]!r}?" if leaf else _nearest(key, known, "`paqdetr config show MODEL`")
         return ConfigError(f"{where}: unknown setting {key!r}", remedy)
     message = first["msg"].removeprefix("Value error, ")
     subject = f"{key}={first['input']!r}" if key and not isinstance(first["input"], Mapping) else key
     detail = f"{subject}: {message}" if subject else message
-    return ConfigError(f"{where}: {detail}", "`paqdetr config show` prints every setting with its default")
+    remedy = (
+        "`paqdetr config show MODEL` prints every setting as resolved; docs/settings.md says what each takes"
+    )
+    return ConfigError(f"{where}: {detail}", remedy)

@@ -19,17 +19,33 @@ class LossConfig(Section):
     against what several positives a box cost; none is part of the paper, and docs/method.md names their sources.
     """
 
-    classification: Literal["focal", "varifocal"] = "focal"
-    assigner: AssignerName = "one_to_one"
-    encoder_assigner: AssignerName = "one_to_one"
+    classification: Literal["focal", "varifocal"] = Field(
+        default="focal",
+        description="focal (the hosts'), or varifocal, whose target for a positive is its IoU",
+    )
+    assigner: AssignerName = Field(
+        default="one_to_one",
+        description="of decoder layers 1..L-1; the last is always one-to-one. quality_aware: PaQ; fixed_k, simota: "
+        "to compare",
+    )
+    encoder_assigner: AssignerName = Field(
+        default="one_to_one", description="the same, of the encoder's proposals"
+    )
     one_to_many_until: float = Field(
         default=1.0, ge=0, le=1, description="share of the training with several positives a box"
     )
-    gamma: float = Field(default=0.4, ge=0)
-    top_k: int = Field(default=4, ge=1)
-    min_positives: int = Field(default=1, ge=1)
-    select: Literal["hungarian", "score"] = "hungarian"
-    confidence: Literal["gt_class", "max"] = "gt_class"
+    gamma: float = Field(
+        default=0.4, ge=0, description="quality of a query for a box: IoU - gamma * confidence"
+    )
+    top_k: int = Field(default=4, ge=1, description="most positives a box")
+    min_positives: int = Field(default=1, ge=1, description="fewest positives a box")
+    select: Literal["hungarian", "score"] = Field(
+        default="hungarian",
+        description="which queries become positives. hungarian: one matching; score: the best (simota: least cost)",
+    )
+    confidence: Literal["gt_class", "max"] = Field(
+        default="gt_class", description="probability of the box's class, or of the likeliest"
+    )
 
     one_to_many_weight: float = Field(
         default=1.0, ge=0, description="of the decoder's losses while they have several positives a box"
@@ -54,18 +70,20 @@ class LossConfig(Section):
         description="what a layer's losses are divided by (positives: RetinaNet, arXiv 1708.02002)",
     )
 
-    class_weight: float = Field(default=1.0, ge=0)
-    l1_weight: float = Field(default=5.0, ge=0)
-    giou_weight: float = Field(default=2.0, ge=0)
+    class_weight: float = Field(default=1.0, ge=0, description="of the classification loss")
+    l1_weight: float = Field(default=5.0, ge=0, description="of the L1 loss of boxes")
+    giou_weight: float = Field(default=2.0, ge=0, description="of the GIoU loss of boxes")
     diversity_weight: float = Field(
-        default=0.2, ge=0, description="beta of the paper; 0 switches the term off"
+        default=0.2,
+        ge=0,
+        description="of the diversity loss of patterns (beta of the paper); 0 switches it off",
     )
-    div_scale: float = Field(default=1.0, ge=0)
+    div_scale: float = Field(default=1.0, ge=0, description="a further factor on the diversity loss")
     hybrid_weight: float = Field(default=1.0, ge=0, description="of the one-to-many branch of H-DETR")
     hybrid_repeat: int = Field(default=6, ge=1, description="positives a box in that branch")
-    class_cost: float = Field(default=2.0, ge=0)
-    l1_cost: float = Field(default=5.0, ge=0)
-    giou_cost: float = Field(default=2.0, ge=0)
+    class_cost: float = Field(default=2.0, ge=0, description="of the class in the matching")
+    l1_cost: float = Field(default=5.0, ge=0, description="of the L1 distance of boxes in the matching")
+    giou_cost: float = Field(default=2.0, ge=0, description="of GIoU in the matching")
 
     @model_validator(mode="after")
     def _consistent(self) -> LossConfig:

@@ -12,30 +12,47 @@ from paqdetr.config.section import Section
 class ModelConfig(Section):
     """The architecture. Two models with equal values here have equal state dicts."""
 
-    num_classes: int = Field(default=80, ge=1)
+    num_classes: int = Field(default=80, ge=1, description="taken from the data in a training")
 
     # Backbone: any timm name. Strides are pixels a token; frozen_stride freezes all up to the feature of that stride.
-    backbone: str = "resnet50"
-    backbone_strides: tuple[int, ...] = (8, 16, 32)
-    frozen_stride: int = Field(default=4, ge=0, description="0 trains the whole backbone")
-    freeze_backbone_norm: bool = True
+    backbone: str = Field(default="resnet50", description="any timm model that has features of these strides")
+    backbone_strides: tuple[int, ...] = Field(
+        default=(8, 16, 32), description="pixels a token, one for each feature map that is used"
+    )
+    frozen_stride: int = Field(
+        default=4,
+        ge=0,
+        description="the backbone is frozen up to the feature of this stride; 0 trains all of it",
+    )
+    freeze_backbone_norm: bool = Field(
+        default=True, description="batch norms of the backbone keep their statistics and weights"
+    )
 
     backbone_output_norm: bool = Field(
         default=False, description="a LayerNorm on each feature map, as official Swin detectors have"
     )
 
     # Transformer
-    dim: int = Field(default=256, ge=8)
-    num_levels: int = Field(default=4, ge=1)
-    num_heads: int = Field(default=8, ge=1)
-    num_points: int = Field(default=4, ge=1)
-    ffn_dim: int = Field(default=2048, ge=1)
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    encoder_layers: int = Field(default=6, ge=1)
-    encoder_query_levels: int | None = Field(
-        default=None, ge=1, description="only the N coarsest levels are updated; None: all"
+    dim: int = Field(
+        default=256, ge=8, description="width of the transformer (d); a multiple of 4 and of num_heads"
     )
-    decoder_layers: int = Field(default=6, ge=1)
+    num_levels: int = Field(
+        default=4,
+        ge=1,
+        description="feature maps that encoder and decoder see; those beyond the backbone's are made by strided "
+        "convolutions",
+    )
+    num_heads: int = Field(default=8, ge=1, description="heads of every attention")
+    num_points: int = Field(
+        default=4, ge=1, description="points that a head of deformable attention reads on each level"
+    )
+    ffn_dim: int = Field(default=2048, ge=1, description="hidden width of the feed-forward blocks")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="in encoder and decoder layers")
+    encoder_layers: int = Field(default=6, ge=1, description="layers of the encoder")
+    encoder_query_levels: int | None = Field(
+        default=None, ge=1, description="only the N coarsest levels are updated; null: all"
+    )
+    decoder_layers: int = Field(default=6, ge=1, description="layers of the decoder (L)")
     one_to_many_heads: Literal["none", "intermediate", "all"] = Field(
         default="none",
         description="decoder layers with further heads, in training alone, that have the several positives a box in place of the "
@@ -48,7 +65,11 @@ class ModelConfig(Section):
 
     # Where queries begin. `proposals`: boxes chosen among the encoder's tokens (two-stage); `anchors`: learned boxes (DAB);
     # `points`: places computed from learned position embeddings (Deformable DETR, one-stage).
-    positions: Literal["proposals", "anchors", "points"] = "proposals"
+    positions: Literal["proposals", "anchors", "points"] = Field(
+        default="proposals",
+        description="where queries begin. proposals: boxes chosen among the encoder's tokens (two-stage); anchors: "
+        "learned boxes (DAB); points: read off learned position embeddings (one-stage Deformable DETR)",
+    )
     class_agnostic_proposals: bool = Field(
         default=False, description="tokens are ranked and trained as object or not"
     )
@@ -59,47 +80,92 @@ class ModelConfig(Section):
         description="proposals that overlap a better one by more than this IoU come last (DDQ, arXiv 2303.12776: 0.8)",
     )
     # How a query's place is told to the decoder: `refined`, from its current box in every layer (DAB, DINO), or `fixed`, once.
-    position_embedding: Literal["refined", "fixed"] = "refined"
+    position_embedding: Literal["refined", "fixed"] = Field(
+        default="refined",
+        description="how a query's place is told to the decoder. refined: from its current box in every layer (DAB, "
+        "DINO); fixed: once",
+    )
     scale_positions: bool = Field(
         default=False, description="from layer 2 on, positions are scaled by the content (DAB)"
     )
     box_refinement: bool = Field(default=True, description="each layer starts from the boxes of the last")
-    look_forward_twice: bool = True
+    look_forward_twice: bool = Field(
+        default=True, description="a layer's box offsets are trained by the next layer's loss too (DINO)"
+    )
 
     # Content of queries: `static`, a learned table; `proposals`, computed from the proposal; `patterns` is PaQ;
     # `static_mixture`, an ablation, mixes patterns by learned weights that no image changes.
-    num_queries: int = Field(default=900, ge=1)
-    queries: Literal["static", "proposals", "patterns", "static_mixture"] = "static"
+    num_queries: int = Field(default=900, ge=1, description="queries (n)")
+    queries: Literal["static", "proposals", "patterns", "static_mixture"] = Field(
+        default="static",
+        description="content of queries. static: a learned table; proposals: computed from the proposal; patterns: "
+        "PaQ; static_mixture, an ablation: patterns mixed by learned weights that no image changes",
+    )
     content_std: float | None = Field(
-        default=1.0, ge=0, description="initial std of static content; None: Xavier-uniform"
+        default=1.0, ge=0, description="initial std of static content; null: Xavier-uniform"
     )
     mixture: Literal["replace", "residual"] = Field(
         default="replace",
         description="residual: static content, to which mixtures are added through a gate that starts at 0 (ours)",
     )
-    num_patterns: int = Field(default=64, ge=2)
-    pattern_std: float = Field(default=1.0, ge=0)
-    extractor: Literal["fused", "pooled"] = "fused"
-    extractor_conv: Literal["depthwise", "full"] = "depthwise"
-    head: Literal["dense", "factorised"] = "dense"
-    head_rank: int = Field(default=32, ge=1)
-    temperature: float = Field(default=1.0, gt=0)
-    gain: float = Field(default=1.0, ge=0, description="0: mixtures start as static ones")
+    num_patterns: int = Field(default=64, ge=2, description="patterns that contents are mixed from (m)")
+    pattern_std: float = Field(default=1.0, ge=0, description="initial std of the patterns")
+    extractor: Literal["fused", "pooled"] = Field(
+        default="fused",
+        description="what makes one vector of an image for the mixtures. fused: dilated convolutions and top-down "
+        "fusion; pooled: the mean of the tokens",
+    )
+    extractor_conv: Literal["depthwise", "full"] = Field(
+        default="depthwise", description="3x3 convolutions of the fused extractor; full is the paper's"
+    )
+    head: Literal["dense", "factorised"] = Field(
+        default="dense",
+        description="from that vector to the mixtures' weights. dense: one linear layer; factorised: a product of "
+        "rank head_rank",
+    )
+    head_rank: int = Field(default=32, ge=1, description="rank of the factorised head")
+    temperature: float = Field(
+        default=1.0, gt=0, description="of the softmax over patterns; lower is sharper"
+    )
+    gain: float = Field(
+        default=1.0,
+        ge=0,
+        description="factor on the head's initial weights; 0: mixtures start as static ones",
+    )
     bias_std: float | None = Field(
-        default=2.0, ge=0, description="None: the plain initialisation of a linear layer"
+        default=2.0,
+        ge=0,
+        description="initial std of the bias of the mixtures' logits; null: that of a plain linear layer",
     )
     normalize_summary: bool = Field(default=False, description="mix by what sets an image apart (ours)")
 
     # Denoising. `contrastive` is DINO's, with about `denoising_queries` positives an image; `plain` is DN-DETR's, with
     # `denoising_groups` copies of each box and an indicator channel.
-    denoising: Literal["none", "plain", "contrastive"] = "contrastive"
-    denoising_queries: int = Field(default=100, ge=1)
-    denoising_groups: int = Field(default=5, ge=1)
-    label_noise: float = Field(default=0.5, ge=0, le=1)
-    box_noise: float = Field(default=1.0, ge=0)
+    denoising: Literal["none", "plain", "contrastive"] = Field(
+        default="contrastive",
+        description="noisy copies of boxes as further queries in training. contrastive: DINO's; plain: DN-DETR's",
+    )
+    denoising_queries: int = Field(
+        default=100, ge=1, description="contrastive: about so many positives an image"
+    )
+    denoising_groups: int = Field(default=5, ge=1, description="plain: copies of each box")
+    label_noise: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="plain: share of the copies whose class is drawn anew; contrastive: twice that share",
+    )
+    box_noise: float = Field(
+        default=1.0, ge=0, description="noise on the boxes of the copies; 1: they move by up to half a side"
+    )
 
     # H-DETR's second set of queries, in training alone, with several positives a box. Any two-stage host can have it.
-    hybrid_queries: int = Field(default=0, ge=0)
+    hybrid_queries: int = Field(
+        default=0,
+        ge=0,
+        description="H-DETR's second set of queries, in training alone, with several positives a box; any two-stage "
+        "host",
+    )
 
     # Conventions in which published codes differ; docs/convert.md names who does what.
     position_temperature: float = Field(

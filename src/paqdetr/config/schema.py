@@ -48,14 +48,19 @@ class AugmentConfig(Section):
 class Config(Section):
     """A model with its training recipe, as written to `config.yaml` of a run."""
 
-    name: str
-    preset: Literal["paper"] | None = None
+    name: str = Field(description="of the model; the source's if not given")
+    preset: Literal["paper"] | None = Field(
+        default=None, description="paper: the literal paper, laid over the model's own settings"
+    )
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
     augment: AugmentConfig = AugmentConfig()
 
     # One number: the long side. Two: the short side, and the most the long side may have.
-    image_size: int | tuple[int, int] = (800, 1333)
+    image_size: int | tuple[int, int] = Field(
+        default=(800, 1333),
+        description="one number: the long side in pixels; two: the short side, and the most the long side may have",
+    )
     size_divisor: int = Field(
         default=1, ge=1, description="sides are rounded to multiples of it, aspect ratios a little off"
     )
@@ -64,32 +69,52 @@ class Config(Section):
         default=None, description="start from this checkpoint; its classes and number of queries may differ"
     )
 
-    epochs: int = Field(default=12, ge=1)
+    epochs: int = Field(default=12, ge=1, description="passes over the training images")
     max_steps: int | None = Field(
         default=None, ge=1, description="stop after so many optimiser steps, whatever `epochs` says"
     )
-    batch_size: int = Field(default=2, ge=1)
-    lr: float = Field(default=1e-4, gt=0)
-    backbone_lr: float = Field(default=1e-5, gt=0)
+    batch_size: int = Field(default=2, ge=1, description="images a batch, of one process")
+    lr: float = Field(default=1e-4, gt=0, description="learning rate of the transformer")
+    backbone_lr: float = Field(default=1e-5, gt=0, description="learning rate of the backbone")
     accumulate: int = Field(
         default=1, ge=1, description="batches whose gradients make one step, as if they were one batch"
     )
     # Rates are for a step over `lr_reference_batch` images; the rule says what other numbers of them do to the rates.
-    lr_rule: Literal["none", "linear", "sqrt"] = "none"
-    lr_reference_batch: int = Field(default=16, ge=1)
+    lr_rule: Literal["none", "linear", "sqrt"] = Field(
+        default="none",
+        description="what other numbers of images a step do to all rates: nothing, in proportion, or by the root",
+    )
+    lr_reference_batch: int = Field(
+        default=16, ge=1, description="images a step that the rates are meant for, where lr_rule is not none"
+    )
     # Sampling offsets and the layer that makes reference points learn slower in the published recipes.
-    offsets_lr_scale: float = Field(default=0.1, gt=0)
-    weight_decay: float = Field(default=1e-4, ge=0)
-    schedule: Literal["step", "cosine"] = "step"
+    offsets_lr_scale: float = Field(
+        default=0.1,
+        gt=0,
+        description="factor on lr for sampling offsets and the layer that makes reference points",
+    )
+    weight_decay: float = Field(default=1e-4, ge=0, description="of AdamW; norms and biases do not decay")
+    schedule: Literal["step", "cosine"] = Field(
+        default="step", description="of the learning rate, after the warm-up"
+    )
     drop_at: float = Field(
         default=10 / 12, gt=0, le=1, description="step schedule: x0.1 after this share of the training"
     )
-    warmup_steps: int = Field(default=1000, ge=0)
-    clip_norm: float = Field(default=0.1, gt=0)
-    ema_decay: float = Field(default=0.9998, ge=0, lt=1, description="0 switches the moving average off")
-    amp: Literal["no", "bf16", "fp16"] = "no"
-    channels_last: bool = False
-    checkpoint_activations: bool = Field(default=False, description="layers compute twice and keep less")
+    warmup_steps: int = Field(
+        default=1000, ge=0, description="steps of linear warm-up, at most a tenth of the training"
+    )
+    clip_norm: float = Field(default=0.1, gt=0, description="largest norm of the gradient")
+    ema_decay: float = Field(
+        default=0.9998,
+        ge=0,
+        lt=1,
+        description="of the moving average of weights, which is what is evaluated and saved; 0 switches it off",
+    )
+    amp: Literal["no", "bf16", "fp16"] = Field(default="no", description="mixed precision; fp16 needs a GPU")
+    channels_last: bool = Field(default=False, description="memory layout of the backbone")
+    checkpoint_activations: bool = Field(
+        default=False, description="layers of encoder and decoder compute twice and keep less"
+    )
     sync_batch_norm: bool = Field(
         default=False, description="batch norms that train see the images of all processes"
     )
@@ -97,8 +122,8 @@ class Config(Section):
         default="raise",
         description="what a loss or gradient that is not finite does: end, or leave out the step",
     )
-    seed: int = Field(default=0, ge=0)
-    workers: int = Field(default=2, ge=0)
+    seed: int = Field(default=0, ge=0, description="of weights, order, augmentation and noise")
+    workers: int = Field(default=2, ge=0, description="processes that load images, for each training process")
     cache_images: float = Field(default=2.0, ge=0, description="GiB of decoded images that workers share")
     eval_every: int = Field(
         default=1, ge=1, description="epochs between evaluations; the last epoch always has one"
@@ -112,7 +137,9 @@ class Config(Section):
     save_every_steps: int | None = Field(
         default=None, ge=1, description="save the state within an epoch too, after so many steps"
     )
-    save_every_minutes: float | None = Field(default=None, gt=0, description="likewise, by the clock")
+    save_every_minutes: float | None = Field(
+        default=None, gt=0, description="save the state within an epoch too, after so many minutes"
+    )
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = Field(
         default=(), description="where records go besides metrics.jsonl"
     )

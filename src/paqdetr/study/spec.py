@@ -326,7 +326,10 @@ def load_study(path: str | Path) -> Study:
     """
     path = Path(path)
     if not path.is_file():
-        raise ConfigError(f"{path}: no such study", "give a YAML file, such as studies/pilot.yaml")
+        raise ConfigError(
+            f"{path}: no such study",
+            "give a YAML file; examples are in studies/ of a checkout, and not in the installed package",
+        )
     values = load_yaml(path)
     values.setdefault("name", path.stem)
     try:
