@@ -105,7 +105,9 @@ class Detector(nn.Module):
 
     def extract(self, images: Tensor, padding_mask: Tensor | None = None) -> Tokens:
         """Backbone and neck: (B, 3, H, W) -> tokens of all levels."""
-        maps = self.neck(self.backbone(images))
+        if padding_mask is not None and not bool(padding_mask.any()):
+            padding_mask = None
+        maps = self.neck(self.backbone(images), padding_mask)
         return Tokens.from_maps(
             maps,
             padding_mask,
