@@ -6,6 +6,7 @@ import logging
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -72,6 +73,19 @@ def test_every_host_starts_from_its_checkpoint(name: str, tmp_path: Path) -> Non
     same = [key for key in source if source[key].shape == state[key].shape and key not in report.changed]
     assert all(torch.equal(state[key], source[key]) for key in same)
     assert len(same) > 0.7 * len(source)
+
+
+def test_a_model_loaded_in_inference_mode_predicts_and_trains(checkpoint: Path) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    (expected,) = paqdetr.load(checkpoint).predict(image, threshold=0.0)
+    with torch.inference_mode():
+        model = paqdetr.load(checkpoint)
+        (inside,) = model.predict(image, threshold=0.0)
+    (outside,) = model.predict(image, threshold=0.0)
+    for found in (inside, outside):
+        assert np.array_equal(found.boxes, expected.boxes) and np.array_equal(found.scores, expected.scores)
+    model.train()(torch.randn(1, 3, 64, 64)).pred_logits.sum().backward()
+    assert model.encoder.level_embed.grad is not None
 
 
 def test_other_settings_are_an_error_whose_remedy_works(checkpoint: Path) -> None:
