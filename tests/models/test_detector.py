@@ -248,6 +248,29 @@ def test_no_gradient_from_decoder_to_proposals(tiny_model: Callable, stir: Calla
     assert all(p.grad is not None for p in model.encoder.parameters())
 
 
+@torch.no_grad()
+def test_masks_that_say_something_else_are_refused(tiny_model: Callable) -> None:
+    model = tiny_model(**{"model.encoder_layers": 1, "model.decoder_layers": 1}).eval()
+    images = torch.randn(2, 3, 64, 96)
+    mask = torch.zeros(2, 64, 96, dtype=torch.bool)
+    mask[1, :, 64:] = True
+    for wrong in (mask.float(), mask.to(torch.uint8), (~mask).long(), mask[:1], mask[0], mask[:, :, :-1]):
+        with pytest.raises(
+            ValueError, match=r"expected \(2, 64, 96\) bool, True at padding, found"
+        ) as caught:
+            model(images, wrong)
+        assert str(wrong.dtype) in str(caught.value) and str(tuple(wrong.shape)) in str(caught.value)
+    with pytest.raises(ValueError, match=r"first pixel of image 0 of the batch.*invert"):
+        model(images, ~mask)
+    beside = mask.clone()
+    beside[1] = mask[1].flip(1)  # padding on the left
+    with pytest.raises(ValueError, match="first pixel of image 1"):
+        model.extract(images, beside)
+    nothing = model(images, torch.zeros_like(mask))
+    assert torch.equal(nothing.pred_boxes, model(images).pred_boxes)
+    assert not torch.equal(model(images, mask).pred_boxes[1], nothing.pred_boxes[1])
+
+
 class Given(nn.Module):
     """A backbone that has its maps from the test."""
 
