@@ -188,8 +188,8 @@ class Detector(nn.Module):
     ) -> list[Detections]:
         """Detections of one image or many, in the order given.
 
-        Threads may share a model. It is in evaluation mode while any of them predicts, and in its former mode afterwards; call `eval()`
-        before they start where its mode is changed elsewhere too.
+        Threads may share a model. It is in evaluation mode while any of them predicts, and in its former mode afterwards; call
+        `eval()` before they start where its mode is changed elsewhere too.
 
         Args:
             images: paths, PIL images or (H, W, 3) uint8 RGB arrays. EXIF turns are applied.
