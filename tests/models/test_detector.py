@@ -67,6 +67,15 @@ def test_a_batch_without_boxes_gives_every_parameter_a_gradient(name: str, make_
     assert without_gradient(model) == []
 
 
+@pytest.mark.parametrize("name", ["dn_detr_r50", "dab_deformable_detr_r50", "paq_dino_r50"])
+def test_one_decoder_layer_gives_every_parameter_a_gradient(
+    name: str, tiny_model: Callable, make_targets: Callable
+) -> None:
+    model = tiny_model(name, **{"model.encoder_layers": 1, "model.decoder_layers": 1})
+    step(model, make_targets(2, 1), 64)
+    assert without_gradient(model) == []
+
+
 @pytest.mark.parametrize("counts", [(2, 1), (0, 0)])
 @pytest.mark.parametrize(
     "name", ["dino_r50", "paq_dino_r50", "dino_5scale_r50", "paq_hybrid_deformable_detr_r50"]
