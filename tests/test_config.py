@@ -119,7 +119,19 @@ def test_preset_paper_is_the_literal_paper() -> None:
     assert (loss.gamma, loss.top_k, loss.min_positives, loss.confidence) == (0.4, 4, 1, "max")
     assert (loss.diversity_weight, loss.div_scale, loss.one_to_many_until) == (0.2, 1.0, 1.0)
     assert loss.classification == "varifocal" and loss.assigner == "quality_aware"
+    assert (loss.class_cost, loss.l1_cost, loss.giou_cost) == (2.0, 5.0, 2.0)
     assert model.dim == 128  # the host stays
+
+
+@pytest.mark.parametrize("name", ["dino_nano", "deformable_detr_r50"])
+def test_preset_paper_needs_a_part_of_paq(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name}: preset=paper on a model without PaQ") as caught:
+        load_config(name, {"preset": "paper"})
+    assert "take the paq_* model of this host" in caught.value.remedy
+    with pytest.raises(ConfigError, match="without PaQ"):
+        load_config(name, {"preset": "paper", "model.queries": "static_mixture"})
+    for part in ({"model.queries": "patterns"}, {"loss.assigner": "quality_aware"}):
+        assert load_config(name, {"preset": "paper", **part}).loss.confidence == "max"
 
 
 def test_order_of_precedence(tmp_path: Path) -> None:

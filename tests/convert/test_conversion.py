@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -227,6 +228,18 @@ def test_encoder_and_decoder_have_to_be_of_one_size(make_original: Make) -> None
             original.state[f"transformer.decoder.layers.{i}.{leaf}"] = torch.zeros(shape)
     with pytest.raises(CheckpointError, match=r"feed-forward block: 48 in encoder.*64 in decoder"):
         convert(original)
+
+
+def test_one_decoder_layer_scales_no_positions(make_original: Make) -> None:
+    original = make_original("dn_detr")
+    later = re.compile(r"(decoder\.layers|class_embed|bbox_embed)\.[12]\.")
+    for key in [key for key in original.state if later.search(key)]:
+        del original.state[key]
+    model, report = convert(original)
+    assert model.config.decoder_layers == 1 and model.config.scale_positions
+    assert model.decoder.position_scale is None
+    dropped = {key for key, reason in report.dropped.items() if "does not scale positions" in reason}
+    assert dropped == {key for key in original.state if ".query_scale." in key} and len(dropped) == 4
 
 
 # Unknown and missing tensors

@@ -17,6 +17,7 @@ from paqdetr.engine.optim import (
     parameter_groups,
 )
 from paqdetr.models import create_model
+from paqdetr.paq import PatternQueries
 
 
 def config(**settings: Any) -> Config:
@@ -59,6 +60,18 @@ def test_rate_and_decay_of_every_parameter(model: nn.Module) -> None:
         ("backbone", False),
         *((kind, flat) for kind in ("rest", "offsets") for flat in (True, False)),
     }
+
+
+def test_a_bias_that_is_a_table_does_not_decay() -> None:
+    model = PatternQueries(5, 4, 8, 1, extractor="pooled", head="factorised", head_rank=3)
+    decays = {
+        id(parameter): group["weight_decay"]
+        for group in parameter_groups(model, config(weight_decay=0.05))
+        for parameter in group["params"]  # type: ignore[attr-defined]
+    }
+    assert isinstance(model.head.bias, torch.Tensor) and model.head.bias.ndim == 2
+    assert decays[id(model.head.bias)] == 0.0
+    assert decays[id(model.head.queries)] == decays[id(model.patterns)] == 0.05
 
 
 def test_optimizer_has_the_groups(model: nn.Module) -> None:

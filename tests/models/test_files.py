@@ -6,6 +6,7 @@ import logging
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -74,6 +75,19 @@ def test_every_host_starts_from_its_checkpoint(name: str, tmp_path: Path) -> Non
     assert len(same) > 0.7 * len(source)
 
 
+def test_a_model_loaded_in_inference_mode_predicts_and_trains(checkpoint: Path) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    (expected,) = paqdetr.load(checkpoint).predict(image, threshold=0.0)
+    with torch.inference_mode():
+        model = paqdetr.load(checkpoint)
+        (inside,) = model.predict(image, threshold=0.0)
+    (outside,) = model.predict(image, threshold=0.0)
+    for found in (inside, outside):
+        assert np.array_equal(found.boxes, expected.boxes) and np.array_equal(found.scores, expected.scores)
+    model.train()(torch.randn(1, 3, 64, 64)).pred_logits.sum().backward()
+    assert model.encoder.level_embed.grad is not None
+
+
 def test_other_settings_are_an_error_whose_remedy_works(checkpoint: Path) -> None:
     options = {
         "position_temperature": 10000,
@@ -81,16 +95,16 @@ def test_other_settings_are_an_error_whose_remedy_works(checkpoint: Path) -> Non
         "share_heads": True,
         "backbone_strides": [16, 32],
         "padded_positions": True,
-        "dropout": 0.1,  # no concern of the weights
     }
-    model = make("dino_nano", **options)
+    free = {"dropout": 0.1, "masked_neck_norm": True}  # no concern of the weights
+    model = make("dino_nano", **options, **free)
     with pytest.raises(CheckpointError, match="its weights were made with") as caught:
         start_from(model, checkpoint)
-    for key in options:
-        assert (f"{key} " in caught.value.message) is (key != "dropout")
+    for key in options | free:
+        assert (f"{key} " in caught.value.message) is (key in options)
     overrides = shlex.split(caught.value.remedy.removeprefix("add "))  # what a shell makes of it
     small = [f"model.{key}={value}".replace("None", "null") for key, value in SMALL.items()]
-    wrong = [f"model.{key}={value}" for key, value in options.items()]
+    wrong = [f"model.{key}={value}" for key, value in (options | free).items()]
     config = load_config("dino_nano", [*small, *wrong, *overrides, "model.num_classes=2"])
     start_from(build_model(config, classes=OLD), checkpoint)
 

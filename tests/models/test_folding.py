@@ -90,6 +90,18 @@ def test_kept_weights_serve_a_training_afterwards() -> None:
     assert images.grad is not None and images.grad.any()
 
 
+def test_bodies_made_in_inference_mode() -> None:
+    images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    with torch.inference_mode():
+        plain, folded = pair("resnet18")
+        for _ in range(2):
+            assert (folded(images)[-1] - plain(images)[-1]).abs().max() < 1e-9
+            for body in (plain, folded):
+                body.state_dict()["conv1.weight"].mul_(1.5)
+    with torch.no_grad():
+        assert (folded(images)[-1] - plain(images)[-1]).abs().max() < 1e-9
+
+
 def test_copies_are_independent() -> None:
     _, folded = pair("resnet18")
     images = torch.randn(1, 3, 64, 64, dtype=torch.float64)

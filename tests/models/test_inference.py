@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor, nn
 
-from paqdetr.errors import DataError
+from paqdetr.errors import DataError, NonFiniteError
 from paqdetr.models import create_model
 from paqdetr.models.detector import Detector
 from paqdetr.models.inference import detect_batch, postprocess
@@ -124,6 +126,52 @@ def test_the_mode_of_the_model_is_left_as_it_was(model: Detector) -> None:
     assert not model.training
     assert np.array_equal(first.boxes, second.boxes)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_threads_on_a_model_in_training_mode(model: Detector) -> None:
+    """The first ends while the second is within the model, which stays in evaluation mode until that one ends too."""
+    model.train()
+    both_inside, first_done, modes = threading.Barrier(2, timeout=60), threading.Event(), []
+
+    def meet(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        both_inside.wait()
+        if threading.current_thread().name == "second":
+            assert first_done.wait(60)
+            modes.append(model.training)
+
+    model.register_forward_pre_hook(meet)
+
+    def first() -> None:
+        try:
+            model.predict(picture(32, 32, 0))
+        finally:
+            first_done.set()
+
+    threads = [
+        threading.Thread(target=first, name="first"),
+        threading.Thread(target=lambda: model.predict(picture(32, 32, 1)), name="second"),
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert modes == [False]
+    assert model.training
+
+
+def test_predictions_that_are_not_finite_are_an_error(model: Detector, tmp_path: Path) -> None:
+    path = tmp_path / "street.png"
+    Image.fromarray(picture(48, 64, 0)).save(path)
+    pixels = model.preprocessing(Image.fromarray(picture(48, 64, 1)))
+    with pytest.raises(NonFiniteError, match=r"image\(s\) \['batch position 1'\]"):
+        list(detect_batch(model, [pixels, pixels * float("nan")], [(48, 64)] * 2))
+    with torch.no_grad():
+        for head in model.decoder.class_heads:
+            head.bias.fill_(float("nan"))
+    with pytest.raises(NonFiniteError, match="predictions are NaN or infinite") as caught:
+        model.predict([path, picture(48, 64, 2)], batch_size=2)
+    assert caught.value.images == (str(path), "image 1")
+    assert "earlier checkpoint" in caught.value.remedy
 
 
 def test_a_broken_picture_is_named(model: Detector, tmp_path: Path) -> None:

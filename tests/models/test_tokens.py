@@ -128,3 +128,23 @@ def test_a_level_of_one_cell_still_says_something() -> None:
 def test_neck_without_extra_levels() -> None:
     neck = Neck(in_channels=(8, 16, 32), dim=32, num_levels=3)
     assert len(neck.extra) == 0
+
+
+@torch.no_grad()
+def test_masked_neck_gives_the_levels_of_the_maps_without_padding() -> None:
+    neck = Neck(in_channels=(8, 16), dim=32, num_levels=4, masked_norm=True)
+    sizes, padded_sizes = [(8, 12), (4, 6)], [(16, 20), (8, 10)]  # of 64 x 96 pixels, in 128 x 160
+    maps = [torch.randn(1, c, *size) for c, size in zip((8, 16), sizes, strict=True)]
+    padded = [100 * torch.randn(1, x.shape[1], *size) for x, size in zip(maps, padded_sizes, strict=True)]
+    for x, wide in zip(maps, padded, strict=True):
+        wide[..., : x.shape[2], : x.shape[3]] = x
+    mask = torch.ones(1, 128, 160, dtype=torch.bool)
+    mask[:, :64, :96] = False
+    for found, expected in zip(neck(padded, mask), neck(maps), strict=True):
+        height, width = expected.shape[2:]
+        assert (found[..., :height, :width] - expected).abs().max() < 1e-5
+        assert not found[..., height:, :].any() and not found[..., width:].any()
+    plain = Neck(in_channels=(8, 16), dim=32, num_levels=4)
+    plain.load_state_dict(neck.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(plain(maps), neck(maps), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(plain(padded, mask), plain(padded), strict=True))

@@ -39,7 +39,7 @@ def load_config(source: str | Path, overrides: Iterable[str] | Mapping[str, Any]
         overrides: `key=value` strings (dotted keys, YAML values), or a mapping of dotted keys to values.
 
     Raises:
-        ConfigError: unknown name, key or value, naming it and the nearest known one.
+        ConfigError: unknown name, key or value, naming it and the nearest known one; `preset=paper` without any part of PaQ.
     """
     pairs = dict(overrides) if isinstance(overrides, Mapping) else parse_overrides(overrides)
     merged, where = _read_chain(str(source), with_presets="preset" not in pairs)
@@ -47,7 +47,9 @@ def load_config(source: str | Path, overrides: Iterable[str] | Mapping[str, Any]
     for key, value in pairs.items():
         merged = _merge(merged, _nest(key, value))
     merged.setdefault("name", Path(source).stem)
-    return validate_config(merged, where)
+    config = validate_config(merged, where)
+    _require_paq_under_preset(config, where)
+    return config
 
 
 def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
@@ -96,6 +98,17 @@ def _read_preset(name: Any) -> dict[str, Any]:
     if not entry.is_file():
         raise ConfigError(f"preset: unknown preset {name!r}", "the only preset is 'paper'")
     return _read_yaml(entry.read_text(encoding="utf-8"), f"preset {name}")
+
+
+def _require_paq_under_preset(config: Config, where: str) -> None:
+    """The preset changes PaQ's settings; a host without PaQ would get another loss and keep the name of the paper."""
+    assigners = (config.loss.assigner, config.loss.encoder_assigner)
+    if config.preset and config.model.queries != "patterns" and "quality_aware" not in assigners:
+        raise ConfigError(
+            f"{where}: preset={config.preset} on a model without PaQ (model.queries={config.model.queries}, "
+            f"loss.assigner={config.loss.assigner})",
+            "take the paq_* model of this host, or switch on model.queries=patterns or loss.assigner=quality_aware",
+        )
 
 
 def _read_chain(source: str, *, with_presets: bool, seen: tuple[str, ...] = ()) -> tuple[dict[str, Any], str]:

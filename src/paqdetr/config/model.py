@@ -184,6 +184,9 @@ class ModelConfig(Section):
     padded_positions: bool = Field(
         default=False, description="positions of boxes are those in the padded image"
     )
+    masked_neck_norm: bool = Field(
+        default=False, description="the neck's norms leave padding out, which published codes count in"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelConfig:

@@ -26,6 +26,7 @@ from paqdetr.convert.settle import (
     settle_classes,
     settle_heads,
     settle_names,
+    settle_scale,
 )
 from paqdetr.convert.target import QUERY_KEYS, fill_model, fit_heads, fit_queries, target_config
 from paqdetr.convert.transformers import TRANSFORMERS
@@ -95,6 +96,7 @@ def convert_checkpoint(
         raise _unknown(renamed, file, origin, where)
     settle_names(renamed, layout, where=where)
     known = infer_settings(renamed, layout, file.hints, given, where=where)
+    settle_scale(renamed, layers=known["decoder_layers"].value)
     shared = settle_heads(
         renamed,
         layers=known["decoder_layers"].value,

@@ -95,6 +95,12 @@ def settle_heads(renamed: Renamed, *, layers: int, must_share: bool, where: str)
     return both
 
 
+def settle_scale(renamed: Renamed, *, layers: int) -> None:
+    """Leave out what scales positions where the only decoder layer is the first, which does not; in place."""
+    for leaf in list(_below(renamed.tensors, "decoder.position_scale.")) if layers == 1 else ():
+        renamed.discard(f"decoder.position_scale.{leaf}", "the first decoder layer does not scale positions")
+
+
 def infer_settings(
     renamed: Renamed, layout: Layout, hints: Mapping[str, Any], given: Mapping[str, Any], *, where: str
 ) -> dict[str, Setting]:

@@ -191,7 +191,8 @@ def detect_split(
             for observer in observers:
                 observer.see(output, targets, chosen)
 
-        found = detect_batch(model, images, sizes, look=look if observers else None)
+        ids = [split.image_ids[index] for index in chosen]
+        found = detect_batch(model, images, sizes, look=look if observers else None, names=ids)
         for index, detections in zip(chosen, found, strict=True):
             yield index, detections.rows(np.isin(detections.labels, split.classes.ids))
 

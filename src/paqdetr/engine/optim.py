@@ -36,7 +36,9 @@ def parameter_groups(model: nn.Module, config: Config, *, scale: float = 1.0) ->
         elif "sampling_offsets" in name or "point_head" in name:
             lr = config.lr * config.offsets_lr_scale
         lr *= scale
-        decay = 0.0 if parameter.ndim == 1 else config.weight_decay
+        # A bias may be a table: the factorised head of pattern queries has one for each query and pattern.
+        free = parameter.ndim == 1 or name.endswith("bias")
+        decay = 0.0 if free else config.weight_decay
         groups.setdefault((lr, decay), []).append(parameter)
     # A schedule that starts in mid-training reads initial_lr: lr is then already changed.
     return [

@@ -126,7 +126,8 @@ class Decoder(Recomputing):
         )
         self.norm = nn.LayerNorm(dim) if norm else nn.Identity()
         self.position_head = None if fixed_position else MLP((2 * dim, dim, dim))
-        self.position_scale = MLP((dim, dim, dim)) if scale_positions else None
+        # The first layer does not scale, and weights that nothing reads would stop a distributed training.
+        self.position_scale = MLP((dim, dim, dim)) if scale_positions and num_layers > 1 else None
         heads = 1 if share_heads else num_layers
         self.class_heads = nn.ModuleList(nn.Linear(dim, num_classes) for _ in range(heads))
         self.box_heads = nn.ModuleList(MLP((dim, dim, dim, 4)) for _ in range(heads))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -97,15 +98,20 @@ class Detector(nn.Module):
 
         Args:
             images: (B, 3, H, W) float, normalised as `preprocessing` does.
-            padding_mask: (B, H, W) bool, True at padding; None if no image has any.
+            padding_mask: (B, H, W) bool, True at padding, which lies right of each image and below it; None if no image has any.
+                A `pixel_mask` of transformers says the opposite: give `pixel_mask == 0`.
             targets: of the B images, for denoising in training; ignored in evaluation mode.
+
+        Raises:
+            ValueError: a mask of another shape or dtype, or one that begins with padding.
         """
         features = self.extract(images, padding_mask)
         return self.detect(features, targets if self.training else None)
 
     def extract(self, images: Tensor, padding_mask: Tensor | None = None) -> Tokens:
-        """Backbone and neck: (B, 3, H, W) -> tokens of all levels."""
-        maps = self.neck(self.backbone(images))
+        """Backbone and neck: (B, 3, H, W) -> tokens of all levels. Arguments and errors are those of `forward`."""
+        padding_mask = _checked_mask(padding_mask, images)
+        maps = self.neck(self.backbone(images), padding_mask)
         return Tokens.from_maps(
             maps,
             padding_mask,
@@ -182,6 +188,9 @@ class Detector(nn.Module):
     ) -> list[Detections]:
         """Detections of one image or many, in the order given.
 
+        Threads may share a model. It is in evaluation mode while any of them predicts, and in its former mode afterwards; call
+        `eval()` before they start where its mode is changed elsewhere too.
+
         Args:
             images: paths, PIL images or (H, W, 3) uint8 RGB arrays. EXIF turns are applied.
             threshold: the least score of a detection, in [0, 1].
@@ -189,6 +198,7 @@ class Detector(nn.Module):
 
         Raises:
             DataError: an image that cannot be read, by name.
+            NonFiniteError: predictions that are NaN or infinite, with the images.
         """
         from paqdetr.models.inference import predict_images
 
@@ -199,6 +209,26 @@ class Detector(nn.Module):
         from paqdetr.models.files import save
 
         save(self, path)
+
+
+def _checked_mask(mask: Tensor | None, images: Tensor) -> Tensor | None:
+    """The mask itself, or None where it marks nothing; other sizes, dtypes and meanings would silently give other boxes."""
+    if mask is None:
+        return None
+    wanted = (images.shape[0], *images.shape[2:])
+    if mask.dtype != torch.bool or tuple(mask.shape) != wanted:
+        raise ValueError(
+            f"padding_mask: expected {wanted} bool, True at padding, found {tuple(mask.shape)} {mask.dtype}; "
+            "a pixel_mask with 1 at the image becomes one by `pixel_mask == 0`"
+        )
+    padded, upside_down = torch.stack([mask.any(), mask[:, 0, 0].any()]).tolist()  # one wait for the device
+    if upside_down:
+        first = int(mask[:, 0, 0].int().argmax())
+        raise ValueError(
+            f"padding_mask: True at the first pixel of image {first} of the batch, but True is padding, which lies right of an "
+            "image and below it; invert a mask that is True at the image"
+        )
+    return mask if padded else None
 
 
 def _group(start: Start, rows: slice, content: Tensor | None) -> QueryGroup:

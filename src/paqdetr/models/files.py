@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from paqdetr.checkpoint import load_tensors, read_checkpoint, write_checkpoint
 from paqdetr.config import Config, validate_config
 from paqdetr.errors import CheckpointError, ConfigError
@@ -61,16 +63,17 @@ def load(
     file = find_checkpoint(path)
     tensors, header = read_checkpoint(file)
     config, table, preprocessing = describe_checkpoint(header, str(file))
-    try:
-        model = build_model(config, classes=table)
-    except ConfigError as error:
-        raise _not_ours(header, str(file), error) from None
-    model.preprocessing = preprocessing
-    load_tensors(model, tensors, str(file))
-    if classes is not None or num_queries is not None:
-        model, report = reshape(model, classes=classes, num_queries=num_queries)
-        _LOG.warning("%s: %s", file, report)
-    return model.to(device).eval()
+    with torch.inference_mode(False):  # a model loaded in there may be trained later
+        try:
+            model = build_model(config, classes=table)
+        except ConfigError as error:
+            raise _not_ours(header, str(file), error) from None
+        model.preprocessing = preprocessing
+        load_tensors(model, tensors, str(file))
+        if classes is not None or num_queries is not None:
+            model, report = reshape(model, classes=classes, num_queries=num_queries)
+            _LOG.warning("%s: %s", file, report)
+        return model.to(device).eval()
 
 
 def model_to_train(

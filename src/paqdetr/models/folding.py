@@ -84,6 +84,8 @@ class FoldedConv2d(nn.Module):
             return self._fold()
         norm = self._norm[0]
         sources = (self.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        if any(source.is_inference() for source in sources):
+            return self._fold()  # made in inference mode, they do not count their changes
         stamp = tuple((source.data_ptr(), source._version) for source in sources)
         if self._kept is None or self._kept[0] != stamp:
             with torch.inference_mode(False), torch.no_grad():  # it may be needed in a training as well

@@ -6,10 +6,13 @@ score but for the last bit, they may change places.
 
 from __future__ import annotations
 
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -17,6 +20,7 @@ from PIL.Image import Image
 from torch import Tensor
 from torchvision.ops import box_convert
 
+from paqdetr.errors import NonFiniteError
 from paqdetr.images import read_image
 from paqdetr.preprocessing import pad_images
 from paqdetr.structures import ClassTable, Detections, Targets
@@ -26,6 +30,10 @@ if TYPE_CHECKING:
 
 ImageSource = str | Path | Image | np.ndarray
 Self = TypeVar("Self")
+
+# By model: how many threads are predicting with it, and the mode that the last of them puts back.
+_predicting: WeakKeyDictionary[Detector, tuple[int, bool]] = WeakKeyDictionary()
+_predicting_lock = threading.Lock()
 
 
 class Observer(Protocol):
@@ -58,11 +66,12 @@ def predict_images(
     buckets: dict[tuple[int, int], list[tuple[int, Tensor, tuple[int, int]]]] = defaultdict(list)
 
     def run(bucket: list[tuple[int, Tensor, tuple[int, int]]]) -> None:
-        for index, detections in zip(
-            (entry[0] for entry in bucket), _run(model, bucket, threshold), strict=True
-        ):
-            source = sources[index]
-            detections.image_id = Path(source).name if isinstance(source, (str, Path)) else None
+        paths = [str(x) if isinstance(x := sources[entry[0]], (str, Path)) else None for entry in bucket]
+        names = [path or f"image {entry[0]}" for path, entry in zip(paths, bucket, strict=True)]
+        pixels, sizes = [entry[1] for entry in bucket], [entry[2] for entry in bucket]
+        batch = detect_batch(model, pixels, sizes, threshold=threshold, names=names)
+        for path, (index, *_), detections in zip(paths, bucket, batch, strict=True):
+            detections.image_id = None if path is None else Path(path).name
             found[index] = detections
 
     for index, source in enumerate(sources):
@@ -86,6 +95,7 @@ def detect_batch(
     *,
     threshold: float = 0.0,
     look: Callable[[DetectorOutput], None] | None = None,
+    names: Sequence[int | str] = (),
 ) -> Iterator[Detections]:
     """Preprocessed images of one size -> detections in pixels of the original images.
 
@@ -94,19 +104,19 @@ def detect_batch(
         sizes: (height, width) of the originals in pixels.
         threshold: the least score.
         look: shown the raw output, before the first detections are given.
+        names: of the images, for errors: paths or ids; places in the batch if there are none.
+
+    Raises:
+        NonFiniteError: a prediction is NaN or infinite, naming the images.
     """
     device = next(model.parameters()).device
     batch, mask = pad_images(images)
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            output = model(batch.to(device), None if mask is None else mask.to(device))
-    finally:
-        model.train(was_training)
+    with _evaluating(model), torch.inference_mode():
+        output = model(batch.to(device), None if mask is None else mask.to(device))
+    logits, boxes = output.pred_logits.float().cpu(), output.pred_boxes.float().cpu()
+    _require_finite(logits, boxes, names or [f"batch position {i}" for i in range(len(images))])
     if look is not None:
         look(output)
-    logits, boxes = output.pred_logits.float().cpu(), output.pred_boxes.float().cpu()
     for image_logits, image_boxes, size in zip(logits, boxes, sizes, strict=True):
         yield postprocess(image_logits, image_boxes, size, model.classes, threshold=threshold)
 
@@ -147,9 +157,31 @@ def postprocess(
     )
 
 
-def _run(
-    model: Detector, bucket: Sequence[tuple[int, Tensor, tuple[int, int]]], threshold: float
-) -> Iterator[Detections]:
-    return detect_batch(
-        model, [entry[1] for entry in bucket], [entry[2] for entry in bucket], threshold=threshold
-    )
+def _require_finite(logits: Tensor, boxes: Tensor, names: Sequence[int | str]) -> None:
+    """NaN is above no threshold: without this, a broken model would find nothing and say nothing."""
+    finite = torch.isfinite(logits).all(2).all(1) & torch.isfinite(boxes).all(2).all(1)  # (B,)
+    if not finite.all():
+        bad = [name for name, fine in zip(names, finite.tolist(), strict=True) if not fine]
+        raise NonFiniteError(
+            f"predictions are NaN or infinite for image(s) {bad}",
+            "the weights are broken or overflow in half precision: take an earlier checkpoint, or predict in float32",
+            images=bad,
+        )
+
+
+@contextmanager
+def _evaluating(model: Detector) -> Iterator[None]:
+    """Evaluation mode for as long as any thread predicts; then the mode from before the first of them."""
+    with _predicting_lock:
+        users, was_training = _predicting.get(model, (0, model.training))
+        _predicting[model] = users + 1, was_training
+        model.eval()
+    try:
+        yield
+    finally:
+        with _predicting_lock:
+            users, was_training = _predicting.pop(model)
+            if users > 1:
+                _predicting[model] = users - 1, was_training
+            else:
+                model.train(was_training)

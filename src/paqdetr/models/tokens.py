@@ -1,4 +1,7 @@
-"""Feature maps laid out as one sequence, with what is needed to find a token's place again."""
+"""Feature maps laid out as one sequence, with what is needed to find a token's place again.
+
+The valid cells of a level are a rectangle that begins at its first cell: padding lies right and below.
+"""
 
 from __future__ import annotations
 
@@ -91,13 +94,13 @@ class Tokens:
 
 
 def _valid_ratio(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, h, w) -> (B, 2): share of valid cells along x and y."""
+    """(B, h, w) -> (B, 2): share of valid cells along x and y, read off the first row and column."""
     valid = ~mask
     return torch.stack([valid[:, 0].to(dtype).mean(1), valid[:, :, 0].to(dtype).mean(1)], dim=-1)
 
 
 def _centers(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, h, w) -> (B, h * w, 2) xy; beyond 1 at padding."""
+    """(B, h, w) -> (B, h * w, 2) xy, counted from the first cell; beyond 1 at padding."""
     _, height, width = mask.shape
     y = torch.arange(height, device=mask.device, dtype=dtype) + 0.5
     x = torch.arange(width, device=mask.device, dtype=dtype) + 0.5

@@ -214,7 +214,12 @@ def build_model(
         classes=classes,
         preprocessing=Preprocessing(config.image_size, config.size_divisor, normalization_of(model.backbone)),
         backbone=backbone,
-        neck=Neck(in_channels=backbone.channels, dim=model.dim, num_levels=model.num_levels),
+        neck=Neck(
+            in_channels=backbone.channels,
+            dim=model.dim,
+            num_levels=model.num_levels,
+            masked_norm=model.masked_neck_norm,
+        ),
         encoder=DeformableEncoder(
             num_layers=model.encoder_layers, query_levels=model.encoder_query_levels, **sizes
         ),

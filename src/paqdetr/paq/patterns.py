@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -90,14 +91,9 @@ class PatternQueries(nn.Module):
         )
         self.summary_norm = _RunningNorm(dim) if normalize_summary else nn.Identity()
         self.hidden = nn.Sequential(nn.Linear(dim, dim), nn.LayerNorm(dim), nn.ReLU())
-        make_head = _DenseHead if head == "dense" else _FactorisedHead
+        make_head = _DenseHead if head == "dense" else partial(_FactorisedHead, rank=head_rank)
         self.head = make_head(
-            dim=dim,
-            num_queries=num_queries,
-            num_patterns=num_patterns,
-            rank=head_rank,
-            gain=gain,
-            bias_std=bias_std,
+            dim=dim, num_queries=num_queries, num_patterns=num_patterns, gain=gain, bias_std=bias_std
         )
 
     def forward(
@@ -267,7 +263,7 @@ class _DenseHead(nn.Module):
     """(B, d) -> (B, n, m) logits by one linear layer."""
 
     def __init__(
-        self, *, dim: int, num_queries: int, num_patterns: int, rank: int, gain: float, bias_std: float | None
+        self, *, dim: int, num_queries: int, num_patterns: int, gain: float, bias_std: float | None
     ) -> None:
         super().__init__()
         self.num_patterns = num_patterns
