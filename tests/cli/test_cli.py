@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
+from paqdetr import __version__, list_models, list_recipes
 from paqdetr.cli import run
 from paqdetr.config import load_config
 from paqdetr.data.check import check_dataset
@@ -290,8 +292,50 @@ def test_data_check_names_every_problem(
 
 def test_models(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["models", "paq_dino_nano", "--height", "320", "--width", "320"]) == 0
+    said = capsys.readouterr()
+    small = said.out.splitlines()[1].split()
+    assert small[0] == "paq_dino_nano" and "320 x 320" in said.err
+
+    assert run(["models", "paq_dino_nano"]) == 0
+    said = capsys.readouterr()
+    large = said.out.splitlines()[1].split()
+    assert small[:3] == large[:3] and float(small[3]) < float(large[3]) and "800 x 1333" in said.err
+
+
+def test_models_are_listed_whole_and_uncounted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr("paqdetr.models.cost.create_model", None)  # nothing is built
+    assert run(["models"]) == 0
+    header, *rows = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
+    assert header[0].strip() == "model"
+    assert [row[0] for row in rows] == list_models()
+
+
+def test_config_list(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    assert run(["config", "list"]) == 0
+    rows = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines()]
+    assert [row[0] for row in rows if row[1] == "recipe"] == list_recipes()
+    assert [row[0] for row in rows if row[1] == "model"] == list_models()
+    assert all(row[2].endswith(".") and "#" not in row[2] for row in rows)
+
+    assert run(["config", "list", "digits_*"]) == 0
     said = capsys.readouterr().out
-    assert "paq_dino_nano" in said and "320 x 320" in said and " M" in said
+    assert (
+        said
+        == "digits_quickstart  recipe  What `make quickstart` trains: paq_dino_nano on digits, in minutes on two CPU cores.\n"
+    )
+    assert run(["config", "list", "yolo*"]) == 2
+    assert "no model or recipe is called 'yolo*'" in capsys.readouterr().err
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"]) == 0
+    said = dict(line.split(" ", 1) for line in capsys.readouterr().out.splitlines())
+    assert list(said) == ["paqdetr", "Python", "torch", "torchvision", "numba", "device"]
+    assert said["paqdetr"] == __version__ and said["torch"] == torch.__version__
 
 
 # --------------------------------------------------------------------------------------------- exit codes

@@ -79,8 +79,19 @@ def known_keys() -> list[str]:
     return keys
 
 
-def known_figures(kind: Literal["published", "measured"]) -> dict[str, Any]:
-    """Figures by model name: `published` AP on COCO val2017 after 12 epochs; `measured`, rows of data, AP, AP50 (test split)."""
+def describe_config(name: str) -> str:
+    """One line on a model or recipe that comes with the package: what it is, and what it is trained on.
+
+    Raises:
+        ConfigError: unknown name.
+    """
+    first = _text_of(name).partition("\n")[0]
+    return first.removeprefix("#").strip()
+
+
+def known_figures(kind: Literal["published", "measured", "costs"]) -> dict[str, Any]:
+    """Figures by model name: `published` AP on COCO val2017 after 12 epochs; `measured`, rows of data, AP, AP50 (test split);
+    `costs`, the parameters, trainable parameters and FLOPs that `model_cost` counts for 800 x 1333 pixels."""
     return _read_yaml((_config_dir() / f"{kind}.yaml").read_text(encoding="utf-8"), kind)
 
 
@@ -125,15 +136,21 @@ def _text_of(source: str) -> str:
         path = Path(source)
         if not path.is_file():
             raise ConfigError(
-                f"{source}: no such file", "give a YAML file, or a name that `paqdetr models` lists"
+                f"{source}: no such file", "give a YAML file, or a name that `paqdetr config list` lists"
             )
         return path.read_text(encoding="utf-8")
+    folder = Path(source)
+    if source.endswith(".safetensors") or (folder.is_dir() and any(folder.glob("*.safetensors"))):
+        raise ConfigError(
+            f"{source}: a checkpoint, in the place of a model or recipe",
+            f"name the model; `paqdetr train MODEL init={source}` starts from these weights",
+        )
     for name in (f"models/{source}", f"recipes/{source}", source):
         entry = _config_dir().joinpath(*f"{name}.yaml".split("/"))
         if entry.is_file() and (name != source or source.startswith("parts/")):
             return entry.read_text(encoding="utf-8")
     raise ConfigError(
-        f"unknown model or recipe {source!r}", _nearest(source, list_configs(), "`paqdetr models`")
+        f"unknown model or recipe {source!r}", _nearest(source, list_configs(), "`paqdetr config list`")
     )
 
 
