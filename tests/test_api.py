@@ -99,7 +99,7 @@ def test_list_recipes() -> None:
         ),
         (lambda m, d, f: paqdetr.evaluate(m, data=d, batch_size=0), paqdetr.ConfigError, "batch_size"),
         (lambda m, d, f: paqdetr.evaluate(m, data=d, batch_size=-1), paqdetr.ConfigError, "batch_size"),
-        (lambda m, d, f: paqdetr.evaluate(3, data=d), paqdetr.ConfigError, "a Detector or a path, found int"),
+        (lambda m, d, f: paqdetr.evaluate(3, data=d), paqdetr.ConfigError, "or a path, found int"),  # type: ignore[arg-type]
         (lambda m, d, f: paqdetr.evaluate(d, data=d), paqdetr.CheckpointError, "no checkpoint"),
         (
             lambda m, d, f: paqdetr.load(f, device="gpu"),
