@@ -39,10 +39,15 @@ def load_config(source: str | Path, overrides: Iterable[str] | Mapping[str, Any]
         overrides: `key=value` strings (dotted keys, YAML values), or a mapping of dotted keys to values.
 
     Raises:
-        ConfigError: unknown name, key or value, naming it and the nearest known one.
+        ConfigError: unknown name, key or value, naming it and the nearest known one; or a file that says no model.
     """
     pairs = dict(overrides) if isinstance(overrides, Mapping) else parse_overrides(overrides)
     merged, where = _read_chain(str(source), with_presets="preset" not in pairs)
+    if "model" not in merged:  # every model of the package has settings of its own
+        raise ConfigError(
+            f"{where}: names no model, neither by `base` nor by settings under `model`",
+            "begin it with a line such as base: paq_dino_nano",
+        )
     merged = _merge(merged, _read_preset(pairs.get("preset")))
     for key, value in pairs.items():
         merged = _merge(merged, _nest(key, value))
