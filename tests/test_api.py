@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import math
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,54 @@ def test_list_models() -> None:
     assert all(name.startswith("paq_") for name in names)
     assert set(names) < set(paqdetr.list_models()) and names == sorted(names)
     assert paqdetr.list_models("yolo*") == []
+
+
+def test_list_recipes() -> None:
+    names = paqdetr.list_recipes("*_finetune")
+    assert names == ["dino_r50_finetune", "paq_dino_r50_finetune"]
+    assert set(names) < set(paqdetr.list_recipes()) and "digits_quickstart" in paqdetr.list_recipes()
+    assert not set(paqdetr.list_recipes()) & set(paqdetr.list_models())
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "message"),
+    [
+        (lambda m, d, f: m.predict(d, threshold=math.nan), paqdetr.ConfigError, "threshold: .*found nan"),
+        (lambda m, d, f: m.predict(d, threshold=2), paqdetr.ConfigError, "threshold: .*from 0 to 1, found 2"),
+        (
+            lambda m, d, f: m.predict(d, batch_size=0),
+            paqdetr.ConfigError,
+            "batch_size: .*at least 1, found 0",
+        ),
+        (lambda m, d, f: m.predict(d, batch_size=-1), paqdetr.ConfigError, "batch_size: .*found -1"),
+        (lambda m, d, f: m.predict(torch.zeros(3, 8, 8)), paqdetr.DataError, "an array, found torch.Tensor"),
+        (
+            lambda m, d, f: m.predict([torch.zeros(3, 8, 8)]),
+            paqdetr.DataError,
+            "an array, found torch.Tensor",
+        ),
+        (lambda m, d, f: paqdetr.evaluate(m, data=d, batch_size=0), paqdetr.ConfigError, "batch_size"),
+        (lambda m, d, f: paqdetr.evaluate(m, data=d, batch_size=-1), paqdetr.ConfigError, "batch_size"),
+        (lambda m, d, f: paqdetr.evaluate(3, data=d), paqdetr.ConfigError, "or a path, found int"),  # type: ignore[arg-type]
+        (lambda m, d, f: paqdetr.evaluate(d, data=d), paqdetr.CheckpointError, "no checkpoint"),
+        (
+            lambda m, d, f: paqdetr.load(f, device="gpu"),
+            paqdetr.ConfigError,
+            "device 'gpu': torch cannot use",
+        ),
+    ],
+)
+def test_arguments_that_cannot_be(
+    call: Callable[..., object], kind: type[Exception], message: str, tiny_run: Run, tmp_path: Path
+) -> None:
+    with pytest.raises(kind, match=message):
+        call(tiny_run.model(), tmp_path, tiny_run.best)
+
+
+def test_evaluate_takes_a_path(tiny_run: Run, tiny_digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for place in (tiny_run.output, str(tiny_run.best)):
+        assert paqdetr.evaluate(place, data=tiny_digits).figures.AP == tiny_run.metrics["AP"]
 
 
 def test_create_model_and_call_it() -> None:

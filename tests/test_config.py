@@ -273,8 +273,16 @@ def test_unknown_names() -> None:
         load_config("nowhere.yaml")
 
 
-def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
-    config = load_config(write(tmp_path, "plain.yaml", ""))
+@pytest.mark.parametrize("text", ["", "# later", "epochs: 3\n", "base: below.yaml\n"])
+def test_a_file_has_to_say_which_model_it_is_of(tmp_path: Path, text: str) -> None:
+    write(tmp_path, "below.yaml", "lr: 0.001\n")
+    with pytest.raises(ConfigError, match=r"plain\.yaml: names no model, neither by `base` nor") as caught:
+        load_config(write(tmp_path, "plain.yaml", text), ["model.dim=64"])
+    assert "base: paq_dino_nano" in caught.value.remedy
+
+
+def test_a_file_without_a_base_is_all_defaults(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, "plain.yaml", "model: {}"))
     assert config == Config(name="plain")
     assert (config.model, config.loss, config.augment) == (ModelConfig(), LossConfig(), AugmentConfig())
 

@@ -124,10 +124,19 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
 def test_list_images(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no images"):
         list_images(tmp_path)
-    for name in ("b.PNG", "a.jpg", "c.txt", "d.webp"):
+    with pytest.raises(DataError, match=r"\.avif, .*\.gif"):
+        list_images(tmp_path)
+    for name in ("b.PNG", "a.jpg", "c.txt", "d.webp", "e.gif", "f.avif", "g.jp2"):
         (tmp_path / name).touch()
     (tmp_path / "folder.jpg").mkdir()
-    assert [path.name for path in list_images(tmp_path)] == ["a.jpg", "b.PNG", "d.webp"]
+    assert [path.name for path in list_images(tmp_path)] == [
+        "a.jpg",
+        "b.PNG",
+        "d.webp",
+        "e.gif",
+        "f.avif",
+        "g.jp2",
+    ]
     assert list_images(str(tmp_path / "a.jpg")) == [tmp_path / "a.jpg"]
     with pytest.raises(DataError, match=r"c\.txt"):
         list_images(tmp_path / "c.txt")

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         UserError,
         WorkerError,
     )
-    from paqdetr.models import Detector, create_model, list_models, load
+    from paqdetr.models import Detector, create_model, list_models, list_recipes, load
     from paqdetr.structures import ClassTable, Detections, Targets
 
 _HOME = {
@@ -48,6 +48,7 @@ _HOME = {
     "create_model": "models",
     "evaluate": "engine",
     "list_models": "models",
+    "list_recipes": "models",
     "load": "models",
     "train": "engine",
 }
@@ -73,6 +74,7 @@ __all__ = [
     "create_model",
     "evaluate",
     "list_models",
+    "list_recipes",
     "load",
     "train",
 ]

@@ -103,6 +103,19 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
     return _open(Path(path), tensors=True)
 
 
+def is_own(path: Path) -> bool:
+    """Whether a file is a checkpoint of ours by its header, or a folder has one; whether it is whole is not looked at."""
+    if path.is_dir():
+        return any(map(is_own, path.glob("*.safetensors")))
+    if path.suffix != ".safetensors" or not path.is_file():
+        return False
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _KEY in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
 def _open(path: Path, tensors: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if path.suffix in (".pth", ".pt", ".bin", ".ckpt"):
         raise CheckpointError(

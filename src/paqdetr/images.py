@@ -16,6 +16,11 @@ from paqdetr.errors import DataError
 
 IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
 
+# Those and the other formats below: what is looked for where pictures stand by themselves, without annotations that name them.
+PICTURE_EXTENSIONS = IMAGE_EXTENSIONS | {
+    ".gif", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpx", ".avif", ".heic", ".heif", ".jxl",
+}  # fmt: skip
+
 MAX_PIXELS = int(os.environ.get("PAQDETR_MAX_PIXELS", "178956970"))
 """Images with more pixels are refused before they are decoded: a file of some kilobytes can claim any size."""
 
@@ -62,6 +67,11 @@ def read_image(source: str | Path | Image.Image | np.ndarray) -> Image.Image:
             return _to_rgb(ImageOps.exif_transpose(source))
         except _DAMAGED as error:
             raise _undecodable(name, error) from error
+    if not isinstance(source, (str, os.PathLike)):
+        raise DataError(
+            f"expected a path, a PIL image or an array, found {type(source).__module__}.{type(source).__name__}",
+            f"{_ARRAY_REMEDY} A tensor of (3, height, width) becomes one by .permute(1, 2, 0).numpy().",
+        )
     path = Path(source)
     with _opened(path) as image:
         return _to_rgb(ImageOps.exif_transpose(image))
@@ -157,15 +167,15 @@ def list_images(path: str | Path) -> list[Path]:
         DataError: `path` does not exist, is a file of another kind, or a folder without images.
     """
     path = Path(path)
-    kinds = ", ".join(sorted(IMAGE_EXTENSIONS))
+    kinds = ", ".join(sorted(PICTURE_EXTENSIONS))
     if path.is_file():
-        if path.suffix.lower() in IMAGE_EXTENSIONS:
+        if path.suffix.lower() in PICTURE_EXTENSIONS:
             return [path]
         raise DataError(f"{path}: not an image file by its name, expected one of {kinds}", "Name an image.")
     if not path.is_dir():
         raise DataError(f"{path}: no such file or folder", "Check the path.")
     found = sorted(
-        entry for entry in path.iterdir() if entry.suffix.lower() in IMAGE_EXTENSIONS and entry.is_file()
+        entry for entry in path.iterdir() if entry.suffix.lower() in PICTURE_EXTENSIONS and entry.is_file()
     )
     if not found:
         raise DataError(

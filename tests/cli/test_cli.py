@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
+from paqdetr import __version__, list_models, list_recipes
 from paqdetr.cli import run
 from paqdetr.config import load_config
 from paqdetr.data.check import check_dataset
@@ -148,12 +150,12 @@ def test_eval_keeps_results_that_can_be_compared(
     kept, out = tmp_path / "deep" / "kept.json", tmp_path / "out.json"
     data = ["--data", str(tiny_digits), "--split", "test"]
     arguments = ["eval", str(tiny_run.output), *data, "--results-out", str(kept), "--json", str(out)]
-    assert run([*arguments, "--intervals", "--resamples", "20", "--seed", "3"]) == 0
+    assert run([*arguments, "--intervals", "--resamples", "100", "--seed", "3"]) == 0
     said = capsys.readouterr().out
     assert said.count("95 % interval") == 3
     figures = json.loads(out.read_text())
     assert figures["intervals"]["figures"]["AP"]["value"] == pytest.approx(figures["AP"])
-    assert (figures["intervals"]["samples"], figures["intervals"]["seed"]) == (20, 3)
+    assert (figures["intervals"]["samples"], figures["intervals"]["seed"]) == (100, 3)
     # The same detections, read back: no difference to the model itself.
     assert run(["eval", "--compare", str(kept), str(tiny_run.best), *data, "--json", str(out)]) == 0
     assert "A and B are equally good: AP of B - A is +0.000" in capsys.readouterr().out
@@ -179,7 +181,7 @@ def test_eval_compares_results(tmp_path: Path, tiny_digits: Path, capsys: pytest
     good, bad, out = (tmp_path / name for name in ("good.json", "bad.json", "out.json"))
     good.write_text(json.dumps(rows))
     bad.write_text(json.dumps([]))
-    arguments = ["--annotations", str(truth), "--resamples", "50", "--json", str(out)]
+    arguments = ["--annotations", str(truth), "--resamples", "100", "--json", str(out)]
     assert run(["eval", "--compare", str(bad), str(good), *arguments]) == 0
     said = capsys.readouterr().out
     assert "B is better: AP of B - A is +1.000, 95 % interval +1.000 to +1.000." in said
@@ -206,7 +208,7 @@ def test_eval_compares_masks(shared_data: Callable[[str], Path], tmp_path: Path)
     arguments = ["--annotations", str(folder / "instances_val2014_100.json"), "--iou-type", "segm"]
     assert run(["eval", "--results", results, *arguments, "--json", str(out)]) == 0
     assert json.loads(out.read_text())["AP"] == pytest.approx(0.319545, abs=5e-7)
-    compared = ["eval", "--compare", results, results, *arguments, "--resamples", "5", "--json", str(out)]
+    compared = ["eval", "--compare", results, results, *arguments, "--resamples", "100", "--json", str(out)]
     assert run(compared) == 0
     found = json.loads(out.read_text())
     assert found["A"]["figures"]["AP"]["value"] == pytest.approx(0.319545, abs=5e-7)
@@ -290,8 +292,50 @@ def test_data_check_names_every_problem(
 
 def test_models(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["models", "paq_dino_nano", "--height", "320", "--width", "320"]) == 0
+    said = capsys.readouterr()
+    small = said.out.splitlines()[1].split()
+    assert small[0] == "paq_dino_nano" and "320 x 320" in said.err
+
+    assert run(["models", "paq_dino_nano"]) == 0
+    said = capsys.readouterr()
+    large = said.out.splitlines()[1].split()
+    assert small[:3] == large[:3] and float(small[3]) < float(large[3]) and "800 x 1333" in said.err
+
+
+def test_models_are_listed_whole_and_uncounted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr("paqdetr.models.cost.create_model", None)  # nothing is built
+    assert run(["models"]) == 0
+    header, *rows = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
+    assert header[0].strip() == "model"
+    assert [row[0] for row in rows] == list_models()
+
+
+def test_config_list(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    assert run(["config", "list"]) == 0
+    rows = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines()]
+    assert [row[0] for row in rows if row[1] == "recipe"] == list_recipes()
+    assert [row[0] for row in rows if row[1] == "model"] == list_models()
+    assert all(row[2].endswith(".") and "#" not in row[2] for row in rows)
+
+    assert run(["config", "list", "digits_*"]) == 0
     said = capsys.readouterr().out
-    assert "paq_dino_nano" in said and "320 x 320" in said and " M" in said
+    assert (
+        said
+        == "digits_quickstart  recipe  What `make quickstart` trains: paq_dino_nano on digits, in minutes on two CPU cores.\n"
+    )
+    assert run(["config", "list", "yolo*"]) == 2
+    assert "no model or recipe is called 'yolo*'" in capsys.readouterr().err
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"]) == 0
+    said = dict(line.split(" ", 1) for line in capsys.readouterr().out.splitlines())
+    assert list(said) == ["paqdetr", "Python", "torch", "torchvision", "numba", "device"]
+    assert said["paqdetr"] == __version__ and said["torch"] == torch.__version__
 
 
 # --------------------------------------------------------------------------------------------- exit codes
@@ -342,4 +386,23 @@ def test_a_path_that_cannot_be_written(
     arguments += ["--annotations", str(tiny_digits / "val.json"), "--json", str(tmp_path)]
     assert run(arguments) == 2
     said = capsys.readouterr().err
-    assert f"error: {tmp_path}: Is a directory" in said or os.name == "nt"
+    assert f"error: --json {tmp_path}: a folder, where a file is to be written" in said
+
+
+@pytest.mark.parametrize("verb", ["eval", "plan", "bench", "convert", "check", "stats"])
+def test_a_path_that_may_not_be_written_is_refused_before_the_work(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK or Path(path) != tmp_path)
+    data, file = ["--data", str(tmp_path)], str(tmp_path / "new" / "out.json")
+    commands = {
+        "eval": ["eval", "model.safetensors", *data],
+        "plan": ["plan", "dino_nano", *data],
+        "bench": ["bench", "dino_nano"],
+        "convert": ["convert", "model.pth", "--from", "dino", "--output", "model.safetensors"],
+        "check": ["data", "check", str(tmp_path)],
+        "stats": ["data", "stats", str(tmp_path)],
+    }
+    assert run([*commands[verb], "--json", file]) == 2
+    assert f"error: --json {file}: {tmp_path} may not be written" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,33 @@ def test_nothing_is_overwritten(checkpoint: Path, capsys: pytest.CaptureFixture[
 def test_only_safetensors_are_written(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["convert", str(checkpoint), "--from", "paqdetr", "--output", "x.pth"]) == 2
     assert "checkpoints are .safetensors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("partial", [[], ["--partial"]])
+def test_a_checkpoint_of_ours_is_known_as_such(
+    partial: list[str], checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    shutil.copy(checkpoint, tmp_path / "run" / "best.safetensors")
+    for source in (checkpoint, tmp_path / "run"):
+        output = tmp_path / "out.safetensors"
+        assert run(["convert", str(source), "--from", "dino", "--output", str(output), *partial]) == 2
+        said = capsys.readouterr().err
+        assert f"error: {source}: a checkpoint of paqdetr, not of IDEA-Research/DINO" in said
+        assert f"init={source}" in said and "--from paqdetr" in said and not output.exists()
+
+
+@pytest.mark.parametrize("partial", [[], ["--partial"]])
+def test_nothing_is_made_of_a_file_without_a_known_tensor(
+    partial: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"model": {"a.b": torch.zeros(1), "c": torch.zeros(2)}}, tmp_path / "x.pth")
+    output = tmp_path / "out.safetensors"
+    assert run(["convert", str(tmp_path / "x.pth"), "--from", "dino", "--output", str(output), *partial]) == 2
+    said = capsys.readouterr().err
+    assert "2 of 2 tensors are not of IDEA-Research/DINO: a.b, c" in said
+    assert "none of the programs that --from knows has such names" in said
+    assert "--partial" not in said and not output.exists()
 
 
 class _Evil:

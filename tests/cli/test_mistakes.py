@@ -149,10 +149,28 @@ def image_of_another_size(w: World) -> list[str]:
     return w.eval()
 
 
-@case("val.json: category 11 'ten' does not fit the model: unknown to it")
+@case("train and val differ: category 11 is 'ten' in ", "same categories")
 def validation_with_other_classes(w: World) -> list[str]:
     w.edit("val", lambda content: content["categories"].append({"id": 11, "name": "ten"}))
     return w.train()
+
+
+@case("train.json it is '0'", "same categories")
+def validation_with_a_renamed_class(w: World) -> list[str]:
+    w.edit("val", lambda content: content["categories"][0].update(name="zero"))
+    return w.train()
+
+
+@case("train.json: no image has boxes to train on", "paqdetr data check")
+def training_without_boxes(w: World) -> list[str]:
+    w.edit("train", lambda content: content.update(annotations=[]))
+    return w.train()
+
+
+@case("digits: 1 errors", "before training")
+def check_of_training_without_boxes(w: World) -> list[str]:
+    w.edit("train", lambda content: content.update(annotations=[]))
+    return ["data", "check", str(w.data), "--workers", "1"]
 
 
 @case(
@@ -352,6 +370,26 @@ def setting_of_the_wrong_type(w: World) -> list[str]:
     return w.train("epochs=many")
 
 
+@case("model.num_classes=3, and ", "leave model.num_classes out")
+def other_number_of_classes_than_the_data_have(w: World) -> list[str]:
+    return w.train("model.num_classes=3")
+
+
+@case("model.safetensors: a checkpoint, in the place of a model", "train MODEL init=")
+def checkpoint_in_place_of_the_model(w: World) -> list[str]:
+    return w.train(model=str(w.checkpoint))
+
+
+@case("a checkpoint, in the place of a model", "train MODEL init=")
+def run_in_place_of_the_model(w: World) -> list[str]:
+    return w.train(model=str(w.tiny_run.output))
+
+
+@case("empty.yaml: names no model", "base: paq_dino_nano")
+def empty_settings_file(w: World) -> list[str]:
+    return w.train(model=str(w.file("empty.yaml", "# to be written")))
+
+
 @case("unknown model or recipe 'paq_dino_nan'", "did you mean 'paq_dino_nano'?")
 def unknown_model(w: World) -> list[str]:
     return w.train(model="paq_dino_nan")
@@ -447,7 +485,7 @@ def run_in_the_way(w: World) -> list[str]:
 
 @case("the run was started with", "start a new run")
 def resumption_with_other_settings(w: World) -> list[str]:
-    w.file("output/config.yaml", "name: paq_dino_nano")
+    w.file("output/config.yaml", "name: paq_dino_nano\nmodel: {dim: 64}")
     return [*w.train(), "--resume"]
 
 
@@ -476,6 +514,11 @@ def threshold_out_of_range(w: World) -> list[str]:
     return [*w.predict(), "--threshold", "1.5"]
 
 
+@case("--threshold: expected a number from 0 to 1, found nan", "`paqdetr predict --help`")
+def threshold_that_is_no_number(w: World) -> list[str]:
+    return [*w.predict(), "--threshold", "nan"]
+
+
 @case("--output", "`paqdetr train --help`")
 def missing_option(w: World) -> list[str]:
     return ["train", "paq_dino_nano", "--data", str(w.data)]
@@ -489,6 +532,46 @@ def unknown_verb(w: World) -> list[str]:
 @case("--epochs", "`paqdetr train --help`")
 def unknown_option(w: World) -> list[str]:
     return [*w.train(), "--epochs", "3"]
+
+
+@case("digits: a folder, where a file is to be written", "name a file")
+def figures_into_a_folder(w: World) -> list[str]:
+    return w.eval("--data", w.data, "--json", w.data)
+
+
+@case("file is a file, not a folder", "another place")
+def results_below_a_file(w: World) -> list[str]:
+    return w.eval("--data", w.data, "--results-out", w.file("file") / "results.json")
+
+
+@case("the same file as --json", "two files")
+def figures_and_results_into_one_file(w: World) -> list[str]:
+    return w.eval("--data", w.data, "--json", w.root / "a.json", "--results-out", w.root / "a.json")
+
+
+@case("--json ", "name a file")
+def plan_into_a_folder(w: World) -> list[str]:
+    return ["plan", "paq_dino_nano", "--data", str(w.data), "--json", str(w.data)]
+
+
+@case("--json ", "name a file")
+def bench_into_a_folder(w: World) -> list[str]:
+    return ["bench", "paq_dino_nano", "--json", str(w.data)]
+
+
+@case("--json ", "name a file")
+def check_into_a_folder(w: World) -> list[str]:
+    return ["data", "check", str(w.data), "--json", str(w.data)]
+
+
+@case("st.txt: the picture is a PNG", ".png")
+def statistics_as_text(w: World) -> list[str]:
+    return ["data", "stats", str(w.data), "--output", str(w.root / "st.txt")]
+
+
+@case("--resamples", "`paqdetr eval --help`")
+def too_few_resamples(w: World) -> list[str]:
+    return w.eval("--data", w.data, "--intervals", "--resamples", "1")
 
 
 @case("no model is called 'yolo*'", "`paqdetr models`")
@@ -506,7 +589,7 @@ def too_small_digits(w: World) -> list[str]:
     return ["data", "make", "digits", "--size", "1", "--output", str(w.output)]
 
 
-@case("eval takes a CHECKPOINT or --results")
+@case("eval takes a CHECKPOINT or --results or --compare, found none of them")
 def nothing_to_evaluate(w: World) -> list[str]:
     return ["eval", "--data", str(w.data)]
 
@@ -568,6 +651,16 @@ def comparison_of_masks_of_checkpoints(w: World) -> list[str]:
     return ["eval", "--compare", *pair, "--data", str(w.data), "--iou-type", "segm"]
 
 
+@case("the option --data stands in the place of one", "--compare A B")
+def comparison_of_one_file(w: World) -> list[str]:
+    return ["eval", "--compare", str(w.checkpoint), "--data", str(w.data)]
+
+
+@case("--compare, found CHECKPOINT ", "give one of them")
+def evaluation_and_results(w: World) -> list[str]:
+    return w.eval("--results", w.root / "r.json", "--data", w.data)
+
+
 @case("eval takes a CHECKPOINT or --results or --compare")
 def evaluation_and_comparison(w: World) -> list[str]:
     return w.eval("--compare", w.checkpoint, w.checkpoint, "--data", w.data)
@@ -609,6 +702,8 @@ def test_mistake(name: str, world: World, capsys: pytest.CaptureFixture[str]) ->
     assert error in errors[0] and remedy in helps[0], said.err
     assert lines[-2:] == [errors[0], helps[0]]  # on one line each, and the last thing said
     assert "Traceback" not in said.err + said.out and "\\[" not in said.err
+    if arguments[0] == "train" and world.output.is_dir():
+        assert any(world.output.iterdir())  # no empty folder of a run
     after = snapshot(world.root)
     assert {path: after.get(path) for path in before} == before
     new = {path.name for path in after.keys() - before.keys()}

@@ -182,7 +182,7 @@ def test_the_report_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_many_problems_of_a_kind_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     boxes = [box(n, 1, 0, 30, 1, 5, 5) for n in range(25)]
-    make_split(tmp_path, "train", [image(1)], boxes, ["a"])
+    make_split(tmp_path, "train", [image(1)], [*boxes, box(25, 1, 0, 1, 1, 5, 5)], ["a"])
     assert cli(["data", "check", str(tmp_path), "--show", "3"]) == 0
     out = capsys.readouterr().out
     assert out.count("is outside the image") == 3 and "train: 22 more of this kind" in out

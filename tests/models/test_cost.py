@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from paqdetr.config import known_figures, list_configs
 from paqdetr.models.cost import ModelCost, model_cost
 from paqdetr.models.zoo import create_model
 
@@ -52,6 +53,18 @@ def test_parameters_are_those_of_the_model(name: str) -> None:
     assert cost.parameters == sum(p.numel() for p in model.parameters())
     assert cost.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert (cost.height, cost.width) == (800, 1333)
+
+
+@pytest.mark.parametrize("name", ["dino_r50", "dino_nano", "paq_deformable_detr_plus_nano"])
+def test_known_costs_are_those_of_the_models(name: str) -> None:
+    """If it fails: `python benchmarks/model_costs.py`."""
+    known, cost = known_figures("costs"), cost_of(name)
+    assert known[name] == {
+        "parameters": cost.parameters,
+        "trainable": cost.trainable,
+        "flops": cost.flops,
+    }
+    assert sorted(known) == list_configs("model")
 
 
 def test_parameters_by_hand() -> None:

@@ -340,6 +340,8 @@ def test_half_precision(select: Any, dtype: torch.dtype) -> None:
         (dict(top_k=0), "top_k"),
         (dict(select="greedy"), "select.*'greedy'"),
         (dict(confidence="mean"), "confidence.*'mean'"),
+        (dict(gamma=float("nan")), "gamma: expected a finite number, found nan"),
+        (dict(gamma=float("inf")), "gamma: .*found inf"),
     ],
 )
 def test_wrong_settings(rule: dict[str, Any], message: str) -> None:

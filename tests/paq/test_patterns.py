@@ -427,6 +427,10 @@ def test_the_patterns_owe_their_diversity() -> None:
         ("head", "sparse"),
         ("temperature", 0.0),
         ("temperature", -1.0),
+        ("temperature", math.nan),
+        ("num_queries", 0),
+        ("num_levels", 0),
+        ("head_rank", 0),
         ("conv", "dense"),
     ],
 )

@@ -70,7 +70,9 @@ def test_the_patterns_owe_their_diversity() -> None:
     assert source.patterns.grad is not None and source.logits.grad is None
 
 
-@pytest.mark.parametrize(("setting", "value"), [("num_patterns", 1), ("temperature", 0.0)])
+@pytest.mark.parametrize(
+    ("setting", "value"), [("num_patterns", 1), ("temperature", 0.0), ("num_queries", 0)]
+)
 def test_wrong_settings(setting: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"{setting}: expected.*found {value!r}"):
         make(**{setting: value})

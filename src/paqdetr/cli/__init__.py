@@ -12,7 +12,20 @@ from collections.abc import Sequence
 
 import typer
 
-from paqdetr.cli import analyze, bench, config, convert, data, evaluate, models, plan, predict, study, train
+from paqdetr.cli import (
+    analyze,
+    bench,
+    config,
+    convert,
+    data,
+    evaluate,
+    models,
+    plan,
+    predict,
+    study,
+    train,
+    version,
+)
 from paqdetr.cli.console import Ended, errors, print_styled
 from paqdetr.errors import UserError
 
@@ -24,6 +37,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.callback()(version.options)
 app.command("train")(train.train)
 app.command("plan")(plan.plan)
 app.command("eval")(evaluate.evaluate)

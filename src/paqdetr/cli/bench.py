@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any
 
 import typer
@@ -10,6 +9,7 @@ from rich.table import Table
 
 from paqdetr.cli.console import progress_bar, results
 from paqdetr.cli.options import Device, JsonFile, Model
+from paqdetr.cli.outputs import require_writable, write_json
 
 
 def bench(
@@ -32,6 +32,7 @@ def bench(
     from paqdetr.config import parse_overrides
     from paqdetr.engine.bench import bench as measure
 
+    require_writable(json=json_file)
     with progress_bar("bench") as progress:
         found = measure(
             model,
@@ -72,9 +73,7 @@ def bench(
         f"peak memory: {found.peak_memory_gib:.2f} GiB",
     ):
         results.print(line, soft_wrap=True)
-    if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(found.to_json(), indent=1) + "\n", encoding="utf-8")
+    write_json(json_file, found.to_json())
 
 
 def _columns(row: dict[str, Any], *, is_base: bool) -> list[str]:

@@ -1,4 +1,4 @@
-"""`paqdetr config show`"""
+"""`paqdetr config list | show`"""
 
 from __future__ import annotations
 
@@ -6,14 +6,25 @@ from typing import Annotated
 
 import typer
 
-from paqdetr.cli.console import results
+from paqdetr.cli.console import print_columns, results
+from paqdetr.errors import ConfigError
 
 app = typer.Typer(help="Look at settings.", no_args_is_help=True)
 
 
-@app.callback()
-def _group() -> None:
-    """Keeps `show` a verb of its own."""
+@app.command("list")
+def list_names(
+    pattern: Annotated[str, typer.Argument(help='Which ones, such as "*_finetune".')] = "*",
+) -> None:
+    """List what `train` takes: models, and recipes that train one for a certain purpose."""
+    from paqdetr.config import describe_config
+    from paqdetr.models import list_models, list_recipes
+
+    kinds = {"recipe": list_recipes(pattern), "model": list_models(pattern)}
+    rows = [(name, kind, describe_config(name)) for kind, names in kinds.items() for name in names]
+    if not rows:
+        raise ConfigError(f"no model or recipe is called {pattern!r}", "`paqdetr config list` lists them all")
+    print_columns(rows)
 
 
 @app.command()

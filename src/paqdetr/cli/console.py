@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -27,6 +27,22 @@ def print_styled(console: Console, *parts: str | tuple[str, str]) -> None:
     """One line from plain pieces and (piece, style) pairs; a line break inside a piece becomes a space."""
     plain = [part if isinstance(part, tuple) else (part, "") for part in parts]
     console.print(Text.assemble(*((text.replace("\n", " "), style) for text, style in plain)), soft_wrap=True)
+
+
+def print_columns(rows: Sequence[Sequence[str]], *, right: Collection[int] = ()) -> None:
+    """Rows in aligned columns, two spaces apart and never cut: names stay whole in a narrow window and in a pipe.
+
+    Args:
+        rows: cells without line breaks; as many in each row.
+        right: the columns that end in line rather than begin.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (
+            cell.rjust(width) if index in right else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        results.print("  ".join(cells).rstrip(), soft_wrap=True)
 
 
 @contextmanager

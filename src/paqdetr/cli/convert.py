@@ -12,6 +12,7 @@ import typer
 from rich.table import Table
 
 from paqdetr.cli.console import errors, print_styled, results
+from paqdetr.cli.outputs import require_writable, write_json
 from paqdetr.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -60,13 +61,12 @@ def convert(
         raise ConfigError(f"--output {output}: checkpoints are .safetensors", "change the ending")
     if output.exists():
         raise ConfigError(f"--output {output}: the file exists, and nothing is overwritten", "choose another")
+    require_writable(output=output, json=json_file)
     detector, report = convert_checkpoint(
         source, origin=origin, model=model, partial=partial, settings=parse_overrides(settings or [])
     )
     save(detector, output, converted={"origin": report.origin, "source": report.source, **report.counts()})
-    if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(report.to_dict(), indent=1), encoding="utf-8")
+    write_json(json_file, report.to_dict())
     results.print(f"{report.source} ({report.origin}) as {report.model}", soft_wrap=True)
     results.print(_tensors(report))
     results.print(_settings(report))

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from paqdetr.cli.console import errors, print_styled, progress_bar, results
+from paqdetr.cli.outputs import require_writable, write_json
 from paqdetr.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -72,10 +72,10 @@ def check(
     """Read every image and annotation once and report what is wrong; exit 2 if training would fail."""
     from paqdetr.data.check import check_dataset
 
+    require_writable(json=json_file)
     with progress_bar("check") as progress:
         report = check_dataset(folder, workers=workers, progress=progress)
-    if json_file is not None:
-        _write_json(json_file, {"data": str(folder), **report.to_json()})
+    write_json(json_file, {"data": str(folder), **report.to_json()})
     _print_report(report, title=f"{folder} ({report.format})", show=show)
     if report.errors:
         raise DataError(f"{folder}: {report.number_of('error')} errors", "correct them before training")
@@ -93,10 +93,11 @@ def stats(
     from paqdetr.data.stats import dataset_stats
     from paqdetr.data.stats_plot import draw_stats
 
+    _require_png(output)
+    require_writable(output=output, json=json_file)
     found = dataset_stats(folder)
     figures = {split: one.to_json() for split, one in found.items()}
-    if json_file is not None:
-        _write_json(json_file, {"data": str(folder), "splits": figures})
+    write_json(json_file, {"data": str(folder), "splits": figures})
     results.print(str(folder), soft_wrap=True)
     table = _table("split", "images", "without boxes", "boxes", "crowds", "small", "medium", "large")
     for split, one in figures.items():
@@ -129,6 +130,8 @@ def preview(
     from paqdetr.models.backbone import normalization_of
     from paqdetr.preprocessing import Preprocessing
 
+    _require_png(output)
+    require_writable(output=output)
     config = load_config(model, {"workers": 0, **parse_overrides(settings or [])})
     opened = open_split(folder, split)
     normalization = normalization_of(config.model.backbone)
@@ -236,6 +239,6 @@ def _table(first: str, *columns: str) -> Table:
     return table
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+def _require_png(output: Path) -> None:
+    if output.suffix.lower() != ".png":
+        raise ConfigError(f"--output {output}: the picture is a PNG", "name a file that ends in .png")

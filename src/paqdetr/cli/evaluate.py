@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -11,6 +10,7 @@ import typer
 
 from paqdetr.cli.console import progress_bar, results
 from paqdetr.cli.options import Device
+from paqdetr.cli.outputs import require_writable, write_json
 from paqdetr.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -59,7 +59,9 @@ def evaluate(
     intervals: Annotated[
         bool, typer.Option("--intervals", help="Say how far each figure depends on the choice of images.")
     ] = False,
-    resamples: Annotated[int, typer.Option(min=1, help="Resamples of the images behind an interval.")] = 1000,
+    resamples: Annotated[
+        int, typer.Option(min=100, help="Resamples of the images behind an interval.")
+    ] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="Of the resamples.")] = 0,
     results_out: Annotated[
         Path | None, typer.Option(help="Keep the checkpoint's detections in this file, as COCO results.")
@@ -69,13 +71,13 @@ def evaluate(
     device: Device = None,
 ) -> None:
     """Print the COCO figures of a checkpoint or of a results file, or compare two."""
-    if [checkpoint, results_file, compare].count(None) != 2:
-        raise ConfigError("eval takes a CHECKPOINT or --results or --compare", "give one of them")
+    _require_one(checkpoint, results_file, compare)
     if iou_type not in ("bbox", "segm"):
         raise ConfigError(f"--iou-type: expected bbox or segm, found {iou_type!r}", "choose one of them")
     kind: _Kind = "segm" if iou_type == "segm" else "bbox"
     if results_out is not None and checkpoint is None:
         raise ConfigError("--results-out keeps the detections of a CHECKPOINT", "leave it out")
+    require_writable(json=json_file, results_out=results_out)
     if compare is not None:
         written = _compare(compare, data, split, annotations, kind, (resamples, seed), batch_size, device)
     else:
@@ -94,13 +96,33 @@ def evaluate(
             found = _of_results(results_file, data, split, annotations, kind)
         written = None if found is None else _tell(found, kind, (resamples, seed) if intervals else None)
         if found is not None and results_out is not None:
-            _write(results_out, found.rows)
+            write_json(results_out, found.rows)
         if found is not None and checkpoint is not None:
             from paqdetr.engine.memory import peak_memory
 
             results.print(f"peak memory: {peak_memory():.2f} GiB")
     if written is not None and json_file is not None:  # None: another process prints and writes
-        _write(json_file, written)
+        write_json(json_file, written)
+
+
+def _require_one(
+    checkpoint: Path | None, results_file: Path | None, compare: tuple[Path, Path] | None
+) -> None:
+    """Raise ConfigError unless one thing is to be evaluated, and `--compare` has its own two files."""
+    swallowed = next((str(path) for path in compare or () if str(path).startswith("--")), None)
+    if swallowed is not None:
+        raise ConfigError(
+            f"--compare takes two files, and the option {swallowed} stands in the place of one",
+            "write --compare A B, and other options before or after",
+        )
+    given = {"CHECKPOINT": checkpoint, "--results": results_file}
+    found = [f"{name} {path}" for name, path in given.items() if path is not None]
+    found += [] if compare is None else [f"--compare {compare[0]} {compare[1]}"]
+    if len(found) != 1:
+        raise ConfigError(
+            f"eval takes a CHECKPOINT or --results or --compare, found {' and '.join(found) or 'none of them'}",
+            "give one of them",
+        )
 
 
 def _of_checkpoint(
@@ -249,8 +271,3 @@ def _tables(
         MatchTable.match(truth, own, kind, source=str(path)) for own, path in zip(rows, pair, strict=True)
     )
     return first, second
-
-
-def _write(path: Path, content: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1 if isinstance(content, dict) else None), encoding="utf-8")

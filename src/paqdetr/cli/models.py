@@ -2,51 +2,69 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
-from paqdetr.cli.console import progress_bar, results
+from paqdetr.cli.console import errors, print_columns, progress_bar
 from paqdetr.errors import ConfigError
+
+# Of the image behind the costs that come with the package.
+_HEIGHT, _WIDTH = 800, 1333
 
 
 def models(
     pattern: Annotated[str, typer.Argument(help='Which models, such as "paq_*".')] = "*",
     *,
     height: Annotated[
-        int, typer.Option(min=32, help="Of the image whose FLOPs are counted, in pixels.")
-    ] = 800,
-    width: Annotated[int, typer.Option(min=32)] = 1333,
+        int,
+        typer.Option(
+            min=32, help="Of the image whose FLOPs are shown, in pixels; another size is counted, slowly."
+        ),
+    ] = _HEIGHT,
+    width: Annotated[int, typer.Option(min=32)] = _WIDTH,
 ) -> None:
     """List models: parameters, FLOPs, the AP published for them, and what we measured."""
     from paqdetr.config import known_figures
     from paqdetr.models import list_models
-    from paqdetr.models.cost import model_cost
 
     names = list_models(pattern)
     if not names:
         raise ConfigError(f"no model is called {pattern!r}", "`paqdetr models` lists them all")
-    table = Table(
-        title=f"FLOPs of one image of {height} x {width}, a multiply-add counted once. Published: AP on COCO val2017, 12 epochs, "
-        "not ours. Measured: test AP here, one seed.",
-        title_justify="left",
-    )
-    table.add_column("model")
-    for column in ("parameters", "trainable", "GFLOPs", "published"):
-        table.add_column(column, justify="right")
-    table.add_column("measured")
     published, measured = known_figures("published"), known_figures("measured")
+    known = (height, width) == (_HEIGHT, _WIDTH)
+    costs = known_figures("costs") if known else _count(names, height, width)
+    rows = [("model", "parameters", "trainable", "GFLOPs", "published", "measured")]
+    for name in names:
+        cost = costs[name]
+        figures = [f"{row['data']} {row['AP']:.3f}" for row in measured.get(name, [])]
+        rows.append(
+            (
+                name,
+                f"{cost['parameters'] / 1e6:.1f}M",
+                f"{cost['trainable'] / 1e6:.1f}M",
+                f"{cost['flops'] / 1e9:.1f}",
+                f"{published[name]:.1f}" if name in published else "-",
+                ", ".join(figures) or "-",
+            )
+        )
+    print_columns(rows, right=(1, 2, 3, 4))
+    errors.print(
+        f"FLOPs of one image of {height} x {width}, a multiply-add counted once. Published: AP on COCO val2017, 12 epochs, "
+        "not ours. Measured: test AP here, one seed. `paqdetr config list` names recipes as well.",
+        soft_wrap=True,
+    )
+
+
+def _count(names: list[str], height: int, width: int) -> dict[str, dict[str, Any]]:
+    """As the file of known costs, for an image of another size."""
+    from dataclasses import asdict
+
+    from paqdetr.models.cost import model_cost
+
+    costs = {}
     with progress_bar("count") as progress:
         for done, name in enumerate(names, start=1):
-            cost = model_cost(name, height=height, width=width)
-            table.add_row(
-                name,
-                f"{cost.parameters / 1e6:.1f} M",
-                f"{cost.trainable / 1e6:.1f} M",
-                f"{cost.flops / 1e9:.1f}",
-                f"{published[name]:.1f}" if name in published else "",
-                "\n".join(f"{row['data']} {row['AP']:.3f}" for row in measured.get(name, [])),
-            )
+            costs[name] = asdict(model_cost(name, height=height, width=width))
             progress(done, len(names))
-    results.print(table)
+    return costs

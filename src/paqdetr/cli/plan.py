@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.table import Table
 
 from paqdetr.cli.console import Ended, errors, print_styled, results
 from paqdetr.cli.options import Device, JsonFile, Model, Settings
+from paqdetr.cli.outputs import require_writable, write_json
 
 
 def plan(
@@ -35,6 +35,7 @@ def plan(
     from paqdetr.engine.processes import Processes
     from paqdetr.engine.setup import open_splits, with_classes
 
+    require_writable(json=json_file)
     config = load_config(model, parse_overrides(settings or []))
     train_split, val_split = open_splits(data, config)
     config = with_classes(config, train_split)
@@ -45,7 +46,7 @@ def plan(
         from paqdetr.engine.plan import overfit_one_batch
 
         tried = overfit_one_batch(config, train_split, steps=overfit, device=device)
-        _write(json_file, tried.to_json())
+        write_json(json_file, tried.to_json())
         first, last = tried.losses[0], tried.losses[-1]
         results.print(
             f"{tried.images} images, {len(tried.losses)} steps: loss {first:.2f} -> {last:.2f}, "
@@ -66,7 +67,7 @@ def plan(
     from paqdetr.engine.plan import plan_training
 
     found = plan_training(config, train_split, val_split, device=device, steps=steps)
-    _write(json_file, found.to_json() | {"batch_size": config.batch_size})
+    write_json(json_file, found.to_json() | {"batch_size": config.batch_size})
     table = Table(title=f"{config.name} on {data}, {found.device}", title_justify="left", show_header=False)
     rows = {
         "images of a step": f"{found.step_images} (batch_size {config.batch_size}, accumulate {config.accumulate})",
@@ -82,12 +83,6 @@ def plan(
     for name, value in rows.items():
         table.add_row(name, value)
     results.print(table)
-
-
-def _write(file: Path | None, figures: dict[str, Any]) -> None:
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
 def _duration(seconds: float) -> str:

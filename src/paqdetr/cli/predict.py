@@ -9,7 +9,7 @@ import typer
 
 from paqdetr.cli.console import errors, print_styled, progress_bar, results
 from paqdetr.cli.options import Device
-from paqdetr.errors import DataError
+from paqdetr.errors import ConfigError, DataError
 
 
 def predict(
@@ -19,7 +19,7 @@ def predict(
     sources: Annotated[list[Path], typer.Argument(help="Images and folders of images.", metavar="IMAGE|DIR")],
     *,
     output: Annotated[Path, typer.Option(help="Folder for drawn images and predictions.json.")],
-    threshold: Annotated[float, typer.Option(min=0, max=1, help="The least score of a detection.")] = 0.3,
+    threshold: Annotated[float, typer.Option(help="The least score of a detection, from 0 to 1.")] = 0.3,
     device: Device = None,
 ) -> None:
     """Draw what a detector finds, and write it as COCO results."""
@@ -28,6 +28,11 @@ def predict(
     from paqdetr.engine.memory import peak_memory
     from paqdetr.models import load
 
+    if not 0 <= threshold <= 1:  # a range of the option would call nan too large
+        raise ConfigError(
+            f"--threshold: expected a number from 0 to 1, found {threshold}",
+            "`paqdetr predict --help` shows how it is used",
+        )
     model = load(checkpoint, device=str(require_device(device)))
     with progress_bar("predict") as progress:
         done = predict_folder(model, sources, output=output, threshold=threshold, progress=progress)

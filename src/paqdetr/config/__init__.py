@@ -1,6 +1,7 @@
 """Settings: `schema` says what there is, with `model` and `loss` beside it; `files` where it is read from."""
 
 from paqdetr.config.files import (
+    describe_config,
     known_figures,
     known_keys,
     list_configs,
@@ -17,6 +18,7 @@ __all__ = [
     "Config",
     "LossConfig",
     "ModelConfig",
+    "describe_config",
     "known_figures",
     "known_keys",
     "list_configs",

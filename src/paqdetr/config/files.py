@@ -39,10 +39,16 @@ def load_config(source: str | Path, overrides: Iterable[str] | Mapping[str, Any]
         overrides: `key=value` strings (dotted keys, YAML values), or a mapping of dotted keys to values.
 
     Raises:
-        ConfigError: unknown name, key or value, naming it and the nearest known one; `preset=paper` without any part of PaQ.
+        ConfigError: unknown name, key or value, naming it and the nearest known one; a file that says no model; `preset=paper`
+            without any part of PaQ.
     """
     pairs = dict(overrides) if isinstance(overrides, Mapping) else parse_overrides(overrides)
     merged, where = _read_chain(str(source), with_presets="preset" not in pairs)
+    if "model" not in merged:  # every model of the package has settings of its own
+        raise ConfigError(
+            f"{where}: names no model, neither by `base` nor by settings under `model`",
+            "begin it with a line such as base: paq_dino_nano",
+        )
     merged = _merge(merged, _read_preset(pairs.get("preset")))
     for key, value in pairs.items():
         merged = _merge(merged, _nest(key, value))
@@ -81,8 +87,19 @@ def known_keys() -> list[str]:
     return keys
 
 
-def known_figures(kind: Literal["published", "measured"]) -> dict[str, Any]:
-    """Figures by model name: `published` AP on COCO val2017 after 12 epochs; `measured`, rows of data, AP, AP50 (test split)."""
+def describe_config(name: str) -> str:
+    """One line on a model or recipe that comes with the package: what it is, and what it is trained on.
+
+    Raises:
+        ConfigError: unknown name.
+    """
+    first = _text_of(name).partition("\n")[0]
+    return first.removeprefix("#").strip()
+
+
+def known_figures(kind: Literal["published", "measured", "costs"]) -> dict[str, Any]:
+    """Figures by model name: `published` AP on COCO val2017 after 12 epochs; `measured`, rows of data, AP, AP50 (test split);
+    `costs`, the parameters, trainable parameters and FLOPs that `model_cost` counts for 800 x 1333 pixels."""
     return _read_yaml((_config_dir() / f"{kind}.yaml").read_text(encoding="utf-8"), kind)
 
 
@@ -138,15 +155,21 @@ def _text_of(source: str) -> str:
         path = Path(source)
         if not path.is_file():
             raise ConfigError(
-                f"{source}: no such file", "give a YAML file, or a name that `paqdetr models` lists"
+                f"{source}: no such file", "give a YAML file, or a name that `paqdetr config list` lists"
             )
         return path.read_text(encoding="utf-8")
+    folder = Path(source)
+    if source.endswith(".safetensors") or (folder.is_dir() and any(folder.glob("*.safetensors"))):
+        raise ConfigError(
+            f"{source}: a checkpoint, in the place of a model or recipe",
+            f"name the model; `paqdetr train MODEL init={source}` starts from these weights",
+        )
     for name in (f"models/{source}", f"recipes/{source}", source):
         entry = _config_dir().joinpath(*f"{name}.yaml".split("/"))
         if entry.is_file() and (name != source or source.startswith("parts/")):
             return entry.read_text(encoding="utf-8")
     raise ConfigError(
-        f"unknown model or recipe {source!r}", _nearest(source, list_configs(), "`paqdetr models`")
+        f"unknown model or recipe {source!r}", _nearest(source, list_configs(), "`paqdetr config list`")
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from paqdetr.checkpoint import read_checkpoint
+from paqdetr.checkpoint import is_own, read_checkpoint
 from paqdetr.config import ModelConfig
 from paqdetr.convert.classes import class_slots
 from paqdetr.convert.deformable_detr import DEFORMABLE_DETR
@@ -89,10 +89,15 @@ def convert_checkpoint(
     if origin not in LAYOUTS:
         raise ConfigError(f"--from {origin}: no such program", f"choose among {', '.join([*LAYOUTS, OWN])}")
     layout, where = LAYOUTS[origin], str(source)
+    if is_own(Path(source)):
+        raise CheckpointError(
+            f"{where}: a checkpoint of paqdetr, not of {layout.title}",
+            f"it needs no conversion to train from (init={where}); --from {OWN} makes another model of it",
+        )
 
     file = read_source(source, weights=weights)
     renamed = apply_rules(layout.rules, file.tensors, where=where)
-    if renamed.unknown and not partial:
+    if renamed.unknown and (not partial or not renamed.tensors):
         raise _unknown(renamed, file, origin, where)
     settle_names(renamed, layout, where=where)
     known = infer_settings(renamed, layout, file.hints, given, where=where)
@@ -192,6 +197,8 @@ def _unknown(renamed: Renamed, file: SourceFile, origin: str, where: str) -> Che
     best = max(share, key=lambda name: share[name])
     if share[best] > share[origin]:
         remedy = f"its names look like --from {best}, which knows {share[best]:.0%} of them"
+    elif not renamed.tensors:
+        remedy = f"none of the programs that --from knows has such names ({', '.join(LAYOUTS)})"
     else:
         remedy = (
             "if you can do without them, --partial leaves them out; outputs then differ from the original's"

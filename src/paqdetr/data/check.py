@@ -194,6 +194,8 @@ def _check_boxes(annotations: Annotations, issues: Issues) -> None:
     _, first, which = np.unique(keys, axis=0, return_index=True, return_inverse=True)
     for position in np.flatnonzero(first[which.reshape(-1)] != np.arange(len(rows))).tolist():
         warn(position, "is there twice", "duplicated box")
+    if issues.split == "train" and len(a) and not (~empty & ~outside).any():
+        issues.error(a.source.name, "no image has boxes to train on", kind="no boxes")
     bare = len(a) - len(np.unique(owners))
     if bare and len(a):
         issues.warn(

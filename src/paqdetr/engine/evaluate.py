@@ -20,9 +20,12 @@ from torchvision.ops import box_convert
 from paqdetr.data.dataset import DetectionDataset, open_split
 from paqdetr.data.loader import read_picture
 from paqdetr.engine.processes import Processes
-from paqdetr.errors import DataError, UserError
+from paqdetr.errors import ConfigError, DataError, UserError
 from paqdetr.metrics.coco import CocoFigures, evaluate_detections, non_maximum_suppression
+from paqdetr.models.arguments import require_batch_size
 from paqdetr.models.detector import Detector, DetectorOutput
+from paqdetr.models.device import require_device
+from paqdetr.models.files import load
 from paqdetr.models.inference import Observer, detect_batch
 from paqdetr.structures import ClassTable, Detections, Targets
 
@@ -64,7 +67,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: Detector,
+    model: Detector | str | Path,
     *,
     data: str | Path,
     split: str = "val",
@@ -75,7 +78,8 @@ def evaluate(
     """Figures of a model on one split of a data set.
 
     Args:
-        model: a detector; the classes of the data must be among its own.
+        model: a detector, or a checkpoint or run's folder, which goes to the best device there is; the classes of the
+            data must be among its own.
         data: the data set's folder.
         split: "train", "val" or "test".
         batch_size: images of one size that go through together; it changes no figure.
@@ -84,7 +88,17 @@ def evaluate(
 
     Raises:
         DataError: the split is missing or malformed, or has a class that the model has not.
+        CheckpointError: the checkpoint cannot be read.
+        ConfigError: `model` is none of these, or a batch size below 1.
     """
+    require_batch_size(batch_size)
+    if isinstance(model, (str, Path)):
+        model = load(model, device=str(require_device(None)))
+    elif not isinstance(model, Detector):
+        raise ConfigError(
+            f"model: expected a Detector or a path, found {type(model).__name__}",
+            "give what paqdetr.load or create_model returns, or a checkpoint's path",
+        )
     opened = open_split(data, split)
     return evaluate_split(model, opened, batch_size=batch_size, progress=progress, observers=observers)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from paqdetr.errors import DataError
 from paqdetr.images import list_images, read_image
+from paqdetr.models.arguments import require_threshold
 from paqdetr.models.detector import Detector
 from paqdetr.structures import Detections
 
@@ -52,7 +53,9 @@ def predict_folder(
     Raises:
         DataError: a source is missing, a folder has no images, two pictures share a name, one lies in `output`, or none could
             be read.
+        ConfigError: a threshold outside of [0, 1].
     """
+    require_threshold(threshold)
     output = Path(output)
     pictures = _pictures(sources)
     results_file = output / "predictions.json"

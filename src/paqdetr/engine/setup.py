@@ -12,11 +12,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from paqdetr.config import Config, load_config
 from paqdetr.data.dataset import DetectionDataset, open_split
 from paqdetr.data.layout import available_splits
-from paqdetr.engine.evaluate import require_same_classes
 from paqdetr.engine.memory import largest_batch
 from paqdetr.engine.processes import Processes
 from paqdetr.engine.run import Run
-from paqdetr.errors import ConfigError
+from paqdetr.errors import ConfigError, DataError
 from paqdetr.models import Detector
 
 
@@ -24,13 +23,18 @@ def open_splits(data: str | Path, config: Config) -> tuple[DetectionDataset, Det
     """The split to train on, and the one to validate on if there is one.
 
     Raises:
-        DataError: one is malformed, or their classes differ.
+        DataError: one is malformed, their classes differ, or there is no box to train on.
         ConfigError: a setting needs a validation split and there is none.
     """
     train_split = open_split(data, "train")
+    if not any(len(train_split.labels(index)) for index in range(len(train_split))):
+        raise DataError(
+            f"{train_split.annotation_file}: no image has boxes to train on",
+            "`paqdetr data check` shows what is there",
+        )
     val_split = open_split(data, "val") if "val" in available_splits(data) else None
     if val_split is not None:  # now, not after the first epoch
-        require_same_classes(train_split.classes, val_split)
+        _require_classes_of_train(train_split, val_split)
     elif config.patience is not None:
         raise ConfigError(
             f"patience={config.patience} needs a validation split, and {data} has none",
@@ -40,9 +44,32 @@ def open_splits(data: str | Path, config: Config) -> tuple[DetectionDataset, Det
 
 
 def with_classes(config: Config, split: DetectionDataset) -> Config:
-    """The settings with the number of classes of the data."""
+    """The settings with the number of classes of the data.
+
+    Raises:
+        ConfigError: they give another one; the default is no such setting.
+    """
+    given = config.model.num_classes
+    if "num_classes" in config.model.model_fields_set and given != len(split.classes):
+        raise ConfigError(
+            f"model.num_classes={given}, and {split.annotation_file} has {len(split.classes)} categories",
+            f"leave model.num_classes out, or set it to {len(split.classes)} if these are the right data",
+        )
     architecture = config.model.model_copy(update={"num_classes": len(split.classes)})
     return config.model_copy(update={"model": architecture})
+
+
+def _require_classes_of_train(train: DetectionDataset, val: DetectionDataset) -> None:
+    """Raise DataError unless every class of the validation split is one of the training split, under the same id and name."""
+    trained = train.classes.id_to_name
+    for category, name in val.classes.id_to_name.items():
+        if trained.get(category) != name:
+            other = f"it is {trained[category]!r}" if category in trained else "it is not listed"
+            raise DataError(
+                f"train and val differ: category {category} is {name!r} in {val.annotation_file}, and in "
+                f"{train.annotation_file} {other}",
+                "give both the same categories; `paqdetr data check` lists all differences",
+            )
 
 
 def with_largest_batch(config: Config, split: DetectionDataset, run: Run, *, device: str | None) -> Config:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def train(
     """Train a model and evaluate it on the validation split after each `eval_every` epochs.
 
     Args:
-        model: a name of `list_models()`, a recipe of `list_configs()`, or a YAML file.
+        model: a name of `list_models()`, a recipe of `list_recipes()`, or a YAML file.
         data: a data set's folder with a `train` and, if there is one, a `val` split.
         output: the run's folder.
         resume: continue a run that was interrupted; start it if there is none; do nothing if it is finished.
@@ -51,10 +52,17 @@ def train(
     require_trackers(config.trackers)
     if auto_batch:
         config = with_largest_batch(config, train_split, Run(Path(output)), device=device)
+    was_there = Path(output).exists()
     run = prepare_run(output, config, resume=resume)
     if run.finished:
         return run
-    trainer = Trainer(config, run, train_split, val_split, device=device, callbacks=list(callbacks))
+    try:
+        trainer = Trainer(config, run, train_split, val_split, device=device, callbacks=list(callbacks))
+    except UserError:  # a device, a precision or a checkpoint that cannot be used
+        if not was_there:
+            with suppress(OSError):  # removes an empty folder alone
+                run.output.rmdir()
+        raise
     trainer.processes.wait()  # the others have seen that there is no run yet
     held, failure = None, None
     if trainer.processes.main:

@@ -3,7 +3,7 @@
 from paqdetr.models.detector import Detector, DetectorOutput
 from paqdetr.models.files import load, save, start_from
 from paqdetr.models.reshape import ReshapeReport, reshape_classes, resize_queries
-from paqdetr.models.zoo import create_model, list_models
+from paqdetr.models.zoo import create_model, list_models, list_recipes
 
 __all__ = [
     "Detector",
@@ -11,6 +11,7 @@ __all__ = [
     "ReshapeReport",
     "create_model",
     "list_models",
+    "list_recipes",
     "load",
     "reshape_classes",
     "resize_queries",

@@ -199,6 +199,7 @@ class Detector(nn.Module):
         Raises:
             DataError: an image that cannot be read, by name.
             NonFiniteError: predictions that are NaN or infinite, with the images.
+            ConfigError: a threshold outside of [0, 1] or a batch size below 1.
         """
         from paqdetr.models.inference import predict_images
 

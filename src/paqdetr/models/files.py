@@ -13,6 +13,7 @@ from paqdetr.checkpoint import load_tensors, read_checkpoint, write_checkpoint
 from paqdetr.config import Config, validate_config
 from paqdetr.errors import CheckpointError, ConfigError
 from paqdetr.models.detector import Detector
+from paqdetr.models.device import require_device
 from paqdetr.models.reshape import (
     ReshapeReport,
     require_same_settings,
@@ -59,7 +60,9 @@ def load(
 
     Raises:
         CheckpointError: the file is missing, damaged, or does not fit the model its header names.
+        ConfigError: torch cannot use the device here.
     """
+    target = require_device(device)
     file = find_checkpoint(path)
     tensors, header = read_checkpoint(file)
     config, table, preprocessing = describe_checkpoint(header, str(file))
@@ -73,7 +76,7 @@ def load(
         if classes is not None or num_queries is not None:
             model, report = reshape(model, classes=classes, num_queries=num_queries)
             _LOG.warning("%s: %s", file, report)
-        return model.to(device).eval()
+        return model.to(target).eval()
 
 
 def model_to_train(

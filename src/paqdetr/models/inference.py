@@ -22,6 +22,7 @@ from torchvision.ops import box_convert
 
 from paqdetr.errors import NonFiniteError
 from paqdetr.images import read_image
+from paqdetr.models.arguments import require_batch_size, require_threshold
 from paqdetr.preprocessing import pad_images
 from paqdetr.structures import ClassTable, Detections, Targets
 
@@ -61,7 +62,10 @@ def predict_images(
     model: Detector, images: ImageSource | Sequence[ImageSource], *, threshold: float, batch_size: int = 1
 ) -> list[Detections]:
     """See `Detector.predict`."""
-    sources = [images] if isinstance(images, (str, Path, Image, np.ndarray)) else list(images)
+    require_threshold(threshold)
+    require_batch_size(batch_size)
+    # A tensor is no list of images either; `read_image` says so.
+    sources = [images] if isinstance(images, (str, Path, Image, np.ndarray, Tensor)) else list(images)
     found: list[Detections | None] = [None] * len(sources)
     buckets: dict[tuple[int, int], list[tuple[int, Tensor, tuple[int, int]]]] = defaultdict(list)
 

@@ -134,6 +134,11 @@ def list_models(pattern: str = "*") -> list[str]:
     return fnmatch.filter(list_configs("model"), pattern)
 
 
+def list_recipes(pattern: str = "*") -> list[str]:
+    """Names of the recipes that `train` takes beside models, by a wildcard such as "*_finetune"."""
+    return fnmatch.filter(list_configs("recipe"), pattern)
+
+
 def create_model(
     name: str, *, num_classes: int | None = None, pretrained_backbone: bool = False, **overrides: Any
 ) -> Detector:

@@ -5,6 +5,7 @@ An assigner solves one image of one layer. `match_layers` feeds it all of a step
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -110,6 +111,8 @@ class QualityAwareAssigner:
             raise ValueError(f"select: expected 'hungarian' or 'score', found {select!r}")
         if confidence not in ("gt_class", "max"):
             raise ValueError(f"confidence: expected 'gt_class' or 'max', found {confidence!r}")
+        if not math.isfinite(gamma):
+            raise ValueError(f"gamma: expected a finite number, found {gamma}")
         self.gamma = gamma
         self.top_k = top_k
         self.min_positives = min_positives

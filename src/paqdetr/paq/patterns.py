@@ -80,8 +80,15 @@ class PatternQueries(nn.Module):
             raise ValueError(f"extractor: expected 'fused' or 'pooled', found {extractor!r}")
         if head not in ("dense", "factorised"):
             raise ValueError(f"head: expected 'dense' or 'factorised', found {head!r}")
-        if temperature <= 0:
+        if not 0 < temperature < math.inf:
             raise ValueError(f"temperature: expected a positive number, found {temperature}")
+        for name, count in (
+            ("num_queries", num_queries),
+            ("num_levels", num_levels),
+            ("head_rank", head_rank),
+        ):
+            if count < 1:
+                raise ValueError(f"{name}: expected at least 1, found {count}")
         self.temperature = temperature
         self.patterns = nn.Parameter(torch.randn(num_patterns, pattern_dim or dim) * pattern_std)
         self.extractor = (
@@ -179,8 +186,10 @@ class StaticMixtures(nn.Module):
         super().__init__()
         if num_patterns < 2:
             raise ValueError(f"num_patterns: expected at least 2, found {num_patterns}")
-        if temperature <= 0:
+        if not 0 < temperature < math.inf:
             raise ValueError(f"temperature: expected a positive number, found {temperature}")
+        if num_queries < 1:
+            raise ValueError(f"num_queries: expected at least 1, found {num_queries}")
         self.temperature = temperature
         self.patterns = nn.Parameter(torch.randn(num_patterns, dim) * pattern_std)
         bound = 1 / math.sqrt(dim)

@@ -1,0 +1,49 @@
+"""`paqdetr --version`"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from paqdetr.cli.console import results
+
+
+def _print_versions(wanted: bool) -> None:
+    if not wanted:
+        return
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    from paqdetr._version import __version__
+    from paqdetr.engine.device import require_device
+
+    device = require_device(None)
+    name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    rows = [("paqdetr", __version__), ("Python", platform.python_version()), ("torch", torch.__version__)]
+    for package in ("torchvision", "numba"):
+        try:
+            rows.append((package, version(package)))
+        except PackageNotFoundError:
+            rows.append((package, "not installed"))
+    rows.append(("device", f"{device}{name}"))
+    for row in rows:
+        results.print(" ".join(row), soft_wrap=True)
+    raise typer.Exit
+
+
+def options(
+    *,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_print_versions,
+            is_eager=True,
+            help="Print the versions that matter, and the device that is used.",
+        ),
+    ] = False,
+) -> None:
+    """Options before the verb; each does its work in its own callback."""
