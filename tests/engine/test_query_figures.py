@@ -93,6 +93,16 @@ def test_a_record_by_hand() -> None:
     assert found["pattern_gini"] == pytest.approx(0.25) and found["dead_patterns"] == 0  # masses 12 and 4
 
 
+def test_overflows_are_counted_and_left_out_of_the_norm() -> None:
+    interval = Interval()
+    interval.add({"loss": 1.0}, [], 2, overflowed=True)
+    assert interval.means(Processes())["grad_norm"] is None
+    interval.add({"loss": 2.0, "grad_norm": 3.0}, [], 2)
+    interval.add({"loss": 3.0, "grad_norm": 5.0}, [], 2)
+    found = Interval.from_json(json.loads(json.dumps(interval.to_json()))).means(Processes())
+    assert (found["loss"], found["grad_norm"], found["overflowed_steps"]) == (2, 4, 1)
+
+
 def test_throughput_leaves_out_the_time_between_two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight images in 2 s; hours later, in a process whose clock says something else, eight more in another 2 s."""
     clock = [100.0]

@@ -39,6 +39,7 @@ class Step:
         batches: how each used its queries.
         images: of this process.
         problem: why the step was left out; None if it was not.
+        overflowed: whether the gradient scaler left it out and lowers its scale, which is part of half precision and no problem.
     """
 
     images: int
@@ -46,6 +47,7 @@ class Step:
     values: dict[str, float] = field(default_factory=dict)
     batches: list[BatchUse] = field(default_factory=list)
     problem: str | None = None
+    overflowed: bool = False
 
 
 class TrainingStep:
@@ -83,13 +85,16 @@ class TrainingStep:
         self.optimizer.zero_grad()
         step = self.gradients(batches, boxes=boxes, progress=progress)
         if step.problem is None:
-            norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.clip_norm)
-            step.values["grad_norm"] = float(cast(Tensor, norm))
-            # With a gradient scaler an overflow is part of the plan: it lowers the scale and skips the step itself.
-            if not math.isfinite(step.values["grad_norm"]) and self.accelerator.scaler is None:
+            clipped = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.clip_norm)
+            norm = float(cast(Tensor, clipped))
+            if math.isfinite(norm):
+                step.values["grad_norm"] = norm
+            elif self.accelerator.scaler is not None:
+                # Not `optimizer_step_was_skipped`: a fused optimiser leaves out the step inside of its kernel, unseen by accelerate.
+                step.overflowed = True
+            else:
                 error = NonFiniteError(
-                    f"the gradient's norm became {step.values['grad_norm']} on images {_ids(batches)}",
-                    _REMEDY,
+                    f"the gradient's norm became {norm} on images {_ids(batches)}", _REMEDY
                 )
                 self._give_up(step, error)
         if step.problem is not None:
