@@ -36,8 +36,8 @@ class Interval:
         *,
         overflowed: bool = False,
     ) -> None:
-        """Take in a step: its figures, and how each of its batches used queries. One that the gradient scaler left out because half
-        precision overflowed has no `grad_norm`."""
+        """Take in a step: its figures, and how each of its batches used queries. One that the gradient scaler left out because
+        half precision overflowed has no `grad_norm`."""
         self.steps += 1
         self.images += images
         self.overflowed += overflowed
@@ -100,11 +100,17 @@ class Interval:
         return interval
 
 
-def grouped(terms: Mapping[str, Tensor]) -> dict[str, float]:
+def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors of any shapes as float32 on the CPU, in one transfer: each wait for a GPU costs time, whatever it brings."""
+    flat = torch.cat([tensor.detach().float().flatten() for tensor in tensors]).cpu()
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.reshape(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def grouped(terms: Mapping[str, float]) -> dict[str, float]:
     """Terms by what they are: decoder class, L1 and GIoU over all layers, encoder, denoising, diversity."""
-    values = torch.stack([term.detach() for term in terms.values()]).tolist()
     sums: dict[str, float] = {}
-    for name, value in zip(terms, values, strict=True):
+    for name, value in terms.items():
         place, _, kind = name.partition("/")
         group = kind if place.startswith("layer") else place.rstrip("0123456789")
         sums[f"loss_{group}"] = sums.get(f"loss_{group}", 0.0) + value
