@@ -154,6 +154,15 @@ def test_the_batch_size_changes_no_figure(
         assert mine[image_id] == pytest.approx(its[image_id], abs=1e-5)
 
 
+def test_reading_ahead_changes_neither_order_nor_detections(
+    split: DetectionDataset, model: Detector, one_thread: None
+) -> None:
+    alone, helped = (list(detect_split(model, split, batch_size=2, readers=count)) for count in (0, 3))
+    assert [index for index, _ in alone] == [index for index, _ in helped] and len(alone) == 7
+    for (_, mine), (_, its) in zip(alone, helped, strict=True):
+        assert np.array_equal(mine.boxes, its.boxes) and np.array_equal(mine.scores, its.scores)
+
+
 class Watch:
     """Notes what it is shown."""
 
@@ -257,6 +266,8 @@ def test_an_image_of_another_size_than_stated(tmp_path: Path, model: Detector) -
     Image.new("RGB", (100, 100)).save(split.path(2))
     with pytest.raises(DataError, match=r"2\.png: is 100x100 pixels"):
         evaluate(model, data=tmp_path)
+    with pytest.raises(DataError, match=r"2\.png: is 100x100 pixels"):
+        list(detect_split(model, split, batch_size=2, readers=2))
 
 
 def test_a_split_that_is_not_there(tiny_digits: Path, tiny_run: Run) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim.swa_utils import AveragedModel
 
 from paqdetr.config import Config, load_config
 from paqdetr.engine.optim import (
@@ -150,6 +152,41 @@ def test_moving_average_against_a_loop() -> None:
             assert value == 8  # a count is copied, not averaged
         else:
             torch.testing.assert_close(value.double(), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_moving_average_is_torchs_to_the_last_bit() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2).half())
+
+    def average(old: Any, new: Any, updates: Any) -> None:
+        keep = min(0.7, (1 + int(updates)) / (10 + int(updates)))
+        (
+            torch._foreach_lerp_(old, new, 1 - keep)
+            if old[0].is_floating_point()
+            else torch._foreach_copy_(old, new)
+        )
+
+    ours, torchs = MovingAverage(model, 0.7), AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+    for _ in range(6):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        model[:2](torch.randn(5, 3))
+        ours.update(model)
+        torchs.update_parameters(model)
+        expected = torchs.module.state_dict()
+        assert all(torch.equal(value, expected[name]) for name, value in ours.model.state_dict().items())
+
+
+def test_moving_average_waits_for_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    average = MovingAverage(nn.Linear(3, 4), 0.9)
+    with FakeTensorMode():
+        model = nn.Linear(3, 4, device="cuda")
+        average.model = nn.Linear(3, 4, device="cuda")  # tensors of this kind cannot be copied
+        monkeypatch.setattr(torch.Tensor, "to", None)  # a count that is a tensor would be sent there
+        for _ in range(3):
+            average.update(model)
+    assert average.updates == 3
 
 
 def test_moving_average_without_decay_is_a_copy() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from paqdetr.config import load_config
 from paqdetr.data.dataset import open_split
 from paqdetr.engine import Run, train
-from paqdetr.engine.figures import Interval
+from paqdetr.engine.figures import Interval, to_host
 from paqdetr.engine.plan import plain_batch
 from paqdetr.engine.processes import Processes
 from paqdetr.engine.query_figures import (
@@ -54,7 +54,7 @@ def test_mixture_figures_by_hand() -> None:
         [[[1.0, 0, 0, 0], [0.5, 0.5, 0, 0], [0.25, 0.25, 0.25, 0.25]]]
     )  # entropies 0, ln 2, ln 4
 
-    figures = mixture_figures(output(content, weights))
+    figures = {name: value.item() for name, value in mixture_figures(output(content, weights)).items()}
     assert figures["query_cosine"] == pytest.approx(-1 / 3)
     assert figures["mixture_entropy"] == pytest.approx((0 + 0.5 + 1) / 3)
     assert mixture_figures(output(content)).keys() == {"query_cosine"}
@@ -91,6 +91,25 @@ def test_a_record_by_hand() -> None:
     assert found["positives_gini_chance"] == pytest.approx(difference / (2 * 0.75) * 3 / 4, abs=1e-6)
     assert found["gradient_gini"] == pytest.approx(gini([3, 0, 0, 1]))
     assert found["pattern_gini"] == pytest.approx(0.25) and found["dead_patterns"] == 0  # masses 12 and 4
+
+
+def test_figures_cross_to_the_host_in_one_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
+    crossed, cpu = [], Tensor.cpu
+    monkeypatch.setattr(Tensor, "cpu", lambda tensor: crossed.append(tensor.shape) or cpu(tensor))
+    given = [torch.tensor(2.5, requires_grad=True), torch.zeros(0), torch.arange(6).reshape(2, 3).half()]
+    found = to_host(given)
+    assert len(crossed) == 1 and all(value.dtype == torch.float32 for value in found)
+    assert [value.tolist() for value in found] == [2.5, [], [[0, 1, 2], [3, 4, 5]]]
+
+
+def test_overflows_are_counted_and_left_out_of_the_norm() -> None:
+    interval = Interval()
+    interval.add({"loss": 1.0}, [], 2, overflowed=True)
+    assert interval.means(Processes())["grad_norm"] is None
+    interval.add({"loss": 2.0, "grad_norm": 3.0}, [], 2)
+    interval.add({"loss": 3.0, "grad_norm": 5.0}, [], 2)
+    found = Interval.from_json(json.loads(json.dumps(interval.to_json()))).means(Processes())
+    assert (found["loss"], found["grad_norm"], found["overflowed_steps"]) == (2, 4, 1)
 
 
 def test_throughput_leaves_out_the_time_between_two_processes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,12 @@ def test_an_empty_folder_is_fine(tmp_path: Path) -> None:
     assert prepare_run(tmp_path, CONFIG, resume=False).output == tmp_path
 
 
+def test_no_record_has_a_number_that_json_has_not(tmp_path: Path) -> None:
+    run = begun(tmp_path / "run")
+    run.append({"kind": "train", "loss": float("inf"), "nested": [{"AP": float("nan")}]})
+    assert run.metrics_file.read_text() == '{"kind": "train", "loss": null, "nested": [{"AP": null}]}\n'
+
+
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_file_or_a_foreign_folder_in_the_way(tmp_path: Path, resume: bool) -> None:
     (tmp_path / "file").write_text("mine")

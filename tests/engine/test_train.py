@@ -352,6 +352,30 @@ def test_a_step_that_is_not_finite_is_left_out(
         small(tiny_digits, tiny_settings, tmp_path / "other", max_steps=3)
 
 
+def test_an_overflow_in_half_precision_has_no_norm_and_is_counted(
+    tmp_path: Path,
+    tiny_digits: Path,
+    tiny_settings: dict[str, Any],
+    no_pictures: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The gradient scaler of fp16 on the CPU: its first scale overflows, the next one does not."""
+    build = MODULE.build_accelerator
+
+    def scaled(*arguments: Any) -> Any:
+        accelerator = build(*arguments)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-127)
+        return accelerator
+
+    monkeypatch.setattr(MODULE, "build_accelerator", scaled)
+    run = small(tiny_digits, tiny_settings, tmp_path / "run", max_steps=3, log_every=1)
+    first, *later = run.records("train")
+    assert first["overflowed_steps"] == 1 and first["grad_norm"] is None and math.isfinite(first["loss"])
+    assert all(row["grad_norm"] > 0 and "overflowed_steps" not in row for row in later) and len(later) == 2
+    assert run.records("skipped") == [], "no step of nan_policy's"
+    assert read_header(run.state_file)["updates"] == 2, "the average takes in no step that was left out"
+
+
 def test_too_many_steps_left_out_in_a_row(
     tmp_path: Path, tiny_digits: Path, tiny_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,7 +41,7 @@ def test_flat_pairs() -> None:
     assert flat.label.tolist() == [2, 4, 4, 1, 1]
     torch.testing.assert_close(flat.box[0], TARGETS[0].boxes[1])
     torch.testing.assert_close(flat.box[3], TARGETS[2].boxes[0])
-    assert flat.counts(4).tolist() == [4, 0, 1, 0]
+    assert flat.positives == (4, 0, 1)
 
 
 def test_sums_by_hand() -> None:
@@ -84,7 +84,7 @@ def test_no_pairs_is_zero_but_differentiable() -> None:
 def test_no_targets_at_all() -> None:
     flat = FlatPairs.from_pairs([[pairs_of()]], [TARGETS[1]], CPU)
     assert flat.label.shape == (0,) and flat.box.shape == (0, 4)
-    assert flat.counts(1).tolist() == [0]
+    assert flat.positives == (0,)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -93,6 +93,20 @@ def test_half_precision_gives_float32(dtype: torch.dtype) -> None:
     flat = FlatPairs.from_pairs(PAIRS, TARGETS, CPU)
     for found, expected in zip(box_losses(boxes, flat), box_losses(boxes.float(), flat), strict=True):
         assert found.dtype == torch.float32 and torch.equal(found, expected)
+
+
+def test_float64_is_kept() -> None:
+    """Box and prediction differ by what float32 cannot hold."""
+    predicted = torch.tensor([0.5, 0.5, 0.2, 0.2], dtype=torch.float64)
+    truth = predicted + torch.tensor([1e-9, 0, 0, 0], dtype=torch.float64)
+    target = Targets(torch.tensor([0]), truth[None])
+    pairs = Pairs(torch.tensor([0]), torch.tensor([0]), torch.tensor([0.5], dtype=torch.float64))
+    flat = FlatPairs.from_pairs([[pairs]], [target], CPU)
+    l1, giou, iou = box_losses(predicted.reshape(1, 1, 1, 4), flat)
+    assert l1.dtype == giou.dtype == iou.dtype == torch.float64
+    assert l1.item() == pytest.approx(0.5e-9, rel=1e-6) and giou.item() == pytest.approx(5e-9, rel=1e-2)
+    # Targets of more digits than the predictions change nothing of the losses' dtype.
+    assert box_losses(predicted.float().reshape(1, 1, 1, 4), flat)[0].dtype == torch.float32
 
 
 @pytest.mark.parametrize("side", [0.1, 1e-2, 1e-3])

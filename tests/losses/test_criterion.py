@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from paqdetr.config import LossConfig
 from paqdetr.errors import NonFiniteError
 from paqdetr.losses import LossReport, build_criterion
 from paqdetr.models import Detector, create_model
+from paqdetr.models.decoder import Decoded
 from paqdetr.models.detector import DetectorOutput
 from paqdetr.paq import OneToOneAssigner, QualityAwareAssigner
 from paqdetr.structures import Targets
@@ -397,3 +399,83 @@ def test_without_denoising() -> None:
     report = build_criterion(LossConfig(**PAQ))(run(model, targets), targets)
     assert not any(name.startswith("denoising") for name in report.terms)
     assert report.total.isfinite()
+
+
+# --- what is not right
+
+
+def test_an_auxiliary_loss_without_a_weight_is_named(model: Detector) -> None:
+    targets = random_targets(2)
+    criterion = build_criterion(LossConfig(**PAQ))
+    with pytest.raises(ValueError, match=r"'balance' has no weight, known are \['diversity'\]"):
+        criterion(run(model, targets), targets, aux_losses={"balance": torch.tensor(1.0)})
+
+
+def test_class_agnostic_proposals_want_training_mode() -> None:
+    torch.manual_seed(0)
+    targets = random_targets(2)
+    output = tiny_detector()(torch.randn(1, 3, 96, 96), None, targets)
+    assert output.proposals is not None
+    agnostic = replace(output, proposals=replace(output.proposals, logits=output.proposals.logits[..., :1]))
+    with pytest.raises(ValueError, match=r"call model.train\(\) before the forward pass"):
+        build_criterion(LossConfig(**PAQ))(agnostic, targets)
+
+
+@pytest.mark.parametrize("denoise", [True, False])
+def test_wrong_labels_are_named_where_they_enter(denoise: bool) -> None:
+    torch.manual_seed(0)
+    good, bad = random_targets(2, 1)
+    bad = replace(bad, labels=torch.tensor([CLASSES]))
+    model = tiny_detector()
+    with pytest.raises(
+        ValueError, match=f"labels of image 'image 1' hold {CLASSES}, and there are {CLASSES}"
+    ):
+        if denoise:
+            run(model, [good, bad])
+        build_criterion(LossConfig(**PAQ))(run(model, [good, good]), [good, bad])
+
+
+class Waits(TorchDispatchMode):
+    """Operators whose result the host would wait for, on a GPU: numbers, and tensors of a length that depends on content."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = operator.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "bincount", "masked_select", "nonzero"):
+            self.seen.append(name)
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("normalizer", ["boxes", "positives"])
+def test_nothing_is_waited_for_but_the_costs(model: Detector, normalizer: Any) -> None:
+    targets = random_targets(3, 0, 2)
+    output = run(model, targets)
+    criterion = build_criterion(LossConfig(normalizer=normalizer, rank_damping=1.5, **PAQ))
+    with Waits() as waits:
+        report = criterion(output, targets, aux_losses=model.aux_losses())
+        assert waits.seen == []
+        float(report.total.detach())
+    assert waits.seen == ["_local_scalar_dense"]
+
+
+def test_float64_is_kept(model: Detector) -> None:
+    """A difference that float32 cannot hold reaches the total."""
+    targets = [replace(target, boxes=target.boxes.double()) for target in random_targets(3, 2)]
+    output = run(model, targets)
+    double = Decoded(output.layers.logits.double(), output.layers.boxes.double())
+    output = replace(
+        output,
+        pred_logits=double.logits[-1],
+        pred_boxes=double.boxes[-1],
+        layers=double,
+        proposals=None,
+        denoised=None,
+        denoising=None,
+    )
+    moved = replace(output, layers=Decoded(double.logits, double.boxes * (1 + 1e-10)))
+    criterion = build_criterion(LossConfig(**PAQ))
+    totals = [criterion(found, targets).total for found in (output, moved)]
+    assert totals[0].dtype == torch.float64 and 0 < float((totals[0] - totals[1]).detach().abs()) < 1e-7

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from paqdetr.metrics.jsonable import json_number, rounded
+from paqdetr.metrics.jsonable import json_number, json_safe, rounded
 
 
 def test_what_nothing_defines_is_null() -> None:
@@ -14,6 +14,13 @@ def test_what_nothing_defines_is_null() -> None:
     found = [json_number(value) for value in numbers]
     assert json.dumps(found, allow_nan=False) == "[null, null, null, null, null, 0.1234567, 0.5, 3.0]"
     assert json_number(0.1234567, 6) == 0.123457 and json_number(math.nan, 6) is None
+
+
+def test_records_of_any_depth() -> None:
+    found = json_safe(
+        {"a": math.inf, "b": [math.nan, 1, (np.float64("-inf"), "x")], "c": {"d": True, "e": 0.5}}
+    )
+    assert found == {"a": None, "b": [None, 1, [None, "x"]], "c": {"d": True, "e": 0.5}}
 
 
 @pytest.mark.parametrize(

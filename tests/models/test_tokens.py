@@ -5,9 +5,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from paqdetr.models.attention import DeformableAttention
 from paqdetr.models.neck import Neck, downsample_mask
 from paqdetr.models.tokens import Tokens
+from paqdetr.paq import PatternQueries
 
 
 def test_layout_is_level_after_level_row_by_row() -> None:
@@ -56,6 +59,32 @@ def test_a_mask_without_padding_counts_as_none() -> None:
         [torch.zeros(1, 4, 2, 2)], torch.zeros(1, 8, 8, dtype=torch.bool), temperature=20
     )
     assert tokens.padding_mask is None
+
+
+def test_no_device_is_waited_for_to_look_for_padding() -> None:
+    with FakeTensorMode():
+        maps, mask = [torch.zeros(1, 4, 2, 2, device="cuda")], torch.zeros(1, 8, 8, device="cuda").bool()
+        tokens = Tokens.from_maps(maps, mask, temperature=20)
+    assert tokens.padding_mask is not None and tokens.padding_mask.shape == (1, 4)
+
+
+def test_a_mask_without_padding_that_is_kept_changes_nothing() -> None:
+    """As on a device, where nobody looks whether it is empty."""
+    torch.manual_seed(0)
+    values, shapes = torch.randn(2, 6 * 4 + 3 * 2, 8), [(6, 4), (3, 2)]
+    empty = [torch.zeros(2, *shape, dtype=torch.bool) for shape in shapes]
+    kept, none = (Tokens.from_values(values, shapes, masks, temperature=20) for masks in (empty, None))
+    for name in ("values", "position", "centers", "valid_ratios"):
+        assert torch.equal(getattr(kept, name), getattr(none, name)), name
+    torch.manual_seed(1)
+    queries = PatternQueries(num_queries=5, num_patterns=3, dim=8, num_levels=2).eval()
+    attention = DeformableAttention(dim=8, num_heads=2, num_levels=2, num_points=2)
+    reference = torch.rand(2, 5, 2, 4)
+    for call in (
+        lambda tokens: queries(tokens.values, tokens.spatial_shapes, tokens.padding_mask).content,
+        lambda tokens: attention(values[:, :5], reference, tokens.values, shapes, tokens.padding_mask),
+    ):
+        torch.testing.assert_close(call(kept), call(none))
 
 
 def test_with_values_changes_nothing_else() -> None:

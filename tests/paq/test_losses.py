@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck
 
 from paqdetr.paq import focal_loss, pattern_diversity_loss, varifocal_loss
@@ -156,6 +157,12 @@ def test_diversity_equals_the_double_sum(seed: int, count: int, dim: int) -> Non
                 dot = sum(x * y for x, y in zip(a, b, strict=True))
                 total += abs(dot) / (math.hypot(*a) * math.hypot(*b))
     assert pattern_diversity_loss(patterns).item() == pytest.approx(total / (count * (count - 1)), rel=1e-9)
+
+
+def test_diversity_waits_for_no_device() -> None:
+    """Of a tensor without content, nothing can be told that depends on it, such as how many entries are chosen."""
+    with FakeTensorMode():
+        assert pattern_diversity_loss(torch.zeros(5, 8, device="cuda")).shape == ()
 
 
 def test_diversity_of_random_256d_patterns_is_about_a_twentieth() -> None:

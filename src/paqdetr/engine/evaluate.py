@@ -15,11 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torchvision.ops import box_convert
 
 from paqdetr.data.dataset import DetectionDataset, open_split
 from paqdetr.data.loader import read_picture
 from paqdetr.engine.processes import Processes
+from paqdetr.engine.read_ahead import read_ahead
 from paqdetr.errors import ConfigError, DataError, UserError
 from paqdetr.metrics.coco import CocoFigures, evaluate_detections, non_maximum_suppression
 from paqdetr.models.arguments import require_batch_size
@@ -31,6 +33,8 @@ from paqdetr.structures import ClassTable, Detections, Targets
 
 # Above this score a prediction counts as made, when copies are counted.
 _CONFIDENT = 0.3
+# Threads that read pictures beside a GPU.
+_READERS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,11 +183,16 @@ def detect_split(
     batch_size: int,
     processes: Processes | None = None,
     observers: Sequence[Observer] = (),
+    readers: int | None = None,
 ) -> Iterator[tuple[int, Detections]]:
     """(index, detections) of every image, in batches of one size: what an image is batched with never matters. Of several
     processes each takes its share of the batches. Observers are shown the raw output of each batch.
 
     Detections of classes that the model has and the split has not are left out: nothing says whether they are right.
+
+    Args:
+        readers: threads that read the pictures of coming batches meanwhile, each at most one batch ahead; they change no order
+            and no figure. None: 4 beside a GPU, and none beside a model that needs the CPU itself.
     """
     processes = processes or Processes()
     buckets: dict[tuple[int, int], list[int]] = defaultdict(list)
@@ -194,10 +203,19 @@ def detect_split(
         for size, members in buckets.items()
         for start in range(0, len(members), batch_size)
     ]
-    for size, chosen in batches[processes.index :: processes.count]:
+    if readers is None:
+        readers = 0 if next(model.parameters()).device.type == "cpu" else _READERS
+
+    def read(
+        batch: tuple[tuple[int, int], list[int]],
+    ) -> tuple[list[int], list[Tensor], list[tuple[int, int]]]:
+        size, chosen = batch
         pictures = [read_picture(split, index) for index in chosen]
         images = [model.preprocessing(picture, size) for picture in pictures]
-        sizes = [(picture.height, picture.width) for picture in pictures]
+        return chosen, images, [(picture.height, picture.width) for picture in pictures]
+
+    own = batches[processes.index :: processes.count]
+    for chosen, images, sizes in read_ahead(own, read, threads=readers):
 
         def look(output: DetectorOutput, chosen: list[int] = chosen) -> None:
             device = output.pred_boxes.device

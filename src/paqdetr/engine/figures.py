@@ -21,17 +21,26 @@ class Interval:
     """Sums over the steps of this process since the last record."""
 
     def __init__(self) -> None:
-        self.steps = self.images = 0
+        self.steps = self.images = self.overflowed = 0
         self.sums: dict[str, float] = {}
         self.positives: list[float] = []  # by layer, over the batches that have boxes
         self.batches_with_boxes = 0
         self.queries = QuerySums()
         self._started = time.perf_counter()
 
-    def add(self, values: Mapping[str, float], batches: Sequence[BatchUse], images: int) -> None:
-        """Take in a step: its figures, and how each of its batches used queries."""
+    def add(
+        self,
+        values: Mapping[str, float],
+        batches: Sequence[BatchUse],
+        images: int,
+        *,
+        overflowed: bool = False,
+    ) -> None:
+        """Take in a step: its figures, and how each of its batches used queries. One that the gradient scaler left out because
+        half precision overflowed has no `grad_norm`."""
         self.steps += 1
         self.images += images
+        self.overflowed += overflowed
         for key, value in values.items():
             self.sums[key] = self.sums.get(key, 0.0) + value
         for batch in batches:
@@ -43,7 +52,8 @@ class Interval:
                 self.batches_with_boxes += 1
 
     def means(self, processes: Processes) -> dict[str, Any]:
-        """Means over the steps, of all processes together; every process has to ask for them."""
+        """Means over the steps, of all processes together; every process has to ask for them. `grad_norm` is that of the steps
+        whose gradient did not overflow, None if there were none; `overflowed_steps` counts the others."""
         counts = [float(self.images), float(self.batches_with_boxes)]
         queries = self.queries.flat()
         totals = processes.sum([*counts, *queries, *self.positives, *self.sums.values()])
@@ -53,7 +63,10 @@ class Interval:
         means: dict[str, Any] = {}
         for name, value in zip(self.sums, sums, strict=True):
             shared = processes.count if name in _AVERAGED else 1
-            means[name] = round(value / shared / self.steps, 6)
+            steps = self.steps - self.overflowed if name == "grad_norm" else self.steps
+            means[name] = round(value / shared / steps, 6)
+        if self.overflowed:
+            means |= {"grad_norm": means.get("grad_norm"), "overflowed_steps": self.overflowed}
         means["images_per_second"] = round(images / (time.perf_counter() - self._started), 3)
         if batches:
             means["positives_per_box"] = [round(value / batches, 4) for value in positives]
@@ -64,6 +77,7 @@ class Interval:
         return {
             "steps": self.steps,
             "images": self.images,
+            "overflowed": self.overflowed,
             # Without a step there is nothing to time, and two states that should be equal are.
             "seconds": time.perf_counter() - self._started if self.steps else 0.0,
             "sums": self.sums,
@@ -74,10 +88,11 @@ class Interval:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Interval:
-        """As it was; the time until now does not count. A state that was saved before there were seconds has none."""
+        """As it was; the time until now does not count. An older state has neither seconds nor overflows."""
         interval = cls()
         interval._started -= float(values.get("seconds", 0.0))
         interval.steps, interval.images = int(values["steps"]), int(values["images"])
+        interval.overflowed = int(values.get("overflowed", 0))
         interval.sums = {str(key): float(value) for key, value in values["sums"].items()}
         interval.positives = [float(value) for value in values["positives"]]
         interval.batches_with_boxes = int(values["batches_with_boxes"])
@@ -85,11 +100,17 @@ class Interval:
         return interval
 
 
-def grouped(terms: Mapping[str, Tensor]) -> dict[str, float]:
+def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors of any shapes as float32 on the CPU, in one transfer: each wait for a GPU costs time, whatever it brings."""
+    flat = torch.cat([tensor.detach().float().flatten() for tensor in tensors]).cpu()
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.reshape(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def grouped(terms: Mapping[str, float]) -> dict[str, float]:
     """Terms by what they are: decoder class, L1 and GIoU over all layers, encoder, denoising, diversity."""
-    values = torch.stack([term.detach() for term in terms.values()]).tolist()
     sums: dict[str, float] = {}
-    for name, value in zip(terms, values, strict=True):
+    for name, value in terms.items():
         place, _, kind = name.partition("/")
         group = kind if place.startswith("layer") else place.rstrip("0123456789")
         sums[f"loss_{group}"] = sums.get(f"loss_{group}", 0.0) + value

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from copy import deepcopy
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.swa_utils import AveragedModel
 
 from paqdetr.config import Config
 
@@ -71,37 +71,43 @@ def build_schedule(
 
 
 class MovingAverage:
-    """Exponential moving average of a model's weights, quick at first: decay min(decay, (1 + t) / (10 + t)).
+    """Exponential moving average of a model's weights and buffers, quick at first: decay min(decay, (1 + t) / (10 + t)).
+
+    The t-th update, counted from 0, copies if t = 0. Not torch's `AveragedModel`, whose count is a tensor that it copies to the
+    device in every update: the host would wait for the step.
 
     Args:
         decay: 0 makes it a copy of the latest weights.
+
+    Attributes:
+        model: a model with the averaged weights, where the given one is.
+        updates: how often it was updated.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        def average(averages: Sequence[Tensor], current: Sequence[Tensor], updates: Tensor | int) -> None:
-            keep = min(decay, (1 + int(updates)) / (10 + int(updates)))
-            # All of one call are of one dtype.
-            if averages[0].is_floating_point():
-                torch._foreach_lerp_(list(averages), list(current), 1 - keep)
-            else:
-                torch._foreach_copy_(list(averages), list(current))
+        self.model, self.decay, self.updates = deepcopy(model), decay, 0
 
-        self._averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
-
-    @property
-    def model(self) -> nn.Module:
-        """The model with averaged weights."""
-        return self._averaged.module
-
-    @property
-    def updates(self) -> int:
-        """How often it was updated."""
-        return int(self._averaged.n_averaged)
-
+    @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Take in the weights after a step."""
-        self._averaged.update_parameters(model)
+        keep = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.updates else 0.0
+        averaged: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+        copied: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for mine, latest in zip(_tensors(self.model), _tensors(model), strict=True):
+            average = self.updates and mine.is_floating_point()
+            old, new = averaged.setdefault(mine.dtype, ([], [])) if average else copied
+            old.append(mine)
+            new.append(latest)
+        if copied[0]:
+            torch._foreach_copy_(*copied)
+        for old, new in averaged.values():
+            torch._foreach_lerp_(old, new, 1 - keep)
+        self.updates += 1
 
     def restore(self, updates: int) -> None:
         """Continue counting after the averaged weights were loaded into `model`."""
-        self._averaged.n_averaged.fill_(updates)
+        self.updates = updates
+
+
+def _tensors(model: nn.Module) -> chain[Tensor]:
+    return chain(model.parameters(), model.buffers())

@@ -69,13 +69,13 @@ def batch_use(
     )
 
 
-def watch_gradients(content: Tensor, into: Tensor, *, scale: float = 1.0) -> None:
+def watch_gradients(content: Tensor, into: Tensor, *, scale: Tensor | float = 1.0) -> None:
     """Let the backward pass add the norm of the gradient at each content query to `into`, summed over images.
 
     Args:
         content: (B, n, d), as the decoder takes it.
         into: (n,) float32.
-        scale: that the loss is multiplied by, as gradient scalers do.
+        scale: that the loss is multiplied by, as gradient scalers do; a tensor is not waited for.
     """
 
     def note(gradient: Tensor) -> None:
@@ -87,17 +87,16 @@ def watch_gradients(content: Tensor, into: Tensor, *, scale: float = 1.0) -> Non
         content.register_hook(note)
 
 
-def mixture_figures(output: DetectorOutput, diversity: Tensor | None = None) -> dict[str, float]:
+def mixture_figures(output: DetectorOutput, diversity: Tensor | None = None) -> dict[str, Tensor]:
     """How content queries differ: mean cosine between those of an image, entropy of mixture rows over log m, and, given the
-    diversity loss before weighting, the mean absolute cosine between patterns."""
+    diversity loss before weighting, the mean absolute cosine between patterns. Scalars, where the output is."""
     with torch.no_grad():
         figures = {"query_cosine": query_cosine(output.mixture.content).mean()}
         if output.mixture.weights is not None:
             figures["mixture_entropy"] = row_entropy(output.mixture.weights).mean()
         if diversity is not None:
             figures["pattern_cosine"] = diversity.detach()
-        values = torch.stack([value.float() for value in figures.values()]).tolist()  # one transfer
-    return dict(zip(figures, values, strict=True))
+    return figures
 
 
 class QuerySums:

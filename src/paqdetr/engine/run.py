@@ -11,6 +11,7 @@ from typing import IO, Any
 from paqdetr.checkpoint import write_whole
 from paqdetr.config import Config, load_config
 from paqdetr.errors import ConfigError, StorageError
+from paqdetr.metrics.jsonable import json_safe
 from paqdetr.models import Detector, load
 
 _ENDED = "finished"
@@ -109,14 +110,14 @@ class Run:
         write_whole(self.environment_file, lambda path: path.write_text(text, encoding="utf-8"))
 
     def append(self, record: dict[str, Any]) -> None:
-        """Add a record to metrics.jsonl.
+        """Add a record to metrics.jsonl, null in place of a number that is NaN or infinite.
 
         Raises:
             StorageError: the file cannot be written.
         """
         try:
             with self.metrics_file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(json.dumps(json_safe(record), allow_nan=False) + "\n")
         except OSError as error:
             raise StorageError(
                 f"{self.metrics_file}: cannot be written ({error.strerror})",

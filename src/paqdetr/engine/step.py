@@ -6,7 +6,7 @@ Sum over processes and batches = the one large batch: every loss is divided by t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import cast
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from paqdetr.config import Config
 from paqdetr.data.loader import Batch
-from paqdetr.engine.figures import grouped
+from paqdetr.engine.figures import grouped, to_host
 from paqdetr.engine.processes import Processes
 from paqdetr.engine.query_figures import BatchUse, batch_use, mixture_figures, watch_gradients
 from paqdetr.errors import NonFiniteError
@@ -37,15 +37,20 @@ class Step:
         loss: of all processes; NaN if the step was left out.
         values: figures of this process's share.
         batches: how each used its queries.
+        terms, mixtures: weighted terms of each batch, and figures of its mixture, scalars where they were computed.
         images: of this process.
         problem: why the step was left out; None if it was not.
+        overflowed: whether the gradient scaler left it out and lowers its scale, which is part of half precision and no problem.
     """
 
     images: int
     loss: float = 0.0
     values: dict[str, float] = field(default_factory=dict)
     batches: list[BatchUse] = field(default_factory=list)
+    terms: list[Mapping[str, Tensor]] = field(default_factory=list)
+    mixtures: list[Mapping[str, Tensor]] = field(default_factory=list)
     problem: str | None = None
+    overflowed: bool = False
 
 
 class TrainingStep:
@@ -83,13 +88,17 @@ class TrainingStep:
         self.optimizer.zero_grad()
         step = self.gradients(batches, boxes=boxes, progress=progress)
         if step.problem is None:
-            norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.clip_norm)
-            step.values["grad_norm"] = float(cast(Tensor, norm))
-            # With a gradient scaler an overflow is part of the plan: it lowers the scale and skips the step itself.
-            if not math.isfinite(step.values["grad_norm"]) and self.accelerator.scaler is None:
+            clipped = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.clip_norm)
+            norm = self._settle(step, cast(Tensor, clipped))
+            if math.isfinite(norm):
+                step.values["grad_norm"] = norm
+            elif self.accelerator.scaler is not None:
+                # Not `optimizer_step_was_skipped`: a fused optimiser leaves out the step inside of its kernel, where accelerate
+                # cannot see it.
+                step.overflowed = True
+            else:
                 error = NonFiniteError(
-                    f"the gradient's norm became {step.values['grad_norm']} on images {_ids(batches)}",
-                    _REMEDY,
+                    f"the gradient's norm became {norm} on images {_ids(batches)}", _REMEDY
                 )
                 self._give_up(step, error)
         if step.problem is not None:
@@ -140,17 +149,31 @@ class TrainingStep:
         if not math.isfinite(total):
             error = NonFiniteError(f"the loss became {total} on images {_ids([batch])}", _REMEDY)
             return torch.zeros(()), error
-        figures = {"loss": total, **grouped(report.terms)}
-        for name, value in figures.items():
-            step.values[name] = step.values.get(name, 0.0) + value
-        for name, value in mixture_figures(output, owed.get("diversity")).items():
-            step.values[name] = step.values.get(name, 0.0) + value / batches
+        step.values["loss"] = step.values.get("loss", 0.0) + total
+        step.terms.append(report.terms)
+        step.mixtures.append(mixture_figures(output, owed.get("diversity")))
         use = batch_use(output, report.pairs, report.positives_per_box, [len(t) for t in batch.targets])
         scaler = self.accelerator.scaler
-        scale = 1.0 if scaler is None else scaler.get_scale()
+        # get_scale() would wait for the device.
+        scale = 1.0 if scaler is None else scaler.scale(torch.ones((), device=images.device))
         watch_gradients(output.mixture.content, use.gradients, scale=scale)
         step.batches.append(use)
         return report.total, None
+
+    def _settle(self, step: Step, norm: Tensor) -> float:
+        """Bring what the step's batches say to the host, in one transfer after all of its work; the gradient's norm."""
+        waiting = [norm]
+        for terms, mixture, use in zip(step.terms, step.mixtures, step.batches, strict=True):
+            waiting += [*terms.values(), *mixture.values(), use.mass, use.gradients]
+        first, *rest = to_host(waiting)
+        arrived = iter(rest)
+        for terms, mixture, use in zip(step.terms, step.mixtures, step.batches, strict=True):
+            figures = grouped({name: float(next(arrived)) for name in terms})
+            figures |= {name: float(next(arrived)) / len(step.batches) for name in mixture}
+            use.mass, use.gradients = next(arrived), next(arrived)
+            for name, value in figures.items():
+                step.values[name] = step.values.get(name, 0.0) + value
+        return float(first)
 
     def _give_up(self, step: Step, error: NonFiniteError | None) -> None:
         """All processes leave out the step for what went wrong in one of them, or end."""

@@ -196,9 +196,9 @@ class Trainer:
         """Weights are changed: schedule, average, position and records follow."""
         self.schedule.step()
         if step.problem is None:
-            if not self.accelerator.optimizer_step_was_skipped:
+            if not step.overflowed:
                 self.average.update(self.model)
-            self.interval.add(step.values, step.batches, step.images)
+            self.interval.add(step.values, step.batches, step.images, overflowed=step.overflowed)
         self.position = replace(
             self.position,
             step=self.position.step + 1,

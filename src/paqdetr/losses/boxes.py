@@ -22,6 +22,7 @@ class FlatPairs:
         label: its class.
         box: (P, 4) cxcywh it should have.
         weight: (P,) how much of a positive it is; None if all pairs are whole ones.
+        positives: of each of the K layers, counted on the host, where the pairs are.
     """
 
     layer: Tensor
@@ -30,6 +31,7 @@ class FlatPairs:
     label: Tensor
     box: Tensor
     weight: Tensor | None = None
+    positives: tuple[int, ...] = ()
 
     @classmethod
     def from_pairs(
@@ -58,11 +60,8 @@ class FlatPairs:
         if any(found.weights is not None for row in pairs for found in row):
             parts = [_weights_of(found) for row in pairs for found in row]
             weight = torch.cat(parts).to(device, boxes.dtype)
-        return cls(layer, image, query, labels[truth], boxes[truth], weight)
-
-    def counts(self, num_layers: int) -> Tensor:
-        """Positives of each layer: (K,) int64."""
-        return torch.bincount(self.layer, minlength=num_layers)
+        positives = tuple(sum(map(len, row)) for row in pairs)
+        return cls(layer, image, query, labels[truth], boxes[truth], weight, positives)
 
 
 def _weights_of(pairs: Pairs) -> Tensor:
@@ -88,9 +87,10 @@ def box_losses(pred_boxes: Tensor, pairs: FlatPairs) -> tuple[Tensor, Tensor, Te
         pairs: of the K layers; weighted ones count by their weight.
 
     Returns:
-        L1 (K,), GIoU loss (K,), and the detached IoU of every pair (P,).
+        L1 (K,), GIoU loss (K,), and the detached IoU of every pair (P,), at least float32.
     """
-    predicted = pred_boxes[pairs.layer, pairs.image, pairs.query].float()  # (P, 4)
+    predicted = pred_boxes[pairs.layer, pairs.image, pairs.query]  # (P, 4)
+    predicted = predicted.to(torch.promote_types(predicted.dtype, torch.float32))
     truth = pairs.box.to(predicted.dtype)
     l1 = (predicted - truth).abs().sum(-1)
     corners, truth_corners = box_convert(predicted, "cxcywh", "xyxy"), box_convert(truth, "cxcywh", "xyxy")
@@ -99,6 +99,7 @@ def box_losses(pred_boxes: Tensor, pairs: FlatPairs) -> tuple[Tensor, Tensor, Te
     with torch.no_grad():
         iou = elementwise_iou(corners, truth_corners)
     if pairs.weight is not None:
-        l1, giou = pairs.weight * l1, pairs.weight * giou
+        weight = pairs.weight.to(predicted.dtype)
+        l1, giou = weight * l1, weight * giou
     zero = predicted.new_zeros(pred_boxes.shape[0])
     return zero.index_add(0, pairs.layer, l1), zero.index_add(0, pairs.layer, giou), iou

@@ -122,11 +122,21 @@ class Criterion:
             targets: of the B images.
             aux_losses: unweighted losses of the query source, by name; each needs a weight in `aux_weights`.
             progress: share of the training that is done, in [0, 1].
-            num_boxes: normaliser: boxes in the batch over all processes divided by their number; the batch's own if None.
+            num_boxes: what losses are divided by: the boxes of the whole step, in all of its batches and processes, so that their
+                losses add up to that of one large batch (where data parallelism takes the mean of gradients, multiply the loss by
+                the number of processes); the batch's own boxes if None.
 
         Raises:
+            ValueError: targets are not what `Targets` says, an auxiliary loss has no weight, or class-agnostic proposals come
+                from a model in evaluation mode.
             NonFiniteError: a prediction is NaN or infinite.
         """
+        unknown = sorted(set(aux_losses or ()) - set(self.aux_weights))
+        if unknown:
+            raise ValueError(
+                f"auxiliary loss {unknown[0]!r} has no weight, known are {sorted(self.aux_weights)}:"
+                f" set criterion.aux_weights[{unknown[0]!r}]"
+            )
         device = output.pred_logits.device
         own_boxes = sum(len(target) for target in targets)
         normalizer = max(float(own_boxes if num_boxes is None else num_boxes), 1.0)
@@ -146,6 +156,11 @@ class Criterion:
             assigners += [middle] * len(many.logits)
         proposals = output.proposals
         if proposals is not None and proposals.everything is None:
+            if proposals.logits.shape[-1] != output.pred_logits.shape[-1]:
+                raise ValueError(
+                    "class-agnostic proposals learn from all tokens, which a model gives in training mode alone:"
+                    " call model.train() before the forward pass"
+                )
             stages.append(Decoded(proposals.logits[None], proposals.boxes[None]))
             names.append("encoder")
             assigners.append(of_encoder)
@@ -154,7 +169,7 @@ class Criterion:
         rows = matchables(logits, boxes, targets, weights=self.cost_weights, names=names)
         pairs = _solve(assigners, rows)
         flat = FlatPairs.from_pairs(pairs, targets, device)
-        counts = flat.counts(len(pairs))
+        counts = flat.positives
         terms = self._terms(names, logits, boxes, flat, self._divisor(normalizer, counts, own_boxes))
         if several and self.config.one_to_many_weight != 1:
             of_layers = [f"layer{i + 1}" for i in range(num_layers - 1)] if many is None else []
@@ -181,14 +196,14 @@ class Criterion:
         for name, value in (aux_losses or {}).items():
             terms[name] = self.aux_weights[name] * value
 
-        most = counts[:num_layers].clone()
+        most = list(counts[:num_layers])
         if many is not None and several:
             learnt = counts[num_layers : num_layers + len(many.logits)]
-            most[: len(learnt)] = torch.maximum(most[: len(learnt)], learnt)
+            most[: len(learnt)] = map(max, most, learnt)
         return LossReport(
             total=torch.stack(list(terms.values())).sum(),
             terms=terms,
-            positives_per_box=[count / own_boxes if own_boxes else float("nan") for count in most.tolist()],
+            positives_per_box=[count / own_boxes if own_boxes else float("nan") for count in most],
             pairs=pairs[:num_layers],
         )
 
@@ -200,15 +215,15 @@ class Criterion:
             return self.annealed[self.most_positives(progress) - 1]
         return self.intermediate, self.encoder
 
-    def _divisor(self, normalizer: float, counts: Tensor, own_boxes: int) -> Tensor | float:
-        """What each layer's sums are divided by, a number or (K,).
+    def _divisor(self, normalizer: float, counts: Sequence[int], own_boxes: int) -> Tensor | float:
+        """What each layer's sums are divided by, a number or (K,) float32 on the CPU.
 
         Positives are counted in this batch alone. In a step of several batches or processes each takes its own number of
         positives a box, times the boxes of the whole step.
         """
         if self.config.normalizer == "boxes" or not own_boxes:
             return normalizer
-        return normalizer * (counts / own_boxes).clamp(min=1 / own_boxes)
+        return normalizer * (torch.tensor(counts) / own_boxes).clamp(min=1 / own_boxes)
 
     def _all_tokens(
         self, tokens: AllTokens, targets: Sequence[Targets], assigner: Assigner, normalizer: float
@@ -220,7 +235,7 @@ class Criterion:
         boxes = tokens.boxes[None]
         pairs = match_layers(logits, boxes, objects, [assigner], weights=self.cost_weights, names=["encoder"])
         flat = FlatPairs.from_pairs(pairs, objects, logits.device)
-        divisor = self._divisor(normalizer, flat.counts(1), sum(map(len, targets)))
+        divisor = self._divisor(normalizer, flat.positives, sum(map(len, targets)))
         return self._terms(["encoder"], logits, boxes, flat, divisor)
 
     def _hybrid(self, predicted: Decoded, targets: Sequence[Targets], normalizer: float) -> dict[str, Tensor]:
@@ -247,6 +262,8 @@ class Criterion:
         self, names: list[str], logits: Tensor, boxes: Tensor, pairs: FlatPairs, divisor: float | Tensor
     ) -> dict[str, Tensor]:
         """Weighted class, L1 and GIoU losses of each layer: (K, B, N, C), (K, B, N, 4) -> 3 K scalars."""
+        if isinstance(divisor, Tensor):
+            divisor = divisor.to(logits.device, non_blocking=True)
         l1, giou, iou = box_losses(boxes, pairs)
         classification = self._class_losses(logits, pairs, iou)
         weighted = (
@@ -265,10 +282,11 @@ class Criterion:
         are 0 and 1, it is w of a positive and 1 - w of a negative."""
         place = (pairs.layer, pairs.image, pairs.query, pairs.label)
         varifocal = self.config.classification == "varifocal"
-        quality = iou.to(torch.float32) if varifocal else torch.ones_like(iou, dtype=torch.float32)
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        quality = iou.to(dtype) if varifocal else torch.ones_like(iou, dtype=dtype)
         if varifocal and pairs.weight is not None:
-            quality = quality * pairs.weight.to(quality.dtype)
-        goal = torch.zeros_like(logits, dtype=torch.float32)
+            quality = quality * pairs.weight.to(dtype)
+        goal = torch.zeros_like(logits, dtype=dtype)
         goal[place] = quality
         losses = self.classify(logits, goal)  # (K, B, N, C)
         if not varifocal and pairs.weight is not None:

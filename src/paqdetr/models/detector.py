@@ -21,6 +21,7 @@ from paqdetr.models.queries import QueryGroup, QuerySource, StaticQueries, atten
 from paqdetr.models.start import ProposalStart, QueryStart, Start
 from paqdetr.models.tokens import Tokens
 from paqdetr.paq import Mixture
+from paqdetr.paq.targets import require_form, require_values
 from paqdetr.preprocessing import Preprocessing
 from paqdetr.structures import ClassTable, Detections, Targets
 
@@ -103,8 +104,13 @@ class Detector(nn.Module):
             targets: of the B images, for denoising in training; ignored in evaluation mode.
 
         Raises:
-            ValueError: a mask of another shape or dtype, or one that begins with padding.
+            ValueError: a mask of another shape or dtype, or one that begins with padding; targets that are not what `Targets` says;
+                of those on a GPU types and shapes alone are looked at here, and values where they are matched.
         """
+        if self.training and targets is not None:
+            require_form(targets, batch=len(images))
+            if all(target.labels.device.type == target.boxes.device.type == "cpu" for target in targets):
+                require_values(targets, self.config.num_classes)
         features = self.extract(images, padding_mask)
         return self.detect(features, targets if self.training else None)
 

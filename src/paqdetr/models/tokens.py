@@ -49,11 +49,12 @@ class Tokens:
 
         Args:
             maps: per level (B, d, h, w).
-            padding_mask: (B, H, W) bool of the images, True at padding, or None.
+            padding_mask: (B, H, W) bool of the images, True at padding, or None if there is none. One without a single True
+                gives the same result; only on the CPU it also saves the work.
             temperature, offset: of the sine embedding, see `sine_map`.
         """
         masks: list[Tensor] | None = None
-        if padding_mask is not None and bool(padding_mask.any()):
+        if padding_mask is not None and _may_have_padding(padding_mask):
             masks = [downsample_mask(padding_mask, x.shape[-2:]) for x in maps]
         shapes = [(int(x.shape[2]), int(x.shape[3])) for x in maps]
         values = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], dim=1)
@@ -91,6 +92,11 @@ class Tokens:
             valid_ratios=ratios,
             level_index=torch.cat(level_index),
         )
+
+
+def _may_have_padding(mask: Tensor) -> bool:
+    """Whether there is any, or it lies on a device that would have to be waited for: whoever made the batch knew."""
+    return mask.device.type != "cpu" or bool(mask.any())
 
 
 def _valid_ratio(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -45,7 +45,7 @@ class Qualities:
     Attributes:
         scores: (n, G) float64, s_ij = IoU_ij - gamma * c_ij.
         confidence: (n, G) float64 in [0, 1], c_ij.
-        claims: (G,) int64, k_j.
+        claims: (G,) int64, k_j; with more boxes than queries 1 or 0, by the one-to-one match.
     """
 
     scores: np.ndarray
@@ -137,9 +137,12 @@ class QualityAwareAssigner:
     def num_positives(
         self, pred_logits: Tensor, pred_boxes: Tensor, targets: Sequence[Targets]
     ) -> list[Tensor]:
-        """k_j of every box: B tensors (G,) int64. Shapes as in the call."""
+        """k_j of every box, how many queries it is to get: B tensors (G,) int64. Shapes as in the call.
+
+        In an image with more boxes than queries, whose match is one-to-one, it is 1 for boxes of that match and 0 for the others.
+        """
         rows = matchables(pred_logits[None], pred_boxes[None], targets, weights=self.cost_weights)[0]
-        return [torch.from_numpy(self._claims(self._scores(image))) for image in rows]
+        return [torch.from_numpy(self.qualities(image).claims) for image in rows]
 
     def solve(self, image: Matchables) -> Pairs:
         """Pairs of one image of one layer."""
@@ -155,7 +158,12 @@ class QualityAwareAssigner:
     def qualities(self, image: Matchables) -> Qualities:
         """What the rule goes by in one image of one layer, for those who want to show it."""
         scores = self._scores(image)
-        return Qualities(scores=scores, confidence=self._confident(image), claims=self._claims(scores))
+        num_queries, num_boxes = scores.shape
+        if num_boxes > num_queries:
+            claims = np.bincount(linear_sum_assignment(image.cost)[1], minlength=num_boxes)
+        else:
+            claims = self._claims(scores)
+        return Qualities(scores=scores, confidence=self._confident(image), claims=claims)
 
     def _scores(self, image: Matchables) -> np.ndarray:
         """s_ij, (n, G)."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from paqdetr.errors import NonFiniteError
+from paqdetr.paq.targets import require_form, require_values, values_fit
 from paqdetr.structures import Targets
 
 
@@ -65,10 +66,13 @@ def matchables(
         [layer][image] -> Matchables.
 
     Raises:
+        ValueError: targets that are not what `Targets` says, naming the image and the remedy. Their values cross to the host with
+            the costs: nobody waits for them.
         NonFiniteError: a NaN or infinite prediction, naming layer and image ids. Nothing else can make a cost infinite.
     """
     weights = weights or CostWeights()
-    layers, batch, num_queries, _ = pred_logits.shape
+    layers, batch, _, num_classes = pred_logits.shape
+    require_form(targets, batch=batch, device=pred_boxes.device)
     counts = [len(target) for target in targets]
     with torch.no_grad():
         packed = torch.stack(
@@ -78,8 +82,9 @@ def matchables(
             ],
             dim=1,
         )  # (K, B, 3 * Gmax + 1, n)
-        host = packed.to(torch.float64).cpu().numpy()
-    _require_finite(host, targets, names or [f"layer{i + 1}" for i in range(layers)])
+        # Half the bytes cross, and some devices have no float64.
+        host = packed.cpu().to(torch.float64).numpy()
+    _require_finite(host, targets, num_classes, names or [f"layer{i + 1}" for i in range(layers)])
     most = max(counts)
     result: list[list[Matchables]] = []
     for layer in range(layers):
@@ -111,12 +116,15 @@ def _image_terms(logits: Tensor, boxes: Tensor, target: Targets, weights: CostWe
     by_class = logits.to(working).sigmoid()  # (K, n, C)
     # Neither the repairs of iou_and_giou nor the sigmoid of an infinite logit may hide a broken prediction from the check below.
     sound = (boxes.isfinite().all(-1) & logits.isfinite().all(-1))[:, None]
+    sound &= values_fit(target, num_classes)
+    # A wrong label must not end a GPU's program before the check below can name it.
+    labels = target.labels.clamp(0, num_classes - 1)
     highest = by_class.amax(-1)[:, None].masked_fill(~sound, torch.nan)  # (K, 1, n)
 
     by_class = by_class.transpose(1, 2).contiguous()
-    of_class = by_class.index_select(1, target.labels)  # (K, G, n)
+    of_class = by_class.index_select(1, labels)  # (K, G, n)
     if count > num_classes:  # the term depends on the class alone
-        class_cost = _class_cost(by_class, weights).index_select(1, target.labels)
+        class_cost = _class_cost(by_class, weights).index_select(1, labels)
     else:
         class_cost = _class_cost(of_class, weights)
 
@@ -164,16 +172,19 @@ def _corners(boxes: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tens
     return (left, top, right, bottom), (right - left) * (bottom - top)
 
 
-def _require_finite(host: np.ndarray, targets: Sequence[Targets], names: Sequence[str]) -> None:
+def _require_finite(
+    host: np.ndarray, targets: Sequence[Targets], num_classes: int, names: Sequence[str]
+) -> None:
     # A sum of finite float32 numbers is finite in float64, and one with a NaN or an infinity never is.
     bad = ~np.isfinite(host.sum(axis=(2, 3)))  # (K, B)
     if not bad.any():
         return
+    require_values(targets, num_classes)
     layers = [names[layer] for layer in sorted({int(layer) for layer in np.nonzero(bad)[0]})]
     images = sorted({int(image) for image in np.nonzero(bad)[1]})
     ids = [f"batch position {i}" if (name := targets[i].image_id) is None else name for i in images]
     raise NonFiniteError(
-        f"predictions of {', '.join(layers)} (or the boxes they are matched with) are NaN or infinite for image(s) {ids}",
+        f"predictions of {', '.join(layers)} are NaN or infinite for image(s) {ids}",
         "lower the learning rate, clip gradients harder, or train without half precision",
         layers=layers,
         images=ids,

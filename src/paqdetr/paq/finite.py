@@ -1,7 +1,8 @@
 """What a training does about NaN and infinite predictions: end, or leave the step out.
 
 No such prediction ever reaches a solver: `matchables` raises `NonFiniteError`, which names layers and image ids. This is the
-other half, the decision, for the one place of a training loop that may catch it.
+other half, the decision, for the one place of a training loop of your own that may catch it. `paqdetr.train` decides in its own
+loop (`nan_policy`): there the steps left out in a row belong to the state that a resumption goes on from.
 """
 
 from __future__ import annotations

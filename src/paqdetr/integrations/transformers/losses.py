@@ -102,7 +102,7 @@ class OneToManyCriterion(nn.Module):
 
         try:
             return match([Targets(row["class_labels"], row["boxes"]) for row in labels])
-        except NonFiniteError:
+        except (NonFiniteError, ValueError):
             # Ids are tensors on the device: only now is it worth waiting for them.
             return match([Targets(row["class_labels"], row["boxes"], _image_id(row)) for row in labels])
 
