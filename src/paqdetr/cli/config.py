@@ -17,11 +17,11 @@ def list_names(
     pattern: Annotated[str, typer.Argument(help='Which ones, such as "*_finetune".')] = "*",
 ) -> None:
     """List what `train` takes: models, and recipes that train one for a certain purpose."""
-    from paqdetr.config import describe_config
-    from paqdetr.models import list_models, list_recipes
+    from paqdetr.config import describe_config, list_configs
 
-    kinds = {"recipe": list_recipes(pattern), "model": list_models(pattern)}
-    rows = [(name, kind, describe_config(name)) for kind, names in kinds.items() for name in names]
+    names = [(name, "recipe") for name in list_configs("recipe", pattern)]
+    names += [(name, "model") for name in list_configs("model", pattern)]
+    rows = [(name, kind, describe_config(name)) for name, kind in names]
     if not rows:
         raise ConfigError(f"no model or recipe is called {pattern!r}", "`paqdetr config list` lists them all")
     print_columns(rows)

@@ -25,10 +25,9 @@ def models(
     width: Annotated[int, typer.Option(min=32)] = _WIDTH,
 ) -> None:
     """List models: parameters, FLOPs, the AP published for them, and what we measured."""
-    from paqdetr.config import known_figures
-    from paqdetr.models import list_models
+    from paqdetr.config import known_figures, list_configs  # without torch, so at once
 
-    names = list_models(pattern)
+    names = list_configs("model", pattern)
     if not names:
         raise ConfigError(f"no model is called {pattern!r}", "`paqdetr models` lists them all")
     published, measured = known_figures("published"), known_figures("measured")

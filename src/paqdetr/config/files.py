@@ -11,6 +11,7 @@ from (hosts, sizes, PaQ); `configs/recipes` other trainings of a model; `configs
 from __future__ import annotations
 
 import difflib
+import fnmatch
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -24,11 +25,17 @@ from paqdetr.config.section import Section
 from paqdetr.errors import ConfigError
 
 
-def list_configs(kind: Literal["all", "model", "recipe"] = "all") -> list[str]:
-    """Names of the settings that come with the package, sorted: models, and recipes that train one for a certain purpose."""
+def list_configs(kind: Literal["all", "model", "recipe"] = "all", pattern: str = "*") -> list[str]:
+    """Names of the settings that come with the package, sorted: models, and recipes that train one for a certain purpose.
+
+    Args:
+        kind: which of them.
+        pattern: a wildcard such as "paq_*".
+    """
     folders = {"model": ["models"], "recipe": ["recipes"]}.get(kind, ["models", "recipes"])
     entries = [entry.name for folder in folders for entry in (_config_dir() / folder).iterdir()]
-    return sorted(name.removesuffix(".yaml") for name in entries if name.endswith(".yaml"))
+    names = sorted(name.removesuffix(".yaml") for name in entries if name.endswith(".yaml"))
+    return fnmatch.filter(names, pattern)
 
 
 def load_config(source: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> Config:

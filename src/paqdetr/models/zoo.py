@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -131,12 +130,12 @@ DENOISING: dict[str, Callable[[ModelConfig], Denoising | None]] = {
 
 def list_models(pattern: str = "*") -> list[str]:
     """Names of the models that `create_model` knows, by a wildcard such as "paq_*"."""
-    return fnmatch.filter(list_configs("model"), pattern)
+    return list_configs("model", pattern)
 
 
 def list_recipes(pattern: str = "*") -> list[str]:
     """Names of the recipes that `train` takes beside models, by a wildcard such as "*_finetune"."""
-    return fnmatch.filter(list_configs("recipe"), pattern)
+    return list_configs("recipe", pattern)
 
 
 def create_model(
