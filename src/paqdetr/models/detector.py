@@ -104,8 +104,8 @@ class Detector(nn.Module):
             targets: of the B images, for denoising in training; ignored in evaluation mode.
 
         Raises:
-            ValueError: a mask of another shape or dtype, or one that begins with padding; targets that are not what `Targets` says;
-                of those on a GPU types and shapes alone are looked at here, and values where they are matched.
+            ValueError: a mask of another shape or dtype, or targets that are not what `Targets` says. On a CPU also a mask that
+                begins with padding, and values of targets; those on a GPU are looked at where they are matched.
         """
         if self.training and targets is not None:
             require_form(targets, batch=len(images))
@@ -219,7 +219,8 @@ class Detector(nn.Module):
 
 
 def _checked_mask(mask: Tensor | None, images: Tensor) -> Tensor | None:
-    """The mask itself, or None where it marks nothing; other sizes, dtypes and meanings would silently give other boxes."""
+    """The mask itself, or None where it is known to mark nothing; other sizes, dtypes and meanings would silently give other
+    boxes."""
     if mask is None:
         return None
     wanted = (images.shape[0], *images.shape[2:])
@@ -228,14 +229,15 @@ def _checked_mask(mask: Tensor | None, images: Tensor) -> Tensor | None:
             f"padding_mask: expected {wanted} bool, True at padding, found {tuple(mask.shape)} {mask.dtype}; "
             "a pixel_mask with 1 at the image becomes one by `pixel_mask == 0`"
         )
-    padded, upside_down = torch.stack([mask.any(), mask[:, 0, 0].any()]).tolist()  # one wait for the device
-    if upside_down:
+    if mask.device.type != "cpu":
+        return mask  # looking at its values would wait for the device
+    if mask[:, 0, 0].any():
         first = int(mask[:, 0, 0].int().argmax())
         raise ValueError(
             f"padding_mask: True at the first pixel of image {first} of the batch, but True is padding, which lies right of an "
             "image and below it; invert a mask that is True at the image"
         )
-    return mask if padded else None
+    return mask if mask.any() else None
 
 
 def _group(start: Start, rows: slice, content: Tensor | None) -> QueryGroup:
