@@ -131,7 +131,7 @@ def test_further_heads_read_what_the_layers_own_read(
 
 
 def test_further_heads_start_like_the_decoders_own() -> None:
-    for name, box in (("dino_nano", 0.0), ("deformable_detr_one_stage_nano", -2.0)):
+    for name, box in (("paq_dino_nano", 0.0), ("paq_deformable_detr_one_stage_nano", -2.0)):
         heads = create_model(name, **SMALL, **HEADS).decoder.many_heads
         assert heads is not None
         for class_head, box_head in zip(heads.class_heads, heads.box_heads, strict=True):
