@@ -72,3 +72,7 @@ class StorageError(UserError):
 
 class WorkerError(UserError):
     """A process that loads images died."""
+
+
+class OutOfMemoryError(UserError):
+    """A GPU, or the machine, has no room for what a model needs."""

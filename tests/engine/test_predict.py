@@ -81,6 +81,7 @@ def test_no_picture_can_be_read(model: Detector, tmp_path: Path) -> None:
     (tmp_path / "x.png").write_text("no image")
     with pytest.raises(DataError, match=r"none of 1 images could be read; the first: .*x\.png"):
         predict_folder(model, [tmp_path / "x.png"], output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_earlier_prediction_is_replaced_and_nothing_else(

@@ -96,6 +96,8 @@ def run(argv: Sequence[str]) -> int:
                 "check the path, its permissions and the disk",
                 debug=debug,
             )
+        if (full := _memory_error(error)) is not None:
+            return _mistake(full.message, full.remedy, debug=debug)
         if debug:
             traceback.print_exc()
         print_styled(errors, ("internal error:", "bold red"), f" {type(error).__name__}: {error}")
@@ -105,6 +107,16 @@ def run(argv: Sequence[str]) -> int:
         return 1
     except KeyboardInterrupt:
         return _interrupted()
+
+
+def _memory_error(error: Exception) -> UserError | None:
+    if "torch" not in sys.modules and not isinstance(
+        error, MemoryError
+    ):  # not worth the seconds of its import
+        return None
+    from paqdetr.engine.memory import memory_error
+
+    return memory_error(error)
 
 
 def _mistake(message: str, remedy: str, *, debug: bool) -> int:

@@ -65,7 +65,7 @@ class StopRequest:
         self._before = {}
 
 
-def worker_error(error: RuntimeError) -> WorkerError | None:
+def worker_error(error: RuntimeError | MemoryError) -> WorkerError | None:
     """What a user can do about torch's complaint that a worker died; None for any other error."""
     if "DataLoader worker" not in str(error):
         return None

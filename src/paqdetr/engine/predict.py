@@ -70,7 +70,6 @@ def predict_folder(
             raise DataError(
                 f"{path}: lies in the output folder, where it would be drawn over", "choose another --output"
             )
-    output.mkdir(parents=True, exist_ok=True)
     found: dict[Path, Detections] = {}
     unreadable: dict[Path, str] = {}
     for done, path in enumerate(pictures, start=1):
@@ -82,6 +81,7 @@ def predict_folder(
         detections = model.predict(picture, threshold=threshold)[0]
         detections.image_id = path.name
         found[path] = detections
+        output.mkdir(parents=True, exist_ok=True)  # not before there is something to put into it
         detections.draw(picture).save(output / f"{path.stem}.jpg", quality=92)
         if progress is not None:
             progress(done, len(pictures))

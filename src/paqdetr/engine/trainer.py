@@ -19,7 +19,7 @@ from paqdetr.engine.evaluate import evaluate_together
 from paqdetr.engine.events import Callback, Callbacks, TrainingPlan
 from paqdetr.engine.figures import Interval
 from paqdetr.engine.interrupt import StopRequest, TrainingInterrupted, worker_error
-from paqdetr.engine.memory import peak_memory
+from paqdetr.engine.memory import memory_error, peak_memory
 from paqdetr.engine.optim import MovingAverage, build_optimizer, build_schedule, lr_factor, lr_scale
 from paqdetr.engine.pictures import draw_predictions, training_curves
 from paqdetr.engine.processes import Processes, build_accelerator
@@ -117,8 +117,12 @@ class Trainer:
                     self._epoch()
             self._finish()
             self.processes.wait()
-        except RuntimeError as error:
-            raise worker_error(error) or error from None
+        except (RuntimeError, MemoryError) as error:
+            smaller = "take --auto-batch, or batch_size=1 accumulate=4 checkpoint_activations=true, or a smaller image_size"
+            told = worker_error(error) or memory_error(error, smaller)
+            if told is None:
+                raise
+            raise told from error
         finally:
             self.events.on_end()
             self.loader.close()
