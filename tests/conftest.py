@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import random
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -60,6 +63,28 @@ def shared_data() -> Callable[[str], Path]:
         return path
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def script() -> Callable[[str], ModuleType]:
+    """`script("tools/study_page.py")` is that file of the checkout as a module; in a source distribution, which is without
+    `benchmarks` and `tools`, the test skips."""
+
+    def load(file: str) -> ModuleType:
+        path = REPO / file
+        if not path.parent.is_dir():
+            pytest.skip(f"needs a checkout: {path.parent.name}/ is not part of the source distribution")
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.path.insert(0, str(path.parent))  # as for a script that is run: its neighbours can be imported
+        try:
+            spec.loader.exec_module(module)
+        finally:
+            sys.path.remove(str(path.parent))
+        return module
+
+    return load
 
 
 @pytest.fixture(scope="session")

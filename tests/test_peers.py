@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -18,15 +19,8 @@ SETTINGS = {"image_size": 96, "model.num_queries": 20, "augment.scale": [0.7, 1.
 
 
 @pytest.fixture(scope="module")
-def peers() -> ModuleType:
-    if not BENCHMARKS.is_dir():
-        pytest.skip("needs a checkout: benchmarks are not part of the source distribution")
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        import peers  # type: ignore[import-not-found]
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-    return peers
+def peers(script: Callable[[str], ModuleType]) -> ModuleType:
+    return script("benchmarks/peers.py")
 
 
 def names() -> list[str]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,37 +12,25 @@ from typing import Any
 import pytest
 
 REPO = Path(__file__).resolve().parents[1]
-BENCHMARKS = REPO / "benchmarks"
 
 
-def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    if not BENCHMARKS.is_dir():
-        pytest.skip("needs a checkout: benchmarks are not part of the source distribution")
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_tables_are_read_from_the_kept_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    tables = load("performance_tables", monkeypatch)
+def test_the_tables_are_read_from_the_kept_files(script: Callable[[str], ModuleType]) -> None:
+    tables = script("tools/performance_tables.py")
     page = (REPO / "docs" / "performance.md").read_text(encoding="utf-8")
     assert tables.write(page) == page
     assert page.count("**") >= 2 * 2 * len(tables.TABLES)
 
 
-def test_a_table_without_a_place_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    tables = load("performance_tables", monkeypatch)
+def test_a_table_without_a_place_is_said(script: Callable[[str], ModuleType]) -> None:
+    tables = script("tools/performance_tables.py")
     with pytest.raises(SystemExit, match="no place for deform_attn"):
         tables.write("# Empty\n")
 
 
 def test_the_attention_benchmark_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: Any
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: Any, script: Callable[[str], ModuleType]
 ) -> None:
-    benchmark = load("deform_attn", monkeypatch)
+    benchmark = script("benchmarks/deform_attn.py")
     monkeypatch.setattr(benchmark, "IMAGES", {"64x48": (64, 48)})
     monkeypatch.setattr(benchmark, "QUERIES", 5)
     monkeypatch.setattr(benchmark, "first_call", lambda: {"empty_cache_forward": 1.0})

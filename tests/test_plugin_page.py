@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -40,25 +41,20 @@ def test_the_minimal_detr_knows_nothing_of_paqdetr() -> None:
     assert "class TinyDETR" in BLOCKS[0] and "paqdetr" not in BLOCKS[0] + BLOCKS[1]
 
 
-def test_costs_are_those_of_the_kept_files() -> None:
-    spec = importlib.util.spec_from_file_location("paq_cost", PAGE.parents[1] / "benchmarks" / "paq_cost.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def test_costs_are_those_of_the_kept_files(script: Callable[[str], ModuleType]) -> None:
+    module = script("benchmarks/paq_cost.py")
     files = sorted((PAGE.parent / "results" / "paq_cost").glob("*.json"))
     assert len(files) == 2
     for file in files:
         assert module.markdown(json.loads(file.read_text("utf-8"))) in PAGE.read_text("utf-8"), file.name
 
 
-def test_the_short_training_is_that_of_the_kept_file(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_short_training_is_that_of_the_kept_file(
+    monkeypatch: pytest.MonkeyPatch, script: Callable[[str], ModuleType]
+) -> None:
     pytest.importorskip("transformers")
-    file = PAGE.parents[1] / "benchmarks" / "plugin_digits.py"
-    spec = importlib.util.spec_from_file_location("plugin_digits", file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
     monkeypatch.setenv("GOMP_SPINCOUNT", "")  # the script sets it where it is missing
-    spec.loader.exec_module(module)
+    module = script("benchmarks/plugin_digits.py")
     report = json.loads((PAGE.parent / "results" / "plugin_digits.json").read_text("utf-8"))
     table = module.markdown(report)
     assert {"host", "residual"} <= set(report["variants"])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -12,27 +12,20 @@ import pytest
 REPO = Path(__file__).resolve().parents[1]
 
 
-def benchmark(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, REPO / "benchmarks" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture(scope="module")
+def collector(script: Callable[[str], ModuleType]) -> ModuleType:
+    return script("tools/collect_results.py")
 
 
-def collector() -> ModuleType:
-    return benchmark("collect_results")
-
-
-def test_readme_table_is_read_from_the_kept_files() -> None:
-    table = collector().table()
+def test_readme_table_is_read_from_the_kept_files(collector: ModuleType) -> None:
+    table = collector.table()
     assert table.count("\n") >= 2, "no result is kept"
     assert table in (REPO / "README.md").read_text(encoding="utf-8")
 
 
-def test_what_the_models_command_shows_is_read_from_the_kept_files() -> None:
+def test_what_the_models_command_shows_is_read_from_the_kept_files(collector: ModuleType) -> None:
     text = (REPO / "src" / "paqdetr" / "configs" / "measured.yaml").read_text(encoding="utf-8")
-    assert text == collector().measured()
+    assert text == collector.measured()
     assert "paq_dino_nano" in text
 
 
@@ -45,10 +38,9 @@ def test_every_result_says_how_it_was_made() -> None:
         assert (folder / "config.yaml").is_file() and (folder / "metrics.jsonl").is_file(), folder
 
 
-def test_other_numbers_of_queries_are_read_from_the_kept_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(REPO / "benchmarks"))
+def test_other_numbers_of_queries_are_read_from_the_kept_file(script: Callable[[str], ModuleType]) -> None:
     report = json.loads((REPO / "docs" / "results" / "query_count.json").read_text("utf-8"))
-    table = benchmark("query_count").markdown(report)
+    table = script("benchmarks/query_count.py").markdown(report)
     assert {model["name"] for model in report["models"]} == {"paq_dino_nano", "dino_nano"}
     assert table.count("**") == 2 * len(report["models"]), "the number each was trained with is in bold"
     assert f"<!-- query_count -->\n{table}\n<!--" in (REPO / "docs" / "convert.md").read_text("utf-8")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -14,20 +14,13 @@ REPO = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
-def maker() -> ModuleType:
-    file = REPO / "benchmarks" / "settings_page.py"
-    if not file.is_file():
-        pytest.skip("needs a checkout: benchmarks/ is not in the archive")
-    spec = importlib.util.spec_from_file_location("settings_page", file)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def maker(script: Callable[[str], ModuleType]) -> ModuleType:
+    return script("tools/settings_page.py")
 
 
 def test_page_is_in_step(maker: ModuleType) -> None:
     page = maker.PAGE.read_text(encoding="utf-8")
-    assert maker.write(page) == page, "run python benchmarks/settings_page.py"
+    assert maker.write(page) == page, "run python tools/settings_page.py"
 
 
 def test_page_names_every_setting(maker: ModuleType) -> None:

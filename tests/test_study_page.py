@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -15,15 +15,8 @@ REPO = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
-def pages() -> ModuleType:
-    file = REPO / "benchmarks" / "study_page.py"
-    if not file.is_file():
-        pytest.skip("needs a checkout: benchmarks are not part of the source distribution")
-    spec = importlib.util.spec_from_file_location("study_page", file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def pages(script: Callable[[str], ModuleType]) -> ModuleType:
+    return script("tools/study_page.py")
 
 
 def test_the_page_is_in_step_with_the_kept_results(pages: ModuleType) -> None:

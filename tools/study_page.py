@@ -1,8 +1,8 @@
 """Keep what studies found, and write the tables of docs/study.md from it.
 
-python benchmarks/study_page.py take DIR         # take in the folder that `paqdetr study --output DIR` has filled
-python benchmarks/study_page.py plan DATA_ROOT   # work out what the studies of studies/ would take, and full scale
-python benchmarks/study_page.py                  # only write the tables anew
+python tools/study_page.py take DIR         # take in the folder that `paqdetr study --output DIR` has filled
+python tools/study_page.py plan DATA_ROOT   # work out what the studies of studies/ would take, and full scale
+python tools/study_page.py                  # only write the tables anew
 
 Kept in docs/results/studies are the study's file and one json a run, not weights. A table of the page stands between
 `<!-- study NAME TABLE -->` and `<!-- end of study NAME TABLE -->`, with the names of the report's tables; or `facts`, how the
@@ -241,9 +241,7 @@ def _grouped(keys: tuple[str, ...]) -> list[tuple[str, str, list[dict[str, Any]]
 
 def _plan() -> dict[str, Any]:
     if not PLAN.is_file():
-        raise SystemExit(
-            f"{PLAN.relative_to(REPO)} is missing: python benchmarks/study_page.py plan DATA_ROOT"
-        )
+        raise SystemExit(f"{PLAN.relative_to(REPO)} is missing: python tools/study_page.py plan DATA_ROOT")
     return json.loads(PLAN.read_text(encoding="utf-8"))
 
 

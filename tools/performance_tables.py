@@ -1,6 +1,6 @@
 """Writes the tables of docs/performance.md from the files in docs/results/performance.
 
-python benchmarks/performance_tables.py
+python tools/performance_tables.py
 
 A table stands in the page between `<!-- NAME -->` and `<!-- end of NAME -->` and is written by a function of TABLES from
 docs/results/performance/NAME.json. A new benchmark is a json, a function, and two such lines in the page.

@@ -1,6 +1,6 @@
 """Write the tables of docs/settings.md from the settings themselves.
 
-python benchmarks/settings_page.py
+python tools/settings_page.py
 
 Types, ranges, defaults and meanings are those of `paqdetr.config`: a setting without a description is an error. A table of
 the page stands between `<!-- settings SECTION -->` and `<!-- end of settings SECTION -->`; the section of top-level keys is

@@ -1,6 +1,6 @@
 """Count parameters and FLOPs of every model, for the table that `paqdetr models` shows without counting.
 
-    python benchmarks/model_costs.py
+    python tools/model_costs.py
 
 To be run when a model is added or what it is made of changes; tests/models/test_cost.py notices. It takes minutes. The image has
 800 x 1333 pixels, a multiply-add counts once, and the numbers are the same on every machine.
@@ -25,7 +25,7 @@ def main() -> None:
         cost = model_cost(name)
         rows[name] = {"parameters": cost.parameters, "trainable": cost.trainable, "flops": cost.flops}
     FILE.write_text(
-        "# Written by benchmarks/model_costs.py: one image of 800 x 1333 pixels, a multiply-add counted once.\n"
+        "# Written by tools/model_costs.py: one image of 800 x 1333 pixels, a multiply-add counted once.\n"
         + yaml.safe_dump(rows),
         encoding="utf-8",
     )

@@ -1,7 +1,7 @@
 """Keep what a finished run reached, and write it into the table of the README and the list that `paqdetr models` shows.
 
-python benchmarks/collect_results.py NAME RUN "COMMANDS THAT MADE IT"     # take a run in
-python benchmarks/collect_results.py    # only write the table anew
+python tools/collect_results.py NAME RUN "COMMANDS THAT MADE IT"     # take a run in
+python tools/collect_results.py    # only write the table anew
 
 RUN is a run's folder with a test.json beside its checkpoint (`paqdetr eval RUN --split test --json RUN/test.json`).
 Kept are settings, figures and the log, not weights; every number of the tables is read from there.
@@ -63,7 +63,7 @@ def measured() -> str:
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
         row = {"data": folder.name, "AP": round(figures["AP"], 3), "AP50": round(figures["AP50"], 3)}
         rows.setdefault(_model_of(config["name"]), []).append(row)
-    head = "# Written by benchmarks/collect_results.py from docs/results: one seed each, on the test split.\n"
+    head = "# Written by tools/collect_results.py from docs/results: one seed each, on the test split.\n"
     return head + yaml.safe_dump(rows, sort_keys=True)
 
 
