@@ -37,7 +37,12 @@ class Targets:
 
     def to(self, device: torch.device | str) -> Targets:
         """The same targets on another device."""
-        return Targets(self.labels.to(device), self.boxes.to(device), self.image_id, self.size)
+        labels, boxes = (part.to(device, non_blocking=part.is_pinned()) for part in (self.labels, self.boxes))
+        return Targets(labels, boxes, self.image_id, self.size)
+
+    def pin_memory(self) -> Targets:
+        """The same targets in memory that a GPU reads by itself."""
+        return Targets(self.labels.pin_memory(), self.boxes.pin_memory(), self.image_id, self.size)
 
 
 @dataclass(slots=True)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data._utils.pin_memory import pin_memory as torch_pin_memory
 
 from paqdetr.config import AugmentConfig, Config, load_config
 from paqdetr.data.augment import Augment
@@ -149,6 +150,22 @@ def test_collate_pads_and_marks_the_padding() -> None:
     assert (batch.images.mean(1) == 1).eq(~batch.padding_mask).all()
     even = collate([sample(32, 32), sample(32, 32)])
     assert isinstance(even, Batch) and even.padding_mask is None
+
+
+def test_torchs_loader_pins_a_batch_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As its thread for pinning does it; without a GPU there is no such memory, so who is asked has to do."""
+    targets = Targets(torch.zeros(2, dtype=torch.int64), torch.rand(2, 4), 7, (32, 48))
+    batch = Batch(torch.rand(1, 3, 32, 64), torch.zeros(1, 32, 64, dtype=torch.bool), [targets])
+    asked = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: asked.append(tensor) or tensor.clone())
+    pinned = torch_pin_memory(batch)
+    assert [id(tensor) for tensor in asked] == [
+        id(tensor) for tensor in (batch.padding_mask, batch.images, targets.labels, targets.boxes)
+    ]
+    assert pinned is not batch and torch.equal(pinned.images, batch.images)
+    assert pinned.targets[0].image_id == 7 and pinned.targets[0].size == (32, 48)
+    failure = Failure(DataError, "x.png: does not decode", "replace it")
+    assert torch_pin_memory(failure) is failure
 
 
 # -------------------------------------------------------------------------------------------- the images

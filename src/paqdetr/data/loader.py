@@ -32,9 +32,16 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        mask = None if self.padding_mask is None else self.padding_mask.to(device, non_blocking=True)
+        # Only out of pinned memory: on the way back from a GPU nobody would wait for the copy.
+        pinned, mask = self.images.is_pinned(), self.padding_mask
+        mask = None if mask is None else mask.to(device, non_blocking=pinned)
         targets = [target.to(device) for target in self.targets]
-        return Batch(self.images.to(device, non_blocking=True), mask, targets)
+        return Batch(self.images.to(device, non_blocking=pinned), mask, targets)
+
+    def pin_memory(self) -> Batch:
+        """The same batch in memory that a GPU reads by itself; torch's loader looks for this method."""
+        mask = None if self.padding_mask is None else self.padding_mask.pin_memory()
+        return Batch(self.images.pin_memory(), mask, [target.pin_memory() for target in self.targets])
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from paqdetr.config import Config, validate_config
 from paqdetr.errors import CheckpointError, ConfigError
 from paqdetr.models.detector import Detector
 from paqdetr.models.device import require_device
+from paqdetr.models.initialize import NoRandomStart
 from paqdetr.models.reshape import (
     ReshapeReport,
     require_same_settings,
@@ -68,7 +69,8 @@ def load(
     config, table, preprocessing = describe_checkpoint(header, str(file))
     with torch.inference_mode(False):  # a model loaded in there may be trained later
         try:
-            model = build_model(config, classes=table)
+            with NoRandomStart():
+                model = build_model(config, classes=table)
         except ConfigError as error:
             raise _not_ours(header, str(file), error) from None
         model.preprocessing = preprocessing
