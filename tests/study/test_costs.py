@@ -22,7 +22,7 @@ VALUES = {
         "digits": {"make": {}, "settings": {"image_size": 96}},
         "fish": {"make": {}, "settings": {"image_size": 192}},
     },
-    "variants": {"baseline": {}, "new": {"settings": {"loss.gamma": 0.1}}},
+    "variants": {"baseline": {}, "new": {"settings": {"loss.class_weight": 0.5}}},
 }
 
 

@@ -30,13 +30,16 @@ def plan(
     json_file: JsonFile = None,
 ) -> None:
     """Say what a training will take before it starts: memory, time, disk. Nothing is kept of the steps it tries."""
-    from paqdetr.config import load_config, parse_overrides
+    from paqdetr.config import describe_idle, load_config, parse_overrides
     from paqdetr.engine.memory import largest_batch
     from paqdetr.engine.processes import Processes
     from paqdetr.engine.setup import open_splits, with_classes
 
     require_writable(json=json_file)
-    config = load_config(model, parse_overrides(settings or []))
+    given = parse_overrides(settings or [])
+    config = load_config(model, given)
+    for idle in describe_idle(config, given):
+        print_styled(errors, ("note:", "bold yellow"), f" {idle}")
     train_split, val_split = open_splits(data, config)
     config = with_classes(config, train_split)
     if auto_batch:

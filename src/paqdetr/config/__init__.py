@@ -1,4 +1,5 @@
-"""Settings: `schema` says what there is, with `model` and `loss` beside it; `files` where it is read from."""
+"""Settings: `schema` says what there is, with `model` and `loss` beside it; `files` where it is read from,
+`idle` which of them change nothing beside others."""
 
 from paqdetr.config.files import (
     describe_config,
@@ -9,6 +10,7 @@ from paqdetr.config.files import (
     parse_overrides,
     validate_config,
 )
+from paqdetr.config.idle import describe_idle, idle_settings
 from paqdetr.config.loss import LossConfig
 from paqdetr.config.model import ModelConfig
 from paqdetr.config.schema import AugmentConfig, Config
@@ -19,6 +21,8 @@ __all__ = [
     "LossConfig",
     "ModelConfig",
     "describe_config",
+    "describe_idle",
+    "idle_settings",
     "known_figures",
     "known_keys",
     "list_configs",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from paqdetr.config import load_config
+from paqdetr.config import describe_idle, load_config
 from paqdetr.engine.environment import describe_environment
 from paqdetr.engine.events import Callback
 from paqdetr.engine.run import Run, prepare_run
@@ -31,6 +32,8 @@ def train(
 ) -> Run:
     """Train a model and evaluate it on the validation split after each `eval_every` epochs.
 
+    Settings that change nothing beside the others are named in the log.
+
     Args:
         model: a name of `list_models()`, a recipe of `list_recipes()`, or a YAML file.
         data: a data set's folder with a `train` and, if there is one, a `val` split.
@@ -46,7 +49,8 @@ def train(
         UserError: settings, data or the output folder cannot be used; nothing is overwritten.
         TrainingInterrupted: SIGINT or SIGTERM came; the state is saved.
     """
-    config = load_config(model, {**(settings or {}), **overrides})
+    given = {**(settings or {}), **overrides}
+    config = load_config(model, given)
     train_split, val_split = open_splits(data, config)
     config = with_classes(config, train_split)
     require_trackers(config.trackers)
@@ -66,6 +70,8 @@ def train(
     trainer.processes.wait()  # the others have seen that there is no run yet
     held, failure = None, None
     if trainer.processes.main:
+        for idle in describe_idle(config, given):
+            logging.getLogger(__name__).warning("%s", idle)
         try:
             run.write_config(config)
             held = run.hold()

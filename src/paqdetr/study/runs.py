@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from paqdetr.config import Config, load_config
+from paqdetr.config import Config, describe_idle, load_config
 from paqdetr.data.dataset import open_split
 from paqdetr.engine.run import FREE_SETTINGS, Run, flat_settings
 from paqdetr.errors import ConfigError
@@ -191,6 +191,11 @@ def _planned(
     base = _base(study.variants[key.variant].base or study.base, file)
     _layered(study, key.data, key.variant, file)  # names the layer if something is wrong
     config = load_config(base, settings)
+    for idle in describe_idle(config, study.variants[key.variant].settings):
+        raise ConfigError(
+            f"{file}: variants.{key.variant}.settings, on {key.data}: {idle}",
+            "leave it out, or add what it needs",
+        )
     _require_alike(config, data.alike, f"{file}: variants.{key.variant}: {base}")
     if data.classes is not None:
         model = config.model.model_copy(update={"num_classes": data.classes})

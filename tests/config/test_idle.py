@@ -1,0 +1,141 @@
+"""Settings without effect: what is called one has none, to the last bit, and has one where it is not called so."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from paqdetr.cli import run
+from paqdetr.config import Config, idle_settings, known_keys, load_config
+from paqdetr.config.idle import _NEEDS
+from paqdetr.engine import train
+from paqdetr.errors import ConfigError
+from paqdetr.losses import build_criterion
+from paqdetr.models.zoo import build_model
+from paqdetr.structures import Targets
+from paqdetr.study.runs import Places, plan_runs
+from paqdetr.study.spec import load_study
+
+TINY = {
+    "model.dim": 32,
+    "model.ffn_dim": 32,
+    "model.num_classes": 5,
+    "model.num_queries": 30,
+    "model.encoder_layers": 1,
+    "model.decoder_layers": 2,
+    "model.denoising_queries": 6,
+    "model.denoising_groups": 2,
+}
+PATTERNS = {"model.queries": "patterns"}
+BEST = {"loss.assigner": "quality_aware", "loss.select": "score"}
+# key -> another value, a model (and settings) beside which it changes nothing, and settings of dino_nano beside which it does
+CASES: dict[str, tuple[Any, str, dict[str, Any]]] = {
+    "model.num_patterns": (9, "dino_nano", PATTERNS),
+    "model.pattern_std": (0.5, "dino_nano", {"model.queries": "static_mixture"}),
+    "model.temperature": (0.5, "dino_nano", PATTERNS),
+    "model.bias_std": (1.0, "dino_nano", {"model.queries": "static_mixture"}),
+    "loss.diversity_weight": (5.0, "dino_nano", {"model.queries": "static_mixture"}),
+    "loss.div_scale": (9.0, "dino_nano", PATTERNS),
+    "model.extractor": ("pooled", "dino_nano", PATTERNS),
+    "model.extractor_conv": ("full", "dino_nano", PATTERNS),
+    "model.head": ("factorised", "dino_nano", PATTERNS),
+    "model.head_rank": (4, "paq_dino_nano", PATTERNS | {"model.head": "factorised"}),
+    "model.gain": (0.0, "dino_nano", PATTERNS),
+    "model.normalize_summary": (True, "dino_nano", PATTERNS),
+    "model.content_std": (0.7, "paq_dino_nano", PATTERNS | {"model.mixture": "residual"}),
+    "model.denoising_queries": (12, "dn_detr_nano", {}),
+    "model.denoising_groups": (3, "dino_nano", {"model.denoising": "plain"}),
+    "model.label_noise": (0.1, "dino_nano", {}),
+    "model.box_noise": (0.3, "dino_nano", {}),
+    "loss.encoder_assigner": ("fixed_k", "dn_detr_nano", {}),
+    "loss.assigner": ("fixed_k", "dino_nano", {}),
+    "loss.top_k": (3, "dino_nano", {"loss.assigner": "fixed_k"}),
+    "loss.one_to_many_until": (0.4, "dino_nano", {"loss.assigner": "fixed_k"}),
+    "loss.normalizer": ("positives", "dino_nano", {"loss.assigner": "fixed_k"}),
+    "loss.select": ("score", "dino_nano", {"loss.assigner": "quality_aware"}),
+    "loss.min_positives": (4, "dino_nano", {"loss.assigner": "simota"}),
+    "loss.gamma": (300.0, "dino_nano", BEST),
+    "loss.confidence": ("max", "dino_nano", BEST | {"loss.gamma": 300.0}),
+    "loss.hybrid_weight": (3.0, "dino_nano", {"model.hybrid_queries": 20}),
+    "loss.hybrid_repeat": (2, "dino_nano", {"model.hybrid_queries": 20}),
+}
+
+
+def step(config: Config) -> tuple[float, float]:
+    """The loss of a first step in mid-training, and the sum of all gradients."""
+    torch.manual_seed(0)
+    model = build_model(config).train()
+    with torch.no_grad():  # what starts at zero would hide something
+        for parameter in model.parameters():
+            parameter.add_(0.03 * torch.sin(torch.arange(parameter.numel()).view_as(parameter).float()))
+    torch.manual_seed(1)
+    boxes = torch.cat([0.3 + 0.4 * torch.rand(3, 2), 0.1 + 0.3 * torch.rand(3, 2)], dim=1)
+    targets = [Targets(torch.tensor([0, 3, 4]), boxes), Targets(torch.tensor([1, 1, 2]), boxes.flip(0))]
+    output = model(torch.randn(2, 3, 64, 96), None, targets)
+    report = build_criterion(config.loss)(output, targets, aux_losses=model.aux_losses(), progress=0.5)
+    report.total.backward()
+    gradient = sum(float(p.grad.double().abs().sum()) for p in model.parameters() if p.grad is not None)
+    return float(report.total.detach()), gradient
+
+
+def test_every_setting_of_the_table_is_known_and_tried() -> None:
+    named = {key for names, _, _ in _NEEDS for key in names}
+    assert named <= set(known_keys())
+    # The schedule's two show in no single step.
+    assert named - set(CASES) == {"drop_at", "lr_reference_batch"}
+
+
+@pytest.mark.parametrize("key", CASES)
+def test_what_is_called_idle_is_and_what_is_not_is_not(key: str, one_thread: None) -> None:
+    value, model, needed = CASES[key]
+    beside = {"model.decoder_layers": 1} if key == "loss.assigner" else {}
+    beside |= {"model.denoising": "none"} if key in ("model.label_noise", "model.box_noise") else {}
+    for name, settings, idle in ((model, TINY | beside, True), ("dino_nano", TINY | needed, False)):
+        without, with_it = load_config(name, settings), load_config(name, settings | {key: value})
+        assert (key in idle_settings(with_it, [key])) is idle
+        assert (step(with_it) == step(without)) is idle
+
+
+def test_rates() -> None:
+    config = load_config("dino_r50", {"drop_at": 0.5, "lr_reference_batch": 4})
+    assert idle_settings(config, ["drop_at", "lr_reference_batch", "lr"]) == {
+        "lr_reference_batch": "lr_rule=linear or sqrt"
+    }
+    config = load_config("dino_r50", {"schedule": "cosine", "lr_rule": "sqrt"})
+    assert list(idle_settings(config, ["drop_at", "lr_reference_batch"])) == ["drop_at"]
+
+
+def test_a_training_names_them(
+    tiny_digits: Path,
+    tiny_settings: dict[str, Any],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    no_pictures: None,
+) -> None:
+    settings = {**tiny_settings, "epochs": 1, "model.num_patterns": 16}
+    with caplog.at_level(logging.WARNING):
+        train("dino_nano", data=tiny_digits, output=tmp_path / "run", device="cpu", settings=settings)
+    told = [record.message for record in caplog.records if "changes nothing" in record.message]
+    assert told == [
+        "model.num_patterns=16 changes nothing here: it needs model.queries=patterns or static_mixture"
+    ]
+
+
+def test_a_plan_names_them(tiny_digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["image_size=96", "loss.gamma=0.5"]
+    assert run(["plan", "dino_nano", *words, "--data", str(tiny_digits), "--steps", "1"]) == 0
+    assert "note: loss.gamma=0.5 changes nothing here" in capsys.readouterr().err
+
+
+def test_a_study_refuses_a_variant_that_would_be_its_baseline(tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text(
+        "name: study\nbase: dino_nano\nepochs: 1\nseeds: [0]\ndata: {digits: {make: {train: 8, val: 4, test: 4}}}\n"
+        "variants: {baseline: {}, sharper: {settings: {model.temperature: 0.5}}}\n"
+    )
+    with pytest.raises(ConfigError, match=r"variants\.sharper\.settings, on digits: model\.temperature=0\.5"):
+        plan_runs(load_study(file), file=file, places=Places(tmp_path / "out"), root=tmp_path)
