@@ -14,7 +14,7 @@ import torch
 from paqdetr.data.loader import Batch
 from paqdetr.structures import ClassTable, Targets
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
 SETTINGS = {"image_size": 96, "model.num_queries": 20, "augment.scale": [0.7, 1.0], "batch_size": 2}
 
 
@@ -97,3 +97,13 @@ def test_what_torchvision_found_is_given_in_the_originals_pixels(peers: ModuleTy
     )
     assert found.scores.tolist() == pytest.approx([0.9, 0.2]) and found.labels.tolist() == [7, 3]
     assert found.boxes.tolist() == [[0, 0, 288, 128], [30, 20, 60, 60]]
+
+
+def test_the_page_is_in_step_with_the_kept_results(peers: ModuleType) -> None:
+    page = (DOCS / "study.md").read_text(encoding="utf-8")
+    (folder,) = (DOCS / "results").glob("peers_*")
+    results = peers.collect(folder)
+    assert len(results) >= 5 and {row["cpu_minutes"] for row in results} == {results[0]["cpu_minutes"]}
+    table = peers.table(results)
+    assert f"<!-- {folder.name} -->\n{table}\n<!-- end of {folder.name} -->" in page
+    assert f"results/{folder.name}/peers.svg" in page and (folder / "peers.svg").is_file()

@@ -287,7 +287,9 @@ def test_killed_in_the_middle_of_a_run(
     assert not read_result(output / "results/digits/other/seed0.json")
 
     study, runs, places = planned(file, output, root)
-    done = run_queue(study, runs, places)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"{MODULE}.run_child", in_this_process)
+        done = run_queue(study, runs, places)
     assert (done.skipped, done.trained, done.measured) == (1, 1, 1)
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert table(output, file) == table(tmp_path / "straight", file)

@@ -166,7 +166,7 @@ class Published(_Part):
     """What a paper says of a claim.
 
     Attributes:
-        effect: in the figure's own unit: 0.015 is 1.5 points of AP.
+        effect: in the figure's own unit, positive where the claim says so: 0.015 is 1.5 points of AP.
         where: data, model and table.
     """
 
