@@ -1,7 +1,7 @@
 """AP against CPU minutes: our nano models beside detectors of torchvision and transformers, on the same backbone and images.
 
 paqdetr data make digits --output data/digits --train 1400 --val 100 --test 400
-python benchmarks/peers.py --data data/digits --output runs/peers --minutes 20 image_size=256 model.num_queries=60 \
+python benchmarks/peers.py --data data/digits --output runs/peers --minutes 20 -- image_size=256 model.num_queries=60 \
     augment.flip=0 augment.crop=0 'augment.scale=[0.75,1.0]'
 
 Everything is the same for all but the detector: ImageNet weights of EfficientNet-Lite0 with its first stages frozen, our loader,
