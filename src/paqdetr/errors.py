@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 
@@ -76,3 +77,27 @@ class WorkerError(UserError):
 
 class OutOfMemoryError(UserError):
     """A GPU, or the machine, has no room for what a model needs."""
+
+
+def memory_error(
+    error: Exception, remedy: str = "take smaller images or batches, or a smaller model"
+) -> OutOfMemoryError | None:
+    """What a user can do about a complaint that there is no memory; None for any other error.
+
+    Args:
+        error: of torch or numpy. Only on NVIDIA's GPUs torch has a class for it, elsewhere a RuntimeError whose text says so.
+        remedy: what helps where the error came from.
+    """
+    text = str(error).split("\n")[0]
+    on_machine = isinstance(error, MemoryError) or "DefaultCPUAllocator" in text
+    on_gpu = isinstance(error, RuntimeError) and "out of memory" in text.lower()
+    if not on_machine and not on_gpu:
+        return None
+    asked = re.search(r"(?:tried|unable) to allocate ([\d.]+) (\w+)", text, re.IGNORECASE)
+    amount = ""
+    if asked:
+        size, unit = (f"{int(asked[1]) / 2**30:.2f}", "GiB") if asked[2] == "bytes" else asked.groups()
+        amount = f": it was asked for {size} {unit} more"
+    return OutOfMemoryError(
+        f"{'the machine' if on_machine else 'the GPU'} has no memory left{amount}", remedy
+    )

@@ -27,7 +27,7 @@ from paqdetr.cli import (
     version,
 )
 from paqdetr.cli.console import Ended, errors, print_styled
-from paqdetr.errors import UserError
+from paqdetr.errors import UserError, memory_error
 
 app = typer.Typer(
     name="paqdetr",
@@ -96,7 +96,7 @@ def run(argv: Sequence[str]) -> int:
                 "check the path, its permissions and the disk",
                 debug=debug,
             )
-        if (full := _memory_error(error)) is not None:
+        if (full := memory_error(error)) is not None:
             return _mistake(full.message, full.remedy, debug=debug)
         if debug:
             traceback.print_exc()
@@ -107,16 +107,6 @@ def run(argv: Sequence[str]) -> int:
         return 1
     except KeyboardInterrupt:
         return _interrupted()
-
-
-def _memory_error(error: Exception) -> UserError | None:
-    if "torch" not in sys.modules and not isinstance(
-        error, MemoryError
-    ):  # not worth the seconds of its import
-        return None
-    from paqdetr.engine.memory import memory_error
-
-    return memory_error(error)
 
 
 def _mistake(message: str, remedy: str, *, debug: bool) -> int:

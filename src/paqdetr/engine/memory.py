@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from paqdetr.config import Config
 from paqdetr.data.dataset import DetectionDataset
 from paqdetr.data.loader import Batch
 from paqdetr.engine.processes import Processes
-from paqdetr.errors import ConfigError, OutOfMemoryError
+from paqdetr.errors import ConfigError
 from paqdetr.losses import build_criterion
 from paqdetr.models import Detector
 from paqdetr.models.zoo import build_model
@@ -78,30 +77,6 @@ def available_memory(device: torch.device) -> int:
     except (OSError, ValueError):
         return free
     return min(free, max(limit - used, 0))
-
-
-def memory_error(
-    error: BaseException, remedy: str = "take smaller images or batches, or a smaller model"
-) -> OutOfMemoryError | None:
-    """What a user can do about a complaint that there is no memory; None for any other error.
-
-    Args:
-        error: of torch or numpy. Only on NVIDIA's GPUs torch has a class for it, elsewhere a RuntimeError whose text says so.
-        remedy: what helps where the error came from.
-    """
-    text = str(error).split("\n")[0]
-    on_machine = isinstance(error, MemoryError) or "DefaultCPUAllocator" in text
-    on_gpu = isinstance(error, RuntimeError) and "out of memory" in text.lower()
-    if not on_machine and not on_gpu:
-        return None
-    asked = re.search(r"(?:tried|unable) to allocate ([\d.]+) (\w+)", text, re.IGNORECASE)
-    amount = ""
-    if asked:
-        size, unit = (f"{int(asked[1]) / 2**30:.2f}", "GiB") if asked[2] == "bytes" else asked.groups()
-        amount = f": it was asked for {size} {unit} more"
-    return OutOfMemoryError(
-        f"{'the machine' if on_machine else 'the GPU'} has no memory left{amount}", remedy
-    )
 
 
 def worst_batch(config: Config, split: DetectionDataset, preprocessing: Preprocessing, size: int) -> Batch:

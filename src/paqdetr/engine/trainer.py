@@ -19,7 +19,7 @@ from paqdetr.engine.evaluate import evaluate_together
 from paqdetr.engine.events import Callback, Callbacks, TrainingPlan
 from paqdetr.engine.figures import Interval
 from paqdetr.engine.interrupt import StopRequest, TrainingInterrupted, worker_error
-from paqdetr.engine.memory import memory_error, peak_memory
+from paqdetr.engine.memory import peak_memory
 from paqdetr.engine.optim import MovingAverage, build_optimizer, build_schedule, lr_factor, lr_scale
 from paqdetr.engine.pictures import draw_predictions, training_curves
 from paqdetr.engine.processes import Processes, build_accelerator
@@ -28,7 +28,7 @@ from paqdetr.engine.setup import ready_to_train
 from paqdetr.engine.state import Own, Position, load_state, random_state, restore_random_state, save_state
 from paqdetr.engine.step import Step, TrainingStep
 from paqdetr.engine.trackers import start_trackers, track
-from paqdetr.errors import NonFiniteError, UserError
+from paqdetr.errors import NonFiniteError, UserError, memory_error
 from paqdetr.losses import build_criterion
 from paqdetr.models import Detector, load, save
 from paqdetr.models.files import model_to_train
@@ -36,6 +36,10 @@ from paqdetr.ops import backends_run
 
 # With nan_policy=skip-step: so many left out in a row mean that the training itself has failed.
 _MOST_SKIPPED = 10
+_LESS_MEMORY = (
+    "start a new run with --auto-batch, or with batch_size=1 accumulate=4 checkpoint_activations=true, "
+    "or with a smaller image_size"
+)
 
 
 class Trainer:
@@ -118,8 +122,7 @@ class Trainer:
             self._finish()
             self.processes.wait()
         except (RuntimeError, MemoryError) as error:
-            smaller = "take --auto-batch, or batch_size=1 accumulate=4 checkpoint_activations=true, or a smaller image_size"
-            told = worker_error(error) or memory_error(error, smaller)
+            told = worker_error(error) or memory_error(error, _LESS_MEMORY)
             if told is None:
                 raise
             raise told from error

@@ -34,16 +34,23 @@ if TYPE_CHECKING:
 # So that the many background queries do not drown the first steps.
 _CLASS_BIAS = -math.log((1 - 0.01) / 0.01)
 
-_UNIFORM, _NORMAL = (
-    ("uniform_", "xavier_uniform_", "kaiming_uniform_"),
-    ("normal_", "xavier_normal_", "kaiming_normal_"),
+_DRAWING = frozenset(
+    (
+        "uniform_",
+        "normal_",
+        "trunc_normal_",
+        "erfinv_",
+        "xavier_uniform_",
+        "xavier_normal_",
+        "kaiming_uniform_",
+        "kaiming_normal_",
+    )
 )
-_DRAWING = frozenset((*_UNIFORM, *_NORMAL, "trunc_normal_", "erfinv_"))
 
 
 class NoRandomStart(TorchFunctionMode):
     """While entered, in this thread, functions that fill a tensor with random numbers leave it as memory was: for models whose
-    weights a file will give. Drawing those of Swin-L takes longer than reading them."""
+    weights a file will give."""
 
     def __torch_function__(
         self,
