@@ -26,7 +26,7 @@ from paqdetr.study.measure import main as measure_main
 from paqdetr.study.queue import Done, QueueEvents, run_queue
 from paqdetr.study.report import study_report
 from paqdetr.study.results import RunResult, read_result, read_results
-from paqdetr.study.runs import Places, PlannedRun, plan_runs
+from paqdetr.study.runs import Places, PlannedRun, RunKey, plan_runs
 from paqdetr.study.spec import Study, load_study
 
 MODULE = "paqdetr.study.queue"
@@ -151,6 +151,58 @@ def test_a_failed_run_is_kept_with_its_reason_and_the_others_go_on(queue: Queue,
     assert go(retry=True).failed == [] and children.started == ALL[:2]
 
 
+def test_a_measurement_that_fails_leaves_the_result_that_is_there(queue: Queue, file: Path) -> None:
+    children, go = queue
+    go()
+    values = yaml.safe_load(file.read_text())
+    file.write_text(yaml.safe_dump(values | {"evaluate": {"replicates": 60}}))
+    children.ends["measure baseline seed0"] = 2
+    done = go()
+    assert [run.key.variant for run in done.failed] == ["baseline"] and done.measured == 1
+    kept = read_result(children.places.result(done.failed[0].key))
+    assert kept is not None and kept.failed is None and kept.measure["replicates"] == 50
+    children.ends.clear()
+    assert go().measured == 1  # and is measured as soon as that is possible, unasked
+
+
+def test_a_retry_that_is_interrupted_goes_on_unasked(queue: Queue) -> None:
+    children, go = queue
+    children.ends["train baseline seed0"] = 2
+    go()
+    children.ends["train baseline seed0"] = 143
+    with pytest.raises(ConfigError, match="stopped from outside"):
+        go(retry=True)
+    children.ends.clear()
+    done = go()
+    assert done.failed == [] and done.trained == 1
+
+
+def test_a_run_that_failed_can_be_mended_by_other_settings(queue: Queue, file: Path) -> None:
+    children, go = queue
+    children.ends["train other seed0"] = 2
+    go()
+    values = yaml.safe_load(file.read_text())
+    values["variants"]["other"]["settings"]["loss.gamma"] = 0.3
+    file.write_text(yaml.safe_dump(values))
+    children.ends.clear()
+    done = go(retry=True)
+    assert done.failed == [] and done.trained == 1
+
+
+def test_results_of_other_images_are_refused(queue: Queue, file: Path) -> None:
+    children, go = queue
+    go()
+    for name in ("baseline", "other"):
+        path = children.places.result(RunKey("digits", name, 0))
+        source = json.loads(children.places.source(RunKey("digits", name, 0)).read_text())
+        assert source["folder"] and source["fold"] is None
+        whole = json.loads(path.read_text())
+        whole["provenance"] = {"source": source | {"fold": 1}}
+        path.write_text(json.dumps(whole))
+    with pytest.raises(ConfigError, match="was made of data with fold=1, the study now says None"):
+        go()
+
+
 def test_a_child_that_somebody_stops_stops_the_queue(queue: Queue) -> None:
     children, go = queue
     children.ends["train baseline seed0"] = 143
@@ -221,11 +273,14 @@ def test_changed_settings_are_refused_before_anything_runs(queue: Queue, file: P
 
 def test_last_words(tmp_path: Path) -> None:
     log = tmp_path / "x.log"
-    log.write_text("step 1\nerror: no space\nhelp: make some\n")
-    assert last_words(log, 2) == "error: no space"
+    older = "error: of another day\n"
+    log.write_text(older + "step 1\nerror: no space\nhelp: make some\n")
+    assert last_words(log, Ended(2, 1.0, None, len(older))) == "error: no space"
+    log.write_text(older + "Traceback\nKeyError: 1\n")
+    assert last_words(log, Ended(1, 1.0, None, len(older))) == "KeyError: 1"
     for code in (-9, 137):  # of the process itself, and of one of several
-        assert last_words(log, code) == "killed by SIGKILL: memory may have run out"
-    assert last_words(tmp_path / "none.log", 1) == "exit code 1"
+        assert last_words(log, Ended(code, 1.0, None)) == "killed by SIGKILL: memory may have run out"
+    assert last_words(tmp_path / "none.log", Ended(1, 1.0, None)) == "exit code 1"
 
 
 # ------------------------------------------------------------------------------------------ real processes

@@ -38,11 +38,13 @@ class Ended:
         code: its exit code; negative if a signal killed it.
         seconds: by the clock.
         cpu_seconds: that it and its children were given; None where the system does not say.
+        log_start: bytes of the log that are older.
     """
 
     code: int
     seconds: float
     cpu_seconds: float | None
+    log_start: int = 0
 
 
 def raise_if_stopped(stop: StopRequest) -> None:
@@ -73,6 +75,7 @@ def run_child(
     log.parent.mkdir(parents=True, exist_ok=True)
     started, before = time.perf_counter(), os.times()
     with log.open("ab") as file:
+        log_start = file.tell()
         child = subprocess.Popen(
             [sys.executable, "-m", *arguments],
             stdin=subprocess.DEVNULL,
@@ -92,7 +95,7 @@ def run_child(
                 time.sleep(_POLL)
     after = os.times()
     given = after.children_user + after.children_system - before.children_user - before.children_system
-    return Ended(child.returncode, time.perf_counter() - started, given or None)
+    return Ended(child.returncode, time.perf_counter() - started, given or None, log_start)
 
 
 @contextmanager
@@ -111,13 +114,15 @@ def _thread_settings(threads: int) -> dict[str, str]:
     return dict.fromkeys(names, str(threads)) | {"PYTHONUNBUFFERED": "1"}
 
 
-def last_words(log: Path, code: int) -> str:
+def last_words(log: Path, ended: Ended) -> str:
     """Why a process failed, in its own words as far as it had any."""
+    code = ended.code
     number = -code if code < 0 else code - 128  # the latter of a process that a launcher has started
     if number in list(signal.Signals):
         name = signal.Signals(number).name
         return f"killed by {name}" + (": memory may have run out" if name == "SIGKILL" else "")
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
+    own = log.read_bytes()[ended.log_start :] if log.is_file() else b""
+    lines = own.decode(errors="replace").splitlines()
     told = [line for line in lines[-50:] if line.startswith(("error:", "internal error:"))]
     spoken = [line for line in lines if line.strip()]
     return (told or spoken or [f"exit code {code}"])[-1][:500]

@@ -39,6 +39,16 @@ def folder_of(data: DataSet, *, cache: Path, root: Path, fold: int | None = None
     return cache / f"fold{fold}of{data.folds}-{source.name}-{_hash(str(source.resolve()))}"
 
 
+def source_of(data: DataSet, fold: int | None = None) -> dict[str, Any]:
+    """Which images those are, wherever they lie: ready for json."""
+    return {
+        "folder": data.folder and Path(data.folder).name,
+        "make": data.make and data.make.model_dump(),
+        "folds": data.folds,
+        "fold": fold,
+    }
+
+
 def prepare(data: DataSet, *, cache: Path, root: Path, progress: Progress | None = None) -> None:
     """Make what is to be made, unless it is there: one process makes it, others of the same study wait.
 

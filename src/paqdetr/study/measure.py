@@ -35,6 +35,7 @@ from paqdetr.models.cost import model_cost
 from paqdetr.structures import Detections
 from paqdetr.study.results import RunResult
 from paqdetr.study.runs import Places, PlannedRun, RunKey
+from paqdetr.study.sources import read_source
 from paqdetr.study.spec import Study
 
 # Raised whenever a figure would come out otherwise than before. A figure that is new is a dash where it was not measured.
@@ -52,6 +53,7 @@ class Job:
         settings: flat, as planned.
         split, checkpoints, replicates, resample_seed: as of `Measurement`.
         device: "cpu", ...; the best there is if None.
+        source: which images the run was trained on; None if that was not noted.
     """
 
     data: str
@@ -66,6 +68,7 @@ class Job:
     replicates: int
     resample_seed: int
     device: str | None
+    source: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, study: Study, planned: PlannedRun, places: Places, *, device: str | None) -> Job:
@@ -84,6 +87,7 @@ class Job:
             replicates=study.evaluate.replicates,
             resample_seed=study.evaluate.seed,
             device=device,
+            source=read_source(places.source(key)),
         )
 
     @property
@@ -148,7 +152,7 @@ def measure_run(job: Job) -> RunResult:
         replicates=replicates,
         curve=learning_curve(run),
         cost=cost_of(run, model, split),
-        provenance=provenance_of(run),
+        provenance=provenance_of(run) | {"source": job.source},
     )
 
 
@@ -302,7 +306,11 @@ def cost_of(run: Run, model: Detector, split: DetectionDataset) -> dict[str, Any
 def _cpu_seconds(run: Run) -> float | None:
     """Of all sessions of the training, its evaluations among them; None unless every one of them was counted."""
     file = run.output / "sessions.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    try:
+        rows = [json.loads(line) for line in lines]
+    except ValueError:  # a line that was cut when the disk was full
+        return None
     starts = len(json.loads(run.environment_file.read_text(encoding="utf-8")))
     times = [row["cpu_seconds"] for row in rows]
     return None if len(rows) != starts or None in times else round(sum(times), 1)

@@ -23,6 +23,7 @@ from paqdetr.study.locks import Busy, held
 from paqdetr.study.measure import Job, is_current
 from paqdetr.study.results import RunResult, read_result
 from paqdetr.study.runs import Places, PlannedRun, require_same_settings
+from paqdetr.study.sources import note_source, read_source, require_same_source
 from paqdetr.study.spec import Study
 
 _WAIT = 2.0
@@ -95,12 +96,19 @@ def run_queue(
 
 
 def require_no_conflict(planned: PlannedRun, places: Places) -> None:
-    """Raise ConfigError if the run, or its result, was made with other settings."""
-    run, result = places.run(planned.key), read_result(places.result(planned.key))
+    """Raise ConfigError if the run, or its result, was made with other settings or of other images. A run that failed may be
+    mended by other settings, once what it left is gone."""
+    run, file = places.run(planned.key), places.result(planned.key)
+    result = read_result(file)
+    remedy = None
+    if result is not None and result.failed is not None:
+        remedy = f"the run has failed: to make it anew with what the study says now, remove {run.output}"
     if run.config_file.is_file():
-        require_same_settings(planned, flat_settings(load_config(run.config_file)), run.config_file)
-    if result is not None:
-        require_same_settings(planned, result.settings, places.result(planned.key))
+        require_same_settings(planned, flat_settings(load_config(run.config_file)), run.config_file, remedy)
+        require_same_source(planned, read_source(places.source(planned.key)), run.output)
+    if result is not None and result.failed is None:
+        require_same_settings(planned, result.settings, file)
+        require_same_source(planned, result.provenance.get("source"), file)
 
 
 class _Queue:
@@ -138,8 +146,11 @@ class _Queue:
             if result.failed is not None:
                 self.done.failed.append(planned)
             return
+        if result is not None and result.failed is not None:
+            file.unlink()  # else a retry that is interrupted would count as failed again
         if not run.finished:
             _require_free(run)
+            note_source(planned, self.places)
             self.events.on_begin(planned, "train", number, self.total)
             arguments = planned.train_arguments(run, device=self.device)
             ended = self._run(planned, arguments, lock)
@@ -180,16 +191,17 @@ class _Queue:
         )
 
     def _fail(self, planned: PlannedRun, job: Job, step: str, ended: Ended) -> None:
-        """Keep the reason as the run's result, and let the others go on."""
+        """Keep the reason as the run's result, unless an earlier measurement has left one, and let the others go on."""
         if ended.code in _INTERRUPTED or -ended.code in (2, 15):  # somebody stopped the child itself
             raise ConfigError(
                 f"{planned.key}: {step} was stopped from outside",
                 "its state is saved; continue the study with --resume",
             )
-        reason = f"{step}: {last_words(self.places.log(planned.key), ended.code)}"
+        reason = f"{step}: {last_words(self.places.log(planned.key), ended)}"
         result = job.failed(reason)
-        text = result.to_text()
-        write_whole(self.places.result(planned.key), lambda path: path.write_text(text, encoding="utf-8"))
+        text, file = result.to_text(), self.places.result(planned.key)
+        if read_result(file) is None:
+            write_whole(file, lambda path: path.write_text(text, encoding="utf-8"))
         self.done.failed.append(planned)
         self.events.on_result(planned, result)
 

@@ -14,7 +14,7 @@ from paqdetr.config import Config, describe_idle, load_config
 from paqdetr.data.dataset import open_split
 from paqdetr.engine.run import FREE_SETTINGS, Run, flat_settings
 from paqdetr.errors import ConfigError
-from paqdetr.study.datasets import folder_of, training_images
+from paqdetr.study.datasets import folder_of, source_of, training_images
 from paqdetr.study.spec import Study
 
 _SAVE_EVERY_MINUTES = 2
@@ -26,7 +26,7 @@ class Places:
 
     Attributes:
         output: the study's folder. `runs` holds ordinary folders of `paqdetr train`, `results` one json a run, which is all that
-            tables are made of, `logs` what trainings printed, `data` what was made for all runs.
+            tables are made of, `logs` what trainings printed, `sources` which images they saw, `data` what was made for all runs.
     """
 
     output: Path
@@ -51,6 +51,9 @@ class Places:
 
     def log(self, key: RunKey) -> Path:
         return self.output / "logs" / f"{key.path}.log"
+
+    def source(self, key: RunKey) -> Path:
+        return self.output / "sources" / f"{key.path}.json"
 
     def lock(self, key: RunKey) -> Path:
         return self.output / "locks" / f"{key.path}.lock"
@@ -83,6 +86,7 @@ class PlannedRun:
         settings: what is laid over it, by dotted keys.
         config: the result of both, with the number of classes if the data are there.
         folder: of the data.
+        source: which data those are, wherever the folder lies.
         fold: which part of the data is validated on; None without folds.
         steps: optimiser steps.
         epoch_steps: of an epoch.
@@ -94,6 +98,7 @@ class PlannedRun:
     settings: dict[str, Any]
     config: Config
     folder: Path
+    source: dict[str, Any]
     fold: int | None
     steps: int
     epoch_steps: int
@@ -206,6 +211,7 @@ def _planned(
         settings=settings,
         config=config,
         folder=folder_of(spec, cache=places.data, root=root, fold=fold),
+        source=source_of(spec, fold),
         fold=fold,
         steps=data.steps,
         epoch_steps=data.epoch_steps,
@@ -261,11 +267,14 @@ def _base(base: str, file: Path) -> str:
     return str((file.parent / base).resolve())
 
 
-def require_same_settings(planned: PlannedRun, found: Mapping[str, Any], where: Path) -> None:
+def require_same_settings(
+    planned: PlannedRun, found: Mapping[str, Any], where: Path, remedy: str | None = None
+) -> None:
     """Raise ConfigError unless a run that is there, or its result, has the settings that are planned.
 
     Args:
         found: flat settings, by dotted key.
+        remedy: if it is another than a new name.
     """
     wanted = flat_settings(planned.config)
     for key, value in wanted.items():
@@ -273,7 +282,8 @@ def require_same_settings(planned: PlannedRun, found: Mapping[str, Any], where: 
             continue
         raise ConfigError(
             f"{where}: was made with {key}={found[key]!r}, the study now says {value!r}",
-            "give changed settings a new name among the variants or data sets, or choose another --output",
+            remedy
+            or "give changed settings a new name among the variants or data sets, or choose another --output",
         )
 
 

@@ -150,7 +150,7 @@ def cost_rows(runs: Runs) -> list[Row]:
             by_processor: dict[str, list[Row]] = {}
             for run in runs.of(data, variant).values():
                 if run.cost:
-                    processor = run.provenance.get("machine", {}).get("processor") or "unknown"
+                    processor = (run.provenance.get("machine") or {}).get("processor") or "unknown"
                     by_processor.setdefault(processor, []).append(run.cost)
             rows += [
                 {
