@@ -162,3 +162,22 @@ def test_results_of_another_measurement_are_not_shown_as_this_one() -> None:
         Runs(study(1), [result("baseline", 0, images), old])
     assert "--resume" in caught.value.remedy
     Runs(study(1), [replace(old, failed="training: error: NaN")])  # has nothing to be shown
+
+
+def test_results_of_other_settings_are_not_shown_as_these() -> None:
+    images = np.full(IMAGES, 0.5)
+    wanted = study(1).model_dump(mode="json")
+    wanted["variants"]["new"]["settings"] = {"loss.gamma": 0.3, "augment.scale": [0.5, 1]}
+    changed = Study.model_validate(wanted)
+    same = {"loss.gamma": 0.3, "augment.scale": [0.5, 1.0], "epochs": 1}
+    Runs(changed, [replace(result("new", 0, images), settings=same)])
+    for other in ({"loss.gamma": 0.2}, {"augment.scale": [0.6, 1.0]}, {"epochs": 2}):
+        with pytest.raises(DataError, match=f"was made with {next(iter(other))}="):
+            Runs(changed, [replace(result("new", 0, images), settings=same | other)])
+
+
+def test_seeds_that_lack_the_figure_are_missing() -> None:
+    images = np.full(IMAGES, 0.5)
+    runs = [result(variant, seed, images) for variant in ("baseline", "new") for seed in (0, 1)]
+    (verdict,) = verdicts(Runs(study(2, even={"variant": "new", "figure": "queries.none"}), runs))
+    assert verdict.effect is None and verdict.missing == (0, 1)

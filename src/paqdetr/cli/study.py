@@ -100,10 +100,10 @@ def _run(
         print_styled(errors, ("interrupted:", "bold"), " the state is saved; continue with")
         errors.print(f"  {command}", soft_wrap=True)
         raise Ended(interrupted.exit_code) from None
+    for planned in done.failed:
+        errors.print(f"failed: {planned.key}; see {places.log(planned.key)}", soft_wrap=True)
     _report(study, file, places, data_root)
     if done.failed:
-        for planned in done.failed:
-            errors.print(f"failed: {planned.key}; see {places.log(planned.key)}", soft_wrap=True)
         print_styled(errors, ("help:", "bold"), " mend the cause, then continue with --resume --retry")
         raise Ended(2)
 

@@ -59,4 +59,4 @@ def write_plots(sections: Sequence[Section], folder: Path) -> None:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")

@@ -124,7 +124,9 @@ def _planning(runs: Runs) -> Section:
         "planning",
         "Spread of the paired differences to the baseline, pooled over variants, and the smallest effect on AP that 2, 3, ... "
         "seeds see in four of five studies. For 0.015: the fewest seeds that see 1.5 points of AP; at most: if the spread "
-        "between seeds is as large as these runs allow (80 % bound). A dash: no number of seeds, the test images are too few.",
+        "between seeds is as large as these runs allow (80 % bound). All of it is of one "
+        "claim by itself: where a study has several, Holm's adjustment asks for more. A dash: 200 seeds do not see it, or, since "
+        "the test images are too few, no number does.",
         PLANNING_COLUMNS,
         rows,
     )

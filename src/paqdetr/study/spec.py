@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -272,6 +272,9 @@ class Study(_Part):
                 for variant in variants:
                     _one_of(f"data.{name}.{key}", variant, self.variants, "a variant")
             for variant in data.more_seeds:
+                _one_of(
+                    f"data.{name}.more_seeds", variant, self.variants_of(name), "a variant that runs there"
+                )
                 _distinct(self.seeds_of(name, variant))
         for name, claim in self.claims.items():
             _one_of(f"claims.{name}.variant", claim.variant, self.variants, "a variant")
@@ -281,6 +284,12 @@ class Study(_Part):
                 raise ValueError(f"claims.{name}: compares {claim.variant!r} with itself")
             for data in claim.data or ():
                 _one_of(f"claims.{name}.data", data, self.data, "a data set")
+            decided = self.data_of(claim)
+            for data in claim.data or ():
+                if data not in decided:
+                    raise ValueError(f"claims.{name}.data: not both of its variants run on {data!r}")
+            if not decided:
+                raise ValueError(f"claims.{name}: there is no data set on which both of its variants run")
         return self
 
     def seeds_of(self, data: str, variant: str) -> tuple[int, ...]:
@@ -338,7 +347,7 @@ def load_study(path: str | Path) -> Study:
         raise _explain(error, path) from None
 
 
-def _one_of(key: str, name: str, known: Mapping[str, Any], what: str) -> None:
+def _one_of(key: str, name: str, known: Iterable[str], what: str) -> None:
     if name not in known:
         raise ValueError(f"{key}: {name!r} is not {what} of this study; there are {', '.join(known)}")
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
+from paqdetr.engine.run import FREE_SETTINGS
 from paqdetr.errors import DataError
 from paqdetr.study.results import RunResult
 from paqdetr.study.spec import Claim, Study
@@ -31,7 +32,7 @@ class Verdict:
         outcome: `holds` if p is below the study's level and the effect above the threshold; `does not hold` if below; undecided
             otherwise.
         over_images: whether images were resampled; else the interval is one over seeds alone.
-        missing: seeds that only one of the two variants has, or that failed.
+        missing: seeds that both variants are to have and that are not run, have failed, or lack the figure.
     """
 
     claim: str
@@ -66,7 +67,7 @@ class Runs:
         results: of any order; those that the study does not have are left out.
 
     Raises:
-        DataError: a result was measured otherwise than the study's file now says.
+        DataError: a result was made or measured otherwise than the study's file now says.
     """
 
     def __init__(self, study: Study, results: Sequence[RunResult]) -> None:
@@ -86,6 +87,7 @@ class Runs:
         self.planned = len(planned)
         for result in self.done:
             _require_same_measure(study, result)
+            _require_same_settings(study, result)
 
     @property
     def failed(self) -> list[RunResult]:
@@ -104,24 +106,26 @@ class Runs:
 
     def mean(self, data: str, variant: str, figure: str, checkpoint: str | None = None) -> Estimate | None:
         """A variant's figure by itself, with its interval; None if no run has it."""
-        own = self._with(figure, self.of(data, variant), checkpoint)
+        own = self.having(figure, data, variant, checkpoint)
         return self._estimate(list(own.values()), None, figure, checkpoint) if own else None
 
     def difference(
         self, data: str, variant: str, against: str, figure: str, checkpoint: str | None = None
     ) -> Estimate | None:
         """Variant minus the other, paired by seed and by image; None if they have no seed in common."""
-        mine = self._with(figure, self.of(data, variant), checkpoint)
-        its = self._with(figure, self.of(data, against), checkpoint)
+        mine = self.having(figure, data, variant, checkpoint)
+        its = self.having(figure, data, against, checkpoint)
         seeds = [seed for seed in mine if seed in its]
         if not seeds:
             return None
         return self._estimate([mine[s] for s in seeds], [its[s] for s in seeds], figure, checkpoint)
 
-    def _with(
-        self, figure: str, runs: Mapping[int, RunResult], checkpoint: str | None
+    def having(
+        self, figure: str, data: str, variant: str, checkpoint: str | None = None
     ) -> dict[int, RunResult]:
+        """Runs that are done and have a figure, by seed."""
         chosen = checkpoint or self.checkpoint
+        runs = self.of(data, variant)
         return {seed: run for seed, run in runs.items() if run.figure(figure, chosen) is not None}
 
     def _estimate(
@@ -137,11 +141,12 @@ class Runs:
             values = values - _numbers([run.figure(figure, chosen) for run in its])
             below = _stacked([run.replicate(figure, chosen) for run in its])
             replicates = None if replicates is None or below is None else replicates - below
+        images = min(int(run.images["count"]) for run in mine)
         return estimate(
             values.tolist(),
-            replicates,
+            None if images < 2 else replicates,  # a single image has no resamples
             groups=[run.images["hash"] for run in mine],
-            images=min(int(run.images["count"]) for run in mine),
+            images=images,
             level=self.study.level,
         )
 
@@ -187,7 +192,10 @@ def _effect(runs: Runs, claim: Claim, data: str) -> Estimate | None:
 def _missing(runs: Runs, claim: Claim, data: str) -> tuple[int, ...]:
     against = claim.against or runs.study.baseline
     wanted = set(runs.study.seeds_of(data, claim.variant)) & set(runs.study.seeds_of(data, against))
-    there = runs.of(data, claim.variant).keys() & runs.of(data, against).keys()
+    there = (
+        runs.having(claim.figure, data, claim.variant).keys()
+        & runs.having(claim.figure, data, against).keys()
+    )
     return tuple(sorted(wanted - there))
 
 
@@ -207,6 +215,25 @@ def _require_same_measure(study: Study, result: RunResult) -> None:
                 f"{result.key}: was measured with {name}={result.measure[name]!r}, the study now says {value!r}",
                 "measure it again: `paqdetr study --resume`, without --report-only",
             )
+
+
+def _require_same_settings(study: Study, result: RunResult) -> None:
+    key = result.key
+    data, variant = study.data[key.data], study.variants[key.variant]
+    budget = data if data.steps or data.epochs else study
+    wanted = study.settings | data.settings | variant.settings
+    wanted |= {"max_steps": budget.steps} if budget.steps else {"epochs": budget.epochs}
+    for name, value in wanted.items():
+        found = result.settings.get(name, value)
+        if name not in FREE_SETTINGS and _plain(found) != _plain(value):
+            raise DataError(
+                f"{key}: was made with {name}={found!r}, the study now says {value!r}",
+                "give changed settings a new name among the variants or data sets, or choose another --output",
+            )
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _numbers(values: list[float | None]) -> np.ndarray:
