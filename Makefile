@@ -22,7 +22,7 @@ DIGITS_ARGS ?= --train 1400 --val 100 --test 400
 QUICKSTART_ARGS ?=
 RUN := runs/quickstart
 
-.PHONY: help install dev quickstart test test-slow readme lint types layers check format clean
+.PHONY: help install dev quickstart test test-integration test-full test-slow readme lint types layers check format clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -42,8 +42,13 @@ quickstart: $(USER_STAMP) $(DIGITS)/test.json ## make data, train, evaluate: fro
 $(DIGITS)/test.json: | $(USER_STAMP)
 	$(BIN)/paqdetr data make digits --output $(DIGITS) $(DIGITS_ARGS)
 
-test: $(DEV_STAMP) ## the tests, without the slow ones
+test: $(DEV_STAMP) ## the unit tests, in minutes
 	$(PYTEST) $(PARALLEL) $(PYTEST_ARGS)
+
+test-integration: $(DEV_STAMP) ## processes, real faults, whole verbs, parity with other programs
+	$(PYTEST) -m integration $(PARALLEL) $(PYTEST_ARGS)
+
+test-full: test test-integration ## unit and integration tests
 
 test-slow: $(DEV_STAMP) ## the tests that train for minutes
 	$(PYTEST) -m slow -o faulthandler_timeout=7200 $(PYTEST_ARGS)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torchvision.ops import box_convert
+from torchvision.ops import box_convert, box_iou
 
 from paqdetr.models.denoising import ContrastiveDenoising, DenoisingQueries, PlainDenoising
 from paqdetr.structures import Targets
@@ -101,18 +101,6 @@ def test_without_noise_the_copies_are_the_truth(make_targets: Callable) -> None:
         assert (boxes[i, :, :, count:] == 0.5).all()
 
 
-def displacements(queries: DenoisingQueries, truth: Tensor) -> Tensor:
-    """How far each corner coordinate went, in half sides: (groups, 2, boxes, 4). A swap of corners is undone."""
-    half = (truth[:, 2:] / 2).repeat(1, 2)
-    moved = box_convert(grid(queries.reference, queries)[0], "cxcywh", "xyxy")
-    old = box_convert(truth, "cxcywh", "xyxy")
-    straight = (moved - old).abs() / half
-    crossed = (moved[..., [2, 3, 0, 1]] - old).abs() / half
-    # A corner that passed the other one lies where the other should be: both x or both y swapped.
-    inside = (straight - 1.5).abs().unflatten(-1, (2, 2)).amax(-2, keepdim=True) <= 0.5 + 1e-4
-    return torch.where(inside.expand(*inside.shape[:-2], 2, 2).flatten(-2), straight, crossed)
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("box_noise", [1.0, 0.4])
 def test_positives_move_less_than_negatives(box_noise: float) -> None:
@@ -127,10 +115,28 @@ def test_positives_move_less_than_negatives(box_noise: float) -> None:
     assert near.max() < 1 + 1e-4
     assert near.max() > 0.99 and near.min() < 0.01
     assert near.mean() == pytest.approx(0.5, abs=0.01)
-    if box_noise == 1.0:
-        far = displacements(queries, truth)[:, 1]
-        assert far.min() > 1 - 1e-4 and far.max() < 2 + 1e-4
-        assert far.mean() == pytest.approx(1.5, abs=0.02)
+    # A negative's centre and sides are those of its two moved corners, unless a side collapsed.
+    far = moved[:, 1]
+    whole = far[..., 2:].min(-1).values > 2e-3
+    corners = (box_convert(far, "cxcywh", "xyxy") - old).abs() / half / box_noise
+    assert corners[whole].min() > 1 - 1e-4 and corners[whole].max() < 2 + 1e-4
+    assert (whole.float().mean() == 1) == (box_noise < 0.5)  # corners meet from twice half a side on
+
+
+@torch.no_grad()
+def test_negatives_are_not_laid_over_their_own_object() -> None:
+    """DINO's code at box noise 1: where both corners of an axis move inwards (1 in 4), that side collapses; sorted corners would
+    reach an IoU of 0.9 with the object."""
+    truth = torch.tensor([[0.5, 0.5, 0.1, 0.04], [0.4, 0.6, 0.02, 0.1]])
+    queries = build(num_queries=100_000)([Targets(torch.tensor([1, 2]), truth)])
+    negatives = grid(queries.reference, queries)[0, :, 1]  # (groups, boxes, 4)
+    assert negatives.shape[0] * negatives.shape[1] == 100_000
+    for boxes, own in zip(negatives.unbind(1), truth, strict=True):
+        iou = box_iou(box_convert(boxes, "cxcywh", "xyxy"), box_convert(own[None], "cxcywh", "xyxy"))
+        assert 0.2 < iou.max() <= 0.25
+        assert iou.mean() == pytest.approx(0.04, abs=0.005)
+        collapsed = (boxes[:, 2:] <= 1e-3).any(-1).float().mean()
+        assert collapsed == pytest.approx(1 - 0.75**2, abs=0.01)
 
 
 @torch.no_grad()
@@ -146,9 +152,10 @@ def test_each_corner_moves_either_way_as_often() -> None:
 def test_boxes_stay_in_the_image() -> None:
     truth = torch.tensor([[0.05, 0.95, 0.1, 0.1], [0.5, 0.5, 1.0, 1.0]])
     queries = build(num_queries=2000)([Targets(torch.tensor([0, 1]), truth)])
+    # Centre and sides are held in [0.001, 0.999], as in the published codes.
+    assert queries.reference.min() > 0.00099 and queries.reference.max() < 0.99901
     corners = box_convert(queries.reference, "cxcywh", "xyxy")
-    assert corners.min() >= -1e-6 and corners.max() <= 1 + 1e-6
-    assert (corners[..., 2:] - corners[..., :2]).min() >= -1e-6
+    assert corners.min() >= -1e-3 and corners.max() <= 1 + 1e-3
 
 
 @torch.no_grad()
@@ -196,6 +203,12 @@ def slow_slots(targets: list[Targets], copies: int) -> list[list[tuple[int, list
     return images
 
 
+def held(value: float) -> float:
+    """Through the logit of the published codes and back: `log(max(x, eps) / max(1 - x, eps))`, then the sigmoid."""
+    odds = max(value, 1e-3) / max(1 - value, 1e-3)
+    return odds / (1 + odds)
+
+
 @torch.no_grad()
 def test_contrastive_copies_equal_a_plain_loop(make_targets: Callable) -> None:
     targets = [Targets(t.labels, t.boxes.double()) for t in make_targets(3, 1, num_classes=10)]
@@ -223,9 +236,9 @@ def test_contrastive_copies_equal_a_plain_loop(make_targets: Callable) -> None:
                 reach = float(amount[i, n, k]) + (n // 3 % 2)  # a second round of three slots is negative
                 direction = 2 * float(sign[i, n, k]) - 1
                 corners.append(min(max(value + direction * reach * half * 0.8, 0.0), 1.0))
-            x0, x1 = sorted((corners[0], corners[2]))
-            y0, y1 = sorted((corners[1], corners[3]))
-            expected = [(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0]
+            x0, y0, x1, y1 = corners
+            box = [(x0 + x1) / 2, (y0 + y1) / 2, max(x1 - x0, 0.0), max(y1 - y0, 0.0)]
+            expected = [held(value) for value in box]
             assert queries.reference[i, n].tolist() == pytest.approx(expected, abs=1e-10)
 
 
@@ -252,7 +265,7 @@ def test_plain_copies_equal_a_plain_loop(make_targets: Callable) -> None:
             # The label, then the indicator: this is a copy.
             assert queries.content[i, n].tolist() == [float(k == name) for k in range(10)] + [1.0]
             expected = [
-                min(max(value + (2 * float(amount[i, n, k]) - 1) * reach * 0.4, 0.0), 1.0)
+                held(min(max(value + (2 * float(amount[i, n, k]) - 1) * reach * 0.4, 0.0), 1.0))
                 for k, (value, reach) in enumerate([(cx, w / 2), (cy, h / 2), (w, w), (h, h)])
             ]
             assert queries.reference[i, n].tolist() == pytest.approx(expected, abs=1e-10)

@@ -14,7 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from paqdetr.models.position import inverse_sigmoid
 from paqdetr.structures import Targets
+
+# The published codes of DN-DETR and DINO pass noised boxes through the logit: none of their numbers comes nearer to 0 or 1.
+_EPS = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,25 +97,25 @@ class ContrastiveDenoising(nn.Module):
         noisy_labels = _flip(labels, self.label_noise * 0.5, self.label_embed.num_embeddings)
         return DenoisingQueries(
             content=self.label_embed(noisy_labels) * exists[..., None],
-            reference=_hide(self._move(boxes, negative), exists),
+            reference=_references(self._move(boxes, negative), exists),
             groups=groups,
             boxes=slots,
         )
 
     def _move(self, boxes: Tensor, negative: Tensor) -> Tensor:
-        """Move both corners of (B, N, 4) boxes, each by a random sign times u times half the side."""
+        """Move both corners of (B, N, 4) boxes, each by a random sign times u times half the side.
+
+        Corners of a negative can pass each other, which they do on both axes independently with probability 1/4 at
+        `box_noise` 1. As in DINO's code (`models/dino/dn_components.py`) such a side then has no length: sorted corners would
+        lay a box of full size over the object, to be learnt as background.
+        """
         center, size = boxes[..., :2], boxes[..., 2:]
         corners = torch.cat([center - size / 2, center + size / 2], dim=-1)
         amount = torch.rand_like(boxes) + negative[:, None]  # [0, 1) or [1, 2)
         sign = torch.randint_like(boxes, 2) * 2 - 1
         half = (size / 2).repeat(1, 1, 2)
-        moved = (corners + sign * amount * half * self.box_noise).clamp(0, 1)
-        # A far move can swap the corners; what counts is a valid box.
-        low, high = (
-            torch.minimum(moved[..., :2], moved[..., 2:]),
-            torch.maximum(moved[..., :2], moved[..., 2:]),
-        )
-        return torch.cat([(low + high) / 2, high - low], dim=-1)
+        low, high = (corners + sign * amount * half * self.box_noise).clamp(0, 1).chunk(2, dim=-1)
+        return torch.cat([(low + high) / 2, (high - low).clamp(min=0)], dim=-1)
 
 
 class PlainDenoising(nn.Module):
@@ -142,7 +146,7 @@ class PlainDenoising(nn.Module):
         moved = boxes + (torch.rand_like(boxes) * 2 - 1) * reach * self.box_noise
         return DenoisingQueries(
             content=content,
-            reference=_hide(moved.clamp(0, 1), exists),
+            reference=_references(moved.clamp(0, 1), exists),
             groups=self.groups,
             boxes=boxes.shape[1] // self.groups,
             kinds=1,
@@ -173,6 +177,7 @@ def _flip(labels: Tensor, share: float, num_classes: int) -> Tensor:
     return torch.where(flipped, torch.randint_like(labels, num_classes), labels)
 
 
-def _hide(boxes: Tensor, exists: Tensor) -> Tensor:
-    """A harmless box in the middle for empty slots."""
-    return torch.where(exists[..., None], boxes, boxes.new_full((), 0.5))
+def _references(boxes: Tensor, exists: Tensor) -> Tensor:
+    """Noised boxes as the decoder starts from them: held away from 0 and 1 as published; for empty slots, one in the middle."""
+    held = inverse_sigmoid(boxes, _EPS).sigmoid()
+    return torch.where(exists[..., None], held, held.new_full((), 0.5))
