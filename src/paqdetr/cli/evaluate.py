@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from paqdetr.cli.console import progress_bar, results
-from paqdetr.cli.options import Device
-from paqdetr.cli.outputs import require_writable, write_json
+from paqdetr.cli.options import Device, Overwrite
+from paqdetr.cli.outputs import OutputFiles
 from paqdetr.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ def evaluate(
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="It changes the speed, never a figure.")] = 4,
+    overwrite: Overwrite = False,
     device: Device = None,
 ) -> None:
     """Print the COCO figures of a checkpoint or of a results file, or compare two."""
@@ -77,7 +78,7 @@ def evaluate(
     kind: _Kind = "segm" if iou_type == "segm" else "bbox"
     if results_out is not None and checkpoint is None:
         raise ConfigError("--results-out keeps the detections of a CHECKPOINT", "leave it out")
-    require_writable(json=json_file, results_out=results_out)
+    files = OutputFiles("paqdetr eval", overwrite=overwrite, json=json_file, results_out=results_out)
     if compare is not None:
         written = _compare(compare, data, split, annotations, kind, (resamples, seed), batch_size, device)
     else:
@@ -95,14 +96,14 @@ def evaluate(
                 )
             found = _of_results(results_file, data, split, annotations, kind)
         written = None if found is None else _tell(found, kind, (resamples, seed) if intervals else None)
-        if found is not None and results_out is not None:
-            write_json(results_out, found.rows)
+        if found is not None:
+            files.write("results_out", found.rows)
         if found is not None and checkpoint is not None:
             from paqdetr.engine.memory import peak_memory
 
             results.print(f"peak memory: {peak_memory():.2f} GiB")
-    if written is not None and json_file is not None:  # None: another process prints and writes
-        write_json(json_file, written)
+    if written is not None:  # None: another process prints and writes
+        files.write("json", written)
 
 
 def _require_one(

@@ -21,7 +21,7 @@ from paqdetr.analysis.layer_section import layer_section
 from paqdetr.analysis.layers import LayerCollector
 from paqdetr.analysis.pattern_section import Studied, pattern_section
 from paqdetr.analysis.patterns import ContentCollector
-from paqdetr.analysis.report.folder import require_free, write_folder
+from paqdetr.analysis.report.folder import require_report_place, write_folder
 from paqdetr.analysis.report.page import Chapter, Heading, render
 from paqdetr.analysis.section import Section
 from paqdetr.analysis.semantics import semantics
@@ -100,7 +100,7 @@ def analyze(
     if images < 1 or samples < 1:
         raise ConfigError(f"images={images}, samples={samples}: expected at least 1 of each", "give more")
     output = Path(output)
-    require_free(output)
+    require_report_place(output)
     chosen = [model] if against is None else [model, against]
     opened = open_split(data, split)
     if not len(opened):
