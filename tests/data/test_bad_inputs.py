@@ -486,32 +486,6 @@ def yolo_image_that_is_text(root: Path) -> None:
     (root / "images/train/a.png").write_text("no image")
 
 
-def side(**values: Any) -> Callable[[Path], None]:
-    content = {"categories": [{"id": 1, "name": "person"}, {"id": 2, "name": "rider"}], "splits": {}} | values
-    return text("paqdetr.json", json.dumps(content))
-
-
-row(
-    "yolo",
-    "side_file_without_categories",
-    "paqdetr.json: has no list of `categories`",
-    text("paqdetr.json", "{}"),
-)
-row("yolo", "side_file_of_other_classes", "has the classes ('x',)", side(categories=[{"id": 1, "name": "x"}]))
-row(
-    "yolo",
-    "side_file_that_is_older",
-    "a.txt: has 2 boxes,",
-    side(splits={"train": [{"file_name": "a.png", "id": 1, "areas": [9]}]}),
-)
-row(
-    "yolo",
-    "side_file_with_a_bad_crowd",
-    "crowd of a.png: 5, expected label and bbox",
-    side(splits={"train": [{"file_name": "a.png", "id": 1, "crowds": [5]}]}),
-)
-
-
 # ---------------------------------------------------------------------------------- Cityscapes, CrowdHuman
 
 POLYGONS = "gtFine/train/ulm/a_gtFine_polygons.json"

@@ -240,9 +240,20 @@ def to_coco(annotations: Annotations) -> dict[str, Any]:
 
 
 def write_coco(root: Path, splits: dict[str, Annotations], place_image: Callable[[Path, Path], None]) -> None:
-    """Writes `SPLIT.json` and `SPLIT/` for every split; `place_image(source, target)` brings each image there."""
-    for split, content in splits.items():
+    """Writes `SPLIT.json` and `SPLIT/` for every split; `place_image(source, target)` brings each image there.
+
+    Image ids are integers, which most other readers rely on: where one of a split is none, its images are numbered from 1 and
+    keep their own id under `original_id`.
+    """
+    for split, part in splits.items():
         (root / split).mkdir(parents=True)
-        for name in content.file_names:
-            place_image(content.image_dir / name, root / split / name)
-        (root / f"{split}.json").write_text(json.dumps(to_coco(content)), encoding="utf-8")
+        for name in part.file_names:
+            place_image(part.image_dir / name, root / split / name)
+        content = to_coco(part)
+        if any(isinstance(own, str) for own in part.image_ids):
+            numbers = {own: number for number, own in enumerate(part.image_ids, start=1)}
+            for image in content["images"]:
+                image["original_id"], image["id"] = image["id"], numbers[image["id"]]
+            for row in content["annotations"]:
+                row["image_id"] = numbers[row["image_id"]]
+        (root / f"{split}.json").write_text(json.dumps(content), encoding="utf-8")

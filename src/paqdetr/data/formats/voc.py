@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from xml.etree.ElementTree import Element, ElementTree, ParseError, SubElement, indent
 
 from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 
-from paqdetr.data.annotations import Annotations, Builder, Issues, shorten
+from paqdetr.data.annotations import DECIMALS, Annotations, Builder, Issues, is_coordinate, shorten
 from paqdetr.data.files import inner_path, read_bytes, read_text
-from paqdetr.data.formats.sidecar import SIDECAR, Sidecar
 from paqdetr.data.formats.sizes import header_sizes
 from paqdetr.errors import DataError
 from paqdetr.images import IMAGE_EXTENSIONS
 from paqdetr.structures import ClassTable
+
+# What neither an XML text nor a line of a list holds as it is.
+_UNWRITABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffe\uffff]|^\\s|\\s$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,25 +81,22 @@ def read_voc(place: VocPlace, issues: Issues) -> Annotations:
     Raises:
         DataError: a list or an XML file is malformed, or an image is missing.
     """
-    sidecar = Sidecar.read(place.root, place.split, issues)
-    classes = sidecar.categories or _classes(place.everything)
+    classes = _classes(place.everything)
     label_of = {name: label for label, name in enumerate(classes.names)}
     if not classes.names:
         issues.error(place.xml_dir, "no XML file in it names an object", kind="class")
     found = _images(place, issues)
-    names = sidecar.ordered(list(found))
-    headers = _header_sizes({name: found[name] for name in names}, place.image_dir, issues)
+    headers = _header_sizes(found, place.image_dir, issues)
     builder = Builder()
-    for name in names:
-        xml = found[name]
+    for name, xml in found.items():
         size = _stated_size(xml, issues) or headers.get(name)
         if size is None:
             continue
-        image = builder.add_image(sidecar.image_id(name), name, height=size[0], width=size[1])
-        rows = [] if xml.root is None else _objects(xml.path, xml.root, label_of, issues)
-        areas = sidecar.areas(name, len(rows), xml.path, issues)
-        for (label, box, difficult), area in zip(rows, areas, strict=True):
-            builder.add_box(image, label, box, crowd=difficult, area=area)
+        image = builder.add_image(name, name, height=size[0], width=size[1])
+        for label, box, difficult in (
+            [] if xml.root is None else _objects(xml.path, xml.root, label_of, issues)
+        ):
+            builder.add_box(image, label, box, crowd=difficult)
     return builder.build(source=place.list_file or place.xml_dir, image_dir=place.image_dir, classes=classes)
 
 
@@ -253,7 +251,7 @@ def _objects(
             )  # fmt: skip
             continue
         left, top, right, bottom = (edge for edge in edges if edge is not None)
-        box = [float(value) for value in (left - 1, top - 1, right - left + 1, bottom - top + 1)]
+        box = [round(value, DECIMALS) for value in (left - 1, top - 1, right - left + 1, bottom - top + 1)]
         rows.append((label_of[name], box, _text(item, "difficult") not in ("", "0")))
     return rows
 
@@ -262,27 +260,27 @@ def _text(element: Element, tag: str) -> str:
     return (element.findtext(tag) or "").strip()
 
 
-def _number(element: Element, tag: str) -> Decimal | None:
-    """Decimal, so that adding and taking away the first pixel leaves a number as it was."""
-    text = _text(element, tag)
+def _number(element: Element, tag: str) -> float | None:
     try:
-        value = Decimal(text) if len(text) < 40 else None
-    except InvalidOperation:
+        value = float(_text(element, tag))
+    except ValueError:
         return None
-    return value if value is not None and value.is_finite() and abs(value) < 10**9 else None
+    return value if is_coordinate(value) else None
 
 
 def write_voc(root: Path, splits: dict[str, Annotations], place_image: Callable[[Path, Path], None]) -> None:
-    """Writes `JPEGImages/SPLIT/`, `Annotations/SPLIT/`, `ImageSets/Main/SPLIT.txt` and the side file."""
-    sides = {}
+    """Writes `JPEGImages/SPLIT/`, `Annotations/SPLIT/` and `ImageSets/Main/SPLIT.txt`."""
     for split, part in splits.items():
-        sides[split] = Sidecar.of(part, crowds=False)
+        for name in (*part.classes.names, *part.file_names):
+            if _UNWRITABLE.search(name):
+                raise DataError(f"{part.source}: VOC has no place for the name {shorten(name)}", "Rename it.")
         stems: dict[str, None] = {}
         for index, name in enumerate(part.file_names):
             stem = str(Path(name).with_suffix(""))
             if stem in stems:
                 raise DataError(
-                    f"{name}: another image of {split} differs in its ending alone, and they would share an XML file",
+                    f"{part.image_dir / name}: another image of {split} differs in its ending alone, and they would share an "
+                    "XML file",
                     "Rename one of them.",
                 )
             stems[stem] = None
@@ -294,8 +292,6 @@ def write_voc(root: Path, splits: dict[str, Annotations], place_image: Callable[
         lists = root / "ImageSets" / "Main"
         lists.mkdir(parents=True, exist_ok=True)
         (lists / f"{split}.txt").write_text("".join(f"{split}/{stem}\n" for stem in stems), encoding="utf-8")
-    classes = next(iter(splits.values())).classes
-    (root / SIDECAR).write_text(json.dumps(Sidecar.document(classes, sides)), encoding="utf-8")
 
 
 def _document(annotations: Annotations, index: int, name: str) -> Element:
@@ -309,10 +305,9 @@ def _document(annotations: Annotations, index: int, name: str) -> Element:
         item = SubElement(document, "object")
         SubElement(item, "name").text = annotations.classes.names[annotations.labels[row]]
         SubElement(item, "difficult").text = str(int(annotations.crowd[row]))
-        # The shortest decimal of each number, added without rounding.
-        x, y, w, h = (Decimal(repr(value)) for value in annotations.boxes[row].tolist())
+        x, y, w, h = annotations.boxes[row].tolist()
         frame = SubElement(item, "bndbox")
         for tag, value in (("xmin", x + 1), ("ymin", y + 1), ("xmax", x + w), ("ymax", y + h)):
-            SubElement(frame, tag).text = f"{value.normalize():f}"
+            SubElement(frame, tag).text = f"{value:.4f}".rstrip("0").rstrip(".")
     indent(document)
     return document

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,17 +10,14 @@ from typing import Any
 
 import yaml
 
-from paqdetr.data.annotations import Annotations, Builder, Issues, is_integer, shorten
+from paqdetr.data.annotations import DECIMALS, Annotations, Builder, Issues, is_integer, shorten
 from paqdetr.data.files import inner_path, load_yaml, read_text
-from paqdetr.data.formats.sidecar import SIDECAR, Sidecar
 from paqdetr.data.formats.sizes import header_sizes
 from paqdetr.errors import DataError
 from paqdetr.images import IMAGE_EXTENSIONS
 from paqdetr.structures import ClassTable
 
-_SPLITS = ("train", "val", "test")
-# Pixels are rounded to this many decimals: what was divided by the image's side and written comes back exactly.
-_DECIMALS = 8
+SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +45,7 @@ def yolo_places(yaml_file: Path, *, named: bool) -> dict[str, YoloPlace]:
         DataError: it is malformed, or `path` leads out of the folder.
     """
     content = load_yaml(yaml_file)
-    if "names" not in content or not any(split in content for split in _SPLITS):
+    if "names" not in content or not any(split in content for split in SPLITS):
         if named:
             raise DataError(
                 f"{yaml_file}: has no `names` or no `train`, found {shorten(', '.join(map(str, content)))}",
@@ -59,7 +55,7 @@ def yolo_places(yaml_file: Path, *, named: bool) -> dict[str, YoloPlace]:
     root = _root(yaml_file, content.get("path"), named=named)
     return {
         split: YoloPlace(yaml_file, root, split, content[split])
-        for split in _SPLITS
+        for split in SPLITS
         if content.get(split) not in (None, "", [])
     }
 
@@ -93,23 +89,18 @@ def read_yolo(place: YoloPlace, issues: Issues) -> Annotations:
     """
     classes = _classes(place.yaml_file)
     images, image_dir = _images(place, issues)
-    sidecar = Sidecar.read(place.root, place.split, issues)
-    classes = sidecar.with_ids(classes, place.yaml_file)
-    names = sidecar.ordered([path.relative_to(image_dir).as_posix() for path in images])
+    names = [path.relative_to(image_dir).as_posix() for path in images]
     builder = Builder()
     for name, size in zip(names, header_sizes([image_dir / name for name in names], issues), strict=True):
         if size is None:
             continue
         height, width = size
-        image = builder.add_image(sidecar.image_id(name), name, height=height, width=width)
-        label_file = _label_file(image_dir / name, place.root)
-        rows = _read_labels(label_file, len(classes), issues)
-        areas = sidecar.areas(name, len(rows), label_file, issues)
-        for (label, (x, y, w, h)), area in zip(rows, areas, strict=True):
+        image = builder.add_image(name, name, height=height, width=width)
+        for label, (x, y, w, h) in _read_labels(
+            _label_file(image_dir / name, place.root), len(classes), issues
+        ):
             box = [x * width, y * height, w * width, h * height]
-            builder.add_box(image, label, [round(value, _DECIMALS) for value in box], area=area)
-        for label, box, area in sidecar.crowds(name, len(classes)):
-            builder.add_box(image, label, box, crowd=True, area=area)
+            builder.add_box(image, label, [round(value, DECIMALS) for value in box])
     return builder.build(source=place.yaml_file, image_dir=image_dir, classes=classes)
 
 
@@ -302,36 +293,32 @@ def _parse(words: list[str], num_classes: int) -> tuple[int, tuple[float, ...]]:
 
 
 def write_yolo(root: Path, splits: dict[str, Annotations], place_image: Callable[[Path, Path], None]) -> None:
-    """Writes `data.yaml`, `images/SPLIT/` and `labels/SPLIT/`; what these cannot say goes into the side file."""
-    sides = {}
+    """Writes `data.yaml`, `images/SPLIT/` and `labels/SPLIT/`. Every box has to lie in its image, and none may be a crowd."""
     for split, part in splits.items():
-        sides[split] = Sidecar.of(part, crowds=True)
         starts = part.starts.tolist()
         for index, name in enumerate(part.file_names):
             image = root / "images" / split / name
             place_image(part.image_dir / name, image)
-            rows = range(starts[index], starts[index + 1])
-            lines = [_line(part, row, index) for row in rows if not part.crowd[row]]
             labels = _label_file(image, root)
             labels.parent.mkdir(parents=True, exist_ok=True)
             if labels.exists():
                 raise DataError(
-                    f"{name}: another image of {split} differs in its ending alone, and they would share a label file",
+                    f"{part.image_dir / name}: another image of {split} differs in its ending alone, and they would share a "
+                    "label file",
                     "Rename one of them.",
                 )
+            lines = [_line(part, row, index) for row in range(starts[index], starts[index + 1])]
             labels.write_text("".join(lines), encoding="utf-8")
-    classes = next(iter(splits.values())).classes
     # No `path`: other programs would look for it in a folder of theirs, and without it beside this file.
     content: dict[str, Any] = {split: f"images/{split}" for split in splits}
-    content["names"] = dict(enumerate(classes.names))
+    content["names"] = dict(enumerate(next(iter(splits.values())).classes.names))
     (root / "data.yaml").write_text(
         yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8"
     )
-    (root / SIDECAR).write_text(json.dumps(Sidecar.document(classes, sides)), encoding="utf-8")
 
 
 def _line(annotations: Annotations, row: int, index: int) -> str:
     height, width = annotations.sizes[index].tolist()
     x, y, w, h = annotations.boxes[row].tolist()
     shares = ((x + w / 2) / width, (y + h / 2) / height, w / width, h / height)
-    return f"{int(annotations.labels[row])} {' '.join(map(repr, shares))}\n"
+    return f"{annotations.labels[row]} {' '.join(f'{share:.10g}' for share in shares)}\n"
