@@ -1,7 +1,7 @@
 """What verbs write: whole or not at all, marked with the command that made it, and never over anything else.
 
-Every format has a place for the mark: the key `made_by` of a json object, `Software` of a PNG, the comment of a JPEG, `generator` of
-an HTML page. COCO results are a list, which has none: they are known by the keys of their rows.
+Every format has a place for the mark: the key `made_by` of a json object, `Software` of a PNG, the comment of a JPEG, the
+`generator` of an HTML page. COCO results are a list, which has none: they are known by the keys of their rows.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ _MARK = re.compile(
 
 
 def made_by(path: Path) -> str | None:
-    """The command that wrote a file, such as "paqdetr eval"; `RESULTS` for detections of any of them; None for everything else."""
+    """The command that wrote a file, such as "paqdetr eval"; `RESULTS` for detections of any of them; None for all else."""
     if not path.is_file():
         return None
     try:
@@ -91,18 +91,24 @@ def require_replaceable(path: Path, maker: str, *, overwrite: bool = False) -> N
     )
 
 
-def require_free(output: Path, is_ours: Callable[[Path], bool] | None = None) -> None:
+def require_free(
+    output: Path,
+    is_ours: Callable[[Path], bool] | None = None,
+    *,
+    remedy: str = "choose another --output, or an empty folder",
+) -> None:
     """Check a folder that is going to be written.
 
     Args:
         output: absent, empty, or with nothing but what `is_ours` knows.
-        is_ours: shown every file in it (by any depth); None: it has to be empty.
+        is_ours: called with every file in it, at any depth; None: it has to be empty.
+        remedy: what to do if there is another.
 
     Raises:
         ConfigError: it is a file, holds something else, or cannot be made or written.
     """
     if os.path.lexists(output) and not output.is_dir():
-        raise ConfigError(f"{output}: a file is in the way", "choose another --output")
+        raise ConfigError(f"{output}: a file is in the way", remedy)
     _require_place(output)
     if not output.is_dir():
         return
@@ -111,7 +117,7 @@ def require_free(output: Path, is_ours: Callable[[Path], bool] | None = None) ->
     if foreign is not None:
         raise ConfigError(
             f"{output}: the folder holds other files, such as {foreign.relative_to(output)}, and nothing is overwritten",
-            "choose another --output, or an empty folder",
+            remedy,
         )
 
 
@@ -147,9 +153,7 @@ def _is_stream(path: Path) -> bool:
     return special or (path.exists() and not path.is_file() and not path.is_dir())
 
 
-def write_output(
-    path: Path, write: Callable[[Path], object], *, maker: str, overwrite: bool = False
-) -> None:
+def write_output(path: Path, write: Callable[[Path], object], *, maker: str, overwrite: bool = False) -> None:
     """Let `write` fill a file at `path`, whole or not at all; a link is followed, a device or a pipe written into.
 
     Raises:
@@ -165,7 +169,11 @@ def write_output(
 
 
 def write_json(
-    path: Path, content: Mapping[str, Any] | Sequence[Mapping[str, Any]], *, maker: str, overwrite: bool = False
+    path: Path,
+    content: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    *,
+    maker: str,
+    overwrite: bool = False,
 ) -> None:
     """An object, with the mark as its first key, or COCO results (`maker` is `RESULTS`), a row a line.
 

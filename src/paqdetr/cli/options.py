@@ -16,7 +16,5 @@ Settings = Annotated[
     typer.Argument(help="Settings, such as epochs=12 model.num_patterns=32.", metavar="KEY=VALUE"),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...: the best there is if not given.")]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace files that exist, whoever wrote them.")
-]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist, whoever wrote them.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]

@@ -19,7 +19,9 @@ _MOST_CLASSES = 40
 _COLOURS = (PALETTE[4], PALETTE[0], PALETTE[2], PALETTE[5], PALETTE[6])
 
 
-def draw_stats(stats: Mapping[str, SplitStats], output: str | Path, *, title: str = "", overwrite: bool = False) -> Path:
+def draw_stats(
+    stats: Mapping[str, SplitStats], output: str | Path, *, title: str = "", overwrite: bool = False
+) -> Path:
     """Six plots: classes, box sizes, boxes an image, shapes, where boxes lie, image sizes. Splits differ in colour.
 
     Args:

@@ -147,7 +147,7 @@ def evaluate_together(
         for index, detections in detect_split(
             model, split, batch_size=batch_size, processes=processes, observers=observers
         ):
-            detections.image_id = split.image_ids[index]
+            detections.image_id, detections.file_name = split.image_ids[index], split.file_names[index]
             own.append((index, detections))
             if progress is not None:
                 progress(min(len(own) * processes.count, len(split)), len(split))

@@ -6,22 +6,22 @@ score but for the last bit, they may change places.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from PIL.Image import Image
 from torch import Tensor
 from torchvision.ops import box_convert
 
-from paqdetr.errors import NonFiniteError
-from paqdetr.images import read_image
+from paqdetr.errors import ConfigError, NonFiniteError, memory_error
+from paqdetr.images import ImageSource, read_image
 from paqdetr.models.arguments import require_batch_size, require_threshold
 from paqdetr.preprocessing import pad_images
 from paqdetr.structures import ClassTable, Detections, Targets
@@ -29,7 +29,6 @@ from paqdetr.structures import ClassTable, Detections, Targets
 if TYPE_CHECKING:
     from paqdetr.models.detector import Detector, DetectorOutput
 
-ImageSource = str | Path | Image | np.ndarray
 Self = TypeVar("Self")
 
 # By model: how many threads are predicting with it, and the mode that the last of them puts back.
@@ -64,18 +63,23 @@ def predict_images(
     """See `Detector.predict`."""
     require_threshold(threshold)
     require_batch_size(batch_size)
-    # A tensor is no list of images either; `read_image` says so.
-    sources = [images] if isinstance(images, (str, Path, Image, np.ndarray, Tensor)) else list(images)
+    # What is no collection of images is one image, or nothing that `read_image` knows: a number, a tensor.
+    one = isinstance(images, (str, bytes, bytearray, memoryview, np.ndarray, Tensor, Mapping)) or hasattr(
+        images, "read"
+    )
+    sources = list(images) if isinstance(images, Iterable) and not one else [images]
     found: list[Detections | None] = [None] * len(sources)
     buckets: dict[tuple[int, int], list[tuple[int, Tensor, tuple[int, int]]]] = defaultdict(list)
 
     def run(bucket: list[tuple[int, Tensor, tuple[int, int]]]) -> None:
-        paths = [str(x) if isinstance(x := sources[entry[0]], (str, Path)) else None for entry in bucket]
+        paths = [
+            str(x) if isinstance(x := sources[entry[0]], (str, os.PathLike)) else None for entry in bucket
+        ]
         names = [path or f"image {entry[0]}" for path, entry in zip(paths, bucket, strict=True)]
         pixels, sizes = [entry[1] for entry in bucket], [entry[2] for entry in bucket]
         batch = detect_batch(model, pixels, sizes, threshold=threshold, names=names)
         for path, (index, *_), detections in zip(paths, bucket, batch, strict=True):
-            detections.image_id = None if path is None else Path(path).name
+            detections.image_id = detections.file_name = None if path is None else Path(path).name
             found[index] = detections
 
     for index, source in enumerate(sources):
@@ -115,8 +119,8 @@ def detect_batch(
     """
     device = next(model.parameters()).device
     batch, mask = pad_images(images)
-    with _evaluating(model), torch.inference_mode():
-        output = model(batch.to(device), None if mask is None else mask.to(device))
+    with _evaluating(model), torch.inference_mode(), _in_precision_of(model) as dtype:
+        output = model(batch.to(device, dtype), None if mask is None else mask.to(device))
     logits, boxes = output.pred_logits.float().cpu(), output.pred_boxes.float().cpu()
     _require_finite(logits, boxes, names or [f"batch position {i}" for i in range(len(images))])
     if look is not None:
@@ -171,6 +175,32 @@ def _require_finite(logits: Tensor, boxes: Tensor, names: Sequence[int | str]) -
             "the weights are broken or overflow in half precision: take an earlier checkpoint, or predict in float32",
             images=bad,
         )
+
+
+@contextmanager
+def _in_precision_of(model: Detector) -> Iterator[torch.dtype]:
+    """The dtype that the model takes images in. Boxes are float32 inside a model of half precision: autocast brings the two
+    together.
+
+    Raises:
+        ConfigError: the device cannot compute in that precision.
+    """
+    parameter = next(model.parameters())
+    if parameter.dtype == torch.float32:
+        yield torch.float32
+        return
+    low = parameter.dtype in (torch.float16, torch.bfloat16)
+    try:
+        with torch.autocast(parameter.device.type, parameter.dtype) if low else nullcontext():
+            yield parameter.dtype
+    except RuntimeError as error:
+        if memory_error(error) is not None:
+            raise
+        reason = str(error).strip().split("\n")[0]
+        raise ConfigError(
+            f"a model in {parameter.dtype} does not run on this {parameter.device.type}: {reason}",
+            "take model.float(), or train in half precision with amp=bf16: checkpoints stay in float32",
+        ) from error
 
 
 @contextmanager
