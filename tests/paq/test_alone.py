@@ -34,7 +34,7 @@ else:
 
 import torch
 from paqdetr.paq import (
-    FixedKAssigner, NonFinitePolicy, OneToOneAssigner, PatternQueries, QualityAwareAssigner, RankDamping, SimOTAAssigner,
+    FixedKAssigner, NonFinitePolicy, OneToOneAssigner, PatternQueries, QualityAwareAssigner, SimOTAAssigner,
     StaticMixtures,
     Targets, focal_loss, match_layers, pattern_diversity_loss, varifocal_loss,
 )
@@ -45,7 +45,7 @@ content = queries(torch.randn(2, 20, 16), [(4, 4), (2, 2)]).content
 assert StaticMixtures(10, 4, 16)(content, []).content.shape == content.shape
 logits, boxes = head(content)[None].repeat(5, 1, 1, 1), box_head(content).sigmoid()[None].repeat(5, 1, 1, 1)
 targets = [Targets(torch.tensor([0, 2]), torch.rand(2, 4)), Targets(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4))]
-rules = [QualityAwareAssigner(), QualityAwareAssigner(select="score"), RankDamping(FixedKAssigner()), SimOTAAssigner()]
+rules = [QualityAwareAssigner(), QualityAwareAssigner(select="score"), FixedKAssigner(), SimOTAAssigner()]
 rules.append(OneToOneAssigner())
 goal = torch.zeros_like(logits)
 for layer, images in enumerate(match_layers(logits, boxes, targets, rules)):
