@@ -1,10 +1,10 @@
 """Plants small mistakes in the package, one at a time, and reports which tests catch them.
 
-    python tools/mutants.py map --coverage FILE          once: which tests run which line (a whole run of the suite under `coverage`)
+    python tools/mutants.py map --coverage FILE          once: which tests run which line (the whole suite, slowly)
     python tools/mutants.py run --coverage FILE --json OUT [--tier unit|all] [--only NUMBER ...]
 
-A mutant is a snippet that stands exactly once in the package, and what replaces it; it is found wherever the file has gone, so that
-the same list serves before and after code is moved. Only the tests that run its first line are started, those of the unit tier
+A mutant is a snippet that stands exactly once in the package, and what replaces it; it is found wherever the file has gone,
+so that the same list serves before and after code is moved. Only the tests that run its first line are started, those of the unit tier
 first. `map` needs the package `coverage`. The list covers paq, losses, models, data, evaluation and training: comparisons,
 arithmetic, indices, constants, dropped terms.
 """
@@ -73,7 +73,9 @@ def tests_of(file: Path, path: Path, line: int) -> list[str]:
             (str(path),),
         ).fetchall()
     names = {
-        context for context, bits in rows if context and line // 8 < len(bits) and bits[line // 8] >> line % 8 & 1
+        context
+        for context, bits in rows
+        if context and line // 8 < len(bits) and bits[line // 8] >> line % 8 & 1
     }
     return sorted(names)
 
@@ -117,7 +119,13 @@ def plant(number: int, coverage: Path, tier: str) -> dict[str, Any]:
     path, line = find(old)
     names = tests_of(coverage, path, line)
     tests = select(names)
-    row: dict[str, Any] = {"mutant": number, "file": str(path.relative_to(SOURCE)), "old": old, "new": new, "tests": len(tests)}
+    row: dict[str, Any] = {
+        "mutant": number,
+        "file": str(path.relative_to(SOURCE)),
+        "old": old,
+        "new": new,
+        "tests": len(tests),
+    }
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "paqdetr"
         shutil.copytree(SOURCE, copy, ignore=shutil.ignore_patterns("__pycache__"))
@@ -131,7 +139,9 @@ def plant(number: int, coverage: Path, tier: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("verb", choices=["map", "run", "check"])
     parser.add_argument("--coverage", type=Path, default=REPO / ".coverage-of-tests")
     parser.add_argument("--json", type=Path)
