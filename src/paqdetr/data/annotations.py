@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -81,6 +82,15 @@ class Issues:
         """Something a user should look at; forgotten unless problems are collected."""
         if self.collect:
             self._keep(Problem("warning", kind, self.split, str(subject), message))
+
+    def doubt(self, subject: Path | str, message: str, *, kind: str) -> None:
+        """Something that the check calls an error, and that training goes on with: the first of a kind is logged there."""
+        if self.collect:
+            return self.error(subject, message, kind=kind)
+        self.counts["error", kind] += 1
+        if self.counts["error", kind] == 1:
+            log = logging.getLogger(__name__)
+            log.warning("%s: %s; `paqdetr data check` lists all of these", subject, message)
 
     def _keep(self, problem: Problem) -> None:
         self.counts[problem.severity, problem.kind] += 1
@@ -221,9 +231,34 @@ class Builder:
         )
 
 
-def is_integer(value: object) -> TypeGuard[int]:
-    """Whether it is an integer; json's true is none."""
-    return isinstance(value, int) and not isinstance(value, bool)
+def as_id(value: object) -> int | str | None:
+    """An id: a text, an integer of 64 bits, or a float that is one (pandas writes 1.0). None: it is no id."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -(2**63) <= value < 2**63:
+        return None
+    return int(value) if value == int(value) else None
+
+
+_FLAGS = dict.fromkeys(("", "false", "no", "n", "off", "none", "null", "unspecified"), False) | dict.fromkeys(
+    ("true", "yes", "y", "on"), True
+)
+
+
+def as_flag(value: object) -> bool | None:
+    """A flag in any of the spellings that exporters use: 0, 1.0, "1", false, "No", "Unspecified", nothing at all. None: it is
+    none of them."""
+    if value is None:
+        return False
+    if isinstance(value, str):
+        word = value.strip().lower()
+        if word in _FLAGS:
+            return _FLAGS[word]
+        try:
+            value = float(word)
+        except ValueError:
+            return None
+    return bool(value) if isinstance(value, (bool, int, float)) and value in (0, 1) else None
 
 
 def is_coordinate(value: object) -> TypeGuard[float]:

@@ -55,7 +55,7 @@ class DetectionDataset:
             DataError: the file or an entry of it is malformed or contradicts another, or an image is missing.
         """
         annotation_file = Path(annotation_file)
-        return cls(read_coco(annotation_file, Path(image_dir), Issues()), name=name or annotation_file.stem)
+        return cls(read_coco(annotation_file, [Path(image_dir)], Issues()), name=name or annotation_file.stem)
 
     def __len__(self) -> int:
         return len(self.image_ids)
