@@ -74,12 +74,13 @@ def read_image(source: ImageSource) -> Image.Image:
             return _to_rgb(ImageOps.exif_transpose(source))
         except _DAMAGED as error:
             raise _undecodable(name, error) from error
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        source = io.BytesIO(source)
-    if hasattr(source, "read") and not isinstance(source, io.TextIOBase):
-        with _opened(source) as image:
-            return _to_rgb(ImageOps.exif_transpose(image))
-    if not isinstance(source, (str, os.PathLike)):
+    if isinstance(source, (str, os.PathLike)):
+        file: Path | BinaryIO = Path(source)
+    elif isinstance(source, (bytes, bytearray, memoryview)):
+        file = io.BytesIO(source)
+    elif hasattr(source, "read") and not isinstance(source, io.TextIOBase):
+        file = source
+    else:
         kind = type(source)
         found = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
         raise DataError(
@@ -87,7 +88,7 @@ def read_image(source: ImageSource) -> Image.Image:
             f"{_ARRAY_REMEDY} A tensor of (3, height, width) becomes one by .permute(1, 2, 0).numpy(); "
             'files are opened with open(path, "rb").',
         )
-    with _opened(Path(source)) as image:
+    with _opened(file) as image:
         return _to_rgb(ImageOps.exif_transpose(image))
 
 

@@ -20,6 +20,8 @@ from paqdetr.errors import ConfigError, DataError
 
 Json = Mapping[str, Any]
 IouType = Literal["bbox", "segm"]
+MAX_DETECTIONS = 100
+"""Detections of a class in an image that COCO looks at."""
 
 
 def read_json(path: Path) -> Any:
@@ -79,8 +81,8 @@ class CocoRecords:
         self.category_ids: tuple[int | str, ...] = tuple(self._categories)
 
     @classmethod
-    def open(cls, ground_truth: Json | str | Path, iou_type: str) -> CocoRecords:
-        """The records of a COCO json, or of the file with it, to be compared by boxes or by masks.
+    def open(cls, ground_truth: GroundTruth, iou_type: str) -> CocoRecords:
+        """The records of a COCO json, or of the file with it, to be compared by boxes or by masks; records as they are.
 
         Raises:
             DataError: the file cannot be read, or as above.
@@ -90,6 +92,8 @@ class CocoRecords:
             raise ConfigError(
                 f"iou_type: found {iou_type!r}, expected 'bbox' or 'segm'", "choose one of the two"
             )
+        if isinstance(ground_truth, CocoRecords):
+            return ground_truth
         if isinstance(ground_truth, (str, Path)):
             return cls(read_json(Path(ground_truth)), source=str(ground_truth), masks=iou_type == "segm")
         return cls(ground_truth, source="the ground truth", masks=iou_type == "segm")
@@ -231,6 +235,16 @@ class CocoRecords:
                 f"{name} (image {item.get('image_id')!r}): no usable segmentation: {error}",
                 "evaluate with iou_type='bbox' where there are only boxes",
             ) from error
+
+
+GroundTruth = Json | str | Path | CocoRecords
+"""A COCO json, the file with it, or its records."""
+
+
+def require_max_detections(number: int) -> None:
+    """Raise ConfigError unless at least one detection of each class is looked at in an image."""
+    if number < 1:
+        raise ConfigError(f"max_detections: expected at least 1, found {number}", "COCO looks at 100")
 
 
 def _require_objects(items: Sequence[Any], name: str) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from paqdetr.errors import ConfigError, DataError
+from paqdetr.errors import ConfigError, DataError, OutOfMemoryError
 from paqdetr.metrics.jsonable import json_number
 from paqdetr.metrics.matching import MatchTable
 from paqdetr.metrics.weighting import WeightedFigures
@@ -132,13 +132,19 @@ def resample_images(num_images: int, samples: int = SAMPLES, seed: int = 0) -> n
 
     Raises:
         ConfigError: there is no image, or fewer than one sample.
+        OutOfMemoryError: so many do not fit.
     """
     if num_images < 1 or samples < 1:
         raise ConfigError(
             f"{samples} resamples of {num_images} images: nothing to draw", "give at least one of each"
         )
     rng = np.random.default_rng(seed)
-    return rng.multinomial(num_images, np.full(num_images, 1 / num_images), size=samples).astype(np.int32)
+    try:
+        return rng.multinomial(num_images, np.full(num_images, 1 / num_images), size=samples).astype(np.int32)
+    except MemoryError:
+        raise OutOfMemoryError(
+            f"{samples} resamples of {num_images} images do not fit into memory", "take fewer resamples"
+        ) from None
 
 
 def replicate_figures(

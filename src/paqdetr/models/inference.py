@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 Self = TypeVar("Self")
 
+_LIMIT = 300
 # By model: how many threads are predicting with it, and the mode that the last of them puts back.
 _predicting: WeakKeyDictionary[Detector, tuple[int, bool]] = WeakKeyDictionary()
 _predicting_lock = threading.Lock()
@@ -67,7 +68,7 @@ def predict_images(
     one = isinstance(images, (str, bytes, bytearray, memoryview, np.ndarray, Tensor, Mapping)) or hasattr(
         images, "read"
     )
-    sources = list(images) if isinstance(images, Iterable) and not one else [images]
+    sources: list[Any] = list(images) if isinstance(images, Iterable) and not one else [images]
     found: list[Detections | None] = [None] * len(sources)
     buckets: dict[tuple[int, int], list[tuple[int, Tensor, tuple[int, int]]]] = defaultdict(list)
 
@@ -104,6 +105,7 @@ def detect_batch(
     threshold: float = 0.0,
     look: Callable[[DetectorOutput], None] | None = None,
     names: Sequence[int | str] = (),
+    at_least: int = 0,
 ) -> Iterator[Detections]:
     """Preprocessed images of one size -> detections in pixels of the original images.
 
@@ -113,6 +115,7 @@ def detect_batch(
         threshold: the least score.
         look: shown the raw output, before the first detections are given.
         names: of the images, for errors: paths or ids; places in the batch if there are none.
+        at_least: detections that are kept in an image, if there are so many, where the model itself keeps fewer.
 
     Raises:
         NonFiniteError: a prediction is NaN or infinite, naming the images.
@@ -126,7 +129,9 @@ def detect_batch(
     if look is not None:
         look(output)
     for image_logits, image_boxes, size in zip(logits, boxes, sizes, strict=True):
-        yield postprocess(image_logits, image_boxes, size, model.classes, threshold=threshold)
+        yield postprocess(
+            image_logits, image_boxes, size, model.classes, threshold=threshold, limit=max(_LIMIT, at_least)
+        )
 
 
 def postprocess(
@@ -136,7 +141,7 @@ def postprocess(
     classes: ClassTable,
     *,
     threshold: float,
-    limit: int = 300,
+    limit: int = _LIMIT,
 ) -> Detections:
     """The best (query, class) pairs of one image; no non-maximum suppression.
 

@@ -105,6 +105,12 @@ def analyze(
     opened = open_split(data, split)
     if not len(opened):
         raise DataError(f"{opened.annotation_file}: the split has no images", "choose another --split")
+    if not _has_boxes(opened):
+        raise DataError(
+            f"{opened.annotation_file}: none of its {len(opened)} images has an object to be found ({opened.skipped} crowds "
+            "and boxes without area in their image)",
+            "choose another --split; `paqdetr data check` says what is wrong with the boxes",
+        )
     truth = opened.ground_truth()
     detectors = [one if isinstance(one, Detector) else load(one, device=device) for one in chosen]
     for one in detectors:
@@ -260,11 +266,15 @@ def _patterns(watched: Sequence[_Watched], samples: int, seed: int, tell: Progre
 
 
 def _training_split(data: Path) -> DetectionDataset | None:
-    """The split that a model learns from; None if the data has none, which an analysis can do without."""
+    """The split that a model learns from; None if the data has none with boxes, which an analysis can do without."""
     if "train" not in available_splits(data):
         return None
     split = open_split(data, "train")
-    return split if len(split) else None
+    return split if _has_boxes(split) else None
+
+
+def _has_boxes(split: DetectionDataset) -> bool:
+    return any(len(split.labels(index)) for index in range(len(split)))
 
 
 def _learnable(split: DetectionDataset, few: int) -> list[int]:
