@@ -305,5 +305,5 @@ def test_a_full_disk(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_folder_in_the_place_of_a_file(source: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(ConfigError, match="out: .* is a file, not a folder"):
+    with pytest.raises(ConfigError, match=r"out: .* is a file, not a folder"):
         convert_dataset(source, tmp_path / "file" / "out", to="coco")
