@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
-import yaml
 from pydantic import Field, field_validator, model_validator
 
 from paqdetr.config.loss import LossConfig
 from paqdetr.config.model import ModelConfig
 from paqdetr.config.section import Section
+from paqdetr.yaml_files import dump_yaml
 
 
 class AugmentConfig(Section):
@@ -159,11 +159,6 @@ class Config(Section):
             )
         return self
 
-    @field_validator("amp", mode="before")
-    @classmethod
-    def _no_is_a_word(cls, value: Any) -> Any:
-        return "no" if value is False else value  # what YAML makes of a bare no
-
     @field_validator("image_size")
     @classmethod
     def _positive(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
@@ -174,4 +169,4 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """The resolved settings; `load_config` of this text gives an equal `Config`."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return dump_yaml(self.model_dump(mode="json"))

@@ -23,8 +23,8 @@ from pydantic import (
 )
 
 from paqdetr.config import known_keys
-from paqdetr.data.files import load_yaml
 from paqdetr.errors import ConfigError
+from paqdetr.yaml_files import load_yaml
 
 # What a study decides for all of its runs alike: key -> what to write instead.
 _DECIDED = {

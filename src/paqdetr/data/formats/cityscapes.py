@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from paqdetr.data.annotations import Annotations, Builder, Issues, is_coordinate, is_side, shorten
-from paqdetr.data.files import load_json
 from paqdetr.errors import DataError
+from paqdetr.files import load_json
 from paqdetr.structures import ClassTable
 
 # The classes that Cityscapes annotates one by one, under its own ids.

@@ -18,8 +18,9 @@ from paqdetr.data.annotations import (
     is_side,
     shorten,
 )
-from paqdetr.data.files import inner_path, load_json, missing_files
+from paqdetr.data.files import inner_path, missing_files
 from paqdetr.errors import DataError
+from paqdetr.files import load_json
 from paqdetr.structures import ClassTable
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from paqdetr.data.annotations import Annotations, Builder, Issues, is_box, shorten
-from paqdetr.data.files import MAX_JSON_BYTES, inner_path, parse_json, read_text
+from paqdetr.data.files import inner_path
 from paqdetr.data.formats.sizes import header_sizes
 from paqdetr.errors import DataError
+from paqdetr.files import MAX_JSON_BYTES, parse_json, read_text
 from paqdetr.structures import ClassTable
 
 CLASSES = ClassTable((1,), ("person",))

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from paqdetr.data.annotations import Annotations, Issues, is_box, is_coordinate, is_integer, shorten
-from paqdetr.data.files import load_json
 from paqdetr.errors import DataError
+from paqdetr.files import load_json
 from paqdetr.structures import ClassTable
 
 SIDECAR = "paqdetr.json"

@@ -13,10 +13,11 @@ from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 
 from paqdetr.data.annotations import Annotations, Builder, Issues, shorten
-from paqdetr.data.files import inner_path, read_bytes, read_text
+from paqdetr.data.files import inner_path
 from paqdetr.data.formats.sidecar import SIDECAR, Sidecar
 from paqdetr.data.formats.sizes import header_sizes
 from paqdetr.errors import DataError
+from paqdetr.files import read_bytes, read_text
 from paqdetr.images import IMAGE_EXTENSIONS
 from paqdetr.structures import ClassTable
 

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from paqdetr.data.annotations import Annotations, Builder, Issues, is_integer, shorten
-from paqdetr.data.files import inner_path, load_yaml, read_text
+from paqdetr.data.annotations import Annotations, Builder, Issues, shorten
+from paqdetr.data.files import inner_path
 from paqdetr.data.formats.sidecar import SIDECAR, Sidecar
 from paqdetr.data.formats.sizes import header_sizes
 from paqdetr.errors import DataError
+from paqdetr.files import read_text
 from paqdetr.images import IMAGE_EXTENSIONS
 from paqdetr.structures import ClassTable
+from paqdetr.yaml_files import dump_yaml, load_yaml
 
 _SPLITS = ("train", "val", "test")
 # Pixels are rounded to this many decimals: what was divided by the image's side and written comes back exactly.
@@ -48,7 +48,7 @@ def yolo_places(yaml_file: Path, *, named: bool) -> dict[str, YoloPlace]:
     Raises:
         DataError: it is malformed, or `path` leads out of the folder.
     """
-    content = load_yaml(yaml_file)
+    content = load_yaml(yaml_file, text_only=True)
     if "names" not in content or not any(split in content for split in _SPLITS):
         if named:
             raise DataError(
@@ -60,7 +60,7 @@ def yolo_places(yaml_file: Path, *, named: bool) -> dict[str, YoloPlace]:
     return {
         split: YoloPlace(yaml_file, root, split, content[split])
         for split in _SPLITS
-        if content.get(split) not in (None, "", [])
+        if content.get(split) not in (None, "", [], "null", "~")
     }
 
 
@@ -114,35 +114,33 @@ def read_yolo(place: YoloPlace, issues: Issues) -> Annotations:
 
 
 def _classes(yaml_file: Path) -> ClassTable:
-    content = load_yaml(yaml_file)
+    content = load_yaml(yaml_file, text_only=True)  # a class may be called no, 010 or 1.10
     names = content.get("names")
     if isinstance(names, dict):
-        keys = sorted(
-            int(k) for k in names if is_integer(k) or (isinstance(k, str) and k.isascii() and k.isdigit())
-        )
-        if len(keys) != len(names) or keys != list(range(len(keys))):
+        expected = [str(number) for number in range(len(names))]
+        if sorted(names) != sorted(expected):
             raise DataError(
                 f"{yaml_file}: `names` has the keys {shorten(list(names))}, expected 0 to {len(names) - 1}",
                 "Number the classes from 0 without gaps.",
             )
-        names = [names[key] if key in names else names[str(key)] for key in keys]
+        names = [names[key] for key in expected]
     if not isinstance(names, list) or not names:
         raise DataError(
             f"{yaml_file}: `names` is {shorten(names)}, expected a list of names", "List the classes."
         )
     for position, name in enumerate(names):
-        if not isinstance(name, (str, int, float)):
+        if not isinstance(name, str):
             raise DataError(
                 f"{yaml_file}: names[{position}] is {shorten(name)}, expected a text",
                 "Put the name in quotes.",
             )
     count = content.get("nc")
-    if count is not None and count != len(names):
+    if count is not None and count != str(len(names)):
         raise DataError(
             f"{yaml_file}: `nc` is {shorten(count)}, but `names` has {len(names)} classes",
             "Correct one of them.",
         )
-    return ClassTable(tuple(range(len(names))), tuple(map(str, names)))
+    return ClassTable(tuple(range(len(names))), tuple(names))
 
 
 def _images(place: YoloPlace, issues: Issues) -> tuple[list[Path], Path]:
@@ -324,9 +322,7 @@ def write_yolo(root: Path, splits: dict[str, Annotations], place_image: Callable
     # No `path`: other programs would look for it in a folder of theirs, and without it beside this file.
     content: dict[str, Any] = {split: f"images/{split}" for split in splits}
     content["names"] = dict(enumerate(classes.names))
-    (root / "data.yaml").write_text(
-        yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8"
-    )
+    (root / "data.yaml").write_text(dump_yaml(content), encoding="utf-8")
     (root / SIDECAR).write_text(json.dumps(Sidecar.document(classes, sides)), encoding="utf-8")
 
 
