@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from paqdetr.errors import DataError, UserError
+from paqdetr.limits import environment_integer
 
-MAX_JSON_BYTES = int(float(os.environ.get("PAQDETR_MAX_JSON_GIB", "4")) * 2**30)
+MAX_JSON_BYTES = environment_integer("PAQDETR_MAX_JSON_GIB", 4, low=1, high=2**20) * 2**30
 """The largest annotation file that is read: ten times the size of that of COCO train2017."""
 
 MAX_SIDE_BYTES = 2**26
@@ -117,13 +118,22 @@ def parse_json(text: str, where: str, *, error: type[UserError] = DataError) -> 
         raise error(f"{where}: no usable json: {problem}", "Export or download the file again.") from None
 
 
+def read_json(path: Path, *, limit: int = MAX_JSON_BYTES, error: type[UserError] = DataError) -> Any:
+    """What the json file holds.
+
+    Raises:
+        error: as `read_text` and `parse_json`.
+    """
+    return parse_json(read_text(path, limit=limit, error=error), str(path), error=error)
+
+
 def load_json(path: Path) -> dict[str, Any]:
     """The file's content, an object.
 
     Raises:
-        DataError: as `read_text` and `parse_json`, or it is no object.
+        DataError: as `read_json`, or it is no object.
     """
-    content = parse_json(read_text(path, limit=MAX_JSON_BYTES), str(path))
+    content = read_json(path, limit=MAX_JSON_BYTES)
     if not isinstance(content, dict):
         raise DataError(
             f"{path}: holds a {type(content).__name__}, expected images, annotations and categories",

@@ -231,10 +231,14 @@ def test_a_circle_of_bases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rela
         ({"model.num_levels": 2}, r"num_levels=2 is fewer than backbone_strides=(8, 16, 32)", "config show"),
         ({"model.encoder_query_levels": 4}, "encoder_query_levels=4 exceeds num_levels=3", "config show"),
         ({"loss.min_positives": 9}, "min_positives=9 exceeds top_k=4", "config show"),
-        ({"image_size": 16}, "image_size=16: expected one number >= 32", "config show"),
-        ({"image_size": [900, 800]}, "image_size=[900, 800]: expected one number >= 32", "config show"),
+        ({"image_size": 16}, "image_size=16: expected one number from 32", "config show"),
+        ({"image_size": [900, 800]}, "image_size=[900, 800]: expected one number from 32", "config show"),
         ({"image_size": "big"}, "image_size='big'", "config show"),
-        ({"augment.scale": [1.0, 0.5]}, "augment.scale=[1.0, 0.5]: expected 0 < low <= high", "config show"),
+        (
+            {"augment.scale": [1.0, 0.5]},
+            "augment.scale=[1.0, 0.5]: expected 0.01 <= low <= high",
+            "config show",
+        ),
         ({"augment.crop_size": [0.0, 0.5]}, "augment.crop_size=[0.0, 0.5]", "config show"),
         ({"model": 3}, "model=3", "config show"),
         ({"preset": "papr"}, "unknown preset 'papr'", "the only preset is 'paper'"),
@@ -479,3 +483,52 @@ def test_combinations_that_no_host_has(overrides: dict[str, Any], message: str) 
     with pytest.raises(ConfigError) as raised:
         load_config("dino_nano", overrides)
     assert message in raised.value.message
+
+
+# --- numbers past a type
+
+
+def test_every_whole_number_has_a_range() -> None:
+    """A setting of 10^9 layers, positives or workers would take all memory, or never end."""
+    for section in (Config, ModelConfig, LossConfig, AugmentConfig):
+        for name, field in section.model_fields.items():
+            if field.annotation in (int, int | None):
+                bounds = {key for rule in field.metadata for key in ("ge", "le") if hasattr(rule, key)}
+                assert bounds == {"ge", "le"}, name
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (
+            "seed=9223372036854775808",
+            "seed=9223372036854775808: Input should be less than or equal to 4294967295",
+        ),
+        ("seed=-1", "greater than or equal to 0"),
+        ("epochs=true", "epochs=True: Input should be a valid integer"),
+        ("epochs='3'", "epochs='3': Input should be a valid integer"),
+        ("epochs=3.0", "epochs=3.0: Input should be a valid integer"),
+        ("lr=true", "lr=True: Input should be a valid number"),
+        ("lr=1e400", "lr: 1e400 is beyond the largest number"),
+        ("lr=.inf", "lr=inf: Input should be a finite number"),
+        ("loss.top_k=1000000000", "loss.top_k=1000000000: Input should be less than or equal to 1000"),
+        ("workers=100000", "workers=100000: Input should be less than or equal to 256"),
+        (f"epochs={'9' * 90}", "Input should be less than or equal to 1000000"),
+        ("image_size=[800, true]", "image_size"),
+        ("image_size=1000000000", "expected one number from 32 to 16384"),
+        ("augment.scale=[0.5, 1e300]", "expected 0.01 <= low <= high <= 10"),
+        ("augment.flip=1", ""),
+        ("pretrained_backbone=0", "pretrained_backbone=0: Input should be a valid boolean"),
+        ("model.backbone_strides=[]", "expected at least one stride from 1 to 1024"),
+        ("model.backbone_strides=[8,8,8]", "expected at least one stride from 1 to 1024"),
+        ("model.backbone_strides=[0,8]", "expected at least one stride from 1 to 1024"),
+        ("model.backbone_strides=[8,2048]", "expected at least one stride from 1 to 1024"),
+    ],
+)
+def test_numbers_past_their_type_or_range(setting: str, message: str) -> None:
+    if not message:
+        assert load_config("dino_nano", [setting]).augment.flip == 1
+        return
+    with pytest.raises(ConfigError) as caught:
+        load_config("dino_nano", [setting])
+    assert message in caught.value.message and "\n" not in caught.value.message

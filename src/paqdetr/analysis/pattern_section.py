@@ -18,6 +18,7 @@ from paqdetr.analysis.semantics import SHUFFLES, Semantics
 from paqdetr.data.dataset import DetectionDataset
 from paqdetr.drawing import font_path
 from paqdetr.metrics.jsonable import rounded
+from paqdetr.text import literal, printable
 
 # As many categories get a colour and shape of their own; the rest share one.
 _COLOURS = 3 * len(PALETTE)
@@ -195,7 +196,13 @@ def _embedding(model: Studied, suffix: str, seed: int) -> Part | None:
             own = points[samples.categories == kind]
             shape = "o^s"[number // len(PALETTE)]
             axes.scatter(
-                *own.T, s=13, color=colour(number), marker=shape, alpha=0.75, linewidths=0, label=names[kind]
+                *own.T,
+                s=13,
+                color=colour(number),
+                marker=shape,
+                alpha=0.75,
+                linewidths=0,
+                label=literal(names[kind]),
             )
         axes.set_xticks([])
         axes.set_yticks([])
@@ -280,7 +287,7 @@ def _exciting_images(model: Studied, split: DetectionDataset, suffix: str) -> Pa
             sheet.paste(picture, (x + (cell - picture.width) // 2, top + (cell - picture.height) // 2))
             pen.text(
                 (x + 2, top + cell + 2),
-                f"{split.image_ids[index]}: {ratio:.3f} x"[-24:],
+                printable(f"{split.image_ids[index]}: {ratio:.3f} x")[-24:],
                 fill="#222222",
                 font=font,
             )

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from paqdetr.cli.console import Ended, errors, print_styled, results, show
 from paqdetr.cli.options import Device, Model, Settings
+from paqdetr.limits import MAX_SEED
 
 
 def train(
@@ -22,7 +23,7 @@ def train(
         bool, typer.Option("--resume", help="Continue an interrupted run, or start it.")
     ] = False,
     device: Device = None,
-    seed: Annotated[int | None, typer.Option(help="Short for seed=N.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=MAX_SEED, help="Short for seed=N.")] = None,
     amp: Annotated[str | None, typer.Option(help="Short for amp=bf16|fp16|no.")] = None,
     auto_batch: Annotated[
         bool, typer.Option("--auto-batch", help="Take the largest batch that fits into memory.")

@@ -12,7 +12,11 @@ import numpy as np
 
 from paqdetr.data.columns import Ids, Texts
 from paqdetr.errors import DataError
+from paqdetr.limits import is_box as is_box
+from paqdetr.limits import is_coordinate as is_coordinate
+from paqdetr.limits import is_integer as is_integer
 from paqdetr.structures import ClassTable
+from paqdetr.text import shorten as shorten
 
 REMEDY = "Correct the annotation file; `paqdetr data check` lists all problems of a data set."
 
@@ -179,30 +183,6 @@ class Builder:
         )
 
 
-def is_integer(value: object) -> TypeGuard[int]:
-    """Whether it is an integer; json's true is none."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_coordinate(value: object) -> TypeGuard[float]:
-    """Whether it is a finite number of pixels. The comparison also sorts out NaN and integers that no float can hold."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e9 < value < 1e9
-
-
-def is_box(value: object) -> TypeGuard[list[float]]:
-    """Whether it is four finite numbers of pixels."""
-    return isinstance(value, list) and len(value) == 4 and all(map(is_coordinate, value))
-
-
 def is_side(value: object) -> TypeGuard[float]:
     """Whether it is a side in whole pixels; some exporters write 640.0."""
     return is_coordinate(value) and value >= 1 and value == int(value)
-
-
-def shorten(value: object, limit: int = 80) -> str:
-    """How a value from a file is shown in a message."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # an integer too long to print, a list too deep
-        return f"a {type(value).__name__}"
-    return text if len(text) <= limit else f"{text[:limit]}..."

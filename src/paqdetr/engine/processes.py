@@ -23,8 +23,8 @@ from accelerate.utils import (
 from torch import Tensor
 
 from paqdetr.config import Config
-from paqdetr.engine.device import require_device
 from paqdetr.errors import ConfigError, UserError
+from paqdetr.models.device import require_device
 
 # One waits for another at most so long: for COCO figures of a large split, made by the first alone.
 _PATIENCE = timedelta(hours=1)
@@ -184,6 +184,11 @@ def build_accelerator(config: Config, device: str | None, output: Path) -> Accel
                 DistributedDataParallelKwargs(find_unused_parameters=False),
                 InitProcessGroupKwargs(timeout=_PATIENCE),
             ],
+        )
+    if accelerator.device.type != wanted.type:
+        raise ConfigError(
+            f"device {device!r}: accelerate would train on {accelerator.device.type} instead",
+            f"use --device {accelerator.device.type}",
         )
     known = (
         DistributedType.NO,
