@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from paqdetr.errors import DataError, UserError
-from paqdetr.limits import environment_integer
+from paqdetr.values import environment_integer
 
 MAX_JSON_BYTES = environment_integer("PAQDETR_MAX_JSON_GIB", 4, low=1, high=2**20) * 2**30
 """The largest annotation file that is read: ten times the size of that of COCO train2017."""

@@ -74,7 +74,7 @@ def parse_yaml(
     Args:
         text: YAML.
         where: what to call it in errors.
-        text_only: every scalar is text as it stands in the file, but an empty plain one, which is None.
+        text_only: every scalar is text as it stands in the file.
         error: the class of what is raised.
 
     Raises:
@@ -207,7 +207,7 @@ class _Reader:
         if isinstance(event, yaml.ScalarEvent):
             self._add(1 + len(event.value), mark)
             plain = event.implicit[0]
-            if not plain or (self._text_only and event.value):
+            if not plain or self._text_only:
                 value = event.value
             else:
                 value = _scalar(event.value, self._at(mark), self._error)

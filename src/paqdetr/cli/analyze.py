@@ -10,7 +10,7 @@ import typer
 
 from paqdetr.cli.console import progress_bar, results, show
 from paqdetr.cli.options import BatchSize, Device, Seed
-from paqdetr.limits import MAX_RESAMPLES
+from paqdetr.values import MAX_RESAMPLES
 
 
 def analyze(

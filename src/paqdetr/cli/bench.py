@@ -10,7 +10,7 @@ from rich.table import Table
 from paqdetr.cli.console import progress_bar, results
 from paqdetr.cli.options import Device, JsonFile, Model
 from paqdetr.cli.outputs import require_writable, write_json
-from paqdetr.limits import MAX_BATCH
+from paqdetr.values import MAX_BATCH
 
 
 def bench(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from paqdetr.limits import MAX_BATCH, MAX_RESAMPLES, MAX_SEED
+from paqdetr.values import MAX_BATCH, MAX_RESAMPLES, MAX_SEED
 
 Model = Annotated[
     str,

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from paqdetr.cli.console import Ended, errors, print_styled, results, show
 from paqdetr.cli.options import Device, Model, Settings
-from paqdetr.limits import MAX_SEED
+from paqdetr.values import MAX_SEED
 
 
 def train(

@@ -15,8 +15,8 @@ import numpy as np
 
 from paqdetr.errors import ConfigError, DataError
 from paqdetr.files import read_json
-from paqdetr.limits import is_coordinate, is_integer
 from paqdetr.text import shorten
+from paqdetr.values import is_coordinate, is_integer
 
 Json = Mapping[str, Any]
 _LEAST = (-1e9, -1e9, 0, 0)  # of x, y, width and height

@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 
 from paqdetr.errors import ConfigError, DataError
-from paqdetr.limits import MAX_RESAMPLES, MAX_SEED
 from paqdetr.metrics.jsonable import json_number
 from paqdetr.metrics.matching import MatchTable
 from paqdetr.metrics.weighting import WeightedFigures
+from paqdetr.values import MAX_RESAMPLES, MAX_SEED
 
 SAMPLES = 1000
 """Resamples of an interval if nobody says otherwise."""

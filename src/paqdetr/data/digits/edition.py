@@ -24,7 +24,7 @@ from PIL import Image
 from paqdetr.data.digits.glyphs import SPLITS
 from paqdetr.data.digits.scenes import SceneSpec, compose_scene
 from paqdetr.errors import ConfigError, DataError
-from paqdetr.limits import MAX_SEED, MAX_WORKERS
+from paqdetr.values import MAX_SEED, MAX_WORKERS
 
 EDITION_FILE = "digits.json"
 # Raised whenever the same arguments would give other images than before.

@@ -1,4 +1,4 @@
-"""Ranges of numbers that come from outside, where several doors share them; and numbers from environment variables."""
+"""Plain values that come from outside: ranges that several doors share, environment variables, and what json's values mean."""
 
 from __future__ import annotations
 
@@ -39,9 +39,34 @@ def environment_integer(name: str, default: int, *, low: int, high: int = 2**31 
     )
 
 
-def is_integer(value: object) -> TypeGuard[int]:
-    """Whether it is an integer; json's true is none."""
-    return isinstance(value, int) and not isinstance(value, bool)
+def as_id(value: object) -> int | str | None:
+    """An id: a text, an integer of 64 bits, or a float that is one (pandas writes 1.0). None: it is no id."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -(2**63) <= value < 2**63:
+        return None
+    return int(value) if value == int(value) else None
+
+
+_FLAGS = dict.fromkeys(("", "false", "no", "n", "off", "none", "null", "unspecified"), False) | dict.fromkeys(
+    ("true", "yes", "y", "on"), True
+)
+
+
+def as_flag(value: object) -> bool | None:
+    """A flag in any of the spellings that exporters use: 0, 1.0, "1", false, "No", "Unspecified", nothing at all. None: it is
+    none of them."""
+    if value is None:
+        return False
+    if isinstance(value, str):
+        word = value.strip().lower()
+        if word in _FLAGS:
+            return _FLAGS[word]
+        try:
+            value = float(word)
+        except ValueError:
+            return None
+    return bool(value) if isinstance(value, (bool, int, float)) and value in (0, 1) else None
 
 
 def is_coordinate(value: object) -> TypeGuard[float]:
@@ -52,3 +77,8 @@ def is_coordinate(value: object) -> TypeGuard[float]:
 def is_box(value: object) -> TypeGuard[list[float]]:
     """Whether it is four finite numbers of pixels."""
     return isinstance(value, list) and len(value) == 4 and all(map(is_coordinate, value))
+
+
+def is_side(value: object) -> TypeGuard[float]:
+    """Whether it is a side in whole pixels; some exporters write 640.0."""
+    return is_coordinate(value) and value >= 1 and value == int(value)
