@@ -39,7 +39,9 @@ def output(*, many: int = 0, proposals: bool = False, everything: bool = False) 
     if proposals or everything:
         one = decoded(1)
         tokens = AllTokens(one.logits[0, ..., :1], one.boxes[0], torch.ones(1, 8, dtype=torch.bool))
-        found = Proposals(one.logits[0], one.boxes[0], torch.arange(8)[None], tokens if everything else None)
+        found = Proposals(
+            one.logits[0], one.boxes[0], torch.arange(8)[None], one.boxes[0], tokens if everything else None
+        )
     return DetectorOutput(
         pred_logits=layers.logits[-1],
         pred_boxes=layers.boxes[-1],

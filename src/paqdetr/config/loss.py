@@ -31,6 +31,9 @@ class LossConfig(Section):
     encoder_assigner: AssignerName = Field(
         default="one_to_one", description="the same, of the encoder's proposals"
     )
+    one_to_many_from: float = Field(
+        default=0.0, ge=0, lt=1, description="share of the training before several positives a box begin"
+    )
     one_to_many_until: float = Field(
         default=1.0, ge=0, le=1, description="share of the training with several positives a box"
     )
@@ -39,6 +42,15 @@ class LossConfig(Section):
     )
     top_k: int = Field(default=4, ge=1, description="most positives a box")
     min_positives: int = Field(default=1, ge=1, description="fewest positives a box")
+    encoder_min_positives: int | None = Field(
+        default=None, ge=1, description="the same, of the encoder's proposals; null: min_positives"
+    )
+    min_iou: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="IoU that positives of a box beyond its cheapest one need (ours); it comes before min_positives",
+    )
     select: Literal["hungarian", "score"] = Field(
         default="hungarian",
         description="which queries become positives. hungarian: one matching; score: the best (simota: least cost)",
@@ -87,8 +99,13 @@ class LossConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> LossConfig:
-        if self.min_positives > self.top_k:
-            raise ValueError(f"min_positives={self.min_positives} exceeds top_k={self.top_k}")
+        for key in ("min_positives", "encoder_min_positives"):
+            if (getattr(self, key) or 1) > self.top_k:
+                raise ValueError(f"{key}={getattr(self, key)} exceeds top_k={self.top_k}")
+        if 0 < self.one_to_many_from >= self.one_to_many_until:
+            raise ValueError(
+                f"one_to_many_from={self.one_to_many_from} is not before one_to_many_until={self.one_to_many_until}"
+            )
         one = self.assigner == "one_to_one"
         both = one and self.encoder_assigner == "one_to_one"
         either = "an assigner or encoder_assigner"

@@ -95,7 +95,7 @@ class Criterion:
 
     def one_to_many(self, progress: float) -> bool:
         """Whether intermediate layers use their own assigner at this share of the training, in [0, 1]."""
-        return progress < self.config.one_to_many_until
+        return self.config.one_to_many_from <= progress < self.config.one_to_many_until
 
     def most_positives(self, progress: float) -> int:
         """The most positives a box may get from an assigner with several at this share of the training."""
@@ -313,8 +313,14 @@ def _scale(terms: dict[str, Tensor], places: Sequence[str], weight: float) -> No
 def build_criterion(config: LossConfig) -> Criterion:
     """The criterion that the settings describe."""
     weights = CostWeights(classification=config.class_cost, l1=config.l1_cost, giou=config.giou_cost)
-    by_most = [_assigners(config, weights, most) for most in range(1, config.top_k + 1)]
-    pairs = [(rules[config.assigner], rules[config.encoder_assigner]) for rules in by_most]
+    least = config.min_positives, config.encoder_min_positives or config.min_positives
+    pairs = [
+        (
+            _assigners(config, weights, most, least[0])[config.assigner],
+            _assigners(config, weights, most, least[1])[config.encoder_assigner],
+        )
+        for most in range(1, config.top_k + 1)
+    ]
     return Criterion(
         config=config,
         intermediate=pairs[-1][0],
@@ -325,9 +331,9 @@ def build_criterion(config: LossConfig) -> Criterion:
     )
 
 
-def _assigners(config: LossConfig, weights: CostWeights, most: int) -> dict[str, Assigner]:
-    """Every rule by name, with at most so many positives a box."""
-    least = min(config.min_positives, most)
+def _assigners(config: LossConfig, weights: CostWeights, most: int, least: int) -> dict[str, Assigner]:
+    """Every rule by name, with at most and at least so many positives a box."""
+    least = min(least, most)
     rules: dict[str, Assigner] = {
         "quality_aware": QualityAwareAssigner(
             gamma=config.gamma,
@@ -337,6 +343,7 @@ def _assigners(config: LossConfig, weights: CostWeights, most: int) -> dict[str,
             select=config.select,
             confidence=config.confidence,
             cost_weights=weights,
+            min_iou=config.min_iou,
         ),
         "fixed_k": FixedKAssigner(k=most, cost_weights=weights),
         "simota": SimOTAAssigner(
