@@ -58,7 +58,6 @@ CASES: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "loss.top_k": (3, "dino_nano", {"loss.assigner": "fixed_k"}),
     "loss.one_to_many_from": (0.6, "dino_nano", {"loss.assigner": "fixed_k"}),
     "loss.one_to_many_until": (0.4, "dino_nano", {"loss.assigner": "fixed_k"}),
-    "loss.normalizer": ("positives", "dino_nano", {"loss.assigner": "fixed_k"}),
     "loss.select": ("score", "dino_nano", {"loss.assigner": "quality_aware"}),
     "loss.min_positives": (4, "dino_nano", {"loss.assigner": "simota"}),
     "loss.encoder_min_positives": (4, "paq_dino_nano", {"loss.encoder_assigner": "simota"}),

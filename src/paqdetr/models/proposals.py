@@ -42,14 +42,14 @@ class Proposals:
         boxes: (B, n, 4) cxcywh in [0, 1], with gradient for the encoder's loss.
         indices: (B, n) int64, which token each came from.
         tokens: (B, n, d) what class and box were read off: the tokens at `indices`, projected and normed.
-        everything: all tokens, where the loss wants them (class-agnostic proposals in training); else None.
+        all_tokens: all tokens, where the loss wants them (class-agnostic proposals in training); else None.
     """
 
     logits: Tensor
     boxes: Tensor
     indices: Tensor
     tokens: Tensor
-    everything: AllTokens | None = None
+    all_tokens: AllTokens | None = None
 
     def first(self, count: int) -> Proposals:
         """The best `count` of them."""
@@ -59,7 +59,7 @@ class Proposals:
             self.boxes[:, rows],
             self.indices[:, rows],
             self.tokens[:, rows],
-            self.everything,
+            self.all_tokens,
         )
 
 
@@ -109,8 +109,8 @@ class ProposalHead(nn.Module):
         chosen = _pick(x, indices)  # (B, n, d)
         if self.class_agnostic and self.training:  # its loss is over all tokens
             boxes = regress(x, anchors)
-            everything = AllTokens(logits=logits, boxes=boxes, valid=valid)
-            return Proposals(_pick(logits, indices), _pick(boxes, indices), indices, chosen, everything)
+            all_tokens = AllTokens(logits=logits, boxes=boxes, valid=valid)
+            return Proposals(_pick(logits, indices), _pick(boxes, indices), indices, chosen, all_tokens)
         # Boxes are regressed for the selected tokens alone: the rest would be thrown away.
         boxes = regress(chosen, _pick(anchors, indices))
         return Proposals(logits=_pick(logits, indices), boxes=boxes, indices=indices, tokens=chosen)
