@@ -80,7 +80,10 @@ def _unfinished(path: Path) -> Iterator[Path]:
     while True:
         folder = Path(mkdtemp(prefix=before, suffix=after, dir=path.parent))
         try:
-            with contextlib.suppress(Busy), held(folder / "lock"):  # Busy: somebody just takes it for a leftover
+            with (
+                contextlib.suppress(Busy),
+                held(folder / "lock"),
+            ):  # Busy: somebody just takes it for a leftover
                 yield folder / path.name
                 return
         finally:
