@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from concurrent.futures.process import BrokenProcessPool
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from paqdetr.cli import run as cli
-from paqdetr.data import check_images
 from paqdetr.data.check import CheckReport, check_dataset
 from paqdetr.data.digits import make_digits
 from paqdetr.errors import DataError
@@ -191,12 +191,21 @@ def test_many_problems_of_a_kind_are_counted(tmp_path: Path, capsys: pytest.Capt
     assert out.count("is outside the image") == 3 and "train: 22 more of this kind" in out
 
 
-def test_a_process_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*args: object, **kwargs: object) -> None:
-        raise BrokenProcessPool
+SCRIPT = """
+import sys
+from paqdetr.data.check import check_dataset
 
-    make_split(tmp_path, "train", [image(1)], [], ["a"])
-    monkeypatch.setattr(check_images.ProcessPoolExecutor, "map", broken)
-    with pytest.raises(DataError, match="was killed") as caught:
-        check_dataset(tmp_path, workers=2)
-    assert "--workers 1" in caught.value.remedy
+print(check_dataset(sys.argv[1], workers=4).splits["train"].images)
+"""
+
+
+@pytest.mark.integration
+def test_a_script_without_a_main_guard(tmp_path: Path) -> None:
+    """However many images: where processes are spawned, the script would run again in each of them."""
+    make_split(tmp_path / "data", "train", [image(n) for n in range(900)], [], ["a"])
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "data")], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "900\n", "")

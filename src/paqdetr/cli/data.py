@@ -63,7 +63,7 @@ def check(
     *,
     json_file: _Json = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes that decode; the number of cores if not given.")
+        int | None, typer.Option(min=1, help="Threads that decode; the number of cores if not given.")
     ] = None,
     show: Annotated[
         int, typer.Option(min=0, help="Findings of a kind that are printed; --json has all.")

@@ -21,6 +21,9 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue an interrupted run, or start it.")
     ] = False,
+    accept_new_data: Annotated[
+        bool, typer.Option("--accept-new-data", help="With --resume: even if the data have changed.")
+    ] = False,
     device: Device = None,
     seed: Annotated[int | None, typer.Option(help="Short for seed=N.")] = None,
     amp: Annotated[str | None, typer.Option(help="Short for amp=bf16|fp16|no.")] = None,
@@ -30,7 +33,7 @@ def train(
 ) -> None:
     """Train a detector and evaluate it on the validation split.
 
-    Ctrl-C or SIGTERM finishes the step and saves the state; --resume continues from there.
+    Ctrl-C, SIGTERM or SIGHUP finishes the step and saves the state; --resume continues from there.
     """
     from paqdetr.cli.progress import TrainingProgress
     from paqdetr.config import parse_overrides
@@ -47,6 +50,7 @@ def train(
             data=data,
             output=output,
             resume=resume,
+            accept_new_data=accept_new_data,
             device=device,
             auto_batch=auto_batch,
             settings=overrides,
@@ -66,9 +70,9 @@ def train(
     best = run.metrics
     table = Table(title=f"run {run.output}", title_justify="left", show_header=False)
     if best:
-        table.add_row(f"validation AP (epoch {best['epoch']})", show(best["AP"]))
-        table.add_row("AP50", show(best["AP50"]))
-        table.add_row("AP after NMS", show(best["AP_nms"]))
+        table.add_row(f"validation AP (epoch {best.get('epoch')})", show(best.get("AP")))
+        table.add_row("AP50", show(best.get("AP50")))
+        table.add_row("AP after NMS", show(best.get("AP_nms")))
     finished = run.records("finished")[-1]
     if "stopped" in finished:
         table.add_row(f"stopped after epoch {finished['epoch']}", finished["stopped"])

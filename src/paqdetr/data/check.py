@@ -99,7 +99,7 @@ def check_dataset(
 
     Args:
         data: a folder in one of the layouts of `find_layout`, or a `data.yaml`.
-        workers: processes that decode images; None: as many as there are cores, if it is worth it.
+        workers: threads that decode images; None: as many as there are cores.
         progress: called with (images done, images in all) after every image.
 
     Raises:

@@ -20,9 +20,9 @@ from torchvision.ops import box_convert
 
 from paqdetr.data.dataset import DetectionDataset, open_split
 from paqdetr.data.loader import read_picture
+from paqdetr.data.read_ahead import read_ahead
 from paqdetr.engine.processes import Processes
-from paqdetr.engine.read_ahead import read_ahead
-from paqdetr.errors import ConfigError, DataError, UserError
+from paqdetr.errors import ConfigError, DataError
 from paqdetr.metrics.coco import CocoFigures, evaluate_detections, non_maximum_suppression
 from paqdetr.models.arguments import require_batch_size
 from paqdetr.models.detector import Detector, DetectorOutput
@@ -142,8 +142,7 @@ def evaluate_together(
     require_same_classes(model.classes, split)
     started = time.perf_counter()
     own: list[tuple[int, Detections]] = []
-    failure: UserError | None = None
-    try:
+    with processes.agreeing():
         for index, detections in detect_split(
             model, split, batch_size=batch_size, processes=processes, observers=observers
         ):
@@ -151,9 +150,6 @@ def evaluate_together(
             own.append((index, detections))
             if progress is not None:
                 progress(min(len(own) * processes.count, len(split)), len(split))
-    except UserError as error:
-        failure = error
-    processes.raise_together(failure)
     shares = processes.gather(own)
     for observer in observers:
         for share in (processes.gather(observer) or [])[1:]:

@@ -72,12 +72,12 @@ def _require_classes_of_train(train: DetectionDataset, val: DetectionDataset) ->
             )
 
 
-def with_largest_batch(config: Config, split: DetectionDataset, run: Run, *, device: str | None) -> Config:
+def with_largest_batch(config: Config, split: DetectionDataset, run: Run, processes: Processes) -> Config:
     """The settings with the largest batch that fits, or the one that an earlier start of the run has found."""
-    if run.config_file.is_file():
+    if run.config_file.is_file() and not run.empty:
         size = load_config(run.config_file).batch_size
     else:
-        size = largest_batch(config, split, Processes.join(device))
+        size = largest_batch(config, split, processes)
     return config.model_copy(update={"batch_size": size})
 
 
