@@ -214,7 +214,7 @@ def _prepared(content: Annotations, to: str, losses: Counter[str]) -> Annotation
         own != name for own, name in zip(content.image_ids, content.file_names, strict=True)
     )
     if to == "voc":
-        keep = (sides > 0).all(axis=1)
+        keep = np.all(sides > 0, axis=1)
         losses["boxes without area left out"] += int((~keep).sum())
         return content.with_boxes(keep)
     keep, corners = content.trainable()
