@@ -19,6 +19,7 @@ from paqdetr.config import (
     list_configs,
     load_config,
     parse_overrides,
+    retired_keys,
     validate_config,
 )
 from paqdetr.errors import ConfigError
@@ -322,6 +323,34 @@ def test_known_keys() -> None:
     keys = known_keys()
     assert {"epochs", "model.dim", "loss.gamma", "augment.flip"} <= set(keys)
     assert "model" not in keys and len(keys) == len(set(keys))
+
+
+def test_retired_keys_load_at_the_value_at_which_they_did_nothing(tmp_path: Path) -> None:
+    known, retired = load_config("paq_dino_nano"), dict(LossConfig.retired)
+    old = yaml.safe_load(known.to_yaml())
+    old["loss"] |= retired
+    old["model"] |= ModelConfig.retired
+    file = write(tmp_path, "old.yaml", yaml.safe_dump(old))
+    assert load_config(file) == known and not set(retired_keys()) & set(known_keys())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("loss.rank_damping", 1.5),
+        ("loss.positives_schedule", "linear"),
+        ("loss.one_to_one_weight", 1.0),
+        ("loss.one_to_many_weight", 0.5),
+        ("loss.normalizer", "positives"),
+        ("model.one_to_many_heads", "all"),
+    ],
+)
+def test_retired_keys_at_other_values_name_the_commit_that_has_them(key: str, value: Any) -> None:
+    name = key.partition(".")[2]
+    with pytest.raises(
+        ConfigError, match=rf"{name}={value!r} was removed; the last commit that has it is 170e1a7"
+    ):
+        load_config("paq_dino_nano", {key: value})
 
 
 def test_settings_do_not_change() -> None:

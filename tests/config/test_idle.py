@@ -55,7 +55,6 @@ CASES: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "loss.assigner": ("fixed_k", "dino_nano", {}),
     "loss.top_k": (3, "dino_nano", {"loss.assigner": "fixed_k"}),
     "loss.one_to_many_until": (0.4, "dino_nano", {"loss.assigner": "fixed_k"}),
-    "loss.normalizer": ("positives", "dino_nano", {"loss.assigner": "fixed_k"}),
     "loss.select": ("score", "dino_nano", {"loss.assigner": "quality_aware"}),
     "loss.min_positives": (4, "dino_nano", {"loss.assigner": "simota"}),
     "loss.gamma": (300.0, "dino_nano", BEST),

@@ -146,14 +146,14 @@ def test_class_agnostic_proposals(make_tokens: Callable, stir: Callable) -> None
     head = build(stir, class_agnostic=True)
     tokens = make_tokens([torch.randn(2, 8, 3, 5), torch.randn(2, 8, 2, 2)], padding=1)
     trained, used = head.train()(tokens, 4), head.eval()(tokens, 4)
-    assert used.everything is None and trained.everything is not None
+    assert used.all_tokens is None and trained.all_tokens is not None
     assert trained.logits.shape == (2, 4, 1)
     for name in ("logits", "boxes", "indices"):
         assert torch.equal(getattr(trained, name), getattr(used, name))
-    everything = trained.everything
-    assert everything.logits.shape == (2, 33, 1) and everything.boxes.shape == (2, 33, 4)
-    assert everything.valid.sum(1).tolist() == [19, 19]
-    scores = everything.logits[..., 0].masked_fill(~everything.valid, -torch.inf)
+    all_tokens = trained.all_tokens
+    assert all_tokens.logits.shape == (2, 33, 1) and all_tokens.boxes.shape == (2, 33, 4)
+    assert all_tokens.valid.sum(1).tolist() == [19, 19]
+    scores = all_tokens.logits[..., 0].masked_fill(~all_tokens.valid, -torch.inf)
     assert torch.equal(scores.topk(4, dim=1).indices, trained.indices)
     first = trained.first(2)
     assert first.boxes.shape == (2, 2, 4) and torch.equal(first.indices, trained.indices[:, :2])

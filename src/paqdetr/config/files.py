@@ -20,6 +20,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import ValidationError
 
+from paqdetr.config.loss import LossConfig
+from paqdetr.config.model import ModelConfig
 from paqdetr.config.schema import Config
 from paqdetr.config.section import Section
 from paqdetr.errors import ConfigError
@@ -92,6 +94,12 @@ def known_keys() -> list[str]:
         else:
             keys.append(name)
     return keys
+
+
+def retired_keys() -> list[str]:
+    """Dotted keys of older versions, which files may still carry at the value at which they did nothing."""
+    sections = {"": Config, "model.": ModelConfig, "loss.": LossConfig}
+    return [prefix + key for prefix, section in sections.items() for key in section.retired]
 
 
 def describe_config(name: str) -> str:

@@ -72,7 +72,7 @@ _NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[Config], bool]], ...] = (
         lambda config: config.model.decoder_layers > 1,
     ),
     (
-        ("loss.top_k", "loss.one_to_many_until", "loss.normalizer"),
+        ("loss.top_k", "loss.one_to_many_until"),
         "an assigner with several positives a box (loss.assigner or loss.encoder_assigner)",
         lambda config: _several(config, *_ALL_ASSIGNERS),
     ),

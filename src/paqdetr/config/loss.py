@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -15,9 +16,16 @@ class LossConfig(Section):
     """Assignment and losses. `assigner: quality_aware` is PaQ's; `one_to_one` the host's; the others are there to compare.
 
     `top_k`, `min_positives` and `select` mean the same to all: `fixed_k` gives every box exactly `top_k` positives, and where
-    `quality_aware` selects by score, `simota` selects by cost. Settings from `one_to_many_weight` to `normalizer` are remedies
-    against what several positives a box cost; none is part of the paper, and docs/method.md names their sources.
+    `quality_aware` selects by score, `simota` selects by cost.
     """
+
+    retired: ClassVar[Mapping[str, Any]] = {
+        "one_to_many_weight": 1.0,
+        "one_to_one_weight": 0.0,
+        "positives_schedule": "constant",
+        "rank_damping": None,
+        "normalizer": "boxes",
+    }
 
     classification: Literal["focal", "varifocal"] = Field(
         default="focal",
@@ -47,29 +55,6 @@ class LossConfig(Section):
         default="gt_class", description="probability of the box's class, or of the likeliest"
     )
 
-    one_to_many_weight: float = Field(
-        default=1.0, ge=0, description="of the decoder's losses while they have several positives a box"
-    )
-    one_to_one_weight: float = Field(
-        default=0.0,
-        ge=0,
-        description="of a one-to-one loss beside them, in the same layers (MS-DETR, arXiv 2401.03989, with one set of heads)",
-    )
-    positives_schedule: Literal["constant", "linear"] = Field(
-        default="constant",
-        description="linear: the most positives of a box fall from top_k to 1 until one_to_many_until (ours; H-DETR, "
-        "arXiv 2207.13080, has the one step)",
-    )
-    rank_damping: float | None = Field(
-        default=None,
-        gt=0,
-        description="tau: the r-th best positive of a box counts exp(-r / tau) (Align-DETR, arXiv 2304.07527: 1.5)",
-    )
-    normalizer: Literal["boxes", "positives"] = Field(
-        default="boxes",
-        description="what a layer's losses are divided by (positives: RetinaNet, arXiv 1708.02002)",
-    )
-
     class_weight: float = Field(default=1.0, ge=0, description="of the classification loss")
     l1_weight: float = Field(default=5.0, ge=0, description="of the L1 loss of boxes")
     giou_weight: float = Field(default=2.0, ge=0, description="of the GIoU loss of boxes")
@@ -89,15 +74,4 @@ class LossConfig(Section):
     def _consistent(self) -> LossConfig:
         if self.min_positives > self.top_k:
             raise ValueError(f"min_positives={self.min_positives} exceeds top_k={self.top_k}")
-        one = self.assigner == "one_to_one"
-        both = one and self.encoder_assigner == "one_to_one"
-        either = "an assigner or encoder_assigner"
-        for key, wrong, needs in (
-            ("one_to_one_weight", one and self.one_to_one_weight > 0, "an assigner"),
-            ("one_to_many_weight", one and self.one_to_many_weight != 1, "an assigner"),
-            ("positives_schedule", both and self.positives_schedule != "constant", either),
-            ("rank_damping", both and self.rank_damping is not None, either),
-        ):
-            if wrong:
-                raise ValueError(f"{key} needs {needs} with several positives a box")
         return self

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -11,6 +12,8 @@ from paqdetr.config.section import Section
 
 class ModelConfig(Section):
     """The architecture. Two models with equal values here have equal state dicts."""
+
+    retired: ClassVar[Mapping[str, Any]] = {"one_to_many_heads": "none"}
 
     num_classes: int = Field(default=80, ge=1, description="taken from the data in a training")
 
@@ -53,11 +56,6 @@ class ModelConfig(Section):
         default=None, ge=1, description="only the N coarsest levels are updated; null: all"
     )
     decoder_layers: int = Field(default=6, ge=1, description="layers of the decoder (L)")
-    one_to_many_heads: Literal["none", "intermediate", "all"] = Field(
-        default="none",
-        description="decoder layers with further heads, in training alone, that have the several positives a box in place of the "
-        "layer's own (MS-DETR, arXiv 2401.03989: all)",
-    )
     decoder_norm: bool = Field(default=True, description="a LayerNorm between a decoder layer and its heads")
     share_heads: bool = Field(
         default=False, description="one class head and one box head for all decoder layers"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from paqdetr.config.loss import LossConfig
 from paqdetr.config.model import ModelConfig
@@ -143,21 +143,6 @@ class Config(Section):
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = Field(
         default=(), description="where records go besides metrics.jsonl"
     )
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Config:
-        if self.loss.one_to_one_weight and self.model.one_to_many_heads != "none":
-            raise ValueError(
-                "loss.one_to_one_weight needs model.one_to_many_heads=none: with them, the other heads are one-to-one"
-            )
-        # An architecture alone, as the header of a checkpoint has it, says nothing of losses.
-        heads, one = self.model.one_to_many_heads, self.loss.assigner == "one_to_one"
-        if "loss" in self.model_fields_set and heads != "none" and one:
-            raise ValueError(
-                f"model.one_to_many_heads={heads} needs an assigner with several positives a box, and loss.assigner is "
-                "one_to_one: choose loss.assigner=quality_aware, fixed_k or simota, or model.one_to_many_heads=none"
-            )
-        return self
 
     @field_validator("amp", mode="before")
     @classmethod

@@ -36,8 +36,7 @@ class DetectorOutput:
     Attributes:
         pred_logits: (B, n, C) of the last layer; `sigmoid` gives the probability of each class.
         pred_boxes: (B, n, 4) cxcywh in [0, 1] of the image without its padding.
-        layers: predictions of all K decoder layers, the last included: (K, B, n, C) and (K, B, n, 4); `layers.many` those of the
-            heads that exist in training alone.
+        layers: predictions of all K decoder layers, the last included: (K, B, n, C) and (K, B, n, 4).
         proposals: the encoder's choice, (B, n, C) and (B, n, 4); None in one-stage hosts.
         mixture: content queries (B, n, d), and the weights (B, n, m) of pattern queries or None.
         denoised: predictions of the denoising queries, (K, B, N, C) and (K, B, N, 4); None outside training.

@@ -41,18 +41,18 @@ class Proposals:
         logits: (B, n, C), or (B, n, 1) if class-agnostic.
         boxes: (B, n, 4) cxcywh in [0, 1], with gradient for the encoder's loss.
         indices: (B, n) int64, which token each came from.
-        everything: all tokens, where the loss wants them (class-agnostic proposals in training); else None.
+        all_tokens: all tokens, where the loss wants them (class-agnostic proposals in training); else None.
     """
 
     logits: Tensor
     boxes: Tensor
     indices: Tensor
-    everything: AllTokens | None = None
+    all_tokens: AllTokens | None = None
 
     def first(self, count: int) -> Proposals:
         """The best `count` of them."""
         return Proposals(
-            self.logits[:, :count], self.boxes[:, :count], self.indices[:, :count], self.everything
+            self.logits[:, :count], self.boxes[:, :count], self.indices[:, :count], self.all_tokens
         )
 
 
@@ -101,8 +101,8 @@ class ProposalHead(nn.Module):
 
         if self.class_agnostic and self.training:  # its loss is over all tokens
             boxes = regress(x, anchors)
-            everything = AllTokens(logits=logits, boxes=boxes, valid=valid)
-            return Proposals(_pick(logits, indices), _pick(boxes, indices), indices, everything)
+            all_tokens = AllTokens(logits=logits, boxes=boxes, valid=valid)
+            return Proposals(_pick(logits, indices), _pick(boxes, indices), indices, all_tokens)
         # Boxes are regressed for the selected tokens alone: the rest would be thrown away.
         boxes = regress(_pick(x, indices), _pick(anchors, indices))
         return Proposals(logits=_pick(logits, indices), boxes=boxes, indices=indices)

@@ -23,7 +23,7 @@ from paqdetr.structures import ClassTable
 
 # Tensors with a row a class, and with one or several rows a query.
 _CLASS_ROWS = re.compile(
-    r"decoder\.(many_heads\.)?class_heads\.\d+\.(weight|bias)|start\.head\.class_head\.(weight|bias)|denoising\.label_embed\.weight"
+    r"decoder\.class_heads\.\d+\.(weight|bias)|start\.head\.class_head\.(weight|bias)|denoising\.label_embed\.weight"
 )
 _QUERY_ROWS = re.compile(
     r"query_source\.(table|logits|mixtures\.logits)|start\.(boxes|position)|"

@@ -193,10 +193,8 @@ def build_model(
         ffn_dim=model.ffn_dim,
         dropout=model.dropout,
     )
-    layers = model.decoder_layers
     decoder = Decoder(
-        num_layers=layers,
-        many_layers={"none": 0, "intermediate": layers - 1, "all": layers}[model.one_to_many_heads],
+        num_layers=model.decoder_layers,
         num_classes=model.num_classes,
         norm=model.decoder_norm,
         share_heads=model.share_heads,

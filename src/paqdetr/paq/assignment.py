@@ -91,7 +91,6 @@ class QualityAwareAssigner:
             query that two boxes claim going to the larger s.
         confidence: "gt_class", the probability of the box's class; "max", of the likeliest.
         cost_weights: of the matching cost.
-        max_positives: the most positives a box may get, where that shall be fewer than `top_k`; the sum is still over `top_k`.
     """
 
     def __init__(
@@ -103,7 +102,6 @@ class QualityAwareAssigner:
         confidence: Literal["gt_class", "max"] = "gt_class",
         *,
         cost_weights: CostWeights | None = None,
-        max_positives: int | None = None,
     ) -> None:
         if not 1 <= min_positives <= top_k:
             raise ValueError(f"expected 1 <= min_positives <= top_k, found {min_positives} and {top_k}")
@@ -116,7 +114,6 @@ class QualityAwareAssigner:
         self.gamma = gamma
         self.top_k = top_k
         self.min_positives = min_positives
-        self.max_positives = checked_most(max_positives, min_positives, top_k)
         self.select = select
         self.confidence = confidence
         self.cost_weights = cost_weights or CostWeights()
@@ -178,18 +175,7 @@ class QualityAwareAssigner:
     def _claims(self, scores: np.ndarray) -> np.ndarray:
         """k_j, (G,) int64."""
         wanted = ceil_of_best(scores, self.top_k)
-        return limit_claims(wanted, scores, least=self.min_positives, most=self.max_positives)
-
-
-def checked_most(most: int | None, least: int, top_k: int) -> int:
-    """The most positives a box may get: `top_k` if not said.
-
-    Raises:
-        ValueError: outside of [least, top_k].
-    """
-    if most is not None and not least <= most <= top_k:
-        raise ValueError(f"expected min_positives <= max_positives <= top_k, found {least}, {most}, {top_k}")
-    return top_k if most is None else most
+        return limit_claims(wanted, scores, least=self.min_positives, most=self.top_k)
 
 
 def match_layers(

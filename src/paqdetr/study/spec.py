@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from paqdetr.config import known_keys
+from paqdetr.config import known_keys, retired_keys
 from paqdetr.data.files import load_yaml
 from paqdetr.errors import ConfigError
 
@@ -59,11 +59,14 @@ def _flat(value: Any, prefix: str = "") -> Any:
 
 
 def _known(settings: dict[str, Any]) -> dict[str, Any]:
-    known = known_keys()
+    known, retired = (
+        known_keys(),
+        retired_keys(),
+    )  # kept studies may have used retired keys; a run of one is refused
     for key in settings:
         if key in _DECIDED:
             raise ValueError(f"{key} is the study's to set: {_DECIDED[key]}")
-        if key not in known:
+        if key not in known and key not in retired:
             close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             raise ValueError(f"unknown setting {key!r}" + (f", did you mean {close[0]!r}?" if close else ""))
     return settings
