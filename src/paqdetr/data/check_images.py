@@ -1,11 +1,11 @@
-"""Decodes every image of a data set once, in several processes."""
+"""Decodes every image of a data set once, in several threads or processes."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -16,7 +16,7 @@ from paqdetr.errors import DataError
 from paqdetr.images import read_header, read_image
 
 # Below this number of images, starting processes takes longer than decoding.
-_WORTH_PROCESSES = 200
+_WORTH_PROCESSES = 400
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,24 +55,24 @@ def inspect_all(paths: Sequence[Path], *, workers: int | None = None) -> Iterato
     """Facts of every image, in order.
 
     Args:
-        workers: processes; None for one a core, or none beside this one for few images.
+        workers: processes, which decode faster than threads if there are many cores and images; a script that uses them needs
+            `if __name__ == "__main__":`. None: threads, of this process.
 
     Raises:
-        DataError: a process was killed.
+        DataError: a process ended.
     """
-    if workers is None:
-        workers = min(os.cpu_count() or 1, len(paths) // _WORTH_PROCESSES)
-    if workers <= 1:
-        yield from map(inspect, paths)
-        return
-    # spawn: forking a process in which torch has started threads can hang.
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    if workers in (None, 1) or len(paths) < _WORTH_PROCESSES:
+        pool: Executor = ThreadPoolExecutor(workers or os.cpu_count())
+    else:
+        # spawn: forking a process in which torch has started threads can hang.
+        pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
     try:
         yield from pool.map(inspect, paths, chunksize=16)
     except BrokenProcessPool:
         raise DataError(
-            "a process that decodes images was killed, perhaps for want of memory",
-            "Pass --workers 1, or lower PAQDETR_MAX_PIXELS to refuse large images.",
+            "a process that decodes images ended: memory ran out, or the script that started it has no main guard",
+            "Pass --workers 1, lower PAQDETR_MAX_PIXELS to refuse large images, or put the script's code under "
+            "`if __name__ == '__main__':`.",
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
