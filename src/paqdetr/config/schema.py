@@ -123,6 +123,13 @@ class Config(Section):
         description="what a loss or gradient that is not finite does: end, or leave out the step",
     )
     seed: int = Field(default=0, ge=0, description="of weights, order, augmentation and noise")
+    val_fraction: float = Field(
+        default=0,
+        ge=0,
+        lt=1,
+        description="share of the training images that validates instead, for data without a val split; near-duplicates stay "
+        "together, and `seed` decides which",
+    )
     workers: int = Field(default=2, ge=0, description="processes that load images, for each training process")
     cache_images: float = Field(default=2.0, ge=0, description="GiB of decoded images that workers share")
     eval_every: int = Field(

@@ -19,6 +19,7 @@ from torch import Tensor
 from torchvision.ops import box_convert
 
 from paqdetr.data.dataset import DetectionDataset, open_split
+from paqdetr.data.layout import split_to_evaluate
 from paqdetr.data.loader import read_picture
 from paqdetr.data.read_ahead import read_ahead
 from paqdetr.engine.processes import Processes
@@ -74,7 +75,7 @@ def evaluate(
     model: Detector | str | Path,
     *,
     data: str | Path,
-    split: str = "val",
+    split: str | None = None,
     batch_size: int = 4,
     progress: Callable[[int, int], None] | None = None,
     observers: Sequence[Observer] = (),
@@ -85,7 +86,7 @@ def evaluate(
         model: a detector, or a checkpoint or run's folder, which goes to the best device there is; the classes of the
             data must be among its own.
         data: the data set's folder.
-        split: "train", "val" or "test".
+        split: "train", "val" or "test"; if not given val, or what the data have instead, which is logged.
         batch_size: images of one size that go through together; it changes no figure.
         progress: told (images done, images in all).
         observers: shown the raw outputs on the way, such as `paqdetr.metrics.QueryUsage`.
@@ -103,7 +104,7 @@ def evaluate(
             f"model: expected a Detector or a path, found {type(model).__name__}",
             "give what paqdetr.load or create_model returns, or a checkpoint's path",
         )
-    opened = open_split(data, split)
+    opened = open_split(data, split_to_evaluate(data, split))
     return evaluate_split(model, opened, batch_size=batch_size, progress=progress, observers=observers)
 
 
