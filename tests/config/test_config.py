@@ -119,8 +119,10 @@ def test_preset_paper_is_the_literal_paper() -> None:
         None,
     )
     assert (model.pattern_std, model.temperature, model.gain) == (1.0, 1.0, 1.0)
+    assert (model.mixture_input, model.mixture, model.normalize_summary) == ("image", "replace", False)
     assert (loss.gamma, loss.top_k, loss.min_positives, loss.confidence) == (0.4, 4, 1, "max")
-    assert (loss.diversity_weight, loss.div_scale, loss.one_to_many_until) == (0.2, 1.0, 1.0)
+    assert (loss.diversity_weight, loss.div_scale) == (0.2, 1.0)
+    assert (loss.one_to_many_from, loss.one_to_many_until, loss.min_iou) == (0.0, 1.0, 0.0)
     assert loss.classification == "varifocal" and loss.assigner == "quality_aware"
     assert (loss.class_cost, loss.l1_cost, loss.giou_cost) == (2.0, 5.0, 2.0)
     assert model.dim == 128  # the host stays
@@ -225,7 +227,7 @@ def test_a_circle_of_bases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rela
         ({"amp": "fp8"}, "amp='fp8': Input should be 'no', 'bf16' or 'fp16'", "config show"),
         (
             {"model.queries": "dense"},
-            "model.queries='dense': Input should be 'static', 'proposals', 'patterns' or 'static_mixture'",
+            "model.queries='dense': Input should be 'static', 'proposals', 'patterns', 'static_mixture' or 'features'",
             "config show",
         ),
         ({"model.dim": 130}, "dim=130 must be divisible by 4 and by num_heads=8", "config show"),

@@ -432,7 +432,13 @@ row("yolo", "label_with_a_score", "6 numbers, expected 5", text(LABELS, "0 .5 .5
 row("yolo", "label_with_nan", "has numbers that are not finite", text(LABELS, "0 .5 .5 nan .1"))
 row("yolo", "label_of_negative_size", "the box has the size -0.1 x 0.1", text(LABELS, "0 .5 .5 -.1 .1"))
 row("yolo", "label_that_is_an_image", "a.txt: no UTF-8 text", text(LABELS, b"\xff\xd8\xff\xe0"))
-row("yolo", "yaml_that_is_none", "data.yaml: line 2, column 6: not valid YAML", text(YAML, "names: [a, b\ntrain: ["), split="")
+row(
+    "yolo",
+    "yaml_that_is_none",
+    "data.yaml: line 2, column 6: not valid YAML",
+    text(YAML, "names: [a, b\ntrain: ["),
+    split="",
+)
 row("yolo", "yaml_that_is_a_list", "data.yaml: holds a list", text(YAML, "- a\n- b"), split="")
 row(
     "yolo",
@@ -472,7 +478,13 @@ row(
     "which is not inside",
     text(YAML, "train: images/../../x\nnames: [a, b]"),
 )
-row("yolo", "class_that_is_tagged", "line 2, column 9: the tag", text(YAML, "train: a\nnames: [!!bool x, b]"), split="")
+row(
+    "yolo",
+    "class_that_is_tagged",
+    "line 2, column 9: the tag",
+    text(YAML, "train: a\nnames: [!!bool x, b]"),
+    split="",
+)
 row(
     "yolo",
     "class_twice",

@@ -127,7 +127,7 @@ def test_what_the_target_cannot_hold_is_reported(
     assert cli(["data", "convert", str(source), str(tmp_path / to), "--to", to]) == 0
     said = " ".join(capsys.readouterr().err.split())
     for what, count in LOST[to].items():
-        assert f"note: {count} {what}" in said
+        assert f"note: {what}: {count}" in said
     assert convert_dataset(source, tmp_path / "again", to=to).losses == LOST[to]
     assert available_splits(tmp_path / to) == ["train", "val"]
     for split in available_splits(source):

@@ -124,17 +124,24 @@ def _meaning(models: Sequence[Studied]) -> Part | None:
 
 def _image_share(models: Sequence[Studied]) -> Part:
     rows = tuple(
-        {"model": m.name, "image": round(m.study.image_share, 6), "index": round(1 - m.study.image_share, 6)}
+        {
+            "model": m.name,
+            "image": round(m.study.image_share - m.study.query_share, 6),
+            "query": round(m.study.query_share, 6),
+            "index": round(1 - m.study.image_share, 6),
+        }
         for m in models
     )
     columns = (
         Column("model", "model", "text"),
-        Column("image", "by the image", "percent"),
         Column("index", "by the index", "percent"),
+        Column("image", "by the image, for all its queries alike", "percent"),
+        Column("query", "by both together", "percent"),
     )
     caption = (
         "What decides a query's content: shares of its variance over queries and images. Content that nothing "
-        "but the index decides is a learned table, whatever made it."
+        "but the index decides is a learned table, whatever made it. The last share is what differs between the queries "
+        "of one image beyond their index: what each query looks at, where mixtures are computed from that."
     )
     return Table(name="content_variance", caption=caption, columns=columns, rows=rows)
 

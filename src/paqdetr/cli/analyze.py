@@ -20,7 +20,9 @@ def analyze(
     *,
     data: Annotated[Path, typer.Option(help="Folder of the data set, or its data.yaml.")],
     output: Annotated[Path, typer.Option(help="Folder for the report; an earlier report is replaced.")],
-    split: Annotated[str, typer.Option(help="train, val or test.")] = "val",
+    split: Annotated[
+        str | None, typer.Option(help="train, val or test; val, or what there is instead, if not given.")
+    ] = None,
     against: Annotated[
         Path | None, typer.Option(help="Another checkpoint or run's folder, shown side by side.")
     ] = None,

@@ -1,7 +1,8 @@
-"""`paqdetr data make|check|stats|preview|convert`"""
+"""`paqdetr data make|check|stats|preview|convert|split`"""
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,10 +18,12 @@ from paqdetr.values import MAX_WORKERS
 
 if TYPE_CHECKING:
     from paqdetr.data.check import CheckReport
+    from paqdetr.data.convert import Conversion
 
 app = typer.Typer(help="Make, check, look at and convert data sets.", no_args_is_help=True)
 
 _Data = Annotated[Path, typer.Argument(help="Folder of the data set, or its data.yaml.", metavar="DIR")]
+_COLOURS = {"error": "red", "warning": "yellow"}
 _Json = Annotated[Path | None, typer.Option("--json", help="Write everything to this json file too.")]
 
 
@@ -66,7 +69,7 @@ def check(
     json_file: _Json = None,
     workers: Annotated[
         int | None,
-        typer.Option(min=1, max=MAX_WORKERS, help="Processes that decode; the number of cores if not given."),
+        typer.Option(min=1, max=MAX_WORKERS, help="Threads that decode; the number of cores if not given."),
     ] = None,
     show: Annotated[
         int, typer.Option(min=0, help="Findings of a kind that are printed; --json has all.")
@@ -77,7 +80,7 @@ def check(
 
     require_writable(json=json_file)
     with progress_bar("check") as progress:
-        report = check_dataset(folder, workers=workers, progress=progress)
+        report = check_dataset(folder, workers=workers or os.cpu_count(), progress=progress)
     write_json(json_file, {"data": str(folder), **report.to_json()})
     _print_report(report, title=f"{folder} ({report.format})", show=show)
     if report.errors:
@@ -158,16 +161,38 @@ def convert(
 
     with progress_bar("convert") as progress:
         done = convert_dataset(source, target, to=to, link=link, progress=progress)
-    counts = ", ".join(
-        f"{split} {count} images {done.boxes[split]} boxes" for split, count in done.images.items()
-    )
-    results.print(f"{target}: {to} from {done.format}: {counts}", soft_wrap=True)
-    for what, count in done.losses.items():
-        print_styled(errors, ("note:", "bold yellow"), f" {count} {what}")
+    _print_conversion(done, f"{target}: {to}")
+
+
+@app.command()
+def split(
+    source: Annotated[Path, typer.Argument(help="Folder of the data set, or its data.yaml.", metavar="SRC")],
+    target: Annotated[Path, typer.Argument(help="Folder to make; nothing is overwritten.", metavar="DST")],
+    *,
+    val: Annotated[float, typer.Option(help="Share of the training images that becomes val.")] = 0.1,
+    test: Annotated[float, typer.Option(help="Share of the training images that becomes test.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the choice.")] = 0,
+    link: Annotated[bool, typer.Option("--link", help="Hard links to the images instead of copies.")] = False,
+) -> None:
+    """Write a data set as COCO with a val or test split cut out of train; near-duplicates stay together."""
+    from paqdetr.data.split import split_dataset
+
+    with progress_bar("split") as progress:
+        done = split_dataset(source, target, val=val, test=test, seed=seed, link=link, progress=progress)
+    _print_conversion(done, f"{target}: coco")
+
+
+def _print_conversion(done: Conversion, what: str) -> None:
+    counts = (f"{split} {count} images {done.boxes[split]} boxes" for split, count in done.images.items())
+    results.print(f"{what} from {done.format}: {', '.join(counts)}", soft_wrap=True)
+    for lost, count in done.losses.items():
+        print_styled(errors, ("note:", "bold yellow"), f" {lost}: {count}")
 
 
 def _print_report(report: CheckReport, *, title: str, show: int) -> None:
     results.print(title, soft_wrap=True)
+    for severity, sentence in report.summary():
+        print_styled(results, (severity, _COLOURS[severity]), f": {sentence}")
     table = _table(
         "split", "images", "without boxes", "boxes", "crowds", "classes", "small", "medium", "large"
     )
@@ -192,7 +217,7 @@ def _print_report(report: CheckReport, *, title: str, show: int) -> None:
     for problem in sorted(report.problems, key=lambda problem: problem.severity):  # errors first
         key = (problem.split, problem.severity, problem.kind)
         printed[key] += 1
-        colour = "red" if problem.severity == "error" else "yellow"
+        colour = _COLOURS[problem.severity]
         if printed[key] <= show:
             place = " ".join(part for part in (problem.split, problem.subject) if part)
             line = f" [{problem.kind}] {place}: {problem.message}"

@@ -41,7 +41,9 @@ def evaluate(
     ] = None,
     *,
     data: Annotated[Path | None, typer.Option(help="Folder of the data set, or its data.yaml.")] = None,
-    split: Annotated[str, typer.Option(help="train, val or test.")] = "val",
+    split: Annotated[
+        str | None, typer.Option(help="train, val or test; val, or what there is instead, if not given.")
+    ] = None,
     results_file: Annotated[
         Path | None, typer.Option("--results", help="Instead of a checkpoint: COCO results of any detector.")
     ] = None,
@@ -69,6 +71,8 @@ def evaluate(
     device: Device = None,
 ) -> None:
     """Print the COCO figures of a checkpoint or of a results file, or compare two."""
+    from paqdetr.data.layout import split_to_evaluate
+
     _require_one(checkpoint, results_file, compare)
     if iou_type not in ("bbox", "segm"):
         raise ConfigError(f"--iou-type: expected bbox or segm, found {iou_type!r}", "choose one of them")
@@ -76,6 +80,7 @@ def evaluate(
     if results_out is not None and checkpoint is None:
         raise ConfigError("--results-out keeps the detections of a CHECKPOINT", "leave it out")
     require_writable(json=json_file, results_out=results_out)
+    split = "" if data is None else split_to_evaluate(data, split)
     if compare is not None:
         written = _compare(compare, data, split, annotations, kind, (resamples, seed), batch_size, device)
     else:

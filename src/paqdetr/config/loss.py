@@ -39,6 +39,9 @@ class LossConfig(Section):
     encoder_assigner: AssignerName = Field(
         default="one_to_one", description="the same, of the encoder's proposals"
     )
+    one_to_many_from: float = Field(
+        default=0.0, ge=0, lt=1, description="share of the training before several positives a box begin"
+    )
     one_to_many_until: float = Field(
         default=1.0, ge=0, le=1, description="share of the training with several positives a box"
     )
@@ -47,6 +50,15 @@ class LossConfig(Section):
     )
     top_k: int = Field(default=4, ge=1, le=1000, description="most positives a box")
     min_positives: int = Field(default=1, ge=1, le=1000, description="fewest positives a box")
+    encoder_min_positives: int | None = Field(
+        default=None, ge=1, le=1000, description="the same, of the encoder's proposals; null: min_positives"
+    )
+    min_iou: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="IoU that positives of a box beyond its cheapest one need (ours); it comes before min_positives",
+    )
     select: Literal["hungarian", "score"] = Field(
         default="hungarian",
         description="which queries become positives. hungarian: one matching; score: the best (simota: least cost)",
@@ -72,6 +84,10 @@ class LossConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> LossConfig:
-        if self.min_positives > self.top_k:
-            raise ValueError(f"min_positives={self.min_positives} exceeds top_k={self.top_k}")
+        for key in ("min_positives", "encoder_min_positives"):
+            if (getattr(self, key) or 1) > self.top_k:
+                raise ValueError(f"{key}={getattr(self, key)} exceeds top_k={self.top_k}")
+        begin, end = self.one_to_many_from, self.one_to_many_until
+        if 0 < begin >= end:
+            raise ValueError(f"one_to_many_from={begin} is not before one_to_many_until={end}")
         return self

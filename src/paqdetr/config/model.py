@@ -99,19 +99,29 @@ class ModelConfig(Section):
     )
 
     # Content of queries: `static`, a learned table; `proposals`, computed from the proposal; `patterns` is PaQ;
-    # `static_mixture`, an ablation, mixes patterns by learned weights that no image changes.
+    # two ablations: `static_mixture` mixes patterns by learned weights that no image changes, `features` has no patterns.
     num_queries: int = Field(default=900, ge=1, le=100_000, description="queries (n)")
-    queries: Literal["static", "proposals", "patterns", "static_mixture"] = Field(
+    queries: Literal["static", "proposals", "patterns", "static_mixture", "features"] = Field(
         default="static",
-        description="content of queries. static: a learned table; proposals: computed from the proposal; patterns: "
-        "PaQ; static_mixture, an ablation: patterns mixed by learned weights that no image changes",
+        description="content of queries. static: a learned table; proposals: computed from the proposal's box; patterns: "
+        "PaQ; and two ablations: static_mixture, patterns mixed by learned weights that no image changes; features, a linear "
+        "layer of the query's features, without patterns",
     )
     content_std: float | None = Field(
         default=1.0, ge=0, description="initial std of static content; null: Xavier-uniform"
     )
     mixture: Literal["replace", "residual"] = Field(
         default="replace",
-        description="residual: static content, to which mixtures are added through a gate that starts at 0 (ours)",
+        description="residual: static content, to which mixtures (or features) are added through a gate that starts at 0 (ours)",
+    )
+    mixture_input: Literal["image", "query", "both"] = Field(
+        default="image",
+        description="what the weights of the mixtures are computed from. image: one vector for the image (the paper's); query: "
+        "the features of each query, which are the token of its proposal, or in one-stage hosts the encoder's memory at its "
+        "reference point; both: the sum of the two logits (ours)",
+    )
+    detach_query_features: bool = Field(
+        default=True, description="content queries send no gradient through the features of queries"
     )
     num_patterns: int = Field(
         default=64, ge=2, le=100_000, description="patterns that contents are mixed from (m)"
@@ -142,7 +152,8 @@ class ModelConfig(Section):
     bias_std: float | None = Field(
         default=2.0,
         ge=0,
-        description="initial std of the bias of the mixtures' logits; null: that of a plain linear layer",
+        description="initial std of the bias of the mixtures' logits, with mixture_input=query of the logits; null: that of a "
+        "plain linear layer",
     )
     normalize_summary: bool = Field(default=False, description="mix by what sets an image apart (ours)")
 
@@ -254,8 +265,8 @@ class ModelConfig(Section):
             ),
             (
                 "mixture=residual",
-                self.mixture == "residual" and self.queries not in ("patterns", "static_mixture"),
-                "queries=patterns or static_mixture",
+                self.mixture == "residual" and self.queries in ("static", "proposals"),
+                "queries=patterns, static_mixture or features",
             ),
             (
                 f"hybrid_queries={self.hybrid_queries}",
@@ -263,6 +274,11 @@ class ModelConfig(Section):
                 "positions=proposals",
             ),
         ]
+
+    @property
+    def uses_query_features(self) -> bool:
+        """Whether content is computed from what each query looks at."""
+        return self.queries == "features" or (self.queries == "patterns" and self.mixture_input != "image")
 
     @property
     def content_dim(self) -> int:

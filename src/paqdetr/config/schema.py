@@ -133,6 +133,13 @@ class Config(Section):
         description="what a loss or gradient that is not finite does: end, or leave out the step",
     )
     seed: int = Field(default=0, ge=0, le=MAX_SEED, description="of weights, order, augmentation and noise")
+    val_fraction: float = Field(
+        default=0,
+        ge=0,
+        lt=1,
+        description="share of the training images that validates instead, for data without a val split; near-duplicates stay "
+        "together, and `seed` decides which",
+    )
     workers: int = Field(
         default=2, ge=0, le=MAX_WORKERS, description="processes that load images, for each training process"
     )

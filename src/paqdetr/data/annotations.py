@@ -166,6 +166,24 @@ class Annotations:
         inside = (single[:, 2:] > single[:, :2]).all(axis=1)
         return inside & ~self.crowd & ~self.duplicates(), corners
 
+    def with_images(self, chosen: np.ndarray) -> Annotations:
+        """The images at the positions `chosen`, in this order, with their boxes. `masks` is 0: whose they are is not known."""
+        starts = self.starts.tolist()
+        rows = [np.arange(starts[index], starts[index + 1]) for index in chosen.tolist()]
+        order = np.concatenate([*rows, np.zeros(0, dtype=np.int64)])
+        return replace(
+            self,
+            masks=0,
+            image_ids=Ids([self.image_ids[index] for index in chosen.tolist()]),
+            file_names=Texts(self.file_names[index] for index in chosen.tolist()),
+            sizes=self.sizes[chosen],
+            starts=np.concatenate([[0], np.cumsum([len(own) for own in rows], dtype=np.int64)]),
+            boxes=self.boxes[order],
+            labels=self.labels[order],
+            crowd=self.crowd[order],
+            areas=self.areas[order],
+        )
+
     def with_boxes(self, keep: np.ndarray) -> Annotations:
         """The same images with some of the boxes. `keep`: (A,) bool."""
         return replace(

@@ -130,7 +130,7 @@ class Folder:
         """The name as the disk has it, or None if there is nothing of this name."""
         parent, base = os.path.split(name)
         names = self._names(parent)
-        real = base if names.get(base) is not None else names.get(composed(base))
+        real = names.get(base) or names.get(composed(base))
         if real is not None:
             return f"{parent}/{real}" if parent else real
         above = self.find(parent) if parent and not names else None

@@ -173,8 +173,7 @@ def measure_model(
         found.append(detections)
     figures, values = measure_detections(split, found, replicates=replicates, seed=seed)
     views = query_views(usage.report())
-    if content.image_share is not None:
-        views["image_share"] = json_number(content.image_share, 6)
+    views |= {name: json_number(share, 6) for name, share in content.shares.items()}
     return figures | {
         "queries": views,
         "layers": [stage.to_json() for stage in layers.figures(split)],

@@ -12,6 +12,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -226,5 +227,10 @@ def _mapper(workers: int) -> Iterator[Callable[..., Iterator[Any]]]:
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
     try:
         yield partial(pool.map, chunksize=8)
+    except BrokenProcessPool:
+        raise ConfigError(
+            f"digits: one of {workers} processes that compose images has ended, killed or at its start",
+            "A script that calls make_digits with workers needs `if __name__ == '__main__':` around it; or leave workers out.",
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)  # after an error, what is still queued is not worth composing

@@ -109,8 +109,9 @@ def _add(builder: Builder, image: int, item: Any, where: str, path: Path, issues
         issues.error(path, message, kind="malformed box")
         return
     extra = item.get("extra")
-    ignored = as_flag(extra.get("ignore")) if isinstance(extra, dict) else False
+    ignore = extra.get("ignore") if isinstance(extra, dict) else None
+    ignored = as_flag(ignore)
     if ignored is None:
-        issues.error(path, f"{where} has ignore {shorten(extra['ignore'])}, expected 0 or 1", kind="flag")
+        issues.error(path, f"{where} has ignore {shorten(ignore)}, expected 0 or 1", kind="flag")
         return
     builder.add_box(image, 0, box, crowd=tag == "mask" or ignored)
