@@ -11,6 +11,8 @@ import unicodedata
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import yaml
+
 from paqdetr.data.annotations import Issues
 from paqdetr.errors import DataError
 from paqdetr.images import IMAGE_EXTENSIONS, PICTURE_EXTENSIONS
@@ -87,6 +89,26 @@ def load_json(path: Path) -> dict[str, Any]:
         raise DataError(
             f"{path}: holds a {type(content).__name__}, expected images, annotations and categories",
             "A list is the form of results; name the ground truth.",
+        )
+    return content
+
+
+def load_yaml(path: Path, *, text_only: bool = False) -> dict[str, Any]:
+    """The file's content, a mapping. `text_only`: every scalar is text as it stands there.
+
+    Raises:
+        DataError: as `read_text`, or it is no YAML or no mapping.
+    """
+    text = read_text(path, limit=2**20)
+    try:
+        content = yaml.load(text, Loader=yaml.BaseLoader if text_only else yaml.SafeLoader)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:  # the latter: odd dates and keys
+        raise DataError(
+            f"{path}: no valid YAML: {' '.join(str(error).split())}", "Correct the file."
+        ) from None
+    if not isinstance(content, dict):
+        raise DataError(
+            f"{path}: holds a {type(content).__name__}, expected keys and values", "Correct the file."
         )
     return content
 

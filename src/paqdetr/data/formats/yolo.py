@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from paqdetr.data.annotations import DECIMALS, Annotations, Builder, Issues, as_id, shorten
-from paqdetr.data.files import Folder, inner_path, is_leftover, list_pictures, read_text
+from paqdetr.data.files import Folder, inner_path, is_leftover, list_pictures, load_yaml, read_text
 from paqdetr.data.formats.sizes import header_sizes
 from paqdetr.data.split_names import USUAL, is_split
 from paqdetr.errors import DataError
@@ -38,26 +38,6 @@ class YoloPlace:
         return read_yolo(self, issues)
 
 
-def load_data_yaml(path: Path) -> dict[str, Any]:
-    """The content of a `data.yaml`. Every scalar is text as it stands there: a class may be called `no`, `010` or `1.10`.
-
-    Raises:
-        DataError: as `read_text`, or it is no YAML or no mapping.
-    """
-    text = read_text(path, limit=2**20)
-    try:
-        content = yaml.load(text, Loader=yaml.BaseLoader)
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise DataError(
-            f"{path}: no valid YAML: {' '.join(str(error).split())}", "Correct the file."
-        ) from None
-    if not isinstance(content, dict):
-        raise DataError(
-            f"{path}: holds a {type(content).__name__}, expected keys and values", "Correct the file."
-        )
-    return content
-
-
 def yolo_places(yaml_file: Path, *, named: bool) -> dict[str, YoloPlace]:
     """The splits of a `data.yaml` by their keys, none if it is another yaml file.
 
@@ -68,7 +48,7 @@ def yolo_places(yaml_file: Path, *, named: bool) -> dict[str, YoloPlace]:
     Raises:
         DataError: it is malformed, or `path` leads out of the folder.
     """
-    content = load_data_yaml(yaml_file)
+    content = load_yaml(yaml_file, text_only=True)  # a class may be called no, 010 or 1.10
     splits = [key for key in content if is_split(key)]
     if "names" not in content or not splits:
         if named:
@@ -113,7 +93,7 @@ def read_yolo(place: YoloPlace, issues: Issues) -> Annotations:
     Raises:
         DataError: `data.yaml`, a list or a label file is malformed, or an image is missing or damaged.
     """
-    content = load_data_yaml(place.yaml_file)
+    content = load_yaml(place.yaml_file, text_only=True)
     classes, keypoints = _classes(place.yaml_file, content), _keypoints(place.yaml_file, content)
     images, image_dir = _images(place, issues)
     names = [path.relative_to(image_dir).as_posix() for path in images]
