@@ -16,7 +16,7 @@ import numpy as np
 from paqdetr.errors import ConfigError, DataError
 from paqdetr.files import read_json
 from paqdetr.text import shorten
-from paqdetr.values import is_coordinate, is_integer
+from paqdetr.values import as_id, is_coordinate
 
 Json = Mapping[str, Any]
 _LEAST = (-1e9, -1e9, 0, 0)  # of x, y, width and height
@@ -185,16 +185,17 @@ def _numbering(items: Sequence[Json], name: str) -> dict[Any, int]:
 
     Integer ids keep their order: it breaks ties between equal scores in pycocotools. Others go by position.
     """
-    ids: list[Any] = [item.get("id") for item in items]
+    ids = [as_id(item.get("id")) for item in items]
     for i, own in enumerate(ids):
-        if not is_integer(own) and not isinstance(own, str):
+        if own is None:
             raise DataError(
-                f"{name}: number {i} has the id {shorten(own)}", "give each an integer or a string as `id`"
+                f"{name}: number {i} has the id {shorten(items[i].get('id'))}",
+                "give each an integer or a string as `id`",
             )
     if len(set(ids)) < len(ids):
         twice = next(own for i, own in enumerate(ids) if own in ids[:i])
         raise DataError(f"{name}: the id {shorten(twice)} is there more than once", "make the ids unique")
-    ordered = sorted(ids) if all(isinstance(own, int) for own in ids) else ids
+    ordered: list[Any] = sorted(ids) if all(isinstance(own, int) for own in ids) else ids  # type: ignore[type-var]
     return {own: number for number, own in enumerate(ordered, start=1)}
 
 
