@@ -230,7 +230,7 @@ def test_malformed_ground_truth(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"half\.json: no valid json"):
         evaluate_detections(tmp_path / "half.json", [])
     (tmp_path / "deep.json").write_text("[" * 200_000)
-    with pytest.raises(DataError, match=r"deep\.json: nested too deeply"):
+    with pytest.raises(DataError, match=r"deep\.json: the json is nested too deeply"):
         evaluate_detections(tmp_path / "deep.json", [])
     with pytest.raises(ConfigError, match="keypoints"):
         evaluate_detections(good, [], iou_type="keypoints")  # type: ignore[arg-type]
