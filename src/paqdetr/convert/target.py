@@ -28,6 +28,8 @@ QUERY_KEYS = (
     "gain",
     "bias_std",
     "mixture",
+    "mixture_input",
+    "detach_query_features",
     "normalize_summary",
 )
 _TRAINING_KEYS = (

@@ -41,6 +41,12 @@ class Conversion:
     boxes: dict[str, int]
     losses: dict[str, int]
 
+    @classmethod
+    def of(cls, source: Format, written: Mapping[str, Annotations], losses: dict[str, int]) -> Conversion:
+        """From the splits as they were written."""
+        images = {split: len(a) for split, a in written.items()}
+        return cls(source, images, {split: len(a.boxes) for split, a in written.items()}, losses)
+
 
 def convert_dataset(
     source: str | Path,
@@ -72,12 +78,7 @@ def convert_dataset(
     layout = find_layout(source)
     splits = {split: place.read(Issues()) for split, place in layout.splits.items()}
     written, losses = write_splits(splits, Path(target), to=to, link=link, progress=progress)
-    return Conversion(
-        format=layout.format,
-        images={split: len(a) for split, a in written.items()},
-        boxes={split: len(a.boxes) for split, a in written.items()},
-        losses=losses,
-    )
+    return Conversion.of(layout.format, written, losses)
 
 
 def write_splits(
@@ -183,7 +184,7 @@ def _prepared(content: Annotations, to: str, losses: Counter[str]) -> Annotation
         own != name for own, name in zip(content.image_ids, content.file_names, strict=True)
     )
     if to == "voc":
-        keep = (sides > 0).all(axis=1)
+        keep = np.all(sides > 0, axis=1)
         losses["boxes without area left out"] += int((~keep).sum())
         return content.with_boxes(keep)
     keep, corners = content.trainable()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -84,6 +85,22 @@ def find_split(data: str | Path, split: str) -> Place:
         remedy = "Rename one of them to 'train'." if wanted == "train" else "Name one that exists."
         raise DataError(f"{data}: has no split {split!r}, found {', '.join(places)}", remedy)
     return places[wanted]
+
+
+def split_to_evaluate(data: str | Path, split: str | None) -> str:
+    """The given split, or val; where the data have no val, test or else the first there is, with a line in the log.
+
+    Raises:
+        DataError: as `available_splits`.
+    """
+    if split is not None:
+        return split
+    found = available_splits(data)
+    chosen = next((name for name in ("val", "test") if name in found), found[0])
+    if chosen != "val":
+        warning = "; figures on images that were trained on say little" if chosen == "train" else ""
+        logging.getLogger(__name__).warning("%s has no split 'val': %r is used%s", data, chosen, warning)
+    return chosen
 
 
 def find_layout(data: str | Path) -> Layout:

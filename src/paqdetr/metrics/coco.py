@@ -18,12 +18,12 @@ import torch
 from torchvision.ops import batched_nms
 
 from paqdetr.errors import DataError
+from paqdetr.files import read_json
 from paqdetr.metrics.coco_records import (
     MAX_DETECTIONS,
     CocoRecords,
     GroundTruth,
     IouType,
-    read_json,
     require_max_detections,
 )
 from paqdetr.metrics.jsonable import json_number

@@ -35,7 +35,7 @@ _COUNTER = "num_batches_tracked"
 # values that the checkpoint replaces, and what acts in training alone.
 _FREE_KEYS = frozenset(
     "num_classes num_queries dropout frozen_stride freeze_backbone_norm look_forward_twice content_std pattern_std gain bias_std "
-    "denoising_queries denoising_groups label_noise box_noise distinct_proposals masked_neck_norm".split()
+    "detach_query_features denoising_queries denoising_groups label_noise box_noise distinct_proposals masked_neck_norm".split()
 )
 
 
