@@ -190,7 +190,7 @@ def split_that_does_not_exist(w: World) -> list[str]:
 # ------------------------------------------------------------------------------- a training and its state
 
 
-@case("patience=3 needs a validation split", "add a val split")
+@case("patience=3 needs a validation split", "set val_fraction=0.1")
 def patience_without_a_validation_split(w: World) -> list[str]:
     (w.data / "val.json").unlink()
     return w.train("patience=3")

@@ -40,7 +40,7 @@ class LossConfig(Section):
         default="one_to_one", description="the same, of the encoder's proposals"
     )
     one_to_many_from: float = Field(
-        default=0.0, ge=0, lt=1, description="share of the training before several positives a box begin"
+        default=0.0, ge=0, lt=1, description="share of the training before one-to-many assignment begins"
     )
     one_to_many_until: float = Field(
         default=1.0, ge=0, le=1, description="share of the training with several positives a box"
@@ -51,13 +51,17 @@ class LossConfig(Section):
     top_k: int = Field(default=4, ge=1, le=1000, description="most positives a box")
     min_positives: int = Field(default=1, ge=1, le=1000, description="fewest positives a box")
     encoder_min_positives: int | None = Field(
-        default=None, ge=1, le=1000, description="the same, of the encoder's proposals; null: min_positives"
+        default=None,
+        ge=1,
+        le=1000,
+        description="fewest positives per box among the encoder's proposals; null: min_positives",
     )
     min_iou: float = Field(
         default=0.0,
         ge=0,
         le=1,
-        description="IoU that positives of a box beyond its cheapest one need (ours); it comes before min_positives",
+        description="least IoU of a positive that is not the cheapest of its box, also where the box then has fewer than "
+        "min_positives (ours)",
     )
     select: Literal["hungarian", "score"] = Field(
         default="hungarian",

@@ -6,10 +6,10 @@ import logging
 import multiprocessing
 import pickle
 import signal
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.util import get_temp_dir
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from paqdetr.data.augment import MIN_VISIBLE, Augment, Augmented
 from paqdetr.data.cache import PixelCache
 from paqdetr.data.dataset import DetectionDataset
 from paqdetr.data.mosaic import mosaic
-from paqdetr.errors import DataError, UserError
+from paqdetr.errors import DataError, UserError, WorkerError
 from paqdetr.preprocessing import Preprocessing, pad_images, to_pixels
 from paqdetr.structures import Targets
 
@@ -264,7 +264,7 @@ def collate_for_parent(samples: Sequence[tuple[Tensor, Targets] | Failure]) -> B
     torch, a batch that does not fit would be lost without an error, and the training would wait for it."""
     batch = collate(samples)
     try:
-        tempfile.gettempdir()  # where the two processes meet to hand over shared memory
+        get_temp_dir()  # where the two processes meet to hand over shared memory
         return batch if isinstance(batch, Failure) else batch.share_memory()
     except (RuntimeError, OSError) as error:
         return Pickled(pickle.dumps(batch), str(error))
@@ -275,8 +275,8 @@ class TrainingLoader:
 
     Args:
         batches: the sampler, whose `epoch` is to be set before each pass.
-        workers: processes that load; 0 loads in this one. It changes no batch. Where the system has no room for what processes
-            share, it is 0.
+        workers: processes that load; 0 loads in this one, as where the system has no room for what processes share. It changes
+            no batch.
         start_method: of the workers, such as "spawn"; the platform's own if None.
     """
 
@@ -288,7 +288,7 @@ class TrainingLoader:
         workers: int,
         start_method: str | None = None,
     ) -> None:
-        if workers and (reason := _no_semaphores()) is not None:
+        if workers and (reason := _no_semaphores(workers)) is not None:
             _LOG.warning("/dev/shm, which worker processes need, cannot be used (%s): workers=0", reason)
             workers = 0
         self._loader: DataLoader[Batch | Failure | Pickled] = DataLoader(
@@ -311,8 +311,14 @@ class TrainingLoader:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        with _signals_held_back():
-            batches = iter(self._loader)
+        try:
+            with _signals_held_back():
+                batches = iter(self._loader)
+        except OSError as error:
+            raise WorkerError(
+                f"the processes that load images cannot be started: {error}",
+                "set workers=0, or fewer of them",
+            ) from None
         for batch in batches:
             if isinstance(batch, Pickled):
                 batch = self._unpickled(batch)
@@ -342,10 +348,10 @@ class TrainingLoader:
                 worker.kill()  # one that hangs: it does not listen to the SIGTERM that torch has sent it
 
 
-def _no_semaphores() -> str | None:
-    """Why processes cannot have a lock in common here; None if they can."""
+def _no_semaphores(workers: int) -> str | None:
+    """Why torch's loader could not have its locks here, three for each queue and five for an event; None if it can."""
     try:
-        multiprocessing.get_context().Lock()
+        _ = [multiprocessing.get_context().Lock() for _ in range(3 * (workers + 1) + 5)]
     except OSError as error:
         return error.strerror or str(error)
     return None

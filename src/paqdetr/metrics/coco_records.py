@@ -200,7 +200,7 @@ def _numbering(items: Sequence[Json], name: str) -> dict[Any, int]:
     if len(set(ids)) < len(ids):
         twice = next(own for i, own in enumerate(ids) if own in ids[:i])
         raise DataError(f"{name}: the id {shorten(twice)} is there more than once", "make the ids unique")
-    ordered = sorted(ids) if all(isinstance(own, int) for own in ids) else ids
+    ordered: list[Any] = sorted(ids) if all(isinstance(own, int) for own in ids) else ids  # type: ignore[type-var]
     return {own: number for number, own in enumerate(ordered, start=1)}
 
 
