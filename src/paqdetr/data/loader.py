@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -181,14 +182,14 @@ def leave_signals_to_the_parent(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def collate(samples: Sequence[tuple[Tensor, Targets] | Failure]) -> Batch | Failure:
+def collate(samples: Sequence[tuple[Tensor, Targets] | Failure], pad_divisor: int = 1) -> Batch | Failure:
     """Pad a list of samples into one batch; the first failure if there is one."""
     good = []
     for sample in samples:
         if isinstance(sample, Failure):
             return sample
         good.append(sample)
-    images, mask = pad_images([image for image, _ in good])
+    images, mask = pad_images([image for image, _ in good], pad_divisor)
     return Batch(images, mask, [targets for _, targets in good])
 
 
@@ -231,7 +232,7 @@ class TrainingLoader:
             batch_sampler=batches,  # type: ignore[arg-type]
             multiprocessing_context=start_method if workers else None,
             num_workers=workers,
-            collate_fn=collate,
+            collate_fn=partial(collate, pad_divisor=images.augment.preprocessing.pad_divisor),
             persistent_workers=workers > 0,
             worker_init_fn=leave_signals_to_the_parent,
             pin_memory=torch.cuda.is_available(),

@@ -192,7 +192,10 @@ class Criterion:
             copies = FlatPairs.from_pairs([fixed] * num_layers, targets, device)
             names = [f"denoising{i + 1}" for i in range(num_layers)]
             scale = normalizer * output.denoising.groups
-            terms |= self._terms(names, output.denoised.logits, output.denoised.boxes, copies, scale)
+            logits = output.denoised.logits  # (K, B, N, C)
+            if output.denoising.counted is not None:
+                logits = logits.masked_fill(~output.denoising.counted[..., None], _CERTAINLY_NOT)
+            terms |= self._terms(names, logits, output.denoised.boxes, copies, scale)
         for name, value in (aux_losses or {}).items():
             terms[name] = self.aux_weights[name] * value
 
