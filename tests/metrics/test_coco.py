@@ -227,10 +227,10 @@ def test_malformed_ground_truth(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"absent\.json"):
         evaluate_detections(tmp_path / "absent.json", [])
     (tmp_path / "half.json").write_text('{"images": [')
-    with pytest.raises(DataError, match=r"half\.json: not a json file"):
+    with pytest.raises(DataError, match=r"half\.json: no valid json"):
         evaluate_detections(tmp_path / "half.json", [])
     (tmp_path / "deep.json").write_text("[" * 200_000)
-    with pytest.raises(DataError, match=r"deep\.json: not a json file"):
+    with pytest.raises(DataError, match=r"deep\.json: the json is nested too deeply"):
         evaluate_detections(tmp_path / "deep.json", [])
     with pytest.raises(ConfigError, match="keypoints"):
         evaluate_detections(good, [], iou_type="keypoints")  # type: ignore[arg-type]

@@ -17,6 +17,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.legend import Legend
 
+from paqdetr.text import printable
+
 # Okabe and Ito's colours, told apart with any colour vision; the yellow, which is lost on white, is left out.
 BLUE, ORANGE, GREEN, RED, PINK, SKY, GREY = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#757575",
@@ -75,6 +77,7 @@ def to_svg(figure: Figure | SubFigure, *, title: str, description: str = "") -> 
         title: what the plot is, for screen readers and as a tooltip.
         description: what is to be seen in it, for screen readers.
     """
+    title, description = printable(title), printable(description)
     assert isinstance(figure, Figure), "a part of a figure cannot be saved by itself"
     for box in figure.findobj(Legend):
         assert isinstance(box, Legend)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from paqdetr.cli.console import progress_bar, results
-from paqdetr.cli.options import Device
+from paqdetr.cli.options import BatchSize, Device, Resamples, Seed
 from paqdetr.cli.outputs import require_writable, write_json
 from paqdetr.errors import ConfigError
 
@@ -41,7 +41,9 @@ def evaluate(
     ] = None,
     *,
     data: Annotated[Path | None, typer.Option(help="Folder of the data set, or its data.yaml.")] = None,
-    split: Annotated[str, typer.Option(help="train, val or test.")] = "val",
+    split: Annotated[
+        str | None, typer.Option(help="train, val or test; val, or what there is instead, if not given.")
+    ] = None,
     results_file: Annotated[
         Path | None, typer.Option("--results", help="Instead of a checkpoint: COCO results of any detector.")
     ] = None,
@@ -59,18 +61,18 @@ def evaluate(
     intervals: Annotated[
         bool, typer.Option("--intervals", help="Say how far each figure depends on the choice of images.")
     ] = False,
-    resamples: Annotated[
-        int, typer.Option(min=100, help="Resamples of the images behind an interval.")
-    ] = 1000,
-    seed: Annotated[int, typer.Option(min=0, help="Of the resamples.")] = 0,
+    resamples: Resamples = 1000,
+    seed: Seed = 0,
     results_out: Annotated[
         Path | None, typer.Option(help="Keep the checkpoint's detections in this file, as COCO results.")
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="It changes the speed, never a figure.")] = 4,
+    batch_size: BatchSize = 4,
     device: Device = None,
 ) -> None:
     """Print the COCO figures of a checkpoint or of a results file, or compare two."""
+    from paqdetr.data.layout import split_to_evaluate
+
     _require_one(checkpoint, results_file, compare)
     if iou_type not in ("bbox", "segm"):
         raise ConfigError(f"--iou-type: expected bbox or segm, found {iou_type!r}", "choose one of them")
@@ -78,6 +80,7 @@ def evaluate(
     if results_out is not None and checkpoint is None:
         raise ConfigError("--results-out keeps the detections of a CHECKPOINT", "leave it out")
     require_writable(json=json_file, results_out=results_out)
+    split = "" if data is None else split_to_evaluate(data, split)
     if compare is not None:
         written = _compare(compare, data, split, annotations, kind, (resamples, seed), batch_size, device)
     else:

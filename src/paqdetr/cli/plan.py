@@ -19,13 +19,15 @@ def plan(
     *,
     data: Annotated[Path, typer.Option(help="Folder of the data set.")],
     device: Device = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps to measure.")] = 5,
+    steps: Annotated[int, typer.Option(min=1, max=10_000, help="Steps to measure.")] = 5,
     auto_batch: Annotated[
         bool, typer.Option("--auto-batch", help="Plan with the largest batch that fits into memory.")
     ] = False,
     overfit: Annotated[
         int | None,
-        typer.Option(min=1, help="Instead: train so many steps on one batch, and see if it is learnt."),
+        typer.Option(
+            min=1, max=1_000_000, help="Instead: train so many steps on one batch, and see if it is learnt."
+        ),
     ] = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -33,14 +35,14 @@ def plan(
     from paqdetr.config import describe_idle, load_config, parse_overrides
     from paqdetr.engine.memory import largest_batch
     from paqdetr.engine.processes import Processes
-    from paqdetr.engine.setup import open_splits, with_classes
+    from paqdetr.engine.setup import describe_data, open_splits, with_classes
 
     require_writable(json=json_file)
     given = parse_overrides(settings or [])
     config = load_config(model, given)
-    for idle in describe_idle(config, given):
-        print_styled(errors, ("note:", "bold yellow"), f" {idle}")
     train_split, val_split = open_splits(data, config)
+    for note in (*describe_idle(config, given), *describe_data(config, train_split, val_split)):
+        print_styled(errors, ("note:", "bold yellow"), f" {note}")
     config = with_classes(config, train_split)
     if auto_batch:
         size = largest_batch(config, train_split, Processes.join(device))
@@ -79,7 +81,8 @@ def plan(
         "memory": f"about {found.memory['total']:.2f} GiB of {found.memory['available']:.2f} free"
         + ("" if found.fits else ": too much"),
         "a step": f"{found.step_seconds:.3f} s, mean of {found.measured_steps}",
-        "an epoch": f"{_duration(found.epoch_seconds)}, and {_duration(found.evaluation_seconds)} to evaluate",
+        "an epoch": f"{_duration(found.epoch_seconds)}, "
+        + (f"and {_duration(found.evaluation_seconds)} to evaluate" if val_split else "without evaluation"),
         "in all": _duration(found.total_seconds),
         "disk": f"{found.disk:.2f} GiB",
     }

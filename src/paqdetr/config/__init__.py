@@ -8,6 +8,7 @@ from paqdetr.config.files import (
     list_configs,
     load_config,
     parse_overrides,
+    retired_keys,
     validate_config,
 )
 from paqdetr.config.idle import describe_idle, idle_settings
@@ -29,5 +30,6 @@ __all__ = [
     "list_configs",
     "load_config",
     "parse_overrides",
+    "retired_keys",
     "validate_config",
 ]

@@ -19,10 +19,11 @@ from torch import Tensor
 from torchvision.ops import box_convert
 
 from paqdetr.data.dataset import DetectionDataset, open_split
+from paqdetr.data.layout import split_to_evaluate
 from paqdetr.data.loader import read_picture
+from paqdetr.data.read_ahead import read_ahead
 from paqdetr.engine.processes import Processes
-from paqdetr.engine.read_ahead import read_ahead
-from paqdetr.errors import ConfigError, DataError, UserError
+from paqdetr.errors import ConfigError, DataError
 from paqdetr.metrics.coco import CocoFigures, evaluate_detections, non_maximum_suppression
 from paqdetr.models.arguments import require_batch_size
 from paqdetr.models.detector import Detector, DetectorOutput
@@ -74,7 +75,7 @@ def evaluate(
     model: Detector | str | Path,
     *,
     data: str | Path,
-    split: str = "val",
+    split: str | None = None,
     batch_size: int = 4,
     progress: Callable[[int, int], None] | None = None,
     observers: Sequence[Observer] = (),
@@ -85,7 +86,7 @@ def evaluate(
         model: a detector, or a checkpoint or run's folder, which goes to the best device there is; the classes of the
             data must be among its own.
         data: the data set's folder.
-        split: "train", "val" or "test".
+        split: "train", "val" or "test"; if not given val, or what the data have instead, which is logged.
         batch_size: images of one size that go through together; it changes no figure.
         progress: told (images done, images in all).
         observers: shown the raw outputs on the way, such as `paqdetr.metrics.QueryUsage`.
@@ -103,7 +104,7 @@ def evaluate(
             f"model: expected a Detector or a path, found {type(model).__name__}",
             "give what paqdetr.load or create_model returns, or a checkpoint's path",
         )
-    opened = open_split(data, split)
+    opened = open_split(data, split_to_evaluate(data, split))
     return evaluate_split(model, opened, batch_size=batch_size, progress=progress, observers=observers)
 
 
@@ -142,8 +143,7 @@ def evaluate_together(
     require_same_classes(model.classes, split)
     started = time.perf_counter()
     own: list[tuple[int, Detections]] = []
-    failure: UserError | None = None
-    try:
+    with processes.agreeing():
         for index, detections in detect_split(
             model, split, batch_size=batch_size, processes=processes, observers=observers
         ):
@@ -151,9 +151,6 @@ def evaluate_together(
             own.append((index, detections))
             if progress is not None:
                 progress(min(len(own) * processes.count, len(split)), len(split))
-    except UserError as error:
-        failure = error
-    processes.raise_together(failure)
     shares = processes.gather(own)
     for observer in observers:
         for share in (processes.gather(observer) or [])[1:]:

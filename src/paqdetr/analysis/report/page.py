@@ -18,6 +18,7 @@ from paqdetr._version import __version__
 from paqdetr.analysis.plots import theme_css
 from paqdetr.analysis.report.pictures import encode_pictures
 from paqdetr.analysis.section import Column, Figure, Part, Picture, Section, Slides, Table
+from paqdetr.text import printable
 
 LIMIT = 12 * 2**20
 """The most bytes a page has. Pictures get smaller, and in the end fewer, to keep it."""
@@ -153,7 +154,11 @@ def _leads(sections: Sequence[Section]) -> tuple[str, list[str]]:
 
 def _template() -> Any:
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        finalize=lambda value: printable(value) if type(value) is str else value,  # not what is marked safe
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     return environment.from_string(_resource("report.html.j2"))
 
