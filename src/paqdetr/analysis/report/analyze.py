@@ -152,7 +152,7 @@ def _watched(
     """The one pass over the split that everything is made of."""
     usage = QueryUsage(num_queries=detector.config.num_queries)
     content = ContentCollector(num_classes=len(detector.classes))
-    layers = LayerCollector(detector.classes)
+    layers = LayerCollector(detector.classes, detector.config)
     found = evaluate_split(
         detector,
         split,
