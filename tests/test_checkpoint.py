@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import os
+import stat
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -10,7 +15,14 @@ from torch import nn
 
 from paqdetr import checkpoint
 from paqdetr._version import __version__
-from paqdetr.checkpoint import load_tensors, read_checkpoint, read_header, write_checkpoint
+from paqdetr.checkpoint import (
+    load_tensors,
+    read_checkpoint,
+    read_header,
+    remove_leftovers,
+    write_checkpoint,
+    write_whole,
+)
 from paqdetr.errors import CheckpointError, StorageError
 
 TENSORS = {
@@ -159,3 +171,84 @@ def test_a_long_list_is_cut_short() -> None:
     module = nn.Sequential(*(nn.Linear(1, 1) for _ in range(4)))
     with pytest.raises(CheckpointError, match=r"lacks 0\.weight, 0\.bias, 1\.weight and 5 more"):
         load_tensors(module, {}, "file")
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_files_have_the_permissions_of_any_new_file(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        write_checkpoint(tmp_path / "model.safetensors", TENSORS, {})
+        write_whole(tmp_path / "a.json", lambda path: path.write_text("{}"))
+    finally:
+        os.umask(before)
+    assert {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {
+        "model.safetensors": mode,
+        "a.json": mode,
+    }
+
+
+WRITER = """
+import sys, time
+import os
+import stat
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from paqdetr.checkpoint import write_whole
+
+def write(path):
+    path.write_text("half")
+    print("writing", flush=True)
+    time.sleep(120)
+
+write_whole(Path(sys.argv[1]), write)
+"""
+
+
+@pytest.mark.integration
+def test_what_a_killed_writer_left_goes_and_what_a_living_one_writes_stays(tmp_path: Path) -> None:
+    pytest.importorskip("fcntl", reason="no such locks on Windows")
+    command = [sys.executable, "-c", WRITER, str(tmp_path / "a.json")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout is not None and writer.stdout.readline() == "writing\n"
+        (unfinished,) = tmp_path.iterdir()
+        remove_leftovers(tmp_path)
+        assert (unfinished / "a.json").read_text() == "half"
+        writer.kill()
+    for name in (".notes.tmp", "mine.tmp", ".paqdetr.yaml"):
+        (tmp_path / name).touch()
+    remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".notes.tmp", ".paqdetr.yaml", "mine.tmp"]
+
+
+TRIED = """
+import os, sys
+from paqdetr.checkpoint import read_header
+from paqdetr.errors import CheckpointError
+if os.getuid() == 0:  # root may read everything
+    os.setuid(65534)
+for path in sys.argv[1:]:
+    try:
+        read_header(path)
+    except CheckpointError as error:
+        print(error.message.removeprefix(path))
+"""
+
+
+@pytest.mark.integration
+@pytest.mark.skipif(os.name == "nt", reason="permissions of another kind")
+def test_a_checkpoint_without_the_right_to_read() -> None:
+    with tempfile.TemporaryDirectory() as name:  # tmp_path lies in a private folder
+        folder = Path(name)
+        folder.chmod(0o755)
+        private = folder / "private"
+        for place in (folder, private):
+            write_checkpoint(place / "model.safetensors", TENSORS, {})
+        (folder / "model.safetensors").chmod(0)
+        private.chmod(0)
+        paths = [folder / "model.safetensors", private / "model.safetensors", folder / "none.safetensors"]
+        command = [sys.executable, "-c", TRIED, *map(str, paths)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    refused = ": cannot be read (Permission denied)"
+    assert done.stdout.splitlines() == [refused, refused, ": no such checkpoint"]

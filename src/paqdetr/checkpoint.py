@@ -8,11 +8,15 @@ on its way is refused, whatever safetensors itself makes of it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+import shutil
+import stat
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -22,7 +26,10 @@ from torch import Tensor
 
 from paqdetr._version import __version__
 from paqdetr.errors import CheckpointError, StorageError
+from paqdetr.locks import Busy, held
 
+# Unfinished files lie in folders of such names, each with a lock that its writer holds.
+_UNFINISHED = ".paqdetr-{}.tmp"
 _KEY = "paqdetr"
 _HASH = "sha256"
 
@@ -41,26 +48,57 @@ def write_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], header: Ma
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `path`, and move it there once it lies safely on the disk.
+    """Let `write` fill a file beside `path`, and move it there once it lies safely on the disk. Its permissions are those of any
+    new file (0666 less the umask), whatever `write` gives it.
 
     Raises:
         StorageError: any step of it fails; what was at `path` before is still there.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        _flush(temporary)
-        temporary.replace(path)
+        _remove_leftovers_once(path.parent)
+        with _unfinished(path) as temporary:
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            write(temporary)
+            if temporary.stat().st_mode != mode:  # safetensors replaces the file by a private one
+                temporary.chmod(mode)
+            _flush(temporary)
+            temporary.replace(path)
         _flush(path.parent)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise StorageError(
             f"{path}: cannot be written ({reason})", "check the disk's space and the folder's permissions"
         ) from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _unfinished(path: Path) -> Iterator[Path]:
+    """A place of the same name in a new hidden folder beside `path`, which is removed at the end."""
+    before, after = _UNFINISHED.split("{}")
+    while True:
+        folder = Path(mkdtemp(prefix=before, suffix=after, dir=path.parent))
+        try:
+            with (
+                contextlib.suppress(Busy),
+                held(folder / "lock"),
+            ):  # Busy: somebody just takes it for a leftover
+                yield folder / path.name
+                return
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove unfinished files of `write_whole` whose writers were killed; those of a living writer stay."""
+    for leftover in folder.glob(_UNFINISHED.format("*")):
+        with contextlib.suppress(Busy, OSError), held(leftover / "lock") as lock:
+            if lock is not None:  # without locks nobody knows whether the writer lives
+                shutil.rmtree(leftover, ignore_errors=True)
+
+
+_remove_leftovers_once = functools.cache(remove_leftovers)
 
 
 def _flush(path: Path) -> None:
@@ -121,14 +159,21 @@ def _open(path: Path, tensors: bool = False) -> tuple[dict[str, Tensor], dict[st
         raise CheckpointError(
             f"{path}: a pickle, which this program does not open", "give a .safetensors file"
         )
-    if not path.is_file():
-        raise CheckpointError(
-            f"{path}: no such checkpoint", "a run writes best.safetensors and last.safetensors"
-        )
     try:
-        with safe_open(path, framework="pt") as file:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise FileNotFoundError
+        # Opened first: safetensors calls a file that may not be read missing.
+        with path.open("rb"), safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             content: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()} if tensors else {}  # noqa: SIM118
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(
+            f"{path}: no such checkpoint", "a run writes best.safetensors and last.safetensors"
+        ) from None
+    except PermissionError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror})", "give your user the right to read it and its folder"
+        ) from None
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path}: not a readable safetensors file ({error})", "copy or train it again"

@@ -102,7 +102,10 @@ def test_a_broken_data_set(tmp_path: Path) -> None:
         ("2.png", "box [3, 3, 0, 2] of class 'b' has no area; training leaves it out"),
         ("1.png", "box [30, 5, 10, 5] of class 'b' is outside the image of 20x10; training leaves it out"),
         ("1.png", "box [15, 5, 10, 5] of class 'b' is 5 pixels over the edge of the image of 20x10"),
-        ("1.png", "box [1, 1, 5, 5] of class 'a' is there twice"),
+        (
+            "1.png",
+            "box [1, 1, 5, 5] of class 'a' is there twice; training leaves one out, evaluation counts both",
+        ),
         ("train.json", "2 of 4 images have no boxes; right if nothing is in them"),
     ]
 

@@ -148,7 +148,7 @@ def convert(
     to: Annotated[str, typer.Option(help="coco, voc or yolo")],
     link: Annotated[bool, typer.Option("--link", help="Hard links to the images instead of copies.")] = False,
 ) -> None:
-    """Write a data set as COCO, Pascal VOC or YOLO; read again and compared before it appears."""
+    """Write a data set as COCO, Pascal VOC or YOLO, and report what that format cannot hold."""
     from paqdetr.data.convert import convert_dataset
 
     with progress_bar("convert") as progress:
@@ -157,8 +157,8 @@ def convert(
         f"{split} {count} images {done.boxes[split]} boxes" for split, count in done.images.items()
     )
     results.print(f"{target}: {to} from {done.format}: {counts}", soft_wrap=True)
-    if done.masks:
-        errors.print(f"{done.masks} segmentations were left out: boxes alone are converted")
+    for what, count in done.losses.items():
+        print_styled(errors, ("note:", "bold yellow"), f" {count} {what}")
 
 
 def _print_report(report: CheckReport, *, title: str, show: int) -> None:

@@ -16,7 +16,7 @@ from paqdetr.data.dataset import DetectionDataset, open_split
 from paqdetr.data.digits import make_digits
 from paqdetr.data.layout import available_splits
 from paqdetr.errors import DataError
-from paqdetr.study.locks import held
+from paqdetr.locks import held
 from paqdetr.study.spec import DataSet, Digits
 
 Progress = Callable[[int, int], None]

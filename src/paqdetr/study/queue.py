@@ -18,8 +18,8 @@ from paqdetr.config import load_config
 from paqdetr.engine.interrupt import StopRequest
 from paqdetr.engine.run import Run, flat_settings
 from paqdetr.errors import ConfigError
+from paqdetr.locks import Busy, held
 from paqdetr.study.children import Ended, last_words, raise_if_stopped, run_child
-from paqdetr.study.locks import Busy, held
 from paqdetr.study.measure import Job, is_current
 from paqdetr.study.results import RunResult, read_result
 from paqdetr.study.runs import Places, PlannedRun, require_same_settings
