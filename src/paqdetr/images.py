@@ -13,6 +13,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from paqdetr.errors import DataError
+from paqdetr.values import environment_integer
 
 IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
 
@@ -21,7 +22,7 @@ PICTURE_EXTENSIONS = IMAGE_EXTENSIONS | {
     ".gif", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpx", ".avif", ".heic", ".heif", ".jxl",
 }  # fmt: skip
 
-MAX_PIXELS = int(os.environ.get("PAQDETR_MAX_PIXELS", "178956970"))
+MAX_PIXELS = environment_integer("PAQDETR_MAX_PIXELS", 178_956_970, low=1, high=2**40)
 """Images with more pixels are refused before they are decoded: a file of some kilobytes can claim any size."""
 
 if (

@@ -405,7 +405,7 @@ def broken_settings_file(w: World) -> list[str]:
     return w.train(model=str(w.file("broken.yaml", "model: [1, 2")))
 
 
-@case("device 'quantum': torch cannot use it here", "--device cpu")
+@case("device 'quantum': it does not work here", "--device cpu")
 def unknown_device(w: World) -> list[str]:
     return w.train(device="quantum")
 

@@ -153,7 +153,7 @@ def look_inside(
         most: of these, so many.
     """
     device = next(model.parameters()).device
-    images, mask = pad_images([model.preprocessing(picture)])
+    images, mask = pad_images([model.preprocessing(picture)], model.preprocessing.pad_divisor)
     was_training = model.training
     model.eval()
     try:
@@ -269,7 +269,7 @@ def positives(
         inside: of the image.
         targets: its boxes.
         criterion: of `build_criterion`.
-        progress: share of the training at which one asks, in [0, 1]; None: where several positives a box begin, if they ever do.
+        progress: share of the training at which one asks, in [0, 1]; None: where one-to-many assignment begins, if it ever does.
     """
     logits, boxes = torch.from_numpy(inside.logits)[:, None], torch.from_numpy(inside.boxes)[:, None]
     rows = matchables(logits, boxes, [targets], weights=criterion.cost_weights)

@@ -10,6 +10,7 @@ from rich.table import Table
 from paqdetr.cli.console import progress_bar, results
 from paqdetr.cli.options import Device, JsonFile, Model
 from paqdetr.cli.outputs import require_writable, write_json
+from paqdetr.values import MAX_BATCH
 
 
 def bench(
@@ -19,12 +20,12 @@ def bench(
         typer.Argument(help="Settings of both models, such as model.dim=128.", metavar="KEY=VALUE"),
     ] = None,
     *,
-    against: Annotated[
-        str | None, typer.Option(help='Another model to compare with, or "transformers".')
-    ] = None,
-    image_size: Annotated[int, typer.Option(min=64, help="Side of the images, in pixels.")] = 640,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images that go through together.")] = 1,
-    rounds: Annotated[int, typer.Option(min=1, help="Calls that each median is of.")] = 5,
+    against: Annotated[str | None, typer.Option(help="Another model to compare with.")] = None,
+    image_size: Annotated[int, typer.Option(min=64, max=8192, help="Side of the images, in pixels.")] = 640,
+    batch_size: Annotated[
+        int, typer.Option(min=1, max=MAX_BATCH, help="Images that go through together.")
+    ] = 1,
+    rounds: Annotated[int, typer.Option(min=1, max=10_000, help="Calls that each median is of.")] = 5,
     device: Device = None,
     json_file: JsonFile = None,
 ) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from paqdetr.cli.console import progress_bar, results
-from paqdetr.cli.options import Device
+from paqdetr.cli.options import BatchSize, Device, Resamples, Seed
 from paqdetr.cli.outputs import require_writable, write_json
 from paqdetr.errors import ConfigError
 
@@ -61,15 +61,13 @@ def evaluate(
     intervals: Annotated[
         bool, typer.Option("--intervals", help="Say how far each figure depends on the choice of images.")
     ] = False,
-    resamples: Annotated[
-        int, typer.Option(min=100, help="Resamples of the images behind an interval.")
-    ] = 1000,
-    seed: Annotated[int, typer.Option(min=0, help="Of the resamples.")] = 0,
+    resamples: Resamples = 1000,
+    seed: Seed = 0,
     results_out: Annotated[
         Path | None, typer.Option(help="Keep the checkpoint's detections in this file, as COCO results.")
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="It changes the speed, never a figure.")] = 4,
+    batch_size: BatchSize = 4,
     device: Device = None,
 ) -> None:
     """Print the COCO figures of a checkpoint or of a results file, or compare two."""

@@ -19,13 +19,15 @@ def plan(
     *,
     data: Annotated[Path, typer.Option(help="Folder of the data set.")],
     device: Device = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps to measure.")] = 5,
+    steps: Annotated[int, typer.Option(min=1, max=10_000, help="Steps to measure.")] = 5,
     auto_batch: Annotated[
         bool, typer.Option("--auto-batch", help="Plan with the largest batch that fits into memory.")
     ] = False,
     overfit: Annotated[
         int | None,
-        typer.Option(min=1, help="Instead: train so many steps on one batch, and see if it is learnt."),
+        typer.Option(
+            min=1, max=1_000_000, help="Instead: train so many steps on one batch, and see if it is learnt."
+        ),
     ] = None,
     json_file: JsonFile = None,
 ) -> None:

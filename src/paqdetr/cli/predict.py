@@ -24,9 +24,9 @@ def predict(
 ) -> None:
     """Draw what a detector finds, and write it as COCO results."""
     from paqdetr.engine import predict_folder
-    from paqdetr.engine.device import require_device
     from paqdetr.engine.memory import peak_memory
     from paqdetr.models import load
+    from paqdetr.models.device import require_device
 
     if not 0 <= threshold <= 1:  # a range of the option would call nan too large
         raise ConfigError(

@@ -18,7 +18,8 @@ import torch
 from torchvision.ops import batched_nms
 
 from paqdetr.errors import DataError
-from paqdetr.metrics.coco_records import CocoRecords, IouType, read_json
+from paqdetr.files import read_json
+from paqdetr.metrics.coco_records import CocoRecords, IouType
 from paqdetr.metrics.jsonable import json_number
 from paqdetr.structures import Detections
 

@@ -20,6 +20,7 @@ from PIL.Image import Image
 from torch import Tensor
 from torchvision.ops import box_convert
 
+from paqdetr.config import ModelConfig
 from paqdetr.errors import NonFiniteError
 from paqdetr.images import read_image
 from paqdetr.models.arguments import require_batch_size, require_threshold
@@ -114,7 +115,7 @@ def detect_batch(
         NonFiniteError: a prediction is NaN or infinite, naming the images.
     """
     device = next(model.parameters()).device
-    batch, mask = pad_images(images)
+    batch, mask = pad_images(images, model.preprocessing.pad_divisor)
     with _evaluating(model), torch.inference_mode():
         output = model(batch.to(device), None if mask is None else mask.to(device))
     logits, boxes = output.pred_logits.float().cpu(), output.pred_boxes.float().cpu()
@@ -122,7 +123,7 @@ def detect_batch(
     if look is not None:
         look(output)
     for image_logits, image_boxes, size in zip(logits, boxes, sizes, strict=True):
-        yield postprocess(image_logits, image_boxes, size, model.classes, threshold=threshold)
+        yield postprocess(image_logits, image_boxes, size, model.classes, model.config, threshold=threshold)
 
 
 def postprocess(
@@ -130,9 +131,9 @@ def postprocess(
     boxes: Tensor,
     size: tuple[int, int],
     classes: ClassTable,
+    config: ModelConfig,
     *,
     threshold: float,
-    limit: int = 300,
 ) -> Detections:
     """The best (query, class) pairs of one image; no non-maximum suppression.
 
@@ -141,16 +142,18 @@ def postprocess(
         boxes: (n, 4) cxcywh in [0, 1].
         size: (height, width) of the image in pixels.
         classes: from index to original id and name.
+        config: of the model: `max_detections` and `clamp_boxes`.
         threshold: the least score.
-        limit: the most detections.
     """
     scores = logits.sigmoid().flatten()
-    best = scores.topk(min(limit, scores.numel()))
+    best = scores.topk(min(config.max_detections, scores.numel()))
     keep = best.values >= threshold
     chosen, values = best.indices[keep], best.values[keep]
     queries, labels = chosen // logits.shape[1], chosen % logits.shape[1]
     height, width = size
-    corners = box_convert(boxes[queries], "cxcywh", "xyxy").clamp(0, 1)
+    corners = box_convert(boxes[queries], "cxcywh", "xyxy")
+    if config.clamp_boxes:
+        corners = corners.clamp(0, 1)
     pixels = corners * torch.tensor([width, height, width, height])
     return Detections(
         boxes=pixels.numpy().astype(np.float32),

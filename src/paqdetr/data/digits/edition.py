@@ -25,6 +25,7 @@ from PIL import Image
 from paqdetr.data.digits.glyphs import SPLITS
 from paqdetr.data.digits.scenes import SceneSpec, compose_scene
 from paqdetr.errors import ConfigError, DataError
+from paqdetr.values import MAX_SEED, MAX_WORKERS
 
 EDITION_FILE = "digits.json"
 # Raised whenever the same arguments would give other images than before.
@@ -99,21 +100,25 @@ def make_digits(
         max_hidden=max_hidden,
     )
     counts = dict(zip(SPLITS, (train, val, test), strict=True))
-    for name, value, least in (
-        ("seed", seed, 0),
-        ("workers", workers, 1),
-        *((s, n, 1) for s, n in counts.items()),
+    for name, value, least, most in (
+        ("seed", seed, 0, MAX_SEED),
+        ("workers", workers, 1, MAX_WORKERS),
+        *((split, count, 1, 10**7) for split, count in counts.items()),
     ):
-        if value < least:
+        if not least <= value <= most:
             raise ConfigError(
-                f"digits: {name} is {value}, expected at least {least}", "Choose a larger number."
+                f"digits: {name} is {value}, expected {least} to {most}",
+                "Choose a value within the range.",
             )
     edition = {"format": _EDITION_FORMAT, "seed": seed, **counts, **asdict(spec)}
     if _holds(output, edition):
         return output
 
     total, done = sum(counts.values()), 0
-    with _folder_made_at_once(output) as partial_output, _mapper(workers) as mapped:
+    with (
+        _folder_made_at_once(output) as partial_output,
+        _mapper(min(workers, max(counts.values()))) as mapped,
+    ):
         for split, count in counts.items():
             (partial_output / split).mkdir()
             annotations: list[dict[str, Any]] = []
