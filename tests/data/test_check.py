@@ -102,7 +102,10 @@ def test_a_broken_data_set(tmp_path: Path) -> None:
         ("2.png", "box [3, 3, 0, 2] of class 'b' has no area; training leaves it out"),
         ("1.png", "box [30, 5, 10, 5] of class 'b' is outside the image of 20x10; training leaves it out"),
         ("1.png", "box [15, 5, 10, 5] of class 'b' is 5 pixels over the edge of the image of 20x10"),
-        ("1.png", "box [1, 1, 5, 5] of class 'a' is there twice"),
+        (
+            "1.png",
+            "box [1, 1, 5, 5] of class 'a' is there twice; training leaves one out, evaluation counts both",
+        ),
         ("train.json", "2 of 4 images have no boxes; right if nothing is in them"),
     ]
 
@@ -154,7 +157,9 @@ def test_copies_and_leaks_are_told_apart(tmp_path: Path) -> None:
     for workers in (1, 2):
         report = check_dataset(tmp_path, workers=workers)
         found = {p.kind: (p.split, p.subject, p.message) for p in report.warnings}
-        assert found["copy"][:2] == ("train", "b.jpg") and found["copy"][2].endswith("a.jpg")
+        assert found["duplicate image"][:2] == ("train", "b.jpg") and found["duplicate image"][2].endswith(
+            "a.jpg"
+        )
         assert found["leak between splits"][:2] == ("val", "d.jpg")
         assert found["leak between splits"][2].endswith(" of 64 bits differ) train/c.jpg")
 
@@ -165,7 +170,8 @@ def test_the_report_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     Image.effect_noise((200, 120), 60).convert("RGBA").save(tmp_path / "train" / "1.png")
     assert cli(["data", "check", str(tmp_path), "--json", str(tmp_path / "out" / "report.json")]) == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert (report["format"], report["errors"], report["warnings"], report["problems"]) == ("coco", 0, 0, [])
+    assert (report["format"], report["errors"], report["warnings"]) == ("coco", 0, 1)
+    assert [problem["kind"] for problem in report["problems"]] == ["no val split"]
     train = report["splits"]["train"]
     assert train["boxes_per_class"] == {"a": 2, "b": 2} and train["traits"] == {"alpha": 1}
     sizes = train["box_sizes"]
@@ -206,3 +212,77 @@ def test_a_script_without_a_main_guard(tmp_path: Path) -> None:
         [sys.executable, str(script), str(tmp_path / "data")], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "900\n", "")
+
+
+SUMMARY: dict[str, tuple[Any, str]] = {
+    "a test image that is in train": (
+        lambda root: shutil.copy(root / "train" / "1.png", root / "test" / "2.png"),
+        "1 of 3 test images have a near-duplicate in another split: AP on test is flattered",
+    ),
+    "three val images that are in train": (
+        lambda root: [shutil.copy(root / "train" / f"{n}.png", root / "val" / f"{n}.png") for n in (1, 2, 3)],
+        "3 of 3 val images have a near-duplicate in another split: AP on val is flattered",
+    ),
+    "no val split": (
+        lambda root: [(root / "val.json").unlink(), shutil.rmtree(root / "val")],
+        "no val split: training prints no AP and keeps the last epoch; `paqdetr data split` makes one, and so does "
+        "training with val_fraction=0.1",
+    ),
+    "a class that train has no boxes of": (
+        lambda root: change_boxes(root, "val", [box(1, 1, 2, 1, 1, 5, 5)]),
+        "classes with boxes in val and none in train: 1; their AP is 0",
+    ),
+    "more boxes of a class than AP counts": (
+        lambda root: change_boxes(root, "val", [box(n, 2, 0, n / 20, 1, 5, 5) for n in range(101)]),
+        "val: 1 of 3 images have more than 100 boxes (up to 101), and a query finds one object at most: take a model with "
+        "enough queries",
+    ),
+    "duplicate boxes": (
+        lambda root: change_boxes(root, "test", [box(n, 2, 1, 1, 1, 5, 5) for n in range(3)]),
+        "duplicate boxes in test: 2; evaluation counts both, of which one is always missed; `paqdetr data convert` "
+        "leaves them out",
+    ),
+    "duplicate images": (
+        lambda root: shutil.copy(root / "val" / "1.png", root / "val" / "3.png"),
+        "1 of 3 val images are near-duplicates of others in it",
+    ),
+}
+
+
+def change_boxes(root: Path, split: str, boxes: list[Any]) -> None:
+    content = json.loads((root / f"{split}.json").read_text())
+    content["annotations"] = boxes
+    (root / f"{split}.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("name", SUMMARY)
+def test_what_matters_most_is_said_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    change, sentence = SUMMARY[name]
+    for split in ("train", "val", "test"):
+        make_split(tmp_path, split, [image(n) for n in (1, 2, 3)], [box(n, n, n % 2, 1, 1, 5, 5) for n in (1, 2, 3)],
+                   ["a", "b", "c"])  # fmt: skip
+    assert check_dataset(tmp_path).summary() == []
+    change(tmp_path)
+    report = check_dataset(tmp_path)
+    assert report.summary()[0] == ("warning", sentence) and report.to_json()["summary"][0] == sentence
+    assert cli(["data", "check", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[1] == f"warning: {sentence}"
+
+
+def test_errors_come_before_warnings_and_leaks_before_the_rest(tmp_path: Path) -> None:
+    for split in ("train", "val", "test"):
+        make_split(tmp_path, split, [image(1), image(2)], [box(1, 1, 0, 1, 1, 5, 5)] * 2, ["a"])
+    shutil.copy(tmp_path / "train" / "1.png", tmp_path / "test" / "1.png")
+    change_boxes(tmp_path, "val", [box(1, 9, 0, 1, 1, 5, 5)])
+    sentences = [sentence for _, sentence in check_dataset(tmp_path).summary()]
+    assert sentences == [
+        "errors: 1; training would fail, or learn something wrong",
+        "1 of 2 test images have a near-duplicate in another split: AP on test is flattered",
+        *(
+            f"duplicate boxes in {split}: 1; evaluation counts both, of which one is always missed; "
+            "`paqdetr data convert` leaves them out"
+            for split in ("train", "test")
+        ),
+    ]

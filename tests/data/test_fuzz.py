@@ -173,25 +173,3 @@ def test_data_yaml(roots: dict[str, Path], content: dict[str, Any], raw: str | N
         read_anyhow(root)
     finally:
         (root / "data.yaml").write_text("train: images/train\nval: images/val\nnames: [person, rider]\n")
-
-
-@EXAMPLES
-@given(data=st.data(), chance=st.integers(4, 20))
-def test_the_side_file(roots: dict[str, Path], data: st.DataObject, chance: int) -> None:
-    root = roots["yolo"]
-    (root / FILES["yolo"]).write_text("0 .5 .5 .1 .1")
-    crowd = {"label": 0, "bbox": [1, 2, 3, 4], "area": 5}
-    good = {
-        "categories": [{"id": 3, "name": "person"}, {"id": 9, "name": "rider"}],
-        "splits": {
-            "train": [
-                {"file_name": "a.png", "id": 7, "areas": [3], "crowds": [crowd]},
-                {"file_name": "b.png", "id": "b"},
-            ]
-        },
-    }
-    try:
-        (root / "paqdetr.json").write_text(json.dumps(mutated(data.draw, good, chance)))
-        read_anyhow(root)
-    finally:
-        (root / "paqdetr.json").unlink()

@@ -41,7 +41,6 @@ def test_flat_pairs() -> None:
     assert flat.label.tolist() == [2, 4, 4, 1, 1]
     torch.testing.assert_close(flat.box[0], TARGETS[0].boxes[1])
     torch.testing.assert_close(flat.box[3], TARGETS[2].boxes[0])
-    assert flat.positives == (4, 0, 1)
 
 
 def test_sums_by_hand() -> None:
@@ -84,7 +83,7 @@ def test_no_pairs_is_zero_but_differentiable() -> None:
 def test_no_targets_at_all() -> None:
     flat = FlatPairs.from_pairs([[pairs_of()]], [TARGETS[1]], CPU)
     assert flat.label.shape == (0,) and flat.box.shape == (0, 4)
-    assert flat.positives == (0,)
+    assert len(flat.layer) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

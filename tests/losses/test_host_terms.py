@@ -71,16 +71,16 @@ def expected_terms(
 def test_the_encoder_of_deformable_detr_learns_objects_from_all_tokens() -> None:
     model, targets = tiny("deformable_detr_r50"), random_targets(3, 0, 1)
     output = run(model, targets)
-    assert output.proposals is not None and output.proposals.everything is not None
-    everything = output.proposals.everything
-    assert everything.valid.any() and everything.logits.shape[-1] == 1
+    assert output.proposals is not None and output.proposals.all_tokens is not None
+    all_tokens = output.proposals.all_tokens
+    assert all_tokens.valid.any() and all_tokens.logits.shape[-1] == 1
     report = build_criterion(LossConfig())(output, targets)
     # Only tokens that can be chosen, and each box is just "an object".
     expected = {"class": 0.0, "l1": 0.0, "giou": 0.0}
     for b, target in enumerate(targets):
-        keep = everything.valid[b]
+        keep = all_tokens.valid[b]
         objects = [replace(target, labels=torch.zeros_like(target.labels))]
-        terms = expected_terms(everything.logits[b, keep][None], everything.boxes[b, keep][None], objects, 4)
+        terms = expected_terms(all_tokens.logits[b, keep][None], all_tokens.boxes[b, keep][None], objects, 4)
         expected = {kind: expected[kind] + terms[kind] for kind in expected}
     for kind, value in expected.items():
         assert report.terms[f"encoder/{kind}"].item() == pytest.approx(value, rel=1e-4)
@@ -90,14 +90,14 @@ def test_the_encoder_of_deformable_detr_learns_objects_from_all_tokens() -> None
 def test_tokens_that_cannot_be_chosen_get_no_gradient() -> None:
     model, targets = tiny("deformable_detr_r50"), random_targets(2)
     output = run(model, targets)
-    assert output.proposals is not None and output.proposals.everything is not None
-    everything = output.proposals.everything
-    logits = everything.logits.detach().requires_grad_()
-    boxes = everything.boxes.detach().requires_grad_()
-    valid = everything.valid.clone()
+    assert output.proposals is not None and output.proposals.all_tokens is not None
+    all_tokens = output.proposals.all_tokens
+    logits = all_tokens.logits.detach().requires_grad_()
+    boxes = all_tokens.boxes.detach().requires_grad_()
+    valid = all_tokens.valid.clone()
     valid[:, ::2] = False
-    changed = replace(everything, logits=logits, boxes=boxes, valid=valid)
-    output = replace(output, proposals=replace(output.proposals, everything=changed))
+    changed = replace(all_tokens, logits=logits, boxes=boxes, valid=valid)
+    output = replace(output, proposals=replace(output.proposals, all_tokens=changed))
     report = build_criterion(LossConfig())(output, targets)
     sum(report.terms[f"encoder/{kind}"] for kind in ("class", "l1", "giou")).backward()  # type: ignore[union-attr]
     assert logits.grad is not None and boxes.grad is not None

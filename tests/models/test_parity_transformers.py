@@ -211,12 +211,12 @@ def test_outputs_of_all_layers(form: str, dtype: torch.dtype) -> None:
         assert (found.layers.logits[i] - layer["logits"]).abs().max() < bound
         assert (found.layers.boxes[i] - layer["pred_boxes"]).abs().max() < bound
     if our.config.positions == "proposals":
-        everything = found.proposals.everything
-        valid = everything.valid
+        all_tokens = found.proposals.all_tokens
+        valid = all_tokens.valid
         logits, boxes = expected.enc_outputs_class[..., :1], expected.enc_outputs_coord_logits.sigmoid()
         assert valid.any() and not valid.all()
-        assert (everything.logits - logits)[valid].abs().max() < bound
-        assert (everything.boxes - boxes)[valid].abs().max() < bound
+        assert (all_tokens.logits - logits)[valid].abs().max() < bound
+        assert (all_tokens.boxes - boxes)[valid].abs().max() < bound
         # Theirs may also choose a token of the padding; the comparison above means something only if it did not.
         chosen = expected.enc_outputs_class[..., 0].topk(QUERIES, dim=1).indices
         assert torch.equal(found.proposals.indices, chosen) and valid.gather(1, chosen).all()

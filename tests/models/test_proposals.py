@@ -38,7 +38,7 @@ def slow_proposals(head: ProposalHead, tokens: Tokens, levels: list[Tensor], cou
                     )
                     logits = head.class_head(state)
                     box = torch.special.expit(head.box_head(state) + torch.logit(x.new_tensor(anchor)))
-                    rows.append((float(logits.max()), start + row * width + column, logits, box))
+                    rows.append((float(logits.max()), start + row * width + column, logits, box, state))
             start += height * width
         rows.sort(key=lambda row: -row[0])
         best = [rows[i % len(rows)] for i in range(count)]
@@ -47,6 +47,7 @@ def slow_proposals(head: ProposalHead, tokens: Tokens, levels: list[Tensor], cou
                 logits=torch.stack([row[2] for row in best]),
                 boxes=torch.stack([row[3] for row in best]),
                 indices=torch.tensor([row[1] for row in best]),
+                tokens=torch.stack([row[4] for row in best]),
             )
         )
     return found
@@ -65,6 +66,7 @@ def test_equal_a_plain_loop(count: int, padding: int, make_tokens: Callable, sti
         assert found.indices[image].tolist() == expected.indices.tolist()
         assert (found.logits[image] - expected.logits).abs().max() < 1e-10
         assert (found.boxes[image] - expected.boxes).abs().max() < 1e-10
+        assert (found.tokens[image] - expected.tokens).abs().max() < 1e-10
 
 
 @torch.no_grad()
@@ -146,14 +148,14 @@ def test_class_agnostic_proposals(make_tokens: Callable, stir: Callable) -> None
     head = build(stir, class_agnostic=True)
     tokens = make_tokens([torch.randn(2, 8, 3, 5), torch.randn(2, 8, 2, 2)], padding=1)
     trained, used = head.train()(tokens, 4), head.eval()(tokens, 4)
-    assert used.everything is None and trained.everything is not None
+    assert used.all_tokens is None and trained.all_tokens is not None
     assert trained.logits.shape == (2, 4, 1)
     for name in ("logits", "boxes", "indices"):
         assert torch.equal(getattr(trained, name), getattr(used, name))
-    everything = trained.everything
-    assert everything.logits.shape == (2, 33, 1) and everything.boxes.shape == (2, 33, 4)
-    assert everything.valid.sum(1).tolist() == [19, 19]
-    scores = everything.logits[..., 0].masked_fill(~everything.valid, -torch.inf)
+    all_tokens = trained.all_tokens
+    assert all_tokens.logits.shape == (2, 33, 1) and all_tokens.boxes.shape == (2, 33, 4)
+    assert all_tokens.valid.sum(1).tolist() == [19, 19]
+    scores = all_tokens.logits[..., 0].masked_fill(~all_tokens.valid, -torch.inf)
     assert torch.equal(scores.topk(4, dim=1).indices, trained.indices)
     first = trained.first(2)
     assert first.boxes.shape == (2, 2, 4) and torch.equal(first.indices, trained.indices[:, :2])

@@ -154,6 +154,7 @@ def test_non_finite_predictions_name_layer_and_image(what: str, value: float, co
         match_layers(logits, boxes, targets, [OneToOneAssigner()] * 3)
     message = str(caught.value)
     assert "of layer2 " in message and "['second.jpg']" in message and "first" not in message
+    assert caught.value.layers == ("layer2",) and caught.value.images == ("second.jpg",)
     assert isinstance(caught.value, UserError) and "learning rate" in caught.value.remedy
 
 

@@ -27,7 +27,7 @@ from paqdetr.models.detector import Detector, DetectorOutput
 from paqdetr.models.encoder import EncoderLayer
 from paqdetr.models.queries import QueryGroup
 from paqdetr.models.tokens import Tokens
-from paqdetr.paq import QualityAwareAssigner, RankDamping
+from paqdetr.paq import QualityAwareAssigner
 from paqdetr.paq.costs import matchables
 from paqdetr.preprocessing import pad_images
 from paqdetr.structures import Targets
@@ -95,7 +95,6 @@ class LayerPositives:
         iou, confidence: (P,) float64; confidence is c of the assignment rule, the probability of the box's class if it has none.
         score: (P,) float64, s = IoU - gamma * c; None where the layer's rule knows no s.
         claims: (G,) int64, k_j; likewise.
-        weight: (P,) float64 in (0, 1], how much of a positive each pair is; None if all are whole ones.
     """
 
     layer: int
@@ -105,7 +104,6 @@ class LayerPositives:
     confidence: np.ndarray
     score: np.ndarray | None
     claims: np.ndarray | None
-    weight: np.ndarray | None
 
 
 # --------------------------------------------------------------------------------------------- recording
@@ -155,7 +153,7 @@ def look_inside(
         most: of these, so many.
     """
     device = next(model.parameters()).device
-    images, mask = pad_images([model.preprocessing(picture)])
+    images, mask = pad_images([model.preprocessing(picture)], model.preprocessing.pad_divisor)
     was_training = model.training
     model.eval()
     try:
@@ -263,27 +261,25 @@ def loss_settings(model: Detector, checkpoint: Path | None) -> tuple[LossConfig,
 
 
 def positives(
-    inside: Inside, targets: Targets, criterion: Criterion, *, progress: float = 0.0
+    inside: Inside, targets: Targets, criterion: Criterion, *, progress: float | None = None
 ) -> list[LayerPositives]:
-    """The pairs that the criterion would make of this image, layer by layer, where several positives a box have no heads of their
-    own (`model.one_to_many_heads`).
+    """The pairs that the criterion would make of this image, layer by layer.
 
     Args:
         inside: of the image.
         targets: its boxes.
         criterion: of `build_criterion`.
-        progress: share of the training at which one asks, in [0, 1]: at 0 several positives a box are on where they ever are.
+        progress: share of the training at which one asks, in [0, 1]; None: where one-to-many assignment begins, if it ever does.
     """
     logits, boxes = torch.from_numpy(inside.logits)[:, None], torch.from_numpy(inside.boxes)[:, None]
     rows = matchables(logits, boxes, [targets], weights=criterion.cost_weights)
-    middle, _ = criterion.assigners(progress)
+    middle, _ = criterion.assigners(criterion.config.one_to_many_from if progress is None else progress)
     found = []
     for layer, (image,) in enumerate(rows, start=1):
         assigner = criterion.last if layer == len(rows) else middle
         pairs = assigner.solve(image)
         query, target = pairs.query_indices.numpy(), pairs.target_indices.numpy()
-        rule = assigner.assigner if isinstance(assigner, RankDamping) else assigner
-        known = rule.qualities(image) if isinstance(rule, QualityAwareAssigner) else None
+        known = assigner.qualities(image) if isinstance(assigner, QualityAwareAssigner) else None
         confidence = image.class_confidence if known is None else known.confidence
         found.append(
             LayerPositives(
@@ -294,7 +290,6 @@ def positives(
                 confidence=confidence[query, target],
                 score=None if known is None else known.scores[query, target],
                 claims=None if known is None else known.claims,
-                weight=None if pairs.weights is None else pairs.weights.numpy(),
             )
         )
     return found

@@ -40,8 +40,6 @@ def inside_section(
     settings, source = loss_settings(subject.model, subject.checkpoint)
     criterion = build_criterion(settings)
     several = settings.assigner != "one_to_one" and settings.one_to_many_until > 0
-    apart = several and subject.model.config.one_to_many_heads != "none"
-    several = several and not apart
     pairs = training[1] if training is not None and several else ()
     total, done, parts, without = len(images) + len(pairs), 0, [], []
     for number, index in enumerate(images):
@@ -62,9 +60,7 @@ def inside_section(
                 progress(done, total)
     if subject.model.config.positions != "proposals":
         without.append("its queries start from learned places, so there are no encoder proposals")
-    if apart:
-        without.append("several positives a box go to heads that exist in training alone")
-    elif not several:
+    if not several:
         without.append(f"it was trained with one positive a box in every layer ({source})")
     elif training is None:
         without.append("the data has no training split to show positives of")
@@ -73,11 +69,10 @@ def inside_section(
         "Points are where the query's attention samples the features, the larger the weightier."
     )
     if several and pairs:
-        until = settings.one_to_many_until
-        lead += (
-            f" Several positives a box are those that the loss ({source}) makes of the finished weights"
-            + (f"; in the training they were on until {100 * until:g} % of it." if until < 1 else ".")
-        )
+        begin, end = settings.one_to_many_from, settings.one_to_many_until
+        when = f"; in the training they were on from {100 * begin:g} % to {100 * end:g} % of it"
+        lead += f" Several positives a box are those that the loss ({source}) makes of the finished weights"
+        lead += "." if (begin, end) == (0, 1) else f"{when}."
     if without:
         lead += f" Not shown for {subject.label}: {'; '.join(without)}."
     return Section("inside", "Inside", lead, tuple(parts))
@@ -226,7 +221,6 @@ def _learning(
         Column("c", "c"),
         Column("s", "s"),
         Column("k", "k", "integer"),
-        *([Column("weight", "weight")] if any(layer.weight is not None for layer in layers) else []),
     )
     return [
         Slides(
@@ -262,7 +256,6 @@ def _pair_rows(layer: LayerPositives, targets: Targets, names: Sequence[str]) ->
             "c": float(layer.confidence[p]),
             "s": None if layer.score is None else float(layer.score[p]),
             "k": int(counts[layer.target[p]]),
-            **({} if layer.weight is None else {"weight": float(layer.weight[p])}),
         }
         for p in order
     ]

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from paqdetr.cli.console import Ended, errors, print_styled, results, show
 from paqdetr.cli.options import Device, Model, Settings
+from paqdetr.values import MAX_SEED
 
 
 def train(
@@ -25,7 +26,7 @@ def train(
         bool, typer.Option("--accept-new-data", help="With --resume: even if the data have changed.")
     ] = False,
     device: Device = None,
-    seed: Annotated[int | None, typer.Option(help="Short for seed=N.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=MAX_SEED, help="Short for seed=N.")] = None,
     amp: Annotated[str | None, typer.Option(help="Short for amp=bf16|fp16|no.")] = None,
     auto_batch: Annotated[
         bool, typer.Option("--auto-batch", help="Take the largest batch that fits into memory.")
@@ -73,6 +74,8 @@ def train(
         table.add_row(f"validation AP (epoch {best.get('epoch')})", show(best.get("AP")))
         table.add_row("AP50", show(best.get("AP50")))
         table.add_row("AP after NMS", show(best.get("AP_nms")))
+    else:
+        table.add_row("validation AP", "none: no val split")
     finished = run.records("finished")[-1]
     if "stopped" in finished:
         table.add_row(f"stopped after epoch {finished['epoch']}", finished["stopped"])
@@ -80,7 +83,6 @@ def train(
     table.add_row("peak memory", f"{finished['peak_memory_gib']:.2f} GiB")
     results.print(table)
     results.print(f"checkpoint: {run.best}", soft_wrap=True)  # outside the table, which would shorten it
-    errors.print(
-        f"curves and example predictions are beside it: {run.output}/curves.png, predictions.png",
-        soft_wrap=True,
-    )
+    pictures = [name for name in ("curves.png", "predictions.png") if (run.output / name).is_file()]
+    if pictures:
+        errors.print(f"pictures: {', '.join(str(run.output / name) for name in pictures)}", soft_wrap=True)

@@ -8,18 +8,20 @@ from paqdetr.config.files import (
     list_configs,
     load_config,
     parse_overrides,
+    retired_keys,
     validate_config,
 )
 from paqdetr.config.idle import describe_idle, idle_settings
 from paqdetr.config.loss import LossConfig
 from paqdetr.config.model import ModelConfig
-from paqdetr.config.schema import AugmentConfig, Config
+from paqdetr.config.schema import AugmentConfig, Config, ResizeRule
 
 __all__ = [
     "AugmentConfig",
     "Config",
     "LossConfig",
     "ModelConfig",
+    "ResizeRule",
     "describe_config",
     "describe_idle",
     "idle_settings",
@@ -28,5 +30,6 @@ __all__ = [
     "list_configs",
     "load_config",
     "parse_overrides",
+    "retired_keys",
     "validate_config",
 ]

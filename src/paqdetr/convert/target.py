@@ -28,6 +28,8 @@ QUERY_KEYS = (
     "gain",
     "bias_std",
     "mixture",
+    "mixture_input",
+    "detach_query_features",
     "normalize_summary",
 )
 _TRAINING_KEYS = (
@@ -41,7 +43,6 @@ _TRAINING_KEYS = (
     "label_noise",
     "box_noise",
     "hybrid_queries",
-    "one_to_many_heads",
 )
 _HOST_KEYS = (
     "backbone",
@@ -68,7 +69,7 @@ def target_config(
         known: of the file.
         model: what it becomes; None: what it is.
         given: settings that the user gave, which win.
-        overrides: of image_size and size_divisor.
+        overrides: of image_size, size_divisor, resize and pad_divisor.
         where: the file, for errors.
         name: what the file calls its model; None: that of its host and backbone.
     """
@@ -178,8 +179,6 @@ def fill_model(
             fresh[key] = f"{config.queries} instead of the file's {known['queries'].value} queries"
         elif key.startswith("hybrid_source."):
             fresh[key] = "queries that exist in training alone"
-        elif key.startswith("decoder.many_heads."):
-            fresh[key] = "heads that exist in training alone"
         else:
             missing.append(key)
             fresh[key] = "not in the file"

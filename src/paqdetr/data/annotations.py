@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, TypeGuard
+from typing import Literal
 
 import numpy as np
 
@@ -15,6 +16,9 @@ from paqdetr.errors import DataError
 from paqdetr.structures import ClassTable
 
 REMEDY = "Correct the annotation file; `paqdetr data check` lists all problems of a data set."
+
+DECIMALS = 8
+"""Pixels that are computed from other numbers are rounded to so many decimals: 5.1 - 1 is 4.1."""
 
 # A set with a systematic mistake has it a million times.
 _KEPT_OF_A_KIND = 1000
@@ -79,6 +83,15 @@ class Issues:
         if self.collect:
             self._keep(Problem("warning", kind, self.split, str(subject), message))
 
+    def doubt(self, subject: Path | str, message: str, *, kind: str) -> None:
+        """Something that the check calls an error, and that training goes on with: the first of a kind is logged there."""
+        if self.collect:
+            return self.error(subject, message, kind=kind)
+        self.counts["error", kind] += 1
+        if self.counts["error", kind] == 1:
+            log = logging.getLogger(__name__)
+            log.warning("%s: %s; `paqdetr data check` lists all of these", subject, message)
+
     def _keep(self, problem: Problem) -> None:
         self.counts[problem.severity, problem.kind] += 1
         if self.counts[problem.severity, problem.kind] <= _KEPT_OF_A_KIND:
@@ -124,6 +137,63 @@ class Annotations:
     def owners(self) -> np.ndarray:
         """(A,) int64: position of each box's image."""
         return np.repeat(np.arange(len(self)), np.diff(self.starts))
+
+    def duplicates(self) -> np.ndarray:
+        """(A,) bool: boxes that an earlier one of the same image equals in class, coordinates and crowd flag."""
+        owners, left = self.owners, self.boxes[:, 0]
+        order = np.lexsort((left, owners))
+        one, other = order[:-1], order[1:]
+        close = (owners[one] == owners[other]) & (left[one] == left[other])
+        rows = np.union1d(
+            one[close], other[close]
+        )  # few: sorting all columns of all boxes takes four times as long
+        keys = np.column_stack([owners, self.labels, self.crowd, self.boxes])[rows]
+        _, first, which = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+        found = np.zeros(len(left), dtype=bool)
+        found[rows[first[which.reshape(-1)] != np.arange(len(rows))]] = True
+        return found
+
+    def trainable(self) -> tuple[np.ndarray, np.ndarray]:
+        """What a detector can learn from: no crowds, no duplicates, and only what lies inside the image.
+
+        Returns:
+            (A,) bool, which boxes these are; (A, 4) float64, all boxes as [x0, y0, x1, y1] in pixels, clipped to their image.
+        """
+        corners = self.boxes.copy()
+        corners[:, 2:] += corners[:, :2]
+        corners = np.clip(corners, 0, self.sizes[self.owners][:, [1, 0, 1, 0]])
+        single = corners.astype(np.float32)  # in which training computes: a side may vanish
+        inside = (single[:, 2:] > single[:, :2]).all(axis=1)
+        return inside & ~self.crowd & ~self.duplicates(), corners
+
+    def with_images(self, chosen: np.ndarray) -> Annotations:
+        """The images at the positions `chosen`, in this order, with their boxes. `masks` is 0: whose they are is not known."""
+        starts = self.starts.tolist()
+        rows = [np.arange(starts[index], starts[index + 1]) for index in chosen.tolist()]
+        order = np.concatenate([*rows, np.zeros(0, dtype=np.int64)])
+        return replace(
+            self,
+            masks=0,
+            image_ids=Ids([self.image_ids[index] for index in chosen.tolist()]),
+            file_names=Texts(self.file_names[index] for index in chosen.tolist()),
+            sizes=self.sizes[chosen],
+            starts=np.concatenate([[0], np.cumsum([len(own) for own in rows], dtype=np.int64)]),
+            boxes=self.boxes[order],
+            labels=self.labels[order],
+            crowd=self.crowd[order],
+            areas=self.areas[order],
+        )
+
+    def with_boxes(self, keep: np.ndarray) -> Annotations:
+        """The same images with some of the boxes. `keep`: (A,) bool."""
+        return replace(
+            self,
+            starts=np.concatenate([[0], np.cumsum(keep)])[self.starts],
+            boxes=self.boxes[keep],
+            labels=self.labels[keep],
+            crowd=self.crowd[keep],
+            areas=self.areas[keep],
+        )
 
 
 @dataclass(slots=True)
@@ -177,32 +247,3 @@ class Builder:
             areas=np.array(self._areas, dtype=np.float64)[order],
             masks=self.masks,
         )
-
-
-def is_integer(value: object) -> TypeGuard[int]:
-    """Whether it is an integer; json's true is none."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_coordinate(value: object) -> TypeGuard[float]:
-    """Whether it is a finite number of pixels. The comparison also sorts out NaN and integers that no float can hold."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e9 < value < 1e9
-
-
-def is_box(value: object) -> TypeGuard[list[float]]:
-    """Whether it is four finite numbers of pixels."""
-    return isinstance(value, list) and len(value) == 4 and all(map(is_coordinate, value))
-
-
-def is_side(value: object) -> TypeGuard[float]:
-    """Whether it is a side in whole pixels; some exporters write 640.0."""
-    return is_coordinate(value) and value >= 1 and value == int(value)
-
-
-def shorten(value: object, limit: int = 80) -> str:
-    """How a value from a file is shown in a message."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # an integer too long to print, a list too deep
-        return f"a {type(value).__name__}"
-    return text if len(text) <= limit else f"{text[:limit]}..."

@@ -1,39 +1,51 @@
-"""Writes a data set in another format, and reads it again to see that nothing was lost."""
+"""Writes a data set in another format, and reports what that format cannot hold."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Literal, get_args
 
 import numpy as np
 
 from paqdetr.data.annotations import Annotations, Issues
 from paqdetr.data.formats.coco import write_coco
+from paqdetr.data.formats.sizes import header_sizes
 from paqdetr.data.formats.voc import write_voc
+from paqdetr.data.formats.yolo import SPLITS as YOLO_SPLITS
 from paqdetr.data.formats.yolo import write_yolo
 from paqdetr.data.layout import Format, find_layout
 from paqdetr.errors import ConfigError, DataError
+from paqdetr.outputs import require_free, whole_folder
 
 Target = Literal["coco", "voc", "yolo"]
 _WRITERS = {"coco": write_coco, "voc": write_voc, "yolo": write_yolo}
 
-# YOLO's shares of the image come back within this many pixels.
-_PIXELS = 1e-6
-
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """What was converted: from which format, images and boxes (crowds too) by split, and segmentations that were left out."""
+    """What was written.
+
+    Attributes:
+        format: of the source.
+        images, boxes: how many were written, by split; crowds count as boxes.
+        losses: what was left out or changed -> how often.
+    """
 
     format: Format
     images: dict[str, int]
     boxes: dict[str, int]
-    masks: int
+    losses: dict[str, int]
+
+    @classmethod
+    def of(cls, source: Format, written: Mapping[str, Annotations], losses: dict[str, int]) -> Conversion:
+        """From the splits as they were written."""
+        images = {split: len(a) for split, a in written.items()}
+        return cls(source, images, {split: len(a.boxes) for split, a in written.items()}, losses)
 
 
 def convert_dataset(
@@ -46,30 +58,52 @@ def convert_dataset(
 ) -> Conversion:
     """Writes all splits of a data set as COCO, Pascal VOC or YOLO, images included.
 
-    Image ids, category ids and their order, boxes, crowds and areas are kept; what a format has no place for
-    lies in `paqdetr.json` beside it. Masks are left out, annotation ids are numbered anew. The new folder is
-    made beside its place, read again, compared with the source, and moved: it is there as a whole or not at all.
+    Boxes and class names are kept by all three. Duplicate boxes and segmentations are left out. What else a format has no
+    place for is in `Conversion.losses`: see docs/data.md. The new folder appears as a whole or not at all.
 
     Args:
         source: a folder in one of the layouts of `find_layout`, or a `data.yaml`.
         target: a folder that does not exist or is empty.
         to: "coco", "voc" or "yolo".
         link: hard links to the images instead of copies; both must lie on one file system.
-        progress: told (images done, images in all).
+        progress: called with (images done, images in all).
 
     Raises:
-        ConfigError: `to` is something else.
-        DataError: the source is malformed, the target is in use, or the format cannot hold a name or a box.
+        ConfigError: `to` is something else, or the target is in use.
+        DataError: the source is malformed, or the format has no place for a split or a name.
+        StorageError: the target cannot be written.
     """
-    source, target = Path(source), Path(target)
     if to not in get_args(Target):
         raise ConfigError(f"--to: found {to!r}, expected coco, voc or yolo", "Choose one of the three.")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise DataError(f"{target}: is there already, and nothing is overwritten", "Choose another folder.")
     layout = find_layout(source)
     splits = {split: place.read(Issues()) for split, place in layout.splits.items()}
+    written, losses = write_splits(splits, Path(target), to=to, link=link, progress=progress)
+    return Conversion.of(layout.format, written, losses)
+
+
+def write_splits(
+    splits: Mapping[str, Annotations],
+    target: Path,
+    *,
+    to: str,
+    link: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[dict[str, Annotations], dict[str, int]]:
+    """Writes splits that have been read; see `convert_dataset`.
+
+    Returns:
+        the splits as they were written, and the losses.
+    """
+    require_free(target, remedy="choose another folder")
     _require_one_class_table(splits)
-    total, done = sum(map(len, splits.values())), 0
+    if to == "yolo":
+        _require_yolo_splits(splits)
+    for content in splits.values():
+        _require_true_sizes(content)
+    losses: Counter[str] = Counter()
+    prepared = {split: _prepared(content, to, losses) for split, content in splits.items()}
+    losses.update(_lost_classes(prepared, to))
+    total, done = sum(map(len, prepared.values())), 0
 
     def place_image(image: Path, goal: Path) -> None:
         nonlocal done
@@ -79,49 +113,27 @@ def convert_dataset(
         if progress is not None:
             progress(done, total)
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        _WRITERS[to](partial, splits, place_image)
-        _require_equal(splits, partial, to)
-        partial.chmod(0o777 & ~_umask())  # mkdtemp makes a private folder
-        partial.replace(target)
-    except OSError as error:  # a full disk, for one, does not name the file
-        shutil.rmtree(partial, ignore_errors=True)
-        raise DataError(
-            f"{target}: cannot be written: {error.strerror}", "Check the disk and the folder's permissions."
-        ) from None
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return Conversion(
-        format=layout.format,
-        images={split: len(a) for split, a in splits.items()},
-        boxes={split: len(a.boxes) for split, a in splits.items()},
-        masks=sum(a.masks for a in splits.values()),
-    )
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
+    with whole_folder(target) as partial:
+        _WRITERS[to](partial, prepared, place_image)
+    return prepared, {what: count for what, count in losses.items() if count}
 
 
 def _place(image: Path, goal: Path, *, link: bool) -> None:
     try:
         if link:
-            os.link(image, goal)
+            os.link(image.resolve(), goal)
         else:
             shutil.copyfile(image, goal)
     except OSError as error:
         hint = (
             "Leave --link out: the two folders are on different file systems." if link else "Check the disk."
         )
-        raise DataError(f"{image}: cannot be brought to {goal}: {error.strerror}", hint) from None
+        raise DataError(
+            f"{image}: cannot be {'linked' if link else 'copied'}: {error.strerror}", hint
+        ) from None
 
 
-def _require_one_class_table(splits: dict[str, Annotations]) -> None:
+def _require_one_class_table(splits: Mapping[str, Annotations]) -> None:
     """VOC and YOLO have one list of classes for all splits."""
     first, *others = splits.values()
     for content in others:
@@ -135,58 +147,67 @@ def _require_one_class_table(splits: dict[str, Annotations]) -> None:
         raise DataError(f"{first.source}: two categories have the same name", "Give each its own name.")
 
 
-def _require_equal(splits: dict[str, Annotations], folder: Path, to: str) -> None:
-    """Reads what was written.
-
-    Raises:
-        DataError: it is not what was read.
-    """
-    written = find_layout(folder)
-    for split, expected in splits.items():
-        if split not in written.splits:
+def _require_yolo_splits(splits: Mapping[str, Annotations]) -> None:
+    for split, content in splits.items():
+        if split not in YOLO_SPLITS:
             raise DataError(
-                f"{expected.source}: the split {split!r} has no place in {to}", "Rename or remove the split."
+                f"{content.source}: YOLO has no place for the split {split!r}, only for {', '.join(YOLO_SPLITS)}",
+                "Rename or remove the split, or convert to coco or voc.",
             )
-        try:
-            found = written.splits[split].read(Issues())
-        except DataError as error:
-            message = error.message.replace(f"{folder}/", "")
+
+
+def _require_true_sizes(content: Annotations) -> None:
+    """Shares of a wrong size would be wrong boxes."""
+    found = header_sizes([content.image_dir / name for name in content.file_names], Issues())
+    for name, stated, size in zip(content.file_names, content.sizes.tolist(), found, strict=True):
+        if size is not None and list(size) != stated:
             raise DataError(
-                f"{expected.source}: {to} cannot hold this data: {message}", error.remedy
-            ) from None
-        difference = _difference(expected, found)
-        if difference is not None:
-            raise DataError(
-                f"{expected.source}: {to} cannot hold this data: {difference}",
+                f"{content.image_dir / name}: is {size[1]}x{size[0]} pixels, the annotations say {stated[1]}x{stated[0]}",
                 "Correct it first; `paqdetr data check` lists all problems of a data set.",
             )
 
 
-def _difference(one: Annotations, other: Annotations) -> str | None:
-    """What differs between two readings of the same data, None if nothing does."""
-    if one.classes != other.classes:
-        return f"the classes {one.classes.names} came back as {other.classes.names}"
-    if list(one.image_ids) != list(other.image_ids) or list(one.file_names) != list(other.file_names):
-        return "the names of images came back as others"
-    changed = np.flatnonzero((one.sizes != other.sizes).any(axis=1))
-    if len(changed):
-        index = changed[0]
-        width, height = one.sizes[index][::-1]
-        return f"{one.file_names[index]} is not {width}x{height} pixels, as the annotations say"
-    for index in range(len(one)):
-        if not _same_boxes(_rows(one, index), _rows(other, index)):
-            return f"the boxes of {one.file_names[index]} came back as others"
-    return None
+def _prepared(content: Annotations, to: str, losses: Counter[str]) -> Annotations:
+    """The annotations without what the format has no place for, which is counted."""
+    duplicates, masks = content.duplicates(), content.masks
+    losses["segmentations left out"] += masks
+    losses["duplicate boxes left out"] += int(duplicates.sum())
+    content = content.with_boxes(~duplicates)
+    if to == "coco":
+        texts = sum(isinstance(own, str) for own in content.image_ids)
+        losses["images numbered anew, their old ids under `original_id`"] += len(content) if texts else 0
+        return content
+    sides, areas = content.boxes[:, 2:], content.areas
+    own_area = ~np.isnan(areas) & ~np.isclose(areas, sides.prod(axis=1))
+    losses["areas left out"] += int(own_area.sum())
+    losses["image ids replaced by the file name"] += sum(
+        own != name for own, name in zip(content.image_ids, content.file_names, strict=True)
+    )
+    if to == "voc":
+        keep = np.all(sides > 0, axis=1)
+        losses["boxes without area left out"] += int((~keep).sum())
+        return content.with_boxes(keep)
+    keep, corners = content.trainable()
+    losses["crowds left out"] += int(content.crowd.sum())
+    losses["boxes without area inside their image left out"] += int((~keep & ~content.crowd).sum())
+    boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
+    clipped = (np.abs(boxes - content.boxes) > 1e-6).any(axis=1)
+    losses["boxes clipped to their image"] += int((clipped & keep).sum())
+    return replace(content, boxes=boxes).with_boxes(keep)
 
 
-def _rows(content: Annotations, index: int) -> np.ndarray:
-    """(n, 7) label, crowd, area, box of an image; crowds, which may have changed places, come last."""
-    rows = slice(content.starts[index], content.starts[index + 1])
-    boxes, areas = content.boxes[rows], content.areas[rows]
-    areas = np.where(np.isnan(areas), boxes[:, 2] * boxes[:, 3], areas)
-    table = np.column_stack([content.labels[rows], content.crowd[rows], areas, boxes])
-    return table[np.argsort(content.crowd[rows], kind="stable")]
-
-
-def _same_boxes(one: np.ndarray, other: np.ndarray) -> bool:
-    return one.shape == other.shape and np.allclose(one, other, rtol=_PIXELS, atol=_PIXELS)
+def _lost_classes(splits: Mapping[str, Annotations], to: str) -> dict[str, int]:
+    """What VOC, which has no list of classes, and YOLO, which numbers them from 0, do not keep of them."""
+    classes = next(iter(splits.values())).classes
+    if to == "coco":
+        return {}
+    kept, first = list(classes.names), 0
+    if to == "voc":
+        used = {label for content in splits.values() for label in content.labels.tolist()}
+        kept, first = sorted(classes.names[label] for label in used), 1
+    ids = {name: first + number for number, name in enumerate(kept)}
+    changed = [ids[name] != own for own, name in zip(classes.ids, classes.names, strict=True) if name in ids]
+    return {
+        "classes without boxes left out": len(classes) - len(kept),
+        "category ids changed": sum(changed),
+    }

@@ -27,7 +27,7 @@ class DetectionDataset:
         image_ids: the data set's own ids.
         file_names: relative to `image_dir`.
         sizes: (N, 2) int64, (height, width) of every image as the annotations say.
-        skipped: number of annotations left out of training: crowds, and boxes without area inside their image.
+        skipped: number of annotations left out of training: crowds, duplicates, and boxes without area inside their image.
     """
 
     def __init__(self, annotations: Annotations, *, name: str) -> None:
@@ -35,16 +35,9 @@ class DetectionDataset:
         self.name, self.annotations, self.classes = name, a, a.classes
         self.annotation_file, self.image_dir = a.source, a.image_dir
         self.image_ids, self.file_names, self.sizes = a.image_ids, a.file_names, a.sizes
-        rows = np.flatnonzero(~a.crowd)
-        owners = a.owners[rows]
-        corners = a.boxes[rows]
-        corners[:, 2:] += corners[:, :2]
-        limits = a.sizes[owners][:, [1, 0, 1, 0]]
-        clipped = np.clip(corners, 0, limits).astype(np.float32)
-        keep = (clipped[:, 2:] > clipped[:, :2]).all(axis=1)
-        self._boxes, self._labels = clipped[keep], a.labels[rows][keep]
-        self._starts = np.zeros(len(a) + 1, dtype=np.int64)
-        np.cumsum(np.bincount(owners[keep], minlength=len(a)), out=self._starts[1:])
+        keep, corners = a.trainable()
+        self._boxes, self._labels = corners[keep].astype(np.float32), a.labels[keep]
+        self._starts = np.concatenate([[0], np.cumsum(keep)])[a.starts]
         self.skipped = len(a.boxes) - len(self._boxes)
 
     @classmethod
@@ -62,7 +55,7 @@ class DetectionDataset:
             DataError: the file or an entry of it is malformed or contradicts another, or an image is missing.
         """
         annotation_file = Path(annotation_file)
-        return cls(read_coco(annotation_file, Path(image_dir), Issues()), name=name or annotation_file.stem)
+        return cls(read_coco(annotation_file, [Path(image_dir)], Issues()), name=name or annotation_file.stem)
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -72,7 +65,7 @@ class DetectionDataset:
         return self.image_dir / self.file_names[index]
 
     def boxes(self, index: int) -> np.ndarray:
-        """(G, 4) float32, xyxy in pixels, clipped to the image; without crowds and boxes of no area."""
+        """(G, 4) float32, xyxy in pixels, clipped to the image; without crowds, duplicates and boxes of no area."""
         return self._boxes[self._rows(index)].copy()
 
     def labels(self, index: int) -> np.ndarray:

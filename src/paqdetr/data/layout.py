@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
 from paqdetr.data.annotations import Annotations, Issues
+from paqdetr.data.files import files_in, folders_in
 from paqdetr.data.formats.cityscapes import cityscapes_places
 from paqdetr.data.formats.coco import read_coco
 from paqdetr.data.formats.crowdhuman import crowdhuman_places
 from paqdetr.data.formats.voc import voc_places
 from paqdetr.data.formats.yolo import YoloPlace, yolo_places
+from paqdetr.data.split_names import hint, meaning, name_splits
 from paqdetr.errors import DataError
 
 Format = Literal["coco", "voc", "yolo", "cityscapes", "crowdhuman"]
 
 ROBOFLOW_FILE = "_annotations.coco.json"
 
-_USUAL_ORDER = ("train", "val", "test")
-_SYNONYMS = {"valid": "val", "validation": "val"}
 _FORMS = (
     "DIR/train.json + DIR/train/ (COCO), DIR/annotations/instances_train*.json + DIR/train*/, "
-    f"DIR/train/{ROBOFLOW_FILE}, DIR/data.yaml (YOLO), DIR/Annotations/ + DIR/JPEGImages/ (Pascal VOC), "
-    "DIR/gtFine/ + DIR/leftImg8bit/ (Cityscapes), DIR/annotation_train.odgt + DIR/Images/ (CrowdHuman)"
+    f"DIR/train/{ROBOFLOW_FILE}, one COCO json + DIR/images/, DIR/data.yaml (YOLO), DIR/Annotations/ + DIR/JPEGImages/ (Pascal "
+    "VOC), DIR/gtFine/ + DIR/leftImg8bit/ (Cityscapes), DIR/annotation_train.odgt + DIR/Images/ (CrowdHuman)"
 )
 
 
@@ -44,20 +45,21 @@ class Place(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class CocoPlace:
-    """One split in COCO's json; `image_dir` is what file names are relative to."""
+    """One split in COCO's json; `image_dirs` are the folders that file names may be relative to."""
 
     annotation_file: Path
-    image_dir: Path
+    image_dirs: tuple[Path, ...]
 
     def read(self, issues: Issues) -> Annotations:
         """See `read_coco`."""
-        return read_coco(self.annotation_file, self.image_dir, issues)
+        return read_coco(self.annotation_file, self.image_dirs, issues)
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A recognised data folder: its format, and the places of its splits in the order train, val, test, others."""
+    """A recognised data folder: where it is, its format, and the places of its splits in the order train, val, test, others."""
 
+    root: Path
     format: Format
     splits: dict[str, Place]
 
@@ -72,16 +74,33 @@ def available_splits(data: str | Path) -> list[str]:
 
 
 def find_split(data: str | Path, split: str) -> Place:
-    """Where a split lies ("valid" and "validation" mean "val").
+    """Where a split lies ("valid", "Validation" and the like mean "val").
 
     Raises:
         DataError: as `available_splits`, or there is no such split.
     """
     places = find_layout(data).splits
-    wanted = _SYNONYMS.get(split, split)
+    wanted = split if split in places else meaning(split) or split
     if wanted not in places:
-        raise DataError(f"{data}: has no split {split!r}, found {', '.join(places)}", "Name one that exists.")
+        remedy = "Rename one of them to 'train'." if wanted == "train" else "Name one that exists."
+        raise DataError(f"{data}: has no split {split!r}, found {', '.join(places)}", remedy)
     return places[wanted]
+
+
+def split_to_evaluate(data: str | Path, split: str | None) -> str:
+    """The given split, or val; where the data have no val, test or else the first there is, with a line in the log.
+
+    Raises:
+        DataError: as `available_splits`.
+    """
+    if split is not None:
+        return split
+    found = available_splits(data)
+    chosen = next((name for name in ("val", "test") if name in found), found[0])
+    if chosen != "val":
+        warning = "; figures on images that were trained on say little" if chosen == "train" else ""
+        logging.getLogger(__name__).warning("%s has no split 'val': %r is used%s", data, chosen, warning)
+    return chosen
 
 
 def find_layout(data: str | Path) -> Layout:
@@ -89,10 +108,10 @@ def find_layout(data: str | Path) -> Layout:
 
     Args:
         data: a folder, or the `data.yaml` of a YOLO data set. A folder that holds several formats is read as the first of COCO,
-            YOLO, Pascal VOC, Cityscapes, CrowdHuman.
+            YOLO, Pascal VOC, Cityscapes, CrowdHuman. One that holds none, and one folder that is a data set, is read as that.
 
     Raises:
-        DataError: the folder is missing, empty, or of no known layout.
+        DataError: the folder is missing, empty, of no known layout, or two of its parts mean the same split.
     """
     root = Path(data)
     try:
@@ -109,68 +128,132 @@ def find_layout(data: str | Path) -> Layout:
                 f"{root}: is a file, expected a data folder or the data.yaml of one",
                 "Name the folder that holds the splits.",
             )
-        return _layout("yolo", yolo_places(root, named=True))
+        return Layout(root, "yolo", name_splits(yolo_places(root, named=True), root))
     if not any(root.iterdir()):
         raise DataError(f"{root}: the data folder is empty", f"Put a data set there: {_FORMS}.")
-    if coco := _beside(root) or _as_coco(root) or _as_roboflow(root):
-        return _layout("coco", coco)
-    if yolo := _as_yolo(root):
-        return _layout("yolo", yolo)
-    if voc := voc_places(root):
-        return _layout("voc", voc)
-    if cityscapes := cityscapes_places(root):
-        return _layout("cityscapes", cityscapes)
-    if crowdhuman := crowdhuman_places(root):
-        return _layout("crowdhuman", crowdhuman)
-    raise DataError(f"{root}: no data set of a known layout", f"Lay the folder out as {_FORMS}.")
-
-
-def _layout(form: Format, places: Mapping[str, Place]) -> Layout:
-    named: dict[str, Place] = {_SYNONYMS.get(split, split): place for split, place in places.items()}
-    order = sorted(
-        named, key=lambda s: (_USUAL_ORDER.index(s) if s in _USUAL_ORDER else len(_USUAL_ORDER), s)
+    found = (
+        [layout] if (layout := _recognise(root)) else list(filter(None, map(_recognise, folders_in(root))))
     )
-    return Layout(form, {split: named[split] for split in order})
+    if len(found) > 1:
+        names = ", ".join(layout.root.name for layout in found)
+        raise DataError(
+            f"{root}: holds several data sets, {names}", f"Name one of them, such as {found[0].root}."
+        )
+    if not found:
+        raise DataError(
+            f"{root}: no data set of a known layout{_near_miss(root)}", f"Lay the folder out as {_FORMS}."
+        )
+    return found[0]
 
 
-def _beside(root: Path) -> dict[str, CocoPlace]:
-    """train.json beside train/."""
-    return {
-        file.stem: CocoPlace(file, root / file.stem)
-        for file in sorted(root.glob("*.json"))
-        if (root / file.stem).is_dir()
+def _recognise(root: Path) -> Layout | None:
+    finders: dict[Format, Callable[[Path], Mapping[str, Place]]] = {
+        "coco": _usual_coco,
+        "yolo": _as_yolo,
+        "voc": voc_places,
+        "cityscapes": cityscapes_places,
+        "crowdhuman": crowdhuman_places,
     }
+    for form, find in [*finders.items(), ("coco", _any_coco)]:
+        if places := find(root):
+            return Layout(root, form, name_splits(places, root))
+    return None
 
 
-def _as_coco(root: Path) -> dict[str, CocoPlace]:
-    """annotations/instances_train2017.json beside train2017/, train/ or images/train2017/."""
+def _near_miss(root: Path) -> str:
+    """What is missing from a folder that is nearly one of YOLO's."""
+    for folder in (root, *folders_in(root)):
+        if {"labels", "images"} <= {below.name.lower() for below in folders_in(folder)}:
+            return f": {folder} has YOLO's `labels` and `images`, but there is no data.yaml that names the classes"
+    return ""
+
+
+def _usual_coco(root: Path) -> dict[str, CocoPlace]:
+    """train.json beside train/; annotations/instances_train2017.json beside train2017/; train/_annotations.coco.json."""
+    files = [
+        (file.stem, file)
+        for file in _jsons(root)
+        if _image_dirs(root, file.stem) and (hint(file.stem) or _is_coco(file))
+    ]
+    files += [
+        (file.stem[len("instances_") :], file)
+        for file in _jsons(root / "annotations")
+        if file.stem.lower().startswith("instances_")
+    ]
+    places = [
+        (name, CocoPlace(file, (*_image_dirs(root, name), *_shared_dirs(root)))) for name, file in files
+    ]
+    own = [(folder, folder / ROBOFLOW_FILE) for folder in folders_in(root)]
+    return _unique([*places, *((f.name, CocoPlace(file, (f,))) for f, file in own if file.is_file())])
+
+
+def _any_coco(root: Path) -> dict[str, CocoPlace]:
+    """COCO json of any name: in the folder, in annotations/, or one in each folder of a split."""
+    files = [file for folder in (root, root / "annotations") for file in _jsons(folder) if _is_coco(file)]
+    dirs = (*_shared_dirs(root), *folders_in(root))
+    places = [(file.stem, CocoPlace(file, (*_image_dirs(root, file.stem), *dirs))) for file in files]
+    for folder in folders_in(root):
+        own = [file for file in _jsons(folder) if _is_coco(file)] if meaning(folder.name) else []
+        inside = (*_shared_dirs(folder), *folders_in(folder))
+        places += [(folder.name, CocoPlace(file, inside)) for file in own]
+    return _unique(places)
+
+
+def _unique(places: list[tuple[str, CocoPlace]]) -> dict[str, CocoPlace]:
     found: dict[str, CocoPlace] = {}
-    for file in sorted((root / "annotations").glob("instances_*.json")):
-        full = file.stem.removeprefix("instances_")
-        plain = re.sub(r"[-_]?\d+$", "", full) or full
-        folders = [root / full, root / plain, root / "images" / full, root / "images" / plain]
-        folder = next((f for f in folders if f.is_dir()), folders[0])
-        split = _SYNONYMS.get(plain, plain)
-        if split in found:  # of two years of one split the later has the plain name, the earlier its full one
-            earlier = found[split]
-            found[earlier.annotation_file.stem.removeprefix("instances_")] = earlier
-        found[split] = CocoPlace(file, folder)
+    for name, place in places:
+        if name in found:
+            raise DataError(
+                f"{found[name].annotation_file} and {place.annotation_file} mean the same split, {name!r}",
+                "Rename or remove one of them.",
+            )
+        found[name] = place
     return found
+
+
+def _image_dirs(root: Path, name: str) -> list[Path]:
+    """Folders for the images of a split: called like it, with or without the year, whatever the case."""
+    plain = re.sub(r"[-_]?\d+$", "", name) or name
+    folders = [*folders_in(root), *folders_in(root / "images")]
+    return [f for wanted in (name, plain) for f in folders if f.name.lower() == wanted.lower()]
+
+
+def _shared_dirs(root: Path) -> list[Path]:
+    """Folders for the images of all splits together."""
+    return [f for f in folders_in(root) if f.name.lower() in ("images", "image", "imgs", "img", "data")] + [
+        root
+    ]
+
+
+def _jsons(folder: Path) -> list[Path]:
+    return [file for file in files_in(folder) if file.suffix.lower() == ".json"]
+
+
+def _is_coco(file: Path) -> bool:
+    """Whether it looks like COCO's ground truth, of boxes."""
+    if file.stem.lower().startswith(("captions_", "panoptic_", "stuff_", "image_info_")):
+        return False
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(2**16)
+    except OSError:
+        return False
+    if start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] != b"{":  # a list is results, or an export of another kind
+        return False
+    return re.search(rb'"(images|annotations|categories)"\s*:\s*\[', start) is not None
 
 
 def _as_yolo(root: Path) -> dict[str, YoloPlace]:
     """data.yaml, or another yaml file that names classes and images."""
     if (root / "data.yaml").is_file():
         return yolo_places(root / "data.yaml", named=False)
-    for file in sorted([*root.glob("*.yaml"), *root.glob("*.yml")]):
-        with suppress(DataError):  # a file of some other program need not even be YAML
-            if found := yolo_places(file, named=False):
-                return found
-    return {}
-
-
-def _as_roboflow(root: Path) -> dict[str, CocoPlace]:
-    """train/_annotations.coco.json among the images."""
-    return {
-        file.parent.name: CocoPlace(file, file.parent) for file in sorted(root.glob(f"*/{ROBOFLOW_FILE}"))
-    }
+    found: dict[Path, dict[str, YoloPlace]] = {}
+    for file in files_in(root):
+        if file.suffix.lower() in (".yaml", ".yml"):
+            with suppress(DataError):  # a file of some other program need not even be YAML
+                found[file] = yolo_places(file, named=False)
+    described = [file for file, places in found.items() if places]
+    if len(described) > 1:
+        names = " and ".join(file.name for file in described)
+        raise DataError(f"{root}: {names} describe data sets", f"Name one of them, such as {described[0]}.")
+    return found[described[0]] if described else {}

@@ -13,6 +13,12 @@ from paqdetr.data.layout import find_layout
 
 # Sides of COCO's small and medium boxes: sqrt(area) below 32, below 96.
 SMALL, MEDIUM = 32.0, 96.0
+MAX_DETECTIONS = 100
+"""Detections of one class in an image that COCO's AP counts (`maxDets`)."""
+
+# The fewest queries that a model of this package has.
+FEWEST_QUERIES = 100
+
 _EDGES = tuple(float(2**power) for power in range(12))
 
 
@@ -107,6 +113,39 @@ class SplitStats:
                 "image_height": _quantiles(a.sizes[:, 0]),
             },
         }
+
+
+def describe_crowding(
+    annotations: Annotations, *, queries: int | None = None, max_detections: int | None = MAX_DETECTIONS
+) -> list[str]:
+    """Sentences on images with more boxes than a detector can find, and on those with more than AP counts.
+
+    Args:
+        queries: of the detector, each of which finds one object at most; None if it is not known yet.
+        max_detections: of one class that AP counts in an image; None leaves that out.
+    """
+    owners, labels = annotations.owners[~annotations.crowd], annotations.labels[~annotations.crowd]
+    images, sentences = len(annotations), []
+    per_image = np.bincount(owners, minlength=1)
+    limit = FEWEST_QUERIES if queries is None else queries
+    if per_image.max() > limit:
+        sentences.append(
+            f"{int((per_image > limit).sum())} of {images} images have more than {limit} boxes (up to {per_image.max()}), and a "
+            "query finds one object at most: "
+            + (
+                "take a model with enough queries"
+                if queries is None
+                else f"raise model.num_queries={queries}"
+            )
+        )
+    of_class, counts = np.unique(np.stack([owners, labels]), axis=1, return_counts=True)
+    over = counts > max_detections if max_detections else np.zeros(0, dtype=bool)
+    if over.any():
+        sentences.append(
+            f"{len(np.unique(of_class[0, over]))} of {images} images have more than {max_detections} boxes of one class (up to "
+            f"{counts.max()}), and AP counts no more detections of a class than that: `paqdetr eval --max-detections` raises it"
+        )
+    return sentences
 
 
 def box_sides(annotations: Annotations) -> np.ndarray:

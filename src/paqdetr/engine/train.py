@@ -12,7 +12,7 @@ from paqdetr.engine.environment import describe_environment
 from paqdetr.engine.events import Callback
 from paqdetr.engine.processes import Processes
 from paqdetr.engine.run import Run
-from paqdetr.engine.setup import open_splits, with_classes, with_largest_batch
+from paqdetr.engine.setup import describe_data, open_splits, with_classes, with_largest_batch
 from paqdetr.engine.trackers import require_trackers
 from paqdetr.engine.trainer import Trainer
 from paqdetr.errors import ConfigError, UserError
@@ -33,11 +33,11 @@ def train(
 ) -> Run:
     """Train a model and evaluate it on the validation split after each `eval_every` epochs.
 
-    Settings that change nothing beside the others are named in the log.
+    Settings that change nothing beside the others, and what is odd about the data, are named in the log.
 
     Args:
         model: a name of `list_models()`, a recipe of `list_recipes()`, or a YAML file.
-        data: a data set's folder with a `train` and, if there is one, a `val` split.
+        data: a data set's folder with a `train` and, if there is one, a `val` split; `val_fraction` makes one.
         output: the run's folder.
         resume: continue a run that was interrupted; start it if there is none; do nothing if it is finished.
         accept_new_data: resume even if classes, boxes or images are not those that the run was started with.
@@ -82,8 +82,8 @@ def train(
         processes.wait()  # the others have seen what there is
         with processes.agreeing():
             if processes.main:
-                for idle in describe_idle(config, given):
-                    logging.getLogger(__name__).warning("%s", idle)
+                for note in (*describe_idle(config, given), *describe_data(config, train_split, val_split)):
+                    logging.getLogger(__name__).warning("%s", note)
                 run.write_config(config)
                 run.remove_leftovers()
                 run.add_environment(describe_environment() | {"processes": processes.count})

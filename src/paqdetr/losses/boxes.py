@@ -22,7 +22,6 @@ class FlatPairs:
         label: its class.
         box: (P, 4) cxcywh it should have.
         weight: (P,) how much of a positive it is; None if all pairs are whole ones.
-        positives: of each of the K layers, counted on the host, where the pairs are.
     """
 
     layer: Tensor
@@ -31,7 +30,6 @@ class FlatPairs:
     label: Tensor
     box: Tensor
     weight: Tensor | None = None
-    positives: tuple[int, ...] = ()
 
     @classmethod
     def from_pairs(
@@ -60,8 +58,7 @@ class FlatPairs:
         if any(found.weights is not None for row in pairs for found in row):
             parts = [_weights_of(found) for row in pairs for found in row]
             weight = torch.cat(parts).to(device, boxes.dtype)
-        positives = tuple(sum(map(len, row)) for row in pairs)
-        return cls(layer, image, query, labels[truth], boxes[truth], weight, positives)
+        return cls(layer, image, query, labels[truth], boxes[truth], weight)
 
 
 def _weights_of(pairs: Pairs) -> Tensor:

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paqdetr.models.attention import MLP, DeformableAttention, FeedForward
-from paqdetr.models.many_heads import OneToManyHeads
 from paqdetr.models.position import at_least_float32, inverse_sigmoid, sine_boxes
 from paqdetr.models.queries import QueryGroup
 from paqdetr.models.recompute import Recomputing
@@ -28,17 +27,14 @@ class Decoded:
     Attributes:
         logits: (K, B, N, C).
         boxes: (K, B, N, 4) cxcywh in [0, 1].
-        many: of the heads that learn several positives a box, which the first layers may have in training; else None.
     """
 
     logits: Tensor
     boxes: Tensor
-    many: Decoded | None = None
 
     def part(self, first: int, end: int | None) -> Decoded:
         """Predictions of the queries first..end - 1."""
-        many = None if self.many is None else self.many.part(first, end)
-        return Decoded(self.logits[:, :, first:end], self.boxes[:, :, first:end], many)
+        return Decoded(self.logits[:, :, first:end], self.boxes[:, :, first:end])
 
 
 class DecoderLayer(nn.Module):
@@ -84,7 +80,6 @@ class Decoder(Recomputing):
         refine_from: "raw" computes the next layer's boxes from the output before the norm, as DINO's code does.
         box_eps: logits of boxes are taken of values at least this far from 0 and 1.
         padded_positions: embed boxes as they stand in the padded image, as published codes do; then padding changes the result.
-        many_layers: so many of the first layers have heads for several positives a box as well, in training.
     """
 
     def __init__(
@@ -107,7 +102,6 @@ class Decoder(Recomputing):
         refine_from: Literal["normed", "raw"],
         box_eps: float,
         padded_positions: bool,
-        many_layers: int = 0,
     ) -> None:
         super().__init__()
         self.dim = dim
@@ -131,11 +125,6 @@ class Decoder(Recomputing):
         heads = 1 if share_heads else num_layers
         self.class_heads = nn.ModuleList(nn.Linear(dim, num_classes) for _ in range(heads))
         self.box_heads = nn.ModuleList(MLP((dim, dim, dim, 4)) for _ in range(heads))
-        self.many_heads = None
-        if many_layers:
-            self.many_heads = OneToManyHeads(
-                num_layers=many_layers, dim=dim, num_classes=num_classes, share=share_heads
-            )
 
     def forward(self, queries: QueryGroup, memory: Tokens, attention_mask: Tensor | None = None) -> Decoded:
         """Refine boxes layer by layer.
@@ -147,7 +136,7 @@ class Decoder(Recomputing):
         """
         x, reference = queries.content, at_least_float32(queries.reference)
         previous = reference  # the same places, with the gradient of the layer that made them
-        logits, boxes, many_logits, many_boxes = [], [], [], []
+        logits, boxes = [], []
         for i, layer in enumerate(self.layers):
             position = queries.position
             if position is None:
@@ -160,18 +149,13 @@ class Decoder(Recomputing):
             offset = at_least_float32(box_head(state))  # (B, N, 4)
             logits.append(self.class_heads[i % len(self.class_heads)](state))
             boxes.append(self._shift(previous, offset))
-            if self.many_heads is not None and self.training and i < self.many_heads.num_layers:
-                more_logits, more_offset = self.many_heads(i, state)
-                many_logits.append(more_logits)
-                many_boxes.append(self._shift(previous, at_least_float32(more_offset)))
             if self.box_refinement and i + 1 < len(self.layers):
                 if self.refine_raw:
                     offset = at_least_float32(box_head(x))
                 refined = self._shift(reference, offset)
                 reference = refined.detach()
                 previous = refined if self.look_forward_twice else reference
-        many = Decoded(torch.stack(many_logits), torch.stack(many_boxes)) if many_logits else None
-        return Decoded(torch.stack(logits), torch.stack(boxes), many)
+        return Decoded(torch.stack(logits), torch.stack(boxes))
 
     def _embed(self, reference: Tensor, content: Tensor | None, memory: Tokens) -> Tensor:
         """Position embedding (B, N, d) of boxes (B, N, 4), scaled by the content if there is any and the host does that."""

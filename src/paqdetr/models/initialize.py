@@ -80,9 +80,6 @@ def init_weights(model: Detector) -> None:
             nn.init.xavier_uniform_(part.weight)
             _zero(part.bias)
     class_heads, box_heads = list(model.decoder.class_heads), list(model.decoder.box_heads)
-    if model.decoder.many_heads is not None:
-        class_heads += list(model.decoder.many_heads.class_heads)
-        box_heads += list(model.decoder.many_heads.box_heads)
     start = model.start
     if isinstance(start, ProposalStart):
         nn.init.xavier_uniform_(start.head.project.weight)
@@ -97,11 +94,7 @@ def init_weights(model: Detector) -> None:
         nn.init.zeros_(last.weight)
         _zero(last.bias)
     if not isinstance(start, ProposalStart):
-        firsts = (
-            [model.decoder] if model.decoder.many_heads is None else [model.decoder, model.decoder.many_heads]
-        )
-        for part in firsts:
-            nn.init.constant_(_last(part.box_heads[0]).bias[2:], -2.0)
+        nn.init.constant_(_last(model.decoder.box_heads[0]).bias[2:], -2.0)
     if isinstance(start, LearnedPoints):
         nn.init.xavier_uniform_(start.point_head.weight)
         _zero(start.point_head.bias)

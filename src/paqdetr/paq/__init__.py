@@ -7,8 +7,6 @@ from paqdetr.errors import NonFiniteError
 from paqdetr.paq.assignment import Assigner, OneToOneAssigner, Pairs, QualityAwareAssigner, match_layers
 from paqdetr.paq.baselines import FixedKAssigner, SimOTAAssigner
 from paqdetr.paq.costs import CostWeights, Matchables
-from paqdetr.paq.damping import RankDamping
-from paqdetr.paq.finite import NonFinitePolicy
 from paqdetr.paq.losses import focal_loss, pattern_diversity_loss, varifocal_loss
 from paqdetr.paq.patterns import Mixture, PatternQueries, StaticMixtures
 from paqdetr.structures import Targets
@@ -20,12 +18,10 @@ __all__ = [
     "Matchables",
     "Mixture",
     "NonFiniteError",
-    "NonFinitePolicy",
     "OneToOneAssigner",
     "Pairs",
     "PatternQueries",
     "QualityAwareAssigner",
-    "RankDamping",
     "SimOTAAssigner",
     "StaticMixtures",
     "Targets",

@@ -13,7 +13,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from paqdetr.paq.assignment import Pairs, checked_most, solve_batch, to_pairs
+from paqdetr.paq.assignment import Pairs, solve_batch, to_pairs
 from paqdetr.paq.costs import CostWeights, Matchables
 from paqdetr.paq.selection import floor_of_best, limit_claims, select_by_hungarian, select_by_score
 from paqdetr.structures import Targets
@@ -61,7 +61,6 @@ class SimOTAAssigner:
         select: "cost", the k_j queries of least cost, one that two boxes claim going to the cheaper (the original's); or
             "hungarian", as in `QualityAwareAssigner`.
         cost_weights: of the matching cost.
-        max_positives: as in `QualityAwareAssigner`.
     """
 
     def __init__(
@@ -71,7 +70,6 @@ class SimOTAAssigner:
         select: Literal["cost", "hungarian"] = "cost",
         *,
         cost_weights: CostWeights | None = None,
-        max_positives: int | None = None,
     ) -> None:
         if not 1 <= min_positives <= top_k:
             raise ValueError(f"expected 1 <= min_positives <= top_k, found {min_positives} and {top_k}")
@@ -79,7 +77,6 @@ class SimOTAAssigner:
             raise ValueError(f"select: expected 'cost' or 'hungarian', found {select!r}")
         self.top_k = top_k
         self.min_positives = min_positives
-        self.max_positives = checked_most(max_positives, min_positives, top_k)
         self.select = select
         self.cost_weights = cost_weights or CostWeights()
 
@@ -93,7 +90,7 @@ class SimOTAAssigner:
         if num_boxes == 0 or num_boxes > num_queries:
             return to_pairs(*linear_sum_assignment(image.cost))
         wanted = floor_of_best(image.iou, self.top_k)
-        claims = limit_claims(wanted, image.iou, least=self.min_positives, most=self.max_positives)
+        claims = limit_claims(wanted, image.iou, least=self.min_positives, most=self.top_k)
         if self.select == "hungarian":
             return to_pairs(*select_by_hungarian(image.cost, claims))
         return to_pairs(*select_by_score(-image.cost, claims, image.cost))

@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from paqdetr.data.annotations import Annotations, Builder, Issues, is_coordinate, is_side, shorten
-from paqdetr.data.files import load_json
+from paqdetr.data.annotations import Annotations, Builder, Issues
+from paqdetr.data.files import Folder, folders_in, list_files
 from paqdetr.errors import DataError
+from paqdetr.files import load_json
 from paqdetr.structures import ClassTable
+from paqdetr.text import shorten
+from paqdetr.values import as_flag, is_coordinate, is_side
 
 # The classes that Cityscapes annotates one by one, under its own ids.
 CLASSES = ClassTable(
@@ -36,8 +39,7 @@ def cityscapes_places(root: Path) -> dict[str, CityscapesPlace]:
     """The splits of a Cityscapes folder."""
     return {
         folder.name: CityscapesPlace(folder, root / "leftImg8bit" / folder.name)
-        for folder in sorted((root / "gtFine").glob("*"))
-        if folder.is_dir()
+        for folder in folders_in(root / "gtFine")
     }
 
 
@@ -51,17 +53,18 @@ def read_cityscapes(place: CityscapesPlace, issues: Issues) -> Annotations:
         DataError: a file is malformed, or an image is missing.
     """
     builder = Builder()
-    files = sorted(place.polygon_dir.glob(f"*/*{_POLYGONS}"))
+    files = [name for name in list_files(place.polygon_dir, issues) if name.endswith(_POLYGONS)]
+    images = Folder(place.image_dir)
     if not files:
         issues.error(
             place.polygon_dir, f"holds no CITY/*{_POLYGONS}", "Unpack gtFine_trainvaltest.zip there."
         )
-    for path in files:
-        own = path.name.removesuffix(_POLYGONS)
-        name = f"{path.parent.name}/{own}{_IMAGE}"
-        if not (place.image_dir / name).is_file():
+    for file in files:
+        path, stem = place.polygon_dir / file, file.removesuffix(_POLYGONS)
+        name = images.find(f"{stem}{_IMAGE}")
+        if name is None:
             issues.error(
-                place.image_dir / name, f"missing, though {path} is about it",
+                place.image_dir / f"{stem}{_IMAGE}", f"missing, though {path} is about it",
                 "Unpack leftImg8bit_trainvaltest.zip beside gtFine.", kind="missing image",
             )  # fmt: skip
             continue
@@ -78,6 +81,7 @@ def read_cityscapes(place: CityscapesPlace, issues: Issues) -> Annotations:
         if not isinstance(objects, list):
             issues.error(path, f"`objects` is {shorten(objects)}, expected a list")
             continue
+        own = stem.rpartition("/")[2]
         image = builder.add_image(own, name, height=int(height), width=int(width))
         for number, item in enumerate(objects):
             _add(builder, image, item, f"objects[{number}]", path, issues)
@@ -90,8 +94,12 @@ def _add(builder: Builder, image: int, item: Any, where: str, path: Path, issues
     if not isinstance(label, str):
         issues.error(path, f"{where} is {shorten(item)}, expected a label and a polygon")
         return
-    plain = label.removesuffix("group")
-    if plain not in _LABELS or item.get("deleted"):
+    plain, deleted = label.removesuffix("group"), as_flag(item.get("deleted"))
+    if deleted is None:
+        issues.error(
+            path, f"{where} ({label}) has deleted {shorten(item['deleted'])}, expected 0 or 1", kind="flag"
+        )
+    if plain not in _LABELS or deleted is not False:
         return
     points = item.get("polygon")
     if (

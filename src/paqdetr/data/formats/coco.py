@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from paqdetr.data.annotations import (
-    Annotations,
-    Builder,
-    Issues,
-    is_box,
-    is_integer,
-    is_side,
-    shorten,
-)
-from paqdetr.data.files import inner_path, load_json, missing_files
+from paqdetr.data.annotations import Annotations, Builder, Issues
+from paqdetr.data.files import Folder, inner_path, is_leftover
 from paqdetr.errors import DataError
+from paqdetr.files import load_json
 from paqdetr.structures import ClassTable
+from paqdetr.text import shorten
+from paqdetr.values import as_flag, as_id, is_box, is_side
+
+# The types of json's ids: its `true` is none of them, though Python takes it for 1.
+_ID_TYPES = (int, str, float)
+_AN_ID = "expected an integer of at most 64 bits, or a text"
 
 
-def read_coco(annotation_file: Path, image_dir: Path, issues: Issues) -> Annotations:
+def read_coco(annotation_file: Path, image_dirs: Sequence[Path], issues: Issues) -> Annotations:
     """Reads and verifies an annotation file; images are not opened, only looked for.
 
     Category ids may have gaps and start anywhere. Texts as category ids become integers: "7" is 7, and where one of them is
     no number, all are numbered from 1 in the order of the file.
+
+    Args:
+        annotation_file: COCO json with `images`, `annotations` and `categories`.
+        image_dirs: folders that `file_name` may be relative to; the one that has most of the images counts.
 
     Raises:
         DataError: the file or an entry is malformed or contradicts another, or an image is missing.
@@ -36,10 +39,10 @@ def read_coco(annotation_file: Path, image_dir: Path, issues: Issues) -> Annotat
         content = load_json(annotation_file)
     except DataError as error:
         issues.unreadable(annotation_file, error)
-        return Builder().build(source=annotation_file, image_dir=image_dir, classes=ClassTable((), ()))
+        return Builder().build(source=annotation_file, image_dir=image_dirs[0], classes=ClassTable((), ()))
     reader = _Reader(annotation_file, content, issues)
     classes, label_of = reader.classes()
-    positions = reader.images(image_dir)
+    image_dir, positions = reader.images(image_dirs)
     reader.boxes(label_of, positions)
     return reader.builder.build(source=annotation_file, image_dir=image_dir, classes=classes)
 
@@ -74,10 +77,10 @@ class _Reader:
         """The class table, and the file's own category ids -> contiguous index."""
         names: dict[int | str, str] = {}
         for position, category in self.entries("categories"):
-            own, name = category.get("id"), category.get("name")
-            if not (is_integer(own) or isinstance(own, str)) or not (
-                isinstance(name, str) or is_integer(name)
-            ):
+            own, name = as_id(category.get("id")), category.get("name")
+            if own is None:
+                self.fail(f"categories[{position}] has id {shorten(category.get('id'))}, {_AN_ID}", "class")
+            elif isinstance(name, bool) or not isinstance(name, (str, int)):
                 self.fail(
                     f"categories[{position}] is {shorten(category)}, expected an `id` and a `name`", "class"
                 )
@@ -93,27 +96,29 @@ class _Reader:
         position_of = classes.id_to_index
         return classes, {own: position_of[number] for own, number in numbers.items()}
 
-    def images(self, image_dir: Path) -> dict[int | str, int]:
-        """The images' own ids -> positions."""
-        positions: dict[int | str, int] = {}
+    def images(self, image_dirs: Sequence[Path]) -> tuple[Path, dict[int | str, int]]:
+        """The folder they lie in, and the images' own ids -> positions."""
         accepted: list[tuple[int | str, str, int, int]] = []
         seen: set[int | str] = set()
         for position, image in self.entries("images"):
-            own, name = image.get("id"), image.get("file_name")
+            own, name = as_id(image.get("id")), image.get("file_name")
             height, width = image.get("height"), image.get("width")
-            if not (is_integer(own) or isinstance(own, str)):
-                self.fail(f"images[{position}] has id {shorten(own)}, expected a number or a text")
-            elif own in seen:
+            if own is None:
+                self.fail(f"images[{position}] has id {shorten(image.get('id'))}, {_AN_ID}")
+                continue
+            if own in seen:
                 self.fail(f"image id {shorten(own)} is given twice")
             elif not isinstance(name, str) or not name:
                 self.fail(f"image {shorten(own)} has file_name {shorten(name)}, expected a name")
             elif (plain := inner_path(name)) is None:
                 self.issues.error(
                     self.path,
-                    f"image {shorten(own)} has file_name {shorten(name)}, which is no name inside {image_dir}",
+                    f"image {shorten(own)} has file_name {shorten(name)}, which is no name inside {image_dirs[0]}",
                     "Give names relative to the folder of the images, without '..'.",
                     kind="path leaves the folder",
                 )
+            elif is_leftover(plain):
+                self.issues.warn(name, "left out: not part of the data", kind="skipped file")
             elif not (is_side(height) and is_side(width)):
                 self.fail(
                     f"image {shorten(own)} has height {shorten(height)} and width {shorten(width)},"
@@ -122,54 +127,49 @@ class _Reader:
                 )
             else:
                 accepted.append((own, plain, int(height), int(width)))
-            if is_integer(own) or isinstance(own, str):
-                seen.add(own)
-        missing = self._missing(image_dir, [name for _, name, _, _ in accepted])
-        for own, name, height, width in accepted:
-            if name not in missing:
-                positions[own] = self.builder.add_image(own, name, height=height, width=width)
+            seen.add(own)
+        image_dir, found = _find(image_dirs, [name for _, name, _, _ in accepted])
+        self._complain_of_missing(
+            image_dir, [name for _, name, _, _ in accepted if name not in found], len(accepted)
+        )
+        positions = {
+            own: self.builder.add_image(own, found[name], height=height, width=width)
+            for own, name, height, width in accepted
+            if name in found
+        }
         self._known = seen  # what is listed, well-formed or not: its boxes are no further mistakes
-        return positions
+        return image_dir, positions
 
-    def _missing(self, image_dir: Path, names: list[str]) -> set[str]:
-        """Names of missing images, if issues are collected."""
-        missing = missing_files(image_dir, names)
+    def _complain_of_missing(self, image_dir: Path, missing: list[str], listed: int) -> None:
         if missing and not self.issues.collect:
             slashes = " (their names have backslashes)" if "\\" in missing[0] else ""
             raise DataError(
                 f"{image_dir / missing[0]}: missing, though {self.path} lists it"
-                f" ({len(missing)} of {len(names)} images are missing){slashes}",
+                f" ({len(missing)} of {listed} images are missing){slashes}",
                 "Put the images there, or correct `file_name`.",
             )
         for name in missing:
             self.issues.error(image_dir / name, f"missing, though {self.path} lists it", kind="missing image")
-        return set(missing)
 
     def boxes(self, label_of: dict[int | str, int], positions: dict[int | str, int]) -> None:
         """Takes the well-formed annotations; the names of what is wrong are made up for the others alone: there are millions."""
         add = self.builder.add_box
         for position, entry in self.entries("annotations", may_be_empty=True):
-            owner, category, box, area = (
-                entry.get("image_id"),
-                entry.get("category_id"),
-                entry.get("bbox"),
-                entry.get("area"),
-            )
+            owner, category = entry.get("image_id"), entry.get("category_id")
+            box, area = entry.get("bbox"), entry.get("area")
+            crowd = as_flag(entry.get("iscrowd"))
             if (
-                isinstance(owner, (int, str))
+                type(owner) in _ID_TYPES
                 and owner in self._known
-                and isinstance(category, (int, str))
+                and type(category) in _ID_TYPES
                 and category in label_of
-                and category is not True
-                and category is not False
                 and is_box(box)
                 and (area is None or _is_area(area))
+                and crowd is not None
             ):
                 self.builder.masks += bool(entry.get("segmentation"))
                 if owner in positions:
-                    add(
-                        positions[owner], label_of[category], box, crowd=bool(entry.get("iscrowd")), area=area
-                    )
+                    add(positions[owner], label_of[category], box, crowd=crowd, area=area)
             else:
                 self.fail(*self._complaint(position, entry, label_of))
 
@@ -179,16 +179,31 @@ class _Reader:
         """What is wrong with an annotation, and the kind of problem."""
         subject = f"annotation {shorten(entry.get('id', [position]))}"
         owner, category, box, area = (entry.get(k) for k in ("image_id", "category_id", "bbox", "area"))
-        if not isinstance(owner, (int, str)) or owner not in self._known:
+        if type(owner) not in _ID_TYPES or owner not in self._known:
             return f"{subject} belongs to image {shorten(owner)}, which `images` does not list", "annotation"
         subject = f"{subject} of image {shorten(owner)} has"
-        if not isinstance(category, (int, str)) or isinstance(category, bool) or category not in label_of:
+        if type(category) not in _ID_TYPES or category not in label_of:
             message = f"{subject} category_id {shorten(category)}, which `categories` does not list"
             return message, "unknown class"
         if not is_box(box):
             message = f"{subject} bbox {shorten(box)}, expected four finite numbers [x, y, w, h]"
             return message, "malformed box"
-        return f"{subject} area {shorten(area)}, expected a number", "malformed box"
+        if area is not None and not _is_area(area):
+            return f"{subject} area {shorten(area)}, expected a number", "malformed box"
+        return f"{subject} iscrowd {shorten(entry.get('iscrowd'))}, expected 0 or 1", "flag"
+
+
+def _find(folders: Sequence[Path], names: list[str]) -> tuple[Path, dict[str, str]]:
+    """The folder that has most of the images, and their names in the file -> their names on the disk."""
+    best, most = folders[0], {}
+    for folder in folders:
+        index = Folder(folder)
+        found = {name: real for name in names if (real := index.find(name)) is not None}
+        if len(found) > len(most):
+            best, most = folder, found
+        if len(found) == len(names):
+            break
+    return best, most
 
 
 def _is_area(value: object) -> bool:
@@ -240,9 +255,20 @@ def to_coco(annotations: Annotations) -> dict[str, Any]:
 
 
 def write_coco(root: Path, splits: dict[str, Annotations], place_image: Callable[[Path, Path], None]) -> None:
-    """Writes `SPLIT.json` and `SPLIT/` for every split; `place_image(source, target)` brings each image there."""
-    for split, content in splits.items():
+    """Writes `SPLIT.json` and `SPLIT/` for every split; `place_image(source, target)` brings each image there.
+
+    Image ids are integers, which most other readers rely on: where one of a split is none, its images are numbered from 1 and
+    keep their own id under `original_id`.
+    """
+    for split, part in splits.items():
         (root / split).mkdir(parents=True)
-        for name in content.file_names:
-            place_image(content.image_dir / name, root / split / name)
-        (root / f"{split}.json").write_text(json.dumps(to_coco(content)), encoding="utf-8")
+        for name in part.file_names:
+            place_image(part.image_dir / name, root / split / name)
+        content = to_coco(part)
+        if any(isinstance(own, str) for own in part.image_ids):
+            numbers = {own: number for number, own in enumerate(part.image_ids, start=1)}
+            for image in content["images"]:
+                image["original_id"], image["id"] = image["id"], numbers[image["id"]]
+            for row in content["annotations"]:
+                row["image_id"] = numbers[row["image_id"]]
+        (root / f"{split}.json").write_text(json.dumps(content), encoding="utf-8")

@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from paqdetr.data.annotations import Annotations, Builder, Issues, is_box, shorten
-from paqdetr.data.files import MAX_JSON_BYTES, inner_path, parse_json, read_text
+from paqdetr.data.annotations import Annotations, Builder, Issues
+from paqdetr.data.files import Folder, files_in, folders_in, inner_path, is_leftover
 from paqdetr.data.formats.sizes import header_sizes
 from paqdetr.errors import DataError
+from paqdetr.files import MAX_JSON_BYTES, parse_json, read_text
 from paqdetr.structures import ClassTable
+from paqdetr.text import shorten
+from paqdetr.values import as_flag, as_id, is_box
 
 CLASSES = ClassTable((1,), ("person",))
 _PREFIX = "annotation_"
@@ -30,9 +33,11 @@ class CrowdHumanPlace:
 
 def crowdhuman_places(root: Path) -> dict[str, CrowdHumanPlace]:
     """The splits of a CrowdHuman folder."""
+    images = next((folder for folder in folders_in(root) if folder.name.lower() == "images"), root / "Images")
     return {
-        file.stem.removeprefix(_PREFIX): CrowdHumanPlace(file, root / "Images")
-        for file in sorted(root.glob(f"{_PREFIX}*.odgt"))
+        file.stem.removeprefix(_PREFIX): CrowdHumanPlace(file, images)
+        for file in files_in(root)
+        if file.name.startswith(_PREFIX) and file.suffix == ".odgt"
     }
 
 
@@ -45,8 +50,9 @@ def read_crowdhuman(place: CrowdHumanPlace, issues: Issues) -> Annotations:
         DataError: a line is malformed, or an image is missing or damaged.
     """
     builder = Builder()
-    records: dict[str, tuple[str, list[Any]]] = {}  # id -> where, gtboxes
-    for number, line in enumerate(read_text(place.odgt_file, limit=MAX_JSON_BYTES).splitlines(), start=1):
+    records: dict[str, tuple[str, str, list[Any]]] = {}  # id -> where, file name, gtboxes
+    images = Folder(place.image_dir)
+    for number, line in enumerate(read_text(place.odgt_file, limit=MAX_JSON_BYTES).split("\n"), start=1):
         if not line.strip():
             continue
         where = f"line {number}"
@@ -55,7 +61,8 @@ def read_crowdhuman(place: CrowdHumanPlace, issues: Issues) -> Annotations:
         except DataError as error:
             issues.unreadable(place.odgt_file, error)
             continue
-        own = record.get("ID") if isinstance(record, dict) else None
+        own = as_id(record.get("ID")) if isinstance(record, dict) else None
+        own = str(own) if isinstance(own, int) else own
         boxes = record.get("gtboxes") if isinstance(record, dict) else None
         if not isinstance(own, str) or not isinstance(boxes, list):
             issues.error(place.odgt_file, f"{where}: {shorten(record)}, expected an ID and gtboxes")
@@ -68,20 +75,22 @@ def read_crowdhuman(place: CrowdHumanPlace, issues: Issues) -> Annotations:
             issues.error(
                 place.odgt_file, f"{where}: ID {shorten(own)} is given twice, first in {records[own][0]}"
             )
-        elif not (place.image_dir / f"{own}.jpg").is_file():
+        elif is_leftover(own):
+            issues.warn(f"{own}.jpg", "left out: not part of the data", kind="skipped file")
+        elif (name := images.find(f"{own}.jpg")) is None:
             issues.error(
                 place.image_dir / f"{own}.jpg", f"missing, though {where} of {place.odgt_file} lists it",
                 "Unpack the images into Images/.", kind="missing image",
             )  # fmt: skip
         else:
-            records[own] = (where, boxes)
+            records[own] = (where, name, boxes)
     if not records:
         issues.error(place.odgt_file, "lists no image", "Download the file again.", kind="unreadable file")
-    sizes = header_sizes([place.image_dir / f"{own}.jpg" for own in records], issues)
-    for (own, (where, boxes)), size in zip(records.items(), sizes, strict=True):
+    sizes = header_sizes([place.image_dir / name for _, name, _ in records.values()], issues)
+    for (own, (where, name, boxes)), size in zip(records.items(), sizes, strict=True):
         if size is None:
             continue
-        image = builder.add_image(own, f"{own}.jpg", height=size[0], width=size[1])
+        image = builder.add_image(own, name, height=size[0], width=size[1])
         for position, item in enumerate(boxes):
             _add(builder, image, item, f"{where}: gtboxes[{position}] of {own}", place.odgt_file, issues)
     return builder.build(source=place.odgt_file, image_dir=place.image_dir, classes=CLASSES)
@@ -100,5 +109,9 @@ def _add(builder: Builder, image: int, item: Any, where: str, path: Path, issues
         issues.error(path, message, kind="malformed box")
         return
     extra = item.get("extra")
-    ignored = isinstance(extra, dict) and bool(extra.get("ignore"))
+    ignore = extra.get("ignore") if isinstance(extra, dict) else None
+    ignored = as_flag(ignore)
+    if ignored is None:
+        issues.error(path, f"{where} has ignore {shorten(ignore)}, expected 0 or 1", kind="flag")
+        return
     builder.add_box(image, 0, box, crowd=tag == "mask" or ignored)

@@ -2,38 +2,61 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from xml.etree.ElementTree import Element, ElementTree, ParseError, SubElement, indent
 
 from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 
-from paqdetr.data.annotations import Annotations, Builder, Issues, shorten
-from paqdetr.data.files import inner_path, read_bytes, read_text
-from paqdetr.data.formats.sidecar import SIDECAR, Sidecar
+from paqdetr.data.annotations import DECIMALS, Annotations, Builder, Issues
+from paqdetr.data.files import (
+    composed,
+    files_in,
+    folders_in,
+    inner_path,
+    is_leftover,
+    list_files,
+    list_pictures,
+)
 from paqdetr.data.formats.sizes import header_sizes
+from paqdetr.data.split_names import meaning
 from paqdetr.errors import DataError
+from paqdetr.files import read_bytes, read_text
 from paqdetr.images import IMAGE_EXTENSIONS
 from paqdetr.structures import ClassTable
+from paqdetr.text import shorten
+from paqdetr.values import as_flag, is_coordinate
+
+# What neither an XML text nor a line of a list holds as it is.
+_UNWRITABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffe\uffff]|^\\s|\\s$")
+
+
+# In small letters: the folders of XML files and of pictures.
+_XML_FOLDERS = ("annotations", "annotation", "xmls", "xml", "labels")
+_PICTURE_FOLDERS = ("jpegimages", "images", "image", "imgs", "img")
 
 
 @dataclass(frozen=True, slots=True)
 class VocPlace:
     """One split: the folders of images and XML files, and the list of its images (None: all there are).
 
-    `everything` are the XML folders of all splits: VOC has no list of classes, so the classes are the names that occur.
+    Attributes:
+        everything: the XML folders of all splits: VOC has no list of classes, so the classes are the names that occur.
+        but: a list of images that are not of this split, though `list_file` has them.
+        bare: where there is no list: images without an XML file are of the split too.
     """
 
-    root: Path
     split: str
     image_dir: Path
     xml_dir: Path
     list_file: Path | None
     everything: tuple[Path, ...]
+    but: Path | None = None
+    bare: bool = True
 
     def read(self, issues: Issues) -> Annotations:
         """See `read_voc`."""
@@ -41,28 +64,102 @@ class VocPlace:
 
 
 def voc_places(root: Path) -> dict[str, VocPlace]:
-    """The splits of a VOC folder.
+    """The splits of a VOC folder, by the names of their lists or folders.
 
-    It has `Annotations/`, `JPEGImages/` and `ImageSets/Main/*.txt`, or XML files beside the images of `train/`, `valid/`...
+    A folder of XML files and one of pictures, whose splits are `ImageSets/Main/*.txt` or folders in both; the same in folders for
+    years (`VOC2012`); or a folder for each split that holds such two, or XML files among pictures.
+
+    Raises:
+        DataError: XML files lie beside the folders of splits.
     """
-    for folder in (root, *sorted(root.glob("VOC*"), reverse=True)):  # of several years the last
-        xml, images = folder / "Annotations", folder / "JPEGImages"
-        if not (xml.is_dir() and images.is_dir()):
-            continue
-        lists = sorted((folder / "ImageSets" / "Main").glob("*.txt"))
-        # aeroplane_train.txt and its like list one class
-        chosen = [file for file in lists if "_" not in file.stem and file.stem != "trainval"]
-        splits: dict[str, Path | None] = {file.stem: file for file in chosen}
-        both = folder / "ImageSets" / "Main" / "trainval.txt"
-        if "train" not in splits and both.is_file():
-            splits["train"] = both
-        splits = splits or {"train": None}
+    if pair := _pair(root):
+        return _of_pair(root, *pair)
+    years = {
+        f.name[3:]: _of_pair(f, *pair) for f in folders_in(root) if f.name[:3] == "VOC" and (pair := _pair(f))
+    }
+    if years:  # the splits of the last one have plain names
+        last = max(years)
         return {
-            split: VocPlace(root, split, *_own_folder(images, xml, split), file, (xml,))
-            for split, file in splits.items()
+            f"{split}{year if year != last else ''}": p
+            for year, found in years.items()
+            for split, p in found.items()
         }
-    beside = sorted({file.parent for file in root.glob("*/*.xml")})
-    return {f.name: VocPlace(root, f.name, f, f, None, tuple(beside)) for f in beside}
+    sources = {f.name: (f, f) for f in folders_in(root) if _is_mixed(f)}
+    sources |= {f.name: pair for f in folders_in(root) if meaning(f.name) and (pair := _pair(f))}
+    if _is_mixed(root):
+        if sources:
+            raise _loose_files(root, sources)
+        sources = {"all": (root, root)}
+    everything = tuple(xml for xml, _ in sources.values())
+    return {name: VocPlace(name, images, xml, None, everything) for name, (xml, images) in sources.items()}
+
+
+def _is_mixed(folder: Path) -> bool:
+    """Whether XML files lie among pictures."""
+    endings = {path.suffix.lower() for path in files_in(folder)}
+    return ".xml" in endings and bool(endings & IMAGE_EXTENSIONS)
+
+
+def _pair(folder: Path) -> tuple[Path, Path] | None:
+    """The folders of XML files and of pictures."""
+    inside = {below.name.lower(): below for below in folders_in(folder)}
+    xml = next((inside[name] for name in _XML_FOLDERS if name in inside), None)
+    images = next((inside[name] for name in _PICTURE_FOLDERS if name in inside), None)
+    if xml is None or images is None:
+        return None
+    xml = next((below for below in folders_in(xml) if below.name.lower() in _XML_FOLDERS), xml)
+    usual = (xml.name, images.name) == ("Annotations", "JPEGImages")
+    return (xml, images) if usual or _xml_files(xml, Issues(collect=True)) else None
+
+
+def _of_pair(folder: Path, xml: Path, images: Path) -> dict[str, VocPlace]:
+    lists = _lists(folder)
+    val = next((file for name, file in lists.items() if meaning(name) == "val"), None)
+    if lists:
+        return {
+            split: VocPlace(
+                split, *_own_folder(images, xml, split), file, (xml,), val if split == "trainval" else None
+            )
+            for split, file in lists.items()
+        }
+    splits = [below.name for below in folders_in(xml) if meaning(below.name)]
+    if not splits:
+        return {"all": VocPlace("all", images, xml, None, (xml,))}
+    if any(file.suffix.lower() == ".xml" for file in files_in(xml)):
+        raise _loose_files(xml, splits)
+    inside = {below.name.lower(): below for below in folders_in(images)}
+    return {
+        f.name: VocPlace(
+            f.name, inside.get(f.name.lower(), images), f, None, (xml,), bare=f.name.lower() in inside
+        )
+        for f in folders_in(xml)
+    }
+
+
+def _loose_files(folder: Path, splits: Iterable[str]) -> DataError:
+    return DataError(
+        f"{folder}: holds XML files beside the folders of the splits {', '.join(splits)}",
+        "Move them into one of these.",
+    )
+
+
+def _lists(folder: Path) -> dict[str, Path]:
+    """Lists of images by the split's name, without those of single classes (aeroplane_train.txt) and doubles of others."""
+    lists = {}
+    for sets in folders_in(folder):
+        if sets.name.lower() == "imagesets":
+            main = next((f for f in folders_in(sets) if f.name.lower() == "main"), sets)
+            lists = {file.stem: file for file in files_in(main) if file.suffix.lower() == ".txt"}
+    lists = {name: file for name, file in lists.items() if not _is_of_one_class(file)}
+    if any(meaning(name) == "train" for name in lists):
+        lists.pop("trainval", None)
+    return lists
+
+
+def _is_of_one_class(list_file: Path) -> bool:
+    """Whether its lines say of every image if the class is there: "000012 -1"."""
+    first = read_text(list_file).strip().split("\n")[0].split()
+    return len(first) == 2 and first[1] in ("-1", "0", "1")
 
 
 def _own_folder(images: Path, xml: Path, split: str) -> tuple[Path, Path]:
@@ -80,25 +177,22 @@ def read_voc(place: VocPlace, issues: Issues) -> Annotations:
     Raises:
         DataError: a list or an XML file is malformed, or an image is missing.
     """
-    sidecar = Sidecar.read(place.root, place.split, issues)
-    classes = sidecar.categories or _classes(place.everything)
+    classes = _classes(place.everything)
     label_of = {name: label for label, name in enumerate(classes.names)}
     if not classes.names:
         issues.error(place.xml_dir, "no XML file in it names an object", kind="class")
     found = _images(place, issues)
-    names = sidecar.ordered(list(found))
-    headers = _header_sizes({name: found[name] for name in names}, place.image_dir, issues)
+    headers = _header_sizes(found, place.image_dir, issues)
     builder = Builder()
-    for name in names:
-        xml = found[name]
+    for name, xml in found.items():
         size = _stated_size(xml, issues) or headers.get(name)
         if size is None:
             continue
-        image = builder.add_image(sidecar.image_id(name), name, height=size[0], width=size[1])
-        rows = [] if xml.root is None else _objects(xml.path, xml.root, label_of, issues)
-        areas = sidecar.areas(name, len(rows), xml.path, issues)
-        for (label, box, difficult), area in zip(rows, areas, strict=True):
-            builder.add_box(image, label, box, crowd=difficult, area=area)
+        image = builder.add_image(name, name, height=size[0], width=size[1])
+        for label, box, difficult in (
+            [] if xml.root is None else _objects(xml.path, xml.root, label_of, issues)
+        ):
+            builder.add_box(image, label, box, crowd=difficult)
     return builder.build(source=place.list_file or place.xml_dir, image_dir=place.image_dir, classes=classes)
 
 
@@ -138,7 +232,8 @@ def _parse(path: Path) -> Element:
 def _classes(folders: tuple[Path, ...]) -> ClassTable:
     """All names that occur in any split, in alphabetical order; malformed files are reported by their own split."""
     names: set[str] = set()
-    for path in sorted(path for folder in folders for path in folder.rglob("*.xml")):
+    silent = Issues(collect=True)
+    for path in sorted(folder / name for folder in folders for name in _xml_files(folder, silent)):
         try:
             root = _parse(path)
         except DataError:
@@ -147,47 +242,73 @@ def _classes(folders: tuple[Path, ...]) -> ClassTable:
     return ClassTable(tuple(range(1, len(names) + 1)), tuple(sorted(names)))
 
 
+def _xml_files(folder: Path, issues: Issues) -> list[str]:
+    return [name for name in list_files(folder, issues) if name.lower().endswith(".xml")]
+
+
+def _stem(name: str) -> str:
+    """What a picture and its XML file have in common."""
+    return composed(name.rpartition(".")[0])
+
+
 def _images(place: VocPlace, issues: Issues) -> dict[str, _Xml]:
     """File name -> XML of every image of the split."""
-    images: dict[str, str] = {}  # name without ending -> name
-    for path in sorted(place.image_dir.rglob("*")):
-        if path.suffix.lower() in IMAGE_EXTENSIONS:
-            name = path.relative_to(place.image_dir)
-            images.setdefault(name.with_suffix("").as_posix(), name.as_posix())
-    found: dict[str, _Xml] = {}
-    for stem, listed_at in _stems(place, images, issues):
-        xml = place.xml_dir / f"{stem}.xml"
-        if stem not in images:
-            where = f"line {listed_at} of {place.list_file}" if listed_at else str(xml)
+    pictures: dict[str, list[str]] = defaultdict(list)
+    for name in list_pictures(place.image_dir, issues):
+        pictures[_stem(name)].append(name)
+    files = {_stem(name): place.xml_dir / name for name in _xml_files(place.xml_dir, Issues(collect=True))}
+    stems = _stems(place, {*pictures, *files} if place.bare else {*files}, issues)
+    found: dict[str, tuple[str, _Xml]] = {}  # by stem
+    taken: set[str] = set()
+    for stem in sorted(
+        stems, key=lambda stem: stem not in files
+    ):  # those with a file first: it may name any picture
+        xml = _Xml(files.get(stem, place.xml_dir / f"{stem}.xml"), None)
+        try:
+            xml.root = _parse(xml.path) if stem in files else None
+        except DataError as error:
+            issues.unreadable(xml.path, error)
+            continue
+        name = _picture(stem, xml.root, pictures, files)
+        if name is None:
+            where = f"line {stems[stem]} of {place.list_file}" if stems[stem] else str(xml.path)
             issues.error(
                 place.image_dir / stem, f"no image of this name, though {where} is about it",
                 "Put the image there, or remove the entry.", kind="missing image",
             )  # fmt: skip
-            continue
-        if not xml.is_file():
-            found[images[stem]] = _Xml(xml, None)
-            continue
-        try:
-            found[images[stem]] = _Xml(xml, _parse(xml))
-        except DataError as error:
-            issues.unreadable(xml, error)
+        elif name not in taken:
+            found[stem] = (name, xml)
+            taken.add(name)
+        for other in pictures.get(stem, []):
+            if name is not None and other not in taken:
+                message = f"left out: it and {name} would have the same XML file, {xml.path.name}"
+                issues.doubt(place.image_dir / other, message, kind="two images of one label file")
     if not found and not issues.collect:
         raise DataError(
             f"{place.list_file or place.image_dir}: names no image", "Put images and XML files there."
         )
-    return found
+    return dict(found[stem] for stem in stems if stem in found)
 
 
-def _stems(place: VocPlace, images: dict[str, str], issues: Issues) -> list[tuple[str, int]]:
-    """(name without ending, line of the list or 0) of the split's images."""
+def _picture(
+    stem: str, root: Element | None, pictures: dict[str, list[str]], files: dict[str, Path]
+) -> str | None:
+    """The picture of an XML file. Of those that are called like it the one that `<filename>` names, or the first; where there are
+    none the one that `<filename>` names, unless that has an XML file of its own."""
+    own = pictures.get(stem, [])
+    base = "" if root is None else composed(_text(root, "filename").replace("\\", "/").rpartition("/")[2])
+    stated = f"{stem.rpartition('/')[0]}/{base}".removeprefix("/")
+    candidates = own or (pictures.get(_stem(stated), []) if _stem(stated) not in files else [])
+    return next((name for name in candidates if composed(name) == stated), own[0] if own else None)
+
+
+def _stems(place: VocPlace, all_stems: set[str], issues: Issues) -> dict[str, int]:
+    """Name without ending -> line of the list, or 0, of the split's images."""
     if place.list_file is None:
-        xml = {p.relative_to(place.xml_dir).with_suffix("").as_posix() for p in place.xml_dir.rglob("*.xml")}
-        return [(stem, 0) for stem in sorted(images.keys() | xml)]
+        return dict.fromkeys(sorted(all_stems), 0)
     stems: dict[str, int] = {}
-    for number, line in enumerate(read_text(place.list_file).splitlines(), start=1):
-        if not line.strip():
-            continue
-        stem = inner_path(line.strip())
+    for number, line in _lines(place.list_file):
+        stem = inner_path(line)
         if stem is not None and place.image_dir.name == place.split:
             stem = stem.removeprefix(f"{place.split}/")
         if stem is None:
@@ -195,9 +316,19 @@ def _stems(place: VocPlace, images: dict[str, str], issues: Issues) -> list[tupl
                 place.list_file, f"line {number}: {shorten(line)} is no name inside {place.image_dir}",
                 "Give names without '..'.", kind="path leaves the folder",
             )  # fmt: skip
+        elif is_leftover(stem):
+            issues.warn(stem, "left out: not part of the data", kind="skipped file")
         else:
-            stems.setdefault(stem, number)
-    return list(stems.items())
+            stems.setdefault(composed(stem), number)
+    for _, line in [] if place.but is None else _lines(place.but):
+        stems.pop(composed(line), None)
+    return stems
+
+
+def _lines(list_file: Path) -> list[tuple[int, str]]:
+    """(number, text) of the lines that are not empty."""
+    lines = enumerate(read_text(list_file).split("\n"), start=1)
+    return [(number, line.strip()) for number, line in lines if line.strip()]
 
 
 def _header_sizes(
@@ -252,9 +383,17 @@ def _objects(
                 kind="malformed box",
             )  # fmt: skip
             continue
+        flags = {flag: as_flag(_text(item, flag)) for flag in ("difficult", "truncated")}
+        unknown = next((flag for flag, value in flags.items() if value is None), None)
+        if unknown is not None:
+            message = (
+                f"object {number} ({name}) has <{unknown}> {shorten(_text(item, unknown))}, expected 0 or 1"
+            )
+            issues.error(path, message, kind="flag")
+            continue
         left, top, right, bottom = (edge for edge in edges if edge is not None)
-        box = [float(value) for value in (left - 1, top - 1, right - left + 1, bottom - top + 1)]
-        rows.append((label_of[name], box, _text(item, "difficult") not in ("", "0")))
+        box = [round(value, DECIMALS) for value in (left - 1, top - 1, right - left + 1, bottom - top + 1)]
+        rows.append((label_of[name], box, bool(flags["difficult"])))
     return rows
 
 
@@ -262,27 +401,27 @@ def _text(element: Element, tag: str) -> str:
     return (element.findtext(tag) or "").strip()
 
 
-def _number(element: Element, tag: str) -> Decimal | None:
-    """Decimal, so that adding and taking away the first pixel leaves a number as it was."""
-    text = _text(element, tag)
+def _number(element: Element, tag: str) -> float | None:
     try:
-        value = Decimal(text) if len(text) < 40 else None
-    except InvalidOperation:
+        value = float(_text(element, tag))
+    except ValueError:
         return None
-    return value if value is not None and value.is_finite() and abs(value) < 10**9 else None
+    return value if is_coordinate(value) else None
 
 
 def write_voc(root: Path, splits: dict[str, Annotations], place_image: Callable[[Path, Path], None]) -> None:
-    """Writes `JPEGImages/SPLIT/`, `Annotations/SPLIT/`, `ImageSets/Main/SPLIT.txt` and the side file."""
-    sides = {}
+    """Writes `JPEGImages/SPLIT/`, `Annotations/SPLIT/` and `ImageSets/Main/SPLIT.txt`."""
     for split, part in splits.items():
-        sides[split] = Sidecar.of(part, crowds=False)
+        for name in (*part.classes.names, *part.file_names):
+            if _UNWRITABLE.search(name):
+                raise DataError(f"{part.source}: VOC has no place for the name {shorten(name)}", "Rename it.")
         stems: dict[str, None] = {}
         for index, name in enumerate(part.file_names):
             stem = str(Path(name).with_suffix(""))
             if stem in stems:
                 raise DataError(
-                    f"{name}: another image of {split} differs in its ending alone, and they would share an XML file",
+                    f"{part.image_dir / name}: another image of {split} differs in its ending alone, and they would share an "
+                    "XML file",
                     "Rename one of them.",
                 )
             stems[stem] = None
@@ -294,8 +433,6 @@ def write_voc(root: Path, splits: dict[str, Annotations], place_image: Callable[
         lists = root / "ImageSets" / "Main"
         lists.mkdir(parents=True, exist_ok=True)
         (lists / f"{split}.txt").write_text("".join(f"{split}/{stem}\n" for stem in stems), encoding="utf-8")
-    classes = next(iter(splits.values())).classes
-    (root / SIDECAR).write_text(json.dumps(Sidecar.document(classes, sides)), encoding="utf-8")
 
 
 def _document(annotations: Annotations, index: int, name: str) -> Element:
@@ -309,10 +446,9 @@ def _document(annotations: Annotations, index: int, name: str) -> Element:
         item = SubElement(document, "object")
         SubElement(item, "name").text = annotations.classes.names[annotations.labels[row]]
         SubElement(item, "difficult").text = str(int(annotations.crowd[row]))
-        # The shortest decimal of each number, added without rounding.
-        x, y, w, h = (Decimal(repr(value)) for value in annotations.boxes[row].tolist())
+        x, y, w, h = annotations.boxes[row].tolist()
         frame = SubElement(item, "bndbox")
         for tag, value in (("xmin", x + 1), ("ymin", y + 1), ("xmax", x + w), ("ymax", y + h)):
-            SubElement(frame, tag).text = f"{value.normalize():f}"
+            SubElement(frame, tag).text = f"{value:.4f}".rstrip("0").rstrip(".")
     indent(document)
     return document

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from paqdetr.data.annotations import Annotations, Builder, Issues, is_integer, shorten
-from paqdetr.data.files import inner_path, load_yaml, read_text
-from paqdetr.data.formats.sidecar import SIDECAR, Sidecar
+from paqdetr.data.annotations import DECIMALS, Annotations, Builder, Issues
+from paqdetr.data.files import Folder, inner_path, is_leftover, list_pictures
 from paqdetr.data.formats.sizes import header_sizes
+from paqdetr.data.split_names import USUAL, is_split
 from paqdetr.errors import DataError
-from paqdetr.images import IMAGE_EXTENSIONS
+from paqdetr.files import read_text
 from paqdetr.structures import ClassTable
+from paqdetr.text import shorten
+from paqdetr.values import as_id
+from paqdetr.yaml_files import dump_yaml, load_yaml
 
-_SPLITS = ("train", "val", "test")
-# Pixels are rounded to this many decimals: what was divided by the image's side and written comes back exactly.
-_DECIMALS = 8
+SPLITS = USUAL
+"""All that `data.yaml` has a place for."""
+
+# What a split is that has none.
+_NOTHING = ("", "~", "null", "Null", "NULL")
 
 
 @dataclass(frozen=True, slots=True)
 class YoloPlace:
-    """One split of a YOLO data set: its `data.yaml`, the folder nothing may lead out of, and what `data.yaml` says of it."""
+    """One split of a YOLO data set: its `data.yaml`, the folder nothing may lead out of, and the key and value of the split."""
 
     yaml_file: Path
     root: Path
@@ -39,7 +41,7 @@ class YoloPlace:
 
 
 def yolo_places(yaml_file: Path, *, named: bool) -> dict[str, YoloPlace]:
-    """The splits of a `data.yaml`, none if it is another yaml file.
+    """The splits of a `data.yaml` by their keys, none if it is another yaml file.
 
     Args:
         named: whether the user named this very file. Its `path` may then lead anywhere; otherwise nothing leads out of the
@@ -48,8 +50,9 @@ def yolo_places(yaml_file: Path, *, named: bool) -> dict[str, YoloPlace]:
     Raises:
         DataError: it is malformed, or `path` leads out of the folder.
     """
-    content = load_yaml(yaml_file)
-    if "names" not in content or not any(split in content for split in _SPLITS):
+    content = load_yaml(yaml_file, text_only=True)  # a class may be called `no`, `010` or `1.10`
+    splits = [key for key in content if is_split(key)]
+    if "names" not in content or not splits:
         if named:
             raise DataError(
                 f"{yaml_file}: has no `names` or no `train`, found {shorten(', '.join(map(str, content)))}",
@@ -59,8 +62,8 @@ def yolo_places(yaml_file: Path, *, named: bool) -> dict[str, YoloPlace]:
     root = _root(yaml_file, content.get("path"), named=named)
     return {
         split: YoloPlace(yaml_file, root, split, content[split])
-        for split in _SPLITS
-        if content.get(split) not in (None, "", [])
+        for split in splits
+        if content[split] not in (None, *_NOTHING, [])
     }
 
 
@@ -86,63 +89,88 @@ def _root(yaml_file: Path, path: Any, *, named: bool) -> Path:
 
 
 def read_yolo(place: YoloPlace, issues: Issues) -> Annotations:
-    """Reads and verifies one split. An image without a label file is one without objects; a segment becomes its box.
+    """Reads and verifies one split. An image without a label file is one without objects; a polygon becomes the box around it; of
+    a pose the box is read.
 
     Raises:
         DataError: `data.yaml`, a list or a label file is malformed, or an image is missing or damaged.
     """
-    classes = _classes(place.yaml_file)
+    content = load_yaml(place.yaml_file, text_only=True)
+    classes, keypoints = _classes(place.yaml_file, content), _keypoints(place.yaml_file, content)
     images, image_dir = _images(place, issues)
-    sidecar = Sidecar.read(place.root, place.split, issues)
-    classes = sidecar.with_ids(classes, place.yaml_file)
-    names = sidecar.ordered([path.relative_to(image_dir).as_posix() for path in images])
+    names = [path.relative_to(image_dir).as_posix() for path in images]
     builder = Builder()
-    for name, size in zip(names, header_sizes([image_dir / name for name in names], issues), strict=True):
+    base = place.root if image_dir.is_relative_to(place.root) else place.yaml_file.parent
+    files = Folder(base)
+    image_of: dict[Path, Path] = {}
+    for name, size in zip(names, header_sizes(images, issues), strict=True):
         if size is None:
             continue
         height, width = size
-        image = builder.add_image(sidecar.image_id(name), name, height=height, width=width)
-        label_file = _label_file(image_dir / name, place.root)
-        rows = _read_labels(label_file, len(classes), issues)
-        areas = sidecar.areas(name, len(rows), label_file, issues)
-        for (label, (x, y, w, h)), area in zip(rows, areas, strict=True):
+        image = builder.add_image(name, name, height=height, width=width)
+        real = files.find(_label_file(image_dir / name, place.root).relative_to(base).as_posix())
+        if real is None:
+            continue
+        labels = base / real
+        first = image_of.setdefault(labels, image_dir / name)
+        if first != image_dir / name:
+            message = f"has the same label file as {first.name}, {labels.name}"
+            issues.doubt(image_dir / name, message, kind="two images of one label file")
+        for label, (x, y, w, h) in _read_labels(labels, len(classes), keypoints, issues):
             box = [x * width, y * height, w * width, h * height]
-            builder.add_box(image, label, [round(value, _DECIMALS) for value in box], area=area)
-        for label, box, area in sidecar.crowds(name, len(classes)):
-            builder.add_box(image, label, box, crowd=True, area=area)
+            builder.add_box(image, label, [round(value, DECIMALS) for value in box])
     return builder.build(source=place.yaml_file, image_dir=image_dir, classes=classes)
 
 
-def _classes(yaml_file: Path) -> ClassTable:
-    content = load_yaml(yaml_file)
+def _classes(yaml_file: Path, content: dict[str, Any]) -> ClassTable:
     names = content.get("names")
     if isinstance(names, dict):
-        keys = sorted(
-            int(k) for k in names if is_integer(k) or (isinstance(k, str) and k.isascii() and k.isdigit())
-        )
-        if len(keys) != len(names) or keys != list(range(len(keys))):
+        keys = {_count(key): name for key, name in names.items()}
+        if sorted(keys, key=str) != sorted(range(len(names)), key=str):
             raise DataError(
                 f"{yaml_file}: `names` has the keys {shorten(list(names))}, expected 0 to {len(names) - 1}",
                 "Number the classes from 0 without gaps.",
             )
-        names = [names[key] if key in names else names[str(key)] for key in keys]
+        names = [keys[number] for number in range(len(names))]
     if not isinstance(names, list) or not names:
         raise DataError(
             f"{yaml_file}: `names` is {shorten(names)}, expected a list of names", "List the classes."
         )
     for position, name in enumerate(names):
-        if not isinstance(name, (str, int, float)):
+        if not isinstance(name, str) or not name:
             raise DataError(
-                f"{yaml_file}: names[{position}] is {shorten(name)}, expected a text",
-                "Put the name in quotes.",
+                f"{yaml_file}: names[{position}] is {shorten(name)}, expected a text", "Name the class."
             )
     count = content.get("nc")
-    if count is not None and count != len(names):
+    if count not in (None, "") and _count(count) != len(names):
         raise DataError(
             f"{yaml_file}: `nc` is {shorten(count)}, but `names` has {len(names)} classes",
             "Correct one of them.",
         )
-    return ClassTable(tuple(range(len(names))), tuple(map(str, names)))
+    return ClassTable(tuple(range(len(names))), tuple(names))
+
+
+def _keypoints(yaml_file: Path, content: dict[str, Any]) -> int | None:
+    """How many numbers of a pose label are keypoints; None if the labels are no poses."""
+    shape = content.get("kpt_shape")
+    if shape in (None, *_NOTHING):
+        return None
+    counts = [_count(part) for part in shape] if isinstance(shape, list) else []
+    if len(counts) == 2 and counts[0] is not None and counts[0] > 0 and counts[1] in (2, 3):
+        return counts[0] * counts[1]
+    raise DataError(
+        f"{yaml_file}: `kpt_shape` is {shorten(shape)}, expected [keypoints, 2 or 3]",
+        "Correct it, or remove it if the labels have no keypoints.",
+    )
+
+
+def _count(value: Any) -> int | None:
+    """A whole number that is written as 3 or 3.0."""
+    try:
+        own = as_id(float(value))
+    except (TypeError, ValueError):
+        return None
+    return own if isinstance(own, int) else None
 
 
 def _images(place: YoloPlace, issues: Issues) -> tuple[list[Path], Path]:
@@ -155,7 +183,7 @@ def _images(place: YoloPlace, issues: Issues) -> tuple[list[Path], Path]:
     for entry in entries:
         path = _resolve(place, entry)
         if path.is_dir():
-            images += sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_EXTENSIONS)
+            images += [path / name for name in list_pictures(path, issues)]
         elif path.suffix == ".txt":
             images += _listed(place, path, issues)
         else:
@@ -194,9 +222,9 @@ def _resolve(place: YoloPlace, entry: Any) -> Path:
             f"{place.yaml_file}: `{place.split}` is {shorten(entry)}, which is not inside {place.root}",
             "Give a path relative to data.yaml.",
         )
-    for candidate in (place.root / plain, place.yaml_file.parent / plain):
-        if candidate.exists():
-            return candidate
+    for base in (place.root, place.yaml_file.parent):
+        if (real := Folder(base).find(plain)) is not None:
+            return base / real
     raise DataError(
         f"{place.yaml_file}: `{place.split}` is {shorten(entry)}, but {place.root / plain} does not exist",
         "Correct the path; it is relative to data.yaml.",
@@ -206,7 +234,9 @@ def _resolve(place: YoloPlace, entry: Any) -> Path:
 def _listed(place: YoloPlace, path: Path, issues: Issues) -> list[Path]:
     """Images of a list, whose lines are relative to the list's folder or to the data folder."""
     found: list[Path] = []
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+    folders = [place.root, path.parent]
+    indices = [Folder(folder) for folder in folders]
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         name = line.strip()
         if not name:
             continue
@@ -219,11 +249,14 @@ def _listed(place: YoloPlace, path: Path, issues: Issues) -> list[Path]:
                 kind="path leaves the folder",
             )
             continue
-        candidates = [place.root / plain, path.parent / plain]
-        image = next((c for c in candidates if c.is_file()), None)
+        if is_leftover(plain):
+            issues.warn(name, "left out: not part of the data", kind="skipped file")
+            continue
+        candidates = [(folder, index.find(plain)) for folder, index in zip(folders, indices, strict=True)]
+        image = next((folder / real for folder, real in candidates if real is not None), None)
         if image is None:
             issues.error(
-                candidates[0], f"missing, though line {number} of {path} lists it", kind="missing image"
+                place.root / plain, f"missing, though line {number} of {path} lists it", kind="missing image"
             )
         else:
             found.append(image)
@@ -249,10 +282,10 @@ def _label_file(image: Path, root: Path) -> Path:
     return image.with_suffix(".txt")
 
 
-def _read_labels(path: Path, num_classes: int, issues: Issues) -> list[tuple[int, tuple[float, ...]]]:
+def _read_labels(
+    path: Path, num_classes: int, keypoints: int | None, issues: Issues
+) -> list[tuple[int, tuple[float, ...]]]:
     """(class index, [x, y, width, height] relative to the image) of every line."""
-    if not path.is_file():
-        return []
     try:
         text = read_text(path)
     except DataError as error:
@@ -264,74 +297,79 @@ def _read_labels(path: Path, num_classes: int, issues: Issues) -> list[tuple[int
         if not words:
             continue
         try:
-            rows.append(_parse(words, num_classes))
-        except ValueError as error:
-            kind = "unknown class" if "class" in str(error) else "malformed box"
-            issues.error(path, f"line {number}: {error}", "Correct the label file.", kind=kind)
+            rows.append(_parse(words, num_classes, keypoints))
+        except _BadLabelError as error:
+            issues.error(path, f"line {number}: {error}", "Correct the label file.", kind=error.kind)
     return rows
 
 
-def _parse(words: list[str], num_classes: int) -> tuple[int, tuple[float, ...]]:
-    """A line's class and box.
+class _BadLabelError(Exception):
+    def __init__(self, message: str, kind: str = "malformed box") -> None:
+        super().__init__(message)
+        self.kind = kind
 
-    Raises:
-        ValueError: what is wrong with it.
-    """
+
+def _parse(words: list[str], num_classes: int, keypoints: int | None) -> tuple[int, tuple[float, ...]]:
+    """A line's class and box."""
+    shown = shorten(" ".join(words))
     try:
         numbers = [float(word) for word in words]
     except ValueError:
-        raise ValueError(f"{shorten(' '.join(words))} is not a line of numbers") from None
+        raise _BadLabelError(f"{shown} is not a line of numbers") from None
     if not all(map(math.isfinite, numbers)):
-        raise ValueError(f"{shorten(' '.join(words))} has numbers that are not finite")
+        raise _BadLabelError(f"{shown} has numbers that are not finite")
     label, coordinates = numbers[0], numbers[1:]
-    if label != int(label) or not 0 <= label < num_classes:
-        raise ValueError(f"the class is {words[0]}, expected an integer from 0 to {num_classes - 1}")
-    if len(coordinates) != 4 and (len(coordinates) < 6 or len(coordinates) % 2):
-        raise ValueError(
-            f"{len(words)} numbers, expected 5 (class and box) or the class and at least 3 points of a segment"
+    if keypoints is not None and len(coordinates) == 4 + keypoints:
+        coordinates = coordinates[:4]
+    elif len(coordinates) != 4 and (keypoints is not None or len(coordinates) < 6 or len(coordinates) % 2):
+        pose = "5 and those of the keypoints (pose), if data.yaml has `kpt_shape`"
+        if keypoints is not None:
+            pose = (
+                f"{5 + keypoints} (pose, by the `kpt_shape` of data.yaml, beside which there are no polygons)"
+            )
+        raise _BadLabelError(
+            f"{len(words)} numbers, expected 5 (box: class, centre, size), an odd number from 7 on (polygon: class, points), "
+            f"or {pose}"
         )
+    if label != int(label) or not 0 <= label < num_classes:
+        message = f"the class is {words[0]}, expected an integer from 0 to {num_classes - 1}"
+        raise _BadLabelError(message, "unknown class")
     if any(abs(value) > 2 for value in coordinates):
-        raise ValueError(f"{shorten(' '.join(words))} is in pixels, expected shares of the image's sides")
+        raise _BadLabelError(f"{shown} is in pixels, expected shares of the image's sides")
     if len(coordinates) == 4:
         x, y, w, h = coordinates
         if w < 0 or h < 0:
-            raise ValueError(f"the box has the size {w:g} x {h:g}")
+            raise _BadLabelError(f"the box has the size {w:g} x {h:g}")
         return int(label), (x - w / 2, y - h / 2, w, h)
     xs, ys = coordinates[::2], coordinates[1::2]
     return int(label), (min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys))
 
 
 def write_yolo(root: Path, splits: dict[str, Annotations], place_image: Callable[[Path, Path], None]) -> None:
-    """Writes `data.yaml`, `images/SPLIT/` and `labels/SPLIT/`; what these cannot say goes into the side file."""
-    sides = {}
+    """Writes `data.yaml`, `images/SPLIT/` and `labels/SPLIT/`. Every box has to lie in its image, and none may be a crowd."""
     for split, part in splits.items():
-        sides[split] = Sidecar.of(part, crowds=True)
         starts = part.starts.tolist()
         for index, name in enumerate(part.file_names):
             image = root / "images" / split / name
             place_image(part.image_dir / name, image)
-            rows = range(starts[index], starts[index + 1])
-            lines = [_line(part, row, index) for row in rows if not part.crowd[row]]
             labels = _label_file(image, root)
             labels.parent.mkdir(parents=True, exist_ok=True)
             if labels.exists():
                 raise DataError(
-                    f"{name}: another image of {split} differs in its ending alone, and they would share a label file",
+                    f"{part.image_dir / name}: another image of {split} differs in its ending alone, and they would share a "
+                    "label file",
                     "Rename one of them.",
                 )
+            lines = [_line(part, row, index) for row in range(starts[index], starts[index + 1])]
             labels.write_text("".join(lines), encoding="utf-8")
-    classes = next(iter(splits.values())).classes
     # No `path`: other programs would look for it in a folder of theirs, and without it beside this file.
     content: dict[str, Any] = {split: f"images/{split}" for split in splits}
-    content["names"] = dict(enumerate(classes.names))
-    (root / "data.yaml").write_text(
-        yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8"
-    )
-    (root / SIDECAR).write_text(json.dumps(Sidecar.document(classes, sides)), encoding="utf-8")
+    content["names"] = dict(enumerate(next(iter(splits.values())).classes.names))
+    (root / "data.yaml").write_text(dump_yaml(content), encoding="utf-8")
 
 
 def _line(annotations: Annotations, row: int, index: int) -> str:
     height, width = annotations.sizes[index].tolist()
     x, y, w, h = annotations.boxes[row].tolist()
     shares = ((x + w / 2) / width, (y + h / 2) / height, w / width, h / height)
-    return f"{int(annotations.labels[row])} {' '.join(map(repr, shares))}\n"
+    return f"{annotations.labels[row]} {' '.join(f'{share:.10g}' for share in shares)}\n"

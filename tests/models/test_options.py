@@ -1,4 +1,4 @@
-"""Options that exist to be compared with: further heads, distinct proposals, residual mixtures, in whole models."""
+"""Options to compare PaQ with: distinct proposals and residual mixtures, in whole models."""
 
 from __future__ import annotations
 
@@ -12,36 +12,22 @@ import torch
 from torch import nn
 
 from paqdetr.config import load_config
-from paqdetr.errors import CheckpointError
+from paqdetr.errors import ConfigError
 from paqdetr.losses import build_criterion
-from paqdetr.models import Detector, create_model, load, reshape_classes, resize_queries, save
+from paqdetr.models import Detector, create_model, resize_queries, save
 from paqdetr.models.files import start_from
-from paqdetr.models.many_heads import OneToManyHeads
 from paqdetr.models.queries import QuerySource, ResidualMixtures, StaticQueries
 from paqdetr.paq import PatternQueries, StaticMixtures
 
 SMALL: dict[str, Any] = dict(
     num_classes=5, backbone="resnet18", dim=32, num_heads=4, ffn_dim=64, encoder_layers=1, num_queries=20
 )
-LOSS: dict[str, Any] = {
-    "loss.one_to_many_until": 0.5,
-    "loss.positives_schedule": "linear",
-    "loss.rank_damping": 1.5,
-    "loss.normalizer": "positives",
-}
-HEADS = {"one_to_many_heads": "all"}
 # name, model settings, loss settings
 CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
-    ("paq_dino_nano", HEADS, {}),
-    ("paq_dino_nano", {"one_to_many_heads": "intermediate", "distinct_proposals": 0.8}, LOSS),
-    ("paq_dino_nano", {"mixture": "residual"}, {"loss.one_to_one_weight": 1.0, **LOSS}),
-    (
-        "paq_deformable_detr_nano",
-        {"distinct_proposals": 0.5, **HEADS},
-        {"loss.encoder_assigner": "fixed_k"} | LOSS,
-    ),
-    ("paq_deformable_detr_one_stage_nano", {"share_heads": True, **HEADS}, {}),
-    ("paq_dn_detr_nano", {"mixture": "residual", "gain": 0.0, **HEADS}, LOSS),
+    ("paq_dino_nano", {"mixture": "residual", "distinct_proposals": 0.8}, {"loss.one_to_many_until": 0.5}),
+    ("paq_deformable_detr_nano", {"distinct_proposals": 0.5}, {"loss.encoder_assigner": "fixed_k"}),
+    ("paq_deformable_detr_one_stage_nano", {"share_heads": True}, {}),
+    ("paq_dn_detr_nano", {"mixture": "residual", "gain": 0.0}, {}),
     ("dino_nano", {"queries": "static_mixture", "mixture": "residual"}, {}),
 ]
 IDS = [f"{name}-{'-'.join(map(str, model))}" for name, model, _ in CASES]
@@ -70,11 +56,6 @@ def test_every_parameter_has_a_gradient_in_every_step(
         report.total.backward()
         assert [key for key, p in trained.items() if p.grad is None] == []
         assert all(p.grad is not None and p.grad.isfinite().all() for p in trained.values())
-        several = criterion.one_to_many(progress)
-        for key, p in trained.items():
-            if ".many_heads.class" in key or (".many_heads.box" in key and key.endswith("4.bias")):
-                assert p.grad is not None
-                assert bool(p.grad.any()) == (several and ("class" in key or sum(counts) > 0)), key
 
 
 @torch.no_grad()
@@ -93,52 +74,6 @@ def test_padded_cells_change_nothing(
         found = model.detect(make_tokens(levels, padding))
         assert (found.pred_boxes - expected.pred_boxes).abs().max() < 1e-4
         assert (found.pred_logits - expected.pred_logits).abs().max() < 1e-4
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", ["paq_dino_nano", "paq_deformable_detr_nano"])
-def test_further_heads_are_not_there_in_use(name: str, tmp_path: Path, stir: Callable) -> None:
-    model = stirred(create_model(name, **SMALL, **HEADS), stir).eval()
-    assert isinstance(model.decoder.many_heads, OneToManyHeads)
-    image = torch.randn(1, 3, 96, 96)
-    expected = model(image)
-    assert expected.layers.many is None
-    for parameter in model.decoder.many_heads.parameters():
-        parameter.fill_(torch.nan)
-    assert torch.equal(model(image).pred_boxes, expected.pred_boxes)
-    save(model, tmp_path / "model.safetensors")
-    assert torch.equal(load(tmp_path / "model.safetensors")(image).pred_logits, expected.pred_logits)
-
-
-@pytest.mark.parametrize("which", ["intermediate", "all"])
-@pytest.mark.parametrize("share", [False, True])
-def test_further_heads_read_what_the_layers_own_read(
-    which: str, share: bool, make_targets: Callable, stir: Callable
-) -> None:
-    model = create_model("paq_dino_nano", **SMALL, one_to_many_heads=which, share_heads=share).train()
-    stirred(model, stir)
-    heads, decoder = model.decoder.many_heads, model.decoder
-    assert heads is not None and heads.num_layers == (2 if which == "intermediate" else 3)
-    assert len(heads.class_heads) == (1 if share else heads.num_layers)
-    for own, other in ((decoder.class_heads, heads.class_heads), (decoder.box_heads, heads.box_heads)):
-        for a, b in zip(own, other, strict=False):
-            b.load_state_dict(a.state_dict())
-    output = model(torch.randn(2, 3, 96, 96), None, make_targets(2, 1))
-    many = output.layers.many
-    assert many is not None and many.logits.shape == (heads.num_layers, 2, 20, 5)
-    assert torch.equal(many.logits, output.layers.logits[: heads.num_layers])
-    assert torch.equal(many.boxes, output.layers.boxes[: heads.num_layers])
-
-
-def test_further_heads_start_like_the_decoders_own() -> None:
-    for name, box in (("paq_dino_nano", 0.0), ("paq_deformable_detr_one_stage_nano", -2.0)):
-        heads = create_model(name, **SMALL, **HEADS).decoder.many_heads
-        assert heads is not None
-        for class_head, box_head in zip(heads.class_heads, heads.box_heads, strict=True):
-            assert class_head.bias.tolist() == pytest.approx([-4.5951] * 5, abs=1e-4)
-            assert not box_head[-1].weight.any()
-        assert heads.box_heads[0][-1].bias.tolist() == [0, 0, box, box]
-        assert len(heads.box_heads) == 1 or not heads.box_heads[1][-1].bias.any()
 
 
 @pytest.mark.parametrize("name", ["dino_nano", "paq_dino_nano"])
@@ -216,7 +151,7 @@ def test_gain_zero_starts_with_mixtures_that_no_image_changes() -> None:
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
-        ("paq_dino_nano", {"mixture": "residual", **HEADS}),
+        ("paq_dino_nano", {"mixture": "residual"}),
         ("paq_dn_detr_nano", {"mixture": "residual", "head": "factorised"}),
         ("dino_nano", {"queries": "static_mixture"}),
         ("dino_nano", {"queries": "static_mixture", "mixture": "residual"}),
@@ -233,19 +168,30 @@ def test_rows_of_classes_and_queries(name: str, settings: dict[str, Any], stir: 
     assert found.weights is not None and found.weights.shape[1] == 10
     more, report = resize_queries(model, 25)
     assert more.detect(features).pred_boxes.shape == (1, 25, 4) and report.interpolated_queries == 5
-    if model.decoder.many_heads is not None:
-        names = model.classes.names
-        other, _ = reshape_classes(model, [names[4], "new", names[1]])
-        assert other.decoder.many_heads is not None
-        heads = model.decoder.many_heads.class_heads
-        for old, new in zip(heads, other.decoder.many_heads.class_heads, strict=True):
-            assert new.weight.shape == (3, 32)
-            assert torch.equal(new.weight[0], old.weight[4]) and torch.equal(new.bias[2], old.bias[1])
 
 
-def test_a_training_may_start_from_other_proposals_but_not_from_other_heads(tmp_path: Path) -> None:
+def test_a_training_may_start_from_other_proposals(tmp_path: Path) -> None:
     save(create_model("paq_dino_nano", **SMALL), tmp_path / "plain.safetensors")
     start_from(create_model("paq_dino_nano", **SMALL, distinct_proposals=0.8), tmp_path / "plain.safetensors")
-    with pytest.raises(CheckpointError) as caught:
-        start_from(create_model("paq_dino_nano", **SMALL, **HEADS), tmp_path / "plain.safetensors")
-    assert caught.value.remedy == "add model.one_to_many_heads=none"
+
+
+def test_options_are_off_in_the_paper() -> None:
+    for name in ("paq_dino_nano", "paq_dino_r50", "paq_deformable_detr_r50", "paq_dn_detr_r50"):
+        model = load_config(name, {"preset": "paper"}).model
+        assert (model.distinct_proposals, model.mixture, model.normalize_summary) == (None, "replace", False)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        ("dino_nano", {"model.mixture": "residual"}, "mixture=residual needs queries=patterns"),
+        (
+            "dn_detr_nano",
+            {"model.distinct_proposals": 0.8},
+            "distinct_proposals=0.8 needs positions=proposals",
+        ),
+    ],
+)
+def test_options_need_their_host(name: str, overrides: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(name, overrides)
