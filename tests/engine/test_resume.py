@@ -206,6 +206,7 @@ def test_new_data_are_for_a_resumption(tmp_path: Path, go: Go) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.integration
 def test_a_run_of_a_version_that_did_not_note_its_data(
     tmp_path: Path, go: Go, straight: Run, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -324,6 +325,7 @@ paqdetr.train("paq_dino_nano", data=data, output=output, device="cpu", settings=
 """
 
 
+@pytest.mark.integration
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL, which Windows has not")
 def test_a_killed_process_is_resumed_from_the_command_line(
     tmp_path: Path, straight: Run, tiny_digits: Path, tiny_settings: dict[str, Any]

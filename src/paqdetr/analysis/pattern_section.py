@@ -10,14 +10,24 @@ from PIL import Image, ImageDraw, ImageFont
 
 from paqdetr.analysis.arrange import cluster_order, embed, pattern_cosines
 from paqdetr.analysis.overlay import Overlay, mark
-from paqdetr.analysis.parts import plot_part, rounded_values
 from paqdetr.analysis.patterns import ContentStudy, Samples
-from paqdetr.analysis.plots import GREY, PALETTE, bars, colour, heat_map, legend, new_axes, new_grid
-from paqdetr.analysis.section import Column, Part, Picture, Section, Table
+from paqdetr.analysis.plots import (
+    GREY,
+    PALETTE,
+    bars,
+    colour,
+    heat_map,
+    legend,
+    new_axes,
+    new_grid,
+    plot_part,
+)
+from paqdetr.analysis.section import Column, Part, Picture, Section, Table, rounded_values
 from paqdetr.analysis.semantics import SHUFFLES, Semantics
 from paqdetr.data.dataset import DetectionDataset
 from paqdetr.drawing import font_path
 from paqdetr.metrics.jsonable import rounded
+from paqdetr.text import literal, printable
 
 # As many categories get a colour and shape of their own; the rest share one.
 _COLOURS = 3 * len(PALETTE)
@@ -178,7 +188,7 @@ def _category_map(model: Studied, suffix: str) -> Part | None:
         "log2_lift": rounded(values),
     }
     name = f"category_patterns{suffix}"
-    return plot_part(axes, name=name, title="Patterns of each category", caption=caption, data=data)
+    return plot_part(axes, name=name, caption=caption, data=data)
 
 
 def _embedding(model: Studied, suffix: str, seed: int) -> Part | None:
@@ -202,7 +212,13 @@ def _embedding(model: Studied, suffix: str, seed: int) -> Part | None:
             own = points[samples.categories == kind]
             shape = "o^s"[number // len(PALETTE)]
             axes.scatter(
-                *own.T, s=13, color=colour(number), marker=shape, alpha=0.75, linewidths=0, label=names[kind]
+                *own.T,
+                s=13,
+                color=colour(number),
+                marker=shape,
+                alpha=0.75,
+                linewidths=0,
+                label=literal(names[kind]),
             )
         axes.set_xticks([])
         axes.set_yticks([])
@@ -215,9 +231,7 @@ def _embedding(model: Studied, suffix: str, seed: int) -> Part | None:
     )
     data = {"categories": [names[c] for c in samples.categories]} | {k: rounded(v) for k, v in places.items()}
     name = f"content_embedding{suffix}"
-    return plot_part(
-        plots[0], name=name, title="Content queries in two dimensions", caption=caption, data=data
-    )
+    return plot_part(plots[0], name=name, caption=caption, data=data)
 
 
 def _cosines(model: Studied, suffix: str) -> Part | None:
@@ -242,7 +256,7 @@ def _cosines(model: Studied, suffix: str) -> Part | None:
         "mean_absolute": round(float(others.mean()), 6),
     }
     name = f"pattern_cosines{suffix}"
-    return plot_part(axes, name=name, title="Cosine between patterns", caption=caption, data=data)
+    return plot_part(axes, name=name, caption=caption, data=data)
 
 
 # ---------------------------------------------------------------------------------------------- pictures
@@ -287,7 +301,7 @@ def _exciting_images(model: Studied, split: DetectionDataset, suffix: str) -> Pa
             sheet.paste(picture, (x + (cell - picture.width) // 2, top + (cell - picture.height) // 2))
             pen.text(
                 (x + 2, top + cell + 2),
-                f"{split.image_ids[index]}: {ratio:.3f} x"[-24:],
+                printable(f"{split.image_ids[index]}: {ratio:.3f} x")[-24:],
                 fill="#222222",
                 font=font,
             )
@@ -337,9 +351,7 @@ def _one_image(model: Studied, split: DetectionDataset, suffix: str) -> list[Par
     caption = f"Boxes of image {ident} whose queries are taken apart below."
     picture = Picture(name=f"mixture_image{suffix}", caption=caption, image=overlay.picture())
     caption = "What these queries were mixed from: weights of the patterns that are largest in any of them."
-    mixed = plot_part(
-        axes, name=f"mixtures{suffix}", title="Mixtures of an image's queries", caption=caption, data=data
-    )
+    mixed = plot_part(axes, name=f"mixtures{suffix}", caption=caption, data=data)
     return [picture, mixed, _one_query(own, names, model, suffix)]
 
 
@@ -367,9 +379,7 @@ def _one_query(own: Samples, names: list[str], model: Studied, suffix: str) -> P
         "weights": rounded(weights[which, top]),
         "mean": rounded(index),
     }
-    return plot_part(
-        axes, name=f"one_mixture{suffix}", title="Mixture of one query", caption=caption, data=data
-    )
+    return plot_part(axes, name=f"one_mixture{suffix}", caption=caption, data=data)
 
 
 def _telling_image(samples: Samples) -> int:

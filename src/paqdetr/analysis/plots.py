@@ -1,11 +1,8 @@
-"""One style for all plots of the package's reports: draw with these colours and helpers, then `to_svg` for the page.
-
-A colour of this module is replaced by its twin where the page is dark, and black is the page's ink (`analysis/svg.py`); other
-colours stay as they are.
-"""
+"""One style for all plots of the package's reports: draw with these colours and helpers, then `plot_part` or `to_svg`."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,47 +14,17 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-from paqdetr.analysis.svg import (
-    BLUE,
-    GREEN,
-    GREY,
-    GRID,
-    INK,
-    MUTED,
-    ORANGE,
-    PALETTE,
-    PINK,
-    RAMP,
-    RED,
-    SKY,
-    theme_css,
-    to_svg,
-)
+from paqdetr.analysis import section
+from paqdetr.text import literal
 
-__all__ = [
-    "BLUE",
-    "GREEN",
-    "GREY",
-    "GRID",
-    "INK",
-    "MUTED",
-    "ORANGE",
-    "PALETTE",
-    "PINK",
-    "RED",
-    "SKY",
-    "bars",
-    "colour",
-    "heat_map",
-    "legend",
-    "line",
-    "new_axes",
-    "new_grid",
-    "ramp",
-    "style",
-    "theme_css",
-    "to_svg",
-]
+# Okabe and Ito's colours, told apart with any colour vision; the yellow, which is lost on white, is left out.
+BLUE, ORANGE, GREEN, RED, PINK, SKY, GREY = (
+    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#757575",
+)  # fmt: skip
+PALETTE = (BLUE, ORANGE, GREEN, RED, PINK, SKY, GREY)
+INK, MUTED, GRID = "#000000", "#5B6470", "#D9DDE3"
+# One hue from faint to strong, for what has an order, such as layers: see `ramp`.
+RAMP = ("#A9CBE8", "#86B4DC", "#639DCE", "#4486BD", "#2B6FA8", "#17588F", "#0A4274", "#052D57")
 
 _STYLE: Any = {
     "image.interpolation": "none",
@@ -83,10 +50,26 @@ _STYLE: Any = {
     "legend.frameon": False,
     "legend.fontsize": 8.5,
     "lines.linewidth": 1.7,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
     "figure.constrained_layout.use": True,
 }
+
+
+# Text stays text, and the same figure gives the same bytes.
+_SVG: Any = {"svg.fonttype": "none", "svg.hashsalt": "paqdetr"}
+
+
+def to_svg(axes: Axes) -> str:
+    """The whole figure that the axes stand in, as an SVG document on white ground."""
+    assert isinstance(axes.figure, Figure), "a part of a figure cannot be saved by itself"
+    buffer = io.StringIO()
+    with matplotlib.rc_context(_SVG):
+        axes.figure.savefig(buffer, format="svg", facecolor="white", metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()
+
+
+def plot_part(axes: Axes, *, name: str, caption: str, data: Any) -> section.Figure:
+    """The whole figure that the axes stand in, as a part of a report."""
+    return section.Figure(name=name, caption=caption, svg=to_svg(axes), data=data)
 
 
 @contextmanager
@@ -122,9 +105,9 @@ def new_grid(
         FigureCanvasSVG(figure)
         plots = [figure.add_subplot(rows, columns, i + 1) for i in range(rows * columns)]
         for i, axes in enumerate(plots):
-            axes.set_title(titles[i] if i < len(titles) else "")
-            axes.set_xlabel(x if i >= (rows - 1) * columns else "")
-            axes.set_ylabel(y if i % columns == 0 else "")
+            axes.set_title(literal(titles[i]) if i < len(titles) else "")
+            axes.set_xlabel(literal(x) if i >= (rows - 1) * columns else "")
+            axes.set_ylabel(literal(y) if i % columns == 0 else "")
         return plots
 
 
@@ -159,7 +142,7 @@ def line(
             xs, np.asarray(low, float), np.asarray(high, float), color=colour, alpha=0.18, linewidth=0
         )
     mark = marker or ("o" if len(xs) == 1 else "")
-    axes.plot(xs, ys, dash, color=colour, label=label or None, marker=mark or None, markersize=4)
+    axes.plot(xs, ys, dash, color=colour, label=literal(label) or None, marker=mark or None, markersize=4)
 
 
 def bars(
@@ -189,14 +172,14 @@ def bars(
     if low is not None and high is not None:
         errors = np.stack([numbers - np.asarray(low, float), np.asarray(high, float) - numbers]).clip(min=0)
     drawn = axes.barh(
-        places, numbers, height=thickness * 0.92, color=colour, label=label or None, xerr=errors,
+        places, numbers, height=thickness * 0.92, color=colour, label=literal(label) or None, xerr=errors,
         error_kw=dict(ecolor=INK, elinewidth=1, capsize=2),
     )  # fmt: skip
     if form:
         texts = ["" if np.isnan(value) else form.format(value) for value in numbers]
         axes.bar_label(drawn, labels=texts, padding=3, fontsize=8, color=INK)
         axes.margins(x=0.12)
-    axes.set_yticks(np.arange(len(numbers)), list(names))
+    axes.set_yticks(np.arange(len(numbers)), list(map(literal, names)))
     axes.set_ylim(len(numbers) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False, axis="y")
@@ -244,12 +227,12 @@ def heat_map(
     with style():  # the colour bar is another plot
         shown = axes.figure.colorbar(drawn, ax=axes, pad=0.015, fraction=0.06)
         shown.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
-        shown.set_label(bar)
+        shown.set_label(literal(bar))
     for axis, names in ((axes.yaxis, rows), (axes.xaxis, columns)):
         if names is None:
             continue
         stride = -(-len(names) // most_labels)
-        axis.set_ticks(range(0, len(names), stride), [_short(name) for name in names[::stride]])
+        axis.set_ticks(range(0, len(names), stride), [literal(_short(name)) for name in names[::stride]])
     if columns is not None and max(map(len, columns), default=0) > 3:
         axes.tick_params(axis="x", rotation=60 if len(columns) > 4 else 0)
         if len(columns) > 4:

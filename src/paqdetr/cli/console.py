@@ -14,9 +14,21 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-# No markup: what is printed holds file names and lists in brackets, which rich would take for styles and swallow.
-results = Console(highlight=False, markup=False, emoji=False)
-errors = Console(stderr=True, highlight=False, markup=False, emoji=False)
+from paqdetr.text import printable
+
+
+class _PlainConsole(Console):
+    """Prints text of files as it is: no markup, for which rich would take lists in brackets, and no terminal escapes."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False)
+
+    def render_str(self, text: str, **how: Any) -> Text:
+        return super().render_str("\n".join(map(printable, text.split("\n"))), **how)
+
+
+results = _PlainConsole()
+errors = _PlainConsole(stderr=True)
 
 
 class Ended(Exception):
@@ -72,6 +84,8 @@ def make_streams_lossy() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not None and not isinstance(stream, LossyStream):  # None: closed by the shell
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")  # of what its encoding lacks
             setattr(sys, name, LossyStream(stream))
 
 
@@ -91,7 +105,9 @@ def finish_streams() -> str | None:
 def print_styled(console: Console, *parts: str | tuple[str, str]) -> None:
     """One line from plain pieces and (piece, style) pairs; a line break inside a piece becomes a space."""
     plain = [part if isinstance(part, tuple) else (part, "") for part in parts]
-    console.print(Text.assemble(*((text.replace("\n", " "), style) for text, style in plain)), soft_wrap=True)
+    console.print(
+        Text.assemble(*((printable(text.replace("\n", " ")), style) for text, style in plain)), soft_wrap=True
+    )
 
 
 def print_columns(rows: Sequence[Sequence[str]], *, right: Collection[int] = ()) -> None:
@@ -101,6 +117,7 @@ def print_columns(rows: Sequence[Sequence[str]], *, right: Collection[int] = ())
         rows: cells without line breaks; as many in each row.
         right: the columns that end in line rather than begin.
     """
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = (

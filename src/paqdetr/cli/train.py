@@ -10,6 +10,7 @@ from rich.table import Table
 
 from paqdetr.cli.console import Ended, errors, print_styled, results, show
 from paqdetr.cli.options import Device, Model, Settings
+from paqdetr.values import MAX_SEED
 
 
 def train(
@@ -25,7 +26,7 @@ def train(
         bool, typer.Option("--accept-new-data", help="With --resume: even if the data have changed.")
     ] = False,
     device: Device = None,
-    seed: Annotated[int | None, typer.Option(help="Short for seed=N.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=MAX_SEED, help="Short for seed=N.")] = None,
     amp: Annotated[str | None, typer.Option(help="Short for amp=bf16|fp16|no.")] = None,
     auto_batch: Annotated[
         bool, typer.Option("--auto-batch", help="Take the largest batch that fits into memory.")

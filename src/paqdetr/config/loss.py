@@ -48,10 +48,13 @@ class LossConfig(Section):
     gamma: float = Field(
         default=0.4, ge=0, description="quality of a query for a box: IoU - gamma * confidence"
     )
-    top_k: int = Field(default=4, ge=1, description="most positives a box")
-    min_positives: int = Field(default=1, ge=1, description="fewest positives a box")
+    top_k: int = Field(default=4, ge=1, le=1000, description="most positives a box")
+    min_positives: int = Field(default=1, ge=1, le=1000, description="fewest positives a box")
     encoder_min_positives: int | None = Field(
-        default=None, ge=1, description="fewest positives per box among the encoder's proposals; null: min_positives"
+        default=None,
+        ge=1,
+        le=1000,
+        description="fewest positives per box among the encoder's proposals; null: min_positives",
     )
     min_iou: float = Field(
         default=0.0,
@@ -78,7 +81,7 @@ class LossConfig(Section):
     )
     div_scale: float = Field(default=1.0, ge=0, description="a further factor on the diversity loss")
     hybrid_weight: float = Field(default=1.0, ge=0, description="of the one-to-many branch of H-DETR")
-    hybrid_repeat: int = Field(default=6, ge=1, description="positives a box in that branch")
+    hybrid_repeat: int = Field(default=6, ge=1, le=1000, description="positives a box in that branch")
     class_cost: float = Field(default=2.0, ge=0, description="of the class in the matching")
     l1_cost: float = Field(default=5.0, ge=0, description="of the L1 distance of boxes in the matching")
     giou_cost: float = Field(default=2.0, ge=0, description="of GIoU in the matching")

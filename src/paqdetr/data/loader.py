@@ -6,10 +6,11 @@ import logging
 import multiprocessing
 import pickle
 import signal
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing.util import get_temp_dir
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from paqdetr.data.augment import MIN_VISIBLE, Augment, Augmented
 from paqdetr.data.cache import PixelCache
 from paqdetr.data.dataset import DetectionDataset
 from paqdetr.data.mosaic import mosaic
-from paqdetr.errors import DataError, UserError
+from paqdetr.errors import DataError, UserError, WorkerError
 from paqdetr.preprocessing import Preprocessing, pad_images, to_pixels
 from paqdetr.structures import Targets
 
@@ -223,14 +224,14 @@ def _signals_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def collate(samples: Sequence[tuple[Tensor, Targets] | Failure]) -> Batch | Failure:
+def collate(samples: Sequence[tuple[Tensor, Targets] | Failure], pad_divisor: int = 1) -> Batch | Failure:
     """Pad a list of samples into one batch; the first failure if there is one."""
     good = []
     for sample in samples:
         if isinstance(sample, Failure):
             return sample
         good.append(sample)
-    images, mask = pad_images([image for image, _ in good])
+    images, mask = pad_images([image for image, _ in good], pad_divisor)
     return Batch(images, mask, [targets for _, targets in good])
 
 
@@ -259,12 +260,14 @@ class Pickled:
     reason: str
 
 
-def collate_for_parent(samples: Sequence[tuple[Tensor, Targets] | Failure]) -> Batch | Failure | Pickled:
+def collate_for_parent(
+    samples: Sequence[tuple[Tensor, Targets] | Failure], pad_divisor: int = 1
+) -> Batch | Failure | Pickled:
     """As `collate`, in a worker process: in shared memory, or pickled where that is too small (64 MB in a container). Left to
     torch, a batch that does not fit would be lost without an error, and the training would wait for it."""
-    batch = collate(samples)
+    batch = collate(samples, pad_divisor)
     try:
-        tempfile.gettempdir()  # where the two processes meet to hand over shared memory
+        get_temp_dir()  # where the two processes meet to hand over shared memory
         return batch if isinstance(batch, Failure) else batch.share_memory()
     except (RuntimeError, OSError) as error:
         return Pickled(pickle.dumps(batch), str(error))
@@ -275,8 +278,8 @@ class TrainingLoader:
 
     Args:
         batches: the sampler, whose `epoch` is to be set before each pass.
-        workers: processes that load; 0 loads in this one. It changes no batch. Where the system has no room for what processes
-            share, it is 0.
+        workers: processes that load; 0 loads in this one, as where the system has no room for what processes share. It changes
+            no batch.
         start_method: of the workers, such as "spawn"; the platform's own if None.
     """
 
@@ -288,7 +291,7 @@ class TrainingLoader:
         workers: int,
         start_method: str | None = None,
     ) -> None:
-        if workers and (reason := _no_semaphores()) is not None:
+        if workers and (reason := _no_semaphores(workers)) is not None:
             _LOG.warning("/dev/shm, which worker processes need, cannot be used (%s): workers=0", reason)
             workers = 0
         self._loader: DataLoader[Batch | Failure | Pickled] = DataLoader(
@@ -296,7 +299,10 @@ class TrainingLoader:
             batch_sampler=batches,  # type: ignore[arg-type]
             multiprocessing_context=start_method if workers else None,
             num_workers=workers,
-            collate_fn=collate_for_parent if workers else collate,
+            collate_fn=partial(
+                collate_for_parent if workers else collate,
+                pad_divisor=images.augment.preprocessing.pad_divisor,
+            ),
             persistent_workers=workers > 0,
             worker_init_fn=leave_signals_to_the_parent,
             pin_memory=torch.cuda.is_available(),
@@ -311,8 +317,14 @@ class TrainingLoader:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        with _signals_held_back():
-            batches = iter(self._loader)
+        try:
+            with _signals_held_back():
+                batches = iter(self._loader)
+        except OSError as error:
+            raise WorkerError(
+                f"the processes that load images cannot be started: {error}",
+                "set workers=0, or fewer of them",
+            ) from None
         for batch in batches:
             if isinstance(batch, Pickled):
                 batch = self._unpickled(batch)
@@ -342,10 +354,10 @@ class TrainingLoader:
                 worker.kill()  # one that hangs: it does not listen to the SIGTERM that torch has sent it
 
 
-def _no_semaphores() -> str | None:
-    """Why processes cannot have a lock in common here; None if they can."""
+def _no_semaphores(workers: int) -> str | None:
+    """Why torch's loader could not have its locks here, three for each queue and five for an event; None if it can."""
     try:
-        multiprocessing.get_context().Lock()
+        _ = [multiprocessing.get_context().Lock() for _ in range(3 * (workers + 1) + 5)]
     except OSError as error:
         return error.strerror or str(error)
     return None

@@ -6,20 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from paqdetr.data.annotations import Annotations, Builder, Issues, as_flag, as_id, is_box, shorten
-from paqdetr.data.files import (
-    MAX_JSON_BYTES,
-    Folder,
-    files_in,
-    folders_in,
-    inner_path,
-    is_leftover,
-    parse_json,
-    read_text,
-)
+from paqdetr.data.annotations import Annotations, Builder, Issues
+from paqdetr.data.files import Folder, files_in, folders_in, inner_path, is_leftover
 from paqdetr.data.formats.sizes import header_sizes
 from paqdetr.errors import DataError
+from paqdetr.files import MAX_JSON_BYTES, parse_json, read_text
 from paqdetr.structures import ClassTable
+from paqdetr.text import shorten
+from paqdetr.values import as_flag, as_id, is_box
 
 CLASSES = ClassTable((1,), ("person",))
 _PREFIX = "annotation_"

@@ -12,7 +12,7 @@ from xml.etree.ElementTree import Element, ElementTree, ParseError, SubElement, 
 from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 
-from paqdetr.data.annotations import DECIMALS, Annotations, Builder, Issues, as_flag, is_coordinate, shorten
+from paqdetr.data.annotations import DECIMALS, Annotations, Builder, Issues
 from paqdetr.data.files import (
     composed,
     files_in,
@@ -21,14 +21,15 @@ from paqdetr.data.files import (
     is_leftover,
     list_files,
     list_pictures,
-    read_bytes,
-    read_text,
 )
 from paqdetr.data.formats.sizes import header_sizes
 from paqdetr.data.split_names import meaning
 from paqdetr.errors import DataError
+from paqdetr.files import read_bytes, read_text
 from paqdetr.images import IMAGE_EXTENSIONS
 from paqdetr.structures import ClassTable
+from paqdetr.text import shorten
+from paqdetr.values import as_flag, is_coordinate
 
 # What neither an XML text nor a line of a list holds as it is.
 _UNWRITABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffe\uffff]|^\\s|\\s$")

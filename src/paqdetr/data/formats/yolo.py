@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from paqdetr.data.annotations import DECIMALS, Annotations, Builder, Issues, as_id, shorten
-from paqdetr.data.files import Folder, inner_path, is_leftover, list_pictures, read_text
+from paqdetr.data.annotations import DECIMALS, Annotations, Builder, Issues
+from paqdetr.data.files import Folder, inner_path, is_leftover, list_pictures
 from paqdetr.data.formats.sizes import header_sizes
 from paqdetr.data.split_names import USUAL, is_split
 from paqdetr.errors import DataError
+from paqdetr.files import read_text
 from paqdetr.structures import ClassTable
+from paqdetr.text import shorten
+from paqdetr.values import as_id
+from paqdetr.yaml_files import dump_yaml, load_yaml
 
 SPLITS = USUAL
 """All that `data.yaml` has a place for."""
@@ -38,26 +40,6 @@ class YoloPlace:
         return read_yolo(self, issues)
 
 
-def load_data_yaml(path: Path) -> dict[str, Any]:
-    """The content of a `data.yaml`. Every scalar is text as it stands there: a class may be called `no`, `010` or `1.10`.
-
-    Raises:
-        DataError: as `read_text`, or it is no YAML or no mapping.
-    """
-    text = read_text(path, limit=2**20)
-    try:
-        content = yaml.load(text, Loader=yaml.BaseLoader)
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise DataError(
-            f"{path}: no valid YAML: {' '.join(str(error).split())}", "Correct the file."
-        ) from None
-    if not isinstance(content, dict):
-        raise DataError(
-            f"{path}: holds a {type(content).__name__}, expected keys and values", "Correct the file."
-        )
-    return content
-
-
 def yolo_places(yaml_file: Path, *, named: bool) -> dict[str, YoloPlace]:
     """The splits of a `data.yaml` by their keys, none if it is another yaml file.
 
@@ -68,7 +50,7 @@ def yolo_places(yaml_file: Path, *, named: bool) -> dict[str, YoloPlace]:
     Raises:
         DataError: it is malformed, or `path` leads out of the folder.
     """
-    content = load_data_yaml(yaml_file)
+    content = load_yaml(yaml_file, text_only=True)  # a class may be called `no`, `010` or `1.10`
     splits = [key for key in content if is_split(key)]
     if "names" not in content or not splits:
         if named:
@@ -113,7 +95,7 @@ def read_yolo(place: YoloPlace, issues: Issues) -> Annotations:
     Raises:
         DataError: `data.yaml`, a list or a label file is malformed, or an image is missing or damaged.
     """
-    content = load_data_yaml(place.yaml_file)
+    content = load_yaml(place.yaml_file, text_only=True)
     classes, keypoints = _classes(place.yaml_file, content), _keypoints(place.yaml_file, content)
     images, image_dir = _images(place, issues)
     names = [path.relative_to(image_dir).as_posix() for path in images]
@@ -383,9 +365,7 @@ def write_yolo(root: Path, splits: dict[str, Annotations], place_image: Callable
     # No `path`: other programs would look for it in a folder of theirs, and without it beside this file.
     content: dict[str, Any] = {split: f"images/{split}" for split in splits}
     content["names"] = dict(enumerate(next(iter(splits.values())).classes.names))
-    (root / "data.yaml").write_text(
-        yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8"
-    )
+    (root / "data.yaml").write_text(dump_yaml(content), encoding="utf-8")
 
 
 def _line(annotations: Annotations, row: int, index: int) -> str:
