@@ -249,5 +249,4 @@ def test_eval_of_a_checkpoint_with_too_few_queries(
     assert (
         "note: 1 of 4 images have more than 20 boxes (up to " in said and "raise model.num_queries=20" in said
     )
-    # 20 queries of ten classes each give 200 pairs; all of them are kept only if so many may count.
-    assert len(json.loads(out.read_text())) == 4 * 200
+    assert len(json.loads(out.read_text())) == 4 * 200  # all pairs of a query and a class

@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 
-from paqdetr.data.annotations import Issues, Problem, as_flag, as_id
+from paqdetr.data.annotations import Issues, Problem
 from paqdetr.data.dataset import DetectionDataset, open_split
 from paqdetr.data.layout import find_split
 from paqdetr.errors import DataError
+from paqdetr.values import as_flag, as_id
 
 FORMATS = ("coco", "voc", "yolo", "cityscapes", "crowdhuman")
 # Where each format has the pictures of train and the annotations of image a.

@@ -7,6 +7,7 @@ import copy
 import io
 import json
 import math
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -197,6 +198,18 @@ def test_to_json() -> None:
         ({"bbox": [1, 2, math.inf, 4]}, "found inf"),
         ({"bbox": None}, "bbox is None"),
         ({"bbox": "1234"}, "found '1'"),
+        ({"bbox": ["1", "2", "3", "4"]}, "found '1', expected a finite number from -1e"),
+        ({"bbox": [1, 2, -3, 4]}, "found -3, expected a finite number from 0 to 1e"),
+        ({"bbox": [1, 2, 3, 10**400]}, r"bbox \[1, 2, 3, 1000"),
+        ({"bbox": [True] * 4}, "found True"),
+        ({"bbox": [1, 2, 3, 1e300]}, r"found 1e\+300"),
+        ({"score": 10**400}, "score: found 1000000"),
+        ({"score": 10**5000}, "score: found a int, expected a finite number"),
+        ({"score": math.inf}, "score: found inf"),
+        ({"score": True}, "score: found True"),
+        ({"score": "0.5"}, "score: found '0.5'"),
+        ({"image_id": 10**400}, "image_id 1000000"),
+        ({"image_id": True}, "image_id True is none"),
     ],
 )
 def test_malformed_results(change: dict, message: str) -> None:
@@ -219,13 +232,19 @@ def test_malformed_ground_truth(tmp_path: Path) -> None:
         evaluate_detections(truth([(5, 1, A)]), [])
     with pytest.raises(DataError, match="number 0 has the id None"):
         evaluate_detections(good | {"images": [{}]}, [])
-    for side in ("tall", [1], -5, math.inf):
+    for side in ("tall", [1], -5, math.inf, 10**400, 1e300, True):
         with pytest.raises(DataError, match="image 1: height: found"):
             evaluate_detections(good | {"images": [{"id": 1, "height": side, "width": 5}]}, [])
     with pytest.raises(DataError, match="number 0 is 3"):
         evaluate_detections(good | {"annotations": [3]}, [])
     with pytest.raises(DataError, match="area: found 'big'"):
         evaluate_detections(good | {"annotations": [good["annotations"][0] | {"area": "big"}]}, [])
+    for area in (-1, math.nan, 10**400, "1"):
+        with pytest.raises(DataError, match="area: found"):
+            evaluate_detections(good | {"annotations": [good["annotations"][0] | {"area": area}]}, [])
+    for crowd in ("maybe", 2, [1]):
+        with pytest.raises(DataError, match="annotation 1: iscrowd is"):
+            evaluate_detections(good | {"annotations": [good["annotations"][0] | {"iscrowd": crowd}]}, [])
     with pytest.raises(DataError, match=r"absent\.json"):
         evaluate_detections(tmp_path / "absent.json", [])
     (tmp_path / "half.json").write_text('{"images": [')
@@ -238,10 +257,66 @@ def test_malformed_ground_truth(tmp_path: Path) -> None:
         evaluate_detections(good, [], iou_type="keypoints")  # type: ignore[arg-type]
 
 
+NUMBERS = st.one_of(
+    st.sampled_from(
+        [1e400, -1e400, math.nan, 10**400, 10**5000, True, None, "1", [], {}, 2**63, 1e308, -1.0]
+    ),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=3),
+)
+
+
+@given(
+    change=st.dictionaries(
+        st.sampled_from(["score", "image_id", "category_id", "bbox"]), NUMBERS | st.lists(NUMBERS, max_size=5)
+    ),
+    ground=st.dictionaries(
+        st.sampled_from(["id", "image_id", "bbox", "area", "iscrowd"]),
+        NUMBERS | st.lists(NUMBERS, max_size=5),
+    ),
+    height=NUMBERS,
+)
+def test_any_values_are_figures_or_one_line(change: dict, ground: dict, height: Any) -> None:
+    good = truth([(1, 1, A)])
+    good["annotations"][0] |= ground
+    good["images"][0]["height"] = height
+    with contextlib.suppress(DataError):
+        evaluate_detections(good, [result(1, 1, A, 0.9) | change])
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "message"),
+    [
+        ([[math.nan] * 6], "no finite numbers of pixels"),
+        ([[10**400] * 6], "no finite numbers of pixels"),
+        ([["1"] * 6], "no finite numbers of pixels"),
+        ([[1, 2]], "no usable segmentation"),
+        ("abc", "no usable segmentation"),
+        ({"size": [100, 100], "counts": [10**9]}, "no usable segmentation"),
+        ({"size": [10**400, 100], "counts": [1]}, "no usable segmentation"),
+        ({"size": ["a", 100], "counts": "1"}, "no usable segmentation"),
+    ],
+)
+def test_polygons_that_are_none(segmentation: Any, message: str) -> None:
+    good = truth([(1, 1, A)])
+    good["annotations"][0]["segmentation"] = segmentation
+    with pytest.raises(DataError, match=f"annotation 1.*{message}"):
+        evaluate_detections(good, [], iou_type="segm")
+
+
 def test_read_results(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     path.write_text(json.dumps([result(1, 1, A, 0.9)]))
     assert read_results(path) == [result(1, 1, A, 0.9)]
+    path.write_text('[{"score": 1, "score": 2}]')
+    with pytest.raises(DataError, match="an object has the key 'score' twice"):
+        read_results(path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(DataError, match="is a pipe, expected a file"):
+        read_results(path)
+    path.unlink()
     path.write_text(json.dumps(truth([])))
     with pytest.raises(DataError, match="expected a list of detections"):
         read_results(path)

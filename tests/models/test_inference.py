@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from paqdetr.config import ModelConfig
 from paqdetr.errors import ConfigError, DataError, NonFiniteError
 from paqdetr.models import create_model
 from paqdetr.models.detector import Detector
@@ -271,6 +272,7 @@ def case(**changes: Any) -> Detections:
         "boxes": torch.tensor([[0.5, 0.5, 0.5, 1.0], [0.1, 0.2, 0.4, 0.2]]),
         "size": (100, 200),
         "classes": ClassTable((7, 3), ("cat", "dog")),
+        "config": ModelConfig(),
         "threshold": 0.3,
     }
     return postprocess(**options | changes)
@@ -288,7 +290,7 @@ def test_postprocess_by_hand() -> None:
 
 
 def test_postprocess_limit_and_threshold() -> None:
-    assert case(limit=2).labels.tolist() == [7, 3]
+    assert case(config=ModelConfig(max_detections=2)).labels.tolist() == [7, 3]
     assert case(threshold=0.0).scores.size == 4
     assert case(threshold=0.5).scores.size == 3  # "at least"
     assert case(threshold=0.6).scores.size == 2

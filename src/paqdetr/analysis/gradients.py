@@ -72,7 +72,8 @@ def content_gradients(
                 if isinstance(module, _BatchNorm):
                     module.eval()
             for done, index in enumerate(chosen, start=1):
-                pixels, mask = pad_images([model.preprocessing(read_picture(split, index))])
+                pixels = model.preprocessing(read_picture(split, index))
+                pixels, mask = pad_images([pixels], model.preprocessing.pad_divisor)
                 target = targets_of(split, index, device, classes=model.classes)
                 with torch.no_grad():  # the way from the loss to the content does not pass the backbone
                     features = model.extract(pixels.to(device), None if mask is None else mask.to(device))

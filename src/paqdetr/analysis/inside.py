@@ -153,7 +153,7 @@ def look_inside(
         most: of these, so many.
     """
     device = next(model.parameters()).device
-    images, mask = pad_images([model.preprocessing(picture)])
+    images, mask = pad_images([model.preprocessing(picture)], model.preprocessing.pad_divisor)
     was_training = model.training
     model.eval()
     try:

@@ -20,9 +20,7 @@ def bench(
         typer.Argument(help="Settings of both models, such as model.dim=128.", metavar="KEY=VALUE"),
     ] = None,
     *,
-    against: Annotated[
-        str | None, typer.Option(help='Another model to compare with, or "transformers".')
-    ] = None,
+    against: Annotated[str | None, typer.Option(help="Another model to compare with.")] = None,
     image_size: Annotated[int, typer.Option(min=64, max=8192, help="Side of the images, in pixels.")] = 640,
     batch_size: Annotated[
         int, typer.Option(min=1, max=MAX_BATCH, help="Images that go through together.")

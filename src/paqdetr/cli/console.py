@@ -84,6 +84,8 @@ def make_streams_lossy() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not None and not isinstance(stream, LossyStream):  # None: closed by the shell
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")  # of what its encoding lacks
             setattr(sys, name, LossyStream(stream))
 
 

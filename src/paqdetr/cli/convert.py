@@ -82,7 +82,14 @@ def convert(
     results.print(f"checkpoint: {output}", soft_wrap=True)
     files.write("json", report.to_dict())
     if report.model in list_models():
-        extra = settings_to_add(detector.config, load_config(report.model).model)
+        config = load_config(report.model)
+        extra = settings_to_add(detector.config, config.model)
+        images = detector.preprocessing
+        extra += [
+            f"{key}={getattr(images, key)}"
+            for key in ("resize", "pad_divisor")
+            if getattr(images, key) != getattr(config, key)
+        ]
         words = ["paqdetr train", report.model, "--data DIR --output RUN", f"init={output}", *extra]
         results.print(f"to train it: {' '.join(words)}", soft_wrap=True)
 

@@ -139,17 +139,14 @@ def preview(
     from paqdetr.config import load_config, parse_overrides
     from paqdetr.data.dataset import open_split
     from paqdetr.data.preview import preview_batches
-    from paqdetr.models.backbone import normalization_of
-    from paqdetr.preprocessing import Preprocessing
+    from paqdetr.models.zoo import preprocessing_of
 
     _require_png(output)
     OutputFiles("paqdetr data preview", overwrite=overwrite, output=output)
     config = load_config(model, {"workers": 0, **parse_overrides(settings or [])})
     opened = open_split(folder, split)
-    normalization = normalization_of(config.model.backbone)
-    preprocessing = Preprocessing(config.image_size, config.size_divisor, normalization)
     drawn = preview_batches(
-        config, opened, preprocessing, output, batches=batches, epoch=epoch, overwrite=overwrite
+        config, opened, preprocessing_of(config), output, batches=batches, epoch=epoch, overwrite=overwrite
     )
     results.print(f"drawn: {drawn}", soft_wrap=True)
 

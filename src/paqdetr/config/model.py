@@ -186,6 +186,16 @@ class ModelConfig(Section):
         "host",
     )
 
+    # From queries to detections; nothing of it changes weights.
+    max_detections: int = Field(
+        default=300,
+        ge=1,
+        description="detections kept of an image, by score; DINO keeps 300, Deformable DETR 100",
+    )
+    clamp_boxes: bool = Field(
+        default=True, description="predicted boxes are cut off at the image's border, as in detectron2"
+    )
+
     # Conventions in which published codes differ; docs/convert.md names who does what.
     position_temperature: float = Field(
         default=20.0, gt=0, description="of the sine embedding of feature maps"

@@ -12,6 +12,9 @@ from paqdetr.config.section import Section
 from paqdetr.values import MAX_BATCH, MAX_SEED, MAX_WORKERS
 from paqdetr.yaml_files import dump_yaml
 
+ResizeRule = Literal["detr", "detectron2", "transformers", "relation_detr", "nearest"]
+"""How the sides of a resized image become whole pixels: as the program of that name does it, or to the nearest pixel."""
+
 
 class AugmentConfig(Section):
     """What training does to an image. Scales are relative to `image_size`."""
@@ -68,6 +71,14 @@ class Config(Section):
         le=1024,
         description="sides are rounded to multiples of it, aspect ratios a little off",
     )
+    resize: ResizeRule = Field(
+        default="detr",
+        description="how sides become whole pixels where image_size has two numbers and size_divisor is 1: as in DETR's code "
+        "(the long side truncated) or that of the named program; nearest: rounded",
+    )
+    pad_divisor: int = Field(
+        default=1, ge=1, description="sides of a batch are padded to multiples of it; 1: to its largest image"
+    )
     pretrained_backbone: bool = Field(default=True, description="start from ImageNet weights")
     init: str | None = Field(
         default=None, description="start from this checkpoint; its classes and number of queries may differ"
@@ -103,7 +114,11 @@ class Config(Section):
         gt=0,
         description="factor on lr for sampling offsets and the layer that makes reference points",
     )
-    weight_decay: float = Field(default=1e-4, ge=0, description="of AdamW; norms and biases do not decay")
+    weight_decay: float = Field(default=1e-4, ge=0, description="of AdamW")
+    decay_norms: bool = Field(
+        default=False,
+        description="norms and biases decay too, as in the codes of Deformable DETR, DN-DETR and DINO",
+    )
     schedule: Literal["step", "cosine"] = Field(
         default="step", description="of the learning rate, after the warm-up"
     )

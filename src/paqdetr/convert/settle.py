@@ -150,9 +150,14 @@ def settle_classes(renamed: Renamed, slots: ClassSlots, *, agnostic: bool) -> No
                 index, note = torch.tensor([0]), "slot 0, by which proposals are ranked"
         elif key == "denoising.label_embed.weight":
             index, note = rows, f"{len(slots.rows)} of {tensor.shape[0]} labels"
+            if missing := [row for row in slots.rows if row >= len(tensor)]:
+                # The table is smaller than the class head (dn_labelbook_size); new rows as in a new model.
+                fresh = torch.randn(max(missing) + 1 - len(tensor), tensor.shape[1])
+                tensor = torch.cat([tensor, fresh.to(tensor)])
+                note = f"{len(slots.rows) - len(missing)} labels; {len(missing)} start anew, since the file has none for them"
         else:
             continue
-        if index.tolist() != list(range(tensor.shape[0])):
+        if index.tolist() != list(range(len(renamed.tensors[key]))):
             renamed.change(key, tensor[index].clone(), note)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from paqdetr.convert.backbones import resnet
 from paqdetr.convert.keymap import FIRST_HALF, SECOND_HALF, move, pack, split
-from paqdetr.convert.layout import DEFORMABLE_MAP, Layout, heads, proposal_projection
+from paqdetr.convert.layout import DEFORMABLE_MAP, KEEP_100, Layout, heads, proposal_projection
 
 
 def _settings(keys: Collection[str], hints: Mapping[str, Any]) -> dict[str, Any]:
@@ -19,6 +19,7 @@ def _settings(keys: Collection[str], hints: Mapping[str, Any]) -> dict[str, Any]
     two_stage = "model.enc_output.weight" in keys
     settings = {
         **DEFORMABLE_MAP,
+        **KEEP_100,
         "box_eps": 1e-5,
         "look_forward_twice": False,
         "box_refinement": bool(hints.get("with_box_refine", refined)),
@@ -67,6 +68,7 @@ TRANSFORMERS = Layout(
         *heads(decoder="model.decoder."),
     ),
     settings=_settings,
+    preprocessing={"resize": "transformers"},
     hints={
         "encoder_attention_heads": "num_heads",
         "decoder_attention_heads": "num_heads",

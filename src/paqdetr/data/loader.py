@@ -9,7 +9,9 @@ import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.util import get_temp_dir
+from typing import Any
 
 import numpy as np
 import torch
@@ -223,14 +225,14 @@ def _signals_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def collate(samples: Sequence[tuple[Tensor, Targets] | Failure]) -> Batch | Failure:
+def collate(samples: Sequence[tuple[Tensor, Targets] | Failure], pad_divisor: int = 1) -> Batch | Failure:
     """Pad a list of samples into one batch; the first failure if there is one."""
     good = []
     for sample in samples:
         if isinstance(sample, Failure):
             return sample
         good.append(sample)
-    images, mask = pad_images([image for image, _ in good])
+    images, mask = pad_images([image for image, _ in good], pad_divisor)
     return Batch(images, mask, [targets for _, targets in good])
 
 
@@ -259,10 +261,12 @@ class Pickled:
     reason: str
 
 
-def collate_for_parent(samples: Sequence[tuple[Tensor, Targets] | Failure]) -> Batch | Failure | Pickled:
+def collate_for_parent(
+    samples: Sequence[tuple[Tensor, Targets] | Failure], pad_divisor: int = 1
+) -> Batch | Failure | Pickled:
     """As `collate`, in a worker process: in shared memory, or pickled where that is too small (64 MB in a container). Left to
     torch, a batch that does not fit would be lost without an error, and the training would wait for it."""
-    batch = collate(samples)
+    batch = collate(samples, pad_divisor)
     try:
         get_temp_dir()  # where the two processes meet to hand over shared memory
         return batch if isinstance(batch, Failure) else batch.share_memory()
@@ -296,7 +300,10 @@ class TrainingLoader:
             batch_sampler=batches,  # type: ignore[arg-type]
             multiprocessing_context=start_method if workers else None,
             num_workers=workers,
-            collate_fn=collate_for_parent if workers else collate,
+            collate_fn=partial(
+                collate_for_parent if workers else collate,
+                pad_divisor=images.augment.preprocessing.pad_divisor,
+            ),
             persistent_workers=workers > 0,
             worker_init_fn=leave_signals_to_the_parent,
             pin_memory=torch.cuda.is_available(),
@@ -341,8 +348,9 @@ class TrainingLoader:
     def close(self) -> None:
         """End the worker processes."""
         # Dropping the loader would do it too, but only when nothing refers to it any more, a traceback for example.
-        iterator, self._loader._iterator = self._loader._iterator, None
-        if iterator is not None and hasattr(iterator, "_shutdown_workers"):
+        iterator: Any = self._loader._iterator
+        self._loader._iterator = None
+        if hasattr(iterator, "_shutdown_workers"):
             iterator._shutdown_workers()
             for worker in iterator._workers:
                 worker.kill()  # one that hangs: it does not listen to the SIGTERM that torch has sent it

@@ -25,6 +25,7 @@ from torch import Tensor
 from paqdetr.config import Config
 from paqdetr.errors import ConfigError, UserError, WorkerError
 from paqdetr.models.device import require_device
+from paqdetr.values import environment_integer
 
 # One waits for another at most so long: for COCO figures of a large split, made by the first alone.
 _PATIENCE = timedelta(hours=1)
@@ -56,8 +57,8 @@ class Processes:
         """
         wanted = require_device(device)
         for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-            announced(name, 0)
-        if announced("WORLD_SIZE", 1) == 1:
+            environment_integer(name, 0, low=0)
+        if environment_integer("WORLD_SIZE", 1, low=1) == 1:
             return cls(device=wanted)
         with _meeting():
             return cls.of(PartialState(cpu=wanted.type == "cpu", timeout=_PATIENCE))
@@ -136,22 +137,7 @@ class Processes:
 
 def this_is_main() -> bool:
     """Whether this process may print, before and after processes know each other."""
-    return announced("RANK", 0) == 0
-
-
-def announced(name: str, default: int) -> int:
-    """A number that torchrun or accelerate launch puts into the environment.
-
-    Raises:
-        ConfigError: it is none.
-    """
-    value = os.environ.get(name, str(default))
-    if not value.isdecimal():
-        raise ConfigError(
-            f"the environment variable {name} is {value!r}, expected a number",
-            "unset it, or start the processes with torchrun",
-        )
-    return int(value)
+    return environment_integer("RANK", 0, low=0) == 0
 
 
 def leave() -> None:

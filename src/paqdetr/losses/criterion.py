@@ -195,6 +195,9 @@ class Criterion:
         layers = len(predicted.logits)
         pairs = [[Pairs(*info.positives(len(target))) for target in targets]] * layers
         names = [f"denoising{i + 1}" for i in range(layers)]
+        if info.counted is not None:
+            logits = predicted.logits.masked_fill(~info.counted[..., None], _BACKGROUND_LOGIT)
+            predicted = Decoded(logits, predicted.boxes)
         return self._terms(names, predicted, targets, pairs, divisor * info.groups)
 
     def _aux_weight(self, name: str) -> float:

@@ -17,7 +17,7 @@ import numpy as np
 from paqdetr.errors import ConfigError, DataError
 from paqdetr.files import read_json
 from paqdetr.text import shorten
-from paqdetr.values import as_id, is_coordinate
+from paqdetr.values import as_flag, as_id, is_coordinate
 
 Json = Mapping[str, Any]
 _LEAST = (-1e9, -1e9, 0, 0)  # of x, y, width and height
@@ -102,7 +102,12 @@ class CocoRecords:
         ):
             # Numbered from 1 whatever their own ids: COCO's rules read the id 0 as "not matched".
             record["id"] = number
-            record["iscrowd"] = int(bool(annotation.get("iscrowd")))
+            crowd = as_flag(annotation.get("iscrowd"))
+            if crowd is None:
+                raise DataError(
+                    f"{name}: iscrowd is {shorten(annotation['iscrowd'])}, expected 0 or 1", "repair the file"
+                )
+            record["iscrowd"] = int(crowd)
             if self.masks:
                 record["bbox"] = hotcoco.mask.to_bbox(record["segmentation"]).tolist()
             area = annotation.get("area")
@@ -256,7 +261,7 @@ def _numbering(items: Sequence[Json], name: str) -> dict[Any, int]:
 
     Integer ids keep their order: it breaks ties between equal scores in pycocotools. Others go by position.
     """
-    ids = [as_id(item.get("id")) for item in items]
+    ids: list[Any] = [as_id(item.get("id")) for item in items]
     for i, own in enumerate(ids):
         if own is None:
             raise DataError(
@@ -331,10 +336,8 @@ def _stem(name: str) -> str:
 
 
 def _find(table: dict[Any, int], key: Any) -> int | None:
-    try:
-        return table.get(key)
-    except TypeError:  # a list as id
-        return None
+    own = as_id(key)
+    return None if own is None else table.get(own)
 
 
 def _some(ids: Iterable[Any], limit: int = 5) -> str:

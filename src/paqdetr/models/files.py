@@ -146,12 +146,7 @@ def describe_checkpoint(header: Mapping[str, Any], where: str) -> tuple[Config, 
             tuple(int(row["id"]) for row in header["classes"]),
             tuple(str(row["name"]) for row in header["classes"]),
         )
-        values = {
-            "name": header["name"],
-            "model": header["model"],
-            "image_size": preprocessing.image_size,
-            "size_divisor": preprocessing.size_divisor,
-        }
+        values = {"name": header["name"], "model": header["model"], **preprocessing.settings()}
         return validate_config(values, where), classes, preprocessing
     except KeyError as error:
         raise CheckpointError(f"{where}: its header lacks {error}", remedy) from None

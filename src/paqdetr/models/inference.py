@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert
 
+from paqdetr.config import ModelConfig
 from paqdetr.errors import ConfigError, NonFiniteError, memory_error
 from paqdetr.images import ImageSource, read_image
 from paqdetr.models.arguments import require_batch_size, require_threshold
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 Self = TypeVar("Self")
 
-_LIMIT = 300
 # By model: how many threads are predicting with it, and the mode that the last of them puts back.
 _predicting: WeakKeyDictionary[Detector, tuple[int, bool]] = WeakKeyDictionary()
 _predicting_lock = threading.Lock()
@@ -121,7 +121,7 @@ def detect_batch(
         NonFiniteError: a prediction is NaN or infinite, naming the images.
     """
     device = next(model.parameters()).device
-    batch, mask = pad_images(images)
+    batch, mask = pad_images(images, model.preprocessing.pad_divisor)
     with _evaluating(model), torch.inference_mode(), _in_precision_of(model) as dtype:
         output = model(batch.to(device, dtype), None if mask is None else mask.to(device))
     logits, boxes = output.pred_logits.float().cpu(), output.pred_boxes.float().cpu()
@@ -130,7 +130,13 @@ def detect_batch(
         look(output)
     for image_logits, image_boxes, size in zip(logits, boxes, sizes, strict=True):
         yield postprocess(
-            image_logits, image_boxes, size, model.classes, threshold=threshold, limit=max(_LIMIT, at_least)
+            image_logits,
+            image_boxes,
+            size,
+            model.classes,
+            model.config,
+            threshold=threshold,
+            at_least=at_least,
         )
 
 
@@ -139,9 +145,10 @@ def postprocess(
     boxes: Tensor,
     size: tuple[int, int],
     classes: ClassTable,
+    config: ModelConfig,
     *,
     threshold: float,
-    limit: int = _LIMIT,
+    at_least: int = 0,
 ) -> Detections:
     """The best (query, class) pairs of one image; no non-maximum suppression.
 
@@ -150,16 +157,19 @@ def postprocess(
         boxes: (n, 4) cxcywh in [0, 1].
         size: (height, width) of the image in pixels.
         classes: from index to original id and name.
+        config: of the model: `max_detections` and `clamp_boxes`.
         threshold: the least score.
-        limit: the most detections.
+        at_least: as of `detect_batch`.
     """
     scores = logits.sigmoid().flatten()
-    best = scores.topk(min(limit, scores.numel()))
+    best = scores.topk(min(max(config.max_detections, at_least), scores.numel()))
     keep = best.values >= threshold
     chosen, values = best.indices[keep], best.values[keep]
     queries, labels = chosen // logits.shape[1], chosen % logits.shape[1]
     height, width = size
-    corners = box_convert(boxes[queries], "cxcywh", "xyxy").clamp(0, 1)
+    corners = box_convert(boxes[queries], "cxcywh", "xyxy")
+    if config.clamp_boxes:
+        corners = corners.clamp(0, 1)
     pixels = corners * torch.tensor([width, height, width, height])
     return Detections(
         boxes=pixels.numpy().astype(np.float32),

@@ -134,6 +134,17 @@ DENOISING: dict[str, Callable[[ModelConfig], Denoising | None]] = {
 }
 
 
+def preprocessing_of(config: Config) -> Preprocessing:
+    """What the settings do to an image."""
+    return Preprocessing(
+        config.image_size,
+        config.size_divisor,
+        normalization_of(config.model.backbone),
+        resize=config.resize,
+        pad_divisor=config.pad_divisor,
+    )
+
+
 def list_models(pattern: str = "*") -> list[str]:
     """Names of the models that `create_model` knows, by a wildcard such as "paq_*"."""
     return list_configs("model", pattern)
@@ -220,7 +231,7 @@ def build_model(
         config=model,
         name=config.name,
         classes=classes,
-        preprocessing=Preprocessing(config.image_size, config.size_divisor, normalization_of(model.backbone)),
+        preprocessing=preprocessing_of(config),
         backbone=backbone,
         neck=Neck(
             in_channels=backbone.channels,

@@ -167,7 +167,8 @@ def measure_model(
     require_same_classes(model.classes, split)
     found: list[Detections] = []
     usage = QueryUsage(num_queries=model.config.num_queries)
-    content, layers = ContentCollector(num_classes=len(model.classes)), LayerCollector(model.classes)
+    content = ContentCollector(num_classes=len(model.classes))
+    layers = LayerCollector(model.classes, model.config)
     for index, detections in detect_split(model, split, batch_size=4, observers=[usage, content, layers]):
         detections.image_id = split.image_ids[index]
         found.append(detections)

@@ -125,7 +125,7 @@ def analyze(
     chapters = _chapters(watched, Path(data), images, samples, seed, tell)
     subjects = [one.subject for one in watched]
     heading = _heading(subjects, Path(data), split)
-    page = render(heading, chapters, progress=_stage(tell, "pictures"))
+    page = render(heading, chapters)
     write_folder(output, page, chapters)
     return Report(
         page=output / "index.html",
@@ -158,7 +158,7 @@ def _watched(
     """The one pass over the split that everything is made of."""
     usage = QueryUsage(num_queries=detector.config.num_queries)
     content = ContentCollector(num_classes=len(detector.classes))
-    layers = LayerCollector(detector.classes)
+    layers = LayerCollector(detector.classes, detector.config)
     found = evaluate_split(
         detector,
         split,
