@@ -25,7 +25,7 @@ from paqdetr.data.read_ahead import read_ahead
 from paqdetr.engine.processes import Processes
 from paqdetr.errors import ConfigError, DataError
 from paqdetr.metrics.coco import CocoFigures, evaluate_detections, non_maximum_suppression
-from paqdetr.metrics.coco_records import MAX_DETECTIONS, require_max_detections
+from paqdetr.metrics.coco_records import MAX_DETECTIONS, counted_detections
 from paqdetr.models.arguments import require_batch_size
 from paqdetr.models.detector import Detector, DetectorOutput
 from paqdetr.models.device import require_device
@@ -100,7 +100,7 @@ def evaluate(
         ConfigError: `model` is none of these, or a batch size or `max_detections` below 1.
     """
     require_batch_size(batch_size)
-    require_max_detections(max_detections)
+    counted_detections(max_detections)
     if isinstance(model, (str, Path)):
         model = load(model, device=str(require_device(None)))
     elif not isinstance(model, Detector):

@@ -68,17 +68,17 @@ def predict_folder(
     require_threshold(threshold)
     output = Path(output)
     pictures = _pictures(sources)
+    for path in pictures:
+        if path.resolve().parent == output.resolve():
+            raise DataError(
+                f"{path}: lies in the output folder, where it would be drawn over", "choose another --output"
+            )
     ids = None if annotations is None else _image_ids(pictures, annotations)
     require_free(
         output,
         lambda file: overwrite or _is_ours(file, output),
         remedy="choose another --output, or replace files of the same names with --overwrite",
     )
-    for path in pictures:
-        if path.resolve().parent == output.resolve():
-            raise DataError(
-                f"{path}: lies in the output folder, where it would be drawn over", "choose another --output"
-            )
     found: dict[Path, Detections] = {}
     unreadable: dict[Path, str] = {}
     for done, path in enumerate(pictures, start=1):

@@ -24,7 +24,7 @@ from paqdetr.metrics.coco_records import (
     CocoRecords,
     GroundTruth,
     IouType,
-    require_max_detections,
+    counted_detections,
 )
 from paqdetr.metrics.jsonable import json_number
 from paqdetr.structures import Detections
@@ -103,12 +103,11 @@ def evaluate_detections(
             category, or its box, mask or score is missing or not finite.
         ConfigError: `iou_type` is something else, or `max_detections` is below 1.
     """
-    require_max_detections(max_detections)
     records = CocoRecords.open(ground_truth, iou_type)
     dataset = hotcoco.COCO(records.ground_truth())
     detected = dataset.load_res(records.results(results, source))
     evaluation = hotcoco.COCOeval(dataset, detected, iou_type)
-    evaluation.params.max_dets = [1, 10, max_detections]
+    evaluation.params.max_dets = counted_detections(max_detections)
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summary_lines()  # fills the figures; summarize() would do so too, but prints

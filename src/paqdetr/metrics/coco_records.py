@@ -152,20 +152,20 @@ class CocoRecords:
         Raises:
             DataError: several images are called so.
         """
-        wanted = _plain(name)
-        found = [
-            number
-            for number in self._by_name.get(wanted.rpartition("/")[2], [])
-            if f"/{self._names[number]}".endswith(f"/{wanted}")
-            or f"/{wanted}".endswith(f"/{self._names[number]}")
-        ]
-        exact = [number for number in found if self._names[number] == wanted]
-        if len(exact or found) > 1:
+        wanted = f"/{_plain(name)}"
+        own = {
+            number: f"/{self._names[number]}" for number in self._by_name.get(wanted.rpartition("/")[2], [])
+        }
+        within = [number for number, full in own.items() if wanted.endswith(full)]
+        longest = max((len(own[number]) for number in within), default=0)
+        found = [number for number in within if len(own[number]) == longest]
+        found = found or [number for number, full in own.items() if full.endswith(wanted)]
+        if len(found) > 1:
             raise DataError(
-                f"{self._source}: {len(found)} images are called {name!r}",
+                f"{self._source}: {len(found)} images are called {shorten(name)}",
                 "give names with their folders, or image ids",
             )
-        return next(iter(exact or found), None)
+        return found[0] if found else None
 
     def _image(self, item: Json, name: str) -> int | None:
         """The number of the image that a record is about: by its id, or else by its file name."""
@@ -242,10 +242,15 @@ GroundTruth = Json | str | Path | CocoRecords
 """A COCO json, the file with it, or its records."""
 
 
-def require_max_detections(number: int) -> None:
-    """Raise ConfigError unless at least one detection of each class is looked at in an image."""
-    if number < 1:
-        raise ConfigError(f"max_detections: expected at least 1, found {number}", "COCO looks at 100")
+def counted_detections(max_detections: int) -> list[int]:
+    """What the evaluator is told to look at: 1 and 10 of each class and image, and `max_detections`, in ascending order.
+
+    Raises:
+        ConfigError: it is below 1.
+    """
+    if max_detections < 1:
+        raise ConfigError(f"max_detections: expected at least 1, found {max_detections}", "COCO looks at 100")
+    return [1, min(10, max_detections), max_detections]
 
 
 def _require_objects(items: Sequence[Any], name: str) -> None:
@@ -285,7 +290,15 @@ def _boxes(items: Sequence[Json], names: list[str]) -> np.ndarray:
     """All `bbox` as (N, 4) float64; the error names the first that is not four finite numbers."""
     try:
         boxes = np.array([item["bbox"] for item in items]).reshape(len(items), 4)
-        if boxes.dtype.kind in "iuf" and (np.abs(boxes) < 1e9).all() and (boxes[:, 2:] >= 0).all():
+        flags = any(
+            type(side) is bool for item in items for side in item["bbox"]
+        )  # to numpy numbers among others
+        if (
+            not flags
+            and boxes.dtype.kind in "iuf"
+            and (np.abs(boxes) < 1e9).all()
+            and (boxes[:, 2:] >= 0).all()
+        ):
             return boxes.astype(np.float64)
     except (KeyError, TypeError, ValueError):
         pass

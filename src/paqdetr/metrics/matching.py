@@ -20,7 +20,7 @@ from paqdetr.metrics.coco_records import (
     CocoRecords,
     GroundTruth,
     IouType,
-    require_max_detections,
+    counted_detections,
 )
 from paqdetr.metrics.weighting import WeightedFigures, average_precision, recall, weighted_figures
 
@@ -94,7 +94,6 @@ class MatchTable:
         cls, records: CocoRecords, results: list[dict[str, Any]], *, max_detections: int = MAX_DETECTIONS
     ) -> MatchTable:
         """As `match`, of records that are checked and numbered already (`records.results(...)`)."""
-        require_max_detections(max_detections)
         truth = records.ground_truth()
         iou_type = "segm" if records.masks else "bbox"
         images, classes, scores, areas = _columns(results, records.masks)
@@ -301,7 +300,7 @@ def _fill_in_matches(
             ]
         )
         evaluation = hotcoco.COCOeval(dataset, detected, iou_type)
-        evaluation.params.max_dets = [1, 10, max_detections]
+        evaluation.params.max_dets = counted_detections(max_detections)
         evaluation.evaluate()
         areas = {tuple(limits): i for i, limits in enumerate(evaluation.params.area_rng)}
         for pair in evaluation.eval_imgs:
