@@ -82,7 +82,7 @@ def check(
     with progress_bar("check") as progress:
         report = check_dataset(folder, workers=workers or os.cpu_count(), progress=progress)
     write_json(json_file, {"data": str(folder), **report.to_json()})
-    _print_report(report, title=f"{folder} ({report.format})", show=show)
+    _print_report(report, title=f"{report.root} ({report.format})", show=show)
     if report.errors:
         raise DataError(f"{folder}: {report.number_of('error')} errors", "correct them before training")
     errors.print(f"no errors, {report.number_of('warning')} warnings")
