@@ -177,6 +177,15 @@ def _opened(source: Path | BinaryIO) -> Iterator[Image.Image]:
         raise _undecodable(path, error) from error
 
 
+# What operating systems and programs leave in folders, and archives of macOS hold beside every file.
+_LEFTOVERS = frozenset({"__MACOSX", ".DS_Store", "Thumbs.db", "desktop.ini", ".ipynb_checkpoints", "@eaDir"})
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a relative name is, or lies in, what nobody put there on purpose: `._a.jpg`, `__MACOSX/`, ..."""
+    return any(part.startswith("._") or part in _LEFTOVERS for part in name.split("/"))
+
+
 def list_images(path: str | Path) -> list[Path]:
     """The image files of a folder (not of its subfolders) in order of name, or the one file that `path` is.
 
@@ -192,7 +201,9 @@ def list_images(path: str | Path) -> list[Path]:
     if not path.is_dir():
         raise DataError(f"{path}: no such file or folder", "Check the path.")
     found = sorted(
-        entry for entry in path.iterdir() if entry.suffix.lower() in PICTURE_EXTENSIONS and entry.is_file()
+        entry
+        for entry in path.iterdir()
+        if entry.suffix.lower() in PICTURE_EXTENSIONS and entry.is_file() and not is_leftover(entry.name)
     )
     if not found:
         raise DataError(

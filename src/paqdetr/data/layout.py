@@ -19,6 +19,7 @@ from paqdetr.data.formats.voc import voc_places
 from paqdetr.data.formats.yolo import YoloPlace, yolo_places
 from paqdetr.data.split_names import hint, meaning, name_splits
 from paqdetr.errors import DataError
+from paqdetr.files import open_regular
 
 Format = Literal["coco", "voc", "yolo", "cityscapes", "crowdhuman"]
 
@@ -234,9 +235,9 @@ def _is_coco(file: Path) -> bool:
     if file.stem.lower().startswith(("captions_", "panoptic_", "stuff_", "image_info_")):
         return False
     try:
-        with file.open("rb") as opened:
+        with open_regular(file) as opened:
             start = opened.read(2**16)
-    except OSError:
+    except (DataError, OSError):
         return False
     if start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] != b"{":  # a list is results, or an export of another kind
         return False

@@ -18,7 +18,6 @@ from paqdetr.data.files import (
     files_in,
     folders_in,
     inner_path,
-    is_leftover,
     list_files,
     list_pictures,
 )
@@ -26,7 +25,7 @@ from paqdetr.data.formats.sizes import header_sizes
 from paqdetr.data.split_names import meaning
 from paqdetr.errors import DataError
 from paqdetr.files import read_bytes, read_text
-from paqdetr.images import IMAGE_EXTENSIONS
+from paqdetr.images import IMAGE_EXTENSIONS, is_leftover
 from paqdetr.structures import ClassTable
 from paqdetr.text import shorten
 from paqdetr.values import as_flag, is_coordinate
