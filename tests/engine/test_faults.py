@@ -23,6 +23,8 @@ import torch
 from paqdetr.checkpoint import read_checkpoint
 from paqdetr.engine import Run
 
+pytestmark = pytest.mark.integration
+
 Start = Callable[..., Any]  # the fixture of conftest.py
 
 
