@@ -57,7 +57,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers_once(path.parent)
-        with _unfinished(path) as temporary:
+        with unfinished(path) as temporary:
             temporary.touch()
             mode = temporary.stat().st_mode
             write(temporary)
@@ -74,7 +74,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 @contextlib.contextmanager
-def _unfinished(path: Path) -> Iterator[Path]:
+def unfinished(path: Path) -> Iterator[Path]:
     """A place of the same name in a new hidden folder beside `path`, which is removed at the end."""
     before, after = _UNFINISHED.split("{}")
     while True:

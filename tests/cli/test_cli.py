@@ -382,11 +382,11 @@ def test_interrupted(
 ) -> None:
     """Only what can go on is said to."""
 
-    def stopped(*_: object) -> None:
+    def stopped(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("paqdetr.config.parse_overrides", stopped)
-    monkeypatch.setattr("paqdetr.data.digits.make_digits", stopped)
+    for name in ("config.parse_overrides", "config.load_config", "data.digits.make_digits"):
+        monkeypatch.setattr(f"paqdetr.{name}", stopped)
     assert run(arguments.split()) == 130
     said = capsys.readouterr().err
     assert said.startswith("interrupted: ") and ("--resume" in said) == arguments.startswith("train")

@@ -6,8 +6,11 @@ from __future__ import annotations
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -47,8 +50,13 @@ def straight(arguments: list[str], start: Start, tmp_path_factory: pytest.TempPa
     return run
 
 
-def require_same_end(one: Run, other: Run) -> None:
-    """Bit for bit: weights, average, optimiser, generators, position; and every record, but for times."""
+def require_same_end(one: Run, other: Run, *, records: bool = True) -> None:
+    """Bit for bit: weights, average, optimiser, generators, position; and every record, but for times. Nothing half-written
+    is left.
+
+    Args:
+        records: False where metrics.jsonl was damaged.
+    """
     for path in ("state_file", "last", "best"):
         (mine, header), (its, other_header) = (read_checkpoint(getattr(run, path)) for run in (one, other))
         assert mine.keys() == its.keys()
@@ -59,6 +67,9 @@ def require_same_end(one: Run, other: Run) -> None:
             for key in ("metrics_size", "seconds"):
                 found.get("position", {}).pop(key, None)
         assert header == other_header
+    assert not list(other.output.glob(".*tmp*")) and other.finished
+    if not records:
+        return
     for kind in ("train", "eval"):
         rows = [
             [{k: v for k, v in row.items() if k != "images_per_second"} for row in run.records(kind)]
@@ -66,7 +77,6 @@ def require_same_end(one: Run, other: Run) -> None:
         ]
         assert rows[0] == rows[1]
     assert all(json.loads(line) for line in other.metrics_file.read_text().splitlines())
-    assert not list(other.output.glob(".*tmp*")) and other.finished
 
 
 KILLS = {
@@ -211,6 +221,74 @@ def test_a_full_disk(tmp_path: Path, arguments: list[str], start: Start, straigh
     (ended,) = start(1, "command_line", *command, "--resume").end()
     assert ended.code == 0, ended.err
     require_same_end(straight, run)
+
+
+@pytest.mark.parametrize(
+    "redirection",
+    {
+        "a reader that leaves": "2>&1 | head -1",
+        "a full disk": ">/dev/full 2>&1",
+        "no streams at all": ">&- 2>&-",
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_output_that_nobody_takes_is_dropped(
+    tmp_path: Path, arguments: list[str], redirection: tuple[str, str]
+) -> None:
+    run = Run(tmp_path / "run")
+    command = [
+        sys.executable,
+        "-m",
+        "paqdetr",
+        *arguments,
+        "epochs=1",
+        "workers=0",
+        "--output",
+        str(run.output),
+    ]
+    shell = f"{shlex.join(command)} {redirection[1]}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert run.finished and run.state_file.is_file() and done.stdout.count("\n") <= 1
+
+
+def test_a_process_whose_partner_dies(tmp_path: Path, arguments: list[str], start: Start) -> None:
+    run = Run(tmp_path / "run")
+    group = start(2, "command_line", *arguments, "epochs=500", "workers=0", "--output", run.output)
+    wait_for(lambda: bool(run.records("train")), group.processes[0].is_alive)
+    group.processes[1].kill()
+    survivor, _ = group.end()
+    assert survivor.code == 2 and "Traceback" not in survivor.err, survivor.err
+    *_, error, remedy = survivor.err.splitlines()
+    assert error.startswith("error: another process of this command has ended or cannot be reached (")
+    assert "gloo" not in error and "--resume" in remedy
+
+
+SPAWNING = """
+import multiprocessing, sys
+import paqdetr
+from paqdetr.data.digits import make_digits
+
+multiprocessing.set_start_method("spawn", force=True)
+what, data, output = sys.argv[1:]
+try:
+    if what == "digits":
+        make_digits(output, size=64, train=2, val=1, test=1, workers=2)
+    else:
+        paqdetr.train("paq_dino_nano", data=data, output=output, device="cpu", image_size=64, workers=1)
+except paqdetr.UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("what", ["digits", "train"])
+def test_a_script_without_a_main_guard_is_told_so(tmp_path: Path, tiny_digits: Path, what: str) -> None:
+    """Every process that is spawned runs the script again."""
+    script = tmp_path / "script.py"
+    script.write_text(SPAWNING)
+    command = [sys.executable, str(script), what, str(tiny_digits), str(tmp_path / "output")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert "if __name__ == '__main__':" in done.stdout.splitlines()[-1], done.stdout + done.stderr
 
 
 @pytest.mark.slow

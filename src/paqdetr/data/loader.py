@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.util import get_temp_dir
+from typing import Any
 
 import numpy as np
 import torch
@@ -347,8 +348,9 @@ class TrainingLoader:
     def close(self) -> None:
         """End the worker processes."""
         # Dropping the loader would do it too, but only when nothing refers to it any more, a traceback for example.
-        iterator, self._loader._iterator = self._loader._iterator, None
-        if iterator is not None and hasattr(iterator, "_shutdown_workers"):
+        iterator: Any = self._loader._iterator
+        self._loader._iterator = None
+        if hasattr(iterator, "_shutdown_workers"):
             iterator._shutdown_workers()
             for worker in iterator._workers:
                 worker.kill()  # one that hangs: it does not listen to the SIGTERM that torch has sent it

@@ -175,6 +175,22 @@ class Run:
                 "resume with the same settings, or start a new run with another --output",
             )
 
+    def begin(self, *, resume: bool) -> IO[bytes] | None:
+        """`hold` the folder for a training, new or continued.
+
+        Raises:
+            ConfigError: as `require_place`, or another process holds it.
+        """
+        self.require_place(resume=resume)
+        held = self.hold()
+        try:
+            self.require_place(resume=resume)  # another training may have come and gone in between
+        except ConfigError:
+            if held is not None:
+                held.close()
+            raise
+        return held
+
     def hold(self) -> IO[bytes] | None:
         """Keep other trainings out of the folder until the file that is given back is closed, or this process ends, however.
 

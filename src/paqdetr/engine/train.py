@@ -64,8 +64,7 @@ def train(
         with processes.agreeing():
             run.require_place(resume=resume)
             if processes.main:
-                held = run.hold()
-                run.require_place(resume=resume)  # another training may have come and gone in between
+                held = run.begin(resume=resume)
         if auto_batch:
             config = with_largest_batch(config, train_split, run, processes)
         run.require_settings(config)

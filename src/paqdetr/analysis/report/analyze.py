@@ -21,7 +21,7 @@ from paqdetr.analysis.layer_section import layer_section
 from paqdetr.analysis.layers import LayerCollector
 from paqdetr.analysis.pattern_section import Studied, pattern_section
 from paqdetr.analysis.patterns import ContentCollector
-from paqdetr.analysis.report.folder import require_free, write_folder
+from paqdetr.analysis.report.folder import require_report_place, write_folder
 from paqdetr.analysis.report.page import Chapter, Heading, render
 from paqdetr.analysis.section import Section
 from paqdetr.analysis.semantics import semantics
@@ -100,12 +100,18 @@ def analyze(
     if images < 1 or samples < 1:
         raise ConfigError(f"images={images}, samples={samples}: expected at least 1 of each", "give more")
     output = Path(output)
-    require_free(output)
+    require_report_place(output)
     chosen = [model] if against is None else [model, against]
     split = split_to_evaluate(data, split)
     opened = open_split(data, split)
     if not len(opened):
         raise DataError(f"{opened.annotation_file}: the split has no images", "choose another --split")
+    if not _has_boxes(opened):
+        raise DataError(
+            f"{opened.annotation_file}: none of its {len(opened)} images has an object to be found ({opened.skipped} crowds "
+            "and boxes without area in their image)",
+            "choose another --split; `paqdetr data check` says what is wrong with the boxes",
+        )
     truth = opened.ground_truth()
     detectors = [one if isinstance(one, Detector) else load(one, device=device) for one in chosen]
     for one in detectors:
@@ -261,11 +267,15 @@ def _patterns(watched: Sequence[_Watched], samples: int, seed: int, tell: Progre
 
 
 def _training_split(data: Path) -> DetectionDataset | None:
-    """The split that a model learns from; None if the data has none, which an analysis can do without."""
+    """The split that a model learns from; None if the data has none with boxes, which an analysis can do without."""
     if "train" not in available_splits(data):
         return None
     split = open_split(data, "train")
-    return split if len(split) else None
+    return split if _has_boxes(split) else None
+
+
+def _has_boxes(split: DetectionDataset) -> bool:
+    return any(len(split.labels(index)) for index in range(len(split)))
 
 
 def _learnable(split: DetectionDataset, few: int) -> list[int]:
