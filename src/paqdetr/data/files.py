@@ -37,6 +37,12 @@ def folders_in(folder: Path) -> list[Path]:
     return [folder / entry.name for entry in _visible(folder) if _is_folder(entry)]
 
 
+def folder_in(folder: Path, name: str) -> Path:
+    """The folder of this name in a folder, whatever the case; the path that it would have if there is none."""
+    found = (below for below in folders_in(folder) if below.name.lower() == name.lower())
+    return next(found, folder / name)
+
+
 def files_in(folder: Path) -> list[Path]:
     """The files directly in a folder, as `folders_in`."""
     return [folder / entry.name for entry in _visible(folder) if not _is_folder(entry)]
