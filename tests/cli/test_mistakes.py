@@ -671,7 +671,7 @@ def results_kept_of_results(w: World) -> list[str]:
     return ["eval", "--results", str(w.file("results.json", "[]")), *kept]
 
 
-@case("nowhere.jpg: no such file or folder")
+@case("nowhere.jpg: no such file")
 def missing_picture(w: World) -> list[str]:
     return w.predict(w.root / "nowhere.jpg")
 

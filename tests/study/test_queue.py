@@ -240,7 +240,10 @@ def test_a_run_that_somebody_trains_by_hand_is_waited_for(
     run = places.run(runs[0].key)
     run.output.mkdir(parents=True)
     run.write_config(runs[0].config)
-    code = "import sys; from pathlib import Path; from paqdetr.engine import Run; held = Run(Path(sys.argv[1])).hold(); print(); input()"
+    code = (
+        "import sys; from pathlib import Path; from paqdetr.engine import Run\n"
+        "held = Run(Path(sys.argv[1])).hold(); print(); input()"
+    )
     command = [sys.executable, "-c", code, str(run.output)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None and other.stdout.readline()

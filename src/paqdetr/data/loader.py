@@ -242,7 +242,11 @@ def read_picture(split: DetectionDataset, index: int) -> Image:
     Raises:
         DataError: it does not decode, or the annotations state another size: the boxes would be in wrong places.
     """
-    picture = split.image(index)
+    return of_stated_size(split, index, split.image(index))
+
+
+def of_stated_size(split: DetectionDataset, index: int, picture: Image) -> Image:
+    """The picture of an image, unless it has another size than the annotations state; see `read_picture`."""
     height, width = split.sizes[index].tolist()
     if picture.size != (width, height):
         raise DataError(
