@@ -29,8 +29,7 @@ preprocessing = Preprocessing(image_size=800, size_divisor=1, normalization=Norm
 loader, _ = training_loader(config, open_split(sys.argv[1], "train"), preprocessing)
 for batch in loader:
     print(tuple(batch.images.shape), float(batch.images.double().sum()), [len(t) for t in batch.targets])
-loader.close()
-"""
+"""  # the loader is not closed: workers must not keep a program from its end
 
 
 @pytest.fixture(scope="module")
