@@ -423,7 +423,7 @@ def half_precision_on_the_cpu(w: World) -> list[str]:
 # --------------------------------------------------------------------------------------------- checkpoints
 
 
-@case("nowhere.safetensors: no such checkpoint")
+@case("nowhere.safetensors: no such file")
 def missing_checkpoint(w: World) -> list[str]:
     return w.eval(checkpoint=w.root / "nowhere.safetensors")
 

@@ -202,3 +202,51 @@ def test_an_interrupted_predict_says_what_there_is(
     assert len(list((tmp_path / "out").iterdir())) == 4
     assert run(arguments) == 0
     assert len(list((tmp_path / "out").iterdir())) == 5
+
+
+def test_eval_of_crowded_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """400 objects in one image: COCO's AP looks at 100 detections of them."""
+    boxes = [[50 * (n % 20), 50 * (n // 20), 40, 40] for n in range(400)]
+    rows = [{"image_id": 1, "category_id": 1, "bbox": box, "score": 0.5} for box in boxes]
+    truth = {
+        "images": [{"id": 1, "width": 1000, "height": 1000}, {"id": 2, "width": 9, "height": 9}],
+        "categories": [{"id": 1, "name": "cell"}],
+        "annotations": [{"id": n, **row, "area": 1600, "iscrowd": 0} for n, row in enumerate(rows)],
+    }
+    for name, content in (("gt.json", truth), ("rows.json", rows)):
+        (tmp_path / name).write_text(json.dumps(content))
+    out, results = tmp_path / "out.json", str(tmp_path / "rows.json")
+    where = ["--annotations", str(tmp_path / "gt.json"), "--json", str(out), "--resamples", "100"]
+    note = "note: 1 of 2 images have more than 100 boxes of one class (up to 400), and AP counts no more"
+    for command in (["eval", "--results", results], ["eval", "--compare", results, results]):
+        assert run([*command, *where]) == 0
+        said = capsys.readouterr()
+        assert note in said.err and "--max-detections" in said.err
+        found = json.loads(out.read_text())
+        assert found["max_detections"] == 100
+        ap = found["AP"] if "AP" in found else found["A"]["figures"]["AP"]["value"]
+        assert ap == pytest.approx(26 / 101)
+        assert run([*command, *where, "--max-detections", "400"]) == 0
+        said = capsys.readouterr()
+        assert "note:" not in said.err and "400 detections in place of 100" in " ".join(said.out.split())
+        found = json.loads(out.read_text())
+        assert found["max_detections"] == 400
+        assert (found["AP"] if "AP" in found else found["A"]["figures"]["AP"]["value"]) == pytest.approx(1)
+
+
+def test_eval_of_a_checkpoint_with_too_few_queries(
+    tiny_run: Run, tiny_digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(tiny_digits, tmp_path / "digits"))
+    content = json.loads((folder / "val.json").read_text())
+    first = content["annotations"][0]
+    content["annotations"] += [first | {"id": 1000 + n} for n in range(50)]
+    (folder / "val.json").write_text(json.dumps(content))
+    out = tmp_path / "found.json"
+    arguments = ["eval", str(tiny_run.best), "--data", str(folder), "--max-detections"]
+    assert run([*arguments, "100", "--results-out", str(out)]) == 0
+    said = capsys.readouterr().err
+    assert (
+        "note: 1 of 4 images have more than 20 boxes (up to " in said and "raise model.num_queries=20" in said
+    )
+    assert len(json.loads(out.read_text())) == 4 * 200  # all pairs of a query and a class

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from paqdetr.cli.console import progress_bar, results
+from paqdetr.cli.console import errors, print_styled, progress_bar, results
 from paqdetr.cli.options import BatchSize, Device, Overwrite, Resamples, Seed
 from paqdetr.cli.outputs import OutputFiles
 from paqdetr.errors import ConfigError
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from paqdetr.metrics.coco_records import CocoRecords
     from paqdetr.metrics.intervals import FigureIntervals
     from paqdetr.metrics.matching import MatchTable
+    from paqdetr.models.detector import Detector
 
 _Kind = Literal["bbox", "segm"]
 
@@ -66,6 +67,7 @@ class _Found:
     written: dict[str, Any]
     truth: CocoRecords
     rows: list[dict[str, Any]]
+    queries: int | None = None
 
 
 def evaluate(
@@ -172,18 +174,20 @@ def _of_checkpoint(checkpoint: Path, options: _Options) -> _Found | None:
 
     processes, dataset = Processes.join(options.device), options.dataset()
     assert dataset is not None
-    name, found = _detect(checkpoint, dataset, processes, options)
+    model, found = _detect(checkpoint, dataset, processes, options)
     leave()
     if found is None:
         return None
-    title = f"{name} on {options.where}, {found.images_per_second:.1f} images/s"
-    return _Found(title, found.figures, found.to_json(), options.truth(dataset), found.results)
+    title = f"{model.name} on {options.where}, {found.images_per_second:.1f} images/s"
+    return _Found(
+        title, found.figures, found.to_json(), options.truth(dataset), found.results, model.config.num_queries
+    )
 
 
 def _detect(
     checkpoint: Path, dataset: DetectionDataset, processes: Processes, options: _Options
-) -> tuple[str, Evaluation | None]:
-    """The model's name, and what it finds; None in all processes but the main one."""
+) -> tuple[Detector, Evaluation | None]:
+    """The model, and what it finds; None in all processes but the main one."""
     from paqdetr.engine.evaluate import evaluate_together
     from paqdetr.models import load
 
@@ -197,7 +201,7 @@ def _detect(
             max_detections=options.max_detections,
             progress=progress if processes.main else None,
         )
-    return model.name, found
+    return model, found
 
 
 def _of_results(results_file: Path, options: _Options) -> _Found:
@@ -238,7 +242,19 @@ def _print(found: _Found, options: _Options, *, intervals: bool) -> dict[str, An
     more = {label: written[key] for key, label in labels.items() if key in written}
     results.print(figures_table(found.figures, found.title + _counted(options), more, drawn))
     results.print(classes_table(found.figures, drawn))
+    _warn_of_crowding(found.truth, found.queries, options)
     return written
+
+
+def _warn_of_crowding(truth: CocoRecords, queries: int | None, options: _Options) -> None:
+    from paqdetr.data.stats import crowding_sentences
+
+    owners, labels = truth.objects().T
+    images = len(truth.image_ids)
+    for sentence in crowding_sentences(
+        owners, labels, images, queries=queries, max_detections=options.max_detections
+    ):
+        print_styled(errors, ("note:", "bold yellow"), f" {sentence}")
 
 
 def _counted(options: _Options) -> str:
@@ -249,6 +265,7 @@ def _counted(options: _Options) -> str:
 def _compare(pair: tuple[Path, Path], options: _Options) -> dict[str, Any] | None:
     """Print two result sets side by side; what goes into the json."""
     from paqdetr.cli.figures import class_comparison_table, comparison_table, verdict
+    from paqdetr.engine.processes import Processes
     from paqdetr.metrics.intervals import compare_results
 
     models = [path for path in pair if path.suffix != ".json"]
@@ -260,7 +277,9 @@ def _compare(pair: tuple[Path, Path], options: _Options) -> dict[str, Any] | Non
         raise ConfigError(f"{models[0]}: a checkpoint needs --data", "name the data set's folder")
     if models and options.kind != "bbox":
         raise ConfigError("--iou-type segm compares results files", "give two of them")
-    tables = _tables(pair, options)
+    processes, dataset = Processes.join(options.device), options.dataset()
+    truth = options.truth(dataset)
+    tables = _tables(pair, truth, dataset, processes, options)
     if tables is None:
         return None
     with progress_bar("resample the images") as progress:
@@ -274,6 +293,7 @@ def _compare(pair: tuple[Path, Path], options: _Options) -> dict[str, Any] | Non
         f"Over {found.samples} resamples of the images; another training seed would move both as well.",
         soft_wrap=True,
     )
+    _warn_of_crowding(truth, None, options)
     return {
         "A": {"source": str(pair[0]), **found.first.to_json()},
         "B": {"source": str(pair[1]), **found.second.to_json()},
@@ -283,14 +303,18 @@ def _compare(pair: tuple[Path, Path], options: _Options) -> dict[str, Any] | Non
     }
 
 
-def _tables(pair: tuple[Path, Path], options: _Options) -> tuple[MatchTable, MatchTable] | None:
+def _tables(
+    pair: tuple[Path, Path],
+    truth: CocoRecords,
+    dataset: DetectionDataset | None,
+    processes: Processes,
+    options: _Options,
+) -> tuple[MatchTable, MatchTable] | None:
     """The matches of both; None in all processes but the main one."""
-    from paqdetr.engine.processes import Processes, leave
+    from paqdetr.engine.processes import leave
     from paqdetr.metrics.coco import read_results
     from paqdetr.metrics.matching import MatchTable
 
-    processes, dataset = Processes.join(options.device), options.dataset()
-    truth = options.truth(dataset)
     rows: list[list[dict[str, Any]]] = []
     for path in pair:
         if path.suffix == ".json":

@@ -168,7 +168,7 @@ def evaluate_together(
             batch_size=batch_size,
             processes=processes,
             observers=observers,
-            at_least=max_detections,
+            at_least=max_detections if max_detections > MAX_DETECTIONS else 0,
         ):
             detections.image_id, detections.file_name = split.image_ids[index], split.file_names[index]
             own.append((index, detections))

@@ -125,6 +125,12 @@ class CocoRecords:
             "annotations": records,
         }
 
+    def objects(self) -> np.ndarray:
+        """(G, 2) int64: image and category of every annotation that is no crowd, by position from 0."""
+        annotations = [row for row in self.ground_truth()["annotations"] if not row["iscrowd"]]
+        rows = [(row["image_id"] - 1, row["category_id"] - 1) for row in annotations]
+        return np.array(rows, np.int64).reshape(-1, 2)
+
     def results(self, results: Sequence[Json], source: str = "") -> list[dict[str, Any]]:
         """The results with new ids; `source` is what errors call them by, their file as a rule.
 
