@@ -21,7 +21,6 @@ from torch import Tensor
 from torchvision.ops import box_convert
 
 from paqdetr.data.dataset import DetectionDataset, open_split
-from paqdetr.data.layout import split_to_evaluate
 from paqdetr.data.loader import of_stated_size
 from paqdetr.data.read_ahead import read_ahead
 from paqdetr.engine.processes import Processes
@@ -78,7 +77,7 @@ def evaluate(
     model: Detector | str | Path,
     *,
     data: str | Path,
-    split: str | None = None,
+    split: str = "val",
     batch_size: int = 4,
     max_detections: int = MAX_DETECTIONS,
     progress: Callable[[int, int], None] | None = None,
@@ -90,7 +89,7 @@ def evaluate(
         model: a detector, or a checkpoint or run's folder, which goes to the best device there is; the classes of the
             data must be among its own.
         data: the data set's folder.
-        split: "train", "val" or "test"; if not given val, or what the data have instead, which is logged.
+        split: "train", "val" or "test".
         batch_size: images of one size that go through together; it changes no figure.
         max_detections: of one class that are looked at in an image (COCO's maxDets, 100): more where images have more objects.
         progress: called with (images done, images in all).
@@ -110,7 +109,7 @@ def evaluate(
             f"model: expected a Detector or a path, found {type(model).__name__}",
             "give what paqdetr.load or create_model returns, or a checkpoint's path",
         )
-    opened = open_split(data, split_to_evaluate(data, split))
+    opened = open_split(data, split)
     return evaluate_split(
         model,
         opened,
