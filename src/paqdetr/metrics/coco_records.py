@@ -160,6 +160,9 @@ class CocoRecords:
             or f"/{wanted}".endswith(f"/{self._names[number]}")
         ]
         exact = [number for number in found if self._names[number] == wanted]
+        # Of names with fewer folders than the wanted one, that with the most says most.
+        shorter = max((len(self._names[n]) for n in found if len(self._names[n]) < len(wanted)), default=0)
+        found = [n for n in found if len(self._names[n]) >= shorter]
         if len(exact or found) > 1:
             raise DataError(
                 f"{self._source}: {len(found)} images are called {name!r}",
