@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import torchvision.transforms.v2.functional as TF
 from PIL.Image import Image, Resampling
+from pydantic import Field, TypeAdapter
 from torch import Tensor
 
 from paqdetr.config import ResizeRule
+
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True, slots=True)
 class Normalization:
     """Per-channel mean and std of RGB pixels in [0, 255]."""
 
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[_Finite, _Finite, _Finite]
+    std: tuple[_Positive, _Positive, _Positive]
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """(3, H, W) uint8 -> (3, H, W) float32."""
@@ -43,10 +48,10 @@ class Preprocessing:
     """
 
     image_size: int | tuple[int, int]
-    size_divisor: int
+    size_divisor: Annotated[int, Field(ge=1, le=1024)]
     normalization: Normalization
     resize: ResizeRule = "detr"
-    pad_divisor: int = 1
+    pad_divisor: Annotated[int, Field(ge=1, le=1024)] = 1
 
     @property
     def rule(self) -> ResizeRule:
@@ -97,18 +102,15 @@ class Preprocessing:
         return values
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
+    def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
         """The inverse of `to_dict`, also after a trip through json. Older headers have neither `resize` nor `pad_divisor`:
-        their images were resized to the nearest pixel and padded to multiples of 32."""
-        size = values["image_size"]
-        normalization = values["normalization"]
-        return cls(
-            image_size=size if isinstance(size, int) else (int(size[0]), int(size[1])),
-            size_divisor=int(values["size_divisor"]),
-            normalization=Normalization(mean=tuple(normalization["mean"]), std=tuple(normalization["std"])),
-            resize=values.get("resize", "nearest"),
-            pad_divisor=int(values.get("pad_divisor", 32)),
-        )
+        their images were resized to the nearest pixel and padded to multiples of 32.
+
+        Raises:
+            pydantic.ValidationError: a value is missing, of another type or out of its range.
+        """
+        content = json.dumps({"resize": "nearest", "pad_divisor": 32, **values})
+        return TypeAdapter(cls).validate_json(content, strict=True)
 
 
 def _program_size(rule: ResizeRule, height: int, width: int, short: int, longest: int) -> tuple[int, int]:

@@ -145,6 +145,17 @@ def test_pictures_that_are_not_read_are_counted(copy_of: Any, form: str, name: s
     assert subject.endswith(name) and message.startswith("left out: only .bmp, .jpeg, ")
 
 
+@pytest.mark.parametrize("name", ["zebra.txt", "sub/a.txt", "a.b.txt"])
+def test_label_files_without_an_image_are_counted(copy_of: Any, name: str) -> None:
+    root = copy_of("yolo")
+    (root / "labels/train" / name).parent.mkdir(exist_ok=True)
+    (root / "labels/train" / name).write_text("0 .5 .5 .1 .1")
+    (root / "labels/train/classes.txt").write_text("person")
+    (problem,) = checked(root)
+    assert problem.subject.endswith(name) and problem.kind == "skipped file"
+    assert problem.message == "left out: no image is called like it"
+
+
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_byte_order_mark_does_no_harm(copy_of: Any, form: str) -> None:
     root = copy_of(form)
@@ -206,7 +217,7 @@ def test_links_to_nothing_and_to_themselves(copy_of: Any) -> None:
     (root / "images/train/gone").symlink_to("nowhere")
     assert box_counts(root) == {"a": 2, "b": 1, "c": 0}  # neither is a picture
     (root / "images/train/x.png").symlink_to("nowhere.png")
-    with pytest.raises(DataError, match=r"x\.png: no such image file"):
+    with pytest.raises(DataError, match=r"x\.png: no such file"):
         open_split(root, "train")
 
 

@@ -23,6 +23,8 @@ import torch
 from paqdetr.checkpoint import read_checkpoint
 from paqdetr.engine import Run
 
+pytestmark = pytest.mark.integration
+
 Start = Callable[..., Any]  # the fixture of conftest.py
 
 
@@ -115,7 +117,7 @@ def test_killed_and_resumed_equals_never_killed(
     output = ["--output", run.output]
     (ended,) = start(1, *KILLS[kill], *arguments, *output).end()
     assert ended.code == -signal.SIGKILL, ended.err
-    assert len(run.records("eval")) in (1, 2) and not run.finished
+    assert len(run.records("eval")) in (1, 2, 3) and not run.finished
     (ended,) = start(1, "command_line", *arguments, *output, "--resume").end()
     assert ended.code == 0 and "resumed at step" in ended.err, ended.err
     require_same_end(straight, run)
@@ -271,13 +273,10 @@ from paqdetr.data.digits import make_digits
 
 multiprocessing.set_start_method("spawn", force=True)
 what, data, output = sys.argv[1:]
-try:
-    if what == "digits":
-        make_digits(output, size=64, train=2, val=1, test=1, workers=2)
-    else:
-        paqdetr.train("paq_dino_nano", data=data, output=output, device="cpu", image_size=64, workers=1)
-except paqdetr.UserError as error:
-    print(error)
+if what == "digits":
+    make_digits(output, size=64, train=2, val=1, test=1, workers=2)
+else:
+    paqdetr.train("paq_dino_nano", data=data, output=output, device="cpu", image_size=64, workers=1)
 """
 
 
@@ -288,7 +287,8 @@ def test_a_script_without_a_main_guard_is_told_so(tmp_path: Path, tiny_digits: P
     script.write_text(SPAWNING)
     command = [sys.executable, str(script), what, str(tiny_digits), str(tmp_path / "output")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert "if __name__ == '__main__':" in done.stdout.splitlines()[-1], done.stdout + done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("paqdetr.errors.") and "if __name__ == '__main__':" in last, done.stderr
 
 
 @pytest.mark.slow
@@ -301,7 +301,7 @@ def test_killed_at_any_moment(tmp_path: Path, arguments: list[str], start: Start
         (process,) = group.processes
         before = len(run.records("start"))
         wait_for(lambda before=before: len(run.records("start")) > before, process.is_alive)
-        process.join(moments.uniform(0, 1.5))
+        process.join(moments.uniform(0, 0.5))
         if process.exitcode is None:
             os.kill(process.pid, signal.SIGKILL)
             kills += 1

@@ -82,7 +82,7 @@ def check(
     files = OutputFiles("paqdetr data check", overwrite=overwrite, json=json_file)
     with progress_bar("check") as progress:
         report = check_dataset(folder, workers=workers or os.cpu_count(), progress=progress)
-    _print_report(report, title=f"{folder} ({report.format})", show=show)
+    _print_report(report, title=f"{report.root} ({report.format})", show=show)
     files.write("json", {"data": str(folder), **report.to_json()})
     if report.errors:
         raise DataError(f"{folder}: {report.number_of('error')} errors", "correct them before training")

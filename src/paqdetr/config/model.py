@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
-from paqdetr.config.section import Section
+from paqdetr.config.section import Section, lists_are_tuples
 
 
 class ModelConfig(Section):
@@ -190,6 +190,7 @@ class ModelConfig(Section):
     max_detections: int = Field(
         default=300,
         ge=1,
+        le=100_000,
         description="detections kept of an image, by score; DINO keeps 300, Deformable DETR 100",
     )
     clamp_boxes: bool = Field(
@@ -294,3 +295,13 @@ class ModelConfig(Section):
     def content_dim(self) -> int:
         """Width of the content that a query source makes: one less than `dim` where an indicator channel follows it."""
         return self.dim - 1 if self.denoising == "plain" else self.dim
+
+
+def problem_of(key: str, value: Any) -> str:
+    """Why a single setting of the model cannot have a value; empty if it can."""
+    rules = ModelConfig.model_fields[key].rebuild_annotation()
+    try:
+        TypeAdapter(rules, config=ConfigDict(strict=True)).validate_python(lists_are_tuples(value))
+    except ValidationError as error:
+        return error.errors()[0]["msg"]
+    return ""

@@ -9,6 +9,7 @@ from typing import Any
 
 from paqdetr.checkpoint import is_own, read_checkpoint
 from paqdetr.config import ModelConfig
+from paqdetr.config.model import problem_of
 from paqdetr.convert.classes import class_slots
 from paqdetr.convert.deformable_detr import DEFORMABLE_DETR
 from paqdetr.convert.detrex import DETREX
@@ -34,6 +35,7 @@ from paqdetr.errors import CheckpointError, ConfigError
 from paqdetr.models import Detector
 from paqdetr.models.files import describe_checkpoint, find_checkpoint
 from paqdetr.models.zoo import build_model
+from paqdetr.text import shorten
 
 LAYOUTS: dict[str, Layout] = {
     "dino": DINO,
@@ -113,7 +115,7 @@ def convert_checkpoint(
     slots = class_slots(
         class_rows(renamed.tensors, where=where),
         given=None if classes is None else str(classes),
-        names=_label_names(file.hints),
+        names=_label_names(file.hints, where),
         where=where,
     )
     agnostic = bool(known.get("class_agnostic_proposals", Setting(False, "")).value)
@@ -197,6 +199,11 @@ def _require_known(given: Mapping[str, Any]) -> None:
             f"unknown setting {unknown[0]!r}",
             f"a conversion takes settings of the model, {', '.join(_PREPROCESSING)}, classes and weights",
         )
+    for key, value in given.items():
+        if problem := problem_of(key, value):
+            raise ConfigError(
+                f"{key}={shorten(value)}: {problem}", "docs/settings.md says what each setting takes"
+            )
 
 
 def _unknown(renamed: Renamed, file: SourceFile, origin: str, where: str) -> CheckpointError:
@@ -221,11 +228,16 @@ def _unknown(renamed: Renamed, file: SourceFile, origin: str, where: str) -> Che
     )
 
 
-def _label_names(hints: Mapping[str, Any]) -> dict[int, str] | None:
+def _label_names(hints: Mapping[str, Any], where: str) -> dict[int, str] | None:
     """Names in a config.json of transformers, unless they are the ones it makes up."""
     labels = hints.get("id2label")
     if not isinstance(labels, Mapping):
         return None
+    if not all(row.isdecimal() and len(row) < 9 for row in map(str, labels)):
+        raise CheckpointError(
+            f"{where}: id2label has the keys {shorten(list(labels))}, expected row numbers",
+            "correct config.json",
+        )
     names = {int(row): str(name) for row, name in labels.items()}
     return None if all(name == f"LABEL_{row}" for row, name in names.items()) else names
 

@@ -26,7 +26,7 @@ def _settings(keys: Collection[str], hints: Mapping[str, Any]) -> dict[str, Any]
         "class_agnostic_proposals": two_stage,
     }
     if two_stage and "two_stage_num_proposals" in hints:
-        settings["num_queries"] = int(hints["two_stage_num_proposals"])
+        settings["num_queries"] = hints["two_stage_num_proposals"]
     return settings
 
 

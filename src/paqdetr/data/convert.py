@@ -126,7 +126,7 @@ def _place(image: Path, goal: Path, *, link: bool) -> None:
         else:
             shutil.copyfile(image, goal)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # the target's affair
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # of the whole folder
             raise
         hint = (
             "Leave --link out: the two folders are on different file systems." if link else "Check the disk."

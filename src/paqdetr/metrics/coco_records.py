@@ -290,12 +290,12 @@ def _boxes(items: Sequence[Json], names: list[str]) -> np.ndarray:
     """All `bbox` as (N, 4) float64; the error names the first that is not four finite numbers."""
     try:
         boxes = np.array([item["bbox"] for item in items]).reshape(len(items), 4)
-        flags = any(
-            type(side) is bool for item in items for side in item["bbox"]
-        )  # to numpy numbers among others
+        flags = bool in {
+            type(value) for item in items for value in item["bbox"]
+        }  # numpy takes them for numbers
         if (
-            not flags
-            and boxes.dtype.kind in "iuf"
+            boxes.dtype.kind in "iuf"
+            and not flags
             and (np.abs(boxes) < 1e9).all()
             and (boxes[:, 2:] >= 0).all()
         ):
