@@ -137,6 +137,9 @@ def test_mistakes_are_told_before_the_work(tiny_digits: Path, tmp_path: Path) ->
         paqdetr.analyze(model, data=tiny_digits, split="dev", output=tmp_path / "out", progress=never)
     with pytest.raises(ConfigError, match="at least 1"):
         paqdetr.analyze(model, data=tiny_digits, output=tmp_path / "out", images=0, progress=never)
+    half = untrained("dino_nano", tiny_digits).half()
+    with pytest.raises(ConfigError, match=r"dino_nano is in torch\.float16"):
+        paqdetr.analyze(half, data=tiny_digits, output=tmp_path / "out", progress=never)
     other = build_model(load_config("dino_nano", SMALL | {"model.num_classes": 3}))
     with pytest.raises(DataError, match="does not fit the model"):
         paqdetr.analyze(model, against=other, data=tiny_digits, output=tmp_path / "out", progress=never)

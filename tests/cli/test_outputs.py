@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -250,3 +255,56 @@ def test_eval_of_a_checkpoint_with_too_few_queries(
         "note: 1 of 4 images have more than 20 boxes (up to " in said and "raise model.num_queries=20" in said
     )
     assert len(json.loads(out.read_text())) == 4 * 200  # all pairs of a query and a class
+
+
+def killed(command: list[str], begun: Callable[[], bool]) -> None:
+    """Run it as a process, and kill it with SIGKILL once it has begun to write."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "paqdetr", *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    end = time.monotonic() + 300
+    while not begun():
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.integration
+def test_a_killed_predict_is_repeated(
+    commands: dict[str, list[str]], tiny_digits: Path, tmp_path: Path
+) -> None:
+    for number in range(300):
+        (tmp_path / f"{number}.jpg").symlink_to(tiny_digits / "val" / "000000.jpg")
+    out = tmp_path / "out"
+    command = [*commands["predict"][:2], str(tmp_path), "--output", str(out)]
+    killed(command, lambda: len(list(out.glob("*.jpg"))) > 3)
+    assert 3 < len(list(out.glob("*.jpg"))) < 300 and not (out / "predictions.json").exists()
+    for number in range(5, 300):
+        (tmp_path / f"{number}.jpg").unlink()
+    assert run(command) == 0
+    assert made_by(out / "predictions.json") == RESULTS
+    assert not list(out.glob(".*"))  # nothing half-written is left
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("verb", ["make", "convert"])
+def test_a_killed_data_verb_is_repeated(tiny_digits: Path, tmp_path: Path, verb: str) -> None:
+    out = tmp_path / "out"
+    small = ["--size", "64", "--val", "1", "--test", "1", "--output", str(out)]
+    if verb == "make":
+        command = ["data", "make", "digits", "--train", "100000", *small]
+        again = ["data", "make", "digits", "--train", "1", *small]
+    else:
+        source = Path(shutil.copytree(tiny_digits, tmp_path / "source"))
+        content = json.loads((source / "train.json").read_text())
+        image = content["images"][0]
+        content["images"] += [image | {"id": 100 + n, "file_name": f"n{n}.jpg"} for n in range(20000)]
+        (source / "train.json").write_text(json.dumps(content))
+        for n in range(20000):
+            os.link(source / "train" / image["file_name"], source / "train" / f"n{n}.jpg")
+        command = again = ["data", "convert", str(source), str(out), "--to", "coco"]
+    killed(command, lambda: any(tmp_path.glob(".paqdetr-*/out/*/*.jpg")))
+    assert not out.exists() and len(list(tmp_path.glob(".paqdetr-*"))) == 1
+    assert run(again) == 0
+    assert out.is_dir() and not list(tmp_path.glob(".paqdetr-*"))

@@ -291,6 +291,8 @@ def test_postprocess_by_hand() -> None:
 
 def test_postprocess_limit_and_threshold() -> None:
     assert case(config=ModelConfig(max_detections=2)).labels.tolist() == [7, 3]
+    assert len(case(config=ModelConfig(max_detections=2), at_least=3)) == 3
+    assert len(case(config=ModelConfig(max_detections=2), at_least=1)) == 2
     assert case(threshold=0.0).scores.size == 4
     assert case(threshold=0.5).scores.size == 3  # "at least"
     assert case(threshold=0.6).scores.size == 2

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from paqdetr._version import __version__
 from paqdetr.analysis.errors import diagnosis_sections
@@ -115,6 +116,11 @@ def analyze(
     detectors = [one if isinstance(one, Detector) else load(one, device=device) for one in chosen]
     for one in detectors:
         require_same_classes(one.classes, opened)
+        if (dtype := next(one.parameters()).dtype) != torch.float32:
+            raise ConfigError(
+                f"model: {one.name} is in {dtype}, and losses and gradients are computed in float32",
+                "pass model.float()",
+            )
     labels = _labels(chosen, detectors)
     tell = progress or _silent
     watched = [
