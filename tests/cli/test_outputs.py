@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -308,3 +309,16 @@ def test_a_killed_data_verb_is_repeated(tiny_digits: Path, tmp_path: Path, verb:
     assert not out.exists() and len(list(tmp_path.glob(".paqdetr-*"))) == 1
     assert run(again) == 0
     assert out.is_dir() and not list(tmp_path.glob(".paqdetr-*"))
+
+
+def test_a_disk_error_that_names_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As of a write, wherever it is: the disk is the user's affair."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("paqdetr.data.digits.make_digits", full)
+    assert run(["data", "make", "digits", "--output", str(tmp_path / "d")]) == 2
+    assert "error: a file cannot be written (No space left on device)" in capsys.readouterr().err

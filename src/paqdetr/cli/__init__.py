@@ -5,6 +5,7 @@ Exit codes: 0 success, 2 a mistake of the user's (one clear message), 1 a defect
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -49,6 +50,10 @@ app.command("bench")(bench.bench)
 app.command("study")(study.study)
 app.add_typer(data.app, name="data")
 app.add_typer(config.app, name="config")
+
+
+# What a disk says that is full, may not be written, or fails.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -109,6 +114,8 @@ def run(argv: Sequence[str]) -> int:
                 "set the environment variable TMPDIR to a folder with some room",
                 debug=debug,
             )
+        if isinstance(error, OSError) and error.errno in _DISK:  # of a write, which does not name its file
+            return _mistake(f"a file cannot be written ({error.strerror})", "look at the disk", debug=debug)
         if (full := memory_error(error)) is not None:
             return _mistake(full.message, full.remedy, debug=debug)
         if debug:

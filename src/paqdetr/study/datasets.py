@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from paqdetr.data.digits import make_digits
 from paqdetr.data.layout import available_splits
 from paqdetr.errors import DataError
 from paqdetr.locks import held
+from paqdetr.outputs import whole_folder
 from paqdetr.study.spec import DataSet, Digits
 
 Progress = Callable[[int, int], None]
@@ -95,22 +94,19 @@ def _cut(source: Path, folder: Path, fold: int, folds: int) -> None:
     pool = _pool(splits)
     order = np.random.default_rng(0).permutation(len(pool["images"]))
     chosen = {pool["images"][index]["id"] for index in np.array_split(order, folds)[fold]}
-    partial = folder.with_name(f".{folder.name}.partial")
-    with suppress(FileNotFoundError):
-        shutil.rmtree(partial)
-    for name in ("train", "val"):
-        (partial / name).mkdir(parents=True)
-        for origin, split in splits.items():
-            (partial / name / f"from_{origin}").symlink_to(
-                split.image_dir.resolve(), target_is_directory=True
-            )
-        inside = chosen if name == "val" else {image["id"] for image in pool["images"]} - chosen
-        _write(partial / f"{name}.json", _only(pool, inside))
-    if "test" in available_splits(source):
-        test = open_split(source, "test")
-        (partial / "test").symlink_to(test.image_dir.resolve(), target_is_directory=True)
-        _write(partial / "test.json", test.ground_truth())
-    partial.rename(folder)
+    with whole_folder(folder) as partial:
+        for name in ("train", "val"):
+            (partial / name).mkdir()
+            for origin, split in splits.items():
+                (partial / name / f"from_{origin}").symlink_to(
+                    split.image_dir.resolve(), target_is_directory=True
+                )
+            inside = chosen if name == "val" else {image["id"] for image in pool["images"]} - chosen
+            _write(partial / f"{name}.json", _only(pool, inside))
+        if "test" in available_splits(source):
+            test = open_split(source, "test")
+            (partial / "test").symlink_to(test.image_dir.resolve(), target_is_directory=True)
+            _write(partial / "test.json", test.ground_truth())
 
 
 def _pool(splits: dict[str, DetectionDataset]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from paqdetr.analysis.report.page import written
 from paqdetr.analysis.section import Figure, Section, Table
+from paqdetr.checkpoint import write_whole
 
 
 def to_markdown(
@@ -48,11 +49,11 @@ def to_table(table: Table, *, empty: bool = False) -> str:
 
 def write_plots(sections: Sequence[Section], folder: Path) -> None:
     """Every plot as an SVG file of its own."""
-    folder.mkdir(parents=True, exist_ok=True)
     for section in sections:
         for part in section.parts:
             if isinstance(part, Figure):
-                (folder / f"{part.name}.svg").write_text(part.svg, encoding="utf-8")
+                svg = part.svg
+                write_whole(folder / f"{part.name}.svg", lambda path, svg=svg: path.write_text(svg, "utf-8"))
 
 
 def _cell(text: str) -> str:
