@@ -17,7 +17,6 @@ from paqdetr.analysis import plots
 from paqdetr.analysis.report.page import Chapter, Heading, render
 from paqdetr.analysis.section import Column, Section
 from paqdetr.analysis.section import Table as TablePart
-from paqdetr.analysis.svg import to_svg
 from paqdetr.cli import console
 from paqdetr.drawing import draw_targets
 from paqdetr.engine.pictures import training_curves
@@ -100,7 +99,7 @@ def test_in_plots(nasty: tuple[str, str]) -> None:
     cells = plots.new_axes()
     plots.heat_map(cells, np.eye(2), rows=[text, "b"], columns=[text, "b"], bar=text)
     for made, count in ((axes, 4), (bars, 2), (cells, 3)):
-        texts = drawn_texts(to_svg(made.figure, title=text))
+        texts = drawn_texts(plots.to_svg(made))
         assert sum(found.strip() == shown for found in texts) == count
 
 

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -57,7 +58,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers_once(path.parent)
-        with _unfinished(path) as temporary:
+        with unfinished(path) as temporary:
             temporary.touch()
             mode = temporary.stat().st_mode
             write(temporary)
@@ -67,14 +68,15 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
             temporary.replace(path)
         _flush(path.parent)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+        number = re.search(r"\(os error (\d+)\)", str(error))  # how safetensors says it
+        reason = getattr(error, "strerror", None) or (os.strerror(int(number[1])) if number else str(error))
         raise StorageError(
             f"{path}: cannot be written ({reason})", "check the disk's space and the folder's permissions"
         ) from None
 
 
 @contextlib.contextmanager
-def _unfinished(path: Path) -> Iterator[Path]:
+def unfinished(path: Path) -> Iterator[Path]:
     """A place of the same name in a new hidden folder beside `path`, which is removed at the end."""
     before, after = _UNFINISHED.split("{}")
     while True:

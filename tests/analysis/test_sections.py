@@ -52,7 +52,8 @@ def test_images_whose_ids_are_not_in_order() -> None:
     truth["images"].reverse()
     table = MatchTable.match(truth, results)
     assert outcome(table, 0.5, (3, 2, 1)).right.tolist() == [0, 0, 1]
-    split = SimpleNamespace(image_ids=(3, 2, 1), image=lambda _: Image.new("RGB", (100, 100), "white"))
+    blank = Image.new("RGB", (100, 100), "white")
+    split = SimpleNamespace(image_ids=(3, 2, 1), image_or_blank=lambda _: blank.copy())
     evaluation = SimpleNamespace(results=results)
     subject: Any = SimpleNamespace(table=table, split=split, truth=truth, evaluation=evaluation)
     empty, busy = (np.asarray(draw_outcome(subject, index, 0.5)) for index in (0, 2))
@@ -119,7 +120,7 @@ def test_curves_are_the_runs(tmp_path: Path) -> None:
     assert isinstance(loss, Figure) and isinstance(positives, Figure)
     assert loss.data["b"]["step"].tolist() == [1, 3] and loss.data["b"]["value"].tolist() == [4, 2]
     assert positives.data["b"]["layer 1"]["value"].tolist() == [2, 3]
-    assert "--plot-orange" in loss.svg and "--plot-blue" not in loss.svg  # b is orange, alone too
+    assert "#e69f00" in loss.svg and "#0072b2" not in loss.svg  # b is orange, alone too
 
 
 @pytest.mark.parametrize("side", [1, 3000])

@@ -18,7 +18,7 @@ from paqdetr.cli import run as cli
 from paqdetr.data.convert import convert_dataset
 from paqdetr.data.dataset import DetectionDataset, open_split
 from paqdetr.data.layout import available_splits, find_layout
-from paqdetr.errors import ConfigError, DataError
+from paqdetr.errors import ConfigError, DataError, StorageError
 
 TARGETS = ("coco", "voc", "yolo")
 
@@ -213,8 +213,11 @@ def test_hard_links(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_nothing_is_overwritten(source: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
-    for target in (tmp_path, tmp_path / "mine.txt"):
-        with pytest.raises(DataError, match="is there already, and nothing is overwritten"):
+    for target, found in (
+        (tmp_path, r"such as mine\.txt, and nothing is overwritten"),
+        (tmp_path / "mine.txt", "in the way"),
+    ):
+        with pytest.raises(ConfigError, match=found):
             convert_dataset(source, target, to="yolo")
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
     with pytest.raises(ConfigError, match="found 'createml', expected coco, voc or yolo"):
@@ -295,14 +298,14 @@ def test_a_full_disk(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(DataError, match="out: cannot be written: No space left on device"):
+    with pytest.raises(StorageError, match=r"out: cannot be written \(No space left on device\)"):
         convert_dataset(source, tmp_path / "out", to=to)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_in_the_place_of_a_file(source: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(DataError, match="out: cannot be written: "):
+    with pytest.raises(ConfigError, match=r"out: .* is a file, not a folder"):
         convert_dataset(source, tmp_path / "file" / "out", to="coco")
 
 

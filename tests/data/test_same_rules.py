@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 
-from paqdetr.data.annotations import Issues, Problem, as_flag, as_id
+from paqdetr.data.annotations import Issues, Problem
 from paqdetr.data.dataset import DetectionDataset, open_split
 from paqdetr.data.layout import find_split
 from paqdetr.errors import DataError
+from paqdetr.values import as_flag, as_id
 
 FORMATS = ("coco", "voc", "yolo", "cityscapes", "crowdhuman")
 # Where each format has the pictures of train and the annotations of image a.
@@ -142,6 +143,17 @@ def test_pictures_that_are_not_read_are_counted(copy_of: Any, form: str, name: s
     (root / PICTURES[form] / name).write_bytes(b"")
     ((subject, message),) = [(p.subject, p.message) for p in checked(root) if p.kind == "skipped file"]
     assert subject.endswith(name) and message.startswith("left out: only .bmp, .jpeg, ")
+
+
+@pytest.mark.parametrize("name", ["zebra.txt", "sub/a.txt", "a.b.txt"])
+def test_label_files_without_an_image_are_counted(copy_of: Any, name: str) -> None:
+    root = copy_of("yolo")
+    (root / "labels/train" / name).parent.mkdir(exist_ok=True)
+    (root / "labels/train" / name).write_text("0 .5 .5 .1 .1")
+    (root / "labels/train/classes.txt").write_text("person")
+    (problem,) = checked(root)
+    assert problem.subject.endswith(name) and problem.kind == "skipped file"
+    assert problem.message == "left out: no image is called like it"
 
 
 @pytest.mark.parametrize("form", FORMATS)

@@ -77,6 +77,10 @@ LAYOUTS: dict[str, tuple[Callable[[Path], Any], Content]] = {
         ],
         {"train": ["a", "b"], "val": ["c"]},
     ),
+    "json in folders with capitals": (
+        lambda r: coco(r / "Annotations/instances_train2017.json", r / "Images/Train2017", ["a"]),
+        {"train": ["a"]},
+    ),
     "json of CVAT, one set": (
         lambda r: coco(r / "annotations/instances_default.json", r / "images", ["a", "b"]),
         {"train": ["a", "b"]},

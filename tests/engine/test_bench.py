@@ -39,24 +39,9 @@ def test_two_models_take_turns() -> None:
     assert found.to_json()["peak_memory_gib"] > 0
 
 
-def test_against_transformers() -> None:
-    pytest.importorskip("transformers")
-    found = bench(
-        "deformable_detr_one_stage_nano",
-        against="transformers",
-        image_size=64,
-        device="cpu",
-        rounds=1,
-        settings=TINY,
-    )
-    assert list(found.training_step) == ["deformable_detr_one_stage_nano", "transformers"]
-    assert list(found.saved_mib) == ["deformable_detr_one_stage_nano"]
-
-
 @pytest.mark.parametrize(
     ("model", "against", "message"),
     [
-        ("dino_nano", "transformers", "it has no dino_nano"),
         ("dino_nano", "dino_nano", "is the model itself"),
         ("dino_nano", "dion_nano", "dino_nano"),
     ],

@@ -310,6 +310,23 @@ def test_a_damaged_state_is_named_and_kept(tmp_path: Path, go: Go) -> None:
     assert snapshot(run.output) == before
 
 
+@pytest.mark.parametrize("name", ["best.safetensors", "last.safetensors"])
+def test_a_damaged_checkpoint_is_named_at_once(tmp_path: Path, go: Go, name: str) -> None:
+    """And removed, it costs what it was, not the training."""
+    with pytest.raises(Stop):
+        go(tmp_path / "run", callbacks=[StopAt(3)])
+    run = Run(tmp_path / "run")
+    content = bytearray((run.output / name).read_bytes())
+    content[-1] ^= 1
+    (run.output / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"{name}: damaged") as caught:
+        go(run.output, resume=True)
+    assert "remove it" in caught.value.remedy
+    (run.output / name).unlink()
+    assert go(run.output, resume=True).finished
+    read_checkpoint(run.output / name)
+
+
 KILLED = """
 import json, os, signal, sys
 import paqdetr

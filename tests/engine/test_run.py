@@ -210,6 +210,7 @@ time.sleep(120)
 """
 
 
+@pytest.mark.integration
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows keeps nobody out")
 def test_one_training_at_a_time(tmp_path: Path) -> None:
     run = begun(tmp_path / "run")
@@ -221,3 +222,54 @@ def test_one_training_at_a_time(tmp_path: Path) -> None:
     held = run.hold()  # nothing is left of one that was killed
     assert held is not None
     held.close()
+
+
+RACE = """
+import json, multiprocessing, sys
+from pathlib import Path
+from paqdetr.engine.run import Run
+from paqdetr.errors import ConfigError
+
+def begin(barrier, folder, answers):
+    said = []
+    for number in range(1000):
+        run = Run(Path(folder) / str(number))
+        barrier.wait()
+        try:
+            held = run.begin(resume=number % 2 == 0)
+            run.config_file.touch()
+            run.append({"kind": "train", "step": 1})
+            said.append("held")
+        except ConfigError as error:
+            held = None
+            said.append(error.message.rpartition(": ")[2])
+        if number % 3:  # else whoever comes a little later finds the folder free again
+            barrier.wait()
+        if held is not None:
+            held.close()
+        if not number % 3:
+            barrier.wait()
+    answers.put(said)
+
+context = multiprocessing.get_context("fork")
+barrier, answers = context.Barrier(2), context.Queue()
+processes = [context.Process(target=begin, args=(barrier, sys.argv[1], answers)) for _ in range(2)]
+for process in processes:
+    process.start()
+print(json.dumps([answers.get() for _ in processes]))
+"""
+
+
+@pytest.mark.integration
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows keeps nobody out")
+def test_exactly_one_of_two_that_start_at_once_holds_the_folder(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", RACE, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    one, other = json.loads(done.stdout)
+    refused = {"another process is training there", "there is a run already, and nothing is overwritten"}
+    for number, pair in enumerate(zip(one, other, strict=True)):
+        if number % 3 or number % 2:
+            assert sorted(said == "held" for said in pair) == [False, True], (number, pair)
+        assert set(pair) <= {"held", *refused}, (number, pair)
+    assert any("another process is training there" in pair for pair in zip(one, other, strict=True))

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from paqdetr.errors import ConfigError, DataError
 from paqdetr.metrics import (
     FIGURE_NAMES,
     CocoFigures,
+    MatchTable,
     evaluate_detections,
     non_maximum_suppression,
     read_results,
@@ -318,6 +320,104 @@ def test_read_results(tmp_path: Path) -> None:
     path.write_text(json.dumps(truth([])))
     with pytest.raises(DataError, match="expected a list of detections"):
         read_results(path)
+
+
+# ------------------------------------------------------------------------------------------- names of images
+
+
+def named(*names: str | None) -> dict[str, Any]:
+    """Ground truth whose images 1, 2... are called so; an object in each."""
+    gt = truth([(n, 1, A) for n in range(1, len(names) + 1)], images=tuple(range(1, len(names) + 1)))
+    for image, name in zip(gt["images"], names, strict=True):
+        image |= {} if name is None else {"file_name": name}
+    return gt
+
+
+@pytest.mark.parametrize(
+    ("name", "image"),
+    [
+        ("a.jpg", 1),
+        ("val/a.jpg", 1),
+        ("/data/val/a.jpg", 1),
+        ("C:\\data\\val\\a.jpg", 1),
+        ("caf\u00e9.png", 2),
+        ("cafe\u0301.png", 2),  # as macOS writes it
+        ("north/c.jpg", 3),
+        ("x/south/c.jpg", 4),
+        ("c.jpg", 5),  # the whole name
+    ],
+)
+def test_images_are_found_by_file_name(name: str, image: int) -> None:
+    gt = named("val/a.jpg", "cafe\u0301.png", "north/c.jpg", "south/c.jpg", "c.jpg", None)
+    expected = evaluate_detections(gt, [result(image, 1, A, 0.9)]).AP
+    assert expected == pytest.approx(17 / 101)  # one object of six
+    row = result(name, 1, A, 0.9)
+    for found in (
+        row,
+        row | {"image_id": None, "file_name": name},
+        row | {"image_id": 77, "file_name": name},
+    ):
+        assert evaluate_detections(gt, [found]).AP == expected
+    both = row | {"image_id": float(image), "file_name": name}  # pandas writes 1.0
+    assert evaluate_detections(gt, [both]).AP == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"image_id": 1, "file_name": "b.jpg"},
+            "image_id 1 is 'val/a.jpg' in the ground truth, and file_name is 'b.jpg'",
+        ),
+        ({"image_id": 9, "file_name": "z.jpg"}, "image_id 9 with file_name 'z.jpg' is none of the 3 images"),
+        ({"image_id": 9, "file_name": "other/a.jpg"}, "is none of the 3 images"),
+        ({"image_id": "c.jpg"}, "2 images are called 'c.jpg'"),
+        ({"image_id": "", "file_name": ""}, "is none of the 3 images"),
+        ({"image_id": None, "file_name": 3}, "is none of the 3 images"),
+    ],
+)
+def test_file_names_that_lead_nowhere(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=re.escape(message)) as caught:
+        evaluate_detections(named("val/a.jpg", "x/c.jpg", "y/c.jpg"), [result(1, 1, A, 0.9) | change])
+    assert caught.value.remedy
+
+
+def test_another_ending_is_the_same_image() -> None:
+    """Results of images that were converted."""
+    row = result(1, 1, A, 0.9) | {"file_name": "a.png"}
+    assert evaluate_detections(named("val/a.jpg"), [row]).AP == pytest.approx(1)
+
+
+def test_files_with_a_byte_order_mark(tmp_path: Path) -> None:
+    gt, rows = named("a.jpg"), [result("a.jpg", 1, A, 0.9)]
+    for name, content in (("gt.json", gt), ("rows.json", rows)):
+        (tmp_path / name).write_text(json.dumps(content), encoding="utf-8-sig")
+    assert evaluate_detections(
+        tmp_path / "gt.json", read_results(tmp_path / "rows.json")
+    ).AP == pytest.approx(1)
+
+
+# ------------------------------------------------------------------------------------------- crowded images
+
+
+def test_more_objects_than_detections_that_count() -> None:
+    """400 objects in a picture, all found: 100 of them at COCO's default."""
+    boxes = [[50.0 * (n % 20), 50.0 * (n // 20), 40.0, 40.0] for n in range(400)]
+    gt = truth([(1, 1, box) for box in boxes], images=(1,))
+    rows = [result(1, 1, box, 0.5 + n / 1000) for n, box in enumerate(boxes)]
+    assert evaluate_detections(gt, rows).AP == pytest.approx(26 / 101)  # recall 0, .01 ... .25
+    assert stats(evaluate_detections(gt, rows)) == pytest.approx(pycocotools_stats(gt, rows))
+    for count, share in ((400, 1), (1000, 1), (200, 0.5), (40, 0.1), (1, 1 / 400)):
+        figures = evaluate_detections(gt, rows, max_detections=count)
+        assert (figures.AR100, figures.ARm) == pytest.approx((share, share))
+        assert figures.AP == pytest.approx((math.floor(100 * share) + 1) / 101)
+        assert figures.AR1 == pytest.approx(1 / 400)
+        table = MatchTable.match(gt, rows, max_detections=count)
+        again = {name: values[0] for name, values in table.figures().figures.items()}
+        assert again == pytest.approx({name: getattr(figures, name) for name in FIGURE_NAMES}, nan_ok=True)
+    for use in (evaluate_detections, MatchTable.match):
+        with pytest.raises(ConfigError, match="max_detections: expected at least 1, found 0"):
+            use(gt, rows, max_detections=0)
 
 
 # --------------------------------------------------------------------------------------------------- masks

@@ -199,6 +199,21 @@ def test_any_number_of_queries(count: int) -> None:
     assert all(parameters[name] is parameter for name, parameter in queries.named_parameters())
 
 
+def test_its_size_does_not_depend_on_the_number_of_queries() -> None:
+    """What docs/plugin.md says it costs at d = 256, m = 64: d d + 3 d + d m + m beside the patterns, and n d (d + m)."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        small, large = (PatternQueries(n, 64, 256, mixture_input="query") for n in (1, 900))
+        for queries in (small, large):
+            total = sum(parameter.numel() for parameter in queries.parameters())
+            assert total - 64 * 256 == 256 * 256 + 3 * 256 + 256 * 64 + 64 == 82_752
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            assert large.query_head is not None
+            large.query_head(torch.zeros(1, 900, 256))
+    assert counter.get_total_flops() // 2 == 900 * 256 * (256 + 64) == 73_728_000
+
+
 def test_resizing_keeps_the_rows_of_the_images_half() -> None:
     queries, tokens, features = make("both"), torch.randn(1, TOKENS, DIM), torch.randn(1, 7, DIM)
     before = mixed(queries, tokens, features)

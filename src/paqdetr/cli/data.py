@@ -11,8 +11,8 @@ import typer
 from rich.table import Table
 
 from paqdetr.cli.console import errors, print_styled, progress_bar, results
-from paqdetr.cli.options import Seed
-from paqdetr.cli.outputs import require_writable, write_json
+from paqdetr.cli.options import Overwrite, Seed
+from paqdetr.cli.outputs import OutputFiles
 from paqdetr.errors import ConfigError, DataError
 from paqdetr.values import MAX_WORKERS
 
@@ -74,15 +74,16 @@ def check(
     show: Annotated[
         int, typer.Option(min=0, help="Findings of a kind that are printed; --json has all.")
     ] = 10,
+    overwrite: Overwrite = False,
 ) -> None:
     """Read every image and annotation once and report what is wrong; exit 2 if training would fail."""
     from paqdetr.data.check import check_dataset
 
-    require_writable(json=json_file)
+    files = OutputFiles("paqdetr data check", overwrite=overwrite, json=json_file)
     with progress_bar("check") as progress:
         report = check_dataset(folder, workers=workers or os.cpu_count(), progress=progress)
-    write_json(json_file, {"data": str(folder), **report.to_json()})
-    _print_report(report, title=f"{folder} ({report.format})", show=show)
+    _print_report(report, title=f"{report.root} ({report.format})", show=show)
+    files.write("json", {"data": str(folder), **report.to_json()})
     if report.errors:
         raise DataError(f"{folder}: {report.number_of('error')} errors", "correct them before training")
     errors.print(f"no errors, {report.number_of('warning')} warnings")
@@ -94,23 +95,25 @@ def stats(
     *,
     output: Annotated[Path, typer.Option(help="PNG file to draw.")] = Path("stats.png"),
     json_file: _Json = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Draw how many, how large, where and of what shape the boxes are; from the annotations alone."""
     from paqdetr.data.stats import dataset_stats
     from paqdetr.data.stats_plot import draw_stats
 
     _require_png(output)
-    require_writable(output=output, json=json_file)
+    files = OutputFiles("paqdetr data stats", overwrite=overwrite, output=output, json=json_file)
     found = dataset_stats(folder)
     figures = {split: one.to_json() for split, one in found.items()}
-    write_json(json_file, {"data": str(folder), "splits": figures})
     results.print(str(folder), soft_wrap=True)
     table = _table("split", "images", "without boxes", "boxes", "crowds", "small", "medium", "large")
     for split, one in figures.items():
         counts = (one[key] for key in ("images", "images_without_boxes", "boxes", "crowds"))
         table.add_row(split, *map(str, counts), *map(str, one["box_sizes"].values()))
     results.print(table)
-    results.print(f"drawn: {draw_stats(found, output, title=str(folder))}", soft_wrap=True)
+    drawn = draw_stats(found, output, title=str(folder), overwrite=overwrite)
+    results.print(f"drawn: {drawn}", soft_wrap=True)
+    files.write("json", {"data": str(folder), "splits": figures})
 
 
 @app.command()
@@ -130,6 +133,7 @@ def preview(
     epoch: Annotated[
         int, typer.Option(min=0, max=1_000_000, help="Epoch whose first batches are shown.")
     ] = 0,
+    overwrite: Overwrite = False,
 ) -> None:
     """Draw training batches as a model gets them: augmented, padded (purple), with their boxes."""
     from paqdetr.config import load_config, parse_overrides
@@ -138,10 +142,12 @@ def preview(
     from paqdetr.models.zoo import preprocessing_of
 
     _require_png(output)
-    require_writable(output=output)
+    OutputFiles("paqdetr data preview", overwrite=overwrite, output=output)
     config = load_config(model, {"workers": 0, **parse_overrides(settings or [])})
     opened = open_split(folder, split)
-    drawn = preview_batches(config, opened, preprocessing_of(config), output, batches=batches, epoch=epoch)
+    drawn = preview_batches(
+        config, opened, preprocessing_of(config), output, batches=batches, epoch=epoch, overwrite=overwrite
+    )
     results.print(f"drawn: {drawn}", soft_wrap=True)
 
 

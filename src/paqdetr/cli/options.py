@@ -18,6 +18,7 @@ Settings = Annotated[
     typer.Argument(help="Settings, such as epochs=12 model.num_patterns=32.", metavar="KEY=VALUE"),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...: the best there is if not given.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist, whoever wrote them.")]
 Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of all random draws.")]
 BatchSize = Annotated[int, typer.Option(min=1, max=MAX_BATCH, help="It changes the speed, never a figure.")]
 Resamples = Annotated[

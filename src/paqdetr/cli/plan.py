@@ -9,8 +9,8 @@ import typer
 from rich.table import Table
 
 from paqdetr.cli.console import Ended, errors, print_styled, results
-from paqdetr.cli.options import Device, JsonFile, Model, Settings
-from paqdetr.cli.outputs import require_writable, write_json
+from paqdetr.cli.options import Device, JsonFile, Model, Overwrite, Settings
+from paqdetr.cli.outputs import OutputFiles
 
 
 def plan(
@@ -30,6 +30,7 @@ def plan(
         ),
     ] = None,
     json_file: JsonFile = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Say what a training will take before it starts: memory, time, disk. Nothing is kept of the steps it tries."""
     from paqdetr.config import describe_idle, load_config, parse_overrides
@@ -37,7 +38,7 @@ def plan(
     from paqdetr.engine.processes import Processes
     from paqdetr.engine.setup import describe_data, open_splits, with_classes
 
-    require_writable(json=json_file)
+    files = OutputFiles("paqdetr plan", overwrite=overwrite, json=json_file)
     given = parse_overrides(settings or [])
     config = load_config(model, given)
     train_split, val_split = open_splits(data, config)
@@ -51,13 +52,13 @@ def plan(
         from paqdetr.engine.plan import overfit_one_batch
 
         tried = overfit_one_batch(config, train_split, steps=overfit, device=device)
-        write_json(json_file, tried.to_json())
         first, last = tried.losses[0], tried.losses[-1]
         results.print(
             f"{tried.images} images, {len(tried.losses)} steps: loss {first:.2f} -> {last:.2f}, "
             f"{tried.found:.0%} of {tried.boxes} boxes found, {tried.wrong:.2f} wrong predictions a box",
             soft_wrap=True,
         )
+        files.write("json", tried.to_json())
         if not tried.learnt:
             print_styled(
                 errors, ("not learnt:", "bold"), " less than 90 % of the boxes of this one batch are found"
@@ -72,7 +73,6 @@ def plan(
     from paqdetr.engine.plan import plan_training
 
     found = plan_training(config, train_split, val_split, device=device, steps=steps)
-    write_json(json_file, found.to_json() | {"batch_size": config.batch_size})
     table = Table(title=f"{config.name} on {data}, {found.device}", title_justify="left", show_header=False)
     rows = {
         "images of a step": f"{found.step_images} (batch_size {config.batch_size}, accumulate {config.accumulate})",
@@ -89,6 +89,7 @@ def plan(
     for name, value in rows.items():
         table.add_row(name, value)
     results.print(table)
+    files.write("json", found.to_json() | {"batch_size": config.batch_size})
 
 
 def _duration(seconds: float) -> str:

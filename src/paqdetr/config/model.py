@@ -190,6 +190,7 @@ class ModelConfig(Section):
     max_detections: int = Field(
         default=300,
         ge=1,
+        le=100_000,
         description="detections kept of an image, by score; DINO keeps 300, Deformable DETR 100",
     )
     clamp_boxes: bool = Field(

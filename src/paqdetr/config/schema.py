@@ -77,7 +77,10 @@ class Config(Section):
         "(the long side truncated) or that of the named program; nearest: rounded",
     )
     pad_divisor: int = Field(
-        default=1, ge=1, description="sides of a batch are padded to multiples of it; 1: to its largest image"
+        default=1,
+        ge=1,
+        le=1024,
+        description="sides of a batch are padded to multiples of it; 1: to its largest image",
     )
     pretrained_backbone: bool = Field(default=True, description="start from ImageNet weights")
     init: str | None = Field(

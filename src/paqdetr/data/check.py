@@ -63,12 +63,14 @@ class CheckReport:
     """What `check_dataset` found.
 
     Attributes:
+        root: where the data set lies, which may be one folder below the one that was given.
         format: of the data set.
         problems: in the order found, at most 1,000 of a kind in a split.
         splits: counts by split.
         counts: how many problems there are of each (split, severity, kind).
     """
 
+    root: Path
     format: Format
     problems: list[Problem] = field(default_factory=list)
     splits: dict[str, SplitSummary] = field(default_factory=dict)
@@ -143,7 +145,7 @@ def check_dataset(
         DataError: the folder is missing, empty or of no known layout.
     """
     layout = find_layout(data)
-    report = CheckReport(layout.format)
+    report = CheckReport(layout.root, layout.format)
     read: dict[str, Annotations] = {}
     issues: dict[str, Issues] = {}
     for split, place in layout.splits.items():

@@ -7,7 +7,7 @@ import unicodedata
 from pathlib import Path, PurePosixPath
 
 from paqdetr.data.annotations import Issues
-from paqdetr.images import IMAGE_EXTENSIONS, PICTURE_EXTENSIONS
+from paqdetr.images import IMAGE_EXTENSIONS, PICTURE_EXTENSIONS, is_leftover
 
 
 def inner_path(name: str) -> str | None:
@@ -32,32 +32,29 @@ def inner_path(name: str) -> str | None:
     )
 
 
-# What operating systems and programs leave in folders, and archives of macOS hold beside every file.
-_LEFTOVERS = frozenset({"__MACOSX", ".DS_Store", "Thumbs.db", "desktop.ini", ".ipynb_checkpoints", "@eaDir"})
-
-
-def is_leftover(name: str) -> bool:
-    """Whether a relative name is, or lies in, what nobody put there on purpose: `._a.jpg`, `__MACOSX/`, ..."""
-    return any(part.startswith("._") or part in _LEFTOVERS for part in name.split("/"))
-
-
 def folders_in(folder: Path) -> list[Path]:
     """The folders directly in a folder, sorted, without hidden ones and leftovers; none if it cannot be read."""
-    return [path for path in _visible(folder) if path.is_dir()]
+    return [folder / entry.name for entry in _visible(folder) if _is_folder(entry)]
+
+
+def folder_in(folder: Path, name: str) -> Path:
+    """The folder of this name in a folder, whatever the case; the path that it would have if there is none."""
+    found = (below for below in folders_in(folder) if below.name.lower() == name.lower())
+    return next(found, folder / name)
 
 
 def files_in(folder: Path) -> list[Path]:
     """The files directly in a folder, as `folders_in`."""
-    return [path for path in _visible(folder) if path.is_file()]
+    return [folder / entry.name for entry in _visible(folder) if not _is_folder(entry)]
 
 
-def _visible(folder: Path) -> list[Path]:
+def _visible(folder: Path) -> list[os.DirEntry[str]]:
     try:
-        return sorted(
-            path for path in folder.iterdir() if path.name[:1] != "." and not is_leftover(path.name)
-        )
+        with os.scandir(folder) as entries:
+            found = [entry for entry in entries if entry.name[0] != "." and not is_leftover(entry.name)]
     except OSError:
         return []
+    return sorted(found, key=lambda entry: entry.name)
 
 
 def list_files(folder: Path, issues: Issues) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from paqdetr.data.annotations import Annotations, Issues
-from paqdetr.data.files import files_in, folders_in
+from paqdetr.data.files import files_in, folder_in, folders_in
 from paqdetr.data.formats.cityscapes import cityscapes_places
 from paqdetr.data.formats.coco import read_coco
 from paqdetr.data.formats.crowdhuman import crowdhuman_places
@@ -19,6 +19,7 @@ from paqdetr.data.formats.voc import voc_places
 from paqdetr.data.formats.yolo import YoloPlace, yolo_places
 from paqdetr.data.split_names import hint, meaning, name_splits
 from paqdetr.errors import DataError
+from paqdetr.files import open_regular
 
 Format = Literal["coco", "voc", "yolo", "cityscapes", "crowdhuman"]
 
@@ -177,7 +178,7 @@ def _usual_coco(root: Path) -> dict[str, CocoPlace]:
     ]
     files += [
         (file.stem[len("instances_") :], file)
-        for file in _jsons(root / "annotations")
+        for file in _jsons(folder_in(root, "annotations"))
         if file.stem.lower().startswith("instances_")
     ]
     places = [
@@ -189,7 +190,9 @@ def _usual_coco(root: Path) -> dict[str, CocoPlace]:
 
 def _any_coco(root: Path) -> dict[str, CocoPlace]:
     """COCO json of any name: in the folder, in annotations/, or one in each folder of a split."""
-    files = [file for folder in (root, root / "annotations") for file in _jsons(folder) if _is_coco(file)]
+    files = [
+        file for folder in (root, folder_in(root, "annotations")) for file in _jsons(folder) if _is_coco(file)
+    ]
     dirs = (*_shared_dirs(root), *folders_in(root))
     places = [(file.stem, CocoPlace(file, (*_image_dirs(root, file.stem), *dirs))) for file in files]
     for folder in folders_in(root):
@@ -214,7 +217,7 @@ def _unique(places: list[tuple[str, CocoPlace]]) -> dict[str, CocoPlace]:
 def _image_dirs(root: Path, name: str) -> list[Path]:
     """Folders for the images of a split: called like it, with or without the year, whatever the case."""
     plain = re.sub(r"[-_]?\d+$", "", name) or name
-    folders = [*folders_in(root), *folders_in(root / "images")]
+    folders = [*folders_in(root), *folders_in(folder_in(root, "images"))]
     return [f for wanted in (name, plain) for f in folders if f.name.lower() == wanted.lower()]
 
 
@@ -234,9 +237,9 @@ def _is_coco(file: Path) -> bool:
     if file.stem.lower().startswith(("captions_", "panoptic_", "stuff_", "image_info_")):
         return False
     try:
-        with file.open("rb") as opened:
+        with open_regular(file) as opened:
             start = opened.read(2**16)
-    except OSError:
+    except (DataError, OSError):
         return False
     if start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] != b"{":  # a list is results, or an export of another kind
         return False

@@ -124,19 +124,36 @@ def describe_crowding(
         queries: of the detector, each of which finds one object at most; None if it is not known yet.
         max_detections: of one class that AP counts in an image; None leaves that out.
     """
-    owners, labels = annotations.owners[~annotations.crowd], annotations.labels[~annotations.crowd]
-    images, sentences = len(annotations), []
-    per_image = np.bincount(owners, minlength=1)
+    counted = ~annotations.crowd
+    owners, labels = annotations.owners[counted], annotations.labels[counted]
     limit = FEWEST_QUERIES if queries is None else queries
-    if per_image.max() > limit:
+    return crowding_sentences(
+        owners,
+        labels,
+        len(annotations),
+        queries=limit,
+        max_detections=max_detections,
+        known=queries is not None,
+    )
+
+
+def crowding_sentences(
+    owners: np.ndarray,
+    labels: np.ndarray,
+    images: int,
+    *,
+    queries: int | None,
+    max_detections: int | None,
+    known: bool = True,
+) -> list[str]:
+    """As `describe_crowding`, of the boxes' images and classes, (G,) integers each; queries=None leaves queries out."""
+    sentences = []
+    per_image = np.bincount(owners, minlength=1)
+    if queries is not None and per_image.max() > queries:
         sentences.append(
-            f"{int((per_image > limit).sum())} of {images} images have more than {limit} boxes (up to {per_image.max()}), and a "
-            "query finds one object at most: "
-            + (
-                "take a model with enough queries"
-                if queries is None
-                else f"raise model.num_queries={queries}"
-            )
+            f"{int((per_image > queries).sum())} of {images} images have more than {queries} boxes (up to {per_image.max()}), "
+            "and a query finds one object at most: "
+            + (f"raise model.num_queries={queries}" if known else "take a model with enough queries")
         )
     of_class, counts = np.unique(np.stack([owners, labels]), axis=1, return_counts=True)
     over = counts > max_detections if max_detections else np.zeros(0, dtype=bool)

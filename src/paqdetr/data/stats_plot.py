@@ -13,19 +13,27 @@ from matplotlib.figure import Figure
 
 from paqdetr.data.stats import MEDIUM, SMALL, SplitStats
 from paqdetr.drawing import PALETTE
+from paqdetr.outputs import mark, write_output
 from paqdetr.text import literal
 
 _MOST_CLASSES = 40
 _COLOURS = (PALETTE[4], PALETTE[0], PALETTE[2], PALETTE[5], PALETTE[6])
 
 
-def draw_stats(stats: Mapping[str, SplitStats], output: str | Path, *, title: str = "") -> Path:
+def draw_stats(
+    stats: Mapping[str, SplitStats], output: str | Path, *, title: str = "", overwrite: bool = False
+) -> Path:
     """Six plots: classes, box sizes, boxes an image, shapes, where boxes lie, image sizes. Splits differ in colour.
 
     Args:
         stats: by split, as of `dataset_stats`.
         output: a PNG file.
         title: what stands over the sheet.
+        overwrite: replace a file that is no such sheet.
+
+    Raises:
+        ConfigError: the file exists and is no such sheet.
+        StorageError: it cannot be written.
     """
     names = next(iter(stats.values())).annotations.classes.names
     rows = min(len(names), _MOST_CLASSES)
@@ -41,8 +49,12 @@ def draw_stats(stats: Mapping[str, SplitStats], output: str | Path, *, title: st
     _places(figure.add_subplot(grid[1, 1]), stats)
     _images(figure.add_subplot(grid[1, 2]), stats)
     output = Path(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=100, format="png")
+    maker = "paqdetr data stats"
+
+    def write(place: Path) -> None:
+        figure.savefig(place, dpi=100, format="png", metadata={"Software": mark(maker)})
+
+    write_output(output, write, maker=maker, overwrite=overwrite)
     return output
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ from paqdetr.engine.optim import MovingAverage, build_optimizer
 from paqdetr.engine.setup import ready_to_train
 from paqdetr.engine.timing import compare, interleave
 from paqdetr.errors import ConfigError
-from paqdetr.models import Detector
 from paqdetr.models.device import require_device
 from paqdetr.models.zoo import build_model
 from paqdetr.ops import choose_backend, ms_deform_attn
@@ -40,7 +38,7 @@ class Bench:
         attention: the encoder's deformable attention, forward and backward, by back end: "reference" (grid_sample) and what runs.
         inference, training_step: milliseconds by model; `ratio` is how many times faster than `against` it is.
         images_per_second: of the model, in "inference" and "training_step".
-        saved_mib: what autograd keeps for the backward pass of a step, by model of ours.
+        saved_mib: what autograd keeps for the backward pass of a step, by model.
         peak_memory_gib: of the process, or of the GPU.
         machine: processor, threads, memory.
     """
@@ -79,7 +77,7 @@ def bench(
 
     Args:
         model: a name of `list_models()` or a YAML file.
-        against: another, or "transformers": its Deformable DETR in the sizes of `model`, which has to be one.
+        against: another.
         image_size: side of the images in pixels.
         batch_size: images that go through together.
         device: "cpu", "cuda", ...; the best there is if None.
@@ -88,7 +86,7 @@ def bench(
         settings: of both models, with dotted keys.
 
     Raises:
-        ConfigError: an unknown model or setting, or `against` does not fit the model.
+        ConfigError: an unknown model or setting, or `against` is the model itself.
     """
     where = require_device(device)
     torch.manual_seed(0)
@@ -98,13 +96,7 @@ def bench(
         raise ConfigError(f"--against {against}: is the model itself", "name another one")
     targets = [_targets(config.model.num_classes) for _ in range(batch_size)]
     images = torch.randn(batch_size, 3, image_size, image_size)
-    sides: dict[str, _Side] = {}
-    for name in names:
-        other = config if name == model else None
-        if name == "transformers":
-            sides[name] = _Transformers(config, images, targets, where)
-        else:
-            sides[name] = _Ours(other or load_config(name, settings or {}), images, targets, where)
+    sides = {name: _Side(load_config(name, settings or {}), images, targets, where) for name in names}
 
     def part(number: int) -> Callable[[int, int], None]:
         def told(done: int, total: int) -> None:
@@ -154,20 +146,18 @@ def bench(
             name: round(1e3 * batch_size / found[model]["median_ms"], 2)
             for name, found in (("inference", used), ("training_step", trained))
         },
-        saved_mib={
-            name: round(side.saved() / 2**20, 1) for name, side in sides.items() if isinstance(side, _Ours)
-        },
+        saved_mib={name: round(side.saved() / 2**20, 1) for name, side in sides.items()},
         peak_memory_gib=round(peak_memory(), 3),
         machine=machine(),
     )
 
 
-class _Ours:
-    """One of our models, in use and in training."""
+class _Side:
+    """One of the models, in use and in training."""
 
     def __init__(self, config: Config, images: Tensor, targets: list[Targets], device: torch.device) -> None:
         self.config = config
-        self.model: nn.Module = ready_to_train(build_model(config), config, device)
+        self.model = ready_to_train(build_model(config), config, device)
         last = torch.channels_last if config.channels_last else torch.contiguous_format
         self.batch = Batch(images.contiguous(memory_format=last), None, targets).to(device)
         self._optimizer = build_optimizer(self.model, config)
@@ -179,86 +169,14 @@ class _Ours:
 
     def step(self) -> None:
         self._optimizer.zero_grad()
-        self._loss().backward()
+        batch_loss(self.model, self.config, self.batch).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
         self._optimizer.step()
         self._average.update(self.model)
 
     def saved(self) -> int:
         """Bytes that are kept for backward."""
-        assert isinstance(self.model, Detector)
         return saved_bytes(self.model, self.config, self.batch)
-
-    def _loss(self) -> Tensor:
-        assert isinstance(self.model, Detector)
-        return batch_loss(self.model, self.config, self.batch)
-
-
-class _Transformers:
-    """Deformable DETR of transformers, in the sizes of ours."""
-
-    def __init__(self, config: Config, images: Tensor, targets: list[Targets], device: torch.device) -> None:
-        self.model = _their_model(config).to(device)
-        self._images = images.to(device)
-        self._labels = [
-            {"class_labels": target.labels.to(device), "boxes": target.boxes.to(device)} for target in targets
-        ]
-        self._optimizer = torch.optim.AdamW(
-            [p for p in self.model.parameters() if p.requires_grad], lr=1e-5, fused=True
-        )
-
-    def infer(self) -> None:
-        with torch.inference_mode():
-            self.model(self._images)
-
-    def step(self) -> None:
-        self._optimizer.zero_grad()
-        self.model(self._images, labels=self._labels).loss.backward()
-        self._optimizer.step()
-
-
-_Side = _Ours | _Transformers
-
-
-def _their_model(config: Config) -> nn.Module:
-    """With random weights."""
-    if not config.name.removeprefix("paq_").startswith("deformable_detr"):
-        raise ConfigError(
-            f"--against transformers: it has no {config.name}",
-            "choose one of deformable_detr*, or leave it out",
-        )
-    try:
-        transformers: Any = import_module("transformers")
-    except ImportError:
-        raise ConfigError("--against transformers: it is not installed", "pip install transformers") from None
-    model = config.model
-    return transformers.DeformableDetrForObjectDetection(
-        transformers.DeformableDetrConfig(
-            backbone_config=transformers.TimmBackboneConfig(
-                backbone=model.backbone,
-                features_only=True,
-                use_pretrained_backbone=False,
-                out_indices=[2, 3, 4],
-            ),
-            num_labels=model.num_classes,
-            num_queries=model.num_queries,
-            d_model=model.dim,
-            encoder_layers=model.encoder_layers,
-            decoder_layers=model.decoder_layers,
-            encoder_ffn_dim=model.ffn_dim,
-            decoder_ffn_dim=model.ffn_dim,
-            encoder_attention_heads=model.num_heads,
-            decoder_attention_heads=model.num_heads,
-            encoder_n_points=model.num_points,
-            decoder_n_points=model.num_points,
-            num_feature_levels=model.num_levels,
-            dropout=model.dropout,
-            auxiliary_loss=True,
-            with_box_refine=model.box_refinement,
-            two_stage=model.positions == "proposals",
-            two_stage_num_proposals=model.num_queries,
-        )
-    )
 
 
 def _attention(

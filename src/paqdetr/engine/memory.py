@@ -83,7 +83,10 @@ def worst_batch(config: Config, split: DetectionDataset, preprocessing: Preproce
     """Noise of the largest size that the settings make of this split's images, with as many boxes as its fullest image has."""
     scale = max(config.augment.scale)
     height, width = max(
-        (preprocessing.target_size(*size, scale) for size in np.unique(split.sizes, axis=0).tolist()),
+        (
+            preprocessing.target_size(high, wide, scale)
+            for high, wide in np.unique(split.sizes, axis=0).tolist()
+        ),
         key=lambda side: side[0] * side[1],
     )
     boxes = max(len(split.labels(index)) for index in range(len(split)))

@@ -151,13 +151,17 @@ class Run:
         files. It becomes a run by `write_config`, which is called as soon as nothing can be wrong any more."""
         if self.output.exists() and not self.output.is_dir():
             raise ConfigError(f"{self.output}: a file is in the way", "choose another --output")
+        # Listed before it is asked for the run: another process may be making one here just now.
+        foreign = self.output.is_dir() and any(
+            not entry.name.startswith(".") for entry in self.output.iterdir()
+        )
         if self.config_file.exists():
             if not resume and not self.empty:
                 raise ConfigError(
                     f"{self.output}: there is a run already, and nothing is overwritten",
                     "choose another --output, or continue it with --resume",
                 )
-        elif self.output.is_dir() and any(not entry.name.startswith(".") for entry in self.output.iterdir()):
+        elif foreign:
             raise ConfigError(
                 f"{self.output}: the folder holds other files and no run", "choose another --output"
             )
@@ -174,6 +178,22 @@ class Run:
                 f"{self.config_file}: the run was started with {key}={before[key]!r}, now it is {after.get(key)!r}",
                 "resume with the same settings, or start a new run with another --output",
             )
+
+    def begin(self, *, resume: bool) -> IO[bytes] | None:
+        """`hold` the folder for a training, new or continued.
+
+        Raises:
+            ConfigError: as `require_place`, or another process holds it.
+        """
+        self.require_place(resume=resume)
+        held = self.hold()
+        try:
+            self.require_place(resume=resume)  # another training may have come and gone in between
+        except ConfigError:
+            if held is not None:
+                held.close()
+            raise
+        return held
 
     def hold(self) -> IO[bytes] | None:
         """Keep other trainings out of the folder until the file that is given back is closed, or this process ends, however.

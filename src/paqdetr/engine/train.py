@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from multiprocessing import current_process
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,12 @@ def train(
         UserError: settings, data or the output folder cannot be used; nothing is overwritten.
         TrainingInterrupted: SIGINT, SIGTERM or SIGHUP came; the state is saved.
     """
+    # A process that is being spawned imports the script of its parent.
+    if getattr(current_process(), "_inheriting", False):
+        raise ConfigError(
+            "a process that the script has started runs the script again, and would train too",
+            "put the call below `if __name__ == '__main__':`",
+        )
     given = {**(settings or {}), **overrides}
     config = load_config(model, given)
     train_split, val_split = open_splits(data, config)
@@ -64,8 +71,7 @@ def train(
         with processes.agreeing():
             run.require_place(resume=resume)
             if processes.main:
-                held = run.hold()
-                run.require_place(resume=resume)  # another training may have come and gone in between
+                held = run.begin(resume=resume)
         if auto_batch:
             config = with_largest_batch(config, train_split, run, processes)
         run.require_settings(config)

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from paqdetr.checkpoint import read_checkpoint
 from paqdetr.config import Config
 from paqdetr.data.dataset import DetectionDataset
 from paqdetr.data.loader import Batch, training_loader
@@ -30,7 +31,7 @@ from paqdetr.engine.setup import ready_to_train
 from paqdetr.engine.state import Position, load_state, random_state, restore_random_state, save_state
 from paqdetr.engine.step import Step, TrainingStep
 from paqdetr.engine.trackers import start_trackers, track
-from paqdetr.errors import NonFiniteError, UserError, memory_error
+from paqdetr.errors import CheckpointError, NonFiniteError, UserError, memory_error
 from paqdetr.losses import build_criterion
 from paqdetr.models import Detector, load, save
 from paqdetr.models.files import model_to_train
@@ -328,8 +329,29 @@ class Trainer:
             batches=batches, epoch_steps=self.epoch_steps, accumulate=self.config.accumulate
         )
         self._random = saved.random[self.processes.index]
+        if self.processes.main and self.position.epoch:
+            self._check_checkpoints()
         if self.accelerator.scaler is not None and saved.scaler:
             self.accelerator.scaler.load_state_dict(saved.scaler)
+
+    def _check_checkpoints(self) -> None:
+        """Whether those of earlier epochs are still what was written: the best one may be what the run ends with.
+
+        Raises:
+            CheckpointError: one is damaged.
+        """
+        for path in (self.run.best, self.run.last):
+            try:
+                if path.exists():
+                    read_checkpoint(path)
+            except CheckpointError as error:
+                remedy = "copy it again from where it came, or remove it: an epoch to come writes a new one"
+                raise CheckpointError(error.message, remedy) from None
+        if not self.run.best.exists():
+            logging.getLogger(__name__).warning(
+                "%s is gone: the next evaluation writes a new one", self.run.best
+            )
+            self.position = replace(self.position, best_ap=-1.0)
 
     def _finish(self) -> None:
         if not self.processes.main:

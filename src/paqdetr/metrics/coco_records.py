@@ -6,6 +6,7 @@ wrong AP that looks right costs more than an error. So all of that is refused he
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,8 @@ from paqdetr.values import as_flag, as_id, is_coordinate
 Json = Mapping[str, Any]
 _LEAST = (-1e9, -1e9, 0, 0)  # of x, y, width and height
 IouType = Literal["bbox", "segm"]
+MAX_DETECTIONS = 100
+"""Detections of a class in an image that COCO looks at."""
 
 
 class CocoRecords:
@@ -51,6 +54,14 @@ class CocoRecords:
             _require_objects(truth[key], f"{source}: {key}")
         self._truth, self._source, self.masks = truth, source, masks
         self._images = _numbering(truth["images"], f"{source}: images")
+        self._names = {
+            self._images[i["id"]]: _plain(n)
+            for i in truth["images"]
+            if isinstance(n := i.get("file_name"), str)
+        }
+        self._by_name: dict[str, list[int]] = {}
+        for number, name in self._names.items():
+            self._by_name.setdefault(name.rpartition("/")[2], []).append(number)
         self._categories = _numbering(truth["categories"], f"{source}: categories")
         self._sizes = {self._images[image["id"]]: _size(image, source) for image in truth["images"]}
         self.class_names = _class_names(truth["categories"], self._categories)
@@ -58,8 +69,8 @@ class CocoRecords:
         self.category_ids: tuple[int | str, ...] = tuple(self._categories)
 
     @classmethod
-    def open(cls, ground_truth: Json | str | Path, iou_type: str) -> CocoRecords:
-        """The records of a COCO json, or of the file with it, to be compared by boxes or by masks.
+    def open(cls, ground_truth: GroundTruth, iou_type: str) -> CocoRecords:
+        """The records of a COCO json, or of the file with it, to be compared by boxes or by masks; records as they are.
 
         Raises:
             DataError: the file cannot be read, or as above.
@@ -69,6 +80,8 @@ class CocoRecords:
             raise ConfigError(
                 f"iou_type: found {iou_type!r}, expected 'bbox' or 'segm'", "choose one of the two"
             )
+        if isinstance(ground_truth, CocoRecords):
+            return ground_truth
         if isinstance(ground_truth, (str, Path)):
             return cls(read_json(Path(ground_truth)), source=str(ground_truth), masks=iou_type == "segm")
         return cls(ground_truth, source="the ground truth", masks=iou_type == "segm")
@@ -112,23 +125,72 @@ class CocoRecords:
             "annotations": records,
         }
 
+    def objects(self) -> np.ndarray:
+        """(G, 2) int64: image and category of every annotation that is no crowd, by position from 0."""
+        annotations = [row for row in self.ground_truth()["annotations"] if not row["iscrowd"]]
+        rows = [(row["image_id"] - 1, row["category_id"] - 1) for row in annotations]
+        return np.array(rows, np.int64).reshape(-1, 2)
+
     def results(self, results: Sequence[Json], source: str = "") -> list[dict[str, Any]]:
         """The results with new ids; `source` is what errors call them by, their file as a rule.
 
         Raises:
-            DataError: a result is malformed, or its image or category is not in the data set.
+            DataError: a result is malformed, its image or category is not in the data set, or the image has another name there.
         """
         _require_objects(results, source or "the results")
         before = f"{source}: " if source else ""
         names = [f"{before}result number {i}" for i in range(len(results))]
-        records = self._rewrite(results, names)
+        records = self._rewrite(results, names, by_file_name=True)
         for record, result, name in zip(records, results, names, strict=True):
             record["score"] = _number(result.get("score"), "score", name, low=-1e9)
         return records
 
-    def _rewrite(self, items: Sequence[Json], names: list[str]) -> list[dict[str, Any]]:
+    def image_called(self, name: str) -> int | None:
+        """The number of the image with a file name, as the ground truth has it or with fewer or more folders before it; None if
+        there is none.
+
+        Raises:
+            DataError: several images are called so.
+        """
+        wanted = _plain(name)
+        found = [
+            number
+            for number in self._by_name.get(wanted.rpartition("/")[2], [])
+            if f"/{self._names[number]}".endswith(f"/{wanted}")
+            or f"/{wanted}".endswith(f"/{self._names[number]}")
+        ]
+        exact = [number for number in found if self._names[number] == wanted]
+        # Of names with fewer folders than the wanted one, that with the most says most.
+        shorter = max((len(self._names[n]) for n in found if len(self._names[n]) < len(wanted)), default=0)
+        found = [n for n in found if len(self._names[n]) >= shorter]
+        if len(exact or found) > 1:
+            raise DataError(
+                f"{self._source}: {len(found)} images are called {name!r}",
+                "give names with their folders, or image ids",
+            )
+        return next(iter(exact or found), None)
+
+    def _image(self, item: Json, name: str) -> int | None:
+        """The number of the image that a record is about: by its id, or else by its file name."""
+        image_id, file_name = item.get("image_id"), item.get("file_name")
+        image = _find(self._images, image_id)
+        if not isinstance(file_name, str):
+            return self.image_called(image_id) if image is None and isinstance(image_id, str) else image
+        if image is None:
+            return self.image_called(file_name)
+        own = self._names.get(image)
+        if own is not None and _stem(own) != _stem(_plain(file_name)):
+            raise DataError(
+                f"{name}: image_id {image_id!r} is {own!r} in {self._source}, and file_name is {file_name!r}",
+                "use the same split for both, or remove image_id: images are then found by file_name",
+            )
+        return image
+
+    def _rewrite(
+        self, items: Sequence[Json], names: list[str], *, by_file_name: bool = False
+    ) -> list[dict[str, Any]]:
         """Image, category and shape of each; `names` say which one an error is about."""
-        records = [self._place(item, name) for item, name in zip(items, names, strict=True)]
+        records = [self._place(item, name, by_file_name) for item, name in zip(items, names, strict=True)]
         if self.masks:
             for record, item, name in zip(records, items, names, strict=True):
                 record["segmentation"] = self._mask(item, record["image_id"], name)
@@ -137,14 +199,16 @@ class CocoRecords:
                 record["bbox"] = box
         return records
 
-    def _place(self, item: Json, name: str) -> dict[str, Any]:
+    def _place(self, item: Json, name: str, by_file_name: bool) -> dict[str, Any]:
         image_id, category_id = item.get("image_id"), item.get("category_id")
-        image, category = _find(self._images, image_id), _find(self._categories, category_id)
+        image = self._image(item, name) if by_file_name else _find(self._images, image_id)
+        category = _find(self._categories, category_id)
         if image is None:
+            called = f" with file_name {item['file_name']!r}" if by_file_name and "file_name" in item else ""
             raise DataError(
-                f"{name}: image_id {shorten(image_id)} is none of the {len(self._images)} images of {self._source}"
+                f"{name}: image_id {shorten(image_id)}{called} is none of the {len(self._images)} images of {self._source}"
                 f" ({_some(self._images)})",
-                "use the same split for both; ids are compared with their type: 1 is not '1'",
+                "use the same split for both; ids are compared with their type (1 is not '1'), else file names",
             )
         if category is None:
             raise DataError(
@@ -172,9 +236,19 @@ class CocoRecords:
             return hotcoco.mask.merge(hotcoco.mask.fr_py_objects(segmentation, height, width))
         except (ValueError, TypeError, KeyError, OverflowError) as error:
             raise DataError(
-                f"{name} (image {shorten(item['image_id'])}): no usable segmentation: {error}",
+                f"{name} (image {shorten(item.get('image_id'))}): no usable segmentation: {error}",
                 "evaluate with iou_type='bbox' where there are only boxes",
             ) from error
+
+
+GroundTruth = Json | str | Path | CocoRecords
+"""A COCO json, the file with it, or its records."""
+
+
+def require_max_detections(number: int) -> None:
+    """Raise ConfigError unless at least one detection of each class is looked at in an image."""
+    if number < 1:
+        raise ConfigError(f"max_detections: expected at least 1, found {number}", "COCO looks at 100")
 
 
 def _require_objects(items: Sequence[Any], name: str) -> None:
@@ -214,7 +288,15 @@ def _boxes(items: Sequence[Json], names: list[str]) -> np.ndarray:
     """All `bbox` as (N, 4) float64; the error names the first that is not four finite numbers."""
     try:
         boxes = np.array([item["bbox"] for item in items]).reshape(len(items), 4)
-        if boxes.dtype.kind in "iuf" and (np.abs(boxes) < 1e9).all() and (boxes[:, 2:] >= 0).all():
+        flags = bool in {
+            type(value) for item in items for value in item["bbox"]
+        }  # numpy takes them for numbers
+        if (
+            boxes.dtype.kind in "iuf"
+            and not flags
+            and (np.abs(boxes) < 1e9).all()
+            and (boxes[:, 2:] >= 0).all()
+        ):
             return boxes.astype(np.float64)
     except (KeyError, TypeError, ValueError):
         pass
@@ -223,7 +305,7 @@ def _boxes(items: Sequence[Json], names: list[str]) -> np.ndarray:
         box = item.get("bbox")
         if not isinstance(box, (Sequence, np.ndarray)) or len(box) != 4:
             raise DataError(
-                f"{name} (image {shorten(item['image_id'])}): bbox is {shorten(box)}, expected [x, y, width, height]",
+                f"{name} (image {shorten(item.get('image_id'))}): bbox is {shorten(box)}, expected [x, y, width, height]",
                 "repair or remove it",
             )
         where = f"bbox {shorten(list(box))}"
@@ -253,6 +335,15 @@ def _size(image: Json, source: str) -> tuple[int, int]:
             )
         sides.append(int(side))
     return sides[0], sides[1]
+
+
+def _plain(name: str) -> str:
+    """A file name with slashes, and with composed letters: macOS takes them apart."""
+    return unicodedata.normalize("NFC", name.replace("\\", "/"))
+
+
+def _stem(name: str) -> str:
+    return name.rpartition("/")[2].rpartition(".")[0]
 
 
 def _find(table: dict[Any, int], key: Any) -> int | None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from paqdetr.errors import ConfigError, DataError
+from paqdetr.errors import ConfigError, DataError, OutOfMemoryError
 from paqdetr.metrics.jsonable import json_number
 from paqdetr.metrics.matching import MatchTable
 from paqdetr.metrics.weighting import WeightedFigures
@@ -133,6 +133,7 @@ def resample_images(num_images: int, samples: int = SAMPLES, seed: int = 0) -> n
 
     Raises:
         ConfigError: there is no image, or `samples` or `seed` is out of range.
+        OutOfMemoryError: so many do not fit.
     """
     if num_images < 1 or not 1 <= samples <= MAX_RESAMPLES or not 0 <= seed <= MAX_SEED:
         raise ConfigError(
@@ -141,7 +142,12 @@ def resample_images(num_images: int, samples: int = SAMPLES, seed: int = 0) -> n
             "choose values within the ranges",
         )
     rng = np.random.default_rng(seed)
-    return rng.multinomial(num_images, np.full(num_images, 1 / num_images), size=samples).astype(np.int32)
+    try:
+        return rng.multinomial(num_images, np.full(num_images, 1 / num_images), size=samples).astype(np.int32)
+    except MemoryError:
+        raise OutOfMemoryError(
+            f"{samples} resamples of {num_images} images do not fit into memory", "take fewer resamples"
+        ) from None
 
 
 def replicate_figures(

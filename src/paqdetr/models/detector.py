@@ -201,14 +201,15 @@ class Detector(nn.Module):
         `eval()` before they start where its mode is changed elsewhere too.
 
         Args:
-            images: paths, PIL images or (H, W, 3) uint8 RGB arrays. EXIF turns are applied.
+            images: paths, bytes of image files, files opened as binary, PIL images or (H, W, 3) uint8 RGB arrays. EXIF turns are
+                applied.
             threshold: the least score of a detection, in [0, 1].
             batch_size: images of one size that go through the model together; it never changes what is found.
 
         Raises:
             DataError: an image that cannot be read, by name.
             NonFiniteError: predictions that are NaN or infinite, with the images.
-            ConfigError: a threshold outside of [0, 1] or a batch size below 1.
+            ConfigError: a threshold outside of [0, 1], a batch size below 1, or a model in a precision that its device has not.
         """
         from paqdetr.models.inference import predict_images
 

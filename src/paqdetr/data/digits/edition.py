@@ -8,8 +8,6 @@ smaller edition is the beginning of a larger one and exactly as hard.
 from __future__ import annotations
 
 import json
-import shutil
-import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -25,6 +23,7 @@ from PIL import Image
 from paqdetr.data.digits.glyphs import SPLITS
 from paqdetr.data.digits.scenes import SceneSpec, compose_scene
 from paqdetr.errors import ConfigError, DataError
+from paqdetr.outputs import whole_folder
 from paqdetr.values import MAX_SEED, MAX_WORKERS
 
 EDITION_FILE = "digits.json"
@@ -70,7 +69,7 @@ def make_digits(
     The files are byte-identical for the same arguments on every run with the same versions of Pillow (JPEG
     codec, resampling), numpy (random streams) and scikit-learn (its bundled data); `workers` does not matter.
     Everything is written beside `output` first and moved there at the end, so an interrupted call leaves no
-    half-made data set.
+    half-made data set (`whole_folder`).
 
     Args:
         output: the folder to make. If it already holds exactly this edition, nothing is done.
@@ -88,6 +87,7 @@ def make_digits(
     Raises:
         ConfigError: an argument is out of its range.
         DataError: `output` is a file, or a folder with other content.
+        StorageError: it cannot be written.
     """
     output = Path(output)
     spec = SceneSpec(
@@ -116,7 +116,7 @@ def make_digits(
 
     total, done = sum(counts.values()), 0
     with (
-        _folder_made_at_once(output) as partial_output,
+        whole_folder(output) as partial_output,
         _mapper(min(workers, max(counts.values()))) as mapped,
     ):
         for split, count in counts.items():
@@ -200,21 +200,6 @@ def _holds(output: Path, edition: dict[str, Any]) -> bool:
         if found.get(k) != edition.get(k)
     )
     raise DataError(f"{output}: holds another edition of the digits: {different}", remedy)
-
-
-@contextmanager
-def _folder_made_at_once(output: Path) -> Iterator[Path]:
-    """A fresh folder beside `output` that takes its name when all went well, and vanishes otherwise."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    fresh = output.parent / f".{output.name}.partial-{uuid.uuid4().hex[:8]}"
-    fresh.mkdir()
-    try:
-        yield fresh
-        if output.exists():
-            output.rmdir()  # it was empty when we began; a folder filled meanwhile is not overwritten
-        fresh.rename(output)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
 
 
 @contextmanager

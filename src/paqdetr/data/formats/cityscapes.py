@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from paqdetr.data.annotations import Annotations, Builder, Issues
-from paqdetr.data.files import Folder, folders_in, list_files
+from paqdetr.data.files import Folder, folder_in, folders_in, list_files
 from paqdetr.errors import DataError
 from paqdetr.files import load_json
 from paqdetr.structures import ClassTable
@@ -38,8 +38,8 @@ class CityscapesPlace:
 def cityscapes_places(root: Path) -> dict[str, CityscapesPlace]:
     """The splits of a Cityscapes folder."""
     return {
-        folder.name: CityscapesPlace(folder, root / "leftImg8bit" / folder.name)
-        for folder in folders_in(root / "gtFine")
+        folder.name: CityscapesPlace(folder, folder_in(root, "leftImg8bit") / folder.name)
+        for folder in folders_in(folder_in(root, "gtFine"))
     }
 
 

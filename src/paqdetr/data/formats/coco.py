@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from paqdetr.data.annotations import Annotations, Builder, Issues
-from paqdetr.data.files import Folder, inner_path, is_leftover
+from paqdetr.data.files import Folder, inner_path
 from paqdetr.errors import DataError
 from paqdetr.files import load_json
+from paqdetr.images import is_leftover
 from paqdetr.structures import ClassTable
 from paqdetr.text import shorten
 from paqdetr.values import as_flag, as_id, is_box, is_side

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from paqdetr.data.annotations import Annotations, Builder, Issues
-from paqdetr.data.files import Folder, files_in, folders_in, inner_path, is_leftover
+from paqdetr.data.files import Folder, files_in, folder_in, inner_path
 from paqdetr.data.formats.sizes import header_sizes
 from paqdetr.errors import DataError
 from paqdetr.files import MAX_JSON_BYTES, parse_json, read_text
+from paqdetr.images import is_leftover
 from paqdetr.structures import ClassTable
 from paqdetr.text import shorten
 from paqdetr.values import as_flag, as_id, is_box
@@ -33,7 +34,7 @@ class CrowdHumanPlace:
 
 def crowdhuman_places(root: Path) -> dict[str, CrowdHumanPlace]:
     """The splits of a CrowdHuman folder."""
-    images = next((folder for folder in folders_in(root) if folder.name.lower() == "images"), root / "Images")
+    images = folder_in(root, "Images")
     return {
         file.stem.removeprefix(_PREFIX): CrowdHumanPlace(file, images)
         for file in files_in(root)

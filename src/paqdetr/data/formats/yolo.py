@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from paqdetr.data.annotations import DECIMALS, Annotations, Builder, Issues
-from paqdetr.data.files import Folder, inner_path, is_leftover, list_pictures
+from paqdetr.data.files import Folder, inner_path, list_files, list_pictures
 from paqdetr.data.formats.sizes import header_sizes
 from paqdetr.data.split_names import USUAL, is_split
 from paqdetr.errors import DataError
 from paqdetr.files import read_text
+from paqdetr.images import is_leftover
 from paqdetr.structures import ClassTable
 from paqdetr.text import shorten
 from paqdetr.values import as_id
@@ -100,26 +101,34 @@ def read_yolo(place: YoloPlace, issues: Issues) -> Annotations:
     images, image_dir = _images(place, issues)
     names = [path.relative_to(image_dir).as_posix() for path in images]
     builder = Builder()
-    base = place.root if image_dir.is_relative_to(place.root) else place.yaml_file.parent
+    roots = (place.root, place.yaml_file.parent, Path(image_dir.anchor))
+    base = next(root for root in roots if image_dir.is_relative_to(root))
     files = Folder(base)
     image_of: dict[Path, Path] = {}
     for name, size in zip(names, header_sizes(images, issues), strict=True):
+        real = files.find(_label_file(image_dir / name, place.root).relative_to(base).as_posix())
+        first = image_dir / name if real is None else image_of.setdefault(base / real, image_dir / name)
+        if first != image_dir / name:
+            message = f"has the same label file as {first.name}, {real}"
+            issues.doubt(image_dir / name, message, kind="two images of one label file")
         if size is None:
             continue
         height, width = size
         image = builder.add_image(name, name, height=height, width=width)
-        real = files.find(_label_file(image_dir / name, place.root).relative_to(base).as_posix())
-        if real is None:
-            continue
-        labels = base / real
-        first = image_of.setdefault(labels, image_dir / name)
-        if first != image_dir / name:
-            message = f"has the same label file as {first.name}, {labels.name}"
-            issues.doubt(image_dir / name, message, kind="two images of one label file")
-        for label, (x, y, w, h) in _read_labels(labels, len(classes), keypoints, issues):
+        rows = [] if real is None else _read_labels(base / real, len(classes), keypoints, issues)
+        for label, (x, y, w, h) in rows:
             box = [x * width, y * height, w * width, h * height]
             builder.add_box(image, label, [round(value, DECIMALS) for value in box])
+    if issues.collect and isinstance(place.entry, str) and _resolve(place, place.entry).is_dir():
+        _warn_of_unused(_label_file(image_dir / "x", place.root).parent, {*image_of}, issues)
     return builder.build(source=place.yaml_file, image_dir=image_dir, classes=classes)
+
+
+def _warn_of_unused(folder: Path, used: set[Path], issues: Issues) -> None:
+    """Label files that no image has."""
+    for name in list_files(folder, Issues(collect=True)) if folder.is_dir() else []:
+        if name.endswith(".txt") and folder / name not in used and not name.endswith("classes.txt"):
+            issues.warn(folder / name, "left out: no image is called like it", kind="skipped file")
 
 
 def _classes(yaml_file: Path, content: dict[str, Any]) -> ClassTable:
