@@ -160,18 +160,18 @@ class _Bases:
 
     def settings(self, source: str) -> dict[str, Any]:
         """The settings of `source` laid over those of its preset and its bases."""
-        if source.endswith((".yaml", ".yml")):  # the same file by whatever name
-            source = str(Path(source).resolve())
-        if source in self.open:
+        # The same file by whatever name.
+        key = str(Path(source).resolve()) if source.endswith((".yaml", ".yml")) else source
+        if key in self.open:
             raise ConfigError(
                 f"{source}: `base` leads back to itself ({' -> '.join(self.open)})",
                 "remove one of the bases",
             )
-        if source not in self.known:
-            self.open.append(source)
-            self.known[source] = self._read(source)
+        if key not in self.known:
+            self.open.append(key)
+            self.known[key] = self._read(source)
             self.open.pop()
-        return self.known[source]
+        return self.known[key]
 
     def _read(self, source: str) -> dict[str, Any]:
         values = _read_yaml(_text_of(source), source)

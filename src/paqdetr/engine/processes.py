@@ -171,7 +171,7 @@ def _reaching_all() -> Iterator[None]:
 
 @contextmanager
 def _meeting() -> Iterator[None]:
-    """Say what is wrong where the environment announces processes that cannot be met, or has values that accelerate cannot use."""
+    """Say what is wrong where the environment announces processes that cannot be met, or has values that nobody can use."""
     try:
         yield
     except (ValueError, ImportError, dist.DistError) as error:
