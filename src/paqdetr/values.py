@@ -75,8 +75,10 @@ def is_coordinate(value: object) -> TypeGuard[float]:
 
 
 def is_box(value: object) -> TypeGuard[list[float]]:
-    """Whether it is four finite numbers of pixels."""
-    return isinstance(value, list) and len(value) == 4 and all(map(is_coordinate, value))
+    """Whether it is [x, y, width, height], four finite numbers of pixels, with no side below 0."""
+    return (
+        isinstance(value, list) and len(value) == 4 and all(map(is_coordinate, value)) and min(value[2:]) >= 0
+    )
 
 
 def is_side(value: object) -> TypeGuard[float]:

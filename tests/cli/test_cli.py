@@ -20,6 +20,8 @@ from paqdetr.cli import run
 from paqdetr.config import load_config
 from paqdetr.data.check import check_dataset
 from paqdetr.engine import Run
+from paqdetr.errors import ConfigError
+from paqdetr.values import environment_integer
 
 
 def paqdetr(*arguments: object, module: str = "paqdetr") -> subprocess.CompletedProcess[str]:
@@ -420,3 +422,86 @@ def test_a_path_that_may_not_be_written_is_refused_before_the_work(
     assert run([*commands[verb], "--json", file]) == 2
     assert f"error: --json {file}: {tmp_path} may not be written" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------- numbers and the environment
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("data make digits --output x --workers 100000", ("--workers", "256")),
+        ("data make digits --output x --seed 9223372036854775808", ("--seed", "4294967295")),
+        ("data make digits --output x --train 100000000000", ("--train", "10000000")),
+        ("data make digits --output x --size 1000000", ("size is 1000000", "64 to 4096 pixels")),
+        ("data make digits --output x --max-objects 1000000000", ("expected 1 <= min <= max <= 1000",)),
+        ("data make digits --output x --train 1e3", ("--train", "integer")),
+        ("data check x --workers 0", ("--workers", "1")),
+        ("data preview x --batches 1000000000", ("--batches", "100")),
+        ("eval --results x --annotations y --resamples 100000000000", ("--resamples", "10000")),
+        ("eval --results x --annotations y --seed -1", ("--seed", "0")),
+        ("eval x --data y --batch-size 1000000", ("--batch-size", "65536")),
+        ("analyze x --data y --output z --resamples 10000000", ("--resamples", "10000")),
+        ("analyze x --data y --output z --images 100000", ("--images", "1000")),
+        ("plan dino_nano --data x --steps 1000000000", ("--steps", "10000")),
+        ("bench dino_nano --image-size 1000000000", ("--image-size", "8192")),
+        ("models --height 1000000000", ("--height", "16384")),
+        ("train dino_nano --data x --output y --seed 18446744073709551616", ("--seed", "4294967295")),
+    ],
+)
+def test_numbers_out_of_range(
+    command: str, words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The words are those that every version of typer says."""
+    assert run(command.split()) == 2
+    said = capsys.readouterr().err
+    assert all(word in said for word in words), said
+    assert said.startswith("error: ") and said.count("\n") == 2
+
+
+@pytest.mark.parametrize("value", ["", "1e9", "-1", "0", "many", "1.5", "9" * 5000, "nan", " ", "\u0663"])
+def test_numbers_in_the_environment(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PAQDETR_TEST", value)
+    with pytest.raises(ConfigError, match="the environment variable PAQDETR_TEST is ") as caught:
+        environment_integer("PAQDETR_TEST", 7, low=1, high=100)
+    assert "expected a whole number from 1 to 100" in caught.value.message and len(str(caught.value)) < 250
+    monkeypatch.setenv("PAQDETR_TEST", " 12 ")
+    assert environment_integer("PAQDETR_TEST", 7, low=1, high=100) == 12
+    monkeypatch.delenv("PAQDETR_TEST")
+    assert environment_integer("PAQDETR_TEST", 7, low=1, high=100) == 7
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("PAQDETR_MAX_PIXELS", "1e9"),
+        ("PAQDETR_MAX_JSON_GIB", ""),
+        ("WORLD_SIZE", ""),
+        ("WORLD_SIZE", "0"),
+        ("RANK", "first"),
+        ("LOCAL_RANK", ""),
+        ("LOCAL_WORLD_SIZE", "-1"),
+    ],
+)
+def test_environment_variables_that_are_no_numbers(
+    name: str, value: str, tiny_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    done = paqdetr("train", "dino_nano", "--data", tiny_digits, "--output", tmp_path / "run")
+    lines = done.stderr.splitlines()
+    assert done.returncode == 2 and len(lines) == 2, done.stderr
+    assert f"error: the environment variable {name} is {value!r}, expected a whole number" in lines[
+        0
+    ].replace(f" process {value}:", "")
+
+
+@pytest.mark.integration
+def test_the_encoding_of_the_console_does_not_matter(
+    tiny_digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    monkeypatch.setenv("PYTHONUTF8", "0")
+    done = paqdetr("data", "check", f"{tiny_digits}-ü\udcff\x1b[2J")
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and "\x1b" not in done.stderr
+    assert r"\x1b[2J" in done.stderr and r"\xfc" in done.stderr and r"\udcff" in done.stderr

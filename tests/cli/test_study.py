@@ -40,7 +40,7 @@ def result(output: Path, variant: str, seed: int, ap: float) -> None:
         {},
         images={"count": 10, "hash": "a"},
         figures={"last": {"AP": ap, "AP_nms": ap + 0.01}},
-        cost={"seconds": 60.0},
+        cost={"seconds": 60.0, "step_seconds": 0.5, "gflops": 1.0},
     )
     file = output / "results" / f"{found.key.path}.json"
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -289,6 +289,15 @@ def test_too_many_bases_are_refused_at_once(tmp_path: Path, make: Any) -> None:
         load_config(tmp_path / "b40.yaml")
 
 
+def test_a_link_to_a_file_may_have_another_name(tmp_path: Path) -> None:
+    write(tmp_path, "settings", "base: dino_nano\nepochs: 3\n")
+    (tmp_path / "mine.yaml").symlink_to(tmp_path / "settings")
+    assert load_config(tmp_path / "mine.yaml").epochs == 3
+    (tmp_path / "zero.yaml").symlink_to("/dev/zero")
+    with pytest.raises(ConfigError, match=r"zero\.yaml: is a device, expected a file"):
+        load_config(tmp_path / "zero.yaml")
+
+
 def test_a_file_that_several_bases_name_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(20):
         write(tmp_path, f"b{number}.yaml", f"base: [b{number + 1}.yaml, b{number + 1}.yaml]\nseed: {number}")

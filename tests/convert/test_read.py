@@ -3,6 +3,7 @@ import contextlib
 import json
 import os
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from paqdetr.config.model import problem_of
+from paqdetr.convert.conversion import LAYOUTS, _label_names
+from paqdetr.convert.layout import Layout
 from paqdetr.convert.read import read_source
+from paqdetr.convert.settle import _hinted, _require
 from paqdetr.errors import CheckpointError
 
 WEIGHTS = {"a.weight": torch.tensor([1.0]), "b.bias": torch.tensor([2.0])}
@@ -176,6 +181,47 @@ def test_json_beside_weights_that_is_malformed(tmp_path: Path, file: str, conten
     with pytest.raises(CheckpointError, match=message) as caught:
         read_source(tmp_path)
     assert file in caught.value.message and len(caught.value.message) < 300
+
+
+VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@given(data=st.data())
+@settings(max_examples=30, deadline=None)
+def test_any_settings_beside_weights_fit_or_are_one_line(layout: Layout, data: st.DataObject) -> None:
+    keys = st.sampled_from([*layout.hints, *layout.required, "id2label", "two_stage_num_proposals"])
+    values = VALUES | st.lists(VALUES, max_size=2) | st.dictionaries(st.text(max_size=2), VALUES, max_size=2)
+    hints = data.draw(st.dictionaries(keys, values, max_size=4))
+    with contextlib.suppress(CheckpointError):
+        _require(layout, hints, "x")
+        for key, value in _hinted(layout, hints, "x").items():
+            assert not problem_of(key, value)
+    with contextlib.suppress(CheckpointError):
+        assert _label_names(hints, "x") is None or isinstance(hints["id2label"], dict)
+
+
+@pytest.mark.parametrize(
+    ("hints", "message"),
+    [
+        (
+            {"encoder_attention_heads": [8]},
+            r"x: encoder_attention_heads=\[8\]: Input should be a valid integer",
+        ),
+        ({"encoder_attention_heads": None}, "x: encoder_attention_heads=None: Input"),
+        ({"decoder_n_points": True}, "x: decoder_n_points=True: Input"),
+        ({"dropout": "0.1"}, "x: dropout='0.1': Input should be a valid number"),
+        ({"dropout": 2}, "x: dropout=2: Input should be less than 1"),
+        (
+            {"encoder_n_points": 10**9},
+            "x: encoder_n_points=1000000000: Input should be less than or equal to 256",
+        ),
+        ({"encoder_n_points": 4, "decoder_n_points": 2}, "encoder_n_points=4 and decoder_n_points=2"),
+    ],
+)
+def test_settings_beside_weights_that_cannot_be(hints: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        _hinted(LAYOUTS["transformers"], hints, "x")
 
 
 @pytest.mark.parametrize("name", ["x.pth", "x.safetensors", "config.json", INDEX, "model.safetensors"])

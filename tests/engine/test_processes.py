@@ -322,6 +322,32 @@ def test_weights_that_are_not_whole_are_refused(tmp_path: Path, monkeypatch: pyt
     assert "without FSDP" in caught.value.remedy
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ACCELERATE_DYNAMO_BACKEND", "foo"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "x"),
+        ("ACCELERATE_USE_CPU", "maybe"),
+        ("FORK_LAUNCHED", "perhaps"),
+    ],
+)
+def test_values_that_accelerate_cannot_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(ConfigError, match=f"accelerate cannot start with {name}={value}"):
+        build_accelerator(load_config("paq_dino_nano"), "cpu", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"])
+@pytest.mark.parametrize("value", ["", "x", "-1", "1e3", "9" * 30])
+def test_numbers_of_processes_that_are_none(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=f"the environment variable {name} is '{value}', expected a whole"):
+        Processes.join("cpu")
+
+
 def test_processes_that_nobody_started(monkeypatch: pytest.MonkeyPatch) -> None:
     announced = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}
     for name, value in {**announced, "MASTER_PORT": "29512"}.items():

@@ -141,6 +141,14 @@ def test_nothing_is_defined_without_ground_truth(results: list[dict]) -> None:
 # ------------------------------------------------------------------------------------------ what comes in
 
 
+@pytest.mark.parametrize("name", ["a\ud800", "\0", "$$", "\x1b[2J", ""])
+def test_classes_of_any_name(name: str) -> None:
+    found = evaluate_detections(
+        truth([(1, 1, A)], categories=((1, name), (2, "dog"))), [result(1, 1, A, 0.9)]
+    )
+    assert found.AP == pytest.approx(1) and found.per_class[name] == pytest.approx(1)
+
+
 def test_string_ids_area_and_crowd_filled_in(tmp_path: Path) -> None:
     gt = truth([("b.jpg", 1, A), ("a.jpg", 2, B)], images=("b.jpg", "a.jpg"))
     for number, annotation in enumerate(gt["annotations"]):

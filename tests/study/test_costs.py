@@ -37,7 +37,7 @@ def test_times_come_from_the_nearest_that_was_measured(tmp_path: Path, runs: lis
     unknown = forecast(runs, places)
     assert [row.seconds for row in unknown] == [None] * 4 and unknown[0].left is None
     first = runs[0]
-    cost = {"step_seconds": 0.5, "gflops": gflops(first.config)}
+    cost = {"seconds": 50.0, "step_seconds": 0.5, "gflops": gflops(first.config)}
     result = RunResult(first.key, None, flat_settings(first.config), cost=cost)
     places.result(first.key).parent.mkdir(parents=True)
     places.result(first.key).write_text(result.to_text())

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from paqdetr.analysis.section import Column, Table
 from paqdetr.errors import DataError
 from paqdetr.study.markdown import to_table
-from paqdetr.study.report import StudyReport, write_report
+from paqdetr.study.report import StudyReport, _facts, write_report
 from paqdetr.study.results import RunResult, read_result, read_results
 from paqdetr.study.runs import RunKey
+from paqdetr.study.sections import _mean_curve
 from paqdetr.study.spec import Study
-from paqdetr.study.tables import cost_rows, planning
+from paqdetr.study.tables import cost_rows, figure_rows, layer_rows, mistake_rows, planning, query_rows
 from paqdetr.study.verdicts import Runs
 
+RESULTS = Path(__file__).parents[2] / "docs" / "results" / "studies"
 IMAGES = 60
 WEIGHTS = np.random.default_rng(0).multinomial(IMAGES, np.full(IMAGES, 1 / IMAGES), size=400).T / IMAGES
 EFFECTS = {"baseline": 0.0, "patterns": 0.0, "both": 0.06}
@@ -141,12 +149,128 @@ def test_a_result_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert again.figure("queries.nothing", "last") is None and again.figure("AP", "best") is None
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 0}'])
-def test_a_file_that_is_no_result(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no valid json at line 1, column 1"),
+        ("[]", "is of format 'list', this version reads 1"),
+        ("{}", "is of format None, this version reads 1"),
+        ('{"format": 0}', "is of format 0, this version reads 1"),
+        ('{"format": 1}', "is no result of a run: data: Field required"),
+        ('{"format": 1, "format": 1}', "has the key 'format' twice"),
+    ],
+)
+def test_a_file_that_is_no_result(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "seed0.json").write_text(text)
-    with pytest.raises(DataError, match=r"seed0\.json: is "):
+    with pytest.raises(DataError, match=r"seed0\.json: ") as caught:
         read_result(tmp_path / "seed0.json")
+    assert message in caught.value.message
     assert read_result(tmp_path / "seed1.json") is None
+    (tmp_path / "seed2.json").mkdir()
+    with pytest.raises(DataError, match="is a folder, expected a file"):
+        read_result(tmp_path / "seed2.json")
+
+
+def edited(change: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
+    content = json.loads(result(RunKey("digits", "both", 1), np.linspace(0, 1, IMAGES)).to_text())
+    change(content)
+    return content
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(seed="x"), "seed: Input should be a valid integer"),
+        (lambda c: c.update(seed=2**63), "seed: Input should be less than or equal to 4294967295"),
+        (lambda c: c.update(variant=None), "variant: Input should be a valid string"),
+        (lambda c: c.update(settings=[]), "settings: Input should be a valid dictionary"),
+        (lambda c: c.update(failed=3), "failed: Input should be a valid string"),
+        (lambda c: c["figures"].update(last=[]), "figures.last: Input should be"),
+        (lambda c: c["figures"]["last"].update(AP="0.5"), "figures.last.AP: Input should be a valid number"),
+        (lambda c: c["figures"]["last"].update(AP=[1]), "figures.last.AP: Input should be a valid number"),
+        (lambda c: c["figures"]["last"].update(AP=math.nan), "figures.last.AP: Input should be"),
+        (lambda c: c["figures"]["last"].update(AP=10**400), "figures.last.AP: Input should be"),
+        (lambda c: c["figures"]["last"].update(queries=None), "figures.last.queries: Input should be"),
+        (lambda c: c["figures"]["last"].update(layers=[1]), "figures.last.layers.0: Input should be"),
+        (
+            lambda c: c["figures"]["last"]["layers"][0].pop("stage"),
+            "figures.last.layers.0.stage: Field required",
+        ),
+        (lambda c: c["figures"]["last"].update(mistakes=[]), "figures.last.mistakes: Input should be"),
+        (lambda c: c["replicates"].update(last=None), "replicates.last: Input should be"),
+        (lambda c: c["replicates"]["last"].update(AP="x"), "replicates.last.AP: Input should be"),
+        (lambda c: c["replicates"]["last"]["AP"].pop(), "replicates: not all of one length"),
+        (lambda c: c["replicates"]["last"]["AP"].append(0.5), "replicates.last.AP.400: Input should be"),
+        (lambda c: c["measure"].update(checkpoints=["best"]), "figures: none of the checkpoint 'best'"),
+        (lambda c: c["measure"].update(replicates=7), "replicates: not all of one length, that of `measure`"),
+        (lambda c: c["images"].pop("hash"), "images.hash: Field required"),
+        (lambda c: c["images"].update(count=0), "images.count: Input should be greater"),
+        (lambda c: c["curve"][0].pop("step"), "curve.0.step: Field required"),
+        (lambda c: c["curve"][0].update(AP={}), "curve.0.AP: Input should be a valid number"),
+        (lambda c: c.update(curve={}), "curve: Input should be a valid list"),
+        (lambda c: c["cost"].update(gflops=0), "cost.gflops: Input should be greater than 0"),
+        (lambda c: c["cost"].update(seconds=None), "cost.seconds: Input should be a valid number"),
+        (lambda c: c["provenance"].update(git={"commit": 3}), "provenance.git.commit: Input should be"),
+        (lambda c: c["provenance"].update(machine="x"), "provenance.machine: Input should be"),
+        (lambda c: c["provenance"].update(source=[]), "provenance.source: Input should be"),
+    ],
+)
+def test_a_result_that_was_edited_names_the_field(
+    tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    (tmp_path / "seed1.json").write_text(json.dumps(edited(change)))
+    with pytest.raises(DataError, match=r"seed1\.json: is no result of a run: ") as caught:
+        read_result(tmp_path / "seed1.json")
+    assert message in caught.value.message and "\n" not in caught.value.message
+
+
+def places(value: Any) -> list[tuple[Any, Any]]:
+    """Every (container, key) of nested values, of long lists the first."""
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else list(enumerate(value))[:2]
+        if isinstance(value, list)
+        else ()
+    )
+    return [place for key, inner in items for place in ((value, key), *places(inner))]
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    data=st.data(),
+    value=st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=3)
+    | st.sampled_from([[], {}, [1], {"a": 1}, 10**400, -1, 0]),
+)
+def test_any_edit_is_a_table_or_one_line(tmp_path: Path, data: st.DataObject, value: Any) -> None:
+    def change(content: dict[str, Any]) -> None:
+        container, key = data.draw(st.sampled_from(places(content)))
+        if isinstance(container, dict) and data.draw(st.booleans()):
+            del container[key]
+        else:
+            container[key] = value
+
+    (tmp_path / "seed1.json").write_text(json.dumps(edited(change)))
+    for other in (0, 2):
+        key = RunKey("digits", "both", other)
+        (tmp_path / f"seed{other}.json").write_text(result(key, np.linspace(0, 1, IMAGES)).to_text())
+    with contextlib.suppress(DataError):
+        runs = Runs(study(), read_results(tmp_path))
+        figure_rows(runs, "digits"), query_rows(runs, "digits"), layer_rows(runs, "digits")
+        mistake_rows(runs, "digits"), cost_rows(runs)
+        _facts(runs, "x")
+        _mean_curve([run.curve for run in runs.done], "AP")
+        runs.mean("digits", "both", "AP")
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.rglob("seed0.json"))[::5], ids=str)
+def test_results_that_were_kept_are_read(file: Path) -> None:
+    found = read_result(file)
+    assert found is not None and found.failed is None
 
 
 def test_json_says_everything(report: StudyReport, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,9 @@ def test_a_wrong_key_is_named(tmp_path: Path, path: str, value: Any, said: str, 
 def test_a_file_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such study"):
         load_study(tmp_path / "nothing.yaml")
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(DataError, match="is a pipe, expected a file"):
+        load_study(tmp_path / "pipe.yaml")
     (tmp_path / "broken.yaml").write_text("a: [")
     with pytest.raises(DataError, match=r"line \d, column \d: not valid YAML"):
         load_study(tmp_path / "broken.yaml")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import math
 import os
 import sys
@@ -29,6 +30,13 @@ class _PlainConsole(Console):
 
 results = _PlainConsole()
 errors = _PlainConsole(stderr=True)
+
+
+class _PlainFormatter(logging.Formatter):
+    """Log lines without terminal escapes."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(map(printable, super().format(record).split("\n")))
 
 
 class Ended(Exception):
@@ -80,7 +88,9 @@ class LossyStream:
 
 
 def make_streams_lossy() -> None:
-    """Let standard output and standard error of this process drop what they cannot write."""
+    """Let standard output and standard error of this process drop what they cannot write, and escape what is no plain text."""
+    if logging.lastResort is not None:  # prints warnings where nobody has set up logging
+        logging.lastResort.setFormatter(_PlainFormatter())
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not None and not isinstance(stream, LossyStream):  # None: closed by the shell

@@ -12,6 +12,7 @@ from rich.table import Table
 from paqdetr.cli.console import Ended, errors, print_styled, progress_bar, results, show
 from paqdetr.cli.options import Device
 from paqdetr.errors import ConfigError
+from paqdetr.files import read_text
 
 if TYPE_CHECKING:
     from paqdetr.study.report import StudyReport
@@ -94,7 +95,7 @@ def _run(
         )
     for planned in runs:
         require_no_conflict(planned, places)
-    text = file.read_text(encoding="utf-8")
+    text = read_text(file)
     write_whole(places.study_file, lambda place: place.write_text(text, encoding="utf-8"))
     for name, data in study.data.items():
         with progress_bar(f"prepare {name}") as progress:

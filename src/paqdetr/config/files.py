@@ -25,6 +25,7 @@ from paqdetr.config.schema import Config
 from paqdetr.config.section import Section
 from paqdetr.errors import ConfigError
 from paqdetr.files import read_text
+from paqdetr.text import shorten
 from paqdetr.yaml_files import as_mapping, parse_value, parse_yaml
 
 _MAX_FILE = 2**16  # bytes
@@ -159,18 +160,18 @@ class _Bases:
 
     def settings(self, source: str) -> dict[str, Any]:
         """The settings of `source` laid over those of its preset and its bases."""
-        if source.endswith((".yaml", ".yml")):  # the same file by whatever name
-            source = str(Path(source).resolve())
-        if source in self.open:
+        # The same file by whatever name.
+        key = str(Path(source).resolve()) if source.endswith((".yaml", ".yml")) else source
+        if key in self.open:
             raise ConfigError(
                 f"{source}: `base` leads back to itself ({' -> '.join(self.open)})",
                 "remove one of the bases",
             )
-        if source not in self.known:
-            self.open.append(source)
-            self.known[source] = self._read(source)
+        if key not in self.known:
+            self.open.append(key)
+            self.known[key] = self._read(source)
             self.open.pop()
-        return self.known[source]
+        return self.known[key]
 
     def _read(self, source: str) -> dict[str, Any]:
         values = _read_yaml(_text_of(source), source)
@@ -219,7 +220,9 @@ def _read_yaml(text: str, where: str) -> dict[str, Any]:
 def _parse_override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise ConfigError(f"{text!r} is not a setting", "write settings as key=value, for example epochs=12")
+        raise ConfigError(
+            f"{shorten(text)} is not a setting", "write settings as key=value, for example epochs=12"
+        )
     return key, parse_value(value, key)
 
 
@@ -252,7 +255,7 @@ def _explain(error: ValidationError, where: str) -> ConfigError:
         remedy = f"did you mean {leaf[0]!r}?" if leaf else _nearest(key, known, "`paqdetr config show MODEL`")
         return ConfigError(f"{where}: unknown setting {key!r}", remedy)
     message = first["msg"].removeprefix("Value error, ")
-    subject = f"{key}={first['input']!r}" if key and not isinstance(first["input"], Mapping) else key
+    subject = f"{key}={shorten(first['input'])}" if key and not isinstance(first["input"], Mapping) else key
     detail = f"{subject}: {message}" if subject else message
     remedy = (
         "`paqdetr config show MODEL` prints every setting as resolved; docs/settings.md says what each takes"

@@ -157,7 +157,7 @@ def _unpickle(path: Path) -> Any:
             f"{path}: not a checkpoint that torch can read", "download it again; it may be cut short"
         ) from None
     except Exception as error:  # anything at all, where the bytes are not what torch expects
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        first = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
         raise CheckpointError(
             f"{path}: not a checkpoint that torch can read ({first})",
             "download it again; it may be cut short",

@@ -171,19 +171,31 @@ def _reaching_all() -> Iterator[None]:
 
 @contextmanager
 def _meeting() -> Iterator[None]:
-    """Say what is missing where the environment announces other processes that cannot be met."""
+    """Say what is wrong where the environment announces processes that cannot be met, or has values that nobody can use."""
     try:
         yield
-    except (ValueError, dist.DistError) as error:
-        known = ("environment variable", "MASTER_")
-        if isinstance(error, ValueError) and not any(word in str(error) for word in known):
-            raise
-        PartialState._reset_state()  # half filled
+    except (ValueError, ImportError, dist.DistError) as error:
         reason = str(error).strip().split("\n")[0]
-        count = os.environ.get("WORLD_SIZE")
+        if (
+            isinstance(error, dist.DistError)
+            or "environment variable" in str(error)
+            or "MASTER_" in str(error)
+        ):
+            PartialState._reset_state()  # half filled
+            count = os.environ.get("WORLD_SIZE")
+            raise ConfigError(
+                f"WORLD_SIZE={count} announces several processes, but they cannot meet: {reason}",
+                "start them with torchrun, or unset WORLD_SIZE to train in one",
+            ) from None
+        found = [
+            f"{key}={value}" for key, value in os.environ.items() if key.startswith(("ACCELERATE_", "FORK_"))
+        ]
+        if not found:
+            raise
+        AcceleratorState._reset_state(reset_partial_state=True)
         raise ConfigError(
-            f"WORLD_SIZE={count} announces several processes, but they cannot meet: {reason}",
-            "start them with torchrun, or unset WORLD_SIZE to train in one",
+            f"accelerate cannot start with {', '.join(sorted(found))} in the environment: {reason}",
+            "correct it, or unset what you do not need",
         ) from None
 
 

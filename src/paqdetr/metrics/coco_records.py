@@ -121,7 +121,8 @@ class CocoRecords:
             "images": [
                 {"id": n, "height": height, "width": width} for n, (height, width) in self._sizes.items()
             ],
-            "categories": [{"id": n, "name": name} for n, name in enumerate(self.class_names, start=1)],
+            # Under numbers: a name may be text that the evaluator cannot take.
+            "categories": [{"id": n, "name": str(n)} for n in range(1, len(self.class_names) + 1)],
             "annotations": records,
         }
 

@@ -74,7 +74,13 @@ class _Times:
     """Seconds of an optimiser step, of settings that were measured or resemble such."""
 
     def __init__(self, results: Sequence[RunResult]) -> None:
-        self._results = [result for result in results if result.failed is None and result.cost]
+        self._results = [
+            result
+            for result in results
+            if result.failed is None
+            and result.cost
+            and all(isinstance(result.settings.get(key), int) for key in ("batch_size", "accumulate"))
+        ]
 
     def of(self, data: str, variant: str, config: Config) -> tuple[float | None, str]:
         """Seconds, and what they rest on."""
@@ -125,7 +131,7 @@ def _alike(result: RunResult, config: Config) -> bool:
     """Whether a step has as many images of one size: data sets of one name may differ between studies."""
     size = config.model_dump(mode="json")["image_size"]
     images = config.batch_size * config.accumulate
-    return result.settings["image_size"] == size and _step_images(result.settings) == images
+    return result.settings.get("image_size") == size and _step_images(result.settings) == images
 
 
 def _step_images(settings: dict[str, Any]) -> int:

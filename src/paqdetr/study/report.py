@@ -103,7 +103,7 @@ def _facts(runs: Runs, command: str) -> list[tuple[str, str]]:
     facts = [("about", study.about)] if study.about else []
     facts.append(("runs", f"{len(runs.done)} of {runs.planned} done, {len(runs.failed)} failed"))
     facts.append(("command", command))
-    seconds = sum(run.cost["seconds"] for run in runs.done)
+    seconds = sum(run.cost.get("seconds", 0) for run in runs.done)
     facts.append(("training time", f"{seconds / 3600:.1f} h in all, {study.threads} threads a run"))
     measured = f"{', '.join(study.evaluate.checkpoints)}, {study.evaluate.replicates} resamples of the images"
     facts.append(("measured", measured))

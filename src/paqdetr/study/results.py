@@ -7,12 +7,16 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from paqdetr.errors import DataError
+from paqdetr.files import MAX_SIDE_BYTES, read_json
 from paqdetr.study.runs import RunKey
+from paqdetr.text import shorten
+from paqdetr.values import MAX_SEED
 
 FORMAT = 1
 # Replicates are kept as whole multiples of it, five digits of an AP, and as null where they are NaN.
@@ -93,41 +97,137 @@ class RunResult:
         return "{" + ",\n".join(lines) + "}\n"
 
 
+_Value = Annotated[float, Field(ge=-1e15, le=1e15, allow_inf_nan=False)] | None
+_Positive = Annotated[float, Field(gt=0, le=1e15, allow_inf_nan=False)]
+
+
+class _Values(BaseModel):
+    """Figures by name, of which some have their own form."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    __pydantic_extra__: dict[str, _Value]  # type: ignore[reportIncompatibleVariableOverride]
+
+
+class _Stage(_Values):
+    stage: str
+
+
+class _Step(_Values):
+    step: int
+
+
+class _Figures(_Values):
+    per_class: dict[str, _Value] = {}
+    queries: dict[str, _Value] = {}
+    mistakes: dict[str, _Value] = {}
+    layers: list[_Stage] = []
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class _Measure(_Part):
+    split: str = ""
+    checkpoints: list[str] = []
+    replicates: int | None = None
+    seed: int | None = None
+
+
+class _Images(_Part):
+    count: int = Field(ge=1)
+    hash: str
+
+
+class _Cost(_Part):
+    seconds: _Positive
+    step_seconds: _Positive
+    gflops: _Positive
+    steps: _Value = None
+    cpu_seconds: _Value = None
+    peak_memory_gib: _Value = None
+    parameters: _Value = None
+
+
+class _Commit(_Part):
+    commit: str
+    changed: bool
+
+
+class _Machine(_Part):
+    processor: str | None = None
+
+
+class _Provenance(_Part):
+    git: _Commit | None = None
+    machine: _Machine | None = None
+    source: dict[str, Any] | None = None
+
+
+def _none_if_empty(value: Any) -> Any:
+    return None if value == {} else value
+
+
+class _Stored(BaseModel):
+    """What stands in a file: the types of all that tables and plots are made of."""
+
+    model_config = ConfigDict(strict=True)
+
+    data: str
+    variant: str
+    seed: int = Field(ge=0, le=MAX_SEED)
+    failed: str | None
+    settings: dict[str, Any]
+    measure: _Measure
+    images: Annotated[_Images | None, BeforeValidator(_none_if_empty)]  # of a run that has failed
+    figures: dict[str, _Figures]
+    replicates: dict[str, dict[str, list[Annotated[int, Field(ge=-(10**15), le=10**15)] | None]]]
+    curve: list[_Step]
+    cost: Annotated[_Cost | None, BeforeValidator(_none_if_empty)]
+    provenance: _Provenance
+
+    @model_validator(mode="after")
+    def _whole(self) -> _Stored:
+        if self.failed is None:
+            for checkpoint in self.measure.checkpoints:
+                if checkpoint not in self.figures:
+                    raise ValueError(f"figures: none of the checkpoint {checkpoint!r}")
+        lengths = {len(values) for named in self.replicates.values() for values in named.values()}
+        if len(lengths | ({self.measure.replicates} - {None} if lengths else set())) > 1:
+            raise ValueError("replicates: not all of one length, that of `measure`")
+        return self
+
+
 def read_result(path: Path) -> RunResult | None:
     """The result in a file; None if there is none.
 
     Raises:
-        DataError: the file holds something else.
+        DataError: the file holds something else; it names the field.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["format"] != FORMAT:
-            raise DataError(
-                f"{path}: is of format {content['format']}, this version reads {FORMAT}",
-                "remove it: the next `paqdetr study --resume` measures the run again",
-            )
-        return RunResult(
-            key=RunKey(content["data"], content["variant"], int(content["seed"])),
-            failed=content["failed"],
-            settings=content["settings"],
-            measure=content["measure"],
-            images=content["images"],
-            figures=content["figures"],
-            replicates={
-                checkpoint: {name: np.asarray(values, np.float64) * UNIT for name, values in named.items()}
-                for checkpoint, named in content["replicates"].items()
-            },
-            curve=content["curve"],
-            cost=content["cost"],
-            provenance=content["provenance"],
-        )
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{path}: is no result of a run ({error})",
-            "remove it: the next `paqdetr study --resume` measures the run again",
-        ) from None
+    remedy = "remove it: the next `paqdetr study --resume` measures the run again"
+    content = read_json(path, limit=MAX_SIDE_BYTES)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        found = content.get("format") if isinstance(content, dict) else type(content).__name__
+        raise DataError(f"{path}: is of format {shorten(found)}, this version reads {FORMAT}", remedy)
+    try:
+        stored = _Stored.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise DataError(f"{path}: is no result of a run: {where}: {first['msg']}", remedy) from None
+    return RunResult(
+        key=RunKey(stored.data, stored.variant, stored.seed),
+        replicates={
+            checkpoint: {name: np.array(values, np.float64) * UNIT for name, values in named.items()}
+            for checkpoint, named in stored.replicates.items()
+        },
+        **{
+            name: content[name]
+            for name in ("failed", "settings", "measure", "images", "figures", "curve", "cost", "provenance")
+        },
+    )
 
 
 def read_results(folder: Path) -> list[RunResult]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from paqdetr.checkpoint import write_whole
 from paqdetr.errors import ConfigError
+from paqdetr.files import MAX_SIDE_BYTES, read_json
 from paqdetr.study.runs import Places, PlannedRun
 
 
@@ -24,12 +25,15 @@ def note_source(planned: PlannedRun, places: Places) -> None:
 
 def read_source(file: Path) -> dict[str, Any] | None:
     """What was noted; None of a run from before such notes were made, or one that was put here by hand."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not file.exists():
         return None
-    except ValueError:
-        raise ConfigError(f"{file}: is not json", "remove it if the run beside it is to be trusted") from None
+    content = read_json(file, limit=MAX_SIDE_BYTES, error=ConfigError)
+    if not isinstance(content, dict):
+        raise ConfigError(
+            f"{file}: holds a {type(content).__name__}, expected an object",
+            "remove it if the run beside it is to be trusted",
+        )
+    return content
 
 
 def require_same_source(planned: PlannedRun, found: Mapping[str, Any] | None, where: Path) -> None:

@@ -345,7 +345,7 @@ def load_study(path: str | Path) -> Study:
         DataError: the file cannot be read as YAML.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise ConfigError(
             f"{path}: no such study",
             "give a YAML file; examples are in studies/ of a checkout, and not in the installed package",

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from paqdetr.errors import DataError
 from paqdetr.metrics.jsonable import json_number
 from paqdetr.study.statistics import Estimate, pooled_variance, variance_bound
 from paqdetr.study.verdicts import Runs, Verdict
@@ -112,10 +113,15 @@ def layer_rows(runs: Runs, data: str) -> list[Row]:
     rows = []
     for variant in runs.study.variants_of(data):
         found = _measured(runs, data, variant, "layers")
+        if len({len(stages) for stages in found}) > 1:
+            raise DataError(
+                f"{data}, {variant}: its runs were measured with unequal numbers of layers",
+                "measure them again: remove their files under results/",
+            )
         for stages in zip(*found, strict=True):
             row: Row = {"variant": variant, "seeds": len(found), "stage": stages[0]["stage"]}
             rows.append(
-                row | {name: _mean([s[name] for s in stages]) for name in stages[0] if name != "stage"}
+                row | {name: _mean([s.get(name) for s in stages]) for name in stages[0] if name != "stage"}
             )
     return rows
 
@@ -126,7 +132,7 @@ def mistake_rows(runs: Runs, data: str) -> list[Row]:
     for variant in runs.study.variants_of(data):
         found = _measured(runs, data, variant, "mistakes")
         if found:
-            means = {kind: _mean([gains[kind] for gains in found]) for kind in found[0]}
+            means = {kind: _mean([gains.get(kind) for gains in found]) for kind in found[0]}
             rows.append({"variant": variant, "seeds": len(found), **means})
     return rows
 

@@ -209,6 +209,11 @@ def _require_same_images(one: RunResult, other: RunResult) -> None:
 
 def _require_same_measure(study: Study, result: RunResult) -> None:
     """A file that has changed since must not stand above results of the file that was."""
+    if not result.images or study.evaluate.checkpoints[0] not in result.figures:
+        raise DataError(
+            f"{result.key}: its result says nothing of the images or the checkpoint",
+            "measure it again: `paqdetr study --resume`, without --report-only",
+        )
     for name, value in study.measure_of(result.key.data).items():
         if result.measure.get(name, value) != value:
             raise DataError(
@@ -243,4 +248,6 @@ def _numbers(values: list[float | None]) -> np.ndarray:
 def _stacked(replicates: list[np.ndarray | None]) -> np.ndarray | None:
     """(n, R); None if a run has none."""
     found = [values for values in replicates if values is not None]
+    if len({len(values) for values in found}) > 1:
+        raise DataError("results were resampled unequally often", "measure the runs of the study again")
     return np.stack(found) if len(found) == len(replicates) else None

@@ -23,6 +23,7 @@ from PIL import Image
 from paqdetr.data.digits.glyphs import SPLITS
 from paqdetr.data.digits.scenes import SceneSpec, compose_scene
 from paqdetr.errors import ConfigError, DataError
+from paqdetr.files import MAX_SIDE_BYTES, read_json
 from paqdetr.outputs import whole_folder
 from paqdetr.values import MAX_SEED, MAX_WORKERS
 
@@ -188,8 +189,8 @@ def _holds(output: Path, edition: dict[str, Any]) -> bool:
         return False
     remedy = "Choose another output, or remove the folder first."
     try:
-        found = json.loads((output / EDITION_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = read_json(output / EDITION_FILE, limit=MAX_SIDE_BYTES)
+    except DataError:
         raise DataError(f"{output}: the folder is not empty and holds no digits data", remedy) from None
     if found == edition:
         return True

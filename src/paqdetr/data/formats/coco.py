@@ -167,6 +167,7 @@ class _Reader:
                 and is_box(box)
                 and (area is None or _is_area(area))
                 and crowd is not None
+                and _is_segmentation(entry.get("segmentation"))
             ):
                 self.builder.masks += bool(entry.get("segmentation"))
                 if owner in positions:
@@ -187,10 +188,16 @@ class _Reader:
             message = f"{subject} category_id {shorten(category)}, which `categories` does not list"
             return message, "unknown class"
         if not is_box(box):
-            message = f"{subject} bbox {shorten(box)}, expected four finite numbers [x, y, w, h]"
+            message = f"{subject} bbox {shorten(box)}, expected four finite numbers [x, y, w, h], w and h not below 0"
             return message, "malformed box"
         if area is not None and not _is_area(area):
-            return f"{subject} area {shorten(area)}, expected a number", "malformed box"
+            return f"{subject} area {shorten(area)}, expected a number that is not below 0", "malformed box"
+        if as_flag(entry.get("iscrowd")) is not None:
+            found = shorten(entry["segmentation"])
+            return (
+                f"{subject} segmentation {found}, expected polygons of finite numbers, or counts",
+                "malformed box",
+            )
         return f"{subject} iscrowd {shorten(entry.get('iscrowd'))}, expected 0 or 1", "flag"
 
 
@@ -208,7 +215,20 @@ def _find(folders: Sequence[Path], names: list[str]) -> tuple[Path, dict[str, st
 
 
 def _is_area(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e18 < value < 1e18
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e18
+
+
+def _is_segmentation(value: Any) -> bool:
+    """Whether it is none, polygons of finite numbers, or a run-length code; nothing is made of it, and there are millions."""
+    if not value:
+        return True
+    if isinstance(value, dict):
+        return "counts" in value
+    try:  # a sum shows what is no number, and NaN and infinity among millions; some exporters write one polygon without its list
+        total = sum(value) if isinstance(value[0], (int, float)) else sum(map(sum, value))
+        return -1e15 < total < 1e15
+    except (TypeError, OverflowError):
+        return False
 
 
 def _numbered(own: list[int | str]) -> dict[int | str, int]:
