@@ -119,7 +119,7 @@ def test_curves_are_the_runs(tmp_path: Path) -> None:
     assert isinstance(loss, Figure) and isinstance(positives, Figure)
     assert loss.data["b"]["step"].tolist() == [1, 3] and loss.data["b"]["value"].tolist() == [4, 2]
     assert positives.data["b"]["layer 1"]["value"].tolist() == [2, 3]
-    assert "--plot-orange" in loss.svg and "--plot-blue" not in loss.svg  # b is orange, alone too
+    assert "#e69f00" in loss.svg and "#0072b2" not in loss.svg  # b is orange, alone too
 
 
 @pytest.mark.parametrize("side", [1, 3000])

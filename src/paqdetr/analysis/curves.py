@@ -76,7 +76,7 @@ def _precision_recall(judged: Sequence[Judged]) -> Figure:
         "Precision against recall, the mean over classes, at several IoU thresholds. A gap between IoU .50 "
         "and .90 is loose boxes."
     )
-    return _figure("precision_recall", axes, "Precision against recall", caption, data)
+    return plots.plot_part(axes, name="precision_recall", caption=caption, data=data)
 
 
 def _classes_precision_recall(judged: Sequence[Judged]) -> Figure | None:
@@ -103,7 +103,7 @@ def _classes_precision_recall(judged: Sequence[Judged]) -> Figure | None:
         else f"the {len(chosen)} classes with most objects"
     )
     caption = f"Precision against recall of {which}, at IoU .50."
-    return _figure("precision_recall_classes", panels[0], "Precision against recall by class", caption, data)
+    return plots.plot_part(panels[0], name="precision_recall_classes", caption=caption, data=data)
 
 
 def _f1(judged: Sequence[Judged]) -> Figure:
@@ -132,7 +132,7 @@ def _f1(judged: Sequence[Judged]) -> Figure:
     caption = "F1, precision and recall of all classes together against the score threshold, at IoU .50."
     if peaks:
         caption += f" The dot marks the best F1. {'; '.join(peaks)}."
-    return _figure("f1", axes, "F1 against the score threshold", caption, data)
+    return plots.plot_part(axes, name="f1", caption=caption, data=data)
 
 
 def _best(judged: Sequence[Judged]) -> Table:
@@ -183,7 +183,7 @@ def _reliability(judged: Sequence[Judged]) -> Figure:
         "at which they did, so that "
         "a score on the diagonal also says how well the box fits. Ten bins of the score; a bin of few detections is uncertain."
     )
-    return _figure("reliability", panels[0], "Reliability of scores", caption, data)
+    return plots.plot_part(panels[0], name="reliability", caption=caption, data=data)
 
 
 def _calibration_table(judged: Sequence[Judged]) -> Table:
@@ -215,10 +215,6 @@ def _of_class(own: Judged, iou: float | None, place: int) -> Calibration:
 
 
 # -------------------------------------------------------------------------------------------------- parts
-
-
-def _figure(name: str, axes: Any, title: str, caption: str, data: Any) -> Figure:
-    return Figure(name, caption, plots.to_svg(axes.figure, title=title, description=caption), data)
 
 
 def _mean(curves: np.ndarray) -> np.ndarray:

@@ -116,8 +116,7 @@ def _gains(judged: Sequence[Judged], found: Sequence[ErrorSplit]) -> Figure:
     ]
     caption = f"What AP50 would gain were one kind of mistake mended. {'; '.join(said)}."
     data = {own.label: split.to_json() for own, split in zip(judged, found, strict=True)}
-    svg = plots.to_svg(axes.figure, title="What mending mistakes would gain", description=caption)
-    return Figure("mistakes", caption, svg, data)
+    return plots.plot_part(axes, name="mistakes", caption=caption, data=data)
 
 
 def _mistake_table(
@@ -172,8 +171,7 @@ def _matrix(own: Judged, found: Confusion, name: str, key: str) -> Figure:
         caption += (
             f" Shown are the {_MOST_CLASSES} classes with the most confusions of {classes}; the json has all."
         )
-    svg = plots.to_svg(axes.figure, title="Which class is taken for which", description=caption)
-    return Figure(f"confusion_{key}", caption, svg, found.to_json())
+    return plots.plot_part(axes, name=f"confusion_{key}", caption=caption, data=found.to_json())
 
 
 def _confused(found: Confusion, name: str, key: str) -> Table:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from paqdetr.analysis.layers import StageFigures
-from paqdetr.analysis.parts import plot_part
-from paqdetr.analysis.plots import BLUE, ORANGE, legend, line, new_axes
+from paqdetr.analysis.plots import BLUE, ORANGE, legend, line, new_axes, plot_part
 from paqdetr.analysis.section import Column, Figure, Section, Table
 
 Stages = tuple[str, Sequence[StageFigures]]
@@ -55,7 +54,7 @@ def _curves(models: Sequence[Stages]) -> Figure:
         "AP of every stage's predictions, and after removing copies (non-maximum suppression at IoU 0.7)."
     )
     data = {model: [one.to_json() for one in stages] for model, stages in models}
-    return plot_part(axes, name="layers", title="AP layer by layer", caption=caption, data=data)
+    return plot_part(axes, name="layers", caption=caption, data=data)
 
 
 def _table(models: Sequence[Stages]) -> Table:

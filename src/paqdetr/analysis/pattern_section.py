@@ -10,10 +10,19 @@ from PIL import Image, ImageDraw, ImageFont
 
 from paqdetr.analysis.arrange import cluster_order, embed, pattern_cosines
 from paqdetr.analysis.overlay import Overlay, mark
-from paqdetr.analysis.parts import plot_part, rounded_values
 from paqdetr.analysis.patterns import ContentStudy, Samples
-from paqdetr.analysis.plots import GREY, PALETTE, bars, colour, heat_map, legend, new_axes, new_grid
-from paqdetr.analysis.section import Column, Part, Picture, Section, Table
+from paqdetr.analysis.plots import (
+    GREY,
+    PALETTE,
+    bars,
+    colour,
+    heat_map,
+    legend,
+    new_axes,
+    new_grid,
+    plot_part,
+)
+from paqdetr.analysis.section import Column, Part, Picture, Section, Table, rounded_values
 from paqdetr.analysis.semantics import SHUFFLES, Semantics
 from paqdetr.data.dataset import DetectionDataset
 from paqdetr.drawing import font_path
@@ -171,7 +180,7 @@ def _category_map(model: Studied, suffix: str) -> Part | None:
         "log2_lift": rounded(values),
     }
     name = f"category_patterns{suffix}"
-    return plot_part(axes, name=name, title="Patterns of each category", caption=caption, data=data)
+    return plot_part(axes, name=name, caption=caption, data=data)
 
 
 def _embedding(model: Studied, suffix: str, seed: int) -> Part | None:
@@ -208,9 +217,7 @@ def _embedding(model: Studied, suffix: str, seed: int) -> Part | None:
     )
     data = {"categories": [names[c] for c in samples.categories]} | {k: rounded(v) for k, v in places.items()}
     name = f"content_embedding{suffix}"
-    return plot_part(
-        plots[0], name=name, title="Content queries in two dimensions", caption=caption, data=data
-    )
+    return plot_part(plots[0], name=name, caption=caption, data=data)
 
 
 def _cosines(model: Studied, suffix: str) -> Part | None:
@@ -235,7 +242,7 @@ def _cosines(model: Studied, suffix: str) -> Part | None:
         "mean_absolute": round(float(others.mean()), 6),
     }
     name = f"pattern_cosines{suffix}"
-    return plot_part(axes, name=name, title="Cosine between patterns", caption=caption, data=data)
+    return plot_part(axes, name=name, caption=caption, data=data)
 
 
 # ---------------------------------------------------------------------------------------------- pictures
@@ -330,9 +337,7 @@ def _one_image(model: Studied, split: DetectionDataset, suffix: str) -> list[Par
     caption = f"Boxes of image {ident} whose queries are taken apart below."
     picture = Picture(name=f"mixture_image{suffix}", caption=caption, image=overlay.picture())
     caption = "What these queries were mixed from: weights of the patterns that are largest in any of them."
-    mixed = plot_part(
-        axes, name=f"mixtures{suffix}", title="Mixtures of an image's queries", caption=caption, data=data
-    )
+    mixed = plot_part(axes, name=f"mixtures{suffix}", caption=caption, data=data)
     return [picture, mixed, _one_query(own, names, model, suffix)]
 
 
@@ -360,9 +365,7 @@ def _one_query(own: Samples, names: list[str], model: Studied, suffix: str) -> P
         "weights": rounded(weights[which, top]),
         "mean": rounded(index),
     }
-    return plot_part(
-        axes, name=f"one_mixture{suffix}", title="Mixture of one query", caption=caption, data=data
-    )
+    return plot_part(axes, name=f"one_mixture{suffix}", caption=caption, data=data)
 
 
 def _telling_image(samples: Samples) -> int:

@@ -1,11 +1,8 @@
-"""One style for all plots of the package's reports: draw with these colours and helpers, then `to_svg` for the page.
-
-A colour of this module is replaced by its twin where the page is dark, and black is the page's ink (`analysis/svg.py`); other
-colours stay as they are.
-"""
+"""One style for all plots of the package's reports: draw with these colours and helpers, then `plot_part` or `to_svg`."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,47 +14,16 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-from paqdetr.analysis.svg import (
-    BLUE,
-    GREEN,
-    GREY,
-    GRID,
-    INK,
-    MUTED,
-    ORANGE,
-    PALETTE,
-    PINK,
-    RAMP,
-    RED,
-    SKY,
-    theme_css,
-    to_svg,
-)
+from paqdetr.analysis import section
 
-__all__ = [
-    "BLUE",
-    "GREEN",
-    "GREY",
-    "GRID",
-    "INK",
-    "MUTED",
-    "ORANGE",
-    "PALETTE",
-    "PINK",
-    "RED",
-    "SKY",
-    "bars",
-    "colour",
-    "heat_map",
-    "legend",
-    "line",
-    "new_axes",
-    "new_grid",
-    "ramp",
-    "style",
-    "theme_css",
-    "to_svg",
-]
+# Okabe and Ito's colours, told apart with any colour vision; the yellow, which is lost on white, is left out.
+BLUE, ORANGE, GREEN, RED, PINK, SKY, GREY = (
+    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#757575",
+)  # fmt: skip
+PALETTE = (BLUE, ORANGE, GREEN, RED, PINK, SKY, GREY)
+INK, MUTED, GRID = "#000000", "#5B6470", "#D9DDE3"
+# One hue from faint to strong, for what has an order, such as layers: see `ramp`.
+RAMP = ("#A9CBE8", "#86B4DC", "#639DCE", "#4486BD", "#2B6FA8", "#17588F", "#0A4274", "#052D57")
 
 _STYLE: Any = {
     "image.interpolation": "none",
@@ -83,10 +49,26 @@ _STYLE: Any = {
     "legend.frameon": False,
     "legend.fontsize": 8.5,
     "lines.linewidth": 1.7,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
     "figure.constrained_layout.use": True,
 }
+
+
+# Text stays text, and the same figure gives the same bytes.
+_SVG: Any = {"svg.fonttype": "none", "svg.hashsalt": "paqdetr"}
+
+
+def to_svg(axes: Axes) -> str:
+    """The whole figure that the axes stand in, as an SVG document on white ground."""
+    assert isinstance(axes.figure, Figure), "a part of a figure cannot be saved by itself"
+    buffer = io.StringIO()
+    with matplotlib.rc_context(_SVG):
+        axes.figure.savefig(buffer, format="svg", facecolor="white", metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()
+
+
+def plot_part(axes: Axes, *, name: str, caption: str, data: Any) -> section.Figure:
+    """The whole figure that the axes stand in, as a part of a report."""
+    return section.Figure(name=name, caption=caption, svg=to_svg(axes), data=data)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ class Figure:
     Attributes:
         name: letters, digits and underscores, unique in a report; its numbers are written to data/<name>.json.
         caption: what is seen, in one or two plain sentences.
-        svg: the plot, of `paqdetr.analysis.plots.to_svg`.
+        svg: the plot, an SVG document.
         data: the numbers behind it, ready for json.
     """
 
@@ -103,3 +103,8 @@ class Section:
     title: str
     lead: str
     parts: tuple[Part, ...] = field(default=())
+
+
+def rounded_values(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a table with its floats to six digits."""
+    return {key: round(value, 6) if isinstance(value, float) else value for key, value in row.items()}

@@ -178,9 +178,7 @@ def _bars(
     if len(sets) > 1:
         plots.legend(axes, above=True, columns=2)
     caption = f"COCO figures with {level} bootstrap intervals over images."
-    return Figure(
-        "figures_bars", caption, plots.to_svg(axes.figure, title="COCO figures", description=caption), data
-    )
+    return plots.plot_part(axes, name="figures_bars", caption=caption, data=data)
 
 
 def _beside(subjects: Sequence[Subject]) -> tuple[Table, Table]:
@@ -255,11 +253,7 @@ def _class_bars(
         s.label: {name: f.per_class[name].to_json() for name in names}
         for s, f in zip(subjects, sets, strict=True)
     }
-    return (
-        Figure(
-            "classes_bars", caption, plots.to_svg(axes.figure, title="AP by class", description=caption), data
-        ),
-    )
+    return (plots.plot_part(axes, name="classes_bars", caption=caption, data=data),)
 
 
 def _range(low: float, high: float, *, sign: bool = False) -> str | None:

@@ -133,8 +133,7 @@ def _draw(panel: _Panel, trainings: Sequence[Training]) -> Figure | None:
     if panel.kind == "eval":
         axes.set_ylim(bottom=0)
     plots.legend(axes)
-    svg = plots.to_svg(axes.figure, title=panel.title, description=panel.caption)
-    return Figure(f"training_{panel.name}", panel.caption, svg, data)
+    return plots.plot_part(axes, name=f"training_{panel.name}", caption=panel.caption, data=data)
 
 
 def _positives(trainings: Sequence[Training]) -> list[Figure]:
@@ -154,8 +153,7 @@ def _positives(trainings: Sequence[Training]) -> list[Figure]:
         axes.set_ylim(bottom=0)
     plots.legend(grid[-1])
     caption = "How many queries learn from each box, in each decoder layer. The last layer always has one."
-    svg = plots.to_svg(grid[0].figure, title="Positive queries a box, by decoder layer", description=caption)
-    return [Figure("training_positives", caption, svg, data)]
+    return [plots.plot_part(grid[0], name="training_positives", caption=caption, data=data)]
 
 
 def _layers(records: Sequence[Record]) -> dict[str, tuple[np.ndarray, np.ndarray]]:

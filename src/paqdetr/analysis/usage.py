@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from paqdetr.analysis.parts import plot_part, rounded_values
 from paqdetr.analysis.plots import (
     BLUE,
     GREEN,
@@ -21,9 +20,10 @@ from paqdetr.analysis.plots import (
     legend,
     line,
     new_grid,
+    plot_part,
     ramp,
 )
-from paqdetr.analysis.section import Column, Part, Section, Table
+from paqdetr.analysis.section import Column, Part, Section, Table, rounded_values
 from paqdetr.metrics import QueryUsageReport, Spread
 from paqdetr.metrics.jsonable import rounded
 
@@ -172,7 +172,7 @@ def _lorenz(models: Sequence[Usage]) -> Part:
         "Lorenz curves: the share of all use that the least used share of the queries makes up. The dotted "
         "line is equal use; the further below it, the less even. The legend says the Gini coefficient."
     )
-    return plot_part(plots[0], name="lorenz", title="Lorenz curves of query use", caption=caption, data=data)
+    return plot_part(plots[0], name="lorenz", caption=caption, data=data)
 
 
 def _by_index(models: Sequence[Usage]) -> Part:
@@ -194,9 +194,7 @@ def _by_index(models: Sequence[Usage]) -> Part:
     caption = (
         "How often an image uses each query, or how much of a gradient it gives to it, by the query's index."
     )
-    return plot_part(
-        plots[0], name="use_by_index", title="Use by index of the query", caption=caption, data=data
-    )
+    return plot_part(plots[0], name="use_by_index", caption=caption, data=data)
 
 
 def _ranks(models: Sequence[Usage]) -> Part | None:
@@ -223,9 +221,7 @@ def _ranks(models: Sequence[Usage]) -> Part | None:
         "image. A detector that says each object once, and first, has everything in the leftmost columns; a "
         "diagonal means that the order of the proposals is kept to the end."
     )
-    return plot_part(
-        plots[0], name="index_and_rank", title="Matches by index and score rank", caption=caption, data=data
-    )
+    return plot_part(plots[0], name="index_and_rank", caption=caption, data=data)
 
 
 def _places(models: Sequence[Usage]) -> Part | None:
@@ -254,7 +250,7 @@ def _places(models: Sequence[Usage]) -> Part | None:
         "box, and strong colours are matched often. Queries that find boxes all over the image gather in the "
         "middle."
     )
-    return plot_part(plots[0], name="query_places", title="Places of queries", caption=caption, data=data)
+    return plot_part(plots[0], name="query_places", caption=caption, data=data)
 
 
 def _positives_over_training(models: Sequence[Usage]) -> Part | None:
@@ -301,7 +297,6 @@ def _positives_over_training(models: Sequence[Usage]) -> Part | None:
         return plot_part(
             plots[0],
             name="positives_over_training",
-            title="Positives of a box over the training",
             caption=caption,
             data=data,
         )
@@ -340,7 +335,6 @@ def _gini_over_training(models: Sequence[Usage]) -> Part | None:
     return plot_part(
         plots[0],
         name="gini_over_training",
-        title="Gini coefficients over the training",
         caption=caption,
         data=data,
     )

@@ -8,8 +8,6 @@ from pathlib import Path
 from paqdetr.analysis.report.page import written
 from paqdetr.analysis.section import Figure, Section, Table
 
-_SVG = '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-
 
 def to_markdown(
     title: str, facts: Sequence[tuple[str, str]], sections: Sequence[Section], *, plots: str
@@ -54,8 +52,7 @@ def write_plots(sections: Sequence[Section], folder: Path) -> None:
     for section in sections:
         for part in section.parts:
             if isinstance(part, Figure):
-                svg = part.svg.replace("<svg ", _SVG, 1)
-                (folder / f"{part.name}.svg").write_text(svg + "\n", encoding="utf-8")
+                (folder / f"{part.name}.svg").write_text(part.svg, encoding="utf-8")
 
 
 def _cell(text: str) -> str:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from paqdetr.analysis.plots import INK, bars, colour, legend, line, new_axes, new_grid, to_svg
+from paqdetr.analysis.plots import INK, bars, colour, legend, line, new_axes, new_grid, plot_part
 from paqdetr.analysis.section import Column, Figure, Part, Section, Table
 from paqdetr.metrics.mistakes import MISTAKES
 from paqdetr.study.tables import (
@@ -142,8 +142,8 @@ def _planning(runs: Runs) -> Section:
         if len(usable) > 1:
             legend(axes)
         caption = "What n seeds would see with power 0.8; the dotted line is 1.5 points of AP."
-        svg = to_svg(axes.figure, title="Smallest effect against seeds", description=caption)
-        parts.append(Figure("smallest_effect", caption, svg, [dict(row) for row in usable]))
+        data = [dict(row) for row in usable]
+        parts.append(plot_part(axes, name="smallest_effect", caption=caption, data=data))
     return Section(
         "planning",
         "Seeds that are needed",
@@ -178,8 +178,7 @@ def _forest(decided: Sequence[Verdict]) -> Figure:
     bars(axes, names, [e.mean for e in effects], low=low, high=high, form="{:+.3f}")
     axes.axvline(0, color=INK, linewidth=0.8)
     caption = "Effects with their intervals; what lies right of zero speaks for the claim."
-    svg = to_svg(axes.figure, title="Effects of the claims", description=caption)
-    return Figure("effects", caption, svg, [verdict.to_json() for verdict in decided])
+    return plot_part(axes, name="effects", caption=caption, data=[verdict.to_json() for verdict in decided])
 
 
 def _curves(runs: Runs, data: str) -> Figure | None:
@@ -201,8 +200,7 @@ def _curves(runs: Runs, data: str) -> Figure | None:
     caption = (
         f"{data}: learning curves on the validation split; means, and bands from the worst to the best seed."
     )
-    svg = to_svg(grid[0].figure, title=f"Learning curves on {data}", description=caption)
-    return Figure(identifier("curves", data), caption, svg, numbers)
+    return plot_part(grid[0], name=identifier("curves", data), caption=caption, data=numbers)
 
 
 def _mean_curve(

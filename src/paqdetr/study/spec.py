@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from paqdetr.config import known_keys, retired_keys
-from paqdetr.data.files import load_yaml
+from paqdetr.config.files import _read_yaml
 from paqdetr.errors import ConfigError
 
 # What a study decides for all of its runs alike: key -> what to write instead.
@@ -342,7 +342,7 @@ def load_study(path: str | Path) -> Study:
             f"{path}: no such study",
             "give a YAML file; examples are in studies/ of a checkout, and not in the installed package",
         )
-    values = load_yaml(path)
+    values = _read_yaml(path.read_text(encoding="utf-8"), str(path))
     values.setdefault("name", path.stem)
     try:
         return Study.model_validate(values)

@@ -118,7 +118,7 @@ def analyze(
     chapters = _chapters(watched, Path(data), images, samples, seed, tell)
     subjects = [one.subject for one in watched]
     heading = _heading(subjects, Path(data), split)
-    page = render(heading, chapters, progress=_stage(tell, "pictures"))
+    page = render(heading, chapters)
     write_folder(output, page, chapters)
     return Report(
         page=output / "index.html",

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
-from PIL.Image import Image
+from PIL import features
+from PIL.Image import Image, Resampling
 
 from paqdetr._version import __version__
-from paqdetr.analysis.plots import theme_css
-from paqdetr.analysis.report.pictures import encode_pictures
-from paqdetr.analysis.section import Column, Figure, Part, Picture, Section, Slides, Table
+from paqdetr.analysis.section import Column, Figure, Part, Section, Slides, Table
 
-LIMIT = 12 * 2**20
-"""The most bytes a page has. Pictures get smaller, and in the end fewer, to keep it."""
 GENERATOR = "paqdetr analyze"
 # Points: a wider plot is not shrunk to a phone's width, which would make its text too small, but scrolls.
 _FITS_A_PHONE = 450
+_PICTURE_SIDE = 640  # pixels
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,29 +53,39 @@ class Heading:
     facts: tuple[tuple[str, str], ...]
 
 
-def render(
-    heading: Heading,
-    chapters: Sequence[Chapter],
-    *,
-    limit: int = LIMIT,
-    progress: Callable[[int, int], None] | None = None,
-) -> str:
+def render(heading: Heading, chapters: Sequence[Chapter]) -> str:
     """The page.
 
     Args:
         heading: what stands over it.
         chapters: in order; sections' keys and the names within a section are letters, digits and underscores.
-        limit: the most bytes of it.
-        progress: told (pictures encoded, pictures in all).
 
     Raises:
         ValueError: two parts of one model share a name, or a name is not fit to be one.
     """
     _require_names(chapters)
-    images = [image for _, part in _parts(chapters) for image in _images(part)]
-    bare = _fill(heading, chapters, [""] * len(images))
-    uris = encode_pictures(images, budget=limit - len(bare.encode()), progress=progress)
-    return _fill(heading, chapters, uris)
+    shown = [
+        {
+            "key": chapter.sections[0].key,
+            "title": chapter.sections[0].title,
+            "lead": shared,
+            "own_leads": own,
+            "paired": len(chapter.sections) > 1,
+            "rows": [[_shown(part, place) for place, part in enumerate(row)] for row in chapter.rows()],
+        }
+        for chapter in chapters
+        for shared, own in (_leads(chapter.sections),)
+    ]
+    script = _resource("report.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return _template().render(
+        heading=heading,
+        chapters=shown,
+        style=_resource("report.css"),
+        script=script,
+        script_hash=digest,
+        generator=f"{GENERATOR} {__version__}",
+    )
 
 
 def _require_names(chapters: Sequence[Chapter]) -> None:
@@ -93,53 +102,6 @@ def _require_names(chapters: Sequence[Chapter]) -> None:
         if (place, part.name) in seen:
             raise ValueError(f"{part.name!r}: two parts of one model have this name")
         seen.add((place, part.name))
-
-
-def _parts(chapters: Sequence[Chapter]) -> Iterator[tuple[int, Part]]:
-    """(which model, part) in the order of the page."""
-    for chapter in chapters:
-        for row in chapter.rows():
-            for place, part in enumerate(row):
-                if part is not None:
-                    yield place, part
-
-
-def _images(part: Part) -> tuple[Image, ...]:
-    if isinstance(part, Picture):
-        return (part.image,)
-    return part.images if isinstance(part, Slides) else ()
-
-
-# ----------------------------------------------------------------------------------------------- template
-
-
-def _fill(heading: Heading, chapters: Sequence[Chapter], uris: Sequence[str | None]) -> str:
-    queue = iter(uris)
-    shown = [
-        {
-            "key": chapter.sections[0].key,
-            "title": chapter.sections[0].title,
-            "lead": shared,
-            "own_leads": own,
-            "paired": len(chapter.sections) > 1,
-            "rows": [
-                [_shown(part, place, queue) for place, part in enumerate(row)] for row in chapter.rows()
-            ],
-        }
-        for chapter in chapters
-        for shared, own in (_leads(chapter.sections),)
-    ]
-    script = _resource("report.js")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    light, dark = theme_css()
-    return _template().render(
-        heading=heading,
-        chapters=shown,
-        style=_resource("report.css").replace("/*plots-light*/", light).replace("/*plots-dark*/", dark),
-        script=script,
-        script_hash=digest,
-        generator=f"{GENERATOR} {__version__}",
-    )
 
 
 def _leads(sections: Sequence[Section]) -> tuple[str, list[str]]:
@@ -162,8 +124,8 @@ def _resource(name: str) -> str:
     return resources.files("paqdetr.analysis.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def _shown(part: Part | None, place: int, uris: Iterator[str | None]) -> dict[str, Any] | None:
-    """What the template shows of a part; takes as many URIs as it has pictures."""
+def _shown(part: Part | None, place: int) -> dict[str, Any] | None:
+    """What the template shows of a part."""
     if part is None:
         return None
     shown: dict[str, Any] = {
@@ -174,7 +136,7 @@ def _shown(part: Part | None, place: int, uris: Iterator[str | None]) -> dict[st
         "file": data_file(part, place),
     }
     if isinstance(part, Figure):
-        shown["svg"] = _own_ids(part.svg, shown["id"])
+        shown["uri"] = _uri("svg+xml", part.svg.encode())
         width = re.search(r'<svg [^>]*?\bwidth="([\d.]+)', part.svg)
         shown["large"] = width is not None and float(width[1]) > _FITS_A_PHONE
     elif isinstance(part, Table):
@@ -185,18 +147,26 @@ def _shown(part: Part | None, place: int, uris: Iterator[str | None]) -> dict[st
         ]
     elif isinstance(part, Slides):
         shown["slides"] = [
-            {"label": label, "uri": next(uris), "width": image.width, "height": image.height}
+            {"label": label, "uri": _encode(image), "width": image.width, "height": image.height}
             for label, image in zip(part.labels, part.images, strict=True)
         ]
     else:
-        shown |= {"uri": next(uris), "width": part.image.width, "height": part.image.height}
+        shown |= {"uri": _encode(part.image), "width": part.image.width, "height": part.image.height}
     return shown
 
 
-def _own_ids(svg: str, prefix: str) -> str:
-    """The same plot may stand in the page twice; `to_svg` gives both the same ids."""
-    found = re.search(r' id="(p[0-9a-f]{10})-', svg)
-    return svg if found is None else svg.replace(f"{found[1]}-", f"{prefix}-")
+def _encode(image: Image) -> str:
+    """A picture as a data URI, at most `_PICTURE_SIDE` pixels long; WebP where Pillow can write it, else JPEG."""
+    picture = image.convert("RGB")
+    picture.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE), Resampling.LANCZOS)
+    kind = "webp" if features.check("webp") else "jpeg"
+    buffer = io.BytesIO()
+    picture.save(buffer, format=kind, quality=80)
+    return _uri(kind, buffer.getvalue())
+
+
+def _uri(kind: str, content: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def data_file(part: Part, place: int) -> str | None:
