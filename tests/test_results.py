@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -36,11 +35,3 @@ def test_every_result_says_how_it_was_made() -> None:
         commands = (folder / "commands.txt").read_text(encoding="utf-8")
         assert "paqdetr train" in commands or "make quickstart" in commands, folder
         assert (folder / "config.yaml").is_file() and (folder / "metrics.jsonl").is_file(), folder
-
-
-def test_other_numbers_of_queries_are_read_from_the_kept_file(script: Callable[[str], ModuleType]) -> None:
-    report = json.loads((REPO / "docs" / "results" / "query_count.json").read_text("utf-8"))
-    table = script("benchmarks/query_count.py").markdown(report)
-    assert {model["name"] for model in report["models"]} == {"paq_dino_nano", "dino_nano"}
-    assert table.count("**") == 2 * len(report["models"]), "the number each was trained with is in bold"
-    assert f"<!-- query_count -->\n{table}\n<!--" in (REPO / "docs" / "convert.md").read_text("utf-8")
