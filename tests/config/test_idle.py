@@ -124,10 +124,17 @@ def test_a_training_names_them(
     ]
 
 
-def test_a_plan_names_them(tiny_digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_names_them(
+    tiny_digits: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("paqdetr.engine.plan.plan_training", _stop)
     words = ["image_size=96", "loss.gamma=0.5"]
-    assert run(["plan", "dino_nano", *words, "--data", str(tiny_digits), "--steps", "1"]) == 0
+    assert run(["plan", "dino_nano", *words, "--data", str(tiny_digits)]) == 2
     assert "note: loss.gamma=0.5 changes nothing here" in capsys.readouterr().err
+
+
+def _stop(*arguments: object, **options: object) -> None:
+    raise ConfigError("far enough", "stop here")
 
 
 def test_a_study_refuses_a_variant_that_would_be_its_baseline(tmp_path: Path) -> None:
