@@ -46,7 +46,7 @@ test: $(DEV_STAMP) ## the unit tests, in minutes
 	$(PYTEST) $(PARALLEL) $(PYTEST_ARGS)
 
 test-integration: $(DEV_STAMP) ## processes, real faults, whole verbs, parity with other programs
-	$(PYTEST) -m integration $(PARALLEL) $(PYTEST_ARGS)
+	$(PYTEST) -m "integration and not slow" $(PARALLEL) $(PYTEST_ARGS)
 
 test-full: test test-integration ## unit and integration tests
 

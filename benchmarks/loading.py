@@ -123,7 +123,7 @@ def peer(
     height, width = split.sizes[order[0]].tolist()
     if len({tuple(split.sizes[index].tolist()) for index in order}) > 1:
         raise SystemExit("the images differ in size: torchvision's batches would need padding")
-    size = preprocessing.round_size(*preprocessing.target_size(height, width))
+    size = preprocessing.target_size(height, width)
     normalization = preprocessing.normalization
     transforms = v2.Compose(
         [

@@ -36,11 +36,20 @@ from paqdetr.config import load_config
 from paqdetr.engine.bench import saved_bytes
 from paqdetr.engine.optim import build_optimizer
 from paqdetr.losses import build_criterion
+from paqdetr.models.start import Start, query_features
+from paqdetr.models.tokens import Tokens
 from paqdetr.models.zoo import build_model
 from paqdetr.paq import OneToOneAssigner, PatternQueries, QualityAwareAssigner, match_layers
 from paqdetr.structures import Targets
 
-FORMS = [(extractor, head) for extractor in ("fused", "pooled") for head in ("dense", "factorised")]
+FORMS: dict[str, dict[str, Any]] = {
+    f"{extractor}/{head}": {"extractor": extractor, "head": head}
+    for extractor in ("fused", "pooled")
+    for head in ("dense", "factorised")
+} | {
+    "query features": {"mixture_input": "query"},
+    "fused/dense and query features": {"mixture_input": "both"},
+}
 # PaQ-DETR (arXiv 2603.06917), DINO with ResNet-50 at 800 x 1333; parameters in millions, GFLOPs, GB, images a second.
 PUBLISHED = {"parameters": [42.0, 43.8], "flops": [196, 205], "memory": [3.67, 4.15], "fps": [15.8, 15.4]}
 
@@ -66,7 +75,7 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Everything about one host and the four forms."""
+    """Everything about one host and the forms."""
     torch.manual_seed(0)
     config = load_config(arguments.model)
     host = build_model(config, pretrained_backbone=False)
@@ -89,30 +98,29 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     def host_inference() -> None:
         host.eval()(images)
 
-    seen: list[Any] = []
-    handle = host.query_source.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
+    seen: list[tuple[Tokens, Start]] = []
+    handle = host.start.register_forward_hook(lambda module, inputs, start: seen.append((inputs[0], start)))
     with torch.no_grad():
         host.eval()(images)
         host.eval()(images, padding)
     handle.remove()
-    (tokens, shapes, *_), (padded_tokens, _, mask, *_) = seen
+    plain, padded = seen
     static = sum(p.numel() for p in host.query_source.parameters())
 
     model = config.model
     forms: dict[str, PatternQueries] = {
-        f"{extractor}/{head}": PatternQueries(
+        name: PatternQueries(
             model.num_queries,
             model.num_patterns,
             model.dim,
             model.num_levels,
-            extractor,  # type: ignore[arg-type]
-            head,  # type: ignore[arg-type]
             head_rank=model.head_rank,
+            **settings,
         )
-        for extractor, head in FORMS
+        for name, settings in FORMS.items()
     }
-    training = {name: training_step(form, padded_tokens, shapes, mask) for name, form in forms.items()}
-    inference = {name: inference_step(form, tokens, shapes) for name, form in forms.items()}
+    training = {name: training_step(form, *padded, model.num_heads) for name, form in forms.items()}
+    inference = {name: inference_step(form, *plain, model.num_heads) for name, form in forms.items()}
     matching = matching_steps(host, images, targets)
 
     steps = {f"{name}/training": step for name, step in training.items()}
@@ -137,8 +145,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     rows = {}
     for name, form in forms.items():
         parameters = sum(p.numel() for p in form.parameters()) - static
-        activations = saved_bytes(lambda form=form: form(padded_tokens, shapes, mask).content.sum())
-        form_flops = flops(form, tokens[:1], shapes)
+        activations = saved_bytes(lambda form=form: mixed(form, *padded, model.num_heads).sum())
+        tokens, features = (
+            plain[0].values[:1],
+            query_features(plain[1], plain[0], num_heads=model.num_heads)[:1],
+        )
+        form_flops = flops(form, tokens, plain[0].spatial_shapes, None, None, features)
         rows[name] = {
             "parameters_added": parameters,
             "parameters_percent": round(100 * parameters / host_parameters, 2),
@@ -157,7 +169,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "batch_size": arguments.batch_size,
         "num_queries": model.num_queries,
         "num_patterns": model.num_patterns,
-        "tokens": tokens.shape[1],
+        "tokens": plain[0].values.shape[1],
         "repeats": arguments.repeats,
         "host": {
             "parameters": host_parameters,
@@ -182,13 +194,21 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def training_step(form: PatternQueries, tokens: Tensor, shapes: Any, mask: Any) -> Callable[[], None]:
+def mixed(form: PatternQueries, memory: Tokens, start: Start, num_heads: int) -> Tensor:
+    """Content (B, n, d); reading what queries look at, which a two-stage host has at hand, is part of it."""
+    features = None
+    if form.query_head is not None:
+        features = query_features(start, memory, num_heads=num_heads).detach()
+    return form(memory.values, memory.spatial_shapes, memory.padding_mask, None, features).content
+
+
+def training_step(form: PatternQueries, memory: Tokens, start: Start, num_heads: int) -> Callable[[], None]:
     """Forward, backward and AdamW update of one form, with the diversity of its patterns."""
     optimizer = torch.optim.AdamW(form.parameters(), 1e-4)
-    memory = tokens.detach().clone().requires_grad_()
+    memory = memory.with_values(memory.values.detach().clone().requires_grad_())
 
     def step() -> None:
-        content = form.train()(memory, shapes, mask).content
+        content = mixed(form.train(), memory, start, num_heads)
         optimizer.zero_grad()
         (content.sum() + form.aux_losses()["diversity"]).backward()
         optimizer.step()
@@ -196,12 +216,12 @@ def training_step(form: PatternQueries, tokens: Tensor, shapes: Any, mask: Any) 
     return step
 
 
-def inference_step(form: PatternQueries, tokens: Tensor, shapes: Any) -> Callable[[], None]:
+def inference_step(form: PatternQueries, memory: Tokens, start: Start, num_heads: int) -> Callable[[], None]:
     """A forward pass of one form."""
 
     @torch.no_grad()
     def step() -> None:
-        form.eval()(tokens, shapes)
+        mixed(form.eval(), memory, start, num_heads)
 
     return step
 
@@ -260,11 +280,11 @@ def print_table(report: dict[str, Any]) -> None:
         f"{host['training_ms']:.0f} ms a training step, {host['inference_ms']:.0f} ms in inference"
     )
     print(
-        f"{'form':18}{'parameters':>18}{'GFLOPs':>18}{'memory MB':>11}{'training ms':>20}{'inference ms':>20}"
+        f"{'form':32}{'parameters':>18}{'GFLOPs':>18}{'memory MB':>11}{'training ms':>20}{'inference ms':>20}"
     )
     for name, row in report["forms"].items():
         print(
-            f"{name:18}{row['parameters_added'] / 1e6:>9.2f} M {row['parameters_percent']:>5.1f} %"
+            f"{name:32}{row['parameters_added'] / 1e6:>9.2f} M {row['parameters_percent']:>5.1f} %"
             f"{row['gflops_added']:>10.3f} {row['flops_percent']:>5.2f} %{row['memory_added_mb']:>11.1f}"
             f"{row['training_ms']:>11.1f} {row['training_percent']:>6.2f} %"
             f"{row['inference_ms']:>11.1f} {row['inference_percent']:>6.2f} %"

@@ -21,7 +21,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import MultiScaleRoIAlign, box_convert
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool, LastLevelP6P7
 
-from paqdetr.config import load_config
+from paqdetr.config import ModelConfig, load_config
 from paqdetr.data.loader import Batch
 from paqdetr.losses import build_criterion
 from paqdetr.models.backbone import Backbone, normalization_of
@@ -273,7 +273,7 @@ def _deformable_detr(name: str, classes: ClassTable, image_size: int, settings: 
         batch, padding = pad_images(images)
         found = averaged(batch, pixel_mask=_mask(batch, padding))
         return [
-            postprocess(logits, boxes, size, classes, threshold=0.0)
+            postprocess(logits, boxes, size, classes, ModelConfig(), threshold=0.0)
             for logits, boxes, size in zip(found.logits, found.pred_boxes, sizes, strict=True)
         ]
 

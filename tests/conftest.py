@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from paqdetr.engine import Run
+    from paqdetr.structures import Targets
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -44,6 +45,23 @@ def seeds() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002  libraries draw from the global state
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def make_targets() -> Callable[..., list[Targets]]:
+    """`make_targets(2, 0, 3)` is a batch of three images with so many boxes well inside them."""
+
+    from paqdetr.structures import Targets
+
+    def build(*counts: int, num_classes: int = 5) -> list[Targets]:
+        targets = []
+        for count in counts:
+            sizes = 0.1 + 0.2 * torch.rand(count, 2)
+            boxes = torch.cat([0.3 + 0.4 * torch.rand(count, 2), sizes], dim=1)
+            targets.append(Targets(torch.randint(num_classes, (count,)), boxes))
+        return targets
+
+    return build
 
 
 @pytest.fixture(scope="session")

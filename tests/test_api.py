@@ -104,7 +104,7 @@ def test_list_recipes() -> None:
         (
             lambda m, d, f: paqdetr.load(f, device="gpu"),
             paqdetr.ConfigError,
-            "device 'gpu': torch cannot use",
+            "device 'gpu': it does not work here",
         ),
     ],
 )

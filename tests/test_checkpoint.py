@@ -112,10 +112,10 @@ def test_a_truncated_file(file: Path, size: int) -> None:
 
 
 def test_no_such_file(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no such checkpoint"):
+    with pytest.raises(CheckpointError, match="no such file"):
         read_header(tmp_path / "x.safetensors")
-    with pytest.raises(CheckpointError, match="no such checkpoint"):
-        read_checkpoint(tmp_path)  # a folder
+    with pytest.raises(CheckpointError, match="is a folder, expected a file"):
+        read_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin", ".ckpt"])
@@ -129,12 +129,33 @@ def test_a_pickle_is_never_opened(tmp_path: Path, suffix: str) -> None:
         read_checkpoint(renamed)
 
 
-@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"paqdetr": "{no json"}])
-def test_safetensors_of_another_program(tmp_path: Path, metadata: dict[str, str] | None) -> None:
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        (None, "safetensors without a paqdetr header"),
+        ({"format": "pt"}, "safetensors without a paqdetr header"),
+        ({"paqdetr": "{no json"}, "its paqdetr header: no valid json at line 1, column 2"),
+        ({"paqdetr": "[]"}, "its paqdetr header is a list, expected an object"),
+        ({"paqdetr": "null"}, "its paqdetr header is a NoneType, expected an object"),
+        ({"paqdetr": "7"}, "its paqdetr header is a int, expected an object"),
+        ({"paqdetr": "[" * 10**5}, "its paqdetr header: the json is nested too deeply"),
+        ({"paqdetr": "1" * 5000}, "its paqdetr header: no usable json"),
+        ({"paqdetr": '{"name": 1, "name": 2}'}, "has the key 'name' twice"),
+    ],
+)
+def test_safetensors_of_another_program(
+    tmp_path: Path, metadata: dict[str, str] | None, message: str
+) -> None:
     path = tmp_path / "foreign.safetensors"
     save_file({"x": torch.zeros(2)}, path, metadata=metadata)
-    with pytest.raises(CheckpointError, match="safetensors without a paqdetr header"):
+    with pytest.raises(CheckpointError, match=message):
         read_checkpoint(path)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match="is a pipe, expected a file"):
+        read_header(tmp_path / "x.safetensors")
 
 
 def test_load_tensors() -> None:
@@ -156,6 +177,20 @@ def test_load_tensors() -> None:
             {"weight": torch.zeros(2, 2), "bias": torch.zeros(3)},
             "it has another shape for weight (2, 2) instead of (3, 2)",
         ),
+        (
+            {"weight": torch.zeros(3, 2, dtype=torch.int64), "bias": torch.zeros(3)},
+            "it has values of another type for weight (torch.int64 instead of torch.float32)",
+        ),
+        (
+            {"weight": torch.zeros(3, 2), "bias": torch.zeros(3, dtype=torch.bool)},
+            "it has values of another type for bias (torch.bool",
+        ),
+        (
+            {"weight": torch.zeros(3, 2, dtype=torch.complex64), "bias": torch.zeros(3)},
+            "another type for weight",
+        ),
+        ({"weight": torch.zeros(3, 2).to_sparse(), "bias": torch.zeros(3)}, "another type for weight"),
+        ({"weight": torch.zeros(3, 2, device="meta"), "bias": torch.zeros(3)}, "another type for weight"),
     ],
 )
 def test_load_tensors_of_another_model(tensors: dict[str, torch.Tensor], message: str) -> None:
@@ -250,5 +285,5 @@ def test_a_checkpoint_without_the_right_to_read() -> None:
         paths = [folder / "model.safetensors", private / "model.safetensors", folder / "none.safetensors"]
         command = [sys.executable, "-c", TRIED, *map(str, paths)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-    refused = ": cannot be read (Permission denied)"
-    assert done.stdout.splitlines() == [refused, refused, ": no such checkpoint"]
+    refused = ": cannot be read: Permission denied"
+    assert done.stdout.splitlines() == [refused, refused, ": no such file"]

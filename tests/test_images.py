@@ -321,3 +321,12 @@ def test_damaged_files_raise_nothing_but_our_errors(
         with contextlib.suppress(DataError), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             read(path)
+
+
+@pytest.mark.parametrize("name", ["._a.jpg", "._b.png", "._.webp"])
+def test_leftovers_are_no_images(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"\x00\x05\x16\x07")
+    with pytest.raises(DataError, match="holds no images"):
+        list_images(tmp_path)
+    Image.new("RGB", (2, 2)).save(tmp_path / "c.png")
+    assert list_images(tmp_path) == [tmp_path / "c.png"]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -27,9 +28,9 @@ def build(size: int | tuple[int, int], divisor: int = 1) -> Preprocessing:
         (320, 32, (427, 640), (224, 320)),  # 213.5 / 32 = 6.7
         (320, 32, (10, 640), (32, 320)),  # 5 pixels, but never less than one step
         (320, 1, (1, 2000), (1, 320)),
-        ((800, 1333), 1, (480, 640), (800, 1067)),  # two numbers are the short side ...
-        ((800, 1333), 1, (500, 1000), (666, 1333)),  # ... unless the long one would pass its limit
-        ((800, 1333), 1, (1000, 500), (1333, 666)),
+        ((800, 1333), 1, (480, 640), (800, 1066)),  # two numbers are the short side ...
+        ((800, 1333), 1, (500, 1000), (666, 1332)),  # ... unless the long one would pass its limit
+        ((800, 1333), 1, (1000, 500), (1332, 666)),
         ((800, 1333), 1, (800, 800), (800, 800)),
         ((800, 1333), 32, (480, 640), (800, 1056)),
     ],
@@ -47,7 +48,7 @@ def test_target_size_keeps_its_promises(height: int, width: int, divisor: int) -
     assert all(side % divisor == 0 and side >= divisor for side in found)
     exact = 320 * min(height, width) / max(height, width)
     assert abs(min(found) - max(exact, divisor)) <= divisor / 2 + 1e-6
-    short, long = sorted(build((200, 320), 1).target_size(height, width))
+    short, long = sorted(replace(build((200, 320)), resize="nearest").target_size(height, width))
     assert long <= 320 and short <= 200 and (long == 320 or short == 200)
 
 
@@ -90,28 +91,44 @@ def test_to_pixels_is_channels_first_and_a_copy() -> None:
     assert image.getpixel((0, 0)) == (1, 2, 3)
 
 
+IMAGENET = Normalization((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+
+
 @pytest.mark.parametrize("size", [320, (800, 1333)])
 def test_to_a_header_and_back(size: int | tuple[int, int]) -> None:
-    preprocessing = Preprocessing(size, 32, Normalization((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)))
+    preprocessing = Preprocessing(size, 32, IMAGENET, resize="detectron2", pad_divisor=16)
     assert Preprocessing.from_dict(json.loads(json.dumps(preprocessing.to_dict()))) == preprocessing
+
+
+def test_headers_of_before_the_rules_are_read_as_their_images_were_made() -> None:
+    header = Preprocessing((800, 1333), 1, IMAGENET).to_dict()
+    del header["resize"], header["pad_divisor"]
+    old = Preprocessing.from_dict(header)
+    assert old.target_size(480, 640) == (800, 1067)
+    assert old.pad_divisor == 32
 
 
 def test_padding_by_hand() -> None:
     images = [torch.full((3, 33, 20), 1.0), torch.full((3, 10, 64), 2.0)]
-    batch, mask = pad_images(images)
+    batch, mask = pad_images(images, 32)
     assert batch.shape == (2, 3, 64, 64) and mask is not None and mask.shape == (2, 64, 64)
     assert batch.sum() == 3 * 33 * 20 + 2 * 3 * 10 * 64
     assert (batch[0, :, :33, :20] == 1).all() and (batch[1, :, :10] == 2).all()
     assert (~mask).sum((1, 2)).tolist() == [33 * 20, 10 * 64]
     assert not mask[0, :33, :20].any() and not mask[1, :10].any()
     assert not batch.masked_select(mask[:, None].expand_as(batch)).any()
+    tight, tight_mask = pad_images(images)
+    assert torch.equal(tight, batch[:, :, :33]) and tight_mask is not None
+    assert torch.equal(tight_mask, mask[:, :33])
 
 
 def test_no_padding_no_mask() -> None:
     image = torch.randn(3, 32, 64)
     batch, mask = pad_images([image, image])
     assert mask is None and torch.equal(batch[1], image)
-    assert pad_images([torch.randn(3, 32, 65)])[1] is not None
+    odd = torch.randn(3, 33, 65)
+    assert torch.equal(pad_images([odd])[0][0], odd) and pad_images([odd])[1] is None
+    assert pad_images([odd], 32)[1] is not None
 
 
 def test_padding_keeps_the_dtype() -> None:

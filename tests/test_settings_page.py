@@ -33,7 +33,7 @@ def test_a_table_says_type_range_default_and_meaning(maker: ModuleType) -> None:
     rows = maker.table("augment").splitlines()
     assert "| `augment.flip` | float, >= 0, <= 1 | `0.5` |  | probability of a horizontal flip |" in rows
     model = maker.table("model")
-    assert "| `model.frozen_stride` | int, >= 0 | `4` | `8` |" in model
+    assert "| `model.frozen_stride` | int, >= 0, <= 1024 | `4` | `8` |" in model
     assert "| `model.bias_std` | float or null, >= 0 | `2` |" in model
     with pytest.raises(SystemExit, match="no section 'engine'"):
         maker.table("engine")

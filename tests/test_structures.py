@@ -38,12 +38,26 @@ def test_to_coco(found: Detections) -> None:
     assert rows[0] == {
         "image_id": 42,
         "category_id": 7,
+        "category_name": "cat",
         "bbox": [10.0, 20.0, 20.0, 40.0],
         "score": pytest.approx(0.9),
     }
     assert rows[1]["bbox"] == [0.0, 0.0, 5.0, 5.5] and rows[2]["category_id"] == 99
+    assert rows[2]["category_name"] == "99"  # a class without a name shows its id
     assert json.loads(json.dumps(rows)) == rows  # plain numbers, no numpy
     assert found.above(1.0).to_coco() == []
+
+
+def test_to_coco_rounded(found: Detections) -> None:
+    found.boxes[0] = [10 / 3, 20, 30, 60]
+    found.scores[0] = 2 / 3
+    found.file_name = "street.jpg"
+    (row,) = found.above(0.6).to_coco(rounded=True)
+    assert list(row) == ["image_id", "file_name", "category_id", "category_name", "bbox", "score"]
+    assert row["file_name"] == "street.jpg"
+    assert json.dumps(row["bbox"]) == "[3.33, 20.0, 26.67, 40.0]" and json.dumps(row["score"]) == "0.66667"
+    (exact,) = found.above(0.6).to_coco()
+    assert exact["score"] == float(np.float32(2 / 3))
 
 
 def test_to_supervision(found: Detections) -> None:

@@ -29,6 +29,26 @@ def test_idle_threads_sleep_soon_unless_the_user_says_otherwise(given: dict[str,
     assert done.stdout.strip() == found
 
 
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("module://no_such_package.backend_inline", False),
+        ("module://", False),
+        ("module://json.backend", True),  # the package is installed
+        ("svg", True),
+    ],
+)
+def test_a_plot_backend_that_is_not_installed_is_forgotten(
+    given: str, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from paqdetr._threads import drop_missing_plot_backend
+
+    monkeypatch.setenv("MPLBACKEND", given)
+    monkeypatch.delitem(sys.modules, "matplotlib", raising=False)
+    drop_missing_plot_backend()
+    assert ("MPLBACKEND" in os.environ) == kept
+
+
 def test_nothing_is_said_once_torch_has_been_read(monkeypatch: pytest.MonkeyPatch) -> None:
     from paqdetr._threads import calm_idle_threads
 

@@ -4,7 +4,7 @@
     python tools/mutants.py run --coverage FILE --json OUT [--tier unit|all] [--only NUMBER ...]
 
 A mutant is a snippet that stands exactly once in the package, and what replaces it; it is found wherever the file has gone,
-so that the same list serves before and after code is moved. Only the tests that run its first line are started, those of the unit tier
+so that the same list serves before and after code is moved. Only tests that run its first line are started, the unit tier's
 first. `map` needs the package `coverage`. The list covers paq, losses, models, data, evaluation and training: comparisons,
 arithmetic, indices, constants, dropped terms.
 """

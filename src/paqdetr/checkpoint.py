@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import shutil
-import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from tempfile import mkdtemp
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from paqdetr._version import __version__
 from paqdetr.errors import CheckpointError, StorageError
+from paqdetr.files import open_regular, parse_json
 from paqdetr.locks import Busy, held
 
 # Unfinished files lie in folders of such names, each with a lock that its writer holds.
@@ -57,7 +57,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers_once(path.parent)
-        with _unfinished(path) as temporary:
+        with unfinished(path) as temporary:
             temporary.touch()
             mode = temporary.stat().st_mode
             write(temporary)
@@ -74,7 +74,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 @contextlib.contextmanager
-def _unfinished(path: Path) -> Iterator[Path]:
+def unfinished(path: Path) -> Iterator[Path]:
     """A place of the same name in a new hidden folder beside `path`, which is removed at the end."""
     before, after = _UNFINISHED.split("{}")
     while True:
@@ -160,30 +160,31 @@ def _open(path: Path, tensors: bool = False) -> tuple[dict[str, Tensor], dict[st
             f"{path}: a pickle, which this program does not open", "give a .safetensors file"
         )
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise FileNotFoundError
-        # Opened first: safetensors calls a file that may not be read missing.
-        with path.open("rb"), safe_open(path, framework="pt") as file:
+        # Opened first: safetensors calls a file that may not be read missing, and would wait for a pipe.
+        with open_regular(path, error=CheckpointError), safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             content: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()} if tensors else {}  # noqa: SIM118
-    except (FileNotFoundError, NotADirectoryError):
-        raise CheckpointError(
-            f"{path}: no such checkpoint", "a run writes best.safetensors and last.safetensors"
-        ) from None
-    except PermissionError as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror})", "give your user the right to read it and its folder"
-        ) from None
-    except (SafetensorError, OSError) as error:
+    except (
+        SafetensorError,
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+    ) as error:  # of types unknown to torch
         raise CheckpointError(
             f"{path}: not a readable safetensors file ({error})", "copy or train it again"
         ) from None
-    try:
-        header = json.loads(metadata[_KEY])
-    except (KeyError, json.JSONDecodeError):
+    if _KEY not in metadata:
         raise CheckpointError(
             f"{path}: safetensors without a paqdetr header", "convert weights of other programs first"
-        ) from None
+        )
+    header = parse_json(metadata[_KEY], f"{path}: its paqdetr header", error=CheckpointError)
+    if not isinstance(header, dict):
+        raise CheckpointError(
+            f"{path}: its paqdetr header is a {type(header).__name__}, expected an object",
+            "copy or train it again",
+        )
     written = header.pop(_HASH, None)  # files of versions before it have none
     if tensors and written is not None and written != _digest(json.dumps(header), content):
         raise CheckpointError(
@@ -197,7 +198,7 @@ def load_tensors(module: torch.nn.Module, tensors: Mapping[str, Tensor], where: 
     """Fill a module; every name and shape must agree. A module on the meta device takes over the tensors themselves.
 
     Raises:
-        CheckpointError: naming the first tensors that are missing, left over or of another shape.
+        CheckpointError: naming the first tensors that are missing, left over, of another shape or no weights.
     """
     own = module.state_dict()
     missing = [key for key in own if key not in tensors]
@@ -207,7 +208,17 @@ def load_tensors(module: torch.nn.Module, tensors: Mapping[str, Tensor], where: 
         for key in own
         if key in tensors and tensors[key].shape != own[key].shape
     ]
-    for problem, keys in (("lacks", missing), ("has unknown", extra), ("has another shape for", reshaped)):
+    other = [
+        f"{key} ({tensors[key].dtype} instead of {own[key].dtype})"
+        for key in own
+        if key in tensors and not _same_kind(tensors[key], own[key])
+    ]
+    for problem, keys in (
+        ("lacks", missing),
+        ("has unknown", extra),
+        ("has another shape for", reshaped),
+        ("has values of another type for", other),
+    ):
         if keys:
             more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
             raise CheckpointError(
@@ -218,3 +229,9 @@ def load_tensors(module: torch.nn.Module, tensors: Mapping[str, Tensor], where: 
         module.load_state_dict({key: tensors[key].to(own[key].dtype) for key in own}, assign=True)
     else:
         module.load_state_dict(dict(tensors))
+
+
+def _same_kind(given: Tensor, own: Tensor) -> bool:
+    """Whether its values can be taken over: weights may have another precision, but are no whole or complex numbers."""
+    plain = given.layout is torch.strided and not given.is_quantized and given.device.type != "meta"
+    return plain and (given.is_floating_point() == own.is_floating_point()) and not given.is_complex()

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 from PIL import Image, ImageColor
 
 from paqdetr.images import read_image
+from paqdetr.text import printable
 
 if TYPE_CHECKING:
     from paqdetr.structures import Detections
@@ -69,7 +70,7 @@ def _draw(
     image: Image.Image | np.ndarray, boxes: ArrayLike, ids: np.ndarray, texts: list[str]
 ) -> Image.Image:
     """Draws in the order given: the last lies on top."""
-    picture = read_image(image)
+    picture, texts = read_image(image), list(map(printable, texts))
     xyxy = np.asarray(boxes, dtype=np.float32).reshape(-1, 4).round()  # supervision would cut decimals off
     if not len(xyxy):
         return picture

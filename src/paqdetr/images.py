@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from paqdetr.errors import DataError
+from paqdetr.values import environment_integer
 
 IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
 
@@ -21,7 +24,7 @@ PICTURE_EXTENSIONS = IMAGE_EXTENSIONS | {
     ".gif", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpx", ".avif", ".heic", ".heif", ".jxl",
 }  # fmt: skip
 
-MAX_PIXELS = int(os.environ.get("PAQDETR_MAX_PIXELS", "178956970"))
+MAX_PIXELS = environment_integer("PAQDETR_MAX_PIXELS", 178_956_970, low=1, high=2**40)
 """Images with more pixels are refused before they are decoded: a file of some kilobytes can claim any size."""
 
 if (
@@ -42,11 +45,16 @@ _DAMAGED = (
 _ARRAY_REMEDY = "Pass uint8 RGB of shape (height, width, 3), or grey of shape (height, width)."
 
 
-def read_image(source: str | Path | Image.Image | np.ndarray) -> Image.Image:
+ImageSource = str | os.PathLike[str] | bytes | BinaryIO | Image.Image | np.ndarray
+"""What can be read as a picture: a path, a file's content, a file opened as binary, a PIL image, an array."""
+
+
+def read_image(source: ImageSource) -> Image.Image:
     """The picture as 8-bit RGB with its EXIF orientation applied.
 
     Args:
-        source: a path, a PIL image, or a uint8 array: (H, W, 3) RGB, (H, W) or (H, W, 1) grey.
+        source: a path, the bytes of an image file, a file opened as binary, a PIL image, or a uint8 array: (H, W, 3) RGB,
+            (H, W) or (H, W, 1) grey.
 
     Returns:
         A PIL image of mode "RGB", independent of the source. Other modes are converted thus: grey, 1 bit,
@@ -67,13 +75,21 @@ def read_image(source: str | Path | Image.Image | np.ndarray) -> Image.Image:
             return _to_rgb(ImageOps.exif_transpose(source))
         except _DAMAGED as error:
             raise _undecodable(name, error) from error
-    if not isinstance(source, (str, os.PathLike)):
+    if isinstance(source, (str, os.PathLike)):
+        file: Path | BinaryIO = Path(source)
+    elif isinstance(source, (bytes, bytearray, memoryview)):
+        file = io.BytesIO(source)
+    elif hasattr(source, "read") and not isinstance(source, io.TextIOBase):
+        file = source
+    else:
+        kind = type(source)
+        found = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
         raise DataError(
-            f"expected a path, a PIL image or an array, found {type(source).__module__}.{type(source).__name__}",
-            f"{_ARRAY_REMEDY} A tensor of (3, height, width) becomes one by .permute(1, 2, 0).numpy().",
+            f"an image: expected a path, bytes, a binary file, a PIL image or an array, found {found}",
+            f"{_ARRAY_REMEDY} A tensor of (3, height, width) becomes one by .permute(1, 2, 0).numpy(); "
+            'files are opened with open(path, "rb").',
         )
-    path = Path(source)
-    with _opened(path) as image:
+    with _opened(file) as image:
         return _to_rgb(ImageOps.exif_transpose(image))
 
 
@@ -133,10 +149,11 @@ def _formats() -> tuple[str, ...]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def _opened(source: Path | BinaryIO) -> Iterator[Image.Image]:
     """The image, not yet decoded; whatever goes wrong meanwhile, while decoding too, becomes a DataError."""
+    path = source if isinstance(source, Path) else getattr(source, "name", "the given bytes")
     try:
-        with Image.open(path, formats=_formats()) as image:
+        with Image.open(source, formats=_formats()) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels")
             yield image
@@ -152,12 +169,21 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     except PermissionError:
         raise DataError(f"{path}: the image file may not be read", "Change its permissions.") from None
     except UnidentifiedImageError:
+        size = f" ({path.stat().st_size} bytes)" if isinstance(path, Path) else ""
         raise DataError(
-            f"{path}: not an image in a known format ({path.stat().st_size} bytes)",
-            "Convert it to JPEG or PNG, or remove it.",
+            f"{path}: not an image in a known format{size}", "Convert it to JPEG or PNG, or remove it."
         ) from None
     except _DAMAGED as error:
         raise _undecodable(path, error) from error
+
+
+# What operating systems and programs leave in folders, and archives of macOS hold beside every file.
+_LEFTOVERS = frozenset({"__MACOSX", ".DS_Store", "Thumbs.db", "desktop.ini", ".ipynb_checkpoints", "@eaDir"})
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a relative name is, or lies in, what nobody put there on purpose: `._a.jpg`, `__MACOSX/`, ..."""
+    return any(part.startswith("._") or part in _LEFTOVERS for part in name.split("/"))
 
 
 def list_images(path: str | Path) -> list[Path]:
@@ -175,7 +201,9 @@ def list_images(path: str | Path) -> list[Path]:
     if not path.is_dir():
         raise DataError(f"{path}: no such file or folder", "Check the path.")
     found = sorted(
-        entry for entry in path.iterdir() if entry.suffix.lower() in PICTURE_EXTENSIONS and entry.is_file()
+        entry
+        for entry in path.iterdir()
+        if entry.suffix.lower() in PICTURE_EXTENSIONS and entry.is_file() and not is_leftover(entry.name)
     )
     if not found:
         raise DataError(

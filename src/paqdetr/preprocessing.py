@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import torchvision.transforms.v2.functional as TF
-from PIL.Image import Image
+from PIL.Image import Image, Resampling
+from pydantic import Field, TypeAdapter
 from torch import Tensor
 
-# timm's hierarchical backbones want sides that are multiples of their coarsest stride.
-_PAD_TO = 32
+from paqdetr.config import ResizeRule
+
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True, slots=True)
 class Normalization:
     """Per-channel mean and std of RGB pixels in [0, 255]."""
 
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[_Finite, _Finite, _Finite]
+    std: tuple[_Positive, _Positive, _Positive]
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """(3, H, W) uint8 -> (3, H, W) float32."""
@@ -38,47 +42,105 @@ class Preprocessing:
         size_divisor: sides are rounded to multiples of it, at the price of a slightly changed aspect. With a divisor of the
             coarsest stride no token is part image, part padding.
         normalization: of the pixels.
+        resize: how sides become whole pixels, where image_size has two numbers and size_divisor is 1; to the nearest multiple of
+            size_divisor elsewhere.
+        pad_divisor: sides of a batch are padded to multiples of it; 1: to the largest image of the batch alone.
     """
 
     image_size: int | tuple[int, int]
-    size_divisor: int
+    size_divisor: Annotated[int, Field(ge=1, le=1024)]
     normalization: Normalization
+    resize: ResizeRule = "detr"
+    pad_divisor: Annotated[int, Field(ge=1, le=1024)] = 1
 
-    def target_size(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) after the resize."""
+    @property
+    def rule(self) -> ResizeRule:
+        """The rule that is at work."""
+        return "nearest" if isinstance(self.image_size, int) or self.size_divisor > 1 else self.resize
+
+    def target_size(self, height: int, width: int, scale: float = 1.0) -> tuple[int, int]:
+        """(height, width) after the resize.
+
+        Args:
+            height, width: of the image in pixels.
+            scale: of a training batch. The rules of other programs scale the short side alone, as their training does; the limit
+                of the long side stays.
+        """
         if isinstance(self.image_size, int):
-            scale = self.image_size / max(height, width)
+            zoom = self.image_size / max(height, width)
+        elif self.rule == "nearest":
+            zoom = min(self.image_size[0] / min(height, width), self.image_size[1] / max(height, width))
         else:
             short, longest = self.image_size
-            scale = min(short / min(height, width), longest / max(height, width))
-        return self.round_size(height * scale, width * scale)
+            return _program_size(self.rule, height, width, round(short * scale), longest)
+        whole = self._nearest(height * zoom, width * zoom)
+        return self._nearest(whole[0] * scale, whole[1] * scale)
 
-    def round_size(self, height: float, width: float) -> tuple[int, int]:
+    def _nearest(self, height: float, width: float) -> tuple[int, int]:
         """Sides in whole pixels, rounded to the divisor and at least one of it."""
         step = self.size_divisor
         return max(round(height / step), 1) * step, max(round(width / step), 1) * step
 
     def __call__(self, image: Image, size: tuple[int, int] | None = None) -> Tensor:
-        """RGB image -> (3, H, W) float32; `size` (height, width) overrides the resize."""
-        pixels = to_pixels(image)
+        """RGB image -> (3, H, W) float32; `size` (height, width) overrides the target size."""
         height, width = size or self.target_size(image.height, image.width)
-        resized = TF.resize(pixels, [height, width], antialias=True)
+        if self.rule in ("detr", "detectron2"):
+            # These resize with Pillow; torch rounds about one value in 500 to the neighbouring grey level.
+            resized = to_pixels(image.resize((width, height), Resampling.BILINEAR))
+        else:
+            resized = TF.resize(to_pixels(image), [height, width], antialias=True)
         return self.normalization(resized)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint's header."""
         return asdict(self)
 
+    def settings(self) -> dict[str, Any]:
+        """Its values under the names that they have in a `Config`; the normalization follows from the backbone."""
+        values = asdict(self)
+        del values["normalization"]
+        return values
+
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
-        """The inverse of `to_dict`, also after a trip through json."""
-        size = values["image_size"]
-        normalization = values["normalization"]
-        return cls(
-            image_size=size if isinstance(size, int) else (int(size[0]), int(size[1])),
-            size_divisor=int(values["size_divisor"]),
-            normalization=Normalization(mean=tuple(normalization["mean"]), std=tuple(normalization["std"])),
-        )
+    def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
+        """The inverse of `to_dict`, also after a trip through json. Older headers have neither `resize` nor `pad_divisor`:
+        their images were resized to the nearest pixel and padded to multiples of 32.
+
+        Raises:
+            pydantic.ValidationError: a value is missing, of another type or out of its range.
+        """
+        content = json.dumps({"resize": "nearest", "pad_divisor": 32, **values})
+        return TypeAdapter(cls).validate_json(content, strict=True)
+
+
+def _program_size(rule: ResizeRule, height: int, width: int, short: int, longest: int) -> tuple[int, int]:
+    """(height, width) to which a program resizes, given the short side and the most that the long side may have.
+
+    Sources: datasets/transforms.py of fundamentalvision/Deformable-DETR 48092c5 (DINO's and DN-DETR's are the same);
+    detectron2/data/transforms/augmentation_impl.py (`ResizeShortestEdge`); image_transforms.py of transformers 5.24;
+    models/detectors/base_detector.py (`EvalResize`) of xiuqhou/Relation-DETR 7047657.
+    """
+    low, high = min(height, width), max(height, width)
+    if rule == "relation_detr":  # in float32, so that some sides are a pixel short
+        sides = torch.tensor([height, width])
+        zoom = torch.minimum(short / sides.min(), longest / sides.max())
+        tall, wide = (sides * zoom).long().tolist()
+        return max(tall, 1), max(wide, 1)
+    if rule == "detectron2":
+        zoom = short / low
+        tall, wide = (short, zoom * width) if height < width else (zoom * height, short)
+        if max(tall, wide) > longest:
+            zoom = longest / max(tall, wide)
+            tall, wide = tall * zoom, wide * zoom
+        return max(int(tall + 0.5), 1), max(int(wide + 0.5), 1)
+    exact: float = short
+    if high / low * short > longest:
+        exact = longest * low / high
+        short = max(round(exact), 1)
+    if low == short:
+        return height, width
+    long = max(int((exact if rule == "transformers" else short) * high / low), 1)
+    return (long, short) if height > width else (short, long)
 
 
 def to_pixels(image: Image) -> Tensor:
@@ -86,17 +148,18 @@ def to_pixels(image: Image) -> Tensor:
     return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).contiguous()
 
 
-def pad_images(images: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+def pad_images(images: Sequence[Tensor], divisor: int = 1) -> tuple[Tensor, Tensor | None]:
     """Stack images of different sizes.
 
     Args:
         images: (3, h, w) each.
+        divisor: sides become multiples of it.
 
     Returns:
-        (B, 3, H, W), zero at padding, sides multiples of 32; and (B, H, W) bool, True at padding, None if there is none.
+        (B, 3, H, W), zero at padding; and (B, H, W) bool, True at padding, None if there is none.
     """
     height, width = (max(int(image.shape[axis]) for image in images) for axis in (1, 2))
-    height, width = (-(-side // _PAD_TO) * _PAD_TO for side in (height, width))
+    height, width = (-(-side // divisor) * divisor for side in (height, width))
     batch = images[0].new_zeros(len(images), 3, height, width)
     mask = torch.ones(len(images), height, width, dtype=torch.bool, device=batch.device)
     for row, row_mask, image in zip(batch, mask, images, strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -56,6 +56,7 @@ class Detections:
         names: category id -> category name.
         image_id: the data set's id, or the file name, or None.
         query_indices: (N,) int64 array: which query each box came from.
+        file_name: of the image; None if it did not come from a file.
     """
 
     boxes: np.ndarray
@@ -64,6 +65,7 @@ class Detections:
     names: dict[int, str] = field(default_factory=dict)
     image_id: int | str | None = None
     query_indices: np.ndarray | None = None
+    file_name: str | None = None
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -73,23 +75,40 @@ class Detections:
         return self.rows(self.scores >= threshold)
 
     def rows(self, chosen: np.ndarray) -> Detections:
-        """Some of them, by position or by mask; names and image id come along."""
+        """Some of them, by position or by mask; everything about the image comes along."""
         indices = None if self.query_indices is None else self.query_indices[chosen]
-        return Detections(
-            self.boxes[chosen], self.scores[chosen], self.labels[chosen], self.names, self.image_id, indices
+        return replace(
+            self,
+            boxes=self.boxes[chosen],
+            scores=self.scores[chosen],
+            labels=self.labels[chosen],
+            query_indices=indices,
         )
 
-    def to_coco(self) -> list[dict[str, Any]]:
-        """COCO results: one dict a box, `bbox` as [x, y, width, height] in pixels."""
-        sizes = self.boxes[:, 2:] - self.boxes[:, :2]
+    def to_coco(self, *, rounded: bool = False) -> list[dict[str, Any]]:
+        """COCO results: one dict per box with `image_id`, `file_name` (if known), `category_id`, `category_name`, `bbox` as
+        [x, y, width, height] in pixels, and `score`.
+
+        Args:
+            rounded: boxes to 2 decimals and scores to 5, for files that people read; figures made of them differ in the fourth
+                digit, since equal scores have no order.
+        """
+        boxes, scores = self.boxes.copy(), self.scores
+        boxes[:, 2:] -= boxes[:, :2]
+        if rounded:
+            boxes, scores = boxes.astype(np.float64).round(2), scores.astype(np.float64).round(5)
+        image: dict[str, Any] = {"image_id": self.image_id}
+        if self.file_name is not None:
+            image["file_name"] = self.file_name
         return [
             {
-                "image_id": self.image_id,
-                "category_id": int(label),
-                "bbox": [float(box[0]), float(box[1]), float(size[0]), float(size[1])],
-                "score": float(score),
+                **image,
+                "category_id": label,
+                "category_name": self.names.get(label, str(label)),
+                "bbox": box,
+                "score": score,
             }
-            for box, size, label, score in zip(self.boxes, sizes, self.labels, self.scores, strict=True)
+            for box, label, score in zip(boxes.tolist(), self.labels.tolist(), scores.tolist(), strict=True)
         ]
 
     def to_supervision(self) -> supervision.Detections:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import paqdetr
+from paqdetr.analysis.report.analyze import _training_split as training_split
 from paqdetr.cli import run
 from paqdetr.config import load_config
 from paqdetr.data.dataset import open_split
@@ -142,6 +143,29 @@ def test_mistakes_are_told_before_the_work(tiny_digits: Path, tmp_path: Path) ->
     assert not (tmp_path / "out").exists()
     missing = ["analyze", str(tmp_path / "no.safetensors"), "--data", str(tiny_digits), "--output", "x"]
     assert run(missing) == 2
+
+
+WITHOUT_OBJECTS = {
+    "no boxes": lambda rows: [],
+    "crowds": lambda rows: [row | {"iscrowd": 1} for row in rows],
+    "no area": lambda rows: [row | {"bbox": [*row["bbox"][:3], 0]} for row in rows],
+    "outside": lambda rows: [row | {"bbox": [500, 500, 9, 9]} for row in rows],
+}
+
+
+@pytest.mark.parametrize("kind", WITHOUT_OBJECTS)
+def test_a_split_without_objects(tiny_digits: Path, tmp_path: Path, kind: str) -> None:
+    folder = Path(shutil.copytree(tiny_digits, tmp_path / "digits"))
+    for split in ("train", "val"):
+        content = json.loads((folder / f"{split}.json").read_text())
+        content["annotations"] = WITHOUT_OBJECTS[kind](content["annotations"])
+        (folder / f"{split}.json").write_text(json.dumps(content))
+    with pytest.raises(
+        DataError, match=r"val\.json: none of its 4 images has an object to be found \((0|\d\d) crowds"
+    ):
+        paqdetr.analyze(untrained("dino_nano", tiny_digits), data=folder, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert training_split(folder) is None and training_split(tiny_digits) is not None
 
 
 # ------------------------------------------------------------------------------------------------ browser

@@ -78,10 +78,10 @@ def test_the_model_is_left_as_it_was(split: DetectionDataset) -> None:
 def test_one_to_many_gives_more_to_learn(split: DetectionDataset) -> None:
     # Enough queries that no box has to do with one.
     model = detector("paq_dino_nano", split, denoising="none", num_queries=40)
-    loss = LossConfig(assigner="fixed_k", top_k=4, one_to_many_until=0.5)
+    loss = LossConfig(assigner="fixed_k", top_k=4, one_to_many_from=0.2, one_to_many_until=0.5)
     early, late = (
         content_gradients(model, split, criterion=build_criterion(loss), images=2, train_progress=progress)
-        for progress in (0.0, 0.9)
+        for progress in (None, 0.9)
     )
     assert early.counts.sum() > 1.2 * late.counts.sum()
 

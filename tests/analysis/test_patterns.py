@@ -93,6 +93,8 @@ def test_against_a_slow_reference(anyone: Detector) -> None:
     within = np.square(contents - contents.mean(0)).sum()
     whole = np.square(contents - contents.mean((0, 1))).sum()
     assert study.image_share == pytest.approx(within / whole, abs=1e-6)
+    additive = contents.mean(0) + contents.mean(1, keepdims=True) - contents.mean((0, 1))
+    assert study.query_share == pytest.approx(np.square(contents - additive).sum() / whole, abs=1e-6)
     for place, index in enumerate(study.images):
         mass = image(int(index))[0].mixture.weights
         assert mass is not None and study.image_mass[place] == pytest.approx(mass[0].mean(0).numpy())
@@ -108,6 +110,7 @@ def require_same(one: ContentStudy, other: ContentStudy) -> None:
     for name in ("category_weights", "index_content", "index_weights", "images", "image_mass"):
         assert np.array_equal(getattr(one, name), getattr(other, name), equal_nan=True), name
     assert (one.matched, one.image_share) == (other.matched, other.image_share)
+    assert one.query_share == other.query_share
 
 
 @pytest.mark.parametrize("limit", [3000, 6])
@@ -135,6 +138,26 @@ def test_a_static_table_has_nothing_of_the_image(anyone: Detector) -> None:
     assert study.image_share == pytest.approx(0, abs=1e-6)
     assert study.category_weights is None and study.dominant is None and study.category_lift() is None
     assert exciting_images(study) == []
+
+
+@pytest.mark.parametrize(
+    ("decided_by", "image_share", "query_share"),
+    [("index", 0.0, 0.0), ("image", 1.0, 0.0), ("both", 1.0, 1.0), ("sum", 0.5, 0.0)],
+)
+def test_shares_of_content_that_is_made_of_known_parts(
+    decided_by: str, image_share: float, query_share: float
+) -> None:
+    """Signs of a two-level design, so that each part has the variance 1 and a mean of zero."""
+    collector = ContentCollector(num_classes=C)
+    index, signs = torch.tensor([1.0, 1, -1, -1])[:, None], torch.tensor([1.0, -1, 1, -1])
+    for seed, sign in enumerate(signs):
+        content = {"index": index, "image": sign.expand(4, 1), "both": sign * index, "sum": sign + index}
+        output, target = image(seed)
+        output.mixture = Mixture(content=content[decided_by][None].expand(1, -1, D), weights=None)
+        output.pred_logits, output.pred_boxes = output.pred_logits[:, :4], output.pred_boxes[:, :4]
+        collector.see(output, [target], [seed])  # type: ignore[arg-type]
+    shares = {"image_share": image_share, "query_share": query_share}
+    assert collector.shares == pytest.approx(shares, abs=1e-6)
 
 
 def test_no_boxes_at_all(anyone: Detector) -> None:
@@ -191,7 +214,7 @@ def test_exciting_images_by_hand(anyone: Detector) -> None:
     mass = np.array([[0.25, 0.5, 0.25, 0], [0.25, 0.2, 0.55, 0], [0.25, 0.35, 0.4, 0]], dtype=np.float32)
     planted = ContentStudy(
         study.classes, study.matched, study.samples, study.category_counts, None, study.index_content, None,
-        0.5, study.images, mass, None,
+        0.5, 0.25, study.images, mass, None,
     )  # fmt: skip
     (pattern, images), (second, _) = exciting_images(planted, patterns=2, images=2)
     assert (pattern, second) == (2, 1), "0 is the same in every image, 3 is never there"
@@ -293,6 +316,11 @@ def test_the_chapter_on_patterns(observed: Any, split: DetectionDataset) -> None
     assert names == both | mixes | {"pattern_meaning", "content_variance"}
     meaning = next(part for part in section.parts if part.name == "pattern_meaning")
     assert isinstance(meaning, Table) and len(meaning.rows) == 3 * 3 + 2 * 3
+    shares = next(part for part in section.parts if part.name == "content_variance")
+    assert isinstance(shares, Table)
+    for row, model in zip(shares.rows, studied, strict=True):
+        assert row["index"] + row["image"] + row["query"] == pytest.approx(1, abs=1e-5)
+        assert row["query"] == pytest.approx(model.study.query_share, abs=1e-6)
     static = [row for row in meaning.rows if row["model"] == "dn_detr_nano" and "index" in row["shuffled"]]
     assert all(row["value"] == pytest.approx(row["twin"], abs=1e-6) for row in static), "its own twin"
     assert next(row["p"] for row in static if row["measure"] == "cluster") == 1.0

@@ -17,7 +17,7 @@ from PIL import Image
 
 from paqdetr.analysis import plots
 from paqdetr.analysis.report.analyze import _labels
-from paqdetr.analysis.report.folder import require_free, write_folder
+from paqdetr.analysis.report.folder import require_report_place, write_folder
 from paqdetr.analysis.report.page import Chapter, Heading, render, written
 from paqdetr.analysis.section import Column, Figure, Picture, Section, Slides, Table
 from paqdetr.errors import ConfigError, StorageError
@@ -169,7 +169,7 @@ def test_an_earlier_report_is_replaced_and_nothing_else_is(tmp_path: Path) -> No
     (tmp_path / "file").write_text("")
     for wrong in (tmp_path / "file", tmp_path):
         with pytest.raises(ConfigError):
-            require_free(wrong)
+            require_report_place(wrong)
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

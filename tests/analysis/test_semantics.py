@@ -59,6 +59,7 @@ def study(kind: str, seed: int = 0) -> ContentStudy:
         index_content=content.reshape(grid).mean(0),
         index_weights=weights.reshape(grid).mean(0),
         image_share=0.5,
+        query_share=0.5,
         images=np.arange(IMAGES),
         image_mass=None,
         patterns=None,
@@ -186,6 +187,6 @@ def test_too_little_to_tell() -> None:
     for few in (whole.samples.rows(one), whole.samples.rows(whole.samples.images == 0)):
         small = ContentStudy(
             whole.classes, len(few), few, whole.category_counts, None, whole.index_content,
-            whole.index_weights, 0.5, whole.images, None, None,
+            whole.index_weights, 0.5, 0.5, whole.images, None, None,
         )  # fmt: skip
         assert semantics(small).measures == ()

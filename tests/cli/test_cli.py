@@ -368,14 +368,28 @@ def test_debug_shows_where_a_mistake_was_noticed(capsys: pytest.CaptureFixture[s
     assert "Traceback" in said and "error: unknown model or recipe 'nonsense'" in said
 
 
-def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def stopped(*_: object) -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "config show paq_dino_nano",
+        "plan paq_dino_nano --data x",
+        "data make digits --output x",
+        "train paq_dino_nano --data x --output y",
+    ],
+)
+def test_interrupted(
+    arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only what can go on is said to."""
+
+    def stopped(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("paqdetr.config.load_config", stopped)
-    assert run(["config", "show", "paq_dino_nano"]) == 130
+    for name in ("config.parse_overrides", "config.load_config", "data.digits.make_digits"):
+        monkeypatch.setattr(f"paqdetr.{name}", stopped)
+    assert run(arguments.split()) == 130
     said = capsys.readouterr().err
-    assert said.startswith("interrupted: ") and "--resume" in said
+    assert said.startswith("interrupted: ") and ("--resume" in said) == arguments.startswith("train")
 
 
 def test_a_path_that_cannot_be_written(

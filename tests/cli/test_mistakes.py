@@ -190,7 +190,7 @@ def split_that_does_not_exist(w: World) -> list[str]:
 # ------------------------------------------------------------------------------- a training and its state
 
 
-@case("patience=3 needs a validation split", "add a val split")
+@case("patience=3 needs a validation split", "set val_fraction=0.1")
 def patience_without_a_validation_split(w: World) -> list[str]:
     (w.data / "val.json").unlink()
     return w.train("patience=3")
@@ -405,7 +405,7 @@ def broken_settings_file(w: World) -> list[str]:
     return w.train(model=str(w.file("broken.yaml", "model: [1, 2")))
 
 
-@case("device 'quantum': torch cannot use it here", "--device cpu")
+@case("device 'quantum': it does not work here", "--device cpu")
 def unknown_device(w: World) -> list[str]:
     return w.train(device="quantum")
 
@@ -423,7 +423,7 @@ def half_precision_on_the_cpu(w: World) -> list[str]:
 # --------------------------------------------------------------------------------------------- checkpoints
 
 
-@case("nowhere.safetensors: no such checkpoint")
+@case("nowhere.safetensors: no such file")
 def missing_checkpoint(w: World) -> list[str]:
     return w.eval(checkpoint=w.root / "nowhere.safetensors")
 

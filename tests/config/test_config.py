@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import paqdetr
@@ -14,6 +15,7 @@ from paqdetr.config import (
     Config,
     LossConfig,
     ModelConfig,
+    files,
     known_figures,
     known_keys,
     list_configs,
@@ -117,8 +119,10 @@ def test_preset_paper_is_the_literal_paper() -> None:
         None,
     )
     assert (model.pattern_std, model.temperature, model.gain) == (1.0, 1.0, 1.0)
+    assert (model.mixture_input, model.mixture, model.normalize_summary) == ("image", "replace", False)
     assert (loss.gamma, loss.top_k, loss.min_positives, loss.confidence) == (0.4, 4, 1, "max")
-    assert (loss.diversity_weight, loss.div_scale, loss.one_to_many_until) == (0.2, 1.0, 1.0)
+    assert (loss.diversity_weight, loss.div_scale) == (0.2, 1.0)
+    assert (loss.one_to_many_from, loss.one_to_many_until, loss.min_iou) == (0.0, 1.0, 0.0)
     assert loss.classification == "varifocal" and loss.assigner == "quality_aware"
     assert (loss.class_cost, loss.l1_cost, loss.giou_cost) == (2.0, 5.0, 2.0)
     assert model.dim == 128  # the host stays
@@ -223,17 +227,21 @@ def test_a_circle_of_bases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rela
         ({"amp": "fp8"}, "amp='fp8': Input should be 'no', 'bf16' or 'fp16'", "config show"),
         (
             {"model.queries": "dense"},
-            "model.queries='dense': Input should be 'static', 'proposals', 'patterns' or 'static_mixture'",
+            "model.queries='dense': Input should be 'static', 'proposals', 'patterns', 'static_mixture' or 'features'",
             "config show",
         ),
         ({"model.dim": 130}, "dim=130 must be divisible by 4 and by num_heads=8", "config show"),
         ({"model.num_levels": 2}, r"num_levels=2 is fewer than backbone_strides=(8, 16, 32)", "config show"),
         ({"model.encoder_query_levels": 4}, "encoder_query_levels=4 exceeds num_levels=3", "config show"),
         ({"loss.min_positives": 9}, "min_positives=9 exceeds top_k=4", "config show"),
-        ({"image_size": 16}, "image_size=16: expected one number >= 32", "config show"),
-        ({"image_size": [900, 800]}, "image_size=[900, 800]: expected one number >= 32", "config show"),
+        ({"image_size": 16}, "image_size=16: expected one number from 32", "config show"),
+        ({"image_size": [900, 800]}, "image_size=[900, 800]: expected one number from 32", "config show"),
         ({"image_size": "big"}, "image_size='big'", "config show"),
-        ({"augment.scale": [1.0, 0.5]}, "augment.scale=[1.0, 0.5]: expected 0 < low <= high", "config show"),
+        (
+            {"augment.scale": [1.0, 0.5]},
+            "augment.scale=[1.0, 0.5]: expected 0.01 <= low <= high",
+            "config show",
+        ),
         ({"augment.crop_size": [0.0, 0.5]}, "augment.crop_size=[0.0, 0.5]", "config show"),
         ({"model": 3}, "model=3", "config show"),
         ({"preset": "papr"}, "unknown preset 'papr'", "the only preset is 'paper'"),
@@ -252,7 +260,7 @@ def test_each_mistake_names_key_value_and_remedy(
     ("text", "message"),
     [
         ("base: dino_nano\nepochs: [1\n", "not valid YAML"),
-        ("- a\n- b\n", "expected a mapping of settings, found list"),
+        ("- a\n- b\n", "holds a list, expected keys and values"),
         ("base: dino_nan\n", "unknown model or recipe 'dino_nan'"),
         ("base: absent.yaml\n", "absent.yaml: no such file"),
         ("base: dino_nano\nmodel:\n", "model=None"),
@@ -264,6 +272,72 @@ def test_mistakes_in_files(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(write(tmp_path, "mine.yaml", text))
     assert message in caught.value.message and "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda n: "base: dino_nano\n" if n == 0 else f"base: [b{n - 1}.yaml, b{n - 1}.yaml]\n",  # 2^n paths
+        lambda n: f"base: b{n + 1}.yaml\n",  # a chain without end
+        lambda n: f"base: [{', '.join(['dino_nano'] * 5000)}]\n",
+    ],
+)
+def test_too_many_bases_are_refused_at_once(tmp_path: Path, make: Any) -> None:
+    for number in range(150):
+        write(tmp_path, f"b{number}.yaml", make(number))
+    with pytest.raises(ConfigError, match="more than 64 bases, counting those of bases"):
+        load_config(tmp_path / "b40.yaml")
+
+
+def test_a_file_that_several_bases_name_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(20):
+        write(tmp_path, f"b{number}.yaml", f"base: [b{number + 1}.yaml, b{number + 1}.yaml]\nseed: {number}")
+    write(tmp_path, "b20.yaml", "base: dino_nano\nepochs: 3")
+    read = []
+    monkeypatch.setattr(files, "read_text", lambda path, **how: read.append(path.name) or path.read_text())
+    config = load_config(tmp_path / "b0.yaml")
+    assert (config.seed, config.epochs) == (0, 3)
+    assert sorted(read) == sorted(f"b{number}.yaml" for number in range(21))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"base: dino_nano\nepochs: !!int abc\n", "mine.yaml: line 2, column 9: the tag"),
+        (b"base: dino_nano\nname: \xe9", "no UTF-8 text at byte 22"),
+        ("base: dino_nano".encode("utf-16"), "no UTF-8 text"),
+        (b"base: dino_nano\n" + b"# x\n" * 2**15, "has 128 KiB, more than the 64 that are read"),
+        (b"base: dino_nano\nepochs: 3\nepochs: 4\n", "line 3, column 1: the key 'epochs' stands there twice"),
+        (b"base: dino_nano\nepochs: " + b"1" * 5000, "line 2, column 9: a number of more than 100 digits"),
+        (
+            b"base: dino_nano\ninit: 2024-99-99\nepochs: 010\n",
+            "epochs='010': Input should be a valid integer",
+        ),
+    ],
+    ids=range(7),
+)
+def test_files_that_are_read_in_no_other_way(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "mine.yaml").write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        load_config(tmp_path / "mine.yaml")
+    assert message in caught.value.message and "\n" not in caught.value.message
+
+
+@given(
+    st.binary(max_size=60) | st.text(max_size=60).map(str.encode),
+    st.sampled_from([b"", b"base: dino_nano\n"]),
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
+def test_any_file_is_a_config_or_one_line(tmp_path: Path, content: bytes, head: bytes) -> None:
+    (tmp_path / "mine.yaml").write_bytes(head + content)
+    with contextlib.suppress(ConfigError):
+        assert load_config(tmp_path / "mine.yaml").model
+
+
+@given(key=st.sampled_from(known_keys()), typed=st.text(max_size=30) | st.from_regex(r"[-+.0-9eE_:]{1,20}"))
+def test_any_typed_value_is_a_config_or_one_line(key: str, typed: str) -> None:
+    with contextlib.suppress(ConfigError):
+        assert load_config("dino_nano", [f"{key}={typed}"]).model
 
 
 def test_unknown_names() -> None:
@@ -296,11 +370,13 @@ def test_overrides_are_read_as_yaml() -> None:
     assert parse_overrides(["a.b=x=y", "c="]) == {"a.b": "x=y", "c": None}
     assert parse_overrides(["epochs=3", "epochs=4"]) == {"epochs": 4}
     assert parse_overrides(["name=[1"]) == {"name": "[1"}
+    config = load_config("dino_nano", ["name=12:30", "init=x #1"])
+    assert (config.name, config.init) == ("12:30", "x #1")
 
 
 @pytest.mark.parametrize("word", ["no", "bf16", "fp16"])
 def test_amp_may_be_written_without_quotes(word: str, tmp_path: Path) -> None:
-    """YAML reads a bare `no` as false."""
+    """YAML 1.1 reads a bare `no` as false."""
     config = load_config("dino_nano", [f"amp={word}"])
     assert config.amp == word
     assert load_config(write(tmp_path, "mine.yaml", f"base: dino_nano\namp: {word}\n")).amp == word
@@ -438,3 +514,52 @@ def test_combinations_that_no_host_has(overrides: dict[str, Any], message: str) 
     with pytest.raises(ConfigError) as raised:
         load_config("dino_nano", overrides)
     assert message in raised.value.message
+
+
+# --- numbers past a type
+
+
+def test_every_whole_number_has_a_range() -> None:
+    """A setting of 10^9 layers, positives or workers would take all memory, or never end."""
+    for section in (Config, ModelConfig, LossConfig, AugmentConfig):
+        for name, field in section.model_fields.items():
+            if field.annotation in (int, int | None):
+                bounds = {key for rule in field.metadata for key in ("ge", "le") if hasattr(rule, key)}
+                assert bounds == {"ge", "le"}, name
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (
+            "seed=9223372036854775808",
+            "seed=9223372036854775808: Input should be less than or equal to 4294967295",
+        ),
+        ("seed=-1", "greater than or equal to 0"),
+        ("epochs=true", "epochs=True: Input should be a valid integer"),
+        ("epochs='3'", "epochs='3': Input should be a valid integer"),
+        ("epochs=3.0", "epochs=3.0: Input should be a valid integer"),
+        ("lr=true", "lr=True: Input should be a valid number"),
+        ("lr=1e400", "lr: 1e400 is beyond the largest number"),
+        ("lr=.inf", "lr=inf: Input should be a finite number"),
+        ("loss.top_k=1000000000", "loss.top_k=1000000000: Input should be less than or equal to 1000"),
+        ("workers=100000", "workers=100000: Input should be less than or equal to 256"),
+        (f"epochs={'9' * 90}", "Input should be less than or equal to 1000000"),
+        ("image_size=[800, true]", "image_size"),
+        ("image_size=1000000000", "expected one number from 32 to 16384"),
+        ("augment.scale=[0.5, 1e300]", "expected 0.01 <= low <= high <= 10"),
+        ("augment.flip=1", ""),
+        ("pretrained_backbone=0", "pretrained_backbone=0: Input should be a valid boolean"),
+        ("model.backbone_strides=[]", "expected at least one stride from 1 to 1024"),
+        ("model.backbone_strides=[8,8,8]", "expected at least one stride from 1 to 1024"),
+        ("model.backbone_strides=[0,8]", "expected at least one stride from 1 to 1024"),
+        ("model.backbone_strides=[8,2048]", "expected at least one stride from 1 to 1024"),
+    ],
+)
+def test_numbers_past_their_type_or_range(setting: str, message: str) -> None:
+    if not message:
+        assert load_config("dino_nano", [setting]).augment.flip == 1
+        return
+    with pytest.raises(ConfigError) as caught:
+        load_config("dino_nano", [setting])
+    assert message in caught.value.message and "\n" not in caught.value.message

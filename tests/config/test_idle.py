@@ -46,6 +46,8 @@ CASES: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "model.head_rank": (4, "paq_dino_nano", PATTERNS | {"model.head": "factorised"}),
     "model.gain": (0.0, "dino_nano", PATTERNS),
     "model.normalize_summary": (True, "dino_nano", PATTERNS),
+    "model.mixture_input": ("both", "dino_nano", PATTERNS),
+    "model.detach_query_features": (False, "paq_dino_nano", {"model.queries": "features"}),
     "model.content_std": (0.7, "paq_dino_nano", PATTERNS | {"model.mixture": "residual"}),
     "model.denoising_queries": (12, "dn_detr_nano", {}),
     "model.denoising_groups": (3, "dino_nano", {"model.denoising": "plain"}),
@@ -54,9 +56,12 @@ CASES: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "loss.encoder_assigner": ("fixed_k", "dn_detr_nano", {}),
     "loss.assigner": ("fixed_k", "dino_nano", {}),
     "loss.top_k": (3, "dino_nano", {"loss.assigner": "fixed_k"}),
+    "loss.one_to_many_from": (0.6, "dino_nano", {"loss.assigner": "fixed_k"}),
     "loss.one_to_many_until": (0.4, "dino_nano", {"loss.assigner": "fixed_k"}),
     "loss.select": ("score", "dino_nano", {"loss.assigner": "quality_aware"}),
     "loss.min_positives": (4, "dino_nano", {"loss.assigner": "simota"}),
+    "loss.encoder_min_positives": (4, "paq_dino_nano", {"loss.encoder_assigner": "simota"}),
+    "loss.min_iou": (1.0, "dino_nano", BEST | {"loss.min_positives": 4}),
     "loss.gamma": (300.0, "dino_nano", BEST),
     "loss.confidence": ("max", "dino_nano", BEST | {"loss.gamma": 300.0}),
     "loss.hybrid_weight": (3.0, "dino_nano", {"model.hybrid_queries": 20}),
@@ -97,6 +102,16 @@ def test_what_is_called_idle_is_and_what_is_not_is_not(key: str, one_thread: Non
         without, with_it = load_config(name, settings), load_config(name, settings | {key: value})
         assert (key in idle_settings(with_it, [key])) is idle
         assert (step(with_it) == step(without)) is idle
+
+
+def test_settings_of_the_images_half_need_it() -> None:
+    config = load_config("paq_dino_nano", {"model.mixture_input": "query"})
+    half = {
+        f"model.{key}" for key in ("extractor", "extractor_conv", "head", "head_rank", "normalize_summary")
+    }
+    idle = idle_settings(config, [*half, "model.num_patterns", "model.gain", "model.bias_std"])
+    assert set(idle) == half
+    assert idle["model.extractor"] == "model.mixture_input=image or both"
 
 
 def test_rates() -> None:

@@ -10,10 +10,12 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from PIL import Image
 from torch import Tensor
 from torchvision.models.swin_transformer import SwinTransformer
 
@@ -95,6 +97,67 @@ def test_boxes_and_scores_equal_the_originals(variant: str, make_original: Calla
         found = model.double()(images, mask)
     torch.testing.assert_close(found.layers.boxes, boxes, atol=1e-7, rtol=1e-7)
     torch.testing.assert_close(found.layers.logits, logits, atol=1e-7, rtol=1e-7)
+
+
+# Of a picture of 100 x 133 at 96 / 160: the size it is resized to (127.68 pixels wide), the size it runs at, detections that
+# are kept, and whether they are cut off at the border. Sources: docs/convert.md, "Images and detections".
+END_TO_END = {
+    "dino": ((96, 127), (96, 127), 300, False),
+    "dn_detr": ((96, 127), (96, 127), 100, False),
+    "deformable refine": ((96, 127), (96, 127), 100, False),
+    "deformable two-stage": ((96, 127), (96, 127), 100, False),
+    "detrex dino": ((96, 128), (96, 128), 300, True),
+    "detrex dn": ((96, 128), (96, 128), 100, True),
+    "relation": ((96, 127), (96, 128), 300, False),
+}
+
+
+@pytest.mark.parametrize("variant", list(END_TO_END))
+def test_predictions_equal_the_originals_from_picture_to_boxes(
+    variant: str, make_original: Callable[[str], Any]
+) -> None:
+    original = make_original(variant)
+    (height, width), (tall, wide), most, clamped = END_TO_END[variant]
+    settings = {"num_heads": HEADS, "num_queries": QUERIES, "image_size": [96, 160]}
+    for key in ("transformer.enc_out_class_embed.bias", "transformer.encoder_class_head.bias"):
+        if key in original.state:
+            original.state[key][[i for i in range(91) if i not in COCO.ids]] = -100.0
+    for key in original.state:
+        if "bbox" in key and key.endswith("layers.2.bias"):
+            original.state[key][2:] = 3.0  # boxes that are large enough to leave the picture
+    model, report = convert_checkpoint(original.save(), origin=original.origin, settings=settings)
+    noise = np.random.default_rng(0).integers(0, 256, (100, 133, 3), dtype=np.uint8)
+    picture = Image.fromarray(noise).resize((133, 100))
+
+    if variant == "relation":  # resizes tensors
+        pixels = torchvision.transforms.v2.functional.resize(
+            torch.from_numpy(np.array(picture)).permute(2, 0, 1), [height, width], antialias=True
+        )
+    else:
+        resized = picture.resize((width, height), Image.Resampling.BILINEAR)
+        pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+    mean, std = (
+        torch.tensor(x).double()[:, None, None] for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    )
+    images = F.pad((pixels.double() / 255 - mean) / std, (0, wide - width, 0, tall - height))[None]
+    mask = torch.ones(1, tall, wide, dtype=torch.bool)
+    mask[:, :height, :width] = False
+    state = {
+        key: value.double() if value.is_floating_point() else value for key, value in original.state.items()
+    }
+    with torch.no_grad():
+        logits, boxes = (x[-1, 0] for x in Reference(state, VARIANTS[variant])(images, mask))
+    best = logits.sigmoid().flatten().topk(most)
+    chosen = boxes[best.indices // 80]
+    corners = torch.cat([chosen[:, :2] - chosen[:, 2:] / 2, chosen[:, :2] + chosen[:, 2:] / 2], 1)
+    assert corners.min() < -0.01 or corners.max() > 1.01
+    expected = (corners.clamp(0, 1) if clamped else corners) * torch.tensor([133, 100, 133, 100])
+
+    (found,) = model.predict(picture, threshold=0.0)
+    assert found.scores == pytest.approx(best.values.numpy(), abs=1e-5)
+    assert found.labels.tolist() == [COCO.ids[index % 80] for index in best.indices.tolist()]
+    assert np.abs(found.boxes - expected.numpy()).max() < 0.01
+    assert report.settings["max_detections"].value == most
 
 
 def _batch(height: int) -> tuple[Tensor, Tensor]:

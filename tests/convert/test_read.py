@@ -1,4 +1,5 @@
 import argparse
+import contextlib
 import json
 import os
 from pathlib import Path, PurePosixPath
@@ -6,6 +7,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from paqdetr.convert.read import read_source
@@ -122,6 +125,13 @@ def test_a_pickle_in_a_folder_is_read_as_carefully(tmp_path: Path) -> None:
     [
         (b"not a pickle", "not a checkpoint that torch can read"),
         (b"", "not a checkpoint that torch can read"),
+        (b"model: dino\nlr: 1\n", "not a checkpoint that torch can read"),
+        (b"(\x80\x02.", "not a checkpoint that torch can read"),
+        (b"\x80\x02\xff.", "not a checkpoint that torch can read"),
+        (b"\x80\x02t.", "not a checkpoint that torch can read"),
+        (b"\x80\x02K\x01.", "not a checkpoint that torch can read|expected a dict"),
+        (b"\x80\x04\x8d" + b"\xff" * 8, "not a checkpoint that torch can read"),
+        (b"PK\x03\x04" + b"\0" * 40, "not a checkpoint that torch can read"),
     ],
 )
 def test_damaged_files_are_named(tmp_path: Path, content: bytes, message: str) -> None:
@@ -129,6 +139,52 @@ def test_damaged_files_are_named(tmp_path: Path, content: bytes, message: str) -
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=rf"x\.pth: {message}"):
         read_source(path)
+
+
+@given(content=st.binary(max_size=80), head=st.sampled_from([b"", b"\x80\x02", b"\x80\x04", b"PK\x03\x04"]))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+def test_any_bytes_are_weights_or_one_line(tmp_path: Path, content: bytes, head: bytes) -> None:
+    for name in ("x.pth", "x.safetensors"):
+        (tmp_path / name).write_bytes(head + content)
+        with contextlib.suppress(CheckpointError):
+            assert read_source(tmp_path / name).tensors
+
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        (INDEX, "{}", "weight_map is None, expected the file of each tensor"),
+        (INDEX, '{"weight_map": null}', "weight_map is None"),
+        (INDEX, '{"weight_map": []}', r"weight_map is \[\]"),
+        (INDEX, '{"weight_map": {}}', r"weight_map is \{\}"),
+        (INDEX, '{"weight_map": {"a": null}}', r"weight_map is \{'a': None\}"),
+        (INDEX, '{"weight_map": {"a": [1]}}', r"weight_map is \{'a': \[1\]\}"),
+        (INDEX, "[]", "expected a json object"),
+        (INDEX, "{", "no valid json at line 1, column 2"),
+        (INDEX, "[" * 10**5, "nested too deeply"),
+        ("config.json", "[1]", "expected a json object"),
+        ("config.json", '{"a": 1, "a": 2}', "has the key 'a' twice"),
+        ("config.json", "\xff", "no UTF-8 text"),
+    ],
+)
+def test_json_beside_weights_that_is_malformed(tmp_path: Path, file: str, content: str, message: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / file).write_text(content, encoding="latin-1")
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read_source(tmp_path)
+    assert file in caught.value.message and len(caught.value.message) < 300
+
+
+@pytest.mark.parametrize("name", ["x.pth", "x.safetensors", "config.json", INDEX, "model.safetensors"])
+def test_pipes_are_not_waited_for(tmp_path: Path, name: str) -> None:
+    if name != "config.json":
+        (tmp_path / "config.json").write_text("{}")
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(CheckpointError):
+        read_source(tmp_path / name if name.startswith("x") else tmp_path)
 
 
 def test_a_file_cut_short_is_named(tmp_path: Path) -> None:

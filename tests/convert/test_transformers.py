@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from paqdetr.convert import COCO, convert_checkpoint
@@ -34,7 +36,6 @@ def _model(kind: str, **options: Any) -> Any:
         decoder_attention_heads=4,
         encoder_n_points=3,
         decoder_n_points=3,
-        num_queries=9,
         two_stage_num_proposals=8,
         backbone_config={
             "model_type": "timm_backbone",
@@ -45,7 +46,7 @@ def _model(kind: str, **options: Any) -> Any:
             "out_indices": [2, 3, 4],
         },
         **KINDS[kind],
-        **{"num_labels": 5} | options,
+        **{"num_labels": 5, "num_queries": 9} | options,
     )
     model = transformers.DeformableDetrForObjectDetection(config).eval()
     with torch.no_grad():
@@ -80,6 +81,27 @@ def test_outputs_are_equal(kind: str, tmp_path: Path) -> None:
     assert not report.fresh and not report.dropped
     assert model.config.num_queries == (8 if kind == "two-stage" else 9)
     assert model.config.box_refinement is (kind != "one-stage")
+
+
+@pytest.mark.parametrize("size", [(100, 133), (90, 200), (200, 90)])
+def test_predictions_equal_those_of_its_own_processor(size: tuple[int, int], tmp_path: Path) -> None:
+    """From the picture to boxes; the second and third pass the limit of the long side."""
+    theirs = _model("refine", num_queries=60)
+    theirs.save_pretrained(tmp_path)
+    noise = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    picture = Image.fromarray(noise)
+    processor = transformers.DeformableDetrImageProcessor(size={"shortest_edge": 96, "longest_edge": 160})
+    inputs = processor(picture, return_tensors="pt")
+    model, _ = convert_checkpoint(tmp_path, origin="transformers", settings={"image_size": [96, 160]})
+    assert model.preprocessing.target_size(*size) == tuple(inputs["pixel_values"].shape[2:])
+    with torch.no_grad():
+        outputs = theirs(**inputs)
+    (wanted,) = processor.post_process_object_detection(outputs, threshold=-1.0, target_sizes=[size])
+    (found,) = model.predict(picture, threshold=0.0)
+    assert len(wanted["scores"]) == 100  # of 300 scores
+    assert found.scores == pytest.approx(wanted["scores"].numpy(), abs=1e-5)
+    assert found.labels.tolist() == wanted["labels"].tolist()
+    assert np.abs(found.boxes - wanted["boxes"].numpy()).max() < 0.01
 
 
 def test_the_single_file_beside_its_config_is_enough(tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from paqdetr import files
 from paqdetr.cli import run
-from paqdetr.data import files
 
 # format, what is wrong (the name), how it is made, what is said, exit code, and the split it is in
 Case = tuple[str, Callable[[Path], object], str, int, str]
@@ -98,7 +98,7 @@ row(
 row(
     "coco",
     "json_larger_than_is_read",
-    "more than the 0 that are read",
+    "more than the 49 that are read",
     text("train.json", " " * 70_000 + "{}"),
 )
 row(
@@ -432,7 +432,13 @@ row("yolo", "label_with_a_score", "6 numbers, expected 5", text(LABELS, "0 .5 .5
 row("yolo", "label_with_nan", "has numbers that are not finite", text(LABELS, "0 .5 .5 nan .1"))
 row("yolo", "label_of_negative_size", "the box has the size -0.1 x 0.1", text(LABELS, "0 .5 .5 -.1 .1"))
 row("yolo", "label_that_is_an_image", "a.txt: no UTF-8 text", text(LABELS, b"\xff\xd8\xff\xe0"))
-row("yolo", "yaml_that_is_none", "data.yaml: no valid YAML", text(YAML, "names: [a, b\ntrain: ["), split="")
+row(
+    "yolo",
+    "yaml_that_is_none",
+    "data.yaml: line 2, column 6: not valid YAML",
+    text(YAML, "names: [a, b\ntrain: ["),
+    split="",
+)
 row("yolo", "yaml_that_is_a_list", "data.yaml: holds a list", text(YAML, "- a\n- b"), split="")
 row(
     "yolo",
@@ -471,6 +477,20 @@ row(
     "folder_that_leads_out_later",
     "which is not inside",
     text(YAML, "train: images/../../x\nnames: [a, b]"),
+)
+row(
+    "yolo",
+    "class_that_is_tagged",
+    "line 2, column 9: the tag",
+    text(YAML, "train: a\nnames: [!!bool x, b]"),
+    split="",
+)
+row(
+    "yolo",
+    "class_twice",
+    "line 2, column 15: the key '0' stands there twice",
+    text(YAML, "train: a\nnames: {0: a, 0: b}"),
+    split="",
 )
 row("yolo", "folder_that_is_a_number", "`train` is '5', but", text(YAML, "train: 5\nnames: [a, b]"))
 row(

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from concurrent.futures.process import BrokenProcessPool
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from paqdetr.cli import run as cli
-from paqdetr.data import check_images
 from paqdetr.data.check import CheckReport, check_dataset
 from paqdetr.data.digits import make_digits
 from paqdetr.errors import DataError
@@ -157,7 +157,9 @@ def test_copies_and_leaks_are_told_apart(tmp_path: Path) -> None:
     for workers in (1, 2):
         report = check_dataset(tmp_path, workers=workers)
         found = {p.kind: (p.split, p.subject, p.message) for p in report.warnings}
-        assert found["copy"][:2] == ("train", "b.jpg") and found["copy"][2].endswith("a.jpg")
+        assert found["duplicate image"][:2] == ("train", "b.jpg") and found["duplicate image"][2].endswith(
+            "a.jpg"
+        )
         assert found["leak between splits"][:2] == ("val", "d.jpg")
         assert found["leak between splits"][2].endswith(" of 64 bits differ) train/c.jpg")
 
@@ -168,7 +170,8 @@ def test_the_report_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     Image.effect_noise((200, 120), 60).convert("RGBA").save(tmp_path / "train" / "1.png")
     assert cli(["data", "check", str(tmp_path), "--json", str(tmp_path / "out" / "report.json")]) == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert (report["format"], report["errors"], report["warnings"], report["problems"]) == ("coco", 0, 0, [])
+    assert (report["format"], report["errors"], report["warnings"]) == ("coco", 0, 1)
+    assert [problem["kind"] for problem in report["problems"]] == ["no val split"]
     train = report["splits"]["train"]
     assert train["boxes_per_class"] == {"a": 2, "b": 2} and train["traits"] == {"alpha": 1}
     sizes = train["box_sizes"]
@@ -191,12 +194,95 @@ def test_many_problems_of_a_kind_are_counted(tmp_path: Path, capsys: pytest.Capt
     assert out.count("is outside the image") == 3 and "train: 22 more of this kind" in out
 
 
-def test_a_process_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*args: object, **kwargs: object) -> None:
-        raise BrokenProcessPool
+SCRIPT = """
+import sys
+from paqdetr.data.check import check_dataset
 
-    make_split(tmp_path, "train", [image(1)], [], ["a"])
-    monkeypatch.setattr(check_images.ProcessPoolExecutor, "map", broken)
-    with pytest.raises(DataError, match="was killed") as caught:
-        check_dataset(tmp_path, workers=2)
-    assert "--workers 1" in caught.value.remedy
+print(check_dataset(sys.argv[1], workers=4).splits["train"].images)
+"""
+
+
+@pytest.mark.integration
+def test_a_script_without_a_main_guard(tmp_path: Path) -> None:
+    """However many images: where processes are spawned, the script would run again in each of them."""
+    make_split(tmp_path / "data", "train", [image(n) for n in range(900)], [], ["a"])
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "data")], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "900\n", "")
+
+
+SUMMARY: dict[str, tuple[Any, str]] = {
+    "a test image that is in train": (
+        lambda root: shutil.copy(root / "train" / "1.png", root / "test" / "2.png"),
+        "1 of 3 test images have a near-duplicate in another split: AP on test is flattered",
+    ),
+    "three val images that are in train": (
+        lambda root: [shutil.copy(root / "train" / f"{n}.png", root / "val" / f"{n}.png") for n in (1, 2, 3)],
+        "3 of 3 val images have a near-duplicate in another split: AP on val is flattered",
+    ),
+    "no val split": (
+        lambda root: [(root / "val.json").unlink(), shutil.rmtree(root / "val")],
+        "no val split: training prints no AP and keeps the last epoch; `paqdetr data split` makes one, and so does "
+        "training with val_fraction=0.1",
+    ),
+    "a class that train has no boxes of": (
+        lambda root: change_boxes(root, "val", [box(1, 1, 2, 1, 1, 5, 5)]),
+        "classes with boxes in val and none in train: 1; their AP is 0",
+    ),
+    "more boxes of a class than AP counts": (
+        lambda root: change_boxes(root, "val", [box(n, 2, 0, n / 20, 1, 5, 5) for n in range(101)]),
+        "val: 1 of 3 images have more than 100 boxes (up to 101), and a query finds one object at most: take a model with "
+        "enough queries",
+    ),
+    "duplicate boxes": (
+        lambda root: change_boxes(root, "test", [box(n, 2, 1, 1, 1, 5, 5) for n in range(3)]),
+        "duplicate boxes in test: 2; evaluation counts both, of which one is always missed; `paqdetr data convert` "
+        "leaves them out",
+    ),
+    "duplicate images": (
+        lambda root: shutil.copy(root / "val" / "1.png", root / "val" / "3.png"),
+        "1 of 3 val images are near-duplicates of others in it",
+    ),
+}
+
+
+def change_boxes(root: Path, split: str, boxes: list[Any]) -> None:
+    content = json.loads((root / f"{split}.json").read_text())
+    content["annotations"] = boxes
+    (root / f"{split}.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("name", SUMMARY)
+def test_what_matters_most_is_said_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    change, sentence = SUMMARY[name]
+    for split in ("train", "val", "test"):
+        make_split(tmp_path, split, [image(n) for n in (1, 2, 3)], [box(n, n, n % 2, 1, 1, 5, 5) for n in (1, 2, 3)],
+                   ["a", "b", "c"])  # fmt: skip
+    assert check_dataset(tmp_path).summary() == []
+    change(tmp_path)
+    report = check_dataset(tmp_path)
+    assert report.summary()[0] == ("warning", sentence) and report.to_json()["summary"][0] == sentence
+    assert cli(["data", "check", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[1] == f"warning: {sentence}"
+
+
+def test_errors_come_before_warnings_and_leaks_before_the_rest(tmp_path: Path) -> None:
+    for split in ("train", "val", "test"):
+        make_split(tmp_path, split, [image(1), image(2)], [box(1, 1, 0, 1, 1, 5, 5)] * 2, ["a"])
+    shutil.copy(tmp_path / "train" / "1.png", tmp_path / "test" / "1.png")
+    change_boxes(tmp_path, "val", [box(1, 9, 0, 1, 1, 5, 5)])
+    sentences = [sentence for _, sentence in check_dataset(tmp_path).summary()]
+    assert sentences == [
+        "errors: 1; training would fail, or learn something wrong",
+        "1 of 2 test images have a near-duplicate in another split: AP on test is flattered",
+        *(
+            f"duplicate boxes in {split}: 1; evaluation counts both, of which one is always missed; "
+            "`paqdetr data convert` leaves them out"
+            for split in ("train", "test")
+        ),
+    ]

@@ -162,7 +162,7 @@ def test_malformed_annotations(tmp_path: Path, content: object, message: str) ->
 
 
 def test_unreadable_annotation_file(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such annotation file"):
+    with pytest.raises(DataError, match="no such file"):
         DetectionDataset.from_json(tmp_path / "absent.json", tmp_path)
     (tmp_path / "latin.json").write_bytes(b'{"images": "\xe9"}')
     with pytest.raises(DataError, match="no UTF-8"):

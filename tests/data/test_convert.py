@@ -18,7 +18,7 @@ from paqdetr.cli import run as cli
 from paqdetr.data.convert import convert_dataset
 from paqdetr.data.dataset import DetectionDataset, open_split
 from paqdetr.data.layout import available_splits, find_layout
-from paqdetr.errors import ConfigError, DataError
+from paqdetr.errors import ConfigError, DataError, StorageError
 
 TARGETS = ("coco", "voc", "yolo")
 
@@ -127,7 +127,7 @@ def test_what_the_target_cannot_hold_is_reported(
     assert cli(["data", "convert", str(source), str(tmp_path / to), "--to", to]) == 0
     said = " ".join(capsys.readouterr().err.split())
     for what, count in LOST[to].items():
-        assert f"note: {count} {what}" in said
+        assert f"note: {what}: {count}" in said
     assert convert_dataset(source, tmp_path / "again", to=to).losses == LOST[to]
     assert available_splits(tmp_path / to) == ["train", "val"]
     for split in available_splits(source):
@@ -213,8 +213,11 @@ def test_hard_links(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_nothing_is_overwritten(source: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
-    for target in (tmp_path, tmp_path / "mine.txt"):
-        with pytest.raises(DataError, match="is there already, and nothing is overwritten"):
+    for target, found in (
+        (tmp_path, r"such as mine\.txt, and nothing is overwritten"),
+        (tmp_path / "mine.txt", "in the way"),
+    ):
+        with pytest.raises(ConfigError, match=found):
             convert_dataset(source, target, to="yolo")
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
     with pytest.raises(ConfigError, match="found 'createml', expected coco, voc or yolo"):
@@ -295,12 +298,131 @@ def test_a_full_disk(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(DataError, match="out: cannot be written: No space left on device"):
+    with pytest.raises(StorageError, match=r"out: cannot be written \(No space left on device\)"):
         convert_dataset(source, tmp_path / "out", to=to)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_in_the_place_of_a_file(source: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(DataError, match="out: cannot be written: "):
+    with pytest.raises(ConfigError, match=r"out: .* is a file, not a folder"):
         convert_dataset(source, tmp_path / "file" / "out", to="coco")
+
+
+# --------------------------------------------------------------------------------- read by other programs
+
+# File name -> (x, y, width, height, class) of its boxes, as every one of the five sources has them.
+EXPECTED = {
+    "a": [(4, 6, 10, 8, "person"), (20, 2, 8, 8, "rider")],
+    "b": [(2, 2, 10, 20, "person")],
+    "c": [],
+}
+
+
+@pytest.fixture(params=["coco", "voc", "yolo", "cityscapes", "crowdhuman"])
+def as_coco(request: pytest.FixtureRequest, tiny_data: dict[str, Path], tmp_path: Path) -> Path:
+    convert_dataset(tiny_data[request.param], tmp_path / "out", to="coco")
+    return tmp_path / "out"
+
+
+def expected_of(name: str, names: set[str]) -> list[tuple[Any, ...]]:
+    """CrowdHuman has people alone."""
+    rows = EXPECTED[Path(name).stem.removesuffix("_leftImg8bit")]
+    return sorted((*row[:4], row[4] if row[4] in names else "person") for row in rows)
+
+
+@pytest.mark.integration
+def test_pycocotools_reads_what_is_written(as_coco: Path) -> None:
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    truth = COCO(str(as_coco / "train.json"))
+    names = {category["id"]: category["name"] for category in truth.loadCats(truth.getCatIds())}
+    for image_id in truth.getImgIds():
+        (image,) = truth.loadImgs(image_id)
+        rows = truth.loadAnns(truth.getAnnIds(imgIds=image_id))
+        found = sorted((*row["bbox"], names[row["category_id"]]) for row in rows)
+        assert found == expected_of(image["file_name"], set(names.values()))
+    results = [
+        {"image_id": row["image_id"], "category_id": row["category_id"], "bbox": row["bbox"], "score": 0.9}
+        for row in truth.dataset["annotations"]
+    ]
+    evaluation = COCOeval(truth, truth.loadRes(results), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    assert evaluation.stats[0] == pytest.approx(1)
+
+
+@pytest.mark.integration
+def test_torchvision_and_transformers_read_what_is_written(as_coco: Path) -> None:
+    from torchvision.datasets import CocoDetection
+    from transformers import DetrImageProcessor
+
+    data = CocoDetection(str(as_coco / "train"), str(as_coco / "train.json"))
+    processor = DetrImageProcessor(do_resize=False, do_pad=False)
+    names = {category["id"]: category["name"] for category in data.coco.dataset["categories"]}
+    assert len(data) == 3
+    for (picture, rows), image_id in zip(data, data.ids, strict=True):
+        target = {"image_id": image_id, "annotations": rows}
+        encoded = processor(images=picture, annotations=target, format="coco_detection", return_tensors="pt")
+        (labels,) = encoded["labels"]
+        assert labels["image_id"].tolist() == [image_id]
+        boxes = labels["boxes"].numpy() * np.array([picture.width, picture.height] * 2)  # cxcywh
+        boxes[:, :2] -= boxes[:, 2:] / 2
+        found = sorted(
+            (*box, names[label]) for box, label in zip(boxes.round(3).tolist(), labels["class_labels"].tolist(), strict=True)
+        )  # fmt: skip
+        expected = expected_of(data.coco.imgs[image_id]["file_name"], set(names.values()))
+        assert [row[4] for row in found] == [row[4] for row in expected]
+        assert np.allclose([row[:4] for row in found], [row[:4] for row in expected], atol=0.01)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("to", TARGETS)
+@pytest.mark.parametrize("form", ["coco", "yolo", "crowdhuman"])
+def test_supervision_reads_what_is_written(
+    tiny_data: dict[str, Path], tmp_path: Path, form: str, to: str
+) -> None:
+    import supervision
+
+    root = tmp_path / "out"
+    convert_dataset(tiny_data[form], root, to=to)
+    if to == "coco":
+        data = supervision.DetectionDataset.from_coco(str(root / "train"), str(root / "train.json"))
+    elif to == "yolo":
+        data = supervision.DetectionDataset.from_yolo(
+            str(root / "images/train"), str(root / "labels/train"), str(root / "data.yaml")
+        )
+    else:
+        data = supervision.DetectionDataset.from_pascal_voc(
+            str(root / "JPEGImages/train"), str(root / "Annotations/train")
+        )
+    assert len(data) == 3
+    for path, _, found in data:
+        corners = sorted(
+            (*box, data.classes[label])
+            for box, label in zip(found.xyxy.tolist(), found.class_id, strict=True)
+        )
+        expected = expected_of(path, {"person"} if form == "crowdhuman" else {"person", "rider"})
+        assert [row[4] for row in corners] == [row[4] for row in expected]
+        boxes = [(x, y, x + w, y + h) for x, y, w, h, _ in expected]
+        assert np.allclose([row[:4] for row in corners], boxes, atol=1.01 if to == "voc" else 0.01)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("to", ["coco", "yolo", "voc"])
+def test_what_is_lost_breaks_nothing_for_others(source: Path, tmp_path: Path, to: str) -> None:
+    """Texts as ids, crowds, boxes over the edge and outside."""
+    import supervision
+    from torchvision.datasets import CocoDetection
+
+    convert_dataset(source, tmp_path / "x", to=to)
+    convert_dataset(tmp_path / "x", tmp_path / "back", to="coco")
+    data = CocoDetection(str(tmp_path / "back/train"), str(tmp_path / "back/train.json"))
+    assert all(isinstance(own, int) for own in data.ids) and len(data) == 3
+    assert all(isinstance(row["image_id"], int) for _, rows in data for row in rows)
+    read = supervision.DetectionDataset.from_coco(
+        str(tmp_path / "back/train"), str(tmp_path / "back/train.json")
+    )
+    assert len(read) == 3

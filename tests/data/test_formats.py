@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 
 from paqdetr.data.annotations import Issues
+from paqdetr.data.convert import convert_dataset
 from paqdetr.data.dataset import DetectionDataset, open_split
 from paqdetr.data.layout import available_splits, find_layout, find_split
 from paqdetr.errors import DataError
@@ -200,6 +202,19 @@ def test_yolo_named_by_its_yaml_file(copy_of: Any, tmp_path: Path) -> None:
     mine = tmp_path / "mine.yaml"
     mine.write_text(f"path: {root}\ntrain: images/train\nnames: {{0: person, 1: rider}}\nnc: 2\n")
     assert boxes(open_split(mine, "train")) == expected
+
+
+@pytest.mark.parametrize(
+    "written", ["[no, 01, 010, 1.10]", "[~, null, true, 1_000]", "{0: 12:30, 1: 1e3, 2: .inf, 3: 2024-01-02}"]
+)
+def test_yolo_classes_are_named_as_they_stand_in_the_file(copy_of: Any, tmp_path: Path, written: str) -> None:
+    root = copy_of("yolo")
+    (root / "data.yaml").write_text(f"train: images/train\ntest: ~\nval: null\nnc: 4\nnames: {written}\n")
+    names = re.findall(r"[^ \[\]{},]+(?=[,\]}])", written)
+    assert open_split(root, "train").classes.names == tuple(names)
+    assert available_splits(root) == ["train"]
+    convert_dataset(root, tmp_path / "again", to="yolo")
+    assert open_split(tmp_path / "again", "train").classes.names == tuple(names)
 
 
 def test_yolo_as_roboflow_exports_it(copy_of: Any) -> None:

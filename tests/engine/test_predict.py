@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from PIL import Image
 
 from paqdetr.engine import predict_folder
 from paqdetr.engine.run import Run
-from paqdetr.errors import DataError
+from paqdetr.errors import ConfigError, DataError
 from paqdetr.models.detector import Detector
 
 
@@ -38,8 +39,10 @@ def test_a_folder_of_pictures(model: Detector, pictures: Path, tmp_path: Path) -
     assert told == [(1, 2), (2, 2)]
     rows = json.loads(done.results_file.read_text())
     assert {row["image_id"] for row in rows} == {"a.jpg", "b.jpg"} and len(rows) == 400
-    assert rows[0].keys() == {"image_id", "category_id", "bbox", "score"}
+    assert list(rows[0]) == ["image_id", "file_name", "category_id", "category_name", "bbox", "score"]
     for row in rows:
+        assert row["file_name"] == row["image_id"] and row["category_name"] == str(row["category_id"] - 1)
+        assert all(round(side, 2) == side for side in row["bbox"]) and round(row["score"], 5) == row["score"]
         x, y, width, height = row["bbox"]
         assert 0 <= x <= x + width <= 96.001 and 0 <= y <= y + height <= 96.001 and 0 <= row["score"] <= 1
     with Image.open(done.output / "a.jpg") as drawn, Image.open(pictures / "a.jpg") as given:
@@ -84,20 +87,80 @@ def test_no_picture_can_be_read(model: Detector, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_an_earlier_prediction_is_replaced_and_nothing_else(
-    model: Detector, pictures: Path, tmp_path: Path
-) -> None:
+def test_an_earlier_prediction_is_replaced(model: Detector, pictures: Path, tmp_path: Path) -> None:
     predict_folder(model, [pictures], output=tmp_path / "out", threshold=0.0)
     again = predict_folder(model, [pictures], output=tmp_path / "out", threshold=1.0)
     assert json.loads(again.results_file.read_text()) == []
-    foreign = tmp_path / "foreign"
-    foreign.mkdir()
-    (foreign / "a.jpg").write_text("mine")
-    with pytest.raises(DataError, match="holds other files"):
-        predict_folder(model, [pictures], output=foreign)
-    with pytest.raises(DataError, match="a file is in the way"):
-        predict_folder(model, [pictures], output=foreign / "a.jpg")
-    assert (foreign / "a.jpg").read_text() == "mine"
+    with_boxes = predict_folder(model, [pictures], output=tmp_path / "out", threshold=0.0)
+    assert len(json.loads(with_boxes.results_file.read_text())) == 400
+
+
+def test_one_that_was_stopped_is_repeated_into_its_folder(
+    model: Detector, pictures: Path, tmp_path: Path
+) -> None:
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        predict_folder(model, [pictures], output=tmp_path / "out", progress=stop)
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["a.jpg"]
+    predict_folder(model, [pictures], output=tmp_path / "out")
+    assert len(list((tmp_path / "out").iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jpg", b"mine"),
+        ("notes.txt", b"mine"),
+        ("deeper/a.jpg", b"mine"),
+        ("predictions.json", b'{"images": [], "annotations": []}'),
+        ("predictions.json", b'[{"image_id": 1, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 1}]'),
+        ("a.jpg", None),
+    ],
+)
+def test_nothing_of_anybody_else_is_overwritten(
+    model: Detector, pictures: Path, tmp_path: Path, name: str, content: bytes | None
+) -> None:
+    """Least of all in a folder that earlier predictions lie in."""
+    output = predict_folder(model, [pictures / "b.jpg"], output=tmp_path / "out").output
+    file = output / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(content or (pictures / "a.jpg").read_bytes())
+    before = {path: path.read_bytes() for path in output.rglob("*.*")}
+    with pytest.raises(ConfigError, match=f"holds other files, such as {re.escape(name)}") as caught:
+        predict_folder(model, [pictures], output=output)
+    assert "--overwrite" in caught.value.remedy
+    assert {path: path.read_bytes() for path in output.rglob("*.*")} == before
+    predict_folder(model, [pictures], output=output, overwrite=True)
+    kept = name in ("notes.txt", "deeper/a.jpg")
+    assert (file.read_bytes() == before[file]) == kept
+
+
+def test_a_file_in_the_way(model: Detector, pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    for output in (tmp_path / "out", tmp_path / "out" / "deeper"):
+        with pytest.raises(ConfigError, match="out"):
+            predict_folder(model, [pictures], output=output, overwrite=True)
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_results_take_the_image_ids_of_annotations(
+    model: Detector, pictures: Path, tiny_digits: Path, tmp_path: Path
+) -> None:
+    truth = json.loads((tiny_digits / "val.json").read_text())
+    for image, name in zip(truth["images"], ("val/b.jpg", "val/a.jpg", "a.png", "other/c.jpg"), strict=True):
+        image["file_name"] = name
+    (tmp_path / "gt.json").write_text(json.dumps(truth))
+    done = predict_folder(
+        model, [pictures], output=tmp_path / "out", threshold=0.0, annotations=tmp_path / "gt.json"
+    )
+    rows = json.loads(done.results_file.read_text())
+    assert {(row["image_id"], row["file_name"]) for row in rows} == {(2, "a.jpg"), (1, "b.jpg")}
+    shutil.copy(pictures / "a.jpg", pictures / "d.jpg")
+    with pytest.raises(DataError, match=r"gt\.json: none of its 4 images is called d\.jpg"):
+        predict_folder(model, [pictures], output=tmp_path / "new", annotations=tmp_path / "gt.json")
+    assert not (tmp_path / "new").exists()
 
 
 def test_pictures_in_the_output_folder_are_not_drawn_over(

@@ -99,6 +99,7 @@ def answers(
     return folders
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("count", "name"),
     [
@@ -128,6 +129,7 @@ def test_gradients_are_those_of_the_one_large_batch(answers: dict[int, Path], co
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
+@pytest.mark.integration
 def test_gradients_in_half_precision_are_close(answers: dict[int, Path]) -> None:
     full, half = (
         load_file(answers[n] / f"{name}.safetensors") for n, name in ((1, "gradients"), (2, "bf16"))
@@ -143,6 +145,7 @@ def test_gradients_in_half_precision_are_close(answers: dict[int, Path]) -> None
     assert losses[0] == pytest.approx(losses[1], rel=0.1) and losses[0] != losses[1]
 
 
+@pytest.mark.integration
 def test_figures_do_not_depend_on_the_number_of_processes(answers: dict[int, Path]) -> None:
     """Eight images in batches of two: three processes have two, one and one."""
     one, two, three = (json.loads((answers[count] / "evaluation.json").read_text()) for count in (1, 2, 3))
@@ -150,6 +153,7 @@ def test_figures_do_not_depend_on_the_number_of_processes(answers: dict[int, Pat
     assert one == two == three
 
 
+@pytest.mark.integration
 def test_accidents_in_one_process(answers: dict[int, Path]) -> None:
     answer = json.loads((answers[2] / "accidents.json").read_text())
     for name in ("one process without boxes", "no boxes at all", "afterwards"):
@@ -171,6 +175,7 @@ def arguments(tiny_digits: Path, tiny_settings: dict[str, Any]) -> list[str]:
     return ["train", "paq_dino_nano", *pairs, "--data", str(tiny_digits), "--device", "cpu"]
 
 
+@pytest.mark.integration
 def test_two_processes_are_killed_and_resumed(tmp_path: Path, arguments: list[str], start: Start) -> None:
     """torchrun trains without a stop; two processes die in the second epoch, and go on."""
     straight, halves = Run(tmp_path / "straight"), Run(tmp_path / "halves")
@@ -214,6 +219,7 @@ def test_two_processes_are_killed_and_resumed(tmp_path: Path, arguments: list[st
         assert rows[0] == rows[1]
 
 
+@pytest.mark.integration
 def test_an_image_that_one_process_misses_ends_all(
     tmp_path: Path, tiny_digits: Path, arguments: list[str], start: Start
 ) -> None:
@@ -227,6 +233,7 @@ def test_an_image_that_one_process_misses_ends_all(
     assert not run.finished
 
 
+@pytest.mark.integration
 def test_a_signal_to_one_process_stops_all_at_one_step(
     tmp_path: Path, arguments: list[str], start: Start
 ) -> None:
@@ -248,6 +255,7 @@ def test_a_signal_to_one_process_stops_all_at_one_step(
     assert first.err.splitlines()[-1].strip().startswith("torchrun --nproc_per_node=2 -m paqdetr train")
 
 
+@pytest.mark.integration
 def test_the_eval_command_in_three_processes(
     tmp_path: Path, tiny_run: Run, tiny_digits: Path, start: Start
 ) -> None:

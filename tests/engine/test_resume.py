@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +16,10 @@ from typing import Any
 import pytest
 import torch
 
-from paqdetr.checkpoint import read_checkpoint
+from paqdetr.checkpoint import read_checkpoint, write_checkpoint
+from paqdetr.config import load_config
 from paqdetr.engine import Callback, Run, train
-from paqdetr.errors import CheckpointError, ConfigError
+from paqdetr.errors import CheckpointError, ConfigError, OutOfMemoryError
 
 MODULE = importlib.import_module("paqdetr.engine.trainer")
 
@@ -91,7 +93,7 @@ def require_same_end(one: Run, other: Run) -> None:
         )
         assert mine_rows == its_rows
     keys = {key.split(".")[0] for key in read_checkpoint(one.state_file)[0]}
-    assert keys == {"model", "average", "optimizer", "random"}
+    assert keys == {"model", "average", "optimizer", "random", "data"}
 
 
 @pytest.mark.parametrize(
@@ -133,6 +135,118 @@ def test_one_to_many_schedule_resumes(tmp_path: Path, go: Go, tiny_settings: dic
     require_same_end(straight, halves)
     positives = [record["positives_per_box"][0] for record in halves.records("train")]
     assert [count >= 2 for count in positives] == [True] * 7 + [False]  # 7 of 8 steps begin before 0.8
+
+
+def test_a_record_after_a_resumption_covers_fewer_steps(tmp_path: Path, go: Go) -> None:
+    losses: list[float] = []
+
+    class Losses(Callback):
+        def on_step(self, step: int, loss: float) -> None:
+            losses.append(loss)
+
+    settings = {"log_every": 4, "save_every_steps": 1, "batch_size": 1, "epochs": 1}
+    with pytest.raises(Stop):
+        go(tmp_path / "one", callbacks=[StopAt(3)], **settings)
+    run = go(tmp_path / "one", resume=True, callbacks=[Losses()], **settings)
+    first, second = run.records("train")
+    assert (first["step"], second["step"]) == (4, 8)
+    assert first["loss"] == pytest.approx(sum(losses[:2]) / 2, abs=1e-5)  # of steps 3 and 4
+    assert second["loss"] == pytest.approx(sum(losses[2:]) / 4, abs=1e-5)
+
+
+def without_boxes(data: Path) -> None:
+    content = json.loads((data / "train.json").read_text())
+    content["annotations"].pop()
+    (data / "train.json").write_text(json.dumps(content))
+
+
+def with_half_of_the_images(data: Path) -> None:
+    content = json.loads((data / "train.json").read_text())
+    kept = {image["id"] for image in content["images"][:4]}
+    content["images"] = content["images"][:4]
+    content["annotations"] = [row for row in content["annotations"] if row["image_id"] in kept]
+    (data / "train.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("change", "message", "steps"),
+    [
+        (without_boxes, r"train: 1 image with other boxes \(00000", [5, 6, 7, 8]),
+        (with_half_of_the_images, "train: 4 images removed", [3, 4]),  # epochs are half as long now
+    ],
+)
+def test_other_data_are_refused_unless_accepted(
+    tmp_path: Path,
+    go: Go,
+    tiny_digits: Path,
+    change: Callable[[Path], None],
+    message: str,
+    steps: list[int],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    data = Path(shutil.copytree(tiny_digits, tmp_path / "digits"))
+    with pytest.raises(Stop):
+        go(tmp_path / "run", data=data, callbacks=[StopAt(5)])
+    run = Run(tmp_path / "run")
+    change(data)
+    before = snapshot(run.output)
+    with pytest.raises(ConfigError, match=message) as caught:
+        go(run.output, data=data, resume=True)
+    assert "--accept-new-data" in caught.value.remedy and snapshot(run.output) == before
+    told = Told()
+    go(run.output, data=data, resume=True, accept_new_data=True, callbacks=[told])
+    assert told.steps == steps and run.finished
+    assert "going on with other data: train: " in caplog.text
+    assert go(run.output, data=data, resume=True) == run  # of the new data now
+
+
+def test_new_data_are_for_a_resumption(tmp_path: Path, go: Go) -> None:
+    with pytest.raises(ConfigError, match="is for a resumption"):
+        go(tmp_path / "run", accept_new_data=True)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.integration
+def test_a_run_of_a_version_that_did_not_note_its_data(
+    tmp_path: Path, go: Go, straight: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(Stop):
+        go(tmp_path / "run", callbacks=[StopAt(5)])
+    run = Run(tmp_path / "run")
+    tensors, header = read_checkpoint(run.state_file)
+    del header["data"]
+    header["intervals"] = [{"steps": 0, "images": 0, "sums": {}, "positives": [], "batches_with_boxes": 0}]
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("data.")}
+    write_checkpoint(run.state_file, tensors, header)
+    go(run.output, resume=True)
+    assert caplog.text.count("whether they are the same is not checked") == 1
+    require_same_end(straight, run)
+
+
+class OutOfMemory(Callback):
+    def on_step(self, step: int, loss: float) -> None:
+        raise MemoryError
+
+
+def test_a_failing_first_step_leaves_nothing_in_the_way(tmp_path: Path, go: Go) -> None:
+    for resume in (False, True):
+        with pytest.raises(OutOfMemoryError):
+            go(tmp_path / "run", callbacks=[OutOfMemory()], max_steps=1)
+        run = go(tmp_path / "run", max_steps=1, batch_size=2, resume=resume)
+        assert run.finished and load_config(run.config_file).batch_size == 2
+        assert [row["kind"] for row in run.records()] == ["start", "train", "eval", "finished"]
+        shutil.rmtree(run.output)
+
+
+def test_pictures_that_cannot_be_drawn_do_not_cost_the_training(
+    tmp_path: Path, go: Go, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*args: Any) -> None:
+        raise ValueError("ParseException: Expected end of text, found '$'")
+
+    monkeypatch.setattr(MODULE, "training_curves", fail)
+    assert go(tmp_path / "run", max_steps=1).finished
+    assert "pictures of the run could be drawn: ParseException" in caplog.text
 
 
 def test_stopped_between_evaluation_and_state(
@@ -196,6 +310,23 @@ def test_a_damaged_state_is_named_and_kept(tmp_path: Path, go: Go) -> None:
     assert snapshot(run.output) == before
 
 
+@pytest.mark.parametrize("name", ["best.safetensors", "last.safetensors"])
+def test_a_damaged_checkpoint_is_named_at_once(tmp_path: Path, go: Go, name: str) -> None:
+    """And removed, it costs what it was, not the training."""
+    with pytest.raises(Stop):
+        go(tmp_path / "run", callbacks=[StopAt(3)])
+    run = Run(tmp_path / "run")
+    content = bytearray((run.output / name).read_bytes())
+    content[-1] ^= 1
+    (run.output / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"{name}: damaged") as caught:
+        go(run.output, resume=True)
+    assert "remove it" in caught.value.remedy
+    (run.output / name).unlink()
+    assert go(run.output, resume=True).finished
+    read_checkpoint(run.output / name)
+
+
 KILLED = """
 import json, os, signal, sys
 import paqdetr
@@ -211,6 +342,7 @@ paqdetr.train("paq_dino_nano", data=data, output=output, device="cpu", settings=
 """
 
 
+@pytest.mark.integration
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL, which Windows has not")
 def test_a_killed_process_is_resumed_from_the_command_line(
     tmp_path: Path, straight: Run, tiny_digits: Path, tiny_settings: dict[str, Any]

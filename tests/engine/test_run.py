@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from paqdetr.config import load_config
-from paqdetr.engine.run import Run, prepare_run
+from paqdetr.engine.run import Run
 from paqdetr.errors import ConfigError, StorageError
 
 CONFIG = load_config("paq_dino_nano", {"epochs": 3})
@@ -20,14 +20,17 @@ def changed(**settings: Any) -> Any:
 
 
 def begun(output: Path) -> Run:
-    run = prepare_run(output, CONFIG, resume=False)
+    """A run that has trained a little."""
+    run = Run(output)
     run.write_config(CONFIG)
+    run.append({"kind": "train", "step": 1})
     return run
 
 
-def test_a_new_run_has_its_folder_and_no_config_yet(tmp_path: Path) -> None:
-    run = prepare_run(tmp_path / "a" / "b", CONFIG, resume=False)
-    assert run.output.is_dir() and list(run.output.iterdir()) == []
+def test_a_new_run_has_its_config_and_nothing_else(tmp_path: Path) -> None:
+    run = Run(tmp_path / "a" / "b")
+    run.require_place(resume=False)
+    assert not run.output.exists()
     run.write_config(CONFIG)
     assert [file.name for file in run.output.iterdir()] == ["config.yaml"]
     assert load_config(run.config_file) == CONFIG
@@ -36,11 +39,36 @@ def test_a_new_run_has_its_folder_and_no_config_yet(tmp_path: Path) -> None:
 
 def test_an_empty_folder_is_fine(tmp_path: Path) -> None:
     (tmp_path / ".DS_Store").touch()
-    assert prepare_run(tmp_path, CONFIG, resume=False).output == tmp_path
+    Run(tmp_path).require_place(resume=False)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_that_has_kept_nothing_is_in_nobody_s_way(tmp_path: Path, resume: bool) -> None:
+    """Its first step has failed: the corrected command starts it anew."""
+    run = Run(tmp_path / "run")
+    run.write_config(CONFIG)
+    run.append({"kind": "start", "step": 0})
+    corrected = changed(lr=1e-5)
+    assert run.empty
+    run.require_place(resume=resume)
+    run.require_settings(corrected)
+    run.write_config(corrected)
+    assert load_config(run.config_file) == corrected
+
+
+@pytest.mark.parametrize("kept", ["training_state.safetensors", "last.safetensors", "best.safetensors"])
+def test_a_run_that_has_kept_something_is_in_the_way(tmp_path: Path, kept: str) -> None:
+    run = Run(tmp_path / "run")
+    run.write_config(CONFIG)
+    (run.output / kept).touch()
+    with pytest.raises(ConfigError, match="there is a run already"):
+        run.require_place(resume=False)
+    run.write_config(changed(lr=1e-5))
+    assert load_config(run.config_file) == CONFIG
 
 
 def test_no_record_has_a_number_that_json_has_not(tmp_path: Path) -> None:
-    run = begun(tmp_path / "run")
+    run = Run(tmp_path)
     run.append({"kind": "train", "loss": float("inf"), "nested": [{"AP": float("nan")}]})
     assert run.metrics_file.read_text() == '{"kind": "train", "loss": null, "nested": [{"AP": null}]}\n'
 
@@ -52,7 +80,7 @@ def test_a_file_or_a_foreign_folder_in_the_way(tmp_path: Path, resume: bool) -> 
     (tmp_path / "folder" / "best.safetensors").write_text("mine")
     for name, words in (("file", "a file is in the way"), ("folder", "holds other files")):
         with pytest.raises(ConfigError, match=words) as caught:
-            prepare_run(tmp_path / name, CONFIG, resume=resume)
+            Run(tmp_path / name).require_place(resume=resume)
         assert name in caught.value.message and "--output" in caught.value.remedy
     assert (tmp_path / "file").read_text() == "mine"
     assert (tmp_path / "folder" / "best.safetensors").read_text() == "mine"
@@ -62,9 +90,9 @@ def test_a_file_or_a_foreign_folder_in_the_way(tmp_path: Path, resume: bool) -> 
 def test_a_run_is_not_begun_twice(tmp_path: Path) -> None:
     run = begun(tmp_path / "run")
     with pytest.raises(ConfigError, match="there is a run already") as caught:
-        prepare_run(run.output, CONFIG, resume=False)
+        run.require_place(resume=False)
     assert "--resume" in caught.value.remedy
-    assert prepare_run(run.output, CONFIG, resume=True) == run
+    run.require_place(resume=True)
 
 
 @pytest.mark.parametrize(
@@ -80,22 +108,46 @@ def test_changed_settings_are_named(tmp_path: Path, key: str, value: Any, old: s
     run = begun(tmp_path / "run")
     before = run.config_file.read_text()
     with pytest.raises(ConfigError) as caught:
-        prepare_run(run.output, changed(**{key: value}), resume=True)
+        run.require_settings(changed(**{key: value}))
     assert f"{key}={old}" in caught.value.message and str(run.config_file) in caught.value.message
     assert run.config_file.read_text() == before
 
 
 def test_how_images_are_loaded_may_change(tmp_path: Path) -> None:
     run = begun(tmp_path / "run")
-    assert prepare_run(run.output, changed(workers=3, cache_images=0.5), resume=True) == run
+    run.require_settings(changed(workers=3, cache_images=0.5))
 
 
 def test_a_config_that_is_there_is_kept(tmp_path: Path) -> None:
     run = begun(tmp_path / "run")
     text = "# my notes\n" + run.config_file.read_text()
     run.config_file.write_text(text)
-    prepare_run(run.output, CONFIG, resume=True).write_config(CONFIG)
+    run.write_config(CONFIG)
     assert run.config_file.read_text() == text
+
+
+DAMAGED = {
+    "no text": b"\xff\xfe\x00\x9c\n",
+    "no json": b'{"kind": "train", "st\n',
+    "a number": b"17\n",
+    "a list": b'["kind"]\n',
+    "null": b"null\n",
+    "no end": b'{"kind": "train"',
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED.values(), ids=DAMAGED)
+def test_damaged_files_that_only_people_read_are_in_nobody_s_way(tmp_path: Path, damage: bytes) -> None:
+    run = begun(tmp_path / "run")
+    before = run.records()
+    with run.metrics_file.open("ab") as file:
+        file.write(damage)
+    run.environment_file.write_bytes(damage)
+    run.truncate_metrics(10**9)
+    run.append({"kind": "eval", "AP": 0.5})
+    run.add_environment({"command": "a"})
+    assert run.records() == [*before, {"kind": "eval", "AP": 0.5}] and run.metrics["AP"] == 0.5
+    assert json.loads(run.environment_file.read_text())[-1] == {"command": "a"}
 
 
 def test_records_skip_a_line_cut_short(tmp_path: Path) -> None:
@@ -132,10 +184,13 @@ def test_records_that_cannot_be_written(tmp_path: Path) -> None:
 
 def test_what_a_killed_process_left_half_written_goes(tmp_path: Path) -> None:
     run = begun(tmp_path / "run")
-    for name in (".last.safetensors.4711.tmp", ".notes", "mine.tmp"):
+    for name in (".last.safetensors.4711.tmp", ".tmpA1b2C3", ".notes", ".tmp", "mine.tmp"):
         (run.output / name).write_text("x")
+    (run.output / ".paqdetr-4711.tmp").mkdir()
+    (run.output / ".paqdetr-4711.tmp" / "last.safetensors").write_text("half")
     run.remove_leftovers()
-    assert sorted(path.name for path in run.output.iterdir()) == [".notes", "config.yaml", "mine.tmp"]
+    left = sorted(path.name for path in run.output.iterdir())
+    assert left == [".notes", ".tmp", "config.yaml", "metrics.jsonl", "mine.tmp"]
 
 
 def test_starts_are_noted_one_after_the_other(tmp_path: Path) -> None:
@@ -143,9 +198,6 @@ def test_starts_are_noted_one_after_the_other(tmp_path: Path) -> None:
     run.add_environment({"command": "a"})
     run.add_environment({"command": "b"})
     assert json.loads(run.environment_file.read_text()) == [{"command": "a"}, {"command": "b"}]
-    run.environment_file.write_text("[{")  # of use to a reader alone
-    run.add_environment({"command": "c"})
-    assert json.loads(run.environment_file.read_text()) == [{"command": "c"}]
 
 
 HOLD = """
@@ -158,6 +210,7 @@ time.sleep(120)
 """
 
 
+@pytest.mark.integration
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows keeps nobody out")
 def test_one_training_at_a_time(tmp_path: Path) -> None:
     run = begun(tmp_path / "run")
@@ -169,3 +222,54 @@ def test_one_training_at_a_time(tmp_path: Path) -> None:
     held = run.hold()  # nothing is left of one that was killed
     assert held is not None
     held.close()
+
+
+RACE = """
+import json, multiprocessing, sys
+from pathlib import Path
+from paqdetr.engine.run import Run
+from paqdetr.errors import ConfigError
+
+def begin(barrier, folder, answers):
+    said = []
+    for number in range(1000):
+        run = Run(Path(folder) / str(number))
+        barrier.wait()
+        try:
+            held = run.begin(resume=number % 2 == 0)
+            run.config_file.touch()
+            run.append({"kind": "train", "step": 1})
+            said.append("held")
+        except ConfigError as error:
+            held = None
+            said.append(error.message.rpartition(": ")[2])
+        if number % 3:  # else whoever comes a little later finds the folder free again
+            barrier.wait()
+        if held is not None:
+            held.close()
+        if not number % 3:
+            barrier.wait()
+    answers.put(said)
+
+context = multiprocessing.get_context("fork")
+barrier, answers = context.Barrier(2), context.Queue()
+processes = [context.Process(target=begin, args=(barrier, sys.argv[1], answers)) for _ in range(2)]
+for process in processes:
+    process.start()
+print(json.dumps([answers.get() for _ in processes]))
+"""
+
+
+@pytest.mark.integration
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows keeps nobody out")
+def test_exactly_one_of_two_that_start_at_once_holds_the_folder(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", RACE, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    one, other = json.loads(done.stdout)
+    refused = {"another process is training there", "there is a run already, and nothing is overwritten"}
+    for number, pair in enumerate(zip(one, other, strict=True)):
+        if number % 3 or number % 2:
+            assert sorted(said == "held" for said in pair) == [False, True], (number, pair)
+        assert set(pair) <= {"held", *refused}, (number, pair)
+    assert any("another process is training there" in pair for pair in zip(one, other, strict=True))

@@ -9,14 +9,14 @@ from torch import nn
 from paqdetr.checkpoint import read_checkpoint, read_header, write_checkpoint
 from paqdetr.config import load_config
 from paqdetr.engine.optim import MovingAverage, build_optimizer
-from paqdetr.engine.state import Own, Position, SavedState, load_state, save_state
+from paqdetr.engine.state import Position, SavedState, load_state, save_state
 from paqdetr.errors import CheckpointError
 
 CONFIG = load_config("paq_dino_nano")
 POSITION = Position(epoch=3, step=17, best_ap=0.25, metrics_size=1234, seconds=5.5, stale=2)
-OWNS = [
-    Own({"cpu": torch.arange(9, dtype=torch.uint8)}, {"steps": 1, "sums": {"loss": 0.1 + 0.2}}),
-    Own({"cpu": torch.ones(9, dtype=torch.uint8), "cuda": torch.zeros(3, dtype=torch.uint8)}, {"steps": 0}),
+RANDOM = [
+    {"cpu": torch.arange(9, dtype=torch.uint8)},
+    {"cpu": torch.ones(9, dtype=torch.uint8), "cuda": torch.zeros(3, dtype=torch.uint8)},
 ]
 
 
@@ -44,7 +44,7 @@ class Parts:
             average=self.average,
             optimizer=self.optimizer,
             position=POSITION,
-            owns=OWNS,
+            random=RANDOM,
             scaler={"scale": 1024.0, "_growth_tracker": 3},
             batches=5,
         )
@@ -60,10 +60,9 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
     saved = other.load(path)
     assert saved.position == POSITION and saved.batches == 5
     assert saved.scaler == {"scale": 1024.0, "_growth_tracker": 3}
-    assert [own.interval for own in saved.owns] == [own.interval for own in OWNS]  # floats to the last bit
-    for own, expected in zip(saved.owns, OWNS, strict=True):
-        assert own.random.keys() == expected.random.keys()
-        assert all(torch.equal(own.random[key], expected.random[key]) for key in own.random)
+    for found, expected in zip(saved.random, RANDOM, strict=True):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in found)
     assert other.average.updates == 3
     for module in ("model", "average"):
         mine, its = (getattr(p, module) for p in (one, other))
@@ -78,6 +77,14 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
         assert torch.equal(mine, its)
     for mine, its in zip(one.average.model.parameters(), other.average.model.parameters(), strict=True):
         assert torch.equal(mine, its)
+
+
+def test_the_position_in_epochs_of_another_length() -> None:
+    """Two of five steps of the fourth epoch are done; with ten steps per epoch that is four of ten."""
+    saved = SavedState(Position(epoch=3, step=17), RANDOM, None, batches=10, data=None)
+    assert saved.position_for(batches=10, epoch_steps=5, accumulate=2).step == 17
+    assert saved.position_for(batches=20, epoch_steps=10, accumulate=2).step == 34
+    assert saved.position_for(batches=3, epoch_steps=2, accumulate=2).step == 6
 
 
 def test_a_state_is_safetensors_with_a_readable_header(tmp_path: Path) -> None:

@@ -120,6 +120,12 @@ def command_line(*arguments: str) -> None:
     main()
 
 
+def own_group(*arguments: str) -> None:
+    """The command line in a process group of its own, as a shell or a batch system starts it."""
+    os.setpgid(0, 0)
+    command_line(*arguments)
+
+
 def killed_after_step(step: str, *arguments: str) -> None:
     """The command line, until so many optimiser steps are done."""
     advance = Trainer._advance

@@ -266,9 +266,63 @@ def test_the_encoder_follows_its_switch_and_the_schedule(model: Detector) -> Non
     assert alone(output, targets, **on).positives_per_box == [1.0] * LAYERS
 
 
+def test_several_positives_begin_and_end(model: Detector) -> None:
+    targets = random_targets(3, 1)
+    output = near_the_targets(run(model, targets), targets)
+    criterion = build_criterion(LossConfig(**PAQ, encoder_assigner="quality_aware", one_to_many_from=0.25))
+    always = build_criterion(LossConfig(**PAQ, encoder_assigner="quality_aware"))
+    assert [criterion.one_to_many(p) for p in (0.0, 0.249, 0.25, 0.499, 0.5)] == [
+        False,
+        False,
+        True,
+        True,
+        False,
+    ]
+    before, begun, after = (criterion(output, targets, progress=p) for p in (0.0, 0.25, 0.5))
+    assert before.terms == after.terms and before.positives_per_box == [1.0] * LAYERS
+    assert begun.terms == always(output, targets, progress=0.0).terms != before.terms
+
+
+def test_the_encoder_has_a_lower_bound_of_its_own(model: Detector) -> None:
+    targets = random_targets(2)
+    output = run(model, targets)  # no prediction is near: every box gets the fewest there are
+    rules = dict(assigner="quality_aware", encoder_assigner="quality_aware", min_positives=1)
+    own, both = (build_criterion(LossConfig(**rules, **more)) for more in ({"encoder_min_positives": 3}, {}))
+    assert (own.intermediate.min_positives, own.encoder.min_positives) == (1, 3)  # type: ignore[attr-defined]
+    assert (both.intermediate.min_positives, both.encoder.min_positives) == (1, 1)  # type: ignore[attr-defined]
+    one, three = (c(output, targets).terms for c in (both, own))
+    assert {key for key in one if one[key] != three[key]} == {
+        f"encoder/{kind}" for kind in ("class", "l1", "giou")
+    }
+
+
+def test_extra_positives_need_an_overlap(model: Detector) -> None:
+    targets = random_targets(3, 1)
+    output = run(model, targets)
+    rules = dict(assigner="quality_aware", min_positives=3)
+    for min_iou, expected in ((0.0, 3.0), (1.0, 1.0)):
+        criterion = build_criterion(LossConfig(**rules, min_iou=min_iou))
+        assert criterion(output, targets).positives_per_box == [*[expected] * (LAYERS - 1), 1.0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"min_positives": 5}, "min_positives=5 exceeds top_k=4"),
+        ({"encoder_min_positives": 5}, "encoder_min_positives=5 exceeds top_k=4"),
+        ({"one_to_many_from": 0.5, "one_to_many_until": 0.5}, "from=0.5 is not before one_to_many_until=0.5"),
+        ({"min_iou": 1.5}, "min_iou"),
+    ],
+)
+def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LossConfig(**settings)
+
+
 def test_settings_reach_the_assigner() -> None:
     config = LossConfig(
         assigner="quality_aware",
+        min_iou=0.3,
         gamma=0.1,
         top_k=7,
         min_positives=2,
@@ -282,6 +336,7 @@ def test_settings_reach_the_assigner() -> None:
     rule = criterion.intermediate
     assert isinstance(rule, QualityAwareAssigner) and isinstance(criterion.last, OneToOneAssigner)
     assert isinstance(criterion.encoder, OneToOneAssigner)
+    assert rule.min_iou == 0.3
     assert (rule.gamma, rule.top_k, rule.min_positives, rule.select, rule.confidence) == (
         0.1,
         7,

@@ -7,6 +7,8 @@ import copy
 import io
 import json
 import math
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from paqdetr.errors import ConfigError, DataError
 from paqdetr.metrics import (
     FIGURE_NAMES,
     CocoFigures,
+    MatchTable,
     evaluate_detections,
     non_maximum_suppression,
     read_results,
@@ -195,6 +198,18 @@ def test_to_json() -> None:
         ({"bbox": [1, 2, math.inf, 4]}, "found inf"),
         ({"bbox": None}, "bbox is None"),
         ({"bbox": "1234"}, "found '1'"),
+        ({"bbox": ["1", "2", "3", "4"]}, "found '1', expected a finite number from -1e"),
+        ({"bbox": [1, 2, -3, 4]}, "found -3, expected a finite number from 0 to 1e"),
+        ({"bbox": [1, 2, 3, 10**400]}, r"bbox \[1, 2, 3, 1000"),
+        ({"bbox": [True] * 4}, "found True"),
+        ({"bbox": [1, 2, 3, 1e300]}, r"found 1e\+300"),
+        ({"score": 10**400}, "score: found 1000000"),
+        ({"score": 10**5000}, "score: found a int, expected a finite number"),
+        ({"score": math.inf}, "score: found inf"),
+        ({"score": True}, "score: found True"),
+        ({"score": "0.5"}, "score: found '0.5'"),
+        ({"image_id": 10**400}, "image_id 1000000"),
+        ({"image_id": True}, "image_id True is none"),
     ],
 )
 def test_malformed_results(change: dict, message: str) -> None:
@@ -217,32 +232,192 @@ def test_malformed_ground_truth(tmp_path: Path) -> None:
         evaluate_detections(truth([(5, 1, A)]), [])
     with pytest.raises(DataError, match="number 0 has the id None"):
         evaluate_detections(good | {"images": [{}]}, [])
-    for side in ("tall", [1], -5, math.inf):
+    for side in ("tall", [1], -5, math.inf, 10**400, 1e300, True):
         with pytest.raises(DataError, match="image 1: height: found"):
             evaluate_detections(good | {"images": [{"id": 1, "height": side, "width": 5}]}, [])
     with pytest.raises(DataError, match="number 0 is 3"):
         evaluate_detections(good | {"annotations": [3]}, [])
     with pytest.raises(DataError, match="area: found 'big'"):
         evaluate_detections(good | {"annotations": [good["annotations"][0] | {"area": "big"}]}, [])
+    for area in (-1, math.nan, 10**400, "1"):
+        with pytest.raises(DataError, match="area: found"):
+            evaluate_detections(good | {"annotations": [good["annotations"][0] | {"area": area}]}, [])
+    for crowd in ("maybe", 2, [1]):
+        with pytest.raises(DataError, match="annotation 1: iscrowd is"):
+            evaluate_detections(good | {"annotations": [good["annotations"][0] | {"iscrowd": crowd}]}, [])
     with pytest.raises(DataError, match=r"absent\.json"):
         evaluate_detections(tmp_path / "absent.json", [])
     (tmp_path / "half.json").write_text('{"images": [')
-    with pytest.raises(DataError, match=r"half\.json: not a json file"):
+    with pytest.raises(DataError, match=r"half\.json: no valid json"):
         evaluate_detections(tmp_path / "half.json", [])
     (tmp_path / "deep.json").write_text("[" * 200_000)
-    with pytest.raises(DataError, match=r"deep\.json: not a json file"):
+    with pytest.raises(DataError, match=r"deep\.json: the json is nested too deeply"):
         evaluate_detections(tmp_path / "deep.json", [])
     with pytest.raises(ConfigError, match="keypoints"):
         evaluate_detections(good, [], iou_type="keypoints")  # type: ignore[arg-type]
+
+
+NUMBERS = st.one_of(
+    st.sampled_from(
+        [1e400, -1e400, math.nan, 10**400, 10**5000, True, None, "1", [], {}, 2**63, 1e308, -1.0]
+    ),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=3),
+)
+
+
+@given(
+    change=st.dictionaries(
+        st.sampled_from(["score", "image_id", "category_id", "bbox"]), NUMBERS | st.lists(NUMBERS, max_size=5)
+    ),
+    ground=st.dictionaries(
+        st.sampled_from(["id", "image_id", "bbox", "area", "iscrowd"]),
+        NUMBERS | st.lists(NUMBERS, max_size=5),
+    ),
+    height=NUMBERS,
+)
+def test_any_values_are_figures_or_one_line(change: dict, ground: dict, height: Any) -> None:
+    good = truth([(1, 1, A)])
+    good["annotations"][0] |= ground
+    good["images"][0]["height"] = height
+    with contextlib.suppress(DataError):
+        evaluate_detections(good, [result(1, 1, A, 0.9) | change])
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "message"),
+    [
+        ([[math.nan] * 6], "no finite numbers of pixels"),
+        ([[10**400] * 6], "no finite numbers of pixels"),
+        ([["1"] * 6], "no finite numbers of pixels"),
+        ([[1, 2]], "no usable segmentation"),
+        ("abc", "no usable segmentation"),
+        ({"size": [100, 100], "counts": [10**9]}, "no usable segmentation"),
+        ({"size": [10**400, 100], "counts": [1]}, "no usable segmentation"),
+        ({"size": ["a", 100], "counts": "1"}, "no usable segmentation"),
+    ],
+)
+def test_polygons_that_are_none(segmentation: Any, message: str) -> None:
+    good = truth([(1, 1, A)])
+    good["annotations"][0]["segmentation"] = segmentation
+    with pytest.raises(DataError, match=f"annotation 1.*{message}"):
+        evaluate_detections(good, [], iou_type="segm")
 
 
 def test_read_results(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     path.write_text(json.dumps([result(1, 1, A, 0.9)]))
     assert read_results(path) == [result(1, 1, A, 0.9)]
+    path.write_text('[{"score": 1, "score": 2}]')
+    with pytest.raises(DataError, match="an object has the key 'score' twice"):
+        read_results(path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(DataError, match="is a pipe, expected a file"):
+        read_results(path)
+    path.unlink()
     path.write_text(json.dumps(truth([])))
     with pytest.raises(DataError, match="expected a list of detections"):
         read_results(path)
+
+
+# ------------------------------------------------------------------------------------------- names of images
+
+
+def named(*names: str | None) -> dict[str, Any]:
+    """Ground truth whose images 1, 2... are called so; an object in each."""
+    gt = truth([(n, 1, A) for n in range(1, len(names) + 1)], images=tuple(range(1, len(names) + 1)))
+    for image, name in zip(gt["images"], names, strict=True):
+        image |= {} if name is None else {"file_name": name}
+    return gt
+
+
+@pytest.mark.parametrize(
+    ("name", "image"),
+    [
+        ("a.jpg", 1),
+        ("val/a.jpg", 1),
+        ("/data/val/a.jpg", 1),
+        ("C:\\data\\val\\a.jpg", 1),
+        ("caf\u00e9.png", 2),
+        ("cafe\u0301.png", 2),  # as macOS writes it
+        ("north/c.jpg", 3),
+        ("x/south/c.jpg", 4),
+        ("c.jpg", 5),  # the whole name
+    ],
+)
+def test_images_are_found_by_file_name(name: str, image: int) -> None:
+    gt = named("val/a.jpg", "cafe\u0301.png", "north/c.jpg", "south/c.jpg", "c.jpg", None)
+    expected = evaluate_detections(gt, [result(image, 1, A, 0.9)]).AP
+    assert expected == pytest.approx(17 / 101)  # one object of six
+    row = result(name, 1, A, 0.9)
+    for found in (
+        row,
+        row | {"image_id": None, "file_name": name},
+        row | {"image_id": 77, "file_name": name},
+    ):
+        assert evaluate_detections(gt, [found]).AP == expected
+    both = row | {"image_id": float(image), "file_name": name}  # pandas writes 1.0
+    assert evaluate_detections(gt, [both]).AP == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"image_id": 1, "file_name": "b.jpg"},
+            "image_id 1 is 'val/a.jpg' in the ground truth, and file_name is 'b.jpg'",
+        ),
+        ({"image_id": 9, "file_name": "z.jpg"}, "image_id 9 with file_name 'z.jpg' is none of the 3 images"),
+        ({"image_id": 9, "file_name": "other/a.jpg"}, "is none of the 3 images"),
+        ({"image_id": "c.jpg"}, "2 images are called 'c.jpg'"),
+        ({"image_id": "", "file_name": ""}, "is none of the 3 images"),
+        ({"image_id": None, "file_name": 3}, "is none of the 3 images"),
+    ],
+)
+def test_file_names_that_lead_nowhere(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=re.escape(message)) as caught:
+        evaluate_detections(named("val/a.jpg", "x/c.jpg", "y/c.jpg"), [result(1, 1, A, 0.9) | change])
+    assert caught.value.remedy
+
+
+def test_another_ending_is_the_same_image() -> None:
+    """Results of images that were converted."""
+    row = result(1, 1, A, 0.9) | {"file_name": "a.png"}
+    assert evaluate_detections(named("val/a.jpg"), [row]).AP == pytest.approx(1)
+
+
+def test_files_with_a_byte_order_mark(tmp_path: Path) -> None:
+    gt, rows = named("a.jpg"), [result("a.jpg", 1, A, 0.9)]
+    for name, content in (("gt.json", gt), ("rows.json", rows)):
+        (tmp_path / name).write_text(json.dumps(content), encoding="utf-8-sig")
+    assert evaluate_detections(
+        tmp_path / "gt.json", read_results(tmp_path / "rows.json")
+    ).AP == pytest.approx(1)
+
+
+# ------------------------------------------------------------------------------------------- crowded images
+
+
+def test_more_objects_than_detections_that_count() -> None:
+    """400 objects in a picture, all found: 100 of them at COCO's default."""
+    boxes = [[50.0 * (n % 20), 50.0 * (n // 20), 40.0, 40.0] for n in range(400)]
+    gt = truth([(1, 1, box) for box in boxes], images=(1,))
+    rows = [result(1, 1, box, 0.5 + n / 1000) for n, box in enumerate(boxes)]
+    assert evaluate_detections(gt, rows).AP == pytest.approx(26 / 101)  # recall 0, .01 ... .25
+    assert stats(evaluate_detections(gt, rows)) == pytest.approx(pycocotools_stats(gt, rows))
+    for count, share in ((400, 1), (1000, 1), (200, 0.5), (40, 0.1), (1, 1 / 400)):
+        figures = evaluate_detections(gt, rows, max_detections=count)
+        assert (figures.AR100, figures.ARm) == pytest.approx((share, share))
+        assert figures.AP == pytest.approx((math.floor(100 * share) + 1) / 101)
+        assert figures.AR1 == pytest.approx(1 / 400)
+        table = MatchTable.match(gt, rows, max_detections=count)
+        again = {name: values[0] for name, values in table.figures().figures.items()}
+        assert again == pytest.approx({name: getattr(figures, name) for name in FIGURE_NAMES}, nan_ok=True)
+    for use in (evaluate_detections, MatchTable.match):
+        with pytest.raises(ConfigError, match="max_detections: expected at least 1, found 0"):
+            use(gt, rows, max_detections=0)
 
 
 # --------------------------------------------------------------------------------------------------- masks

@@ -1,4 +1,4 @@
-"""Small models, made-up targets and features that the model tests share."""
+"""Small models and made-up features that the model tests share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from paqdetr.config import load_config
 from paqdetr.models.detector import Detector
 from paqdetr.models.tokens import Tokens
 from paqdetr.models.zoo import build_model
-from paqdetr.structures import Targets
 
 # Four levels, six plus six layers made two plus three: `dino_r50` at the size of a test.
 TINY = {
@@ -50,21 +49,6 @@ def stir() -> Callable[[nn.Module], None]:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
 
     return add_noise
-
-
-@pytest.fixture
-def make_targets() -> Callable[..., list[Targets]]:
-    """`make_targets(2, 0, 3)` is a batch of three images with so many boxes well inside them."""
-
-    def build(*counts: int, num_classes: int = 5) -> list[Targets]:
-        targets = []
-        for count in counts:
-            sizes = 0.1 + 0.2 * torch.rand(count, 2)
-            boxes = torch.cat([0.3 + 0.4 * torch.rand(count, 2), sizes], dim=1)
-            targets.append(Targets(torch.randint(num_classes, (count,)), boxes))
-        return targets
-
-    return build
 
 
 @pytest.fixture

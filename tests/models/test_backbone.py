@@ -45,6 +45,37 @@ def test_each_feature_has_its_stride_and_channels_and_is_used(name: str) -> None
     assert [key for key, p in backbone.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
+@pytest.mark.parametrize(
+    ("name", "padded"),
+    [
+        ("resnet18", False),
+        ("tf_efficientnet_lite0", False),
+        ("swin_tiny_patch4_window7_224", False),
+        ("regnety_002", False),
+        ("convnext_atto", True),  # patches drop what is left over
+        ("ese_vovnet19b_dw", True),  # so does its pooling
+        ("hrnet_w18_small", True),  # adds maps whose sizes would differ
+    ],
+)
+@torch.no_grad()
+def test_images_of_any_size_are_padded_only_where_the_backbone_needs_it(name: str, padded: bool) -> None:
+    """`padded`: does the bare backbone give other sizes than ceil(side / stride), or fail, on odd sides?"""
+    backbone = build(name).eval()
+    sides = []
+    backbone.body.register_forward_pre_hook(lambda _, given: sides.append(tuple(given[0].shape[2:])))
+    images = torch.randn(1, 3, 65, 95)
+    maps = backbone(images)
+    assert [tuple(x.shape[2:]) for x in maps] == [(9, 12), (5, 6), (3, 3)]
+    assert sides == [(96, 96) if padded else (65, 95)]
+    # Sides that are multiples of the coarsest stride are never padded; elsewhere maps are those of the padded image.
+    whole = torch.nn.functional.pad(images, (0, 1, 0, 31))
+    expected = backbone(whole)
+    assert sides[-1] == (96, 96)
+    if padded:
+        for found, full in zip(maps, expected, strict=True):
+            assert torch.equal(found, full[:, :, : found.shape[2], : found.shape[3]])
+
+
 @pytest.mark.parametrize("name", ["resnet18", "tf_efficientnet_lite0"])
 @pytest.mark.parametrize("strides", [(8, 16), (4, 8, 16, 32), (32,), (2, 4, 8, 16, 32)])
 def test_any_choice_of_strides(name: str, strides: tuple[int, ...]) -> None:

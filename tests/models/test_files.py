@@ -159,7 +159,7 @@ def test_a_training_starts_from_init_instead_of_imagenet(checkpoint: Path) -> No
     assert model.classes == NEW
     checkpoint.unlink()
     assert model_to_train(config, NEW, resumed=True)[1] is None  # a saved state fills it
-    with pytest.raises(CheckpointError, match="no such checkpoint"):
+    with pytest.raises(CheckpointError, match="no such file"):
         model_to_train(config, NEW)
 
 

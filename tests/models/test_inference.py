@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from paqdetr.errors import DataError, NonFiniteError
+from paqdetr.config import ModelConfig
+from paqdetr.errors import ConfigError, DataError, NonFiniteError
 from paqdetr.models import create_model
 from paqdetr.models.detector import Detector
 from paqdetr.models.inference import detect_batch, postprocess
@@ -81,6 +83,83 @@ def test_every_kind_of_source(model: Detector, tmp_path: Path) -> None:
     mixed = model.predict([path, array, image], threshold=0.0)
     assert [d.image_id for d in mixed] == ["street.png", None, None]
     assert model.predict([]) == []
+
+
+def test_files_that_are_open_or_in_memory(model: Detector, tmp_path: Path) -> None:
+    path = tmp_path / "street.png"
+    Image.fromarray(picture(48, 64, 0)).save(path)
+    content = path.read_bytes()
+    (expected,) = model.predict(path, threshold=0.0)
+    with path.open("rb") as file:
+        sources = [content, bytearray(content), memoryview(content), io.BytesIO(content), file]
+        alone = [model.predict(source, threshold=0.0) for source in sources]
+        together = model.predict(sources, threshold=0.0)
+        of_iterator = model.predict(iter(sources), threshold=0.0)
+    for found in (*(one for (one,) in alone), *together, *of_iterator):
+        assert np.array_equal(found.boxes, expected.boxes) and found.image_id is None
+    assert len(alone) == len(together) == len(of_iterator) == 5
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (0, "found int"),
+        (None, "found NoneType"),
+        (0.5, "found float"),
+        ([None], "found NoneType"),
+        ([[0]], "found list"),
+        ({"image": 1}, "found dict"),
+        (object(), "found object"),
+        (torch.zeros(3, 4, 4), "found torch.Tensor"),
+        (io.StringIO("text"), "found _io.StringIO"),
+        (b"..", "the given bytes: not an image in a known format"),
+        (b"", "the given bytes: not an image in a known format"),
+        (io.BytesIO(b"no image"), "the given bytes: not an image in a known format"),
+    ],
+)
+def test_what_is_no_image(nano: Detector, source: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        nano.predict(source)
+    assert caught.value.remedy
+
+
+@pytest.fixture(scope="module")
+def nano() -> Detector:
+    return create_model("paq_dino_nano", num_classes=2, image_size=64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["paq_dino_nano", "deformable_detr_one_stage_nano", "dn_detr_nano"])
+def test_a_model_in_another_precision(name: str, dtype: torch.dtype) -> None:
+    """Without proposals the same queries answer, and boxes move by rounding alone."""
+    torch.manual_seed(0)
+    model = create_model(name, num_classes=2, image_size=64)
+    (expected,) = model.predict(picture(48, 64, 0), threshold=0.0)
+    model.to(dtype)
+    (found,) = model.predict(picture(48, 64, 0), threshold=0.0)
+    assert next(model.parameters()).dtype == dtype
+    assert (found.boxes.dtype, found.scores.dtype) == (np.float32, np.float32)
+    assert len(found) == len(expected)
+    if name != "paq_dino_nano":
+        (boxes, scores), (other_boxes, other_scores) = by_query(expected), by_query(found)
+        limit = 1e-5 if dtype == torch.float64 else 0.03
+        assert np.abs(scores - other_scores).max() < limit and np.abs(boxes - other_boxes).max() < 64 * limit
+
+
+def test_a_precision_that_the_device_has_not(nano: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise NotImplementedError("\"conv2d_cpu\" not implemented for 'Half'\nin some file")
+
+    nano.half()
+    monkeypatch.setattr(nano, "extract", fail)
+    with pytest.raises(
+        ConfigError, match=r"torch\.float16 does not run on this cpu: .* for 'Half'$"
+    ) as caught:
+        nano.predict(picture(32, 32, 0))
+    assert "model.float()" in caught.value.remedy
+    nano.float()
+    with pytest.raises(NotImplementedError):
+        nano.predict(picture(32, 32, 0))
 
 
 def test_boxes_are_in_pixels_of_the_picture_turned_upright(model: Detector, tmp_path: Path) -> None:
@@ -193,6 +272,7 @@ def case(**changes: Any) -> Detections:
         "boxes": torch.tensor([[0.5, 0.5, 0.5, 1.0], [0.1, 0.2, 0.4, 0.2]]),
         "size": (100, 200),
         "classes": ClassTable((7, 3), ("cat", "dog")),
+        "config": ModelConfig(),
         "threshold": 0.3,
     }
     return postprocess(**options | changes)
@@ -210,7 +290,7 @@ def test_postprocess_by_hand() -> None:
 
 
 def test_postprocess_limit_and_threshold() -> None:
-    assert case(limit=2).labels.tolist() == [7, 3]
+    assert case(config=ModelConfig(max_detections=2)).labels.tolist() == [7, 3]
     assert case(threshold=0.0).scores.size == 4
     assert case(threshold=0.5).scores.size == 3  # "at least"
     assert case(threshold=0.6).scores.size == 2

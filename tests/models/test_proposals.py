@@ -38,7 +38,7 @@ def slow_proposals(head: ProposalHead, tokens: Tokens, levels: list[Tensor], cou
                     )
                     logits = head.class_head(state)
                     box = torch.special.expit(head.box_head(state) + torch.logit(x.new_tensor(anchor)))
-                    rows.append((float(logits.max()), start + row * width + column, logits, box))
+                    rows.append((float(logits.max()), start + row * width + column, logits, box, state))
             start += height * width
         rows.sort(key=lambda row: -row[0])
         best = [rows[i % len(rows)] for i in range(count)]
@@ -47,6 +47,7 @@ def slow_proposals(head: ProposalHead, tokens: Tokens, levels: list[Tensor], cou
                 logits=torch.stack([row[2] for row in best]),
                 boxes=torch.stack([row[3] for row in best]),
                 indices=torch.tensor([row[1] for row in best]),
+                tokens=torch.stack([row[4] for row in best]),
             )
         )
     return found
@@ -65,6 +66,7 @@ def test_equal_a_plain_loop(count: int, padding: int, make_tokens: Callable, sti
         assert found.indices[image].tolist() == expected.indices.tolist()
         assert (found.logits[image] - expected.logits).abs().max() < 1e-10
         assert (found.boxes[image] - expected.boxes).abs().max() < 1e-10
+        assert (found.tokens[image] - expected.tokens).abs().max() < 1e-10
 
 
 @torch.no_grad()

@@ -238,13 +238,7 @@ def rewrite(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     ("change", "message"),
     [
         (lambda h: h.pop("name"), "its header lacks 'name'"),
-        (lambda h: h.pop("classes"), "its header lacks 'classes'"),
-        (lambda h: h.pop("preprocessing"), "its header lacks 'preprocessing'"),
-        (lambda h: h["preprocessing"].pop("normalization"), "its header lacks 'normalization'"),
-        (lambda h: h.update(classes=[{"id": "x", "name": "cat"}]), "its header is malformed"),
-        (lambda h: h.update(preprocessing=None), "its header is malformed"),
         (lambda h: h.update(classes=h["classes"][:2]), "num_classes=3, but the data has 2 classes"),
-        (lambda h: h["model"].update(wings=2), "unknown setting 'model.wings'"),
         (lambda h: h["model"].update(backbone="resnet19"), "no model 'resnet19'"),
     ],
 )
@@ -279,7 +273,7 @@ def test_files_that_are_no_checkpoint(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(2)}, tmp_path / "foreign.safetensors")
     with pytest.raises(CheckpointError, match="without a paqdetr header"):
         load(tmp_path / "foreign.safetensors")
-    with pytest.raises(CheckpointError, match="no such checkpoint"):
+    with pytest.raises(CheckpointError, match="no such file"):
         load(tmp_path / "absent.safetensors")
     with pytest.raises(CheckpointError, match="a pickle"):
         load(tmp_path / "model.pth")

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-from paqdetr.paq.selection import ceil_of_best, limit_claims, select_by_score
+from paqdetr.paq.selection import ceil_of_best, limit_claims, select_by_score, without_weak_extras
 
 
 def plain_select(scores: np.ndarray, claims: np.ndarray, cost: np.ndarray) -> dict[int, int]:
@@ -41,3 +41,21 @@ def test_the_best_are_those_of_a_full_sort(n: int, boxes: int, top_k: int, seed:
     claims = limit_claims(rng.integers(0, 9, boxes), scores, least=1, most=top_k)
     queries, chosen = select_by_score(scores, claims, cost)
     assert dict(zip(queries.tolist(), chosen.tolist(), strict=True)) == plain_select(scores, claims, cost)
+
+
+def test_the_cheapest_pair_of_a_box_stays_whatever_its_iou() -> None:
+    rows, columns = np.array([0, 1, 2, 3, 4, 5]), np.array([1, 0, 1, 0, 1, 2])
+    cost, iou = np.zeros((6, 3)), np.zeros((6, 3))
+    cost[rows, columns] = [3, 5, 1, 4, 2, 9]
+    iou[rows, columns] = [0.9, 0.5, 0.1, 0.2, 0.4, 0.0]
+
+    def kept(min_iou: float) -> set[tuple[int, int]]:
+        found = without_weak_extras(rows, columns, cost=cost, iou=iou, min_iou=min_iou)
+        return set(zip(*(side.tolist() for side in found), strict=True))
+
+    # Cheapest: 3 of box 0, 2 of box 1, 5 of box 2. Of the others 0 has an IoU of .9, 1 of .5, 4 of .4.
+    assert kept(0.4) == {(3, 0), (2, 1), (5, 2), (0, 1), (1, 0), (4, 1)}
+    assert kept(0.5) == {(3, 0), (2, 1), (5, 2), (0, 1), (1, 0)}
+    assert kept(0.95) == {(3, 0), (2, 1), (5, 2)}
+    nothing = without_weak_extras(rows[:0], columns[:0], cost=cost, iou=iou, min_iou=0.5)
+    assert [len(side) for side in nothing] == [0, 0]

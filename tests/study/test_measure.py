@@ -42,7 +42,7 @@ def test_what_is_measured_of_a_model_agrees_with_itself(tiny_run: Run, tiny_digi
     assert stages[0]["stage"] == "proposals" and len(stages) == 1 + len(model.decoder.layers)
     for name in ("AP", "AP_nms", "predictions_per_image"):
         assert stages[-1][name] == pytest.approx(figures[name], abs=1e-4), name
-    assert 0 <= figures["queries"]["image_share"] <= 1
+    assert 0 <= figures["queries"]["query_share"] <= figures["queries"]["image_share"] <= 1
     assert set(figures["mistakes"]) == set(MISTAKES)
     json.dumps(figures, allow_nan=False)
 

@@ -113,7 +113,7 @@ def test_a_file_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such study"):
         load_study(tmp_path / "nothing.yaml")
     (tmp_path / "broken.yaml").write_text("a: [")
-    with pytest.raises(DataError, match="no valid YAML"):
+    with pytest.raises(DataError, match=r"line \d, column \d: not valid YAML"):
         load_study(tmp_path / "broken.yaml")
 
 

@@ -23,7 +23,7 @@ def content_gradients(
     *,
     criterion: Criterion,
     images: int | None = None,
-    train_progress: float = 0.0,
+    train_progress: float | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Spread:
@@ -38,8 +38,8 @@ def content_gradients(
         split: usually "train".
         criterion: the loss the model was trained with: `build_criterion` of `paqdetr.analysis.inside.loss_settings`.
         images: evenly spaced over the split; all if None.
-        train_progress: share of the training at which the loss is taken, in [0, 1]: at 0 several positives a box are on where
-            they ever are.
+        train_progress: share of the training at which the loss is taken, in [0, 1]; None: where one-to-many assignment begins, if
+            it ever does.
         seed: of the denoising noise.
         progress: told (images done, images in all).
 
@@ -52,6 +52,8 @@ def content_gradients(
     """
     require_same_classes(model.classes, split)
     count = len(split) if images is None else min(images, len(split))
+    if train_progress is None:
+        train_progress = criterion.config.one_to_many_from
     if count < 1:
         raise DataError(
             f"{split.annotation_file}: no image to take gradients of",
@@ -70,7 +72,8 @@ def content_gradients(
                 if isinstance(module, _BatchNorm):
                     module.eval()
             for done, index in enumerate(chosen, start=1):
-                pixels, mask = pad_images([model.preprocessing(read_picture(split, index))])
+                pixels = model.preprocessing(read_picture(split, index))
+                pixels, mask = pad_images([pixels], model.preprocessing.pad_divisor)
                 target = targets_of(split, index, device, classes=model.classes)
                 with torch.no_grad():  # the way from the loss to the content does not pass the backbone
                     features = model.extract(pixels.to(device), None if mask is None else mask.to(device))

@@ -153,7 +153,7 @@ def look_inside(
         most: of these, so many.
     """
     device = next(model.parameters()).device
-    images, mask = pad_images([model.preprocessing(picture)])
+    images, mask = pad_images([model.preprocessing(picture)], model.preprocessing.pad_divisor)
     was_training = model.training
     model.eval()
     try:
@@ -261,7 +261,7 @@ def loss_settings(model: Detector, checkpoint: Path | None) -> tuple[LossConfig,
 
 
 def positives(
-    inside: Inside, targets: Targets, criterion: Criterion, *, progress: float = 0.0
+    inside: Inside, targets: Targets, criterion: Criterion, *, progress: float | None = None
 ) -> list[LayerPositives]:
     """The pairs that the criterion would make of this image, layer by layer.
 
@@ -269,11 +269,11 @@ def positives(
         inside: of the image.
         targets: its boxes.
         criterion: of `build_criterion`.
-        progress: share of the training at which one asks, in [0, 1]: at 0 several positives a box are on where they ever are.
+        progress: share of the training at which one asks, in [0, 1]; None: where one-to-many assignment begins, if it ever does.
     """
     logits, boxes = torch.from_numpy(inside.logits)[:, None], torch.from_numpy(inside.boxes)[:, None]
     rows = matchables(logits, boxes, [targets], weights=criterion.cost_weights)
-    middle, _ = criterion.assigners(progress)
+    middle, _ = criterion.assigners(criterion.config.one_to_many_from if progress is None else progress)
     found = []
     for layer, (image,) in enumerate(rows, start=1):
         assigner = criterion.last if layer == len(rows) else middle

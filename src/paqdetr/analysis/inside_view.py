@@ -69,11 +69,10 @@ def inside_section(
         "Points are where the query's attention samples the features, the larger the weightier."
     )
     if several and pairs:
-        until = settings.one_to_many_until
-        lead += (
-            f" Several positives a box are those that the loss ({source}) makes of the finished weights"
-            + (f"; in the training they were on until {100 * until:g} % of it." if until < 1 else ".")
-        )
+        begin, end = settings.one_to_many_from, settings.one_to_many_until
+        when = f"; in the training they were on from {100 * begin:g} % to {100 * end:g} % of it"
+        lead += f" Several positives a box are those that the loss ({source}) makes of the finished weights"
+        lead += "." if (begin, end) == (0, 1) else f"{when}."
     if without:
         lead += f" Not shown for {subject.label}: {'; '.join(without)}."
     return Section("inside", "Inside", lead, tuple(parts))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert, box_iou
 
+from paqdetr.config import ModelConfig
 from paqdetr.data.dataset import DetectionDataset
 from paqdetr.metrics.coco import evaluate_detections, non_maximum_suppression
 from paqdetr.metrics.jsonable import json_number
@@ -68,13 +69,15 @@ class LayerCollector:
     """An observer of an evaluation that keeps what every stage of the detector predicts:
     `evaluate_split(model, split, observers=[collector])`, then `collector.figures(split)`.
 
-    It keeps the best 300 predictions of every image and stage, some 6 kB each.
+    It keeps the best predictions of every image and stage; 300 take some 6 kB.
 
     Attributes:
         classes: of the model.
+        config: of the model; it says how many predictions are kept.
     """
 
     classes: ClassTable
+    config: ModelConfig = field(default_factory=ModelConfig)
     _seen: dict[int, dict[str, _Seen]] = field(default_factory=dict)
 
     def see(self, output: DetectorOutput, targets: Sequence[Targets], indices: Sequence[int]) -> None:
@@ -139,7 +142,7 @@ class LayerCollector:
         if logits.shape[1] != len(self.classes):
             return None
         assert target.size is not None
-        return postprocess(logits, boxes, target.size, self.classes, threshold=0.0)
+        return postprocess(logits, boxes, target.size, self.classes, self.config, threshold=0.0)
 
 
 def _best_iou(boxes: Tensor, target: Targets) -> np.ndarray:

@@ -15,6 +15,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from paqdetr.analysis.plots import GREEN, ORANGE, PINK, RED, SKY
 from paqdetr.drawing import font_path
+from paqdetr.text import printable
 
 # For things on a photograph, told apart with any colour vision.
 MARKS = (ORANGE, SKY, "#F0E442", PINK, GREEN, RED, "#FFFFFF", "#B9A6FF")
@@ -78,7 +79,7 @@ class Overlay:
 
     def label(self, point: Sequence[float] | np.ndarray, text: str, colour: str) -> None:
         """A word whose lower left corner is at `point`, in [0, 1], moved to where it is inside and hides no other."""
-        self._labels.append((float(point[0]), float(point[1]), text, colour))
+        self._labels.append((float(point[0]), float(point[1]), printable(text), colour))
 
     def picture(self) -> Image.Image:
         """RGB."""

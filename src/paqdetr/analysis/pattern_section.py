@@ -27,6 +27,7 @@ from paqdetr.analysis.semantics import SHUFFLES, Semantics
 from paqdetr.data.dataset import DetectionDataset
 from paqdetr.drawing import font_path
 from paqdetr.metrics.jsonable import rounded
+from paqdetr.text import literal, printable
 
 # As many categories get a colour and shape of their own; the rest share one.
 _COLOURS = 3 * len(PALETTE)
@@ -132,17 +133,24 @@ def _meaning(models: Sequence[Studied]) -> Part | None:
 
 def _image_share(models: Sequence[Studied]) -> Part:
     rows = tuple(
-        {"model": m.name, "image": round(m.study.image_share, 6), "index": round(1 - m.study.image_share, 6)}
+        {
+            "model": m.name,
+            "image": round(m.study.image_share - m.study.query_share, 6),
+            "query": round(m.study.query_share, 6),
+            "index": round(1 - m.study.image_share, 6),
+        }
         for m in models
     )
     columns = (
         Column("model", "model", "text"),
-        Column("image", "by the image", "percent"),
         Column("index", "by the index", "percent"),
+        Column("image", "by the image, for all its queries alike", "percent"),
+        Column("query", "by both together", "percent"),
     )
     caption = (
         "What decides a query's content: shares of its variance over queries and images. Content that nothing "
-        "but the index decides is a learned table, whatever made it."
+        "but the index decides is a learned table, whatever made it. The last share is what differs between the queries "
+        "of one image beyond their index: what each query looks at, where mixtures are computed from that."
     )
     return Table(name="content_variance", caption=caption, columns=columns, rows=rows)
 
@@ -204,7 +212,13 @@ def _embedding(model: Studied, suffix: str, seed: int) -> Part | None:
             own = points[samples.categories == kind]
             shape = "o^s"[number // len(PALETTE)]
             axes.scatter(
-                *own.T, s=13, color=colour(number), marker=shape, alpha=0.75, linewidths=0, label=names[kind]
+                *own.T,
+                s=13,
+                color=colour(number),
+                marker=shape,
+                alpha=0.75,
+                linewidths=0,
+                label=literal(names[kind]),
             )
         axes.set_xticks([])
         axes.set_yticks([])
@@ -287,7 +301,7 @@ def _exciting_images(model: Studied, split: DetectionDataset, suffix: str) -> Pa
             sheet.paste(picture, (x + (cell - picture.width) // 2, top + (cell - picture.height) // 2))
             pen.text(
                 (x + 2, top + cell + 2),
-                f"{split.image_ids[index]}: {ratio:.3f} x"[-24:],
+                printable(f"{split.image_ids[index]}: {ratio:.3f} x")[-24:],
                 fill="#222222",
                 font=font,
             )

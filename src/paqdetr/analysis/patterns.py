@@ -11,8 +11,7 @@ from torch import Tensor
 
 from paqdetr.errors import DataError
 from paqdetr.models.detector import Detector, DetectorOutput
-from paqdetr.paq import OneToOneAssigner, PatternQueries
-from paqdetr.paq.patterns import StaticMixtures
+from paqdetr.paq import OneToOneAssigner
 from paqdetr.structures import ClassTable, Targets
 
 # Sums are kept in whole units, so that they do not depend on the order of the batches.
@@ -66,6 +65,8 @@ class ContentStudy:
         index_weights: (n, m) mean weights of each query index over all images.
         image_share: of the variance of content over queries and images, the share that the query index does not explain: 0 is a
             learned table, the same for every image; pattern queries that learnt to look at the image have more.
+        query_share: the part of `image_share` by which the queries of one image differ from each other; the rest is common to all
+            queries of an image. With `mixture_input="query"` it is what the features of single queries decide.
         images: (I,) int64, those of `image_mass`, ascending.
         image_mass: (I, m) float32 mean weight of each pattern over the queries of an image.
         patterns: (m, d) float32.
@@ -81,6 +82,7 @@ class ContentStudy:
     index_content: np.ndarray
     index_weights: np.ndarray | None
     image_share: float
+    query_share: float
     images: np.ndarray
     image_mass: np.ndarray | None
     patterns: np.ndarray | None
@@ -120,6 +122,7 @@ class ContentCollector:
         self._kept: list[tuple[np.ndarray, Samples]] = []  # hashes and samples
         self._sums: dict[str, np.ndarray] = {}
         self._squares = 0  # of content, in units; an int of any size
+        self._image_squares = 0  # of the mean content of each image
         self._masses: dict[int, np.ndarray] = {}
         self._images: list[int] = []
 
@@ -131,6 +134,7 @@ class ContentCollector:
         self._images += indices
         self._add("content", _fixed(content).sum(0))
         self._squares += int(_fixed(np.square(content, dtype=np.float64).sum((1, 2))).sum())
+        self._image_squares += int(_fixed(np.square(content.mean(1, dtype=np.float64)).sum(1)).sum())
         if weights is not None:
             self._add("weights", _fixed(weights).sum(0))
             self._masses |= dict(zip(indices, weights.mean(1), strict=True))
@@ -156,24 +160,27 @@ class ContentCollector:
         for name, value in other._sums.items():
             self._add(name, value)
         self._squares += other._squares
+        self._image_squares += other._image_squares
         self._masses |= other._masses
         self._images += other._images
         self._kept += other._kept
 
     @property
-    def image_share(self) -> float | None:
-        """As of `ContentStudy`; None before any image was seen."""
+    def shares(self) -> dict[str, float]:
+        """`image_share` and `query_share` of `ContentStudy`; empty before any image was seen."""
         if "content" not in self._sums:
-            return None
+            return {}
         images, index_content = len(self._images), self._sums["content"] / _UNIT / len(self._images)  # (n, d)
-        # Of a mean square over queries and images: that of the index means, and that of the mean of all.
+        # Of a mean square over queries and images: that of the index means, of the image means, and of the mean of all.
         square = self._squares / _UNIT / (images * len(index_content))
-        between, overall = np.square(index_content).sum(1).mean(), np.square(index_content.mean(0)).sum()
-        return (
-            float(max(square - between, 0.0) / (square - overall))
-            if square - overall > 1e-9 * square
-            else 0.0
-        )
+        by_index, overall = np.square(index_content).sum(1).mean(), np.square(index_content.mean(0)).sum()
+        by_image = self._image_squares / _UNIT / images
+        whole = square - overall
+        parts = {"image_share": square - by_index, "query_share": square - by_index - by_image + overall}
+        return {
+            name: float(max(part, 0.0) / whole) if whole > 1e-9 * square else 0.0
+            for name, part in parts.items()
+        }
 
     def study(self, model: Detector) -> ContentStudy:
         """What was collected.
@@ -194,7 +201,7 @@ class ContentCollector:
         samples = samples.rows(np.lexsort((samples.queries, samples.images)))
         images = np.sort(np.asarray(self._images, dtype=np.int64))
         source = model.query_source
-        mixes = isinstance(source, (PatternQueries, StaticMixtures))
+        patterns: Tensor | None = getattr(source, "patterns", None)
         sums = {name: value / _UNIT for name, value in self._sums.items()}
         category_weights = index_weights = mass = None
         if "weights" in sums:
@@ -203,8 +210,6 @@ class ContentCollector:
             index_weights = sums["weights"] / len(images)
             mass = np.stack([self._masses[index] for index in images.tolist()])
         index_content = sums["content"] / len(images)
-        share = self.image_share
-        assert share is not None
         return ContentStudy(
             classes=model.classes,
             matched=int(counts.sum()),
@@ -213,10 +218,10 @@ class ContentCollector:
             category_weights=category_weights,
             index_content=index_content,
             index_weights=index_weights,
-            image_share=share,
+            **self.shares,
             images=images,
             image_mass=mass,
-            patterns=source.patterns.detach().float().cpu().numpy() if mixes else None,
+            patterns=_host(patterns),
         )
 
     def _add(self, name: str, value: np.ndarray) -> None:

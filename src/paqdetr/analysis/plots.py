@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
 from paqdetr.analysis import section
+from paqdetr.text import literal
 
 # Okabe and Ito's colours, told apart with any colour vision; the yellow, which is lost on white, is left out.
 BLUE, ORANGE, GREEN, RED, PINK, SKY, GREY = (
@@ -104,9 +105,9 @@ def new_grid(
         FigureCanvasSVG(figure)
         plots = [figure.add_subplot(rows, columns, i + 1) for i in range(rows * columns)]
         for i, axes in enumerate(plots):
-            axes.set_title(titles[i] if i < len(titles) else "")
-            axes.set_xlabel(x if i >= (rows - 1) * columns else "")
-            axes.set_ylabel(y if i % columns == 0 else "")
+            axes.set_title(literal(titles[i]) if i < len(titles) else "")
+            axes.set_xlabel(literal(x) if i >= (rows - 1) * columns else "")
+            axes.set_ylabel(literal(y) if i % columns == 0 else "")
         return plots
 
 
@@ -141,7 +142,7 @@ def line(
             xs, np.asarray(low, float), np.asarray(high, float), color=colour, alpha=0.18, linewidth=0
         )
     mark = marker or ("o" if len(xs) == 1 else "")
-    axes.plot(xs, ys, dash, color=colour, label=label or None, marker=mark or None, markersize=4)
+    axes.plot(xs, ys, dash, color=colour, label=literal(label) or None, marker=mark or None, markersize=4)
 
 
 def bars(
@@ -171,14 +172,14 @@ def bars(
     if low is not None and high is not None:
         errors = np.stack([numbers - np.asarray(low, float), np.asarray(high, float) - numbers]).clip(min=0)
     drawn = axes.barh(
-        places, numbers, height=thickness * 0.92, color=colour, label=label or None, xerr=errors,
+        places, numbers, height=thickness * 0.92, color=colour, label=literal(label) or None, xerr=errors,
         error_kw=dict(ecolor=INK, elinewidth=1, capsize=2),
     )  # fmt: skip
     if form:
         texts = ["" if np.isnan(value) else form.format(value) for value in numbers]
         axes.bar_label(drawn, labels=texts, padding=3, fontsize=8, color=INK)
         axes.margins(x=0.12)
-    axes.set_yticks(np.arange(len(numbers)), list(names))
+    axes.set_yticks(np.arange(len(numbers)), list(map(literal, names)))
     axes.set_ylim(len(numbers) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False, axis="y")
@@ -226,12 +227,12 @@ def heat_map(
     with style():  # the colour bar is another plot
         shown = axes.figure.colorbar(drawn, ax=axes, pad=0.015, fraction=0.06)
         shown.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
-        shown.set_label(bar)
+        shown.set_label(literal(bar))
     for axis, names in ((axes.yaxis, rows), (axes.xaxis, columns)):
         if names is None:
             continue
         stride = -(-len(names) // most_labels)
-        axis.set_ticks(range(0, len(names), stride), [_short(name) for name in names[::stride]])
+        axis.set_ticks(range(0, len(names), stride), [literal(_short(name)) for name in names[::stride]])
     if columns is not None and max(map(len, columns), default=0) > 3:
         axes.tick_params(axis="x", rotation=60 if len(columns) > 4 else 0)
         if len(columns) > 4:

@@ -26,7 +26,7 @@ from paqdetr.cli import (
     train,
     version,
 )
-from paqdetr.cli.console import Ended, errors, print_styled
+from paqdetr.cli.console import Ended, errors, finish_streams, make_streams_lossy, print_styled
 from paqdetr.errors import UserError, memory_error
 
 app = typer.Typer(
@@ -52,8 +52,15 @@ app.add_typer(config.app, name="config")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the program and exit."""
-    sys.exit(run(sys.argv[1:] if argv is None else argv))
+    """Run the program and exit. What cannot be printed is dropped, which is an error only where a verb has no other result."""
+    arguments = sys.argv[1:] if argv is None else argv
+    os.environ["MPLBACKEND"] = "agg"  # no window is opened, and the user's choice may not be installed here
+    make_streams_lossy()
+    code = run(arguments)
+    lost = finish_streams()
+    if lost is not None and code == 0 and not _trains(arguments):
+        code = _mistake(f"standard output: {lost}", "make room, or write to another place", debug=False)
+    sys.exit(code)
 
 
 def run(argv: Sequence[str]) -> int:
@@ -62,12 +69,12 @@ def run(argv: Sequence[str]) -> int:
     Returns:
         the exit code.
     """
-    debug = "--debug" in argv
+    debug, training = "--debug" in argv, _trains(argv)
     arguments = [argument for argument in argv if argument != "--debug"]
     try:
         code = typer.main.get_command(app).main(arguments, prog_name="paqdetr", standalone_mode=False)
         if code == 130:  # typer has caught Ctrl-C itself
-            return _interrupted()
+            return _interrupted(training)
         return code if isinstance(code, int) else 0
     except Ended as ended:
         return ended.code
@@ -88,12 +95,18 @@ def run(argv: Sequence[str]) -> int:
         if type(error).__name__ == "Exit":
             return int(getattr(error, "exit_code", 0))
         if type(error).__name__ == "Abort":
-            return _interrupted()
+            return _interrupted(training)
         # A full disk, a folder that may not be written...
         if isinstance(error, OSError) and error.filename is not None:
             return _mistake(
                 f"{error.filename}: {error.strerror}",
                 "check the path, its permissions and the disk",
+                debug=debug,
+            )
+        if isinstance(error, OSError) and "No usable temporary directory" in str(error):
+            return _mistake(
+                f"there is no writable folder for temporary files: {error.strerror}",
+                "set the environment variable TMPDIR to a folder with some room",
                 debug=debug,
             )
         if (full := memory_error(error)) is not None:
@@ -106,7 +119,11 @@ def run(argv: Sequence[str]) -> int:
         )
         return 1
     except KeyboardInterrupt:
-        return _interrupted()
+        return _interrupted(training)
+
+
+def _trains(argv: Sequence[str]) -> bool:
+    return next((word for word in argv if not word.startswith("-")), "") in ("train", "study")
 
 
 def _mistake(message: str, remedy: str, *, debug: bool) -> int:
@@ -119,8 +136,7 @@ def _mistake(message: str, remedy: str, *, debug: bool) -> int:
     return 2
 
 
-def _interrupted() -> int:
-    print_styled(
-        errors, ("interrupted:", "bold"), " a training goes on from its last saved state with --resume"
-    )
+def _interrupted(training: bool) -> int:
+    how = " what was saved last goes on with --resume" if training else " nothing was finished"
+    print_styled(errors, ("interrupted:", "bold"), how)
     return 130

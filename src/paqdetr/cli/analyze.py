@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from paqdetr.cli.console import progress_bar, results, show
-from paqdetr.cli.options import Device
+from paqdetr.cli.options import BatchSize, Device, Seed
+from paqdetr.values import MAX_RESAMPLES
 
 
 def analyze(
@@ -19,21 +20,26 @@ def analyze(
     *,
     data: Annotated[Path, typer.Option(help="Folder of the data set, or its data.yaml.")],
     output: Annotated[Path, typer.Option(help="Folder for the report; an earlier report is replaced.")],
-    split: Annotated[str, typer.Option(help="train, val or test.")] = "val",
+    split: Annotated[
+        str | None, typer.Option(help="train, val or test; val, or what there is instead, if not given.")
+    ] = None,
     against: Annotated[
         Path | None, typer.Option(help="Another checkpoint or run's folder, shown side by side.")
     ] = None,
-    images: Annotated[int, typer.Option(min=1, help="Best images shown, and worst ones.")] = 6,
+    images: Annotated[int, typer.Option(min=1, max=1000, help="Best images shown, and worst ones.")] = 6,
     resamples: Annotated[
-        int, typer.Option(min=1, help="Resamples behind the intervals, shufflings behind the tests.")
+        int,
+        typer.Option(
+            min=1, max=MAX_RESAMPLES, help="Resamples behind the intervals, shufflings behind the tests."
+        ),
     ] = 1000,
-    seed: Annotated[int, typer.Option(min=0, help="Of the resamples, shufflings and embeddings.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="It changes the speed, never a figure.")] = 4,
+    seed: Seed = 0,
+    batch_size: BatchSize = 4,
     device: Device = None,
 ) -> None:
     """Write one HTML page on what a detector does: figures, mistakes, images, use of queries, its inside."""
     from paqdetr.analysis import analyze as write_report
-    from paqdetr.engine.device import require_device
+    from paqdetr.models.device import require_device
 
     with ExitStack() as stack:
         bars = {}

@@ -8,8 +8,9 @@ import typer
 from rich.table import Table
 
 from paqdetr.cli.console import progress_bar, results
-from paqdetr.cli.options import Device, JsonFile, Model
-from paqdetr.cli.outputs import require_writable, write_json
+from paqdetr.cli.options import Device, JsonFile, Model, Overwrite
+from paqdetr.cli.outputs import OutputFiles
+from paqdetr.values import MAX_BATCH
 
 
 def bench(
@@ -20,17 +21,20 @@ def bench(
     ] = None,
     *,
     against: Annotated[str | None, typer.Option(help="Another model to compare with.")] = None,
-    image_size: Annotated[int, typer.Option(min=64, help="Side of the images, in pixels.")] = 640,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images that go through together.")] = 1,
-    rounds: Annotated[int, typer.Option(min=1, help="Calls that each median is of.")] = 5,
+    image_size: Annotated[int, typer.Option(min=64, max=8192, help="Side of the images, in pixels.")] = 640,
+    batch_size: Annotated[
+        int, typer.Option(min=1, max=MAX_BATCH, help="Images that go through together.")
+    ] = 1,
+    rounds: Annotated[int, typer.Option(min=1, max=10_000, help="Calls that each median is of.")] = 5,
     device: Device = None,
     json_file: JsonFile = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Time a model on this machine: attention, inference and a training step, in turns with what it is compared with."""
     from paqdetr.config import parse_overrides
     from paqdetr.engine.bench import bench as measure
 
-    require_writable(json=json_file)
+    files = OutputFiles("paqdetr bench", overwrite=overwrite, json=json_file)
     with progress_bar("bench") as progress:
         found = measure(
             model,
@@ -71,7 +75,7 @@ def bench(
         f"peak memory: {found.peak_memory_gib:.2f} GiB",
     ):
         results.print(line, soft_wrap=True)
-    write_json(json_file, found.to_json())
+    files.write("json", found.to_json())
 
 
 def _columns(row: dict[str, Any], *, is_base: bool) -> list[str]:

@@ -12,7 +12,8 @@ import typer
 from rich.table import Table
 
 from paqdetr.cli.console import errors, print_styled, results
-from paqdetr.cli.outputs import require_writable, write_json
+from paqdetr.cli.options import Overwrite
+from paqdetr.cli.outputs import OutputFiles
 from paqdetr.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def convert(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write what became of every tensor to this file.")
     ] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Turn weights of another program into a checkpoint, and say what became of each tensor."""
     from paqdetr.config import load_config, parse_overrides
@@ -59,14 +61,16 @@ def convert(
 
     if output.suffix != ".safetensors":
         raise ConfigError(f"--output {output}: checkpoints are .safetensors", "change the ending")
-    if output.exists():
-        raise ConfigError(f"--output {output}: the file exists, and nothing is overwritten", "choose another")
-    require_writable(output=output, json=json_file)
+    if output.exists() and not overwrite:  # an earlier conversion too: somebody may be training from it
+        raise ConfigError(
+            f"--output {output}: the file exists, and nothing is overwritten",
+            "choose another, or replace it with --overwrite",
+        )
+    files = OutputFiles("paqdetr convert", overwrite=overwrite, output=output, json=json_file)
     detector, report = convert_checkpoint(
         source, origin=origin, model=model, partial=partial, settings=parse_overrides(settings or [])
     )
     save(detector, output, converted={"origin": report.origin, "source": report.source, **report.counts()})
-    write_json(json_file, report.to_dict())
     results.print(f"{report.source} ({report.origin}) as {report.model}", soft_wrap=True)
     results.print(_tensors(report))
     results.print(_settings(report))
@@ -76,8 +80,16 @@ def convert(
     for note in report.notes:
         print_styled(errors, ("note:", "bold"), f" {note}")
     results.print(f"checkpoint: {output}", soft_wrap=True)
+    files.write("json", report.to_dict())
     if report.model in list_models():
-        extra = settings_to_add(detector.config, load_config(report.model).model)
+        config = load_config(report.model)
+        extra = settings_to_add(detector.config, config.model)
+        images = detector.preprocessing
+        extra += [
+            f"{key}={getattr(images, key)}"
+            for key in ("resize", "pad_divisor")
+            if getattr(images, key) != getattr(config, key)
+        ]
         words = ["paqdetr train", report.model, "--data DIR --output RUN", f"init={output}", *extra]
         results.print(f"to train it: {' '.join(words)}", soft_wrap=True)
 

@@ -1,7 +1,8 @@
-"""`paqdetr data make|check|stats|preview|convert`"""
+"""`paqdetr data make|check|stats|preview|convert|split`"""
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,15 +11,19 @@ import typer
 from rich.table import Table
 
 from paqdetr.cli.console import errors, print_styled, progress_bar, results
-from paqdetr.cli.outputs import require_writable, write_json
+from paqdetr.cli.options import Overwrite, Seed
+from paqdetr.cli.outputs import OutputFiles
 from paqdetr.errors import ConfigError, DataError
+from paqdetr.values import MAX_WORKERS
 
 if TYPE_CHECKING:
     from paqdetr.data.check import CheckReport
+    from paqdetr.data.convert import Conversion
 
 app = typer.Typer(help="Make, check, look at and convert data sets.", no_args_is_help=True)
 
 _Data = Annotated[Path, typer.Argument(help="Folder of the data set, or its data.yaml.", metavar="DIR")]
+_COLOURS = {"error": "red", "warning": "yellow"}
 _Json = Annotated[Path | None, typer.Option("--json", help="Write everything to this json file too.")]
 
 
@@ -27,14 +32,14 @@ def make(
     name: Annotated[str, typer.Argument(help="digits", metavar="NAME")],
     *,
     output: Annotated[Path, typer.Option(help="Folder to make.")],
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Seed = 0,
     size: Annotated[int, typer.Option(help="Side of the images in pixels.")] = 320,
-    train: Annotated[int, typer.Option(min=1, help="Training images.")] = 1600,
-    val: Annotated[int, typer.Option(min=1, help="Validation images.")] = 300,
-    test: Annotated[int, typer.Option(min=1, help="Test images.")] = 1000,
+    train: Annotated[int, typer.Option(min=1, max=10**7, help="Training images.")] = 1600,
+    val: Annotated[int, typer.Option(min=1, max=10**7, help="Validation images.")] = 300,
+    test: Annotated[int, typer.Option(min=1, max=10**7, help="Test images.")] = 1000,
     min_objects: Annotated[int, typer.Option(help="Fewest objects an image.")] = 3,
     max_objects: Annotated[int, typer.Option(help="Most objects an image.")] = 12,
-    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, max=MAX_WORKERS, help="Processes.")] = 1,
 ) -> None:
     """Make a data set from what ships with the installed libraries; no download."""
     from paqdetr.data.digits import make_digits
@@ -63,20 +68,22 @@ def check(
     *,
     json_file: _Json = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes that decode; the number of cores if not given.")
+        int | None,
+        typer.Option(min=1, max=MAX_WORKERS, help="Threads that decode; the number of cores if not given."),
     ] = None,
     show: Annotated[
         int, typer.Option(min=0, help="Findings of a kind that are printed; --json has all.")
     ] = 10,
+    overwrite: Overwrite = False,
 ) -> None:
     """Read every image and annotation once and report what is wrong; exit 2 if training would fail."""
     from paqdetr.data.check import check_dataset
 
-    require_writable(json=json_file)
+    files = OutputFiles("paqdetr data check", overwrite=overwrite, json=json_file)
     with progress_bar("check") as progress:
-        report = check_dataset(folder, workers=workers, progress=progress)
-    write_json(json_file, {"data": str(folder), **report.to_json()})
-    _print_report(report, title=f"{folder} ({report.format})", show=show)
+        report = check_dataset(folder, workers=workers or os.cpu_count(), progress=progress)
+    _print_report(report, title=f"{report.root} ({report.format})", show=show)
+    files.write("json", {"data": str(folder), **report.to_json()})
     if report.errors:
         raise DataError(f"{folder}: {report.number_of('error')} errors", "correct them before training")
     errors.print(f"no errors, {report.number_of('warning')} warnings")
@@ -88,23 +95,25 @@ def stats(
     *,
     output: Annotated[Path, typer.Option(help="PNG file to draw.")] = Path("stats.png"),
     json_file: _Json = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Draw how many, how large, where and of what shape the boxes are; from the annotations alone."""
     from paqdetr.data.stats import dataset_stats
     from paqdetr.data.stats_plot import draw_stats
 
     _require_png(output)
-    require_writable(output=output, json=json_file)
+    files = OutputFiles("paqdetr data stats", overwrite=overwrite, output=output, json=json_file)
     found = dataset_stats(folder)
     figures = {split: one.to_json() for split, one in found.items()}
-    write_json(json_file, {"data": str(folder), "splits": figures})
     results.print(str(folder), soft_wrap=True)
     table = _table("split", "images", "without boxes", "boxes", "crowds", "small", "medium", "large")
     for split, one in figures.items():
         counts = (one[key] for key in ("images", "images_without_boxes", "boxes", "crowds"))
         table.add_row(split, *map(str, counts), *map(str, one["box_sizes"].values()))
     results.print(table)
-    results.print(f"drawn: {draw_stats(found, output, title=str(folder))}", soft_wrap=True)
+    drawn = draw_stats(found, output, title=str(folder), overwrite=overwrite)
+    results.print(f"drawn: {drawn}", soft_wrap=True)
+    files.write("json", {"data": str(folder), "splits": figures})
 
 
 @app.command()
@@ -120,23 +129,25 @@ def preview(
     ] = "paq_dino_nano",
     output: Annotated[Path, typer.Option(help="PNG file to draw.")] = Path("preview.png"),
     split: Annotated[str, typer.Option(help="Split to show.")] = "train",
-    batches: Annotated[int, typer.Option(min=1, help="Batches, one a row.")] = 3,
-    epoch: Annotated[int, typer.Option(min=0, help="Epoch whose first batches are shown.")] = 0,
+    batches: Annotated[int, typer.Option(min=1, max=100, help="Batches, one a row.")] = 3,
+    epoch: Annotated[
+        int, typer.Option(min=0, max=1_000_000, help="Epoch whose first batches are shown.")
+    ] = 0,
+    overwrite: Overwrite = False,
 ) -> None:
     """Draw training batches as a model gets them: augmented, padded (purple), with their boxes."""
     from paqdetr.config import load_config, parse_overrides
     from paqdetr.data.dataset import open_split
     from paqdetr.data.preview import preview_batches
-    from paqdetr.models.backbone import normalization_of
-    from paqdetr.preprocessing import Preprocessing
+    from paqdetr.models.zoo import preprocessing_of
 
     _require_png(output)
-    require_writable(output=output)
+    OutputFiles("paqdetr data preview", overwrite=overwrite, output=output)
     config = load_config(model, {"workers": 0, **parse_overrides(settings or [])})
     opened = open_split(folder, split)
-    normalization = normalization_of(config.model.backbone)
-    preprocessing = Preprocessing(config.image_size, config.size_divisor, normalization)
-    drawn = preview_batches(config, opened, preprocessing, output, batches=batches, epoch=epoch)
+    drawn = preview_batches(
+        config, opened, preprocessing_of(config), output, batches=batches, epoch=epoch, overwrite=overwrite
+    )
     results.print(f"drawn: {drawn}", soft_wrap=True)
 
 
@@ -153,16 +164,38 @@ def convert(
 
     with progress_bar("convert") as progress:
         done = convert_dataset(source, target, to=to, link=link, progress=progress)
-    counts = ", ".join(
-        f"{split} {count} images {done.boxes[split]} boxes" for split, count in done.images.items()
-    )
-    results.print(f"{target}: {to} from {done.format}: {counts}", soft_wrap=True)
-    for what, count in done.losses.items():
-        print_styled(errors, ("note:", "bold yellow"), f" {count} {what}")
+    _print_conversion(done, f"{target}: {to}")
+
+
+@app.command()
+def split(
+    source: Annotated[Path, typer.Argument(help="Folder of the data set, or its data.yaml.", metavar="SRC")],
+    target: Annotated[Path, typer.Argument(help="Folder to make; nothing is overwritten.", metavar="DST")],
+    *,
+    val: Annotated[float, typer.Option(help="Share of the training images that becomes val.")] = 0.1,
+    test: Annotated[float, typer.Option(help="Share of the training images that becomes test.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the choice.")] = 0,
+    link: Annotated[bool, typer.Option("--link", help="Hard links to the images instead of copies.")] = False,
+) -> None:
+    """Write a data set as COCO with a val or test split cut out of train; near-duplicates stay together."""
+    from paqdetr.data.split import split_dataset
+
+    with progress_bar("split") as progress:
+        done = split_dataset(source, target, val=val, test=test, seed=seed, link=link, progress=progress)
+    _print_conversion(done, f"{target}: coco")
+
+
+def _print_conversion(done: Conversion, what: str) -> None:
+    counts = (f"{split} {count} images {done.boxes[split]} boxes" for split, count in done.images.items())
+    results.print(f"{what} from {done.format}: {', '.join(counts)}", soft_wrap=True)
+    for lost, count in done.losses.items():
+        print_styled(errors, ("note:", "bold yellow"), f" {lost}: {count}")
 
 
 def _print_report(report: CheckReport, *, title: str, show: int) -> None:
     results.print(title, soft_wrap=True)
+    for severity, sentence in report.summary():
+        print_styled(results, (severity, _COLOURS[severity]), f": {sentence}")
     table = _table(
         "split", "images", "without boxes", "boxes", "crowds", "classes", "small", "medium", "large"
     )
@@ -187,7 +220,7 @@ def _print_report(report: CheckReport, *, title: str, show: int) -> None:
     for problem in sorted(report.problems, key=lambda problem: problem.severity):  # errors first
         key = (problem.split, problem.severity, problem.kind)
         printed[key] += 1
-        colour = "red" if problem.severity == "error" else "yellow"
+        colour = _COLOURS[problem.severity]
         if printed[key] <= show:
             place = " ".join(part for part in (problem.split, problem.subject) if part)
             line = f" [{problem.kind}] {place}: {problem.message}"

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from paqdetr.cli.console import progress_bar, results
-from paqdetr.cli.options import Device
-from paqdetr.cli.outputs import require_writable, write_json
+from paqdetr.cli.console import errors, print_styled, progress_bar, results
+from paqdetr.cli.options import BatchSize, Device, Overwrite, Resamples, Seed
+from paqdetr.cli.outputs import OutputFiles
 from paqdetr.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,10 +18,44 @@ if TYPE_CHECKING:
     from paqdetr.engine.evaluate import Evaluation
     from paqdetr.engine.processes import Processes
     from paqdetr.metrics import CocoFigures
+    from paqdetr.metrics.coco_records import CocoRecords
     from paqdetr.metrics.intervals import FigureIntervals
     from paqdetr.metrics.matching import MatchTable
+    from paqdetr.models.detector import Detector
 
 _Kind = Literal["bbox", "segm"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """What holds for every result set: the ground truth, and how results are compared with it."""
+
+    data: Path | None
+    split: str
+    annotations: Path | None
+    kind: _Kind
+    max_detections: int
+    resamples: int
+    seed: int
+    batch_size: int
+    device: str | None
+
+    @property
+    def where(self) -> str:
+        return str(self.annotations) if self.data is None else f"{self.data} {self.split}"
+
+    def dataset(self) -> DetectionDataset | None:
+        """None if there is but a file with annotations."""
+        from paqdetr.data.dataset import open_split
+
+        return None if self.data is None else open_split(self.data, self.split)
+
+    def truth(self, dataset: DetectionDataset | None) -> CocoRecords:
+        from paqdetr.metrics.coco_records import CocoRecords
+
+        content = self.annotations if dataset is None else dataset.ground_truth()
+        assert content is not None
+        return CocoRecords.open(content, self.kind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +65,9 @@ class _Found:
     title: str
     figures: CocoFigures
     written: dict[str, Any]
-    truth: dict[str, Any] | Path
+    truth: CocoRecords
     rows: list[dict[str, Any]]
+    queries: int | None = None
 
 
 def evaluate(
@@ -41,7 +76,9 @@ def evaluate(
     ] = None,
     *,
     data: Annotated[Path | None, typer.Option(help="Folder of the data set, or its data.yaml.")] = None,
-    split: Annotated[str, typer.Option(help="train, val or test.")] = "val",
+    split: Annotated[
+        str | None, typer.Option(help="train, val or test; val, or what there is instead, if not given.")
+    ] = None,
     results_file: Annotated[
         Path | None, typer.Option("--results", help="Instead of a checkpoint: COCO results of any detector.")
     ] = None,
@@ -59,50 +96,57 @@ def evaluate(
     intervals: Annotated[
         bool, typer.Option("--intervals", help="Say how far each figure depends on the choice of images.")
     ] = False,
-    resamples: Annotated[
-        int, typer.Option(min=100, help="Resamples of the images behind an interval.")
-    ] = 1000,
-    seed: Annotated[int, typer.Option(min=0, help="Of the resamples.")] = 0,
+    resamples: Resamples = 1000,
+    seed: Seed = 0,
+    max_detections: Annotated[
+        int,
+        typer.Option(min=1, max=10_000, help="Of one class that count in an image; more for crowded images."),
+    ] = 100,
     results_out: Annotated[
         Path | None, typer.Option(help="Keep the checkpoint's detections in this file, as COCO results.")
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="It changes the speed, never a figure.")] = 4,
+    batch_size: BatchSize = 4,
+    overwrite: Overwrite = False,
     device: Device = None,
 ) -> None:
     """Print the COCO figures of a checkpoint or of a results file, or compare two."""
+    from paqdetr.data.layout import split_to_evaluate
+
     _require_one(checkpoint, results_file, compare)
     if iou_type not in ("bbox", "segm"):
         raise ConfigError(f"--iou-type: expected bbox or segm, found {iou_type!r}", "choose one of them")
     kind: _Kind = "segm" if iou_type == "segm" else "bbox"
     if results_out is not None and checkpoint is None:
         raise ConfigError("--results-out keeps the detections of a CHECKPOINT", "leave it out")
-    require_writable(json=json_file, results_out=results_out)
+    files = OutputFiles("paqdetr eval", overwrite=overwrite, json=json_file, results_out=results_out)
+    split = "" if data is None else split_to_evaluate(data, split)
+    options = _Options(data, split, annotations, kind, max_detections, resamples, seed, batch_size, device)
     if compare is not None:
-        written = _compare(compare, data, split, annotations, kind, (resamples, seed), batch_size, device)
+        written = _compare(compare, options)
     else:
         if checkpoint is not None:
             if data is None:
                 raise ConfigError("eval CHECKPOINT needs --data", "name the data set's folder")
             if kind != "bbox" or annotations is not None:
                 raise ConfigError("--iou-type and --annotations go with --results", "leave them out")
-            found = _of_checkpoint(checkpoint, data, split, batch_size, device)
+            found = _of_checkpoint(checkpoint, options)
         else:
             assert results_file is not None
             if (data is None) == (annotations is None):
                 raise ConfigError(
                     "eval --results needs the ground truth, once", "give --annotations, or --data and --split"
                 )
-            found = _of_results(results_file, data, split, annotations, kind)
-        written = None if found is None else _tell(found, kind, (resamples, seed) if intervals else None)
-        if found is not None and results_out is not None:
-            write_json(results_out, found.rows)
+            found = _of_results(results_file, options)
+        written = None if found is None else _print(found, options, intervals=intervals)
+        if found is not None:
+            files.write("results_out", found.rows)
         if found is not None and checkpoint is not None:
             from paqdetr.engine.memory import peak_memory
 
             results.print(f"peak memory: {peak_memory():.2f} GiB")
-    if written is not None and json_file is not None:  # None: another process prints and writes
-        write_json(json_file, written)
+    if written is not None:  # None: another process prints and writes
+        files.write("json", written)
 
 
 def _require_one(
@@ -125,149 +169,165 @@ def _require_one(
         )
 
 
-def _of_checkpoint(
-    checkpoint: Path, data: Path, split: str, batch_size: int, device: str | None
-) -> _Found | None:
-    from paqdetr.data.dataset import open_split
+def _of_checkpoint(checkpoint: Path, options: _Options) -> _Found | None:
     from paqdetr.engine.processes import Processes, leave
 
-    processes = Processes.join(device)
-    dataset = open_split(data, split)
-    name, found = _detect(checkpoint, dataset, processes, batch_size)
+    processes, dataset = Processes.join(options.device), options.dataset()
+    assert dataset is not None
+    model, found = _detect(checkpoint, dataset, processes, options)
     leave()
     if found is None:
         return None
-    title = f"{name} on {data} {split}, {found.images_per_second:.1f} images/s"
-    return _Found(title, found.figures, found.to_json(), dataset.ground_truth(), found.results)
+    title = f"{model.name} on {options.where}, {found.images_per_second:.1f} images/s"
+    return _Found(
+        title, found.figures, found.to_json(), options.truth(dataset), found.results, model.config.num_queries
+    )
 
 
 def _detect(
-    checkpoint: Path, dataset: DetectionDataset, processes: Processes, batch_size: int
-) -> tuple[str, Evaluation | None]:
-    """The model's name, and what it finds; None in all processes but the main one."""
+    checkpoint: Path, dataset: DetectionDataset, processes: Processes, options: _Options
+) -> tuple[Detector, Evaluation | None]:
+    """The model, and what it finds; None in all processes but the main one."""
     from paqdetr.engine.evaluate import evaluate_together
     from paqdetr.models import load
 
     model = load(checkpoint, device=str(processes.device))
     with progress_bar(f"evaluate on {dataset.name}") as progress:
-        told = progress if processes.main else None
-        return model.name, evaluate_together(model, dataset, processes, batch_size=batch_size, progress=told)
+        found = evaluate_together(
+            model,
+            dataset,
+            processes,
+            batch_size=options.batch_size,
+            max_detections=options.max_detections,
+            progress=progress if processes.main else None,
+        )
+    return model, found
 
 
-def _of_results(
-    results_file: Path, data: Path | None, split: str, annotations: Path | None, kind: _Kind
-) -> _Found:
-    from paqdetr.data.dataset import open_split
+def _of_results(results_file: Path, options: _Options) -> _Found:
     from paqdetr.metrics.coco import evaluate_detections, read_results
 
-    truth = annotations if data is None else open_split(data, split).ground_truth()
-    assert truth is not None
-    where = annotations if data is None else f"{data} {split}"
-    rows = read_results(results_file)
-    figures = evaluate_detections(truth, rows, iou_type=kind, source=str(results_file))
-    return _Found(f"{results_file} against {where}, {kind}", figures, figures.to_json(), truth, rows)
+    truth, rows = options.truth(options.dataset()), read_results(results_file)
+    figures = evaluate_detections(
+        truth,
+        rows,
+        iou_type=options.kind,
+        source=str(results_file),
+        max_detections=options.max_detections,
+    )
+    title = f"{results_file} against {options.where}, {options.kind}"
+    return _Found(title, figures, figures.to_json(), truth, rows)
 
 
-def _tell(found: _Found, kind: _Kind, drawn: tuple[int, int] | None) -> dict[str, Any]:
-    """Print the figures; what goes into the json. `drawn`: how many resamples, and their seed."""
+def _print(found: _Found, options: _Options, *, intervals: bool) -> dict[str, Any]:
+    """Print the figures; what goes into the json."""
     from paqdetr.cli.figures import classes_table, figures_table
     from paqdetr.metrics.intervals import figure_intervals
     from paqdetr.metrics.jsonable import json_number
     from paqdetr.metrics.matching import MatchTable
 
-    intervals: FigureIntervals | None = None
+    drawn: FigureIntervals | None = None
     ap50 = found.figures.per_class_AP50
     written = {
         **found.written,
         "per_class_AP50": {name: json_number(value) for name, value in ap50.items()},
+        "max_detections": options.max_detections,
     }
-    if drawn is not None:
-        table = MatchTable.match(found.truth, found.rows, kind)
+    if intervals:
+        table = MatchTable.match(found.truth, found.rows, options.kind, max_detections=options.max_detections)
         with progress_bar("resample the images") as progress:
-            intervals = figure_intervals(table, samples=drawn[0], seed=drawn[1], progress=progress)
-        written["intervals"] = intervals.to_json()
+            drawn = figure_intervals(table, samples=options.resamples, seed=options.seed, progress=progress)
+        written["intervals"] = drawn.to_json()
     labels = {"AP_nms": "AP after NMS", "AP50_nms": "AP50 after NMS"}
     more = {label: written[key] for key, label in labels.items() if key in written}
-    results.print(figures_table(found.figures, found.title, more, intervals))
-    results.print(classes_table(found.figures, intervals))
+    results.print(figures_table(found.figures, found.title + _counted(options), more, drawn))
+    results.print(classes_table(found.figures, drawn))
+    _warn_of_crowding(found.truth, found.queries, options)
     return written
 
 
-def _compare(
-    pair: tuple[Path, Path],
-    data: Path | None,
-    split: str,
-    annotations: Path | None,
-    kind: _Kind,
-    drawn: tuple[int, int],
-    batch_size: int,
-    device: str | None,
-) -> dict[str, Any] | None:
+def _warn_of_crowding(truth: CocoRecords, queries: int | None, options: _Options) -> None:
+    from paqdetr.data.stats import crowding_sentences
+
+    owners, labels = truth.objects().T
+    images = len(truth.image_ids)
+    for sentence in crowding_sentences(
+        owners, labels, images, queries=queries, max_detections=options.max_detections
+    ):
+        print_styled(errors, ("note:", "bold yellow"), f" {sentence}")
+
+
+def _counted(options: _Options) -> str:
+    """What the title says where more or fewer detections than COCO's 100 count."""
+    return "" if options.max_detections == 100 else f", {options.max_detections} detections in place of 100"
+
+
+def _compare(pair: tuple[Path, Path], options: _Options) -> dict[str, Any] | None:
     """Print two result sets side by side; what goes into the json."""
     from paqdetr.cli.figures import class_comparison_table, comparison_table, verdict
+    from paqdetr.engine.processes import Processes
     from paqdetr.metrics.intervals import compare_results
 
     models = [path for path in pair if path.suffix != ".json"]
-    if (data is None) == (annotations is None):
+    if (options.data is None) == (options.annotations is None):
         raise ConfigError(
             "eval --compare needs the ground truth, once", "give --data, or --annotations if both are results"
         )
-    if models and data is None:
+    if models and options.data is None:
         raise ConfigError(f"{models[0]}: a checkpoint needs --data", "name the data set's folder")
-    if models and kind != "bbox":
+    if models and options.kind != "bbox":
         raise ConfigError("--iou-type segm compares results files", "give two of them")
-    tables = _tables(pair, data, split, annotations, kind, batch_size, device)
+    processes, dataset = Processes.join(options.device), options.dataset()
+    truth = options.truth(dataset)
+    tables = _tables(pair, truth, dataset, processes, options)
     if tables is None:
         return None
     with progress_bar("resample the images") as progress:
-        found = compare_results(*tables, samples=drawn[0], seed=drawn[1], progress=progress)
-    where = f"{data} {split}" if data is not None else str(annotations)
+        found = compare_results(*tables, samples=options.resamples, seed=options.seed, progress=progress)
+    title = f"on {options.where}, {options.kind}, {len(tables[0].image_ids)} images{_counted(options)}"
     results.print(f"A: {pair[0]}\nB: {pair[1]}", soft_wrap=True)
-    results.print(comparison_table(found, f"on {where}, {kind}, {len(tables[0].image_ids)} images"))
+    results.print(comparison_table(found, title))
     results.print(class_comparison_table(found))
     results.print(verdict(found), soft_wrap=True)
     results.print(
         f"Over {found.samples} resamples of the images; another training seed would move both as well.",
         soft_wrap=True,
     )
+    _warn_of_crowding(truth, None, options)
     return {
         "A": {"source": str(pair[0]), **found.first.to_json()},
         "B": {"source": str(pair[1]), **found.second.to_json()},
         "difference": found.to_json(),
         "verdict": verdict(found),
+        "max_detections": options.max_detections,
     }
 
 
 def _tables(
     pair: tuple[Path, Path],
-    data: Path | None,
-    split: str,
-    annotations: Path | None,
-    kind: _Kind,
-    batch_size: int,
-    device: str | None,
+    truth: CocoRecords,
+    dataset: DetectionDataset | None,
+    processes: Processes,
+    options: _Options,
 ) -> tuple[MatchTable, MatchTable] | None:
     """The matches of both; None in all processes but the main one."""
-    from paqdetr.data.dataset import open_split
-    from paqdetr.engine.processes import Processes, leave
+    from paqdetr.engine.processes import leave
     from paqdetr.metrics.coco import read_results
     from paqdetr.metrics.matching import MatchTable
 
-    processes, dataset = Processes.join(device), None if data is None else open_split(data, split)
-    truth: dict[str, Any] | Path | None = annotations if dataset is None else dataset.ground_truth()
-    assert truth is not None
     rows: list[list[dict[str, Any]]] = []
     for path in pair:
         if path.suffix == ".json":
             rows.append(read_results(path))
             continue
         assert dataset is not None
-        _, found = _detect(path, dataset, processes, batch_size)
+        _, found = _detect(path, dataset, processes, options)
         rows.append([] if found is None else found.results)
     leave()
     if not processes.main:
         return None
     first, second = (
-        MatchTable.match(truth, own, kind, source=str(path)) for own, path in zip(rows, pair, strict=True)
+        MatchTable.match(truth, own, options.kind, source=str(path), max_detections=options.max_detections)
+        for own, path in zip(rows, pair, strict=True)
     )
     return first, second

@@ -19,10 +19,12 @@ def models(
     height: Annotated[
         int,
         typer.Option(
-            min=32, help="Of the image whose FLOPs are shown, in pixels; another size is counted, slowly."
+            min=32,
+            max=16_384,
+            help="Of the image whose FLOPs are shown, in pixels; another size is counted, slowly.",
         ),
     ] = _HEIGHT,
-    width: Annotated[int, typer.Option(min=32)] = _WIDTH,
+    width: Annotated[int, typer.Option(min=32, max=16_384)] = _WIDTH,
 ) -> None:
     """List models: parameters, FLOPs, the AP published for them, and what we measured."""
     from paqdetr.config import known_figures, list_configs  # without torch, so at once

@@ -1,44 +1,50 @@
-"""Where a verb is going to write, checked before it works for hours."""
+"""The files a verb is going to write: looked at before it works for hours, and written at the end."""
 
 from __future__ import annotations
 
-import json
-import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from paqdetr.errors import ConfigError
 
 
-def require_writable(**options: Path | None) -> None:
-    """Check files that are written at the end, by the name of their option; None is an option that was not given.
+class OutputFiles:
+    """What a verb writes, by the name of the option that says where.
+
+    Args:
+        command: the verb, as in "paqdetr eval"; only its own files of earlier calls are replaced.
+        overwrite: any file is replaced.
+        paths: where; None for an option that was not given. `results_out` is for COCO results.
 
     Raises:
-        ConfigError: one is a folder, cannot be written, lies below a file or in a folder that cannot be written, or two are one.
+        ConfigError: one cannot be written or would replace something else, or two are one.
     """
-    taken: dict[Path, str] = {}
-    for name, path in options.items():
-        if path is None:
-            continue
-        said = f"--{name.replace('_', '-')} {path}"
-        if path.is_dir():
-            raise ConfigError(f"{said}: a folder, where a file is to be written", "name a file")
-        other = taken.setdefault(path.resolve(), said)
-        if other != said:
-            raise ConfigError(f"{said}: the same file as {other}", "name two files")
-        folder = path.parent
-        while not folder.exists() and folder != folder.parent:
-            folder = folder.parent
-        if not folder.is_dir():
-            raise ConfigError(f"{said}: {folder} is a file, not a folder", "choose another place")
-        wanted = path if path.exists() else folder
-        if not os.access(wanted, os.W_OK):
-            raise ConfigError(f"{said}: {wanted} may not be written", "choose another place")
 
+    def __init__(self, command: str, *, overwrite: bool = False, **paths: Path | None) -> None:
+        from paqdetr.outputs import RESULTS, require_replaceable
 
-def write_json(path: Path | None, content: Any) -> None:
-    """Write what a verb has found; nothing for None."""
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        indent = 1 if isinstance(content, dict) else None
-        path.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
+        self._paths = {name: path for name, path in paths.items() if path is not None}
+        self._makers = {name: RESULTS if name == "results_out" else command for name in paths}
+        self._overwrite = overwrite
+        taken: dict[Path, str] = {}
+        for name, path in self._paths.items():
+            option = f"--{name.replace('_', '-')}"
+            other = taken.setdefault(path.resolve(), f"{option} {path}")
+            if other != f"{option} {path}":
+                raise ConfigError(f"{option} {path}: the same file as {other}", "name two files")
+            try:
+                require_replaceable(path, self._makers[name], overwrite=overwrite)
+            except ConfigError as error:
+                raise ConfigError(f"{option} {error.message}", error.remedy) from None
+
+    def write(self, name: str, content: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
+        """Write a json file; nothing if its option was not given.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        from paqdetr.outputs import write_json
+
+        if name in self._paths:
+            write_json(self._paths[name], content, maker=self._makers[name], overwrite=self._overwrite)

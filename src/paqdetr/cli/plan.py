@@ -9,8 +9,8 @@ import typer
 from rich.table import Table
 
 from paqdetr.cli.console import Ended, errors, print_styled, results
-from paqdetr.cli.options import Device, JsonFile, Model, Settings
-from paqdetr.cli.outputs import require_writable, write_json
+from paqdetr.cli.options import Device, JsonFile, Model, Overwrite, Settings
+from paqdetr.cli.outputs import OutputFiles
 
 
 def plan(
@@ -19,28 +19,31 @@ def plan(
     *,
     data: Annotated[Path, typer.Option(help="Folder of the data set.")],
     device: Device = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps to measure.")] = 5,
+    steps: Annotated[int, typer.Option(min=1, max=10_000, help="Steps to measure.")] = 5,
     auto_batch: Annotated[
         bool, typer.Option("--auto-batch", help="Plan with the largest batch that fits into memory.")
     ] = False,
     overfit: Annotated[
         int | None,
-        typer.Option(min=1, help="Instead: train so many steps on one batch, and see if it is learnt."),
+        typer.Option(
+            min=1, max=1_000_000, help="Instead: train so many steps on one batch, and see if it is learnt."
+        ),
     ] = None,
     json_file: JsonFile = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Say what a training will take before it starts: memory, time, disk. Nothing is kept of the steps it tries."""
     from paqdetr.config import describe_idle, load_config, parse_overrides
     from paqdetr.engine.memory import largest_batch
     from paqdetr.engine.processes import Processes
-    from paqdetr.engine.setup import open_splits, with_classes
+    from paqdetr.engine.setup import describe_data, open_splits, with_classes
 
-    require_writable(json=json_file)
+    files = OutputFiles("paqdetr plan", overwrite=overwrite, json=json_file)
     given = parse_overrides(settings or [])
     config = load_config(model, given)
-    for idle in describe_idle(config, given):
-        print_styled(errors, ("note:", "bold yellow"), f" {idle}")
     train_split, val_split = open_splits(data, config)
+    for note in (*describe_idle(config, given), *describe_data(config, train_split, val_split)):
+        print_styled(errors, ("note:", "bold yellow"), f" {note}")
     config = with_classes(config, train_split)
     if auto_batch:
         size = largest_batch(config, train_split, Processes.join(device))
@@ -49,13 +52,13 @@ def plan(
         from paqdetr.engine.plan import overfit_one_batch
 
         tried = overfit_one_batch(config, train_split, steps=overfit, device=device)
-        write_json(json_file, tried.to_json())
         first, last = tried.losses[0], tried.losses[-1]
         results.print(
             f"{tried.images} images, {len(tried.losses)} steps: loss {first:.2f} -> {last:.2f}, "
             f"{tried.found:.0%} of {tried.boxes} boxes found, {tried.wrong:.2f} wrong predictions a box",
             soft_wrap=True,
         )
+        files.write("json", tried.to_json())
         if not tried.learnt:
             print_styled(
                 errors, ("not learnt:", "bold"), " less than 90 % of the boxes of this one batch are found"
@@ -70,7 +73,6 @@ def plan(
     from paqdetr.engine.plan import plan_training
 
     found = plan_training(config, train_split, val_split, device=device, steps=steps)
-    write_json(json_file, found.to_json() | {"batch_size": config.batch_size})
     table = Table(title=f"{config.name} on {data}, {found.device}", title_justify="left", show_header=False)
     rows = {
         "images of a step": f"{found.step_images} (batch_size {config.batch_size}, accumulate {config.accumulate})",
@@ -79,13 +81,15 @@ def plan(
         "memory": f"about {found.memory['total']:.2f} GiB of {found.memory['available']:.2f} free"
         + ("" if found.fits else ": too much"),
         "a step": f"{found.step_seconds:.3f} s, mean of {found.measured_steps}",
-        "an epoch": f"{_duration(found.epoch_seconds)}, and {_duration(found.evaluation_seconds)} to evaluate",
+        "an epoch": f"{_duration(found.epoch_seconds)}, "
+        + (f"and {_duration(found.evaluation_seconds)} to evaluate" if val_split else "without evaluation"),
         "in all": _duration(found.total_seconds),
         "disk": f"{found.disk:.2f} GiB",
     }
     for name, value in rows.items():
         table.add_row(name, value)
     results.print(table)
+    files.write("json", found.to_json() | {"batch_size": config.batch_size})
 
 
 def _duration(seconds: float) -> str:

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from paqdetr.cli.console import errors, print_styled, progress_bar, results
-from paqdetr.cli.options import Device
+from paqdetr.cli.console import Ended, errors, print_styled, progress_bar, results
+from paqdetr.cli.options import Device, Overwrite
 from paqdetr.errors import ConfigError, DataError
 
 
@@ -20,13 +20,17 @@ def predict(
     *,
     output: Annotated[Path, typer.Option(help="Folder for drawn images and predictions.json.")],
     threshold: Annotated[float, typer.Option(help="The least score of a detection, from 0 to 1.")] = 0.3,
+    annotations: Annotated[
+        Path | None, typer.Option(help="COCO json with these images, whose image ids the results take.")
+    ] = None,
+    overwrite: Overwrite = False,
     device: Device = None,
 ) -> None:
     """Draw what a detector finds, and write it as COCO results."""
     from paqdetr.engine import predict_folder
-    from paqdetr.engine.device import require_device
     from paqdetr.engine.memory import peak_memory
     from paqdetr.models import load
+    from paqdetr.models.device import require_device
 
     if not 0 <= threshold <= 1:  # a range of the option would call nan too large
         raise ConfigError(
@@ -34,8 +38,24 @@ def predict(
             "`paqdetr predict --help` shows how it is used",
         )
     model = load(checkpoint, device=str(require_device(device)))
-    with progress_bar("predict") as progress:
-        done = predict_folder(model, sources, output=output, threshold=threshold, progress=progress)
+    try:
+        with progress_bar("predict") as progress:
+            done = predict_folder(
+                model,
+                sources,
+                output=output,
+                threshold=threshold,
+                annotations=annotations,
+                overwrite=overwrite,
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        print_styled(
+            errors,
+            ("interrupted:", "bold"),
+            f" what is drawn is in {output}; the same command starts over there",
+        )
+        raise Ended(130) from None
     count = sum(map(len, done.found.values()))
     results.print(
         f"{count} objects over {threshold} in {len(done.found)} images: {done.output}, {done.results_file}",

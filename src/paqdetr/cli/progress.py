@@ -71,7 +71,8 @@ class TrainingProgress(Callback):
         errors.print(f"step {record['step']} left out: {record['reason']}", soft_wrap=True)
 
     def on_interrupt(self, name: str) -> None:
-        errors.print(f"{name}: finishing the step, then saving; a second one ends at once", soft_wrap=True)
+        second = "; a second Ctrl-C ends at once" if name == "SIGINT" else ""
+        errors.print(f"{name}: finishing the step, then saving{second}", soft_wrap=True)
 
     def on_evaluation_progress(self, done: int, total: int) -> None:
         if self._eval is None:

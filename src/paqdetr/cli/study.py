@@ -74,8 +74,10 @@ def _run(
     retry: bool,
     device: str | None,
 ) -> None:
+    from paqdetr.checkpoint import write_whole
     from paqdetr.cli.study_progress import QueueProgress
     from paqdetr.engine.environment import command_line
+    from paqdetr.outputs import require_free
     from paqdetr.study.children import StudyInterrupted
     from paqdetr.study.datasets import prepare
     from paqdetr.study.queue import require_no_conflict, run_queue
@@ -85,10 +87,12 @@ def _run(
             f"{places.output}: there is a study already, and nothing is overwritten",
             "continue it with --resume, or choose another --output",
         )
+    if not places.study_file.exists():
+        require_free(places.output)
     for planned in runs:
         require_no_conflict(planned, places)
-    places.output.mkdir(parents=True, exist_ok=True)
-    places.study_file.write_text(file.read_text(encoding="utf-8"), encoding="utf-8")
+    text = file.read_text(encoding="utf-8")
+    write_whole(places.study_file, lambda place: place.write_text(text, encoding="utf-8"))
     for name, data in study.data.items():
         with progress_bar(f"prepare {name}") as progress:
             prepare(data, cache=places.data, root=data_root, progress=progress)

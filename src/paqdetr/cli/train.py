@@ -10,6 +10,7 @@ from rich.table import Table
 
 from paqdetr.cli.console import Ended, errors, print_styled, results, show
 from paqdetr.cli.options import Device, Model, Settings
+from paqdetr.values import MAX_SEED
 
 
 def train(
@@ -21,8 +22,11 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue an interrupted run, or start it.")
     ] = False,
+    accept_new_data: Annotated[
+        bool, typer.Option("--accept-new-data", help="With --resume: even if the data have changed.")
+    ] = False,
     device: Device = None,
-    seed: Annotated[int | None, typer.Option(help="Short for seed=N.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=MAX_SEED, help="Short for seed=N.")] = None,
     amp: Annotated[str | None, typer.Option(help="Short for amp=bf16|fp16|no.")] = None,
     auto_batch: Annotated[
         bool, typer.Option("--auto-batch", help="Take the largest batch that fits into memory.")
@@ -30,7 +34,7 @@ def train(
 ) -> None:
     """Train a detector and evaluate it on the validation split.
 
-    Ctrl-C or SIGTERM finishes the step and saves the state; --resume continues from there.
+    Ctrl-C, SIGTERM or SIGHUP finishes the step and saves the state; --resume continues from there.
     """
     from paqdetr.cli.progress import TrainingProgress
     from paqdetr.config import parse_overrides
@@ -47,6 +51,7 @@ def train(
             data=data,
             output=output,
             resume=resume,
+            accept_new_data=accept_new_data,
             device=device,
             auto_batch=auto_batch,
             settings=overrides,
@@ -66,9 +71,11 @@ def train(
     best = run.metrics
     table = Table(title=f"run {run.output}", title_justify="left", show_header=False)
     if best:
-        table.add_row(f"validation AP (epoch {best['epoch']})", show(best["AP"]))
-        table.add_row("AP50", show(best["AP50"]))
-        table.add_row("AP after NMS", show(best["AP_nms"]))
+        table.add_row(f"validation AP (epoch {best.get('epoch')})", show(best.get("AP")))
+        table.add_row("AP50", show(best.get("AP50")))
+        table.add_row("AP after NMS", show(best.get("AP_nms")))
+    else:
+        table.add_row("validation AP", "none: no val split")
     finished = run.records("finished")[-1]
     if "stopped" in finished:
         table.add_row(f"stopped after epoch {finished['epoch']}", finished["stopped"])
@@ -76,7 +83,6 @@ def train(
     table.add_row("peak memory", f"{finished['peak_memory_gib']:.2f} GiB")
     results.print(table)
     results.print(f"checkpoint: {run.best}", soft_wrap=True)  # outside the table, which would shorten it
-    errors.print(
-        f"curves and example predictions are beside it: {run.output}/curves.png, predictions.png",
-        soft_wrap=True,
-    )
+    pictures = [name for name in ("curves.png", "predictions.png") if (run.output / name).is_file()]
+    if pictures:
+        errors.print(f"pictures: {', '.join(str(run.output / name) for name in pictures)}", soft_wrap=True)

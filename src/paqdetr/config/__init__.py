@@ -14,13 +14,14 @@ from paqdetr.config.files import (
 from paqdetr.config.idle import describe_idle, idle_settings
 from paqdetr.config.loss import LossConfig
 from paqdetr.config.model import ModelConfig
-from paqdetr.config.schema import AugmentConfig, Config
+from paqdetr.config.schema import AugmentConfig, Config, ResizeRule
 
 __all__ = [
     "AugmentConfig",
     "Config",
     "LossConfig",
     "ModelConfig",
+    "ResizeRule",
     "describe_config",
     "describe_idle",
     "idle_settings",

@@ -17,7 +17,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import ValidationError
 
 from paqdetr.config.loss import LossConfig
@@ -25,6 +24,11 @@ from paqdetr.config.model import ModelConfig
 from paqdetr.config.schema import Config
 from paqdetr.config.section import Section
 from paqdetr.errors import ConfigError
+from paqdetr.files import read_text
+from paqdetr.yaml_files import as_mapping, parse_value, parse_yaml
+
+_MAX_FILE = 2**16  # bytes
+_MAX_BASES = 64
 
 
 def list_configs(kind: Literal["all", "model", "recipe"] = "all", pattern: str = "*") -> list[str]:
@@ -45,14 +49,15 @@ def load_config(source: str | Path, overrides: Iterable[str] | Mapping[str, Any]
 
     Args:
         source: a name of `list_configs()` or a path that ends in .yaml.
-        overrides: `key=value` strings (dotted keys, YAML values), or a mapping of dotted keys to values.
+        overrides: `key=value` strings (dotted keys, see `parse_overrides`), or a mapping of dotted keys to values.
 
     Raises:
-        ConfigError: unknown name, key or value, naming it and the nearest known one; a file that says no model; `preset=paper`
-            without any part of PaQ.
+        ConfigError: a file that cannot be read, or not as YAML; more than 64 bases; unknown name, key or value, naming it and
+            the nearest known one; a file that says no model; `preset=paper` without any part of PaQ.
     """
     pairs = dict(overrides) if isinstance(overrides, Mapping) else parse_overrides(overrides)
-    merged, where = _read_chain(str(source), with_presets="preset" not in pairs)
+    where = str(source)
+    merged = _Bases(with_presets="preset" not in pairs).settings(where)
     if "model" not in merged:  # every model of the package has settings of its own
         raise ConfigError(
             f"{where}: names no model, neither by `base` nor by settings under `model`",
@@ -68,10 +73,10 @@ def load_config(source: str | Path, overrides: Iterable[str] | Mapping[str, Any]
 
 
 def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
-    """`key=value` strings -> dotted keys and values, read as YAML.
+    """`key=value` strings -> dotted keys and values: numbers, true, false, null, YAML lists and mappings, or else text as typed.
 
     Raises:
-        ConfigError: a string without a key or an equals sign.
+        ConfigError: a string without a key or an equals sign, or a list or mapping that `paqdetr.yaml_files` refuses.
     """
     return dict(map(_parse_override, texts))
 
@@ -143,36 +148,55 @@ def _require_paq_under_preset(config: Config, where: str) -> None:
         )
 
 
-def _read_chain(source: str, *, with_presets: bool, seen: tuple[str, ...] = ()) -> tuple[dict[str, Any], str]:
-    """The settings of `source` laid over those of its preset and its bases, and what to call it in errors."""
-    if source in seen:
-        raise ConfigError(
-            f"{source}: `base` leads back to itself ({' -> '.join(seen)})", "remove one of the bases"
-        )
-    values = _read_yaml(_text_of(source), source)
-    bases = values.pop("base", None) or []
-    inherited: dict[str, Any] = {}
-    for base in bases if isinstance(bases, list) else [bases]:
-        base = str(base)
-        if base.endswith((".yaml", ".yml")):  # beside the file that names it, wherever the program runs
-            base = str((Path(source).parent / base).resolve())
-        below, _ = _read_chain(base, with_presets=with_presets, seen=(*seen, source))
-        below.pop("name", None)
-        inherited = _merge(inherited, below)
-    if with_presets:
-        inherited = _merge(inherited, _read_preset(values.get("preset")))
-    return _merge(inherited, values), source
+class _Bases:
+    """Reads settings files and their bases, each file once."""
+
+    def __init__(self, *, with_presets: bool) -> None:
+        self.with_presets = with_presets
+        self.known: dict[str, dict[str, Any]] = {}
+        self.open: list[str] = []
+        self.count = 0
+
+    def settings(self, source: str) -> dict[str, Any]:
+        """The settings of `source` laid over those of its preset and its bases."""
+        if source.endswith((".yaml", ".yml")):  # the same file by whatever name
+            source = str(Path(source).resolve())
+        if source in self.open:
+            raise ConfigError(
+                f"{source}: `base` leads back to itself ({' -> '.join(self.open)})",
+                "remove one of the bases",
+            )
+        if source not in self.known:
+            self.open.append(source)
+            self.known[source] = self._read(source)
+            self.open.pop()
+        return self.known[source]
+
+    def _read(self, source: str) -> dict[str, Any]:
+        values = _read_yaml(_text_of(source), source)
+        bases = values.pop("base", None) or []
+        inherited: dict[str, Any] = {}
+        for base in bases if isinstance(bases, list) else [bases]:
+            self.count += 1
+            if self.count > _MAX_BASES:
+                raise ConfigError(
+                    f"{source}: more than {_MAX_BASES} bases, counting those of bases",
+                    "write settings of several files into one",
+                )
+            base = str(base)
+            if base.endswith((".yaml", ".yml")):  # beside the file that names it, wherever the program runs
+                base = str(Path(source).parent / base)
+            below = {key: value for key, value in self.settings(base).items() if key != "name"}
+            inherited = _merge(inherited, below)
+        if self.with_presets:
+            inherited = _merge(inherited, _read_preset(values.get("preset")))
+        return _merge(inherited, values)
 
 
 def _text_of(source: str) -> str:
     """The YAML behind a path, or behind the name of a model, a recipe or a part ("parts/dino")."""
     if source.endswith((".yaml", ".yml")):
-        path = Path(source)
-        if not path.is_file():
-            raise ConfigError(
-                f"{source}: no such file", "give a YAML file, or a name that `paqdetr config list` lists"
-            )
-        return path.read_text(encoding="utf-8")
+        return read_text(Path(source), limit=_MAX_FILE, error=ConfigError)
     folder = Path(source)
     if source.endswith(".safetensors") or (folder.is_dir() and any(folder.glob("*.safetensors"))):
         raise ConfigError(
@@ -189,27 +213,14 @@ def _text_of(source: str) -> str:
 
 
 def _read_yaml(text: str, where: str) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(
-            f"{where}: not valid YAML: {' '.join(str(error).split())}", "correct the file"
-        ) from None
-    if not isinstance(values, dict):
-        raise ConfigError(
-            f"{where}: expected a mapping of settings, found {type(values).__name__}", "correct the file"
-        )
-    return values
+    return as_mapping(parse_yaml(text, where), where)
 
 
 def _parse_override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise ConfigError(f"{text!r} is not a setting", "write settings as key=value, for example epochs=12")
-    try:
-        return key, yaml.safe_load(value)
-    except yaml.YAMLError:
-        return key, value
+    return key, parse_value(value, key)
 
 
 def _nest(dotted: str, value: Any) -> dict[str, Any]:

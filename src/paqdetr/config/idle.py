@@ -39,9 +39,26 @@ _NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[Config], bool]], ...] = (
             "model.head_rank",
             "model.gain",
             "model.normalize_summary",
+            "model.mixture_input",
         ),
         "model.queries=patterns",
         lambda config: config.model.queries == "patterns",
+    ),
+    (
+        (
+            "model.extractor",
+            "model.extractor_conv",
+            "model.head",
+            "model.head_rank",
+            "model.normalize_summary",
+        ),
+        "model.mixture_input=image or both",
+        lambda config: config.model.mixture_input != "query",
+    ),
+    (
+        ("model.detach_query_features",),
+        "model.mixture_input=query or both, or model.queries=features",
+        lambda config: config.model.uses_query_features,
     ),
     (("model.extractor_conv",), "model.extractor=fused", lambda config: config.model.extractor == "fused"),
     (("model.head_rank",), "model.head=factorised", lambda config: config.model.head == "factorised"),
@@ -62,7 +79,7 @@ _NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[Config], bool]], ...] = (
         lambda config: config.model.denoising != "none",
     ),
     (
-        ("loss.encoder_assigner",),
+        ("loss.encoder_assigner", "loss.encoder_min_positives"),
         "model.positions=proposals",
         lambda config: config.model.positions == "proposals",
     ),
@@ -72,7 +89,7 @@ _NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[Config], bool]], ...] = (
         lambda config: config.model.decoder_layers > 1,
     ),
     (
-        ("loss.top_k", "loss.one_to_many_until"),
+        ("loss.top_k", "loss.one_to_many_from", "loss.one_to_many_until"),
         "an assigner with several positives a box (loss.assigner or loss.encoder_assigner)",
         lambda config: _several(config, *_ALL_ASSIGNERS),
     ),
@@ -82,7 +99,12 @@ _NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[Config], bool]], ...] = (
         lambda config: _several(config, "quality_aware", "simota"),
     ),
     (
-        ("loss.gamma", "loss.confidence"),
+        ("loss.encoder_min_positives",),
+        "loss.encoder_assigner=quality_aware or simota",
+        lambda config: config.loss.encoder_assigner in ("quality_aware", "simota"),
+    ),
+    (
+        ("loss.gamma", "loss.confidence", "loss.min_iou"),
         "loss.assigner or loss.encoder_assigner=quality_aware",
         lambda config: _several(config, "quality_aware"),
     ),

@@ -39,14 +39,30 @@ class LossConfig(Section):
     encoder_assigner: AssignerName = Field(
         default="one_to_one", description="the same, of the encoder's proposals"
     )
+    one_to_many_from: float = Field(
+        default=0.0, ge=0, lt=1, description="share of the training before one-to-many assignment begins"
+    )
     one_to_many_until: float = Field(
         default=1.0, ge=0, le=1, description="share of the training with several positives a box"
     )
     gamma: float = Field(
         default=0.4, ge=0, description="quality of a query for a box: IoU - gamma * confidence"
     )
-    top_k: int = Field(default=4, ge=1, description="most positives a box")
-    min_positives: int = Field(default=1, ge=1, description="fewest positives a box")
+    top_k: int = Field(default=4, ge=1, le=1000, description="most positives a box")
+    min_positives: int = Field(default=1, ge=1, le=1000, description="fewest positives a box")
+    encoder_min_positives: int | None = Field(
+        default=None,
+        ge=1,
+        le=1000,
+        description="fewest positives per box among the encoder's proposals; null: min_positives",
+    )
+    min_iou: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="least IoU of a positive that is not the cheapest of its box, also where the box then has fewer than "
+        "min_positives (ours)",
+    )
     select: Literal["hungarian", "score"] = Field(
         default="hungarian",
         description="which queries become positives. hungarian: one matching; score: the best (simota: least cost)",
@@ -65,13 +81,17 @@ class LossConfig(Section):
     )
     div_scale: float = Field(default=1.0, ge=0, description="a further factor on the diversity loss")
     hybrid_weight: float = Field(default=1.0, ge=0, description="of the one-to-many branch of H-DETR")
-    hybrid_repeat: int = Field(default=6, ge=1, description="positives a box in that branch")
+    hybrid_repeat: int = Field(default=6, ge=1, le=1000, description="positives a box in that branch")
     class_cost: float = Field(default=2.0, ge=0, description="of the class in the matching")
     l1_cost: float = Field(default=5.0, ge=0, description="of the L1 distance of boxes in the matching")
     giou_cost: float = Field(default=2.0, ge=0, description="of GIoU in the matching")
 
     @model_validator(mode="after")
     def _consistent(self) -> LossConfig:
-        if self.min_positives > self.top_k:
-            raise ValueError(f"min_positives={self.min_positives} exceeds top_k={self.top_k}")
+        for key in ("min_positives", "encoder_min_positives"):
+            if (getattr(self, key) or 1) > self.top_k:
+                raise ValueError(f"{key}={getattr(self, key)} exceeds top_k={self.top_k}")
+        begin, end = self.one_to_many_from, self.one_to_many_until
+        if 0 < begin >= end:
+            raise ValueError(f"one_to_many_from={begin} is not before one_to_many_until={end}")
         return self

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
-from paqdetr.config.section import Section
+from paqdetr.config.section import Section, lists_are_tuples
 
 
 class ModelConfig(Section):
@@ -15,7 +15,7 @@ class ModelConfig(Section):
 
     retired: ClassVar[Mapping[str, Any]] = {"one_to_many_heads": "none"}
 
-    num_classes: int = Field(default=80, ge=1, description="taken from the data in a training")
+    num_classes: int = Field(default=80, ge=1, le=100_000, description="taken from the data in a training")
 
     # Backbone: any timm name. Strides are pixels a token; frozen_stride freezes all up to the feature of that stride.
     backbone: str = Field(default="resnet50", description="any timm model that has features of these strides")
@@ -25,6 +25,7 @@ class ModelConfig(Section):
     frozen_stride: int = Field(
         default=4,
         ge=0,
+        le=1024,
         description="the backbone is frozen up to the feature of this stride; 0 trains all of it",
     )
     freeze_backbone_norm: bool = Field(
@@ -37,25 +38,31 @@ class ModelConfig(Section):
 
     # Transformer
     dim: int = Field(
-        default=256, ge=8, description="width of the transformer (d); a multiple of 4 and of num_heads"
+        default=256,
+        ge=8,
+        le=8192,
+        description="width of the transformer (d); a multiple of 4 and of num_heads",
     )
     num_levels: int = Field(
         default=4,
         ge=1,
+        le=16,
         description="feature maps that encoder and decoder see; those beyond the backbone's are made by strided "
         "convolutions",
     )
-    num_heads: int = Field(default=8, ge=1, description="heads of every attention")
+    num_heads: int = Field(default=8, ge=1, le=1024, description="heads of every attention")
     num_points: int = Field(
-        default=4, ge=1, description="points that a head of deformable attention reads on each level"
+        default=4, ge=1, le=256, description="points that a head of deformable attention reads on each level"
     )
-    ffn_dim: int = Field(default=2048, ge=1, description="hidden width of the feed-forward blocks")
+    ffn_dim: int = Field(
+        default=2048, ge=1, le=131_072, description="hidden width of the feed-forward blocks"
+    )
     dropout: float = Field(default=0.0, ge=0, lt=1, description="in encoder and decoder layers")
-    encoder_layers: int = Field(default=6, ge=1, description="layers of the encoder")
+    encoder_layers: int = Field(default=6, ge=1, le=100, description="layers of the encoder")
     encoder_query_levels: int | None = Field(
-        default=None, ge=1, description="only the N coarsest levels are updated; null: all"
+        default=None, ge=1, le=16, description="only the N coarsest levels are updated; null: all"
     )
-    decoder_layers: int = Field(default=6, ge=1, description="layers of the decoder (L)")
+    decoder_layers: int = Field(default=6, ge=1, le=100, description="layers of the decoder (L)")
     decoder_norm: bool = Field(default=True, description="a LayerNorm between a decoder layer and its heads")
     share_heads: bool = Field(
         default=False, description="one class head and one box head for all decoder layers"
@@ -92,21 +99,33 @@ class ModelConfig(Section):
     )
 
     # Content of queries: `static`, a learned table; `proposals`, computed from the proposal; `patterns` is PaQ;
-    # `static_mixture`, an ablation, mixes patterns by learned weights that no image changes.
-    num_queries: int = Field(default=900, ge=1, description="queries (n)")
-    queries: Literal["static", "proposals", "patterns", "static_mixture"] = Field(
+    # two ablations: `static_mixture` mixes patterns by learned weights that no image changes, `features` has no patterns.
+    num_queries: int = Field(default=900, ge=1, le=100_000, description="queries (n)")
+    queries: Literal["static", "proposals", "patterns", "static_mixture", "features"] = Field(
         default="static",
-        description="content of queries. static: a learned table; proposals: computed from the proposal; patterns: "
-        "PaQ; static_mixture, an ablation: patterns mixed by learned weights that no image changes",
+        description="content of queries. static: a learned table; proposals: computed from the proposal's box; patterns: "
+        "PaQ; and two ablations: static_mixture, patterns mixed by learned weights that no image changes; features, a linear "
+        "layer of the query's features, without patterns",
     )
     content_std: float | None = Field(
         default=1.0, ge=0, description="initial std of static content; null: Xavier-uniform"
     )
     mixture: Literal["replace", "residual"] = Field(
         default="replace",
-        description="residual: static content, to which mixtures are added through a gate that starts at 0 (ours)",
+        description="residual: static content, to which mixtures (or features) are added through a gate that starts at 0 (ours)",
     )
-    num_patterns: int = Field(default=64, ge=2, description="patterns that contents are mixed from (m)")
+    mixture_input: Literal["image", "query", "both"] = Field(
+        default="image",
+        description="what the weights of the mixtures are computed from. image: one vector for the image (the paper's); query: "
+        "the features of each query, which are the token of its proposal, or in one-stage hosts the encoder's memory at its "
+        "reference point; both: the sum of the two logits (ours)",
+    )
+    detach_query_features: bool = Field(
+        default=True, description="content queries send no gradient through the features of queries"
+    )
+    num_patterns: int = Field(
+        default=64, ge=2, le=100_000, description="patterns that contents are mixed from (m)"
+    )
     pattern_std: float = Field(default=1.0, ge=0, description="initial std of the patterns")
     extractor: Literal["fused", "pooled"] = Field(
         default="fused",
@@ -121,7 +140,7 @@ class ModelConfig(Section):
         description="from that vector to the mixtures' weights. dense: one linear layer; factorised: a product of "
         "rank head_rank",
     )
-    head_rank: int = Field(default=32, ge=1, description="rank of the factorised head")
+    head_rank: int = Field(default=32, ge=1, le=8192, description="rank of the factorised head")
     temperature: float = Field(
         default=1.0, gt=0, description="of the softmax over patterns; lower is sharper"
     )
@@ -133,7 +152,8 @@ class ModelConfig(Section):
     bias_std: float | None = Field(
         default=2.0,
         ge=0,
-        description="initial std of the bias of the mixtures' logits; null: that of a plain linear layer",
+        description="initial std of the bias of the mixtures' logits, with mixture_input=query of the logits; null: that of a "
+        "plain linear layer",
     )
     normalize_summary: bool = Field(default=False, description="mix by what sets an image apart (ours)")
 
@@ -144,9 +164,9 @@ class ModelConfig(Section):
         description="noisy copies of boxes as further queries in training. contrastive: DINO's; plain: DN-DETR's",
     )
     denoising_queries: int = Field(
-        default=100, ge=1, description="contrastive: about so many positives an image"
+        default=100, ge=1, le=10_000, description="contrastive: about so many positives an image"
     )
-    denoising_groups: int = Field(default=5, ge=1, description="plain: copies of each box")
+    denoising_groups: int = Field(default=5, ge=1, le=1000, description="plain: copies of each box")
     label_noise: float = Field(
         default=0.5,
         ge=0,
@@ -161,8 +181,20 @@ class ModelConfig(Section):
     hybrid_queries: int = Field(
         default=0,
         ge=0,
+        le=100_000,
         description="H-DETR's second set of queries, in training alone, with several positives a box; any two-stage "
         "host",
+    )
+
+    # From queries to detections; nothing of it changes weights.
+    max_detections: int = Field(
+        default=300,
+        ge=1,
+        le=100_000,
+        description="detections kept of an image, by score; DINO keeps 300, Deformable DETR 100",
+    )
+    clamp_boxes: bool = Field(
+        default=True, description="predicted boxes are cut off at the image's border, as in detectron2"
     )
 
     # Conventions in which published codes differ; docs/convert.md names who does what.
@@ -185,6 +217,13 @@ class ModelConfig(Section):
     masked_neck_norm: bool = Field(
         default=False, description="the neck's norms leave padding out, which published codes count in"
     )
+
+    @field_validator("backbone_strides")
+    @classmethod
+    def _rising(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if not value or not 1 <= value[0] <= value[-1] <= 1024 or list(value) != sorted(set(value)):
+            raise ValueError("expected at least one stride from 1 to 1024, each larger than the one before")
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelConfig:
@@ -237,8 +276,8 @@ class ModelConfig(Section):
             ),
             (
                 "mixture=residual",
-                self.mixture == "residual" and self.queries not in ("patterns", "static_mixture"),
-                "queries=patterns or static_mixture",
+                self.mixture == "residual" and self.queries in ("static", "proposals"),
+                "queries=patterns, static_mixture or features",
             ),
             (
                 f"hybrid_queries={self.hybrid_queries}",
@@ -248,6 +287,21 @@ class ModelConfig(Section):
         ]
 
     @property
+    def uses_query_features(self) -> bool:
+        """Whether content is computed from what each query looks at."""
+        return self.queries == "features" or (self.queries == "patterns" and self.mixture_input != "image")
+
+    @property
     def content_dim(self) -> int:
         """Width of the content that a query source makes: one less than `dim` where an indicator channel follows it."""
         return self.dim - 1 if self.denoising == "plain" else self.dim
+
+
+def problem_of(key: str, value: Any) -> str:
+    """Why a single setting of the model cannot have a value; empty if it can."""
+    rules = ModelConfig.model_fields[key].rebuild_annotation()
+    try:
+        TypeAdapter(rules, config=ConfigDict(strict=True)).validate_python(lists_are_tuples(value))
+    except ValidationError as error:
+        return error.errors()[0]["msg"]
+    return ""

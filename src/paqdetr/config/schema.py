@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
-import yaml
 from pydantic import Field, field_validator
 
 from paqdetr.config.loss import LossConfig
 from paqdetr.config.model import ModelConfig
 from paqdetr.config.section import Section
+from paqdetr.values import MAX_BATCH, MAX_SEED, MAX_WORKERS
+from paqdetr.yaml_files import dump_yaml
+
+ResizeRule = Literal["detr", "detectron2", "transformers", "relation_detr", "nearest"]
+"""How the sides of a resized image become whole pixels: as the program of that name does it, or to the nearest pixel."""
 
 
 class AugmentConfig(Section):
@@ -40,8 +44,8 @@ class AugmentConfig(Section):
     @field_validator("scale", "crop_size")
     @classmethod
     def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if not 0 < value[0] <= value[1]:
-            raise ValueError(f"expected 0 < low <= high, got {value}")
+        if not 0.01 <= value[0] <= value[1] <= 10:
+            raise ValueError(f"expected 0.01 <= low <= high <= 10, got {value}")
         return value
 
 
@@ -62,22 +66,39 @@ class Config(Section):
         description="one number: the long side in pixels; two: the short side, and the most the long side may have",
     )
     size_divisor: int = Field(
-        default=1, ge=1, description="sides are rounded to multiples of it, aspect ratios a little off"
+        default=1,
+        ge=1,
+        le=1024,
+        description="sides are rounded to multiples of it, aspect ratios a little off",
+    )
+    resize: ResizeRule = Field(
+        default="detr",
+        description="how sides become whole pixels where image_size has two numbers and size_divisor is 1: as in DETR's code "
+        "(the long side truncated) or that of the named program; nearest: rounded",
+    )
+    pad_divisor: int = Field(
+        default=1,
+        ge=1,
+        le=1024,
+        description="sides of a batch are padded to multiples of it; 1: to its largest image",
     )
     pretrained_backbone: bool = Field(default=True, description="start from ImageNet weights")
     init: str | None = Field(
         default=None, description="start from this checkpoint; its classes and number of queries may differ"
     )
 
-    epochs: int = Field(default=12, ge=1, description="passes over the training images")
+    epochs: int = Field(default=12, ge=1, le=1_000_000, description="passes over the training images")
     max_steps: int | None = Field(
-        default=None, ge=1, description="stop after so many optimiser steps, whatever `epochs` says"
+        default=None, ge=1, le=10**9, description="stop after so many optimiser steps, whatever `epochs` says"
     )
-    batch_size: int = Field(default=2, ge=1, description="images a batch, of one process")
+    batch_size: int = Field(default=2, ge=1, le=MAX_BATCH, description="images a batch, of one process")
     lr: float = Field(default=1e-4, gt=0, description="learning rate of the transformer")
     backbone_lr: float = Field(default=1e-5, gt=0, description="learning rate of the backbone")
     accumulate: int = Field(
-        default=1, ge=1, description="batches whose gradients make one step, as if they were one batch"
+        default=1,
+        ge=1,
+        le=MAX_BATCH,
+        description="batches whose gradients make one step, as if they were one batch",
     )
     # Rates are for a step over `lr_reference_batch` images; the rule says what other numbers of them do to the rates.
     lr_rule: Literal["none", "linear", "sqrt"] = Field(
@@ -85,7 +106,10 @@ class Config(Section):
         description="what other numbers of images a step do to all rates: nothing, in proportion, or by the root",
     )
     lr_reference_batch: int = Field(
-        default=16, ge=1, description="images a step that the rates are meant for, where lr_rule is not none"
+        default=16,
+        ge=1,
+        le=10**9,
+        description="images a step that the rates are meant for, where lr_rule is not none",
     )
     # Sampling offsets and the layer that makes reference points learn slower in the published recipes.
     offsets_lr_scale: float = Field(
@@ -93,7 +117,11 @@ class Config(Section):
         gt=0,
         description="factor on lr for sampling offsets and the layer that makes reference points",
     )
-    weight_decay: float = Field(default=1e-4, ge=0, description="of AdamW; norms and biases do not decay")
+    weight_decay: float = Field(default=1e-4, ge=0, description="of AdamW")
+    decay_norms: bool = Field(
+        default=False,
+        description="norms and biases decay too, as in the codes of Deformable DETR, DN-DETR and DINO",
+    )
     schedule: Literal["step", "cosine"] = Field(
         default="step", description="of the learning rate, after the warm-up"
     )
@@ -101,7 +129,7 @@ class Config(Section):
         default=10 / 12, gt=0, le=1, description="step schedule: x0.1 after this share of the training"
     )
     warmup_steps: int = Field(
-        default=1000, ge=0, description="steps of linear warm-up, at most a tenth of the training"
+        default=1000, ge=0, le=10**9, description="steps of linear warm-up, at most a tenth of the training"
     )
     clip_norm: float = Field(default=0.1, gt=0, description="largest norm of the gradient")
     ema_decay: float = Field(
@@ -122,20 +150,34 @@ class Config(Section):
         default="raise",
         description="what a loss or gradient that is not finite does: end, or leave out the step",
     )
-    seed: int = Field(default=0, ge=0, description="of weights, order, augmentation and noise")
-    workers: int = Field(default=2, ge=0, description="processes that load images, for each training process")
-    cache_images: float = Field(default=2.0, ge=0, description="GiB of decoded images that workers share")
+    seed: int = Field(default=0, ge=0, le=MAX_SEED, description="of weights, order, augmentation and noise")
+    val_fraction: float = Field(
+        default=0,
+        ge=0,
+        lt=1,
+        description="share of the training images that validates instead, for data without a val split; near-duplicates stay "
+        "together, and `seed` decides which",
+    )
+    workers: int = Field(
+        default=2, ge=0, le=MAX_WORKERS, description="processes that load images, for each training process"
+    )
+    cache_images: float = Field(
+        default=2.0, ge=0, le=1_000_000, description="GiB of decoded images that workers share"
+    )
     eval_every: int = Field(
-        default=1, ge=1, description="epochs between evaluations; the last epoch always has one"
+        default=1, ge=1, le=10**9, description="epochs between evaluations; the last epoch always has one"
     )
     patience: int | None = Field(
-        default=None, ge=1, description="stop after so many evaluations without a better AP"
+        default=None, ge=1, le=10**9, description="stop after so many evaluations without a better AP"
     )
     log_every: int = Field(
-        default=20, ge=1, description="steps between records in metrics.jsonl; each epoch ends with one too"
+        default=20,
+        ge=1,
+        le=10**9,
+        description="steps between records in metrics.jsonl; each epoch ends with one too",
     )
     save_every_steps: int | None = Field(
-        default=None, ge=1, description="save the state within an epoch too, after so many steps"
+        default=None, ge=1, le=10**9, description="save the state within an epoch too, after so many steps"
     )
     save_every_minutes: float | None = Field(
         default=None, gt=0, description="save the state within an epoch too, after so many minutes"
@@ -144,19 +186,16 @@ class Config(Section):
         default=(), description="where records go besides metrics.jsonl"
     )
 
-    @field_validator("amp", mode="before")
-    @classmethod
-    def _no_is_a_word(cls, value: Any) -> Any:
-        return "no" if value is False else value  # what YAML makes of a bare no
-
     @field_validator("image_size")
     @classmethod
     def _positive(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
         sides = (value,) if isinstance(value, int) else value
-        if min(sides) < 32 or (len(sides) == 2 and sides[0] > sides[1]):
-            raise ValueError("expected one number >= 32, or [short, long] with 32 <= short <= long")
+        if not 32 <= sides[0] <= sides[-1] <= 16_384:
+            raise ValueError(
+                "expected one number from 32 to 16384, or [short, long] with 32 <= short <= long <= 16384"
+            )
         return value
 
     def to_yaml(self) -> str:
         """The resolved settings; `load_config` of this text gives an equal `Config`."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return dump_yaml(self.model_dump(mode="json"))

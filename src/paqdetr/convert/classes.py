@@ -6,12 +6,13 @@ have an object. There is no slot for background: a query without an object has l
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from paqdetr.errors import CheckpointError, UserError
+from paqdetr.errors import CheckpointError
+from paqdetr.files import read_json, read_text
 from paqdetr.structures import ClassTable
+from paqdetr.values import as_id
 
 _COCO = """
 1 person|2 bicycle|3 car|4 motorcycle|5 airplane|6 bus|7 train|8 truck|9 boat|10 traffic light|11 fire hydrant|13 stop sign|
@@ -98,17 +99,16 @@ def _named(total: int, names: dict[int, str], where: str) -> ClassSlots:
 
 
 def _from_file(total: int, path: Path, where: str) -> ClassSlots:
-    if not path.is_file():
-        raise CheckpointError(
-            f"classes={path}: no such file",
-            "say coco, numbered, or give a COCO json or a text file with a name a line",
-        )
     if path.suffix == ".json":
         table = _categories(path)
     else:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in read_text(path, error=CheckpointError).split("\n")]
         names = [line for line in lines if line]
         table = ClassTable(tuple(range(len(names))), tuple(names))
+    if not len(table):
+        raise CheckpointError(
+            f"classes={path}: names no classes", "give a COCO json or a text file with a name a line"
+        )
     if len(table) == total:
         return ClassSlots(table, tuple(range(total)), total, f"classes of {path}")
     if max(table.ids) < total and path.suffix == ".json":
@@ -120,7 +120,18 @@ def _from_file(total: int, path: Path, where: str) -> ClassSlots:
 
 
 def _categories(path: Path) -> ClassTable:
-    try:
-        return ClassTable.from_categories(json.loads(path.read_text(encoding="utf-8"))["categories"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"classes={path}: no COCO json with categories ({error})", "give one") from None
+    content = read_json(path, error=CheckpointError)
+    rows = content.get("categories") if isinstance(content, dict) else None
+    ids = (
+        [as_id(row.get("id")) if isinstance(row, dict) else None for row in rows]
+        if isinstance(rows, list)
+        else [None]
+    )
+    if len(set(ids)) < len(ids) or not all(isinstance(own, int) for own in ids):
+        raise CheckpointError(
+            f"classes={path}: no COCO json whose `categories` have whole numbers as ids, each another",
+            "give one",
+        )
+    return ClassTable.from_categories(
+        [{"name": own, **row, "id": own} for row, own in zip(rows or [], ids, strict=True)]
+    )

@@ -9,6 +9,7 @@ from typing import Any
 
 from paqdetr.checkpoint import is_own, read_checkpoint
 from paqdetr.config import ModelConfig
+from paqdetr.config.model import problem_of
 from paqdetr.convert.classes import class_slots
 from paqdetr.convert.deformable_detr import DEFORMABLE_DETR
 from paqdetr.convert.detrex import DETREX
@@ -34,6 +35,7 @@ from paqdetr.errors import CheckpointError, ConfigError
 from paqdetr.models import Detector
 from paqdetr.models.files import describe_checkpoint, find_checkpoint
 from paqdetr.models.zoo import build_model
+from paqdetr.text import shorten
 
 LAYOUTS: dict[str, Layout] = {
     "dino": DINO,
@@ -44,6 +46,7 @@ LAYOUTS: dict[str, Layout] = {
     "transformers": TRANSFORMERS,
 }
 """The programs whose checkpoints can be converted, by the word for --from."""
+_PREPROCESSING = ("image_size", "size_divisor", "resize", "pad_divisor")
 OWN = "paqdetr"
 """The word for our own checkpoints, which can become other models of their host too."""
 
@@ -65,8 +68,8 @@ def convert_checkpoint(
             they are others ("paq_dino_r50" from a DINO). The host of the file itself if None.
         partial: accept unknown tensors (dropped) and missing ones (they start fresh) instead of raising.
         settings: settings of the model that the file does not tell (num_heads, num_queries, position_temperature...);
-            image_size; `classes` ("coco", "numbered", a COCO json, a text file with a name a line); `weights`, which entry of a
-            .pth holds them.
+            image_size, resize, pad_divisor; `classes` ("coco", "numbered", a COCO json, a text file with a name a line);
+            `weights`, which entry of a .pth holds them.
 
     Returns:
         the model in evaluation mode, on the CPU, and what became of every tensor.
@@ -77,7 +80,7 @@ def convert_checkpoint(
     """
     given = {key.removeprefix("model."): value for key, value in (settings or {}).items()}
     weights, classes = given.pop("weights", None), given.pop("classes", None)
-    overrides = {key: given.pop(key) for key in ("image_size", "size_divisor") if key in given}
+    overrides = {key: given.pop(key) for key in _PREPROCESSING if key in given}
     _require_known(given)
     if origin == OWN:
         if weights is not None or classes is not None:
@@ -112,17 +115,25 @@ def convert_checkpoint(
     slots = class_slots(
         class_rows(renamed.tensors, where=where),
         given=None if classes is None else str(classes),
-        names=_label_names(file.hints),
+        names=_label_names(file.hints, where),
         where=where,
     )
     agnostic = bool(known.get("class_agnostic_proposals", Setting(False, "")).value)
     settle_classes(renamed, slots, agnostic=agnostic)
     known["num_classes"] = Setting(len(slots.table), slots.note)
 
-    config = target_config(known, model, given, overrides, where)
+    config = target_config(known, model, given, {**layout.preprocessing, **overrides}, where)
     detector = build_model(config, classes=slots.table)
     report = _finish(detector, renamed, known, model, partial=partial, where=where)
-    return detector.eval(), replace(report, origin=layout.title, notes=tuple(file.notes))
+    labels = report.renamed.get("denoising.label_embed.weight")
+    if labels is not None and "start anew" in labels.note:
+        file.notes.append(f"labels of denoising: {labels.note}")
+    resizing = {
+        key: Setting(getattr(config, key), "given" if key in overrides else f"code of {layout.title}")
+        for key in ("resize", "pad_divisor")
+    }
+    settings = {**report.settings, **resizing}
+    return detector.eval(), replace(report, origin=layout.title, notes=tuple(file.notes), settings=settings)
 
 
 def _from_own(
@@ -139,8 +150,8 @@ def _from_own(
     old, table, preprocessing = describe_checkpoint(header, where)
     known = {key: Setting(getattr(old.model, key), "header of the file") for key in ModelConfig.model_fields}
     known |= {key: Setting(value, "given") for key, value in given.items()}
-    sizes = {"image_size": preprocessing.image_size, "size_divisor": preprocessing.size_divisor}
-    config = target_config(known, model, given, sizes | dict(overrides), where, name=old.name)
+    sizes = preprocessing.settings() | dict(overrides)
+    config = target_config(known, model, given, sizes, where, name=old.name)
     detector = build_model(config, classes=table)
     renamed = Renamed(tensors=dict(tensors), sources={key: (key,) for key in tensors})
     report = _finish(detector, renamed, known, model, partial=partial, where=where)
@@ -186,12 +197,20 @@ def _require_known(given: Mapping[str, Any]) -> None:
     if unknown:
         raise ConfigError(
             f"unknown setting {unknown[0]!r}",
-            "a conversion takes settings of the model, image_size, classes and weights",
+            f"a conversion takes settings of the model, {', '.join(_PREPROCESSING)}, classes and weights",
         )
+    for key, value in given.items():
+        if problem := problem_of(key, value):
+            raise ConfigError(
+                f"{key}={shorten(value)}: {problem}", "docs/settings.md says what each setting takes"
+            )
 
 
 def _unknown(renamed: Renamed, file: SourceFile, origin: str, where: str) -> CheckpointError:
     keys = renamed.unknown
+    for part, lack in LAYOUTS[origin].unsupported.items():
+        if any(part in key for key in keys):
+            raise CheckpointError(f"{where}: {lack}", "--partial leaves these tensors out all the same")
     shown = ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
     share = {name: coverage(layout.rules, file.tensors) for name, layout in LAYOUTS.items()}
     best = max(share, key=lambda name: share[name])
@@ -209,11 +228,16 @@ def _unknown(renamed: Renamed, file: SourceFile, origin: str, where: str) -> Che
     )
 
 
-def _label_names(hints: Mapping[str, Any]) -> dict[int, str] | None:
+def _label_names(hints: Mapping[str, Any], where: str) -> dict[int, str] | None:
     """Names in a config.json of transformers, unless they are the ones it makes up."""
     labels = hints.get("id2label")
     if not isinstance(labels, Mapping):
         return None
+    if not all(row.isdecimal() and len(row) < 9 for row in map(str, labels)):
+        raise CheckpointError(
+            f"{where}: id2label has the keys {shorten(list(labels))}, expected row numbers",
+            "correct config.json",
+        )
     names = {int(row): str(name) for row, name in labels.items()}
     return None if all(name == f"LABEL_{row}" for row, name in names.items()) else names
 

@@ -9,6 +9,7 @@ from paqdetr.convert.backbones import resnet
 from paqdetr.convert.keymap import FIRST_HALF, SECOND_HALF, move, split
 from paqdetr.convert.layout import (
     DEFORMABLE_MAP,
+    KEEP_100,
     LEVELS,
     Layout,
     encoder_and_decoder,
@@ -21,6 +22,7 @@ def _settings(keys: Collection[str], hints: Mapping[str, Any]) -> dict[str, Any]
     """The decoder knows the box heads if, and only if, it refines."""
     return {
         **DEFORMABLE_MAP,
+        **KEEP_100,
         "box_eps": 1e-5,
         "look_forward_twice": False,
         "box_refinement": any(key.startswith("transformer.decoder.bbox_embed.") for key in keys),

@@ -19,11 +19,17 @@ from paqdetr.convert.layout import (
 
 def _settings(keys: Collection[str], hints: Mapping[str, Any]) -> dict[str, Any]:
     """DINO has a norm behind its decoder; DN-Deformable-DETR scales positions."""
-    common = {**DAB_CONVENTIONS, **DEFORMABLE_MAP}
+    common = {**DAB_CONVENTIONS, **DEFORMABLE_MAP, "clamp_boxes": True}
     if "transformer.decoder.norm.weight" in keys:
         refine = {"refine_from": "raw", "look_forward_twice": True}
-        return {**common, **refine, "label_noise": 0.5, "box_noise": 1.0}
-    return {**common, "look_forward_twice": False, "label_noise": 0.2, "box_noise": 0.4}
+        return {**common, **refine, "label_noise": 0.5, "box_noise": 1.0, "max_detections": 300}
+    return {
+        **common,
+        "look_forward_twice": False,
+        "label_noise": 0.2,
+        "box_noise": 0.4,
+        "max_detections": 100,
+    }
 
 
 _ENCODER, _DECODER = "transformer.encoder.layers.{i}.", "transformer.decoder.layers.{i}."
@@ -64,4 +70,5 @@ DETREX = Layout(
     ),
     settings=_settings,
     num_queries=900,
+    preprocessing={"resize": "detectron2"},
 )

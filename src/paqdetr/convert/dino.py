@@ -9,6 +9,7 @@ from paqdetr.convert.backbones import resnet, swin
 from paqdetr.convert.keymap import move
 from paqdetr.convert.layout import (
     DAB_CONVENTIONS,
+    KEEP_300,
     LEVELS,
     Layout,
     encoder_and_decoder,
@@ -21,6 +22,7 @@ from paqdetr.convert.layout import (
 def _settings(keys: Collection[str], hints: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **DAB_CONVENTIONS,
+        **KEEP_300,
         "position_temperature": 20.0,
         "position_offset": 0.0,
         "refine_from": "raw",
@@ -59,6 +61,7 @@ DINO = Layout(
         "dn_number": "denoising_queries",
         "dn_label_noise_ratio": "label_noise",
         "dn_box_noise_scale": "box_noise",
+        "num_select": "max_detections",
     },
     required={
         "position_embedding": ("sine", "v2"),

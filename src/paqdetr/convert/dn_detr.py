@@ -10,6 +10,7 @@ from paqdetr.convert.keymap import move
 from paqdetr.convert.layout import (
     DAB_CONVENTIONS,
     DEFORMABLE_MAP,
+    KEEP_100,
     LEVELS,
     Layout,
     encoder_and_decoder,
@@ -21,6 +22,7 @@ from paqdetr.convert.layout import (
 def _settings(keys: Collection[str], hints: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **DAB_CONVENTIONS,
+        **KEEP_100,
         **DEFORMABLE_MAP,
         "look_forward_twice": False,
         "label_noise": 0.2,
@@ -54,7 +56,7 @@ DN_DETR = Layout(
         "box_noise_scale": "box_noise",
     },
     required={
-        "modelname": ("dn_dab_deformable_detr",),
+        "modelname": ("dn_dab_deformable_detr", "dab_deformable_detr"),  # the latter in its README
         "position_embedding": ("sine",),
         "dilation": (False,),
         "two_stage": (False,),

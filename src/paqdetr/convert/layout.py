@@ -26,6 +26,8 @@ class Layout:
         required: argument -> the only value of it that we can build.
         num_queries: what published models have, where the file does not say.
         level_bias: whether the convolutions that make the levels have a bias.
+        preprocessing: what it does to images: `resize`, `pad_divisor`.
+        unsupported: part of a tensor's name -> what we lack, where it is known.
     """
 
     title: str
@@ -35,6 +37,8 @@ class Layout:
     required: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     num_queries: int = 300
     level_bias: bool = True
+    preprocessing: Mapping[str, Any] = field(default_factory=dict)
+    unsupported: Mapping[str, str] = field(default_factory=dict)
 
 
 def encoder_and_decoder(prefix: str) -> tuple[Rule, ...]:
@@ -86,3 +90,6 @@ LEVELS = (
 # Positions of boxes as DAB-DETR's descendants make them: on the padded image, clamped at 1e-3.
 DAB_CONVENTIONS: dict[str, Any] = {"padded_positions": True, "box_eps": 1e-3}
 DEFORMABLE_MAP: dict[str, Any] = {"position_temperature": 10000.0, "position_offset": -0.5}
+# Detections: so many of an image, boxes as predicted. Only detectron2 cuts them off at the border.
+KEEP_300: dict[str, Any] = {"max_detections": 300, "clamp_boxes": False}
+KEEP_100: dict[str, Any] = {"max_detections": 100, "clamp_boxes": False}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
 import pickle
 import re
@@ -20,6 +19,8 @@ from torch import Tensor
 from torch.serialization import safe_globals
 
 from paqdetr.errors import CheckpointError
+from paqdetr.files import MAX_SIDE_BYTES, open_regular, read_json
+from paqdetr.text import shorten
 
 # What published checkpoints hold besides tensors: the command line's arguments, paths among them, and numpy numbers of a log.
 # Each only stores values; anything else in a pickle is refused.
@@ -65,8 +66,7 @@ def read_source(path: str | Path, *, weights: str | None = None) -> SourceFile:
     path = Path(path)
     if path.is_dir():
         return _read_folder(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file", "give a .pth, a .safetensors or a folder")
+    open_regular(path, error=CheckpointError).close()
     if path.suffix == ".safetensors":
         config = path.parent / "config.json"
         hints = _read_json(config) if config.is_file() else {}
@@ -94,7 +94,17 @@ def _read_folder(folder: Path) -> SourceFile:
             return source
         index = folder / f"{name}.index.json"
         if index.is_file():
-            shards = sorted(set(map(str, _read_json(index).get("weight_map", {}).values())))
+            places = _read_json(index).get("weight_map")
+            if (
+                not isinstance(places, dict)
+                or not places
+                or not all(isinstance(v, str) for v in places.values())
+            ):
+                raise CheckpointError(
+                    f"{index}: weight_map is {shorten(places)}, expected the file of each tensor",
+                    "download the folder again",
+                )
+            shards = sorted(set(places.values()))
             for shard in shards:
                 if Path(shard).name != shard:  # an index must not lead out of its folder
                     raise CheckpointError(f"{index}: {shard!r} is no file name", "download the folder again")
@@ -115,10 +125,7 @@ def _read_shard(path: Path, notes: list[str]) -> dict[str, Tensor]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable json ({error})", "download it again") from None
+    content = read_json(path, limit=MAX_SIDE_BYTES, error=CheckpointError)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a json object", "download it again")
     return content
@@ -127,7 +134,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(
             f"{path}: not a readable safetensors file ({error})", "download it again"
         ) from None
@@ -149,7 +156,7 @@ def _unpickle(path: Path) -> Any:
         raise CheckpointError(
             f"{path}: not a checkpoint that torch can read", "download it again; it may be cut short"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, NotImplementedError) as error:
+    except Exception as error:  # anything at all, where the bytes are not what torch expects
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
             f"{path}: not a checkpoint that torch can read ({first})",

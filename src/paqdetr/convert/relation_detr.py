@@ -10,6 +10,7 @@ from paqdetr.convert.keymap import drop, move
 from paqdetr.convert.layout import (
     DAB_CONVENTIONS,
     DEFORMABLE_MAP,
+    KEEP_300,
     Layout,
     encoder_and_decoder,
     mlp,
@@ -20,6 +21,7 @@ from paqdetr.convert.layout import (
 def _settings(keys: Collection[str], hints: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **DAB_CONVENTIONS,
+        **KEEP_300,
         **DEFORMABLE_MAP,
         "refine_from": "raw",
         "look_forward_twice": True,
@@ -50,5 +52,10 @@ RELATION_DETR = Layout(
     ),
     settings=_settings,
     num_queries=900,
+    preprocessing={"resize": "relation_detr", "pad_divisor": 32},
+    unsupported={
+        "position_relation_embedding": "it has the position relation, an attention bias between boxes that no host here has; "
+        "what is left without it predicts something else",
+    },
     level_bias=False,
 )

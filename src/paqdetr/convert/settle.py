@@ -11,11 +11,13 @@ import timm
 import torch
 from torch import Tensor
 
+from paqdetr.config.model import problem_of
 from paqdetr.convert.backbones import backbone_name
 from paqdetr.convert.classes import ClassSlots
 from paqdetr.convert.keymap import Renamed
 from paqdetr.convert.layout import Layout
 from paqdetr.errors import CheckpointError
+from paqdetr.text import shorten
 
 _HEADS = ("class_head", "box_head")
 
@@ -150,9 +152,14 @@ def settle_classes(renamed: Renamed, slots: ClassSlots, *, agnostic: bool) -> No
                 index, note = torch.tensor([0]), "slot 0, by which proposals are ranked"
         elif key == "denoising.label_embed.weight":
             index, note = rows, f"{len(slots.rows)} of {tensor.shape[0]} labels"
+            if missing := [row for row in slots.rows if row >= len(tensor)]:
+                # The table is smaller than the class head (dn_labelbook_size); new rows as in a new model.
+                fresh = torch.randn(max(missing) + 1 - len(tensor), tensor.shape[1])
+                tensor = torch.cat([tensor, fresh.to(tensor)])
+                note = f"{len(slots.rows) - len(missing)} labels; {len(missing)} start anew, since the file has none for them"
         else:
             continue
-        if index.tolist() != list(range(tensor.shape[0])):
+        if index.tolist() != list(range(len(renamed.tensors[key]))):
             renamed.change(key, tensor[index].clone(), note)
 
 
@@ -186,9 +193,9 @@ def _settle_levels(renamed: Renamed, layout: Layout) -> None:
 
 def _require(layout: Layout, hints: Mapping[str, Any], where: str) -> None:
     for key, allowed in layout.required.items():
-        if key in hints and hints[key] not in allowed:
+        if key in hints and hints[key] not in list(allowed):
             raise CheckpointError(
-                f"{where}: it was made with {key}={hints[key]!r}, which cannot be built here",
+                f"{where}: it was made with {key}={shorten(hints[key])}, which cannot be built here",
                 f"checkpoints with {key}={allowed[0]!r} can be converted",
             )
 
@@ -200,8 +207,13 @@ def _hinted(layout: Layout, hints: Mapping[str, Any], where: str) -> dict[str, A
             continue
         if ours in values and values[ours][1] != hints[theirs]:
             raise CheckpointError(
-                f"{where}: {values[ours][0]}={values[ours][1]} and {theirs}={hints[theirs]}; here both are {ours}",
+                f"{where}: {values[ours][0]}={values[ours][1]} and {theirs}={shorten(hints[theirs])}; here both are {ours}",
                 "only checkpoints in which they are equal can be converted",
+            )
+        if problem := problem_of(ours, hints[theirs]):
+            raise CheckpointError(
+                f"{where}: {theirs}={shorten(hints[theirs])}: {problem}",
+                "correct it, or download the file again",
             )
         values[ours] = (theirs, hints[theirs])
     return {ours: value for ours, (_, value) in values.items()}

@@ -28,6 +28,8 @@ QUERY_KEYS = (
     "gain",
     "bias_std",
     "mixture",
+    "mixture_input",
+    "detach_query_features",
     "normalize_summary",
 )
 _TRAINING_KEYS = (
@@ -67,7 +69,7 @@ def target_config(
         known: of the file.
         model: what it becomes; None: what it is.
         given: settings that the user gave, which win.
-        overrides: of image_size and size_divisor.
+        overrides: of image_size, size_divisor, resize and pad_divisor.
         where: the file, for errors.
         name: what the file calls its model; None: that of its host and backbone.
     """

@@ -11,7 +11,7 @@ from typing import Any
 
 from paqdetr.convert.backbones import resnet
 from paqdetr.convert.keymap import FIRST_HALF, SECOND_HALF, move, pack, split
-from paqdetr.convert.layout import DEFORMABLE_MAP, Layout, heads, proposal_projection
+from paqdetr.convert.layout import DEFORMABLE_MAP, KEEP_100, Layout, heads, proposal_projection
 
 
 def _settings(keys: Collection[str], hints: Mapping[str, Any]) -> dict[str, Any]:
@@ -19,13 +19,14 @@ def _settings(keys: Collection[str], hints: Mapping[str, Any]) -> dict[str, Any]
     two_stage = "model.enc_output.weight" in keys
     settings = {
         **DEFORMABLE_MAP,
+        **KEEP_100,
         "box_eps": 1e-5,
         "look_forward_twice": False,
         "box_refinement": bool(hints.get("with_box_refine", refined)),
         "class_agnostic_proposals": two_stage,
     }
     if two_stage and "two_stage_num_proposals" in hints:
-        settings["num_queries"] = int(hints["two_stage_num_proposals"])
+        settings["num_queries"] = hints["two_stage_num_proposals"]
     return settings
 
 
@@ -67,6 +68,7 @@ TRANSFORMERS = Layout(
         *heads(decoder="model.decoder."),
     ),
     settings=_settings,
+    preprocessing={"resize": "transformers"},
     hints={
         "encoder_attention_heads": "num_heads",
         "decoder_attention_heads": "num_heads",

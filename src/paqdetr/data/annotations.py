@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, TypeGuard
+from typing import Literal
 
 import numpy as np
 
@@ -166,6 +166,24 @@ class Annotations:
         inside = (single[:, 2:] > single[:, :2]).all(axis=1)
         return inside & ~self.crowd & ~self.duplicates(), corners
 
+    def with_images(self, chosen: np.ndarray) -> Annotations:
+        """The images at the positions `chosen`, in this order, with their boxes. `masks` is 0: whose they are is not known."""
+        starts = self.starts.tolist()
+        rows = [np.arange(starts[index], starts[index + 1]) for index in chosen.tolist()]
+        order = np.concatenate([*rows, np.zeros(0, dtype=np.int64)])
+        return replace(
+            self,
+            masks=0,
+            image_ids=Ids([self.image_ids[index] for index in chosen.tolist()]),
+            file_names=Texts(self.file_names[index] for index in chosen.tolist()),
+            sizes=self.sizes[chosen],
+            starts=np.concatenate([[0], np.cumsum([len(own) for own in rows], dtype=np.int64)]),
+            boxes=self.boxes[order],
+            labels=self.labels[order],
+            crowd=self.crowd[order],
+            areas=self.areas[order],
+        )
+
     def with_boxes(self, keep: np.ndarray) -> Annotations:
         """The same images with some of the boxes. `keep`: (A,) bool."""
         return replace(
@@ -229,57 +247,3 @@ class Builder:
             areas=np.array(self._areas, dtype=np.float64)[order],
             masks=self.masks,
         )
-
-
-def as_id(value: object) -> int | str | None:
-    """An id: a text, an integer of 64 bits, or a float that is one (pandas writes 1.0). None: it is no id."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -(2**63) <= value < 2**63:
-        return None
-    return int(value) if value == int(value) else None
-
-
-_FLAGS = dict.fromkeys(("", "false", "no", "n", "off", "none", "null", "unspecified"), False) | dict.fromkeys(
-    ("true", "yes", "y", "on"), True
-)
-
-
-def as_flag(value: object) -> bool | None:
-    """A flag in any of the spellings that exporters use: 0, 1.0, "1", false, "No", "Unspecified", nothing at all. None: it is
-    none of them."""
-    if value is None:
-        return False
-    if isinstance(value, str):
-        word = value.strip().lower()
-        if word in _FLAGS:
-            return _FLAGS[word]
-        try:
-            value = float(word)
-        except ValueError:
-            return None
-    return bool(value) if isinstance(value, (bool, int, float)) and value in (0, 1) else None
-
-
-def is_coordinate(value: object) -> TypeGuard[float]:
-    """Whether it is a finite number of pixels. The comparison also sorts out NaN and integers that no float can hold."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e9 < value < 1e9
-
-
-def is_box(value: object) -> TypeGuard[list[float]]:
-    """Whether it is four finite numbers of pixels."""
-    return isinstance(value, list) and len(value) == 4 and all(map(is_coordinate, value))
-
-
-def is_side(value: object) -> TypeGuard[float]:
-    """Whether it is a side in whole pixels; some exporters write 640.0."""
-    return is_coordinate(value) and value >= 1 and value == int(value)
-
-
-def shorten(value: object, limit: int = 80) -> str:
-    """How a value from a file is shown in a message."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # an integer too long to print, a list too deep
-        return f"a {type(value).__name__}"
-    return text if len(text) <= limit else f"{text[:limit]}..."

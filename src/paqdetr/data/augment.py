@@ -78,8 +78,7 @@ class Augment:
         if self._color is not None:
             image = self._color(image)
         height, width = image.shape[-2:]
-        target_height, target_width = self.preprocessing.target_size(height, width)
-        size = self.preprocessing.round_size(target_height * scale, target_width * scale)
+        size = self.preprocessing.target_size(height, width, scale)
         resized = TF.resize(image.as_subclass(Tensor), list(size), antialias=True)
         side = torch.tensor([width, height, width, height])
         normed = TF.convert_bounding_box_format(corners, new_format=tv_tensors.BoundingBoxFormat.CXCYWH)

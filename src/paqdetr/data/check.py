@@ -14,9 +14,24 @@ from paqdetr.data.annotations import Annotations, Issues, Problem
 from paqdetr.data.check_images import ImageFacts, inspect_all
 from paqdetr.data.fingerprints import similar
 from paqdetr.data.layout import Format, find_layout
-from paqdetr.data.stats import BoxSizes
+from paqdetr.data.stats import BoxSizes, describe_crowding
 from paqdetr.errors import DataError
 from paqdetr.structures import ClassTable
+
+# Kind of a warning -> what it means, the worst first.
+_FIRST = {
+    "leak between splits": "{count} of {images} {split} images have a near-duplicate in another split: AP on {split} is "
+    "flattered",
+    "no val split": "no val split: training prints no AP and keeps the last epoch; `paqdetr data split` makes one, and so does "
+    "training with val_fraction=0.1",
+    "class without training": "classes with boxes in {split} and none in train: {count}; their AP is 0",
+    "more boxes than are counted": "{split}: {message}",
+    "duplicate box": "duplicate boxes in {split}: {count}; evaluation counts both, of which one is always missed; `paqdetr data "
+    "convert` leaves them out",
+    "duplicate image": "{count} of {images} {split} images are near-duplicates of others in it",
+    "box without area": "boxes without area in {split}: {count}; training leaves them out, evaluation counts them as missed",
+    "skipped file": "files left out of {split}: {count}",
+}
 
 # Boxes may reach this many pixels over the edge of their image: exporters round.
 _EDGE_TOLERANCE = 1.0
@@ -47,12 +62,14 @@ class CheckReport:
     """What `check_dataset` found.
 
     Attributes:
+        root: where the data set lies, which may be one folder below the one that was given.
         format: of the data set.
         problems: in the order found, at most 1,000 of a kind in a split.
         splits: counts by split.
         counts: how many problems there are of each (split, severity, kind).
     """
 
+    root: Path
     format: Format
     problems: list[Problem] = field(default_factory=list)
     splits: dict[str, SplitSummary] = field(default_factory=dict)
@@ -72,10 +89,31 @@ class CheckReport:
         """How many problems there are, those that are not listed included."""
         return sum(count for (_, found, _), count in self.counts.items() if found == severity)
 
+    def summary(self) -> list[tuple[str, str]]:
+        """(severity, sentence) of what there is to know first, by importance."""
+        found = []
+        if self.errors:
+            sentence = f"errors: {self.number_of('error')}; training would fail, or learn something wrong"
+            found.append(("error", sentence))
+        message = {(p.split, p.kind): p.message for p in reversed(self.problems)}
+        for kind, sentence in _FIRST.items():
+            for (split, severity, other), count in self.counts.items():
+                if other == kind and severity == "warning":
+                    images = self.splits[split].images if split else 0
+                    values = {
+                        "split": split,
+                        "count": count,
+                        "images": images,
+                        "message": message[split, kind],
+                    }
+                    found.append((severity, sentence.format_map(values)))
+        return found
+
     def to_json(self) -> dict[str, Any]:
         """Everything, ready for json."""
         return {
             "format": self.format,
+            "summary": [sentence for _, sentence in self.summary()],
             "errors": self.number_of("error"),
             "warnings": self.number_of("warning"),
             "splits": {name: asdict(split) for name, split in self.splits.items()},
@@ -99,14 +137,14 @@ def check_dataset(
 
     Args:
         data: a folder in one of the layouts of `find_layout`, or a `data.yaml`.
-        workers: processes that decode images; None: as many as there are cores, if it is worth it.
+        workers: threads that decode images; None: as many as there are cores.
         progress: called with (images done, images in all) after every image.
 
     Raises:
         DataError: the folder is missing, empty or of no known layout.
     """
     layout = find_layout(data)
-    report = CheckReport(layout.format)
+    report = CheckReport(layout.root, layout.format)
     read: dict[str, Annotations] = {}
     issues: dict[str, Issues] = {}
     for split, place in layout.splits.items():
@@ -131,13 +169,15 @@ def check_dataset(
         start += len(content)
         _check_sizes(content, own, issues[split])
         report.splits[split].traits = dict(Counter(trait for fact in own for trait in sorted(fact.traits)))
-    _find_copies(paths, facts, issues)
+    _find_duplicates(paths, facts, issues)
     _compare_classes({split: a.classes for split, a in read.items()}, report, issues)
     whole = Issues(collect=True)
     if "train" not in layout.splits:
         whole.error(
             str(data), f"has no split 'train', found {', '.join(layout.splits)}", kind="no train split"
         )
+    elif "val" not in layout.splits:
+        whole.warn(str(data), f"has no split 'val', found {', '.join(layout.splits)}", kind="no val split")
     for found in (whole, *issues.values()):
         report._take(found)
     return report
@@ -161,7 +201,7 @@ def _summary(annotations: Annotations) -> SplitSummary:
 
 
 def _check_boxes(annotations: Annotations, issues: Issues) -> None:
-    """Boxes that training leaves out or clips, and copies."""
+    """Boxes that training leaves out or clips, duplicates, and more of them than can be found."""
     a = annotations
     rows = np.flatnonzero(~a.crowd)
     owners, boxes = a.owners[rows], a.boxes[rows]
@@ -192,6 +232,8 @@ def _check_boxes(annotations: Annotations, issues: Issues) -> None:
         )  # fmt: skip
     for position in np.flatnonzero(a.duplicates()[rows]).tolist():
         warn(position, "is there twice; training leaves one out, evaluation counts both", "duplicate box")
+    for sentence in describe_crowding(a):
+        issues.warn(a.source.name, sentence, kind="more boxes than are counted")
     if issues.split == "train" and len(a) and not (~empty & ~outside).any():
         issues.error(a.source.name, "no image has boxes to train on", kind="no boxes")
     bare = len(a) - len(np.unique(owners))
@@ -217,7 +259,9 @@ def _check_sizes(annotations: Annotations, facts: list[ImageFacts], issues: Issu
             )
 
 
-def _find_copies(paths: list[tuple[str, Path]], facts: list[ImageFacts], issues: dict[str, Issues]) -> None:
+def _find_duplicates(
+    paths: list[tuple[str, Path]], facts: list[ImageFacts], issues: dict[str, Issues]
+) -> None:
     """Images that are the same, or look the same, within a split and across splits; one finding an image at the most."""
     resembles: dict[int, tuple[bool, int, int]] = {}  # image -> (same split, differing bits or -1, the other)
 
@@ -225,7 +269,7 @@ def _find_copies(paths: list[tuple[str, Path]], facts: list[ImageFacts], issues:
         found = (paths[first][0] == paths[second][0], bits, first)
         resembles[second] = min(
             found, resembles.get(second, found)
-        )  # a leak is worse than a copy in the split
+        )  # a leak is worse than a duplicate in the split
 
     first_with: dict[bytes, int] = {}
     for position, fact in enumerate(facts):
@@ -240,7 +284,9 @@ def _find_copies(paths: list[tuple[str, Path]], facts: list[ImageFacts], issues:
         split, path = paths[position]
         where = paths[other][1].name if same_split else f"{paths[other][0]}/{paths[other][1].name}"
         how = "the same file as" if bits < 0 else f"looks like ({bits} of 64 bits differ)"
-        issues[split].warn(path.name, f"{how} {where}", kind="copy" if same_split else "leak between splits")
+        issues[split].warn(
+            path.name, f"{how} {where}", kind="duplicate image" if same_split else "leak between splits"
+        )
 
 
 def _compare_classes(tables: dict[str, ClassTable], report: CheckReport, issues: dict[str, Issues]) -> None:

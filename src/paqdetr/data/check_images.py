@@ -1,22 +1,17 @@
-"""Decodes every image of a data set once, in several processes."""
+"""Decodes every image of a data set once, in several threads."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 from paqdetr.data.fingerprints import Fingerprint, fingerprint
+from paqdetr.data.read_ahead import read_ahead
 from paqdetr.errors import DataError
 from paqdetr.images import read_header, read_image
-
-# Below this number of images, starting processes takes longer than decoding.
-_WORTH_PROCESSES = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,24 +50,8 @@ def inspect_all(paths: Sequence[Path], *, workers: int | None = None) -> Iterato
     """Facts of every image, in order.
 
     Args:
-        workers: processes; None for one a core, or none beside this one for few images.
-
-    Raises:
-        DataError: a process was killed.
+        workers: threads; None for one per core. Decoding does not hold Python's lock, and unlike processes they start at once
+            and need no `if __name__ == "__main__":` in the script that calls.
     """
-    if workers is None:
-        workers = min(os.cpu_count() or 1, len(paths) // _WORTH_PROCESSES)
-    if workers <= 1:
-        yield from map(inspect, paths)
-        return
-    # spawn: forking a process in which torch has started threads can hang.
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
-    try:
-        yield from pool.map(inspect, paths, chunksize=16)
-    except BrokenProcessPool:
-        raise DataError(
-            "a process that decodes images was killed, perhaps for want of memory",
-            "Pass --workers 1, or lower PAQDETR_MAX_PIXELS to refuse large images.",
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+    threads = (os.cpu_count() or 1) if workers is None else workers
+    return read_ahead(paths, inspect, threads=threads if threads > 1 else 0)

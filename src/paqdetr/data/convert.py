@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Literal, get_args
 
 import numpy as np
@@ -22,6 +20,7 @@ from paqdetr.data.formats.yolo import SPLITS as YOLO_SPLITS
 from paqdetr.data.formats.yolo import write_yolo
 from paqdetr.data.layout import Format, find_layout
 from paqdetr.errors import ConfigError, DataError
+from paqdetr.outputs import require_free, whole_folder
 
 Target = Literal["coco", "voc", "yolo"]
 _WRITERS = {"coco": write_coco, "voc": write_voc, "yolo": write_yolo}
@@ -41,6 +40,12 @@ class Conversion:
     images: dict[str, int]
     boxes: dict[str, int]
     losses: dict[str, int]
+
+    @classmethod
+    def of(cls, source: Format, written: Mapping[str, Annotations], losses: dict[str, int]) -> Conversion:
+        """From the splits as they were written."""
+        images = {split: len(a) for split, a in written.items()}
+        return cls(source, images, {split: len(a.boxes) for split, a in written.items()}, losses)
 
 
 def convert_dataset(
@@ -64,20 +69,16 @@ def convert_dataset(
         progress: called with (images done, images in all).
 
     Raises:
-        ConfigError: `to` is something else.
-        DataError: the source is malformed, the target is in use, or the format has no place for a split or a name.
+        ConfigError: `to` is something else, or the target is in use.
+        DataError: the source is malformed, or the format has no place for a split or a name.
+        StorageError: the target cannot be written.
     """
     if to not in get_args(Target):
         raise ConfigError(f"--to: found {to!r}, expected coco, voc or yolo", "Choose one of the three.")
     layout = find_layout(source)
     splits = {split: place.read(Issues()) for split, place in layout.splits.items()}
     written, losses = write_splits(splits, Path(target), to=to, link=link, progress=progress)
-    return Conversion(
-        format=layout.format,
-        images={split: len(a) for split, a in written.items()},
-        boxes={split: len(a.boxes) for split, a in written.items()},
-        losses=losses,
-    )
+    return Conversion.of(layout.format, written, losses)
 
 
 def write_splits(
@@ -93,8 +94,7 @@ def write_splits(
     Returns:
         the splits as they were written, and the losses.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise DataError(f"{target}: is there already, and nothing is overwritten", "Choose another folder.")
+    require_free(target, remedy="choose another folder")
     _require_one_class_table(splits)
     if to == "yolo":
         _require_yolo_splits(splits)
@@ -113,39 +113,9 @@ def write_splits(
         if progress is not None:
             progress(done, total)
 
-    with new_folder(target) as partial:
+    with whole_folder(target) as partial:
         _WRITERS[to](partial, prepared, place_image)
     return prepared, {what: count for what, count in losses.items() if count}
-
-
-@contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the place of `target` in the end, or vanishes if anything goes wrong.
-
-    Raises:
-        DataError: nothing can be written there.
-    """
-    partial = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        yield partial
-        partial.chmod(0o777 & ~_umask())  # mkdtemp makes a private folder
-        partial.replace(target)
-        partial = None
-    except OSError as error:  # a full disk, for one, does not name the file
-        raise DataError(
-            f"{target}: cannot be written: {error.strerror}", "Check the disk and the folder's permissions."
-        ) from None
-    finally:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
 
 
 def _place(image: Path, goal: Path, *, link: bool) -> None:
@@ -214,7 +184,7 @@ def _prepared(content: Annotations, to: str, losses: Counter[str]) -> Annotation
         own != name for own, name in zip(content.image_ids, content.file_names, strict=True)
     )
     if to == "voc":
-        keep = (sides > 0).all(axis=1)
+        keep = np.all(sides > 0, axis=1)
         losses["boxes without area left out"] += int((~keep).sum())
         return content.with_boxes(keep)
     keep, corners = content.trainable()

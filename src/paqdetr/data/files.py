@@ -1,94 +1,13 @@
-"""Reads annotation files that may come from anywhere.
-
-They are limited in size and depth, and none of them names a file outside its folder.
-"""
+"""Names of files in data sets: which are listed, which are looked for, and that none leads outside its folder."""
 
 from __future__ import annotations
 
-import json
 import os
 import unicodedata
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from paqdetr.data.annotations import Issues
-from paqdetr.errors import DataError
-from paqdetr.images import IMAGE_EXTENSIONS, PICTURE_EXTENSIONS
-
-MAX_JSON_BYTES = int(float(os.environ.get("PAQDETR_MAX_JSON_GIB", "4")) * 2**30)
-"""The largest annotation file that is read: ten times the size of that of COCO train2017."""
-
-MAX_SIDE_BYTES = 2**26
-"""The largest file with the annotations of one image, or with a list of images."""
-
-
-def read_bytes(path: Path, *, limit: int = MAX_SIDE_BYTES) -> bytes:
-    """The file's content.
-
-    Raises:
-        DataError: it is missing, no file, may not be read, or is larger than `limit` bytes.
-    """
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > limit:
-                raise DataError(
-                    f"{path}: has {size / 2**20:,.0f} MiB, more than the {limit / 2**20:,.0f} that are read",
-                    "check that it is the right file; PAQDETR_MAX_JSON_GIB=N raises the limit of annotation files",
-                )
-            return file.read(limit + 1)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such annotation file", "Check the path.") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}", "Check the file.") from None
-
-
-def read_text(path: Path, *, limit: int = MAX_SIDE_BYTES) -> str:
-    """The file as UTF-8 text, with or without a byte order mark.
-
-    Raises:
-        DataError: as `read_bytes`, or it is not UTF-8.
-    """
-    try:
-        return read_bytes(path, limit=limit).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: no UTF-8 text at byte {error.start}", "Save the file as UTF-8.") from None
-
-
-def parse_json(text: str, where: str) -> Any:
-    """What the json text says; `where` names it in errors.
-
-    Raises:
-        DataError: no json (naming line and column), nested too deeply, or a number of thousands of digits.
-    """
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{where}: no valid json at line {error.lineno}, column {error.colno}: {error.msg}",
-            "Export or download the file again.",
-        ) from None
-    except RecursionError:
-        raise DataError(
-            f"{where}: the json is nested too deeply", "Check what wrote it: no annotations are."
-        ) from None
-    except ValueError as error:  # an integer of more digits than Python converts
-        raise DataError(f"{where}: no usable json: {error}", "Export or download the file again.") from None
-
-
-def load_json(path: Path) -> dict[str, Any]:
-    """The file's content, an object.
-
-    Raises:
-        DataError: as `read_text` and `parse_json`, or it is no object.
-    """
-    content = parse_json(read_text(path, limit=MAX_JSON_BYTES), str(path))
-    if not isinstance(content, dict):
-        raise DataError(
-            f"{path}: holds a {type(content).__name__}, expected images, annotations and categories",
-            "A list is the form of results; name the ground truth.",
-        )
-    return content
+from paqdetr.images import IMAGE_EXTENSIONS, PICTURE_EXTENSIONS, is_leftover
 
 
 def inner_path(name: str) -> str | None:
@@ -113,32 +32,29 @@ def inner_path(name: str) -> str | None:
     )
 
 
-# What operating systems and programs leave in folders, and archives of macOS hold beside every file.
-_LEFTOVERS = frozenset({"__MACOSX", ".DS_Store", "Thumbs.db", "desktop.ini", ".ipynb_checkpoints", "@eaDir"})
-
-
-def is_leftover(name: str) -> bool:
-    """Whether a relative name is, or lies in, what nobody put there on purpose: `._a.jpg`, `__MACOSX/`, ..."""
-    return any(part.startswith("._") or part in _LEFTOVERS for part in name.split("/"))
-
-
 def folders_in(folder: Path) -> list[Path]:
     """The folders directly in a folder, sorted, without hidden ones and leftovers; none if it cannot be read."""
-    return [path for path in _visible(folder) if path.is_dir()]
+    return [folder / entry.name for entry in _visible(folder) if _is_folder(entry)]
+
+
+def folder_in(folder: Path, name: str) -> Path:
+    """The folder of this name in a folder, whatever the case; the path that it would have if there is none."""
+    found = (below for below in folders_in(folder) if below.name.lower() == name.lower())
+    return next(found, folder / name)
 
 
 def files_in(folder: Path) -> list[Path]:
     """The files directly in a folder, as `folders_in`."""
-    return [path for path in _visible(folder) if path.is_file()]
+    return [folder / entry.name for entry in _visible(folder) if not _is_folder(entry)]
 
 
-def _visible(folder: Path) -> list[Path]:
+def _visible(folder: Path) -> list[os.DirEntry[str]]:
     try:
-        return sorted(
-            path for path in folder.iterdir() if path.name[:1] != "." and not is_leftover(path.name)
-        )
+        with os.scandir(folder) as entries:
+            found = [entry for entry in entries if entry.name[0] != "." and not is_leftover(entry.name)]
     except OSError:
         return []
+    return sorted(found, key=lambda entry: entry.name)
 
 
 def list_files(folder: Path, issues: Issues) -> list[str]:
@@ -211,7 +127,7 @@ class Folder:
         """The name as the disk has it, or None if there is nothing of this name."""
         parent, base = os.path.split(name)
         names = self._names(parent)
-        real = base if names.get(base) is not None else names.get(composed(base))
+        real = names.get(base) or names.get(composed(base))
         if real is not None:
             return f"{parent}/{real}" if parent else real
         above = self.find(parent) if parent and not names else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from paqdetr.data.annotations import Annotations, Issues
-from paqdetr.data.files import files_in, folders_in
+from paqdetr.data.files import files_in, folder_in, folders_in
 from paqdetr.data.formats.cityscapes import cityscapes_places
 from paqdetr.data.formats.coco import read_coco
 from paqdetr.data.formats.crowdhuman import crowdhuman_places
@@ -18,6 +19,7 @@ from paqdetr.data.formats.voc import voc_places
 from paqdetr.data.formats.yolo import YoloPlace, yolo_places
 from paqdetr.data.split_names import hint, meaning, name_splits
 from paqdetr.errors import DataError
+from paqdetr.files import open_regular
 
 Format = Literal["coco", "voc", "yolo", "cityscapes", "crowdhuman"]
 
@@ -84,6 +86,22 @@ def find_split(data: str | Path, split: str) -> Place:
         remedy = "Rename one of them to 'train'." if wanted == "train" else "Name one that exists."
         raise DataError(f"{data}: has no split {split!r}, found {', '.join(places)}", remedy)
     return places[wanted]
+
+
+def split_to_evaluate(data: str | Path, split: str | None) -> str:
+    """The given split, or val; where the data have no val, test or else the first there is, with a line in the log.
+
+    Raises:
+        DataError: as `available_splits`.
+    """
+    if split is not None:
+        return split
+    found = available_splits(data)
+    chosen = next((name for name in ("val", "test") if name in found), found[0])
+    if chosen != "val":
+        warning = "; figures on images that were trained on say little" if chosen == "train" else ""
+        logging.getLogger(__name__).warning("%s has no split 'val': %r is used%s", data, chosen, warning)
+    return chosen
 
 
 def find_layout(data: str | Path) -> Layout:
@@ -160,7 +178,7 @@ def _usual_coco(root: Path) -> dict[str, CocoPlace]:
     ]
     files += [
         (file.stem[len("instances_") :], file)
-        for file in _jsons(root / "annotations")
+        for file in _jsons(folder_in(root, "annotations"))
         if file.stem.lower().startswith("instances_")
     ]
     places = [
@@ -172,7 +190,9 @@ def _usual_coco(root: Path) -> dict[str, CocoPlace]:
 
 def _any_coco(root: Path) -> dict[str, CocoPlace]:
     """COCO json of any name: in the folder, in annotations/, or one in each folder of a split."""
-    files = [file for folder in (root, root / "annotations") for file in _jsons(folder) if _is_coco(file)]
+    files = [
+        file for folder in (root, folder_in(root, "annotations")) for file in _jsons(folder) if _is_coco(file)
+    ]
     dirs = (*_shared_dirs(root), *folders_in(root))
     places = [(file.stem, CocoPlace(file, (*_image_dirs(root, file.stem), *dirs))) for file in files]
     for folder in folders_in(root):
@@ -197,7 +217,7 @@ def _unique(places: list[tuple[str, CocoPlace]]) -> dict[str, CocoPlace]:
 def _image_dirs(root: Path, name: str) -> list[Path]:
     """Folders for the images of a split: called like it, with or without the year, whatever the case."""
     plain = re.sub(r"[-_]?\d+$", "", name) or name
-    folders = [*folders_in(root), *folders_in(root / "images")]
+    folders = [*folders_in(root), *folders_in(folder_in(root, "images"))]
     return [f for wanted in (name, plain) for f in folders if f.name.lower() == wanted.lower()]
 
 
@@ -217,9 +237,9 @@ def _is_coco(file: Path) -> bool:
     if file.stem.lower().startswith(("captions_", "panoptic_", "stuff_", "image_info_")):
         return False
     try:
-        with file.open("rb") as opened:
+        with open_regular(file) as opened:
             start = opened.read(2**16)
-    except OSError:
+    except (DataError, OSError):
         return False
     if start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] != b"{":  # a list is results, or an export of another kind
         return False

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import multiprocessing
+import pickle
 import signal
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing.util import get_temp_dir
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,9 +24,17 @@ from paqdetr.data.augment import MIN_VISIBLE, Augment, Augmented
 from paqdetr.data.cache import PixelCache
 from paqdetr.data.dataset import DetectionDataset
 from paqdetr.data.mosaic import mosaic
-from paqdetr.errors import DataError, UserError
+from paqdetr.errors import DataError, UserError, WorkerError
 from paqdetr.preprocessing import Preprocessing, pad_images, to_pixels
 from paqdetr.structures import Targets
+
+# What asks a training to stop. SIGHUP: its terminal is gone.
+STOP_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
+# Workers that deliver nothing for so long, in seconds, will not any more.
+_PATIENCE = 600
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +57,21 @@ class Batch:
         """The same batch in memory that a GPU reads by itself; torch's loader looks for this method."""
         mask = None if self.padding_mask is None else self.padding_mask.pin_memory()
         return Batch(self.images.pin_memory(), mask, [target.pin_memory() for target in self.targets])
+
+    def share_memory(self) -> Batch:
+        """This batch, moved to memory that other processes can use.
+
+        Raises:
+            RuntimeError: there is no room.
+        """
+        for tensor in (
+            self.images,
+            self.padding_mask,
+            *(t for own in self.targets for t in (own.labels, own.boxes)),
+        ):
+            if tensor is not None:
+                tensor.share_memory_()
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,19 +206,33 @@ class TrainingBatches(Sampler[list[SampleKey]]):
 
 
 def leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal: a worker goes on until the training, which finishes its step, ends it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """Ctrl-C and signals to a process group reach workers too: they go on until the training, which finishes its step, ends
+    them."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
-def collate(samples: Sequence[tuple[Tensor, Targets] | Failure]) -> Batch | Failure:
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Processes that are started meanwhile do not die of a signal before they have come to `leave_signals_to_the_parent`."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def collate(samples: Sequence[tuple[Tensor, Targets] | Failure], pad_divisor: int = 1) -> Batch | Failure:
     """Pad a list of samples into one batch; the first failure if there is one."""
     good = []
     for sample in samples:
         if isinstance(sample, Failure):
             return sample
         good.append(sample)
-    images, mask = pad_images([image for image, _ in good])
+    images, mask = pad_images([image for image, _ in good], pad_divisor)
     return Batch(images, mask, [targets for _, targets in good])
 
 
@@ -209,12 +253,34 @@ def read_picture(split: DetectionDataset, index: int) -> Image:
     return picture
 
 
+@dataclass(frozen=True, slots=True)
+class Pickled:
+    """A batch on its way through a pipe, and why it could not be handed over in shared memory."""
+
+    content: bytes
+    reason: str
+
+
+def collate_for_parent(
+    samples: Sequence[tuple[Tensor, Targets] | Failure], pad_divisor: int = 1
+) -> Batch | Failure | Pickled:
+    """As `collate`, in a worker process: in shared memory, or pickled where that is too small (64 MB in a container). Left to
+    torch, a batch that does not fit would be lost without an error, and the training would wait for it."""
+    batch = collate(samples, pad_divisor)
+    try:
+        get_temp_dir()  # where the two processes meet to hand over shared memory
+        return batch if isinstance(batch, Failure) else batch.share_memory()
+    except (RuntimeError, OSError) as error:
+        return Pickled(pickle.dumps(batch), str(error))
+
+
 class TrainingLoader:
     """Iterates over the batches of one epoch; an image that cannot be read stops it with a DataError.
 
     Args:
         batches: the sampler, whose `epoch` is to be set before each pass.
-        workers: processes that load; 0 loads in this one. It changes no batch.
+        workers: processes that load; 0 loads in this one, as where the system has no room for what processes share. It changes
+            no batch.
         start_method: of the workers, such as "spawn"; the platform's own if None.
     """
 
@@ -226,36 +292,77 @@ class TrainingLoader:
         workers: int,
         start_method: str | None = None,
     ) -> None:
-        self._loader: DataLoader[Batch | Failure] = DataLoader(
+        if workers and (reason := _no_semaphores(workers)) is not None:
+            _LOG.warning("/dev/shm, which worker processes need, cannot be used (%s): workers=0", reason)
+            workers = 0
+        self._loader: DataLoader[Batch | Failure | Pickled] = DataLoader(
             images,  # type: ignore[arg-type]
             batch_sampler=batches,  # type: ignore[arg-type]
             multiprocessing_context=start_method if workers else None,
             num_workers=workers,
-            collate_fn=collate,
+            collate_fn=partial(
+                collate_for_parent if workers else collate,
+                pad_divisor=images.augment.preprocessing.pad_divisor,
+            ),
             persistent_workers=workers > 0,
             worker_init_fn=leave_signals_to_the_parent,
             pin_memory=torch.cuda.is_available(),
+            timeout=_PATIENCE if workers else 0,
             # Of its own: each start of workers draws a number, which must not change the training's noise.
             generator=torch.Generator(),
         )
         self._batches = batches
+        self._warned = False
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self._loader:
+        try:
+            with _signals_held_back():
+                batches = iter(self._loader)
+        except OSError as error:
+            raise WorkerError(
+                f"the processes that load images cannot be started: {error}",
+                "set workers=0, or fewer of them",
+            ) from None
+        for batch in batches:
+            if isinstance(batch, Pickled):
+                batch = self._unpickled(batch)
             if isinstance(batch, Failure):
                 raise batch.kind(batch.message, batch.remedy)
             yield batch
 
+    def _unpickled(self, pickled: Pickled) -> Batch:
+        if not self._warned:
+            self._warned = True
+            _LOG.warning(
+                "batches of %.0f MB come through pipes, which takes longer than shared memory: %s; "
+                "`docker run --shm-size=8g` gives a container more of it",
+                len(pickled.content) / 1e6,
+                pickled.reason,
+            )
+        batch: Batch = pickle.loads(pickled.content)
+        return batch.pin_memory() if torch.cuda.is_available() else batch
+
     def close(self) -> None:
         """End the worker processes."""
         # Dropping the loader would do it too, but only when nothing refers to it any more, a traceback for example.
-        end = getattr(self._loader._iterator, "_shutdown_workers", None)
-        if end is not None:
-            end()
+        iterator: Any = self._loader._iterator
         self._loader._iterator = None
+        if hasattr(iterator, "_shutdown_workers"):
+            iterator._shutdown_workers()
+            for worker in iterator._workers:
+                worker.kill()  # one that hangs: it does not listen to the SIGTERM that torch has sent it
+
+
+def _no_semaphores(workers: int) -> str | None:
+    """Why torch's loader could not have its locks here, three for each queue and five for an event; None if it can."""
+    try:
+        _ = [multiprocessing.get_context().Lock() for _ in range(3 * (workers + 1) + 5)]
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
 
 
 def training_loader(

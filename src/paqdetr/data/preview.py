@@ -11,6 +11,7 @@ from paqdetr.config import Config
 from paqdetr.data.dataset import DetectionDataset
 from paqdetr.data.loader import Batch, training_loader
 from paqdetr.drawing import draw_targets
+from paqdetr.outputs import write_picture
 from paqdetr.preprocessing import Normalization, Preprocessing
 
 _GAP = 6
@@ -25,6 +26,7 @@ def preview_batches(
     *,
     batches: int = 3,
     epoch: int = 0,
+    overwrite: bool = False,
 ) -> Path:
     """Draws the first batches of an epoch, one a row, exactly as training gets them; padding is purple.
 
@@ -32,9 +34,12 @@ def preview_batches(
         config: its `augment`, `batch_size`, `seed` and `workers` count.
         output: a PNG file.
         batches: how many; fewer if the epoch has fewer.
+        overwrite: replace a file that is no such picture.
 
     Raises:
         DataError: an image cannot be read.
+        ConfigError: the file exists and is no such picture.
+        StorageError: it cannot be written.
     """
     loader, sampler = training_loader(config, split, preprocessing)
     sampler.epoch = epoch
@@ -50,8 +55,7 @@ def preview_batches(
         sheet.paste(row, (0, top))
         top += row.height + _GAP
     output = Path(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(output, format="PNG")
+    write_picture(output, sheet, maker="paqdetr data preview", overwrite=overwrite)
     return output
 
 

@@ -13,6 +13,12 @@ from paqdetr.data.layout import find_layout
 
 # Sides of COCO's small and medium boxes: sqrt(area) below 32, below 96.
 SMALL, MEDIUM = 32.0, 96.0
+MAX_DETECTIONS = 100
+"""Detections of one class in an image that COCO's AP counts (`maxDets`)."""
+
+# The fewest queries that a model of this package has.
+FEWEST_QUERIES = 100
+
 _EDGES = tuple(float(2**power) for power in range(12))
 
 
@@ -107,6 +113,56 @@ class SplitStats:
                 "image_height": _quantiles(a.sizes[:, 0]),
             },
         }
+
+
+def describe_crowding(
+    annotations: Annotations, *, queries: int | None = None, max_detections: int | None = MAX_DETECTIONS
+) -> list[str]:
+    """Sentences on images with more boxes than a detector can find, and on those with more than AP counts.
+
+    Args:
+        queries: of the detector, each of which finds one object at most; None if it is not known yet.
+        max_detections: of one class that AP counts in an image; None leaves that out.
+    """
+    counted = ~annotations.crowd
+    owners, labels = annotations.owners[counted], annotations.labels[counted]
+    limit = FEWEST_QUERIES if queries is None else queries
+    return crowding_sentences(
+        owners,
+        labels,
+        len(annotations),
+        queries=limit,
+        max_detections=max_detections,
+        known=queries is not None,
+    )
+
+
+def crowding_sentences(
+    owners: np.ndarray,
+    labels: np.ndarray,
+    images: int,
+    *,
+    queries: int | None,
+    max_detections: int | None,
+    known: bool = True,
+) -> list[str]:
+    """As `describe_crowding`, of the boxes' images and classes, (G,) integers each; queries=None leaves queries out."""
+    sentences = []
+    per_image = np.bincount(owners, minlength=1)
+    if queries is not None and per_image.max() > queries:
+        sentences.append(
+            f"{int((per_image > queries).sum())} of {images} images have more than {queries} boxes (up to {per_image.max()}), "
+            "and a query finds one object at most: "
+            + (f"raise model.num_queries={queries}" if known else "take a model with enough queries")
+        )
+    of_class, counts = np.unique(np.stack([owners, labels]), axis=1, return_counts=True)
+    over = counts > max_detections if max_detections else np.zeros(0, dtype=bool)
+    if over.any():
+        sentences.append(
+            f"{len(np.unique(of_class[0, over]))} of {images} images have more than {max_detections} boxes of one class (up to "
+            f"{counts.max()}), and AP counts no more detections of a class than that: `paqdetr eval --max-detections` raises it"
+        )
+    return sentences
 
 
 def box_sides(annotations: Annotations) -> np.ndarray:

@@ -13,25 +13,34 @@ from matplotlib.figure import Figure
 
 from paqdetr.data.stats import MEDIUM, SMALL, SplitStats
 from paqdetr.drawing import PALETTE
+from paqdetr.outputs import mark, write_output
+from paqdetr.text import literal
 
 _MOST_CLASSES = 40
 _COLOURS = (PALETTE[4], PALETTE[0], PALETTE[2], PALETTE[5], PALETTE[6])
 
 
-def draw_stats(stats: Mapping[str, SplitStats], output: str | Path, *, title: str = "") -> Path:
+def draw_stats(
+    stats: Mapping[str, SplitStats], output: str | Path, *, title: str = "", overwrite: bool = False
+) -> Path:
     """Six plots: classes, box sizes, boxes an image, shapes, where boxes lie, image sizes. Splits differ in colour.
 
     Args:
         stats: by split, as of `dataset_stats`.
         output: a PNG file.
         title: what stands over the sheet.
+        overwrite: replace a file that is no such sheet.
+
+    Raises:
+        ConfigError: the file exists and is no such sheet.
+        StorageError: it cannot be written.
     """
     names = next(iter(stats.values())).annotations.classes.names
     rows = min(len(names), _MOST_CLASSES)
     figure = Figure(figsize=(15, max(8.0, 4.5 + 0.22 * rows)), layout="constrained")
     FigureCanvasAgg(figure)
     if title:
-        figure.suptitle(title)
+        figure.suptitle(literal(title))
     grid = figure.add_gridspec(2, 3)
     _classes(figure.add_subplot(grid[0, 0]), stats)
     _sizes(figure.add_subplot(grid[0, 1]), stats)
@@ -40,8 +49,12 @@ def draw_stats(stats: Mapping[str, SplitStats], output: str | Path, *, title: st
     _places(figure.add_subplot(grid[1, 1]), stats)
     _images(figure.add_subplot(grid[1, 2]), stats)
     output = Path(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=100, format="png")
+    maker = "paqdetr data stats"
+
+    def write(place: Path) -> None:
+        figure.savefig(place, dpi=100, format="png", metadata={"Software": mark(maker)})
+
+    write_output(output, write, maker=maker, overwrite=overwrite)
     return output
 
 
@@ -60,9 +73,11 @@ def _classes(axes: Axes, stats: Mapping[str, SplitStats]) -> None:
             continue
         shares = s.per_class[order] / max(s.per_class.sum(), 1)
         places = np.arange(len(order)) + number * height
-        bars = axes.barh(places, shares, height=height, color=colour, label=split)
+        bars = axes.barh(places, shares, height=height, color=colour, label=literal(split))
         axes.bar_label(bars, labels=[str(c) for c in s.per_class[order]], fontsize=6, padding=2)
-    axes.set_yticks(np.arange(len(order)) + 0.4 - height / 2, [_short(names[i]) for i in order], fontsize=8)
+    axes.set_yticks(
+        np.arange(len(order)) + 0.4 - height / 2, [literal(_short(names[i])) for i in order], fontsize=8
+    )
     axes.invert_yaxis()
     left_out = f", {len(order)} most frequent of {len(names)}" if len(order) < len(names) else ""
     axes.set(title=f"Classes{left_out}", xlabel="share of the split's boxes (number beside it)")
@@ -82,7 +97,7 @@ def _sizes(axes: Axes, stats: Mapping[str, SplitStats]) -> None:
                 weights=weights,
                 histtype="step",
                 color=colour,
-                label=split,
+                label=literal(split),
                 linewidth=1.8,
             )
     for edge, text, side in (
@@ -115,7 +130,7 @@ def _per_image(axes: Axes, stats: Mapping[str, SplitStats]) -> None:
                 weights=weights,
                 histtype="step",
                 color=colour,
-                label=split,
+                label=literal(split),
                 linewidth=1.8,
             )
     axes.set(title="Boxes an image (the last bin: and more)", xlabel="boxes", ylabel="% of images")
@@ -133,7 +148,7 @@ def _shapes(axes: Axes, stats: Mapping[str, SplitStats]) -> None:
                 weights=weights,
                 histtype="step",
                 color=colour,
-                label=split,
+                label=literal(split),
                 linewidth=1.8,
             )
     axes.set_xscale("log", base=2)
@@ -155,7 +170,7 @@ def _images(axes: Axes, stats: Mapping[str, SplitStats]) -> None:
         if len(sizes):
             area = 20 + 300 * counts / counts.sum()
             axes.scatter(
-                sizes[:, 1], sizes[:, 0], s=area, edgecolors=colour, facecolors="none", marker=marker, label=split
+                sizes[:, 1], sizes[:, 0], s=area, edgecolors=colour, facecolors="none", marker=marker, label=literal(split)
             )  # fmt: skip
     axes.set(title="Image sizes (larger mark: more images)", xlabel="width", ylabel="height")
     axes.set(xlim=(0, 1.08 * largest), ylim=(0, 1.08 * largest), aspect="equal")

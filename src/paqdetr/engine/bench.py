@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from paqdetr.config import Config, load_config
 from paqdetr.data.loader import Batch
-from paqdetr.engine.device import require_device
 from paqdetr.engine.environment import machine
 from paqdetr.engine.memory import peak_memory
 from paqdetr.engine.optim import MovingAverage, build_optimizer
@@ -20,6 +19,7 @@ from paqdetr.engine.timing import compare, interleave
 from paqdetr.errors import ConfigError
 from paqdetr.losses import build_criterion
 from paqdetr.models import Detector
+from paqdetr.models.device import require_device
 from paqdetr.models.zoo import build_model
 from paqdetr.ops import choose_backend, ms_deform_attn
 from paqdetr.structures import Targets

@@ -17,6 +17,7 @@ import torch
 
 from paqdetr._version import __version__
 from paqdetr.ops import choose_backend
+from paqdetr.values import environment_integer
 
 _PACKAGES = (
     "torch",
@@ -76,7 +77,7 @@ def command_line() -> str:
     program = Path(sys.argv[0])
     is_own = program.name == "paqdetr" or (program.name == "__main__.py" and program.parent.name == "paqdetr")
     words = ["paqdetr", *sys.argv[1:]] if is_own else [Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    processes = environment_integer("LOCAL_WORLD_SIZE", 1, low=1)
     if is_own and processes > 1:
         words = ["torchrun", f"--nproc_per_node={processes}", "-m", *words]
     return shlex.join(words)

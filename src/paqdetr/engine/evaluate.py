@@ -19,11 +19,13 @@ from torch import Tensor
 from torchvision.ops import box_convert
 
 from paqdetr.data.dataset import DetectionDataset, open_split
+from paqdetr.data.layout import split_to_evaluate
 from paqdetr.data.loader import read_picture
+from paqdetr.data.read_ahead import read_ahead
 from paqdetr.engine.processes import Processes
-from paqdetr.engine.read_ahead import read_ahead
-from paqdetr.errors import ConfigError, DataError, UserError
+from paqdetr.errors import ConfigError, DataError
 from paqdetr.metrics.coco import CocoFigures, evaluate_detections, non_maximum_suppression
+from paqdetr.metrics.coco_records import MAX_DETECTIONS, require_max_detections
 from paqdetr.models.arguments import require_batch_size
 from paqdetr.models.detector import Detector, DetectorOutput
 from paqdetr.models.device import require_device
@@ -74,8 +76,9 @@ def evaluate(
     model: Detector | str | Path,
     *,
     data: str | Path,
-    split: str = "val",
+    split: str | None = None,
     batch_size: int = 4,
+    max_detections: int = MAX_DETECTIONS,
     progress: Callable[[int, int], None] | None = None,
     observers: Sequence[Observer] = (),
 ) -> Evaluation:
@@ -85,17 +88,19 @@ def evaluate(
         model: a detector, or a checkpoint or run's folder, which goes to the best device there is; the classes of the
             data must be among its own.
         data: the data set's folder.
-        split: "train", "val" or "test".
+        split: "train", "val" or "test"; if not given val, or what the data have instead, which is logged.
         batch_size: images of one size that go through together; it changes no figure.
-        progress: told (images done, images in all).
+        max_detections: of one class that are looked at in an image (COCO's maxDets, 100): more where images have more objects.
+        progress: called with (images done, images in all).
         observers: shown the raw outputs on the way, such as `paqdetr.metrics.QueryUsage`.
 
     Raises:
         DataError: the split is missing or malformed, or has a class that the model has not.
         CheckpointError: the checkpoint cannot be read.
-        ConfigError: `model` is none of these, or a batch size below 1.
+        ConfigError: `model` is none of these, or a batch size or `max_detections` below 1.
     """
     require_batch_size(batch_size)
+    require_max_detections(max_detections)
     if isinstance(model, (str, Path)):
         model = load(model, device=str(require_device(None)))
     elif not isinstance(model, Detector):
@@ -103,8 +108,15 @@ def evaluate(
             f"model: expected a Detector or a path, found {type(model).__name__}",
             "give what paqdetr.load or create_model returns, or a checkpoint's path",
         )
-    opened = open_split(data, split)
-    return evaluate_split(model, opened, batch_size=batch_size, progress=progress, observers=observers)
+    opened = open_split(data, split_to_evaluate(data, split))
+    return evaluate_split(
+        model,
+        opened,
+        batch_size=batch_size,
+        max_detections=max_detections,
+        progress=progress,
+        observers=observers,
+    )
 
 
 def evaluate_split(
@@ -112,12 +124,19 @@ def evaluate_split(
     split: DetectionDataset,
     *,
     batch_size: int = 4,
+    max_detections: int = MAX_DETECTIONS,
     progress: Callable[[int, int], None] | None = None,
     observers: Sequence[Observer] = (),
 ) -> Evaluation:
     """As `evaluate`, on a split that is open already."""
     found = evaluate_together(
-        model, split, Processes(), batch_size=batch_size, progress=progress, observers=observers
+        model,
+        split,
+        Processes(),
+        batch_size=batch_size,
+        max_detections=max_detections,
+        progress=progress,
+        observers=observers,
     )
     assert found is not None
     return found
@@ -129,6 +148,7 @@ def evaluate_together(
     processes: Processes,
     *,
     batch_size: int = 4,
+    max_detections: int = MAX_DETECTIONS,
     progress: Callable[[int, int], None] | None = None,
     observers: Sequence[Observer] = (),
 ) -> Evaluation | None:
@@ -142,18 +162,19 @@ def evaluate_together(
     require_same_classes(model.classes, split)
     started = time.perf_counter()
     own: list[tuple[int, Detections]] = []
-    failure: UserError | None = None
-    try:
+    with processes.agreeing():
         for index, detections in detect_split(
-            model, split, batch_size=batch_size, processes=processes, observers=observers
+            model,
+            split,
+            batch_size=batch_size,
+            processes=processes,
+            observers=observers,
+            at_least=max_detections if max_detections > MAX_DETECTIONS else 0,
         ):
-            detections.image_id = split.image_ids[index]
+            detections.image_id, detections.file_name = split.image_ids[index], split.file_names[index]
             own.append((index, detections))
             if progress is not None:
                 progress(min(len(own) * processes.count, len(split)), len(split))
-    except UserError as error:
-        failure = error
-    processes.raise_together(failure)
     shares = processes.gather(own)
     for observer in observers:
         for share in (processes.gather(observer) or [])[1:]:
@@ -167,8 +188,8 @@ def evaluate_together(
     cleaned = [row for detections in found for row in non_maximum_suppression(detections).to_coco()]
     truth = split.ground_truth()
     return Evaluation(
-        figures=evaluate_detections(truth, results),
-        figures_nms=evaluate_detections(truth, cleaned),
+        figures=evaluate_detections(truth, results, max_detections=max_detections),
+        figures_nms=evaluate_detections(truth, cleaned, max_detections=max_detections),
         predictions_per_image=float(np.mean([(d.scores > _CONFIDENT).sum() for d in found])),
         boxes_per_image=float(np.mean([len(split.labels(i)) for i in range(len(split))])),
         images_per_second=len(found) / max(seconds, 1e-9),
@@ -184,6 +205,7 @@ def detect_split(
     processes: Processes | None = None,
     observers: Sequence[Observer] = (),
     readers: int | None = None,
+    at_least: int = 0,
 ) -> Iterator[tuple[int, Detections]]:
     """(index, detections) of every image, in batches of one size: what an image is batched with never matters. Of several
     processes each takes its share of the batches. Observers are shown the raw output of each batch.
@@ -193,6 +215,7 @@ def detect_split(
     Args:
         readers: threads that read the pictures of coming batches meanwhile, each at most one batch ahead; they change no order
             and no figure. None: 4 beside a GPU, and none beside a model that needs the CPU itself.
+        at_least: as of `detect_batch`.
     """
     processes = processes or Processes()
     buckets: dict[tuple[int, int], list[int]] = defaultdict(list)
@@ -224,7 +247,9 @@ def detect_split(
                 observer.see(output, targets, chosen)
 
         ids = [split.image_ids[index] for index in chosen]
-        found = detect_batch(model, images, sizes, look=look if observers else None, names=ids)
+        found = detect_batch(
+            model, images, sizes, look=look if observers else None, names=ids, at_least=at_least
+        )
         for index, detections in zip(chosen, found, strict=True):
             yield index, detections.rows(np.isin(detections.labels, split.classes.ids))
 

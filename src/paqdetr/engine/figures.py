@@ -72,33 +72,6 @@ class Interval:
             means["positives_per_box"] = [round(value / batches, 4) for value in positives]
         return means | self.queries.figures(queries, images=images)
 
-    def to_json(self) -> dict[str, Any]:
-        """What a resumed training has to know to write the same record."""
-        return {
-            "steps": self.steps,
-            "images": self.images,
-            "overflowed": self.overflowed,
-            # Without a step there is nothing to time, and two states that should be equal are.
-            "seconds": time.perf_counter() - self._started if self.steps else 0.0,
-            "sums": self.sums,
-            "positives": self.positives,
-            "batches_with_boxes": self.batches_with_boxes,
-            "queries": self.queries.to_json(),
-        }
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Interval:
-        """As it was; the time until now does not count. An older state has neither seconds nor overflows."""
-        interval = cls()
-        interval._started -= float(values.get("seconds", 0.0))
-        interval.steps, interval.images = int(values["steps"]), int(values["images"])
-        interval.overflowed = int(values.get("overflowed", 0))
-        interval.sums = {str(key): float(value) for key, value in values["sums"].items()}
-        interval.positives = [float(value) for value in values["positives"]]
-        interval.batches_with_boxes = int(values["batches_with_boxes"])
-        interval.queries = QuerySums.from_json(values.get("queries", {}))
-        return interval
-
 
 def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Tensors of any shapes as float32 on the CPU, in one transfer: each wait for a GPU costs time, whatever it brings."""

@@ -61,12 +61,12 @@ def available_memory(device: torch.device) -> int:
 
 def worst_batch(config: Config, split: DetectionDataset, preprocessing: Preprocessing, size: int) -> Batch:
     """Noise of the largest size that the settings make of this split's images, with as many boxes as its fullest image has."""
-    shapes = {
-        preprocessing.target_size(height, width) for height, width in np.unique(split.sizes, axis=0).tolist()
-    }
     scale = max(config.augment.scale)
     height, width = max(
-        (preprocessing.round_size(high * scale, wide * scale) for high, wide in shapes),
+        (
+            preprocessing.target_size(high, wide, scale)
+            for high, wide in np.unique(split.sizes, axis=0).tolist()
+        ),
         key=lambda side: side[0] * side[1],
     )
     boxes = max(len(split.labels(index)) for index in range(len(split)))

@@ -25,7 +25,7 @@ def lr_scale(config: Config, processes: int = 1) -> float:
 
 def parameter_groups(model: nn.Module, config: Config, *, scale: float = 1.0) -> list[dict[str, object]]:
     """Trainable parameters by learning rate and weight decay: backbone, sampling offsets and reference points learn slower,
-    norms and biases do not decay. All rates are multiplied by `scale`."""
+    norms and biases do not decay unless `decay_norms` says so. All rates are multiplied by `scale`."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -37,7 +37,7 @@ def parameter_groups(model: nn.Module, config: Config, *, scale: float = 1.0) ->
             lr = config.lr * config.offsets_lr_scale
         lr *= scale
         # A bias may be a table: the factorised head of pattern queries has one for each query and pattern.
-        free = parameter.ndim == 1 or name.endswith("bias")
+        free = not config.decay_norms and (parameter.ndim == 1 or name.endswith("bias"))
         decay = 0.0 if free else config.weight_decay
         groups.setdefault((lr, decay), []).append(parameter)
     # A schedule that starts in mid-training reads initial_lr: lr is then already changed.

@@ -19,6 +19,7 @@ from paqdetr.errors import DataError
 from paqdetr.images import read_image
 from paqdetr.models import Detector
 from paqdetr.structures import Detections
+from paqdetr.text import literal, printable
 
 # Okabe and Ito's colours, told apart with any colour vision.
 BLUE, RED, GREEN, PINK, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
@@ -110,6 +111,7 @@ def _pair(
 
 def _captioned(picture: Image.Image, text: str) -> Image.Image:
     font, bar = ImageFont.truetype(font_path(), 11), 17
+    text = printable(text)
     while text and font.getlength(text) > picture.width - 2:  # the end says more than a long file name
         text = "…" + text.lstrip("…")[1:] if len(text) > 1 else ""
     framed = Image.new("RGB", (picture.width, picture.height + bar), "white")
@@ -182,7 +184,7 @@ def training_curves(metrics_jsonl: Path, output: Path) -> None:
         axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
         axes.set_axisbelow(True)
     if name := metrics_jsonl.resolve().parent.name:
-        figure.suptitle(name, fontsize=11, color=_INK)
+        figure.suptitle(literal(name), fontsize=11, color=_INK)
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output)
 
@@ -254,7 +256,7 @@ def _ap(evaluations: list[Record]) -> _Panel:
                 values,
                 style,
                 color=colour,
-                label=label,
+                label=literal(label),
                 linewidth=1.6,
                 marker="o",
                 markersize=6 if alone else 3,

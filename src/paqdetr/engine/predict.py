@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from paqdetr.errors import DataError
 from paqdetr.images import list_images, read_image
+from paqdetr.metrics.coco_records import CocoRecords
 from paqdetr.models.arguments import require_threshold
 from paqdetr.models.detector import Detector
+from paqdetr.outputs import RESULTS, made_by, require_free, write_json, write_picture
 from paqdetr.structures import Detections
+
+_MAKER = "paqdetr predict"
+_RESULTS_FILE = "predictions.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +24,7 @@ class Predictions:
 
     Attributes:
         output: the folder with one drawn picture for each image.
-        results_file: COCO results; `image_id` is the file name.
+        results_file: COCO results with `file_name` and `category_name`; `image_id` is that of `annotations`, else the file name.
         found: detections by picture, in order.
         unreadable: pictures that could not be read, with the reason.
     """
@@ -37,34 +41,39 @@ def predict_folder(
     *,
     output: str | Path,
     threshold: float = 0.3,
+    annotations: str | Path | None = None,
+    overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Predictions:
     """Detect in images and folders of images.
 
-    A picture that cannot be read is reported and left out; the others are still done.
+    A picture that cannot be read is reported and left out; the others are still done. Pictures appear one by one, and the results
+    at the end: a call that was killed is repeated into the same folder.
 
     Args:
         model: a detector.
         sources: image files and folders.
-        output: new or empty folder, or one of an earlier prediction whose pictures are replaced.
+        output: a folder that is new, empty, or holds nothing but what an earlier call drew and wrote, which is replaced.
         threshold: the least score that is drawn and written.
-        progress: told (images done, images in all).
+        annotations: a COCO json with these images, by file name: results have its image ids.
+        overwrite: other files may lie in `output`, and are replaced where they have the name of one that is written.
+        progress: called with (images done, images in all).
 
     Raises:
-        DataError: a source is missing, a folder has no images, two pictures share a name, one lies in `output`, or none could
-            be read.
-        ConfigError: a threshold outside of [0, 1].
+        DataError: a source is missing, a folder has no images, two pictures share a name, one lies in `output`, is not in
+            `annotations`, or none could be read.
+        ConfigError: a threshold outside of [0, 1], or `output` holds other files.
+        StorageError: something cannot be written.
     """
     require_threshold(threshold)
     output = Path(output)
     pictures = _pictures(sources)
-    results_file = output / "predictions.json"
-    if output.exists() and not output.is_dir():
-        raise DataError(f"{output}: a file is in the way", "choose another --output")
-    if output.is_dir() and any(output.iterdir()) and not results_file.is_file():
-        raise DataError(
-            f"{output}: the folder holds other files", "choose another --output, or an empty folder"
-        )
+    ids = None if annotations is None else _image_ids(pictures, annotations)
+    require_free(
+        output,
+        lambda file: overwrite or _is_ours(file, output),
+        remedy="choose another --output, or replace files of the same names with --overwrite",
+    )
     for path in pictures:
         if path.resolve().parent == output.resolve():
             raise DataError(
@@ -79,10 +88,11 @@ def predict_folder(
             unreadable[path] = error.message
             continue
         detections = model.predict(picture, threshold=threshold)[0]
-        detections.image_id = path.name
+        detections.file_name = path.name
+        detections.image_id = path.name if ids is None else ids[path]
         found[path] = detections
-        output.mkdir(parents=True, exist_ok=True)  # not before there is something to put into it
-        detections.draw(picture).save(output / f"{path.stem}.jpg", quality=92)
+        drawn = detections.draw(picture)
+        write_picture(output / f"{path.stem}.jpg", drawn, maker=_MAKER, overwrite=overwrite)
         if progress is not None:
             progress(done, len(pictures))
     if not found:
@@ -90,9 +100,28 @@ def predict_folder(
         raise DataError(
             f"none of {len(pictures)} images could be read; the first: {reason}", f"look at {path}"
         )
-    rows = [row for detections in found.values() for row in detections.to_coco()]
-    results_file.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    rows = [row for detections in found.values() for row in detections.to_coco(rounded=True)]
+    results_file = output / _RESULTS_FILE
+    write_json(results_file, rows, maker=RESULTS, overwrite=overwrite)
     return Predictions(output, results_file, found, unreadable)
+
+
+def _is_ours(file: Path, output: Path) -> bool:
+    return made_by(file) == (RESULTS if file == output / _RESULTS_FILE else _MAKER)
+
+
+def _image_ids(pictures: Sequence[Path], annotations: str | Path) -> dict[Path, int | str]:
+    records = CocoRecords.open(annotations, "bbox")
+    ids: dict[Path, int | str] = {}
+    for path in pictures:
+        own = records.image_called(str(path)) or records.image_called(path.name)
+        if own is None:
+            raise DataError(
+                f"{annotations}: none of its {len(records.image_ids)} images is called {path.name}",
+                "give the json of these images, or leave --annotations out",
+            )
+        ids[path] = records.image_ids[own - 1]
+    return ids
 
 
 def _pictures(sources: Sequence[str | Path]) -> list[Path]:

@@ -23,8 +23,9 @@ from accelerate.utils import (
 from torch import Tensor
 
 from paqdetr.config import Config
-from paqdetr.engine.device import require_device
-from paqdetr.errors import ConfigError, UserError
+from paqdetr.errors import ConfigError, UserError, WorkerError
+from paqdetr.models.device import require_device
+from paqdetr.values import environment_integer
 
 # One waits for another at most so long: for COCO figures of a large split, made by the first alone.
 _PATIENCE = timedelta(hours=1)
@@ -55,7 +56,9 @@ class Processes:
             ConfigError: the device cannot be used.
         """
         wanted = require_device(device)
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+            environment_integer(name, 0, low=0)
+        if environment_integer("WORLD_SIZE", 1, low=1) == 1:
             return cls(device=wanted)
         with _meeting():
             return cls.of(PartialState(cpu=wanted.type == "cpu", timeout=_PATIENCE))
@@ -70,15 +73,17 @@ class Processes:
         if self.count == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return total.tolist()
+        with _reaching_all():
+            dist.all_reduce(total)
+            return total.tolist()
 
     def gather(self, item: Any) -> list[Any] | None:
         """What every process gave, in their order, for the main one; None for the others."""
         if self.count == 1:
             return [item]
         items: list[Any] | None = [None] * self.count if self.main else None
-        dist.gather_object(item, items)
+        with _reaching_all():
+            dist.gather_object(item, items)
         return items
 
     def broadcast(self, item: Any) -> Any:
@@ -86,14 +91,26 @@ class Processes:
         if self.count == 1:
             return item
         items = [item]
-        dist.broadcast_object_list(items)
+        with _reaching_all():
+            dist.broadcast_object_list(items)
         return items[0]
 
     def copy_from_main(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite tensors by the main process's."""
         if self.count > 1:
-            for tensor in tensors:
-                dist.broadcast(tensor, src=0)
+            with _reaching_all():
+                for tensor in tensors:
+                    dist.broadcast(tensor, src=0)
+
+    @contextmanager
+    def agreeing(self) -> Iterator[None]:
+        """All run the block to its end, or all raise the `UserError` of the first that could not."""
+        failure = None
+        try:
+            yield
+        except UserError as error:
+            failure = error
+        self.raise_together(failure)
 
     def raise_together(self, error: UserError | None) -> None:
         """Raise the first process's error in all of them, so that none waits for one that has ended.
@@ -103,7 +120,8 @@ class Processes:
         if self.count > 1:
             own = None if error is None else (type(error), error.message, error.remedy)
             errors: list[Any] = [None] * self.count
-            dist.all_gather_object(errors, own)
+            with _reaching_all():
+                dist.all_gather_object(errors, own)
             first = next((found for found in errors if found is not None), None)
             error = None if first is None else first[0](first[1], first[2])
             if error is not None:
@@ -119,7 +137,7 @@ class Processes:
 
 def this_is_main() -> bool:
     """Whether this process may print, before and after processes know each other."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return environment_integer("RANK", 0, low=0) == 0
 
 
 def leave() -> None:
@@ -128,13 +146,37 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
+def lost_process(error: Exception) -> WorkerError | None:
+    """What a user can do about the complaint of gloo or NCCL that another process cannot be reached; None for any other error."""
+    text = str(error).strip().split("\n")[0]
+    if not isinstance(error, dist.DistError) and not any(word in text for word in ("gloo", "NCCL")):
+        return None
+    reason = text.rpartition("] ")[2] if text.startswith("[") else text
+    return WorkerError(
+        f"another process of this command has ended or cannot be reached ({reason})",
+        "its own message says why; start all of them again, a training with --resume",
+    )
+
+
+@contextmanager
+def _reaching_all() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        lost = lost_process(error)
+        if lost is None:
+            raise
+        raise lost from error
+
+
 @contextmanager
 def _meeting() -> Iterator[None]:
     """Say what is missing where the environment announces other processes that cannot be met."""
     try:
         yield
-    except ValueError as error:
-        if "environment variable" not in str(error) and "MASTER_" not in str(error):
+    except (ValueError, dist.DistError) as error:
+        known = ("environment variable", "MASTER_")
+        if isinstance(error, ValueError) and not any(word in str(error) for word in known):
             raise
         PartialState._reset_state()  # half filled
         reason = str(error).strip().split("\n")[0]
@@ -184,6 +226,11 @@ def build_accelerator(config: Config, device: str | None, output: Path) -> Accel
                 DistributedDataParallelKwargs(find_unused_parameters=False),
                 InitProcessGroupKwargs(timeout=_PATIENCE),
             ],
+        )
+    if accelerator.device.type != wanted.type:
+        raise ConfigError(
+            f"device {device!r}: accelerate would train on {accelerator.device.type} instead",
+            f"use --device {accelerator.device.type}",
         )
     known = (
         DistributedType.NO,

@@ -5,7 +5,7 @@ Everything a batch says is computed where its tensors are, and crosses to the ho
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,17 +146,6 @@ class QuerySums:
                 f"layer{i}": {str(k): int(row[k]) for k in range(shown)} for i, row in enumerate(layers, 1)
             }
         return figures
-
-    def to_json(self) -> dict[str, list[float]]:
-        """What a resumed training has to know to write the same record."""
-        return {name: value.tolist() for name, value in self.sums.items()}
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Sequence[float]]) -> QuerySums:
-        """As it was; a state that was saved before there were such sums has none."""
-        sums = cls()
-        sums.sums = {name: np.asarray(values.get(name, ()), dtype=np.float64) for name in _SUMS}
-        return sums
 
 
 def _histogram(pairs: Sequence[Pairs], boxes: Sequence[int]) -> np.ndarray:

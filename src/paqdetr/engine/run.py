@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from paqdetr.checkpoint import write_whole
+from paqdetr.checkpoint import remove_leftovers, write_whole
 from paqdetr.config import Config, load_config
 from paqdetr.errors import ConfigError, StorageError
+from paqdetr.locks import Busy, acquire
 from paqdetr.metrics.jsonable import json_safe
 from paqdetr.models import Detector, load
 
@@ -72,11 +74,13 @@ class Run:
         if not self.metrics_file.is_file():
             return []
         rows = []
-        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
+        for line in self.metrics_file.read_bytes().splitlines():
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue  # a line that a crash cut short
+                row = json.loads(line)
+            except ValueError:
+                continue  # a line that a crash cut short, or that the disk has damaged
+            if isinstance(row, dict):
+                rows.append(row)
         return [row for row in rows if kind is None or row.get("kind") == kind]
 
     @property
@@ -88,24 +92,36 @@ class Run:
     def metrics(self) -> dict[str, Any]:
         """The evaluation record of the best epoch; empty if there was none."""
         rows = self.records("eval")
-        return max(rows, key=lambda row: row.get("AP") or 0.0) if rows else {}
+        return max(rows, key=_ap) if rows else {}
+
+    @property
+    def empty(self) -> bool:
+        """Whether a training was begun here and has kept nothing, such as one that ran out of memory in its first step."""
+        kept = any(file.exists() for file in (self.state_file, self.best, self.last))
+        return self.config_file.exists() and not kept and not self.records("train")
 
     def model(self, *, device: str = "cpu") -> Detector:
         """The best checkpoint, loaded."""
         return load(self.best, device=device)
 
     def write_config(self, config: Config) -> None:
-        """Write the settings, whole or not at all, unless they are there."""
-        if not self.config_file.exists():
+        """Write the settings, whole or not at all, unless they are there, or are others of a run that has kept something."""
+        if not self.config_file.exists() or (self.empty and not self._has(config)):
             text = config.to_yaml()
             write_whole(self.config_file, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def _has(self, config: Config) -> bool:
+        with suppress(ConfigError):
+            return load_config(self.config_file) == config
+        return False
 
     def add_environment(self, entry: dict[str, Any]) -> None:
         """Note what this start or resumption runs with."""
         try:
-            entries = json.loads(self.environment_file.read_text(encoding="utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError):
+            entries = json.loads(self.environment_file.read_bytes())
+        except (FileNotFoundError, ValueError):
             entries = []
+        entries = entries if isinstance(entries, list) else []  # damaged: of use to a reader alone
         text = json.dumps([*entries, entry], indent=1) + "\n"
         write_whole(self.environment_file, lambda path: path.write_text(text, encoding="utf-8"))
 
@@ -130,74 +146,103 @@ class Run:
             os.fsync(file.fileno())
             return os.fstat(file.fileno()).st_size
 
+    def require_place(self, *, resume: bool) -> None:
+        """Raise ConfigError if the folder holds a run already and `resume` is off; or if it is a file, or a folder with other
+        files. It becomes a run by `write_config`, which is called as soon as nothing can be wrong any more."""
+        if self.output.exists() and not self.output.is_dir():
+            raise ConfigError(f"{self.output}: a file is in the way", "choose another --output")
+        if self.config_file.exists():
+            if not resume and not self.empty:
+                raise ConfigError(
+                    f"{self.output}: there is a run already, and nothing is overwritten",
+                    "choose another --output, or continue it with --resume",
+                )
+        elif self.output.is_dir() and any(not entry.name.startswith(".") for entry in self.output.iterdir()):
+            raise ConfigError(
+                f"{self.output}: the folder holds other files and no run", "choose another --output"
+            )
+
+    def require_settings(self, config: Config) -> None:
+        """Raise ConfigError if the run, which has kept something, was started with other settings."""
+        if not self.config_file.exists() or self.empty:
+            return
+        before, after = flat_settings(load_config(self.config_file)), flat_settings(config)
+        changed = [key for key in before if before[key] != after.get(key) and key not in FREE_SETTINGS]
+        if changed:
+            key = changed[0]
+            raise ConfigError(
+                f"{self.config_file}: the run was started with {key}={before[key]!r}, now it is {after.get(key)!r}",
+                "resume with the same settings, or start a new run with another --output",
+            )
+
+    def begin(self, *, resume: bool) -> IO[bytes] | None:
+        """`hold` the folder for a training, new or continued.
+
+        Raises:
+            ConfigError: as `require_place`, or another process holds it.
+        """
+        self.require_place(resume=resume)
+        held = self.hold()
+        try:
+            self.require_place(resume=resume)  # another training may have come and gone in between
+        except ConfigError:
+            if held is not None:
+                held.close()
+            raise
+        return held
+
     def hold(self) -> IO[bytes] | None:
         """Keep other trainings out of the folder until the file that is given back is closed, or this process ends, however.
 
         Raises:
             ConfigError: another process holds it.
+            StorageError: nothing can be written there.
         """
         try:
-            import fcntl
-        except ImportError:  # Windows: nobody is kept out
-            return None
-        # A lock of the process, which those that load images do not inherit.
-        file = self.config_file.open("r+b")
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            file.close()
+            return acquire(self._lock_file)
+        except Busy:
             raise ConfigError(
                 f"{self.output}: another process is training there", "wait until it ends, or stop it"
             ) from None
-        except OSError:
-            pass  # a network's file system without locks
-        return file
+        except OSError as error:
+            raise StorageError(
+                f"{self.output}: cannot be written ({error.strerror})", "choose another --output"
+            ) from None
+
+    def abandon(self) -> None:
+        """Remove the folder if no run was begun in it: a mistake in the settings must not leave anything in the way. Its holder
+        calls it."""
+        if not self.config_file.exists():
+            with suppress(OSError):
+                self._lock_file.unlink(missing_ok=True)
+                self.output.rmdir()  # an empty folder alone
+
+    @property
+    def _lock_file(self) -> Path:
+        return self.output / ".lock"
 
     def remove_leftovers(self) -> None:
         """Remove half-written files of a process that was killed while saving."""
-        for path in self.output.glob(".*.tmp"):
-            path.unlink(missing_ok=True)
+        remove_leftovers(self.output)
+        for pattern in (".tmp??????", ".*.tmp"):  # of safetensors, and of earlier versions
+            for path in self.output.glob(pattern):
+                if path.is_file():
+                    path.unlink(missing_ok=True)
 
     def truncate_metrics(self, size: int) -> None:
-        """Forget records written after a saved state, given the file's size in bytes at that time."""
-        if self.metrics_file.is_file() and self.metrics_file.stat().st_size > size:
+        """Forget records written after a saved state, given the file's size in bytes at that time; what follows begins a line."""
+        if self.metrics_file.is_file():
             with self.metrics_file.open("r+b") as file:
-                file.truncate(size)
+                file.truncate(min(size, os.fstat(file.fileno()).st_size))
+                if file.seek(0, os.SEEK_END):
+                    file.seek(-1, os.SEEK_END)
+                    if file.read(1) != b"\n":
+                        file.write(b"\n")
 
 
-def prepare_run(output: str | Path, config: Config, *, resume: bool) -> Run:
-    """The folder for a training, new or continued. It is a run only after `Run.write_config`, which the caller does as soon as
-    nothing can be wrong any more: a mistake in the settings must not leave a run behind that is in the way.
-
-    Raises:
-        ConfigError: it holds a run already and `resume` is off, or that run has other settings; or it is a file, or a
-            folder with other files.
-    """
-    run = Run(Path(output))
-    if run.output.exists() and not run.output.is_dir():
-        raise ConfigError(f"{run.output}: a file is in the way", "choose another --output")
-    if run.config_file.exists():
-        if not resume:
-            raise ConfigError(
-                f"{run.output}: there is a run already, and nothing is overwritten",
-                "choose another --output, or continue it with --resume",
-            )
-        _require_same(load_config(run.config_file), config, run.config_file)
-    elif run.output.is_dir() and any(not entry.name.startswith(".") for entry in run.output.iterdir()):
-        raise ConfigError(f"{run.output}: the folder holds other files and no run", "choose another --output")
-    run.output.mkdir(parents=True, exist_ok=True)
-    return run
-
-
-def _require_same(old: Config, new: Config, where: Path) -> None:
-    before, after = flat_settings(old), flat_settings(new)
-    changed = [key for key in before if before[key] != after.get(key) and key not in FREE_SETTINGS]
-    if changed:
-        key = changed[0]
-        raise ConfigError(
-            f"{where}: the run was started with {key}={before[key]!r}, now it is {after.get(key)!r}",
-            "resume with the same settings, or start a new run with another --output",
-        )
+def _ap(row: dict[str, Any]) -> float:
+    ap = row.get("AP")
+    return float(ap) if isinstance(ap, (int, float)) else 0.0
 
 
 def flat_settings(config: Config) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from paqdetr.config import Config, load_config
 from paqdetr.data.dataset import DetectionDataset, open_split
 from paqdetr.data.layout import available_splits
+from paqdetr.data.split import hold_out
+from paqdetr.data.stats import describe_crowding
 from paqdetr.engine.memory import largest_batch
 from paqdetr.engine.processes import Processes
 from paqdetr.engine.run import Run
@@ -20,11 +22,11 @@ from paqdetr.models import Detector
 
 
 def open_splits(data: str | Path, config: Config) -> tuple[DetectionDataset, DetectionDataset | None]:
-    """The split to train on, and the one to validate on if there is one.
+    """The split to train on, and the one to validate on: `val`, or what `val_fraction` holds out; None if there is neither.
 
     Raises:
         DataError: one is malformed, their classes differ, or there is no box to train on.
-        ConfigError: a setting needs a validation split and there is none.
+        ConfigError: a setting needs a validation split and there is none, or `val_fraction` and there is one.
     """
     train_split = open_split(data, "train")
     if not any(len(train_split.labels(index)) for index in range(len(train_split))):
@@ -33,14 +35,44 @@ def open_splits(data: str | Path, config: Config) -> tuple[DetectionDataset, Det
             "`paqdetr data check` shows what is there",
         )
     val_split = open_split(data, "val") if "val" in available_splits(data) else None
+    if config.val_fraction:
+        if val_split is not None:
+            raise ConfigError(
+                f"val_fraction={config.val_fraction:g}, and {data} has a val split", "leave val_fraction out"
+            )
+        train_split, val_split = hold_out(train_split, config.val_fraction, seed=config.seed)
     if val_split is not None:  # now, not after the first epoch
         _require_classes_of_train(train_split, val_split)
     elif config.patience is not None:
         raise ConfigError(
             f"patience={config.patience} needs a validation split, and {data} has none",
-            "add a val split, or leave patience out",
+            "set val_fraction=0.1, or leave patience out",
         )
     return train_split, val_split
+
+
+def describe_data(
+    config: Config, train_split: DetectionDataset, val_split: DetectionDataset | None
+) -> list[str]:
+    """Sentences on what the data do to a training, and its user may not know."""
+    name, queries = train_split.annotation_file.name, config.model.num_queries
+    found = [
+        f"{name}: {sentence}"
+        for sentence in describe_crowding(train_split.annotations, queries=queries, max_detections=None)
+    ]
+    if duplicates := int(train_split.annotations.duplicates().sum()):
+        found.append(f"{name}: {duplicates} duplicate boxes are left out; `paqdetr data check` lists them")
+    if val_split is None:
+        return [
+            *found,
+            f"{train_split.annotation_file.parent} has no val split: no AP is computed, and best.safetensors is that of the last "
+            "epoch; set val_fraction=0.1, or make a split with `paqdetr data split`",
+        ]
+    if config.val_fraction:
+        images = len(train_split) + len(val_split)
+        found.append(f"val_fraction={config.val_fraction:g}: {len(val_split)} of {images} images validate")
+    crowding = describe_crowding(val_split.annotations, queries=queries)
+    return found + [f"{val_split.annotation_file.name}: {sentence}" for sentence in crowding]
 
 
 def with_classes(config: Config, split: DetectionDataset) -> Config:
@@ -72,12 +104,12 @@ def _require_classes_of_train(train: DetectionDataset, val: DetectionDataset) ->
             )
 
 
-def with_largest_batch(config: Config, split: DetectionDataset, run: Run, *, device: str | None) -> Config:
+def with_largest_batch(config: Config, split: DetectionDataset, run: Run, processes: Processes) -> Config:
     """The settings with the largest batch that fits, or the one that an earlier start of the run has found."""
-    if run.config_file.is_file():
+    if run.config_file.is_file() and not run.empty:
         size = load_config(run.config_file).batch_size
     else:
-        size = largest_batch(config, split, Processes.join(device))
+        size = largest_batch(config, split, processes)
     return config.model_copy(update={"batch_size": size})
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from paqdetr.checkpoint import load_tensors, read_checkpoint, write_checkpoint
+from paqdetr.engine.data_digest import DataDigest, data_changes, digest_from_state, digest_to_state
 from paqdetr.engine.optim import MovingAverage
 from paqdetr.errors import CheckpointError, ConfigError
 
@@ -38,21 +40,8 @@ class Position:
     seconds: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Own:
-    """What each process has of its own in mid-epoch.
-
-    Attributes:
-        random: states of the random generators, uint8 (n,), by device: "cpu", and "cuda" and the like.
-        interval: figures since the last record, as json.
-    """
-
-    random: dict[str, Tensor]
-    interval: dict[str, Any]
-
-
 def random_state(device: torch.device) -> dict[str, Tensor]:
-    """States of the generators that dropout and denoising noise draw from."""
+    """States of the generators that dropout and denoising noise draw from, uint8 (n,), by device ("cpu", "cuda"...)."""
     states = {"cpu": torch.get_rng_state()}
     if device.type != "cpu":
         states[device.type] = torch.get_device_module(device).get_rng_state()
@@ -73,16 +62,18 @@ def save_state(
     average: MovingAverage,
     optimizer: torch.optim.Optimizer,
     position: Position,
-    owns: list[Own],
+    random: list[dict[str, Tensor]],
     scaler: Mapping[str, Any] | None = None,
     batches: int = 0,
+    data: DataDigest | None = None,
 ) -> None:
     """Write the state atomically.
 
     Args:
-        owns: of every process, in their order.
+        random: `random_state` of every process, in their order.
         scaler: the gradient scaler's state in fp16.
-        batches: of an epoch, by which a change of the data is noticed.
+        batches: of an epoch.
+        data: by which a change of the data is noticed.
 
     Raises:
         StorageError: the file cannot be written; an earlier one is still there.
@@ -96,15 +87,17 @@ def save_state(
                 tensors[f"optimizer.{index}.{key}"] = value
             else:
                 scalars.setdefault(str(index), {})[key] = value
-    for rank, own in enumerate(owns):
-        tensors |= {f"random.{rank}.{device}": state for device, state in own.random.items()}
+    for rank, states in enumerate(random):
+        tensors |= {f"random.{rank}.{device}": state for device, state in states.items()}
+    images, data_header = digest_to_state(data or {})
+    tensors |= {f"data.{name}": tensor for name, tensor in images.items()}
     header: dict[str, Any] = {
         "position": asdict(position),
         "updates": average.updates,
         "optimizer": scalars,
         "scaler": scaler,
         "batches": batches,
-        "intervals": [own.interval for own in owns],
+        "data": None if data is None else data_header,
     }
     write_checkpoint(path, {key: value.clone() for key, value in tensors.items()}, header)
 
@@ -114,22 +107,47 @@ class SavedState:
     """What a state file says besides the tensors that `load_state` has put into their places."""
 
     position: Position
-    owns: list[Own]
+    random: list[dict[str, Tensor]]
     scaler: dict[str, Any] | None
     batches: int
+    data: DataDigest | None
 
-    def require(self, path: Path, *, processes: int, batches: int) -> None:
-        """Raise ConfigError unless it is of so many processes, and of so many batches an epoch."""
-        if len(self.owns) != processes:
+    def require(
+        self, path: Path, *, processes: int, batches: int, data: DataDigest, accept_new_data: bool = False
+    ) -> None:
+        """Raise ConfigError unless it is of so many processes, and of the same data with as many batches per epoch."""
+        if len(self.random) != processes:
             raise ConfigError(
-                f"{path}: the run was started with {len(self.owns)} processes, now there are {processes}",
+                f"{path}: the run was started with {len(self.random)} processes, now there are {processes}",
                 "resume with as many, or start a new run with another --output",
             )
-        if self.batches != batches:
+        changes = "" if self.data is None else data_changes(self.data, data)
+        if not changes and self.batches != batches:
+            changes = f"an epoch had {self.batches} batches, now it has {batches}"
+        if changes and not accept_new_data:
             raise ConfigError(
-                f"{path}: an epoch of the run had {self.batches} batches, now it has {batches}",
-                "resume with the images it was started with, or start a new run with another --output",
+                f"{path}: the data are not those that the run was started with: {changes}",
+                "resume with the same data, or go on with these: --resume --accept-new-data (accept_new_data=True in Python)",
             )
+        if changes or self.data is None:
+            found = (
+                f"going on with other data: {changes}"
+                if changes
+                else (
+                    "the run is of a version that did not note its data: whether they are the same is not checked"
+                )
+            )
+            logging.getLogger(__name__).warning("%s: %s", path, found)
+
+    def position_for(self, *, batches: int, epoch_steps: int, accumulate: int) -> Position:
+        """The position, where epochs have become longer or shorter: as much of the epoch in hand is done as before."""
+        if self.batches == batches:
+            return self.position
+        old_steps = -(-self.batches // accumulate)
+        done = self.position.step - self.position.epoch * old_steps
+        return replace(
+            self.position, step=self.position.epoch * epoch_steps + done * epoch_steps // old_steps
+        )
 
 
 def load_state(
@@ -146,10 +164,9 @@ def load_state(
     try:
         average.restore(int(header["updates"]))
         position = Position(**{field.name: header["position"][field.name] for field in fields(Position)})
-        owns = [
-            Own(_strip(tensors, f"random.{rank}."), interval)
-            for rank, interval in enumerate(header["intervals"])
-        ]
+        ranks = {int(name.split(".")[0]) for name in _strip(tensors, "random.")}
+        random = [_strip(tensors, f"random.{rank}.") for rank in sorted(ranks)]
+        data = digest_from_state(_strip(tensors, "data."), header.get("data"))
         state: dict[int, dict[str, Any]] = {}
         for name, value in _strip(tensors, "optimizer.").items():
             index, key = name.split(".", 1)
@@ -158,8 +175,8 @@ def load_state(
             state.setdefault(int(index), {}).update(entries)
         # Learning rates are the schedule's: they follow from the settings and the step.
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-        return SavedState(position, owns, header["scaler"], int(header["batches"]))
-    except (KeyError, TypeError, AttributeError) as error:
+        return SavedState(position, random, header["scaler"], int(header["batches"]), data)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"{path}: its header is not that of a training state of this version ({error})",
             f"resume with version {header.get('version')}, which wrote it",

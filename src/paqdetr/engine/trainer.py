@@ -10,10 +10,13 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
+from paqdetr.checkpoint import read_checkpoint
 from paqdetr.config import Config
 from paqdetr.data.dataset import DetectionDataset
 from paqdetr.data.loader import Batch, training_loader
+from paqdetr.engine.data_digest import SplitDigest
 from paqdetr.engine.environment import describe_start
 from paqdetr.engine.evaluate import evaluate_together
 from paqdetr.engine.events import Callback, Callbacks, TrainingPlan
@@ -22,13 +25,13 @@ from paqdetr.engine.interrupt import StopRequest, TrainingInterrupted, worker_er
 from paqdetr.engine.memory import peak_memory
 from paqdetr.engine.optim import MovingAverage, build_optimizer, build_schedule, lr_factor, lr_scale
 from paqdetr.engine.pictures import draw_predictions, training_curves
-from paqdetr.engine.processes import Processes, build_accelerator
+from paqdetr.engine.processes import Processes, build_accelerator, lost_process
 from paqdetr.engine.run import Run
 from paqdetr.engine.setup import ready_to_train
-from paqdetr.engine.state import Own, Position, load_state, random_state, restore_random_state, save_state
+from paqdetr.engine.state import Position, load_state, random_state, restore_random_state, save_state
 from paqdetr.engine.step import Step, TrainingStep
 from paqdetr.engine.trackers import start_trackers, track
-from paqdetr.errors import NonFiniteError, UserError, memory_error
+from paqdetr.errors import CheckpointError, NonFiniteError, UserError, memory_error
 from paqdetr.losses import build_criterion
 from paqdetr.models import Detector, load, save
 from paqdetr.models.files import model_to_train
@@ -54,8 +57,11 @@ class Trainer:
         *,
         device: str | None,
         callbacks: list[Callback],
+        accept_new_data: bool = False,
     ) -> None:
         self.config, self.run, self.val_split = config, run, val_split
+        splits = [split for split in (train_split, val_split) if split is not None]
+        self.data = {split.name: SplitDigest.of(split) for split in splits}
         self.accelerator = build_accelerator(config, device, run.output)
         self.processes = Processes.of(self.accelerator)
         self.events = Callbacks(callbacks if self.processes.main else [])
@@ -79,9 +85,11 @@ class Trainer:
         self.average = MovingAverage(self.model, config.ema_decay)
         self.lr_scale = lr_scale(config, self.processes.count)
         optimizer = build_optimizer(self.model, config, scale=self.lr_scale)
-        self.position, self._own = Position(), None
+        self.position = Position()
+        self._random: dict[str, Tensor] | None = None
         if run.state_file.is_file():
-            self._load(optimizer)
+            with self.processes.agreeing():
+                self._load(optimizer, accept_new_data=accept_new_data)
         self.schedule = build_schedule(optimizer, config, self.total_steps, done=self.position.step)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.step = TrainingStep(
@@ -123,6 +131,8 @@ class Trainer:
             self.processes.wait()
         except (RuntimeError, MemoryError) as error:
             told = worker_error(error) or memory_error(error, _LESS_MEMORY)
+            if told is None and isinstance(error, RuntimeError) and self.processes.count > 1:
+                told = lost_process(error)
             if told is None:
                 raise
             raise told from error
@@ -146,14 +156,12 @@ class Trainer:
         epoch = self.position.epoch
         first = self.position.step - epoch * self.epoch_steps
         self.batches.epoch, self.batches.start = epoch, first * self.config.accumulate
-        if self._own is None or first == 0:
+        if self._random is None or first == 0:
             # Noise of an epoch depends on the seed and the epoch alone, so resuming at its start repeats it exactly.
             torch.manual_seed(self.config.seed * 1_000_003 + epoch * 10_007 + self.processes.index)
-            self.interval = Interval()
         else:
-            restore_random_state(self._own.random, self.accelerator.device)
-            self.interval = Interval.from_json(self._own.interval)
-        self._own = None
+            restore_random_state(self._random, self.accelerator.device)
+        self._random, self.interval = None, Interval()
         self.wrapped.train()
         last = min(self.epoch_steps, self.total_steps - epoch * self.epoch_steps)
         source = iter(self.loader) if first < last else iter(())
@@ -241,22 +249,18 @@ class Trainer:
         metrics: dict[str, Any] = {}
         if self.val_split is not None and (done or epoch % self.config.eval_every == 0):
             metrics = self._evaluate(averaged, self.val_split, epoch)
-        position, failure = replace(self.position, epoch=epoch), None
-        if self.processes.main:
-            header = {"metrics": metrics, "step": position.step, "epoch": epoch}
-            ap = float(metrics.get("AP") or 0.0)
-            better = self.val_split is None or (bool(metrics) and ap > position.best_ap)
-            try:
+        position = replace(self.position, epoch=epoch)
+        with self.processes.agreeing():
+            if self.processes.main:
+                header = {"metrics": metrics, "step": position.step, "epoch": epoch}
+                ap = float(metrics.get("AP") or 0.0)
+                better = self.val_split is None or (bool(metrics) and ap > position.best_ap)
                 save(averaged, self.run.last, **header)
                 if better:
                     save(averaged, self.run.best, **header)
-            except UserError as error:
-                failure = error
-            if better:
-                position = replace(position, best_ap=ap, stale=0)
-            elif metrics:
-                position = replace(position, stale=position.stale + 1)
-        self.processes.raise_together(failure)
+                    position = replace(position, best_ap=ap, stale=0)
+                elif metrics:
+                    position = replace(position, stale=position.stale + 1)
         self.position = self.processes.broadcast(position)
         self._save()
 
@@ -287,11 +291,10 @@ class Trainer:
         self._saved_at = time.monotonic()
         if place == self._saved:
             return
-        owns = self.processes.gather(Own(random_state(self.accelerator.device), self.interval.to_json()))
+        random = self.processes.gather(random_state(self.accelerator.device))
         scaler = self.accelerator.scaler
-        failure: UserError | None = None
-        if owns is not None:
-            try:
+        with self.processes.agreeing():
+            if random is not None:
                 self.position = replace(self.position, metrics_size=self.run.flush_metrics())
                 save_state(
                     self.run.state_file,
@@ -299,16 +302,14 @@ class Trainer:
                     average=self.average,
                     optimizer=cast(torch.optim.Optimizer, self.optimizer),
                     position=self.position,
-                    owns=owns,
+                    random=random,
                     scaler=None if scaler is None else scaler.state_dict(),
                     batches=len(self.batches),
+                    data=self.data,
                 )
-            except UserError as error:
-                failure = error
-        self.processes.raise_together(failure)
         self._saved = place
 
-    def _load(self, optimizer: torch.optim.Optimizer) -> None:
+    def _load(self, optimizer: torch.optim.Optimizer, *, accept_new_data: bool) -> None:
         """Take up the saved state.
 
         Raises:
@@ -316,17 +317,51 @@ class Trainer:
         """
         path = self.run.state_file
         saved = load_state(path, model=self.model, average=self.average, optimizer=optimizer)
-        saved.require(path, processes=self.processes.count, batches=len(self.batches))
-        self.position, self._own = saved.position, saved.owns[self.processes.index]
+        batches = len(self.batches)
+        saved.require(
+            path,
+            processes=self.processes.count,
+            batches=batches,
+            data=self.data,
+            accept_new_data=accept_new_data,
+        )
+        self.position = saved.position_for(
+            batches=batches, epoch_steps=self.epoch_steps, accumulate=self.config.accumulate
+        )
+        self._random = saved.random[self.processes.index]
+        if self.processes.main and self.position.epoch:
+            self._check_checkpoints()
         if self.accelerator.scaler is not None and saved.scaler:
             self.accelerator.scaler.load_state_dict(saved.scaler)
+
+    def _check_checkpoints(self) -> None:
+        """Whether those of earlier epochs are still what was written: the best one may be what the run ends with.
+
+        Raises:
+            CheckpointError: one is damaged.
+        """
+        for path in (self.run.best, self.run.last):
+            try:
+                if path.exists():
+                    read_checkpoint(path)
+            except CheckpointError as error:
+                remedy = "copy it again from where it came, or remove it: an epoch to come writes a new one"
+                raise CheckpointError(error.message, remedy) from None
+        if not self.run.best.exists():
+            logging.getLogger(__name__).warning(
+                "%s is gone: the next evaluation writes a new one", self.run.best
+            )
+            self.position = replace(self.position, best_ap=-1.0)
 
     def _finish(self) -> None:
         if not self.processes.main:
             return
-        training_curves(self.run.metrics_file, self.run.output / "curves.png")
-        if self.val_split is not None:
-            draw_predictions(load(self.run.best), self.val_split, self.run.output / "predictions.png")
+        try:
+            training_curves(self.run.metrics_file, self.run.output / "curves.png")
+            if self.val_split is not None:
+                draw_predictions(load(self.run.best), self.val_split, self.run.output / "predictions.png")
+        except Exception as error:  # of a library too: a picture must not cost the training
+            logging.getLogger(__name__).warning("not all pictures of the run could be drawn: %s", error)
         record: dict[str, Any] = {
             "kind": "finished",
             "step": self.position.step,

@@ -84,7 +84,7 @@ class Criterion:
 
     def one_to_many(self, progress: float) -> bool:
         """Whether intermediate layers use their own assigner at this share of the training, in [0, 1]."""
-        return progress < self.config.one_to_many_until
+        return self.config.one_to_many_from <= progress < self.config.one_to_many_until
 
     def assigners(self, progress: float) -> tuple[Assigner, Assigner]:
         """Of the intermediate layers, and of the encoder's proposals, at this share of the training."""
@@ -195,6 +195,9 @@ class Criterion:
         layers = len(predicted.logits)
         pairs = [[Pairs(*info.positives(len(target))) for target in targets]] * layers
         names = [f"denoising{i + 1}" for i in range(layers)]
+        if info.counted is not None:
+            logits = predicted.logits.masked_fill(~info.counted[..., None], _BACKGROUND_LOGIT)
+            predicted = Decoded(logits, predicted.boxes)
         return self._terms(names, predicted, targets, pairs, divisor * info.groups)
 
     def _aux_weight(self, name: str) -> float:
@@ -261,10 +264,12 @@ def _with_proposals(layers: Decoded, proposals: Proposals) -> Decoded:
 def build_criterion(config: LossConfig) -> Criterion:
     """The criterion that the settings describe."""
     weights = CostWeights(classification=config.class_cost, l1=config.l1_cost, giou=config.giou_cost)
+    least = config.encoder_min_positives or config.min_positives
+    of_encoder = config.model_copy(update={"min_positives": least})
     return Criterion(
         config=config,
         intermediate=ASSIGNERS[config.assigner](config, weights),
-        encoder=ASSIGNERS[config.encoder_assigner](config, weights),
+        encoder=ASSIGNERS[config.encoder_assigner](of_encoder, weights),
         last=OneToOneAssigner(cost_weights=weights),
         cost_weights=weights,
     )
@@ -278,6 +283,7 @@ def _quality_aware(config: LossConfig, weights: CostWeights) -> Assigner:
         select=config.select,
         confidence=config.confidence,
         cost_weights=weights,
+        min_iou=config.min_iou,
     )
 
 

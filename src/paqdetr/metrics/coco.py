@@ -18,7 +18,14 @@ import torch
 from torchvision.ops import batched_nms
 
 from paqdetr.errors import DataError
-from paqdetr.metrics.coco_records import CocoRecords, IouType, read_json
+from paqdetr.files import read_json
+from paqdetr.metrics.coco_records import (
+    MAX_DETECTIONS,
+    CocoRecords,
+    GroundTruth,
+    IouType,
+    require_max_detections,
+)
 from paqdetr.metrics.jsonable import json_number
 from paqdetr.structures import Detections
 
@@ -33,9 +40,10 @@ class CocoFigures:
     nothing defines it: `APl` without a large object, all without any object (pycocotools says -1 there).
 
     Attributes:
-        AP: mean over IoU .50:.05:.95, area "all", 100 detections an image and class; AP50, AP75 at one IoU.
+        AP: mean over IoU .50:.05:.95, area "all", the best 100 detections per image and class; AP50, AP75 at one IoU.
         APs, APm, APl: AP of objects below 32^2, between, and above 96^2 square pixels of annotated `area`.
-        AR1, AR10, AR100: recall with that many detections an image and class, mean over the IoU thresholds.
+        AR1, AR10, AR100: recall with that many detections per image and class, mean over the IoU thresholds. With another
+            `max_detections`, that number stands in the place of 100 everywhere.
         ARs, ARm, ARl: AR100 by object area.
         per_class: class name -> AP; NaN for a class without ground truth. In ascending order of category id.
         per_class_AP50: class name -> AP at IoU .50.
@@ -70,32 +78,37 @@ FIGURE_NAMES: tuple[str, ...] = tuple(
 
 
 def evaluate_detections(
-    ground_truth: _Json | str | Path,
+    ground_truth: GroundTruth,
     results: Sequence[_Json],
     *,
     iou_type: IouType = "bbox",
     source: str = "",
+    max_detections: int = MAX_DETECTIONS,
 ) -> CocoFigures:
     """Compare results with the ground truth, by COCO's rules. Prints nothing and changes neither argument.
 
     Args:
-        ground_truth: a COCO json or the file with it: `images`, `categories`, `annotations`. Ids may be
+        ground_truth: a COCO json, the file with it, or its records: `images`, `categories`, `annotations`. Ids may be
             integers or strings. An annotation without `area` gets that of its box (of its mask for "segm"),
             one without `iscrowd` counts as a single object.
         results: COCO results, as of `Detections.to_coco()`: `image_id`, `category_id`, `score` and `bbox`
             ([x, y, width, height] in pixels) or, for "segm", `segmentation`. May be empty: AP is then 0.
         iou_type: "bbox" compares boxes, "segm" masks (`bbox` of a result is then ignored).
         source: what errors call the results by, their file as a rule.
+        max_detections: how many of each class are looked at in an image, best first (COCO's maxDets). More than 100 are needed
+            where images have more than 100 objects of a class: those beyond count as missed.
 
     Raises:
         DataError: the ground truth cannot be read or is malformed, or a result belongs to an unknown image or
             category, or its box, mask or score is missing or not finite.
-        ConfigError: `iou_type` is something else.
+        ConfigError: `iou_type` is something else, or `max_detections` is below 1.
     """
+    require_max_detections(max_detections)
     records = CocoRecords.open(ground_truth, iou_type)
     dataset = hotcoco.COCO(records.ground_truth())
     detected = dataset.load_res(records.results(results, source))
     evaluation = hotcoco.COCOeval(dataset, detected, iou_type)
+    evaluation.params.max_dets = [1, 10, max_detections]
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summary_lines()  # fills the figures; summarize() would do so too, but prints
@@ -103,7 +116,7 @@ def evaluate_detections(
         name: _or_nan(value) for name, value in evaluation.get_results().items() if name in FIGURE_NAMES
     }
 
-    # (thresholds, recalls, classes, areas, max detections): area "all" is the first, 100 detections the last.
+    # (thresholds, recalls, classes, areas, max detections): area "all" is the first, `max_detections` the last.
     precision = (evaluation.eval or {})["precision"][:, :, :, 0, -1]
     return CocoFigures(
         **figures,

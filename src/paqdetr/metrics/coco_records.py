@@ -6,8 +6,7 @@ wrong AP that looks right costs more than an error. So all of that is refused he
 
 from __future__ import annotations
 
-import json
-import math
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,23 +15,15 @@ import hotcoco
 import numpy as np
 
 from paqdetr.errors import ConfigError, DataError
+from paqdetr.files import read_json
+from paqdetr.text import shorten
+from paqdetr.values import as_flag, as_id, is_coordinate
 
 Json = Mapping[str, Any]
+_LEAST = (-1e9, -1e9, 0, 0)  # of x, y, width and height
 IouType = Literal["bbox", "segm"]
-
-
-def read_json(path: Path) -> Any:
-    """What the json file holds.
-
-    Raises:
-        DataError: it cannot be read, or is not json.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}", "check the path") from error
-    except (ValueError, RecursionError) as error:  # the latter: nested without end
-        raise DataError(f"{path}: not a json file: {error}", "check that the file is complete") from error
+MAX_DETECTIONS = 100
+"""Detections of a class in an image that COCO looks at."""
 
 
 class CocoRecords:
@@ -63,6 +54,14 @@ class CocoRecords:
             _require_objects(truth[key], f"{source}: {key}")
         self._truth, self._source, self.masks = truth, source, masks
         self._images = _numbering(truth["images"], f"{source}: images")
+        self._names = {
+            self._images[i["id"]]: _plain(n)
+            for i in truth["images"]
+            if isinstance(n := i.get("file_name"), str)
+        }
+        self._by_name: dict[str, list[int]] = {}
+        for number, name in self._names.items():
+            self._by_name.setdefault(name.rpartition("/")[2], []).append(number)
         self._categories = _numbering(truth["categories"], f"{source}: categories")
         self._sizes = {self._images[image["id"]]: _size(image, source) for image in truth["images"]}
         self.class_names = _class_names(truth["categories"], self._categories)
@@ -70,8 +69,8 @@ class CocoRecords:
         self.category_ids: tuple[int | str, ...] = tuple(self._categories)
 
     @classmethod
-    def open(cls, ground_truth: Json | str | Path, iou_type: str) -> CocoRecords:
-        """The records of a COCO json, or of the file with it, to be compared by boxes or by masks.
+    def open(cls, ground_truth: GroundTruth, iou_type: str) -> CocoRecords:
+        """The records of a COCO json, or of the file with it, to be compared by boxes or by masks; records as they are.
 
         Raises:
             DataError: the file cannot be read, or as above.
@@ -81,6 +80,8 @@ class CocoRecords:
             raise ConfigError(
                 f"iou_type: found {iou_type!r}, expected 'bbox' or 'segm'", "choose one of the two"
             )
+        if isinstance(ground_truth, CocoRecords):
+            return ground_truth
         if isinstance(ground_truth, (str, Path)):
             return cls(read_json(Path(ground_truth)), source=str(ground_truth), masks=iou_type == "segm")
         return cls(ground_truth, source="the ground truth", masks=iou_type == "segm")
@@ -101,12 +102,17 @@ class CocoRecords:
         ):
             # Numbered from 1 whatever their own ids: COCO's rules read the id 0 as "not matched".
             record["id"] = number
-            record["iscrowd"] = int(bool(annotation.get("iscrowd")))
+            crowd = as_flag(annotation.get("iscrowd"))
+            if crowd is None:
+                raise DataError(
+                    f"{name}: iscrowd is {shorten(annotation['iscrowd'])}, expected 0 or 1", "repair the file"
+                )
+            record["iscrowd"] = int(crowd)
             if self.masks:
                 record["bbox"] = hotcoco.mask.to_bbox(record["segmentation"]).tolist()
             area = annotation.get("area")
             if area is not None:
-                record["area"] = _finite(area, "area", name)
+                record["area"] = _number(area, "area", name, low=0, high=1e18)
             elif self.masks:
                 record["area"] = float(hotcoco.mask.area(record["segmentation"]))
             else:
@@ -119,23 +125,69 @@ class CocoRecords:
             "annotations": records,
         }
 
+    def objects(self) -> np.ndarray:
+        """(G, 2) int64: image and category of every annotation that is no crowd, by position from 0."""
+        annotations = [row for row in self.ground_truth()["annotations"] if not row["iscrowd"]]
+        rows = [(row["image_id"] - 1, row["category_id"] - 1) for row in annotations]
+        return np.array(rows, np.int64).reshape(-1, 2)
+
     def results(self, results: Sequence[Json], source: str = "") -> list[dict[str, Any]]:
         """The results with new ids; `source` is what errors call them by, their file as a rule.
 
         Raises:
-            DataError: a result is malformed, or its image or category is not in the data set.
+            DataError: a result is malformed, its image or category is not in the data set, or the image has another name there.
         """
         _require_objects(results, source or "the results")
         before = f"{source}: " if source else ""
         names = [f"{before}result number {i}" for i in range(len(results))]
-        records = self._rewrite(results, names)
+        records = self._rewrite(results, names, by_file_name=True)
         for record, result, name in zip(records, results, names, strict=True):
-            record["score"] = _finite(result.get("score"), "score", name)
+            record["score"] = _number(result.get("score"), "score", name, low=-1e9)
         return records
 
-    def _rewrite(self, items: Sequence[Json], names: list[str]) -> list[dict[str, Any]]:
+    def image_called(self, name: str) -> int | None:
+        """The number of the image with a file name, as the ground truth has it or with fewer or more folders before it; None if
+        there is none.
+
+        Raises:
+            DataError: several images are called so.
+        """
+        wanted = _plain(name)
+        found = [
+            number
+            for number in self._by_name.get(wanted.rpartition("/")[2], [])
+            if f"/{self._names[number]}".endswith(f"/{wanted}")
+            or f"/{wanted}".endswith(f"/{self._names[number]}")
+        ]
+        exact = [number for number in found if self._names[number] == wanted]
+        if len(exact or found) > 1:
+            raise DataError(
+                f"{self._source}: {len(found)} images are called {name!r}",
+                "give names with their folders, or image ids",
+            )
+        return next(iter(exact or found), None)
+
+    def _image(self, item: Json, name: str) -> int | None:
+        """The number of the image that a record is about: by its id, or else by its file name."""
+        image_id, file_name = item.get("image_id"), item.get("file_name")
+        image = _find(self._images, image_id)
+        if not isinstance(file_name, str):
+            return self.image_called(image_id) if image is None and isinstance(image_id, str) else image
+        if image is None:
+            return self.image_called(file_name)
+        own = self._names.get(image)
+        if own is not None and _stem(own) != _stem(_plain(file_name)):
+            raise DataError(
+                f"{name}: image_id {image_id!r} is {own!r} in {self._source}, and file_name is {file_name!r}",
+                "use the same split for both, or remove image_id: images are then found by file_name",
+            )
+        return image
+
+    def _rewrite(
+        self, items: Sequence[Json], names: list[str], *, by_file_name: bool = False
+    ) -> list[dict[str, Any]]:
         """Image, category and shape of each; `names` say which one an error is about."""
-        records = [self._place(item, name) for item, name in zip(items, names, strict=True)]
+        records = [self._place(item, name, by_file_name) for item, name in zip(items, names, strict=True)]
         if self.masks:
             for record, item, name in zip(records, items, names, strict=True):
                 record["segmentation"] = self._mask(item, record["image_id"], name)
@@ -144,18 +196,20 @@ class CocoRecords:
                 record["bbox"] = box
         return records
 
-    def _place(self, item: Json, name: str) -> dict[str, Any]:
+    def _place(self, item: Json, name: str, by_file_name: bool) -> dict[str, Any]:
         image_id, category_id = item.get("image_id"), item.get("category_id")
-        image, category = _find(self._images, image_id), _find(self._categories, category_id)
+        image = self._image(item, name) if by_file_name else _find(self._images, image_id)
+        category = _find(self._categories, category_id)
         if image is None:
+            called = f" with file_name {item['file_name']!r}" if by_file_name and "file_name" in item else ""
             raise DataError(
-                f"{name}: image_id {image_id!r} is none of the {len(self._images)} images of {self._source}"
+                f"{name}: image_id {shorten(image_id)}{called} is none of the {len(self._images)} images of {self._source}"
                 f" ({_some(self._images)})",
-                "use the same split for both; ids are compared with their type: 1 is not '1'",
+                "use the same split for both; ids are compared with their type (1 is not '1'), else file names",
             )
         if category is None:
             raise DataError(
-                f"{name} (image {image_id!r}): category_id {category_id!r} is none of the categories of"
+                f"{name} (image {shorten(image_id)}): category_id {shorten(category_id)} is none of the categories of"
                 f" {self._source} ({_some(self._categories)})",
                 "use the category ids of the annotation file, not class indices that start at 0",
             )
@@ -174,18 +228,32 @@ class CocoRecords:
                 return dict(segmentation)
             if not segmentation or not height or not width:
                 raise ValueError("expected polygons or a run-length code, and height and width of the image")
+            if not all(is_coordinate(value) for polygon in segmentation for value in polygon):
+                raise ValueError("its polygons hold values that are no finite numbers of pixels")
             return hotcoco.mask.merge(hotcoco.mask.fr_py_objects(segmentation, height, width))
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
             raise DataError(
-                f"{name} (image {item['image_id']!r}): no usable segmentation: {error}",
+                f"{name} (image {shorten(item.get('image_id'))}): no usable segmentation: {error}",
                 "evaluate with iou_type='bbox' where there are only boxes",
             ) from error
+
+
+GroundTruth = Json | str | Path | CocoRecords
+"""A COCO json, the file with it, or its records."""
+
+
+def require_max_detections(number: int) -> None:
+    """Raise ConfigError unless at least one detection of each class is looked at in an image."""
+    if number < 1:
+        raise ConfigError(f"max_detections: expected at least 1, found {number}", "COCO looks at 100")
 
 
 def _require_objects(items: Sequence[Any], name: str) -> None:
     for i, item in enumerate(items):
         if not isinstance(item, Mapping):
-            raise DataError(f"{name}: number {i} is {item!r}, expected an object", "repair the json file")
+            raise DataError(
+                f"{name}: number {i} is {shorten(item)}, expected an object", "repair the json file"
+            )
 
 
 def _numbering(items: Sequence[Json], name: str) -> dict[Any, int]:
@@ -193,16 +261,17 @@ def _numbering(items: Sequence[Json], name: str) -> dict[Any, int]:
 
     Integer ids keep their order: it breaks ties between equal scores in pycocotools. Others go by position.
     """
-    ids: list[Any] = [item.get("id") for item in items]
+    ids: list[Any] = [as_id(item.get("id")) for item in items]
     for i, own in enumerate(ids):
-        if not isinstance(own, (int, str)):
+        if own is None:
             raise DataError(
-                f"{name}: number {i} has the id {own!r}", "give each an integer or a string as `id`"
+                f"{name}: number {i} has the id {shorten(items[i].get('id'))}",
+                "give each an integer or a string as `id`",
             )
     if len(set(ids)) < len(ids):
         twice = next(own for i, own in enumerate(ids) if own in ids[:i])
-        raise DataError(f"{name}: the id {twice!r} is there more than once", "make the ids unique")
-    ordered = sorted(ids) if all(isinstance(own, int) for own in ids) else ids
+        raise DataError(f"{name}: the id {shorten(twice)} is there more than once", "make the ids unique")
+    ordered: list[Any] = sorted(ids) if all(isinstance(own, int) for own in ids) else ids  # type: ignore[type-var]
     return {own: number for number, own in enumerate(ordered, start=1)}
 
 
@@ -215,9 +284,9 @@ def _class_names(categories: Sequence[Json], numbers: dict[Any, int]) -> list[st
 def _boxes(items: Sequence[Json], names: list[str]) -> np.ndarray:
     """All `bbox` as (N, 4) float64; the error names the first that is not four finite numbers."""
     try:
-        boxes = np.array([item["bbox"] for item in items], dtype=np.float64).reshape(len(items), 4)
-        if np.isfinite(boxes).all():
-            return boxes
+        boxes = np.array([item["bbox"] for item in items]).reshape(len(items), 4)
+        if boxes.dtype.kind in "iuf" and (np.abs(boxes) < 1e9).all() and (boxes[:, 2:] >= 0).all():
+            return boxes.astype(np.float64)
     except (KeyError, TypeError, ValueError):
         pass
     rows = []
@@ -225,20 +294,22 @@ def _boxes(items: Sequence[Json], names: list[str]) -> np.ndarray:
         box = item.get("bbox")
         if not isinstance(box, (Sequence, np.ndarray)) or len(box) != 4:
             raise DataError(
-                f"{name} (image {item['image_id']!r}): bbox is {box!r}, expected [x, y, width, height]",
+                f"{name} (image {shorten(item.get('image_id'))}): bbox is {shorten(box)}, expected [x, y, width, height]",
                 "repair or remove it",
             )
-        rows.append([_finite(value, f"bbox {list(box)}", name) for value in box])
-    return np.array(rows)
+        where = f"bbox {shorten(list(box))}"
+        rows.append([_number(value, where, name, low=low) for value, low in zip(box, _LEAST, strict=True)])
+    return np.array(rows).reshape(-1, 4)
 
 
-def _finite(value: Any, key: str, name: str) -> float:
-    if not isinstance(value, (int, float, np.number)) or not math.isfinite(value):
+def _number(value: Any, key: str, name: str, *, low: float, high: float = 1e9) -> float:
+    plain = value.item() if isinstance(value, np.generic) else value
+    if not isinstance(plain, (int, float)) or isinstance(plain, bool) or not low <= plain <= high:
         raise DataError(
-            f"{name}: {key}: found {value!r}, expected a finite number",
+            f"{name}: {key}: found {shorten(value)}, expected a finite number from {low:g} to {high:g}",
             "look for NaN in the model's output, or repair the file",
         )
-    return float(value)
+    return float(plain)
 
 
 def _size(image: Json, source: str) -> tuple[int, int]:
@@ -246,22 +317,29 @@ def _size(image: Json, source: str) -> tuple[int, int]:
     sides = []
     for key in ("height", "width"):
         side = image.get(key) or 0
-        if not isinstance(side, (int, float)) or not math.isfinite(side) or side < 0:
+        if not is_coordinate(side) or side < 0:
             raise DataError(
-                f"{source}: image {image['id']!r}: {key}: found {side!r}, expected a number of pixels",
+                f"{source}: image {shorten(image['id'])}: {key}: found {shorten(side)}, expected a number of pixels",
                 "repair the file",
             )
         sides.append(int(side))
     return sides[0], sides[1]
 
 
+def _plain(name: str) -> str:
+    """A file name with slashes, and with composed letters: macOS takes them apart."""
+    return unicodedata.normalize("NFC", name.replace("\\", "/"))
+
+
+def _stem(name: str) -> str:
+    return name.rpartition("/")[2].rpartition(".")[0]
+
+
 def _find(table: dict[Any, int], key: Any) -> int | None:
-    try:
-        return table.get(key)
-    except TypeError:  # a list as id
-        return None
+    own = as_id(key)
+    return None if own is None else table.get(own)
 
 
 def _some(ids: Iterable[Any], limit: int = 5) -> str:
-    shown = [repr(own) for own in ids]
+    shown = [shorten(own) for own in ids]
     return ", ".join(shown[:limit]) + (", ..." if len(shown) > limit else "")

@@ -19,10 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from paqdetr.errors import ConfigError, DataError
+from paqdetr.errors import ConfigError, DataError, OutOfMemoryError
 from paqdetr.metrics.jsonable import json_number
 from paqdetr.metrics.matching import MatchTable
 from paqdetr.metrics.weighting import WeightedFigures
+from paqdetr.values import MAX_RESAMPLES, MAX_SEED
 
 SAMPLES = 1000
 """Resamples of an interval if nobody says otherwise."""
@@ -131,14 +132,22 @@ def resample_images(num_images: int, samples: int = SAMPLES, seed: int = 0) -> n
         measured on them is paired.
 
     Raises:
-        ConfigError: there is no image, or fewer than one sample.
+        ConfigError: there is no image, or `samples` or `seed` is out of range.
+        OutOfMemoryError: so many do not fit.
     """
-    if num_images < 1 or samples < 1:
+    if num_images < 1 or not 1 <= samples <= MAX_RESAMPLES or not 0 <= seed <= MAX_SEED:
         raise ConfigError(
-            f"{samples} resamples of {num_images} images: nothing to draw", "give at least one of each"
+            f"{samples} resamples of {num_images} images with seed {seed}: expected at least one image, "
+            f"1 to {MAX_RESAMPLES} resamples and a seed from 0 to {MAX_SEED}",
+            "choose values within the ranges",
         )
     rng = np.random.default_rng(seed)
-    return rng.multinomial(num_images, np.full(num_images, 1 / num_images), size=samples).astype(np.int32)
+    try:
+        return rng.multinomial(num_images, np.full(num_images, 1 / num_images), size=samples).astype(np.int32)
+    except MemoryError:
+        raise OutOfMemoryError(
+            f"{samples} resamples of {num_images} images do not fit into memory", "take fewer resamples"
+        ) from None
 
 
 def replicate_figures(

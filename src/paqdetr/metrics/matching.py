@@ -9,21 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import hotcoco
 import numpy as np
 
 from paqdetr.errors import ConfigError
-from paqdetr.metrics.coco_records import CocoRecords, IouType
+from paqdetr.metrics.coco_records import (
+    MAX_DETECTIONS,
+    CocoRecords,
+    GroundTruth,
+    IouType,
+    require_max_detections,
+)
 from paqdetr.metrics.weighting import WeightedFigures, average_precision, recall, weighted_figures
 
 AREAS = ("all", "small", "medium", "large")
 """Sizes of objects: all, below 32^2, between, and above 96^2 square pixels."""
 
 _Json = Mapping[str, Any]
-_MAX_DETECTIONS = 100
 # Image and class pairs that are asked for at once: their matches are Python lists, of some 10 kB a pair, and of many pairs
 # each takes longer than of few.
 _PAIRS_AT_ONCE = 200
@@ -33,8 +37,8 @@ _PAIRS_AT_ONCE = 200
 class MatchTable:
     """The matches of one result set under COCO's rules; A = 4 object sizes, T = 10 IoU thresholds, C classes, I images.
 
-    The N detections are those that COCO looks at, the best 100 of each class in each image, class after class and within
-    a class by falling score; equal scores in the order of COCO: by image, then as in the results.
+    The N detections are those that COCO looks at, the best `max_detections` of each class in each image, class after class and
+    within a class by falling score; equal scores in the order of COCO: by image, then as in the results.
 
     Attributes:
         image_ids: (I) the ids of the ground truth, ascending if all are integers, else as listed; weights and `images` are in
@@ -53,6 +57,7 @@ class MatchTable:
         matches: (T, N) int32, positions in the annotations of the ground truth that detections were matched to, crowds
             included, whatever the size; -1 for none.
         positives: (A, C, I) int32, objects to be found.
+        max_detections: of a class in an image.
     """
 
     image_ids: tuple[int | str, ...]
@@ -68,23 +73,28 @@ class MatchTable:
     ignored: np.ndarray
     matches: np.ndarray
     positives: np.ndarray
+    max_detections: int = MAX_DETECTIONS
 
     @classmethod
     def match(
         cls,
-        ground_truth: _Json | str | Path,
+        ground_truth: GroundTruth,
         results: Sequence[_Json],
         iou_type: IouType = "bbox",
         *,
         source: str = "",
+        max_detections: int = MAX_DETECTIONS,
     ) -> MatchTable:
         """Match results with the ground truth. Arguments and errors are those of `evaluate_detections`."""
         records = CocoRecords.open(ground_truth, iou_type)
-        return cls.of_records(records, records.results(results, source))
+        return cls.of_records(records, records.results(results, source), max_detections=max_detections)
 
     @classmethod
-    def of_records(cls, records: CocoRecords, results: list[dict[str, Any]]) -> MatchTable:
+    def of_records(
+        cls, records: CocoRecords, results: list[dict[str, Any]], *, max_detections: int = MAX_DETECTIONS
+    ) -> MatchTable:
         """As `match`, of records that are checked and numbered already (`records.results(...)`)."""
+        require_max_detections(max_detections)
         truth = records.ground_truth()
         iou_type = "segm" if records.masks else "bbox"
         images, classes, scores, areas = _columns(results, records.masks)
@@ -92,7 +102,7 @@ class MatchTable:
         pair_images, pair_classes = images[order], classes[order]
         ranks = np.empty(len(order), np.int32)
         ranks[order] = _positions_within_runs(pair_images, pair_classes)
-        order = order[ranks[order] < _MAX_DETECTIONS]
+        order = order[ranks[order] < max_detections]
         order = order[np.lexsort((ranks[order], images[order], -scores[order], classes[order]))]
 
         parameters = hotcoco.Params(iou_type)
@@ -101,7 +111,7 @@ class MatchTable:
         matched = np.zeros((len(ranges), len(thresholds), len(results)), bool)
         ignored = np.repeat(outside[:, None], len(thresholds), axis=1)  # right where nothing could be matched
         matches = np.full((len(thresholds), len(results)), -1, np.int32)
-        _fill_in_matches(truth, results, iou_type, matched, ignored, matches)
+        _fill_in_matches(truth, results, iou_type, max_detections, matched, ignored, matches)
         return cls(
             image_ids=records.image_ids,
             category_ids=records.category_ids,
@@ -118,6 +128,7 @@ class MatchTable:
             positives=_positives(
                 truth["annotations"], ranges, len(records.class_names), len(truth["images"])
             ),
+            max_detections=max_detections,
         )
 
     def of_class(self, index: int) -> slice:
@@ -173,10 +184,11 @@ class MatchTable:
         weights: np.ndarray | None = None,
         *,
         areas: Sequence[int] = range(len(AREAS)),
-        max_detections: int = _MAX_DETECTIONS,
+        max_detections: int | None = None,
     ) -> np.ndarray:
-        """As `average_precision`: the share of objects found by the best `max_detections` of each class and image."""
-        return recall(self, self._weights(weights), areas, max_detections)
+        """As `average_precision`: the share of objects found by the best `max_detections` of each class and image, by all if it
+        is None."""
+        return recall(self, self._weights(weights), areas, max_detections or self.max_detections)
 
     def figures(self, weights: np.ndarray | None = None) -> WeightedFigures:
         """The twelve COCO figures, and AP by class, for each row of `weights` ((S, I) or None, as above)."""
@@ -249,6 +261,7 @@ def _fill_in_matches(
     truth: dict[str, Any],
     results: list[dict[str, Any]],
     iou_type: str,
+    max_detections: int,
     matched: np.ndarray,  # (A, T, number of results), filled in
     ignored: np.ndarray,  # likewise
     matches: np.ndarray,  # (T, number of results), likewise
@@ -288,6 +301,7 @@ def _fill_in_matches(
             ]
         )
         evaluation = hotcoco.COCOeval(dataset, detected, iou_type)
+        evaluation.params.max_dets = [1, 10, max_detections]
         evaluation.evaluate()
         areas = {tuple(limits): i for i, limits in enumerate(evaluation.params.area_rng)}
         for pair in evaluation.eval_imgs:

@@ -10,14 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import hotcoco
 import numpy as np
 
 from paqdetr.errors import ConfigError
-from paqdetr.metrics.coco_records import CocoRecords, IouType
+from paqdetr.metrics.coco_records import CocoRecords, GroundTruth, IouType
 from paqdetr.metrics.jsonable import json_number
 from paqdetr.metrics.matching import MatchTable, threshold_index
 
@@ -104,7 +103,7 @@ class Confusion:
 
 
 def error_split(
-    ground_truth: _Json | str | Path,
+    ground_truth: GroundTruth,
     results: Sequence[_Json],
     *,
     iou_type: IouType = "bbox",
@@ -149,7 +148,7 @@ def error_split(
 
 
 def confusion(
-    ground_truth: _Json | str | Path,
+    ground_truth: GroundTruth,
     results: Sequence[_Json],
     *,
     iou_type: IouType = "bbox",

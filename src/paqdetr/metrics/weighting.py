@@ -42,7 +42,7 @@ class WeightedFigures:
 def weighted_figures(table: MatchTable, weights: np.ndarray) -> WeightedFigures:
     """`MatchTable.figures`; weights (S, I) int32."""
     precision = average_precision(table, weights, range(4))  # (S, A, C, T)
-    recalls = recall(table, weights, range(4), 100)
+    recalls = recall(table, weights, range(4), table.max_detections)
     few = [recall(table, weights, (0,), number)[:, 0] for number in (1, 10)]
     thresholds = np.round(table.iou_thresholds, 2)
     fifty, seventy_five = (int(np.flatnonzero(thresholds == iou)[0]) for iou in (0.5, 0.75))

@@ -8,8 +8,10 @@ from typing import Any, cast
 
 import timm
 import torch
+import torch.nn.functional as F
 from timm.layers import freeze_batch_norm_2d
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from paqdetr.errors import ConfigError
 from paqdetr.models.folding import fold_frozen_norms
@@ -18,9 +20,16 @@ from paqdetr.preprocessing import Normalization
 
 _TF_LITE = "tf_efficientnet_lite"
 
+# (timm name, strides) -> whether it takes images of any size.
+_takes_any_size: dict[tuple[str, tuple[int, ...]], bool] = {}
+
 
 class Backbone(nn.Module):
-    """Feature maps of the asked strides.
+    """Feature maps of the asked strides, of images of any size.
+
+    Most backbones (ResNet, EfficientNet, Swin as built here) give maps of ceil(side / stride) cells for any side. Others drop
+    the last pixels or fail unless sides are multiples of their coarsest stride (ConvNeXt, DenseNet, HRNet): these run on
+    images that are padded with zeros at the right and the bottom, and maps are cropped to ceil(side / stride).
 
     Args:
         name: timm model name.
@@ -48,6 +57,9 @@ class Backbone(nn.Module):
         self.body, indices = _create_features(name, strides)
         pad_before_shift(self.body)
         infos = _feature_info(self.body)
+        self._strides = strides
+        any_size = _gives_maps_of_any_size(self.body, name, strides)
+        self._multiple = 1 if any_size else max(int(info["reduction"]) for info in infos)
         self.channels = tuple(int(infos[i]["num_chs"]) for i in indices)
         if pretrained:
             load_imagenet_weights(self.body, name)
@@ -65,7 +77,17 @@ class Backbone(nn.Module):
         self._channels_first = getattr(self.body, "output_fmt", None) is None or _is_nchw(self.body)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) -> per stride (B, c, H / stride, W / stride)."""
+        """(B, 3, H, W) -> per stride (B, c, ceil(H / stride), ceil(W / stride))."""
+        height, width = images.shape[-2:]
+        down, right = -height % self._multiple, -width % self._multiple
+        if not down and not right:
+            return self._maps(images)
+        return [
+            x[:, :, : -(-height // stride), : -(-width // stride)]
+            for x, stride in zip(self._maps(F.pad(images, (0, right, 0, down))), self._strides, strict=True)
+        ]
+
+    def _maps(self, images: Tensor) -> list[Tensor]:
         maps = self.body(images)
         if self.norms is not None:
             rows = [x.permute(0, 2, 3, 1) for x in maps] if self._channels_first else maps  # (B, h, w, c)
@@ -138,6 +160,22 @@ def _create_features(name: str, strides: tuple[int, ...]) -> tuple[nn.Module, li
             f"backbone {name!r} gives no features of strides {strides} ({_first_line(error)})",
             "choose model.backbone_strides among those of its feature_info, or another backbone",
         ) from error
+
+
+def _gives_maps_of_any_size(body: nn.Module, name: str, strides: tuple[int, ...]) -> bool:
+    """Whether sides that are no multiples of any stride give maps of ceil(side / stride) cells; tried on shapes alone."""
+    if (name, strides) not in _takes_any_size:
+        height, width = 2 * max(strides) + 1, 3 * max(strides) - 1
+        wanted = [(-(-height // stride), -(-width // stride)) for stride in strides]
+        state = {key: value.to("meta") for key, value in [*body.named_parameters(), *body.named_buffers()]}
+        try:
+            with torch.no_grad():  # two images: batch norms in training refuse a single value
+                maps = functional_call(body, state, torch.empty(2, 3, height, width, device="meta"))
+        except (RuntimeError, AssertionError, ValueError):
+            maps = []
+        sides = slice(2, 4) if _is_nchw(body) else slice(1, 3)
+        _takes_any_size[name, strides] = [tuple(x.shape[sides]) for x in maps] == wanted
+    return _takes_any_size[name, strides]
 
 
 def _feature_info(body: nn.Module) -> list[dict[str, Any]]:

@@ -33,6 +33,8 @@ class DenoisingQueries:
         groups: how many groups.
         boxes: slots of a kind in a group: the most boxes any image of the batch has, at least 1.
         kinds: 1, positives alone; 2, positives and negatives.
+        counted: (B, groups * kinds * boxes) bool, whose class loss counts; None: all. DN-DETR leaves out empty slots. DINO counts
+            them, unless the whole batch has no box: then neither has a denoising loss.
     """
 
     content: Tensor
@@ -40,6 +42,7 @@ class DenoisingQueries:
     groups: int
     boxes: int
     kinds: int = 2
+    counted: Tensor | None = None
 
     def __len__(self) -> int:
         return self.groups * self.kinds * self.boxes
@@ -88,7 +91,7 @@ class ContrastiveDenoising(nn.Module):
 
     def forward(self, targets: Sequence[Targets]) -> DenoisingQueries:
         """Targets of B images -> queries. Without a single box one group of empty slots remains, so
-        that the embedding has a gradient."""
+        that the embedding has a gradient, of zero."""
         most = max(len(target) for target in targets)
         groups = max(self.num_queries // most, 1) if most else 1
         labels, boxes, exists = _copies(targets, groups * 2, self.label_embed.weight)
@@ -100,6 +103,7 @@ class ContrastiveDenoising(nn.Module):
             reference=_references(self._move(boxes, negative), exists),
             groups=groups,
             boxes=slots,
+            counted=None if most else exists,
         )
 
     def _move(self, boxes: Tensor, negative: Tensor) -> Tensor:
@@ -150,6 +154,7 @@ class PlainDenoising(nn.Module):
             groups=self.groups,
             boxes=boxes.shape[1] // self.groups,
             kinds=1,
+            counted=exists,
         )
 
 

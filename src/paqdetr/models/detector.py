@@ -18,7 +18,7 @@ from paqdetr.models.encoder import DeformableEncoder
 from paqdetr.models.neck import Neck
 from paqdetr.models.proposals import Proposals
 from paqdetr.models.queries import QueryGroup, QuerySource, StaticQueries, attention_mask
-from paqdetr.models.start import ProposalStart, QueryStart, Start
+from paqdetr.models.start import ProposalStart, QueryStart, Start, query_features
 from paqdetr.models.tokens import Tokens
 from paqdetr.paq import Mixture
 from paqdetr.paq.targets import require_form, require_values
@@ -182,7 +182,11 @@ class Detector(nn.Module):
             assert start.content is not None
             return Mixture(content=start.content[:, :count], weights=None)
         boxes = None if start.proposals is None else start.reference[:, :count]
-        return self.query_source(memory.values, memory.spatial_shapes, memory.padding_mask, boxes)
+        features = None
+        if self.config.uses_query_features:
+            features = query_features(start, memory, num_heads=self.config.num_heads)[:, :count]
+            features = features.detach() if self.config.detach_query_features else features
+        return self.query_source(memory.values, memory.spatial_shapes, memory.padding_mask, boxes, features)
 
     def _marked(self, content: Tensor) -> Tensor:
         """With DN-DETR's indicator channel, 0 for "not a noisy copy", where the host has one: (B, n, d)."""
@@ -197,14 +201,15 @@ class Detector(nn.Module):
         `eval()` before they start where its mode is changed elsewhere too.
 
         Args:
-            images: paths, PIL images or (H, W, 3) uint8 RGB arrays. EXIF turns are applied.
+            images: paths, bytes of image files, files opened as binary, PIL images or (H, W, 3) uint8 RGB arrays. EXIF turns are
+                applied.
             threshold: the least score of a detection, in [0, 1].
             batch_size: images of one size that go through the model together; it never changes what is found.
 
         Raises:
             DataError: an image that cannot be read, by name.
             NonFiniteError: predictions that are NaN or infinite, with the images.
-            ConfigError: a threshold outside of [0, 1] or a batch size below 1.
+            ConfigError: a threshold outside of [0, 1], a batch size below 1, or a model in a precision that its device has not.
         """
         from paqdetr.models.inference import predict_images
 

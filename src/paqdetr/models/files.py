@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from paqdetr.checkpoint import load_tensors, read_checkpoint, write_checkpoint
 from paqdetr.config import Config, validate_config
-from paqdetr.errors import CheckpointError, ConfigError
+from paqdetr.errors import CheckpointError, ConfigError, memory_error
 from paqdetr.models.detector import Detector
 from paqdetr.models.device import require_device
 from paqdetr.models.reshape import (
@@ -24,8 +25,30 @@ from paqdetr.models.reshape import (
 from paqdetr.models.zoo import build_model
 from paqdetr.preprocessing import Preprocessing
 from paqdetr.structures import ClassTable
+from paqdetr.text import shorten
 
 _LOG = logging.getLogger(__name__)
+
+
+class _Class(BaseModel):
+    id: int = Field(ge=-(2**63), lt=2**63)
+    name: str
+
+
+class _Header(BaseModel):
+    """What the header of a model's checkpoint holds, among other things."""
+
+    name: str
+    model: dict[str, Any]
+    classes: list[_Class] = Field(min_length=1)
+    preprocessing: dict[str, Any]
+
+    @field_validator("classes")
+    @classmethod
+    def _distinct(cls, value: list[_Class]) -> list[_Class]:
+        if len({row.id for row in value}) < len(value):
+            raise ValueError("two classes have one id")
+        return value
 
 
 def save(model: Detector, path: str | Path, **extra: Any) -> None:
@@ -71,6 +94,13 @@ def load(
             model = _build_to_fill(config, table)
         except ConfigError as error:
             raise _not_ours(header, str(file), error) from None
+        except (RuntimeError, MemoryError) as error:
+            if memory_error(error) is None:
+                raise
+            raise CheckpointError(
+                f"{file}: the model that its header describes needs more memory than this machine has",
+                "load it on a larger one; if it is small, its header is damaged",
+            ) from None
         model.preprocessing = preprocessing
         load_tensors(model, tensors, str(file))
         if classes is not None or num_queries is not None:
@@ -145,25 +175,23 @@ def describe_checkpoint(header: Mapping[str, Any], where: str) -> tuple[Config, 
     Raises:
         CheckpointError: it lacks something or is malformed; `where` names the file.
     """
-    remedy = "give a file that paqdetr's `save` or a run has written"
     try:
-        preprocessing = Preprocessing.from_dict(header["preprocessing"])
+        found = _Header.model_validate(header, strict=True)
+        preprocessing = Preprocessing.from_dict(found.preprocessing)
         # In the order of the file: position is the class index.
-        classes = ClassTable(
-            tuple(int(row["id"]) for row in header["classes"]),
-            tuple(str(row["name"]) for row in header["classes"]),
-        )
-        values = {
-            "name": header["name"],
-            "model": header["model"],
-            "image_size": preprocessing.image_size,
-            "size_divisor": preprocessing.size_divisor,
-        }
+        classes = ClassTable(tuple(row.id for row in found.classes), tuple(row.name for row in found.classes))
+        values = {"name": found.name, "model": found.model, **preprocessing.settings()}
         return validate_config(values, where), classes, preprocessing
-    except KeyError as error:
-        raise CheckpointError(f"{where}: its header lacks {error}", remedy) from None
-    except (TypeError, ValueError, IndexError) as error:
-        raise CheckpointError(f"{where}: its header is malformed ({error})", remedy) from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        missing = first["type"] == "missing"
+        raise CheckpointError(
+            f"{where}: its header lacks {key!r}"
+            if missing
+            else f"{where}: its header is malformed: {key}: {first['msg']}",
+            "give a file that paqdetr's `save` or a run has written",
+        ) from None
     except ConfigError as error:
         raise _not_ours(header, where, error) from None
 
@@ -184,5 +212,5 @@ def find_checkpoint(path: str | Path) -> Path:
 def _not_ours(header: Mapping[str, Any], where: str, error: ConfigError) -> CheckpointError:
     return CheckpointError(
         f"{where}: its header describes no model that this version can build ({error.message})",
-        f"load it with the version that wrote it, {header.get('version')}",
+        f"load it with the version that wrote it, {shorten(header.get('version'))}",
     )

@@ -6,20 +6,21 @@ score but for the last bit, they may change places.
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import torch
-from PIL.Image import Image
 from torch import Tensor
 from torchvision.ops import box_convert
 
-from paqdetr.errors import NonFiniteError
-from paqdetr.images import read_image
+from paqdetr.config import ModelConfig
+from paqdetr.errors import ConfigError, NonFiniteError, memory_error
+from paqdetr.images import ImageSource, read_image
 from paqdetr.models.arguments import require_batch_size, require_threshold
 from paqdetr.preprocessing import pad_images
 from paqdetr.structures import ClassTable, Detections, Targets
@@ -27,7 +28,6 @@ from paqdetr.structures import ClassTable, Detections, Targets
 if TYPE_CHECKING:
     from paqdetr.models.detector import Detector, DetectorOutput
 
-ImageSource = str | Path | Image | np.ndarray
 Self = TypeVar("Self")
 
 
@@ -58,18 +58,23 @@ def predict_images(
     """See `Detector.predict`."""
     require_threshold(threshold)
     require_batch_size(batch_size)
-    # A tensor is no list of images either; `read_image` says so.
-    sources = [images] if isinstance(images, (str, Path, Image, np.ndarray, Tensor)) else list(images)
+    # What is no collection of images is one image, or nothing that `read_image` knows: a number, a tensor.
+    one = isinstance(images, (str, bytes, bytearray, memoryview, np.ndarray, Tensor, Mapping)) or hasattr(
+        images, "read"
+    )
+    sources: list[Any] = list(images) if isinstance(images, Iterable) and not one else [images]
     found: list[Detections | None] = [None] * len(sources)
     buckets: dict[tuple[int, int], list[tuple[int, Tensor, tuple[int, int]]]] = defaultdict(list)
 
     def run(bucket: list[tuple[int, Tensor, tuple[int, int]]]) -> None:
-        paths = [str(x) if isinstance(x := sources[entry[0]], (str, Path)) else None for entry in bucket]
+        paths = [
+            str(x) if isinstance(x := sources[entry[0]], (str, os.PathLike)) else None for entry in bucket
+        ]
         names = [path or f"image {entry[0]}" for path, entry in zip(paths, bucket, strict=True)]
         pixels, sizes = [entry[1] for entry in bucket], [entry[2] for entry in bucket]
         batch = detect_batch(model, pixels, sizes, threshold=threshold, names=names)
         for path, (index, *_), detections in zip(paths, bucket, batch, strict=True):
-            detections.image_id = None if path is None else Path(path).name
+            detections.image_id = detections.file_name = None if path is None else Path(path).name
             found[index] = detections
 
     for index, source in enumerate(sources):
@@ -94,6 +99,7 @@ def detect_batch(
     threshold: float = 0.0,
     look: Callable[[DetectorOutput], None] | None = None,
     names: Sequence[int | str] = (),
+    at_least: int = 0,
 ) -> Iterator[Detections]:
     """Preprocessed images of one size -> detections in pixels of the original images.
 
@@ -103,20 +109,29 @@ def detect_batch(
         threshold: the least score.
         look: shown the raw output, before the first detections are given.
         names: of the images, for errors: paths or ids; places in the batch if there are none.
+        at_least: detections that are kept in an image, if there are so many, where the model itself keeps fewer.
 
     Raises:
         NonFiniteError: a prediction is NaN or infinite, naming the images.
     """
     device = next(model.parameters()).device
-    batch, mask = pad_images(images)
-    with _evaluating(model), torch.inference_mode():
-        output = model(batch.to(device), None if mask is None else mask.to(device))
+    batch, mask = pad_images(images, model.preprocessing.pad_divisor)
+    with _evaluating(model), torch.inference_mode(), _in_precision_of(model) as dtype:
+        output = model(batch.to(device, dtype), None if mask is None else mask.to(device))
     logits, boxes = output.pred_logits.float().cpu(), output.pred_boxes.float().cpu()
     _require_finite(logits, boxes, names or [f"batch position {i}" for i in range(len(images))])
     if look is not None:
         look(output)
     for image_logits, image_boxes, size in zip(logits, boxes, sizes, strict=True):
-        yield postprocess(image_logits, image_boxes, size, model.classes, threshold=threshold)
+        yield postprocess(
+            image_logits,
+            image_boxes,
+            size,
+            model.classes,
+            model.config,
+            threshold=threshold,
+            at_least=at_least,
+        )
 
 
 def postprocess(
@@ -124,9 +139,10 @@ def postprocess(
     boxes: Tensor,
     size: tuple[int, int],
     classes: ClassTable,
+    config: ModelConfig,
     *,
     threshold: float,
-    limit: int = 300,
+    at_least: int = 0,
 ) -> Detections:
     """The best (query, class) pairs of one image; no non-maximum suppression.
 
@@ -135,16 +151,19 @@ def postprocess(
         boxes: (n, 4) cxcywh in [0, 1].
         size: (height, width) of the image in pixels.
         classes: from index to original id and name.
+        config: of the model: `max_detections` and `clamp_boxes`.
         threshold: the least score.
-        limit: the most detections.
+        at_least: as of `detect_batch`.
     """
     scores = logits.sigmoid().flatten()
-    best = scores.topk(min(limit, scores.numel()))
+    best = scores.topk(min(max(config.max_detections, at_least), scores.numel()))
     keep = best.values >= threshold
     chosen, values = best.indices[keep], best.values[keep]
     queries, labels = chosen // logits.shape[1], chosen % logits.shape[1]
     height, width = size
-    corners = box_convert(boxes[queries], "cxcywh", "xyxy").clamp(0, 1)
+    corners = box_convert(boxes[queries], "cxcywh", "xyxy")
+    if config.clamp_boxes:
+        corners = corners.clamp(0, 1)
     pixels = corners * torch.tensor([width, height, width, height])
     return Detections(
         boxes=pixels.numpy().astype(np.float32),
@@ -165,6 +184,32 @@ def _require_finite(logits: Tensor, boxes: Tensor, names: Sequence[int | str]) -
             "the weights are broken or overflow in half precision: take an earlier checkpoint, or predict in float32",
             images=bad,
         )
+
+
+@contextmanager
+def _in_precision_of(model: Detector) -> Iterator[torch.dtype]:
+    """The dtype that the model takes images in. Boxes are float32 inside a model of half precision: autocast brings the two
+    together.
+
+    Raises:
+        ConfigError: the device cannot compute in that precision.
+    """
+    parameter = next(model.parameters())
+    if parameter.dtype == torch.float32:
+        yield torch.float32
+        return
+    low = parameter.dtype in (torch.float16, torch.bfloat16)
+    try:
+        with torch.autocast(parameter.device.type, parameter.dtype) if low else nullcontext():
+            yield parameter.dtype
+    except RuntimeError as error:
+        if memory_error(error) is not None:
+            raise
+        reason = str(error).strip().split("\n")[0]
+        raise ConfigError(
+            f"a model in {parameter.dtype} does not run on this {parameter.device.type}: {reason}",
+            "take model.float(), or train in half precision with amp=bf16: checkpoints stay in float32",
+        ) from error
 
 
 @contextmanager

@@ -41,18 +41,25 @@ class Proposals:
         logits: (B, n, C), or (B, n, 1) if class-agnostic.
         boxes: (B, n, 4) cxcywh in [0, 1], with gradient for the encoder's loss.
         indices: (B, n) int64, which token each came from.
+        tokens: (B, n, d) what class and box were read off: the tokens at `indices`, projected and normed.
         all_tokens: all tokens, where the loss wants them (class-agnostic proposals in training); else None.
     """
 
     logits: Tensor
     boxes: Tensor
     indices: Tensor
+    tokens: Tensor
     all_tokens: AllTokens | None = None
 
     def first(self, count: int) -> Proposals:
         """The best `count` of them."""
+        rows = slice(None, count)
         return Proposals(
-            self.logits[:, :count], self.boxes[:, :count], self.indices[:, :count], self.all_tokens
+            self.logits[:, rows],
+            self.boxes[:, rows],
+            self.indices[:, rows],
+            self.tokens[:, rows],
+            self.all_tokens,
         )
 
 
@@ -99,13 +106,14 @@ class ProposalHead(nn.Module):
         else:
             indices = _distinct_tokens(scores, valid, count, boxes_of, self.distinct)
 
+        chosen = _pick(x, indices)  # (B, n, d)
         if self.class_agnostic and self.training:  # its loss is over all tokens
             boxes = regress(x, anchors)
             all_tokens = AllTokens(logits=logits, boxes=boxes, valid=valid)
-            return Proposals(_pick(logits, indices), _pick(boxes, indices), indices, all_tokens)
+            return Proposals(_pick(logits, indices), _pick(boxes, indices), indices, chosen, all_tokens)
         # Boxes are regressed for the selected tokens alone: the rest would be thrown away.
-        boxes = regress(_pick(x, indices), _pick(anchors, indices))
-        return Proposals(logits=_pick(logits, indices), boxes=boxes, indices=indices)
+        boxes = regress(chosen, _pick(anchors, indices))
+        return Proposals(logits=_pick(logits, indices), boxes=boxes, indices=indices, tokens=chosen)
 
 
 def _anchors(memory: Tokens) -> Tensor:

@@ -1,6 +1,6 @@
 """Content queries: the protocol of their sources, the hosts' own learned table, and groups of queries in one decoder pass.
 
-PaQ's `paqdetr.paq.PatternQueries` is the other source. A new idea is a module with these two methods.
+PaQ's `paqdetr.paq.PatternQueries` is another source. A new idea is a module with these two methods.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ class QuerySource(Protocol):
         spatial_shapes: Sequence[tuple[int, int]],
         padding_mask: Tensor | None = None,
         proposals: Tensor | None = None,
+        query_features: Tensor | None = None,
     ) -> Mixture:
-        """Encoder memory (B, S, d), its layout, its mask (B, S), the chosen boxes (B, n, 4) -> content (B, n, d)."""
+        """Encoder memory (B, S, d), its layout, its mask (B, S), the chosen boxes (B, n, 4), and what each query looks at
+        (B, n, d), where the settings ask for it -> content (B, n, d)."""
         ...
 
     def aux_losses(self) -> dict[str, Tensor]:
@@ -55,9 +57,40 @@ class StaticQueries(nn.Module):
         spatial_shapes: Sequence[tuple[int, int]],
         padding_mask: Tensor | None = None,
         proposals: Tensor | None = None,
+        query_features: Tensor | None = None,
     ) -> Mixture:
         """The table, once an image: content (B, n, d), no weights."""
         return Mixture(content=self.table.expand(tokens.shape[0], -1, -1), weights=None)
+
+    def aux_losses(self) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
+
+
+class FeatureQueries(nn.Module):
+    """What each query looks at, through a LayerNorm and a linear layer: what mixtures from query features are without patterns.
+
+    Args:
+        dim: width of the features.
+        content_dim: width d of the content.
+    """
+
+    def __init__(self, *, dim: int, content_dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.linear = nn.Linear(dim, content_dim)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        spatial_shapes: Sequence[tuple[int, int]],
+        padding_mask: Tensor | None = None,
+        proposals: Tensor | None = None,
+        query_features: Tensor | None = None,
+    ) -> Mixture:
+        """Content (B, n, d) of query features (B, n, dim), no weights."""
+        assert query_features is not None
+        return Mixture(content=self.linear(self.norm(query_features)), weights=None)
 
     def aux_losses(self) -> dict[str, Tensor]:
         """Nothing."""
@@ -73,10 +106,12 @@ class ResidualMixtures(nn.Module):
 
     Args:
         static: the table; its `table` becomes this module's.
-        mixtures: the source of (B, n, d) mixtures.
+        mixtures: the source of (B, n, d) mixtures, or of other content that depends on the image.
     """
 
-    def __init__(self, *, static: StaticQueries, mixtures: PatternQueries | StaticMixtures) -> None:
+    def __init__(
+        self, *, static: StaticQueries, mixtures: PatternQueries | StaticMixtures | FeatureQueries
+    ) -> None:
         super().__init__()
         self.table = static.table
         self.gate = nn.Parameter(torch.zeros(self.table.shape[1]))
@@ -88,15 +123,16 @@ class ResidualMixtures(nn.Module):
         spatial_shapes: Sequence[tuple[int, int]],
         padding_mask: Tensor | None = None,
         proposals: Tensor | None = None,
+        query_features: Tensor | None = None,
     ) -> Mixture:
-        """Content (B, n, d) is table + gate * mixture; the weights (B, n, m) are the mixture's."""
-        mixture = self.mixtures(tokens, spatial_shapes, padding_mask, proposals)
+        """Content (B, n, d) is table + gate * mixture; the weights (B, n, m) are the mixture's, if it has any."""
+        mixture = self.mixtures(tokens, spatial_shapes, padding_mask, proposals, query_features)
         return replace(mixture, content=self.table + self.gate * mixture.content)
 
     @property
-    def patterns(self) -> Tensor:
-        """(m, d), those of the mixtures."""
-        return self.mixtures.patterns
+    def patterns(self) -> Tensor | None:
+        """(m, d), those of the mixtures; None if they have none."""
+        return None if isinstance(self.mixtures, FeatureQueries) else self.mixtures.patterns
 
     def aux_losses(self) -> dict[str, Tensor]:
         """What the mixtures owe."""

@@ -35,7 +35,8 @@ _COUNTER = "num_batches_tracked"
 # values that the checkpoint replaces, and what acts in training alone.
 _FREE_KEYS = frozenset(
     "num_classes num_queries dropout frozen_stride freeze_backbone_norm look_forward_twice content_std pattern_std gain bias_std "
-    "denoising_queries denoising_groups label_noise box_noise distinct_proposals masked_neck_norm".split()
+    "detach_query_features denoising_queries denoising_groups label_noise box_noise distinct_proposals masked_neck_norm "
+    "max_detections clamp_boxes".split()
 )
 
 
@@ -113,12 +114,7 @@ def reshape(
         raise ConfigError(f"num_queries={count}: expected at least 1", "choose a positive number")
     architecture = model.config.model_copy(update={"num_classes": len(table), "num_queries": count})
     preprocessing = model.preprocessing
-    config = Config(
-        name=model.name,
-        model=architecture,
-        image_size=preprocessing.image_size,
-        size_divisor=preprocessing.size_divisor,
-    )
+    config = Config(name=model.name, model=architecture, **preprocessing.settings())
     like = next(model.parameters())
     rebuilt = build_model(config, classes=table).to(like.device, like.dtype)
     rebuilt.preprocessing = preprocessing

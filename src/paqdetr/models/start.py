@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from paqdetr.models.position import sine_proposals
 from paqdetr.models.proposals import ProposalHead, Proposals
 from paqdetr.models.tokens import Tokens
+from paqdetr.ops import ms_deform_attn
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,3 +101,28 @@ class ProposalStart(nn.Module):
 
 
 QueryStart = LearnedPoints | LearnedAnchors | ProposalStart
+
+
+def query_features(start: Start, memory: Tokens, *, num_heads: int) -> Tensor:
+    """What each query looks at: the token of its proposal; in one-stage hosts the memory at its reference point.
+
+    Args:
+        start: of the queries.
+        memory: the encoder's tokens. At a point each level is read bilinearly, zero at padding and beyond the map, and the levels
+            are averaged.
+        num_heads: parts of a token that are read one by one, as the attention kernels like it; the result is the same.
+
+    Returns:
+        (B, n, d). Its gradient reaches the tokens, not the points: positions stay the host's own.
+    """
+    if start.proposals is not None:
+        return start.proposals.tokens
+    value = memory.values
+    if memory.padding_mask is not None:
+        value = value.masked_fill(memory.padding_mask[..., None], 0.0)
+    points = start.reference[..., :2].detach()  # (B, n, 2)
+    places = points[:, :, None] * memory.valid_ratios[:, None]  # (B, n, L, 2)
+    batch, queries, levels, _ = places.shape
+    places = places[:, :, None, :, None].expand(-1, -1, num_heads, -1, -1, -1)  # (B, n, H, L, 1, 2)
+    weights = places.new_full((batch, queries, num_heads, levels, 1), 1 / levels)
+    return ms_deform_attn(value.unflatten(-1, (num_heads, -1)), memory.spatial_shapes, places, weights)

@@ -15,13 +15,13 @@ from paqdetr.models.encoder import DeformableEncoder
 from paqdetr.models.initialize import init_weights
 from paqdetr.models.neck import Neck
 from paqdetr.models.proposals import ProposalHead
-from paqdetr.models.queries import QuerySource, ResidualMixtures, StaticQueries
+from paqdetr.models.queries import FeatureQueries, QuerySource, ResidualMixtures, StaticQueries
 from paqdetr.models.start import LearnedAnchors, LearnedPoints, ProposalStart, QueryStart
 from paqdetr.paq import PatternQueries, StaticMixtures
 from paqdetr.preprocessing import Preprocessing
 from paqdetr.structures import ClassTable
 
-_Mixtures = TypeVar("_Mixtures", PatternQueries, StaticMixtures)
+_Mixtures = TypeVar("_Mixtures", PatternQueries, StaticMixtures, FeatureQueries)
 
 
 def _static_queries(config: ModelConfig) -> StaticQueries:
@@ -42,6 +42,10 @@ def _static_mixtures(config: ModelConfig) -> StaticMixtures | ResidualMixtures:
         pattern_std=config.pattern_std,
     )
     return _as_mixture(config, mixtures)
+
+
+def _feature_queries(config: ModelConfig) -> FeatureQueries | ResidualMixtures:
+    return _as_mixture(config, FeatureQueries(dim=config.dim, content_dim=config.content_dim))
 
 
 def _as_mixture(config: ModelConfig, mixtures: _Mixtures) -> _Mixtures | ResidualMixtures:
@@ -67,6 +71,7 @@ def _patterns(config: ModelConfig) -> PatternQueries:
         head_rank=config.head_rank,
         conv=config.extractor_conv,
         normalize_summary=config.normalize_summary,
+        mixture_input=config.mixture_input,
     )
 
 
@@ -75,6 +80,7 @@ QUERY_SOURCES: dict[str, Callable[[ModelConfig], QuerySource | None]] = {
     "static": _static_queries,
     "patterns": _pattern_queries,
     "static_mixture": _static_mixtures,
+    "features": _feature_queries,
     "proposals": lambda config: None,
 }
 
@@ -126,6 +132,17 @@ DENOISING: dict[str, Callable[[ModelConfig], Denoising | None]] = {
     "plain": _plain_denoising,
     "contrastive": _contrastive_denoising,
 }
+
+
+def preprocessing_of(config: Config) -> Preprocessing:
+    """What the settings do to an image."""
+    return Preprocessing(
+        config.image_size,
+        config.size_divisor,
+        normalization_of(config.model.backbone),
+        resize=config.resize,
+        pad_divisor=config.pad_divisor,
+    )
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -214,7 +231,7 @@ def build_model(
         config=model,
         name=config.name,
         classes=classes,
-        preprocessing=Preprocessing(config.image_size, config.size_divisor, normalization_of(model.backbone)),
+        preprocessing=preprocessing_of(config),
         backbone=backbone,
         neck=Neck(
             in_channels=backbone.channels,

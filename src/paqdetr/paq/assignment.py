@@ -16,7 +16,13 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from paqdetr.paq.costs import CostWeights, Matchables, matchables
-from paqdetr.paq.selection import ceil_of_best, limit_claims, select_by_hungarian, select_by_score
+from paqdetr.paq.selection import (
+    ceil_of_best,
+    limit_claims,
+    select_by_hungarian,
+    select_by_score,
+    without_weak_extras,
+)
 from paqdetr.structures import Targets
 
 
@@ -91,6 +97,8 @@ class QualityAwareAssigner:
             query that two boxes claim going to the larger s.
         confidence: "gt_class", the probability of the box's class; "max", of the likeliest.
         cost_weights: of the matching cost.
+        min_iou: positives of a box beyond its cheapest one need at least this IoU; otherwise the box gets fewer than k_j, or than
+            `min_positives`. 0 asks for nothing. Ours.
     """
 
     def __init__(
@@ -102,6 +110,7 @@ class QualityAwareAssigner:
         confidence: Literal["gt_class", "max"] = "gt_class",
         *,
         cost_weights: CostWeights | None = None,
+        min_iou: float = 0.0,
     ) -> None:
         if not 1 <= min_positives <= top_k:
             raise ValueError(f"expected 1 <= min_positives <= top_k, found {min_positives} and {top_k}")
@@ -111,7 +120,10 @@ class QualityAwareAssigner:
             raise ValueError(f"confidence: expected 'gt_class' or 'max', found {confidence!r}")
         if not math.isfinite(gamma):
             raise ValueError(f"gamma: expected a finite number, found {gamma}")
+        if not 0 <= min_iou <= 1:
+            raise ValueError(f"min_iou: expected a number in [0, 1], found {min_iou}")
         self.gamma = gamma
+        self.min_iou = min_iou
         self.top_k = top_k
         self.min_positives = min_positives
         self.select = select
@@ -149,8 +161,14 @@ class QualityAwareAssigner:
         scores = self._scores(image)
         claims = self._claims(scores)
         if self.select == "hungarian":
-            return to_pairs(*select_by_hungarian(image.cost, claims))
-        return to_pairs(*select_by_score(scores, claims, image.cost))
+            rows, columns = select_by_hungarian(image.cost, claims)
+        else:
+            rows, columns = select_by_score(scores, claims, image.cost)
+        if self.min_iou > 0:
+            rows, columns = without_weak_extras(
+                rows, columns, cost=image.cost, iou=image.iou, min_iou=self.min_iou
+            )
+        return to_pairs(rows, columns)
 
     def qualities(self, image: Matchables) -> Qualities:
         """What the rule goes by in one image of one layer, for those who want to show it."""

@@ -1,7 +1,7 @@
 """Pattern queries: every content query is a convex mixture of a few shared patterns, mixed anew for each image.
 
 Source: PaQ-DETR (arXiv 2603.06917): Q^C = W Q^P with W = softmax(F_w(Z)). One matched query's gradient reaches every
-pattern it mixes, and through them every other query.
+pattern it mixes, and through them every other query. Weights from each query's own features are ours.
 """
 
 from __future__ import annotations
@@ -47,12 +47,16 @@ class PatternQueries(nn.Module):
         temperature: logits are divided by it.
         gain: factor on the initial weight of the last layer: larger, and W depends more on the image from the start.
         bias_std: initial std of the logits' bias; None keeps torch's own initialisation. Without a spread all queries start as
-            copies of the mean pattern and a training can collapse.
+            copies of the mean pattern and a training can collapse. With `mixture_input="query"`, where all queries share one
+            bias, it is the initial std of the logits themselves, by the weights of the last layer.
         pattern_std: initial std of the patterns.
         head_rank: r of the factorised head.
         conv: dilated convolutions of the fused extractor, "depthwise" or "full".
         normalize_summary: take the extractor's vector less its mean over past training images, over its spread between them. What
             images share otherwise outweighs what tells them apart, and mixtures hardly depend on the image. Ours.
+        mixture_input: what the weights are computed from. "image" (the paper's): one vector for the image, and for each query
+            its own rows of the head. "query": each query's own features, by one network for all queries; they can be any number,
+            and permuting them permutes the queries. "both": the sum of the two logits. Ours, except for "image".
     """
 
     def __init__(
@@ -72,10 +76,13 @@ class PatternQueries(nn.Module):
         head_rank: int = 32,
         conv: Literal["depthwise", "full"] = "depthwise",
         normalize_summary: bool = False,
+        mixture_input: Literal["image", "query", "both"] = "image",
     ) -> None:
         super().__init__()
         if num_patterns < 2:
             raise ValueError(f"num_patterns: expected at least 2, found {num_patterns}")
+        if mixture_input not in ("image", "query", "both"):
+            raise ValueError(f"mixture_input: expected 'image', 'query' or 'both', found {mixture_input!r}")
         if extractor not in ("fused", "pooled"):
             raise ValueError(f"extractor: expected 'fused' or 'pooled', found {extractor!r}")
         if head not in ("dense", "factorised"):
@@ -89,19 +96,30 @@ class PatternQueries(nn.Module):
         ):
             if count < 1:
                 raise ValueError(f"{name}: expected at least 1, found {count}")
+        self.num_queries = num_queries
         self.temperature = temperature
         self.patterns = nn.Parameter(torch.randn(num_patterns, pattern_dim or dim) * pattern_std)
-        self.extractor = (
-            FusedExtractor(dim=dim, num_levels=num_levels, conv=conv)
-            if extractor == "fused"
-            else PooledExtractor(dim=dim)
-        )
-        self.summary_norm = _RunningNorm(dim) if normalize_summary else nn.Identity()
-        self.hidden = nn.Sequential(nn.Linear(dim, dim), nn.LayerNorm(dim), nn.ReLU())
-        make_head = _DenseHead if head == "dense" else partial(_FactorisedHead, rank=head_rank)
-        self.head = make_head(
-            dim=dim, num_queries=num_queries, num_patterns=num_patterns, gain=gain, bias_std=bias_std
-        )
+        self.head: _DenseHead | _FactorisedHead | None = None
+        self.query_head: nn.Sequential | None = None
+        if mixture_input != "query":
+            self.extractor = (
+                FusedExtractor(dim=dim, num_levels=num_levels, conv=conv)
+                if extractor == "fused"
+                else PooledExtractor(dim=dim)
+            )
+            self.summary_norm = _RunningNorm(dim) if normalize_summary else nn.Identity()
+            self.hidden = _hidden_layer(dim)
+            make_head = _DenseHead if head == "dense" else partial(_FactorisedHead, rank=head_rank)
+            self.head = make_head(
+                dim=dim, num_queries=num_queries, num_patterns=num_patterns, gain=gain, bias_std=bias_std
+            )
+        if mixture_input != "image":
+            last = nn.Linear(dim, num_patterns)
+            with torch.no_grad():
+                if self.head is None and bias_std is not None:
+                    last.weight.normal_(std=bias_std * math.sqrt(2 / dim))  # half of the hidden units are 0
+                last.weight.mul_(gain)
+            self.query_head = nn.Sequential(*_hidden_layer(dim), last)
 
     def forward(
         self,
@@ -109,6 +127,7 @@ class PatternQueries(nn.Module):
         spatial_shapes: Tensor | Sequence[tuple[int, int]],
         padding_mask: Tensor | None = None,
         proposals: Tensor | None = None,
+        query_features: Tensor | None = None,
     ) -> Mixture:
         """Mix the patterns for a batch of images.
 
@@ -117,26 +136,46 @@ class PatternQueries(nn.Module):
             spatial_shapes: (L, 2) int64 or L pairs (height, width), S = sum of height * width.
             padding_mask: (B, S) bool, True at padding, the rest of each level a rectangle; None if there is none.
             proposals: ignored; every source of content queries is offered them.
+            query_features: (B, n, d) what each query looks at: the token of its proposal, or memory read at its reference point.
+                Ignored with `mixture_input="image"`; with "query" alone n is free.
 
         Returns:
             Mixture with content (B, n, pattern_dim) and weights (B, n, m).
-        """
-        rows = spatial_shapes.tolist() if isinstance(spatial_shapes, Tensor) else spatial_shapes
-        shapes = [(int(height), int(width)) for height, width in rows]
-        summary = self.hidden(self.summary_norm(self.extractor(tokens, shapes, padding_mask)))  # (B, d)
-        # float32 at least: in half precision the weights of 64 patterns would not sum to 1.
-        logits = self.head(summary).to(torch.promote_types(tokens.dtype, torch.float32))
-        return _mix(logits / self.temperature, self.patterns)
 
-    @property
-    def num_queries(self) -> int:
-        """n."""
-        return self.head.num_queries
+        Raises:
+            ValueError: query features that are missing or of another shape.
+        """
+        # float32 at least: in half precision the weights of 64 patterns would not sum to 1.
+        dtype = torch.promote_types(tokens.dtype, torch.float32)
+        logits = []
+        if self.head is not None:
+            rows = spatial_shapes.tolist() if isinstance(spatial_shapes, Tensor) else spatial_shapes
+            shapes = [(int(height), int(width)) for height, width in rows]
+            summary = self.hidden(self.summary_norm(self.extractor(tokens, shapes, padding_mask)))  # (B, d)
+            logits.append(self.head(summary).to(dtype))  # (B, n, m)
+        if self.query_head is not None:
+            features = self._checked_features(query_features, tokens)
+            logits.append(self.query_head(features).to(dtype))
+        return _mix(sum(logits[1:], logits[0]) / self.temperature, self.patterns)
+
+    def _checked_features(self, features: Tensor | None, tokens: Tensor) -> Tensor:
+        """(B, n, d) of as many queries as the head has rows for."""
+        if features is None:
+            raise ValueError(
+                "mixture_input asks for query_features (B, n, d), and there are none: give them in the call"
+            )
+        count = "n" if self.head is None else self.num_queries
+        wanted = (tokens.shape[0], count, tokens.shape[2])
+        found = tuple(features.shape)
+        if features.ndim != 3 or found[::2] != wanted[::2] or count not in ("n", found[1]):
+            raise ValueError(f"query_features: expected ({wanted[0]}, {count}, {wanted[2]}), found {found}")
+        return features
 
     def resize(self, num_queries: int, *, rows: Tensor | None = None) -> Tensor:
         """Change the number of queries of a trained module, in place: rows of its weight head are sampled anew.
 
-        A query is only a row of mixing weights, so any row serves in any number; patterns and extractor stay as they are.
+        A query is only a row of mixing weights, so any row serves in any number; patterns and extractor stay as they are. With
+        `mixture_input="query"` there are no such rows, and nothing changes but `num_queries`.
         Parameters whose shape changes are new objects afterwards: make the optimiser after this, not before.
 
         Args:
@@ -151,7 +190,9 @@ class PatternQueries(nn.Module):
             ValueError: `num_queries` below 1, or rows of another shape, dtype or range.
         """
         rows = _checked_rows(rows, num_queries, self.num_queries)
-        self.head.take_rows(rows)
+        if self.head is not None:
+            self.head.take_rows(rows)
+        self.num_queries = num_queries
         return rows
 
     def aux_losses(self) -> dict[str, Tensor]:
@@ -202,6 +243,7 @@ class StaticMixtures(nn.Module):
         spatial_shapes: Tensor | Sequence[tuple[int, int]],
         padding_mask: Tensor | None = None,
         proposals: Tensor | None = None,
+        query_features: Tensor | None = None,
     ) -> Mixture:
         """As `PatternQueries.forward`; of the tokens (B, S, d) only the number of images counts."""
         logits = self.logits.to(torch.promote_types(self.logits.dtype, torch.float32))
@@ -230,6 +272,10 @@ def _mix(logits: Tensor, patterns: Tensor) -> Mixture:
     """(..., n, m) logits, at least float32, and (m, d) patterns -> content (..., n, d) and weights (..., n, m)."""
     weights = logits.softmax(-1)
     return Mixture(content=weights.to(patterns.dtype) @ patterns, weights=weights)
+
+
+def _hidden_layer(dim: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(dim, dim), nn.LayerNorm(dim), nn.ReLU())
 
 
 class _RunningNorm(nn.Module):
@@ -282,10 +328,6 @@ class _DenseHead(nn.Module):
             if bias_std is not None:
                 self.linear.bias.normal_(std=bias_std)
 
-    @property
-    def num_queries(self) -> int:
-        return self.linear.out_features // self.num_patterns
-
     def forward(self, summary: Tensor) -> Tensor:
         return self.linear(summary).unflatten(1, (-1, self.num_patterns))
 
@@ -315,10 +357,6 @@ class _FactorisedHead(nn.Module):
     def forward(self, summary: Tensor) -> Tensor:
         factors = self.factors(summary).unflatten(1, (self.queries.shape[1], -1))  # (B, r, m)
         return self.queries @ factors + self.bias
-
-    @property
-    def num_queries(self) -> int:
-        return self.queries.shape[0]
 
     def take_rows(self, rows: Tensor) -> None:
         self.queries = nn.Parameter(_rows_of(self.queries, rows), self.queries.requires_grad)

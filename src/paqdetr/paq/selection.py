@@ -79,6 +79,24 @@ def select_by_score(
     return rows, owner[rows]
 
 
+def without_weak_extras(
+    rows: np.ndarray, columns: np.ndarray, *, cost: np.ndarray, iou: np.ndarray, min_iou: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs of an IoU below `min_iou` go, except for the cheapest pair of each box.
+
+    Args:
+        rows, columns: query and box of each pair.
+
+    Returns:
+        query and box of the pairs that stay.
+    """
+    order = np.lexsort((cost[rows, columns], columns))  # box by box, the cheapest first
+    rows, columns = rows[order], columns[order]
+    stays = iou[rows, columns] >= min_iou
+    stays[np.searchsorted(columns, np.unique(columns))] = True
+    return rows[stays], columns[stays]
+
+
 def _claimed(scores: np.ndarray, claims: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Query and box of each box's claims[j] best queries; of equal scores the first ones."""
     num_queries, num_boxes = scores.shape

@@ -19,7 +19,6 @@ from paqdetr.analysis.patterns import ContentCollector
 from paqdetr.checkpoint import write_whole
 from paqdetr.config import load_config
 from paqdetr.data.dataset import DetectionDataset, open_split
-from paqdetr.engine.device import require_device
 from paqdetr.engine.evaluate import detect_split, require_same_classes
 from paqdetr.engine.run import Run, flat_settings
 from paqdetr.errors import UserError
@@ -32,6 +31,7 @@ from paqdetr.metrics.query_report import QueryUsageReport, Spread
 from paqdetr.metrics.query_usage import QueryUsage
 from paqdetr.models import Detector, load
 from paqdetr.models.cost import model_cost
+from paqdetr.models.device import require_device
 from paqdetr.structures import Detections
 from paqdetr.study.results import RunResult
 from paqdetr.study.runs import Places, PlannedRun, RunKey
@@ -167,14 +167,14 @@ def measure_model(
     require_same_classes(model.classes, split)
     found: list[Detections] = []
     usage = QueryUsage(num_queries=model.config.num_queries)
-    content, layers = ContentCollector(num_classes=len(model.classes)), LayerCollector(model.classes)
+    content = ContentCollector(num_classes=len(model.classes))
+    layers = LayerCollector(model.classes, model.config)
     for index, detections in detect_split(model, split, batch_size=4, observers=[usage, content, layers]):
         detections.image_id = split.image_ids[index]
         found.append(detections)
     figures, values = measure_detections(split, found, replicates=replicates, seed=seed)
     views = query_views(usage.report())
-    if content.image_share is not None:
-        views["image_share"] = json_number(content.image_share, 6)
+    views |= {name: json_number(share, 6) for name, share in content.shares.items()}
     return figures | {
         "queries": views,
         "layers": [stage.to_json() for stage in layers.figures(split)],

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from paqdetr.config import Config, describe_idle, load_config
 from paqdetr.data.dataset import open_split
 from paqdetr.engine.run import FREE_SETTINGS, Run, flat_settings
 from paqdetr.errors import ConfigError
 from paqdetr.study.datasets import folder_of, source_of, training_images
 from paqdetr.study.spec import Study
+from paqdetr.yaml_files import dump_value
 
 _SAVE_EVERY_MINUTES = 2
 
@@ -108,7 +107,7 @@ class PlannedRun:
         """What follows `python -m` to train it, or to take it up again."""
         launcher = ["paqdetr.study.launch", f"--nproc_per_node={self.processes}", "-m"]
         words = [*(launcher if self.processes > 1 else []), "paqdetr", "train", self.base]
-        words += [f"{key}={_as_yaml(value)}" for key, value in self.settings.items()]
+        words += [f"{key}={dump_value(value)}" for key, value in self.settings.items()]
         words += [f"save_every_minutes={_SAVE_EVERY_MINUTES}"]
         words += ["--data", str(self.folder), "--output", str(run.output), "--resume"]
         return words + (["--device", device] if device else [])
@@ -285,9 +284,3 @@ def require_same_settings(
             remedy
             or "give changed settings a new name among the variants or data sets, or choose another --output",
         )
-
-
-def _as_yaml(value: Any) -> str:
-    """One word for the command line."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=10_000).strip()
-    return text.removesuffix("...").strip()

@@ -94,7 +94,8 @@ def _of_data(runs: Runs, name: str) -> Iterator[Section]:
             f"{name}: Gini coefficients of the use of content queries, means over seeds: of images with a score over 0.3 or 0.5, "
             "or at the threshold of equal activations an image; of matches in the last layer, and what rank order alone explains "
             "of it; of the mass of patterns. Entropy of the mixtures, dead patterns, cosine between queries; the image's share: "
-            "of the variance of content, what the query's index does not explain. Lower is not better by itself."
+            "of the variance of content, what the query's index does not explain, and the part of that by which queries of one "
+            "image differ. Lower is not better by itself."
         )
         parts.append(_table(identifier("queries", name), caption, QUERY_COLUMNS, queries))
     layers = layer_rows(runs, name)
@@ -269,6 +270,7 @@ QUERY_COLUMNS = _columns(
     ("dead_patterns", "dead"),
     ("cosine", "cosine"),
     ("image_share", "image's share"),
+    ("query_share", "of single queries"),
 )
 LAYER_COLUMNS = _columns(
     ("variant", "variant", "text"),

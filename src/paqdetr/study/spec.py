@@ -16,15 +16,16 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationError,
     model_validator,
 )
 
 from paqdetr.config import known_keys, retired_keys
-from paqdetr.config.files import _read_yaml
+from paqdetr.config.section import Section, lists_are_tuples
 from paqdetr.errors import ConfigError
+from paqdetr.values import MAX_RESAMPLES, MAX_SEED
+from paqdetr.yaml_files import load_yaml
 
 # What a study decides for all of its runs alike: key -> what to write instead.
 _DECIDED = {
@@ -39,6 +40,7 @@ _DECIDED = {
     "save_every_minutes": "leave it out: the queue has states saved every two minutes",
 }
 _ALL_SEE_AS_MUCH = ("batch_size", "accumulate")
+_MAX_RUNS = 10_000
 
 CLAIMED = (
     *("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"),
@@ -86,26 +88,27 @@ def _distinct(seeds: tuple[int, ...]) -> tuple[int, ...]:
 
 
 Settings = Annotated[dict[str, Any], BeforeValidator(_flat), AfterValidator(_known)]
-Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), AfterValidator(_distinct)]
+Seeds = Annotated[
+    tuple[Annotated[int, Field(ge=0, le=MAX_SEED)], ...],
+    Field(min_length=1, max_length=1000),
+    AfterValidator(_distinct),
+    BeforeValidator(lists_are_tuples),
+]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Digits(_Part):
+class Digits(Section):
     """Arguments of `paqdetr data make digits`."""
 
-    seed: int = Field(default=0, ge=0)
-    size: int = Field(default=320, ge=32)
-    train: int = Field(default=1600, ge=1)
-    val: int = Field(default=300, ge=1)
-    test: int = Field(default=1000, ge=1)
-    min_objects: int = Field(default=3, ge=0)
-    max_objects: int = Field(default=12, ge=1)
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
+    size: int = Field(default=320, ge=32, le=4096)
+    train: int = Field(default=1600, ge=1, le=10**7)
+    val: int = Field(default=300, ge=1, le=10**7)
+    test: int = Field(default=1000, ge=1, le=10**7)
+    min_objects: int = Field(default=3, ge=0, le=1000)
+    max_objects: int = Field(default=12, ge=1, le=1000)
 
 
-class DataSet(_Part):
+class DataSet(Section):
     """Images to train and evaluate on, and what all variants have in common there. The same images may stand under several names,
     with other settings or another budget.
 
@@ -123,15 +126,15 @@ class DataSet(_Part):
     about: str = ""
     folder: str | None = None
     make: Digits | None = None
-    folds: int | None = Field(default=None, ge=2)
+    folds: int | None = Field(default=None, ge=2, le=1000)
     split: Literal["train", "val", "test"] | None = None
-    settings: Settings = {}
-    steps: int | None = Field(default=None, ge=1)
-    epochs: int | None = Field(default=None, ge=1)
-    evaluations: int | None = Field(default=None, ge=1)
+    settings: Settings = Field(default_factory=dict)
+    steps: int | None = Field(default=None, ge=1, le=10**9)
+    epochs: int | None = Field(default=None, ge=1, le=1_000_000)
+    evaluations: int | None = Field(default=None, ge=1, le=10**6)
     seeds: Seeds | None = None
     variants: tuple[str, ...] | None = None
-    more_seeds: dict[str, Seeds] = {}
+    more_seeds: dict[str, Seeds] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _one_source(self) -> DataSet:
@@ -142,7 +145,7 @@ class DataSet(_Part):
         return self
 
 
-class Variant(_Part):
+class Variant(Section):
     """One row of a comparison.
 
     Attributes:
@@ -152,7 +155,7 @@ class Variant(_Part):
 
     about: str = ""
     base: str | None = None
-    settings: Settings = {}
+    settings: Settings = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _same_images(self) -> Variant:
@@ -165,7 +168,7 @@ class Variant(_Part):
         return self
 
 
-class Published(_Part):
+class Published(Section):
     """What a paper says of a claim.
 
     Attributes:
@@ -177,7 +180,7 @@ class Published(_Part):
     where: str
 
 
-class Claim(_Part):
+class Claim(Section):
     """A sentence that the runs decide: the figure of `variant` is higher (lower) than that of `against`, by more than
     `threshold`.
 
@@ -212,7 +215,7 @@ class Claim(_Part):
         return self
 
 
-class Measurement(_Part):
+class Measurement(Section):
     """What is measured of a finished training; it can change without training again.
 
     Attributes:
@@ -224,11 +227,11 @@ class Measurement(_Part):
 
     split: Literal["train", "val", "test"] = "test"
     checkpoints: Annotated[tuple[Literal["last", "best"], ...], Field(min_length=1, max_length=2)] = ("last",)
-    replicates: int = Field(default=400, ge=50, le=10_000)
-    seed: int = Field(default=0, ge=0)
+    replicates: int = Field(default=400, ge=50, le=MAX_RESAMPLES)
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
 
 
-class Study(_Part):
+class Study(Section):
     """All of it.
 
     Attributes:
@@ -248,18 +251,18 @@ class Study(_Part):
     name: str
     about: str = ""
     base: str
-    settings: Settings = {}
-    steps: int | None = Field(default=None, ge=1)
-    epochs: int | None = Field(default=None, ge=1)
-    evaluations: int = Field(default=10, ge=1)
+    settings: Settings = Field(default_factory=dict)
+    steps: int | None = Field(default=None, ge=1, le=10**9)
+    epochs: int | None = Field(default=None, ge=1, le=1_000_000)
+    evaluations: int = Field(default=10, ge=1, le=10**6)
     seeds: Seeds = (0, 1, 2)
-    threads: int = Field(default=2, ge=1)
-    processes: int = Field(default=1, ge=1, description="that train together, one a device")
+    threads: int = Field(default=2, ge=1, le=1024)
+    processes: int = Field(default=1, ge=1, le=1024, description="that train together, one a device")
     baseline: str = "baseline"
     level: float = Field(default=0.05, gt=0, lt=0.5)
     data: Annotated[dict[str, DataSet], Field(min_length=1), AfterValidator(_named)]
     variants: Annotated[dict[str, Variant], Field(min_length=1), AfterValidator(_named)]
-    claims: dict[str, Claim] = {}
+    claims: dict[str, Claim] = Field(default_factory=dict)
     evaluate: Measurement = Measurement()
 
     @model_validator(mode="after")
@@ -268,6 +271,11 @@ class Study(_Part):
         _one_of("baseline", self.baseline, self.variants, "a variant")
         if self.steps and self.epochs:
             raise ValueError("the study has both steps and epochs; a budget is one of them")
+        runs = sum(
+            len(self.seeds_of(name, variant)) for name in self.data for variant in self.variants_of(name)
+        )
+        if runs > _MAX_RUNS:
+            raise ValueError(f"{runs:,} runs, more than the {_MAX_RUNS:,} that a study may have")
         for name, data in self.data.items():
             if not (data.steps or data.epochs or self.steps or self.epochs):
                 raise ValueError(f"data.{name}: has no budget: give steps or epochs, here or for the study")
@@ -342,7 +350,7 @@ def load_study(path: str | Path) -> Study:
             f"{path}: no such study",
             "give a YAML file; examples are in studies/ of a checkout, and not in the installed package",
         )
-    values = _read_yaml(path.read_text(encoding="utf-8"), str(path))
+    values = load_yaml(path)
     values.setdefault("name", path.stem)
     try:
         return Study.model_validate(values)

@@ -21,7 +21,7 @@ from paqdetr.analysis.layer_section import layer_section
 from paqdetr.analysis.layers import LayerCollector
 from paqdetr.analysis.pattern_section import Studied, pattern_section
 from paqdetr.analysis.patterns import ContentCollector
-from paqdetr.analysis.report.folder import require_free, write_folder
+from paqdetr.analysis.report.folder import require_report_place, write_folder
 from paqdetr.analysis.report.page import Chapter, Heading, render
 from paqdetr.analysis.section import Section
 from paqdetr.analysis.semantics import semantics
@@ -30,7 +30,7 @@ from paqdetr.analysis.summary import class_section, summary_section
 from paqdetr.analysis.training import run_folder, training_section
 from paqdetr.analysis.usage import Usage, usage_section
 from paqdetr.data.dataset import DetectionDataset, open_split
-from paqdetr.data.layout import available_splits
+from paqdetr.data.layout import available_splits, split_to_evaluate
 from paqdetr.engine.evaluate import evaluate_split, require_same_classes
 from paqdetr.engine.pictures import read_metrics
 from paqdetr.errors import ConfigError, DataError
@@ -70,7 +70,7 @@ def analyze(
     *,
     data: str | Path,
     output: str | Path,
-    split: str = "val",
+    split: str | None = None,
     against: Detector | str | Path | None = None,
     images: int = 6,
     samples: int = SAMPLES,
@@ -85,7 +85,7 @@ def analyze(
         model: a checkpoint, a run's folder, or a detector. A run's folder also gives the curves of the training.
         data: the data set's folder.
         output: a folder that is new, empty, or holds an earlier report, which is replaced. It is written whole or not at all.
-        split: "train", "val" or "test".
+        split: "train", "val" or "test"; if not given val, or what the data have instead, which is logged.
         against: another model, shown side by side, with paired intervals of the differences.
         images: how many of the best, of the worst and (with `against`) of the most different images are shown. The inside is
             shown for a third of it, at least one.
@@ -100,11 +100,18 @@ def analyze(
     if images < 1 or samples < 1:
         raise ConfigError(f"images={images}, samples={samples}: expected at least 1 of each", "give more")
     output = Path(output)
-    require_free(output)
+    require_report_place(output)
     chosen = [model] if against is None else [model, against]
+    split = split_to_evaluate(data, split)
     opened = open_split(data, split)
     if not len(opened):
         raise DataError(f"{opened.annotation_file}: the split has no images", "choose another --split")
+    if not _has_boxes(opened):
+        raise DataError(
+            f"{opened.annotation_file}: none of its {len(opened)} images has an object to be found ({opened.skipped} crowds "
+            "and boxes without area in their image)",
+            "choose another --split; `paqdetr data check` says what is wrong with the boxes",
+        )
     truth = opened.ground_truth()
     detectors = [one if isinstance(one, Detector) else load(one, device=device) for one in chosen]
     for one in detectors:
@@ -151,7 +158,7 @@ def _watched(
     """The one pass over the split that everything is made of."""
     usage = QueryUsage(num_queries=detector.config.num_queries)
     content = ContentCollector(num_classes=len(detector.classes))
-    layers = LayerCollector(detector.classes)
+    layers = LayerCollector(detector.classes, detector.config)
     found = evaluate_split(
         detector,
         split,
@@ -260,11 +267,15 @@ def _patterns(watched: Sequence[_Watched], samples: int, seed: int, tell: Progre
 
 
 def _training_split(data: Path) -> DetectionDataset | None:
-    """The split that a model learns from; None if the data has none, which an analysis can do without."""
+    """The split that a model learns from; None if the data has none with boxes, which an analysis can do without."""
     if "train" not in available_splits(data):
         return None
     split = open_split(data, "train")
-    return split if len(split) else None
+    return split if _has_boxes(split) else None
+
+
+def _has_boxes(split: DetectionDataset) -> bool:
+    return any(len(split.labels(index)) for index in range(len(split)))
 
 
 def _learnable(split: DetectionDataset, few: int) -> list[int]:

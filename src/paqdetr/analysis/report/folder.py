@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,41 +13,37 @@ import numpy as np
 
 from paqdetr.analysis.report.page import GENERATOR, Chapter, data_file
 from paqdetr.analysis.section import Table
-from paqdetr.errors import ConfigError, StorageError
+from paqdetr.outputs import made_by, require_free, whole_folder
 
 
-def require_free(output: Path) -> None:
+def require_report_place(output: Path) -> None:
     """Raise ConfigError unless the folder is new, empty, or an earlier report, which is replaced."""
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"{output}: a file is in the way", "choose another --output")
-    if output.is_dir() and any(output.iterdir()) and not _is_report(output):
-        raise ConfigError(
-            f"{output}: the folder holds other files and no report",
-            "choose another --output, or an empty folder",
-        )
+    require_free(output, lambda file: _is_part(file, output))
 
 
-def _is_report(folder: Path) -> bool:
-    page = folder / "index.html"
-    if not page.is_file() or {entry.name for entry in folder.iterdir()} - {"index.html", "data"}:
+def _is_part(file: Path, report: Path) -> bool:
+    """Whether a report has such a file: the page, or numbers behind one of its parts."""
+    name = file.relative_to(report).as_posix()
+    if name == "index.html":
+        return made_by(file) == GENERATOR
+    if name in ("data", "data/against"):  # empty
+        return True
+    if not re.fullmatch(r"data/(against/)?\w+\.json", name):
         return False
-    with page.open(encoding="utf-8", errors="replace") as file:
-        return f'content="{GENERATOR}' in file.read(2000)
+    with file.open("rb") as opened:
+        return opened.read(20).startswith(b'{\n "caption": ')
 
 
 def write_folder(output: Path, page: str, chapters: Sequence[Chapter]) -> None:
-    """Write page and numbers beside `output`, then move them there.
+    """Write page and numbers in place of `output`.
 
     Raises:
-        ConfigError: as `require_free`.
+        ConfigError: as `require_report_place`.
         StorageError: it cannot be written; what was there before still is.
     """
-    require_free(output)
-    beside = output.resolve()
-    new = beside.with_name(f".{beside.name}.{os.getpid()}.tmp")
-    old = beside.with_name(f".{beside.name}.{os.getpid()}.old")
-    try:
-        (new / "data").mkdir(parents=True)
+    require_report_place(output)
+    with whole_folder(output, replace=True) as new:
+        (new / "data").mkdir()
         (new / "index.html").write_text(page, encoding="utf-8")
         for chapter in chapters:
             for place, section in enumerate(chapter.sections):
@@ -60,23 +55,6 @@ def write_folder(output: Path, page: str, chapters: Sequence[Chapter]) -> None:
                     data = {"rows": list(part.rows)} if isinstance(part, Table) else part.data
                     text = json.dumps({"caption": part.caption, "data": _plain(data)}, indent=1)
                     (new / name).write_text(text, encoding="utf-8")
-        if beside.exists():
-            beside.rename(old)
-        try:
-            new.rename(beside)
-        except OSError:
-            if old.exists():
-                old.rename(beside)
-            raise
-    except OSError as error:
-        raise StorageError(
-            f"{output}: cannot be written ({error.strerror or error})",
-            "check the disk's space and the folder's permissions",
-        ) from None
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-        if beside.exists():
-            shutil.rmtree(old, ignore_errors=True)
 
 
 def _plain(value: Any) -> Any:

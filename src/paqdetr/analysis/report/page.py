@@ -18,6 +18,7 @@ from PIL.Image import Image, Resampling
 
 from paqdetr._version import __version__
 from paqdetr.analysis.section import Column, Figure, Part, Section, Slides, Table
+from paqdetr.text import printable
 
 GENERATOR = "paqdetr analyze"
 # Points: a wider plot is not shrunk to a phone's width, which would make its text too small, but scrolls.
@@ -115,7 +116,11 @@ def _leads(sections: Sequence[Section]) -> tuple[str, list[str]]:
 
 def _template() -> Any:
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        finalize=lambda value: printable(value) if type(value) is str else value,  # not what is marked safe
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     return environment.from_string(_resource("report.html.j2"))
 

@@ -8,10 +8,9 @@ smaller edition is the beginning of a larger one and exactly as hard.
 from __future__ import annotations
 
 import json
-import shutil
-import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -24,6 +23,8 @@ from PIL import Image
 from paqdetr.data.digits.glyphs import SPLITS
 from paqdetr.data.digits.scenes import SceneSpec, compose_scene
 from paqdetr.errors import ConfigError, DataError
+from paqdetr.outputs import whole_folder
+from paqdetr.values import MAX_SEED, MAX_WORKERS
 
 EDITION_FILE = "digits.json"
 # Raised whenever the same arguments would give other images than before.
@@ -68,7 +69,7 @@ def make_digits(
     The files are byte-identical for the same arguments on every run with the same versions of Pillow (JPEG
     codec, resampling), numpy (random streams) and scikit-learn (its bundled data); `workers` does not matter.
     Everything is written beside `output` first and moved there at the end, so an interrupted call leaves no
-    half-made data set.
+    half-made data set (`whole_folder`).
 
     Args:
         output: the folder to make. If it already holds exactly this edition, nothing is done.
@@ -86,6 +87,7 @@ def make_digits(
     Raises:
         ConfigError: an argument is out of its range.
         DataError: `output` is a file, or a folder with other content.
+        StorageError: it cannot be written.
     """
     output = Path(output)
     spec = SceneSpec(
@@ -98,21 +100,25 @@ def make_digits(
         max_hidden=max_hidden,
     )
     counts = dict(zip(SPLITS, (train, val, test), strict=True))
-    for name, value, least in (
-        ("seed", seed, 0),
-        ("workers", workers, 1),
-        *((s, n, 1) for s, n in counts.items()),
+    for name, value, least, most in (
+        ("seed", seed, 0, MAX_SEED),
+        ("workers", workers, 1, MAX_WORKERS),
+        *((split, count, 1, 10**7) for split, count in counts.items()),
     ):
-        if value < least:
+        if not least <= value <= most:
             raise ConfigError(
-                f"digits: {name} is {value}, expected at least {least}", "Choose a larger number."
+                f"digits: {name} is {value}, expected {least} to {most}",
+                "Choose a value within the range.",
             )
     edition = {"format": _EDITION_FORMAT, "seed": seed, **counts, **asdict(spec)}
     if _holds(output, edition):
         return output
 
     total, done = sum(counts.values()), 0
-    with _folder_made_at_once(output) as partial_output, _mapper(workers) as mapped:
+    with (
+        whole_folder(output) as partial_output,
+        _mapper(min(workers, max(counts.values()))) as mapped,
+    ):
         for split, count in counts.items():
             (partial_output / split).mkdir()
             annotations: list[dict[str, Any]] = []
@@ -197,21 +203,6 @@ def _holds(output: Path, edition: dict[str, Any]) -> bool:
 
 
 @contextmanager
-def _folder_made_at_once(output: Path) -> Iterator[Path]:
-    """A fresh folder beside `output` that takes its name when all went well, and vanishes otherwise."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    fresh = output.parent / f".{output.name}.partial-{uuid.uuid4().hex[:8]}"
-    fresh.mkdir()
-    try:
-        yield fresh
-        if output.exists():
-            output.rmdir()  # it was empty when we began; a folder filled meanwhile is not overwritten
-        fresh.rename(output)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-
-
-@contextmanager
 def _mapper(workers: int) -> Iterator[Callable[..., Iterator[Any]]]:
     """`map`, in this process or in several; results come in order either way."""
     if workers == 1:
@@ -221,5 +212,10 @@ def _mapper(workers: int) -> Iterator[Callable[..., Iterator[Any]]]:
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
     try:
         yield partial(pool.map, chunksize=8)
+    except BrokenProcessPool:
+        raise ConfigError(
+            f"digits: one of {workers} processes that compose images has ended, killed or at its start",
+            "A script that calls make_digits with workers needs `if __name__ == '__main__':` around it; or leave workers out.",
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)  # after an error, what is still queued is not worth composing

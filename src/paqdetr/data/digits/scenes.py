@@ -28,7 +28,7 @@ class SceneSpec:
     """What scenes look like; scales are shares of the image's side.
 
     Attributes:
-        size: side of the square image in pixels, at least 64.
+        size: side of the square image in pixels, 64 to 4096.
         min_objects, max_objects: how many digits, both inclusive.
         min_scale, max_scale: the longer side of a whole digit's box, as a share of the image's side.
         max_rotation: in degrees, to either side.
@@ -48,10 +48,10 @@ class SceneSpec:
 
     def __post_init__(self) -> None:
         rules = (
-            (self.size >= 64, f"size is {self.size}, expected at least 64 pixels"),
+            (64 <= self.size <= 4096, f"size is {self.size}, expected 64 to 4096 pixels"),
             (
-                1 <= self.min_objects <= self.max_objects,
-                f"min_objects is {self.min_objects}, expected 1 to max_objects, which is {self.max_objects}",
+                1 <= self.min_objects <= self.max_objects <= 1000,
+                f"objects are {self.min_objects} to {self.max_objects}, expected 1 <= min <= max <= 1000",
             ),
             (
                 0.02 <= self.min_scale <= self.max_scale <= 0.9,

@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from paqdetr.data.annotations import Annotations, Builder, Issues, as_flag, is_coordinate, is_side, shorten
-from paqdetr.data.files import Folder, folders_in, list_files, load_json
+from paqdetr.data.annotations import Annotations, Builder, Issues
+from paqdetr.data.files import Folder, folder_in, folders_in, list_files
 from paqdetr.errors import DataError
+from paqdetr.files import load_json
 from paqdetr.structures import ClassTable
+from paqdetr.text import shorten
+from paqdetr.values import as_flag, is_coordinate, is_side
 
 # The classes that Cityscapes annotates one by one, under its own ids.
 CLASSES = ClassTable(
@@ -35,8 +38,8 @@ class CityscapesPlace:
 def cityscapes_places(root: Path) -> dict[str, CityscapesPlace]:
     """The splits of a Cityscapes folder."""
     return {
-        folder.name: CityscapesPlace(folder, root / "leftImg8bit" / folder.name)
-        for folder in folders_in(root / "gtFine")
+        folder.name: CityscapesPlace(folder, folder_in(root, "leftImg8bit") / folder.name)
+        for folder in folders_in(folder_in(root, "gtFine"))
     }
 
 

@@ -9,19 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from paqdetr.data.annotations import (
-    Annotations,
-    Builder,
-    Issues,
-    as_flag,
-    as_id,
-    is_box,
-    is_side,
-    shorten,
-)
-from paqdetr.data.files import Folder, inner_path, is_leftover, load_json
+from paqdetr.data.annotations import Annotations, Builder, Issues
+from paqdetr.data.files import Folder, inner_path
 from paqdetr.errors import DataError
+from paqdetr.files import load_json
+from paqdetr.images import is_leftover
 from paqdetr.structures import ClassTable
+from paqdetr.text import shorten
+from paqdetr.values import as_flag, as_id, is_box, is_side
 
 # The types of json's ids: its `true` is none of them, though Python takes it for 1.
 _ID_TYPES = (int, str, float)

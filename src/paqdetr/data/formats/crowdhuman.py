@@ -6,20 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from paqdetr.data.annotations import Annotations, Builder, Issues, as_flag, as_id, is_box, shorten
-from paqdetr.data.files import (
-    MAX_JSON_BYTES,
-    Folder,
-    files_in,
-    folders_in,
-    inner_path,
-    is_leftover,
-    parse_json,
-    read_text,
-)
+from paqdetr.data.annotations import Annotations, Builder, Issues
+from paqdetr.data.files import Folder, files_in, folder_in, inner_path
 from paqdetr.data.formats.sizes import header_sizes
 from paqdetr.errors import DataError
+from paqdetr.files import MAX_JSON_BYTES, parse_json, read_text
+from paqdetr.images import is_leftover
 from paqdetr.structures import ClassTable
+from paqdetr.text import shorten
+from paqdetr.values import as_flag, as_id, is_box
 
 CLASSES = ClassTable((1,), ("person",))
 _PREFIX = "annotation_"
@@ -39,7 +34,7 @@ class CrowdHumanPlace:
 
 def crowdhuman_places(root: Path) -> dict[str, CrowdHumanPlace]:
     """The splits of a CrowdHuman folder."""
-    images = next((folder for folder in folders_in(root) if folder.name.lower() == "images"), root / "Images")
+    images = folder_in(root, "Images")
     return {
         file.stem.removeprefix(_PREFIX): CrowdHumanPlace(file, images)
         for file in files_in(root)
@@ -115,8 +110,9 @@ def _add(builder: Builder, image: int, item: Any, where: str, path: Path, issues
         issues.error(path, message, kind="malformed box")
         return
     extra = item.get("extra")
-    ignored = as_flag(extra.get("ignore")) if isinstance(extra, dict) else False
+    ignore = extra.get("ignore") if isinstance(extra, dict) else None
+    ignored = as_flag(ignore)
     if ignored is None:
-        issues.error(path, f"{where} has ignore {shorten(extra['ignore'])}, expected 0 or 1", kind="flag")
+        issues.error(path, f"{where} has ignore {shorten(ignore)}, expected 0 or 1", kind="flag")
         return
     builder.add_box(image, 0, box, crowd=tag == "mask" or ignored)

@@ -12,23 +12,24 @@ from xml.etree.ElementTree import Element, ElementTree, ParseError, SubElement, 
 from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 
-from paqdetr.data.annotations import DECIMALS, Annotations, Builder, Issues, as_flag, is_coordinate, shorten
+from paqdetr.data.annotations import DECIMALS, Annotations, Builder, Issues
 from paqdetr.data.files import (
     composed,
     files_in,
+    folder_in,
     folders_in,
     inner_path,
-    is_leftover,
     list_files,
     list_pictures,
-    read_bytes,
-    read_text,
 )
 from paqdetr.data.formats.sizes import header_sizes
 from paqdetr.data.split_names import meaning
 from paqdetr.errors import DataError
-from paqdetr.images import IMAGE_EXTENSIONS
+from paqdetr.files import read_bytes, read_text
+from paqdetr.images import IMAGE_EXTENSIONS, is_leftover
 from paqdetr.structures import ClassTable
+from paqdetr.text import shorten
+from paqdetr.values import as_flag, is_coordinate
 
 # What neither an XML text nor a line of a list holds as it is.
 _UNWRITABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffe\uffff]|^\\s|\\s$")
@@ -144,11 +145,9 @@ def _loose_files(folder: Path, splits: Iterable[str]) -> DataError:
 
 def _lists(folder: Path) -> dict[str, Path]:
     """Lists of images by the split's name, without those of single classes (aeroplane_train.txt) and doubles of others."""
-    lists = {}
-    for sets in folders_in(folder):
-        if sets.name.lower() == "imagesets":
-            main = next((f for f in folders_in(sets) if f.name.lower() == "main"), sets)
-            lists = {file.stem: file for file in files_in(main) if file.suffix.lower() == ".txt"}
+    sets = folder_in(folder, "ImageSets")
+    files = files_in(folder_in(sets, "Main")) or files_in(sets)
+    lists = {file.stem: file for file in files if file.suffix.lower() == ".txt"}
     lists = {name: file for name, file in lists.items() if not _is_of_one_class(file)}
     if any(meaning(name) == "train" for name in lists):
         lists.pop("trainval", None)

@@ -8,14 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from paqdetr.data.annotations import DECIMALS, Annotations, Builder, Issues, as_id, shorten
-from paqdetr.data.files import Folder, inner_path, is_leftover, list_pictures, read_text
+from paqdetr.data.annotations import DECIMALS, Annotations, Builder, Issues
+from paqdetr.data.files import Folder, inner_path, list_files, list_pictures
 from paqdetr.data.formats.sizes import header_sizes
 from paqdetr.data.split_names import USUAL, is_split
 from paqdetr.errors import DataError
+from paqdetr.files import read_text
+from paqdetr.images import is_leftover
 from paqdetr.structures import ClassTable
+from paqdetr.text import shorten
+from paqdetr.values import as_id
+from paqdetr.yaml_files import dump_yaml, load_yaml
 
 SPLITS = USUAL
 """All that `data.yaml` has a place for."""
@@ -38,26 +41,6 @@ class YoloPlace:
         return read_yolo(self, issues)
 
 
-def load_data_yaml(path: Path) -> dict[str, Any]:
-    """The content of a `data.yaml`. Every scalar is text as it stands there: a class may be called `no`, `010` or `1.10`.
-
-    Raises:
-        DataError: as `read_text`, or it is no YAML or no mapping.
-    """
-    text = read_text(path, limit=2**20)
-    try:
-        content = yaml.load(text, Loader=yaml.BaseLoader)
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise DataError(
-            f"{path}: no valid YAML: {' '.join(str(error).split())}", "Correct the file."
-        ) from None
-    if not isinstance(content, dict):
-        raise DataError(
-            f"{path}: holds a {type(content).__name__}, expected keys and values", "Correct the file."
-        )
-    return content
-
-
 def yolo_places(yaml_file: Path, *, named: bool) -> dict[str, YoloPlace]:
     """The splits of a `data.yaml` by their keys, none if it is another yaml file.
 
@@ -68,7 +51,7 @@ def yolo_places(yaml_file: Path, *, named: bool) -> dict[str, YoloPlace]:
     Raises:
         DataError: it is malformed, or `path` leads out of the folder.
     """
-    content = load_data_yaml(yaml_file)
+    content = load_yaml(yaml_file, text_only=True)  # a class may be called `no`, `010` or `1.10`
     splits = [key for key in content if is_split(key)]
     if "names" not in content or not splits:
         if named:
@@ -113,31 +96,39 @@ def read_yolo(place: YoloPlace, issues: Issues) -> Annotations:
     Raises:
         DataError: `data.yaml`, a list or a label file is malformed, or an image is missing or damaged.
     """
-    content = load_data_yaml(place.yaml_file)
+    content = load_yaml(place.yaml_file, text_only=True)
     classes, keypoints = _classes(place.yaml_file, content), _keypoints(place.yaml_file, content)
     images, image_dir = _images(place, issues)
     names = [path.relative_to(image_dir).as_posix() for path in images]
     builder = Builder()
-    base = place.root if image_dir.is_relative_to(place.root) else place.yaml_file.parent
+    roots = (place.root, place.yaml_file.parent, Path(image_dir.anchor))
+    base = next(root for root in roots if image_dir.is_relative_to(root))
     files = Folder(base)
     image_of: dict[Path, Path] = {}
     for name, size in zip(names, header_sizes(images, issues), strict=True):
+        real = files.find(_label_file(image_dir / name, place.root).relative_to(base).as_posix())
+        first = image_dir / name if real is None else image_of.setdefault(base / real, image_dir / name)
+        if first != image_dir / name:
+            message = f"has the same label file as {first.name}, {real}"
+            issues.doubt(image_dir / name, message, kind="two images of one label file")
         if size is None:
             continue
         height, width = size
         image = builder.add_image(name, name, height=height, width=width)
-        real = files.find(_label_file(image_dir / name, place.root).relative_to(base).as_posix())
-        if real is None:
-            continue
-        labels = base / real
-        first = image_of.setdefault(labels, image_dir / name)
-        if first != image_dir / name:
-            message = f"has the same label file as {first.name}, {labels.name}"
-            issues.doubt(image_dir / name, message, kind="two images of one label file")
-        for label, (x, y, w, h) in _read_labels(labels, len(classes), keypoints, issues):
+        rows = [] if real is None else _read_labels(base / real, len(classes), keypoints, issues)
+        for label, (x, y, w, h) in rows:
             box = [x * width, y * height, w * width, h * height]
             builder.add_box(image, label, [round(value, DECIMALS) for value in box])
+    if issues.collect and isinstance(place.entry, str) and _resolve(place, place.entry).is_dir():
+        _warn_of_unused(_label_file(image_dir / "x", place.root).parent, {*image_of}, issues)
     return builder.build(source=place.yaml_file, image_dir=image_dir, classes=classes)
+
+
+def _warn_of_unused(folder: Path, used: set[Path], issues: Issues) -> None:
+    """Label files that no image has."""
+    for name in list_files(folder, Issues(collect=True)) if folder.is_dir() else []:
+        if name.endswith(".txt") and folder / name not in used and not name.endswith("classes.txt"):
+            issues.warn(folder / name, "left out: no image is called like it", kind="skipped file")
 
 
 def _classes(yaml_file: Path, content: dict[str, Any]) -> ClassTable:
@@ -383,9 +374,7 @@ def write_yolo(root: Path, splits: dict[str, Annotations], place_image: Callable
     # No `path`: other programs would look for it in a folder of theirs, and without it beside this file.
     content: dict[str, Any] = {split: f"images/{split}" for split in splits}
     content["names"] = dict(enumerate(next(iter(splits.values())).classes.names))
-    (root / "data.yaml").write_text(
-        yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8"
-    )
+    (root / "data.yaml").write_text(dump_yaml(content), encoding="utf-8")
 
 
 def _line(annotations: Annotations, row: int, index: int) -> str:

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from paqdetr.engine.read_ahead import read_ahead
+from paqdetr.data.read_ahead import read_ahead
 
 
 @pytest.mark.parametrize("threads", [0, 1, 3])

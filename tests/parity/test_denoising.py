@@ -1,3 +1,9 @@
+"""Denoising queries as published.
+
+Sources: `prepare_for_cdn` of IDEA-Research/DINO, models/dino/dn_components.py (read at 5d2b5bf, in a copy under dino/);
+`prepare_for_dn` of IDEA-Research/DN-DETR, models/dn_dab_deformable_detr/dn_components.py 206fa26.
+"""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -51,6 +57,20 @@ def test_positive_queries_are_shared_out_over_groups(
     assert len(queries) == groups * 2 * boxes
     assert queries.content.shape == (len(counts), len(queries), 10)
     assert queries.reference.shape == (len(counts), len(queries), 4)
+
+
+@pytest.mark.parametrize("most", [1, 2, 7, 30, 99, 100, 101, 250])
+@pytest.mark.parametrize("number", [50, 64, 100, 300, 10, 49])
+def test_number_of_groups(number: int, most: int, make_targets: Callable) -> None:
+    """DINO's `dn_number`: twice the number is shared out over the positives and negatives of the fullest image, and at least one
+    group remains. Below 50 its code makes twice that many groups whatever the boxes; ours goes on sharing out (docs/hosts.md).
+    """
+    groups = build(num_queries=number)(make_targets(most, 1)).groups
+    doubled = number * 2
+    if doubled >= 100:
+        assert groups == max(doubled // (most * 2), 1)
+    else:
+        assert groups == max(number // most, 1) <= doubled
 
 
 def test_positives_by_hand() -> None:

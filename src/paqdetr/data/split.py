@@ -1,0 +1,145 @@
+"""Divides images into parts, so that no part has near-duplicates of another one's images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from paqdetr.data.annotations import Annotations, Issues
+from paqdetr.data.check_images import ImageFacts, inspect_all
+from paqdetr.data.convert import Conversion, write_splits
+from paqdetr.data.dataset import DetectionDataset
+from paqdetr.data.fingerprints import similar
+from paqdetr.data.layout import find_layout
+from paqdetr.errors import ConfigError, DataError
+
+Progress = Callable[[int, int], None]
+
+
+def hold_out(
+    split: DetectionDataset, fraction: float, *, seed: int, progress: Progress | None = None
+) -> tuple[DetectionDataset, DetectionDataset]:
+    """A split without some of its images, and these as `val`.
+
+    Args:
+        fraction: of the images, in (0, 1).
+        seed: of the choice. Near-duplicates stay together, and the last images of a class stay where they are.
+
+    Raises:
+        DataError: an image does not decode, or the images cannot be divided.
+    """
+    parts = divide(split.annotations, {"val": fraction}, seed=seed, progress=progress)
+    return tuple(  # type: ignore[return-value]
+        DetectionDataset(split.annotations.with_images(parts[name]), name=name) for name in ("train", "val")
+    )
+
+
+def split_dataset(
+    source: str | Path,
+    target: str | Path,
+    *,
+    val: float = 0.1,
+    test: float = 0.0,
+    seed: int = 0,
+    link: bool = False,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Writes a data set as COCO whose `val` and `test` are cut out of the source's `train`; see `divide`.
+
+    Args:
+        source: a folder in one of the layouts of `find_layout`, or a `data.yaml`. Its other splits are written as they are.
+        target: a folder that does not exist or is empty.
+        val, test: shares of the images of train; 0 cuts none.
+        link: hard links to the images instead of copies.
+
+    Raises:
+        ConfigError: the shares are not between 0 and 1 together.
+        DataError: the source is malformed, has no `train`, or has already what is to be cut out; or the target is in use.
+    """
+    shares = {name: share for name, share in (("val", val), ("test", test)) if share}
+    if min(val, test) < 0 or not 0 < val + test < 1:
+        raise ConfigError(
+            f"val={val:g}, test={test:g}: expected shares that add up to less than 1", "Choose smaller ones."
+        )
+    layout = find_layout(source)
+    splits = {split: place.read(Issues()) for split, place in layout.splits.items()}
+    if "train" not in splits:
+        raise DataError(
+            f"{source}: has no split 'train', found {', '.join(splits)}", "Rename what is to be divided."
+        )
+    for name in shares:
+        if name in splits:
+            raise DataError(
+                f"{source}: has a split {name!r} already", f"Pass --{name} 0, or remove the split."
+            )
+    train = splits.pop("train")
+    parts = divide(train, shares, seed=seed, progress=progress)
+    divided = {name: train.with_images(positions) for name, positions in parts.items()}
+    divided["train"].masks = train.masks
+    written, losses = write_splits(divided | splits, Path(target), to="coco", link=link)
+    return Conversion.of(layout.format, written, losses)
+
+
+def divide(
+    annotations: Annotations, shares: Mapping[str, float], *, seed: int, progress: Progress | None = None
+) -> dict[str, np.ndarray]:
+    """Positions of the images of "train" and of every part, at random; every image is in one of them.
+
+    Near-duplicates (see `data.fingerprints`) are in the same part. An image stays in train if a class would have no image there
+    without it. So a part may be a little smaller than its share.
+
+    Raises:
+        DataError: an image does not decode, or a part would be empty.
+    """
+    paths = [annotations.image_dir / name for name in annotations.file_names]
+    facts = []
+    for fact in inspect_all(paths):
+        if fact.error is not None:
+            raise DataError(
+                f"{paths[len(facts)]}: {fact.error}", "Correct it; `paqdetr data check` lists all problems."
+            )
+        facts.append(fact)
+        if progress is not None:
+            progress(len(facts), len(paths))
+    groups = duplicate_groups(facts)
+    has_class = np.zeros((len(facts), len(annotations.classes)), dtype=bool)  # (N, C)
+    has_class[annotations.owners, annotations.labels] = True
+    left = has_class.sum(axis=0)
+    order = np.argsort(groups, kind="stable")
+    members = np.split(order, np.flatnonzero(np.diff(groups[order])) + 1)
+    rest = np.random.default_rng(seed).permutation(len(members)).tolist()
+    chosen: dict[str, np.ndarray] = {}
+    for part, share in shares.items():
+        wanted, taken, others = max(round(share * len(facts)), 1), [order[:0]], []
+        for number in rest:
+            own = members[number]
+            seen = has_class[own].sum(axis=0)
+            if len(own) <= wanted and ((left > seen) | (seen == 0)).all():
+                taken.append(own)
+                wanted -= len(own)
+                left -= seen
+            else:
+                others.append(number)
+        rest, chosen[part] = others, np.sort(np.concatenate(taken))
+        if not len(chosen[part]) or not rest:
+            raise DataError(
+                f"{annotations.source}: {len(facts)} images in {len(members)} groups of near-duplicates cannot be divided into "
+                f"train and {share:.0%} for {part}",
+                "Divide them yourself, or take another share.",
+            )
+    train = np.setdiff1d(np.arange(len(facts)), np.concatenate(list(chosen.values())))
+    return {"train": train, **chosen}
+
+
+def duplicate_groups(facts: Sequence[ImageFacts]) -> np.ndarray:
+    """(N,) int: images that are the same or look the same, directly or through others, have the same number."""
+    pairs = [(first, second) for first, second, _ in similar([fact.print for fact in facts])]
+    first_with: dict[bytes, int] = {}
+    pairs += [(first_with.setdefault(fact.digest, index), index) for index, fact in enumerate(facts)]
+    rows, columns = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+    graph = coo_array((np.ones(len(rows)), (rows, columns)), shape=(len(facts),) * 2)
+    return connected_components(graph, directed=False)[1]

@@ -1,0 +1,142 @@
+"""Reads files that may come from anywhere: regular files alone, of limited size, as UTF-8 text or json."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from paqdetr.errors import DataError, UserError
+from paqdetr.values import environment_integer
+
+MAX_JSON_BYTES = environment_integer("PAQDETR_MAX_JSON_GIB", 4, low=1, high=2**20) * 2**30
+"""The largest annotation file that is read: ten times the size of that of COCO train2017."""
+
+MAX_SIDE_BYTES = 2**26
+"""The largest file with the annotations of one image, or with a list of images."""
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+def open_regular(path: str | Path, *, error: type[UserError] = DataError) -> BinaryIO:
+    """The file, opened to be read as bytes. A pipe or a device, which may wait or go on forever, is refused.
+
+    Raises:
+        error: it is missing, may not be read, or is no regular file.
+    """
+    descriptor = -1
+    try:
+        # Opening a pipe waits for whoever writes into it, unless told not to.
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        descriptor = os.open(path, flags)
+        kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
+        if kind == stat.S_IFREG:
+            return cast(BinaryIO, os.fdopen(descriptor, "rb"))
+        os.close(descriptor)
+    except FileNotFoundError:
+        raise error(f"{path}: no such file", "Check the path.") from None
+    except OSError as problem:
+        raise error(f"{path}: cannot be read: {problem.strerror}", "Check the file.") from None
+    except ValueError:  # NUL in the path, or a lone surrogate
+        raise error(f"{str(path)!r}: cannot be the name of a file", "Check the path.") from None
+    raise error(f"{path}: is {_KINDS.get(kind, 'no regular file')}, expected a file", "Name a regular file.")
+
+
+def read_bytes(path: Path, *, limit: int = MAX_SIDE_BYTES, error: type[UserError] = DataError) -> bytes:
+    """The file's content.
+
+    Raises:
+        error: as `open_regular`, or it is larger than `limit` bytes.
+    """
+    with open_regular(path, error=error) as file:
+        try:
+            content = file.read(limit + 1)
+        except OSError as problem:
+            raise error(f"{path}: cannot be read: {problem.strerror}", "Check the file.") from None
+        if len(content) > limit:
+            size, unit = (2**20, "MiB") if limit >= 2**20 else (2**10, "KiB")
+            raise error(
+                f"{path}: has {os.fstat(file.fileno()).st_size / size:,.0f} {unit}, more than the {limit / size:,.0f} "
+                "that are read",
+                "check that it is the right file; PAQDETR_MAX_JSON_GIB=N raises the limit of annotation files",
+            )
+        return content
+
+
+def read_text(path: Path, *, limit: int = MAX_SIDE_BYTES, error: type[UserError] = DataError) -> str:
+    """The file as UTF-8 text, with or without a byte order mark.
+
+    Raises:
+        error: as `read_bytes`, or it is not UTF-8.
+    """
+    content = read_bytes(path, limit=limit, error=error)
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as problem:
+        line = content.count(b"\n", 0, problem.start) + 1
+        raise error(
+            f"{path}: no UTF-8 text at byte {problem.start} (line {line})", "Save the file as UTF-8."
+        ) from None
+
+
+def parse_json(text: str, where: str, *, error: type[UserError] = DataError) -> Any:
+    """What the json text says; `where` names it in errors.
+
+    Raises:
+        error: no json (naming line and column), a key that an object has twice, nested too deeply, or a number of thousands of
+            digits.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        content = dict(pairs)
+        if len(content) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in content if keys.count(key) > 1)
+            raise error(f"{where}: an object has the key {twice!r} twice", "Keep one of the two.")
+        return content
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except json.JSONDecodeError as problem:
+        raise error(
+            f"{where}: no valid json at line {problem.lineno}, column {problem.colno}: {problem.msg}",
+            "Export or download the file again.",
+        ) from None
+    except RecursionError:
+        raise error(
+            f"{where}: the json is nested too deeply", "Check what wrote it: no annotations are."
+        ) from None
+    except ValueError as problem:  # an integer of more digits than Python converts
+        raise error(f"{where}: no usable json: {problem}", "Export or download the file again.") from None
+
+
+def read_json(path: Path, *, limit: int = MAX_JSON_BYTES, error: type[UserError] = DataError) -> Any:
+    """What the json file holds.
+
+    Raises:
+        error: as `read_text` and `parse_json`.
+    """
+    return parse_json(read_text(path, limit=limit, error=error), str(path), error=error)
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """The file's content, an object.
+
+    Raises:
+        DataError: as `read_json`, or it is no object.
+    """
+    content = read_json(path, limit=MAX_JSON_BYTES)
+    if not isinstance(content, dict):
+        raise DataError(
+            f"{path}: holds a {type(content).__name__}, expected images, annotations and categories",
+            "A list is the form of results; name the ground truth.",
+        )
+    return content

@@ -1,0 +1,37 @@
+"""Text that comes from files, shown: in messages and tables, in pictures, in plots."""
+
+from __future__ import annotations
+
+import unicodedata
+
+# Joiners of letters and emoji belong to words; the other format characters turn the direction of a line, or hide.
+_JOINERS = "\u200c\u200d"
+
+
+def printable(text: str) -> str:
+    """The text with control characters (line breaks and terminal escapes among them), lone surrogates, and characters that turn
+    the direction of writing, as escapes such as `\\x1b`."""
+    if text.isprintable():
+        return text
+    return "".join(map(_escaped, text))
+
+
+def _escaped(character: str) -> str:
+    hidden = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in _JOINERS
+    return character.encode("unicode_escape").decode("ascii") if hidden else character
+
+
+def shorten(value: object, limit: int = 80) -> str:
+    """How a value from a file is shown in a message."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer too long to print, a list too deep
+        return f"a {type(value).__name__}"
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def literal(text: str) -> str:
+    """For titles, labels and ticks of matplotlib, which takes what stands between dollars for mathematics and leaves labels that
+    begin with an underscore out of legends."""
+    shown = printable(text).replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown

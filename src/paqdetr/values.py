@@ -1,0 +1,84 @@
+"""Plain values that come from outside: ranges that several doors share, environment variables, and what json's values mean."""
+
+from __future__ import annotations
+
+import os
+from typing import TypeGuard
+
+from paqdetr.errors import ConfigError
+
+MAX_SEED = 2**32 - 1
+"""The largest that numpy's RandomState and scikit-learn take."""
+
+MAX_WORKERS = 256
+"""Processes that load, decode or draw images."""
+
+MAX_BATCH = 2**16
+"""Images that go through a model together."""
+
+MAX_RESAMPLES = 10_000
+"""Of images, behind an interval; a count for each image and resample is kept in memory."""
+
+
+def environment_integer(name: str, default: int, *, low: int, high: int = 2**31 - 1) -> int:
+    """The whole number in an environment variable, `default` where it is not set.
+
+    Raises:
+        ConfigError: it is set to something else, or is out of range.
+    """
+    text = os.environ.get(name)
+    if text is None:
+        return default
+    digits = text.strip()
+    value = int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 20 else -1
+    if low <= value <= high:
+        return value
+    raise ConfigError(
+        f"the environment variable {name} is {text[:80]!r}, expected a whole number from {low} to {high}",
+        f"set it to one, or unset {name}",
+    )
+
+
+def as_id(value: object) -> int | str | None:
+    """An id: a text, an integer of 64 bits, or a float that is one (pandas writes 1.0). None: it is no id."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -(2**63) <= value < 2**63:
+        return None
+    return int(value) if value == int(value) else None
+
+
+_FLAGS = dict.fromkeys(("", "false", "no", "n", "off", "none", "null", "unspecified"), False) | dict.fromkeys(
+    ("true", "yes", "y", "on"), True
+)
+
+
+def as_flag(value: object) -> bool | None:
+    """A flag in any of the spellings that exporters use: 0, 1.0, "1", false, "No", "Unspecified", nothing at all. None: it is
+    none of them."""
+    if value is None:
+        return False
+    if isinstance(value, str):
+        word = value.strip().lower()
+        if word in _FLAGS:
+            return _FLAGS[word]
+        try:
+            value = float(word)
+        except ValueError:
+            return None
+    return bool(value) if isinstance(value, (bool, int, float)) and value in (0, 1) else None
+
+
+def is_coordinate(value: object) -> TypeGuard[float]:
+    """Whether it is a finite number of pixels. The comparison also sorts out NaN and integers that no float can hold."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e9 < value < 1e9
+
+
+def is_box(value: object) -> TypeGuard[list[float]]:
+    """Whether it is four finite numbers of pixels."""
+    return isinstance(value, list) and len(value) == 4 and all(map(is_coordinate, value))
+
+
+def is_side(value: object) -> TypeGuard[float]:
+    """Whether it is a side in whole pixels; some exporters write 640.0."""
+    return is_coordinate(value) and value >= 1 and value == int(value)

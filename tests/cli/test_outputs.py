@@ -1,0 +1,252 @@
+"""Every verb that writes a file replaces what it wrote itself, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from paqdetr.cli import run
+from paqdetr.engine import Run
+from paqdetr.outputs import RESULTS, made_by
+
+
+@pytest.fixture
+def commands(tiny_run: Run, tiny_digits: Path, tmp_path: Path) -> dict[str, list[str]]:
+    """The verbs, without the option that says where to write."""
+    truth = tiny_digits / "val.json"
+    rows = [
+        {key: row[key] for key in ("image_id", "category_id", "bbox")} | {"score": 0.5}
+        for row in json.loads(truth.read_text())["annotations"]
+    ]
+    (tmp_path / "results.json").write_text(json.dumps(rows))
+    results = ["eval", "--results", str(tmp_path / "results.json"), "--annotations", str(truth)]
+    model, data = str(tiny_run.best), str(tiny_digits)
+    return {
+        "eval": results,
+        "eval checkpoint": ["eval", model, "--data", data],
+        "eval compare": ["eval", "--compare", *[str(tmp_path / "results.json")] * 2, *results[3:]],
+        "check": ["data", "check", data, "--workers", "1"],
+        "stats": ["data", "stats", data],
+        "preview": ["data", "preview", data, "image_size=64", "batch_size=1", "--batches", "1"],
+        "plan": ["plan", "paq_dino_nano", "--data", data, "--device", "cpu"],
+        "bench": ["bench", "dino_nano", "--image-size", "64", "--device", "cpu"],
+        "convert": ["convert", model, "--from", "paqdetr"],
+        "predict": ["predict", model, str(tiny_digits / "test")],
+        "analyze": ["analyze", model, "--data", data],
+        "data convert": ["data", "convert", data],
+    }
+
+
+FILES = [
+    ("eval", "--json", ".json"),
+    ("eval checkpoint", "--json", ".json"),
+    ("eval checkpoint", "--results-out", ".json"),
+    ("eval compare", "--json", ".json"),
+    ("check", "--json", ".json"),
+    ("stats", "--json", ".json"),
+    ("stats", "--output", ".png"),
+    ("preview", "--output", ".png"),
+    ("plan", "--json", ".json"),
+    ("bench", "--json", ".json"),
+    ("convert", "--json", ".json"),
+    ("convert", "--output", ".safetensors"),
+]
+
+
+def a_file(path: Path, source: Path) -> bytes:
+    """Somebody's file of that kind: ground truth, a photograph, weights."""
+    if path.suffix == ".json":
+        shutil.copy(source / "val.json", path)
+    elif path.suffix == ".png":
+        Image.new("RGB", (8, 8)).save(path)
+    else:
+        path.write_bytes(b"weights")
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize(("verb", "option", "ending"), FILES)
+def test_a_file_of_somebody_else_is_kept(
+    commands: dict[str, list[str]],
+    tiny_digits: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    verb: str,
+    option: str,
+    ending: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where stats.png would be
+    file = tmp_path / f"mine{ending}"
+    before = a_file(file, tiny_digits)
+    other = ["--output", "x.safetensors"] if verb == "convert" and option == "--json" else []
+    assert run([*commands[verb], *other, option, str(file)]) == 2
+    said = capsys.readouterr()
+    assert f"{option} {file}: the file exists" in said.err and "--overwrite" in said.err
+    assert said.out == ""  # it was found before the work
+    assert file.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"mine{ending}", "results.json"]
+
+
+@pytest.mark.parametrize(
+    ("verb", "options", "makers"),
+    [
+        ("eval", ["--json", "a.json"], ["paqdetr eval"]),
+        ("eval compare", ["--resamples", "100", "--json", "a.json"], ["paqdetr eval"]),
+        ("eval checkpoint", ["--json", "a.json", "--results-out", "b.json"], ["paqdetr eval", RESULTS]),
+        ("check", ["--json", "a.json"], ["paqdetr data check"]),
+        ("stats", ["--json", "a.json", "--output", "b.png"], ["paqdetr data stats"] * 2),
+        ("preview", ["--output", "a.png"], ["paqdetr data preview"]),
+    ],
+)
+def test_what_a_verb_wrote_it_replaces(
+    commands: dict[str, list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    verb: str,
+    options: list[str],
+    makers: list[str],
+) -> None:
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    assert run([*commands[verb], *options]) == 0
+    files = sorted(folder.iterdir())
+    assert [made_by(file) for file in files] == makers
+    for file in files:
+        file.write_bytes(file.read_bytes()[:3000])  # cut short, and still known
+    assert run([*commands[verb], *options]) == 0, capsys.readouterr().err
+    assert all(file.stat().st_size != 3000 for file in files)
+    for file in files:
+        file.write_text("mine")
+    assert run([*commands[verb], *options]) == 2
+    assert run([*commands[verb], *options, "--overwrite"]) == 0
+    assert [made_by(file) for file in files] == makers
+
+
+@pytest.mark.parametrize(
+    ("verb", "option"), [("predict", "--output"), ("analyze", "--output"), ("data convert", "DST")]
+)
+def test_a_folder_with_other_files_is_kept(
+    commands: dict[str, list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    verb: str,
+    option: str,
+) -> None:
+    folder = tmp_path / "out"
+    for name in ("index.html", "predictions.json", "data/notes.json"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("mine")
+    where = [str(folder), "--to", "yolo"] if option == "DST" else [option, str(folder)]
+    assert run([*commands[verb], *where]) == 2
+    said = capsys.readouterr()
+    assert f"{folder}: the folder holds other files, such as " in said.err and said.out == ""
+    assert {path.read_text() for path in folder.rglob("*.*")} == {"mine"}
+
+
+def test_a_report_with_notes_in_it_is_kept(tmp_path: Path) -> None:
+    from paqdetr.analysis.report.folder import require_report_place, write_folder
+    from paqdetr.errors import ConfigError
+
+    page = '<!doctype html><meta name="generator" content="paqdetr analyze 0.1">'
+    write_folder(tmp_path / "report", page, [])
+    write_folder(tmp_path / "report", page, [])
+    for name in ("data/notes.txt", "data/numbers.json", "index.html"):
+        (tmp_path / "report" / name).write_text("mine")
+        with pytest.raises(ConfigError, match=f"such as {name}"):
+            require_report_place(tmp_path / "report")
+        (tmp_path / "report" / name).unlink()
+
+
+def test_two_options_with_one_file(
+    commands: dict[str, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = ["--json", str(tmp_path / "x.json"), "--results-out", f"{tmp_path}/./x.json"]
+    assert run([*commands["eval checkpoint"], *both]) == 2
+    assert "the same file as --json" in capsys.readouterr().err
+
+
+def test_analyze_looks_at_its_folder_before_the_work(
+    commands: dict[str, list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from paqdetr import outputs
+
+    monkeypatch.setattr("paqdetr.analysis.report.analyze.evaluate_split", None)
+    monkeypatch.setattr(outputs.os, "access", lambda path, mode: Path(path) != tmp_path)
+    assert run([*commands["analyze"], "--output", str(tmp_path / "report")]) == 2
+    assert f"{tmp_path} may not be written" in capsys.readouterr().err
+
+
+def test_an_interrupted_predict_says_what_there_is(
+    commands: dict[str, list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    arguments = [*commands["predict"], "--output", str(tmp_path / "out")]
+    with monkeypatch.context() as patch:
+        patch.setattr("paqdetr.engine.predict.write_json", stop)
+        assert run(arguments) == 130
+    assert f"interrupted: what is drawn is in {tmp_path / 'out'}" in capsys.readouterr().err
+    assert len(list((tmp_path / "out").iterdir())) == 4
+    assert run(arguments) == 0
+    assert len(list((tmp_path / "out").iterdir())) == 5
+
+
+def test_eval_of_crowded_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """400 objects in one image: COCO's AP looks at 100 detections of them."""
+    boxes = [[50 * (n % 20), 50 * (n // 20), 40, 40] for n in range(400)]
+    rows = [{"image_id": 1, "category_id": 1, "bbox": box, "score": 0.5} for box in boxes]
+    truth = {
+        "images": [{"id": 1, "width": 1000, "height": 1000}, {"id": 2, "width": 9, "height": 9}],
+        "categories": [{"id": 1, "name": "cell"}],
+        "annotations": [{"id": n, **row, "area": 1600, "iscrowd": 0} for n, row in enumerate(rows)],
+    }
+    for name, content in (("gt.json", truth), ("rows.json", rows)):
+        (tmp_path / name).write_text(json.dumps(content))
+    out, results = tmp_path / "out.json", str(tmp_path / "rows.json")
+    where = ["--annotations", str(tmp_path / "gt.json"), "--json", str(out), "--resamples", "100"]
+    note = "note: 1 of 2 images have more than 100 boxes of one class (up to 400), and AP counts no more"
+    for command in (["eval", "--results", results], ["eval", "--compare", results, results]):
+        assert run([*command, *where]) == 0
+        said = capsys.readouterr()
+        assert note in said.err and "--max-detections" in said.err
+        found = json.loads(out.read_text())
+        assert found["max_detections"] == 100
+        ap = found["AP"] if "AP" in found else found["A"]["figures"]["AP"]["value"]
+        assert ap == pytest.approx(26 / 101)
+        assert run([*command, *where, "--max-detections", "400"]) == 0
+        said = capsys.readouterr()
+        assert "note:" not in said.err and "400 detections in place of 100" in " ".join(said.out.split())
+        found = json.loads(out.read_text())
+        assert found["max_detections"] == 400
+        assert (found["AP"] if "AP" in found else found["A"]["figures"]["AP"]["value"]) == pytest.approx(1)
+
+
+def test_eval_of_a_checkpoint_with_too_few_queries(
+    tiny_run: Run, tiny_digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(tiny_digits, tmp_path / "digits"))
+    content = json.loads((folder / "val.json").read_text())
+    first = content["annotations"][0]
+    content["annotations"] += [first | {"id": 1000 + n} for n in range(50)]
+    (folder / "val.json").write_text(json.dumps(content))
+    out = tmp_path / "found.json"
+    arguments = ["eval", str(tiny_run.best), "--data", str(folder), "--max-detections"]
+    assert run([*arguments, "100", "--results-out", str(out)]) == 0
+    said = capsys.readouterr().err
+    assert (
+        "note: 1 of 4 images have more than 20 boxes (up to " in said and "raise model.num_queries=20" in said
+    )
+    assert len(json.loads(out.read_text())) == 4 * 200  # all pairs of a query and a class

@@ -1,0 +1,54 @@
+"""What the program finds around it: variables that another program has set, no folder for temporary files, output that cannot be
+written."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.integration
+
+PROGRAM = shlex.join([sys.executable, "-m", "paqdetr"])
+# Nothing can be written but in /dev and the like.
+READ_ONLY = "mount -o bind,ro /tmp /tmp; mount -o remount,bind,ro /; cd /; unset TMPDIR TEMP TMP; "
+
+
+def shell(command: str) -> subprocess.CompletedProcess[str]:
+    """Run by bash in mounts of its own, if root does."""
+    own = ["unshare", "--mount"] if sys.platform == "linux" and os.getuid() == 0 else []
+    return subprocess.run([*own, "bash", "-c", command], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense", "qtagg"])
+def test_a_plot_backend_that_is_not_there(tmp_path: Path, tiny_digits: Path, backend: str) -> None:
+    plot = tmp_path / "stats.png"
+    done = shell(f"MPLBACKEND={backend} {PROGRAM} data stats {tiny_digits} --output {plot}")
+    assert done.returncode == 0 and plot.is_file(), done.stderr
+
+
+def test_no_folder_for_temporary_files(tiny_digits: Path) -> None:
+    if sys.platform != "linux" or os.getuid() != 0:
+        pytest.skip("mounts file systems: needs root on Linux")
+    done = shell(f"{READ_ONLY} {PROGRAM} train paq_dino_nano --data {tiny_digits} --output /dev/shm/run")
+    error, remedy = done.stderr.splitlines()
+    assert done.returncode == 2 and "TMPDIR" in remedy
+    assert error.startswith("error: there is no writable folder for temporary files: ")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which Linux has")
+@pytest.mark.parametrize(
+    ("redirection", "code", "words"),
+    [
+        (">/dev/full", 2, "error: standard output: No space left on device"),
+        ("| head -1", 0, ""),
+        (">&-", 0, ""),
+    ],
+)
+def test_results_that_cannot_be_printed(redirection: str, code: int, words: str) -> None:
+    done = shell(f"{PROGRAM} config list {redirection}; exit ${{PIPESTATUS[0]}}")
+    assert (done.returncode, done.stderr.split("\n")[0]) == (code, words)
