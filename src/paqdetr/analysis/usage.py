@@ -37,7 +37,7 @@ class Usage:
     Attributes:
         name: of the model, as the page calls it.
         report: of `QueryUsage.report`.
-        records: of its training, `paqdetr.engine.pictures.read_metrics`; empty if there are none.
+        records: of its training, `paqdetr.engine.curves.read_metrics`; empty if there are none.
     """
 
     name: str

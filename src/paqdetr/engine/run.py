@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from contextlib import suppress
@@ -73,14 +74,7 @@ class Run:
         """Records of metrics.jsonl, all or of one kind ("train", "eval", "start", "finished")."""
         if not self.metrics_file.is_file():
             return []
-        rows = []
-        for line in self.metrics_file.read_bytes().splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue  # a line that a crash cut short, or that the disk has damaged
-            if isinstance(row, dict):
-                rows.append(row)
+        rows = json_lines(self.metrics_file.read_bytes())
         return [row for row in rows if kind is None or row.get("kind") == kind]
 
     @property
@@ -255,3 +249,12 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
+
+
+def json_lines(content: bytes) -> list[dict[str, Any]]:
+    """The objects of a file with one json a line, without lines that a crash cut short or the disk has damaged."""
+    rows = []
+    for line in content.splitlines():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
