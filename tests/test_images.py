@@ -9,6 +9,7 @@ import sys
 import warnings
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,6 +53,86 @@ def test_exif_orientation_is_applied(tmp_path: Path, colours: Image.Image, orien
     exif[0x0112] = orientation
     colours.save(tmp_path / "a.png", exif=exif)
     np.testing.assert_array_equal(pixels(tmp_path / "a.png"), turned(np.asarray(colours)))
+
+
+def entries(*rows: tuple[int, int, int, bytes]) -> bytes:
+    """An EXIF block of (tag, type, count, four bytes)."""
+    packed = b"".join(struct.pack("<HHI", tag, kind, count) + value for tag, kind, count, value in rows)
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", len(rows)) + packed + b"\0\0\0\0"
+
+
+TURN = (0x112, 3, 1, b"\x06\0\0\0")
+
+
+@pytest.mark.parametrize(
+    ("block", "broken"),
+    {
+        "garbage": (b"\xff" * 40, True),
+        "cut short": (b"II*\0", True),
+        "no byte order": (b"XX*\0\x08\0\0\0", True),
+        "entries beyond its end": (b"II*\0\xff\xff\xff\x7f", True),
+        "more entries than it has": (b"MM\0*\0\0\0\x08\xff\xff", True),
+        "cut within an entry": (entries(TURN)[:-8], True),
+        "orientation that is a text": (entries((0x112, 2, 4, b"abc\0")), True),
+        "orientation 99": (entries((0x112, 3, 1, b"\x63\0\0\0")), True),
+        "empty": (b"", False),
+        "no orientation": (entries((0x10F, 2, 2, b"a\0\0\0")), False),
+        "value beyond its end": (entries((0x10F, 2, 10**5, b"\xff\xff\0\0")), False),
+        "leads back to itself": (entries((0x8769, 4, 1, b"\x08\0\0\0")), False),
+    }.values(),
+)
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp"])
+def test_a_broken_exif_block_is_ignored(tmp_path: Path, block: bytes, broken: bool, ending: str) -> None:
+    path = tmp_path / f"a.{ending}"
+    Image.new("RGB", (40, 30)).save(path, exif=b"Exif\0\0" + block)
+    header = read_header(path)
+    assert read_image(path).size == header.size == (40, 30)
+    assert read_image(Image.open(path)).size == (40, 30)
+    assert ("broken exif" in header.traits) == broken and "exif turn" not in header.traits
+
+
+@given(st.binary(max_size=40), st.sampled_from([b"", entries(TURN)[:20], entries(TURN)]))
+@settings(deadline=None)
+def test_any_exif_block(head: bytes, tail: bytes) -> None:
+    for block in (head + tail, tail + head):
+        file = io.BytesIO()
+        Image.new("RGB", (40, 30)).save(file, "JPEG", exif=b"Exif\0\0" + block)
+        assert sorted(read_image(Image.open(file)).size) == [30, 40]
+
+
+def test_a_turn_is_applied_once(tmp_path: Path) -> None:
+    Image.new("RGB", (40, 30)).save(
+        tmp_path / "a.jpg", exif=b"Exif\0\0" + entries(TURN, (0x10F, 2, 10**5, b"zzzz"))
+    )
+    upright = read_image(tmp_path / "a.jpg")
+    assert upright.size == read_image(upright).size == read_header(tmp_path / "a.jpg").size == (30, 40)
+
+
+@pytest.mark.parametrize("read", [read_image, read_header, list_images])
+def test_only_regular_files_are_opened(tmp_path: Path, read: Any) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(DataError, match=r"pipe\.jpg: is a pipe, expected a file"):
+        read(tmp_path / "pipe.jpg")
+    (tmp_path / "link.jpg").symlink_to("/dev/zero")
+    with pytest.raises(DataError, match=r"link\.jpg: is a device, expected a file"):
+        read(tmp_path / "link.jpg")
+    for name in ("a\0.jpg", "\ud800.jpg"):
+        with pytest.raises(DataError, match="cannot be the name of a file"):
+            read(tmp_path / name)
+
+
+def test_formats_are_told_by_content(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 3)).save(tmp_path / "photo", "PNG")
+    Image.new("RGB", (4, 3)).save(tmp_path / "b.txt", "JPEG")
+    Image.new("RGB", (4, 3)).save(tmp_path / ".hidden.png")
+    (tmp_path / "._b.jpg").write_bytes(b"left by macOS")
+    (tmp_path / "README").write_text("no picture")
+    os.mkfifo(tmp_path / "pipe")
+    assert list_images(tmp_path / "photo") == [tmp_path / "photo"]
+    assert list_images(tmp_path / "b.txt") == [tmp_path / "b.txt"]
+    assert list_images(tmp_path) == [tmp_path / "photo"]
+    with pytest.raises(DataError, match="README: not an image in a known format"):
+        list_images(tmp_path / "README")
 
 
 def test_modes_with_a_meaning(tmp_path: Path, colours: Image.Image) -> None:

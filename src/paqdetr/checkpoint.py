@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -67,7 +68,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
             temporary.replace(path)
         _flush(path.parent)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+        number = re.search(r"\(os error (\d+)\)", str(error))  # how safetensors says it
+        reason = getattr(error, "strerror", None) or (os.strerror(int(number[1])) if number else str(error))
         raise StorageError(
             f"{path}: cannot be written ({reason})", "check the disk's space and the folder's permissions"
         ) from None

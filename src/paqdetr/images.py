@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import io
 import os
-import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from paqdetr.errors import DataError
+from paqdetr.files import open_regular
 from paqdetr.values import environment_integer
 
 IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
@@ -35,12 +35,17 @@ if (
 # What is decoded, whatever a file is called. Pillow knows 40 more formats; of PostScript it would run the program.
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF", "HEIF", "JXL")
 
-_TURNING = frozenset(range(5, 9))  # EXIF orientations that exchange width and height
-
-# Pillow reports damaged files by all of these.
-_DAMAGED = (
-    OSError, ValueError, SyntaxError, EOFError, TypeError, IndexError, KeyError, OverflowError, struct.error,
-)  # fmt: skip
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# Where Pillow looks for the orientation.
+_EXIF = ("exif", "xmp", "Raw profile type exif", "XML:com.adobe.xmp")
 
 _ARRAY_REMEDY = "Pass uint8 RGB of shape (height, width, 3), or grey of shape (height, width)."
 
@@ -72,8 +77,8 @@ def read_image(source: ImageSource) -> Image.Image:
     if isinstance(source, Image.Image):
         name = getattr(source, "filename", "") or "the given image"
         try:
-            return _to_rgb(ImageOps.exif_transpose(source))
-        except _DAMAGED as error:
+            return _to_rgb(_upright(source))
+        except Exception as error:  # Pillow reports damaged files by any class there is
             raise _undecodable(name, error) from error
     if isinstance(source, (str, os.PathLike)):
         file: Path | BinaryIO = Path(source)
@@ -90,7 +95,40 @@ def read_image(source: ImageSource) -> Image.Image:
             'files are opened with open(path, "rb").',
         )
     with _opened(file) as image:
-        return _to_rgb(ImageOps.exif_transpose(image))
+        return _to_rgb(_upright(image))
+
+
+def _orientation(image: Image.Image) -> int | None:
+    """That of the EXIF block, 1 if there is none; None if the block is broken."""
+    block = image.info.get("exif")
+    if isinstance(block, bytes) and not _has_entries(block.removeprefix(b"Exif\0\0")):
+        return None
+    try:
+        # not PngImageFile's own, which decodes everything in search of a late EXIF chunk
+        turn = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    except Exception:
+        return None
+    return turn if isinstance(turn, int) and 0 <= turn <= 8 else None
+
+
+def _has_entries(block: bytes) -> bool:
+    """Whether a block of EXIF is empty, or a TIFF header and as many entries as it says: Pillow makes the best of others."""
+    if block[:4] not in (b"II*\0", b"MM\0*"):
+        return not block
+    order = "little" if block[:1] == b"I" else "big"
+    start = int.from_bytes(block[4:8], order)
+    count = int.from_bytes(block[start : start + 2], order)
+    return 8 <= start and start + 2 + 12 * count <= len(block)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """A copy, decoded, with its EXIF orientation applied and forgotten; as stored where the EXIF block is broken."""
+    image.load()
+    method = _UPRIGHT.get(_orientation(image) or 1)
+    upright = image.copy() if method is None else image.transpose(method)
+    for key in _EXIF:
+        upright.info.pop(key, None)
+    return upright
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +137,7 @@ class ImageHeader:
 
     Attributes:
         size: (width, height) in pixels with its EXIF turn applied, as `read_image` gives it.
-        traits: what is out of the ordinary, of "exif turn", "16 bit", "palette", "CMYK", "alpha", "grey" and
+        traits: what is out of the ordinary, of "exif turn", "broken exif", "16 bit", "palette", "CMYK", "alpha", "grey" and
             "several frames"; `read_image` has a rule for each.
     """
 
@@ -114,19 +152,20 @@ def read_header(source: str | Path) -> ImageHeader:
         DataError: the file is missing, no image, or its header is damaged.
     """
     with _opened(Path(source)) as image:
-        # not PngImageFile's own, which decodes everything in search of a late EXIF chunk
-        turn = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+        turn = _orientation(image)
         width, height = image.size
         if image.format == "TIFF":  # some versions of Pillow have turned the size already
             width, height = image.tag_v2[256], image.tag_v2[257]  # type: ignore[attr-defined]
-        size = (height, width) if turn in _TURNING else (width, height)
+        size = (height, width) if turn in (5, 6, 7, 8) else (width, height)
         return ImageHeader(size, frozenset(_traits(image, turn)))
 
 
-def _traits(image: Image.Image, turn: object) -> Iterator[str]:
+def _traits(image: Image.Image, turn: int | None) -> Iterator[str]:
     mode = image.mode
     raw = str(image.tile[0].args) if getattr(image, "tile", None) else ""  # type: ignore[attr-defined]
-    if turn not in (0, 1):
+    if turn is None:
+        yield "broken exif"
+    elif turn in _UPRIGHT:
         yield "exif turn"
     if mode.startswith("I") or mode == "F" or ";16" in raw:
         yield "16 bit"
@@ -153,7 +192,8 @@ def _opened(source: Path | BinaryIO) -> Iterator[Image.Image]:
     """The image, not yet decoded; whatever goes wrong meanwhile, while decoding too, becomes a DataError."""
     path = source if isinstance(source, Path) else getattr(source, "name", "the given bytes")
     try:
-        with Image.open(source, formats=_formats()) as image:
+        opened = open_regular(source) if isinstance(source, Path) else nullcontext(source)
+        with opened as file, Image.open(file, formats=_formats()) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels")
             yield image
@@ -162,18 +202,16 @@ def _opened(source: Path | BinaryIO) -> Iterator[Image.Image]:
             f"{path}: the image is too large: {error}",
             f"Make it smaller, or cut it into tiles; PAQDETR_MAX_PIXELS=N raises the limit of {MAX_PIXELS:,}.",
         ) from None
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such image file", "Check the path.") from None
-    except IsADirectoryError:
-        raise DataError(f"{path}: is a folder, expected an image file", "Name a file in it.") from None
-    except PermissionError:
-        raise DataError(f"{path}: the image file may not be read", "Change its permissions.") from None
+    except DataError:
+        raise
     except UnidentifiedImageError:
         size = f" ({path.stat().st_size} bytes)" if isinstance(path, Path) else ""
         raise DataError(
             f"{path}: not an image in a known format{size}", "Convert it to JPEG or PNG, or remove it."
         ) from None
-    except _DAMAGED as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow reports damaged files by any class there is
         raise _undecodable(path, error) from error
 
 
@@ -187,29 +225,40 @@ def is_leftover(name: str) -> bool:
 
 
 def list_images(path: str | Path) -> list[Path]:
-    """The image files of a folder (not of its subfolders) in order of name, or the one file that `path` is.
+    """The image files of a folder (not of its subfolders) in order of name, or the one file that `path` is. Hidden files are left
+    out; a file without an ending is one of them if its content is an image.
 
     Raises:
         DataError: `path` does not exist, is a file of another kind, or a folder without images.
     """
     path = Path(path)
     kinds = ", ".join(sorted(PICTURE_EXTENSIONS))
-    if path.is_file():
-        if path.suffix.lower() in PICTURE_EXTENSIONS:
-            return [path]
-        raise DataError(f"{path}: not an image file by its name, expected one of {kinds}", "Name an image.")
     if not path.is_dir():
-        raise DataError(f"{path}: no such file or folder", "Check the path.")
+        if path.suffix.lower() not in PICTURE_EXTENSIONS:
+            read_header(path)
+        open_regular(path).close()
+        return [path]
     found = sorted(
         entry
         for entry in path.iterdir()
-        if entry.suffix.lower() in PICTURE_EXTENSIONS and entry.is_file() and not is_leftover(entry.name)
+        if entry.name[:1] != "."
+        and not is_leftover(entry.name)
+        and entry.is_file()
+        and (entry.suffix.lower() in PICTURE_EXTENSIONS or (not entry.suffix and _is_picture(entry)))
     )
     if not found:
         raise DataError(
             f"{path}: the folder holds no images ({kinds})", "Name a folder with images directly in it."
         )
     return found
+
+
+def _is_picture(path: Path) -> bool:
+    try:
+        read_header(path)
+    except DataError:
+        return False
+    return True
 
 
 def _undecodable(name: object, error: Exception) -> DataError:
@@ -230,7 +279,7 @@ def _from_array(array: np.ndarray) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
-        return image  # already a copy, read to its end, by exif_transpose
+        return image  # already a copy
     if image.mode.startswith("I;16"):
         return _grey(np.asarray(image, dtype=np.float64) / 257)
     if image.mode in ("I", "F"):

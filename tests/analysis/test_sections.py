@@ -52,7 +52,8 @@ def test_images_whose_ids_are_not_in_order() -> None:
     truth["images"].reverse()
     table = MatchTable.match(truth, results)
     assert outcome(table, 0.5, (3, 2, 1)).right.tolist() == [0, 0, 1]
-    split = SimpleNamespace(image_ids=(3, 2, 1), image=lambda _: Image.new("RGB", (100, 100), "white"))
+    blank = Image.new("RGB", (100, 100), "white")
+    split = SimpleNamespace(image_ids=(3, 2, 1), image_or_blank=lambda _: blank.copy())
     evaluation = SimpleNamespace(results=results)
     subject: Any = SimpleNamespace(table=table, split=split, truth=truth, evaluation=evaluation)
     empty, busy = (np.asarray(draw_outcome(subject, index, 0.5)) for index in (0, 2))

@@ -66,7 +66,7 @@ def verbs(
     study = {
         "base": "paq_dino_nano",
         "variants": {"baseline": {}},
-        "data": {"d": {"path": data}},
+        "data": {"d": {"folder": data, "steps": 1}},
         "seeds": [0],
     }
     (folder / "study.yaml").write_text(json.dumps({"name": "s", **study}))

@@ -29,6 +29,22 @@ def written(
     arguments = ["predict", str(tiny_run.best), str(tiny_digits / "val"), "--threshold", "0.01"]
     assert run([*arguments, "--output", str(folder / "ids"), "--annotations", str(truth)]) == 0
     assert run([*arguments, "--output", str(folder / "names")]) == 0
+    # The model has hardly learnt: one detection of each image is put where an object is, so that the figures are not all zero.
+    objects = {row["image_id"]: row for row in json.loads(truth.read_text())["annotations"]}
+    names = {row["id"]: row["name"] for row in json.loads(truth.read_text())["categories"]}
+    images = {row["file_name"]: row["id"] for row in json.loads(truth.read_text())["images"]}
+    for name in ("ids", "names"):
+        file = folder / name / "predictions.json"
+        rows = json.loads(file.read_text())
+        for image, number in images.items():
+            best = next(row for row in rows if row["file_name"] == image)
+            category = objects[number]["category_id"]
+            best |= {
+                "bbox": objects[number]["bbox"],
+                "category_id": category,
+                "category_name": names[category],
+            }
+        file.write_text(json.dumps(rows))
     return {name: folder / name / "predictions.json" for name in ("ids", "names")}
 
 

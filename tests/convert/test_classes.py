@@ -46,7 +46,7 @@ def test_a_coco_json_fits_by_count_or_by_id(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"head has 5 rows, .* 2 classes with ids up to 5"):
         class_slots(5, given=str(path), names=None, where="f")
     path.write_text("[]")
-    with pytest.raises(UserError, match="no COCO json with categories"):
+    with pytest.raises(UserError, match="no COCO json whose `categories`"):
         class_slots(2, given=str(path), names=None, where="f")
 
 

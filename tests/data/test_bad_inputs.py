@@ -277,7 +277,7 @@ def image_that_is_a_folder(root: Path) -> None:
     (root / B).mkdir()
 
 
-@case("coco", "b.png: no such image file")
+@case("coco", "b.png: no such file")
 def image_that_is_a_link_to_nothing(root: Path) -> None:
     (root / B).unlink()
     (root / B).symlink_to(root / "nothing.png")

@@ -15,22 +15,21 @@ pytestmark = pytest.mark.integration
 
 # Six images of 800x800 are 46 MB; a container has 64 MB of /dev/shm.
 LOAD = """
-import logging, os, shutil, sys
+import logging, os, shutil, sys, tempfile
 from paqdetr.config import load_config
 from paqdetr.data.dataset import open_split
 from paqdetr.data.loader import training_loader
 from paqdetr.preprocessing import Normalization, Preprocessing
 
-if "TMPDIR" in os.environ:
-    shutil.rmtree(os.environ["TMPDIR"])
+if "TMPDIR" in os.environ:  # the folder is chosen, then it goes
+    shutil.rmtree(tempfile.gettempdir())
 logging.basicConfig(format="%(message)s")
 config = load_config("paq_dino_nano", {"batch_size": 6, "workers": int(sys.argv[2]), "augment.scale": [1.0, 1.0]})
 preprocessing = Preprocessing(image_size=800, size_divisor=1, normalization=Normalization((0.0,) * 3, (1.0,) * 3))
 loader, _ = training_loader(config, open_split(sys.argv[1], "train"), preprocessing)
 for batch in loader:
     print(tuple(batch.images.shape), float(batch.images.double().sum()), [len(t) for t in batch.targets])
-loader.close()
-"""
+"""  # the loader is not closed: workers must not keep a program from its end
 
 
 @pytest.fixture(scope="module")

@@ -217,7 +217,7 @@ def test_links_to_nothing_and_to_themselves(copy_of: Any) -> None:
     (root / "images/train/gone").symlink_to("nowhere")
     assert box_counts(root) == {"a": 2, "b": 1, "c": 0}  # neither is a picture
     (root / "images/train/x.png").symlink_to("nowhere.png")
-    with pytest.raises(DataError, match=r"x\.png: no such image file"):
+    with pytest.raises(DataError, match=r"x\.png: no such file"):
         open_split(root, "train")
 
 

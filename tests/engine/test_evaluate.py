@@ -270,6 +270,34 @@ def test_an_image_of_another_size_than_stated(tmp_path: Path, model: Detector) -
         list(detect_split(model, split, batch_size=2, readers=2))
 
 
+@pytest.mark.parametrize("readers", [0, 2])
+def test_images_that_cannot_be_read_count_as_images_without_detections(
+    tmp_path: Path,
+    model: Detector,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    readers: int,
+) -> None:
+    split = write(tmp_path)
+    monkeypatch.setattr(MODULE, "detect_batch", cheat(split))
+    split.path(2).write_bytes(split.path(2).read_bytes()[:50])
+    split.path(5).write_text("no picture")
+    lost = len(split.labels(2)) + len(split.labels(5))
+    found = dict(detect_split(model, split, batch_size=3, readers=readers))
+    assert len(found) == len(split) and sum(map(len, found.values())) == 13 - lost == 7
+    (record,) = caplog.records
+    assert record.message.startswith(
+        f"2 of 7 images cannot be read and count as images without detections; the first: {split.path(2)}: "
+    )
+    evaluation = evaluate_split(model, split)
+    assert evaluation.predictions_per_image == 1 and evaluation.boxes_per_image == pytest.approx(13 / 7)
+
+    for index in range(len(split)):
+        split.path(index).write_text("no picture")
+    with pytest.raises(DataError, match=r"none of 7 images could be read; the first: .*0\.png"):
+        evaluate_split(model, split)
+
+
 def test_a_split_that_is_not_there(tiny_digits: Path, tiny_run: Run) -> None:
     with pytest.raises(DataError, match="no split 'nights', found train, val, test"):
         evaluate(tiny_run.model(), data=tiny_digits, split="nights")

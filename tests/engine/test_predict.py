@@ -169,7 +169,9 @@ def test_pictures_in_the_output_folder_are_not_drawn_over(
     output = predict_folder(model, [pictures], output=tmp_path / "out").output
     shutil.copy(pictures / "a.jpg", output / "mine.jpg")
     before = (output / "mine.jpg").read_bytes()
-    with pytest.raises(DataError, match=r"mine\.jpg: lies in the output folder"):
+    with pytest.raises(
+        ConfigError, match=r"holds other files, such as mine\.jpg, and nothing is overwritten"
+    ):
         predict_folder(model, [output / "mine.jpg"], output=output)
     assert (output / "mine.jpg").read_bytes() == before
 

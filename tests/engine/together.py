@@ -123,6 +123,9 @@ def command_line(*arguments: str) -> None:
 def own_group(*arguments: str) -> None:
     """The command line in a process group of its own, as a shell or a batch system starts it."""
     os.setpgid(0, 0)
+    # As a shell in a terminal leaves them: nohup, and scripts that start something in the background, have them ignored.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     command_line(*arguments)
 
 

@@ -213,7 +213,6 @@ def test_a_child_that_somebody_stops_stops_the_queue(queue: Queue) -> None:
 
 def test_two_queues_share_the_runs(queue: Queue) -> None:
     """While one trains the baseline, another does the other variant, then waits for the first."""
-    pytest.importorskip("fcntl", reason="no such locks on Windows")
     children, go = queue
     second: list[Done] = []
 
@@ -236,14 +235,16 @@ def test_two_queues_share_the_runs(queue: Queue) -> None:
 def test_a_run_that_somebody_trains_by_hand_is_waited_for(
     queue: Queue, file: Path, tmp_path: Path, tiny_digits: Path
 ) -> None:
-    pytest.importorskip("fcntl", reason="no such locks on Windows")
     children, go = queue
     _, runs, places = planned(file, tmp_path / "out", tiny_digits.parent)
     run = places.run(runs[0].key)
     run.output.mkdir(parents=True)
     run.write_config(runs[0].config)
-    code = "import fcntl, sys; f = open(sys.argv[1], 'r+b'); fcntl.lockf(f, fcntl.LOCK_EX); print(); input()"
-    command = [sys.executable, "-c", code, str(run.config_file)]
+    code = (
+        "import sys; from pathlib import Path; from paqdetr.engine import Run\n"
+        "held = Run(Path(sys.argv[1])).hold(); print(); input()"
+    )
+    command = [sys.executable, "-c", code, str(run.output)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None and other.stdout.readline()
         waited: list[PlannedRun] = []

@@ -89,7 +89,7 @@ def draw_outcome(subject: Subject, index: int, threshold: float) -> Image:
     """The image of the split with detections that are right and wrong, and objects that were missed."""
     table, t = subject.table, subject.table.threshold_index(0.5)
     image_id = subject.split.image_ids[index]
-    picture = subject.split.image(index)
+    picture = subject.split.image_or_blank(index)
     scale = np.array([picture.width, picture.height] * 2, dtype=float)
     overlay = Overlay(picture)
     position = table.image_ids.index(image_id)  # not the index: tables sort whole numbers, files need not

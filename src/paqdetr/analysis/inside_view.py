@@ -43,7 +43,7 @@ def inside_section(
     pairs = training[1] if training is not None and several else ()
     total, done, parts, without = len(images) + len(pairs), 0, [], []
     for number, index in enumerate(images):
-        inside = look_inside(subject.model, subject.split.image(index))
+        inside = look_inside(subject.model, subject.split.image_or_blank(index))
         targets = targets_of(subject.split, index, classes=subject.model.classes)
         parts += _views(inside, targets, subject, number)
         done += 1
@@ -52,7 +52,7 @@ def inside_section(
     if training is not None:
         for number, index in enumerate(pairs):
             split = training[0]
-            inside = look_inside(subject.model, split.image(index), most=1)
+            inside = look_inside(subject.model, split.image_or_blank(index), most=1)
             targets = targets_of(split, index, classes=subject.model.classes)
             parts += _learning(inside, targets, subject, criterion, number, split.file_names[index])
             done += 1

@@ -295,7 +295,7 @@ def _exciting_images(model: Studied, split: DetectionDataset, suffix: str) -> Pa
         top = row * (cell + bar + 6)
         pen.text((4, top + cell // 2), f"pattern {pattern}", fill="#222222", font=font)
         for column, (index, ratio) in enumerate(images):
-            picture = split.image(index)
+            picture = split.image_or_blank(index)
             picture.thumbnail((cell, cell))
             x = left + column * (cell + 6)
             sheet.paste(picture, (x + (cell - picture.width) // 2, top + (cell - picture.height) // 2))
@@ -328,7 +328,7 @@ def _one_image(model: Studied, split: DetectionDataset, suffix: str) -> list[Par
     own = own.rows(np.argsort(own.categories, kind="stable")[:12])
     assert own.weights is not None
     names = [study.classes.names[c] for c in own.categories]
-    overlay = Overlay(split.image(chosen), size=560, dim=0.15)
+    overlay = Overlay(split.image_or_blank(chosen), size=560, dim=0.15)
     for number, (box, name) in enumerate(zip(own.boxes, names, strict=True)):
         x, y, w, h = box.tolist()
         overlay.box([x - w / 2, y - h / 2, x + w / 2, y + h / 2], mark(number))

@@ -39,6 +39,7 @@ def analyze(
 ) -> None:
     """Write one HTML page on what a detector does: figures, mistakes, images, use of queries, its inside."""
     from paqdetr.analysis import analyze as write_report
+    from paqdetr.data.layout import split_to_evaluate
     from paqdetr.models.device import require_device
 
     with ExitStack() as stack:
@@ -55,7 +56,7 @@ def analyze(
             checkpoint,
             data=data,
             output=output,
-            split=split,
+            split=split_to_evaluate(data, split),
             against=against,
             images=images,
             samples=resamples,

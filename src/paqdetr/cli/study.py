@@ -88,7 +88,10 @@ def _run(
             "continue it with --resume, or choose another --output",
         )
     if not places.study_file.exists():
-        require_free(places.output)
+        # Results and runs that were kept elsewhere may have been put there to go on from.
+        require_free(
+            places.output, lambda path: path.relative_to(places.output).parts[0] in ("results", "runs")
+        )
     for planned in runs:
         require_no_conflict(planned, places)
     text = file.read_text(encoding="utf-8")

@@ -18,6 +18,7 @@ from paqdetr.data.stats import BoxSizes, describe_crowding
 from paqdetr.errors import DataError
 from paqdetr.structures import ClassTable
 
+_BROKEN_EXIF = "broken exif"  # of `ImageHeader.traits`
 # Kind of a warning -> what it means, the worst first.
 _FIRST = {
     "leak between splits": "{count} of {images} {split} images have a near-duplicate in another split: AP on {split} is "
@@ -168,7 +169,9 @@ def check_dataset(
         own = facts[start : start + len(content)]
         start += len(content)
         _check_sizes(content, own, issues[split])
-        report.splits[split].traits = dict(Counter(trait for fact in own for trait in sorted(fact.traits)))
+        report.splits[split].traits = dict(
+            Counter(trait for fact in own for trait in sorted(fact.traits - {_BROKEN_EXIF}))
+        )
     _find_duplicates(paths, facts, issues)
     _compare_classes({split: a.classes for split, a in read.items()}, report, issues)
     whole = Issues(collect=True)
@@ -257,6 +260,8 @@ def _check_sizes(annotations: Annotations, facts: list[ImageFacts], issues: Issu
                 f"is {fact.size[0]}x{fact.size[1]} pixels, the annotations say {size[0]}x{size[1]}{turned}",
                 kind="image size",
             )
+        if _BROKEN_EXIF in fact.traits:
+            issues.warn(name, "its EXIF block is broken: it is read as stored, not turned", kind=_BROKEN_EXIF)
 
 
 def _find_duplicates(

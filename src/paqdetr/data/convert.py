@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections import Counter
@@ -125,6 +126,8 @@ def _place(image: Path, goal: Path, *, link: bool) -> None:
         else:
             shutil.copyfile(image, goal)
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # of the whole folder
+            raise
         hint = (
             "Leave --link out: the two folders are on different file systems." if link else "Check the disk."
         )

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from paqdetr.data.annotations import Annotations, Issues
 from paqdetr.data.formats.coco import read_coco, to_coco
 from paqdetr.data.layout import find_split
+from paqdetr.errors import DataError
 from paqdetr.images import read_image
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 
 class DetectionDataset:
@@ -79,6 +78,15 @@ class DetectionDataset:
             DataError: it does not decode.
         """
         return read_image(self.path(index))
+
+    def image_or_blank(self, index: int) -> Image.Image:
+        """The picture, or a grey one of the size that the annotations state where it does not decode: one bad file does not end
+        what looks at many."""
+        try:
+            return self.image(index)
+        except DataError:
+            height, width = self.sizes[index].tolist()
+            return Image.new("RGB", (width, height), "#808080")
 
     def ground_truth(self) -> dict[str, Any]:
         """What evaluation compares with, as a COCO json: every box as the files have it, crowds and what is skipped too."""

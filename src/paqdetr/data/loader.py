@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 import pickle
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.util import get_temp_dir
-from typing import Any
 
 import numpy as np
 import torch
@@ -206,10 +207,22 @@ class TrainingBatches(Sampler[list[SampleKey]]):
 
 
 def leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C and signals to a process group reach workers too: they go on until the training, which finishes its step, ends
-    them."""
+    """Ctrl-C and signals to a process group reach workers too: they go on until the training, which finishes its step, ends them,
+    by a SIGTERM of its own if need be."""
     for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):
+        return  # macOS, Windows: torch's own handler takes every SIGTERM
+    parent = os.getppid()
+
+    def wait_for_parent() -> None:
+        while signal.sigwaitinfo((signal.SIGTERM,)).si_pid != parent:
+            pass
+        os._exit(0)
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))
+    threading.Thread(target=wait_for_parent, daemon=True).start()
 
 
 @contextmanager
@@ -242,7 +255,11 @@ def read_picture(split: DetectionDataset, index: int) -> Image:
     Raises:
         DataError: it does not decode, or the annotations state another size: the boxes would be in wrong places.
     """
-    picture = split.image(index)
+    return of_stated_size(split, index, split.image(index))
+
+
+def of_stated_size(split: DetectionDataset, index: int, picture: Image) -> Image:
+    """The picture of an image, unless it has another size than the annotations state; see `read_picture`."""
     height, width = split.sizes[index].tolist()
     if picture.size != (width, height):
         raise DataError(
@@ -348,12 +365,10 @@ class TrainingLoader:
     def close(self) -> None:
         """End the worker processes."""
         # Dropping the loader would do it too, but only when nothing refers to it any more, a traceback for example.
-        iterator: Any = self._loader._iterator
+        end = getattr(self._loader._iterator, "_shutdown_workers", None)
+        if end is not None:
+            end()
         self._loader._iterator = None
-        if hasattr(iterator, "_shutdown_workers"):
-            iterator._shutdown_workers()
-            for worker in iterator._workers:
-                worker.kill()  # one that hangs: it does not listen to the SIGTERM that torch has sent it
 
 
 def _no_semaphores(workers: int) -> str | None:

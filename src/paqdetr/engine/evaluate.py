@@ -6,6 +6,7 @@ computes the figures. No image is seen twice, and the figures do not depend on h
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -15,12 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor
 from torchvision.ops import box_convert
 
 from paqdetr.data.dataset import DetectionDataset, open_split
-from paqdetr.data.layout import split_to_evaluate
-from paqdetr.data.loader import read_picture
+from paqdetr.data.loader import of_stated_size
 from paqdetr.data.read_ahead import read_ahead
 from paqdetr.engine.processes import Processes
 from paqdetr.errors import ConfigError, DataError
@@ -76,7 +77,7 @@ def evaluate(
     model: Detector | str | Path,
     *,
     data: str | Path,
-    split: str | None = None,
+    split: str = "val",
     batch_size: int = 4,
     max_detections: int = MAX_DETECTIONS,
     progress: Callable[[int, int], None] | None = None,
@@ -88,7 +89,7 @@ def evaluate(
         model: a detector, or a checkpoint or run's folder, which goes to the best device there is; the classes of the
             data must be among its own.
         data: the data set's folder.
-        split: "train", "val" or "test"; if not given val, or what the data have instead, which is logged.
+        split: "train", "val" or "test".
         batch_size: images of one size that go through together; it changes no figure.
         max_detections: of one class that are looked at in an image (COCO's maxDets, 100): more where images have more objects.
         progress: called with (images done, images in all).
@@ -108,7 +109,7 @@ def evaluate(
             f"model: expected a Detector or a path, found {type(model).__name__}",
             "give what paqdetr.load or create_model returns, or a checkpoint's path",
         )
-    opened = open_split(data, split_to_evaluate(data, split))
+    opened = open_split(data, split)
     return evaluate_split(
         model,
         opened,
@@ -210,12 +211,17 @@ def detect_split(
     """(index, detections) of every image, in batches of one size: what an image is batched with never matters. Of several
     processes each takes its share of the batches. Observers are shown the raw output of each batch.
 
-    Detections of classes that the model has and the split has not are left out: nothing says whether they are right.
+    Detections of classes that the model has and the split has not are left out: nothing says whether they are right. An image
+    that cannot be read has no detections, so that one bad file does not end a training at its evaluation; how many there are
+    is logged.
 
     Args:
         readers: threads that read the pictures of coming batches meanwhile, each at most one batch ahead; they change no order
             and no figure. None: 4 beside a GPU, and none beside a model that needs the CPU itself.
         at_least: as of `detect_batch`.
+
+    Raises:
+        DataError: no image could be read.
     """
     processes = processes or Processes()
     buckets: dict[tuple[int, int], list[int]] = defaultdict(list)
@@ -229,11 +235,21 @@ def detect_split(
     if readers is None:
         readers = 0 if next(model.parameters()).device.type == "cpu" else _READERS
 
+    unreadable: dict[int, str] = {}
+
+    def picture_of(index: int) -> Image:
+        try:
+            picture = split.image(index)
+        except DataError as error:
+            unreadable[index] = error.message
+            return split.image_or_blank(index)
+        return of_stated_size(split, index, picture)
+
     def read(
         batch: tuple[tuple[int, int], list[int]],
     ) -> tuple[list[int], list[Tensor], list[tuple[int, int]]]:
         size, chosen = batch
-        pictures = [read_picture(split, index) for index in chosen]
+        pictures = [picture_of(index) for index in chosen]
         images = [model.preprocessing(picture, size) for picture in pictures]
         return chosen, images, [(picture.height, picture.width) for picture in pictures]
 
@@ -251,7 +267,20 @@ def detect_split(
             model, images, sizes, look=look if observers else None, names=ids, at_least=at_least
         )
         for index, detections in zip(chosen, found, strict=True):
-            yield index, detections.rows(np.isin(detections.labels, split.classes.ids))
+            kept = np.isin(detections.labels, split.classes.ids) & (index not in unreadable)
+            yield index, detections.rows(kept)
+    if unreadable:
+        first = unreadable[min(unreadable)]
+        if len(unreadable) == sum(len(chosen) for _, chosen in own):
+            raise DataError(
+                f"none of {len(unreadable)} images could be read; the first: {first}", "look at this file"
+            )
+        logging.getLogger(__name__).warning(
+            "%d of %d images cannot be read and count as images without detections; the first: %s",
+            len(unreadable),
+            len(split),
+            first,
+        )
 
 
 def targets_of(

@@ -314,7 +314,7 @@ def draw_predictions(model: Detector, split: DetectionDataset, output: Path, *, 
     """Write a contact sheet of the first images of a split: predictions beside ground truth."""
     items = []
     for index in range(min(images, len(split))):
-        picture = split.image(index)
+        picture = split.image_or_blank(index)
         ids = [split.classes.ids[label] for label in split.labels(index).tolist()]
         items.append((picture, model.predict(picture)[0], GroundTruth(split.boxes(index), ids)))
     contact_sheet(items, split.classes.id_to_name, output=output)

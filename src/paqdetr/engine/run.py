@@ -145,13 +145,17 @@ class Run:
         files. It becomes a run by `write_config`, which is called as soon as nothing can be wrong any more."""
         if self.output.exists() and not self.output.is_dir():
             raise ConfigError(f"{self.output}: a file is in the way", "choose another --output")
+        # Listed before it is asked for the run: another process may be making one here just now.
+        foreign = self.output.is_dir() and any(
+            not entry.name.startswith(".") for entry in self.output.iterdir()
+        )
         if self.config_file.exists():
             if not resume and not self.empty:
                 raise ConfigError(
                     f"{self.output}: there is a run already, and nothing is overwritten",
                     "choose another --output, or continue it with --resume",
                 )
-        elif self.output.is_dir() and any(not entry.name.startswith(".") for entry in self.output.iterdir()):
+        elif foreign:
             raise ConfigError(
                 f"{self.output}: the folder holds other files and no run", "choose another --output"
             )

@@ -52,9 +52,8 @@ def train(
         UserError: settings, data or the output folder cannot be used; nothing is overwritten.
         TrainingInterrupted: SIGINT, SIGTERM or SIGHUP came; the state is saved.
     """
-    if getattr(
-        current_process(), "_inheriting", False
-    ):  # it is being spawned, and imports its parent's script
+    # A process that is being spawned imports the script of its parent.
+    if getattr(current_process(), "_inheriting", False):
         raise ConfigError(
             "a process that the script has started runs the script again, and would train too",
             "put the call below `if __name__ == '__main__':`",

@@ -108,7 +108,7 @@ def evaluate_detections(
     dataset = hotcoco.COCO(records.ground_truth())
     detected = dataset.load_res(records.results(results, source))
     evaluation = hotcoco.COCOeval(dataset, detected, iou_type)
-    evaluation.params.max_dets = [1, 10, max_detections]
+    evaluation.params.max_dets = [1, min(10, max_detections), max_detections]  # hotcoco sorts them
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summary_lines()  # fills the figures; summarize() would do so too, but prints

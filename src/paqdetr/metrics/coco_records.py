@@ -160,6 +160,9 @@ class CocoRecords:
             or f"/{wanted}".endswith(f"/{self._names[number]}")
         ]
         exact = [number for number in found if self._names[number] == wanted]
+        # Of names with fewer folders than the wanted one, that with the most says most.
+        shorter = max((len(self._names[n]) for n in found if len(self._names[n]) < len(wanted)), default=0)
+        found = [n for n in found if len(self._names[n]) >= shorter]
         if len(exact or found) > 1:
             raise DataError(
                 f"{self._source}: {len(found)} images are called {name!r}",
@@ -285,7 +288,15 @@ def _boxes(items: Sequence[Json], names: list[str]) -> np.ndarray:
     """All `bbox` as (N, 4) float64; the error names the first that is not four finite numbers."""
     try:
         boxes = np.array([item["bbox"] for item in items]).reshape(len(items), 4)
-        if boxes.dtype.kind in "iuf" and (np.abs(boxes) < 1e9).all() and (boxes[:, 2:] >= 0).all():
+        flags = bool in {
+            type(value) for item in items for value in item["bbox"]
+        }  # numpy takes them for numbers
+        if (
+            boxes.dtype.kind in "iuf"
+            and not flags
+            and (np.abs(boxes) < 1e9).all()
+            and (boxes[:, 2:] >= 0).all()
+        ):
             return boxes.astype(np.float64)
     except (KeyError, TypeError, ValueError):
         pass

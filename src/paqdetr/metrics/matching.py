@@ -301,7 +301,7 @@ def _fill_in_matches(
             ]
         )
         evaluation = hotcoco.COCOeval(dataset, detected, iou_type)
-        evaluation.params.max_dets = [1, 10, max_detections]
+        evaluation.params.max_dets = [1, min(10, max_detections), max_detections]  # hotcoco sorts them
         evaluation.evaluate()
         areas = {tuple(limits): i for i, limits in enumerate(evaluation.params.area_rng)}
         for pair in evaluation.eval_imgs:

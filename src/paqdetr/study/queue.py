@@ -15,6 +15,7 @@ from typing import Any
 
 from paqdetr.checkpoint import write_whole
 from paqdetr.config import load_config
+from paqdetr.data.loader import STOP_SIGNALS
 from paqdetr.engine.interrupt import StopRequest
 from paqdetr.engine.run import Run, flat_settings
 from paqdetr.errors import ConfigError
@@ -27,7 +28,6 @@ from paqdetr.study.sources import note_source, read_source, require_same_source
 from paqdetr.study.spec import Study
 
 _WAIT = 2.0
-_INTERRUPTED = (130, 143)
 
 
 class QueueEvents:
@@ -79,7 +79,7 @@ def run_queue(
 
     Raises:
         ConfigError: a run that is there was made with other settings than the study has now.
-        StudyInterrupted: SIGINT or SIGTERM came.
+        StudyInterrupted: SIGINT, SIGTERM or SIGHUP came.
     """
     for planned in runs:
         require_no_conflict(planned, places)
@@ -192,7 +192,9 @@ class _Queue:
 
     def _fail(self, planned: PlannedRun, job: Job, step: str, ended: Ended) -> None:
         """Keep the reason as the run's result, unless an earlier measurement has left one, and let the others go on."""
-        if ended.code in _INTERRUPTED or -ended.code in (2, 15):  # somebody stopped the child itself
+        if (
+            ended.code - 128 in STOP_SIGNALS or -ended.code in STOP_SIGNALS
+        ):  # somebody stopped the child itself
             raise ConfigError(
                 f"{planned.key}: {step} was stopped from outside",
                 "its state is saved; continue the study with --resume",

@@ -30,7 +30,7 @@ from paqdetr.analysis.summary import class_section, summary_section
 from paqdetr.analysis.training import run_folder, training_section
 from paqdetr.analysis.usage import Usage, usage_section
 from paqdetr.data.dataset import DetectionDataset, open_split
-from paqdetr.data.layout import available_splits, split_to_evaluate
+from paqdetr.data.layout import available_splits
 from paqdetr.engine.curves import read_metrics
 from paqdetr.engine.evaluate import evaluate_split, require_same_classes
 from paqdetr.errors import ConfigError, DataError
@@ -70,7 +70,7 @@ def analyze(
     *,
     data: str | Path,
     output: str | Path,
-    split: str | None = None,
+    split: str = "val",
     against: Detector | str | Path | None = None,
     images: int = 6,
     samples: int = SAMPLES,
@@ -85,7 +85,7 @@ def analyze(
         model: a checkpoint, a run's folder, or a detector. A run's folder also gives the curves of the training.
         data: the data set's folder.
         output: a folder that is new, empty, or holds an earlier report, which is replaced. It is written whole or not at all.
-        split: "train", "val" or "test"; if not given val, or what the data have instead, which is logged.
+        split: "train", "val" or "test".
         against: another model, shown side by side, with paired intervals of the differences.
         images: how many of the best, of the worst and (with `against`) of the most different images are shown. The inside is
             shown for a third of it, at least one.
@@ -102,7 +102,6 @@ def analyze(
     output = Path(output)
     require_report_place(output)
     chosen = [model] if against is None else [model, against]
-    split = split_to_evaluate(data, split)
     opened = open_split(data, split)
     if not len(opened):
         raise DataError(f"{opened.annotation_file}: the split has no images", "choose another --split")
