@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,8 @@ from paqdetr.checkpoint import remove_leftovers, write_whole
 from paqdetr.config import Config, load_config
 from paqdetr.errors import ConfigError, StorageError
 from paqdetr.locks import Busy, acquire
-from paqdetr.metrics.jsonable import json_safe
 from paqdetr.models import Detector, load
+from paqdetr.serialize import plain
 
 _ENDED = "finished"
 # What may differ when a run is continued: it changes neither weights nor figures.
@@ -127,7 +128,7 @@ class Run:
         """
         try:
             with self.metrics_file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(json_safe(record), allow_nan=False) + "\n")
+                file.write(json.dumps(plain(record), allow_nan=False) + "\n")
         except OSError as error:
             raise StorageError(
                 f"{self.metrics_file}: cannot be written ({error.strerror})",
@@ -165,11 +166,9 @@ class Run:
         if not self.config_file.exists() or self.empty:
             return
         before, after = flat_settings(load_config(self.config_file)), flat_settings(config)
-        changed = [key for key in before if before[key] != after.get(key) and key not in FREE_SETTINGS]
-        if changed:
-            key = changed[0]
+        for key in changed_settings(before, after):
             raise ConfigError(
-                f"{self.config_file}: the run was started with {key}={before[key]!r}, now it is {after.get(key)!r}",
+                f"{self.config_file}: the run was started with {key}={before[key]!r}, now it is {after[key]!r}",
                 "resume with the same settings, or start a new run with another --output",
             )
 
@@ -246,6 +245,15 @@ def _ap(row: dict[str, Any]) -> float:
 def flat_settings(config: Config) -> dict[str, Any]:
     """Every setting by its dotted key, as json values."""
     return _flat(config.model_dump(mode="json"))
+
+
+def changed_settings(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Dotted keys of `wanted` that a run was made with otherwise, without those that change no weight."""
+    return [
+        key
+        for key, value in wanted.items()
+        if key in found and key not in FREE_SETTINGS and plain(found[key]) != plain(value)
+    ]
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -20,6 +20,7 @@ from paqdetr.config.section import Role
 from paqdetr.errors import CheckpointError, ConfigError
 from paqdetr.models.detector import Detector
 from paqdetr.models.zoo import build_model
+from paqdetr.serialize import fields_of
 from paqdetr.structures import ClassTable
 
 # Tensors with a row a class, and with one or several rows a query.
@@ -68,13 +69,7 @@ class ReshapeReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for json."""
-        return {
-            "known_classes": list(self.known_classes),
-            "new_classes": list(self.new_classes),
-            "dropped_classes": list(self.dropped_classes),
-            "queries": list(self.queries),
-            "interpolated_queries": self.interpolated_queries,
-        }
+        return {key: value for key, value in fields_of(self).items() if key != "changed"}
 
 
 def reshape(
