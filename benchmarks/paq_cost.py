@@ -33,6 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import paqdetr
 from paqdetr.config import load_config
+from paqdetr.engine.bench import saved_bytes
 from paqdetr.engine.optim import build_optimizer
 from paqdetr.losses import build_criterion
 from paqdetr.models.start import Start, query_features
@@ -268,20 +269,6 @@ def flops(module: nn.Module, *inputs: Any) -> int:
     for parameter in learns:
         parameter.requires_grad_()
     return counter.get_total_flops() // 2
-
-
-def saved_bytes(run: Callable[[], Tensor]) -> int:
-    """What autograd keeps for the backward pass: each storage once, parameters left out."""
-    kept: dict[int, int] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        if not isinstance(x, nn.Parameter):
-            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        run()
-    return sum(kept.values())
 
 
 def print_table(report: dict[str, Any]) -> None:

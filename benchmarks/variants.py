@@ -18,14 +18,10 @@ from typing import Any
 
 import torch
 from common import compare, interleave, provenance
-from torch import nn
 
 from paqdetr.config import load_config, parse_overrides
 from paqdetr.data.loader import Batch
-from paqdetr.engine.memory import batch_loss, saved_bytes
-from paqdetr.engine.optim import MovingAverage, build_optimizer
-from paqdetr.engine.setup import ready_to_train
-from paqdetr.models.zoo import build_model
+from paqdetr.engine.bench import Workload
 from paqdetr.structures import Targets
 
 _BOXES = 10
@@ -63,7 +59,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         arguments.image_size,
         generator=torch.Generator().manual_seed(0),
     )
-    sides = {name: Side(name, images) for name in arguments.variants}
+    sides = {name: workload(name, images) for name in arguments.variants}
     for side in sides.values():
         side.model.eval()
     inference = interleave(
@@ -74,10 +70,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     for side in sides.values():
         side.model.train()
-    kept = {
-        name: saved_bytes(side.model, side.config, side.batch)  # type: ignore[arg-type]
-        for name, side in sides.items()
-    }
+    kept = {name: side.saved() for name, side in sides.items()}
     steps = interleave(
         {name: side.step for name, side in sides.items()},
         rounds=arguments.rounds,
@@ -93,32 +86,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-class Side:
+def workload(variant: str, images: torch.Tensor) -> Workload:
     """One variant in use and in training."""
-
-    def __init__(self, variant: str, images: torch.Tensor) -> None:
-        torch.manual_seed(0)
-        model, *settings = variant.split()
-        config = self.config = load_config(model, parse_overrides(settings))
-        built = build_model(config, pretrained_backbone=False)
-        self.model: nn.Module = ready_to_train(built, config, torch.device("cpu"))
-        layout = torch.channels_last if config.channels_last else torch.contiguous_format
-        torch.manual_seed(1)  # the same boxes, whatever the weights have drawn
-        targets = [made_targets(config.model.num_classes) for _ in images]
-        self.batch = Batch(images.contiguous(memory_format=layout), None, targets)
-        self._optimizer = build_optimizer(self.model, config)
-        self._average = MovingAverage(self.model, config.ema_decay)
-
-    @torch.inference_mode()
-    def infer(self) -> None:
-        self.model(self.batch.images[:1])
-
-    def step(self) -> None:
-        self._optimizer.zero_grad()
-        batch_loss(self.model, self.config, self.batch).backward()  # type: ignore[arg-type]
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
-        self._optimizer.step()
-        self._average.update(self.model)
+    torch.manual_seed(0)
+    model, *settings = variant.split()
+    config = load_config(model, parse_overrides(settings))
+    targets = [made_targets(config.model.num_classes) for _ in images]
+    return Workload(config, Batch(images, None, targets), "cpu")
 
 
 def made_targets(num_classes: int) -> Targets:

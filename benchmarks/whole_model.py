@@ -28,9 +28,9 @@ import torch
 import transformers
 from common import compare, interleave, provenance
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from paqdetr.convert import convert_checkpoint
+from paqdetr.engine.bench import saved_bytes
 from paqdetr.losses import build_criterion
 from paqdetr.models import Detector
 from paqdetr.structures import Targets
@@ -208,23 +208,6 @@ def attention_share(model: nn.Module, call: Callable[[], object], seconds: list[
     for handle in handles:
         handle.remove()
     return statistics.median(shares)
-
-
-def saved_bytes(loss: Callable[[], Tensor]) -> int:
-    """What autograd keeps between forward and backward: every storage once, parameters left out."""
-    kept: dict[int, int] = {}
-    alive: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter):
-            storage = tensor.untyped_storage()
-            kept[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)  # so that no address is given away twice
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss()
-    return sum(kept.values())
 
 
 if __name__ == "__main__":

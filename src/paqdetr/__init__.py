@@ -30,31 +30,8 @@ if TYPE_CHECKING:
     from paqdetr.models import Detector, create_model, list_models, list_recipes, load
     from paqdetr.structures import ClassTable, Detections, Targets
 
-_HOME = {
-    "Callback": "engine",
-    "CheckpointError": "errors",
-    "ClassTable": "structures",
-    "ConfigError": "errors",
-    "DataError": "errors",
-    "Detections": "structures",
-    "Detector": "models",
-    "NonFiniteError": "errors",
-    "OutOfMemoryError": "errors",
-    "Report": "analysis",
-    "Run": "engine",
-    "StorageError": "errors",
-    "Targets": "structures",
-    "TrainingInterrupted": "engine",
-    "UserError": "errors",
-    "WorkerError": "errors",
-    "analyze": "analysis",
-    "create_model": "models",
-    "evaluate": "engine",
-    "list_models": "models",
-    "list_recipes": "models",
-    "load": "models",
-    "train": "engine",
-}
+# Where names live, from the ground up: an error needs no torch, and nothing is imported that the next would not need.
+_HOMES = ("errors", "structures", "models", "engine", "analysis")
 
 __all__ = [
     "Callback",
@@ -85,9 +62,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'paqdetr' has no attribute {name!r}")
-    return getattr(import_module(f"paqdetr.{_HOME[name]}"), name)
+    for home in _HOMES if name in __all__ else ():
+        if hasattr(module := import_module(f"paqdetr.{home}"), name):
+            return getattr(module, name)
+    raise AttributeError(f"module 'paqdetr' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -197,7 +197,7 @@ def _open(path: Path, tensors: bool = False) -> tuple[dict[str, Tensor], dict[st
 
 
 def load_tensors(module: torch.nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Fill a module; every name and shape must agree.
+    """Fill a module; every name and shape must agree. A module on the meta device takes over the tensors themselves.
 
     Raises:
         CheckpointError: naming the first tensors that are missing, left over, of another shape or no weights.
@@ -227,7 +227,10 @@ def load_tensors(module: torch.nn.Module, tensors: Mapping[str, Tensor], where: 
                 f"{where}: it is of another model: it {problem} {', '.join(keys[:3])}{more}",
                 "load it with the model and settings it was made with",
             )
-    module.load_state_dict(dict(tensors))
+    if any(tensor.is_meta for tensor in own.values()):
+        module.load_state_dict({key: tensors[key].to(own[key].dtype) for key in own}, assign=True)
+    else:
+        module.load_state_dict(dict(tensors))
 
 
 def _same_kind(given: Tensor, own: Tensor) -> bool:

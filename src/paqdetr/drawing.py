@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +18,13 @@ from paqdetr.text import printable
 if TYPE_CHECKING:
     from paqdetr.structures import Detections
 
-# Okabe and Ito's colours without black, then some of Paul Tol's: told apart with any colour vision.
+# Okabe and Ito's colours, told apart with any colour vision.
+BLUE, ORANGE, GREEN, RED, PINK, SKY, YELLOW = (
+    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442",
+)  # fmt: skip
+# And some of Paul Tol's, for classes.
 PALETTE = (
-    "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7",
+    ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK,
     "#EE3377", "#44AA99", "#999933", "#AA4499", "#BBBBBB", "#332288", "#882255",
 )  # fmt: skip
 
@@ -59,6 +63,21 @@ def draw_targets(
     """
     ids = np.asarray(labels, dtype=np.int64).reshape(-1)
     return _draw(image, boxes, ids, [str(names.get(int(label), label)) for label in ids])
+
+
+def tiled(rows: Sequence[Sequence[Image.Image]], *, gap: int, border: int = 0) -> Image.Image:
+    """Pictures of any size on white ground: one row below the other, in columns as wide as the widest picture."""
+    width = max(picture.width for row in rows for picture in row)
+    heights = [max(picture.height for picture in row) for row in rows]
+    columns = max(map(len, rows))
+    size = (columns * (width + gap) - gap + 2 * border, sum(heights) + gap * (len(rows) - 1) + 2 * border)
+    sheet = Image.new("RGB", size, "white")
+    top = border
+    for row, height in zip(rows, heights, strict=True):
+        for column, picture in enumerate(row):
+            sheet.paste(picture, (border + column * (width + gap), top))
+        top += height + gap
+    return sheet
 
 
 def font_path() -> Path:

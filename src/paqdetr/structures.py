@@ -157,6 +157,15 @@ class ClassTable:
         ordered = sorted(categories, key=lambda category: category["id"])
         return cls(tuple(int(c["id"]) for c in ordered), tuple(str(c["name"]) for c in ordered))
 
+    def misfit(self, other: ClassTable) -> tuple[int, str, str | None] | None:
+        """The first class of another table that is not in this one under the same id and name: its id and name, and what this
+        table calls the id (None if it does not have it); None if all are."""
+        known = self.id_to_name
+        for category, name in other.id_to_name.items():
+            if known.get(category) != name:
+                return category, name, known.get(category)
+        return None
+
     @property
     def id_to_index(self) -> dict[int, int]:
         """Original category id -> contiguous index."""

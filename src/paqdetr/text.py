@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import unicodedata
+from collections.abc import Sequence
 
 # Joiners of letters and emoji belong to words; the other format characters turn the direction of a line, or hide.
 _JOINERS = "\u200c\u200d"
@@ -35,3 +37,9 @@ def literal(text: str) -> str:
     begin with an underscore out of legends."""
     shown = printable(text).replace("$", r"\$")
     return f" {shown}" if shown.startswith("_") else shown
+
+
+def did_you_mean(word: str, known: Sequence[str], otherwise: str, *, cutoff: float = 0.5) -> str:
+    """The known word that is nearest, as a question, or what to say if none is near."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
+    return f"did you mean {close[0]!r}?" if close else otherwise

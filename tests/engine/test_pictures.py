@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from paqdetr.engine.pictures import GroundTruth, contact_sheet, read_metrics, training_curves
+from paqdetr.engine.curves import read_metrics
+from paqdetr.engine.pictures import GroundTruth, contact_sheet, training_curves
 from paqdetr.errors import DataError
 from paqdetr.structures import Detections
 

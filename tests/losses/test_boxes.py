@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.ops import box_convert, box_iou, generalized_box_iou
 
-from paqdetr.losses.boxes import FlatPairs, box_losses, elementwise_iou
+from paqdetr.losses.boxes import FlatPairs, box_losses
 from paqdetr.paq import Pairs
 from paqdetr.structures import Targets
 
@@ -142,4 +142,3 @@ def test_equals_the_all_pairs_functions(seed: int, count: int) -> None:
         giou, (1 - generalized_box_iou(a, b).diagonal()).sum()[None], atol=1e-5, rtol=1e-5
     )
     torch.testing.assert_close(iou, box_iou(a, b).diagonal(), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(elementwise_iou(a, b), iou)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -183,22 +182,13 @@ def test_pretrained_features_are_those_of_the_whole_model() -> None:
 
 @pytest.mark.parametrize("name", ["resnet18", "swin_tiny_patch4_window7_224", "convnext_atto"])
 def test_weights_from_timm_keep_their_places(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The hub cannot be reached here, so a random model stands in for the pretrained one."""
-    create: Callable[..., nn.Module] = timm.create_model
-    stands_in: list[nn.Module] = []
-
-    def offline(name: str, pretrained: bool = False, **options: Any) -> nn.Module:
-        model = create(name, pretrained=False, **options)
-        if pretrained:
-            for tensor in model.state_dict().values():
-                if tensor.is_floating_point():
-                    tensor.add_(0.02 * torch.rand_like(tensor))
-            stands_in.append(model)
-        return model
-
-    monkeypatch.setattr(module.timm, "create_model", offline)
+    """The hub cannot be reached here, so the weights of a random model stand in for the pretrained ones."""
+    source = timm.create_model(name, num_classes=1000, **module._size_options(name))
+    for tensor in source.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.add_(0.02 * torch.rand_like(tensor))
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lambda *_, **__: source.state_dict())
     backbone = build(name, pretrained=True, freeze_norm=False).eval()
-    (source,) = stands_in
     pad_before_shift(source)  # as the backbone does
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
@@ -249,8 +239,6 @@ def test_output_norms_are_over_the_channels_of_each_map() -> None:
 def test_a_weight_file_of_another_model_is_refused() -> None:
     with pytest.raises(RuntimeError, match="tensor"):
         module._copy_in_order(timm.create_model("resnet18"), module._lite0_state())
-    with pytest.raises(RuntimeError, match="lacks"):
-        module._copy_by_name(timm.create_model("resnet18"), timm.create_model("convnext_atto"))
 
 
 def test_weights_that_cannot_be_had_are_a_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:

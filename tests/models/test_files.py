@@ -75,6 +75,30 @@ def test_every_host_starts_from_its_checkpoint(name: str, tmp_path: Path) -> Non
     assert len(same) > 0.7 * len(source)
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("paq_dino_nano", {"backbone": "tf_efficientnet_lite0"}),
+        ("deformable_detr_one_stage_nano", {}),
+        ("paq_dn_detr_nano", {}),
+        ("dino_nano", {"backbone": "swin_tiny_patch4_window7_224"}),  # has buffers that no file holds
+    ],
+)
+def test_a_loaded_model_is_the_saved_one_and_draws_no_weights(
+    name: str, settings: dict[str, object], tmp_path: Path
+) -> None:
+    model = make(name, **settings)
+    save(model, tmp_path / "model.safetensors")
+    before = torch.get_rng_state()
+    loaded = paqdetr.load(tmp_path / "model.safetensors")
+    assert torch.equal(torch.get_rng_state(), before) or "swin" in str(settings)
+    trained = [key for key, parameter in model.named_parameters() if parameter.requires_grad]
+    assert [key for key, parameter in loaded.named_parameters() if parameter.requires_grad] == trained
+    with torch.inference_mode():
+        images = torch.randn(1, 3, 64, 96)
+        assert torch.equal(model(images).pred_boxes, loaded(images).pred_boxes)
+
+
 def test_a_model_loaded_in_inference_mode_predicts_and_trains(checkpoint: Path) -> None:
     image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     (expected,) = paqdetr.load(checkpoint).predict(image, threshold=0.0)

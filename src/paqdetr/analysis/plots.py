@@ -15,13 +15,11 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
 from paqdetr.analysis import section
+from paqdetr.drawing import BLUE, GREEN, ORANGE, PINK, RED, SKY
 from paqdetr.text import literal
 
-# Okabe and Ito's colours, told apart with any colour vision; the yellow, which is lost on white, is left out.
-BLUE, ORANGE, GREEN, RED, PINK, SKY, GREY = (
-    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#757575",
-)  # fmt: skip
-PALETTE = (BLUE, ORANGE, GREEN, RED, PINK, SKY, GREY)
+GREY = "#757575"
+PALETTE = (BLUE, ORANGE, GREEN, RED, PINK, SKY, GREY)  # without the yellow, which is lost on white
 INK, MUTED, GRID = "#000000", "#5B6470", "#D9DDE3"
 # One hue from faint to strong, for what has an order, such as layers: see `ramp`.
 RAMP = ("#A9CBE8", "#86B4DC", "#639DCE", "#4486BD", "#2B6FA8", "#17588F", "#0A4274", "#052D57")

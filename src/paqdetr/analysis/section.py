@@ -103,8 +103,3 @@ class Section:
     title: str
     lead: str
     parts: tuple[Part, ...] = field(default=())
-
-
-def rounded_values(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of a table with its floats to six digits."""
-    return {key: round(value, 6) if isinstance(value, float) else value for key, value in row.items()}

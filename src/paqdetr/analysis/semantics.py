@@ -15,6 +15,7 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from paqdetr.analysis.patterns import ContentStudy
+from paqdetr.serialize import fields_of
 
 # Contents whose cosines differ by less are as near.
 _AS_NEAR = 1e-6
@@ -37,7 +38,7 @@ class Shuffled:
 
     def to_json(self) -> dict[str, float]:
         """Ready for json."""
-        return {name: round(getattr(self, name), 6) for name in ("mean", "low", "high", "p")}
+        return fields_of(self, 6)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +61,7 @@ class Measure:
 
     def to_json(self) -> dict[str, Any]:
         """Ready for json."""
-        return {
-            "name": self.name,
-            "value": round(self.value, 6),
-            "twin": round(self.twin, 6),
-            "shuffled": {name: test.to_json() for name, test in self.shuffled.items()},
-        }
+        return fields_of(self, 6)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +82,7 @@ class Semantics:
 
     def to_json(self) -> dict[str, Any]:
         """Ready for json."""
-        return {
-            "samples": self.samples,
-            "categories": self.categories,
-            "permutations": self.permutations,
-            "measures": [measure.to_json() for measure in self.measures],
-        }
+        return fields_of(self)
 
 
 Statistic = Callable[[np.ndarray], float]

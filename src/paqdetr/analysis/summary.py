@@ -11,7 +11,7 @@ from paqdetr.analysis.section import Column, Figure, Section, Table
 from paqdetr.analysis.subject import Subject
 from paqdetr.metrics.coco import FIGURE_NAMES
 from paqdetr.metrics.intervals import Comparison, Difference, FigureIntervals, Interval
-from paqdetr.metrics.jsonable import json_number
+from paqdetr.serialize import json_number
 
 _MEANING = {
     "AP": "mean over IoU .50 to .95 and classes",

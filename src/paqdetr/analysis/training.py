@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from paqdetr.analysis import plots
 from paqdetr.analysis.section import Figure, Section
-from paqdetr.engine.pictures import read_metrics
+from paqdetr.engine.curves import Record, positives_by_layer, read_metrics, series, smoothed, thin
 
-Record = dict[str, Any]
 _MOST_POINTS = 400
 _DASHES = ("-", "--")
 
@@ -107,7 +102,10 @@ def training_section(runs: Sequence[tuple[str, Path | None]]) -> Section | None:
 def _draw(panel: _Panel, trainings: Sequence[Training]) -> Figure | None:
     curves = []
     for training in trainings:
-        steps, values = _series(training.records, panel)
+        of_kind = [record for record in training.records if record.get("kind") == panel.kind]
+        steps, values = series(of_kind, panel.key)
+        if panel.log:
+            steps, values = steps[values > 0], values[values > 0]
         if len(steps):
             curves.append((training.place, training.label, steps, values))
     if not curves:
@@ -115,13 +113,10 @@ def _draw(panel: _Panel, trainings: Sequence[Training]) -> Figure | None:
     axes = plots.new_axes(height=2.6, title=panel.title, x="step", y=panel.y)
     data = {}
     for place, label, steps, values in curves:
-        if panel.smooth and panel.kind == "train":
-            shown = _running_mean(values, max(1, len(values) // 50))
-        else:
-            shown = values
+        shown = smoothed(values) if panel.smooth and panel.kind == "train" else values
         plots.line(
             axes,
-            *_thin(steps, shown),
+            *thin(steps, shown, _MOST_POINTS),
             colour=(plots.BLUE, plots.ORANGE)[place],
             label=label if len(trainings) > 1 else "",
             dash=_DASHES[place],
@@ -138,7 +133,7 @@ def _draw(panel: _Panel, trainings: Sequence[Training]) -> Figure | None:
 
 def _positives(trainings: Sequence[Training]) -> list[Figure]:
     """Positives a box by layer: one plot, the trainings side by side."""
-    shown = [(t, _layers(t.records)) for t in trainings]
+    shown = [(t, positives_by_layer(t.records)) for t in trainings]
     shown = [(training, layers) for training, layers in shown if len(layers)]
     if not shown:
         return []
@@ -147,51 +142,9 @@ def _positives(trainings: Sequence[Training]) -> list[Figure]:
     data = {}
     for axes, (training, layers) in zip(grid, shown, strict=True):
         for (layer, (steps, values)), colour in zip(layers.items(), plots.ramp(len(layers)), strict=True):
-            mean = _running_mean(values, max(1, len(values) // 50))
-            plots.line(axes, *_thin(steps, mean), colour=colour, label=layer)
+            plots.line(axes, *thin(steps, smoothed(values), _MOST_POINTS), colour=colour, label=layer)
         data[training.label] = {layer: {"step": s, "value": v} for layer, (s, v) in layers.items()}
         axes.set_ylim(bottom=0)
     plots.legend(grid[-1])
     caption = "How many queries learn from each box, in each decoder layer. The last layer always has one."
     return [plots.plot_part(grid[0], name="training_positives", caption=caption, data=data)]
-
-
-def _layers(records: Sequence[Record]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    rows = [r for r in records if isinstance(r.get("positives_per_box"), list)]
-    count = max((len(r["positives_per_box"]) for r in rows), default=0)
-    found = {}
-    for layer in range(count):
-        points = [(r["step"], (r["positives_per_box"] + [None] * count)[layer]) for r in rows]
-        points = [(step, value) for step, value in points if _finite(value)]
-        if points:
-            array = np.array(points, dtype=float)
-            found[f"layer {layer + 1}"] = (array[:, 0], array[:, 1])
-    return found
-
-
-def _series(records: Sequence[Record], panel: _Panel) -> tuple[np.ndarray, np.ndarray]:
-    points = [
-        (r["step"], r[panel.key])
-        for r in records
-        if r.get("kind") == panel.kind and _finite(r.get(panel.key)) and (not panel.log or r[panel.key] > 0)
-    ]
-    array = np.array(points, dtype=float).reshape(-1, 2)
-    return array[:, 0], array[:, 1]
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean of the last `window` values, of fewer at the start."""
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(ends - window, 0)
-    return (total[ends] - total[starts]) / (ends - starts)
-
-
-def _thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Every n-th point: more than there are pixels only makes the page heavy."""
-    stride = math.ceil(len(steps) / _MOST_POINTS) or 1
-    return steps[::stride], values[::stride]

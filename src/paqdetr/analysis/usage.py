@@ -23,9 +23,9 @@ from paqdetr.analysis.plots import (
     plot_part,
     ramp,
 )
-from paqdetr.analysis.section import Column, Part, Section, Table, rounded_values
+from paqdetr.analysis.section import Column, Part, Section, Table
 from paqdetr.metrics import QueryUsageReport, Spread
-from paqdetr.metrics.jsonable import rounded
+from paqdetr.serialize import plain
 
 Record = dict[str, Any]
 
@@ -37,7 +37,7 @@ class Usage:
     Attributes:
         name: of the model, as the page calls it.
         report: of `QueryUsage.report`.
-        records: of its training, `paqdetr.engine.pictures.read_metrics`; empty if there are none.
+        records: of its training, `paqdetr.engine.curves.read_metrics`; empty if there are none.
     """
 
     name: str
@@ -79,7 +79,7 @@ def _views(models: Sequence[Usage]) -> Part:
     rows = []
     for model in models:
         for row in model.report.rows():
-            shown = rounded_values(row)
+            shown = plain(row, 6)
             shown["what"] = f"({row['view']}) {row['what']}"
             rows.append({"model": model.name, **shown})
     columns = (
@@ -118,7 +118,7 @@ def _content(models: Sequence[Usage]) -> Part:
         if patterns is not None:
             names = ("entropy", "dead", "never_lead", "effective")
             row |= {"num_patterns": len(patterns.mass)} | {name: getattr(patterns, name) for name in names}
-        rows.append(rounded_values(row))
+        rows.append(plain(row, 6))
     columns = (
         Column("model", "model", "text"),
         Column("num_queries", "queries", "integer"),
@@ -165,7 +165,7 @@ def _lorenz(models: Sequence[Usage]) -> Part:
                 shares, use = view[name].lorenz()
                 label = f"{model.name} {view[name].gini:.2f}"
                 line(axes, shares, use, colour=_colour(number), label=label)
-                data.setdefault(name, {})[model.name] = rounded(np.stack([shares, use], axis=1))
+                data.setdefault(name, {})[model.name] = plain(np.stack([shares, use], axis=1), 6)
         axes.set(xlim=(0, 1), ylim=(0, 1))
         legend(axes)
     caption = (
@@ -187,7 +187,7 @@ def _by_index(models: Sequence[Usage]) -> Part:
                 continue
             values = view[name].counts / max(view[name].images, 1)
             line(axes, np.arange(len(values)), values, colour=_colour(number), label=model.name)
-            data.setdefault(name, {})[model.name] = rounded(values)
+            data.setdefault(name, {})[model.name] = plain(values, 6)
         axes.set_ylim(bottom=0)
         if len(models) > 1:
             legend(axes)
@@ -215,7 +215,7 @@ def _ranks(models: Sequence[Usage]) -> Part | None:
         words = [str(int(tick) * n // cells) for tick in ticks]
         axes.set_xticks(ticks, words)
         axes.set_yticks(ticks, words)
-        data[model.name] = rounded(share)
+        data[model.name] = plain(share, 6)
     caption = (
         "Where matched queries stand: by their index, and by the rank of their score among all queries of the "
         "image. A detector that says each object once, and first, has everything in the leftmost columns; a "
@@ -241,9 +241,9 @@ def _places(models: Sequence[Usage]) -> Part | None:
         axes.scatter(mean[:, 0], mean[:, 1], s=area, alpha=strength, color=BLUE, linewidths=0)
         axes.set(xlim=(0, 1), ylim=(1, 0), aspect="equal")
         data[model.name] = {
-            "mean": rounded(places.mean),
-            "std": rounded(places.std),
-            "matches": rounded(positives.counts),
+            "mean": plain(places.mean, 6),
+            "std": plain(places.std, 6),
+            "matches": plain(positives.counts, 6),
         }
     caption = (
         "Mean place of the boxes that each query was matched with, in the image; the area is that of the mean "
@@ -292,7 +292,7 @@ def _positives_over_training(models: Sequence[Usage]) -> Part | None:
             "steps": steps.tolist(),
             "kinds": kinds,
             "layers": layers,
-            "shares": rounded(shares[..., kinds]),
+            "shares": plain(shares[..., kinds], 6),
         }
         return plot_part(
             plots[0],

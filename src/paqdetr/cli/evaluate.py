@@ -223,8 +223,8 @@ def _print(found: _Found, options: _Options, *, intervals: bool) -> dict[str, An
     """Print the figures; what goes into the json."""
     from paqdetr.cli.figures import classes_table, figures_table
     from paqdetr.metrics.intervals import figure_intervals
-    from paqdetr.metrics.jsonable import json_number
     from paqdetr.metrics.matching import MatchTable
+    from paqdetr.serialize import json_number
 
     drawn: FigureIntervals | None = None
     ap50 = found.figures.per_class_AP50

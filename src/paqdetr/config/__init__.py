@@ -1,5 +1,4 @@
-"""Settings: `schema` says what there is, with `model` and `loss` beside it; `files` where it is read from,
-`idle` which of them change nothing beside others."""
+"""Settings: `schema` says what there is, with `model` and `loss` beside it; `files` where it is read from."""
 
 from paqdetr.config.files import (
     describe_config,
@@ -11,10 +10,9 @@ from paqdetr.config.files import (
     retired_keys,
     validate_config,
 )
-from paqdetr.config.idle import describe_idle, idle_settings
 from paqdetr.config.loss import LossConfig
 from paqdetr.config.model import ModelConfig
-from paqdetr.config.schema import AugmentConfig, Config, ResizeRule
+from paqdetr.config.schema import AugmentConfig, Config, ResizeRule, describe_idle, idle_settings
 
 __all__ = [
     "AugmentConfig",

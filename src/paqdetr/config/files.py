@@ -10,7 +10,6 @@ from (hosts, sizes, PaQ); `configs/recipes` other trainings of a model; `configs
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
@@ -21,11 +20,10 @@ from pydantic import ValidationError
 
 from paqdetr.config.loss import LossConfig
 from paqdetr.config.model import ModelConfig
-from paqdetr.config.schema import Config
-from paqdetr.config.section import Section
+from paqdetr.config.schema import Config, known_fields
 from paqdetr.errors import ConfigError
 from paqdetr.files import read_text
-from paqdetr.text import shorten
+from paqdetr.text import did_you_mean, shorten
 from paqdetr.yaml_files import as_mapping, parse_value, parse_yaml
 
 _MAX_FILE = 2**16  # bytes
@@ -92,14 +90,7 @@ def validate_config(values: Mapping[str, Any], where: str) -> Config:
 
 def known_keys() -> list[str]:
     """Every dotted key that can be set."""
-    keys: list[str] = []
-    for name, field in Config.model_fields.items():
-        section = field.annotation
-        if isinstance(section, type) and issubclass(section, Section):
-            keys += [f"{name}.{inner}" for inner in section.model_fields]
-        else:
-            keys.append(name)
-    return keys
+    return list(known_fields())
 
 
 def retired_keys() -> list[str]:
@@ -209,7 +200,8 @@ def _text_of(source: str) -> str:
         if entry.is_file() and (name != source or source.startswith("parts/")):
             return entry.read_text(encoding="utf-8")
     raise ConfigError(
-        f"unknown model or recipe {source!r}", _nearest(source, list_configs(), "`paqdetr config list`")
+        f"unknown model or recipe {source!r}",
+        did_you_mean(source, list_configs(), "`paqdetr config list` lists what there is"),
     )
 
 
@@ -240,11 +232,6 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
     return merged
 
 
-def _nearest(word: str, known: list[str], where: str) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"{where} lists what there is"
-
-
 def _explain(error: ValidationError, where: str) -> ConfigError:
     """One line about the first of pydantic's complaints."""
     first = error.errors()[0]
@@ -252,7 +239,11 @@ def _explain(error: ValidationError, where: str) -> ConfigError:
     if first["type"] == "extra_forbidden":
         known = known_keys()
         leaf = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
-        remedy = f"did you mean {leaf[0]!r}?" if leaf else _nearest(key, known, "`paqdetr config show MODEL`")
+        remedy = (
+            f"did you mean {leaf[0]!r}?"
+            if leaf
+            else did_you_mean(key, known, "`paqdetr config show MODEL` lists what there is")
+        )
         return ConfigError(f"{where}: unknown setting {key!r}", remedy)
     message = first["msg"].removeprefix("Value error, ")
     subject = f"{key}={shorten(first['input'])}" if key and not isinstance(first["input"], Mapping) else key

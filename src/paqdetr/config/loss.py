@@ -2,14 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from paqdetr.config.section import Section
+from paqdetr.config.model import MIXED
+from paqdetr.config.section import Needs, Section
 
 AssignerName = Literal["one_to_one", "quality_aware", "fixed_k", "simota"]
+
+
+def _assigner_among(*names: str) -> Callable[[Any], bool]:
+    """Whether one of these assigners has an effect."""
+
+    def holds(config: Any) -> bool:
+        encoder = config.model.positions == "proposals" and config.loss.encoder_assigner in names
+        return encoder or (config.model.decoder_layers > 1 and config.loss.assigner in names)
+
+    return holds
+
+
+_TWO_STAGE = Needs("model.positions=proposals", lambda c: c.model.positions == "proposals")
+_SEVERAL_LAYERS = Needs(
+    "model.decoder_layers above 1, since the last layer is always one-to-one",
+    lambda c: c.model.decoder_layers > 1,
+)
+_ONE_TO_MANY = Needs(
+    "an assigner with several positives a box (loss.assigner or loss.encoder_assigner)",
+    _assigner_among("quality_aware", "fixed_k", "simota"),
+)
+_COUNTED = Needs(
+    "loss.assigner or loss.encoder_assigner=quality_aware or simota",
+    _assigner_among("quality_aware", "simota"),
+)
+_ENCODER_COUNTED = Needs(
+    "loss.encoder_assigner=quality_aware or simota",
+    lambda c: c.loss.encoder_assigner in ("quality_aware", "simota"),
+)
+_QUALITY_AWARE = Needs(
+    "loss.assigner or loss.encoder_assigner=quality_aware", _assigner_among("quality_aware")
+)
+_HYBRID = Needs("model.hybrid_queries above 0", lambda c: c.model.hybrid_queries > 0)
 
 
 class LossConfig(Section):
@@ -31,57 +65,65 @@ class LossConfig(Section):
         default="focal",
         description="focal (the hosts'), or varifocal, whose target for a positive is its IoU",
     )
-    assigner: AssignerName = Field(
+    assigner: Annotated[AssignerName, _SEVERAL_LAYERS] = Field(
         default="one_to_one",
         description="of decoder layers 1..L-1; the last is always one-to-one. quality_aware: PaQ; fixed_k, simota: "
         "to compare",
     )
-    encoder_assigner: AssignerName = Field(
+    encoder_assigner: Annotated[AssignerName, _TWO_STAGE] = Field(
         default="one_to_one", description="the same, of the encoder's proposals"
     )
-    one_to_many_from: float = Field(
+    one_to_many_from: Annotated[float, _ONE_TO_MANY] = Field(
         default=0.0, ge=0, lt=1, description="share of the training before one-to-many assignment begins"
     )
-    one_to_many_until: float = Field(
+    one_to_many_until: Annotated[float, _ONE_TO_MANY] = Field(
         default=1.0, ge=0, le=1, description="share of the training with several positives a box"
     )
-    gamma: float = Field(
+    gamma: Annotated[float, _QUALITY_AWARE] = Field(
         default=0.4, ge=0, description="quality of a query for a box: IoU - gamma * confidence"
     )
-    top_k: int = Field(default=4, ge=1, le=1000, description="most positives a box")
-    min_positives: int = Field(default=1, ge=1, le=1000, description="fewest positives a box")
-    encoder_min_positives: int | None = Field(
+    top_k: Annotated[int, _ONE_TO_MANY] = Field(default=4, ge=1, le=1000, description="most positives a box")
+    min_positives: Annotated[int, _COUNTED] = Field(
+        default=1, ge=1, le=1000, description="fewest positives a box"
+    )
+    encoder_min_positives: Annotated[int | None, _TWO_STAGE, _ENCODER_COUNTED] = Field(
         default=None,
         ge=1,
         le=1000,
         description="fewest positives per box among the encoder's proposals; null: min_positives",
     )
-    min_iou: float = Field(
+    min_iou: Annotated[float, _QUALITY_AWARE] = Field(
         default=0.0,
         ge=0,
         le=1,
         description="least IoU of a positive that is not the cheapest of its box, also where the box then has fewer than "
         "min_positives (ours)",
     )
-    select: Literal["hungarian", "score"] = Field(
+    select: Annotated[Literal["hungarian", "score"], _COUNTED] = Field(
         default="hungarian",
         description="which queries become positives. hungarian: one matching; score: the best (simota: least cost)",
     )
-    confidence: Literal["gt_class", "max"] = Field(
+    confidence: Annotated[Literal["gt_class", "max"], _QUALITY_AWARE] = Field(
         default="gt_class", description="probability of the box's class, or of the likeliest"
     )
 
     class_weight: float = Field(default=1.0, ge=0, description="of the classification loss")
     l1_weight: float = Field(default=5.0, ge=0, description="of the L1 loss of boxes")
     giou_weight: float = Field(default=2.0, ge=0, description="of the GIoU loss of boxes")
-    diversity_weight: float = Field(
+    diversity_weight: Annotated[float, MIXED] = Field(
         default=0.2,
         ge=0,
         description="of the diversity loss of patterns (beta of the paper); 0 switches it off",
     )
-    div_scale: float = Field(default=1.0, ge=0, description="a further factor on the diversity loss")
-    hybrid_weight: float = Field(default=1.0, ge=0, description="of the one-to-many branch of H-DETR")
-    hybrid_repeat: int = Field(default=6, ge=1, le=1000, description="positives a box in that branch")
+    div_scale: Annotated[float, MIXED] = Field(
+        default=1.0, ge=0, description="a further factor on the diversity loss"
+    )
+    hybrid_weight: Annotated[float, _HYBRID] = Field(
+        default=1.0, ge=0, description="of the one-to-many branch of H-DETR"
+    )
+    hybrid_repeat: Annotated[int, _HYBRID] = Field(
+        default=6, ge=1, le=1000, description="positives a box in that branch"
+    )
     class_cost: float = Field(default=2.0, ge=0, description="of the class in the matching")
     l1_cost: float = Field(default=5.0, ge=0, description="of the L1 distance of boxes in the matching")
     giou_cost: float = Field(default=2.0, ge=0, description="of GIoU in the matching")

@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
-from paqdetr.config.section import Section, lists_are_tuples
+from paqdetr.config.section import Needs, Role, Section, lists_are_tuples
+
+MIXED = Needs(
+    "model.queries=patterns or static_mixture", lambda c: c.model.queries in ("patterns", "static_mixture")
+)
+_PATTERNS = Needs("model.queries=patterns", lambda c: c.model.queries == "patterns")
+_IMAGE_MIXTURES = Needs("model.mixture_input=image or both", lambda c: c.model.mixture_input != "query")
+_QUERY_FEATURES = Needs(
+    "model.mixture_input=query or both, or model.queries=features", lambda c: c.model.uses_query_features
+)
+_STATIC_CONTENT = Needs(
+    "model.queries=static, or model.mixture=residual",
+    lambda c: c.model.queries == "static" or c.model.mixture == "residual",
+)
+_DENOISING = Needs("model.denoising=plain or contrastive", lambda c: c.model.denoising != "none")
 
 
 class ModelConfig(Section):
@@ -15,20 +29,24 @@ class ModelConfig(Section):
 
     retired: ClassVar[Mapping[str, Any]] = {"one_to_many_heads": "none"}
 
-    num_classes: int = Field(default=80, ge=1, le=100_000, description="taken from the data in a training")
+    num_classes: Annotated[int, Role.FREE] = Field(
+        default=80, ge=1, le=100_000, description="taken from the data in a training"
+    )
 
     # Backbone: any timm name. Strides are pixels a token; frozen_stride freezes all up to the feature of that stride.
-    backbone: str = Field(default="resnet50", description="any timm model that has features of these strides")
+    backbone: Annotated[str, Role.HOST] = Field(
+        default="resnet50", description="any timm model that has features of these strides"
+    )
     backbone_strides: tuple[int, ...] = Field(
         default=(8, 16, 32), description="pixels a token, one for each feature map that is used"
     )
-    frozen_stride: int = Field(
+    frozen_stride: Annotated[int, Role.FREE, Role.TARGET] = Field(
         default=4,
         ge=0,
         le=1024,
         description="the backbone is frozen up to the feature of this stride; 0 trains all of it",
     )
-    freeze_backbone_norm: bool = Field(
+    freeze_backbone_norm: Annotated[bool, Role.FREE, Role.TARGET] = Field(
         default=True, description="batch norms of the backbone keep their statistics and weights"
     )
 
@@ -57,128 +75,153 @@ class ModelConfig(Section):
     ffn_dim: int = Field(
         default=2048, ge=1, le=131_072, description="hidden width of the feed-forward blocks"
     )
-    dropout: float = Field(default=0.0, ge=0, lt=1, description="in encoder and decoder layers")
+    dropout: Annotated[float, Role.FREE, Role.TARGET] = Field(
+        default=0.0, ge=0, lt=1, description="in encoder and decoder layers"
+    )
     encoder_layers: int = Field(default=6, ge=1, le=100, description="layers of the encoder")
     encoder_query_levels: int | None = Field(
         default=None, ge=1, le=16, description="only the N coarsest levels are updated; null: all"
     )
     decoder_layers: int = Field(default=6, ge=1, le=100, description="layers of the decoder (L)")
     decoder_norm: bool = Field(default=True, description="a LayerNorm between a decoder layer and its heads")
-    share_heads: bool = Field(
+    share_heads: Annotated[bool, Role.TARGET] = Field(
         default=False, description="one class head and one box head for all decoder layers"
     )
 
     # Where queries begin. `proposals`: boxes chosen among the encoder's tokens (two-stage); `anchors`: learned boxes (DAB);
     # `points`: places computed from learned position embeddings (Deformable DETR, one-stage).
-    positions: Literal["proposals", "anchors", "points"] = Field(
+    positions: Annotated[Literal["proposals", "anchors", "points"], Role.HOST] = Field(
         default="proposals",
         description="where queries begin. proposals: boxes chosen among the encoder's tokens (two-stage); anchors: "
         "learned boxes (DAB); points: read off learned position embeddings (one-stage Deformable DETR)",
     )
-    class_agnostic_proposals: bool = Field(
+    class_agnostic_proposals: Annotated[bool, Role.HOST] = Field(
         default=False, description="tokens are ranked and trained as object or not"
     )
-    distinct_proposals: float | None = Field(
+    distinct_proposals: Annotated[float | None, Role.FREE] = Field(
         default=None,
         gt=0,
         le=1,
         description="proposals that overlap a better one by more than this IoU come last (DDQ, arXiv 2303.12776: 0.8)",
     )
     # How a query's place is told to the decoder: `refined`, from its current box in every layer (DAB, DINO), or `fixed`, once.
-    position_embedding: Literal["refined", "fixed"] = Field(
+    position_embedding: Annotated[Literal["refined", "fixed"], Role.HOST] = Field(
         default="refined",
         description="how a query's place is told to the decoder. refined: from its current box in every layer (DAB, "
         "DINO); fixed: once",
     )
-    scale_positions: bool = Field(
+    scale_positions: Annotated[bool, Role.HOST] = Field(
         default=False, description="from layer 2 on, positions are scaled by the content (DAB)"
     )
-    box_refinement: bool = Field(default=True, description="each layer starts from the boxes of the last")
-    look_forward_twice: bool = Field(
+    box_refinement: Annotated[bool, Role.HOST] = Field(
+        default=True, description="each layer starts from the boxes of the last"
+    )
+    look_forward_twice: Annotated[bool, Role.FREE, Role.TARGET] = Field(
         default=True, description="a layer's box offsets are trained by the next layer's loss too (DINO)"
     )
 
     # Content of queries: `static`, a learned table; `proposals`, computed from the proposal; `patterns` is PaQ;
     # two ablations: `static_mixture` mixes patterns by learned weights that no image changes, `features` has no patterns.
-    num_queries: int = Field(default=900, ge=1, le=100_000, description="queries (n)")
-    queries: Literal["static", "proposals", "patterns", "static_mixture", "features"] = Field(
+    num_queries: Annotated[int, Role.FREE] = Field(default=900, ge=1, le=100_000, description="queries (n)")
+    queries: Annotated[
+        Literal["static", "proposals", "patterns", "static_mixture", "features"], Role.QUERIES
+    ] = Field(
         default="static",
         description="content of queries. static: a learned table; proposals: computed from the proposal's box; patterns: "
         "PaQ; and two ablations: static_mixture, patterns mixed by learned weights that no image changes; features, a linear "
         "layer of the query's features, without patterns",
     )
-    content_std: float | None = Field(
+    content_std: Annotated[float | None, _STATIC_CONTENT, Role.FREE, Role.QUERIES] = Field(
         default=1.0, ge=0, description="initial std of static content; null: Xavier-uniform"
     )
-    mixture: Literal["replace", "residual"] = Field(
+    mixture: Annotated[Literal["replace", "residual"], Role.QUERIES] = Field(
         default="replace",
         description="residual: static content, to which mixtures (or features) are added through a gate that starts at 0 (ours)",
     )
-    mixture_input: Literal["image", "query", "both"] = Field(
+    mixture_input: Annotated[Literal["image", "query", "both"], _PATTERNS, Role.QUERIES] = Field(
         default="image",
         description="what the weights of the mixtures are computed from. image: one vector for the image (the paper's); query: "
         "the features of each query, which are the token of its proposal, or in one-stage hosts the encoder's memory at its "
         "reference point; both: the sum of the two logits (ours)",
     )
-    detach_query_features: bool = Field(
+    detach_query_features: Annotated[bool, _QUERY_FEATURES, Role.FREE, Role.QUERIES] = Field(
         default=True, description="content queries send no gradient through the features of queries"
     )
-    num_patterns: int = Field(
+    num_patterns: Annotated[int, MIXED, Role.QUERIES] = Field(
         default=64, ge=2, le=100_000, description="patterns that contents are mixed from (m)"
     )
-    pattern_std: float = Field(default=1.0, ge=0, description="initial std of the patterns")
-    extractor: Literal["fused", "pooled"] = Field(
+    pattern_std: Annotated[float, MIXED, Role.FREE, Role.QUERIES] = Field(
+        default=1.0, ge=0, description="initial std of the patterns"
+    )
+    extractor: Annotated[Literal["fused", "pooled"], _PATTERNS, _IMAGE_MIXTURES, Role.QUERIES] = Field(
         default="fused",
         description="what makes one vector of an image for the mixtures. fused: dilated convolutions and top-down "
         "fusion; pooled: the mean of the tokens",
     )
-    extractor_conv: Literal["depthwise", "full"] = Field(
-        default="depthwise", description="3x3 convolutions of the fused extractor; full is the paper's"
-    )
-    head: Literal["dense", "factorised"] = Field(
+    extractor_conv: Annotated[
+        Literal["depthwise", "full"],
+        _PATTERNS,
+        _IMAGE_MIXTURES,
+        Needs("model.extractor=fused", lambda c: c.model.extractor == "fused"),
+        Role.QUERIES,
+    ] = Field(default="depthwise", description="3x3 convolutions of the fused extractor; full is the paper's")
+    head: Annotated[Literal["dense", "factorised"], _PATTERNS, _IMAGE_MIXTURES, Role.QUERIES] = Field(
         default="dense",
         description="from that vector to the mixtures' weights. dense: one linear layer; factorised: a product of "
         "rank head_rank",
     )
-    head_rank: int = Field(default=32, ge=1, le=8192, description="rank of the factorised head")
-    temperature: float = Field(
+    head_rank: Annotated[
+        int,
+        _PATTERNS,
+        _IMAGE_MIXTURES,
+        Needs("model.head=factorised", lambda c: c.model.head == "factorised"),
+        Role.QUERIES,
+    ] = Field(default=32, ge=1, le=8192, description="rank of the factorised head")
+    temperature: Annotated[float, MIXED, Role.QUERIES] = Field(
         default=1.0, gt=0, description="of the softmax over patterns; lower is sharper"
     )
-    gain: float = Field(
+    gain: Annotated[float, _PATTERNS, Role.FREE, Role.QUERIES] = Field(
         default=1.0,
         ge=0,
         description="factor on the head's initial weights; 0: mixtures start as static ones",
     )
-    bias_std: float | None = Field(
+    bias_std: Annotated[float | None, MIXED, Role.FREE, Role.QUERIES] = Field(
         default=2.0,
         ge=0,
         description="initial std of the bias of the mixtures' logits, with mixture_input=query of the logits; null: that of a "
         "plain linear layer",
     )
-    normalize_summary: bool = Field(default=False, description="mix by what sets an image apart (ours)")
+    normalize_summary: Annotated[bool, _PATTERNS, _IMAGE_MIXTURES, Role.QUERIES] = Field(
+        default=False, description="mix by what sets an image apart (ours)"
+    )
 
     # Denoising. `contrastive` is DINO's, with about `denoising_queries` positives an image; `plain` is DN-DETR's, with
     # `denoising_groups` copies of each box and an indicator channel.
-    denoising: Literal["none", "plain", "contrastive"] = Field(
+    denoising: Annotated[Literal["none", "plain", "contrastive"], Role.HOST] = Field(
         default="contrastive",
         description="noisy copies of boxes as further queries in training. contrastive: DINO's; plain: DN-DETR's",
     )
-    denoising_queries: int = Field(
-        default=100, ge=1, le=10_000, description="contrastive: about so many positives an image"
-    )
-    denoising_groups: int = Field(default=5, ge=1, le=1000, description="plain: copies of each box")
-    label_noise: float = Field(
+    denoising_queries: Annotated[
+        int,
+        Needs("model.denoising=contrastive", lambda c: c.model.denoising == "contrastive"),
+        Role.FREE,
+        Role.TARGET,
+    ] = Field(default=100, ge=1, le=10_000, description="contrastive: about so many positives an image")
+    denoising_groups: Annotated[
+        int, Needs("model.denoising=plain", lambda c: c.model.denoising == "plain"), Role.FREE, Role.TARGET
+    ] = Field(default=5, ge=1, le=1000, description="plain: copies of each box")
+    label_noise: Annotated[float, _DENOISING, Role.FREE, Role.TARGET] = Field(
         default=0.5,
         ge=0,
         le=1,
         description="plain: share of the copies whose class is drawn anew; contrastive: twice that share",
     )
-    box_noise: float = Field(
+    box_noise: Annotated[float, _DENOISING, Role.FREE, Role.TARGET] = Field(
         default=1.0, ge=0, description="noise on the boxes of the copies; 1: they move by up to half a side"
     )
 
     # H-DETR's second set of queries, in training alone, with several positives a box. Any two-stage host can have it.
-    hybrid_queries: int = Field(
+    hybrid_queries: Annotated[int, Role.TARGET] = Field(
         default=0,
         ge=0,
         le=100_000,
@@ -187,13 +230,13 @@ class ModelConfig(Section):
     )
 
     # From queries to detections; nothing of it changes weights.
-    max_detections: int = Field(
+    max_detections: Annotated[int, Role.FREE] = Field(
         default=300,
         ge=1,
         le=100_000,
         description="detections kept of an image, by score; DINO keeps 300, Deformable DETR 100",
     )
-    clamp_boxes: bool = Field(
+    clamp_boxes: Annotated[bool, Role.FREE] = Field(
         default=True, description="predicted boxes are cut off at the image's border, as in detectron2"
     )
 
@@ -214,7 +257,7 @@ class ModelConfig(Section):
     padded_positions: bool = Field(
         default=False, description="positions of boxes are those in the padded image"
     )
-    masked_neck_norm: bool = Field(
+    masked_neck_norm: Annotated[bool, Role.FREE] = Field(
         default=False, description="the neck's norms leave padding out, which published codes count in"
     )
 

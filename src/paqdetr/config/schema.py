@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
+from pydantic.fields import FieldInfo
 
 from paqdetr.config.loss import LossConfig
 from paqdetr.config.model import ModelConfig
-from paqdetr.config.section import Section
+from paqdetr.config.section import Needs, Section
 from paqdetr.values import MAX_BATCH, MAX_SEED, MAX_WORKERS
 from paqdetr.yaml_files import dump_yaml
 
@@ -105,11 +107,13 @@ class Config(Section):
         default="none",
         description="what other numbers of images a step do to all rates: nothing, in proportion, or by the root",
     )
-    lr_reference_batch: int = Field(
-        default=16,
-        ge=1,
-        le=10**9,
-        description="images a step that the rates are meant for, where lr_rule is not none",
+    lr_reference_batch: Annotated[int, Needs("lr_rule=linear or sqrt", lambda c: c.lr_rule != "none")] = (
+        Field(
+            default=16,
+            ge=1,
+            le=10**9,
+            description="images a step that the rates are meant for, where lr_rule is not none",
+        )
     )
     # Sampling offsets and the layer that makes reference points learn slower in the published recipes.
     offsets_lr_scale: float = Field(
@@ -125,7 +129,7 @@ class Config(Section):
     schedule: Literal["step", "cosine"] = Field(
         default="step", description="of the learning rate, after the warm-up"
     )
-    drop_at: float = Field(
+    drop_at: Annotated[float, Needs("schedule=step", lambda c: c.schedule == "step")] = Field(
         default=10 / 12, gt=0, le=1, description="step schedule: x0.1 after this share of the training"
     )
     warmup_steps: int = Field(
@@ -199,3 +203,41 @@ class Config(Section):
     def to_yaml(self) -> str:
         """The resolved settings; `load_config` of this text gives an equal `Config`."""
         return dump_yaml(self.model_dump(mode="json"))
+
+
+def known_fields() -> dict[str, FieldInfo]:
+    """Every setting by its dotted key."""
+    fields: dict[str, FieldInfo] = {}
+    for name, field in Config.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, Section):
+            fields |= {f"{name}.{inner}": own for inner, own in section.model_fields.items()}
+        else:
+            fields[name] = field
+    return fields
+
+
+def idle_settings(config: Config, keys: Iterable[str]) -> dict[str, str]:
+    """Which of these settings change nothing in a config, because another one switches off what they belong to.
+
+    Args:
+        config: as resolved.
+        keys: dotted keys, such as those somebody gave on the command line.
+
+    Returns:
+        key -> the setting that would make it count, such as "model.queries=patterns".
+    """
+    fields, idle = known_fields(), {}
+    for key in keys:
+        for needs in fields[key].metadata if key in fields else ():
+            if isinstance(needs, Needs) and not needs.holds(config):
+                idle.setdefault(key, needs.text)
+    return idle
+
+
+def describe_idle(config: Config, given: Mapping[str, Any]) -> list[str]:
+    """A sentence on each of the given settings (dotted key -> value) that changes nothing."""
+    return [
+        f"{key}={given[key]} changes nothing here: it needs {needs}"
+        for key, needs in idle_settings(config, given).items()
+    ]

@@ -10,6 +10,7 @@ from typing import Any
 from paqdetr.checkpoint import is_own, read_checkpoint
 from paqdetr.config import ModelConfig
 from paqdetr.config.model import problem_of
+from paqdetr.config.section import Role
 from paqdetr.convert.classes import class_slots
 from paqdetr.convert.deformable_detr import DEFORMABLE_DETR
 from paqdetr.convert.detrex import DETREX
@@ -29,7 +30,7 @@ from paqdetr.convert.settle import (
     settle_names,
     settle_scale,
 )
-from paqdetr.convert.target import QUERY_KEYS, fill_model, fit_heads, fit_queries, target_config
+from paqdetr.convert.target import fill_model, fit_heads, fit_queries, target_config
 from paqdetr.convert.transformers import TRANSFORMERS
 from paqdetr.errors import CheckpointError, ConfigError
 from paqdetr.models import Detector
@@ -179,7 +180,7 @@ def _finish(
         settings={
             key: Setting(getattr(config, key), _origin(key, config, known, model))
             for key in ModelConfig.model_fields
-            if key in known or (model is not None and key in QUERY_KEYS)
+            if key in known or (model is not None and key in ModelConfig.with_role(Role.QUERIES))
         },
         kept=tuple(key for key, names in renamed.sources.items() if names == (key,)),
         renamed={

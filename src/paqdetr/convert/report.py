@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from paqdetr.convert.settle import Setting
+from paqdetr.serialize import fields_of
 
 
 @dataclass(frozen=True)
@@ -65,20 +66,4 @@ class ConversionReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for json."""
-        return {
-            "source": self.source,
-            "origin": self.origin,
-            "model": self.model,
-            "settings": {
-                key: {"value": setting.value, "known_from": setting.known_from}
-                for key, setting in self.settings.items()
-            },
-            "kept": list(self.kept),
-            "renamed": {
-                target: {"sources": list(origin.sources), "note": origin.note}
-                for target, origin in self.renamed.items()
-            },
-            "dropped": dict(self.dropped),
-            "fresh": dict(self.fresh),
-            "notes": list(self.notes),
-        }
+        return fields_of(self)

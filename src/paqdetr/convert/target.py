@@ -8,51 +8,11 @@ from typing import Any
 import torch
 
 from paqdetr.config import Config, ModelConfig, list_configs, load_config, validate_config
+from paqdetr.config.section import Role
 from paqdetr.convert.keymap import Renamed
 from paqdetr.convert.settle import Setting
 from paqdetr.errors import CheckpointError
 from paqdetr.models import Detector
-
-# What a model named by `model=` decides itself; the rest of its settings has to be the file's, or the weights would mean
-# something else.
-QUERY_KEYS = (
-    "queries",
-    "content_std",
-    "num_patterns",
-    "pattern_std",
-    "extractor",
-    "extractor_conv",
-    "head",
-    "head_rank",
-    "temperature",
-    "gain",
-    "bias_std",
-    "mixture",
-    "mixture_input",
-    "detach_query_features",
-    "normalize_summary",
-)
-_TRAINING_KEYS = (
-    "share_heads",
-    "look_forward_twice",
-    "dropout",
-    "frozen_stride",
-    "freeze_backbone_norm",
-    "denoising_queries",
-    "denoising_groups",
-    "label_noise",
-    "box_noise",
-    "hybrid_queries",
-)
-_HOST_KEYS = (
-    "backbone",
-    "positions",
-    "position_embedding",
-    "scale_positions",
-    "box_refinement",
-    "class_agnostic_proposals",
-    "denoising",
-)
 
 
 def target_config(
@@ -83,7 +43,8 @@ def target_config(
         base = Config(name=name, model=ModelConfig(frozen_stride=0 if "swin" in values["backbone"] else 4))
     if model is not None:
         _require_same_host(values, base, model, where)
-        own = {*QUERY_KEYS, *_TRAINING_KEYS} - set(given)
+        # The rest of its settings has to be the file's, or the weights would mean something else.
+        own = set(ModelConfig.with_role(Role.QUERIES, Role.TARGET)) - set(given)
         values = {key: value for key, value in values.items() if key not in own}
     merged = base.model_dump(mode="json", exclude={"preset"})
     merged["model"] |= values
@@ -92,7 +53,7 @@ def target_config(
 
 
 def _require_same_host(values: Mapping[str, Any], base: Config, model: str, where: str) -> None:
-    for key in _HOST_KEYS:
+    for key in ModelConfig.with_role(Role.HOST):
         wanted = getattr(base.model, key)
         if key in values and _plain(values[key]) != _plain(wanted):
             raise CheckpointError(

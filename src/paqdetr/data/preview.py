@@ -10,7 +10,7 @@ from PIL import Image
 from paqdetr.config import Config
 from paqdetr.data.dataset import DetectionDataset
 from paqdetr.data.loader import Batch, training_loader
-from paqdetr.drawing import draw_targets
+from paqdetr.drawing import draw_targets, tiled
 from paqdetr.outputs import write_picture
 from paqdetr.preprocessing import Normalization, Preprocessing
 
@@ -48,23 +48,17 @@ def preview_batches(
         rows.append(_row(batch, split, preprocessing.normalization))
         if len(rows) == batches:
             break
-    width, height = max(row.width for row in rows), sum(row.height + _GAP for row in rows) - _GAP
-    sheet = Image.new("RGB", (width, height), "white")
-    top = 0
-    for row in rows:
-        sheet.paste(row, (0, top))
-        top += row.height + _GAP
     output = Path(output)
-    write_picture(output, sheet, maker="paqdetr data preview", overwrite=overwrite)
+    write_picture(output, tiled(rows, gap=_GAP), maker="paqdetr data preview", overwrite=overwrite)
     return output
 
 
-def _row(batch: Batch, split: DetectionDataset, normalization: Normalization) -> Image.Image:
-    """The images of a batch side by side."""
+def _row(batch: Batch, split: DetectionDataset, normalization: Normalization) -> list[Image.Image]:
+    """The images of a batch."""
     mean = np.array(normalization.mean)[:, None, None]
     std = np.array(normalization.std)[:, None, None]
-    count, _, height, width = batch.images.shape
-    row = Image.new("RGB", (count * (width + _GAP) - _GAP, height), "white")
+    height, width = batch.images.shape[2:]
+    row = []
     for number, target in enumerate(batch.targets):
         pixels = batch.images[number].numpy().astype(np.float64) * std + mean  # (3, H, W)
         picture = np.clip(np.rint(pixels), 0, 255).astype(np.uint8).transpose(1, 2, 0).copy()
@@ -76,6 +70,5 @@ def _row(batch: Batch, split: DetectionDataset, normalization: Normalization) ->
         boxes = target.boxes.numpy() * np.array([inner_width, inner_height] * 2)  # cxcywh in pixels
         corners = np.concatenate([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], axis=1)
         ids = [split.classes.ids[label] for label in target.labels.tolist()]
-        drawn = draw_targets(picture, corners, ids, split.classes.id_to_name)
-        row.paste(drawn, (number * (width + _GAP), 0))
+        row.append(draw_targets(picture, corners, ids, split.classes.id_to_name))
     return row

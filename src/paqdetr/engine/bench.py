@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from paqdetr.config import Config, load_config
 from paqdetr.data.loader import Batch
 from paqdetr.engine.environment import machine
-from paqdetr.engine.memory import batch_loss, peak_memory, saved_bytes
+from paqdetr.engine.memory import peak_memory
 from paqdetr.engine.optim import MovingAverage, build_optimizer
 from paqdetr.engine.setup import ready_to_train
 from paqdetr.engine.timing import compare, interleave
 from paqdetr.errors import ConfigError
+from paqdetr.losses import build_criterion
+from paqdetr.models import Detector
 from paqdetr.models.device import require_device
 from paqdetr.models.zoo import build_model
 from paqdetr.ops import choose_backend, ms_deform_attn
@@ -96,7 +98,8 @@ def bench(
         raise ConfigError(f"--against {against}: is the model itself", "name another one")
     targets = [_targets(config.model.num_classes) for _ in range(batch_size)]
     images = torch.randn(batch_size, 3, image_size, image_size)
-    sides = {name: _Side(load_config(name, settings or {}), images, targets, where) for name in names}
+    batch = Batch(images, None, targets)
+    sides = {name: Workload(load_config(name, settings or {}), batch, where) for name in names}
 
     def part(number: int) -> Callable[[int, int], None]:
         def told(done: int, total: int) -> None:
@@ -152,14 +155,14 @@ def bench(
     )
 
 
-class _Side:
-    """One of the models, in use and in training."""
+class Workload:
+    """A model with random weights in use and in training, always on the same batch."""
 
-    def __init__(self, config: Config, images: Tensor, targets: list[Targets], device: torch.device) -> None:
+    def __init__(self, config: Config, batch: Batch, device: torch.device | str) -> None:
         self.config = config
-        self.model = ready_to_train(build_model(config), config, device)
+        self.model = ready_to_train(build_model(config), config, torch.device(device))
         last = torch.channels_last if config.channels_last else torch.contiguous_format
-        self.batch = Batch(images.contiguous(memory_format=last), None, targets).to(device)
+        self.batch = replace(batch, images=batch.images.contiguous(memory_format=last)).to(device)
         self._optimizer = build_optimizer(self.model, config)
         self._average = MovingAverage(self.model, config.ema_decay)
 
@@ -175,8 +178,34 @@ class _Side:
         self._average.update(self.model)
 
     def saved(self) -> int:
-        """Bytes that are kept for backward."""
-        return saved_bytes(self.model, self.config, self.batch)
+        """Bytes that a step keeps for its backward pass."""
+        return saved_bytes(lambda: batch_loss(self.model, self.config, self.batch))
+
+
+def batch_loss(model: Detector, config: Config, batch: Batch) -> Tensor:
+    """What a training would minimise on a batch: scalar."""
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.amp)
+    with torch.autocast(batch.images.device.type, dtype=half, enabled=half is not None):
+        output = model(batch.images, batch.padding_mask, batch.targets)
+    report = build_criterion(config.loss)(output, batch.targets, aux_losses=model.aux_losses())
+    return report.total
+
+
+def saved_bytes(run: Callable[[], object]) -> int:
+    """Bytes that autograd keeps between forward and backward: every storage once, parameters left out."""
+    kept: dict[int, int] = {}
+    alive: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)  # so that no address is given away twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return sum(kept.values())
 
 
 def _attention(

@@ -312,15 +312,10 @@ def targets_of(
 
 def require_same_classes(classes: ClassTable, split: DetectionDataset) -> None:
     """Raise DataError unless every class of the split is one of the model's `classes`, under the same id and name."""
-    known = classes.id_to_name
-    for category_id, name in split.classes.id_to_name.items():
-        if known.get(category_id) != name:
-            found = (
-                f"the model calls {category_id} {known[category_id]!r}"
-                if category_id in known
-                else "unknown to it"
-            )
-            raise DataError(
-                f"{split.annotation_file}: category {category_id} {name!r} does not fit the model: {found}",
-                "evaluate on data with the classes the model was trained on",
-            )
+    if misfit := classes.misfit(split.classes):
+        category, name, known = misfit
+        found = "unknown to it" if known is None else f"the model calls {category} {known!r}"
+        raise DataError(
+            f"{split.annotation_file}: category {category} {name!r} does not fit the model: {found}",
+            "evaluate on data with the classes the model was trained on",
+        )

@@ -2,68 +2,48 @@
 
 from __future__ import annotations
 
+import contextlib
+import pickle
+import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
-from torch import Tensor
+from accelerate.utils import find_executable_batch_size
 
 from paqdetr.config import Config
 from paqdetr.data.dataset import DetectionDataset
 from paqdetr.data.loader import Batch
 from paqdetr.engine.processes import Processes
-from paqdetr.errors import ConfigError
-from paqdetr.losses import build_criterion
-from paqdetr.models import Detector
-from paqdetr.models.zoo import build_model
+from paqdetr.errors import ConfigError, OutOfMemoryError, UserError, memory_error
+from paqdetr.models.backbone import normalization_of
 from paqdetr.preprocessing import Preprocessing
 from paqdetr.structures import Targets
 
-# Of what is free: the rest is for what no estimate sees, and for other programs.
-_USABLE = 0.8
-# Peak over saved activations: gradients of activations and work space of kernels. docs/training.md says what it was held against.
-_WORKSPACE = 1.5
+# Of what is free on a CPU, and of all that a GPU has: the rest is for fragments, and for other programs.
+_USABLE = {"cpu": 0.8, "cuda": 0.92}
 _LARGEST = 512
-
-
-@dataclass(frozen=True, slots=True)
-class StepMemory:
-    """Bytes that a training step needs in each process.
-
-    Attributes:
-        weights: of the model and of its moving average.
-        gradients: of trainable parameters; twice if several processes exchange them.
-        optimizer: AdamW's two moments.
-        step: activations that do not depend on the number of images.
-        image: activations of one image of the largest size, with most boxes.
-    """
-
-    weights: int
-    gradients: int
-    optimizer: int
-    step: int
-    image: int
-
-    def total(self, batch_size: int) -> int:
-        """Bytes with so many images."""
-        fixed = self.weights + self.gradients + self.optimizer
-        return fixed + int(_WORKSPACE * max(self.step + batch_size * self.image, 0))
 
 
 def peak_memory() -> float:
     """Peak memory of the process in GiB; on a GPU, of the device."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
+    return _peak_resident() / 2**30
+
+
+def _peak_resident() -> int:
+    """The most bytes of the machine's memory that this process has had."""
     try:
-        import resource
-    except ImportError:  # Windows
-        return float("nan")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+        # Not ru_maxrss, which a process inherits from the one that started it.
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+    except OSError:
+        memory = psutil.Process().memory_info()
+        return getattr(memory, "peak_wset", memory.rss)  # Windows alone knows a peak
 
 
 def available_memory(device: torch.device) -> int:
@@ -102,106 +82,113 @@ def worst_batch(config: Config, split: DetectionDataset, preprocessing: Preproce
     return Batch(torch.randn(size, 3, height, width), None, targets)
 
 
-def step_memory(config: Config, split: DetectionDataset, *, processes: int = 1) -> StepMemory:
-    """Estimate from the tensors that a forward pass keeps for the backward pass, with one and with two images."""
-    torch.manual_seed(config.seed)
-    model = build_model(config, classes=split.classes).train()
-    model.checkpoint_activations(config.checkpoint_activations)
-    saved = [
-        saved_bytes(model, config, worst_batch(config, split, model.preprocessing, size)) for size in (1, 2)
-    ]
-    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
-    trainable = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    return StepMemory(
-        weights=2 * weights,
-        gradients=trainable * (2 if processes > 1 else 1),
-        optimizer=2 * trainable,
-        step=2 * saved[0] - saved[1],
-        image=saved[1] - saved[0],
+def peaks_of_steps(
+    config: Config, split: DetectionDataset, sizes: Sequence[int], *, device: torch.device | str = "cpu"
+) -> list[int]:
+    """The most bytes that a process has which trains two steps on the worst batch, for ascending numbers of images.
+
+    A process of its own takes the steps: memory of this one, once asked for, would not come back.
+
+    Raises:
+        OutOfMemoryError: the steps do not fit into memory.
+    """
+    made = subprocess.run(
+        [sys.executable, "-c", "from paqdetr.engine.memory import _measure; _measure()"],
+        input=pickle.dumps((config, split, list(sizes), torch.device(device))),
+        capture_output=True,
     )
+    if made.returncode in (-9, 137):  # the system's answer to a process that takes too much
+        raise OutOfMemoryError(
+            f"a training step of {max(sizes)} images does not fit into the memory of {device}",
+            "choose a smaller batch_size, image_size or model, or checkpoint_activations=true",
+        )
+    if made.returncode != 0:
+        raise RuntimeError(
+            f"measuring a training step ended with {made.returncode}: {made.stderr.decode(errors='replace')}"
+        )
+    result = pickle.loads(made.stdout)
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def _measure() -> None:
+    """The process of `peaks_of_steps`: arguments through stdin, peaks or what the user did wrong through stdout."""
+    config, split, sizes, device = pickle.load(sys.stdin.buffer)
+    peaks: list[int] = []
+    result: list[int] | UserError = peaks
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            for size in sizes:
+                _take_steps(config, split, size, device)
+                on_gpu = device.type == "cuda"
+                peaks.append(torch.cuda.max_memory_reserved(device) if on_gpu else _peak_resident())
+    except UserError as error:
+        result = error
+    except Exception as error:
+        if (lacking := memory_error(error)) is None:
+            raise
+        result = lacking
+    sys.stdout.buffer.write(pickle.dumps(result))
+
+
+def _take_steps(config: Config, split: DetectionDataset, size: int, device: torch.device) -> None:
+    from paqdetr.engine.bench import Workload  # which measures with this module
+
+    preprocessing = Preprocessing(
+        config.image_size, config.size_divisor, normalization_of(config.model.backbone)
+    )
+    work = Workload(config, worst_batch(config, split, preprocessing, size), device)
+    work.model.train()
+    for _ in range(2):
+        work.step()
 
 
 def largest_batch(config: Config, split: DetectionDataset, processes: Processes) -> int:
-    """The largest `batch_size` that fits into the memory of every process: tried on a GPU, estimated on a CPU.
+    """The largest `batch_size` that fits into the memory of every process.
+
+    A GPU tries batches until one fits. On a CPU, where too large a batch would be the end of the process or of others, steps of
+    one and of two images say what each further image takes.
 
     Raises:
         ConfigError: not even one image fits.
     """
     limit = min(max(len(split) // processes.count, 1), _LARGEST)
-    device = processes.device
-    if device.type == "cuda":
-        size = search_largest(lambda batch: _runs(config, split, batch, device), limit)
+    if processes.device.type == "cuda":
+        sizes = processes.gather(_largest_on_gpu(config, split, processes.device, limit))
+        size = min(sizes) if sizes is not None else 0
     else:
-        memory = step_memory(config, split, processes=processes.count)
-        room = _USABLE * available_memory(device) / processes.count
-        size = search_largest(lambda batch: memory.total(batch) <= room, limit)
-    sizes = processes.gather(size)
-    size = int(processes.broadcast(min(sizes) if sizes is not None else 0))
+        size = _largest_on_cpu(config, split, processes, limit) if processes.main else 0
+    size = int(processes.broadcast(size))
     if size == 0:
         raise ConfigError(
-            f"--auto-batch: not even one image fits into the memory of {device}",
+            f"--auto-batch: not even one image fits into the memory of {processes.device}",
             "choose a smaller image_size or model",
         )
     return size
 
 
-def search_largest(fits: Callable[[int], bool], limit: int) -> int:
-    """The largest number up to `limit` that fits, if all smaller ones do; 0 if 1 does not."""
-    low, high = 0, 1
-    while high <= limit and fits(high):
-        low, high = high, high * 2
-    high = min(high, limit + 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+def _largest_on_gpu(config: Config, split: DetectionDataset, device: torch.device, limit: int) -> int:
+    @find_executable_batch_size(starting_batch_size=limit)
+    def fitting(batch_size: int) -> int:
+        _take_steps(config, split, batch_size, device)
+        return batch_size
 
-
-def _runs(config: Config, split: DetectionDataset, size: int, device: torch.device) -> bool:
-    """Whether two steps fit into a GPU, with some room."""
-    model = optimizer = batch = None
+    torch.cuda.set_per_process_memory_fraction(_USABLE["cuda"], device)
     try:
-        torch.cuda.reset_peak_memory_stats(device)
-        model = build_model(config, classes=split.classes).to(device).train()
-        model.checkpoint_activations(config.checkpoint_activations)
-        average = build_model(config, classes=split.classes).to(device)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-        batch = worst_batch(config, split, model.preprocessing, size).to(device)
-        for _ in range(2):
-            optimizer.zero_grad()
-            batch_loss(model, config, batch).backward()
-            optimizer.step()
-        del average
-        total = torch.cuda.get_device_properties(device).total_memory
-        return torch.cuda.max_memory_reserved(device) < 0.92 * total
-    except torch.OutOfMemoryError:
-        return False
+        return fitting()  # pyright: ignore[reportCallIssue]
+    except RuntimeError as error:
+        if "No executable batch size" not in str(error):
+            raise
+        return 0
     finally:
-        del model, optimizer, batch
-        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
-def batch_loss(model: Detector, config: Config, batch: Batch) -> Tensor:
-    """What a training would minimise on a batch: scalar."""
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.amp)
-    with torch.autocast(batch.images.device.type, dtype=half, enabled=half is not None):
-        output = model(batch.images, batch.padding_mask, batch.targets)
-    report = build_criterion(config.loss)(output, batch.targets, aux_losses=model.aux_losses())
-    return report.total
-
-
-def saved_bytes(model: Detector, config: Config, batch: Batch) -> int:
-    """Bytes of the distinct tensors that autograd keeps, the model's own left out."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = batch_loss(model, config, batch)
-    del loss
-    return sum(kept.values())
+def _largest_on_cpu(config: Config, split: DetectionDataset, processes: Processes, limit: int) -> int:
+    room = int(_USABLE["cpu"] * available_memory(processes.device) / processes.count)
+    try:
+        one, two = peaks_of_steps(config, split, (1, 2))
+    except OutOfMemoryError:
+        return 0
+    return 0 if one > room else min(limit, 1 + (room - one) // max(two - one, 1))

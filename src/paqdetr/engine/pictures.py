@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,18 +13,36 @@ from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw, ImageFont
 
 from paqdetr.data.dataset import DetectionDataset
-from paqdetr.drawing import draw_detections, draw_targets, font_path
+from paqdetr.drawing import (
+    BLUE,
+    GREEN,
+    ORANGE,
+    PINK,
+    RED,
+    SKY,
+    draw_detections,
+    draw_targets,
+    font_path,
+    tiled,
+)
+from paqdetr.engine.curves import (
+    Record,
+    positives_by_layer,
+    read_metrics,
+    series,
+    smoothed,
+    smoothing_window,
+    thin,
+)
 from paqdetr.errors import DataError
 from paqdetr.images import read_image
 from paqdetr.models import Detector
 from paqdetr.structures import Detections
 from paqdetr.text import literal, printable
 
-# Okabe and Ito's colours, told apart with any colour vision.
-BLUE, RED, GREEN, PINK, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 _INK, _GREY = "#222222", "#888888"
 
-Record = dict[str, Any]
+_MOST_POINTS = 1500
 
 
 class GroundTruth(NamedTuple):
@@ -66,18 +83,8 @@ def contact_sheet(
         )
     pairs = [_pair(image, found, truth, names, threshold, size) for image, found, truth in items]
     columns = min(columns, len(pairs))
-    gap = 16
     rows = [pairs[start : start + columns] for start in range(0, len(pairs), columns)]
-    cell_width = max(pair.width for pair in pairs)
-    heights = [max(pair.height for pair in row) for row in rows]
-    sheet = Image.new(
-        "RGB", (columns * (cell_width + gap) + gap, sum(heights) + gap * (len(rows) + 1)), "white"
-    )
-    top = gap
-    for row, height in zip(rows, heights, strict=True):
-        for column, pair in enumerate(row):
-            sheet.paste(pair, (gap + column * (cell_width + gap), top))
-        top += height + gap
+    sheet = tiled(rows, gap=16, border=16)
     output.parent.mkdir(parents=True, exist_ok=True)
     if output.suffix.lower() == ".png":
         sheet.quantize(256).save(output, optimize=True)
@@ -103,10 +110,7 @@ def _pair(
     title = "" if detections.image_id is None else f"{detections.image_id}: "
     left = _captioned(draw_detections(small, found), f"{title}found {len(found)} with score ≥ {threshold:g}")
     right = _captioned(draw_targets(small, boxes * scale, truth[1], names), f"ground truth {len(boxes)}")
-    pair = Image.new("RGB", (left.width + right.width + 4, left.height), "white")
-    pair.paste(left, (0, 0))
-    pair.paste(right, (left.width + 4, 0))
-    return pair
+    return tiled([[left, right]], gap=4)
 
 
 def _captioned(picture: Image.Image, text: str) -> Image.Image:
@@ -121,35 +125,6 @@ def _captioned(picture: Image.Image, text: str) -> Image.Image:
 
 
 # ------------------------------------------------------------------------------------------------- curves
-
-
-def read_metrics(path: Path) -> list[Record]:
-    """The records of a metrics.jsonl, in order of step.
-
-    Lines that are no json objects with a `step` are skipped: the last one of an interrupted run is cut short.
-    Where a resumed run went back to an earlier step, what it had written beyond that step is left out.
-
-    Raises:
-        DataError: the file cannot be read, or has no record.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}", "check the run folder") from error
-    records: list[Record] = []
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if not isinstance(record, dict) or not isinstance(record.get("step"), (int, float)):
-            continue
-        while records and records[-1]["step"] > record["step"]:
-            records.pop()
-        records.append(record)
-    if not records:
-        raise DataError(f"{path}: no record in {len(lines)} lines", "train for at least one logging interval")
-    return records
 
 
 def training_curves(metrics_jsonl: Path, output: Path) -> None:
@@ -211,13 +186,13 @@ def _panels(train: list[Record], evaluations: list[Record]) -> list[_Panel]:
     }
 
     def one(title: str, key: str, ylabel: str, **options: Any) -> _Panel:
-        return _lines({"": (*_series(train, key), BLUE)}, title, ylabel, **options)
+        return _lines({"": (*series(train, key), BLUE)}, title, ylabel, **options)
 
     return [
         _ap(evaluations),
         one("Training loss, all terms", "loss", "loss"),
         _lines(
-            {label: (*_series(train, key), colour) for label, (key, colour) in terms.items()},
+            {label: (*series(train, key), colour) for label, (key, colour) in terms.items()},
             "Loss terms",
             "loss (log scale)",
             log=True,
@@ -227,7 +202,7 @@ def _panels(train: list[Record], evaluations: list[Record]) -> list[_Panel]:
         one("Entropy of a query's mixture weights", "mixture_entropy", "entropy / log m"),
         one("Likeness of content queries", "query_cosine", "mean cosine of pairs"),
         _lines(
-            {label: (*_series(train, key), colour) for label, (key, colour) in uses.items()},
+            {label: (*series(train, key), colour) for label, (key, colour) in uses.items()},
             "Unevenness of query use",
             "Gini coefficient",
             bottom=0.0,
@@ -242,7 +217,7 @@ def _ap(evaluations: list[Record]) -> _Panel:
     for split, style in zip(splits, ["-", "--", ":", "-."], strict=False):
         of_split = [record for record in evaluations if str(record.get("split", "")) == split]
         for key, colour in (("AP50", SKY), ("AP", BLUE)):
-            epochs, values = _series(of_split, key, "epoch")
+            epochs, values = series(of_split, key, "epoch")
             if len(epochs):
                 curves.append((f"{key} {split}".strip(), epochs, values, style, colour))
     if not curves:
@@ -279,14 +254,13 @@ def _ap(evaluations: list[Record]) -> _Panel:
 
 
 def _positives(train: list[Record]) -> _Panel:
-    logged = [r for r in train if isinstance(r.get("positives_per_box"), list)]
-    layers = max((len(record["positives_per_box"]) for record in logged), default=0)
-    shades = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.85, layers))
-    curves = {}
-    for layer, shade in enumerate(shades):
-        counts = [{"step": r["step"], "k": (r["positives_per_box"] + [None] * layers)[layer]} for r in logged]
-        name = f"layer {layer + 1}" + (" (last)" if layer == layers - 1 else "")
-        curves[name] = (*_series(counts, "k"), shade)
+    layers = positives_by_layer(train)
+    shades = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.85, len(layers)))
+    last = next(reversed(layers), "")
+    curves = {
+        name + (" (last)" if name == last else ""): (*points, shade)
+        for (name, points), shade in zip(layers.items(), shades, strict=True)
+    }
     return _lines(curves, "Positive queries per box, by decoder layer", "positives per box", bottom=0.0)
 
 
@@ -308,12 +282,13 @@ def _lines(
 
     def draw(axes: Any) -> None:
         for label, (steps, values, colour) in curves.items():
-            window = max(1, len(values) // 50) if smooth else 1
-            if window > 1:
-                axes.plot(*_thin(steps, values), color=colour, alpha=0.25, linewidth=0.7)
+            if smooth and smoothing_window(values) > 1:
+                axes.plot(*thin(steps, values, _MOST_POINTS), color=colour, alpha=0.25, linewidth=0.7)
             marker = "o" if len(values) == 1 else None
-            mean = _running_mean(values, window)
-            axes.plot(*_thin(steps, mean), color=colour, label=label, linewidth=1.6, marker=marker)
+            mean = smoothed(values) if smooth else values
+            axes.plot(
+                *thin(steps, mean, _MOST_POINTS), color=colour, label=label, linewidth=1.6, marker=marker
+            )
         _dress(axes, title, "step", ylabel)
         if log:
             axes.set_yscale("log")
@@ -333,31 +308,6 @@ def _dress(axes: Any, title: str, xlabel: str, ylabel: str) -> None:
     axes.set_title(title, fontsize=10, loc="left", color=_INK)
     axes.set_xlabel(xlabel, fontsize=9, color=_INK)
     axes.set_ylabel(ylabel, fontsize=9, color=_INK)
-
-
-def _series(records: list[Record], key: str, x: str = "step") -> tuple[np.ndarray, np.ndarray]:
-    """x and y of the records that have both as finite numbers; (P,), (P,) float64."""
-    points = [(record[x], record[key]) for record in records if _numbers([record.get(x), record.get(key)])]
-    array = np.array(points, dtype=float).reshape(-1, 2)
-    return array[:, 0], array[:, 1]
-
-
-def _numbers(values: Any) -> bool:
-    return bool(values) and all(isinstance(value, (int, float)) and math.isfinite(value) for value in values)
-
-
-def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean of the last `window` values, of fewer at the start."""
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(ends - window, 0)
-    return (total[ends] - total[starts]) / (ends - starts)
-
-
-def _thin(steps: np.ndarray, values: np.ndarray, most: int = 1500) -> tuple[np.ndarray, np.ndarray]:
-    """Every n-th point: more than a panel has pixels only makes an SVG heavy."""
-    stride = math.ceil(len(steps) / most) or 1
-    return steps[::stride], values[::stride]
 
 
 def draw_predictions(model: Detector, split: DetectionDataset, output: Path, *, images: int = 12) -> None:

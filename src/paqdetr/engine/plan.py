@@ -17,7 +17,7 @@ from paqdetr.config import Config
 from paqdetr.data.dataset import DetectionDataset
 from paqdetr.data.loader import Batch, collate, read_picture
 from paqdetr.engine.evaluate import detect_split
-from paqdetr.engine.memory import available_memory, step_memory
+from paqdetr.engine.memory import available_memory, peaks_of_steps
 from paqdetr.engine.optim import lr_scale
 from paqdetr.engine.run import Run
 from paqdetr.engine.trainer import Trainer
@@ -43,8 +43,8 @@ class Plan:
         epoch_steps, total_steps: optimiser steps.
         lr: of the transformer, after the rule for other batch sizes.
         parameters, trainable: numbers of them.
-        memory: GiB by what it is for: "weights", "gradients", "optimizer", "activations" of a batch of the largest images, and
-            "total", estimated; and "available".
+        memory: GiB by what it is for: "weights" of the model and its average, "gradients", "optimizer", "activations" and all
+            else; their "total", measured in a process that trains on a batch of the largest images; and "available".
         fits: whether the total is less than what is available.
         measured_steps: after the warm-up.
         step_seconds: mean of the measured ones, loading included.
@@ -97,22 +97,23 @@ def plan_training(
         trainer = Trainer(quiet, Run(Path(folder)), train_split, None, device=device, callbacks=[])
         seconds = _time_steps(trainer, steps)
         evaluation = 0.0 if val_split is None else _time_evaluation(trainer, val_split)
-    memory = step_memory(config, train_split)
-    activations = memory.total(config.batch_size) - memory.weights - memory.gradients - memory.optimizer
+    device_used = trainer.accelerator.device
+    (total,) = peaks_of_steps(config, train_split, [config.batch_size], device=device_used)
+    weights = sum(tensor.nbytes for tensor in trainer.model.state_dict().values())
+    gradients = sum(p.nbytes for p in trainer.model.parameters() if p.requires_grad)
     gib = {
-        "weights": memory.weights,
-        "gradients": memory.gradients,
-        "optimizer": memory.optimizer,
-        "activations": activations,
-        "total": memory.total(config.batch_size),
-        "available": available_memory(trainer.accelerator.device),
+        "weights": 2 * weights,
+        "gradients": gradients,
+        "optimizer": 2 * gradients,
+        "activations": total - 2 * weights - 3 * gradients,
+        "total": total,
+        "available": available_memory(device_used),
     }
     step_seconds = sum(seconds) / len(seconds)
     epochs = trainer.total_steps / trainer.epoch_steps
     evaluations = 0 if val_split is None else math.ceil(math.ceil(epochs) / config.eval_every)
-    weights = memory.weights // 2
     return Plan(
-        device=str(trainer.accelerator.device),
+        device=str(device_used),
         images=len(train_split),
         batches=len(trainer.batches),
         step_images=config.batch_size * config.accumulate,
@@ -129,7 +130,7 @@ def plan_training(
         evaluation_seconds=round(evaluation, 1),
         total_seconds=round(step_seconds * trainer.total_steps + evaluation * evaluations, 1),
         # best, last, and the state with weights, average and two moments; a file is written beside the one it replaces
-        disk=round((4 * weights + 2 * memory.optimizer + 2 * weights) / 2**30, 3),
+        disk=round((6 * weights + 4 * gradients) / 2**30, 3),
     )
 
 

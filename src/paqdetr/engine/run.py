@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +15,8 @@ from paqdetr.checkpoint import remove_leftovers, write_whole
 from paqdetr.config import Config, load_config
 from paqdetr.errors import ConfigError, StorageError
 from paqdetr.locks import Busy, acquire
-from paqdetr.metrics.jsonable import json_safe
 from paqdetr.models import Detector, load
+from paqdetr.serialize import plain
 
 _ENDED = "finished"
 # What may differ when a run is continued: it changes neither weights nor figures.
@@ -73,14 +75,7 @@ class Run:
         """Records of metrics.jsonl, all or of one kind ("train", "eval", "start", "finished")."""
         if not self.metrics_file.is_file():
             return []
-        rows = []
-        for line in self.metrics_file.read_bytes().splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue  # a line that a crash cut short, or that the disk has damaged
-            if isinstance(row, dict):
-                rows.append(row)
+        rows = json_lines(self.metrics_file.read_bytes())
         return [row for row in rows if kind is None or row.get("kind") == kind]
 
     @property
@@ -133,7 +128,7 @@ class Run:
         """
         try:
             with self.metrics_file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(json_safe(record), allow_nan=False) + "\n")
+                file.write(json.dumps(plain(record), allow_nan=False) + "\n")
         except OSError as error:
             raise StorageError(
                 f"{self.metrics_file}: cannot be written ({error.strerror})",
@@ -171,11 +166,9 @@ class Run:
         if not self.config_file.exists() or self.empty:
             return
         before, after = flat_settings(load_config(self.config_file)), flat_settings(config)
-        changed = [key for key in before if before[key] != after.get(key) and key not in FREE_SETTINGS]
-        if changed:
-            key = changed[0]
+        for key in changed_settings(before, after):
             raise ConfigError(
-                f"{self.config_file}: the run was started with {key}={before[key]!r}, now it is {after.get(key)!r}",
+                f"{self.config_file}: the run was started with {key}={before[key]!r}, now it is {after[key]!r}",
                 "resume with the same settings, or start a new run with another --output",
             )
 
@@ -254,8 +247,26 @@ def flat_settings(config: Config) -> dict[str, Any]:
     return _flat(config.model_dump(mode="json"))
 
 
+def changed_settings(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Dotted keys of `wanted` that a run was made with otherwise, without those that change no weight."""
+    return [
+        key
+        for key, value in wanted.items()
+        if key in found and key not in FREE_SETTINGS and plain(found[key]) != plain(value)
+    ]
+
+
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
+
+
+def json_lines(content: bytes) -> list[dict[str, Any]]:
+    """The objects of a file with one json a line, without lines that a crash cut short or the disk has damaged."""
+    rows = []
+    for line in content.splitlines():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]

@@ -93,15 +93,13 @@ def with_classes(config: Config, split: DetectionDataset) -> Config:
 
 def _require_classes_of_train(train: DetectionDataset, val: DetectionDataset) -> None:
     """Raise DataError unless every class of the validation split is one of the training split, under the same id and name."""
-    trained = train.classes.id_to_name
-    for category, name in val.classes.id_to_name.items():
-        if trained.get(category) != name:
-            other = f"it is {trained[category]!r}" if category in trained else "it is not listed"
-            raise DataError(
-                f"train and val differ: category {category} is {name!r} in {val.annotation_file}, and in "
-                f"{train.annotation_file} {other}",
-                "give both the same categories; `paqdetr data check` lists all differences",
-            )
+    if misfit := train.classes.misfit(val.classes):
+        category, name, trained = misfit
+        raise DataError(
+            f"train and val differ: category {category} is {name!r} in {val.annotation_file}, and in "
+            f"{train.annotation_file} it is {'not listed' if trained is None else repr(trained)}",
+            "give both the same categories; `paqdetr data check` lists all differences",
+        )
 
 
 def with_largest_batch(config: Config, split: DetectionDataset, run: Run, processes: Processes) -> Config:

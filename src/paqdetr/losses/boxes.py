@@ -10,6 +10,7 @@ from torch import Tensor
 from torchvision.ops import box_convert, generalized_box_iou_loss
 
 from paqdetr.paq import Pairs
+from paqdetr.paq.costs import iou_and_giou
 from paqdetr.structures import Targets
 
 
@@ -67,15 +68,6 @@ def _weights_of(pairs: Pairs) -> Tensor:
     return pairs.weights.to(torch.float64)
 
 
-def elementwise_iou(boxes: Tensor, others: Tensor) -> Tensor:
-    """IoU of each box with the one beside it: (P, 4), (P, 4) xyxy -> (P,); 0 where both have no area."""
-    low = torch.maximum(boxes[:, :2], others[:, :2])
-    high = torch.minimum(boxes[:, 2:], others[:, 2:])
-    overlap = (high - low).clamp(min=0).prod(-1)
-    union = (boxes[:, 2:] - boxes[:, :2]).prod(-1) + (others[:, 2:] - others[:, :2]).prod(-1) - overlap
-    return overlap / union.clamp(min=torch.finfo(union.dtype).tiny)
-
-
 def box_losses(pred_boxes: Tensor, pairs: FlatPairs) -> tuple[Tensor, Tensor, Tensor]:
     """Sums over the pairs of each layer.
 
@@ -94,7 +86,7 @@ def box_losses(pred_boxes: Tensor, pairs: FlatPairs) -> tuple[Tensor, Tensor, Te
     # The default eps, 1e-7, is a tenth of the area of one pixel of 800 x 1333.
     giou = generalized_box_iou_loss(corners, truth_corners, eps=1e-12)
     with torch.no_grad():
-        iou = elementwise_iou(corners, truth_corners)
+        iou, _ = iou_and_giou(predicted.T, truth.T)
     if pairs.weight is not None:
         weight = pairs.weight.to(predicted.dtype)
         l1, giou = weight * l1, weight * giou

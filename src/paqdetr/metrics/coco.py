@@ -26,7 +26,7 @@ from paqdetr.metrics.coco_records import (
     IouType,
     counted_detections,
 )
-from paqdetr.metrics.jsonable import json_number
+from paqdetr.serialize import fields_of
 from paqdetr.structures import Detections
 
 _Json = Mapping[str, Any]
@@ -66,9 +66,7 @@ class CocoFigures:
 
     def to_json(self) -> dict[str, Any]:
         """The twelve figures and `per_class`, ready for json: None (null) stands where a figure is NaN."""
-        figures: dict[str, Any] = {name: json_number(getattr(self, name)) for name in FIGURE_NAMES}
-        figures["per_class"] = {name: json_number(value) for name, value in self.per_class.items()}
-        return figures
+        return {key: value for key, value in fields_of(self).items() if key != "per_class_AP50"}
 
 
 FIGURE_NAMES: tuple[str, ...] = tuple(

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from paqdetr.metrics.jsonable import json_number
 from paqdetr.metrics.matching import MatchTable
 from paqdetr.metrics.weighting import RECALLS
+from paqdetr.serialize import json_number, plain
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,10 +46,7 @@ class ThresholdCurves:
             "classes": [
                 {
                     "name": name,
-                    **{
-                        key: [json_number(value) for value in getattr(self, key)[row]]
-                        for key in ("precision", "recall", "f1")
-                    },
+                    **{key: plain(getattr(self, key)[row]) for key in ("precision", "recall", "f1")},
                     **{key: json_number(getattr(self, key)[row]) for key in ("best_threshold", "best_f1")},
                 }
                 for row, name in enumerate(rows)

@@ -13,16 +13,16 @@ docs/decisions/0011-error-analysis.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from paqdetr.errors import ConfigError, DataError, OutOfMemoryError
-from paqdetr.metrics.jsonable import json_number
 from paqdetr.metrics.matching import MatchTable
 from paqdetr.metrics.weighting import WeightedFigures
+from paqdetr.serialize import fields_of
 from paqdetr.values import MAX_RESAMPLES, MAX_SEED
 
 SAMPLES = 1000
@@ -48,7 +48,7 @@ class Interval:
 
     def to_json(self) -> dict[str, float | None]:
         """value, low and high; None for NaN."""
-        return {key: json_number(getattr(self, key)) for key in ("value", "low", "high")}
+        return fields_of(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ class Difference:
 
     def to_json(self) -> dict[str, float | None]:
         """The four attributes; None for NaN."""
-        return {key: json_number(getattr(self, key)) for key in ("value", "low", "high", "superiority")}
+        return fields_of(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ class FigureIntervals:
 
     def to_json(self) -> dict[str, Any]:
         """Everything, ready for json."""
-        return _json_of(self, ("figures", "per_class", "per_class_AP50"))
+        return fields_of(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,7 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """The differences, ready for json; `first` and `second` write themselves."""
-        return _json_of(self, ("figures", "per_class", "per_class_AP50"))
+        return {key: value for key, value in fields_of(self).items() if key not in ("first", "second")}
 
 
 def resample_images(num_images: int, samples: int = SAMPLES, seed: int = 0) -> np.ndarray:
@@ -335,15 +335,3 @@ def _percentiles(value: float, replicates: np.ndarray, level: float) -> tuple[fl
         return math.nan, math.nan, math.nan
     low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high), float(defined.mean())
-
-
-def _json_of(found: FigureIntervals | Comparison, kinds: tuple[str, ...]) -> dict[str, Any]:
-    def rows(part: Mapping[str, Interval | Difference]) -> dict[str, Any]:
-        return {name: entry.to_json() for name, entry in part.items()}
-
-    return {
-        **{kind: rows(getattr(found, kind)) for kind in kinds},
-        "samples": found.samples,
-        "seed": found.seed,
-        "level": found.level,
-    }

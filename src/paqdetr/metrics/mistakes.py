@@ -17,8 +17,8 @@ import numpy as np
 
 from paqdetr.errors import ConfigError
 from paqdetr.metrics.coco_records import CocoRecords, GroundTruth, IouType
-from paqdetr.metrics.jsonable import json_number
 from paqdetr.metrics.matching import MatchTable, threshold_index
+from paqdetr.serialize import fields_of
 
 _Json = Mapping[str, Any]
 
@@ -63,16 +63,8 @@ class ErrorSplit:
 
     def to_json(self) -> dict[str, Any]:
         """Everything, ready for json; None for NaN."""
-        return {
-            "AP": json_number(self.ap),
-            "gains": dict(self.gains),
-            "counts": dict(self.counts),
-            "false_positives": self.false_positives,
-            "false_negatives": self.false_negatives,
-            "foreground": self.foreground,
-            "background": self.background,
-            "score_threshold": self.score_threshold,
-        }
+        found = fields_of(self)
+        return {"AP": found.pop("ap"), **found}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,12 +86,7 @@ class Confusion:
 
     def to_json(self) -> dict[str, Any]:
         """Everything, ready for json."""
-        return {
-            "class_names": list(self.class_names),
-            "matrix": self.matrix.tolist(),
-            "iou_threshold": self.iou_threshold,
-            "score_threshold": self.score_threshold,
-        }
+        return fields_of(self)
 
 
 def error_split(

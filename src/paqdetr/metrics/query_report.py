@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from paqdetr.metrics.jsonable import rounded
 from paqdetr.metrics.query_use import chance_gini, gini, lorenz_curve
+from paqdetr.serialize import fields_of, plain
+
+SPREAD_FIGURES = ("threshold", "gini", "chance", "by_rank", "per_image", "unused", "half")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,15 +77,9 @@ class Spread:
         """Everything, ready for json."""
         shares, use = self.lorenz()
         return {
-            "threshold": None if self.threshold is None else round(self.threshold, 6),
-            "gini": round(self.gini, 6),
-            "chance": None if self.chance is None else round(self.chance, 6),
-            "by_rank": None if self.by_rank is None else round(self.by_rank, 6),
-            "per_image": round(self.per_image, 6),
-            "unused": self.unused,
-            "half": self.half,
+            **{key: plain(getattr(self, key), 6) for key in SPREAD_FIGURES},
             "lorenz": [[round(float(s), 4), round(float(u), 6)] for s, u in zip(shares, use, strict=True)],
-            "counts": rounded(self.counts),
+            "counts": plain(self.counts, 6),
         }
 
 
@@ -128,17 +124,12 @@ class PatternUse:
 
     def to_json(self) -> dict[str, Any]:
         """Everything, ready for json."""
-        return {
+        return fields_of(self, 6) | {
             "num_patterns": len(self.mass),
             "gini": round(self.gini, 6),
-            "entropy": round(self.entropy, 6),
             "dead": self.dead,
-            "dead_share": self.dead_share,
             "never_lead": self.never_lead,
             "effective": round(self.effective, 4),
-            "mass": rounded(self.mass),
-            "peak": rounded(self.peak),
-            "leads": rounded(self.leads),
         }
 
 
@@ -164,7 +155,7 @@ class Places:
 
     def to_json(self) -> dict[str, Any]:
         """Everything, ready for json; NaN is None."""
-        return {"mean": rounded(self.mean), "std": rounded(self.std), "ranks": rounded(self.ranks)}
+        return fields_of(self, 6)
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,27 +199,15 @@ class QueryUsageReport:
             spreads.append(("c", "matched in the last layer", self.positives))
         if self.gradients is not None:
             spreads.append(("d", "gradient norm", self.gradients))
-        keys = ("threshold", "gini", "chance", "by_rank", "per_image", "unused", "half")
         rows = [
-            {"view": view, "what": what, **{key: getattr(spread, key) for key in keys}}
+            {"view": view, "what": what, **{key: getattr(spread, key) for key in SPREAD_FIGURES}}
             for view, what, spread in spreads
         ]
         if self.patterns is not None:
-            row = dict.fromkeys(keys) | {"gini": self.patterns.gini, "unused": self.patterns.dead}
+            row = dict.fromkeys(SPREAD_FIGURES) | {"gini": self.patterns.gini, "unused": self.patterns.dead}
             rows.append({"view": "e", "what": "mass of patterns", **row})
         return rows
 
     def to_json(self) -> dict[str, Any]:
         """Everything, ready for json."""
-        parts = {"equal": self.equal, "positives": self.positives, "gradients": self.gradients}
-        parts |= {"patterns": self.patterns, "places": self.places}
-        return {
-            "num_queries": self.num_queries,
-            "images": self.images,
-            "boxes_per_image": None if self.boxes_per_image is None else round(self.boxes_per_image, 6),
-            "ranked": self.ranked,
-            "activations": [spread.to_json() for spread in self.activations],
-            "target": None if self.target is None else round(self.target, 6),
-            **{name: None if part is None else part.to_json() for name, part in parts.items()},
-            "query_cosine": None if self.query_cosine is None else round(self.query_cosine, 6),
-        }
+        return fields_of(self, 6)

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from paqdetr.errors import ConfigError, DataError
-from paqdetr.metrics.jsonable import json_number
 from paqdetr.metrics.matching import MatchTable
+from paqdetr.serialize import json_number
 
 
 @dataclass(frozen=True, slots=True, eq=False)

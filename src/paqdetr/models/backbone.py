@@ -122,15 +122,20 @@ def load_imagenet_weights(body: nn.Module, name: str) -> None:
         _copy_in_order(body, _lite0_state())
         return
     try:
-        # Not features_only: the full model's names are what timm's own loading knows how to map.
-        source = timm.create_model(name, pretrained=True, num_classes=0, **_size_options(name))
+        source = timm.create_model(
+            name,
+            pretrained=True,
+            features_only=True,
+            out_indices=cast(Any, body.feature_info).out_indices,
+            **_size_options(name),
+        )
     except Exception as error:
         raise ConfigError(
             f"backbone {name!r}: its ImageNet weights could not be loaded ({_first_line(error)})",
             "connect to the Hub once, set HF_HOME to a cache that has them, or train it from scratch: "
             "pretrained_backbone=false model.frozen_stride=0 model.freeze_backbone_norm=false",
         ) from error
-    _copy_by_name(body, source)
+    body.load_state_dict(source.state_dict())
 
 
 def _create_features(name: str, strides: tuple[int, ...]) -> tuple[nn.Module, list[int]]:
@@ -238,16 +243,6 @@ def _copy_in_order(body: nn.Module, state: OrderedDict[str, Tensor]) -> None:
                     f"tensor {position} of the weight file is {tuple(old.shape)}, not {tuple(new.shape)}"
                 )
             new.copy_(old)
-
-
-def _copy_by_name(body: nn.Module, source: nn.Module) -> None:
-    """timm's feature wrappers keep the names of the full model, but for dots that become underscores."""
-    state = {key.replace(".", "_"): tensor for key, tensor in source.state_dict().items()}
-    own = body.state_dict()
-    missing = [key for key in own if key.replace(".", "_") not in state and "num_batches_tracked" not in key]
-    if missing:
-        raise RuntimeError(f"timm's pretrained model lacks {missing[:3]} and {max(len(missing) - 3, 0)} more")
-    body.load_state_dict({key: state.get(key.replace(".", "_"), own[key]) for key in own})
 
 
 def _first_line(error: BaseException) -> str:

@@ -15,7 +15,6 @@ from paqdetr.config import Config, validate_config
 from paqdetr.errors import CheckpointError, ConfigError, memory_error
 from paqdetr.models.detector import Detector
 from paqdetr.models.device import require_device
-from paqdetr.models.initialize import NoRandomStart
 from paqdetr.models.reshape import (
     ReshapeReport,
     require_same_settings,
@@ -88,12 +87,11 @@ def load(
     """
     target = require_device(device)
     file = find_checkpoint(path)
-    tensors, header = read_checkpoint(file)
-    config, table, preprocessing = describe_checkpoint(header, str(file))
     with torch.inference_mode(False):  # a model loaded in there may be trained later
+        tensors, header = read_checkpoint(file)
+        config, table, preprocessing = describe_checkpoint(header, str(file))
         try:
-            with NoRandomStart():
-                model = build_model(config, classes=table)
+            model = _build_to_fill(config, table)
         except ConfigError as error:
             raise _not_ours(header, str(file), error) from None
         except (RuntimeError, MemoryError) as error:
@@ -109,6 +107,15 @@ def load(
             model, report = reshape(model, classes=classes, num_queries=num_queries)
             _LOG.warning("%s: %s", file, report)
         return model.to(target).eval()
+
+
+def _build_to_fill(config: Config, classes: ClassTable) -> Detector:
+    """A model without weights, on the meta device; with random ones where it has buffers that no file holds (timm's Swin)."""
+    with torch.device("meta"):
+        model = build_model(config, classes=classes)
+    if {name for name, _ in model.named_buffers()} <= model.state_dict().keys():
+        return model
+    return build_model(config, classes=classes)
 
 
 def model_to_train(

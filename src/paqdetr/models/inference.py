@@ -7,13 +7,11 @@ score but for the last bit, they may change places.
 from __future__ import annotations
 
 import os
-import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -31,10 +29,6 @@ if TYPE_CHECKING:
     from paqdetr.models.detector import Detector, DetectorOutput
 
 Self = TypeVar("Self")
-
-# By model: how many threads are predicting with it, and the mode that the last of them puts back.
-_predicting: WeakKeyDictionary[Detector, tuple[int, bool]] = WeakKeyDictionary()
-_predicting_lock = threading.Lock()
 
 
 class Observer(Protocol):
@@ -220,17 +214,12 @@ def _in_precision_of(model: Detector) -> Iterator[torch.dtype]:
 
 @contextmanager
 def _evaluating(model: Detector) -> Iterator[None]:
-    """Evaluation mode for as long as any thread predicts; then the mode from before the first of them."""
-    with _predicting_lock:
-        users, was_training = _predicting.get(model, (0, model.training))
-        _predicting[model] = users + 1, was_training
+    """Evaluation mode inside. A model that is in it already is left alone: threads may share such a model."""
+    was_training = model.training
+    if was_training:
         model.eval()
     try:
         yield
     finally:
-        with _predicting_lock:
-            users, was_training = _predicting.pop(model)
-            if users > 1:
-                _predicting[model] = users - 1, was_training
-            else:
-                model.train(was_training)
+        if was_training:
+            model.train()

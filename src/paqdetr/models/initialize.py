@@ -19,11 +19,9 @@ Source: the published codes of Deformable DETR and DINO, which agree on these.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from paqdetr.models.attention import MLP, DeformableAttention
 from paqdetr.models.start import LearnedPoints, ProposalStart
@@ -33,36 +31,6 @@ if TYPE_CHECKING:
 
 # So that the many background queries do not drown the first steps.
 _CLASS_BIAS = -math.log((1 - 0.01) / 0.01)
-
-_DRAWING = frozenset(
-    (
-        "uniform_",
-        "normal_",
-        "trunc_normal_",
-        "erfinv_",
-        "xavier_uniform_",
-        "xavier_normal_",
-        "kaiming_uniform_",
-        "kaiming_normal_",
-    )
-)
-
-
-class NoRandomStart(TorchFunctionMode):
-    """While entered, in this thread, functions that fill a tensor with random numbers leave it as memory was: for models whose
-    weights a file will give."""
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        named = kwargs or {}
-        if getattr(func, "__name__", "") in _DRAWING:
-            return args[0] if args else named["tensor"]
-        return func(*args, **named)
 
 
 def init_weights(model: Detector) -> None:

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from paqdetr.checkpoint import load_tensors
 from paqdetr.config import Config, ModelConfig
+from paqdetr.config.section import Role
 from paqdetr.errors import CheckpointError, ConfigError
 from paqdetr.models.detector import Detector
 from paqdetr.models.zoo import build_model
+from paqdetr.serialize import fields_of
 from paqdetr.structures import ClassTable
 
 # Tensors with a row a class, and with one or several rows a query.
@@ -30,14 +32,6 @@ _QUERY_ROWS = re.compile(
     r"query_source\.(mixtures\.)?head\.(linear\.(weight|bias)|queries|bias)"
 )
 _COUNTER = "num_batches_tracked"
-
-# Settings in which a checkpoint and the training that starts from it may differ: sizes that are changed on the way, initial
-# values that the checkpoint replaces, and what acts in training alone.
-_FREE_KEYS = frozenset(
-    "num_classes num_queries dropout frozen_stride freeze_backbone_norm look_forward_twice content_std pattern_std gain bias_std "
-    "detach_query_features denoising_queries denoising_groups label_noise box_noise distinct_proposals masked_neck_norm "
-    "max_detections clamp_boxes".split()
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +69,7 @@ class ReshapeReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for json."""
-        return {
-            "known_classes": list(self.known_classes),
-            "new_classes": list(self.new_classes),
-            "dropped_classes": list(self.dropped_classes),
-            "queries": list(self.queries),
-            "interpolated_queries": self.interpolated_queries,
-        }
+        return {key: value for key, value in fields_of(self).items() if key != "changed"}
 
 
 def reshape(
@@ -264,7 +252,8 @@ def require_same_settings(old: ModelConfig, new: ModelConfig, where: str) -> Non
 def settings_to_add(old: ModelConfig, new: ModelConfig) -> list[str]:
     """Overrides of `new` that give it what `old`'s weights need."""
     before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
-    different = [key for key in before if before[key] != after[key] and key not in _FREE_KEYS]
+    free = ModelConfig.with_role(Role.FREE)
+    different = [key for key in before if before[key] != after[key] and key not in free]
     return [f"model.{key}={_yaml(before[key])}" for key in different]
 
 

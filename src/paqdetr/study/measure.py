@@ -24,7 +24,6 @@ from paqdetr.engine.run import Run, flat_settings
 from paqdetr.errors import UserError
 from paqdetr.metrics.coco import non_maximum_suppression
 from paqdetr.metrics.intervals import resample_images
-from paqdetr.metrics.jsonable import json_number
 from paqdetr.metrics.matching import MatchTable
 from paqdetr.metrics.mistakes import error_split
 from paqdetr.metrics.query_report import QueryUsageReport, Spread
@@ -32,6 +31,7 @@ from paqdetr.metrics.query_usage import QueryUsage
 from paqdetr.models import Detector, load
 from paqdetr.models.cost import model_cost
 from paqdetr.models.device import require_device
+from paqdetr.serialize import json_number
 from paqdetr.structures import Detections
 from paqdetr.study.results import RunResult
 from paqdetr.study.runs import Places, PlannedRun, RunKey

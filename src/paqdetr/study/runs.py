@@ -10,7 +10,7 @@ from typing import Any
 
 from paqdetr.config import Config, describe_idle, load_config
 from paqdetr.data.dataset import open_split
-from paqdetr.engine.run import FREE_SETTINGS, Run, flat_settings
+from paqdetr.engine.run import Run, changed_settings, flat_settings
 from paqdetr.errors import ConfigError
 from paqdetr.study.datasets import folder_of, source_of, training_images
 from paqdetr.study.spec import Study
@@ -276,11 +276,9 @@ def require_same_settings(
         remedy: if it is another than a new name.
     """
     wanted = flat_settings(planned.config)
-    for key, value in wanted.items():
-        if key in FREE_SETTINGS or key not in found or found[key] == value:
-            continue
+    for key in changed_settings(found, wanted):
         raise ConfigError(
-            f"{where}: was made with {key}={found[key]!r}, the study now says {value!r}",
+            f"{where}: was made with {key}={found[key]!r}, the study now says {wanted[key]!r}",
             remedy
             or "give changed settings a new name among the variants or data sets, or choose another --output",
         )

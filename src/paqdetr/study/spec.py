@@ -6,7 +6,6 @@ study's, if it names none), `settings` of the study, of the data set, of the var
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -24,6 +23,7 @@ from pydantic import (
 from paqdetr.config import known_keys, retired_keys
 from paqdetr.config.section import Section, lists_are_tuples
 from paqdetr.errors import ConfigError
+from paqdetr.text import did_you_mean
 from paqdetr.values import MAX_RESAMPLES, MAX_SEED
 from paqdetr.yaml_files import load_yaml
 
@@ -61,16 +61,13 @@ def _flat(value: Any, prefix: str = "") -> Any:
 
 
 def _known(settings: dict[str, Any]) -> dict[str, Any]:
-    known, retired = (
-        known_keys(),
-        retired_keys(),
-    )  # kept studies may have used retired keys; a run of one is refused
+    known, retired = known_keys(), retired_keys()  # kept studies have retired keys; a run with one is refused
     for key in settings:
         if key in _DECIDED:
             raise ValueError(f"{key} is the study's to set: {_DECIDED[key]}")
         if key not in known and key not in retired:
-            close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            raise ValueError(f"unknown setting {key!r}" + (f", did you mean {close[0]!r}?" if close else ""))
+            hint = did_you_mean(key, known, "docs/settings.md lists what there is")
+            raise ValueError(f"unknown setting {key!r}, {hint}")
     return settings
 
 
@@ -204,9 +201,8 @@ class Claim(Section):
     @model_validator(mode="after")
     def _known_figure(self) -> Claim:
         if self.figure not in CLAIMED and not self.figure.startswith("queries."):
-            close = difflib.get_close_matches(self.figure, CLAIMED, n=1, cutoff=0.4)
-            hint = f", did you mean {close[0]!r}?" if close else f"; there are {', '.join(CLAIMED)}"
-            raise ValueError(f"figure: unknown figure {self.figure!r}{hint}")
+            hint = did_you_mean(self.figure, CLAIMED, f"there are {', '.join(CLAIMED)}", cutoff=0.4)
+            raise ValueError(f"figure: unknown figure {self.figure!r}, {hint}")
         share = self.figure != "predictions_per_image" and not self.figure.startswith("queries.")
         numbers = {"threshold": self.threshold, "published.effect": self.published and self.published.effect}
         for key, value in numbers.items():
@@ -370,8 +366,7 @@ def _explain(error: ValidationError, path: Path) -> ConfigError:
     if first["type"] == "extra_forbidden":
         parent, _, leaf = key.rpartition(".")
         known = _fields_at(first["loc"][:-1])
-        close = difflib.get_close_matches(leaf, known, n=1, cutoff=0.5)
-        remedy = f"did you mean {close[0]!r}?" if close else f"known there: {', '.join(known)}"
+        remedy = did_you_mean(leaf, known, f"known there: {', '.join(known)}")
         return ConfigError(f"{path}: unknown key {leaf!r}" + (f" in {parent}" if parent else ""), remedy)
     if first["type"] == "missing":
         return ConfigError(f"{path}: {key} is missing", "docs/study.md shows what a study's file holds")

@@ -29,7 +29,7 @@ from scipy import stats
 from scipy.optimize import brentq
 from scipy.special import stdtrit
 
-from paqdetr.metrics.jsonable import json_number
+from paqdetr.serialize import json_number
 
 POWER = 0.8
 """How often an effect is to be seen that is called visible."""

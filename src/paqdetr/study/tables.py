@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from paqdetr.errors import DataError
-from paqdetr.metrics.jsonable import json_number
+from paqdetr.serialize import plain
 from paqdetr.study.statistics import Estimate, pooled_variance, variance_bound
 from paqdetr.study.verdicts import Runs, Verdict
 
@@ -258,4 +258,4 @@ def run_rows(runs: Runs) -> list[Row]:
 
 def _number(value: Any) -> Any:
     """Six digits of what is a figure; names and counts as they are."""
-    return json_number(value, 6) if isinstance(value, float) else value
+    return plain(value, 6)

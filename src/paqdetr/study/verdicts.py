@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from paqdetr.engine.run import FREE_SETTINGS
+from paqdetr.engine.run import changed_settings
 from paqdetr.errors import DataError
+from paqdetr.serialize import fields_of
 from paqdetr.study.results import RunResult
 from paqdetr.study.spec import Claim, Study
 from paqdetr.study.statistics import Estimate, estimate, holm
@@ -47,17 +48,7 @@ class Verdict:
 
     def to_json(self) -> dict[str, Any]:
         """Ready for json."""
-        return {
-            "claim": self.claim,
-            "data": self.data,
-            "against": self.against,
-            "effect": None if self.effect is None else self.effect.to_json(),
-            "threshold": self.threshold,
-            "p": round(self.p, 4),
-            "outcome": self.outcome,
-            "over_images": self.over_images,
-            "missing": list(self.missing),
-        }
+        return fields_of(self) | {"p": round(self.p, 4)}
 
 
 class Runs:
@@ -228,17 +219,11 @@ def _require_same_settings(study: Study, result: RunResult) -> None:
     budget = data if data.steps or data.epochs else study
     wanted = study.settings | data.settings | variant.settings
     wanted |= {"max_steps": budget.steps} if budget.steps else {"epochs": budget.epochs}
-    for name, value in wanted.items():
-        found = result.settings.get(name, value)
-        if name not in FREE_SETTINGS and _plain(found) != _plain(value):
-            raise DataError(
-                f"{key}: was made with {name}={found!r}, the study now says {value!r}",
-                "give changed settings a new name among the variants or data sets, or choose another --output",
-            )
-
-
-def _plain(value: Any) -> Any:
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+    for name in changed_settings(result.settings, wanted):
+        raise DataError(
+            f"{key}: was made with {name}={result.settings[name]!r}, the study now says {wanted[name]!r}",
+            "give changed settings a new name among the variants or data sets, or choose another --output",
+        )
 
 
 def _numbers(values: list[float | None]) -> np.ndarray:

@@ -32,8 +32,8 @@ from paqdetr.analysis.training import run_folder, training_section
 from paqdetr.analysis.usage import Usage, usage_section
 from paqdetr.data.dataset import DetectionDataset, open_split
 from paqdetr.data.layout import available_splits
+from paqdetr.engine.curves import read_metrics
 from paqdetr.engine.evaluate import evaluate_split, require_same_classes
-from paqdetr.engine.pictures import read_metrics
 from paqdetr.errors import ConfigError, DataError
 from paqdetr.losses.criterion import build_criterion
 from paqdetr.metrics import QueryUsage

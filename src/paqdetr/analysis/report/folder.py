@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from paqdetr.analysis.report.page import GENERATOR, Chapter, data_file
 from paqdetr.analysis.section import Table
 from paqdetr.outputs import made_by, require_free, whole_folder
+from paqdetr.serialize import plain
 
 
 def require_report_place(output: Path) -> None:
@@ -53,20 +50,5 @@ def write_folder(output: Path, page: str, chapters: Sequence[Chapter]) -> None:
                         continue
                     (new / name).parent.mkdir(exist_ok=True)
                     data = {"rows": list(part.rows)} if isinstance(part, Table) else part.data
-                    text = json.dumps({"caption": part.caption, "data": _plain(data)}, indent=1)
+                    text = json.dumps({"caption": part.caption, "data": plain(data)}, indent=1)
                     (new / name).write_text(text, encoding="utf-8")
-
-
-def _plain(value: Any) -> Any:
-    """As json can have it: arrays are lists, what is not a finite number is null."""
-    if isinstance(value, dict):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, np.ndarray):
-        return _plain(value.tolist())
-    if isinstance(value, np.generic):
-        return _plain(value.item())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from paqdetr.errors import ConfigError, NonFiniteError
 from paqdetr.paq import Assigner, CostWeights, Pairs, Targets, match_layers, varifocal_loss
+from paqdetr.paq.costs import iou_and_giou
 
 Labels = Sequence[dict[str, Any]]
 Indices = list[tuple[Tensor, Tensor]]
@@ -135,19 +136,9 @@ class _Classification:
         goal = torch.zeros_like(logits, dtype=torch.promote_types(logits.dtype, torch.float32))
         for image, ((queries, boxes), row) in enumerate(zip(indices, targets, strict=True)):
             predicted = outputs["pred_boxes"][image, queries].detach()
-            quality = _pairwise_iou(predicted, row["boxes"][boxes])
+            quality, _ = iou_and_giou(predicted.float().T, row["boxes"][boxes].float().T)
             goal[image, queries, row["class_labels"][boxes]] = quality.to(goal.dtype)
         return {"loss_ce": varifocal_loss(logits, goal).sum() / num_boxes}
-
-
-def _pairwise_iou(boxes: Tensor, others: Tensor) -> Tensor:
-    """IoU of each box with the one beside it: (P, 4), (P, 4) cxcywh -> (P,); 0 where both have no area."""
-    boxes, others = boxes.float(), others.float()
-    low = torch.maximum(boxes[:, :2] - boxes[:, 2:] / 2, others[:, :2] - others[:, 2:] / 2)
-    high = torch.minimum(boxes[:, :2] + boxes[:, 2:] / 2, others[:, :2] + others[:, 2:] / 2)
-    overlap = (high - low).clamp(min=0).prod(-1)
-    union = boxes[:, 2:].prod(-1) + others[:, 2:].prod(-1) - overlap
-    return overlap / union.clamp(min=torch.finfo(union.dtype).tiny)
 
 
 def _image_id(labels: dict[str, Any]) -> int | str | None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any, Literal, get_args, get_type_hints
 
 from paqdetr.errors import ConfigError
 from paqdetr.paq import Assigner, CostWeights, FixedKAssigner, QualityAwareAssigner, SimOTAAssigner
+from paqdetr.text import did_you_mean
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,10 +81,9 @@ class PaqSettings:
         known = [field.name for field in dataclasses.fields(cls)]
         for name in values:
             if name not in known:
-                near = get_close_matches(name, known, n=1)
                 raise ConfigError(
                     f"{where}: unknown setting {name!r}",
-                    f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}",
+                    did_you_mean(name, known, f"known are {', '.join(known)}"),
                 )
         return cls(**values)
 
