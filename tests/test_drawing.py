@@ -62,9 +62,7 @@ def test_a_label_at_the_top_edge_stays_in_the_image() -> None:
     canvas = np.zeros((200, 300, 3), np.uint8)
     drawn = np.asarray(draw_detections(canvas, found([[250, 0, 299, 150]], [1])))
     label = drawn[:14, 230:]
-    assert (label > 0).any(axis=2).sum() > 300, (
-        "the label's background lies inside, though the box starts at row 0"
-    )
+    assert (label > 0).any(axis=2).sum() > 300, "the label's background lies inside, though the box starts at row 0"
 
 
 def test_colour_by_class() -> None:
@@ -101,9 +99,7 @@ def test_nothing_to_draw_gives_a_copy() -> None:
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
 def test_any_mode_becomes_rgb(mode: str) -> None:
-    drawn = draw_detections(
-        Image.new("RGB", (100, 80), "gray").convert(mode), found([[10, 30, 60, 70]], [90])
-    )
+    drawn = draw_detections(Image.new("RGB", (100, 80), "gray").convert(mode), found([[10, 30, 60, 70]], [90]))
     assert drawn.mode == "RGB" and drawn.size == (100, 80)
 
 

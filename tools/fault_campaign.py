@@ -56,7 +56,7 @@ class Campaign:
         sys.path.insert(0, str(REPO / "tests" / "engine"))
         from conftest import Group
         from paqdetr.data.digits import make_digits
-        from paqdetr.engine import Run
+        from paqdetr.runs import Run
 
         self.group, self.run_of, self.folder = Group, Run, folder
         self.data = make_digits(folder / "digits", size=96, train=8, val=4, test=4, max_objects=5)
@@ -261,9 +261,7 @@ def table(report: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The number of rounds in which something was lost, as an exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="where the report goes")
     parser.add_argument("--share", type=float, default=1.0, help="of the rounds")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and offsets")
@@ -280,8 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     versions = {"paqdetr": __version__, "torch": torch.__version__, "python": platform.python_version()}
     report = {
         "command": "python tools/fault_campaign.py " + " ".join(sys.argv[1:]),
-        "versions": versions
-        | {"system": f"{platform.system()} {platform.machine()}", "cores": os.cpu_count()},
+        "versions": versions | {"system": f"{platform.system()} {platform.machine()}", "cores": os.cpu_count()},
         "minutes": round((time.perf_counter() - started) / 60, 1),
         "rows": rows,
     }

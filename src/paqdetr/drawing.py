@@ -85,9 +85,7 @@ def font_path() -> Path:
     return Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
 
 
-def _draw(
-    image: Image.Image | np.ndarray, boxes: ArrayLike, ids: np.ndarray, texts: list[str]
-) -> Image.Image:
+def _draw(image: Image.Image | np.ndarray, boxes: ArrayLike, ids: np.ndarray, texts: list[str]) -> Image.Image:
     """Draws in the order given: the last lies on top."""
     picture, texts = read_image(image), list(map(printable, texts))
     xyxy = np.asarray(boxes, dtype=np.float32).reshape(-1, 4).round()  # supervision would cut decimals off
@@ -97,9 +95,9 @@ def _draw(
     side = (picture.width * picture.height) ** 0.5
     found = sv.Detections(xyxy=xyxy, class_id=np.asarray(ids, dtype=int))
     colours, text_colours = sv.ColorPalette.from_hex(list(PALETTE)), sv.ColorPalette.from_hex(_on(PALETTE))
-    picture = sv.BoxAnnotator(
-        color=colours, thickness=max(2 if side >= 300 else 1, round(side / 400))
-    ).annotate(picture, found)
+    picture = sv.BoxAnnotator(color=colours, thickness=max(2 if side >= 300 else 1, round(side / 400))).annotate(
+        picture, found
+    )
     # The "rich" annotator takes a TrueType font: sharp at 10 pixels, and not bound to ASCII.
     writer = sv.RichLabelAnnotator(
         color=colours,

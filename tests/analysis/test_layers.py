@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from paqdetr.analysis.layer_section import layer_section
-from paqdetr.analysis.layers import LayerCollector, StageFigures
-from paqdetr.analysis.section import Figure, Table
+from paqdetr.analysis.layers import layer_section
 from paqdetr.config import load_config
 from paqdetr.data.dataset import DetectionDataset, open_split
-from paqdetr.engine.evaluate import evaluate_split, targets_of
+from paqdetr.evaluation.evaluate import evaluate_split, targets_of
+from paqdetr.evaluation.layers import LayerCollector, StageFigures
 from paqdetr.models.zoo import build_model
+from paqdetr.report.section import Figure, Table
 from paqdetr.structures import Targets
 
 CLASSES = 10
@@ -40,9 +40,7 @@ def planted(target: Targets) -> Any:
     """Proposals of half the width (IoU 1/2) without classes, a first layer with a copy of each box that is off by a tenth of
     the width and surer than the good one (IoU 0.9 / 1.1), and a last layer that is right."""
     half = target.boxes * torch.tensor([1, 1, 0.5, 1])
-    moved = target.boxes + torch.cat(
-        [target.boxes[:, 2:] * torch.tensor([0.1, 0]), torch.zeros(len(target), 2)], 1
-    )
+    moved = target.boxes + torch.cat([target.boxes[:, 2:] * torch.tensor([0.1, 0]), torch.zeros(len(target), 2)], 1)
     # What the clamp at the picture's edge would cut off is not moved.
     fits = ((target.boxes[:, 0] + 0.6 * target.boxes[:, 2]) <= 1)[:, None]
     moved = torch.where(fits, moved, target.boxes)
@@ -50,9 +48,7 @@ def planted(target: Targets) -> Any:
     bad, bad_boxes = predictions(moved, target.labels, score=0.8)
     nothing = torch.full_like(good, -9.0)
     logits = torch.stack([torch.cat([good, bad]), torch.cat([good, nothing])])
-    boxes = torch.stack(
-        [torch.cat([good_boxes, bad_boxes]), torch.cat([good_boxes, torch.zeros_like(good_boxes)])]
-    )
+    boxes = torch.stack([torch.cat([good_boxes, bad_boxes]), torch.cat([good_boxes, torch.zeros_like(good_boxes)])])
     return SimpleNamespace(
         proposals=SimpleNamespace(logits=torch.zeros(1, len(half), 1), boxes=half[None]),
         layers=SimpleNamespace(logits=logits[:, None], boxes=boxes[:, None]),
@@ -77,8 +73,7 @@ def test_planted_predictions_have_the_figures_they_must_have(split: DetectionDat
     assert last.found == 1 and last.predictions_per_image == pytest.approx(boxes / len(split))
     # The surer copy with IoU 0.82 takes what lies below .85; above, the right box counts. NMS leaves the surer one alone.
     assert (
-        first.best_iou == pytest.approx(1, abs=1e-5)
-        and first.predictions_per_image == 2 * last.predictions_per_image
+        first.best_iou == pytest.approx(1, abs=1e-5) and first.predictions_per_image == 2 * last.predictions_per_image
     )
     assert first.AP_nms < first.AP < 1
     assert proposals.to_json() == {

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.container import ErrorbarContainer
 
-from paqdetr.analysis import plots
+from paqdetr.report import plots
 
 
 def a_plot(power: float = 2.0) -> str:

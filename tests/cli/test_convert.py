@@ -95,9 +95,7 @@ class _Evil:
         return os.mkdir, (str(self.path),)
 
 
-def test_a_malicious_file_is_refused_without_a_trace(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_malicious_file_is_refused_without_a_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"model": {"a": torch.zeros(1)}, "x": _Evil(tmp_path / "trap")}, tmp_path / "evil.pth")
     output = tmp_path / "out.safetensors"
     assert run(["convert", str(tmp_path / "evil.pth"), "--from", "dino", "--output", str(output)]) == 2

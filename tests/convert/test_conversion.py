@@ -162,9 +162,7 @@ def test_heads_are_shared_where_all_copies_are_equal(variant: str, shared: bool,
 def test_heads_that_the_program_shares_have_to_be_equal(make_original: Make) -> None:
     original = make_original("deformable one-stage")
     original.state["bbox_embed.1.layers.0.bias"] += 1
-    with pytest.raises(
-        CheckpointError, match="3 box_heads are one and the same in its program, but number 1 differs"
-    ):
+    with pytest.raises(CheckpointError, match="3 box_heads are one and the same in its program, but number 1 differs"):
         convert(original)
 
 
@@ -233,9 +231,7 @@ def test_variants_that_cannot_be_built_are_refused(
 # README.md of DN-DETR trains its model of 49.5 AP with the first name, main.py knows the second.
 @pytest.mark.parametrize("name", ["dab_deformable_detr", "dn_dab_deformable_detr"])
 def test_both_names_of_dn_detrs_deformable_model_are_known(name: str, make_original: Make) -> None:
-    model, _ = convert_checkpoint(
-        with_argument(make_original("dn_detr"), "modelname", name), origin="dn_detr"
-    )
+    model, _ = convert_checkpoint(with_argument(make_original("dn_detr"), "modelname", name), origin="dn_detr")
     assert model.config.denoising == "plain"
 
 
@@ -341,9 +337,7 @@ def test_one_decoder_layer_scales_no_positions(make_original: Make) -> None:
         ),
     ],
 )
-def test_unknown_tensors_are_an_error_unless_partial(
-    variant: str, key: str, message: str, make_original: Make
-) -> None:
+def test_unknown_tensors_are_an_error_unless_partial(variant: str, key: str, message: str, make_original: Make) -> None:
     original = make_original(variant)
     original.state[key] = torch.zeros(8, 64, 1, 1)
     with pytest.raises(CheckpointError, match=message) as caught:
@@ -491,7 +485,5 @@ def test_a_model_of_another_host_is_refused(model: str, message: str, make_origi
 def test_another_host_is_refused(make_original: Make, tmp_path: Path) -> None:
     recipe = tmp_path / "dn.yaml"
     recipe.write_text("base: paq_dn_detr_r50\nmodel: {backbone: resnet18}\n")
-    with pytest.raises(
-        CheckpointError, match=r"positions='proposals', and .* has positions='anchors': another host"
-    ):
+    with pytest.raises(CheckpointError, match=r"positions='proposals', and .* has positions='anchors': another host"):
         convert(make_original("dino"), model=str(recipe))

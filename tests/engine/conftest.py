@@ -55,8 +55,7 @@ class Group:
         for process in self.processes:
             process.kill()
         return [
-            Ended(code, out.read_text(), err.read_text())
-            for code, (out, err) in zip(codes, self.files, strict=True)
+            Ended(code, out.read_text(), err.read_text()) for code, (out, err) in zip(codes, self.files, strict=True)
         ]
 
 
@@ -68,6 +67,4 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
     """`start(count, work, *arguments)` sets processes to work; `.end()` waits for them."""
     if not hasattr(multiprocessing, "forkserver") and sys.platform == "win32":
         pytest.skip("needs fork, which Windows has not")
-    return lambda count, work, *arguments: Group(
-        count, work, arguments, tmp_path_factory.mktemp("processes") / "said"
-    )
+    return lambda count, work, *arguments: Group(count, work, arguments, tmp_path_factory.mktemp("processes") / "said")

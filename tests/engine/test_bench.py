@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from paqdetr.engine.bench import bench
 from paqdetr.errors import ConfigError
+from paqdetr.training.bench import bench
 
 TINY = {
     "model.dim": 32,

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from paqdetr.data.dataset import open_split
-from paqdetr.engine.data_digest import DataDigest, SplitDigest, data_changes
+from paqdetr.data.digest import DataDigest, SplitDigest, data_changes
 
 Content = dict[str, Any]
 
@@ -101,9 +101,7 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize(("change", "expected"), CHANGES.values(), ids=CHANGES)
-def test_changes_are_named(
-    tmp_path: Path, tiny_digits: Path, change: Callable[[Path], object], expected: str
-) -> None:
+def test_changes_are_named(tmp_path: Path, tiny_digits: Path, change: Callable[[Path], object], expected: str) -> None:
     root = Path(shutil.copytree(tiny_digits, tmp_path / "digits"))
     before = digest(root)
     assert data_changes(before, digest(root)) == ""

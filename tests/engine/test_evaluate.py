@@ -16,17 +16,17 @@ from torch import Tensor
 from torchvision.ops import box_convert
 
 from paqdetr.data.dataset import DetectionDataset, open_split
-from paqdetr.engine import evaluate
-from paqdetr.engine.evaluate import detect_split, evaluate_split, require_same_classes
-from paqdetr.engine.run import Run
 from paqdetr.errors import DataError
+from paqdetr.evaluation import evaluate
+from paqdetr.evaluation.evaluate import detect_split, evaluate_split, require_same_classes
 from paqdetr.metrics import QueryUsage
 from paqdetr.models import create_model
 from paqdetr.models.detector import Detector, DetectorOutput
+from paqdetr.runs import Run
 from paqdetr.structures import ClassTable, Detections, Targets
 
 # The package's attribute of this name is the function.
-MODULE = importlib.import_module("paqdetr.engine.evaluate")
+MODULE = importlib.import_module("paqdetr.evaluation.evaluate")
 CATEGORIES = [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}]
 
 
@@ -61,9 +61,7 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> DetectionDataset:
 
 @pytest.fixture(scope="module")
 def model() -> Detector:
-    detector = create_model(
-        "paq_dino_nano", num_classes=2, dim=32, ffn_dim=64, num_queries=12, image_size=96
-    ).eval()
+    detector = create_model("paq_dino_nano", num_classes=2, dim=32, ffn_dim=64, num_queries=12, image_size=96).eval()
     detector.classes = ClassTable.from_categories(CATEGORIES)
     return detector
 
@@ -89,16 +87,12 @@ def cheat(split: DetectionDataset, *, copies: bool = False, leave_out: int = 0) 
     return detect
 
 
-def test_a_perfect_detector(
-    split: DetectionDataset, model: Detector, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_perfect_detector(split: DetectionDataset, model: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MODULE, "detect_batch", cheat(split))
     progress: list[tuple[int, int]] = []
     for batch_size in (1, 3):
         progress.clear()
-        found = evaluate_split(
-            model, split, batch_size=batch_size, progress=lambda *done: progress.append(done)
-        )
+        found = evaluate_split(model, split, batch_size=batch_size, progress=lambda *done: progress.append(done))
         assert found.figures.AP == pytest.approx(1) and found.figures_nms.AP == pytest.approx(1)
         assert found.figures.per_class == {"cat": pytest.approx(1), "dog": pytest.approx(1)}
         # 1 + 2 + 3 + 1 + 2 + 3 + 1 boxes in 7 images, all of them sure
@@ -108,9 +102,7 @@ def test_a_perfect_detector(
         assert progress == [(done, 7) for done in range(1, 8)]
 
 
-def test_a_detector_that_misses(
-    split: DetectionDataset, model: Detector, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_detector_that_misses(split: DetectionDataset, model: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MODULE, "detect_batch", cheat(split, leave_out=1))
     found = evaluate_split(model, split)
     assert 0 < found.figures.AR100 < 0.8 and 0 < found.figures.AP < 0.8
@@ -196,9 +188,7 @@ def test_observers_see_every_raw_output_once(split: DetectionDataset, model: Det
             assert sorted(logits.sigmoid().flatten().tolist()) == pytest.approx(
                 sorted(scores[target.image_id]), abs=1e-6
             )
-            corners = (
-                box_convert(target.boxes, "cxcywh", "xyxy") * torch.tensor(target.size * 2)[[1, 0, 3, 2]]
-            )
+            corners = box_convert(target.boxes, "cxcywh", "xyxy") * torch.tensor(target.size * 2)[[1, 0, 3, 2]]
             assert corners.numpy() == pytest.approx(split.boxes(index), abs=1e-3)
             assert target.labels.tolist() == split.labels(index).tolist()
 
@@ -305,7 +295,5 @@ def test_a_split_that_is_not_there(tiny_digits: Path, tiny_run: Run) -> None:
 
 def test_a_trained_model_on_its_data(tiny_digits: Path, tiny_run: Run) -> None:
     found = evaluate(tiny_run.model(), data=tiny_digits)
-    assert found.to_json()["AP"] == pytest.approx(
-        tiny_run.metrics["AP"]
-    )  # best.safetensors is that of the record
+    assert found.to_json()["AP"] == pytest.approx(tiny_run.metrics["AP"])  # best.safetensors is that of the record
     assert len(found.results) == 4 * 200  # 20 queries, 10 classes

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from paqdetr.checkpoint import read_checkpoint
-from paqdetr.engine import Run
+from paqdetr.runs import Run
 
 pytestmark = pytest.mark.integration
 

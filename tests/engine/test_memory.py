@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from paqdetr.cli import run
-from paqdetr.engine import Run, step
+from paqdetr.runs import Run
+from paqdetr.training import step
 
 
 def test_a_training_that_runs_out_says_what_helps_and_goes_on(

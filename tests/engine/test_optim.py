@@ -10,16 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.swa_utils import AveragedModel
 
 from paqdetr.config import Config, load_config
-from paqdetr.engine.optim import (
-    MovingAverage,
-    build_optimizer,
-    build_schedule,
-    lr_factor,
-    lr_scale,
-    parameter_groups,
-)
 from paqdetr.models import create_model
 from paqdetr.paq import PatternQueries
+from paqdetr.training.optim import MovingAverage, build_optimizer, build_schedule, lr_factor, lr_scale, parameter_groups
 
 
 def config(**settings: Any) -> Config:
@@ -160,11 +153,7 @@ def test_moving_average_is_torchs_to_the_last_bit() -> None:
 
     def average(old: Any, new: Any, updates: Any) -> None:
         keep = min(0.7, (1 + int(updates)) / (10 + int(updates)))
-        (
-            torch._foreach_lerp_(old, new, 1 - keep)
-            if old[0].is_floating_point()
-            else torch._foreach_copy_(old, new)
-        )
+        (torch._foreach_lerp_(old, new, 1 - keep) if old[0].is_floating_point() else torch._foreach_copy_(old, new))
 
     ours, torchs = MovingAverage(model, 0.7), AveragedModel(model, multi_avg_fn=average, use_buffers=True)
     for _ in range(6):
@@ -222,9 +211,7 @@ def test_a_restored_average_goes_on_counting() -> None:
         ("sqrt", 16, 1, 1, 1.0),
     ],
 )
-def test_rates_for_other_batch_sizes(
-    rule: str, batch: int, accumulate: int, processes: int, expected: float
-) -> None:
+def test_rates_for_other_batch_sizes(rule: str, batch: int, accumulate: int, processes: int, expected: float) -> None:
     settings = load_config("paq_dino_nano", {"lr_rule": rule, "batch_size": batch, "accumulate": accumulate})
     assert lr_scale(settings, processes) == pytest.approx(expected)
     model = nn.ModuleDict({"backbone": nn.Linear(2, 2), "head": nn.Linear(2, 2)})

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from paqdetr.engine.curves import read_metrics
-from paqdetr.engine.pictures import GroundTruth, contact_sheet, training_curves
 from paqdetr.errors import DataError
 from paqdetr.structures import Detections
+from paqdetr.training.curves import GroundTruth, contact_sheet, read_metrics, training_curves
 
 NAMES = {1: "cat", 2: "dog"}
 
@@ -22,9 +21,7 @@ NAMES = {1: "cat", 2: "dog"}
 def item(width: int = 200, height: int = 150, scores: tuple[float, ...] = (0.9, 0.1)) -> tuple:
     n = len(scores)
     boxes = np.tile(np.array([[20, 40, 120, 110]], np.float32), (n, 1))
-    detections = Detections(
-        boxes, np.array(scores, np.float32), np.ones(n, np.int64), NAMES, "some_image.jpg"
-    )
+    detections = Detections(boxes, np.array(scores, np.float32), np.ones(n, np.int64), NAMES, "some_image.jpg")
     image = Image.new("RGB", (width, height), (40, 90, 160))
     return image, detections, GroundTruth(boxes[:1], np.array([1]))
 
@@ -90,9 +87,7 @@ def test_sheet_of_odd_images(tmp_path: Path) -> None:
     detections.image_id = None
     wide = (np.zeros((3, 900, 3), np.uint8), item()[1], (np.zeros((0, 4)), []))
     detections_before = wide[1].boxes.copy()
-    contact_sheet(
-        [(image.convert("L"), detections, ([], [])), wide], NAMES, output=tmp_path / "s.jpg", columns=9
-    )
+    contact_sheet([(image.convert("L"), detections, ([], [])), wide], NAMES, output=tmp_path / "s.jpg", columns=9)
     with Image.open(tmp_path / "s.jpg") as sheet:
         assert sheet.format == "JPEG"
         assert sheet.width == 2 * 804 + 3 * 16
@@ -150,9 +145,7 @@ def test_thin_and_long_runs_draw(tmp_path: Path, records: list[dict]) -> None:
 
 
 def test_a_cut_line_is_skipped(tmp_path: Path) -> None:
-    path = write(
-        tmp_path / "metrics.jsonl", [train_record(10), train_record(20)], tail='{"kind": "train", "st'
-    )
+    path = write(tmp_path / "metrics.jsonl", [train_record(10), train_record(20)], tail='{"kind": "train", "st')
     assert [record["step"] for record in read_metrics(path)] == [10, 20]
     with path.open("ab") as file:
         file.write(b"\xc3\n" + json.dumps(train_record(30)).encode() + b"\n[1]\n{}\n")

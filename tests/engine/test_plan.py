@@ -10,15 +10,15 @@ import torch
 from paqdetr.cli import run
 from paqdetr.config import Config, load_config
 from paqdetr.data.dataset import open_split
-from paqdetr.engine.memory import available_memory, largest_batch, peaks_of_steps, worst_batch
-from paqdetr.engine.plan import Overfit, overfit_one_batch, plan_training
-from paqdetr.engine.processes import Processes
-from paqdetr.engine.setup import with_classes
+from paqdetr.distributed import Processes
 from paqdetr.errors import ConfigError
 from paqdetr.models.zoo import build_model
+from paqdetr.training.memory import available_memory, largest_batch, peaks_of_steps, worst_batch
+from paqdetr.training.plan import Overfit, overfit_one_batch, plan_training
+from paqdetr.training.setup import with_classes
 
-MEMORY = "paqdetr.engine.memory.available_memory"
-PEAKS = "paqdetr.engine.memory.peaks_of_steps"
+MEMORY = "paqdetr.training.memory.available_memory"
+PEAKS = "paqdetr.training.memory.peaks_of_steps"
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def config(tiny_digits: Path, tiny_settings: dict[str, Any]) -> Config:
 
 
 def test_a_plan_adds_up(config: Config, tiny_digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("paqdetr.engine.plan.peaks_of_steps", lambda *_, **__: [2**30])
+    monkeypatch.setattr("paqdetr.training.plan.peaks_of_steps", lambda *_, **__: [2**30])
     train_split, val_split = (open_split(tiny_digits, name) for name in ("train", "val"))
     settings = config.model_copy(update={"eval_every": 2, "accumulate": 2, "lr_rule": "linear"})
     plan = plan_training(settings, train_split, val_split, device="cpu", steps=3)
@@ -92,10 +92,8 @@ def test_a_gpu_tries_batches_until_one_fits(
         if size > fits:
             raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
-    monkeypatch.setattr("paqdetr.engine.memory._take_steps", take)
-    monkeypatch.setattr(
-        torch.cuda, "set_per_process_memory_fraction", lambda share, device: shares.append(share)
-    )
+    monkeypatch.setattr("paqdetr.training.memory._take_steps", take)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: shares.append(share))
     split = open_split(tiny_digits, "train")
     processes = Processes(device="cuda")
     if fits:
@@ -129,9 +127,7 @@ def test_one_batch_is_learnt_by_heart(tmp_path: Path) -> None:
 
     data = make_digits(tmp_path / "digits", size=160, train=4, val=1, test=1)
     split = open_split(data, "train")
-    config = with_classes(
-        load_config("paq_dino_nano", {"image_size": 160, "batch_size": 4, "workers": 0}), split
-    )
+    config = with_classes(load_config("paq_dino_nano", {"image_size": 160, "batch_size": 4, "workers": 0}), split)
     assert overfit_one_batch(config, split, steps=250, device="cpu").learnt
 
 

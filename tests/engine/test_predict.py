@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from paqdetr.engine import predict_folder
-from paqdetr.engine.run import Run
 from paqdetr.errors import ConfigError, DataError
+from paqdetr.evaluation import predict_folder
 from paqdetr.models.detector import Detector
+from paqdetr.runs import Run
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +95,7 @@ def test_an_earlier_prediction_is_replaced(model: Detector, pictures: Path, tmp_
     assert len(json.loads(with_boxes.results_file.read_text())) == 400
 
 
-def test_one_that_was_stopped_is_repeated_into_its_folder(
-    model: Detector, pictures: Path, tmp_path: Path
-) -> None:
+def test_one_that_was_stopped_is_repeated_into_its_folder(model: Detector, pictures: Path, tmp_path: Path) -> None:
     def stop(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
@@ -152,9 +150,7 @@ def test_results_take_the_image_ids_of_annotations(
     for image, name in zip(truth["images"], ("val/b.jpg", "val/a.jpg", "a.png", "other/c.jpg"), strict=True):
         image["file_name"] = name
     (tmp_path / "gt.json").write_text(json.dumps(truth))
-    done = predict_folder(
-        model, [pictures], output=tmp_path / "out", threshold=0.0, annotations=tmp_path / "gt.json"
-    )
+    done = predict_folder(model, [pictures], output=tmp_path / "out", threshold=0.0, annotations=tmp_path / "gt.json")
     rows = json.loads(done.results_file.read_text())
     assert {(row["image_id"], row["file_name"]) for row in rows} == {(2, "a.jpg"), (1, "b.jpg")}
     shutil.copy(pictures / "a.jpg", pictures / "d.jpg")
@@ -163,9 +159,7 @@ def test_results_take_the_image_ids_of_annotations(
     assert not (tmp_path / "new").exists()
 
 
-def test_pictures_in_the_output_folder_are_not_drawn_over(
-    model: Detector, pictures: Path, tmp_path: Path
-) -> None:
+def test_pictures_in_the_output_folder_are_not_drawn_over(model: Detector, pictures: Path, tmp_path: Path) -> None:
     output = predict_folder(model, [pictures], output=tmp_path / "out").output
     shutil.copy(pictures / "a.jpg", output / "mine.jpg")
     before = (output / "mine.jpg").read_bytes()

@@ -24,12 +24,12 @@ from paqdetr import cli
 from paqdetr.checkpoint import read_header
 from paqdetr.config import load_config
 from paqdetr.data.dataset import open_split
-from paqdetr.engine import Run
-from paqdetr.engine.evaluate import detect_split
-from paqdetr.engine.processes import Processes, build_accelerator
-from paqdetr.engine.setup import synchronise_norms, with_classes
+from paqdetr.distributed import Processes, build_accelerator
 from paqdetr.errors import ConfigError, DataError
+from paqdetr.evaluation.evaluate import detect_split
 from paqdetr.models.zoo import build_model
+from paqdetr.runs import Run
+from paqdetr.training.setup import synchronise_norms, with_classes
 
 Start = Callable[..., Any]  # the fixture of conftest.py
 
@@ -73,9 +73,7 @@ def answers(
         folder = folders[count] = tmp_path_factory.mktemp(f"{count} processes")
         shared = {"data": str(tiny_digits), "output": str(folder / "run"), "truth": str(truth)}
 
-        def job(
-            what: str, name: str, /, *, accumulate: int = 1, folder: Path = folder, **more: Any
-        ) -> dict[str, Any]:
+        def job(what: str, name: str, /, *, accumulate: int = 1, folder: Path = folder, **more: Any) -> dict[str, Any]:
             settings = {**tiny_settings, **PLAIN, "batch_size": 2, "accumulate": accumulate, **more}
             return {
                 **shared,  # noqa: B023
@@ -131,16 +129,13 @@ def test_gradients_are_those_of_the_one_large_batch(answers: dict[int, Path], co
 
 @pytest.mark.integration
 def test_gradients_in_half_precision_are_close(answers: dict[int, Path]) -> None:
-    full, half = (
-        load_file(answers[n] / f"{name}.safetensors") for n, name in ((1, "gradients"), (2, "bf16"))
-    )
+    full, half = (load_file(answers[n] / f"{name}.safetensors") for n, name in ((1, "gradients"), (2, "bf16")))
     assert all(grad.dtype == torch.float32 for grad in half.values())
     flat, flat_half = (torch.cat([grads[key].flatten() for key in full]) for grads in (full, half))
     # Another precision chooses a few other proposals, and their queries get other gradients: alike, and not equal.
     assert 0.3 < torch.nn.functional.cosine_similarity(flat, flat_half, dim=0) < 0.999999
     losses = [
-        json.loads((answers[n] / f"{name}.json").read_text())["loss"]
-        for n, name in ((1, "gradients"), (2, "bf16"))
+        json.loads((answers[n] / f"{name}.json").read_text())["loss"] for n, name in ((1, "gradients"), (2, "bf16"))
     ]
     assert losses[0] == pytest.approx(losses[1], rel=0.1) and losses[0] != losses[1]
 
@@ -234,9 +229,7 @@ def test_an_image_that_one_process_misses_ends_all(
 
 
 @pytest.mark.integration
-def test_a_signal_to_one_process_stops_all_at_one_step(
-    tmp_path: Path, arguments: list[str], start: Start
-) -> None:
+def test_a_signal_to_one_process_stops_all_at_one_step(tmp_path: Path, arguments: list[str], start: Start) -> None:
     run = Run(tmp_path / "run")
     group = start(2, "command_line", *arguments, "epochs=500", "--output", run.output)
     for _ in range(2400):
@@ -256,9 +249,7 @@ def test_a_signal_to_one_process_stops_all_at_one_step(
 
 
 @pytest.mark.integration
-def test_the_eval_command_in_three_processes(
-    tmp_path: Path, tiny_run: Run, tiny_digits: Path, start: Start
-) -> None:
+def test_the_eval_command_in_three_processes(tmp_path: Path, tiny_run: Run, tiny_digits: Path, start: Start) -> None:
     files = [tmp_path / "one.json", tmp_path / "three.json"]
     arguments = ["eval", str(tiny_run.best), "--data", str(tiny_digits), "--json"]
     assert cli.run([*arguments, str(files[0])]) == 0
@@ -315,9 +306,7 @@ def test_norms_are_synchronised_on_gpus_alone(tmp_path: Path) -> None:
 def test_weights_that_are_not_whole_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """FSDP and DeepSpeed, which accelerate can be set to behind our back."""
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
-    with pytest.raises(
-        ConfigError, match="accelerate is set to FSDP, and training keeps whole weights"
-    ) as caught:
+    with pytest.raises(ConfigError, match="accelerate is set to FSDP, and training keeps whole weights") as caught:
         build_accelerator(load_config("paq_dino_nano"), "cpu", tmp_path)
     assert "without FSDP" in caught.value.remedy
 

@@ -14,21 +14,16 @@ from torch import Tensor
 
 from paqdetr.config import load_config
 from paqdetr.data.dataset import open_split
-from paqdetr.engine import Run, train
-from paqdetr.engine.figures import Interval, to_host
-from paqdetr.engine.plan import plain_batch
-from paqdetr.engine.processes import Processes
-from paqdetr.engine.query_figures import (
-    QuerySums,
-    batch_use,
-    mixture_figures,
-    watch_gradients,
-)
-from paqdetr.engine.setup import with_classes
+from paqdetr.distributed import Processes
 from paqdetr.losses import build_criterion
 from paqdetr.metrics import gini
 from paqdetr.models.zoo import build_model
 from paqdetr.paq import Mixture, Pairs
+from paqdetr.runs import Run
+from paqdetr.training import train
+from paqdetr.training.figures import Interval, QuerySums, batch_use, mixture_figures, to_host, watch_gradients
+from paqdetr.training.plan import plain_batch
+from paqdetr.training.setup import with_classes
 
 
 @dataclass
@@ -48,9 +43,7 @@ def output(content: Tensor, weights: Tensor | None = None) -> Any:
 
 def test_mixture_figures_by_hand() -> None:
     content = torch.tensor([[[1.0, 0.0], [0.0, 2.0], [-3.0, 0.0]]])  # cosines 0, -1, 0
-    weights = torch.tensor(
-        [[[1.0, 0, 0, 0], [0.5, 0.5, 0, 0], [0.25, 0.25, 0.25, 0.25]]]
-    )  # entropies 0, ln 2, ln 4
+    weights = torch.tensor([[[1.0, 0, 0, 0], [0.5, 0.5, 0, 0], [0.25, 0.25, 0.25, 0.25]]])  # entropies 0, ln 2, ln 4
 
     figures = {name: value.item() for name, value in mixture_figures(output(content, weights)).items()}
     assert figures["query_cosine"] == pytest.approx(-1 / 3)
@@ -65,13 +58,9 @@ def test_a_record_by_hand() -> None:
     intermediate = [pairs([0, 1, 3], [0, 0, 1]), pairs([2], [0])]  # k = 2, 1, 1
     second = [pairs([0, 1, 2, 3], [1, 1, 1, 0]), pairs([0, 1], [0, 0])]  # k = 1, 3, 2
     last = [pairs([0, 3], [0, 1]), pairs([0], [0])]
-    first = batch_use(
-        output(torch.zeros(2, 4, 2), weights), [intermediate, second, last], [4 / 3, 2.0, 1.0], [2, 1]
-    )
+    first = batch_use(output(torch.zeros(2, 4, 2), weights), [intermediate, second, last], [4 / 3, 2.0, 1.0], [2, 1])
     first.gradients += torch.tensor([3.0, 0, 0, 1])
-    empty = batch_use(
-        output(torch.zeros(2, 4, 2), weights), [[pairs([], [])] * 2] * 3, [math.nan] * 3, [0, 0]
-    )
+    empty = batch_use(output(torch.zeros(2, 4, 2), weights), [[pairs([], [])] * 2] * 3, [math.nan] * 3, [0, 0])
     interval = Interval()
     interval.add({"loss": 1.0}, [first], 2)
     interval.add({"loss": 3.0}, [empty], 2)
@@ -168,9 +157,7 @@ def test_the_records_of_a_run(tiny_run: Run, tiny_digits: Path) -> None:
             assert list(histogram) == ["layer1", "layer2"]
             for layer, per_box in zip(histogram.values(), row["positives_per_box"], strict=False):
                 total = sum(layer.values())
-                assert sum(int(k) * count for k, count in layer.items()) / total == pytest.approx(
-                    per_box, abs=1e-3
-                )
+                assert sum(int(k) * count for k, count in layer.items()) / total == pytest.approx(per_box, abs=1e-3)
             counted += sum(histogram["layer1"].values())
             assert 0 < row["positives_gini"] < 1 and 0 < row["positives_gini_chance"] < 1
             assert 0 <= row["gradient_gini"] < 1 and 0 <= row["pattern_gini"] < 1

@@ -18,10 +18,11 @@ import torch
 
 from paqdetr.checkpoint import read_checkpoint, write_checkpoint
 from paqdetr.config import load_config
-from paqdetr.engine import Callback, Run, train
 from paqdetr.errors import CheckpointError, ConfigError, OutOfMemoryError
+from paqdetr.runs import Run
+from paqdetr.training import Callback, train
 
-MODULE = importlib.import_module("paqdetr.engine.trainer")
+MODULE = importlib.import_module("paqdetr.training.trainer")
 
 
 class Stop(Exception):
@@ -276,9 +277,7 @@ def test_resume_starts_what_is_not_there(tmp_path: Path, go: Go) -> None:
 
 def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
     return {
-        str(p.relative_to(folder)): (p.read_bytes(), p.stat().st_mtime_ns)
-        for p in folder.rglob("*")
-        if p.is_file()
+        str(p.relative_to(folder)): (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file()
     }
 
 
@@ -303,9 +302,7 @@ def test_a_damaged_state_is_named_and_kept(tmp_path: Path, go: Go) -> None:
     run = Run(tmp_path / "run")
     run.state_file.write_bytes(run.state_file.read_bytes()[:5000])
     before = snapshot(run.output)
-    with pytest.raises(
-        CheckpointError, match=r"training_state\.safetensors: not a readable safetensors file"
-    ):
+    with pytest.raises(CheckpointError, match=r"training_state\.safetensors: not a readable safetensors file"):
         go(run.output, resume=True)
     assert snapshot(run.output) == before
 
@@ -350,24 +347,18 @@ def test_a_killed_process_is_resumed_from_the_command_line(
     output = tmp_path / "killed"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", KILLED, str(tiny_digits), str(output), json.dumps(tiny_settings)]
-    killed = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+    killed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     run = Run(output)
     assert run.records("train")[-1]["step"] == 4 and not run.finished
-    run.append(
-        {"kind": "train", "step": 5, "epoch": 2.5, "loss": 1.0, "lr": 1.0}
-    )  # as if it had come a bit further
+    run.append({"kind": "train", "step": 5, "epoch": 2.5, "loss": 1.0, "lr": 1.0})  # as if it had come a bit further
     with run.metrics_file.open("a") as file:
         file.write('{"kind": "train", "st')
 
     command = [sys.executable, "-m", "paqdetr", "train", "paq_dino_nano", "--data", str(tiny_digits)]
     command += ["--output", str(output), "--device", "cpu", "epochs=4", "--resume"]
     command += [f"{key}={value}" for key, value in tiny_settings.items()]
-    resumed = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+    resumed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert resumed.returncode == 0, resumed.stderr
     assert "resumed at step 4" in resumed.stderr and "best.safetensors" in resumed.stdout
     assert [record["step"] for record in run.records("train")] == list(range(1, 9))

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from paqdetr.config import load_config
-from paqdetr.engine.run import Run
 from paqdetr.errors import ConfigError, StorageError
+from paqdetr.runs import Run
 
 CONFIG = load_config("paq_dino_nano", {"epochs": 3})
 
@@ -263,9 +263,7 @@ print(json.dumps([answers.get() for _ in processes]))
 @pytest.mark.integration
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows keeps nobody out")
 def test_exactly_one_of_two_that_start_at_once_holds_the_folder(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", RACE, str(tmp_path)], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", RACE, str(tmp_path)], capture_output=True, text=True, check=True)
     one, other = json.loads(done.stdout)
     refused = {"another process is training there", "there is a run already, and nothing is overwritten"}
     for number, pair in enumerate(zip(one, other, strict=True)):

@@ -8,9 +8,9 @@ from torch import nn
 
 from paqdetr.checkpoint import read_checkpoint, read_header, write_checkpoint
 from paqdetr.config import load_config
-from paqdetr.engine.optim import MovingAverage, build_optimizer
-from paqdetr.engine.state import Position, SavedState, load_state, save_state
 from paqdetr.errors import CheckpointError
+from paqdetr.training.optim import MovingAverage, build_optimizer
+from paqdetr.training.state import Position, SavedState, load_state, save_state
 
 CONFIG = load_config("paq_dino_nano")
 POSITION = Position(epoch=3, step=17, best_ap=0.25, metrics_size=1234, seconds=5.5, stale=2)

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from paqdetr.engine.timing import compare, interleave
+from paqdetr.training.bench import compare, interleave
 
 
 def test_interleaved_timing_counts_every_case_in_turn() -> None:

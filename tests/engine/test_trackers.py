@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from paqdetr.engine import Callback, Run, train
-from paqdetr.engine.trackers import require_trackers
 from paqdetr.errors import ConfigError
+from paqdetr.runs import Run
+from paqdetr.training import Callback, train
+from paqdetr.training.callbacks import require_trackers
 
 
 class Stop(Exception):
@@ -54,16 +55,14 @@ def test_tensorboard_shows_each_record_once(
     found = logged(run)
     rows = run.records("train")
     assert [step for step, _ in found["train/loss"]] == [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
-    assert [value for _, value in found["train/loss"]] == pytest.approx(
-        [row["loss"] for row in rows], rel=1e-5
-    )
+    assert [value for _, value in found["train/loss"]] == pytest.approx([row["loss"] for row in rows], rel=1e-5)
     assert [step for step, _ in found["eval/AP"]] == [2, 4, 6]
     assert "eval/per_class/3" in found and "train/positives_per_box/1" in found
     assert "train/kind" not in found and "train/step" not in found
 
 
 def test_a_tracker_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("paqdetr.engine.trackers.find_spec", lambda name: None)
+    monkeypatch.setattr("paqdetr.training.callbacks.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="trackers: 'wandb' is not installed") as caught:
         require_trackers(("wandb",))
     assert "pip install wandb" in caught.value.remedy

@@ -15,14 +15,16 @@ from PIL import Image
 import paqdetr
 from paqdetr.checkpoint import read_checkpoint, read_header
 from paqdetr.config import load_config
-from paqdetr.engine import Callback, Run, evaluate, train
-from paqdetr.engine.events import TrainingPlan
-from paqdetr.engine.optim import lr_factor
 from paqdetr.errors import ConfigError, DataError, NonFiniteError, UserError
+from paqdetr.evaluation import evaluate
 from paqdetr.models.detector import Detector
+from paqdetr.runs import Run
+from paqdetr.training import Callback, train
+from paqdetr.training.callbacks import TrainingPlan
+from paqdetr.training.optim import lr_factor
 
 GOLDEN = Path(__file__).parent / "golden" / "losses_paq_dino_nano.json"
-MODULE = importlib.import_module("paqdetr.engine.trainer")
+MODULE = importlib.import_module("paqdetr.training.trainer")
 
 
 class Listener(Callback):
@@ -172,9 +174,7 @@ def test_without_a_validation_split(
     tmp_path: Path, digits: Path, tiny_settings: dict[str, Any], no_pictures: None
 ) -> None:
     (digits / "val.json").unlink()
-    run = train(
-        "paq_dino_nano", data=digits, output=tmp_path / "run", device="cpu", epochs=2, settings=tiny_settings
-    )
+    run = train("paq_dino_nano", data=digits, output=tmp_path / "run", device="cpu", epochs=2, settings=tiny_settings)
     assert run.records("eval") == [] and run.metrics == {} and run.finished
     assert read_header(run.best)["epoch"] == 2 == read_header(run.last)["epoch"]
 
@@ -202,9 +202,7 @@ def test_steps_and_evaluations_as_set(
     assert [record["loss"] for record in records] == pytest.approx(means, rel=1e-5)
     assert [record["epoch"] for record in run.records("eval")] == [2, 3]
     assert run.records("finished")[0]["step"] == 5
-    assert (
-        "mixture_entropy" not in run.records("train")[0] and "loss_diversity" not in run.records("train")[0]
-    )
+    assert "mixture_entropy" not in run.records("train")[0] and "loss_diversity" not in run.records("train")[0]
 
 
 def test_precision_may_differ_between_trainings_of_one_process(
@@ -226,9 +224,7 @@ def test_precision_may_differ_between_trainings_of_one_process(
         assert load_config(run.config_file).amp == amp
         losses.setdefault(amp, []).append(listener.of("step")[0][1])
     assert losses["no"][0] == pytest.approx(losses["no"][1], rel=1e-5)
-    assert (
-        losses["bf16"][0] == pytest.approx(losses["no"][0], rel=0.05) and losses["bf16"] != losses["no"][:1]
-    )
+    assert losses["bf16"][0] == pytest.approx(losses["no"][0], rel=0.05) and losses["bf16"] != losses["no"][:1]
 
 
 def test_images_without_boxes_take_part(
@@ -265,9 +261,7 @@ def test_accumulated_batches_make_one_step(
     """Eight images are four batches of two: one step of three and one of what is left."""
     listener = Listener()
     settings = {"batch_size": 2, "accumulate": 3}
-    run = small(
-        tiny_digits, tiny_settings, tmp_path / "run", epochs=2, settings=settings, callbacks=[listener]
-    )
+    run = small(tiny_digits, tiny_settings, tmp_path / "run", epochs=2, settings=settings, callbacks=[listener])
     assert [record["step"] for record in run.records("train")] == [1, 2, 3, 4]
     assert [record["step"] for record in run.records("eval")] == [2, 4]
     assert listener.of("start")[0].step_images == 6
@@ -390,9 +384,7 @@ def test_too_many_steps_left_out_in_a_row(
 
     monkeypatch.setattr(MODULE, "build_criterion", poisoned)
     monkeypatch.setattr(MODULE, "_MOST_SKIPPED", 3)
-    with pytest.raises(
-        NonFiniteError, match="3 steps in a row were left out; the last because the loss became"
-    ):
+    with pytest.raises(NonFiniteError, match="3 steps in a row were left out; the last because the loss became"):
         small(tiny_digits, tiny_settings, tmp_path / "run", epochs=9, nan_policy="skip-step")
     assert len(Run(tmp_path / "run").records("skipped")) == 3
 
@@ -401,11 +393,7 @@ def test_the_run_says_what_it_was_made_with(tiny_run: Run) -> None:
     (entry,) = json.loads(tiny_run.environment_file.read_text())
     assert entry["paqdetr"] == paqdetr.__version__
     assert torch.__version__.split("+")[0] == entry["packages"]["torch"].split("+")[0]
-    assert (
-        entry["machine"]["memory_gib"] > 0
-        and entry["processes"] == 1
-        and entry["command"].startswith("python")
-    )
+    assert entry["machine"]["memory_gib"] > 0 and entry["processes"] == 1 and entry["command"].startswith("python")
     assert entry["git"] is None or len(entry["git"]["commit"]) == 40
 
 
@@ -450,9 +438,7 @@ def test_other_classes_to_validate_on_are_refused_before_training(
         ({"device": "cpu", "settings": {"model.backbone": "resnet9000"}}, "no model 'resnet9000'"),
     ],
 )
-def test_mistakes_leave_no_run_behind(
-    tmp_path: Path, tiny_digits: Path, arguments: dict[str, Any], words: str
-) -> None:
+def test_mistakes_leave_no_run_behind(tmp_path: Path, tiny_digits: Path, arguments: dict[str, Any], words: str) -> None:
     assert words in refused(ConfigError, tmp_path / "run", data=tiny_digits, **arguments).message
 
 
@@ -496,9 +482,7 @@ def test_a_loss_that_is_not_finite_names_the_images(
 
     monkeypatch.setattr(MODULE, "build_criterion", poisoned)
     with pytest.raises(NonFiniteError, match=r"the loss became (inf|nan) on images \[\d") as caught:
-        train(
-            "paq_dino_nano", data=tiny_digits, output=tmp_path / "run", device="cpu", settings=tiny_settings
-        )
+        train("paq_dino_nano", data=tiny_digits, output=tmp_path / "run", device="cpu", settings=tiny_settings)
     assert "learning rate" in caught.value.remedy
 
 

@@ -34,9 +34,7 @@ def step(name: str, *counts: int) -> tuple[Detector, DetectorOutput, list[Target
     torch.manual_seed(0)
     model = create_model(name, **TINY, num_queries=12, denoising_queries=50).train()
     targets = [
-        Targets(
-            torch.randint(5, (count,)), torch.cat([torch.rand(count, 2), torch.rand(count, 2) / 2], dim=1)
-        )
+        Targets(torch.randint(5, (count,)), torch.cat([torch.rand(count, 2), torch.rand(count, 2) / 2], dim=1))
         for count in counts
     ]
     return model, model(torch.randn(len(counts), 3, 64, 64), None, targets), targets

@@ -18,12 +18,11 @@ import pytest
 import yaml
 
 from paqdetr.cli import run as paqdetr
-from paqdetr.engine import Run
 from paqdetr.errors import ConfigError
-from paqdetr.study.children import Ended, last_words
+from paqdetr.runs import Run
 from paqdetr.study.measure import Job
 from paqdetr.study.measure import main as measure_main
-from paqdetr.study.queue import Done, QueueEvents, run_queue
+from paqdetr.study.queue import Done, Ended, QueueEvents, last_words, run_queue
 from paqdetr.study.report import study_report
 from paqdetr.study.results import RunResult, read_result, read_results
 from paqdetr.study.runs import Places, PlannedRun, RunKey, plan_runs

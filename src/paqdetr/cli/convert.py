@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from paqdetr.cli.console import errors, print_styled, results
-from paqdetr.cli.options import Overwrite
-from paqdetr.cli.outputs import OutputFiles
+from paqdetr.cli.console import OutputFiles, Overwrite, errors, print_styled, results
 from paqdetr.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -34,16 +32,12 @@ def convert(
     *,
     origin: Annotated[
         str,
-        typer.Option(
-            "--from", help="dino, detrex, dn_detr, deformable_detr, relation_detr, transformers or paqdetr."
-        ),
+        typer.Option("--from", help="dino, detrex, dn_detr, deformable_detr, relation_detr, transformers or paqdetr."),
     ],
     output: Annotated[Path, typer.Option(help="The checkpoint to write, .safetensors.")],
     model: Annotated[
         str | None,
-        typer.Option(
-            "--as", help="A model of the same host to become, such as paq_dino_r50.", metavar="MODEL"
-        ),
+        typer.Option("--as", help="A model of the same host to become, such as paq_dino_r50.", metavar="MODEL"),
     ] = None,
     partial: Annotated[
         bool, typer.Option("--partial", help="Leave out unknown tensors, start missing ones anew.")
@@ -57,7 +51,7 @@ def convert(
     from paqdetr.config import load_config, parse_overrides
     from paqdetr.convert import convert_checkpoint
     from paqdetr.models import list_models, save
-    from paqdetr.models.reshape import settings_to_add
+    from paqdetr.models.files import settings_to_add
 
     if output.suffix != ".safetensors":
         raise ConfigError(f"--output {output}: checkpoints are .safetensors", "change the ending")

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from paqdetr.metrics.query_use import chance_gini, gini, lorenz_curve
+from paqdetr.metrics.query_usage import chance_gini, gini, lorenz_curve
 from paqdetr.serialize import fields_of, plain
 
 SPREAD_FIGURES = ("threshold", "gini", "chance", "by_rank", "per_image", "unused", "half")

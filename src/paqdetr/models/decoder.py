@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paqdetr.models.attention import MLP, DeformableAttention, FeedForward
+from paqdetr.models.encoder import Recomputing
 from paqdetr.models.position import at_least_float32, inverse_sigmoid, sine_boxes
 from paqdetr.models.queries import QueryGroup
-from paqdetr.models.recompute import Recomputing
 from paqdetr.models.tokens import Tokens
 
 

@@ -16,9 +16,8 @@ from paqdetr.models.decoder import Decoded, Decoder
 from paqdetr.models.denoising import Denoising, DenoisingQueries
 from paqdetr.models.encoder import DeformableEncoder
 from paqdetr.models.neck import Neck
-from paqdetr.models.proposals import Proposals
+from paqdetr.models.proposals import Proposals, ProposalStart, QueryStart, Start, query_features
 from paqdetr.models.queries import QueryGroup, QuerySource, StaticQueries, attention_mask
-from paqdetr.models.start import ProposalStart, QueryStart, Start, query_features
 from paqdetr.models.tokens import Tokens
 from paqdetr.paq import Mixture
 from paqdetr.paq.targets import require_form, require_values
@@ -144,9 +143,7 @@ class Detector(nn.Module):
             groups.insert(0, QueryGroup(denoising.content, denoising.reference))
         if hybrid:
             content = (
-                None
-                if self.hybrid_source is None
-                else self.hybrid_source(memory.values, memory.spatial_shapes).content
+                None if self.hybrid_source is None else self.hybrid_source(memory.values, memory.spatial_shapes).content
             )
             groups.append(_group(start, slice(count, None), content))
         forbidden = attention_mask(denoising, count, hybrid, features.values.device)

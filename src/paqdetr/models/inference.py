@@ -21,9 +21,9 @@ from torchvision.ops import box_convert
 from paqdetr.config import ModelConfig
 from paqdetr.errors import ConfigError, NonFiniteError, memory_error
 from paqdetr.images import ImageSource, read_image
-from paqdetr.models.arguments import require_batch_size, require_threshold
 from paqdetr.preprocessing import pad_images
 from paqdetr.structures import ClassTable, Detections, Targets
+from paqdetr.values import require_batch_size, require_threshold
 
 if TYPE_CHECKING:
     from paqdetr.models.detector import Detector, DetectorOutput
@@ -67,9 +67,7 @@ def predict_images(
     buckets: dict[tuple[int, int], list[tuple[int, Tensor, tuple[int, int]]]] = defaultdict(list)
 
     def run(bucket: list[tuple[int, Tensor, tuple[int, int]]]) -> None:
-        paths = [
-            str(x) if isinstance(x := sources[entry[0]], (str, os.PathLike)) else None for entry in bucket
-        ]
+        paths = [str(x) if isinstance(x := sources[entry[0]], (str, os.PathLike)) else None for entry in bucket]
         names = [path or f"image {entry[0]}" for path, entry in zip(paths, bucket, strict=True)]
         pixels, sizes = [entry[1] for entry in bucket], [entry[2] for entry in bucket]
         batch = detect_batch(model, pixels, sizes, threshold=threshold, names=names)
