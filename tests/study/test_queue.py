@@ -93,7 +93,7 @@ class Children:
                 measure=found.measure,
                 images={"count": 4, "hash": "a"},
                 figures=figures,
-                cost={"seconds": 1.0},
+                cost={"seconds": 1.0, "step_seconds": 0.5, "gflops": 1.0},
             )
             Path(job["result"]).write_text(result.to_text())
 
