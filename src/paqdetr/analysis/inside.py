@@ -28,7 +28,7 @@ from paqdetr.models.outputs import DetectorOutput
 from paqdetr.models.queries import QueryGroup
 from paqdetr.models.tokens import Tokens
 from paqdetr.paq import QualityAwareAssigner
-from paqdetr.paq.costs import matchables
+from paqdetr.paq.costs import matching_costs
 from paqdetr.preprocessing import pad_images
 from paqdetr.report.overlay import Overlay, mark
 from paqdetr.report.section import Column, Part, Picture, Section, Slides, Table
@@ -270,7 +270,7 @@ def positives(
         progress: share of the training at which one asks, in [0, 1]; None: where one-to-many assignment begins, if it ever does.
     """
     logits, boxes = torch.from_numpy(inside.logits)[:, None], torch.from_numpy(inside.boxes)[:, None]
-    rows = matchables(logits, boxes, [targets], weights=criterion.cost_weights)
+    rows = matching_costs(logits, boxes, [targets], weights=criterion.cost_weights)
     middle, _ = criterion.assigners(criterion.config.one_to_many_from if progress is None else progress)
     found = []
     for layer, (image,) in enumerate(rows, start=1):
@@ -287,7 +287,7 @@ def positives(
                 iou=image.iou[query, target],
                 confidence=confidence[query, target],
                 score=None if known is None else known.scores[query, target],
-                claims=None if known is None else known.claims,
+                claims=None if known is None else known.num_positives,
             )
         )
     return found

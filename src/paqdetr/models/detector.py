@@ -20,7 +20,7 @@ from paqdetr.models.encoder import DeformableEncoder
 from paqdetr.models.inference import predict_images
 from paqdetr.models.neck import Neck
 from paqdetr.models.outputs import DetectorOutput
-from paqdetr.models.proposals import ProposalStart, QueryStart, Start, query_features
+from paqdetr.models.proposals import Initializer, ProposalStart, QueryInit, query_features
 from paqdetr.models.queries import QueryGroup, QuerySource, StaticQueries, attention_mask
 from paqdetr.models.tokens import Tokens
 from paqdetr.paq import Mixture
@@ -49,7 +49,7 @@ class Detector(nn.Module):
         backbone: Backbone,
         neck: Neck,
         encoder: DeformableEncoder,
-        start: QueryStart,
+        start: Initializer,
         query_source: QuerySource | None,
         decoder: Decoder,
         denoising: Denoising | None,
@@ -148,7 +148,7 @@ class Detector(nn.Module):
         """Unweighted losses that the query source owes for itself, by name."""
         return {} if self.query_source is None else self.query_source.aux_losses()
 
-    def _content(self, memory: Tokens, start: Start) -> Mixture:
+    def _content(self, memory: Tokens, start: QueryInit) -> Mixture:
         """Content of the matching queries, (B, n, content_dim)."""
         count = self.config.num_queries
         if self.query_source is None:  # the host makes it from the proposals
@@ -228,7 +228,7 @@ def _checked_mask(mask: Tensor | None, images: Tensor) -> Tensor | None:
     return mask if mask.any() else None
 
 
-def _group(start: Start, rows: slice, content: Tensor | None) -> QueryGroup:
+def _group(start: QueryInit, rows: slice, content: Tensor | None) -> QueryGroup:
     """Some rows of a start, with content of their own or the start's."""
     if content is None:
         assert start.content is not None
