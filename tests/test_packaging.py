@@ -83,6 +83,7 @@ def test_package_version_attribute() -> None:
     assert paqdetr.__version__ == __version__
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("statement", "unwanted"),
     [
