@@ -25,9 +25,9 @@ from paqdetr.paq.patterns import resized_rows
 from paqdetr.preprocessing import Preprocessing
 from paqdetr.serialize import fields_of
 from paqdetr.structures import ClassTable
-from paqdetr.text import shorten
+from paqdetr.text import shorten, some
 
-# Tensors with a row a class, and with one or several rows a query.
+# Tensors with a row per class, and with one or several rows per query.
 _CLASS_ROWS = re.compile(
     r"decoder\.class_heads\.\d+\.(weight|bias)|start\.head\.class_head\.(weight|bias)|denoising\.label_embed\.weight"
 )
@@ -63,9 +63,9 @@ class ReshapeReport:
         total = len(self.known_classes) + len(self.new_classes)
         parts = [f"{len(self.known_classes)} of {total} classes known by name"]
         if self.new_classes:
-            parts.append(f"new: {_some(self.new_classes)}")
+            parts.append(f"new: {some(self.new_classes, 5)}")
         if self.dropped_classes:
-            parts.append(f"dropped: {_some(self.dropped_classes)}")
+            parts.append(f"dropped: {some(self.dropped_classes, 5)}")
         if before != after:
             grown = f", {self.interpolated_queries} of them interpolated" if self.interpolated_queries else ""
             parts.append(f"queries {before} -> {after}{grown}")
@@ -146,7 +146,7 @@ def as_class_table(classes: ClassTable | Sequence[str] | int) -> ClassTable:
         classes = ClassTable(tuple(range(len(names))), names)
     folded = [name.casefold() for name in classes.names]
     if not folded or len(set(folded)) < len(folded):
-        raise ConfigError(f"classes: {_some(classes.names)}", "give at least one class, each name once")
+        raise ConfigError(f"classes: {some(classes.names, 5)}", "give at least one class, each name once")
     return classes
 
 
@@ -239,10 +239,6 @@ def settings_to_add(old: ModelConfig, new: ModelConfig) -> list[str]:
 
 def _yaml(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 _LOG = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from paqdetr.ops import ms_deform_attn
 
 @dataclass(frozen=True, slots=True)
 class AllTokens:
-    """What every token says, for a loss over all of them.
+    """Predictions of every token, for a loss over all of them.
 
     Attributes:
         logits: (B, S, 1).
@@ -64,8 +64,8 @@ class ProposalHead(nn.Module):
     """Scores every token and regresses a box from an anchor at its place.
 
     Args:
-        class_agnostic: tell "an object" from background with a single logit (Deformable DETR); otherwise one for each class, and
-            tokens are ranked by the likeliest.
+        class_agnostic: one logit, "an object" (Deformable DETR); otherwise one for each class, and tokens are ranked by
+            the likeliest.
         distinct: a proposal that overlaps a better one by more than this IoU is chosen only after all others; None: as ranked. Of
             DDQ this is the selection before the decoder, in training and in use; its selection between layers and its loss on
             dense queries are not there.

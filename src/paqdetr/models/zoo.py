@@ -29,7 +29,7 @@ _CLASS_BIAS = -math.log((1 - 0.01) / 0.01)
 
 
 def init_weights(model: Detector) -> None:
-    """Give every parameter outside the backbone and the query source its start, as the table above says."""
+    """Initialise every parameter outside the backbone and the query source: boxes start at their references."""
     for part in (
         model.encoder,
         model.decoder.layers,

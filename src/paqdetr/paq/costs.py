@@ -67,7 +67,7 @@ def matching_costs(
 
     Raises:
         ValueError: targets that are not what `Targets` says, naming the image and the remedy. Their values cross to the host with
-            the costs: nobody waits for them.
+            the costs, without a GPU sync of their own.
         NonFiniteError: a NaN or infinite prediction, naming layer and image ids. Nothing else can make a cost infinite.
     """
     weights = weights or CostWeights()

@@ -47,7 +47,7 @@ class PatternQueries(nn.Module):
         temperature: logits are divided by it.
         gain: factor on the initial weight of the last layer: larger, and W depends more on the image from the start.
         bias_std: initial std of the logits' bias; None keeps torch's own initialisation. Without a spread all queries start as
-            copies of the mean pattern and a training can collapse. With `mixture_input="query"`, where all queries share one
+            the mean pattern and a training can collapse. With `mixture_input="query"`, where all queries share one
             bias, it is the initial std of the logits themselves, by the weights of the last layer.
         pattern_std: initial std of the patterns.
         head_rank: r of the factorised head.
@@ -195,7 +195,7 @@ class PatternQueries(nn.Module):
         return taken.low
 
     def aux_losses(self) -> dict[str, Tensor]:
-        """What the patterns themselves owe, before weighting: {"diversity": scalar}."""
+        """Auxiliary losses, unweighted: {"diversity": scalar}."""
         return {"diversity": pattern_diversity_loss(self.patterns)}
 
 
@@ -263,7 +263,7 @@ class StaticMixtures(nn.Module):
         return taken.low
 
     def aux_losses(self) -> dict[str, Tensor]:
-        """What the patterns themselves owe, before weighting: {"diversity": scalar}."""
+        """Auxiliary losses, unweighted: {"diversity": scalar}."""
         return {"diversity": pattern_diversity_loss(self.patterns)}
 
 
