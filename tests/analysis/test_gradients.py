@@ -17,7 +17,7 @@ from paqdetr.models import create_model
 from paqdetr.models.detector import Detector
 from paqdetr.structures import ClassTable
 from paqdetr.training.figures import watch_gradients
-from paqdetr.training.plan import plain_batch
+from paqdetr.data.loader import plain_batch
 
 SMALL = {"dim": 32, "ffn_dim": 64, "num_queries": 12, "image_size": 96, "num_classes": 10}
 

@@ -22,7 +22,7 @@ from paqdetr.paq import Mixture, Pairs
 from paqdetr.runs import Run
 from paqdetr.training import train
 from paqdetr.training.figures import Interval, QuerySums, batch_use, mixture_figures, to_host, watch_gradients
-from paqdetr.training.plan import plain_batch
+from paqdetr.data.loader import plain_batch
 from paqdetr.training.setup import with_classes
 
 

@@ -25,7 +25,7 @@ from paqdetr.evaluation.evaluate import evaluate_together
 from paqdetr.metrics import QueryUsage
 from paqdetr.runs import Run
 from paqdetr.structures import Targets
-from paqdetr.training.plan import plain_batch
+from paqdetr.data.loader import plain_batch
 from paqdetr.training.setup import with_classes
 from paqdetr.training.trainer import Trainer
 

@@ -18,14 +18,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from paqdetr.config import Config
-from paqdetr.data.augment import MIN_VISIBLE, Augment, Augmented, mosaic
+from paqdetr.data.augment import Augment, Augmented, mosaic
 from paqdetr.data.dataset import DetectionDataset
-from paqdetr.errors import ConfigError, DataError, UserError, WorkerError
+from paqdetr.errors import ConfigError, UserError, WorkerError
 from paqdetr.interrupt import STOP_SIGNALS
 from paqdetr.preprocessing import Preprocessing, pad_images, to_pixels
 from paqdetr.structures import Targets
@@ -136,11 +135,8 @@ class Batch:
         Raises:
             RuntimeError: there is no room.
         """
-        for tensor in (
-            self.images,
-            self.padding_mask,
-            *(t for own in self.targets for t in (own.labels, own.boxes)),
-        ):
+        parts = (part for target in self.targets for part in (target.labels, target.boxes))
+        for tensor in (self.images, self.padding_mask, *parts):
             if tensor is not None:
                 tensor.share_memory_()
         return self
@@ -195,28 +191,21 @@ class TrainingImages(Dataset[tuple[Tensor, Targets] | Failure]):
             changed = self._changed(key.index, key.scale)
             share = self.augment.config.mosaic
             if share and torch.rand(()) < share:
-                changed = self._mosaic(changed, key.scale)
-        changed = self.augment.normalized(changed)
-        height, width = self.split.sizes[key.index].tolist()
-        targets = Targets(changed.labels, changed.boxes, self.split.image_ids[key.index], (height, width))
-        return changed.pixels, targets
+                drawn = torch.randint(len(self.split), (3,)).tolist()
+                changed = mosaic([changed, *(self._changed(index, key.scale) for index in drawn)])
+        height, width = changed.pixels.shape[1:]
+        targets = self.split.targets(key.index, changed.boxes, changed.labels, (height, width))
+        return self.augment.preprocessing.normalization(changed.pixels), targets
 
     def _changed(self, index: int, scale: float) -> Augmented:
-        pixels = self._pixels(index)
-        return self.augment.change(pixels, self.split.boxes(index), self.split.labels(index), scale=scale)
-
-    def _mosaic(self, first: Augmented, scale: float) -> Augmented:
-        """The image together with three others that are drawn."""
-        others = [self._changed(index, scale) for index in torch.randint(len(self.split), (3,)).tolist()]
-        tiles = [(tile.pixels, tile.boxes, tile.labels) for tile in (first, *others)]
-        return Augmented(*mosaic(tiles, min_visible=MIN_VISIBLE))
+        return self.augment(self._pixels(index), self.split.boxes(index), self.split.labels(index), scale=scale)
 
     def _pixels(self, index: int) -> Tensor:
         """(3, H, W) uint8, not to be written to."""
         cached = self.cache.get(index)
         if cached is not None:
             return cached
-        pixels = to_pixels(read_picture(self.split, index))
+        pixels = to_pixels(self.split.checked_image(index))
         self.cache.put(index, pixels)
         return pixels
 
@@ -318,25 +307,11 @@ def collate(samples: Sequence[tuple[Tensor, Targets] | Failure], pad_divisor: in
     return Batch(images, mask, [targets for _, targets in good])
 
 
-def read_picture(split: DetectionDataset, index: int) -> Image:
-    """The picture, of the size that its boxes refer to.
-
-    Raises:
-        DataError: it does not decode, or the annotations state another size: the boxes would be in wrong places.
-    """
-    return of_stated_size(split, index, split.image(index))
-
-
-def of_stated_size(split: DetectionDataset, index: int, picture: Image) -> Image:
-    """The picture of an image, unless it has another size than the annotations state; see `read_picture`."""
-    height, width = split.sizes[index].tolist()
-    if picture.size != (width, height):
-        raise DataError(
-            f"{split.path(index)}: is {picture.width}x{picture.height} pixels with its EXIF turn applied,"
-            f" {split.annotation_file} says {width}x{height}",
-            "correct the sizes (and boxes) there; `paqdetr data check` lists all such images",
-        )
-    return picture
+def plain_batch(split: DetectionDataset, preprocessing: Preprocessing, indices: Sequence[int]) -> Batch:
+    """Images of a split as `predict` sees them, without augmentation, with their targets."""
+    batch = collate([(preprocessing(split.checked_image(index)), split.targets(index)) for index in indices])
+    assert isinstance(batch, Batch)
+    return batch
 
 
 @dataclass(frozen=True, slots=True)

@@ -156,9 +156,7 @@ def bench(
     names = [model] if against is None else [model, against]
     if len(set(names)) < len(names):
         raise ConfigError(f"--against {against}: is the model itself", "name another one")
-    targets = [_targets(config.model.num_classes) for _ in range(batch_size)]
-    images = torch.randn(batch_size, 3, image_size, image_size)
-    batch = Batch(images, None, targets)
+    batch = noise_batch(batch_size, image_size, image_size, boxes=_BOXES, num_classes=config.model.num_classes)
     sides = {name: Workload(load_config(name, settings or {}), batch, where) for name in names}
 
     def part(number: int) -> Callable[[int, int], None]:
@@ -291,7 +289,15 @@ def _attention(config: Config, image_size: int, batch_size: int, device: torch.d
     return {name: call(name) for name in dict.fromkeys(("reference", chosen))}
 
 
-def _targets(num_classes: int) -> Targets:
-    """Ten boxes anywhere."""
-    boxes = torch.cat([0.3 + 0.4 * torch.rand(_BOXES, 2), 0.1 + 0.2 * torch.rand(_BOXES, 2)], dim=1)
-    return Targets(torch.randint(num_classes, (_BOXES,)), boxes)
+def noise_batch(images: int, height: int, width: int, *, boxes: int, num_classes: int) -> Batch:
+    """Images of noise with so many boxes each, anywhere."""
+    targets = [
+        Targets(
+            torch.randint(num_classes, (boxes,)),
+            torch.cat([0.3 + 0.4 * torch.rand(boxes, 2), 0.1 + 0.2 * torch.rand(boxes, 2)], dim=1),
+            number,
+            (height, width),
+        )
+        for number in range(images)
+    ]
+    return Batch(torch.randn(images, 3, height, width), None, targets)
