@@ -28,14 +28,7 @@ Points = tuple[np.ndarray, np.ndarray]
 
 _ENDED = "finished"
 # What may differ when a run is continued: it changes neither weights nor figures.
-FREE_SETTINGS = (
-    "workers",
-    "cache_images",
-    "save_every_steps",
-    "save_every_minutes",
-    "trackers",
-    "nan_policy",
-)
+FREE_SETTINGS = ("workers", "cache_images", "save_every_steps", "save_every_minutes", "trackers", "nan_policy")
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,8 +282,7 @@ def read_metrics(path: Path) -> list[Record]:
         records.append(record)
     if not records:
         raise DataError(
-            f"{path}: no record in {len(content.splitlines())} lines",
-            "train for at least one logging interval",
+            f"{path}: no record in {len(content.splitlines())} lines", "train for at least one logging interval"
         )
     return records
 

@@ -222,12 +222,7 @@ class CheckReport:
             for (split, severity, other), count in self.counts.items():
                 if other == kind and severity == "warning":
                     images = self.splits[split].images if split else 0
-                    values = {
-                        "split": split,
-                        "count": count,
-                        "images": images,
-                        "message": message[split, kind],
-                    }
+                    values = {"split": split, "count": count, "images": images, "message": message[split, kind]}
                     found.append((severity, sentence.format_map(values)))
         return found
 
@@ -342,11 +337,7 @@ def _check_boxes(annotations: Annotations, issues: Issues) -> None:
         warn(position, "has no area; training leaves it out", "box without area")
     for position in np.flatnonzero(outside).tolist():
         across, down = int(width[position]), int(height[position])
-        warn(
-            position,
-            f"is outside the image of {across}x{down}; training leaves it out",
-            "box outside the image",
-        )
+        warn(position, f"is outside the image of {across}x{down}; training leaves it out", "box outside the image")
     for position in np.flatnonzero(~empty & ~outside & (over > _EDGE_TOLERANCE)).tolist():
         across, down = int(width[position]), int(height[position])
         warn(
@@ -420,9 +411,7 @@ def _compare_classes(tables: dict[str, ClassTable], report: CheckReport, issues:
         for category, name in table.id_to_name.items():
             if of_train.get(category, name) != name:
                 issues[split].error(
-                    f"class {name}",
-                    f"has id {category}, which is {of_train[category]!r} in train",
-                    kind="class",
+                    f"class {name}", f"has id {category}, which is {of_train[category]!r} in train", kind="class"
                 )
             elif category not in of_train:
                 issues[split].error(f"class {name}", f"has id {category}, which train does not list", kind="class")

@@ -206,7 +206,4 @@ def _lost_classes(splits: Mapping[str, Annotations], to: str) -> dict[str, int]:
         kept, first = sorted(classes.names[label] for label in used), 1
     ids = {name: first + number for number, name in enumerate(kept)}
     changed = [ids[name] != own for own, name in zip(classes.ids, classes.names, strict=True) if name in ids]
-    return {
-        "classes without boxes left out": len(classes) - len(kept),
-        "category ids changed": sum(changed),
-    }
+    return {"classes without boxes left out": len(classes) - len(kept), "category ids changed": sum(changed)}

@@ -346,12 +346,7 @@ class TrainingLoader:
     """
 
     def __init__(
-        self,
-        images: TrainingImages,
-        batches: TrainingBatches,
-        *,
-        workers: int,
-        start_method: str | None = None,
+        self, images: TrainingImages, batches: TrainingBatches, *, workers: int, start_method: str | None = None
     ) -> None:
         if workers and (reason := _no_semaphores(workers)) is not None:
             _LOG.warning("/dev/shm, which worker processes need, cannot be used (%s): workers=0", reason)
@@ -362,8 +357,7 @@ class TrainingLoader:
             multiprocessing_context=start_method if workers else None,
             num_workers=workers,
             collate_fn=partial(
-                collate_for_parent if workers else collate,
-                pad_divisor=images.augment.preprocessing.pad_divisor,
+                collate_for_parent if workers else collate, pad_divisor=images.augment.preprocessing.pad_divisor
             ),
             persistent_workers=workers > 0,
             worker_init_fn=leave_signals_to_the_parent,
@@ -384,8 +378,7 @@ class TrainingLoader:
                 batches = iter(self._loader)
         except OSError as error:
             raise WorkerError(
-                f"the processes that load images cannot be started: {error}",
-                "set workers=0, or fewer of them",
+                f"the processes that load images cannot be started: {error}", "set workers=0, or fewer of them"
             ) from None
         for batch in batches:
             if isinstance(batch, Pickled):
@@ -425,12 +418,7 @@ def _no_semaphores(workers: int) -> str | None:
 
 
 def training_loader(
-    config: Config,
-    split: DetectionDataset,
-    preprocessing: Preprocessing,
-    *,
-    rank: int = 0,
-    world_size: int = 1,
+    config: Config, split: DetectionDataset, preprocessing: Preprocessing, *, rank: int = 0, world_size: int = 1
 ) -> tuple[TrainingLoader, TrainingBatches]:
     """The loader of a training, and its sampler, whose `epoch` is to be set before each pass."""
     sampler = TrainingBatches(

@@ -136,12 +136,7 @@ def describe_crowding(
     owners, labels = annotations.owners[counted], annotations.labels[counted]
     limit = FEWEST_QUERIES if queries is None else queries
     return crowding_sentences(
-        owners,
-        labels,
-        len(annotations),
-        queries=limit,
-        max_detections=max_detections,
-        known=queries is not None,
+        owners, labels, len(annotations), queries=limit, max_detections=max_detections, known=queries is not None
     )
 
 
@@ -276,10 +271,7 @@ def _sizes(axes: Axes, stats: Mapping[str, SplitStats]) -> None:
                 label=literal(split),
                 linewidth=1.8,
             )
-    for edge, text, side in (
-        (SMALL, f"small < {SMALL:g} ", "right"),
-        (MEDIUM, f" large > {MEDIUM:g}", "left"),
-    ):
+    for edge, text, side in ((SMALL, f"small < {SMALL:g} ", "right"), (MEDIUM, f" large > {MEDIUM:g}", "left")):
         axes.axvline(edge, color="#888888", linewidth=1, linestyle="--")
         axes.text(
             edge, 0.985, text, fontsize=8, color="#555555", va="top", ha=side,

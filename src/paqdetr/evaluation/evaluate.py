@@ -113,12 +113,7 @@ def evaluate(
         )
     opened = open_split(data, split)
     return evaluate_split(
-        model,
-        opened,
-        batch_size=batch_size,
-        max_detections=max_detections,
-        progress=progress,
-        observers=observers,
+        model, opened, batch_size=batch_size, max_detections=max_detections, progress=progress, observers=observers
     )
 
 

@@ -328,8 +328,7 @@ def error_split(
     threshold_index(np.array(hotcoco.Params(iou_type).iou_thrs), foreground)
     if not 0 <= background < foreground:
         raise ConfigError(
-            f"background IoU threshold {background}: expected 0 to below the foreground's, {foreground}",
-            "use 0.1",
+            f"background IoU threshold {background}: expected 0 to below the foreground's, {foreground}", "use 0.1"
         )
     records = CocoRecords.open(ground_truth, iou_type)
     rows = [row for row in records.results(results) if row["score"] >= score_threshold]

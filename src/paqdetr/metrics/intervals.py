@@ -195,12 +195,7 @@ def difference(value: float, replicates: np.ndarray, level: float = LEVEL) -> Di
 
 
 def figure_intervals(
-    table: MatchTable,
-    *,
-    samples: int = SAMPLES,
-    seed: int = 0,
-    level: float = LEVEL,
-    progress: Progress | None = None,
+    table: MatchTable, *, samples: int = SAMPLES, seed: int = 0, level: float = LEVEL, progress: Progress | None = None
 ) -> FigureIntervals:
     """Intervals of the twelve figures and of AP by class.
 
@@ -235,10 +230,7 @@ def compare_results(
         return None if tell is None else lambda done, total: tell(part * total + done, 2 * total)
 
     values = first.figures(), second.figures()
-    found = (
-        _replicates(first, weights, told(0)),
-        _replicates(second, weights, told(1)),
-    )
+    found = (_replicates(first, weights, told(0)), _replicates(second, weights, told(1)))
     parts = [_named(first, part) for part in (*values, *found)]
     differences = {
         kind: {

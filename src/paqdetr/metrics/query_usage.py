@@ -139,11 +139,7 @@ class QueryUsage:
         return self._count("images")
 
     def report(
-        self,
-        *,
-        activations_per_image: float | None = None,
-        gradients: Spread | None = None,
-        dead_share: float = 0.1,
+        self, *, activations_per_image: float | None = None, gradients: Spread | None = None, dead_share: float = 0.1
     ) -> QueryUsageReport:
         """What was found so far.
 

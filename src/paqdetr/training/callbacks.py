@@ -134,9 +134,7 @@ def start_trackers(accelerator: Accelerator, run: Run, config: Config, *, step: 
     }
     project = "tensorboard" if config.trackers == ("tensorboard",) else _PROJECT
     accelerator.init_trackers(
-        project,
-        config=settings if step == 0 else None,
-        init_kwargs={name: options[name] for name in config.trackers},
+        project, config=settings if step == 0 else None, init_kwargs={name: options[name] for name in config.trackers}
     )
 
 

@@ -13,17 +13,7 @@ from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw, ImageFont
 
 from paqdetr.data.dataset import DetectionDataset
-from paqdetr.drawing import (
-    BLUE,
-    GREEN,
-    ORANGE,
-    PINK,
-    RED,
-    SKY,
-    draw_boxes,
-    font_path,
-    tiled,
-)
+from paqdetr.drawing import BLUE, GREEN, ORANGE, PINK, RED, SKY, draw_boxes, font_path, tiled
 from paqdetr.errors import DataError
 from paqdetr.images import read_image
 from paqdetr.models import Detector

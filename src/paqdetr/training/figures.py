@@ -167,12 +167,7 @@ class Interval:
         self._started = time.perf_counter()
 
     def add(
-        self,
-        values: Mapping[str, float],
-        batches: Sequence[BatchUse],
-        images: int,
-        *,
-        overflowed: bool = False,
+        self, values: Mapping[str, float], batches: Sequence[BatchUse], images: int, *, overflowed: bool = False
     ) -> None:
         """Take in a step: its figures, and how each of its batches used queries. One that the gradient scaler left out because
         half precision overflowed has no `grad_norm`."""

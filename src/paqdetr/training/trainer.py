@@ -70,11 +70,7 @@ class Trainer:
             logging.getLogger(__name__).warning("init %s: %s", config.init, self.taken)
         self.model = ready_to_train(self.model, config, self.accelerator.device)
         self.loader, self.batches = training_loader(
-            config,
-            train_split,
-            self.model.preprocessing,
-            rank=self.processes.index,
-            world_size=self.processes.count,
+            config, train_split, self.model.preprocessing, rank=self.processes.index, world_size=self.processes.count
         )
         self.epoch_steps = -(-len(self.batches) // config.accumulate)
         planned = config.epochs * self.epoch_steps
@@ -316,11 +312,7 @@ class Trainer:
         saved = load_state(path, model=self.model, average=self.average, optimizer=optimizer)
         batches = len(self.batches)
         saved.require(
-            path,
-            processes=self.processes.count,
-            batches=batches,
-            data=self.data,
-            accept_new_data=accept_new_data,
+            path, processes=self.processes.count, batches=batches, data=self.data, accept_new_data=accept_new_data
         )
         self.position = saved.position_for(
             batches=batches, epoch_steps=self.epoch_steps, accumulate=self.config.accumulate

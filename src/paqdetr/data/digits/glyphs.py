@@ -85,14 +85,7 @@ def ink_mask(rng: np.random.Generator, index: int, *, longest: float, max_rotati
     width, height = (math.ceil(v) + 2 * margin for v in (high - low) * zoom)
     back = np.linalg.inv(shape)  # output pixel -> field pixel, as PIL wants it
     origin = back @ (low - margin / zoom)
-    data = (
-        back[0, 0] / zoom,
-        back[0, 1] / zoom,
-        origin[0],
-        back[1, 0] / zoom,
-        back[1, 1] / zoom,
-        origin[1],
-    )
+    data = (back[0, 0] / zoom, back[0, 1] / zoom, origin[0], back[1, 0] / zoom, back[1, 1] / zoom, origin[1])
     warped = field.transform((width, height), Image.Transform.AFFINE, data, Image.Resampling.BICUBIC)
     # The field rises over about 1.5 cells at an edge; here the edge becomes about 1.3 pixels wide.
     softness = max(0.03, 1.3 / (1.5 * _FIELD_CELL * zoom))

@@ -57,10 +57,7 @@ class SceneSpec:
                 0.02 <= self.min_scale <= self.max_scale <= 0.9,
                 f"scales are {self.min_scale} to {self.max_scale}, expected 0.02 <= min <= max <= 0.9",
             ),
-            (
-                0 <= self.max_rotation <= 180,
-                f"max_rotation is {self.max_rotation}, expected 0 to 180 degrees",
-            ),
+            (0 <= self.max_rotation <= 180, f"max_rotation is {self.max_rotation}, expected 0 to 180 degrees"),
             (0 <= self.max_hidden < 1, f"max_hidden is {self.max_hidden}, expected at least 0 and below 1"),
         )
         for holds, message in rules:
@@ -226,12 +223,7 @@ class _Painter:
         corners = np.array(
             [
                 (cut + a * depth) * along + (middle + b * half) * across
-                for a, b in (
-                    (0, -1),
-                    (0, 1),
-                    (1, 1 + rng.uniform(-0.3, 0.1)),
-                    (1, -1 + rng.uniform(-0.1, 0.3)),
-                )
+                for a, b in ((0, -1), (0, 1), (1, 1 + rng.uniform(-0.3, 0.1)), (1, -1 + rng.uniform(-0.1, 0.3)))
             ]
         )
         mask, x, y = self._clip(*strokes.polygon_mask(corners))

@@ -16,8 +16,7 @@ from paqdetr.values import as_flag, is_coordinate, is_side
 
 # The classes that Cityscapes annotates one by one, under its own ids.
 CLASSES = ClassTable(
-    (24, 25, 26, 27, 28, 31, 32, 33),
-    ("person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle"),
+    (24, 25, 26, 27, 28, 31, 32, 33), ("person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle")
 )
 _LABELS = {name: label for label, name in enumerate(CLASSES.names)}
 _POLYGONS, _IMAGE = "_gtFine_polygons.json", "_leftImg8bit.png"

@@ -13,15 +13,7 @@ from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 
 from paqdetr.data.annotations import DECIMALS, Annotations, Builder, Issues
-from paqdetr.data.files import (
-    composed,
-    files_in,
-    folder_in,
-    folders_in,
-    inner_path,
-    list_files,
-    list_pictures,
-)
+from paqdetr.data.files import composed, files_in, folder_in, folders_in, inner_path, list_files, list_pictures
 from paqdetr.data.formats.sizes import header_sizes
 from paqdetr.data.split_names import meaning
 from paqdetr.errors import DataError
@@ -202,8 +194,7 @@ def _parse(path: Path) -> Element:
     except ParseError as error:
         line, column = error.position
         raise DataError(
-            f"{path}: no valid XML at line {line}, column {column + 1}: {str(error).split(':')[0]}",
-            "Export it again.",
+            f"{path}: no valid XML at line {line}, column {column + 1}: {str(error).split(':')[0]}", "Export it again."
         ) from None
     except DefusedXmlException:
         raise DataError(f"{path}: has a document type or entities, which is not allowed", "Remove them.") from None

@@ -147,8 +147,7 @@ def _classes(yaml_file: Path, content: dict[str, Any]) -> ClassTable:
     count = content.get("nc")
     if count not in (None, "") and _count(count) != len(names):
         raise DataError(
-            f"{yaml_file}: `nc` is {shorten(count)}, but `names` has {len(names)} classes",
-            "Correct one of them.",
+            f"{yaml_file}: `nc` is {shorten(count)}, but `names` has {len(names)} classes", "Correct one of them."
         )
     return ClassTable(tuple(range(len(names))), tuple(names))
 
@@ -196,8 +195,7 @@ def _images(place: YoloPlace, issues: Issues) -> tuple[list[Path], Path]:
             )
     if not images:
         raise DataError(
-            f"{place.yaml_file}: `{place.split}: {shorten(place.entry)}` holds no images",
-            "Put the images there.",
+            f"{place.yaml_file}: `{place.split}: {shorten(place.entry)}` holds no images", "Put the images there."
         )
     single = _resolve(place, entries[0]) if len(entries) == 1 else None
     folder = single if single is not None and single.is_dir() else _common_folder(images)
