@@ -45,42 +45,26 @@ class Texts(Sequence[str]):
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({list(self)!r})" if len(self) < 9 else f"<{len(self)} texts>"
+        return (
+            f"{type(self).__name__}({list(self)!r})"
+            if len(self) < 9
+            else f"<{len(self)} {type(self).__name__.lower()}>"
+        )
 
 
-class Ids(Sequence[int | str]):
+class Ids(Texts):
     """A read-only list of ids, integers or texts, each of which comes out as what it was."""
 
-    def __init__(self, ids: Sequence[int | str]) -> None:
-        self._numbers: np.ndarray | None = None
-        self._texts: Texts | None = None
-        if all(isinstance(own, int) and -(2**63) <= own < 2**63 for own in ids):
-            self._numbers = np.array(ids, dtype=np.int64)
-        else:
-            self._texts = Texts(json.dumps(own) for own in ids)
-
-    def __len__(self) -> int:
-        return len(self._numbers if self._numbers is not None else self._texts or ())
+    def __init__(self, ids: Iterable[int | str]) -> None:
+        super().__init__(map(json.dumps, ids))
 
     @overload
     def __getitem__(self, index: int) -> int | str: ...
     @overload
     def __getitem__(self, index: slice) -> list[int | str]: ...
     def __getitem__(self, index: int | slice) -> int | str | list[int | str]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if self._numbers is not None:
-            return int(self._numbers[index])
-        assert self._texts is not None
-        return json.loads(self._texts[index])
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and list(self) == list(other)
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({list(self)!r})" if len(self) < 9 else f"<{len(self)} ids>"
+        found = super().__getitem__(index)
+        return json.loads(found) if isinstance(found, str) else found
 
 
 REMEDY = "Correct the annotation file; `paqdetr data check` lists all problems of a data set."

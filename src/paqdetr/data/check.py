@@ -18,7 +18,7 @@ from scipy.fft import dctn
 from paqdetr.data.annotations import Annotations, Issues, Problem
 from paqdetr.data.layout import Format, find_layout
 from paqdetr.data.read_ahead import read_ahead
-from paqdetr.data.stats import BoxSizes, describe_crowding
+from paqdetr.data.stats import BoxSizes, box_sides, describe_crowding
 from paqdetr.errors import DataError
 from paqdetr.images import read_header, read_image
 from paqdetr.structures import ClassTable
@@ -313,7 +313,7 @@ def _summary(annotations: Annotations) -> SplitSummary:
             name if names.count(name) == 1 else f"{name} ({own})": count
             for own, name, count in zip(annotations.classes.ids, names, per_class, strict=True)
         },
-        box_sizes=BoxSizes.of(annotations),
+        box_sizes=BoxSizes.of(box_sides(annotations)),
     )
 
 

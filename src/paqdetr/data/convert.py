@@ -14,8 +14,8 @@ from typing import Literal, get_args
 import numpy as np
 
 from paqdetr.data.annotations import Annotations, Issues
+from paqdetr.data.files import header_sizes
 from paqdetr.data.formats.coco import write_coco
-from paqdetr.data.formats.sizes import header_sizes
 from paqdetr.data.formats.voc import write_voc
 from paqdetr.data.formats.yolo import SPLITS as YOLO_SPLITS
 from paqdetr.data.formats.yolo import write_yolo

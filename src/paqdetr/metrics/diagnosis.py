@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,9 @@ import hotcoco
 import numpy as np
 
 from paqdetr.errors import ConfigError, DataError
-from paqdetr.metrics.coco import CocoRecords, GroundTruth, IouType
+from paqdetr.metrics.coco import CocoRecords, GroundTruth, IouType, Json
 from paqdetr.metrics.matches import RECALLS, MatchTable, threshold_index
-from paqdetr.serialize import fields_of, json_number, plain
+from paqdetr.serialize import Jsonable, fields_of, json_number, plain
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -234,8 +234,6 @@ def calibration(
     )
 
 
-_Json = Mapping[str, Any]
-
 MISTAKES = {
     "classification": "Cls",
     "localisation": "Loc",
@@ -282,7 +280,7 @@ class ErrorSplit:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Confusion:
+class Confusion(Jsonable):
     """Which class is taken for which.
 
     Attributes:
@@ -298,14 +296,10 @@ class Confusion:
     iou_threshold: float
     score_threshold: float
 
-    def to_json(self) -> dict[str, Any]:
-        """Everything, ready for json."""
-        return fields_of(self)
-
 
 def error_split(
     ground_truth: GroundTruth,
-    results: Sequence[_Json],
+    results: Sequence[Json],
     *,
     iou_type: IouType = "bbox",
     foreground: float = 0.5,
@@ -349,7 +343,7 @@ def error_split(
 
 def confusion(
     ground_truth: GroundTruth,
-    results: Sequence[_Json],
+    results: Sequence[Json],
     *,
     iou_type: IouType = "bbox",
     iou_threshold: float = 0.5,

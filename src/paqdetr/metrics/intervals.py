@@ -21,7 +21,7 @@ import numpy as np
 
 from paqdetr.errors import ConfigError, DataError, OutOfMemoryError
 from paqdetr.metrics.matches import MatchTable, WeightedFigures
-from paqdetr.serialize import fields_of
+from paqdetr.serialize import Jsonable, fields_of
 from paqdetr.values import MAX_RESAMPLES, MAX_SEED
 
 SAMPLES = 1000
@@ -33,7 +33,7 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Interval:
+class Interval(Jsonable):
     """A figure and where it would lie, at the level asked for, on other test sets of as many images.
 
     Attributes:
@@ -45,13 +45,9 @@ class Interval:
     low: float
     high: float
 
-    def to_json(self) -> dict[str, float | None]:
-        """value, low and high; None for NaN."""
-        return fields_of(self)
-
 
 @dataclass(frozen=True, slots=True)
-class Difference:
+class Difference(Jsonable):
     """By how much a second result set exceeds a first one on the same images.
 
     Attributes:
@@ -71,13 +67,9 @@ class Difference:
         """Whether zero lies outside the interval."""
         return self.low > 0 or self.high < 0
 
-    def to_json(self) -> dict[str, float | None]:
-        """The four attributes; None for NaN."""
-        return fields_of(self)
-
 
 @dataclass(frozen=True, slots=True)
-class FigureIntervals:
+class FigureIntervals(Jsonable):
     """Intervals of all figures of a result set.
 
     Attributes:
@@ -92,10 +84,6 @@ class FigureIntervals:
     samples: int
     seed: int
     level: float
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything, ready for json."""
-        return fields_of(self)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import ArrayLike
 from scipy.special import bdtr
 
-from paqdetr.serialize import fields_of, plain
+from paqdetr.serialize import Jsonable, fields_of, plain
 
 SPREAD_FIGURES = ("threshold", "gini", "chance", "by_rank", "per_image", "unused", "half")
 
@@ -141,7 +141,7 @@ def count_dead(mass: np.ndarray, dead_share: float = 0.1) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Places:
+class Places(Jsonable):
     """Where queries find their boxes: of the ground truth boxes that each was matched with in the last layer.
 
     Attributes:
@@ -151,17 +151,15 @@ class Places:
             is of that rank in the image, best first.
     """
 
+    json_digits = 6
+
     mean: np.ndarray
     std: np.ndarray
     ranks: np.ndarray
 
-    def to_json(self) -> dict[str, Any]:
-        """Everything, ready for json; NaN is None."""
-        return fields_of(self, 6)
-
 
 @dataclass(frozen=True, slots=True)
-class QueryUsageReport:
+class QueryUsageReport(Jsonable):
     """Five views of how a detector uses its queries. None of them stands alone: docs/queries.md says why.
 
     Attributes:
@@ -178,6 +176,8 @@ class QueryUsageReport:
         query_cosine: mean cosine between the content queries of an image: 1 means copies; None if content was not given.
         places: where queries find their boxes; None without ground truth.
     """
+
+    json_digits = 6
 
     num_queries: int
     images: int
@@ -209,10 +209,6 @@ class QueryUsageReport:
             row = dict.fromkeys(SPREAD_FIGURES) | {"gini": self.patterns.gini, "unused": self.patterns.dead}
             rows.append({"view": "e", "what": "mass of patterns", **row})
         return rows
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything, ready for json."""
-        return fields_of(self, 6)
 
 
 def gini(counts: ArrayLike | torch.Tensor) -> float:

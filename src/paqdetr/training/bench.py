@@ -6,7 +6,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from paqdetr.losses import build_criterion
 from paqdetr.models import Detector
 from paqdetr.models.zoo import build_model
 from paqdetr.ops import choose_backend, ms_deform_attn
+from paqdetr.serialize import Jsonable
 from paqdetr.structures import Targets
 from paqdetr.training.optim import MovingAverage, build_optimizer
 from paqdetr.training.setup import ready_to_train
@@ -89,7 +90,7 @@ PARTS = ("attention", "inference", "training step")
 
 
 @dataclass(frozen=True, slots=True)
-class Bench:
+class Bench(Jsonable):
     """What was measured.
 
     Attributes:
@@ -118,10 +119,6 @@ class Bench:
     saved_mib: dict[str, float]
     peak_memory_gib: float
     machine: dict[str, Any]
-
-    def to_json(self) -> dict[str, Any]:
-        """Ready for json."""
-        return asdict(self)
 
 
 def bench(

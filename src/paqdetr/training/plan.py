@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from paqdetr.errors import DataError
 from paqdetr.evaluation.evaluate import detect_split
 from paqdetr.models import Detector
 from paqdetr.runs import Run
+from paqdetr.serialize import Jsonable, fields_of
 from paqdetr.training.memory import peaks_of_steps
 from paqdetr.training.optim import lr_scale
 from paqdetr.training.trainer import Trainer
@@ -31,7 +32,7 @@ _IOU, _SCORE = 0.5, 0.3
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(Jsonable):
     """What a training will take.
 
     Attributes:
@@ -67,10 +68,6 @@ class Plan:
     evaluation_seconds: float
     total_seconds: float
     disk: float
-
-    def to_json(self) -> dict[str, Any]:
-        """By name, ready for json."""
-        return asdict(self)
 
 
 def plan_training(
@@ -188,7 +185,7 @@ class Overfit:
 
     def to_json(self) -> dict[str, Any]:
         """By name, ready for json."""
-        return {**asdict(self), "learnt": self.learnt}
+        return fields_of(self) | {"learnt": self.learnt}
 
 
 def overfit_one_batch(

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -63,7 +64,7 @@ class Trainer:
         self.accelerator = build_accelerator(config, device, run.output)
         self.processes = Processes.of(self.accelerator)
         self.events = Callbacks(callbacks if self.processes.main else [])
-        self.stop = StopRequest(self.events.on_interrupt)
+        self.stop = StopRequest(partial(self.events.emit, "on_interrupt"))
         torch.manual_seed(config.seed)
         self.model, self.taken = model_to_train(config, train_split.classes, resumed=run.state_file.is_file())
         if self.taken is not None and self.processes.main:
@@ -100,7 +101,8 @@ class Trainer:
 
     def fit(self) -> None:
         """Train to the end of the recipe. Callbacks hear of the main process alone."""
-        self.events.on_start(
+        self.events.emit(
+            "on_start",
             TrainingPlan(
                 config=self.config,
                 first_step=self.position.step,
@@ -108,7 +110,7 @@ class Trainer:
                 images=self.num_images,
                 device=str(self.accelerator.device),
                 step_images=self.config.batch_size * self.config.accumulate * self.processes.count,
-            )
+            ),
         )
         try:
             if self.processes.main:
@@ -131,7 +133,7 @@ class Trainer:
                 raise
             raise told from error
         finally:
-            self.events.on_end()
+            self.events.emit("on_end")
             self.loader.close()
             for tracker in self.accelerator.trackers:
                 tracker.finish()
@@ -217,8 +219,8 @@ class Trainer:
         if step.problem is not None:
             record = {"kind": "skipped", "step": number, "reason": step.problem}
             self._record(record)
-            self.events.on_skip(record)
-        self.events.on_step(number, step.loss)
+            self.events.emit("on_skip", record)
+        self.events.emit("on_step", number, step.loss)
         if self.position.skipped >= _MOST_SKIPPED:
             raise NonFiniteError(
                 f"{_MOST_SKIPPED} steps in a row were left out; the last because {step.problem}",
@@ -231,7 +233,7 @@ class Trainer:
             factor = lr_factor(self.config, number - 1, self.total_steps)
             record |= self.interval.means(self.processes) | {"lr": self.config.lr * self.lr_scale * factor}
             self._record(record)
-            self.events.on_record(record)
+            self.events.emit("on_record", record)
             self.interval = Interval()
 
     def _close_epoch(self) -> None:
@@ -261,7 +263,7 @@ class Trainer:
         """Figures of a model, in the main process; nothing in the others."""
 
         def progress(done: int, total: int) -> None:
-            self.events.on_evaluation_progress(done, total)
+            self.events.emit("on_evaluation_progress", done, total)
             # Alone, nobody waits: the epoch's steps are saved, its evaluation is what a resumption begins with.
             if self.stop.signal_number is not None and self.processes.count == 1:
                 self._save()
@@ -275,7 +277,7 @@ class Trainer:
         metrics = result.to_json()
         record = {"kind": "eval", "step": self.position.step, "epoch": epoch, "split": "val", **metrics}
         self._record(record)
-        self.events.on_evaluation(record)
+        self.events.emit("on_evaluation", record)
         return metrics
 
     def _save(self) -> None:

@@ -13,8 +13,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 from scipy import ndimage
 
-from paqdetr.data.digits import strokes
-from paqdetr.data.digits.glyphs import SPLITS, glyphs_of, ink_mask, photo_patch
+from paqdetr.data.digits.glyphs import SPLITS, clutter, glyphs_of, ink_mask, photo_patch, polygon_mask
 from paqdetr.errors import ConfigError
 
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
@@ -226,7 +225,7 @@ class _Painter:
                 for a, b in ((0, -1), (0, 1), (1, 1 + rng.uniform(-0.3, 0.1)), (1, -1 + rng.uniform(-0.1, 0.3)))
             ]
         )
-        mask, x, y = self._clip(*strokes.polygon_mask(corners))
+        mask, x, y = self._clip(*polygon_mask(corners))
         solid = mask >= 0.5
         if not mask.size or not self._may_hide(solid, x, y):
             return
@@ -239,7 +238,7 @@ class _Painter:
         self._blend(mask, x, y, colour)
 
     def _clutter(self, *, thin: bool = False) -> None:
-        mask, x, y = self._clip(*strokes.clutter(self.rng, self.spec.size, thin=thin))
+        mask, x, y = self._clip(*clutter(self.rng, self.spec.size, thin=thin))
         solid = mask >= 0.5
         if not solid.any() or not self._may_hide(solid, x, y):
             return

@@ -13,9 +13,17 @@ from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 
 from paqdetr.data.annotations import DECIMALS, Annotations, Builder, Issues
-from paqdetr.data.files import composed, files_in, folder_in, folders_in, inner_path, list_files, list_pictures
-from paqdetr.data.formats.sizes import header_sizes
-from paqdetr.data.split_names import meaning
+from paqdetr.data.files import (
+    composed,
+    files_in,
+    folder_in,
+    folders_in,
+    header_sizes,
+    inner_path,
+    list_files,
+    list_pictures,
+    meaning,
+)
 from paqdetr.errors import DataError
 from paqdetr.files import read_bytes, read_text
 from paqdetr.images import IMAGE_EXTENSIONS, is_leftover
@@ -51,8 +59,28 @@ class VocPlace:
     bare: bool = True
 
     def read(self, issues: Issues) -> Annotations:
-        """See `read_voc`."""
-        return read_voc(self, issues)
+        """Reads and verifies one split. Objects marked difficult are crowds: not trained on, and no mistake where found.
+
+        VOC counts pixels from 1 and includes the last: xmin 1, xmax 10 is a box of 10 pixels from the left edge.
+
+        Raises:
+            DataError: a list or an XML file is malformed, or an image is missing.
+        """
+        classes = _classes(self.everything)
+        label_of = {name: label for label, name in enumerate(classes.names)}
+        if not classes.names:
+            issues.error(self.xml_dir, "no XML file in it names an object", kind="class")
+        found = _images(self, issues)
+        headers = _header_sizes(found, self.image_dir, issues)
+        builder = Builder()
+        for name, xml in found.items():
+            size = _stated_size(xml, issues) or headers.get(name)
+            if size is None:
+                continue
+            image = builder.add_image(name, name, height=size[0], width=size[1])
+            for label, box, difficult in [] if xml.root is None else _objects(xml.path, xml.root, label_of, issues):
+                builder.add_box(image, label, box, crowd=difficult)
+        return builder.build(source=self.list_file or self.xml_dir, image_dir=self.image_dir, classes=classes)
 
 
 def voc_places(root: Path) -> dict[str, VocPlace]:
@@ -149,31 +177,6 @@ def _own_folder(images: Path, xml: Path, split: str) -> tuple[Path, Path]:
     if (images / split).is_dir() and (xml / split).is_dir():
         return images / split, xml / split
     return images, xml
-
-
-def read_voc(place: VocPlace, issues: Issues) -> Annotations:
-    """Reads and verifies one split. Objects marked difficult are crowds: not trained on, and no mistake where found.
-
-    VOC counts pixels from 1 and includes the last: xmin 1, xmax 10 is a box of 10 pixels from the left edge.
-
-    Raises:
-        DataError: a list or an XML file is malformed, or an image is missing.
-    """
-    classes = _classes(place.everything)
-    label_of = {name: label for label, name in enumerate(classes.names)}
-    if not classes.names:
-        issues.error(place.xml_dir, "no XML file in it names an object", kind="class")
-    found = _images(place, issues)
-    headers = _header_sizes(found, place.image_dir, issues)
-    builder = Builder()
-    for name, xml in found.items():
-        size = _stated_size(xml, issues) or headers.get(name)
-        if size is None:
-            continue
-        image = builder.add_image(name, name, height=size[0], width=size[1])
-        for label, box, difficult in [] if xml.root is None else _objects(xml.path, xml.root, label_of, issues):
-            builder.add_box(image, label, box, crowd=difficult)
-    return builder.build(source=place.list_file or place.xml_dir, image_dir=place.image_dir, classes=classes)
 
 
 @dataclass(slots=True)
