@@ -32,7 +32,7 @@ _PATIENCE = timedelta(hours=1)
 
 
 class Processes:
-    """This process and the others, and what they tell each other. With one process nothing is sent anywhere.
+    """This process and the others, and what they exchange. With one process nothing is sent anywhere.
 
     Attributes:
         index: of this process, from 0.

@@ -137,7 +137,7 @@ class Run:
             ) from None
 
     def flush_metrics(self) -> int:
-        """Have the disk take over metrics.jsonl; its size in bytes."""
+        """fsync metrics.jsonl; its size in bytes."""
         with self.metrics_file.open("r+b") as file:
             os.fsync(file.fileno())
             return os.fstat(file.fileno()).st_size

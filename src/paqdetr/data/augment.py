@@ -13,7 +13,7 @@ from torch import Tensor
 from paqdetr.config import AugmentConfig
 from paqdetr.preprocessing import Preprocessing, resize
 
-# A box of which a crop leaves less than this share is dropped: too little to tell what it was.
+# A box of which a crop leaves less than this share is dropped: too little to recognise what it was.
 MIN_VISIBLE = 0.2
 
 # DETR's crop: the short side is resized to one of these, then a window of sides in this range is cut out. The resize that

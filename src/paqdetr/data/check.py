@@ -23,7 +23,7 @@ from paqdetr.errors import DataError
 from paqdetr.images import read_header, read_image
 from paqdetr.structures import ClassTable
 
-# Recompressed and resized copies differ in 0 to 4 bits of 64; one band more than that makes sure that some band is equal.
+# Recompressed and resized duplicates differ in 0 to 4 bits of 64; one band more than that makes sure that some band is equal.
 MAX_BITS = 4
 _LEAST_CORRELATION = 0.97
 _FLAT = 2.0  # standard deviation of grey values under which a picture has no structure to hash
@@ -375,7 +375,7 @@ def _check_sizes(annotations: Annotations, facts: list[ImageFacts], issues: Issu
 
 
 def _find_duplicates(paths: list[tuple[str, Path]], facts: list[ImageFacts], issues: dict[str, Issues]) -> None:
-    """Images that are the same, or look the same, within a split and across splits; one finding an image at the most."""
+    """Images that are the same, or look the same, within a split and across splits; at most one finding per image."""
     resembles: dict[int, tuple[bool, int, int]] = {}  # image -> (same split, differing bits or -1, the other)
 
     def note(second: int, first: int, bits: int) -> None:

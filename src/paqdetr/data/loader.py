@@ -57,7 +57,7 @@ class PixelCache:
             if used + size <= budget:
                 self._starts[index] = used
                 used += size
-        # One byte an image says whether its pixels are there; it is written after them.
+        # One byte per image says whether its pixels are there; it is written after them.
         try:
             mapping = mmap.mmap(-1, len(needed) + used + 1)
         except OSError as error:
@@ -118,7 +118,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        # Only out of pinned memory: on the way back from a GPU nobody would wait for the copy.
+        # Only out of pinned memory: from a GPU to the host nothing would wait for the transfer.
         pinned, mask = self.images.is_pinned(), self.padding_mask
         mask = None if mask is None else mask.to(device, non_blocking=pinned)
         targets = [target.to(device) for target in self.targets]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,11 +42,12 @@ class Samples:
 
     def rows(self, chosen: np.ndarray) -> Samples:
         """Some of them, by position or by mask."""
-        weights = None if self.weights is None else self.weights[chosen]
-        return Samples(
-            self.images[chosen], self.queries[chosen], self.categories[chosen], self.boxes[chosen],
-            self.content[chosen], weights,
-        )  # fmt: skip
+        columns: list[Any] = [None if column is None else column[chosen] for column in self.columns()]
+        return Samples(*columns)
+
+    def columns(self) -> list[Any]:
+        """All arrays, in the order of the fields."""
+        return [getattr(self, field.name) for field in fields(self)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +158,7 @@ class ContentCollector:
             self._kept = [self._smallest()]
 
     def merge(self, other: ContentCollector) -> None:
-        """Take over what another process's copy has seen."""
+        """Take over what another process's collector has seen."""
         for name, value in other._sums.items():
             self._add(name, value)
         self._squares += other._squares
@@ -227,16 +229,9 @@ class ContentCollector:
     def _smallest(self) -> tuple[np.ndarray, Samples]:
         """The `limit` samples of the smallest hashes."""
         hashes = np.concatenate([hashes for hashes, _ in self._kept])
-        parts = [samples for _, samples in self._kept]
-        weights = [samples.weights for samples in parts if samples.weights is not None]
-        joined = Samples(
-            images=np.concatenate([samples.images for samples in parts]),
-            queries=np.concatenate([samples.queries for samples in parts]),
-            categories=np.concatenate([samples.categories for samples in parts]),
-            boxes=np.concatenate([samples.boxes for samples in parts]),
-            content=np.concatenate([samples.content for samples in parts]),
-            weights=np.concatenate(weights) if weights else None,
-        )
+        parts = zip(*(samples.columns() for _, samples in self._kept), strict=True)
+        columns: list[Any] = [None if part[0] is None else np.concatenate(part) for part in parts]
+        joined = Samples(*columns)
         order = np.argsort(hashes, kind="stable")[: self.limit]
         return hashes[order], joined.rows(order)
 

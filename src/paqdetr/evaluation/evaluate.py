@@ -1,4 +1,4 @@
-"""A model against a split: the COCO figures, with and without removing copies.
+"""A model against a split: the COCO figures, with and without removing duplicates.
 
 Several processes share out the batches, which one process alone would make just so; the main one puts them in order and
 computes the figures. No image is seen twice, and the figures do not depend on how many processes there are.
@@ -36,7 +36,7 @@ from paqdetr.models.outputs import DetectorOutput
 from paqdetr.structures import ClassTable, Detections
 from paqdetr.values import require_batch_size
 
-# Above this score a prediction counts as made, when copies are counted.
+# Above this score a prediction counts as made, when predictions are counted.
 _CONFIDENT = 0.3
 # Threads that read pictures beside a GPU.
 _READERS = 4
@@ -48,7 +48,7 @@ class Evaluation:
 
     Attributes:
         figures: the COCO figures of the raw output; the detector's AP.
-        figures_nms: the same after class-wise non-maximum suppression at IoU 0.7: the difference is the cost of copies.
+        figures_nms: the same after class-wise non-maximum suppression at IoU 0.7: the difference is the cost of duplicates.
         predictions_per_image: predictions that score over 0.3.
         boxes_per_image: boxes to be found.
         images_per_second: reading, model and post-processing.

@@ -232,7 +232,7 @@ GroundTruth = Json | str | Path | CocoRecords
 
 
 def counted_detections(max_detections: int) -> list[int]:
-    """What the evaluator is told to look at: 1 and 10 of each class and image, and `max_detections`, in ascending order.
+    """How many detections of each class and image the evaluator looks at: 1, 10 and `max_detections`, in ascending order.
 
     Raises:
         ConfigError: it is below 1.

@@ -138,7 +138,7 @@ def resample_images(num_images: int, samples: int = SAMPLES, seed: int = 0) -> n
 
 
 def replicate_figures(table: MatchTable, weights: np.ndarray, *, progress: Progress | None = None) -> WeightedFigures:
-    """`table.figures(weights)`, telling `progress` of (resamples done, in all)."""
+    """`table.figures(weights)`; `progress` is called with (resamples done, in all)."""
     parts = []
     for start in range(0, len(weights), _AT_ONCE):
         parts.append(table.figures(weights[start : start + _AT_ONCE]))
@@ -213,12 +213,12 @@ def compare_results(
     require_same_truth(first, second)
     weights = _weights(first, samples, seed, level)
 
-    def told(part: int) -> Progress | None:
-        tell = progress
-        return None if tell is None else lambda done, total: tell(part * total + done, 2 * total)
+    def part_of(part: int) -> Progress | None:
+        report = progress
+        return None if report is None else lambda done, total: report(part * total + done, 2 * total)
 
     values = first.figures(), second.figures()
-    found = (_replicates(first, weights, told(0)), _replicates(second, weights, told(1)))
+    found = (_replicates(first, weights, part_of(0)), _replicates(second, weights, part_of(1)))
     parts = [_named(first, part) for part in (*values, *found)]
     differences = {
         kind: {

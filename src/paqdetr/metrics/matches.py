@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import hotcoco
@@ -183,25 +183,6 @@ class MatchTable:
     def of_class(self, index: int) -> slice:
         """Where the detections of a class lie in the arrays of length N."""
         return slice(int(self.offsets[index]), int(self.offsets[index + 1]))
-
-    def of_images(self, chosen: Sequence[int]) -> MatchTable:
-        """The table of some images alone, by their positions: what `match` makes of that part of the data set."""
-        places = np.full(len(self.image_ids), -1, np.int32)
-        places[list(chosen)] = np.arange(len(chosen))
-        kept = np.flatnonzero(places[self.images] >= 0)
-        return replace(
-            self,
-            image_ids=tuple(self.image_ids[place] for place in chosen),
-            offsets=np.searchsorted(kept, self.offsets),
-            scores=self.scores[kept],
-            images=places[self.images[kept]],
-            ranks=self.ranks[kept],
-            detections=self.detections[kept],
-            true_positive=self.true_positive[:, :, kept],
-            ignored=self.ignored[:, :, kept],
-            matches=self.matches[:, kept],
-            positives=self.positives[:, :, list(chosen)],
-        )
 
     def threshold_index(self, iou_threshold: float) -> int:
         """Which of `iou_thresholds` is meant.

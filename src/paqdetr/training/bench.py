@@ -42,7 +42,7 @@ def interleave(
         rounds: counted calls of each case.
         warmup: calls of each case before these.
         clock: `time.process_time` counts what the process was given, on all its cores together.
-        progress: told (rounds done, rounds in all).
+        progress: called with (rounds done, rounds in all).
     """
     for case in cases.values():
         for _ in range(warmup):
@@ -141,7 +141,7 @@ def bench(
         batch_size: images that go through together.
         device: "cpu", "cuda", ...; the best there is if None.
         rounds: calls of each case that count, after two that do not.
-        progress: told (rounds done, rounds in all) over all three measurements.
+        progress: called with (rounds done, rounds in all) over all three measurements.
         settings: of both models, with dotted keys.
 
     Raises:
@@ -157,11 +157,11 @@ def bench(
     sides = {name: Workload(load_config(name, settings or {}), batch, where) for name in names}
 
     def part(number: int) -> Callable[[int, int], None]:
-        def told(done: int, total: int) -> None:
+        def report(done: int, total: int) -> None:
             if progress is not None:
                 progress(number * total + done, len(PARTS) * total)
 
-        return told
+        return report
 
     def waiting(call: Callable[[], object]) -> Callable[[], object]:
         if where.type != "cuda":

@@ -126,12 +126,12 @@ class Trainer:
             self._finish()
             self.processes.wait()
         except (RuntimeError, MemoryError) as error:
-            told = worker_error(error) or memory_error(error, _LESS_MEMORY)
-            if told is None and isinstance(error, RuntimeError) and self.processes.count > 1:
-                told = lost_process(error)
-            if told is None:
+            known = worker_error(error) or memory_error(error, _LESS_MEMORY)
+            if known is None and isinstance(error, RuntimeError) and self.processes.count > 1:
+                known = lost_process(error)
+            if known is None:
                 raise
-            raise told from error
+            raise known from error
         finally:
             self.events.emit("on_end")
             self.loader.close()

@@ -1,4 +1,4 @@
-"""CrowdHuman: `annotation_SPLIT.odgt`, a json object a line, and one folder `Images/` for all splits."""
+"""CrowdHuman: `annotation_SPLIT.odgt`, one json object per line, and one folder `Images/` for all splits."""
 
 from __future__ import annotations
 

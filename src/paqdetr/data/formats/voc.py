@@ -1,4 +1,4 @@
-"""Pascal VOC: one XML file an image, and lists of the images of every split."""
+"""Pascal VOC: one XML file per image, and lists of the images of every split."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class VocPlace:
     """One split: the folders of images and XML files, and the list of its images (None: all there are).
 
     Attributes:
-        everything: the XML folders of all splits: VOC has no list of classes, so the classes are the names that occur.
+        all_xml_dirs: the XML folders of all splits: VOC has no list of classes, so the classes are the names that occur.
         but: a list of images that are not of this split, though `list_file` has them.
         bare: where there is no list: images without an XML file are of the split too.
     """
@@ -54,7 +54,7 @@ class VocPlace:
     image_dir: Path
     xml_dir: Path
     list_file: Path | None
-    everything: tuple[Path, ...]
+    all_xml_dirs: tuple[Path, ...]
     but: Path | None = None
     bare: bool = True
 
@@ -66,7 +66,7 @@ class VocPlace:
         Raises:
             DataError: a list or an XML file is malformed, or an image is missing.
         """
-        classes = _classes(self.everything)
+        classes = _classes(self.all_xml_dirs)
         label_of = {name: label for label, name in enumerate(classes.names)}
         if not classes.names:
             issues.error(self.xml_dir, "no XML file in it names an object", kind="class")
@@ -106,8 +106,8 @@ def voc_places(root: Path) -> dict[str, VocPlace]:
         if sources:
             raise _loose_files(root, sources)
         sources = {"all": (root, root)}
-    everything = tuple(xml for xml, _ in sources.values())
-    return {name: VocPlace(name, images, xml, None, everything) for name, (xml, images) in sources.items()}
+    all_xml_dirs = tuple(xml for xml, _ in sources.values())
+    return {name: VocPlace(name, images, xml, None, all_xml_dirs) for name, (xml, images) in sources.items()}
 
 
 def _is_mixed(folder: Path) -> bool:
