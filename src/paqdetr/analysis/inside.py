@@ -18,7 +18,6 @@ from paqdetr.analysis.subject import Subject
 from paqdetr.config import LossConfig, load_config
 from paqdetr.data.dataset import DetectionDataset
 from paqdetr.errors import ConfigError
-from paqdetr.evaluation.evaluate import targets_of
 from paqdetr.losses.criterion import Criterion, build_criterion
 from paqdetr.models.attention import DeformableAttention
 from paqdetr.models.decoder import DecoderLayer
@@ -320,7 +319,7 @@ def inside_section(
     total, done, parts, without = len(images) + len(pairs), 0, [], []
     for number, index in enumerate(images):
         inside = look_inside(subject.model, subject.split.image_or_blank(index))
-        targets = targets_of(subject.split, index, classes=subject.model.classes)
+        targets = subject.split.targets(index, classes=subject.model.classes)
         parts += _views(inside, targets, subject, number)
         done += 1
         if progress is not None:
@@ -329,7 +328,7 @@ def inside_section(
         for number, index in enumerate(pairs):
             split = training[0]
             inside = look_inside(subject.model, split.image_or_blank(index), most=1)
-            targets = targets_of(split, index, classes=subject.model.classes)
+            targets = split.targets(index, classes=subject.model.classes)
             parts += _learning(inside, targets, subject, criterion, number, split.file_names[index])
             done += 1
             if progress is not None:
