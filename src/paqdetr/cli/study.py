@@ -177,15 +177,16 @@ def _report(study: Study, file: Path, places: Places, data_root: Path) -> None:
 
 def _print(report: StudyReport) -> None:
     """Figures by data set, and the verdicts."""
-    from paqdetr.study.tables import figure_rows
+    from paqdetr.study.tables import identifier
 
-    study = report.runs.study
+    study, tables = report.runs.study, report.tables
     for name in study.data:
         table = Table(title=f"{name}, {study.split_of(name)}", title_justify="left")
         table.add_column("variant")
         for heading in ("seeds", "AP", "spread", "AP after NMS", "to baseline", "interval"):
             table.add_column(heading, justify="right")
-        rows = figure_rows(report.runs, name)
+        figures = tables.get(identifier("figures", name))
+        rows = () if figures is None else figures.rows
         for row in rows:
             interval = "-" if row["low"] is None else f"{row['low']:+.3f} to {row['high']:+.3f}"
             difference = "-" if row["difference"] is None else f"{row['difference']:+.3f}"
@@ -198,9 +199,9 @@ def _print(report: StudyReport) -> None:
     table = Table(title="claims", title_justify="left")
     for heading in ("claim", "data", "verdict"):
         table.add_column(heading)
-    for heading in ("effect", "p", "smallest effect seen"):
+    for heading in ("effect", "p", "detectable (80 % power)"):
         table.add_column(heading, justify="right")
-    for row in report.table("verdicts").rows:
+    for row in report.tables["verdicts"].rows:
         effect = "-" if row["effect"] is None else f"{row['effect']:+.3f}"
         numbers = (effect, show(row["p"]), show(row["smallest"]))
         table.add_row(row["claim"], row["data"], row["verdict"], *numbers)

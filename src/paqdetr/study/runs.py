@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from paqdetr.checkpoint import write_whole
+from paqdetr.checkpoint import write_text
 from paqdetr.config import Config, describe_idle, load_config
 from paqdetr.data.dataset import open_split
 from paqdetr.errors import ConfigError
@@ -288,10 +288,7 @@ def note_source(planned: PlannedRun, places: Places) -> None:
     """Keep what a training that is about to begin is trained on. One that has begun keeps what it began with."""
     if places.run(planned.key).config_file.is_file():
         return
-    file = places.source(planned.key)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(planned.source) + "\n"
-    write_whole(file, lambda path: path.write_text(text, encoding="utf-8"))
+    write_text(places.source(planned.key), json.dumps(planned.source) + "\n")
 
 
 def read_source(file: Path) -> dict[str, Any] | None:
