@@ -103,19 +103,24 @@ Part = Figure | Picture | Slides | Table
 
 
 def make_table(
-    name: str, caption: str, columns: Sequence[Column], items: Iterable[Any], *, empty: bool = True
+    name: str,
+    caption: str,
+    columns: Sequence[Column],
+    items: Iterable[Any],
+    *,
+    empty: bool = True,
+    digits: int | None = None,
 ) -> Table:
-    """A row for each item, with what each column makes of it, numbers to six digits. Rows of mappings keep their other entries.
+    """A row for each item, with what each column makes of it. Items that are mappings keep their other entries in the json.
 
     Args:
         empty: keep columns in which no row has anything.
+        digits: of numbers, as of `plain`.
     """
-    rows = [
-        plain(
-            (dict(item) if isinstance(item, Mapping) else {}) | {column.key: column.of(item) for column in columns}, 6
-        )
-        for item in items
-    ]
+    rows = []
+    for item in items:
+        kept = dict(item) if isinstance(item, Mapping) else {}
+        rows.append(plain(kept | {column.key: column.of(item) for column in columns}, digits))
     used = [column for column in columns if empty or any(row[column.key] not in (None, "") for row in rows)]
     return Table(name, caption, tuple(used), tuple(rows))
 

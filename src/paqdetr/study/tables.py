@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from paqdetr.errors import DataError
@@ -21,6 +22,7 @@ SEED_COUNTS = (2, 3, 5, 8, 12)
 SETTLED = 0.015
 """The difference in AP that a study is to settle."""
 
+_table = partial(make_table, empty=False, digits=6)
 _VARIANT, _SEEDS = Column("variant", "variant", "text"), Column("seeds", "seeds", "integer")
 
 
@@ -56,7 +58,7 @@ def verdict_table(runs: Runs, decided: Sequence[Verdict]) -> Table:
         f"{len(decided)} claims (Holm). Detectable: the minimum effect that so many seeds on these images detect with a "
         "power of 80 %."
     )
-    return make_table("verdicts", caption, columns, decided, empty=False)
+    return _table("verdicts", caption, columns, decided)
 
 
 def _note(verdict: Verdict) -> str:
@@ -107,7 +109,7 @@ def figure_table(runs: Runs, data: str) -> Table:
         f"{1 - study.level:.0%} interval. Duplicates: what AP gains by non-maximum suppression. Predictions: those that score "
         "over 0.3, per image; boxes: ground truth, per image."
     )
-    return make_table(identifier("figures", data), caption, columns, ap, empty=False)
+    return _table(identifier("figures", data), caption, columns, ap)
 
 
 def query_table(runs: Runs, data: str) -> Table:
@@ -136,7 +138,7 @@ def query_table(runs: Runs, data: str) -> Table:
         "image differ. Lower is not better by itself."
     )
     rows = [{"variant": v, **_means(views)} for v, views in _measured(runs, data, "queries") if any(views)]
-    return make_table(identifier("queries", data), caption, columns, rows, empty=False)
+    return _table(identifier("queries", data), caption, columns, rows)
 
 
 def layer_table(runs: Runs, data: str) -> Table:
@@ -166,7 +168,7 @@ def layer_table(runs: Runs, data: str) -> Table:
         for stages in zip(*found, strict=True):
             means = _means([{name: value for name, value in stage.items() if name != "stage"} for stage in stages])
             rows.append({"variant": variant, "seeds": len(found), "stage": stages[0]["stage"], **means})
-    return make_table(identifier("layers", data), caption, columns, rows, empty=False)
+    return _table(identifier("layers", data), caption, columns, rows)
 
 
 def mistake_table(runs: Runs, data: str) -> Table:
@@ -174,7 +176,7 @@ def mistake_table(runs: Runs, data: str) -> Table:
     columns = (_VARIANT, _SEEDS, *(Column(kind, kind) for kind in MISTAKES))
     caption = f"{data}: what AP50 would gain were one kind of mistake corrected, after TIDE. Gains do not add up."
     rows = [{"variant": v, "seeds": len(gains), **_means(gains)} for v, gains in _measured(runs, data, "mistakes")]
-    return make_table(identifier("mistakes", data), caption, columns, rows, empty=False)
+    return _table(identifier("mistakes", data), caption, columns, rows)
 
 
 def _measured(runs: Runs, data: str, name: str) -> Iterator[tuple[str, list[Any]]]:
@@ -235,7 +237,7 @@ def cost_table(runs: Runs) -> Table:
                     by_processor.setdefault(processor, []).append(run.cost)
             items += [_Trainings(data, variant, *found) for found in sorted(by_processor.items())]
     caption = "Means over runs on the same processor, by the clock. FLOPs: of one image, a multiply-add counted once."
-    return make_table("cost", caption, columns, items, empty=False)
+    return _table("cost", caption, columns, items)
 
 
 def planning(runs: Runs, data: str) -> Estimate | None:
@@ -286,7 +288,7 @@ def planning_table(runs: Runs) -> Table:
         "claim by itself: where a study has several, Holm's adjustment asks for more. A dash: 200 seeds do not detect it, or, "
         "since the test images are too few, no number does."
     )
-    return make_table("planning", caption, columns, known)
+    return _table("planning", caption, columns, known)
 
 
 def run_table(runs: Runs) -> Table:
@@ -312,4 +314,4 @@ def run_table(runs: Runs) -> Table:
         Column("state", "state", "text", state),
     )
     caption = f"{len(runs.done)} of {len(runs.keys)} runs are done."
-    return make_table("runs", caption, columns, runs.keys, empty=False)
+    return _table("runs", caption, columns, runs.keys)
