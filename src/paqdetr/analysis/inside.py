@@ -374,10 +374,7 @@ def _views(inside: Inside, targets: Targets, model: ModelUnderTest, number: int)
             f"Decoder: where the queries that found {', '.join(said)} look. Boxes are those they come with into the layer.",
             tuple(f"layer {k + 1}" for k in range(len(inside.decoder))),
             tuple(_attention(inside, k, said) for k in range(len(inside.decoder))),
-            {
-                "queries": inside.chosen,
-                "layers": [_rounded(sampling) for sampling in inside.decoder],
-            },
+            {"queries": inside.chosen, "layers": [_rounded(sampling) for sampling in inside.decoder]},
         ),
         _refinement(inside, targets, names, number),
     ]

@@ -279,11 +279,7 @@ def _cosines(model: ContentReport, suffix: str) -> Part | None:
         "Cosine between patterns, in the order of a clustering. Mean of the absolute values: "
         f"{others.mean():.3f}; random directions in {patterns.shape[1]} dimensions would have {random:.3f}."
     )
-    data = {
-        "patterns": order.tolist(),
-        "cosine": plain(values, 6),
-        "mean_absolute": round(float(others.mean()), 6),
-    }
+    data = {"patterns": order.tolist(), "cosine": plain(values, 6), "mean_absolute": round(float(others.mean()), 6)}
     name = f"pattern_cosines{suffix}"
     return plot_part(axes, name=name, caption=caption, data=data)
 

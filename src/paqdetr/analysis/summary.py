@@ -85,7 +85,9 @@ def _sides(found: FigureIntervals | Comparison) -> list[FigureIntervals]:
     return [found.second, found.first] if isinstance(found, Comparison) else [found]
 
 
-def _interval_columns(key: str, heading: str, level: str, interval: Callable[[str], Interval]) -> list[Column]:
+def _interval_columns(
+    key: str, heading: str, level: str, interval: Callable[[str], Interval | Difference]
+) -> list[Column]:
     """A figure, or a difference with its sign, and its interval."""
     sign = key == "difference"
 

@@ -80,10 +80,7 @@ def training_section(runs: Sequence[tuple[str, Path | None]]) -> Section | None:
     ]
     if not trainings:
         return None
-    parts = [
-        *(figure for panel in _PANELS if (figure := _draw(panel, trainings)) is not None),
-        *_positives(trainings),
-    ]
+    parts = [*(figure for panel in _PANELS if (figure := _draw(panel, trainings)) is not None), *_positives(trainings)]
     lead = "How the training went, from the run's metrics.jsonl. Lines from step to step are running means."
     without = [label for label, folder in runs if folder is None]
     if without:

@@ -152,11 +152,7 @@ def _content(models: Sequence[Usage]) -> Part:
 def _spreads(report: QueryUsageReport) -> dict[str, Spread]:
     """The views that have a curve, by their heading."""
     found = {f"(a) score > {spread.threshold:g}": spread for spread in report.activations[:1]}
-    named = {
-        "(b) equal activations": report.equal,
-        "(c) matched": report.positives,
-        "(d) gradient": report.gradients,
-    }
+    named = {"(b) equal activations": report.equal, "(c) matched": report.positives, "(d) gradient": report.gradients}
     found |= {name: spread for name, spread in named.items() if spread is not None}
     if report.patterns is not None:
         found["(e) patterns"] = Spread(counts=report.patterns.mass, images=report.images, discrete=False)

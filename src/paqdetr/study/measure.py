@@ -86,7 +86,8 @@ class Job:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Job:
         """From `asdict` by way of json."""
-        return cls(**values | {"key": RunKey(**values["key"])})
+        arguments: dict[str, Any] = {**values, "key": RunKey(**values["key"])}
+        return cls(**arguments)
 
 
 def measure_run(job: Job) -> RunResult:
@@ -197,10 +198,7 @@ def _figures(table: MatchTable, weights: np.ndarray) -> tuple[dict[str, Any], di
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # the mean of nothing is NaN, and meant so
         # A rare class may be missing in a resample: the mean is over those that are there, as in COCO.
-        values = {
-            "AP": np.nanmean(precision, axis=(1, 2)),
-            "AP50": np.nanmean(precision[:, :, 0], axis=1),
-        }
+        values = {"AP": np.nanmean(precision, axis=(1, 2)), "AP50": np.nanmean(precision[:, :, 0], axis=1)}
     return figures, values
 
 

@@ -168,10 +168,7 @@ class _DataPlan:
             assert steps is not None  # the study's file was checked for it
             epochs = -(-steps // epoch_steps)
             budget["max_steps"] = steps
-        budget |= {
-            "epochs": epochs,
-            "eval_every": max(1, round(epochs / (data.evaluations or study.evaluations))),
-        }
+        budget |= {"epochs": epochs, "eval_every": max(1, round(epochs / (data.evaluations or study.evaluations)))}
         classes = None if data.make is not None else len(open_split(root / str(data.folder), "train").classes)
         return cls(
             budget=budget,
@@ -198,8 +195,7 @@ def _planned(
     config = load_config(base, settings)
     for idle in describe_idle(config, study.variants[key.variant].settings):
         raise ConfigError(
-            f"{file}: variants.{key.variant}.settings, on {key.data}: {idle}",
-            "leave it out, or add what it needs",
+            f"{file}: variants.{key.variant}.settings, on {key.data}: {idle}", "leave it out, or add what it needs"
         )
     _require_alike(config, data.alike, f"{file}: variants.{key.variant}: {base}")
     if data.classes is not None:

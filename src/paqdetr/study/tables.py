@@ -84,8 +84,8 @@ def figure_table(runs: Runs, data: str) -> Table:
     """What the variants reach; those without a run are left out."""
     study = runs.study
     base = study.baseline
-    ap = {v: mean for v in study.variants_of(data) if (mean := runs.mean(data, v, "AP")) is not None}
-    to_base = {v: None if v == base else runs.difference(data, v, base, "AP") for v in ap}
+    ap = {v: found for v in study.variants_of(data) if (found := runs.mean(data, v, "AP")) is not None}
+    to_base = {v: found for v in ap if v != base and (found := runs.difference(data, v, base, "AP")) is not None}
 
     def mean(figure: str) -> Callable[[str], float | None]:
         return lambda variant: (found := runs.mean(data, variant, figure)) and found.mean
@@ -96,9 +96,9 @@ def figure_table(runs: Runs, data: str) -> Table:
         Column("AP", "AP", value=lambda v: ap[v].mean),
         Column("spread", "\N{PLUS-MINUS SIGN} seeds", value=lambda v: ap[v].spread),
         Column("AP50", "AP50", value=mean("AP50")),
-        Column("difference", "to baseline", value=lambda v: to_base[v] and to_base[v].mean),
-        Column("low", "from", value=lambda v: to_base[v] and to_base[v].interval[0]),
-        Column("high", "to", value=lambda v: to_base[v] and to_base[v].interval[1]),
+        Column("difference", "to baseline", value=lambda v: to_base[v].mean if v in to_base else None),
+        Column("low", "from", value=lambda v: to_base[v].interval[0] if v in to_base else None),
+        Column("high", "to", value=lambda v: to_base[v].interval[1] if v in to_base else None),
         Column("AP_nms", "AP, NMS", value=mean("AP_nms")),
         Column("copies", "duplicates", value=mean("duplicates")),
         Column("predictions", "predictions", value=mean("predictions_per_image")),
