@@ -215,8 +215,7 @@ class _Bases:
         key = str(Path(source).resolve()) if source.endswith((".yaml", ".yml")) else source
         if key in self.open:
             raise ConfigError(
-                f"{source}: `base` leads back to itself ({' -> '.join(self.open)})",
-                "remove one of the bases",
+                f"{source}: `base` leads back to itself ({' -> '.join(self.open)})", "remove one of the bases"
             )
         if key not in self.known:
             self.open.append(key)

@@ -29,13 +29,10 @@ class AugmentConfig(Section):
     crop_size: tuple[float, float] = Field(default=(0.5, 1.0), description="side of the crop, relative to the image's")
     color: float = Field(default=0.0, ge=0, le=1, description="strength of brightness, contrast and saturation jitter")
     crop_style: Literal["aspect", "detr"] = Field(
-        default="aspect",
-        description="aspect: a part of the image's aspect; detr: the published recipe's crop",
+        default="aspect", description="aspect: a part of the image's aspect; detr: the published recipe's crop"
     )
     keep_small: float = Field(
-        default=0.0,
-        ge=0,
-        description="the crop grows until it cuts no box whose side is below so many pixels",
+        default=0.0, ge=0, description="the crop grows until it cuts no box whose side is below so many pixels"
     )
     mosaic: float = Field(default=0.0, ge=0, le=1, description="probability of four images in one")
 
@@ -63,10 +60,7 @@ class Config(Section):
         description="one number: the long side in pixels; two: the short side, and the most the long side may have",
     )
     size_divisor: int = Field(
-        default=1,
-        ge=1,
-        le=1024,
-        description="sides are rounded to multiples of it, aspect ratios a little off",
+        default=1, ge=1, le=1024, description="sides are rounded to multiples of it, aspect ratios a little off"
     )
     resize: ResizeRule = Field(
         default="detr",
@@ -74,10 +68,7 @@ class Config(Section):
         "(the long side truncated) or that of the named program; nearest: rounded",
     )
     pad_divisor: int = Field(
-        default=1,
-        ge=1,
-        le=1024,
-        description="sides of a batch are padded to multiples of it; 1: to its largest image",
+        default=1, ge=1, le=1024, description="sides of a batch are padded to multiples of it; 1: to its largest image"
     )
     pretrained_backbone: bool = Field(default=True, description="start from ImageNet weights")
     init: str | None = Field(
@@ -92,10 +83,7 @@ class Config(Section):
     lr: float = Field(default=1e-4, gt=0, description="learning rate of the transformer")
     backbone_lr: float = Field(default=1e-5, gt=0, description="learning rate of the backbone")
     accumulate: int = Field(
-        default=1,
-        ge=1,
-        le=MAX_BATCH,
-        description="batches whose gradients make one step, as if they were one batch",
+        default=1, ge=1, le=MAX_BATCH, description="batches whose gradients make one step, as if they were one batch"
     )
     lr_rule: Literal["none", "linear", "sqrt"] = Field(
         default="none",
@@ -108,14 +96,11 @@ class Config(Section):
         description="images per step that the rates are meant for, where lr_rule is not none",
     )
     offsets_lr_scale: float = Field(
-        default=0.1,
-        gt=0,
-        description="factor on lr for sampling offsets and the layer that makes reference points",
+        default=0.1, gt=0, description="factor on lr for sampling offsets and the layer that makes reference points"
     )
     weight_decay: float = Field(default=1e-4, ge=0, description="of AdamW")
     decay_norms: bool = Field(
-        default=False,
-        description="norms and biases decay too, as in the codes of Deformable DETR, DN-DETR and DINO",
+        default=False, description="norms and biases decay too, as in the codes of Deformable DETR, DN-DETR and DINO"
     )
     schedule: Literal["step", "cosine"] = Field(default="step", description="of the learning rate, after the warm-up")
     drop_at: Annotated[float, Needs("schedule=step", lambda c: c.schedule == "step")] = Field(
@@ -138,8 +123,7 @@ class Config(Section):
     )
     sync_batch_norm: bool = Field(default=False, description="batch norms that train see the images of all processes")
     nan_policy: Literal["raise", "skip-step"] = Field(
-        default="raise",
-        description="what a loss or gradient that is not finite does: end, or leave out the step",
+        default="raise", description="what a loss or gradient that is not finite does: end, or leave out the step"
     )
     seed: int = Field(default=0, ge=0, le=MAX_SEED, description="of weights, order, augmentation and noise")
     val_fraction: float = Field(
@@ -160,10 +144,7 @@ class Config(Section):
         default=None, ge=1, le=10**9, description="stop after so many evaluations without a better AP"
     )
     log_every: int = Field(
-        default=20,
-        ge=1,
-        le=10**9,
-        description="steps between records in metrics.jsonl; each epoch ends with one too",
+        default=20, ge=1, le=10**9, description="steps between records in metrics.jsonl; each epoch ends with one too"
     )
     save_every_steps: int | None = Field(
         default=None, ge=1, le=10**9, description="save the state within an epoch too, after so many steps"

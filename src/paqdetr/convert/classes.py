@@ -125,8 +125,7 @@ def _categories(path: Path) -> ClassTable:
     )
     if len(set(ids)) < len(ids) or not all(isinstance(own, int) for own in ids):
         raise CheckpointError(
-            f"classes={path}: no COCO json whose `categories` have whole numbers as ids, each another",
-            "give one",
+            f"classes={path}: no COCO json whose `categories` have whole numbers as ids, each another", "give one"
         )
     return ClassTable.from_categories(
         [{"name": own, **row, "id": own} for row, own in zip(rows or [], ids, strict=True)]

@@ -43,11 +43,7 @@ DEFORMABLE_DETR = Layout(
         *proposal_projection("transformer."),
         move("transformer.pos_trans.{p}", "start.embed.0.{p}"),
         move("transformer.pos_trans_norm.{p}", "start.embed.1.{p}"),
-        split(
-            "query_embed.weight",
-            ("start.position", FIRST_HALF),
-            ("query_source.table", SECOND_HALF),
-        ),
+        split("query_embed.weight", ("start.position", FIRST_HALF), ("query_source.table", SECOND_HALF)),
         move("transformer.reference_points.{p}", "start.point_head.{p}"),
         *heads(),
     ),
@@ -59,9 +55,5 @@ DEFORMABLE_DETR = Layout(
         "dropout": "dropout",
         "num_queries": "num_queries",
     },
-    required={
-        "position_embedding": ("sine", "v2"),
-        "dilation": (False,),
-        "masks": (False,),
-    },
+    required={"position_embedding": ("sine", "v2"), "dilation": (False,), "masks": (False,)},
 )

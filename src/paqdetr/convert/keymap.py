@@ -13,18 +13,8 @@ from torch import Tensor
 
 from paqdetr.errors import CheckpointError
 
-_HOLES = {
-    "i": r"\d+",
-    "j": r"\d+",
-    "k": r"\d+",
-    "p": r"weight|bias",
-    "rest": r".+",
-}
-_ARITHMETIC: dict[str, Callable[[int], int]] = {
-    "2k": lambda k: 2 * k,
-    "i+1": lambda i: i + 1,
-    "i-1": lambda i: i - 1,
-}
+_HOLES = {"i": r"\d+", "j": r"\d+", "k": r"\d+", "p": r"weight|bias", "rest": r".+"}
+_ARITHMETIC: dict[str, Callable[[int], int]] = {"2k": lambda k: 2 * k, "i+1": lambda i: i + 1, "i-1": lambda i: i - 1}
 
 
 @dataclass(frozen=True)
@@ -324,10 +314,7 @@ def mlp(source: str, target: str) -> Rule:
     return move(f"{source}.layers.{{k}}.{{p}}", f"{target}.{{2k}}.{{p}}")
 
 
-LEVELS = (
-    move("input_proj.{i}.0.{p}", "level.{i}.0.{p}"),
-    move("input_proj.{i}.1.{p}", "level.{i}.1.{p}"),
-)
+LEVELS = (move("input_proj.{i}.0.{p}", "level.{i}.0.{p}"), move("input_proj.{i}.1.{p}", "level.{i}.1.{p}"))
 
 # Positions of boxes as DAB-DETR's descendants make them: on the padded image, clamped at 1e-3.
 DAB_CONVENTIONS: dict[str, Any] = {"padded_positions": True, "box_eps": 1e-3}

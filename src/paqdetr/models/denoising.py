@@ -76,13 +76,7 @@ class ContrastiveDenoising(nn.Module):
     """
 
     def __init__(
-        self,
-        *,
-        num_queries: int,
-        num_classes: int,
-        dim: int,
-        label_noise: float = 0.5,
-        box_noise: float = 1.0,
+        self, *, num_queries: int, num_classes: int, dim: int, label_noise: float = 0.5, box_noise: float = 1.0
     ) -> None:
         super().__init__()
         self.num_queries = num_queries
@@ -166,8 +160,7 @@ def _repeated(targets: Sequence[Targets], times: int, like: Tensor) -> tuple[Ten
     device = like.device
     labels = pad_sequence([t.labels.to(device) for t in targets], batch_first=True)  # (B, G)
     boxes = pad_sequence(
-        [t.boxes.to(device, torch.promote_types(like.dtype, torch.float32)) for t in targets],
-        batch_first=True,
+        [t.boxes.to(device, torch.promote_types(like.dtype, torch.float32)) for t in targets], batch_first=True
     )
     if labels.shape[1] == 0:
         labels, boxes = labels.new_zeros(len(targets), 1), boxes.new_zeros(len(targets), 1, 4)

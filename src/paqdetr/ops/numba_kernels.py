@@ -48,10 +48,7 @@ def _neighbours(e: Emit, place: Value, size: Value) -> _Axis:
     fraction = e.sub(place, before)
     last = e.sub(size, e.constant(1.0))
     return _Axis(
-        at=(
-            e.minimum(e.maximum(before, e.constant(0.0)), last),
-            e.minimum(e.maximum(after, e.constant(0.0)), last),
-        ),
+        at=(e.minimum(e.maximum(before, e.constant(0.0)), last), e.minimum(e.maximum(after, e.constant(0.0)), last)),
         there=(e.inside(before, size), e.inside(after, size)),
         share=(e.sub(e.constant(1.0), fraction), fraction),
     )

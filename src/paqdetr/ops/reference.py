@@ -8,10 +8,7 @@ from torch import Tensor
 
 
 def ms_deform_attn_gather(
-    value: Tensor,
-    spatial_shapes: list[tuple[int, int]],
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
+    value: Tensor, spatial_shapes: list[tuple[int, int]], sampling_locations: Tensor, attention_weights: Tensor
 ) -> Tensor:
     """See `paqdetr.ops.ms_deform_attn`, whose arguments these are, already checked."""
     batch, _, heads, channels = value.shape
@@ -47,10 +44,7 @@ def _neighbours(place: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def ms_deform_attn_reference(
-    value: Tensor,
-    spatial_shapes: list[tuple[int, int]],
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
+    value: Tensor, spatial_shapes: list[tuple[int, int]], sampling_locations: Tensor, attention_weights: Tensor
 ) -> Tensor:
     """See `paqdetr.ops.ms_deform_attn`, whose arguments these are, already checked."""
     batch, _, heads, channels = value.shape

@@ -74,11 +74,7 @@ def _forward_shape(value: Tensor, spatial_shapes: Sequence[int], locations: Tens
 def _backward_shape(
     gradient: Tensor, value: Tensor, spatial_shapes: Sequence[int], locations: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        value.new_empty(value.shape),
-        locations.new_empty(locations.shape),
-        weights.new_empty(weights.shape),
-    )
+    return (value.new_empty(value.shape), locations.new_empty(locations.shape), weights.new_empty(weights.shape))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

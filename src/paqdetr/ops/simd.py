@@ -122,11 +122,7 @@ class Emit:
 
 
 def each_width(
-    builder: Builder,
-    scalar: ir.Type,
-    start: Value,
-    stop: Value,
-    body: Callable[[Emit, Value], None],
+    builder: Builder, scalar: ir.Type, start: Value, stop: Value, body: Callable[[Emit, Value], None]
 ) -> None:
     """Emit `body(emit, point)` for all points of [start, stop), as many at once as possible."""
     for lanes in _WIDTHS:

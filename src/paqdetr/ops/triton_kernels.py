@@ -84,9 +84,7 @@ def backward(
     value += start
     to_value += start
     grad = tl.load(
-        gradient + (place * CHANNELS)[:, None] + channel[None, :],
-        mask=inside[:, None] & held[None, :],
-        other=0.0,
+        gradient + (place * CHANNELS)[:, None] + channel[None, :], mask=inside[:, None] & held[None, :], other=0.0
     ).to(tl.float32)
     for point in range(LEVELS * POINTS):
         points = place * (LEVELS * POINTS) + point

@@ -36,10 +36,7 @@ class MaskedGroupNorm(nn.GroupNorm):
         mean, variance = (figure.unflatten(1, (self.num_groups, -1)) for figure in (mean, variance))
         offset = mean - mean.mean(2, keepdim=True)  # (B, groups, d / groups)
         scale = ((variance + offset.square()).mean(2, keepdim=True) + self.eps).rsqrt()
-        gain, shift = (
-            scale.expand_as(offset).flatten(1) * self.weight,
-            (offset * scale).flatten(1) * self.weight,
-        )
+        gain, shift = (scale.expand_as(offset).flatten(1) * self.weight, (offset * scale).flatten(1) * self.weight)
         normed = torch.addcmul((shift + self.bias)[:, None], centred, gain[:, None])
         return normed.to(x.dtype).view(batch, height, width, channels).permute(0, 3, 1, 2)
 

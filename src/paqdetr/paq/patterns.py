@@ -89,11 +89,7 @@ class PatternQueries(nn.Module):
             raise ValueError(f"head: expected 'dense' or 'factorised', found {head!r}")
         if not 0 < temperature < math.inf:
             raise ValueError(f"temperature: expected a positive number, found {temperature}")
-        for name, count in (
-            ("num_queries", num_queries),
-            ("num_levels", num_levels),
-            ("head_rank", head_rank),
-        ):
+        for name, count in (("num_queries", num_queries), ("num_levels", num_levels), ("head_rank", head_rank)):
             if count < 1:
                 raise ValueError(f"{name}: expected at least 1, found {count}")
         self.num_queries = num_queries

@@ -23,13 +23,4 @@ from paqdetr.integrations.transformers.hosts import HOSTS, Host
 from paqdetr.integrations.transformers.plugin import PaqPlugin
 from paqdetr.integrations.transformers.settings import PaqSettings
 
-__all__ = [
-    "HOSTS",
-    "Host",
-    "OneToManyUntil",
-    "PaqPlugin",
-    "PaqSettings",
-    "attach",
-    "detach",
-    "from_pretrained",
-]
+__all__ = ["HOSTS", "Host", "OneToManyUntil", "PaqPlugin", "PaqSettings", "attach", "detach", "from_pretrained"]

@@ -160,6 +160,5 @@ def _class_of(config: Any, path: str | Path) -> type[nn.Module]:
         if name in HOSTS and hasattr(transformers, name):
             return getattr(transformers, name)
     raise ConfigError(
-        f"{path}: config.json names the architectures {config.architectures}",
-        f"expected one of {', '.join(HOSTS)}",
+        f"{path}: config.json names the architectures {config.architectures}", f"expected one of {', '.join(HOSTS)}"
     )

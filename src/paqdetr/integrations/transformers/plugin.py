@@ -56,11 +56,7 @@ class PaqPlugin(nn.Module):
             return
         dim = int(getattr(config, host.dim))
         self.queries = from_settings(
-            PatternQueries,
-            settings,
-            num_queries=host.num_queries(config),
-            dim=dim,
-            num_levels=host.num_levels(config),
+            PatternQueries, settings, num_queries=host.num_queries(config), dim=dim, num_levels=host.num_levels(config)
         )
         if settings.mode == "residual":
             self.gate = nn.Parameter(torch.full((dim,), float(settings.gate)))
