@@ -33,7 +33,7 @@ def _scans() -> tuple[np.ndarray, np.ndarray]:
     from sklearn.datasets import load_digits
 
     flat, digits = load_digits(return_X_y=True)
-    return flat.reshape(-1, 8, 8).astype(np.uint8), digits.astype(np.int64)
+    return np.asarray(flat, dtype=np.uint8).reshape(-1, 8, 8), np.asarray(digits, dtype=np.int64)
 
 
 @cache
