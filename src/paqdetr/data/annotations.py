@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, TypeVar, overload
+from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
 
@@ -225,22 +225,15 @@ class Annotations:
             file_names=Texts(self.file_names[index] for index in chosen.tolist()),
             sizes=self.sizes[chosen],
             starts=np.concatenate([[0], np.cumsum([len(own) for own in rows], dtype=np.int64)]),
-            boxes=self.boxes[order],
-            labels=self.labels[order],
-            crowd=self.crowd[order],
-            areas=self.areas[order],
+            **self._columns(order),
         )
 
     def with_boxes(self, keep: np.ndarray) -> Annotations:
         """The same images with some of the boxes. `keep`: (A,) bool."""
-        return replace(
-            self,
-            starts=np.concatenate([[0], np.cumsum(keep)])[self.starts],
-            boxes=self.boxes[keep],
-            labels=self.labels[keep],
-            crowd=self.crowd[keep],
-            areas=self.areas[keep],
-        )
+        return replace(self, starts=np.concatenate([[0], np.cumsum(keep)])[self.starts], **self._columns(keep))
+
+    def _columns(self, rows: np.ndarray) -> dict[str, Any]:
+        return {name: getattr(self, name)[rows] for name in ("boxes", "labels", "crowd", "areas")}
 
 
 @dataclass(slots=True)

@@ -328,23 +328,23 @@ def _check_boxes(annotations: Annotations, issues: Issues) -> None:
     outside = ~empty & ((x >= width) | (y >= height) | (x + w <= 0) | (y + h <= 0))
     over = np.max([-x, -y, x + w - width, y + h - height], axis=0) if len(rows) else np.zeros(0)
 
-    def warn(position: int, message: str, kind: str) -> None:
-        name, label = a.file_names[owners[position]], a.classes.names[a.labels[rows[position]]]
-        shown = ", ".join(f"{value:g}" for value in boxes[position])
-        issues.warn(name, f"box [{shown}] of class {label!r} {message}", kind=kind)
+    def warn(where: np.ndarray, kind: str, message: Callable[[int], str]) -> None:
+        for i in np.flatnonzero(where).tolist():
+            name, label = a.file_names[owners[i]], a.classes.names[a.labels[rows[i]]]
+            shown = ", ".join(f"{value:g}" for value in boxes[i])
+            issues.warn(name, f"box [{shown}] of class {label!r} {message(i)}", kind=kind)
 
-    for position in np.flatnonzero(empty).tolist():
-        warn(position, "has no area; training leaves it out", "box without area")
-    for position in np.flatnonzero(outside).tolist():
-        across, down = int(width[position]), int(height[position])
-        warn(position, f"is outside the image of {across}x{down}; training leaves it out", "box outside the image")
-    for position in np.flatnonzero(~empty & ~outside & (over > _EDGE_TOLERANCE)).tolist():
-        across, down = int(width[position]), int(height[position])
-        warn(
-            position, f"is {over[position]:g} pixels over the edge of the image of {across}x{down}", "box over the edge"
-        )  # fmt: skip
-    for position in np.flatnonzero(a.duplicates()[rows]).tolist():
-        warn(position, "is there twice; training leaves one out, evaluation counts both", "duplicate box")
+    def image(i: int) -> str:
+        return f"the image of {int(width[i])}x{int(height[i])}"
+
+    warn(empty, "box without area", lambda i: "has no area; training leaves it out")
+    warn(outside, "box outside the image", lambda i: f"is outside {image(i)}; training leaves it out")
+    warn(
+        ~empty & ~outside & (over > _EDGE_TOLERANCE), "box over the edge",
+        lambda i: f"is {over[i]:g} pixels over the edge of {image(i)}",
+    )  # fmt: skip
+    repeated = "is there twice; training leaves one out, evaluation counts both"
+    warn(a.duplicates()[rows], "duplicate box", lambda i: repeated)
     for sentence in describe_crowding(a):
         issues.warn(a.source.name, sentence, kind="more boxes than are counted")
     if issues.split == "train" and len(a) and not (~empty & ~outside).any():

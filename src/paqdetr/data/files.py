@@ -33,6 +33,27 @@ def inner_path(name: str) -> str | None:
     return None if plain == "." or len(plain) > 4096 or any(len(os.fsencode(p)) > 255 for p in path.parts) else plain
 
 
+def listed_name(name: str, issues: Issues, *, source: Path, what: str, folder: Path) -> str | None:
+    """The plain form of a name that a file lists; None for a leftover, and where it leads out of the folder.
+
+    Args:
+        source: the file that lists it.
+        what: the name and where it stands, for errors: "line 3: '../a'".
+        folder: that names are relative to.
+
+    Raises:
+        DataError: it leads out, unless issues are collected.
+    """
+    plain = inner_path(name)
+    if plain is None:
+        remedy = "Give names relative to that folder, without '..'."
+        issues.error(source, f"{what} is no name inside {folder}", remedy, kind="path leaves the folder")
+    elif is_leftover(plain):
+        issues.warn(name, "left out: not part of the data", kind="skipped file")
+        return None
+    return plain
+
+
 def folders_in(folder: Path) -> list[Path]:
     """The folders directly in a folder, sorted, without hidden ones and leftovers; none if it cannot be read."""
     return [folder / entry.name for entry in _visible(folder) if _is_folder(entry)]

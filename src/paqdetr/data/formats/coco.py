@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 
 from paqdetr.data.annotations import Annotations, Builder, Issues
-from paqdetr.data.files import Folder, inner_path
+from paqdetr.data.files import Folder, listed_name
 from paqdetr.errors import DataError
 from paqdetr.files import load_json
-from paqdetr.images import is_leftover
 from paqdetr.structures import ClassTable
 from paqdetr.text import shorten
 from paqdetr.values import as_flag, as_id, is_box, is_side
@@ -74,6 +73,11 @@ class _Reader:
             else:
                 self.fail(f"{key}[{position}] is {shorten(entry)}, expected an object")
 
+    def inner(self, name: str, image: int | str, folder: Path) -> str | None:
+        """See `listed_name`."""
+        what = f"image {shorten(image)} has file_name {shorten(name)}, which"
+        return listed_name(name, self.issues, source=self.path, what=what, folder=folder)
+
     def classes(self) -> tuple[ClassTable, dict[int | str, int]]:
         """The class table, and the file's own category ids -> contiguous index."""
         names: dict[int | str, str] = {}
@@ -109,15 +113,8 @@ class _Reader:
                 self.fail(f"image id {shorten(own)} is given twice")
             elif not isinstance(name, str) or not name:
                 self.fail(f"image {shorten(own)} has file_name {shorten(name)}, expected a name")
-            elif (plain := inner_path(name)) is None:
-                self.issues.error(
-                    self.path,
-                    f"image {shorten(own)} has file_name {shorten(name)}, which is no name inside {image_dirs[0]}",
-                    "Give names relative to the folder of the images, without '..'.",
-                    kind="path leaves the folder",
-                )
-            elif is_leftover(plain):
-                self.issues.warn(name, "left out: not part of the data", kind="skipped file")
+            elif (plain := self.inner(name, own, image_dirs[0])) is None:
+                pass
             elif not (is_side(height) and is_side(width)):
                 self.fail(
                     f"image {shorten(own)} has height {shorten(height)} and width {shorten(width)}, expected pixels",

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from paqdetr.data.annotations import Annotations, Builder, Issues
-from paqdetr.data.files import Folder, files_in, folder_in, header_sizes, inner_path
+from paqdetr.data.files import Folder, files_in, folder_in, header_sizes, listed_name
 from paqdetr.errors import DataError
 from paqdetr.files import MAX_JSON_BYTES, parse_json, read_text
-from paqdetr.images import is_leftover
 from paqdetr.structures import ClassTable
 from paqdetr.text import shorten
 from paqdetr.values import as_flag, as_id, is_box
@@ -25,6 +24,10 @@ class CrowdHumanPlace:
 
     odgt_file: Path
     image_dir: Path
+
+    def _file_name(self, own: str, where: str, issues: Issues) -> str | None:
+        what = f"{where}: ID {shorten(own)}"
+        return listed_name(f"{own}.jpg", issues, source=self.odgt_file, what=what, folder=self.image_dir)
 
     def read(self, issues: Issues) -> Annotations:
         """Reads and verifies one split: full-body boxes (`fbox`), which may reach out of the image, as the benchmark has them.
@@ -51,16 +54,11 @@ class CrowdHumanPlace:
             boxes = record.get("gtboxes") if isinstance(record, dict) else None
             if not isinstance(own, str) or not isinstance(boxes, list):
                 issues.error(self.odgt_file, f"{where}: {shorten(record)}, expected an ID and gtboxes")
-            elif inner_path(f"{own}.jpg") is None:
-                issues.error(
-                    self.odgt_file, f"{where}: ID {shorten(own)} is no name inside {self.image_dir}",
-                    "Give names without '..'.", kind="path leaves the folder",
-                )  # fmt: skip
             elif own in records:
                 issues.error(self.odgt_file, f"{where}: ID {shorten(own)} is given twice, first in {records[own][0]}")
-            elif is_leftover(own):
-                issues.warn(f"{own}.jpg", "left out: not part of the data", kind="skipped file")
-            elif (name := images.find(f"{own}.jpg")) is None:
+            elif (plain := self._file_name(own, where, issues)) is None:
+                continue
+            elif (name := images.find(plain)) is None:
                 issues.error(
                     self.image_dir / f"{own}.jpg", f"missing, though {where} of {self.odgt_file} lists it",
                     "Unpack the images into Images/.", kind="missing image",

@@ -19,14 +19,14 @@ from paqdetr.data.files import (
     folder_in,
     folders_in,
     header_sizes,
-    inner_path,
     list_files,
     list_pictures,
+    listed_name,
     meaning,
 )
 from paqdetr.errors import DataError
 from paqdetr.files import read_bytes, read_text
-from paqdetr.images import IMAGE_EXTENSIONS, is_leftover
+from paqdetr.images import IMAGE_EXTENSIONS
 from paqdetr.structures import ClassTable
 from paqdetr.text import shorten
 from paqdetr.values import as_flag, is_coordinate
@@ -282,18 +282,11 @@ def _stems(place: VocPlace, all_stems: set[str], issues: Issues) -> dict[str, in
         return dict.fromkeys(sorted(all_stems), 0)
     stems: dict[str, int] = {}
     for number, line in _lines(place.list_file):
-        stem = inner_path(line)
-        if stem is not None and place.image_dir.name == place.split:
-            stem = stem.removeprefix(f"{place.split}/")
-        if stem is None:
-            issues.error(
-                place.list_file, f"line {number}: {shorten(line)} is no name inside {place.image_dir}",
-                "Give names without '..'.", kind="path leaves the folder",
-            )  # fmt: skip
-        elif is_leftover(stem):
-            issues.warn(stem, "left out: not part of the data", kind="skipped file")
-        else:
-            stems.setdefault(composed(stem), number)
+        what = f"line {number}: {shorten(line)}"
+        stem = listed_name(line, issues, source=place.list_file, what=what, folder=place.image_dir)
+        if stem is not None:
+            own = f"{place.split}/" if place.image_dir.name == place.split else ""
+            stems.setdefault(composed(stem.removeprefix(own)), number)
     for _, line in [] if place.but is None else _lines(place.but):
         stems.pop(composed(line), None)
     return stems

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from paqdetr.data.annotations import DECIMALS, Annotations, Builder, Issues
-from paqdetr.data.files import USUAL, Folder, header_sizes, inner_path, is_split, list_files, list_pictures
+from paqdetr.data.files import USUAL, Folder, header_sizes, inner_path, is_split, list_files, list_pictures, listed_name
 from paqdetr.errors import DataError
 from paqdetr.files import read_text
-from paqdetr.images import is_leftover
 from paqdetr.structures import ClassTable
 from paqdetr.text import shorten
 from paqdetr.values import as_id
@@ -232,17 +231,8 @@ def _listed(place: YoloPlace, path: Path, issues: Issues) -> list[Path]:
         name = line.strip()
         if not name:
             continue
-        plain = inner_path(name)
+        plain = listed_name(name, issues, source=path, what=f"line {number}: {shorten(name)}", folder=place.root)
         if plain is None:
-            issues.error(
-                path,
-                f"line {number}: {shorten(name)} is no name inside {place.root}",
-                "Give names relative to the data folder, without '..'.",
-                kind="path leaves the folder",
-            )
-            continue
-        if is_leftover(plain):
-            issues.warn(name, "left out: not part of the data", kind="skipped file")
             continue
         candidates = [(folder, index.find(plain)) for folder, index in zip(folders, indices, strict=True)]
         image = next((folder / real for folder, real in candidates if real is not None), None)
