@@ -50,7 +50,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "query features": {"mixture_input": "query"},
     "fused/dense and query features": {"mixture_input": "both"},
 }
-# PaQ-DETR (arXiv 2603.06917), DINO with ResNet-50 at 800 x 1333; parameters in millions, GFLOPs, GB, images a second.
+# PaQ-DETR (arXiv 2603.06917), DINO with ResNet-50 at 800 x 1333; parameters in millions, GFLOPs, GB, images per second.
 PUBLISHED = {"parameters": [42.0, 43.8], "flops": [196, 205], "memory": [3.67, 4.15], "fps": [15.8, 15.4]}
 
 
@@ -295,7 +295,7 @@ def markdown(report: dict[str, Any]) -> str:
     """The table of docs/plugin.md."""
     host = report["host"]
     lines = [
-        f"| {report['model']}, {report['image_size']} px, batch {report['batch_size']} | parameters | GFLOPs an image | "
+        f"| {report['model']}, {report['image_size']} px, batch {report['batch_size']} | parameters | GFLOPs per image | "
         "memory of a step | training step | inference |",
         "|---|---|---|---|---|---|",
         f"| the host without PaQ | {host['parameters'] / 1e6:.1f} M | {host['gflops']:.1f} | {host['memory_mb'] / 1e3:.2f} GB | "

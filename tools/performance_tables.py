@@ -89,7 +89,7 @@ def nano_throughput(report: Report) -> str:
 def matching(report: Report) -> str:
     """Assigners by the number of boxes."""
     names = [name for name in report["cases"][0]["times"] if name != "plain loop"]
-    rows = [["boxes an image", "plain loop", *(heading for name in names for heading in (name, "ratio"))]]
+    rows = [["boxes per image", "plain loop", *(heading for name in names for heading in (name, "ratio"))]]
     for case in report["cases"]:
         times = case["times"]
         row = [str(case["boxes"]), _number(times["plain loop"]["median_ms"])]
@@ -114,7 +114,7 @@ def evaluation(report: Report) -> str:
 
 def loading(report: Report) -> str:
     """Images a second of each loader."""
-    rows = [["loader", "images a second", "ratio"]]
+    rows = [["loader", "images per second", "ratio"]]
     for name, rate in report["images_per_second"].items():
         rows.append([name, f"{rate:.0f}", f"**{report['times'][name]['ratio']:.2f}x**"])
     (height, width), (to_height, to_width) = report["first_image"], report["first_batch"]

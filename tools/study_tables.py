@@ -141,7 +141,7 @@ def plan_table() -> str:
         Column("data", "data", "text"),
         Column("variants", "variants", "integer"),
         Column("runs", "runs", "integer"),
-        Column("steps", "steps a run", "integer"),
+        Column("steps", "steps per run", "integer"),
         Column("done", "done", "integer"),
         Column("hours", "machine hours"),
         Column("source", "from", "text"),
@@ -184,7 +184,7 @@ def gpu_table() -> str:
     columns = (
         Column("model", "model", "text"),
         Column("epochs", "epochs of COCO", "integer"),
-        Column("gflops", "GFLOPs an image"),
+        Column("gflops", "GFLOPs per image"),
         Column("slow", f"GPU hours at {slow:.0f} TFLOP/s", "integer"),
         Column("fast", f"at {fast:.0f} TFLOP/s", "integer"),
     )

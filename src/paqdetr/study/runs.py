@@ -27,7 +27,7 @@ class Places:
     """Where a study keeps what: DIR/KIND/DATA/VARIANT/seedN for each kind of thing.
 
     Attributes:
-        output: the study's folder. `runs` holds ordinary folders of `paqdetr train`, `results` one json a run, which is all that
+        output: the study's folder. `runs` holds ordinary folders of `paqdetr train`, `results` one json per run, all that
             tables are made of, `logs` what trainings printed, `sources` which images they saw, `data` what was made for all runs.
     """
 
