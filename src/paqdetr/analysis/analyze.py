@@ -25,9 +25,9 @@ from paqdetr.errors import ConfigError, DataError
 from paqdetr.evaluation.content import ContentCollector
 from paqdetr.evaluation.evaluate import evaluate_split, require_same_classes
 from paqdetr.evaluation.layers import LayerCollector
-from paqdetr.metrics import QueryUsage
 from paqdetr.metrics.intervals import SAMPLES
 from paqdetr.metrics.matches import MatchTable
+from paqdetr.metrics.query_usage import BatchMatch, QueryUsage
 from paqdetr.models import Detector, load
 from paqdetr.report.page import Chapter, Heading, render, require_report_place, write_folder
 from paqdetr.report.section import Section
@@ -149,8 +149,9 @@ def _observe(
     progress: Progress,
 ) -> ModelUnderTest:
     """The one pass over the split that everything is made of."""
-    usage = QueryUsage(num_queries=detector.config.num_queries)
-    content = ContentCollector(num_classes=len(detector.classes))
+    match = BatchMatch()
+    usage = QueryUsage(num_queries=detector.config.num_queries, match=match)
+    content = ContentCollector(num_classes=len(detector.classes), match=match)
     layers = LayerCollector(detector.classes, detector.config)
     found = evaluate_split(
         detector,

@@ -17,7 +17,6 @@ from paqdetr.analysis.subject import Analysis, ModelUnderTest
 from paqdetr.config import LossConfig, load_config
 from paqdetr.data.dataset import DetectionDataset
 from paqdetr.errors import ConfigError
-from paqdetr.evaluation.evaluate import targets_of
 from paqdetr.losses.criterion import Criterion, build_criterion
 from paqdetr.models.attention import DeformableAttention
 from paqdetr.models.decoder import DecoderLayer
@@ -27,7 +26,7 @@ from paqdetr.models.outputs import DetectorOutput
 from paqdetr.models.queries import QueryGroup
 from paqdetr.models.tokens import Tokens
 from paqdetr.paq import QualityAwareAssigner
-from paqdetr.paq.costs import matchables
+from paqdetr.paq.costs import matching_costs
 from paqdetr.preprocessing import pad_images
 from paqdetr.report.overlay import Overlay, mark
 from paqdetr.report.section import Column, Part, Picture, Section, Slides, make_table
@@ -244,7 +243,7 @@ def positives(
         progress: share of the training at which one asks, in [0, 1]; None: where one-to-many assignment begins, if it ever does.
     """
     logits, boxes = torch.from_numpy(inside.logits)[:, None], torch.from_numpy(inside.boxes)[:, None]
-    rows = matchables(logits, boxes, [targets], weights=criterion.cost_weights)
+    rows = matching_costs(logits, boxes, [targets], weights=criterion.cost_weights)
     middle, _ = criterion.assigners(criterion.config.one_to_many_from if progress is None else progress)
     found = []
     for layer, (image,) in enumerate(rows, start=1):
@@ -261,7 +260,7 @@ def positives(
                 iou=image.iou[query, target],
                 confidence=confidence[query, target],
                 score=None if known is None else known.scores[query, target],
-                claims=None if known is None else known.claims,
+                claims=None if known is None else known.num_positives,
             )
         )
     return found
@@ -307,13 +306,13 @@ def _inside_section(
     without = []
     for number, index in enumerate(images):
         inside = look_inside(model.model, model.split.image_or_blank(index))
-        parts += _views(inside, targets_of(model.split, index, classes=classes), model, number)
+        parts += _views(inside, model.split.targets(index, classes=classes), model, number)
         progress(number + 1, len(images) + len(pairs))
     for number, index in enumerate(pairs):
         assert training is not None
         split = training[0]
         inside = look_inside(model.model, split.image_or_blank(index), most=1)
-        targets = targets_of(split, index, classes=classes)
+        targets = split.targets(index, classes=classes)
         parts += _learning(inside, targets, model, criterion, number, split.file_names[index])
         progress(len(images) + number + 1, len(images) + len(pairs))
     if model.model.config.positions != "proposals":

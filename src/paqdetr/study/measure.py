@@ -27,7 +27,7 @@ from paqdetr.metrics.diagnosis import error_split
 from paqdetr.metrics.intervals import resample_images
 from paqdetr.metrics.matches import MatchTable
 from paqdetr.metrics.query_report import QueryUsageReport, Spread
-from paqdetr.metrics.query_usage import QueryUsage
+from paqdetr.metrics.query_usage import BatchMatch, QueryUsage
 from paqdetr.models import Detector, load
 from paqdetr.models.cost import model_cost
 from paqdetr.runs import Run, flat_settings
@@ -132,8 +132,9 @@ def measure_model(
     """
     require_same_classes(model.classes, split)
     found: list[Detections] = []
-    usage = QueryUsage(num_queries=model.config.num_queries)
-    content = ContentCollector(num_classes=len(model.classes))
+    match = BatchMatch()
+    usage = QueryUsage(num_queries=model.config.num_queries, match=match)
+    content = ContentCollector(num_classes=len(model.classes), match=match)
     layers = LayerCollector(model.classes, model.config)
     for index, detections in detect_split(model, split, batch_size=4, observers=[usage, content, layers]):
         detections.image_id = split.image_ids[index]
