@@ -22,7 +22,7 @@ DIGITS_ARGS ?= --train 1400 --val 100 --test 400
 QUICKSTART_ARGS ?=
 RUN := runs/quickstart
 
-.PHONY: help install dev quickstart test test-integration test-full test-slow readme lint types layers check format clean
+.PHONY: help install dev quickstart test test-integration test-full test-slow readme docs lint types layers check format clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -55,6 +55,9 @@ test-slow: $(DEV_STAMP) ## the tests that train for minutes
 
 readme: $(DEV_STAMP) ## run the commands the documentation shows
 	$(PYTEST) -m readme tests/test_readme.py $(PYTEST_ARGS)
+
+docs: $(DEV_STAMP) ## write every generated table of the documentation anew
+	$(BIN)/python tools/docs.py
 
 lint: $(DEV_STAMP) ## ruff: rules and formatting
 	$(BIN)/ruff check .

@@ -2,7 +2,7 @@
 
 python benchmarks/deform_attn.py --threads 2 --json docs/results/performance/deform_attn.json
 python benchmarks/deform_attn.py --threads 1 --clock cpu --json docs/results/performance/deform_attn_one_thread.json
-python tools/performance_tables.py        # writes the tables of docs/performance.md anew
+make docs        # writes the tables of docs/performance.md anew
 
 `--clock cpu` counts the time that the process was given, which other work on the machine touches little; with more than one
 thread it would count threads that wait for each other too.

@@ -2,13 +2,13 @@
 
 python benchmarks/evaluation.py --json evaluation.json
 
-Boxes and detections are made up: 20 classes, some 7 boxes an image, 100 detections an image around boxes and anywhere.
+Boxes and detections are made up: 20 classes, some 7 boxes per image, 100 detections per image around boxes and anywhere.
 Inference is a pass of the nano over images of 320 x 320, one at a time: an evaluation has to take less.
 
 python benchmarks/evaluation.py --coco-size --json coco_size.json
 
 What COCO's val2017 would ask of everything behind `paqdetr eval --intervals`: 5,000 images, 80 classes, 36,000 boxes, 100
-detections an image. Made up as well, a class as often as its rank allows, some three classes an image. Each part once: CPU time,
+detections per image. Made up as well, a class as often as its rank allows, some three classes an image. Each part once: CPU time,
 and peak memory of the process.
 """
 

@@ -2,7 +2,7 @@
 
 python benchmarks/intervals.py --json intervals.json
 
-Boxes and detections are those of benchmarks/evaluation.py: 20 classes, 100 detections an image.
+Boxes and detections are those of benchmarks/evaluation.py: 20 classes, 100 detections per image.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import paqdetr
 from paqdetr.config import load_config
 from paqdetr.losses import build_criterion
-from paqdetr.models.proposals import Start, query_features
+from paqdetr.models.proposals import QueryInit, query_features
 from paqdetr.models.tokens import Tokens
 from paqdetr.models.zoo import build_model
 from paqdetr.paq import OneToOneAssigner, PatternQueries, QualityAwareAssigner, match_layers
@@ -50,7 +50,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "query features": {"mixture_input": "query"},
     "fused/dense and query features": {"mixture_input": "both"},
 }
-# PaQ-DETR (arXiv 2603.06917), DINO with ResNet-50 at 800 x 1333; parameters in millions, GFLOPs, GB, images a second.
+# PaQ-DETR (arXiv 2603.06917), DINO with ResNet-50 at 800 x 1333; parameters in millions, GFLOPs, GB, images per second.
 PUBLISHED = {"parameters": [42.0, 43.8], "flops": [196, 205], "memory": [3.67, 4.15], "fps": [15.8, 15.4]}
 
 
@@ -96,7 +96,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     def host_inference() -> None:
         host.eval()(images)
 
-    seen: list[tuple[Tokens, Start]] = []
+    seen: list[tuple[Tokens, QueryInit]] = []
     handle = host.start.register_forward_hook(lambda module, inputs, start: seen.append((inputs[0], start)))
     with torch.no_grad():
         host.eval()(images)
@@ -192,7 +192,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def mixed(form: PatternQueries, memory: Tokens, start: Start, num_heads: int) -> Tensor:
+def mixed(form: PatternQueries, memory: Tokens, start: QueryInit, num_heads: int) -> Tensor:
     """Content (B, n, d); reading what queries look at, which a two-stage host has at hand, is part of it."""
     features = None
     if form.query_head is not None:
@@ -200,7 +200,7 @@ def mixed(form: PatternQueries, memory: Tokens, start: Start, num_heads: int) ->
     return form(memory.values, memory.spatial_shapes, memory.padding_mask, None, features).content
 
 
-def training_step(form: PatternQueries, memory: Tokens, start: Start, num_heads: int) -> Callable[[], None]:
+def training_step(form: PatternQueries, memory: Tokens, start: QueryInit, num_heads: int) -> Callable[[], None]:
     """Forward, backward and AdamW update of one form, with the diversity of its patterns."""
     optimizer = torch.optim.AdamW(form.parameters(), 1e-4)
     memory = memory.with_values(memory.values.detach().clone().requires_grad_())
@@ -214,7 +214,7 @@ def training_step(form: PatternQueries, memory: Tokens, start: Start, num_heads:
     return step
 
 
-def inference_step(form: PatternQueries, memory: Tokens, start: Start, num_heads: int) -> Callable[[], None]:
+def inference_step(form: PatternQueries, memory: Tokens, start: QueryInit, num_heads: int) -> Callable[[], None]:
     """A forward pass of one form."""
 
     @torch.no_grad()
@@ -295,7 +295,7 @@ def markdown(report: dict[str, Any]) -> str:
     """The table of docs/plugin.md."""
     host = report["host"]
     lines = [
-        f"| {report['model']}, {report['image_size']} px, batch {report['batch_size']} | parameters | GFLOPs an image | "
+        f"| {report['model']}, {report['image_size']} px, batch {report['batch_size']} | parameters | GFLOPs per image | "
         "memory of a step | training step | inference |",
         "|---|---|---|---|---|---|",
         f"| the host without PaQ | {host['parameters'] / 1e6:.1f} M | {host['gflops']:.1f} | {host['memory_mb'] / 1e3:.2f} GB | "

@@ -279,7 +279,7 @@ def collect(folder: Path) -> list[dict[str, Any]]:
 
 def table(results: list[dict[str, Any]]) -> str:
     """Markdown, best first."""
-    head = "| detector | test AP | AP50 | AP after NMS | steps | CPU s a step | lr | million parameters |"
+    head = "| detector | test AP | AP50 | AP after NMS | steps | CPU s per step | lr | million parameters |"
     rows = [
         f"| {row['name']} | {row['test']['AP']:.3f} | {row['test']['AP50']:.3f} | {row['test']['AP_nms']:.3f} | {row['steps']} "
         f"| {row['cpu_seconds_per_step']:.3f} | {row['learning_rate']:g} | {row['parameters'] / 1e6:.1f} |"

@@ -201,7 +201,7 @@ def train(variant: str, arguments: argparse.Namespace) -> dict[str, Any]:
 def markdown(report: dict[str, Any]) -> str:
     """The table of docs/plugin.md."""
     lines = [
-        "| RT-DETR | test AP | AP50 | AP after NMS | positives a box | mean gate |",
+        "| RT-DETR | test AP | AP50 | AP after NMS | positives per box | mean gate |",
         "|---|---|---|---|---|---|",
     ]
     for name, row in report["variants"].items():

@@ -1,7 +1,7 @@
 """Deformable DETR with ResNet-50 against the one in transformers: same weights, same images, inference and training step.
 
 python benchmarks/whole_model.py --json docs/results/performance/whole_model.json
-python tools/performance_tables.py
+make docs
 
 transformers runs as it comes: its attention is grid_sample on a CPU. Its random weights go through `paqdetr convert`, and both
 models have to give the same boxes before anything is timed. Calls take turns in one process.

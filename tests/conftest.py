@@ -83,7 +83,7 @@ def shared_data() -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def script() -> Callable[[str], ModuleType]:
-    """`script("tools/study_page.py")` is that file of the checkout as a module; in a source distribution, which is without
+    """`script("tools/docs.py")` is that file of the checkout as a module; in a source distribution, which is without
     `benchmarks` and `tools`, the test skips."""
 
     def load(file: str) -> ModuleType:

@@ -99,11 +99,9 @@ def test_what_torchvision_found_is_given_in_the_originals_pixels(peers: ModuleTy
     assert found.boxes.tolist() == [[0, 0, 288, 128], [30, 20, 60, 60]]
 
 
-def test_the_page_is_in_step_with_the_kept_results(peers: ModuleType) -> None:
+def test_the_kept_results_are_of_one_budget_and_their_plot_is_on_the_page(peers: ModuleType) -> None:
     page = (DOCS / "study.md").read_text(encoding="utf-8")
     (folder,) = (DOCS / "results").glob("peers_*")
     results = peers.collect(folder)
     assert len(results) >= 5 and {row["cpu_minutes"] for row in results} == {results[0]["cpu_minutes"]}
-    table = peers.table(results)
-    assert f"<!-- {folder.name} -->\n{table}\n<!-- end of {folder.name} -->" in page
     assert f"results/{folder.name}/peers.svg" in page and (folder / "peers.svg").is_file()

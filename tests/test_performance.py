@@ -16,19 +16,6 @@ pytestmark = pytest.mark.integration
 REPO = Path(__file__).resolve().parents[1]
 
 
-def test_the_tables_are_read_from_the_kept_files(script: Callable[[str], ModuleType]) -> None:
-    tables = script("tools/performance_tables.py")
-    page = (REPO / "docs" / "performance.md").read_text(encoding="utf-8")
-    assert tables.write(page) == page
-    assert page.count("**") >= 2 * 2 * len(tables.TABLES)
-
-
-def test_a_table_without_a_place_is_said(script: Callable[[str], ModuleType]) -> None:
-    tables = script("tools/performance_tables.py")
-    with pytest.raises(SystemExit, match="no place for deform_attn"):
-        tables.write("# Empty\n")
-
-
 def test_the_attention_benchmark_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: Any, script: Callable[[str], ModuleType]
 ) -> None:

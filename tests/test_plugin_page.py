@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -37,26 +34,6 @@ def test_attaching_takes_20_lines() -> None:
 
 def test_the_minimal_detr_knows_nothing_of_paqdetr() -> None:
     assert "class TinyDETR" in BLOCKS[0] and "paqdetr" not in BLOCKS[0] + BLOCKS[1]
-
-
-def test_costs_are_those_of_the_kept_files(script: Callable[[str], ModuleType]) -> None:
-    module = script("benchmarks/paq_cost.py")
-    files = sorted((PAGE.parent / "results" / "paq_cost").glob("*.json"))
-    assert len(files) == 2
-    for file in files:
-        assert module.markdown(json.loads(file.read_text("utf-8"))) in PAGE.read_text("utf-8"), file.name
-
-
-def test_the_short_training_is_that_of_the_kept_file(
-    monkeypatch: pytest.MonkeyPatch, script: Callable[[str], ModuleType]
-) -> None:
-    pytest.importorskip("transformers")
-    monkeypatch.setenv("GOMP_SPINCOUNT", "")  # the script sets it where it is missing
-    module = script("benchmarks/plugin_digits.py")
-    report = json.loads((PAGE.parent / "results" / "plugin_digits.json").read_text("utf-8"))
-    table = module.markdown(report)
-    assert {"host", "residual"} <= set(report["variants"])
-    assert table in PAGE.read_text("utf-8")
 
 
 def test_links_lead_somewhere() -> None:

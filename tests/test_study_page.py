@@ -1,4 +1,4 @@
-"""docs/study.md says what the kept results say."""
+"""The studies that are kept, and how one is taken in."""
 
 from __future__ import annotations
 
@@ -18,12 +18,7 @@ REPO = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def pages(script: Callable[[str], ModuleType]) -> ModuleType:
-    return script("tools/study_page.py")
-
-
-def test_the_page_is_in_step_with_the_kept_results(pages: ModuleType) -> None:
-    page = pages.PAGE.read_text(encoding="utf-8")
-    assert pages.write(page) == page
+    return script("tools/study_tables.py")
 
 
 def test_what_is_kept_is_small_and_whole(pages: ModuleType) -> None:
@@ -32,11 +27,6 @@ def test_what_is_kept_is_small_and_whole(pages: ModuleType) -> None:
     assert {file.suffix for file in files} <= {".json", ".yaml"}, "weights are not kept"
     for study in pages.KEPT.glob("*/study.yaml"):
         assert read_results(study.parent / "results"), study
-
-
-def test_a_table_that_there_is_not_is_said(pages: ModuleType) -> None:
-    with pytest.raises(SystemExit, match="has no <!-- end of"):
-        pages.write("<!-- study pilot verdicts -->")
 
 
 def test_a_study_is_taken_in(pages: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,8 +56,7 @@ def test_a_study_is_taken_in(pages: ModuleType, tmp_path: Path, monkeypatch: pyt
     pages.take_in(folder)
     kept = {str(path.relative_to(pages.KEPT)) for path in pages.KEPT.rglob("*") if path.is_file()}
     assert kept == {"small/study.yaml", "small/results/digits/baseline/seed0.json"}
-    written = pages.write("<!-- study small runs -->\nold\n<!-- end of study small runs -->")
-    assert "| digits | baseline | 0 | training: error: NaN |" in written and "old" not in written
+    assert "| digits | baseline | 0 | training: error: NaN |" in pages.table("small", "runs")
     assert "No run of `studies/none.yaml`" in pages.table("none", "verdicts")
     with pytest.raises(SystemExit, match="has no table 'verdict'"):
         pages.table("small", "verdict")

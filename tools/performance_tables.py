@@ -1,22 +1,16 @@
-"""Writes the tables of docs/performance.md from the files in docs/results/performance.
+"""The tables of docs/performance.md, from the reports of benchmarks in docs/results/performance.
 
-python tools/performance_tables.py
-
-A table stands in the page between `<!-- NAME -->` and `<!-- end of NAME -->` and is written by a function of TABLES from
-docs/results/performance/NAME.json. A new benchmark is a json, a function, and two such lines in the page.
+A new benchmark is a json there, a function of TABLES, and a place in the page: `performance NAME`.
 """
 
 from __future__ import annotations
 
 import json
-import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 REPO = Path(__file__).resolve().parents[1]
-PAGE = REPO / "docs" / "performance.md"
 RESULTS = REPO / "docs" / "results" / "performance"
 
 Report = dict[str, Any]
@@ -95,7 +89,7 @@ def nano_throughput(report: Report) -> str:
 def matching(report: Report) -> str:
     """Assigners by the number of boxes."""
     names = [name for name in report["cases"][0]["times"] if name != "plain loop"]
-    rows = [["boxes an image", "plain loop", *(heading for name in names for heading in (name, "ratio"))]]
+    rows = [["boxes per image", "plain loop", *(heading for name in names for heading in (name, "ratio"))]]
     for case in report["cases"]:
         times = case["times"]
         row = [str(case["boxes"]), _number(times["plain loop"]["median_ms"])]
@@ -120,7 +114,7 @@ def evaluation(report: Report) -> str:
 
 def loading(report: Report) -> str:
     """Images a second of each loader."""
-    rows = [["loader", "images a second", "ratio"]]
+    rows = [["loader", "images per second", "ratio"]]
     for name, rate in report["images_per_second"].items():
         rows.append([name, f"{rate:.0f}", f"**{report['times'][name]['ratio']:.2f}x**"])
     (height, width), (to_height, to_width) = report["first_image"], report["first_batch"]
@@ -188,23 +182,16 @@ TABLES: dict[str, Callable[[Report], str]] = {
 }
 
 
-def write(page: str) -> str:
-    """The page with every table made anew.
+def table(name: str) -> str:
+    """Markdown of one report.
 
     Raises:
-        SystemExit: a table's place is missing in the page, or its json in the folder.
+        SystemExit: the report is missing.
     """
-    for name, table in TABLES.items():
-        file = RESULTS / f"{name}.json"
-        if not file.is_file():
-            raise SystemExit(f"{file.relative_to(REPO)} is missing: run the benchmark that writes it")
-        start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-        pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
-        if not pattern.search(page):
-            raise SystemExit(f"{PAGE.relative_to(REPO)} has no place for {name}: no {start} ... {end}")
-        content = table(json.loads(file.read_text(encoding="utf-8")))
-        page = pattern.sub(lambda _, text=f"{start}\n{content}\n{end}": text, page)
-    return page
+    file = RESULTS / f"{name}.json"
+    if name not in TABLES or not file.is_file():
+        raise SystemExit(f"{file.relative_to(REPO)} is missing: run the benchmark that writes it")
+    return TABLES[name](json.loads(file.read_text(encoding="utf-8")))
 
 
 def _made_by(report: Report) -> str:
@@ -234,13 +221,3 @@ def _number(x: float) -> str:
 def _table(rows: list[list[str]]) -> str:
     lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def main() -> None:
-    """Write the page."""
-    PAGE.write_text(write(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    print(f"{len(TABLES)} tables written", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    main()

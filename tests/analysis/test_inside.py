@@ -161,7 +161,7 @@ def test_positives_are_those_of_the_criterion(name: str, tiny_model: Build, pict
     delayed = build_criterion(settings.model_copy(update={"one_to_many_from": 0.3}))
     for layer, same in zip(positives(inside, TARGETS, delayed), found, strict=True):
         assert layer.query.tolist() == same.query.tolist()
-    # Past the share of the training that has several positives a box, every layer has one.
+    # Past the share of the training that has several positives per box, every layer has one.
     late = positives(
         inside, TARGETS, build_criterion(settings.model_copy(update={"one_to_many_until": 0.5})), progress=0.7
     )

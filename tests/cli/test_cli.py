@@ -84,7 +84,7 @@ def test_train(
     assert run(arguments) == 0
     said = capsys.readouterr()
     assert "paq_dino_nano: 8 images, 2 steps of 4 on cpu" in said.err
-    assert "positives a box by layer" in said.err and "epoch 1: val AP" in said.err
+    assert "positives per box by layer" in said.err and "epoch 1: val AP" in said.err
     assert "validation AP (epoch 1)" in said.out
     assert str(Run(output).best) in said.out  # whole, to be copied, however long
     config = load_config(output / "config.yaml")

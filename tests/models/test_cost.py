@@ -57,7 +57,7 @@ def test_parameters_are_those_of_the_model(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["dino_r50", "dino_nano", "paq_deformable_detr_plus_nano"])
 def test_known_costs_are_those_of_the_models(name: str) -> None:
-    """If it fails: `python tools/model_costs.py`."""
+    """If it fails: `python tools/docs.py count`."""
     known, cost = known_figures("costs"), cost_of(name)
     assert known[name] == {
         "parameters": cost.parameters,

@@ -40,7 +40,7 @@ def content_gradients(
         train_progress: share of the training at which the loss is taken, in [0, 1]; None: where one-to-many assignment begins, if
             it ever does.
         seed: of the denoising noise.
-        progress: told (images done, images in all).
+        progress: called with (images done, images in all).
 
     Returns:
         A `Spread` of amounts: `counts` are the (n,) sums.

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -88,7 +87,7 @@ class Inside:
 
 @dataclass(frozen=True, slots=True)
 class LayerPositives:
-    """Who learns from which box in one decoder layer, for one image; P pairs, G boxes.
+    """Which queries are assigned to which box in one decoder layer, for one image; P pairs, G boxes.
 
     Attributes:
         layer: from 1.
@@ -110,36 +109,8 @@ class LayerPositives:
 # --------------------------------------------------------------------------------------------- recording
 
 
-@dataclass(slots=True)
-class _Calls:
-    """What went into the parts, in the order of the calls."""
-
-    attention: dict[nn.Module, tuple[Any, ...]] = field(default_factory=dict)
-    queries: QueryGroup | None = None
-    memory: Tokens | None = None
-
-
-@contextmanager
-def _recording(model: Detector) -> Iterator[_Calls]:
-    calls = _Calls()
-
-    def see_attention(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        calls.attention[module] = arguments
-
-    def see_decoder(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-        calls.queries, calls.memory = arguments[0], arguments[1]
-
-    handles = [
-        module.register_forward_pre_hook(see_attention)
-        for module in model.modules()
-        if isinstance(module, DeformableAttention)
-    ]
-    handles.append(model.decoder.register_forward_pre_hook(see_decoder))
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
+_Calls = dict[nn.Module, tuple[Any, ...]]
+"""The arguments of each watched module's last call."""
 
 
 def look_inside(model: Detector, picture: Image.Image, *, chosen: Sequence[int] | None = None, most: int = 3) -> Inside:
@@ -153,14 +124,18 @@ def look_inside(model: Detector, picture: Image.Image, *, chosen: Sequence[int] 
     """
     device = next(model.parameters()).device
     images, mask = pad_images([model.preprocessing(picture)], model.preprocessing.pad_divisor)
-    was_training = model.training
+    was_training, calls = model.training, _Calls()
+    watched = [module for module in model.modules() if isinstance(module, DeformableAttention)] + [model.decoder]
+    handles = [module.register_forward_pre_hook(calls.__setitem__) for module in watched]
     model.eval()
     try:
-        with torch.inference_mode(), _recording(model) as calls:
+        with torch.inference_mode():
             output = model(images.to(device), None if mask is None else mask.to(device))
             return _kept(model, picture, output, calls, chosen, most)
     finally:
         model.train(was_training)
+        for handle in handles:
+            handle.remove()
 
 
 def _kept(
@@ -171,42 +146,41 @@ def _kept(
     chosen: Sequence[int] | None,
     most: int,
 ) -> Inside:
-    assert calls.queries is not None and calls.memory is not None
+    queries, memory = cast(tuple[QueryGroup, Tokens], calls[model.decoder][:2])
     logits, boxes = output.layers.logits[:, 0], output.layers.boxes[:, 0]
     rows = (
         _surest(logits[-1], boxes[-1], most) if chosen is None else torch.as_tensor(list(chosen), device=logits.device)
     )
     levels = model.encoder.query_levels
-    tokens = _tokens_under(boxes[-1][rows, :2], calls.memory, levels)
+    tokens = _tokens_under(boxes[-1][rows, :2], memory, levels)
     proposals = output.proposals
     return Inside(
         picture=picture,
         logits=_array(logits),
         boxes=_array(boxes),
-        start=_array(calls.queries.reference[0]),
+        start=_array(queries.reference[0]),
         proposals=None if proposals is None else _array(proposals.boxes[0]),
         proposal_scores=None if proposals is None else _array(proposals.logits[0].sigmoid().amax(-1)),
         chosen=rows.cpu().numpy(),
         decoder=tuple(
-            _sampling(layer.cross_attention, calls, rows)
-            for layer in model.decoder.layers
-            if isinstance(layer, DecoderLayer)
+            _sampling(one.cross_attention, calls, rows, memory)
+            for one in model.decoder.layers
+            if isinstance(one, DecoderLayer)
         ),
         encoder=tuple(
-            _sampling(layer.attention, calls, tokens)
-            for layer in model.encoder.layers
-            if isinstance(layer, EncoderLayer)
+            _sampling(one.attention, calls, tokens, memory)
+            for one in model.encoder.layers
+            if isinstance(one, EncoderLayer)
         ),
-        encoder_level=len(calls.memory.spatial_shapes) - levels,
+        encoder_level=len(memory.spatial_shapes) - levels,
     )
 
 
-def _sampling(attention: DeformableAttention, calls: _Calls, rows: Tensor) -> Sampling:
+def _sampling(attention: DeformableAttention, calls: _Calls, rows: Tensor, memory: Tokens) -> Sampling:
     """Of these queries; locations from the padded level to the image."""
-    query, reference, _, spatial_shapes, _ = calls.attention[attention]
+    query, reference, _, spatial_shapes, _ = calls[attention]
     locations, weights = attention.sampling(query[:1, rows], reference[:1, rows], spatial_shapes)
-    assert calls.memory is not None
-    ratios = calls.memory.valid_ratios[0][:, None]  # (L, 1, 2)
+    ratios = memory.valid_ratios[0][:, None]  # (L, 1, 2)
     return Sampling(locations=_array(locations[0] / ratios), weights=_array(weights[0]))
 
 
@@ -445,13 +419,8 @@ def _refinement(inside: Inside, targets: Targets, names: Sequence[str], number: 
                 said = f"{names[inside.labels[step - 1, query]]} {inside.scores[step - 1, query]:.2f}"
                 overlay.label(_corners(box)[:2], said, colour)
         images.append(overlay.picture())
-    start = (
-        "learned points"
-        if inside.start.shape[-1] == 2
-        else "proposals"
-        if inside.proposals is not None
-        else "learned boxes"
-    )
+    learned = "learned points" if inside.start.shape[-1] == 2 else "learned boxes"
+    start = learned if inside.proposals is None or learned == "learned points" else "proposals"
     data = {
         "queries": queries,
         "start": inside.start[queries],
@@ -472,12 +441,8 @@ def _proposals(inside: Inside, number: int) -> Picture:
     overlay = Overlay(inside.picture, dim=0.25)
     for place in range(count - 1, -1, -1):  # the best on top
         best = place < 10
-        overlay.box(
-            _corners(inside.proposals[place]),
-            mark(0) if best else mark(1),
-            width=2.2 if best else 1.2,
-            strength=1.0 if best else 0.55,
-        )
+        colour, width, strength = (mark(0), 2.2, 1.0) if best else (mark(1), 1.2, 0.55)
+        overlay.box(_corners(inside.proposals[place]), colour, width=width, strength=strength)
     caption = f"What the encoder proposes: the best {count} of {len(inside.proposals)} boxes, the ten best in orange."
     data = {"boxes": inside.proposals[:count], "scores": inside.proposal_scores[:count]}
     return Picture(f"proposals_{number}", caption, overlay.picture(), data)

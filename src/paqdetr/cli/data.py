@@ -34,8 +34,8 @@ def make(
     train: Annotated[int, typer.Option(min=1, max=10**7, help="Training images.")] = 1600,
     val: Annotated[int, typer.Option(min=1, max=10**7, help="Validation images.")] = 300,
     test: Annotated[int, typer.Option(min=1, max=10**7, help="Test images.")] = 1000,
-    min_objects: Annotated[int, typer.Option(help="Fewest objects an image.")] = 3,
-    max_objects: Annotated[int, typer.Option(help="Most objects an image.")] = 12,
+    min_objects: Annotated[int, typer.Option(help="Fewest objects per image.")] = 3,
+    max_objects: Annotated[int, typer.Option(help="Most objects per image.")] = 12,
     workers: Annotated[int, typer.Option(min=1, max=MAX_WORKERS, help="Processes.")] = 1,
 ) -> None:
     """Make a data set from what ships with the installed libraries; no download."""

@@ -47,7 +47,7 @@ class TrainingProgress(Callback):
             return
         positives = ""
         if "positives_per_box" in record:
-            positives = "  positives a box by layer " + " ".join(f"{k:.2f}" for k in record["positives_per_box"])
+            positives = "  positives per box by layer " + " ".join(f"{k:.2f}" for k in record["positives_per_box"])
         errors.print(
             f"step {record['step']}  epoch {record['epoch']:.2f}  loss {record['loss']:.3f}  "
             f"lr {record['lr']:.2e}  {record['images_per_second']:.1f} images/s{positives}"
@@ -73,7 +73,7 @@ class TrainingProgress(Callback):
         errors.print(
             f"epoch {record['epoch']}: {record['split']} AP {show(record['AP'])}, AP50 {show(record['AP50'])}, "
             f"AP after NMS {show(record['AP_nms'])}, {record['predictions_per_image']:.1f} predictions over 0.3 "
-            f"for {record['boxes_per_image']:.1f} boxes an image"
+            f"for {record['boxes_per_image']:.1f} boxes per image"
         )
 
     def on_end(self) -> None:

@@ -70,13 +70,9 @@ class _Times:
     """Seconds of an optimiser step, of settings that were measured or resemble such."""
 
     def __init__(self, results: Sequence[RunResult]) -> None:
-        self._results = [
-            result
-            for result in results
-            if result.failed is None
-            and result.cost
-            and all(isinstance(result.settings.get(key), int) for key in ("batch_size", "accumulate"))
-        ]
+        keys = ("batch_size", "accumulate")
+        usable = [one for one in results if one.failed is None and one.cost]
+        self._results = [one for one in usable if all(isinstance(one.settings.get(key), int) for key in keys)]
 
     def of(self, data: str, variant: str, config: Config) -> tuple[float | None, str]:
         """Seconds, and what they rest on."""

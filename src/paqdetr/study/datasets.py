@@ -16,7 +16,7 @@ from paqdetr.data.layout import available_splits
 from paqdetr.errors import DataError
 from paqdetr.locks import held
 from paqdetr.outputs import whole_folder
-from paqdetr.study.spec import DataSet, Digits
+from paqdetr.study.spec import DataSet
 
 Progress = Callable[[int, int], None]
 
@@ -60,7 +60,7 @@ def prepare(data: DataSet, *, cache: Path, root: Path, progress: Progress | None
     cache.mkdir(parents=True, exist_ok=True)
     with held(cache / ".lock", wait=True):
         if data.make is not None:
-            _make(data.make, source, progress)
+            make_digits(source, **data.make.model_dump(), progress=progress)
         for fold in range(data.folds or 0):
             _cut(source, folder_of(data, cache=cache, root=root, fold=fold), fold, data.folds or 1)
 
@@ -77,10 +77,6 @@ def training_images(data: DataSet, *, root: Path) -> int:
     else:
         count = sum(len(open_split(root / str(data.folder), split)) for split in splits)
     return count - -(-count // data.folds) if data.folds else count
-
-
-def _make(digits: Digits, folder: Path, progress: Progress | None) -> None:
-    make_digits(folder, **digits.model_dump(), progress=progress)
 
 
 def _cut(source: Path, folder: Path, fold: int, folds: int) -> None:

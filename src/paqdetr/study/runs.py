@@ -27,7 +27,7 @@ class Places:
     """Where a study keeps what: DIR/KIND/DATA/VARIANT/seedN for each kind of thing.
 
     Attributes:
-        output: the study's folder. `runs` holds ordinary folders of `paqdetr train`, `results` one json a run, which is all that
+        output: the study's folder. `runs` holds ordinary folders of `paqdetr train`, `results` one json per run, all that
             tables are made of, `logs` what trainings printed, `sources` which images they saw, `data` what was made for all runs.
     """
 
@@ -89,7 +89,6 @@ class PlannedRun:
         config: the result of both, with the number of classes if the data are there.
         folder: of the data.
         source: which data those are, wherever the folder lies.
-        fold: which part of the data is validated on; None without folds.
         steps: optimiser steps.
         epoch_steps: of an epoch.
         processes: that train together.
@@ -101,7 +100,6 @@ class PlannedRun:
     config: Config
     folder: Path
     source: dict[str, Any]
-    fold: int | None
     steps: int
     epoch_steps: int
     processes: int
@@ -208,7 +206,6 @@ def _planned(
         config=config,
         folder=folder_of(spec, cache=places.data, root=root, fold=fold),
         source=source_of(spec, fold),
-        fold=fold,
         steps=data.steps,
         epoch_steps=data.epoch_steps,
         processes=study.processes,

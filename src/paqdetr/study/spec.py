@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
@@ -98,7 +98,18 @@ class Digits(Section):
     max_objects: int = Field(default=12, ge=1, le=1000)
 
 
-class DataSet(Section):
+class _Budget(Section):
+    steps: int | None = Field(default=None, ge=1, le=10**9)
+    epochs: int | None = Field(default=None, ge=1, le=1_000_000)
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        if self.steps and self.epochs:
+            raise ValueError("has both steps and epochs; a budget is one of them")
+        return self
+
+
+class DataSet(_Budget):
     """Images to train and evaluate on, and what all variants have in common there. The same images may stand under several names,
     with other settings or another budget.
 
@@ -119,8 +130,6 @@ class DataSet(Section):
     folds: int | None = Field(default=None, ge=2, le=1000)
     split: Literal["train", "val", "test"] | None = None
     settings: Settings = Field(default_factory=dict)
-    steps: int | None = Field(default=None, ge=1, le=10**9)
-    epochs: int | None = Field(default=None, ge=1, le=1_000_000)
     evaluations: int | None = Field(default=None, ge=1, le=10**6)
     seeds: Seeds | None = None
     variants: tuple[str, ...] | None = None
@@ -130,8 +139,6 @@ class DataSet(Section):
     def _one_source(self) -> DataSet:
         if (self.folder is None) == (self.make is None):
             raise ValueError("needs either a folder or make")
-        if self.steps and self.epochs:
-            raise ValueError("has both steps and epochs; a budget is one of them")
         return self
 
 
@@ -220,7 +227,7 @@ class Measurement(Section):
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
 
 
-class Study(Section):
+class Study(_Budget):
     """All of it.
 
     Attributes:
@@ -241,8 +248,6 @@ class Study(Section):
     about: str = ""
     base: str
     settings: Settings = Field(default_factory=dict)
-    steps: int | None = Field(default=None, ge=1, le=10**9)
-    epochs: int | None = Field(default=None, ge=1, le=1_000_000)
     evaluations: int = Field(default=10, ge=1, le=10**6)
     seeds: Seeds = (0, 1, 2)
     threads: int = Field(default=2, ge=1, le=1024)
@@ -258,18 +263,16 @@ class Study(Section):
     def _consistent(self) -> Study:
         _named({self.name: None})
         _one_of("baseline", self.baseline, self.variants, "a variant")
-        if self.steps and self.epochs:
-            raise ValueError("the study has both steps and epochs; a budget is one of them")
         runs = sum(len(self.seeds_of(name, variant)) for name in self.data for variant in self.variants_of(name))
         if runs > _MAX_RUNS:
             raise ValueError(f"{runs:,} runs, more than the {_MAX_RUNS:,} that a study may have")
         for name, data in self.data.items():
             if not (data.steps or data.epochs or self.steps or self.epochs):
                 raise ValueError(f"data.{name}: has no budget: give steps or epochs, here or for the study")
-            for key, variants in (("variants", data.variants or ()), ("more_seeds", data.more_seeds)):
-                for variant in variants:
-                    _one_of(f"data.{name}.{key}", variant, self.variants, "a variant")
+            for variant in data.variants or ():
+                _one_of(f"data.{name}.variants", variant, self.variants, "a variant")
             for variant in data.more_seeds:
+                _one_of(f"data.{name}.more_seeds", variant, self.variants, "a variant")
                 _one_of(f"data.{name}.more_seeds", variant, self.variants_of(name), "a variant that runs there")
                 _distinct(self.seeds_of(name, variant))
         for name, claim in self.claims.items():

@@ -1,21 +1,14 @@
-"""Keep what studies found, and write the tables of docs/study.md from it.
+"""The tables of docs/study.md, from the results of studies that are kept.
 
-python tools/study_page.py take DIR         # take in the folder that `paqdetr study --output DIR` has filled
-python tools/study_page.py plan DATA_ROOT   # work out what the studies of studies/ would take, and full scale
-python tools/study_page.py                  # only write the tables anew
-
-Kept in docs/results/studies are the study's file and one json a run, not weights. A table of the page stands between
-`<!-- study NAME TABLE -->` and `<!-- end of study NAME TABLE -->`, with the names of the report's tables; or `facts`, how the
-study was made. `<!-- study plan runs -->`, `<!-- study plan cuts -->` and `<!-- study plan gpu -->` are about all studies.
+Kept in docs/results/studies are the study's file and one json per run, not weights. `study NAME TABLE` is a table of the study's
+report by its name there, or `facts`, how the study was made; `study plan runs|cuts|gpu` are about all studies.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
 import shutil
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,7 +24,6 @@ from paqdetr.study.spec import Study, load_study
 from paqdetr.study.tables import SETTLED, planning
 
 REPO = Path(__file__).resolve().parents[1]
-PAGE = REPO / "docs" / "study.md"
 KEPT = REPO / "docs" / "results" / "studies"
 PLAN = KEPT / "plan.json"
 MOST_BYTES = 20 * 2**20
@@ -96,26 +88,6 @@ def _plan_row(study: Study, row: Forecast) -> dict[str, Any]:
     }
 
 
-def write(page: str) -> str:
-    """The page with every table made anew.
-
-    Raises:
-        SystemExit: a table is asked for that there is not, or one has no end.
-    """
-    for name, what in re.findall(r"<!-- study (\S+) (\S+) -->", page):
-        start, end = f"<!-- study {name} {what} -->", f"<!-- end of study {name} {what} -->"
-        if end not in page:
-            raise SystemExit(f"{PAGE.relative_to(REPO)}: {start} has no {end}")
-        content = table(name, what)
-        page = re.sub(
-            f"{re.escape(start)}.*?{re.escape(end)}",
-            lambda _, text=f"{start}\n{content}\n{end}": text,
-            page,
-            flags=re.DOTALL,
-        )
-    return page
-
-
 def table(name: str, what: str) -> str:
     """Markdown of one table of a study that is kept."""
     if name == "plan":
@@ -131,7 +103,7 @@ def table(name: str, what: str) -> str:
         data = what.partition("_")[2]
         if data in report.runs.study.data:
             return f"No run on `{data}` is kept yet."
-        raise SystemExit(f"{PAGE.relative_to(REPO)}: the study {name} has no table {what!r}") from None
+        raise SystemExit(f"the study {name} has no table {what!r}") from None
 
 
 @cache
@@ -169,7 +141,7 @@ def plan_table() -> str:
         Column("data", "data", "text"),
         Column("variants", "variants", "integer"),
         Column("runs", "runs", "integer"),
-        Column("steps", "steps a run", "integer"),
+        Column("steps", "steps per run", "integer"),
         Column("done", "done", "integer"),
         Column("hours", "machine hours"),
         Column("source", "from", "text"),
@@ -212,7 +184,7 @@ def gpu_table() -> str:
     columns = (
         Column("model", "model", "text"),
         Column("epochs", "epochs of COCO", "integer"),
-        Column("gflops", "GFLOPs an image"),
+        Column("gflops", "GFLOPs per image"),
         Column("slow", f"GPU hours at {slow:.0f} TFLOP/s", "integer"),
         Column("fast", f"at {fast:.0f} TFLOP/s", "integer"),
     )
@@ -239,23 +211,5 @@ def _grouped(keys: tuple[str, ...]) -> list[tuple[str, str, list[dict[str, Any]]
 
 def _plan() -> dict[str, Any]:
     if not PLAN.is_file():
-        raise SystemExit(f"{PLAN.relative_to(REPO)} is missing: python tools/study_page.py plan DATA_ROOT")
+        raise SystemExit(f"{PLAN.relative_to(REPO)} is missing: python tools/docs.py plan-studies DATA_ROOT")
     return json.loads(PLAN.read_text(encoding="utf-8"))
-
-
-def main() -> None:
-    """Take in or plan if that is asked for, then write the page."""
-    match sys.argv[1:]:
-        case ["take", folder]:
-            take_in(Path(folder))
-        case ["plan", root]:
-            make_plan(Path(root))
-        case []:
-            pass
-        case _:
-            raise SystemExit(__doc__)
-    PAGE.write_text(write(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

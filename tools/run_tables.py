@@ -1,18 +1,13 @@
-"""Keep what a finished run reached, and write it into the table of the README and the list that `paqdetr models` shows.
+"""The table of the README and the list that `paqdetr models` shows, from finished runs that are kept in docs/results.
 
-python tools/collect_results.py NAME RUN "COMMANDS THAT MADE IT"     # take a run in
-python tools/collect_results.py    # only write the table anew
-
-RUN is a run's folder with a test.json beside its checkpoint (`paqdetr eval RUN --split test --json RUN/test.json`).
-Kept are settings, figures and the log, not weights; every number of the tables is read from there.
+A run is taken in with a test.json beside its checkpoint (`paqdetr eval RUN --split test --json RUN/test.json`). Kept are
+settings, figures and the log, not weights; every number of the tables is read from there.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
-import sys
 from pathlib import Path
 
 import yaml
@@ -20,7 +15,6 @@ import yaml
 REPO = Path(__file__).resolve().parents[1]
 RESULTS = REPO / "docs" / "results"
 MEASURED = REPO / "src" / "paqdetr" / "configs" / "measured.yaml"
-MARKERS = ("<!-- results -->", "<!-- end of results -->")
 
 
 def take_in(name: str, run: Path, commands: str) -> None:
@@ -42,17 +36,6 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def write_tables(*files: Path) -> None:
-    """Put the table between the markers of each file."""
-    start, end = MARKERS
-    for file in files:
-        text = file.read_text(encoding="utf-8")
-        pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
-        if not pattern.search(text):
-            raise SystemExit(f"{file}: has no {start} ... {end}")
-        file.write_text(pattern.sub(lambda _: f"{start}\n{table()}\n{end}", text), encoding="utf-8")
-
-
 def measured() -> str:
     """YAML: model -> what it reached on the test split of which data."""
     rows: dict[str, list[dict[str, object]]] = {}
@@ -63,7 +46,7 @@ def measured() -> str:
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
         row = {"data": folder.name, "AP": round(figures["AP"], 3), "AP50": round(figures["AP50"], 3)}
         rows.setdefault(_model_of(config["name"]), []).append(row)
-    head = "# Written by tools/collect_results.py from docs/results: one seed each, on the test split.\n"
+    head = "# Written by tools/docs.py from docs/results: one seed each, on the test split.\n"
     return head + yaml.safe_dump(rows, sort_keys=True)
 
 
@@ -91,17 +74,3 @@ def _row(folder: Path) -> str:
         f"{start['cores']} CPU cores, torch {start['torch'].split('+')[0]}",
     ]
     return "| " + " | ".join(cells) + " |"
-
-
-def main() -> None:
-    """Take a run in if one is named, then write the tables."""
-    if len(sys.argv) == 4:
-        take_in(sys.argv[1], Path(sys.argv[2]), sys.argv[3])
-    elif len(sys.argv) != 1:
-        raise SystemExit(__doc__)
-    write_tables(REPO / "README.md")
-    MEASURED.write_text(measured(), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,18 +1,13 @@
-"""Write the tables of docs/settings.md from the settings themselves.
+"""The tables of docs/settings.md, from the settings themselves.
 
-python tools/settings_page.py
-
-Types, ranges, defaults and meanings are those of `paqdetr.config`: a setting without a description is an error. A table of
-the page stands between `<!-- settings SECTION -->` and `<!-- end of settings SECTION -->`; the section of top-level keys is
-called `training`.
+Types, ranges, defaults and meanings are those of `paqdetr.config`: a setting without a description is an error. The section of
+top-level keys is called `training`.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import types
-from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
@@ -20,7 +15,6 @@ from pydantic.fields import FieldInfo
 from paqdetr.config import Config, load_config
 from paqdetr.config.section import Section
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "settings.md"
 # The model whose differences from the defaults the page shows beside them.
 EXAMPLE = "paq_dino_nano"
 TOP = "training"
@@ -64,21 +58,6 @@ def table(name: str) -> str:
     return "\n".join(lines)
 
 
-def write(page: str) -> str:
-    """The page with every table made anew.
-
-    Raises:
-        SystemExit: a section has no place in the page.
-    """
-    for name in sections():
-        start, end = f"<!-- settings {name} -->", f"<!-- end of settings {name} -->"
-        if start not in page or end not in page:
-            raise SystemExit(f"{PAGE.name}: no {start} with {end}")
-        content = f"{start}\n{table(name)}\n{end}"
-        page = re.sub(f"{re.escape(start)}.*?{re.escape(end)}", lambda _, text=content: text, page, flags=re.DOTALL)
-    return page
-
-
 def _takes(field: FieldInfo) -> str:
     """Type and range in words: `int, >= 1`, or the words that may stand there."""
     bounds = [
@@ -110,11 +89,3 @@ def _yaml(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def main() -> None:
-    PAGE.write_text(write(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
