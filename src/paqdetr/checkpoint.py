@@ -49,6 +49,11 @@ def write_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], header: Ma
     write_whole(Path(path), lambda temporary: save_file(content, temporary, metadata=metadata))
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file as `write_whole` does."""
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a file beside `path`, and move it there once it lies safely on the disk. Its permissions are those of any
     new file (0666 less the umask), whatever `write` gives it.
