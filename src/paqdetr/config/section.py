@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+
+Made = TypeVar("Made")
 
 
 def lists_are_tuples(value: Any) -> Any:
@@ -49,6 +52,14 @@ class Section(BaseModel):
     retired: ClassVar[Mapping[str, Any]] = {}
 
     _lists = field_validator("*", mode="before")(lists_are_tuples)
+
+    def build(self, make: Callable[..., Made], **given: Any) -> Made:
+        """`make(...)`, where each argument that is not given is the setting of the same name, if there is one.
+
+        So a setting is written down where it is declared and where it is used, and nowhere between.
+        """
+        names = inspect.signature(make).parameters.keys() - given.keys()
+        return make(**{name: getattr(self, name) for name in names if hasattr(self, name)}, **given)
 
     @classmethod
     def with_role(cls, *roles: Role) -> tuple[str, ...]:

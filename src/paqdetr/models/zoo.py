@@ -22,7 +22,6 @@ from paqdetr.models.queries import FeatureQueries, QuerySource, ResidualMixtures
 from paqdetr.paq import PatternQueries, StaticMixtures
 from paqdetr.preprocessing import Preprocessing
 from paqdetr.structures import ClassTable
-from paqdetr.values import from_settings
 
 # So that the many background queries do not drown the first steps.
 _CLASS_BIAS = -math.log((1 - 0.01) / 0.01)
@@ -87,7 +86,7 @@ def _zero(bias: Tensor | None) -> None:
 
 
 def _static_queries(config: ModelConfig) -> StaticQueries:
-    return from_settings(StaticQueries, config, dim=config.content_dim, std=config.content_std)
+    return config.build(StaticQueries, dim=config.content_dim, std=config.content_std)
 
 
 def _as_mixture(
@@ -100,7 +99,7 @@ def _as_mixture(
 
 
 def _pattern_queries(config: ModelConfig) -> QuerySource:
-    patterns = from_settings(PatternQueries, config, pattern_dim=config.content_dim, conv=config.extractor_conv)
+    patterns = config.build(PatternQueries, pattern_dim=config.content_dim, conv=config.extractor_conv)
     return _as_mixture(config, patterns)
 
 
@@ -108,19 +107,17 @@ def _pattern_queries(config: ModelConfig) -> QuerySource:
 QUERY_SOURCES: dict[str, Callable[[ModelConfig], QuerySource | None]] = {
     "static": _static_queries,
     "patterns": _pattern_queries,
-    "static_mixture": lambda config: _as_mixture(config, from_settings(StaticMixtures, config, dim=config.content_dim)),
-    "features": lambda config: _as_mixture(config, from_settings(FeatureQueries, config)),
+    "static_mixture": lambda config: _as_mixture(config, config.build(StaticMixtures, dim=config.content_dim)),
+    "features": lambda config: _as_mixture(config, config.build(FeatureQueries)),
     "proposals": lambda config: None,
 }
 
 
 def _proposal_start(config: ModelConfig) -> ProposalStart:
-    return from_settings(
+    return config.build(
         ProposalStart,
-        config,
-        head=from_settings(
+        head=config.build(
             ProposalHead,
-            config,
             class_agnostic=config.class_agnostic_proposals,
             distinct=config.distinct_proposals,
         ),
@@ -131,14 +128,14 @@ def _proposal_start(config: ModelConfig) -> ProposalStart:
 
 QUERY_INITS: dict[str, Callable[[ModelConfig], Initializer]] = {
     "proposals": _proposal_start,
-    "anchors": lambda config: from_settings(LearnedAnchors, config),
-    "points": lambda config: from_settings(LearnedPoints, config),
+    "anchors": lambda config: config.build(LearnedAnchors),
+    "points": lambda config: config.build(LearnedPoints),
 }
 
 DENOISING: dict[str, Callable[[ModelConfig], Denoising | None]] = {
     "none": lambda config: None,
-    "plain": lambda config: from_settings(PlainDenoising, config, groups=config.denoising_groups),
-    "contrastive": lambda config: from_settings(ContrastiveDenoising, config, num_queries=config.denoising_queries),
+    "plain": lambda config: config.build(PlainDenoising, groups=config.denoising_groups),
+    "contrastive": lambda config: config.build(ContrastiveDenoising, num_queries=config.denoising_queries),
 }
 
 
@@ -200,9 +197,8 @@ def build_model(config: Config, *, classes: ClassTable | None = None, pretrained
             f"model.num_classes={model.num_classes}, but the data has {len(classes)} classes",
             "leave num_classes out: training takes it from the data",
         )
-    backbone = from_settings(
+    backbone = model.build(
         Backbone,
-        model,
         name=model.backbone,
         strides=model.backbone_strides,
         freeze_norm=model.freeze_backbone_norm,
@@ -210,9 +206,8 @@ def build_model(config: Config, *, classes: ClassTable | None = None, pretrained
         pretrained=pretrained_backbone,
     )
     # The order decides which random numbers each part gets.
-    decoder = from_settings(
+    decoder = model.build(
         Decoder,
-        model,
         num_layers=model.decoder_layers,
         norm=model.decoder_norm,
         fixed_position=model.position_embedding == "fixed",
@@ -226,9 +221,9 @@ def build_model(config: Config, *, classes: ClassTable | None = None, pretrained
         classes=classes,
         preprocessing=preprocessing_of(config),
         backbone=backbone,
-        neck=from_settings(Neck, model, in_channels=backbone.channels, masked_norm=model.masked_neck_norm),
-        encoder=from_settings(
-            DeformableEncoder, model, num_layers=model.encoder_layers, query_levels=model.encoder_query_levels
+        neck=model.build(Neck, in_channels=backbone.channels, masked_norm=model.masked_neck_norm),
+        encoder=model.build(
+            DeformableEncoder, num_layers=model.encoder_layers, query_levels=model.encoder_query_levels
         ),
         start=QUERY_INITS[model.positions](model),
         query_source=QUERY_SOURCES[model.queries](model),

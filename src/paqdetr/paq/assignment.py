@@ -17,7 +17,6 @@ from torch import Tensor
 
 from paqdetr.paq.costs import CostWeights, MatchingCosts, matching_costs
 from paqdetr.structures import Targets
-from paqdetr.values import from_settings
 
 # A sum of IoUs that is 2 but for the rounding of float32 is 2, whichever way it is rounded.
 _ROUNDING = 1e-6
@@ -409,11 +408,10 @@ class SimOTAAssigner:
 # By the names that settings give them; a rule takes each of its arguments from the setting of that name.
 ASSIGNERS: dict[str, Callable[[Any, CostWeights], Assigner]] = {
     "one_to_one": lambda settings, weights: OneToOneAssigner(cost_weights=weights),
-    "quality_aware": lambda settings, weights: from_settings(QualityAwareAssigner, settings, cost_weights=weights),
+    "quality_aware": lambda settings, weights: settings.build(QualityAwareAssigner, cost_weights=weights),
     "fixed_k": lambda settings, weights: FixedKAssigner(settings.top_k, cost_weights=weights),
-    "simota": lambda settings, weights: from_settings(
+    "simota": lambda settings, weights: settings.build(
         SimOTAAssigner,
-        settings,
         select="cost" if settings.select == "score" else settings.select,
         cost_weights=weights,
     ),

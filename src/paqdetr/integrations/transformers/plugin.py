@@ -14,7 +14,6 @@ from paqdetr.integrations.transformers.losses import OneToManyCriterion, with_an
 from paqdetr.integrations.transformers.settings import PaqSettings
 from paqdetr.paq import Mixture, PatternQueries
 from paqdetr.paq.assignment import ASSIGNERS
-from paqdetr.values import from_settings
 
 
 class PaqPlugin(nn.Module):
@@ -55,8 +54,8 @@ class PaqPlugin(nn.Module):
         if settings.mode == "none":
             return
         dim = int(getattr(config, host.dim))
-        self.queries = from_settings(
-            PatternQueries, settings, num_queries=host.num_queries(config), dim=dim, num_levels=host.num_levels(config)
+        self.queries = settings.build(
+            PatternQueries, num_queries=host.num_queries(config), dim=dim, num_levels=host.num_levels(config)
         )
         if settings.mode == "residual":
             self.gate = nn.Parameter(torch.full((dim,), float(settings.gate)))
