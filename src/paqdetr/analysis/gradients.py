@@ -55,8 +55,7 @@ def content_gradients(
         train_progress = criterion.config.one_to_many_from
     if count < 1:
         raise DataError(
-            f"{split.annotation_file}: no image to take gradients of",
-            "take another split, or images=1 or more",
+            f"{split.annotation_file}: no image to take gradients of", "take another split, or images=1 or more"
         )
     chosen = [place * len(split) // count for place in range(count)]
     device = next(model.parameters()).device

@@ -33,7 +33,7 @@ def _scans() -> tuple[np.ndarray, np.ndarray]:
     from sklearn.datasets import load_digits
 
     flat, digits = load_digits(return_X_y=True)
-    return np.asarray(flat, dtype=np.uint8).reshape(-1, 8, 8), np.asarray(digits, dtype=np.int64)
+    return np.asarray(flat, np.uint8).reshape(-1, 8, 8), np.asarray(digits, np.int64)
 
 
 @cache
