@@ -61,9 +61,9 @@ class LossConfig(Section):
         "normalizer": "boxes",
     }
 
-    classification: Literal["focal", "varifocal"] = Field(
+    classification: Literal["focal", "varifocal", "quality_focal"] = Field(
         default="focal",
-        description="focal (the hosts'), or varifocal, whose target for a positive is its IoU",
+        description="focal (the hosts'); varifocal (PaQ's) or quality_focal (Co-DETR's): a positive's target is its IoU",
     )
     assigner: Annotated[AssignerName, _SEVERAL_LAYERS] = Field(
         default="one_to_one",

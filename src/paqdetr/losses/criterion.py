@@ -28,6 +28,7 @@ from paqdetr.paq import (
     SimOTAAssigner,
     focal_loss,
     match_layers,
+    quality_focal_loss,
     varifocal_loss,
 )
 from paqdetr.structures import Targets
@@ -80,7 +81,7 @@ class Criterion:
         self.intermediate, self.encoder, self.last = intermediate, encoder, last
         self.cost_weights = cost_weights
         self.aux_weights = {"diversity": config.diversity_weight * config.div_scale}
-        self.classify = varifocal_loss if config.classification == "varifocal" else focal_loss
+        self.classify = CLASSIFICATION[config.classification]
 
     def one_to_many(self, progress: float) -> bool:
         """Whether intermediate layers use their own assigner at this share of the training, in [0, 1]."""
@@ -234,15 +235,15 @@ class Criterion:
         """Sums of each layer, (K,). A pair of weight w has the target w * IoU, as in Align-DETR (arXiv 2304.07527); for focal
         loss, whose targets are 0 and 1, it is w of a positive and 1 - w of a negative."""
         place = (pairs.layer, pairs.image, pairs.query, pairs.label)
-        varifocal = self.classify is varifocal_loss
+        by_quality = self.classify is not focal_loss
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        quality = iou.to(dtype) if varifocal else torch.ones_like(iou, dtype=dtype)
-        if varifocal and pairs.weight is not None:
+        quality = iou.to(dtype) if by_quality else torch.ones_like(iou, dtype=dtype)
+        if by_quality and pairs.weight is not None:
             quality = quality * pairs.weight.to(dtype)
         goal = torch.zeros_like(logits, dtype=dtype)
         goal[place] = quality
         losses = self.classify(logits, goal)  # (K, B, N, C)
-        if not varifocal and pairs.weight is not None:
+        if not by_quality and pairs.weight is not None:
             whole = losses[place]
             negative = self.classify(logits[place], torch.zeros_like(whole))
             losses = losses.index_put(place, torch.lerp(negative, whole, pairs.weight.to(whole.dtype)))
@@ -295,6 +296,8 @@ def _simota(config: LossConfig, weights: CostWeights) -> Assigner:
         cost_weights=weights,
     )
 
+
+CLASSIFICATION = {"focal": focal_loss, "varifocal": varifocal_loss, "quality_focal": quality_focal_loss}
 
 ASSIGNERS: dict[str, Callable[[LossConfig, CostWeights], Assigner]] = {
     "one_to_one": lambda config, weights: OneToOneAssigner(cost_weights=weights),

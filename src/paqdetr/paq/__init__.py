@@ -7,7 +7,7 @@ from paqdetr.errors import NonFiniteError
 from paqdetr.paq.assignment import Assigner, OneToOneAssigner, Pairs, QualityAwareAssigner, match_layers
 from paqdetr.paq.baselines import FixedKAssigner, SimOTAAssigner
 from paqdetr.paq.costs import CostWeights, Matchables
-from paqdetr.paq.losses import focal_loss, pattern_diversity_loss, varifocal_loss
+from paqdetr.paq.losses import focal_loss, pattern_diversity_loss, quality_focal_loss, varifocal_loss
 from paqdetr.paq.patterns import Mixture, PatternQueries, StaticMixtures
 from paqdetr.structures import Targets
 
@@ -28,5 +28,6 @@ __all__ = [
     "focal_loss",
     "match_layers",
     "pattern_diversity_loss",
+    "quality_focal_loss",
     "varifocal_loss",
 ]
