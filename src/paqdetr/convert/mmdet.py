@@ -6,8 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from paqdetr.convert.backbones import mmdet_swin, resnet
-from paqdetr.convert.keymap import Rule, move
-from paqdetr.convert.layout import DAB_CONVENTIONS, KEEP_300, Layout, mlp
+from paqdetr.convert.keymap import DAB_CONVENTIONS, KEEP_300, Layout, Rule, mlp, move
 
 
 def listed_layers(
