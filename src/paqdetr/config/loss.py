@@ -41,6 +41,11 @@ _ENCODER_COUNTED = Needs(
     lambda c: c.loss.encoder_assigner in ("quality_aware", "simota"),
 )
 _QUALITY_AWARE = Needs("loss.assigner or loss.encoder_assigner=quality_aware", _assigner_among("quality_aware"))
+_AUXILIARY = Needs("model.auxiliary_heads not empty", lambda c: bool(c.model.auxiliary_heads))
+_CUSTOMISED = Needs(
+    "model.auxiliary_heads not empty and model.customised_queries above 0",
+    lambda c: bool(c.model.auxiliary_heads) and c.model.customised_queries > 0,
+)
 _HYBRID = Needs("model.hybrid_queries above 0", lambda c: c.model.hybrid_queries > 0)
 
 
@@ -117,6 +122,14 @@ class LossConfig(Section):
     )
     hybrid_repeat: Annotated[int, _HYBRID] = Field(
         default=6, ge=1, le=1000, description="positives a box in that branch"
+    )
+    auxiliary_weight: Annotated[float, _AUXILIARY] = Field(
+        default=2.0,
+        ge=0,
+        description="of the auxiliary heads of Co-DETR (lambda_2 of the paper), for each decoder layer",
+    )
+    customised_weight: Annotated[float, _CUSTOMISED] = Field(
+        default=1.0, ge=0, description="of the queries that they give to the decoder (lambda_1)"
     )
     class_cost: float = Field(default=2.0, ge=0, description="of the class in the matching")
     l1_cost: float = Field(default=5.0, ge=0, description="of the L1 distance of boxes in the matching")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from paqdetr.config import LossConfig
 from paqdetr.losses.boxes import FlatPairs, box_losses
+from paqdetr.models.auxiliary import Auxiliary
 from paqdetr.models.denoising import DenoisingQueries
 from paqdetr.models.outputs import Decoded, DetectorOutput
 from paqdetr.models.proposals import AllTokens, Proposals
@@ -45,7 +46,8 @@ class LossReport:
     Attributes:
         total: scalar, the sum of `terms`.
         terms: weighted scalars by name: "layer1/class", "layer1/l1", "layer1/giou", ... for the decoder's layers from 1,
-            "encoder/...", "denoising1/...", "hybrid1/...", and "diversity", which is beta * scale * L_div.
+            "encoder/...", "denoising1/...", "hybrid1/...", "atss/...", "rpn/...", "rcnn/...", "customised_atss1/...", and
+            "diversity", which is beta * scale * L_div.
         positives_per_box: mean number of positives of a box in each decoder layer; NaN on a batch without boxes.
         pairs: the matches behind "layer1", "layer2", ...: [layer][image].
     """
@@ -98,6 +100,7 @@ class Criterion:
         aux_losses: dict[str, Tensor] | None = None,
         progress: float = 0.0,
         num_boxes: float | None = None,
+        share: float = 1.0,
     ) -> LossReport:
         """Losses of one batch.
 
@@ -109,6 +112,7 @@ class Criterion:
             num_boxes: what losses are divided by: the boxes of the whole step, in all of its batches and processes, so that their
                 losses add up to that of one large batch (where data parallelism takes the mean of gradients, multiply the loss by
                 the number of processes); the batch's own boxes if None.
+            share: of the step that this batch is, for losses that no box count divides: those of `aux_losses` and of auxiliary heads.
 
         Raises:
             ValueError: targets are not what `Targets` says, an auxiliary loss has no weight, or class-agnostic proposals come
@@ -138,10 +142,12 @@ class Criterion:
             terms |= self._hybrid(output.hybrid, targets, divisor)
         if output.denoised is not None and output.denoising is not None:
             terms |= self._denoising(output.denoised, output.denoising, targets, divisor)
+        if output.auxiliary is not None:
+            terms |= self._auxiliary(output.auxiliary, output.customised, targets, num_layers, share)
 
         # beta * L_div, and whatever else a query source brings
         for name, value in (aux_losses or {}).items():
-            terms[name] = self._aux_weight(name) * value
+            terms[name] = self._aux_weight(name) * share * value
 
         counts = [sum(map(len, layer)) for layer in pairs[:num_layers]]
         return LossReport(
@@ -192,9 +198,22 @@ class Criterion:
         pairs = [[Pairs(*info.positives(len(target))) for target in targets]] * layers
         names = [f"denoising{i + 1}" for i in range(layers)]
         if info.counted is not None:
-            logits = predicted.logits.masked_fill(~info.counted[..., None], _BACKGROUND_LOGIT)
-            predicted = Decoded(logits, predicted.boxes)
+            predicted = _only(predicted, info.counted)
         return self._terms(names, predicted, targets, pairs, divisor * info.groups)
+
+    def _auxiliary(
+        self, heads: Auxiliary, predictions: Sequence[Decoded], targets: Sequence[Targets], layers: int, share: float
+    ) -> Terms:
+        """Co-DETR's heads, weighted as often as there are decoder layers, and the queries they give, divided by their positives."""
+        terms = {name: self.config.auxiliary_weight * layers * share * value for name, value in heads.losses.items()}
+        weight = self.config.customised_weight * share
+        for queries, predicted in zip(heads.customised, predictions, strict=True):
+            names = [f"customised_{queries.name}{i + 1}" for i in range(layers)]
+            positives = max(sum(map(len, queries.pairs)), 1)
+            counted = _only(predicted, queries.counted)
+            own = self._terms(names, counted, targets, [queries.pairs] * layers, positives)
+            terms |= {name: weight * value for name, value in own.items()}
+        return terms
 
     def _aux_weight(self, name: str) -> float:
         if name not in self.aux_weights:
@@ -243,6 +262,11 @@ class Criterion:
             negative = self.classify(logits[place], torch.zeros_like(whole))
             losses = losses.index_put(place, torch.lerp(negative, whole, pairs.weight.to(whole.dtype)))
         return losses.sum((1, 2, 3))
+
+
+def _only(predicted: Decoded, counted: Tensor) -> Decoded:
+    """Predictions of (K, B, N) queries, of which those not counted, (B, N), have no class loss and no gradient."""
+    return Decoded(predicted.logits.masked_fill(~counted[..., None], _BACKGROUND_LOGIT), predicted.boxes)
 
 
 def _with_proposals(layers: Decoded, proposals: Proposals) -> Decoded:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from paqdetr.checkpoint import write_checkpoint
 from paqdetr.config import ModelConfig
 from paqdetr.images import ImageSource
+from paqdetr.models.auxiliary import AuxiliaryHeads
 from paqdetr.models.backbone import Backbone
 from paqdetr.models.decoder import Decoder
 from paqdetr.models.denoising import Denoising
@@ -54,6 +55,7 @@ class Detector(nn.Module):
         decoder: Decoder,
         denoising: Denoising | None,
         hybrid_source: StaticQueries | None,
+        auxiliary: AuxiliaryHeads | None = None,
     ) -> None:
         super().__init__()
         self.config, self.name, self.classes, self.preprocessing = config, name, classes, preprocessing
@@ -65,6 +67,7 @@ class Detector(nn.Module):
         self.decoder = decoder
         self.denoising = denoising
         self.hybrid_source = hybrid_source
+        self.auxiliary = auxiliary
 
     def forward(
         self, images: Tensor, padding_mask: Tensor | None = None, targets: Sequence[Targets] | None = None
@@ -104,7 +107,7 @@ class Detector(nn.Module):
 
         Args:
             features: of `extract`.
-            targets: given, the queries that exist in training alone (denoising, hybrid) take part.
+            targets: given, what exists in training alone takes part: denoising and hybrid queries, auxiliary heads and theirs.
         """
         memory = self.encoder(features)
         hybrid = 0 if targets is None else self.config.hybrid_queries
@@ -122,11 +125,16 @@ class Detector(nn.Module):
                 None if self.hybrid_source is None else self.hybrid_source(memory.values, memory.spatial_shapes).content
             )
             groups.append(_group(start, slice(count, None), content))
-        forbidden = attention_mask(denoising, count, hybrid, features.values.device)
-        decoded = self.decoder(QueryGroup.join(groups), memory, forbidden)
+        auxiliary = None if self.auxiliary is None or targets is None else self.auxiliary(memory, targets)
+        if auxiliary is not None:
+            groups += [customised.queries for customised in auxiliary.customised]
+        sizes = [len(group) for group in groups]
+        further = sizes[1 if denoising is None else 2 :]
+        forbidden = attention_mask(denoising, count, further, features.values.device)
+        decoded = self.decoder(QueryGroup.join(groups), memory, forbidden).split(sizes)
 
-        copies = 0 if denoising is None else len(denoising)
-        layers = decoded.part(copies, copies + count)
+        denoised = None if denoising is None else decoded.pop(0)
+        layers, *others = decoded
         proposals = start.proposals
         return DetectorOutput(
             pred_logits=layers.logits[-1],
@@ -134,9 +142,11 @@ class Detector(nn.Module):
             layers=layers,
             proposals=None if proposals is None else proposals.first(count),
             mixture=mixture,
-            denoised=None if denoising is None else decoded.part(0, copies),
+            denoised=denoised,
             denoising=denoising,
-            hybrid=decoded.part(copies + count, None) if hybrid else None,
+            hybrid=others.pop(0) if hybrid else None,
+            auxiliary=auxiliary,
+            customised=tuple(others),
         )
 
     def checkpoint_activations(self, on: bool = True) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from paqdetr.models.denoising import DenoisingQueries
 from paqdetr.models.proposals import Proposals
 from paqdetr.paq import Mixture
+
+if TYPE_CHECKING:
+    from paqdetr.models.auxiliary import Auxiliary
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +32,11 @@ class Decoded:
         """Predictions of the queries first..end - 1."""
         return Decoded(self.logits[:, :, first:end], self.boxes[:, :, first:end])
 
+    def split(self, sizes: Sequence[int]) -> list[Decoded]:
+        """Predictions of groups of so many queries, in turn."""
+        parts = zip(self.logits.split(list(sizes), dim=2), self.boxes.split(list(sizes), dim=2), strict=True)
+        return [Decoded(logits, boxes) for logits, boxes in parts]
+
 
 @dataclass(frozen=True, slots=True)
 class DetectorOutput:
@@ -41,6 +51,8 @@ class DetectorOutput:
         denoised: predictions of the denoising queries, (K, B, N, C) and (K, B, N, 4); None outside training.
         denoising: how these queries are laid out; None outside training.
         hybrid: predictions of the one-to-many branch, (K, B, N, C) and (K, B, N, 4); None outside training.
+        auxiliary: losses and queries of the auxiliary heads; None outside training.
+        customised: predictions of the queries of each auxiliary head, (K, B, N, C) and (K, B, N, 4).
     """
 
     pred_logits: Tensor
@@ -51,3 +63,5 @@ class DetectorOutput:
     denoised: Decoded | None = None
     denoising: DenoisingQueries | None = None
     hybrid: Decoded | None = None
+    auxiliary: Auxiliary | None = None
+    customised: tuple[Decoded, ...] = ()
