@@ -12,6 +12,7 @@ from paqdetr.config import ModelConfig
 from paqdetr.config.model import problem_of
 from paqdetr.config.section import Role
 from paqdetr.convert.classes import class_slots
+from paqdetr.convert.co_detr import CO_DETR
 from paqdetr.convert.deformable_detr import DEFORMABLE_DETR
 from paqdetr.convert.detrex import DETREX
 from paqdetr.convert.dino import DINO
@@ -49,6 +50,7 @@ LAYOUTS: dict[str, Layout] = {
     "deformable_detr": DEFORMABLE_DETR,
     "relation_detr": RELATION_DETR,
     "mmdet_dino": MMDET_DINO,
+    "co_detr": CO_DETR,
     "transformers": TRANSFORMERS,
 }
 """The programs whose checkpoints can be converted, by the word for --from."""
