@@ -499,6 +499,14 @@ def test_published_figures_are_of_models() -> None:
             "hybrid_queries=5 needs positions=proposals",
         ),
         (
+            {"model.auxiliary_heads": ["atss"], "model.denoising": "none", "model.position_embedding": "fixed"},
+            r"auxiliary_heads=\['atss'\] needs position_embedding=refined",
+        ),
+        (
+            {"model.auxiliary_heads": ["atss", "atss"]},
+            r"auxiliary_heads=\['atss', 'atss'\] needs each head once",
+        ),
+        (
             {
                 "model.positions": "points",
                 "model.position_embedding": "fixed",

@@ -67,6 +67,10 @@ CASES: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "loss.confidence": ("max", "dino_nano", BEST | {"loss.gamma": 300.0}),
     "loss.hybrid_weight": (3.0, "dino_nano", {"model.hybrid_queries": 20}),
     "loss.hybrid_repeat": (2, "dino_nano", {"model.hybrid_queries": 20}),
+    "model.roi_samples": (8, "dino_nano", {"model.auxiliary_heads": ["faster_rcnn"]}),
+    "model.customised_queries": (3, "dino_nano", {"model.auxiliary_heads": ["atss"]}),
+    "loss.auxiliary_weight": (5.0, "dino_nano", {"model.auxiliary_heads": ["atss"]}),
+    "loss.customised_weight": (5.0, "dino_nano", {"model.auxiliary_heads": ["atss"]}),
 }
 
 

@@ -71,6 +71,7 @@ HOSTS = {
     "dn_detr": (LearnedAnchors, StaticQueries, PlainDenoising),
     "dino": (ProposalStart, StaticQueries, ContrastiveDenoising),
     "dino_5scale": (ProposalStart, StaticQueries, ContrastiveDenoising),
+    "co_dino": (ProposalStart, StaticQueries, ContrastiveDenoising),
 }
 
 
@@ -89,13 +90,14 @@ def test_what_makes_a_host(host: str, paq: str) -> None:
         assert table.shape == (64 if paq else model.config.num_queries, 255 if dn else 256)
     if denoising:
         assert model.denoising.label_embed.weight.shape == (80, 255 if dn else 256)
-    assert model.config.num_queries == (900 if host.startswith("dino") else 300)
-    assert isinstance(model.decoder.norm, torch.nn.LayerNorm) is host.startswith("dino")
+    assert model.config.num_queries == (900 if "dino" in host else 300)
+    assert isinstance(model.decoder.norm, torch.nn.LayerNorm) is ("dino" in host)
     assert (model.decoder.position_scale is not None) is (host in ("dn_detr", "dab_deformable_detr"))
     assert (model.decoder.position_head is None) is ("deformable_detr" in host and "dab" not in host)
     assert (model.hybrid_source is not None) is host.startswith("hybrid")
+    assert (model.auxiliary is not None) is host.startswith("co_")
     if isinstance(model.start, ProposalStart):
-        assert model.start.head.class_head.out_features == (80 if host.startswith("dino") else 1)
+        assert model.start.head.class_head.out_features == (80 if "dino" in host else 1)
 
 
 @pytest.mark.parametrize("name", [name for name in list_models() if name.startswith("paq_")])

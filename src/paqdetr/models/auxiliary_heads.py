@@ -306,7 +306,7 @@ def pool(maps: Maps, boxes: Sequence[Tensor]) -> Tensor:
     """RoIAlign, 7 x 7, each box on the level of its size, never on the last: (R, d, 7, 7), image by image."""
     features, strides = maps.features[:-1], maps.strides[:-1]
     rois = torch.cat([torch.cat([box.new_full((len(box), 1), i), box], dim=1) for i, box in enumerate(boxes)])  # (R, 5)
-    # A box of 14 cells, two for each place that is read, is still on the finest level; each further one doubles that.
+    # Boxes below 28 cells, four for each place that is read, are on the finest level; each further one doubles that.
     mapper = LevelMapper(0, len(strides) - 1, canonical_scale=14 * strides[0], canonical_level=0)
     level = mapper(list(boxes))
     pooled = features[0].new_zeros(len(rois), features[0].shape[1], 7, 7)
