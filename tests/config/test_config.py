@@ -500,11 +500,11 @@ def test_published_figures_are_of_models() -> None:
         ),
         (
             {"model.auxiliary_heads": ["atss"], "model.denoising": "none", "model.position_embedding": "fixed"},
-            r"auxiliary_heads=\['atss'\] needs position_embedding=refined",
+            "auxiliary_heads=['atss'] needs position_embedding=refined",
         ),
         (
             {"model.auxiliary_heads": ["atss", "atss"]},
-            r"auxiliary_heads=\['atss', 'atss'\] needs each head once",
+            "auxiliary_heads=['atss', 'atss'] needs each head once",
         ),
         (
             {
