@@ -116,6 +116,7 @@ class DataSet(Section):
             k modulo `folds`, and trained on the others.
         split: that is measured, if not that of `evaluate`.
         steps, epochs, evaluations, seeds: instead of the study's.
+        steps_of: steps of single variants, where rows are compared at equal cost rather than at equal steps: variant -> steps.
         variants: those that run here; all if None.
         more_seeds: of single variants, after the seeds of all: variant -> seeds.
     """
@@ -132,6 +133,7 @@ class DataSet(Section):
     seeds: Seeds | None = None
     variants: tuple[str, ...] | None = None
     more_seeds: dict[str, Seeds] = Field(default_factory=dict)
+    steps_of: dict[str, Annotated[int, Field(ge=1, le=10**9)]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _one_source(self) -> DataSet:
@@ -276,8 +278,10 @@ class Study(Section):
             for key, variants in (("variants", data.variants or ()), ("more_seeds", data.more_seeds)):
                 for variant in variants:
                     _one_of(f"data.{name}.{key}", variant, self.variants, "a variant")
+            for key, variants in (("more_seeds", data.more_seeds), ("steps_of", data.steps_of)):
+                for variant in variants:
+                    _one_of(f"data.{name}.{key}", variant, self.variants_of(name), "a variant that runs there")
             for variant in data.more_seeds:
-                _one_of(f"data.{name}.more_seeds", variant, self.variants_of(name), "a variant that runs there")
                 _distinct(self.seeds_of(name, variant))
         for name, claim in self.claims.items():
             _one_of(f"claims.{name}.variant", claim.variant, self.variants, "a variant")
