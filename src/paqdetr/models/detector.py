@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from paqdetr.config import ModelConfig
 from paqdetr.models.backbone import Backbone
-from paqdetr.models.decoder import Decoded, Decoder
+from paqdetr.models.decoder import Decoded, Decoder, LayerHeads
 from paqdetr.models.denoising import Denoising, DenoisingQueries
 from paqdetr.models.encoder import DeformableEncoder
 from paqdetr.models.neck import Neck
 from paqdetr.models.proposals import Proposals, ProposalStart, QueryStart, Start, query_features
-from paqdetr.models.queries import QueryGroup, QuerySource, StaticQueries, attention_mask
+from paqdetr.models.queries import FeatureQueries, QueryGroup, QuerySource, StaticQueries
 from paqdetr.models.tokens import Tokens
 from paqdetr.paq import Mixture
 from paqdetr.paq.targets import require_form, require_values
@@ -37,10 +37,11 @@ class DetectorOutput:
         pred_boxes: (B, n, 4) cxcywh in [0, 1] of the image without its padding.
         layers: predictions of all K decoder layers, the last included: (K, B, n, C) and (K, B, n, 4).
         proposals: the encoder's choice, (B, n, C) and (B, n, 4); None in one-stage hosts.
+        hybrid_proposals: that of hybrid queries, where they have heads of their own for it; None outside training.
         mixture: content queries (B, n, d), and the weights (B, n, m) of pattern queries or None.
         denoised: predictions of the denoising queries, (K, B, N, C) and (K, B, N, 4); None outside training.
         denoising: how these queries are laid out; None outside training.
-        hybrid: predictions of the one-to-many branch, (K, B, N, C) and (K, B, N, 4); None outside training.
+        hybrid: predictions of the hybrid queries, (K, B, N, C) and (K, B, N, 4); None outside training.
     """
 
     pred_logits: Tensor
@@ -51,6 +52,7 @@ class DetectorOutput:
     denoised: Decoded | None = None
     denoising: DenoisingQueries | None = None
     hybrid: Decoded | None = None
+    hybrid_proposals: Proposals | None = None
 
 
 class Detector(nn.Module):
@@ -77,7 +79,8 @@ class Detector(nn.Module):
         query_source: QuerySource | None,
         decoder: Decoder,
         denoising: Denoising | None,
-        hybrid_source: StaticQueries | None,
+        hybrid_source: StaticQueries | FeatureQueries | None,
+        hybrid_heads: LayerHeads | None,
     ) -> None:
         super().__init__()
         self.config, self.name, self.classes, self.preprocessing = config, name, classes, preprocessing
@@ -89,6 +92,7 @@ class Detector(nn.Module):
         self.decoder = decoder
         self.denoising = denoising
         self.hybrid_source = hybrid_source
+        self.hybrid_heads = hybrid_heads
 
     def forward(
         self, images: Tensor, padding_mask: Tensor | None = None, targets: Sequence[Targets] | None = None
@@ -131,8 +135,8 @@ class Detector(nn.Module):
             targets: given, the queries that exist in training alone (denoising, hybrid) take part.
         """
         memory = self.encoder(features)
-        hybrid = 0 if targets is None else self.config.hybrid_queries
-        start = self.start(memory, hybrid) if isinstance(self.start, ProposalStart) else self.start(memory)
+        extra = 0 if targets is None else self.config.num_hybrid
+        start = self.start(memory, extra) if isinstance(self.start, ProposalStart) else self.start(memory)
         mixture = self._content(memory, start)
 
         count = self.config.num_queries
@@ -141,26 +145,24 @@ class Detector(nn.Module):
         if self.denoising is not None and targets is not None:
             denoising = self.denoising(targets)
             groups.insert(0, QueryGroup(denoising.content, denoising.reference))
-        if hybrid:
-            content = (
-                None if self.hybrid_source is None else self.hybrid_source(memory.values, memory.spatial_shapes).content
-            )
-            groups.append(_group(start, slice(count, None), content))
-        forbidden = attention_mask(denoising, count, hybrid, features.values.device)
-        decoded = self.decoder(QueryGroup.join(groups), memory, forbidden)
+        forbidden = None if denoising is None else denoising.attention_mask(count, features.values.device)
+        first = 0 if denoising is None else len(denoising)  # of the matching queries
+        decoded = self.decoder(QueryGroup.join(groups), memory, forbidden, matching=first)
+        hybrid = self._hybrid(start, memory) if extra else None
 
-        copies = 0 if denoising is None else len(denoising)
-        layers = decoded.part(copies, copies + count)
-        proposals = start.proposals
+        layers, proposals, hybrid_proposals = decoded.part(first, None), start.proposals, None
+        if extra and proposals is not None and self.config.hybrid_heads != "shared":
+            hybrid_proposals = proposals.part(count, None)
         return DetectorOutput(
             pred_logits=layers.logits[-1],
             pred_boxes=layers.boxes[-1],
             layers=layers,
-            proposals=None if proposals is None else proposals.first(count),
+            proposals=None if proposals is None else proposals.part(0, count),
             mixture=mixture,
-            denoised=None if denoising is None else decoded.part(0, copies),
+            denoised=None if denoising is None else decoded.part(0, first),
             denoising=denoising,
-            hybrid=decoded.part(copies + count, None) if hybrid else None,
+            hybrid=hybrid,
+            hybrid_proposals=hybrid_proposals,
         )
 
     def checkpoint_activations(self, on: bool = True) -> None:
@@ -181,9 +183,24 @@ class Detector(nn.Module):
         boxes = None if start.proposals is None else start.reference[:, :count]
         features = None
         if self.config.uses_query_features:
-            features = query_features(start, memory, num_heads=self.config.num_heads)[:, :count]
+            raw = self.config.queries == "tokens"
+            features = query_features(start, memory, num_heads=self.config.num_heads, raw=raw)[:, :count]
             features = features.detach() if self.config.detach_query_features else features
         return self.query_source(memory.values, memory.spatial_shapes, memory.padding_mask, boxes, features)
+
+    def _hybrid(self, start: Start, memory: Tokens) -> Decoded:
+        """The hybrid queries, which have a pass through the decoder of their own: they and the others do not see each other."""
+        count, source = self.config.num_queries, self.hybrid_source
+        content = None  # the start's
+        if self.config.hybrid_heads == "all":
+            tokens = query_features(start, memory, num_heads=self.config.num_heads, raw=True)[:, count:].detach()
+            source = source or self.query_source
+            assert source is not None
+            content = self._marked(source(memory.values, memory.spatial_shapes, query_features=tokens).content)
+        elif source is not None:
+            content = source(memory.values, memory.spatial_shapes).content
+        group = _group(start, slice(count, None), content)
+        return self.decoder(group, memory, matching=None, heads=self.hybrid_heads)
 
     def _marked(self, content: Tensor) -> Tensor:
         """With DN-DETR's indicator channel, 0 for "not a noisy copy", where the host has one: (B, n, d)."""

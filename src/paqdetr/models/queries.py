@@ -12,7 +12,6 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from paqdetr.models.denoising import DenoisingQueries
 from paqdetr.paq import Mixture, PatternQueries, StaticMixtures
 
 
@@ -73,11 +72,12 @@ class FeatureQueries(nn.Module):
     Args:
         dim: width of the features.
         content_dim: width d of the content.
+        norm: DDQ has the linear layer alone.
     """
 
-    def __init__(self, *, dim: int, content_dim: int) -> None:
+    def __init__(self, *, dim: int, content_dim: int, norm: bool = True) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(dim)
+        self.norm = nn.LayerNorm(dim) if norm else nn.Identity()
         self.linear = nn.Linear(dim, content_dim)
 
     def forward(
@@ -163,24 +163,3 @@ class QueryGroup:
             reference=torch.cat([group.reference for group in groups], dim=1),
             position=torch.cat(positions, dim=1) if positions else None,
         )
-
-
-def attention_mask(
-    denoising: DenoisingQueries | None, num_queries: int, num_hybrid: int, device: torch.device
-) -> Tensor | None:
-    """Who may not look at whom, in the order denoising, matching, hybrid.
-
-    Matching queries see each other alone, so that they do in training what they do in use; so do hybrid ones.
-
-    Returns:
-        (N, N) bool, True where attention is forbidden; None if there are only matching queries.
-    """
-    if denoising is None and not num_hybrid:
-        return None
-    seen = num_queries + (0 if denoising is None else len(denoising))
-    mask = torch.zeros(seen + num_hybrid, seen + num_hybrid, dtype=torch.bool, device=device)
-    if denoising is not None:
-        mask[:seen, :seen] = denoising.attention_mask(num_queries, device)
-    mask[:seen, seen:] = True
-    mask[seen:, :seen] = True
-    return mask

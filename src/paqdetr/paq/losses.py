@@ -38,6 +38,18 @@ def focal_loss(logits: Tensor, targets: Tensor, alpha: float = 0.25, gamma: floa
     return sigmoid_focal_loss(logits, targets.to(logits.dtype), alpha=alpha, gamma=gamma, reduction="none")
 
 
+def quality_focal_loss(logits: Tensor, targets: Tensor, beta: float = 2.0) -> Tensor:
+    """|p - t|^beta times the binary cross-entropy of p with t.
+
+    Source: Generalized Focal Loss (arXiv 2006.04388), equation 2. `targets` are in [0, 1], the quality at the matched class and 0
+    elsewhere; shapes as in `varifocal_loss`; unreduced, at least float32.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    targets = targets.to(logits.dtype).detach()
+    off = (logits.sigmoid() - targets).abs()
+    return off**beta * F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+
+
 def pattern_diversity_loss(patterns: Tensor) -> Tensor:
     """Mean absolute cosine between different patterns: 0 if orthogonal, 1 if all are parallel.
 
