@@ -14,7 +14,7 @@ from PIL import Image
 from rich.table import Table
 
 from paqdetr.cli import console
-from paqdetr.drawing import draw_targets
+from paqdetr.drawing import draw_boxes
 from paqdetr.report import plots
 from paqdetr.report.page import Chapter, Heading, render
 from paqdetr.report.section import Column, Section
@@ -112,8 +112,8 @@ def test_a_run_in_a_folder_of_any_name(tmp_path: Path, name: str) -> None:
 
 def test_in_pictures(nasty: tuple[str, str]) -> None:
     blank = Image.new("RGB", (200, 100))
-    drawn = draw_targets(blank, [[20, 20, 80, 80]], [1], {1: nasty[0]})
-    assert np.array_equal(np.asarray(drawn), np.asarray(draw_targets(blank, [[20, 20, 80, 80]], [1], {1: nasty[1]})))
+    drawn = draw_boxes(blank, [[20, 20, 80, 80]], [1], {1: nasty[0]})
+    assert np.array_equal(np.asarray(drawn), np.asarray(draw_boxes(blank, [[20, 20, 80, 80]], [1], {1: nasty[1]})))
 
 
 class _Strict(HTMLParser):

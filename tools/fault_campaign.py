@@ -3,7 +3,7 @@
 python tools/fault_campaign.py --json docs/results/fault_campaign.json           # prints the table of docs/reliability.md
 python tools/fault_campaign.py --share 0.1 --only "random kills" "two starts"    # a tenth of the rounds, two faults
 
-Every training is that of tests/engine/test_faults.py: four epochs of four steps of a tiny paq_dino_nano, two workers. A round
+Every training is that of tests/training/test_faults.py: four epochs of four steps of a tiny paq_dino_nano, two workers. A round
 ends in one of three ways. "same end": it, or its resumption, ended with the same weights, average, optimiser, generators, best
 figure and records as a training to which nothing happened, bit for bit. "refused": one line that names the file, exit code 2,
 nothing changed. Everything else is lost.

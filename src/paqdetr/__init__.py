@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from paqdetr.training import Callback, train
 
 # Where names live, from the ground up: an error needs no torch, and nothing is imported that the next would not need.
-_HOMES = ("errors", "structures", "models", "engine", "analysis")
+_HOMES = ("errors", "interrupt", "structures", "models", "runs", "evaluation", "training", "analysis")
 
 __all__ = [
     "Callback",

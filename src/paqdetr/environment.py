@@ -145,3 +145,34 @@ def _processor() -> str:
     except OSError:
         pass  # not Linux
     return platform.processor() or platform.machine()
+
+
+def peak_memory() -> float:
+    """Peak memory of the process in GiB; on a GPU, of the device."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return peak_resident() / 2**30
+
+
+def peak_resident() -> int:
+    """The most bytes of the machine's memory that this process has had."""
+    try:
+        # Not ru_maxrss, which a process inherits from the one that started it.
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+    except OSError:
+        memory = psutil.Process().memory_info()
+        return getattr(memory, "peak_wset", memory.rss)  # Windows alone knows a peak
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that are free: of the GPU, or of the machine within the limit of the container."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = psutil.virtual_memory().available
+    try:  # version 2 of control groups, which containers have
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except (OSError, ValueError):
+        return free
+    return min(free, max(limit - used, 0))

@@ -11,12 +11,13 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
-from paqdetr.data.loader import STOP_SIGNALS
 from paqdetr.errors import WorkerError
 
 # A signal to a whole process group arrives several times: from the group, from `timeout`, from torchrun. A person who presses
 # Ctrl-C again takes longer than this, in seconds.
 _ECHO = 1.0
+# What asks a training to stop. SIGHUP: its terminal is gone.
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 class TrainingInterrupted(KeyboardInterrupt):

@@ -43,7 +43,7 @@ def test_help_is_quick_and_complete() -> None:
 
 
 def test_the_verbs_as_processes(tmp_path: Path, tiny_run: Run, tiny_digits: Path) -> None:
-    """`train` is run as a process by tests/engine/test_resume.py."""
+    """`train` is run as a process by tests/training/test_resume.py."""
     done = paqdetr("eval", tiny_run.best, "--data", tiny_digits, "--json", tmp_path / "out.json")
     assert done.returncode == 0, done.stderr
     assert "AP50" in done.stdout and json.loads((tmp_path / "out.json").read_text())["AP"] == tiny_run.metrics["AP"]

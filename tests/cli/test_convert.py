@@ -14,13 +14,13 @@ import torch
 
 from paqdetr.checkpoint import read_header
 from paqdetr.cli import run
-from paqdetr.models import create_model, load, save
+from paqdetr.models import create_model, load
 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     model = create_model("dn_detr_nano", num_classes=3, dim=32, ffn_dim=16, num_queries=6)
-    save(model, tmp_path / "x.safetensors")
+    model.save(tmp_path / "x.safetensors")
     return tmp_path / "x.safetensors"
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from paqdetr.convert import COCO, ConversionReport, convert_checkpoint
 from paqdetr.errors import CheckpointError, ConfigError, UserError
-from paqdetr.models import Detector, create_model, load, save
+from paqdetr.models import Detector, create_model, load
 
 if TYPE_CHECKING:
     from tests.convert.conftest import Original  # its fixtures make them
@@ -69,7 +69,7 @@ def test_a_converted_model_can_be_saved_and_loaded(
     converted: tuple[Detector, ConversionReport], tmp_path: Path
 ) -> None:
     model, _ = converted
-    save(model, tmp_path / "x.safetensors")
+    model.save(tmp_path / "x.safetensors")
     loaded = load(tmp_path / "x.safetensors")
     images = torch.randn(1, 3, 96, 128)
     with torch.no_grad():
@@ -276,7 +276,7 @@ def test_images_and_detections_are_treated_as_the_program_does(
     variant: str, make_original: Make, tmp_path: Path
 ) -> None:
     model, report = convert(make_original(variant))
-    save(model, tmp_path / "x.safetensors")
+    model.save(tmp_path / "x.safetensors")
     kept = load(tmp_path / "x.safetensors")
     for one in (model, kept):
         found = (
@@ -452,7 +452,7 @@ def test_content_from_proposals_becomes_patterns(make_original: Make, tmp_path: 
 def test_a_checkpoint_of_ours_starts_a_paq_model(tmp_path: Path) -> None:
     small = {"dim": 32, "ffn_dim": 16, "encoder_layers": 1, "decoder_layers": 2, "num_queries": 6}
     baseline = create_model("dn_detr_nano", num_classes=3, **small)
-    save(baseline, tmp_path / "best.safetensors")
+    baseline.save(tmp_path / "best.safetensors")
     model, report = convert_checkpoint(tmp_path, origin="paqdetr", model="paq_dn_detr_nano")
     ours, theirs = model.state_dict(), baseline.state_dict()
     assert model.name == "paq_dn_detr_nano" and model.classes == baseline.classes

@@ -86,7 +86,7 @@ def test_a_broken_data_set(tmp_path: Path) -> None:
     assert [message for subject, message in errors if subject == json_file] == [
         "annotation 6 of image 2 has category_id 9, which `categories` does not list",
         "annotation 7 belongs to image 99, which `images` does not list",
-        "annotation 8 of image 2 has bbox [1, 1, 5], expected four finite numbers [x, y, w, h]",
+        "annotation 8 of image 2 has bbox [1, 1, 5], expected four finite numbers [x, y, w, h], w and h not below 0",
     ]
     others = {Path(subject).name: message for subject, message in errors if subject != json_file}
     assert others.keys() == {"3.png", "4.png", "5.png"}

@@ -15,8 +15,7 @@ from paqdetr.config import LossConfig
 from paqdetr.errors import NonFiniteError
 from paqdetr.losses import LossReport, build_criterion
 from paqdetr.models import Detector, create_model
-from paqdetr.models.decoder import Decoded
-from paqdetr.models.detector import DetectorOutput
+from paqdetr.models.outputs import Decoded, DetectorOutput
 from paqdetr.paq import OneToOneAssigner, QualityAwareAssigner
 from paqdetr.structures import Targets
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from paqdetr.config import load_config
 from paqdetr.losses import build_criterion
 from paqdetr.models import create_model, list_models
-from paqdetr.models.detector import Detector, DetectorOutput
+from paqdetr.models.detector import Detector
+from paqdetr.models.outputs import DetectorOutput
 from paqdetr.models.tokens import Tokens
 from paqdetr.structures import Targets
 

@@ -16,9 +16,10 @@ from torchvision.ops import box_convert, box_iou
 from paqdetr.config import load_config
 from paqdetr.errors import ConfigError
 from paqdetr.models import Detector, create_model
-from paqdetr.models.decoder import BACKGROUND_LOGIT, Decoder
+from paqdetr.models.decoder import Decoder
 from paqdetr.models.encoder import DeformableEncoder
 from paqdetr.models.files import reshape
+from paqdetr.models.outputs import BACKGROUND_LOGIT
 from paqdetr.models.position import sine_boxes
 from paqdetr.models.queries import QueryGroup
 from paqdetr.models.relation import PositionRelation

@@ -15,7 +15,7 @@ import paqdetr
 from paqdetr.checkpoint import read_checkpoint, write_checkpoint
 from paqdetr.config import ModelConfig, load_config
 from paqdetr.errors import CheckpointError, ConfigError
-from paqdetr.models import Detector, create_model, list_models, load, save
+from paqdetr.models import Detector, create_model, list_models, load
 from paqdetr.models.denoising import ContrastiveDenoising, PlainDenoising
 from paqdetr.models.files import find_checkpoint
 from paqdetr.models.proposals import LearnedAnchors, LearnedPoints, ProposalStart
@@ -184,7 +184,7 @@ def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Detector, Pat
     config = load_config(request.param, {"model.num_classes": 3, "model.num_queries": 9, "image_size": [64, 128]})
     model = build_model(config, classes=classes).eval()
     path = tmp_path / "best.safetensors"
-    save(model, path, metrics={"AP": 0.25}, step=7)
+    model.save(path, metrics={"AP": 0.25}, step=7)
     return model, path
 
 
@@ -209,7 +209,7 @@ def test_saved_and_loaded_bit_for_bit(saved: tuple[Detector, Path]) -> None:
 def test_saved_twice_gives_the_same_file(saved: tuple[Detector, Path], tmp_path: Path) -> None:
     _, path = saved
     again = tmp_path / "again.safetensors"
-    save(load(path), again, metrics={"AP": 0.25}, step=7)
+    load(path).save(again, metrics={"AP": 0.25}, step=7)
     assert again.read_bytes() == path.read_bytes()
 
 

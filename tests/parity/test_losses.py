@@ -20,7 +20,8 @@ from torchvision.ops import box_convert, generalized_box_iou
 from paqdetr.config import load_config
 from paqdetr.losses import build_criterion
 from paqdetr.models import create_model
-from paqdetr.models.detector import Detector, DetectorOutput
+from paqdetr.models.detector import Detector
+from paqdetr.models.outputs import DetectorOutput
 from paqdetr.structures import Targets
 
 DN_HOSTS = ["dn_detr_r50", "paq_dn_detr_r50"]

@@ -93,7 +93,7 @@ class Children:
                 measure=found.measure,
                 images={"count": 4, "hash": "a"},
                 figures=figures,
-                cost={"seconds": 1.0},
+                cost={"seconds": 1.0, "step_seconds": 0.5, "gflops": 1.0},
             )
             Path(job["result"]).write_text(result.to_text())
 
@@ -240,7 +240,7 @@ def test_a_run_that_somebody_trains_by_hand_is_waited_for(
     run.output.mkdir(parents=True)
     run.write_config(runs[0].config)
     code = (
-        "import sys; from pathlib import Path; from paqdetr.engine import Run\n"
+        "import sys; from pathlib import Path; from paqdetr.runs import Run\n"
         "held = Run(Path(sys.argv[1])).hold(); print(); input()"
     )
     command = [sys.executable, "-c", code, str(run.output)]

@@ -36,7 +36,7 @@ from paqdetr.metrics.matches import MatchTable
 from paqdetr.models import Detector, load
 from paqdetr.report.page import Chapter, Heading, render, require_report_place, write_folder
 from paqdetr.report.section import Section
-from paqdetr.training.curves import read_metrics
+from paqdetr.runs import read_metrics
 
 # Where nothing is found there is no best threshold.
 _CONFIDENT = 0.3

@@ -22,8 +22,9 @@ from paqdetr.evaluation.evaluate import targets_of
 from paqdetr.losses.criterion import Criterion, build_criterion
 from paqdetr.models.attention import DeformableAttention
 from paqdetr.models.decoder import DecoderLayer
-from paqdetr.models.detector import Detector, DetectorOutput
+from paqdetr.models.detector import Detector
 from paqdetr.models.encoder import EncoderLayer
+from paqdetr.models.outputs import DetectorOutput
 from paqdetr.models.queries import QueryGroup
 from paqdetr.models.tokens import Tokens
 from paqdetr.paq import QualityAwareAssigner

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from paqdetr.report import plots
+from paqdetr.report.plots import smoothed, thin
 from paqdetr.report.section import Figure, Section
-from paqdetr.training.curves import Record, positives_by_layer, read_metrics, series, smoothed, thin
+from paqdetr.runs import Record, positives_by_layer, read_metrics, series
 
 _MOST_POINTS = 400
 _DASHES = ("-", "--")

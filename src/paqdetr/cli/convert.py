@@ -50,7 +50,7 @@ def convert(
     """Turn weights of another program into a checkpoint, and say what became of each tensor."""
     from paqdetr.config import load_config, parse_overrides
     from paqdetr.convert import convert_checkpoint
-    from paqdetr.models import list_models, save
+    from paqdetr.models import list_models
     from paqdetr.models.files import settings_to_add
 
     if output.suffix != ".safetensors":
@@ -64,7 +64,7 @@ def convert(
     detector, report = convert_checkpoint(
         source, origin=origin, model=model, partial=partial, settings=parse_overrides(settings or [])
     )
-    save(detector, output, converted={"origin": report.origin, "source": report.source, **report.counts()})
+    detector.save(output, converted={"origin": report.origin, "source": report.source, **report.counts()})
     results.print(f"{report.source} ({report.origin}) as {report.model}", soft_wrap=True)
     results.print(_tensors(report))
     results.print(_settings(report))

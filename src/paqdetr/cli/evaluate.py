@@ -151,7 +151,7 @@ def evaluate(
         if found is not None:
             files.write("results_out", found.rows)
         if found is not None and checkpoint is not None:
-            from paqdetr.training.memory import peak_memory
+            from paqdetr.environment import peak_memory
 
             results.print(f"peak memory: {peak_memory():.2f} GiB")
     if written is not None:  # None: another process prints and writes

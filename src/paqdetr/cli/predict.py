@@ -24,10 +24,9 @@ def predict(
     device: Device = None,
 ) -> None:
     """Draw what a detector finds, and write it as COCO results."""
-    from paqdetr.environment import require_device
+    from paqdetr.environment import peak_memory, require_device
     from paqdetr.evaluation import predict_folder
     from paqdetr.models import load
-    from paqdetr.training.memory import peak_memory
 
     if not 0 <= threshold <= 1:  # a range of the option would call nan too large
         raise ConfigError(

@@ -26,6 +26,7 @@ from paqdetr.config import Config
 from paqdetr.data.augment import MIN_VISIBLE, Augment, Augmented, mosaic
 from paqdetr.data.dataset import DetectionDataset
 from paqdetr.errors import ConfigError, DataError, UserError, WorkerError
+from paqdetr.interrupt import STOP_SIGNALS
 from paqdetr.preprocessing import Preprocessing, pad_images, to_pixels
 from paqdetr.structures import Targets
 
@@ -103,8 +104,6 @@ class PixelCache:
         return self._pixels[start : start + 3 * height * width].reshape(3, height, width)
 
 
-# What asks a training to stop. SIGHUP: its terminal is gone.
-STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 # Workers that deliver nothing for so long, in seconds, will not any more.
 _PATIENCE = 600
 _LOG = logging.getLogger(__name__)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from paqdetr.errors import DataError
-from paqdetr.models.detector import Detector, DetectorOutput
+from paqdetr.models.detector import Detector
+from paqdetr.models.outputs import DetectorOutput
 from paqdetr.paq import OneToOneAssigner
 from paqdetr.structures import ClassTable, Targets
 

@@ -33,9 +33,10 @@ from paqdetr.metrics.coco import (
     evaluate_detections,
     non_maximum_suppression,
 )
-from paqdetr.models.detector import Detector, DetectorOutput
+from paqdetr.models.detector import Detector
 from paqdetr.models.files import load
 from paqdetr.models.inference import Observer, detect_batch
+from paqdetr.models.outputs import DetectorOutput
 from paqdetr.structures import ClassTable, Detections, Targets
 from paqdetr.values import require_batch_size
 

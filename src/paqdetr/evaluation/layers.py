@@ -14,8 +14,8 @@ from torchvision.ops import box_convert, box_iou
 from paqdetr.config import ModelConfig
 from paqdetr.data.dataset import DetectionDataset
 from paqdetr.metrics.coco import evaluate_detections, non_maximum_suppression
-from paqdetr.models.detector import DetectorOutput
 from paqdetr.models.inference import postprocess
+from paqdetr.models.outputs import DetectorOutput
 from paqdetr.serialize import fields_of, json_number
 from paqdetr.structures import ClassTable, Detections, Targets
 

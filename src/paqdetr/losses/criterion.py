@@ -15,9 +15,8 @@ from torch import Tensor
 
 from paqdetr.config import LossConfig
 from paqdetr.losses.boxes import FlatPairs, box_losses
-from paqdetr.models.decoder import BACKGROUND_LOGIT, Decoded
 from paqdetr.models.denoising import DenoisingQueries
-from paqdetr.models.detector import DetectorOutput
+from paqdetr.models.outputs import BACKGROUND_LOGIT, Decoded, DetectorOutput
 from paqdetr.models.proposals import AllTokens, Proposals
 from paqdetr.paq import (
     AlignedAssigner,

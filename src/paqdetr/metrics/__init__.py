@@ -30,8 +30,8 @@ from paqdetr.metrics.intervals import (
     resample_images,
 )
 from paqdetr.metrics.matches import MatchTable
-from paqdetr.metrics.query_report import PatternUse, Places, QueryUsageReport, Spread
-from paqdetr.metrics.query_usage import QueryUsage, chance_gini, gini, lorenz_curve
+from paqdetr.metrics.query_report import PatternUse, Places, QueryUsageReport, Spread, chance_gini, gini, lorenz_curve
+from paqdetr.metrics.query_usage import QueryUsage
 
 __all__ = [
     "FIGURE_NAMES",

@@ -7,7 +7,6 @@ layers, Relation-DETR (arXiv 2407.11699) for attention by the relation of boxes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -16,34 +15,12 @@ from torch import Tensor, nn
 
 from paqdetr.models.attention import MLP, DeformableAttention, FeedForward
 from paqdetr.models.encoder import Recomputing
+from paqdetr.models.outputs import BACKGROUND_LOGIT, Decoded
 from paqdetr.models.position import at_least_float32, inverse_sigmoid, sine_boxes
 from paqdetr.models.proposals import distinct
 from paqdetr.models.queries import QueryGroup
 from paqdetr.models.relation import PositionRelation
 from paqdetr.models.tokens import Tokens
-
-BACKGROUND_LOGIT = -50.0
-"""Its probability is 0 to the last bit that matters, and half precision can hold it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Decoded:
-    """Predictions of all K layers, first to last.
-
-    Attributes:
-        logits: (K, B, N, C).
-        boxes: (K, B, N, 4) cxcywh in [0, 1].
-        counted: (K, B, N) bool, the queries that take part in matching; None: all. Others have the `BACKGROUND_LOGIT`.
-    """
-
-    logits: Tensor
-    boxes: Tensor
-    counted: Tensor | None = None
-
-    def part(self, first: int, end: int | None) -> Decoded:
-        """Predictions of the queries first..end - 1."""
-        counted = None if self.counted is None else self.counted[:, :, first:end]
-        return Decoded(self.logits[:, :, first:end], self.boxes[:, :, first:end], counted)
 
 
 class LayerHeads(nn.Module):

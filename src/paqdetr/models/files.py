@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, Field, ValidationError, field_validator
 from torch import Tensor
 
-from paqdetr.checkpoint import load_tensors, read_checkpoint, write_checkpoint
+from paqdetr.checkpoint import load_tensors, read_checkpoint
 from paqdetr.config import Config, ModelConfig, validate_config
 from paqdetr.config.section import Role
 from paqdetr.environment import require_device
@@ -290,18 +290,6 @@ class _Header(BaseModel):
         if len({row.id for row in value}) < len(value):
             raise ValueError("two classes have one id")
         return value
-
-
-def save(model: Detector, path: str | Path, **extra: Any) -> None:
-    """Write a model as one safetensors file; `extra` (metrics, step...) goes into its header."""
-    header = {
-        "name": model.name,
-        "model": model.config.model_dump(mode="json"),
-        "classes": [{"id": i, "name": name} for i, name in zip(model.classes.ids, model.classes.names, strict=True)],
-        "preprocessing": model.preprocessing.to_dict(),
-        **extra,
-    }
-    write_checkpoint(path, model.state_dict(), header)
 
 
 def load(

@@ -130,7 +130,7 @@ def _template() -> Any:
 
 
 def _resource(name: str) -> str:
-    return resources.files("paqdetr.analysis.report").joinpath(name).read_text(encoding="utf-8")
+    return resources.files("paqdetr.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def _shown(part: Part | None, place: int) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -262,3 +263,22 @@ def legend(axes: Axes, *, outside: bool = False, above: bool = False, columns: i
 
 def _short(name: str, most: int = 24) -> str:
     return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
+def smoothing_window(values: np.ndarray) -> int:
+    """A fiftieth of the curve."""
+    return max(1, len(values) // 50)
+
+
+def smoothed(values: np.ndarray) -> np.ndarray:
+    """Mean of the values of the last window, of fewer at the start."""
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - smoothing_window(values), 0)
+    return (total[ends] - total[starts]) / (ends - starts)
+
+
+def thin(steps: np.ndarray, values: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Every n-th point: more than a plot has pixels only make its file heavy."""
+    stride = math.ceil(len(steps) / most) or 1
+    return steps[::stride], values[::stride]

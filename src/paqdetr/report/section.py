@@ -1,4 +1,4 @@
-"""The pieces that a report is made of. An analysis returns a `Section`; only `paqdetr.analysis.report` knows of HTML."""
+"""The pieces that a report is made of. An analysis returns a `Section`; only `page` knows of HTML."""
 
 from __future__ import annotations
 

@@ -16,9 +16,8 @@ from typing import IO, Any
 
 from paqdetr.checkpoint import write_whole
 from paqdetr.config import load_config
-from paqdetr.data.loader import STOP_SIGNALS
 from paqdetr.errors import ConfigError
-from paqdetr.interrupt import StopRequest
+from paqdetr.interrupt import STOP_SIGNALS, StopRequest
 from paqdetr.locks import Busy, held
 from paqdetr.runs import Run, flat_settings
 from paqdetr.study.measure import Job, is_current

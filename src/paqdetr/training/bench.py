@@ -14,14 +14,13 @@ from torch import Tensor, nn
 
 from paqdetr.config import Config, load_config
 from paqdetr.data.loader import Batch
-from paqdetr.environment import machine, require_device
+from paqdetr.environment import machine, peak_memory, require_device
 from paqdetr.errors import ConfigError
 from paqdetr.losses import build_criterion
 from paqdetr.models import Detector
 from paqdetr.models.zoo import build_model
 from paqdetr.ops import choose_backend, ms_deform_attn
 from paqdetr.structures import Targets
-from paqdetr.training.memory import peak_memory
 from paqdetr.training.optim import MovingAverage, build_optimizer
 from paqdetr.training.setup import ready_to_train
 

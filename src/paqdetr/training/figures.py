@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from paqdetr.distributed import Processes
-from paqdetr.metrics.query_report import count_dead
-from paqdetr.metrics.query_usage import chance_gini, gini, query_cosine, row_entropy
-from paqdetr.models.detector import DetectorOutput
+from paqdetr.metrics.query_report import chance_gini, count_dead, gini
+from paqdetr.metrics.query_usage import query_cosine, row_entropy
+from paqdetr.models.outputs import DetectorOutput
 from paqdetr.paq import Pairs
 
 # Boxes with this many positives and more are counted together.

@@ -7,56 +7,26 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from accelerate.utils import find_executable_batch_size
 
-from paqdetr.config import Config
+from paqdetr.config import Config, load_config
 from paqdetr.data.dataset import DetectionDataset
 from paqdetr.data.loader import Batch
 from paqdetr.distributed import Processes
+from paqdetr.environment import available_memory, peak_resident
 from paqdetr.errors import ConfigError, OutOfMemoryError, UserError, memory_error
 from paqdetr.models.backbone import normalization_of
 from paqdetr.preprocessing import Preprocessing
+from paqdetr.runs import Run
 from paqdetr.structures import Targets
+from paqdetr.training.bench import Workload
 
 # Of what is free on a CPU, and of all that a GPU has: the rest is for fragments, and for other programs.
 _USABLE = {"cpu": 0.8, "cuda": 0.92}
 _LARGEST = 512
-
-
-def peak_memory() -> float:
-    """Peak memory of the process in GiB; on a GPU, of the device."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return _peak_resident() / 2**30
-
-
-def _peak_resident() -> int:
-    """The most bytes of the machine's memory that this process has had."""
-    try:
-        # Not ru_maxrss, which a process inherits from the one that started it.
-        status = Path("/proc/self/status").read_text()
-        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
-    except OSError:
-        memory = psutil.Process().memory_info()
-        return getattr(memory, "peak_wset", memory.rss)  # Windows alone knows a peak
-
-
-def available_memory(device: torch.device) -> int:
-    """Bytes that are free: of the GPU, or of the machine within the limit of the container."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    free = psutil.virtual_memory().available
-    try:  # version 2 of control groups, which containers have
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):
-        return free
-    return min(free, max(limit - used, 0))
 
 
 def worst_batch(config: Config, split: DetectionDataset, preprocessing: Preprocessing, size: int) -> Batch:
@@ -119,7 +89,7 @@ def _measure() -> None:
             for size in sizes:
                 _take_steps(config, split, size, device)
                 on_gpu = device.type == "cuda"
-                peaks.append(torch.cuda.max_memory_reserved(device) if on_gpu else _peak_resident())
+                peaks.append(torch.cuda.max_memory_reserved(device) if on_gpu else peak_resident())
     except UserError as error:
         result = error
     except Exception as error:
@@ -130,13 +100,20 @@ def _measure() -> None:
 
 
 def _take_steps(config: Config, split: DetectionDataset, size: int, device: torch.device) -> None:
-    from paqdetr.training.bench import Workload
-
     preprocessing = Preprocessing(config.image_size, config.size_divisor, normalization_of(config.model.backbone))
     work = Workload(config, worst_batch(config, split, preprocessing, size), device)
     work.model.train()
     for _ in range(2):
         work.step()
+
+
+def with_largest_batch(config: Config, split: DetectionDataset, run: Run, processes: Processes) -> Config:
+    """The settings with the largest batch that fits, or the one that an earlier start of the run has found."""
+    if run.config_file.is_file() and not run.empty:
+        size = load_config(run.config_file).batch_size
+    else:
+        size = largest_batch(config, split, processes)
+    return config.model_copy(update={"batch_size": size})
 
 
 def largest_batch(config: Config, split: DetectionDataset, processes: Processes) -> int:

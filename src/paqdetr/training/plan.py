@@ -16,13 +16,14 @@ from torchvision.ops import box_convert, box_iou
 from paqdetr.config import Config
 from paqdetr.data.dataset import DetectionDataset
 from paqdetr.data.loader import Batch, collate, read_picture
+from paqdetr.environment import available_memory
 from paqdetr.errors import DataError
 from paqdetr.evaluation.evaluate import detect_split
 from paqdetr.models import Detector
 from paqdetr.preprocessing import Preprocessing
 from paqdetr.runs import Run
 from paqdetr.structures import Targets
-from paqdetr.training.memory import available_memory, peaks_of_steps
+from paqdetr.training.memory import peaks_of_steps
 from paqdetr.training.optim import lr_scale
 from paqdetr.training.trainer import Trainer
 

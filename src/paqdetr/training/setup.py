@@ -9,16 +9,13 @@ import torch
 from timm.layers import convert_sync_batchnorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from paqdetr.config import Config, load_config
+from paqdetr.config import Config
 from paqdetr.data.dataset import DetectionDataset, open_split
 from paqdetr.data.layout import available_splits
 from paqdetr.data.split import hold_out
 from paqdetr.data.stats import describe_crowding
-from paqdetr.distributed import Processes
 from paqdetr.errors import ConfigError, DataError
 from paqdetr.models import Detector
-from paqdetr.runs import Run
-from paqdetr.training.memory import largest_batch
 
 
 def open_splits(data: str | Path, config: Config) -> tuple[DetectionDataset, DetectionDataset | None]:
@@ -98,15 +95,6 @@ def _require_classes_of_train(train: DetectionDataset, val: DetectionDataset) ->
             f"{train.annotation_file} it is {'not listed' if trained is None else repr(trained)}",
             "give both the same categories; `paqdetr data check` lists all differences",
         )
-
-
-def with_largest_batch(config: Config, split: DetectionDataset, run: Run, processes: Processes) -> Config:
-    """The settings with the largest batch that fits, or the one that an earlier start of the run has found."""
-    if run.config_file.is_file() and not run.empty:
-        size = load_config(run.config_file).batch_size
-    else:
-        size = largest_batch(config, split, processes)
-    return config.model_copy(update={"batch_size": size})
 
 
 def ready_to_train(model: Detector, config: Config, device: torch.device) -> Detector:

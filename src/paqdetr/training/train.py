@@ -14,7 +14,8 @@ from paqdetr.environment import describe_environment
 from paqdetr.errors import ConfigError, UserError
 from paqdetr.runs import Run
 from paqdetr.training.callbacks import Callback, require_trackers
-from paqdetr.training.setup import describe_data, open_splits, with_classes, with_largest_batch
+from paqdetr.training.memory import with_largest_batch
+from paqdetr.training.setup import describe_data, open_splits, with_classes
 from paqdetr.training.trainer import Trainer
 
 

@@ -18,19 +18,18 @@ from paqdetr.data.dataset import DetectionDataset
 from paqdetr.data.digest import SplitDigest
 from paqdetr.data.loader import Batch, training_loader
 from paqdetr.distributed import Processes, build_accelerator, lost_process
-from paqdetr.environment import describe_start
+from paqdetr.environment import describe_start, peak_memory
 from paqdetr.errors import CheckpointError, NonFiniteError, UserError, memory_error
 from paqdetr.evaluation.evaluate import evaluate_together
 from paqdetr.interrupt import StopRequest, TrainingInterrupted, worker_error
 from paqdetr.losses import build_criterion
-from paqdetr.models import Detector, load, save
+from paqdetr.models import Detector, load
 from paqdetr.models.files import model_to_train
 from paqdetr.ops import backends_run
 from paqdetr.runs import Run
 from paqdetr.training.callbacks import Callback, Callbacks, TrainingPlan, start_trackers, track
 from paqdetr.training.curves import draw_predictions, training_curves
 from paqdetr.training.figures import Interval
-from paqdetr.training.memory import peak_memory
 from paqdetr.training.optim import MovingAverage, build_optimizer, build_schedule, lr_factor, lr_scale
 from paqdetr.training.setup import ready_to_train
 from paqdetr.training.state import Position, load_state, random_state, restore_random_state, save_state
@@ -253,9 +252,9 @@ class Trainer:
                 header = {"metrics": metrics, "step": position.step, "epoch": epoch}
                 ap = float(metrics.get("AP") or 0.0)
                 better = self.val_split is None or (bool(metrics) and ap > position.best_ap)
-                save(averaged, self.run.last, **header)
+                averaged.save(self.run.last, **header)
                 if better:
-                    save(averaged, self.run.best, **header)
+                    averaged.save(self.run.best, **header)
                     position = replace(position, best_ap=ap, stale=0)
                 elif metrics:
                     position = replace(position, stale=position.stale + 1)

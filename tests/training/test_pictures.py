@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from paqdetr.errors import DataError
+from paqdetr.runs import read_metrics
 from paqdetr.structures import Detections
-from paqdetr.training.curves import GroundTruth, contact_sheet, read_metrics, training_curves
+from paqdetr.training.curves import GroundTruth, contact_sheet, training_curves
 
 NAMES = {1: "cat", 2: "dog"}
 

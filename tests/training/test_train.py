@@ -509,7 +509,7 @@ def test_twenty_steps_reproduce_stored_losses(
 ) -> None:
     """A change of model, losses, data or recipe shows here. If it is meant, store anew:
 
-    UPDATE_GOLDEN=1 python -m pytest tests/engine/test_train.py -k stored_losses
+    UPDATE_GOLDEN=1 python -m pytest tests/training/test_train.py -k stored_losses
     """
     listener = Listener()
     train(
@@ -527,7 +527,7 @@ def test_twenty_steps_reproduce_stored_losses(
     assert len(losses) == 20
     here = {"torch": torch.__version__.split("+")[0], "cpu": torch.backends.cpu.get_cpu_capability()}
     if os.environ.get("UPDATE_GOLDEN"):
-        what = "loss of every step in tests/engine/test_train.py::test_twenty_steps_reproduce_stored_losses"
+        what = "loss of every step in tests/training/test_train.py::test_twenty_steps_reproduce_stored_losses"
         content = {"what": what, **here, "losses": [round(loss, 5) for loss in losses]}
         GOLDEN.write_text(json.dumps(content, indent=1) + "\n")
         pytest.skip(f"stored in {GOLDEN.name}; run again without UPDATE_GOLDEN")

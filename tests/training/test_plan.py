@@ -11,9 +11,10 @@ from paqdetr.cli import run
 from paqdetr.config import Config, load_config
 from paqdetr.data.dataset import open_split
 from paqdetr.distributed import Processes
+from paqdetr.environment import available_memory
 from paqdetr.errors import ConfigError
 from paqdetr.models.zoo import build_model
-from paqdetr.training.memory import available_memory, largest_batch, peaks_of_steps, worst_batch
+from paqdetr.training.memory import largest_batch, peaks_of_steps, worst_batch
 from paqdetr.training.plan import Overfit, overfit_one_batch, plan_training
 from paqdetr.training.setup import with_classes
 

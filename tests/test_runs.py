@@ -203,7 +203,7 @@ def test_starts_are_noted_one_after_the_other(tmp_path: Path) -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
-from paqdetr.engine.run import Run
+from paqdetr.runs import Run
 held = Run(Path(sys.argv[1])).hold()
 print("held", flush=True)
 time.sleep(120)
@@ -227,7 +227,7 @@ def test_one_training_at_a_time(tmp_path: Path) -> None:
 RACE = """
 import json, multiprocessing, sys
 from pathlib import Path
-from paqdetr.engine.run import Run
+from paqdetr.runs import Run
 from paqdetr.errors import ConfigError
 
 def begin(barrier, folder, answers):

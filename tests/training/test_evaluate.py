@@ -21,7 +21,8 @@ from paqdetr.evaluation import evaluate
 from paqdetr.evaluation.evaluate import detect_split, evaluate_split, require_same_classes
 from paqdetr.metrics import QueryUsage
 from paqdetr.models import create_model
-from paqdetr.models.detector import Detector, DetectorOutput
+from paqdetr.models.detector import Detector
+from paqdetr.models.outputs import DetectorOutput
 from paqdetr.runs import Run
 from paqdetr.structures import ClassTable, Detections, Targets
 
