@@ -11,6 +11,8 @@ Sources (repository, file, commit):
 - fundamentalvision/Deformable-DETR: models/deformable_detr.py, models/deformable_transformer.py, models/backbone.py 48092c5
 - xiuqhou/Relation-DETR: models/bricks/dino_transformer.py 2c305dd; models/bricks/base_transformer.py, models/bricks/denoising.py,
   models/necks/channel_mapper.py, models/backbones/resnet.py, models/backbones/swin.py 7047657
+- open-mmlab/mmdetection: mmdet/models/detectors/dino.py fe3f809, mmdet/models/layers/transformer/dino_layers.py 013e541,
+  detr_layers.py 7ece1f0, mmdet/models/necks/channel_mapper.py 2367856, mmdet/models/backbones/swin.py 09269cf
 """
 
 from __future__ import annotations
@@ -180,6 +182,40 @@ class Writer:
             self.linear(f"{name}.linear2", FFN, DIM)
             self.norm(f"{name}.norm3", DIM)
 
+    def listed_layers(
+        self,
+        prefix: str,
+        levels: int,
+        names: tuple[str, str, str] = ("attentions.0", "attentions.1", "ffns.0"),
+    ) -> None:
+        """mmcv's layers: norms in a list, in the order of use; in the older ones attentions and feed-forward blocks too."""
+        own, cross, ffn = names
+        for i in range(ENCODER_LAYERS + DECODER_LAYERS):
+            decoder = i >= ENCODER_LAYERS
+            name = f"{prefix}decoder.layers.{i - ENCODER_LAYERS}" if decoder else f"{prefix}encoder.layers.{i}"
+            if decoder:
+                self.attention(f"{name}.{own}.attn")
+            self.deformable_attention(f"{name}.{cross if decoder else own}", levels)
+            self.linear(f"{name}.{ffn}.layers.0.0", DIM, FFN)
+            self.linear(f"{name}.{ffn}.layers.1", FFN, DIM)
+            for norm in range(3 if decoder else 2):
+                self.norm(f"{name}.norms.{norm}", DIM)
+
+    def channel_mapper(self, widths: tuple[int, ...], norm: str, *, bias: bool) -> None:
+        """A lateral for each width and one further level."""
+        for i, width in enumerate(widths):
+            self.conv(f"neck.convs.{i}.conv", width, DIM, 1, bias=bias)
+            self.norm(f"neck.convs.{i}.{norm}", DIM)
+        self.conv("neck.extra_convs.0.conv", widths[-1], DIM, 3, bias=bias)
+        self.norm(f"neck.extra_convs.0.{norm}", DIM)
+
+    def branches(self, prefix: str, classes: int) -> None:
+        """cls_branches and reg_branches, numbered with the activations between layers; the last pair is the proposals'."""
+        for i in range(DECODER_LAYERS + 1):
+            self.linear(f"{prefix}cls_branches.{i}", DIM, classes)
+            for k, width in ((0, DIM), (2, DIM), (4, 4)):
+                self.linear(f"{prefix}reg_branches.{i}.{k}", DIM, width)
+
     def heads(self, count: int, classes: int, *, shared: bool) -> None:
         """class_embed and bbox_embed."""
         for i in range(count):
@@ -257,28 +293,9 @@ def detrex_dn(*, newer: bool = False) -> State:
 
 
 def _detrex_transformer(w: Writer, widths: tuple[int, ...]) -> None:
-    """BaseTransformerLayer keeps attentions, feed-forward blocks and norms in lists, in the order of use."""
-    for i, width in enumerate(widths[1:]):
-        w.conv(f"neck.convs.{i}.conv", width, DIM, 1, bias=True)
-        w.norm(f"neck.convs.{i}.norm", DIM)
-    w.conv("neck.extra_convs.0.conv", widths[-1], DIM, 3, bias=True)
-    w.norm("neck.extra_convs.0.norm", DIM)
+    w.channel_mapper(widths[1:], "norm", bias=True)
     w.tensor("transformer.level_embeds", 4, DIM)
-    for i in range(ENCODER_LAYERS):
-        name = f"transformer.encoder.layers.{i}"
-        w.deformable_attention(f"{name}.attentions.0", 4)
-        w.linear(f"{name}.ffns.0.layers.0.0", DIM, FFN)
-        w.linear(f"{name}.ffns.0.layers.1", FFN, DIM)
-        w.norm(f"{name}.norms.0", DIM)
-        w.norm(f"{name}.norms.1", DIM)
-    for i in range(DECODER_LAYERS):
-        name = f"transformer.decoder.layers.{i}"
-        w.attention(f"{name}.attentions.0.attn")
-        w.deformable_attention(f"{name}.attentions.1", 4)
-        w.linear(f"{name}.ffns.0.layers.0.0", DIM, FFN)
-        w.linear(f"{name}.ffns.0.layers.1", FFN, DIM)
-        for norm in range(3):
-            w.norm(f"{name}.norms.{norm}", DIM)
+    w.listed_layers("transformer.", 4)
     w.mlp("transformer.decoder.ref_point_head", 2 * DIM, DIM, DIM)
 
 
@@ -354,6 +371,44 @@ def _torchvision_swin(w: Writer, prefix: str) -> tuple[int, ...]:
     return widths
 
 
+def mmdet_dino(*, swin: bool = False, classes: int = 80) -> State:
+    """dino-4scale_r50: convolutions of the neck have no bias, since a norm follows."""
+    w = Writer()
+    widths = _mmdet_swin(w, "backbone.", (1, 2, 3)) if swin else w.resnet("backbone.")
+    w.channel_mapper(widths[1:], "gn", bias=False)
+    w.listed_layers("", 4, ("self_attn", "cross_attn", "ffn"))
+    w.tensor("level_embed", 4, DIM)
+    w.linear("memory_trans_fc", DIM, DIM)
+    w.norm("memory_trans_norm", DIM)
+    w.norm("decoder.norm", DIM)
+    w.mlp("decoder.ref_point_head", 2 * DIM, DIM, DIM)
+    w.tensor("query_embedding.weight", QUERIES, DIM)
+    w.branches("bbox_head.", classes)
+    w.tensor("dn_query_generator.label_embedding.weight", classes, DIM)
+    return w.state
+
+
+def _mmdet_swin(w: Writer, prefix: str, outputs: tuple[int, ...]) -> tuple[int, ...]:
+    """The official Swin as mmdetection's `swin_converter` renames it; merged cells are in the order of nn.Unfold."""
+    official = Writer(generator=w.generator)
+    widths = official.swin("", outputs=outputs)
+    for key, tensor in official.state.items():
+        name = key.replace("patch_embed.proj.", "patch_embed.projection.").replace("layers.", "stages.")
+        name = (
+            name.replace(".attn.", ".attn.w_msa.")
+            .replace("mlp.fc1.", "ffn.layers.0.0.")
+            .replace("mlp.fc2.", "ffn.layers.1.")
+        )
+        w.state[prefix + name] = unfolded(tensor) if "downsample" in key else tensor
+    return widths
+
+
+def unfolded(merged: Tensor) -> Tensor:
+    """Columns (cell, channel), cells column by column -> columns (channel, cell), cells row by row: what nn.Unfold gives."""
+    cells = merged.unflatten(-1, (4, -1))  # (0, 0), (1, 0), (0, 1), (1, 1) as (row, column)
+    return torch.stack([cells[..., k, :] for k in (0, 2, 1, 3)], dim=-1).flatten(-2)
+
+
 ORIGINALS: dict[str, tuple[str, Callable[[], State]]] = {
     "dino": ("dino", dino),
     "dino unshared": ("dino", lambda: dino(shared=False)),
@@ -368,6 +423,8 @@ ORIGINALS: dict[str, tuple[str, Callable[[], State]]] = {
     "deformable single scale": ("deformable_detr", lambda: deformable_detr(single_scale=True)),
     "deformable refine": ("deformable_detr", lambda: deformable_detr(refine=True)),
     "deformable two-stage": ("deformable_detr", lambda: deformable_detr(refine=True, two_stage=True)),
+    "mmdet dino": ("mmdet_dino", mmdet_dino),
+    "mmdet dino swin": ("mmdet_dino", lambda: mmdet_dino(swin=True)),
     "relation": ("relation_detr", relation_detr),
     "relation swin": ("relation_detr", lambda: relation_detr(swin=True)),
 }

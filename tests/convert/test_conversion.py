@@ -57,6 +57,7 @@ def test_the_model_is_the_host_that_the_file_is_of(
             "dn_detr": {"dn_detr"},
             "deformable_detr": {"deformable_detr", "deformable_detr_refine", "deformable_detr_one_stage"},
             "relation_detr": {"dino"},
+            "mmdet_dino": {"dino"},
         }[original.origin]
     )
     assert (model.config.dim, model.config.num_heads, model.config.num_points) == (128, HEADS, 3)
@@ -129,6 +130,10 @@ PLACES: list[tuple[str, str, str, Callable[[Tensor], Tensor]]] = [
         lambda x: x[SLOTS],
     ),
     ("relation", "neck.convs.3.1.bias", "neck.extra.0.1.bias", lambda x: x),
+    ("mmdet dino", "dn_query_generator.label_embedding.weight", "denoising.label_embed.weight", lambda x: x),
+    ("mmdet dino", "bbox_head.cls_branches.3.weight", "start.head.class_head.weight", lambda x: x),
+    ("mmdet dino", "neck.extra_convs.0.gn.bias", "neck.extra.0.1.bias", lambda x: x),
+    ("mmdet dino swin", "backbone.norm1.weight", "backbone.norms.0.weight", lambda x: x),
 ]
 
 

@@ -50,6 +50,16 @@ DETREX = OFFICIAL | {
     "linear2": "ffns.0.layers.1.",
     "level_embed": "transformer.level_embeds",
 }
+MMDET = DETREX | {
+    "encoder": "encoder.layers.{}.",
+    "decoder": "decoder.layers.{}.",
+    "encoder_attention": "self_attn.",
+    "self_attention": "self_attn.attn.",
+    "cross_attention": "cross_attn.",
+    "linear1": "ffn.layers.0.0.",
+    "linear2": "ffn.layers.1.",
+    "level_embed": "level_embed",
+}
 RELATION = OFFICIAL | {"level_embed": "transformer.level_embeds"}
 
 DINO_LIKE = {"eps": 1e-3, "norm": True, "twice": True, "host": "dino"}
@@ -60,6 +70,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dino 5scale swin": DINO_LIKE | {"names": OFFICIAL, "temperature": 20, "offset": 0.0},
     "detrex dino": DINO_LIKE | {"names": DETREX, "temperature": 10000, "offset": -0.5},
     "detrex dino swin": DINO_LIKE | {"names": DETREX, "temperature": 10000, "offset": -0.5},
+    "mmdet dino": DINO_LIKE | {"names": MMDET, "temperature": 20, "offset": 0.0},
+    "mmdet dino swin": DINO_LIKE | {"names": MMDET, "temperature": 20, "offset": 0.0},
     "relation": DINO_LIKE | {"names": RELATION, "temperature": 10000, "offset": -0.5},
     "relation swin": DINO_LIKE | {"names": RELATION, "temperature": 10000, "offset": -0.5},
     "dn_detr": {"names": OFFICIAL, "temperature": 10000, "offset": -0.5, "eps": 1e-3, "host": "dn"},
@@ -104,6 +116,7 @@ END_TO_END = {
     "deformable two-stage": ((96, 127), (96, 127), 100, False),
     "detrex dino": ((96, 128), (96, 128), 300, True),
     "detrex dn": ((96, 128), (96, 128), 100, True),
+    "mmdet dino": ((96, 128), (96, 128), 300, True),
     "relation": ((96, 127), (96, 128), 300, False),
 }
 
@@ -119,7 +132,7 @@ def test_predictions_equal_the_originals_from_picture_to_boxes(
         if key in original.state:
             original.state[key][[i for i in range(91) if i not in COCO.ids]] = -100.0
     for key in original.state:
-        if "bbox" in key and key.endswith("layers.2.bias"):
+        if ("bbox" in key and key.endswith("layers.2.bias")) or ("reg_branches" in key and key.endswith("4.bias")):
             original.state[key][2:] = 3.0  # boxes that are large enough to leave the picture
     model, report = convert_checkpoint(original.save(), origin=original.origin, settings=settings)
     noise = np.random.default_rng(0).integers(0, 256, (100, 133, 3), dtype=np.uint8)
@@ -197,11 +210,17 @@ class Reference:
         return F.layer_norm(x, weight.shape, weight, self.state[f"{name}bias"])
 
     def mlp(self, name: str, x: Tensor) -> Tensor:
-        count = sum(key.startswith(f"{name}.layers.") and key.endswith("weight") for key in self.state)
-        for i in range(count):
-            x = self.linear(f"{name}.layers.{i}.", x)
-            x = x.relu() if i + 1 < count else x
+        names = sorted(
+            key.removesuffix("weight") for key in self.state if key.startswith(f"{name}.") and key.endswith("weight")
+        )
+        for i, layer in enumerate(names):
+            x = self.linear(layer, x)
+            x = x.relu() if i + 1 < len(names) else x
         return x
+
+    def first(self, *names: str) -> str:
+        """The name of these that the program uses."""
+        return next(name for name in names if any(key.startswith(name) for key in self.state))
 
     def backbone(self, images: Tensor) -> list[Tensor]:
         prefix = next(
@@ -214,8 +233,10 @@ class Reference:
         """1x1 convolutions read the coarsest maps, one each; the first 3x3 reads the last map, further ones the last level."""
         if "neck.convs.0.conv.weight" in self.state:
             extra = [f"neck.extra_convs.{i}.{{}}." for i in range(1)]
-            names = [f"neck.convs.{i}.{{}}." for i in range(3)] + extra
-            convs, norms = [n.format("conv") for n in names], [n.format("norm") for n in names]
+            laterals = sum(key.startswith("neck.convs.") and key.endswith("conv.weight") for key in self.state)
+            names = [f"neck.convs.{i}.{{}}." for i in range(laterals)] + extra
+            norm = "gn" if "neck.convs.0.gn.weight" in self.state else "norm"
+            convs, norms = [n.format("conv") for n in names], [n.format(norm) for n in names]
         else:
             home = "neck.convs" if "neck.convs.0.0.weight" in self.state else "input_proj"
             count = sum(key.startswith(home) and key.endswith(".0.weight") for key in self.state)
@@ -309,8 +330,9 @@ class Reference:
         anchors = torch.cat([centers, sides[None, :, None].expand(batch, -1, 2)], -1)
         valid = ((anchors > 0.01) & (anchors < 0.99)).all(-1) & ~padding
         logits = (anchors / (1 - anchors)).log().masked_fill(~valid[..., None], math.inf)
-        x = self.linear("transformer.enc_output.", memory.masked_fill(~valid[..., None], 0))
-        x = self.norm("transformer.enc_output_norm.", x)
+        project = self.first("transformer.enc_output.", "memory_trans_fc.")
+        x = self.linear(project, memory.masked_fill(~valid[..., None], 0))
+        x = self.norm(self.first("transformer.enc_output_norm.", "memory_trans_norm."), x)
         class_head, box_head = self.encoder_heads()
         scores = self.linear(class_head, x)
         ranked = scores[..., 0] if self.host == "two-stage" else scores.amax(-1)
@@ -323,7 +345,8 @@ class Reference:
             embedded = self.norm("transformer.pos_trans_norm.", self.linear("transformer.pos_trans.", sine))
             position, content = embedded.split(DIM, -1)
             return content, position, boxes
-        return self.state["transformer.tgt_embed.weight"].expand(batch, -1, -1), None, boxes
+        table = self.first("transformer.tgt_embed.weight", "query_embedding.weight")
+        return self.state[table].expand(batch, -1, -1), None, boxes
 
     def encoder_heads(self) -> tuple[str, str]:
         for class_head, box_head in (
@@ -332,7 +355,18 @@ class Reference:
         ):
             if f"{class_head}weight" in self.state:
                 return class_head, box_head
-        return "class_embed.3.", "bbox_embed.3"  # past the three decoder layers
+        classes, regress = self.heads()
+        return classes.format(3), regress.format(3)  # past the three decoder layers
+
+    def heads(self) -> tuple[str, str]:
+        """Of decoder layer {}."""
+        for classes, regress in (
+            ("transformer.decoder.class_head.{}.", "transformer.decoder.bbox_head.{}"),
+            ("bbox_head.cls_branches.{}.", "bbox_head.reg_branches.{}"),
+        ):
+            if f"{classes.format(0)}weight" in self.state:
+                return classes, regress
+        return "class_embed.{}.", "bbox_embed.{}"
 
     def decode(
         self,
@@ -345,12 +379,8 @@ class Reference:
         ratios: Tensor,
     ) -> tuple[Tensor, Tensor]:
         eps, logits, boxes = self.facts["eps"], [], []
-        relation = "transformer.decoder.class_head.0.weight" in self.state
-        classes, regress = (
-            ("transformer.decoder.class_head.{}.", "transformer.decoder.bbox_head.{}")
-            if relation
-            else ("class_embed.{}.", "bbox_embed.{}")
-        )
+        classes, regress = self.heads()
+        decoder = self.first("transformer.decoder.", "decoder.")
         rows = torch.tensor(COCO.ids) if self.state[f"{classes.format(0)}weight"].shape[0] == 91 else torch.arange(80)
         for i in range(3):
             layer = self.names["decoder"].format(i)
@@ -359,7 +389,7 @@ class Reference:
             if position is None:
                 # Of the box on the padded image, by the valid ratio of the finest level: y, x, w, h.
                 sine = _waves(scaled[:, :, 0][..., [1, 0, 2, 3]] * 2 * math.pi, DIM // 2, 10000).flatten(-2)
-                position = self.mlp("transformer.decoder.ref_point_head", sine)
+                position = self.mlp(f"{decoder}ref_point_head", sine)
                 if self.host == "dn" and i:
                     position = position * self.mlp("transformer.decoder.query_scale", x)
             after_self, after_cross, after_ffn = (layer + norm for norm in self.names["decoder_norms"])
@@ -367,7 +397,7 @@ class Reference:
             name = layer + self.names["cross_attention"]
             x = self.norm(after_cross, x + self.deformable(name, x + position, scaled, memory, shapes, padding))
             x = self.norm(after_ffn, x + self.feed_forward(layer, x))
-            state = self.norm("transformer.decoder.norm.", x) if self.facts.get("norm") else x
+            state = self.norm(f"{decoder}norm.", x) if self.facts.get("norm") else x
             known = _logit(reference, eps)
             known = F.pad(known, (0, 4 - known.shape[-1]))
             logits.append(self.linear(classes.format(i), state)[..., rows])
@@ -425,6 +455,8 @@ def _torchvision_name(key: str) -> str:
 
 def _swin(state: State, images: Tensor) -> list[Tensor]:
     """Maps of strides 4 to 32 of torchvision's Swin-T, normed where the detector does."""
+    if any("w_msa" in key for key in state):
+        state = _official_swin(state)
     norms = {int(key[4]): key[:6] for key in state if key.startswith("norm") and key.endswith("weight")}
     renamed = {}
     for key, value in state.items():
@@ -451,3 +483,21 @@ def _swin(state: State, images: Tensor) -> list[Tensor]:
                 y = F.layer_norm(x, weight.shape, weight, state[f"norm{stage}.bias"])
             maps.append(y.permute(0, 3, 1, 2))
     return maps
+
+
+def _official_swin(state: State) -> State:
+    """mmdetection's names and order of merged cells -> those of the official code."""
+    renamed = {}
+    for key, value in state.items():
+        if "downsample" in key:  # columns (channel, row, column) -> (column, row, channel)
+            value = value.unflatten(-1, (-1, 2, 2)).movedim((-3, -2, -1), (-1, -2, -3)).flatten(-3)
+        for theirs, official in (
+            ("stages.", "layers."),
+            ("projection", "proj"),
+            ("w_msa.", ""),
+            ("ffn.layers.0.0", "mlp.fc1"),
+            ("ffn.layers.1", "mlp.fc2"),
+        ):
+            key = key.replace(theirs, official)
+        renamed[key] = value
+    return renamed

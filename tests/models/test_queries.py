@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from paqdetr.models.denoising import DenoisingQueries
-from paqdetr.models.queries import QueryGroup, QuerySource, StaticQueries
+from paqdetr.models.queries import QueryGroup, QuerySource, StaticQueries, attention_mask
 from paqdetr.paq import PatternQueries
 
 
@@ -50,7 +50,18 @@ def test_groups_are_joined_in_order() -> None:
 
 
 def test_who_may_look_at_whom() -> None:
-    noised = DenoisingQueries(torch.zeros(1, 2, 1), torch.zeros(1, 2, 4), groups=2, boxes=1, kinds=1)
-    mask = noised.attention_mask(2, torch.device("cpu"))
-    # noised box, noised box, matching, matching
-    assert mask.tolist() == [[cell == "x" for cell in row] for row in [".x..", "x...", "xx..", "xx.."]]
+    cpu = torch.device("cpu")
+    assert attention_mask(None, 3, [], cpu) is None
+    copies = DenoisingQueries(torch.zeros(1, 2, 1), torch.zeros(1, 2, 4), groups=2, boxes=1, kinds=1)
+    rows = {
+        (True, ()): [".x..", "x...", "xx..", "xx.."],
+        (False, (1,)): ["..x", "..x", "xx."],
+        # copy, copy, matching, matching, hybrid
+        (True, (1,)): [".x..x", "x...x", "xx..x", "xx..x", "xxxx."],
+        # matching, two of one head, one of another
+        (False, (2, 1)): ["..xxx", "..xxx", "xx..x", "xx..x", "xxxx."],
+    }
+    for (denoising, further), expected in rows.items():
+        mask = attention_mask(copies if denoising else None, 2, further, cpu)
+        assert mask is not None
+        assert mask.tolist() == [[cell == "x" for cell in row] for row in expected]

@@ -42,6 +42,11 @@ _ENCODER_COUNTED = Needs(
 )
 _QUALITY_AWARE = Needs("loss.assigner or loss.encoder_assigner=quality_aware", _assigner_among("quality_aware"))
 _VARIFOCAL = Needs("loss.classification=varifocal", lambda c: c.loss.classification == "varifocal")
+_AUXILIARY = Needs("model.auxiliary_heads not empty", lambda c: bool(c.model.auxiliary_heads))
+_CUSTOMISED = Needs(
+    "model.auxiliary_heads not empty and model.customised_queries above 0",
+    lambda c: bool(c.model.auxiliary_heads) and c.model.customised_queries > 0,
+)
 
 
 class LossConfig(Section):
@@ -59,9 +64,9 @@ class LossConfig(Section):
         "normalizer": "boxes",
     }
 
-    classification: Literal["focal", "varifocal"] = Field(
+    classification: Literal["focal", "varifocal", "quality_focal"] = Field(
         default="focal",
-        description="focal (the hosts'), or varifocal, whose target for a positive is its IoU",
+        description="focal (the hosts'); varifocal (PaQ's) or quality_focal (Co-DETR's): a positive's target is its IoU",
     )
     varifocal_alpha: Annotated[float, _VARIFOCAL] = Field(
         default=0.75, ge=0, le=1, description="weight of negatives in the varifocal loss (Relation-DETR: 0.25)"
@@ -123,6 +128,14 @@ class LossConfig(Section):
         default="repeated",
         description="of hybrid queries. repeated: the usual losses, of each box hybrid_repeat times (H-DETR, Relation-DETR); "
         "aligned: quality focal loss and GIoU, both weighted by how well a query fits its box in class and place (DDQ)",
+    )
+    auxiliary_weight: Annotated[float, _AUXILIARY] = Field(
+        default=2.0,
+        ge=0,
+        description="of the auxiliary heads of Co-DETR (lambda_2 of the paper), for each decoder layer",
+    )
+    customised_weight: Annotated[float, _CUSTOMISED] = Field(
+        default=1.0, ge=0, description="of the queries that they give to the decoder (lambda_1)"
     )
     class_cost: float = Field(default=2.0, ge=0, description="of the class in the matching")
     l1_cost: float = Field(default=5.0, ge=0, description="of the L1 distance of boxes in the matching")

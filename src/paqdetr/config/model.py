@@ -20,6 +20,7 @@ _STATIC_CONTENT = Needs(
     lambda c: c.model.queries == "static" or c.model.mixture == "residual",
 )
 HYBRID = Needs("model.hybrid_queries or model.hybrid_ratio above 0", lambda c: c.model.num_hybrid > 0)
+_AUXILIARY = Needs("model.auxiliary_heads not empty", lambda c: bool(c.model.auxiliary_heads))
 _DENOISING = Needs("model.denoising=plain or contrastive", lambda c: c.model.denoising != "none")
 
 
@@ -258,6 +259,30 @@ class ModelConfig(Section):
         "layer, and content from its tokens (DDQ's dense queries)",
     )
 
+    # Co-DETR's heads with an assignment of their own on the encoder's output, in training alone.
+    auxiliary_heads: Annotated[tuple[Literal["faster_rcnn", "atss"], ...], Role.TARGET] = Field(
+        default=(),
+        description="Co-DETR's auxiliary heads on the encoder's output, in training alone; any host whose positions are refined",
+    )
+    roi_samples: Annotated[
+        int,
+        Needs("faster_rcnn among model.auxiliary_heads", lambda c: "faster_rcnn" in c.model.auxiliary_heads),
+        Role.FREE,
+        Role.TARGET,
+    ] = Field(
+        default=512,
+        ge=4,
+        le=4096,
+        description="proposals an image that the second stage of Faster R-CNN learns from; the first keeps twice as many (1000 at "
+        "most)",
+    )
+    customised_queries: Annotated[int, _AUXILIARY, Role.TARGET] = Field(
+        default=300,
+        ge=0,
+        le=10_000,
+        description="positives of an image that each auxiliary head gives to the decoder as queries, at most; 0: none",
+    )
+
     # From queries to detections; nothing of it changes weights.
     max_detections: Annotated[int, Role.FREE] = Field(
         default=300,
@@ -358,6 +383,16 @@ class ModelConfig(Section):
                 "box_refinement=true",
             ),
             ("position_relation=true", self.position_relation and not self.box_refinement, "box_refinement=true"),
+            (
+                f"auxiliary_heads={list(self.auxiliary_heads)}",
+                len(set(self.auxiliary_heads)) < len(self.auxiliary_heads),
+                "each head once",
+            ),
+            (
+                f"auxiliary_heads={list(self.auxiliary_heads)}",
+                bool(self.auxiliary_heads) and not refined,
+                "position_embedding=refined",
+            ),
         ]
 
     @property

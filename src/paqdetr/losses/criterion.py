@@ -15,6 +15,7 @@ from torch import Tensor
 
 from paqdetr.config import LossConfig
 from paqdetr.losses.boxes import FlatPairs, box_losses
+from paqdetr.models.auxiliary import Auxiliary
 from paqdetr.models.denoising import DenoisingQueries
 from paqdetr.models.outputs import BACKGROUND_LOGIT, Decoded, DetectorOutput
 from paqdetr.models.proposals import AllTokens, Proposals
@@ -44,7 +45,8 @@ class LossReport:
     Attributes:
         total: scalar, the sum of `terms`.
         terms: weighted scalars by name: "layer1/class", "layer1/l1", "layer1/giou", ... for the decoder's layers from 1,
-            "encoder/...", "denoising1/...", "hybrid1/...", "hybrid_encoder/...", and "diversity", which is beta * scale * L_div.
+            "encoder/...", "denoising1/...", "hybrid1/...", "hybrid_encoder/...", "atss/...", "rpn/...", "rcnn/...",
+            "customised_atss1/...", and "diversity", which is beta * scale * L_div.
         positives_per_box: mean number of positives of a box in each decoder layer; NaN on a batch without boxes.
         pairs: the matches behind "layer1", "layer2", ...: [layer][image].
     """
@@ -79,7 +81,7 @@ class Criterion:
         self.intermediate, self.encoder, self.last = intermediate, encoder, last
         self.cost_weights = cost_weights
         self.aux_weights = {"diversity": config.diversity_weight * config.div_scale}
-        self.classify = focal_loss
+        self.classify = CLASSIFICATION[config.classification]
         if config.classification == "varifocal":
             self.classify = partial(varifocal_loss, alpha=config.varifocal_alpha)
 
@@ -99,6 +101,7 @@ class Criterion:
         aux_losses: dict[str, Tensor] | None = None,
         progress: float = 0.0,
         num_boxes: float | None = None,
+        share: float = 1.0,
     ) -> LossReport:
         """Losses of one batch.
 
@@ -110,6 +113,7 @@ class Criterion:
             num_boxes: what losses are divided by: the boxes of the whole step, in all of its batches and processes, so that their
                 losses add up to that of one large batch (where data parallelism takes the mean of gradients, multiply the loss by
                 the number of processes); the batch's own boxes if None.
+            share: of the step that this batch is, for losses that no box count divides: those of `aux_losses` and of auxiliary heads.
 
         Raises:
             ValueError: targets are not what `Targets` says, an auxiliary loss has no weight, or class-agnostic proposals come
@@ -145,10 +149,12 @@ class Criterion:
             }
         if output.denoised is not None and output.denoising is not None:
             terms |= self._denoising(output.denoised, output.denoising, targets, divisor)
+        if output.auxiliary is not None:
+            terms |= self._auxiliary(output.auxiliary, output.customised, targets, num_layers, share)
 
         # beta * L_div, and whatever else a query source brings
         for name, value in (aux_losses or {}).items():
-            terms[name] = self._aux_weight(name) * value
+            terms[name] = self._aux_weight(name) * share * value
 
         counts = [sum(map(len, layer)) for layer in pairs[:num_layers]]
         return LossReport(
@@ -233,9 +239,22 @@ class Criterion:
         pairs = [[Pairs(*info.positives(len(target))) for target in targets]] * layers
         names = [f"denoising{i + 1}" for i in range(layers)]
         if info.counted is not None:
-            logits = predicted.logits.masked_fill(~info.counted[..., None], BACKGROUND_LOGIT)
-            predicted = Decoded(logits, predicted.boxes)
+            predicted = _only(predicted, info.counted)
         return self._terms(names, predicted, targets, pairs, divisor * info.groups)
+
+    def _auxiliary(
+        self, heads: Auxiliary, predictions: Sequence[Decoded], targets: Sequence[Targets], layers: int, share: float
+    ) -> Terms:
+        """Co-DETR's heads, weighted as often as there are decoder layers, and the queries they give, divided by their positives."""
+        terms = {name: self.config.auxiliary_weight * layers * share * value for name, value in heads.losses.items()}
+        weight = self.config.customised_weight * share
+        for queries, predicted in zip(heads.customised, predictions, strict=True):
+            names = [f"customised_{queries.name}{i + 1}" for i in range(layers)]
+            positives = max(sum(map(len, queries.pairs)), 1)
+            counted = _only(predicted, queries.counted)
+            own = self._terms(names, counted, targets, [queries.pairs] * layers, positives)
+            terms |= {name: weight * value for name, value in own.items()}
+        return terms
 
     def _aux_weight(self, name: str) -> float:
         if name not in self.aux_weights:
@@ -271,19 +290,24 @@ class Criterion:
         """Sums of each layer, (K,). A pair of weight w has the target w * IoU, as in Align-DETR (arXiv 2304.07527); for focal
         loss, whose targets are 0 and 1, it is w of a positive and 1 - w of a negative."""
         place = (pairs.layer, pairs.image, pairs.query, pairs.label)
-        varifocal = self.config.classification == "varifocal"
+        by_quality = self.config.classification != "focal"
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        quality = iou.to(dtype) if varifocal else torch.ones_like(iou, dtype=dtype)
-        if varifocal and pairs.weight is not None:
+        quality = iou.to(dtype) if by_quality else torch.ones_like(iou, dtype=dtype)
+        if by_quality and pairs.weight is not None:
             quality = quality * pairs.weight.to(dtype)
         goal = torch.zeros_like(logits, dtype=dtype)
         goal[place] = quality
         losses = self.classify(logits, goal)  # (K, B, N, C)
-        if not varifocal and pairs.weight is not None:
+        if not by_quality and pairs.weight is not None:
             whole = losses[place]
             negative = self.classify(logits[place], torch.zeros_like(whole))
             losses = losses.index_put(place, torch.lerp(negative, whole, pairs.weight.to(whole.dtype)))
         return losses.sum((1, 2, 3))
+
+
+def _only(predicted: Decoded, counted: Tensor) -> Decoded:
+    """Predictions of (K, B, N) queries, of which those not counted, (B, N), have no class loss and no gradient."""
+    return Decoded(predicted.logits.masked_fill(~counted[..., None], BACKGROUND_LOGIT), predicted.boxes)
 
 
 def _with_proposals(layers: Decoded, proposals: Proposals) -> Decoded:
@@ -334,6 +358,8 @@ def _simota(config: LossConfig, weights: CostWeights) -> Assigner:
         cost_weights=weights,
     )
 
+
+CLASSIFICATION = {"focal": focal_loss, "varifocal": varifocal_loss, "quality_focal": quality_focal_loss}
 
 ASSIGNERS: dict[str, Callable[[LossConfig, CostWeights], Assigner]] = {
     "one_to_one": lambda config, weights: OneToOneAssigner(cost_weights=weights),

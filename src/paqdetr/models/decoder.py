@@ -142,7 +142,7 @@ class Decoder(Recomputing):
         memory: Tokens,
         attention_mask: Tensor | None = None,
         *,
-        matching: int | None = 0,
+        matching: slice | None = slice(0, None),
         heads: LayerHeads | None = None,
     ) -> Decoded:
         """Refine boxes layer by layer.
@@ -151,7 +151,7 @@ class Decoder(Recomputing):
             queries: content (B, N, d), the boxes or points to start from, and their position embedding if it is fixed.
             memory: the encoder's tokens.
             attention_mask: (N, N) bool, True where attention is forbidden.
-            matching: the first of the matching queries, which come last; None: there are none, no selection and no relation.
+            matching: which queries are matching ones; None: none, then there is neither selection nor relation.
             heads: in place of the decoder's own.
         """
         class_heads, box_heads = (heads or self).class_heads, (heads or self).box_heads
@@ -194,25 +194,21 @@ class Decoder(Recomputing):
         scores = torch.stack(logits).masked_fill(~taking_part[..., None], BACKGROUND_LOGIT)
         return Decoded(scores, torch.stack(boxes), taking_part)
 
-    def _select(self, boxes: Tensor, logits: Tensor, counted: Tensor, matching: int) -> tuple[Tensor, Tensor]:
-        """Distinct ones among the matching queries that took part so far: which stay, (B, n), and which of all take part in the
-        next layer, (B, N). Boxes (B, N, 4), logits (B, N, C), counted (B, N)."""
+    def _select(self, boxes: Tensor, logits: Tensor, counted: Tensor, matching: slice) -> tuple[Tensor, Tensor]:
+        """Distinct ones among the matching queries that took part so far, and all other queries: which stay, and which take part
+        in the next layer, (B, N) each. Boxes (B, N, 4), logits (B, N, C), counted (B, N)."""
         assert self.distinct is not None
-        scores = logits.detach()[:, matching:].amax(-1)
-        kept = distinct(boxes[:, matching:], scores, counted[:, matching:], self.distinct)
-        taking_part = kept | kept[:, :1] if self.distinct_restart else kept
-        return kept, torch.cat([counted[:, :matching], taking_part], dim=1)
+        others = torch.ones_like(counted)
+        others[:, matching] = False
+        kept = distinct(boxes, logits.detach().amax(-1), counted & ~others, self.distinct) | others
+        return kept, kept | kept[:, matching.start, None] if self.distinct_restart else kept
 
     def _mask(self, forbidden: Tensor | None, kept: Tensor | None, bias: Tensor | None) -> Tensor | None:
-        """Of the next self-attention: `forbidden` (N, N); where neither of two matching queries stays, `kept` (B, n); and
-        what is added to the logits, `bias` (B, heads, N, N)."""
+        """Of the next self-attention: `forbidden` (N, N); where neither of two queries stays, `kept` (B, N); and what is added
+        to the logits, `bias` (B, heads, N, N)."""
         if kept is not None:
-            unseen = ~(kept[:, :, None] | kept[:, None])  # (B, n, n)
-            if forbidden is None:
-                forbidden = unseen
-            else:
-                before = len(forbidden) - kept.shape[1]
-                forbidden = forbidden | F.pad(unseen, (before, 0, before, 0))
+            unseen = ~(kept[:, :, None] | kept[:, None])  # (B, N, N)
+            forbidden = unseen if forbidden is None else forbidden | unseen
             if bias is None:
                 return forbidden.repeat_interleave(self.num_heads, dim=0)
             forbidden = forbidden[:, None]

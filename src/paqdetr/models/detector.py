@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from paqdetr.checkpoint import write_checkpoint
 from paqdetr.config import ModelConfig
 from paqdetr.images import ImageSource
+from paqdetr.models.auxiliary import AuxiliaryHeads
 from paqdetr.models.backbone import Backbone
 from paqdetr.models.decoder import Decoder, LayerHeads
 from paqdetr.models.denoising import Denoising
@@ -21,7 +22,7 @@ from paqdetr.models.inference import predict_images
 from paqdetr.models.neck import Neck
 from paqdetr.models.outputs import Decoded, DetectorOutput
 from paqdetr.models.proposals import ProposalStart, QueryStart, Start, query_features
-from paqdetr.models.queries import FeatureQueries, QueryGroup, QuerySource, StaticQueries
+from paqdetr.models.queries import FeatureQueries, QueryGroup, QuerySource, StaticQueries, attention_mask
 from paqdetr.models.tokens import Tokens
 from paqdetr.paq import Mixture
 from paqdetr.paq.targets import require_form, require_values
@@ -55,6 +56,7 @@ class Detector(nn.Module):
         denoising: Denoising | None,
         hybrid_source: StaticQueries | FeatureQueries | None,
         hybrid_heads: LayerHeads | None,
+        auxiliary: AuxiliaryHeads | None = None,
     ) -> None:
         super().__init__()
         self.config, self.name, self.classes, self.preprocessing = config, name, classes, preprocessing
@@ -67,6 +69,7 @@ class Detector(nn.Module):
         self.denoising = denoising
         self.hybrid_source = hybrid_source
         self.hybrid_heads = hybrid_heads
+        self.auxiliary = auxiliary
 
     def forward(
         self, images: Tensor, padding_mask: Tensor | None = None, targets: Sequence[Targets] | None = None
@@ -106,7 +109,7 @@ class Detector(nn.Module):
 
         Args:
             features: of `extract`.
-            targets: given, the queries that exist in training alone (denoising, hybrid) take part.
+            targets: given, what exists in training alone takes part: denoising and hybrid queries, auxiliary heads and theirs.
         """
         memory = self.encoder(features)
         extra = 0 if targets is None else self.config.num_hybrid
@@ -119,12 +122,19 @@ class Detector(nn.Module):
         if self.denoising is not None and targets is not None:
             denoising = self.denoising(targets)
             groups.insert(0, QueryGroup(denoising.content, denoising.reference))
-        forbidden = None if denoising is None else denoising.attention_mask(count, features.values.device)
-        first = 0 if denoising is None else len(denoising)  # of the matching queries
-        decoded = self.decoder(QueryGroup.join(groups), memory, forbidden, matching=first)
-        hybrid = self._hybrid(start, memory) if extra else None
+        auxiliary = None if self.auxiliary is None or targets is None else self.auxiliary(memory, targets)
+        if auxiliary is not None:
+            groups += [customised.queries for customised in auxiliary.customised]
+        sizes = [len(group) for group in groups]
+        first = 0 if denoising is None else len(denoising)
+        further = sizes[1 if denoising is None else 2 :]
+        forbidden = attention_mask(denoising, count, further, features.values.device)
+        rows = slice(first, first + count)
+        decoded = self.decoder(QueryGroup.join(groups), memory, forbidden, matching=rows).split(sizes)
 
-        layers, proposals, hybrid_proposals = decoded.part(first, None), start.proposals, None
+        denoised = None if denoising is None else decoded.pop(0)
+        layers, *others = decoded
+        proposals, hybrid_proposals = start.proposals, None
         if extra and proposals is not None and self.config.hybrid_heads != "shared":
             hybrid_proposals = proposals.part(count, None)
         return DetectorOutput(
@@ -133,10 +143,12 @@ class Detector(nn.Module):
             layers=layers,
             proposals=None if proposals is None else proposals.part(0, count),
             mixture=mixture,
-            denoised=None if denoising is None else decoded.part(0, first),
+            denoised=denoised,
             denoising=denoising,
-            hybrid=hybrid,
+            hybrid=self._hybrid(start, memory) if extra else None,
             hybrid_proposals=hybrid_proposals,
+            auxiliary=auxiliary,
+            customised=tuple(others),
         )
 
     def checkpoint_activations(self, on: bool = True) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from paqdetr.models.denoising import DenoisingQueries
 from paqdetr.models.proposals import Proposals
 from paqdetr.paq import Mixture
+
+if TYPE_CHECKING:
+    from paqdetr.models.auxiliary import Auxiliary
 
 BACKGROUND_LOGIT = -50.0
 """Its probability is 0 to the last bit that matters, and half precision can hold it."""
@@ -28,10 +33,11 @@ class Decoded:
     boxes: Tensor
     counted: Tensor | None = None
 
-    def part(self, first: int, end: int | None) -> Decoded:
-        """Predictions of the queries first..end - 1."""
-        counted = None if self.counted is None else self.counted[:, :, first:end]
-        return Decoded(self.logits[:, :, first:end], self.boxes[:, :, first:end], counted)
+    def split(self, sizes: Sequence[int]) -> list[Decoded]:
+        """Predictions of groups of so many queries, in turn."""
+        counted = [None] * len(sizes) if self.counted is None else self.counted.split(list(sizes), dim=2)
+        logits, boxes = self.logits.split(list(sizes), dim=2), self.boxes.split(list(sizes), dim=2)
+        return [Decoded(*part) for part in zip(logits, boxes, counted, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +54,8 @@ class DetectorOutput:
         denoising: how these queries are laid out; None outside training.
         hybrid: predictions of the hybrid queries, (K, B, N, C) and (K, B, N, 4); None outside training.
         hybrid_proposals: what the encoder chose for these, where they have heads of their own for it; None outside training.
+        auxiliary: losses and queries of the auxiliary heads; None outside training.
+        customised: predictions of the queries of each auxiliary head, (K, B, N, C) and (K, B, N, 4).
     """
 
     pred_logits: Tensor
@@ -59,3 +67,5 @@ class DetectorOutput:
     denoising: DenoisingQueries | None = None
     hybrid: Decoded | None = None
     hybrid_proposals: Proposals | None = None
+    auxiliary: Auxiliary | None = None
+    customised: tuple[Decoded, ...] = ()

@@ -12,6 +12,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from paqdetr.models.denoising import DenoisingQueries
 from paqdetr.paq import Mixture, PatternQueries, StaticMixtures
 
 
@@ -163,3 +164,22 @@ class QueryGroup:
             reference=torch.cat([group.reference for group in groups], dim=1),
             position=torch.cat(positions, dim=1) if positions else None,
         )
+
+
+def attention_mask(
+    denoising: DenoisingQueries | None, num_queries: int, further: Sequence[int], device: torch.device
+) -> Tensor | None:
+    """Who may not look at whom, in the order denoising, matching, further groups of so many queries each.
+
+    Matching queries see each other alone, so that they do in training what they do in use; so do those of each further group.
+
+    Returns:
+        (N, N) bool, True where attention is forbidden; None if there are only matching queries.
+    """
+    if denoising is None and not further:
+        return None
+    seen = num_queries + (0 if denoising is None else len(denoising))
+    blocks = [torch.zeros(size, size, dtype=torch.bool, device=device) for size in (seen, *further)]
+    if denoising is not None:
+        blocks[0] = denoising.attention_mask(num_queries, device)
+    return ~torch.block_diag(*(~block for block in blocks))

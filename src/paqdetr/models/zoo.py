@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from paqdetr.config import Config, ModelConfig, list_configs, load_config
 from paqdetr.errors import ConfigError
 from paqdetr.models.attention import MLP, DeformableAttention
+from paqdetr.models.auxiliary import AuxiliaryHeads
+from paqdetr.models.auxiliary_heads import AtssHead, FasterRcnn
 from paqdetr.models.backbone import Backbone, normalization_of
 from paqdetr.models.decoder import Decoder, LayerHeads
 from paqdetr.models.denoising import ContrastiveDenoising, Denoising, PlainDenoising
@@ -68,6 +70,24 @@ def init_weights(model: Detector) -> None:
     if isinstance(start, LearnedPoints):
         nn.init.xavier_uniform_(start.point_head.weight)
         _zero(start.point_head.bias)
+    if model.auxiliary is not None:
+        _init_auxiliary(model.auxiliary)
+
+
+def _init_auxiliary(auxiliary: AuxiliaryHeads) -> None:
+    """As the published code of Co-DETR: small numbers for what predicts."""
+    _xavier(auxiliary)
+    for part in reversed(list(auxiliary.modules())):  # what is inside of a head before the head
+        if isinstance(part, nn.Conv2d):
+            nn.init.normal_(part.weight, std=0.01)
+            _zero(part.bias)
+        elif isinstance(part, AtssHead):
+            nn.init.constant_(part.class_head.bias, _CLASS_BIAS)  # type: ignore[arg-type]
+        elif isinstance(part, FasterRcnn):
+            for linear, std in ((part.class_head, 0.01), (part.background_head, 0.01), (part.box_head, 0.001)):
+                nn.init.normal_(linear.weight, std=std)
+                _zero(linear.bias)
+    nn.init.xavier_uniform_(auxiliary.downsample[0].weight)  # type: ignore[arg-type]
 
 
 def _xavier(part: nn.Module) -> None:
@@ -208,6 +228,22 @@ DENOISING: dict[str, Callable[[ModelConfig], Denoising | None]] = {
 }
 
 
+def _auxiliary_heads(config: ModelConfig) -> AuxiliaryHeads | None:
+    if not config.auxiliary_heads:
+        return None
+    strides = list(config.backbone_strides)
+    while len(strides) < config.num_levels:
+        strides.append(2 * strides[-1])
+    return AuxiliaryHeads(
+        names=config.auxiliary_heads,
+        dim=config.dim,
+        num_classes=config.num_classes,
+        strides=strides,
+        samples=config.roi_samples,
+        queries=config.customised_queries,
+    )
+
+
 def preprocessing_of(config: Config) -> Preprocessing:
     """What the settings do to an image."""
     return Preprocessing(
@@ -330,6 +366,7 @@ def build_model(config: Config, *, classes: ClassTable | None = None, pretrained
         denoising=DENOISING[model.denoising](model),
         hybrid_source=hybrid_source,
         hybrid_heads=hybrid_heads,
+        auxiliary=_auxiliary_heads(model),
     )
     init_weights(detector)
     return detector
