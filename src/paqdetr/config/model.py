@@ -302,6 +302,9 @@ class ModelConfig(Section):
         description="`raw`: the next layer's boxes come from the output before the decoder's norm",
     )
     box_eps: float = Field(default=1e-5, gt=0, lt=0.5, description="boxes are kept so far from 0 and 1 in logits")
+    report_eps: float | None = Field(
+        default=None, gt=0, lt=0.5, description="the same of the boxes that a layer reports; null: box_eps"
+    )
     padded_positions: bool = Field(default=False, description="positions of boxes are those in the padded image")
     masked_neck_norm: Annotated[bool, Role.FREE] = Field(
         default=False, description="the neck's norms leave padding out, which published codes count in"

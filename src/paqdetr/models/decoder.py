@@ -81,6 +81,7 @@ class Decoder(Recomputing):
         look_forward_twice: a layer's box offsets are trained by the next layer's loss too (DINO, section 3.5).
         refine_from: "raw" computes the next layer's boxes from the output before the norm, as DINO's code does.
         box_eps: logits of boxes are taken of values at least this far from 0 and 1.
+        report_eps: the same for the boxes that a layer reports, where it differs (mmdetection); None: `box_eps`.
         padded_positions: embed boxes as they stand in the padded image, as published codes do; then padding changes the result.
         distinct: after each layer, matching queries whose box overlaps a better one by more than this IoU leave; None: all stay.
             A query that has left still attends to those that stay, and these to it (DDQ's code), but it is neither matched nor
@@ -109,6 +110,7 @@ class Decoder(Recomputing):
         refine_from: Literal["normed", "raw"],
         box_eps: float,
         padded_positions: bool,
+        report_eps: float | None = None,
         distinct: float | None = None,
         distinct_restart: bool = False,
         relation: bool = False,
@@ -116,6 +118,7 @@ class Decoder(Recomputing):
         super().__init__()
         self.dim, self.num_heads = dim, num_heads
         self.distinct, self.distinct_restart = distinct, distinct_restart
+        self.report_eps = report_eps or box_eps
         self.box_refinement, self.look_forward_twice = box_refinement, look_forward_twice
         self.refine_raw, self.box_eps, self.padded_positions = refine_from == "raw", box_eps, padded_positions
         self.layers = nn.ModuleList(
@@ -170,11 +173,11 @@ class Decoder(Recomputing):
             class_head, box_head = class_heads[i % len(class_heads)], box_heads[i % len(box_heads)]
             offset = at_least_float32(box_head(state))  # (B, N, 4)
             logits.append(class_head(state))
-            boxes.append(self._shift(previous, offset))
+            boxes.append(_shift(previous, offset, self.report_eps))
             if self.box_refinement and i + 1 < len(self.layers):
                 if self.refine_raw:
                     offset = at_least_float32(box_head(x))
-                refined = self._shift(reference, offset)
+                refined = _shift(reference, offset, self.box_eps)
                 reference = refined.detach()
                 previous = refined if self.look_forward_twice else reference
                 if matching is None:
@@ -228,7 +231,8 @@ class Decoder(Recomputing):
             position = position * self.position_scale(content)
         return position
 
-    def _shift(self, reference: Tensor, offset: Tensor) -> Tensor:
-        """Boxes (B, N, 4) from boxes or points and offsets (B, N, 4) in logits; a point says nothing of width and height."""
-        known = inverse_sigmoid(reference, self.box_eps)
-        return (offset + F.pad(known, (0, 4 - known.shape[-1]))).sigmoid()
+
+def _shift(reference: Tensor, offset: Tensor, eps: float) -> Tensor:
+    """Boxes (B, N, 4) from boxes or points and offsets (B, N, 4) in logits; a point says nothing of width and height."""
+    known = inverse_sigmoid(reference, eps)
+    return (offset + F.pad(known, (0, 4 - known.shape[-1]))).sigmoid()

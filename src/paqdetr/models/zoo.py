@@ -330,6 +330,7 @@ def build_model(config: Config, *, classes: ClassTable | None = None, pretrained
         refine_from=model.refine_from,
         box_eps=model.box_eps,
         padded_positions=model.padded_positions,
+        report_eps=model.report_eps,
         distinct=model.distinct_queries,
         distinct_restart=model.distinct_restart,
         relation=model.position_relation,
