@@ -67,6 +67,10 @@ CASES: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "loss.confidence": ("max", "dino_nano", BEST | {"loss.gamma": 300.0}),
     "loss.hybrid_weight": (3.0, "dino_nano", {"model.hybrid_queries": 20}),
     "loss.hybrid_repeat": (2, "dino_nano", {"model.hybrid_queries": 20}),
+    "model.roi_samples": (8, "dino_nano", {"model.auxiliary_heads": ["faster_rcnn"]}),
+    "model.customised_queries": (3, "dino_nano", {"model.auxiliary_heads": ["atss"]}),
+    "loss.auxiliary_weight": (5.0, "dino_nano", {"model.auxiliary_heads": ["atss"]}),
+    "loss.customised_weight": (5.0, "dino_nano", {"model.auxiliary_heads": ["atss"]}),
 }
 
 
@@ -93,6 +97,7 @@ def test_every_setting_of_the_table_is_known_and_tried() -> None:
     assert named - set(CASES) == {"drop_at", "lr_reference_batch"}
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("key", CASES)
 def test_what_is_called_idle_is_and_what_is_not_is_not(key: str, one_thread: None) -> None:
     value, model, needed = CASES[key]

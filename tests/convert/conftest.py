@@ -13,7 +13,10 @@ Sources (repository, file, commit):
   models/detectors/relation_detr.py 7047657; models/bricks/base_transformer.py, models/bricks/denoising.py,
   models/necks/channel_mapper.py, models/backbones/resnet.py, models/backbones/swin.py 7047657
 - open-mmlab/mmdetection: mmdet/models/detectors/dino.py fe3f809, mmdet/models/layers/transformer/dino_layers.py 013e541,
-  detr_layers.py 7ece1f0, mmdet/models/necks/channel_mapper.py 2367856, mmdet/models/backbones/swin.py 09269cf
+  detr_layers.py 7ece1f0, mmdet/models/necks/channel_mapper.py 2367856, mmdet/models/backbones/swin.py 09269cf;
+  projects/CO-DETR/codetr/transformer.py 0342632, co_dino_head.py 0342632, codetr.py 109f02a; rpn_head.py 006c106,
+  bbox_head.py 01a7962, atss_head.py 01fba5b
+- Sense-X/Co-DETR: projects/models/co_dino_head.py 2bc657a, projects/configs/co_dino/co_dino_5scale_r50_1x_coco.py 2bc657a
 - jshilong/DDQ: projects/models/ddq_detr.py 78fc9a3
 """
 
@@ -45,7 +48,7 @@ class Writer:
 
     def tensor(self, name: str, *shape: int, std: float = 1.0, mean: float = 0.0) -> None:
         assert name not in self.state, name
-        self.state[name] = torch.randn(*shape, generator=self.generator) * std + mean
+        self.state[name] = torch.randn(shape, generator=self.generator) * std + mean
 
     def linear(self, name: str, fan_in: int, fan_out: int, *, bias: bool = True) -> None:
         self.tensor(f"{name}.weight", fan_out, fan_in, std=fan_in**-0.5)
@@ -407,6 +410,50 @@ def mmdet_dino(*, swin: bool = False, classes: int = 80, ddq: bool = False) -> S
     return w.state
 
 
+def co_detr(*, swin: str = "", classes: int = 80, project: bool = False) -> State:
+    """co_dino_5scale_r50; Swin has the official names in Sense-X's repository and mmdetection's in its project."""
+    w = Writer()
+    outputs = (0, 1, 2, 3)
+    if swin == "official":
+        widths = w.swin("backbone.", outputs=outputs)
+    elif swin == "mmdet":
+        widths = _mmdet_swin(w, "backbone.", outputs)
+    else:
+        widths = w.resnet("backbone.")
+    w.channel_mapper(widths, "gn", bias=False)
+    home = "query_head.transformer."
+    w.listed_layers(home, 5)
+    w.tensor(f"{home}level_embeds", 5, DIM)
+    w.linear(f"{home}enc_output", DIM, DIM)
+    w.norm(f"{home}enc_output_norm", DIM)
+    w.tensor(f"{home}query_embed.weight", QUERIES, DIM)
+    w.norm(f"{home}decoder.norm", DIM)
+    w.linear(f"{home}decoder.ref_point_head.0", 2 * DIM, DIM)
+    w.linear(f"{home}decoder.ref_point_head.2", DIM, DIM)
+    for i in range(2):
+        w.linear(f"{home}aux_pos_trans.{i}", 2 * DIM, DIM)
+        w.norm(f"{home}aux_pos_trans_norm.{i}", DIM)
+    w.branches("query_head.", classes)
+    w.tensor(f"query_head.{'dn_generator.' if project else ''}label_embedding.weight", classes, DIM)
+    w.conv("query_head.downsample.0", DIM, DIM, 3, bias=True)
+    w.norm("query_head.downsample.1", DIM)
+    w.conv("rpn_head.rpn_conv", DIM, DIM, 3, bias=True)
+    w.conv("rpn_head.rpn_cls", DIM, 9, 1, bias=True)
+    w.conv("rpn_head.rpn_reg", DIM, 36, 1, bias=True)
+    w.linear("roi_head.0.bbox_head.shared_fcs.0", DIM * 49, 4 * DIM)  # 1024 of 256
+    w.linear("roi_head.0.bbox_head.shared_fcs.1", 4 * DIM, 4 * DIM)
+    w.linear("roi_head.0.bbox_head.fc_cls", 4 * DIM, classes + 1)  # background comes last
+    w.linear("roi_head.0.bbox_head.fc_reg", 4 * DIM, 4 * classes)
+    for branch in ("cls", "reg"):
+        w.conv(f"bbox_head.0.{branch}_convs.0.conv", DIM, DIM, 3, bias=False)
+        w.norm(f"bbox_head.0.{branch}_convs.0.gn", DIM)
+    for head, width in (("cls", classes), ("reg", 4), ("centerness", 1)):
+        w.conv(f"bbox_head.0.atss_{head}", DIM, width, 3, bias=True)
+    for level in range(6):
+        w.tensor(f"bbox_head.0.scales.{level}.scale")
+    return w.state
+
+
 def _mmdet_swin(w: Writer, prefix: str, outputs: tuple[int, ...]) -> tuple[int, ...]:
     """The official Swin as mmdetection's `swin_converter` renames it; merged cells are in the order of nn.Unfold."""
     official = Writer(generator=w.generator)
@@ -444,6 +491,9 @@ ORIGINALS: dict[str, tuple[str, Callable[[], State]]] = {
     "deformable two-stage": ("deformable_detr", lambda: deformable_detr(refine=True, two_stage=True)),
     "mmdet dino": ("mmdet_dino", mmdet_dino),
     "mmdet dino swin": ("mmdet_dino", lambda: mmdet_dino(swin=True)),
+    "co-detr": ("co_detr", co_detr),
+    "co-detr swin": ("co_detr", lambda: co_detr(swin="official")),
+    "co-detr project swin": ("co_detr", lambda: co_detr(swin="mmdet", project=True)),
     "ddq": ("ddq", lambda: mmdet_dino(ddq=True)),
     "ddq swin": ("ddq", lambda: mmdet_dino(ddq=True, swin=True)),
     "relation": ("relation_detr", relation_detr),

@@ -13,6 +13,8 @@ from paqdetr.convert import COCO, ConversionReport, convert_checkpoint
 from paqdetr.errors import CheckpointError, ConfigError, UserError
 from paqdetr.models import Detector, create_model, load
 
+pytestmark = pytest.mark.integration
+
 if TYPE_CHECKING:
     from tests.convert.conftest import Original  # its fixtures make them
 
@@ -58,6 +60,7 @@ def test_the_model_is_the_host_that_the_file_is_of(
             "deformable_detr": {"deformable_detr", "deformable_detr_refine", "deformable_detr_one_stage"},
             "relation_detr": {"relation_detr", "dino"},
             "mmdet_dino": {"dino"},
+            "co_detr": {"co_dino"},
             "ddq": {"ddq_detr"},
         }[original.origin]
     )
@@ -150,6 +153,25 @@ PLACES: list[tuple[str, str, str, Callable[[Tensor], Tensor]]] = [
     ("mmdet dino", "bbox_head.cls_branches.3.weight", "start.head.class_head.weight", lambda x: x),
     ("mmdet dino", "neck.extra_convs.0.gn.bias", "neck.extra.0.1.bias", lambda x: x),
     ("mmdet dino swin", "backbone.norm1.weight", "backbone.norms.0.weight", lambda x: x),
+    ("co-detr", "query_head.label_embedding.weight", "denoising.label_embed.weight", lambda x: x),
+    ("co-detr", "query_head.transformer.aux_pos_trans.0.bias", "auxiliary.embed.faster_rcnn.0.bias", lambda x: x),
+    ("co-detr", "query_head.transformer.aux_pos_trans_norm.1.bias", "auxiliary.embed.atss.1.bias", lambda x: x),
+    ("co-detr", "roi_head.0.bbox_head.fc_cls.bias", "auxiliary.heads.faster_rcnn.class_head.bias", lambda x: x[:80]),
+    (
+        "co-detr",
+        "roi_head.0.bbox_head.fc_cls.bias",
+        "auxiliary.heads.faster_rcnn.background_head.bias",
+        lambda x: x[80:],
+    ),
+    ("co-detr", "roi_head.0.bbox_head.fc_reg.bias", "auxiliary.heads.faster_rcnn.box_head.bias", lambda x: x),
+    ("co-detr", "bbox_head.0.reg_convs.0.gn.bias", "auxiliary.heads.atss.regress.1.bias", lambda x: x),
+    ("co-detr", "bbox_head.0.scales.5.scale", "auxiliary.heads.atss.scales.5", lambda x: x),
+    (
+        "co-detr project swin",
+        "query_head.dn_generator.label_embedding.weight",
+        "denoising.label_embed.weight",
+        lambda x: x,
+    ),
 ]
 
 
@@ -537,3 +559,64 @@ def test_another_host_is_refused(make_original: Make, tmp_path: Path) -> None:
     recipe.write_text("base: paq_dn_detr_r50\nmodel: {backbone: resnet18}\n")
     with pytest.raises(CheckpointError, match=r"positions='proposals', and .* has positions='anchors': another host"):
         convert(make_original("dino"), model=str(recipe))
+
+
+# Parts of training alone
+
+
+def test_auxiliary_heads_can_be_left_out_and_come_back(make_original: Make, tmp_path: Path) -> None:
+    for name in ("dino_5scale", "co_dino"):
+        (tmp_path / f"{name}.yaml").write_text(f"base: {name}_r50\nmodel: {{backbone: resnet18}}\n")
+    with_heads, _ = convert(make_original("co-detr"))
+    with_heads.save(tmp_path / "x.safetensors")
+    without, report = convert_checkpoint(
+        tmp_path / "x.safetensors", origin="paqdetr", model=str(tmp_path / "dino_5scale.yaml")
+    )
+    heads = {key for key in with_heads.state_dict() if key.startswith("auxiliary.")}
+    assert set(report.dropped) == heads and not report.fresh and without.auxiliary is None
+    assert set(report.dropped.values()) == {"a part of training alone that dino_5scale does not have"}
+    images = torch.randn(1, 3, 96, 128)
+    with torch.no_grad():
+        assert torch.equal(with_heads(images).layers.boxes, without(images).layers.boxes)
+    without.save(tmp_path / "y.safetensors")
+    again, report = convert_checkpoint(
+        tmp_path / "y.safetensors", origin="paqdetr", model=str(tmp_path / "co_dino.yaml")
+    )
+    assert set(report.fresh) == heads and not report.dropped
+    assert again.config.auxiliary_heads == ("faster_rcnn", "atss")
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("query_head.transformer.head_pos_embed.weight", "Co-Deformable-DETR"),
+        ("roi_head.0.mask_head.convs.0.conv.weight", "mask head"),
+    ],
+)
+def test_other_forms_of_co_detr_are_named(key: str, message: str, make_original: Make) -> None:
+    original = make_original("co-detr")
+    original.state[key] = torch.zeros(2, 1)
+    with pytest.raises(CheckpointError, match=message):
+        convert(original)
+
+
+def test_co_detr_without_auxiliary_queries(make_original: Make) -> None:
+    original = make_original("co-detr")
+    for key in [key for key in original.state if "aux_pos_trans" in key]:
+        del original.state[key]
+    model, report = convert(original)
+    assert model.config.customised_queries == 0 and not report.fresh
+
+
+# Classes that mmdetection names beside the weights
+
+
+@pytest.mark.parametrize(
+    "meta", [{"CLASSES": ("cat", "dog")}, {"dataset_meta": {"classes": ("cat", "dog")}}, {"epoch": 3}]
+)
+def test_mmdetection_names_the_classes(meta: dict[str, Any], make_original: Make, tmp_path: Path) -> None:
+    state = make_original("mmdet dino").state
+    state = {key: x[:2] if "cls_branches" in key or "label_embedding" in key else x for key, x in state.items()}
+    torch.save({"meta": meta, "state_dict": state}, tmp_path / "x.pth")
+    model, _ = convert_checkpoint(tmp_path / "x.pth", origin="mmdet_dino", settings={"num_heads": HEADS})
+    assert model.classes.names == (("class 0", "class 1") if "epoch" in meta else ("cat", "dog"))

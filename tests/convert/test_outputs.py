@@ -21,6 +21,8 @@ from torchvision.models.swin_transformer import SwinTransformer
 
 from paqdetr.convert import COCO, convert_checkpoint
 
+pytestmark = pytest.mark.integration
+
 DIM, HEADS, POINTS, QUERIES = 128, 4, 3, 7
 LEFT = -50.0  # our logit of queries that are left out of the detections
 State = dict[str, Tensor]
@@ -61,6 +63,11 @@ MMDET = DETREX | {
     "linear2": "ffn.layers.1.",
     "level_embed": "level_embed",
 }
+CO_DETR = DETREX | {
+    "encoder": "query_head.transformer.encoder.layers.{}.",
+    "decoder": "query_head.transformer.decoder.layers.{}.",
+    "level_embed": "query_head.transformer.level_embeds",
+}
 RELATION = OFFICIAL | {"level_embed": "transformer.level_embeds"}
 
 DINO_LIKE = {"eps": 1e-3, "norm": True, "twice": True, "host": "dino"}
@@ -74,6 +81,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     **{
         name: DINO_LIKE | {"names": MMDET, "temperature": 20, "offset": 0.0, "report_eps": 1e-5}
         for name in ("mmdet dino", "mmdet dino swin", "ddq", "ddq swin")
+    },
+    **{
+        name: DINO_LIKE | {"names": CO_DETR, "temperature": 20, "offset": 0.0}
+        for name in ("co-detr", "co-detr swin", "co-detr project swin")
     },
     **{
         name: DINO_LIKE | {"names": RELATION, "temperature": 10000, "offset": -0.5}
@@ -347,9 +358,12 @@ class Reference:
         anchors = torch.cat([centers, sides[None, :, None].expand(batch, -1, 2)], -1)
         valid = ((anchors > 0.01) & (anchors < 0.99)).all(-1) & ~padding
         logits = (anchors / (1 - anchors)).log().masked_fill(~valid[..., None], math.inf)
-        project = self.first("transformer.enc_output.", "memory_trans_fc.")
+        project = self.first("transformer.enc_output.", "memory_trans_fc.", "query_head.transformer.enc_output.")
         x = self.linear(project, memory.masked_fill(~valid[..., None], 0))
-        x = self.norm(self.first("transformer.enc_output_norm.", "memory_trans_norm."), x)
+        x = self.norm(
+            self.first("transformer.enc_output_norm.", "memory_trans_norm.", "query_head.transformer.enc_output_norm."),
+            x,
+        )
         class_head, box_head = self.encoder_heads()
         scores = self.linear(class_head, x)
         ranked = scores[..., 0] if self.host == "two-stage" else scores.amax(-1)
@@ -370,7 +384,9 @@ class Reference:
             embedded = self.norm("transformer.pos_trans_norm.", self.linear("transformer.pos_trans.", sine))
             position, content = embedded.split(DIM, -1)
             return content, position, boxes
-        table = self.first("transformer.tgt_embed.weight", "query_embedding.weight")
+        table = self.first(
+            "transformer.tgt_embed.weight", "query_embedding.weight", "query_head.transformer.query_embed.weight"
+        )
         return self.state[table].expand(batch, -1, -1), None, boxes
 
     def encoder_heads(self) -> tuple[str, str]:
@@ -388,6 +404,7 @@ class Reference:
         for classes, regress in (
             ("transformer.decoder.class_head.{}.", "transformer.decoder.bbox_head.{}"),
             ("bbox_head.cls_branches.{}.", "bbox_head.reg_branches.{}"),
+            ("query_head.cls_branches.{}.", "query_head.reg_branches.{}"),
         ):
             if f"{classes.format(0)}weight" in self.state:
                 return classes, regress
@@ -405,7 +422,7 @@ class Reference:
     ) -> tuple[Tensor, Tensor]:
         eps, logits, boxes = self.facts["eps"], [], []
         classes, regress = self.heads()
-        decoder = self.first("transformer.decoder.", "decoder.")
+        decoder = self.first("transformer.decoder.", "decoder.", "query_head.transformer.decoder.")
         rows = torch.tensor(COCO.ids) if self.state[f"{classes.format(0)}weight"].shape[0] == 91 else torch.arange(80)
         bias, earlier = torch.zeros(len(x), HEADS, x.shape[1], x.shape[1]).double(), reference
         taking_part = [list(range(x.shape[1])) for _ in x]
@@ -488,14 +505,14 @@ def _logit(x: Tensor, eps: float) -> Tensor:
 
 
 def _resnet(state: State, images: Tensor) -> list[Tensor]:
-    """Maps of strides 8, 16, 32 of torchvision's ResNet-18."""
+    """Maps of strides 4 to 32 of torchvision's ResNet-18."""
     if any(key.startswith("res2.") for key in state):  # detectron2's names
         state = {_torchvision_name(key): value for key, value in state.items()}
     model = torchvision.models.resnet18(norm_layer=torchvision.ops.FrozenBatchNorm2d).double().eval()
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected and set(missing) == {"fc.weight", "fc.bias"}
     x = model.layer1(model.maxpool(model.relu(model.bn1(model.conv1(images)))))
-    maps = []
+    maps = [x]
     for stage in (model.layer2, model.layer3, model.layer4):
         x = stage(x)
         maps.append(x)

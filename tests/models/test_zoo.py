@@ -77,10 +77,11 @@ HOSTS = {
     "dn_detr": (LearnedAnchors, StaticQueries, PlainDenoising),
     "dino": (ProposalStart, StaticQueries, ContrastiveDenoising),
     "dino_5scale": (ProposalStart, StaticQueries, ContrastiveDenoising),
+    "co_dino": (ProposalStart, StaticQueries, ContrastiveDenoising),
     "ddq_detr": (ProposalStart, FeatureQueries, ContrastiveDenoising),
     "relation_detr": (ProposalStart, StaticQueries, ContrastiveDenoising),
 }
-DINOS = ("dino", "dino_5scale", "ddq_detr", "relation_detr")  # what these have in common with DINO
+DINOS = ("dino", "dino_5scale", "co_dino", "ddq_detr", "relation_detr")  # what these have in common with DINO
 
 
 @pytest.mark.parametrize("paq", ["", "paq_"])
@@ -102,12 +103,12 @@ def test_what_makes_a_host(host: str, paq: str) -> None:
     assert isinstance(model.decoder.norm, torch.nn.LayerNorm) is (host in DINOS)
     assert (model.decoder.position_scale is not None) is (host in ("dn_detr", "dab_deformable_detr", "relation_detr"))
     assert (model.decoder.position_head is None) is ("deformable_detr" in host and "dab" not in host)
-    assert model.config.num_hybrid == {"hybrid_deformable_detr": 1500, "ddq_detr": 1350, "relation_detr": 1500}.get(
-        host, 0
-    )
+    hybrid = {"hybrid_deformable_detr": 1500, "ddq_detr": 1350, "relation_detr": 1500}.get(host, 0)
+    assert model.config.num_hybrid == hybrid
     assert (model.decoder.relation is not None) is (model.encoder.fusion is not None) is (host == "relation_detr")
     assert model.config.uses_nms is (model.hybrid_heads is not None) is (host == "ddq_detr")
-    assert (model.hybrid_source is not None) is (bool(model.config.num_hybrid) and f"{paq}{host}" != "ddq_detr")
+    assert (model.hybrid_source is not None) is (hybrid > 0 and f"{paq}{host}" != "ddq_detr")
+    assert (model.auxiliary is not None) is host.startswith("co_")
     if isinstance(model.start, ProposalStart):
         assert model.start.head.class_head.out_features == (80 if host in DINOS else 1)
 

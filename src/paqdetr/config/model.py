@@ -260,7 +260,7 @@ class ModelConfig(Section):
     )
 
     # Co-DETR's heads with an assignment of their own on the encoder's output, in training alone.
-    auxiliary_heads: Annotated[tuple[Literal["faster_rcnn", "atss"], ...], Role.TARGET] = Field(
+    auxiliary_heads: Annotated[tuple[Literal["faster_rcnn", "atss"], ...], Role.FREE, Role.TARGET] = Field(
         default=(),
         description="Co-DETR's auxiliary heads on the encoder's output, in training alone; any host whose positions are refined",
     )
@@ -273,10 +273,10 @@ class ModelConfig(Section):
         default=512,
         ge=4,
         le=4096,
-        description="proposals an image that the second stage of Faster R-CNN learns from; the first keeps twice as many (1000 at "
-        "most)",
+        description="proposals an image that the second stage of Faster R-CNN learns from; the first keeps twice as many, "
+        "1000 at most",
     )
-    customised_queries: Annotated[int, _AUXILIARY, Role.TARGET] = Field(
+    customised_queries: Annotated[int, _AUXILIARY, Role.FREE, Role.TARGET] = Field(
         default=300,
         ge=0,
         le=10_000,

@@ -12,6 +12,7 @@ from paqdetr.config import ModelConfig
 from paqdetr.config.model import problem_of
 from paqdetr.config.section import Role
 from paqdetr.convert.classes import class_slots
+from paqdetr.convert.co_detr import CO_DETR
 from paqdetr.convert.ddq import DDQ
 from paqdetr.convert.deformable_detr import DEFORMABLE_DETR
 from paqdetr.convert.detrex import DETREX
@@ -50,6 +51,7 @@ LAYOUTS: dict[str, Layout] = {
     "deformable_detr": DEFORMABLE_DETR,
     "relation_detr": RELATION_DETR,
     "mmdet_dino": MMDET_DINO,
+    "co_detr": CO_DETR,
     "ddq": DDQ,
     "transformers": TRANSFORMERS,
 }
@@ -212,6 +214,9 @@ def _require_known(given: Mapping[str, Any]) -> None:
 
 def _unknown(renamed: Renamed, file: SourceFile, origin: str, where: str) -> CheckpointError:
     keys = renamed.unknown
+    for part, lack in LAYOUTS[origin].unsupported.items():
+        if any(part in key for key in keys):
+            raise CheckpointError(f"{where}: {lack}", "--partial leaves these tensors out all the same")
     shown = ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
     share = {name: coverage(layout.rules, file.tensors) for name, layout in LAYOUTS.items()}
     best = max(share, key=lambda name: share[name])

@@ -7,13 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 from paqdetr.convert.keymap import move, same
-from paqdetr.convert.mmdet import MMDET_DINO, MMDET_RULES, mmdet_settings
+from paqdetr.convert.mmdet import MMDET_DINO, MMDET_RULES, dino_settings
 
 
 def _settings(keys: Collection[str], hints: Mapping[str, Any]) -> dict[str, Any]:
     dense = any(key.startswith("bbox_head.aux_cls_branches.") for key in keys)
     return {
-        **mmdet_settings(keys, hints),
+        **dino_settings(keys, hints),
         "distinct_proposals": 0.8,
         "distinct_queries": 0.8,
         "distinct_restart": True,

@@ -269,6 +269,7 @@ class Layout:
         num_queries: what published models have, where the file does not say.
         level_bias: whether the convolutions that make the levels have a bias.
         preprocessing: what it does to images: `resize`, `pad_divisor`.
+        unsupported: part of a tensor's name -> what we lack, where it is known.
     """
 
     title: str
@@ -279,6 +280,7 @@ class Layout:
     num_queries: int = 300
     level_bias: bool = True
     preprocessing: Mapping[str, Any] = field(default_factory=dict)
+    unsupported: Mapping[str, str] = field(default_factory=dict)
 
 
 def encoder_and_decoder(prefix: str) -> tuple[Rule, ...]:

@@ -19,6 +19,7 @@ from paqdetr.convert.classes import ClassSlots
 from paqdetr.convert.keymap import Layout, Renamed
 from paqdetr.errors import CheckpointError
 from paqdetr.models import Detector
+from paqdetr.models.detector import TRAINING_ONLY
 from paqdetr.serialize import fields_of
 from paqdetr.text import shorten
 
@@ -89,6 +90,7 @@ def _natural_name(values: Mapping[str, Any]) -> str:
         host = "relation_detr"
     else:
         host = "dino_5scale" if len(values["backbone_strides"]) == 4 else "dino"
+        host = "co_dino" if values.get("auxiliary_heads") else host
     short = {"resnet50": "r50", "swin_large_patch4_window12_384": "swin_l"}
     backbone = _plain(values["backbone"])
     return f"{host}_{short.get(backbone, backbone)}"
@@ -151,11 +153,13 @@ def fill_model(
             fresh[key] = "a counter that frozen norms do not keep"
         elif key.startswith("query_source.") and config.queries != known["queries"].value:
             fresh[key] = f"{config.queries} instead of the file's {known['queries'].value} queries"
-        elif key.startswith("hybrid_source."):
-            fresh[key] = "queries that exist in training alone"
+        elif key.startswith(TRAINING_ONLY):
+            fresh[key] = "a part of training alone that the file does not have"
         else:
             missing.append(key)
             fresh[key] = "not in the file"
+    for key in [key for key in renamed.tensors if key not in own and key.startswith(TRAINING_ONLY)]:
+        renamed.discard(key, f"a part of training alone that {detector.name} does not have")
     left = [key for key in renamed.tensors if key not in own]
     if not partial:
         for problem, keys in (
@@ -374,6 +378,10 @@ def settle_classes(renamed: Renamed, slots: ClassSlots, *, agnostic: bool) -> No
             index, note = rows, f"{len(slots.rows)} of {slots.total} slots"
             if agnostic:
                 index, note = torch.tensor([0]), "slot 0, by which proposals are ranked"
+        elif re.fullmatch(r"auxiliary\.heads\.\w+\.class_head\.(weight|bias)", key):
+            index, note = rows, f"{len(slots.rows)} of {slots.total} slots"
+        elif key.startswith("auxiliary.heads.faster_rcnn.box_head."):
+            index, note = (rows[:, None] * 4 + torch.arange(4)).flatten(), f"{len(slots.rows)} of {slots.total} slots"
         elif key == "denoising.label_embed.weight":
             index, note = rows, f"{len(slots.rows)} of {tensor.shape[0]} labels"
             if missing := [row for row in slots.rows if row >= len(tensor)]:
@@ -504,7 +512,7 @@ def _from_shapes(tensors: Mapping[str, Tensor], *, heads: int, backbone: str | N
 
 
 def _host(tensors: Mapping[str, Tensor], dim: int) -> dict[str, Any]:
-    """Where queries begin, what they contain, what is denoised."""
+    """Where queries begin, what they contain, what is denoised, and which auxiliary heads there are."""
     settings: dict[str, Any] = {"queries": "static"}
     if "start.boxes" in tensors:
         settings |= {"positions": "anchors", "num_queries": tensors["start.boxes"].shape[0]}
@@ -520,6 +528,11 @@ def _host(tensors: Mapping[str, Tensor], dim: int) -> dict[str, Any]:
             settings["queries"] = "tokens"
     if "hybrid_source.table" in tensors:
         settings["hybrid_queries"] = tensors["hybrid_source.table"].shape[0]
+    heads = tuple(x for x in ("faster_rcnn", "atss") if f"auxiliary.heads.{x}.class_head.weight" in tensors)
+    if heads:
+        settings["auxiliary_heads"] = heads
+    if heads and not any(key.startswith("auxiliary.embed.") for key in tensors):
+        settings["customised_queries"] = 0
     labels = tensors.get("denoising.label_embed.weight")
     settings["denoising"] = "none" if labels is None else "plain" if labels.shape[1] == dim - 1 else "contrastive"
     return settings

@@ -113,7 +113,7 @@ class Criterion:
             num_boxes: what losses are divided by: the boxes of the whole step, in all of its batches and processes, so that their
                 losses add up to that of one large batch (where data parallelism takes the mean of gradients, multiply the loss by
                 the number of processes); the batch's own boxes if None.
-            share: of the step that this batch is, for losses that no box count divides: those of `aux_losses` and of auxiliary heads.
+            share: of the step that this batch is, for losses that no number of boxes divides: `aux_losses` and auxiliary heads.
 
         Raises:
             ValueError: targets are not what `Targets` says, an auxiliary loss has no weight, or class-agnostic proposals come
@@ -245,7 +245,7 @@ class Criterion:
     def _auxiliary(
         self, heads: Auxiliary, predictions: Sequence[Decoded], targets: Sequence[Targets], layers: int, share: float
     ) -> Terms:
-        """Co-DETR's heads, weighted as often as there are decoder layers, and the queries they give, divided by their positives."""
+        """Co-DETR's heads, once for each decoder layer, and the queries that they give, divided by their positives."""
         terms = {name: self.config.auxiliary_weight * layers * share * value for name, value in heads.losses.items()}
         weight = self.config.customised_weight * share
         for queries, predicted in zip(heads.customised, predictions, strict=True):

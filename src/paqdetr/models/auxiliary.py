@@ -1,4 +1,4 @@
-"""Collaborative hybrid assignments: auxiliary heads on the encoder's output, and their positives as further queries of the decoder.
+"""Collaborative hybrid assignments: auxiliary heads on the encoder's output, and their positives as queries of the decoder.
 
 Source: Co-DETR (arXiv 2211.12860), sections 3.2 and 3.3. Nothing of it takes part outside of training.
 """
@@ -117,8 +117,8 @@ class AuxiliaryHeads(nn.Module):
         return Maps([*features, further], [*valid, last], self.strides)
 
     def _customise(self, name: str, samples: Sequence[Samples], truth: Sequence[Truth]) -> CustomisedQueries:
-        """All positives of a head up to the most, drawn at random where there are more; random background beside them where an image
-        has fewer than the fullest of its batch."""
+        """All positives of a head, drawn at random where they are too many, and random background beside them where an image has
+        fewer than the fullest of its batch."""
         positives = [(image.matched >= 0).nonzero()[:, 0] for image in samples]
         count = min(max(_FEWEST, *map(len, positives)), self.queries)
         references, pairs, filled = [], [], []

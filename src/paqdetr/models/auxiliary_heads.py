@@ -1,8 +1,8 @@
 """Two classic detectors on the encoder's maps, each with its own one-to-many assignment and its losses: ATSS and Faster R-CNN.
 
 Sources: ATSS (arXiv 1912.02424), Faster R-CNN (arXiv 1506.01497), and their use as auxiliary heads in Co-DETR (arXiv 2211.12860),
-whose published code the constants are of. Boxes are xyxy in pixels of the image without its padding, counted in whole cells of the
-finest map. Only training has these heads.
+whose published code the constants are of. Boxes are xyxy in pixels of the image without its padding, whose sides are counted in
+whole cells of the finest map. Only training has these heads.
 """
 
 from __future__ import annotations
@@ -155,8 +155,8 @@ class AtssHead(nn.Module):
 def atss_matches(levels: Sequence[Tensor], valid: Tensor, boxes: Tensor, *, top_k: int) -> Tensor:
     """ATSS, algorithm 1: which box each anchor learns.
 
-    Candidates of a box are the `top_k` anchors of each level whose centres are nearest to its own. Those become positives whose IoU
-    reaches the mean of the candidates' plus their standard deviation, and whose centre is inside of the box. An anchor of several
+    Candidates of a box are the `top_k` anchors of each level whose centres are nearest to its own. Positives are those whose IoU
+    reaches the mean of all candidates plus their standard deviation, and whose centre is inside of the box. An anchor of several
     boxes learns the one that it overlaps most.
 
     Args:
@@ -197,8 +197,8 @@ class FasterRcnn(nn.Module):
 
     Args:
         strides: of the maps, in pixels; the proposals are read from all but the last.
-        samples: proposals an image that the second stage learns from, a quarter of them positives at most. The first stage keeps eight
-            times as many of each level before suppression and twice as many after it, 4000 and 1000 at most.
+        samples: proposals an image that the second stage learns from, a quarter of them positives at most. The first stage keeps
+            eight times as many of each level before suppression and twice as many after it, 4000 and 1000 at most.
     """
 
     def __init__(self, *, dim: int, num_classes: int, strides: Sequence[int], samples: int) -> None:
@@ -306,7 +306,7 @@ def pool(maps: Maps, boxes: Sequence[Tensor]) -> Tensor:
     """RoIAlign, 7 x 7, each box on the level of its size, never on the last: (R, d, 7, 7), image by image."""
     features, strides = maps.features[:-1], maps.strides[:-1]
     rois = torch.cat([torch.cat([box.new_full((len(box), 1), i), box], dim=1) for i, box in enumerate(boxes)])  # (R, 5)
-    # A box of 14 cells, two for each place that is read, is still on the finest level; each further one doubles that.
+    # Boxes below 28 cells, four for each place that is read, are on the finest level; each further one doubles that.
     mapper = LevelMapper(0, len(strides) - 1, canonical_scale=14 * strides[0], canonical_level=0)
     level = mapper(list(boxes))
     pooled = features[0].new_zeros(len(rois), features[0].shape[1], 7, 7)

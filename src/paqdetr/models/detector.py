@@ -29,6 +29,9 @@ from paqdetr.paq.targets import require_form, require_values
 from paqdetr.preprocessing import Preprocessing
 from paqdetr.structures import ClassTable, Detections, Targets
 
+TRAINING_ONLY = ("hybrid_source.", "auxiliary.")
+"""Beginnings of the names of parameters that nothing reads outside of training, but for those of denoising."""
+
 
 class Detector(nn.Module):
     """A DETR with deformable attention, put together from parts; `create_model` builds one by name.
