@@ -9,13 +9,15 @@ Sources (repository, file, commit):
 - facebookresearch/detectron2: detectron2/modeling/backbone/swin.py 405ef0d
 - IDEA-Research/DN-DETR: models/dn_dab_deformable_detr/dab_deformable_detr.py 3e196c4, deformable_transformer.py 61f5d6a
 - fundamentalvision/Deformable-DETR: models/deformable_detr.py, models/deformable_transformer.py, models/backbone.py 48092c5
-- xiuqhou/Relation-DETR: models/bricks/dino_transformer.py 2c305dd; models/bricks/base_transformer.py, models/bricks/denoising.py,
+- xiuqhou/Relation-DETR: models/bricks/dino_transformer.py 2c305dd, models/bricks/relation_transformer.py 092a6eb,
+  models/detectors/relation_detr.py 7047657; models/bricks/base_transformer.py, models/bricks/denoising.py,
   models/necks/channel_mapper.py, models/backbones/resnet.py, models/backbones/swin.py 7047657
 - open-mmlab/mmdetection: mmdet/models/detectors/dino.py fe3f809, mmdet/models/layers/transformer/dino_layers.py 013e541,
   detr_layers.py 7ece1f0, mmdet/models/necks/channel_mapper.py 2367856, mmdet/models/backbones/swin.py 09269cf;
   projects/CO-DETR/codetr/transformer.py 0342632, co_dino_head.py 0342632, codetr.py 109f02a; rpn_head.py 006c106,
   bbox_head.py 01a7962, atss_head.py 01fba5b
 - Sense-X/Co-DETR: projects/models/co_dino_head.py 2bc657a, projects/configs/co_dino/co_dino_5scale_r50_1x_coco.py 2bc657a
+- jshilong/DDQ: projects/models/ddq_detr.py 78fc9a3
 """
 
 from __future__ import annotations
@@ -212,9 +214,9 @@ class Writer:
         self.conv("neck.extra_convs.0.conv", widths[-1], DIM, 3, bias=bias)
         self.norm(f"neck.extra_convs.0.{norm}", DIM)
 
-    def branches(self, prefix: str, classes: int) -> None:
+    def branches(self, prefix: str, classes: int, count: int = DECODER_LAYERS + 1) -> None:
         """cls_branches and reg_branches, numbered with the activations between layers; the last pair is the proposals'."""
-        for i in range(DECODER_LAYERS + 1):
+        for i in range(count):
             self.linear(f"{prefix}cls_branches.{i}", DIM, classes)
             for k, width in ((0, DIM), (2, DIM), (4, 4)):
                 self.linear(f"{prefix}reg_branches.{i}.{k}", DIM, width)
@@ -338,7 +340,8 @@ def deformable_detr(*, refine: bool = False, two_stage: bool = False, single_sca
     return w.state
 
 
-def relation_detr(*, swin: bool = False) -> State:
+def relation_detr(*, swin: bool = False, dino: bool = False) -> State:
+    """Relation-DETR, or the DINO of the same repository, which has the relation of boxes alone."""
     w = Writer()
     if swin:
         widths = _torchvision_swin(w, "backbone.0.")
@@ -349,6 +352,15 @@ def relation_detr(*, swin: bool = False) -> State:
     w.layers(4)
     w.norm("transformer.decoder.norm", DIM)
     w.mlp("transformer.decoder.ref_point_head", 2 * DIM, DIM, DIM)
+    w.conv("transformer.decoder.position_relation_embedding.pos_proj.0", 64, HEADS, 1, bias=True)
+    if not dino:
+        w.linear("transformer.encoder.memory_fusion.0", (ENCODER_LAYERS + 1) * DIM, DIM)
+        w.linear("transformer.encoder.memory_fusion.2", DIM, DIM)
+        w.norm("transformer.encoder.memory_fusion.3", DIM)
+        w.mlp("transformer.decoder.query_scale", DIM, DIM, DIM)
+        w.tensor("transformer.hybrid_tgt_embed.weight", 9, DIM)
+        w.linear("transformer.hybrid_class_head", DIM, 91)
+        w.mlp("transformer.hybrid_bbox_head", DIM, DIM, DIM, 4)
     w.tensor("transformer.tgt_embed.weight", QUERIES, DIM)
     w.proposals()
     w.linear("transformer.encoder_class_head", DIM, 91)
@@ -374,8 +386,9 @@ def _torchvision_swin(w: Writer, prefix: str) -> tuple[int, ...]:
     return widths
 
 
-def mmdet_dino(*, swin: bool = False, classes: int = 80) -> State:
-    """dino-4scale_r50: convolutions of the neck have no bias, since a norm follows."""
+def mmdet_dino(*, swin: bool = False, classes: int = 80, ddq: bool = False) -> State:
+    """dino-4scale_r50: convolutions of the neck have no bias, since a norm follows. DDQ-DETR has heads for dense queries, those
+    of boxes under two names once it was trained."""
     w = Writer()
     widths = _mmdet_swin(w, "backbone.", (1, 2, 3)) if swin else w.resnet("backbone.")
     w.channel_mapper(widths[1:], "gn", bias=False)
@@ -385,8 +398,14 @@ def mmdet_dino(*, swin: bool = False, classes: int = 80) -> State:
     w.norm("memory_trans_norm", DIM)
     w.norm("decoder.norm", DIM)
     w.mlp("decoder.ref_point_head", 2 * DIM, DIM, DIM)
-    w.tensor("query_embedding.weight", QUERIES, DIM)
-    w.branches("bbox_head.", classes)
+    if ddq:
+        w.linear("query_map", DIM, DIM)
+        w.branches("bbox_head.", classes, DECODER_LAYERS + 2)
+        w.branches("bbox_head.aux_", classes, DECODER_LAYERS)
+        w.alias("decoder.aux_reg_branches", "bbox_head.aux_reg_branches")
+    else:
+        w.tensor("query_embedding.weight", QUERIES, DIM)
+        w.branches("bbox_head.", classes)
     w.tensor("dn_query_generator.label_embedding.weight", classes, DIM)
     return w.state
 
@@ -475,7 +494,10 @@ ORIGINALS: dict[str, tuple[str, Callable[[], State]]] = {
     "co-detr": ("co_detr", co_detr),
     "co-detr swin": ("co_detr", lambda: co_detr(swin="official")),
     "co-detr project swin": ("co_detr", lambda: co_detr(swin="mmdet", project=True)),
+    "ddq": ("ddq", lambda: mmdet_dino(ddq=True)),
+    "ddq swin": ("ddq", lambda: mmdet_dino(ddq=True, swin=True)),
     "relation": ("relation_detr", relation_detr),
+    "relation dino": ("relation_detr", lambda: relation_detr(dino=True)),
     "relation swin": ("relation_detr", lambda: relation_detr(swin=True)),
 }
 

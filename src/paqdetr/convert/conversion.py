@@ -13,6 +13,7 @@ from paqdetr.config.model import problem_of
 from paqdetr.config.section import Role
 from paqdetr.convert.classes import class_slots
 from paqdetr.convert.co_detr import CO_DETR
+from paqdetr.convert.ddq import DDQ
 from paqdetr.convert.deformable_detr import DEFORMABLE_DETR
 from paqdetr.convert.detrex import DETREX
 from paqdetr.convert.dino import DINO
@@ -51,6 +52,7 @@ LAYOUTS: dict[str, Layout] = {
     "relation_detr": RELATION_DETR,
     "mmdet_dino": MMDET_DINO,
     "co_detr": CO_DETR,
+    "ddq": DDQ,
     "transformers": TRANSFORMERS,
 }
 """The programs whose checkpoints can be converted, by the word for --from."""

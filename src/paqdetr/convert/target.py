@@ -84,6 +84,10 @@ def _natural_name(values: Mapping[str, Any]) -> str:
         host = "dab_deformable_detr" if values["denoising"] == "none" else "dn_detr"
     elif values["position_embedding"] == "fixed":
         host = "deformable_detr"
+    elif values["queries"] == "tokens":
+        host = "ddq_detr"
+    elif values["encoder_fusion"] and values["position_relation"]:
+        host = "relation_detr"
     else:
         host = "dino_5scale" if len(values["backbone_strides"]) == 4 else "dino"
         host = "co_dino" if values.get("auxiliary_heads") else host
@@ -109,8 +113,11 @@ def fit_queries(renamed: Renamed, config: ModelConfig, kind: str) -> None:
     """Another source of content: what the file has for the purpose goes, and positions that were made with content stay alone."""
     if config.queries == kind:
         return
-    if "query_source.table" in renamed.tensors:
-        renamed.discard("query_source.table", f"content queries become {config.queries}")
+    for key in [key for key in renamed.tensors if key.startswith("query_source.")]:
+        if kind == "tokens" and config.hybrid_heads == "all":  # the dense queries shared the layer, and keep it
+            renamed.rename(key, key.replace("query_source.", "hybrid_source."))
+        else:
+            renamed.discard(key, f"content queries become {config.queries}")
     if kind == "proposals":
         for key in [key for key in renamed.tensors if key.startswith("start.embed.")]:
             half = renamed.tensors[key][: config.dim].clone()
@@ -260,14 +267,18 @@ def settle_names(renamed: Renamed, layout: Layout, *, where: str) -> None:
     layers = len(_numbers(renamed.tensors, "decoder.layers"))
     for kind in _HEADS:
         found = _numbers(renamed.tensors, kind)
-        if found and max(found) > layers:
+        dense = (
+            "hybrid_heads.class_heads.0.weight" in renamed.tensors
+        )  # DDQ: one more for the proposals of dense queries
+        if found and max(found) > layers + dense:
             raise CheckpointError(
                 f"{where}: {layers} decoder layers, but {max(found) + 1} heads ({kind})",
                 "the file is incomplete or of a variant that cannot be built",
             )
         for key in [key for key in renamed.tensors if key.startswith(f"{kind}.")]:
             _, index, rest = key.split(".", 2)
-            home = f"start.head.{kind}" if int(index) == layers else f"decoder.{kind}s.{index}"
+            past = int(index) - layers
+            home = f"decoder.{kind}s.{index}" if past < 0 else f"start.head.{'hybrid_' * past}{kind}"
             renamed.rename(key, f"{home}.{rest}")
 
 
@@ -311,9 +322,11 @@ def settle_heads(renamed: Renamed, *, layers: int, must_share: bool, where: str)
 
 
 def settle_scale(renamed: Renamed, *, layers: int) -> None:
-    """Leave out what scales positions where the only decoder layer is the first, which does not; in place."""
-    for leaf in list(_below(renamed.tensors, "decoder.position_scale.")) if layers == 1 else ():
-        renamed.discard(f"decoder.position_scale.{leaf}", "the first decoder layer does not scale positions")
+    """Leave out what the first decoder layer does not use where it is the only one; in place."""
+    unused = {"position_scale": "does not scale positions", "relation": "has no relation of boxes"}
+    for part, reason in unused.items() if layers == 1 else ():
+        for leaf in list(_below(renamed.tensors, f"decoder.{part}.")):
+            renamed.discard(f"decoder.{part}.{leaf}", f"the first decoder layer {reason}")
 
 
 def infer_settings(
@@ -357,7 +370,9 @@ def settle_classes(renamed: Renamed, slots: ClassSlots, *, agnostic: bool) -> No
     """
     rows = torch.tensor(slots.rows)
     for key, tensor in list(renamed.tensors.items()):
-        if re.fullmatch(r"decoder\.class_heads\.\d+\.(weight|bias)", key):
+        if re.fullmatch(
+            r"((decoder|hybrid_heads)\.class_heads\.\d+|start\.head\.hybrid_class_head)\.(weight|bias)", key
+        ):
             index, note = rows, f"{len(slots.rows)} of {slots.total} slots"
         elif key.startswith("start.head.class_head."):
             index, note = rows, f"{len(slots.rows)} of {slots.total} slots"
@@ -485,6 +500,8 @@ def _from_shapes(tensors: Mapping[str, Tensor], *, heads: int, backbone: str | N
         "decoder_layers": len(_numbers(tensors, "decoder.layers")),
         "decoder_norm": "decoder.norm.weight" in tensors,
         "scale_positions": "decoder.position_scale.0.weight" in tensors,
+        "position_relation": "decoder.relation.project.weight" in tensors,
+        "encoder_fusion": "encoder.fusion.0.weight" in tensors,
         "position_embedding": "refined" if "decoder.position_head.0.weight" in tensors else "fixed",
         "backbone_output_norm": "backbone.norms.0.weight" in tensors,
     }
@@ -507,6 +524,10 @@ def _host(tensors: Mapping[str, Tensor], dim: int) -> dict[str, Any]:
             settings["num_queries"] = tensors["query_source.table"].shape[0]
         elif "start.embed.0.weight" in tensors:
             settings["queries"] = "proposals"
+        elif "query_source.linear.weight" in tensors:
+            settings["queries"] = "tokens"
+    if "hybrid_source.table" in tensors:
+        settings["hybrid_queries"] = tensors["hybrid_source.table"].shape[0]
     heads = tuple(x for x in ("faster_rcnn", "atss") if f"auxiliary.heads.{x}.class_head.weight" in tensors)
     if heads:
         settings["auxiliary_heads"] = heads

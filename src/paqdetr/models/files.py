@@ -28,7 +28,8 @@ from paqdetr.text import shorten
 
 # Tensors with one or several rows a class, and with one or several rows a query.
 _CLASS_ROWS = re.compile(
-    r"decoder\.class_heads\.\d+\.(weight|bias)|start\.head\.class_head\.(weight|bias)|denoising\.label_embed\.weight|"
+    r"(decoder|hybrid_heads)\.class_heads\.\d+\.(weight|bias)|start\.head\.(hybrid_)?class_head\.(weight|bias)|"
+    r"denoising\.label_embed\.weight|"
     r"auxiliary\.heads\.\w+\.class_head\.(weight|bias)|auxiliary\.heads\.faster_rcnn\.box_head\.(weight|bias)"
 )
 _QUERY_ROWS = re.compile(
@@ -180,6 +181,9 @@ def reshape_tensors(
                 result[key] = fresh[key].to(tensor.device, tensor.dtype).clone()
                 for old, new in rows:
                     result[key].unflatten(0, (len(classes[1]), -1))[new] = by_class[old]
+        elif key == "hybrid_source.table":
+            hybrid = _query_rows(len(tensor), len(fresh[key]), ranked=True)
+            result[key] = torch.lerp(tensor[hybrid[0]], tensor[hybrid[1]], hybrid[2].to(tensor)[:, None])
         elif _QUERY_ROWS.fullmatch(key) and queries[0] != queries[1]:
             by_query = tensor.unflatten(0, (queries[0], -1))  # (n, rows a query, ...)
             weight = share.to(by_query).view(-1, *[1] * (by_query.ndim - 1))

@@ -73,11 +73,12 @@ class FeatureQueries(nn.Module):
     Args:
         dim: width of the features.
         content_dim: width d of the content.
+        norm: DDQ has the linear layer alone.
     """
 
-    def __init__(self, *, dim: int, content_dim: int) -> None:
+    def __init__(self, *, dim: int, content_dim: int, norm: bool = True) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(dim)
+        self.norm = nn.LayerNorm(dim) if norm else nn.Identity()
         self.linear = nn.Linear(dim, content_dim)
 
     def forward(

@@ -14,7 +14,7 @@ from paqdetr.models.attention import MLP, DeformableAttention
 from paqdetr.models.auxiliary import AuxiliaryHeads
 from paqdetr.models.auxiliary_heads import AtssHead, FasterRcnn
 from paqdetr.models.backbone import Backbone, normalization_of
-from paqdetr.models.decoder import Decoder
+from paqdetr.models.decoder import Decoder, LayerHeads
 from paqdetr.models.denoising import ContrastiveDenoising, Denoising, PlainDenoising
 from paqdetr.models.detector import Detector
 from paqdetr.models.encoder import DeformableEncoder
@@ -54,6 +54,11 @@ def init_weights(model: Detector) -> None:
             _xavier(start.embed)
         class_heads.append(start.head.class_head)
         box_heads.append(start.head.box_head)
+        class_heads += [start.head.hybrid_class_head] if start.head.hybrid_class_head is not None else []
+        box_heads += [start.head.hybrid_box_head] if start.head.hybrid_box_head is not None else []
+    if model.hybrid_heads is not None:
+        class_heads += model.hybrid_heads.class_heads
+        box_heads += model.hybrid_heads.box_heads
     for head in class_heads:
         nn.init.constant_(head.bias, _CLASS_BIAS)  # type: ignore[arg-type]
     for head in box_heads:
@@ -168,6 +173,7 @@ QUERY_SOURCES: dict[str, Callable[[ModelConfig], QuerySource | None]] = {
     "patterns": _pattern_queries,
     "static_mixture": _static_mixtures,
     "features": _feature_queries,
+    "tokens": lambda config: FeatureQueries(dim=config.dim, content_dim=config.content_dim, norm=False),
     "proposals": lambda config: None,
 }
 
@@ -179,6 +185,7 @@ def _proposal_start(config: ModelConfig) -> ProposalStart:
             num_classes=config.num_classes,
             class_agnostic=config.class_agnostic_proposals,
             distinct=config.distinct_proposals,
+            hybrid=config.num_hybrid > 0 and config.hybrid_heads != "shared",
         ),
         num_queries=config.num_queries,
         dim=config.dim,
@@ -323,11 +330,19 @@ def build_model(config: Config, *, classes: ClassTable | None = None, pretrained
         refine_from=model.refine_from,
         box_eps=model.box_eps,
         padded_positions=model.padded_positions,
+        report_eps=model.report_eps,
+        distinct=model.distinct_queries,
+        distinct_restart=model.distinct_restart,
+        relation=model.position_relation,
         **sizes,
     )
-    hybrid_source = None
-    if model.hybrid_queries and model.queries != "proposals":
-        hybrid_source = StaticQueries(num_queries=model.hybrid_queries, dim=model.dim, std=model.content_std)
+    hybrid_source, hybrid_heads = None, None
+    if model.num_hybrid and model.hybrid_heads == "all":
+        hybrid_heads = LayerHeads(num_layers=model.decoder_layers, dim=model.dim, num_classes=model.num_classes)
+        if model.queries != "tokens":  # where it is, the queries share the linear layer
+            hybrid_source = FeatureQueries(dim=model.dim, content_dim=model.content_dim, norm=False)
+    elif model.num_hybrid and model.queries != "proposals":
+        hybrid_source = StaticQueries(num_queries=model.num_hybrid, dim=model.dim, std=model.content_std)
     detector = Detector(
         config=model,
         name=config.name,
@@ -340,12 +355,18 @@ def build_model(config: Config, *, classes: ClassTable | None = None, pretrained
             num_levels=model.num_levels,
             masked_norm=model.masked_neck_norm,
         ),
-        encoder=DeformableEncoder(num_layers=model.encoder_layers, query_levels=model.encoder_query_levels, **sizes),
+        encoder=DeformableEncoder(
+            num_layers=model.encoder_layers,
+            query_levels=model.encoder_query_levels,
+            fusion=model.encoder_fusion,
+            **sizes,
+        ),
         start=STARTS[model.positions](model),
         query_source=QUERY_SOURCES[model.queries](model),
         decoder=decoder,
         denoising=DENOISING[model.denoising](model),
         hybrid_source=hybrid_source,
+        hybrid_heads=hybrid_heads,
         auxiliary=_auxiliary_heads(model),
     )
     init_weights(detector)

@@ -5,6 +5,7 @@ Needs torch, torchvision and scipy alone, and nothing else of paqdetr but its pl
 
 from paqdetr.errors import NonFiniteError
 from paqdetr.paq.assignment import (
+    AlignedAssigner,
     Assigner,
     FixedKAssigner,
     OneToOneAssigner,
@@ -19,6 +20,7 @@ from paqdetr.paq.patterns import Mixture, PatternQueries, StaticMixtures
 from paqdetr.structures import Targets
 
 __all__ = [
+    "AlignedAssigner",
     "Assigner",
     "CostWeights",
     "FixedKAssigner",

@@ -44,6 +44,12 @@ class Matchables:
     class_confidence: np.ndarray
     max_confidence: np.ndarray
 
+    def only(self, queries: np.ndarray) -> Matchables:
+        """The same image without all other queries; int64 indices or a mask."""
+        return Matchables(
+            self.cost[queries], self.iou[queries], self.class_confidence[queries], self.max_confidence[queries]
+        )
+
 
 def matchables(
     pred_logits: Tensor,
