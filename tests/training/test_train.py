@@ -547,7 +547,10 @@ def test_twenty_steps_reproduce_stored_losses(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["paq_dino_nano", "ddq_detr_nano", "paq_ddq_detr_nano", "relation_detr_nano"])
+@pytest.mark.parametrize(
+    "name",
+    ["paq_dino_nano", "ddq_detr_nano", "paq_ddq_detr_nano", "relation_detr_nano", "co_dino_nano", "paq_co_dino_nano"],
+)
 def test_eight_images_are_learnt_by_heart(name: str, tmp_path: Path, no_pictures: None) -> None:
     """About two minutes each on two cores."""
     from paqdetr.data.digits import make_digits
