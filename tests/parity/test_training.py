@@ -3,6 +3,7 @@
 Sources: main.py of fundamentalvision/Deformable-DETR 48092c5, and its README.md for 32 images a step; main.py of
 IDEA-Research/DN-DETR 61f5d6a; config/DINO/DINO_4scale.py 67bbcd9 and `get_param_dict` of IDEA-Research/DINO,
 util/get_param_dicts.py (read at 6135190, in a copy under dino/). None of them warms up or averages weights; `use_ema` is off.
+Of Co-DINO, projects/configs/co_dino/co_dino_5scale_r50_1x_coco.py of Sense-X/Co-DETR 2bc657a.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ RECIPES = {
     "deformable_detr_r50_50e": DEFORMABLE,
     "dn_detr_r50_50e": (50, 40, 16, 1e-4, 1e-5, 1e-4, 2048, 0.0),
     "dino_r50_12e": (12, 11, 16, 1e-4, 1e-5, 1e-4, 2048, 0.0),
+    "co_dino_r50_12e": (12, 11, 16, 2e-4, 2e-5, 2e-4, 2048, 0.0),
 }
 
 
@@ -93,7 +95,7 @@ def test_recipe_of_ddq(recipe: str) -> None:
     )
 
 
-@pytest.mark.parametrize("recipe", ["dino_r50_12e", "dn_detr_r50_50e"])
+@pytest.mark.parametrize("recipe", ["dino_r50_12e", "co_dino_r50_12e", "dn_detr_r50_50e"])
 def test_boxes_are_embedded_as_they_stand_in_the_padded_image(recipe: str) -> None:
     """`valid_ratios` in the decoders of models/dino/deformable_transformer.py 2a4df86 and of DN-DETR 61f5d6a."""
     assert load_config(recipe).model.padded_positions
