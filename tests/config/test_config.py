@@ -230,7 +230,7 @@ def test_a_circle_of_bases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rela
         ({"amp": "fp8"}, "amp='fp8': Input should be 'no', 'bf16' or 'fp16'", "config show"),
         (
             {"model.queries": "dense"},
-            "model.queries='dense': Input should be 'static', 'proposals', 'patterns', 'static_mixture' or 'features'",
+            "model.queries='dense': Input should be 'static', 'proposals', 'tokens', 'patterns', 'static_mixture' or 'features'",
             "config show",
         ),
         ({"model.dim": 130}, "dim=130 must be divisible by 4 and by num_heads=8", "config show"),
