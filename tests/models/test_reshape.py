@@ -37,14 +37,14 @@ def make(name: str, **options: object) -> Detector:
 
 def class_rows(model: Detector) -> list[str]:
     """Tensors with a row a class, by the host's own structure."""
-    training = ("hybrid_heads.class_heads.", "start.head.hybrid_class_head.", "auxiliary.heads.faster_rcnn.box_head.")
-    keys = [key for key in model.state_dict() if key.startswith(("decoder.class_heads.", *training))]
-    keys += [key for key in model.state_dict() if key.startswith("auxiliary.heads.") and ".class_head." in key]
+    keys = [key for key in model.state_dict() if key.startswith("decoder.class_heads.")]
     if model.denoising is not None:
         keys.append("denoising.label_embed.weight")
     if "start.head.class_head.weight" in model.state_dict() and not model.config.class_agnostic_proposals:
         keys += ["start.head.class_head.weight", "start.head.class_head.bias"]
-    return keys
+    keys += [key for key in model.state_dict() if key.startswith(("hybrid_heads.class", "start.head.hybrid_class"))]
+    heads = ("faster_rcnn.class_head", "faster_rcnn.box_head", "atss.class_head") if model.auxiliary is not None else ()
+    return keys + [f"auxiliary.heads.{head}.{leaf}" for head in heads for leaf in ("weight", "bias")]
 
 
 @pytest.mark.parametrize("name", NANO)
@@ -54,8 +54,8 @@ def test_class_rows_go_over_by_name_whatever_their_case(name: str) -> None:
     old, new = model.state_dict(), changed.state_dict()
     rows = class_rows(model)
     assert len(rows) >= 2
-    for key in rows:  # the boxes of Faster R-CNN have four rows a class
-        before, after = old[key].unflatten(0, (3, -1)), new[key].unflatten(0, (4, -1))
+    for key in rows:
+        after, before = new[key].unflatten(0, (4, -1)), old[key].unflatten(0, (3, -1))  # boxes have four rows a class
         assert torch.equal(after[0], before[1]) and torch.equal(after[2], before[2])
         assert not torch.isin(after[1], before).all()
     assert all(torch.equal(new[key], old[key]) for key in old if key not in rows)
