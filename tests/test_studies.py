@@ -32,7 +32,7 @@ def test_the_issues_questions_have_files() -> None:
     if not FOLDER.is_dir():
         pytest.skip("needs a checkout: studies are not part of the source distribution")
     wanted = {"ablation", "hosts", "sweeps", "budget", "data_size", "remedies"}
-    wanted |= {"pilot", "pilot_depth", "pilot_remedies", "pilot_mixtures", "mixtures"}
+    wanted |= {"pilot", "pilot_depth", "pilot_remedies", "pilot_mixtures", "mixtures", "rivals"}
     assert wanted <= {file.stem for file in FILES}
 
 

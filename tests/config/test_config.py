@@ -230,7 +230,7 @@ def test_a_circle_of_bases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rela
         ({"amp": "fp8"}, "amp='fp8': Input should be 'no', 'bf16' or 'fp16'", "config show"),
         (
             {"model.queries": "dense"},
-            "model.queries='dense': Input should be 'static', 'proposals', 'patterns', 'static_mixture' or 'features'",
+            "model.queries='dense': Input should be 'static', 'proposals', 'tokens', 'patterns', 'static_mixture' or 'features'",
             "config show",
         ),
         ({"model.dim": 130}, "dim=130 must be divisible by 4 and by num_heads=8", "config show"),
@@ -525,6 +525,14 @@ def test_published_figures_are_of_models() -> None:
         (
             {"model.positions": "anchors", "model.hybrid_queries": 5},
             "hybrid_queries=5 needs positions=proposals",
+        ),
+        (
+            {"model.auxiliary_heads": ["atss"], "model.denoising": "none", "model.position_embedding": "fixed"},
+            "auxiliary_heads=['atss'] needs position_embedding=refined",
+        ),
+        (
+            {"model.auxiliary_heads": ["atss", "atss"]},
+            "auxiliary_heads=['atss', 'atss'] needs each head once",
         ),
         (
             {

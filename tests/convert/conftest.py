@@ -9,8 +9,15 @@ Sources (repository, file, commit):
 - facebookresearch/detectron2: detectron2/modeling/backbone/swin.py 405ef0d
 - IDEA-Research/DN-DETR: models/dn_dab_deformable_detr/dab_deformable_detr.py 3e196c4, deformable_transformer.py 61f5d6a
 - fundamentalvision/Deformable-DETR: models/deformable_detr.py, models/deformable_transformer.py, models/backbone.py 48092c5
-- xiuqhou/Relation-DETR: models/bricks/dino_transformer.py 2c305dd; models/bricks/base_transformer.py, models/bricks/denoising.py,
+- xiuqhou/Relation-DETR: models/bricks/dino_transformer.py 2c305dd, models/bricks/relation_transformer.py 092a6eb,
+  models/detectors/relation_detr.py 7047657; models/bricks/base_transformer.py, models/bricks/denoising.py,
   models/necks/channel_mapper.py, models/backbones/resnet.py, models/backbones/swin.py 7047657
+- open-mmlab/mmdetection: mmdet/models/detectors/dino.py fe3f809, mmdet/models/layers/transformer/dino_layers.py 013e541,
+  detr_layers.py 7ece1f0, mmdet/models/necks/channel_mapper.py 2367856, mmdet/models/backbones/swin.py 09269cf;
+  projects/CO-DETR/codetr/transformer.py 0342632, co_dino_head.py 0342632, codetr.py 109f02a; rpn_head.py 006c106,
+  bbox_head.py 01a7962, atss_head.py 01fba5b
+- Sense-X/Co-DETR: projects/models/co_dino_head.py 2bc657a, projects/configs/co_dino/co_dino_5scale_r50_1x_coco.py 2bc657a
+- jshilong/DDQ: projects/models/ddq_detr.py 78fc9a3
 """
 
 from __future__ import annotations
@@ -41,7 +48,7 @@ class Writer:
 
     def tensor(self, name: str, *shape: int, std: float = 1.0, mean: float = 0.0) -> None:
         assert name not in self.state, name
-        self.state[name] = torch.randn(*shape, generator=self.generator) * std + mean
+        self.state[name] = torch.randn(shape, generator=self.generator) * std + mean
 
     def linear(self, name: str, fan_in: int, fan_out: int, *, bias: bool = True) -> None:
         self.tensor(f"{name}.weight", fan_out, fan_in, std=fan_in**-0.5)
@@ -180,6 +187,40 @@ class Writer:
             self.linear(f"{name}.linear2", FFN, DIM)
             self.norm(f"{name}.norm3", DIM)
 
+    def listed_layers(
+        self,
+        prefix: str,
+        levels: int,
+        names: tuple[str, str, str] = ("attentions.0", "attentions.1", "ffns.0"),
+    ) -> None:
+        """mmcv's layers: norms in a list, in the order of use; in the older ones attentions and feed-forward blocks too."""
+        own, cross, ffn = names
+        for i in range(ENCODER_LAYERS + DECODER_LAYERS):
+            decoder = i >= ENCODER_LAYERS
+            name = f"{prefix}decoder.layers.{i - ENCODER_LAYERS}" if decoder else f"{prefix}encoder.layers.{i}"
+            if decoder:
+                self.attention(f"{name}.{own}.attn")
+            self.deformable_attention(f"{name}.{cross if decoder else own}", levels)
+            self.linear(f"{name}.{ffn}.layers.0.0", DIM, FFN)
+            self.linear(f"{name}.{ffn}.layers.1", FFN, DIM)
+            for norm in range(3 if decoder else 2):
+                self.norm(f"{name}.norms.{norm}", DIM)
+
+    def channel_mapper(self, widths: tuple[int, ...], norm: str, *, bias: bool) -> None:
+        """A lateral for each width and one further level."""
+        for i, width in enumerate(widths):
+            self.conv(f"neck.convs.{i}.conv", width, DIM, 1, bias=bias)
+            self.norm(f"neck.convs.{i}.{norm}", DIM)
+        self.conv("neck.extra_convs.0.conv", widths[-1], DIM, 3, bias=bias)
+        self.norm(f"neck.extra_convs.0.{norm}", DIM)
+
+    def branches(self, prefix: str, classes: int, count: int = DECODER_LAYERS + 1) -> None:
+        """cls_branches and reg_branches, numbered with the activations between layers; the last pair is the proposals'."""
+        for i in range(count):
+            self.linear(f"{prefix}cls_branches.{i}", DIM, classes)
+            for k, width in ((0, DIM), (2, DIM), (4, 4)):
+                self.linear(f"{prefix}reg_branches.{i}.{k}", DIM, width)
+
     def heads(self, count: int, classes: int, *, shared: bool) -> None:
         """class_embed and bbox_embed."""
         for i in range(count):
@@ -257,28 +298,9 @@ def detrex_dn(*, newer: bool = False) -> State:
 
 
 def _detrex_transformer(w: Writer, widths: tuple[int, ...]) -> None:
-    """BaseTransformerLayer keeps attentions, feed-forward blocks and norms in lists, in the order of use."""
-    for i, width in enumerate(widths[1:]):
-        w.conv(f"neck.convs.{i}.conv", width, DIM, 1, bias=True)
-        w.norm(f"neck.convs.{i}.norm", DIM)
-    w.conv("neck.extra_convs.0.conv", widths[-1], DIM, 3, bias=True)
-    w.norm("neck.extra_convs.0.norm", DIM)
+    w.channel_mapper(widths[1:], "norm", bias=True)
     w.tensor("transformer.level_embeds", 4, DIM)
-    for i in range(ENCODER_LAYERS):
-        name = f"transformer.encoder.layers.{i}"
-        w.deformable_attention(f"{name}.attentions.0", 4)
-        w.linear(f"{name}.ffns.0.layers.0.0", DIM, FFN)
-        w.linear(f"{name}.ffns.0.layers.1", FFN, DIM)
-        w.norm(f"{name}.norms.0", DIM)
-        w.norm(f"{name}.norms.1", DIM)
-    for i in range(DECODER_LAYERS):
-        name = f"transformer.decoder.layers.{i}"
-        w.attention(f"{name}.attentions.0.attn")
-        w.deformable_attention(f"{name}.attentions.1", 4)
-        w.linear(f"{name}.ffns.0.layers.0.0", DIM, FFN)
-        w.linear(f"{name}.ffns.0.layers.1", FFN, DIM)
-        for norm in range(3):
-            w.norm(f"{name}.norms.{norm}", DIM)
+    w.listed_layers("transformer.", 4)
     w.mlp("transformer.decoder.ref_point_head", 2 * DIM, DIM, DIM)
 
 
@@ -318,7 +340,8 @@ def deformable_detr(*, refine: bool = False, two_stage: bool = False, single_sca
     return w.state
 
 
-def relation_detr(*, swin: bool = False) -> State:
+def relation_detr(*, swin: bool = False, dino: bool = False) -> State:
+    """Relation-DETR, or the DINO of the same repository, which has the relation of boxes alone."""
     w = Writer()
     if swin:
         widths = _torchvision_swin(w, "backbone.0.")
@@ -329,6 +352,15 @@ def relation_detr(*, swin: bool = False) -> State:
     w.layers(4)
     w.norm("transformer.decoder.norm", DIM)
     w.mlp("transformer.decoder.ref_point_head", 2 * DIM, DIM, DIM)
+    w.conv("transformer.decoder.position_relation_embedding.pos_proj.0", 64, HEADS, 1, bias=True)
+    if not dino:
+        w.linear("transformer.encoder.memory_fusion.0", (ENCODER_LAYERS + 1) * DIM, DIM)
+        w.linear("transformer.encoder.memory_fusion.2", DIM, DIM)
+        w.norm("transformer.encoder.memory_fusion.3", DIM)
+        w.mlp("transformer.decoder.query_scale", DIM, DIM, DIM)
+        w.tensor("transformer.hybrid_tgt_embed.weight", 9, DIM)
+        w.linear("transformer.hybrid_class_head", DIM, 91)
+        w.mlp("transformer.hybrid_bbox_head", DIM, DIM, DIM, 4)
     w.tensor("transformer.tgt_embed.weight", QUERIES, DIM)
     w.proposals()
     w.linear("transformer.encoder_class_head", DIM, 91)
@@ -354,6 +386,95 @@ def _torchvision_swin(w: Writer, prefix: str) -> tuple[int, ...]:
     return widths
 
 
+def mmdet_dino(*, swin: bool = False, classes: int = 80, ddq: bool = False) -> State:
+    """dino-4scale_r50: convolutions of the neck have no bias, since a norm follows. DDQ-DETR has heads for dense queries, those
+    of boxes under two names once it was trained."""
+    w = Writer()
+    widths = _mmdet_swin(w, "backbone.", (1, 2, 3)) if swin else w.resnet("backbone.")
+    w.channel_mapper(widths[1:], "gn", bias=False)
+    w.listed_layers("", 4, ("self_attn", "cross_attn", "ffn"))
+    w.tensor("level_embed", 4, DIM)
+    w.linear("memory_trans_fc", DIM, DIM)
+    w.norm("memory_trans_norm", DIM)
+    w.norm("decoder.norm", DIM)
+    w.mlp("decoder.ref_point_head", 2 * DIM, DIM, DIM)
+    if ddq:
+        w.linear("query_map", DIM, DIM)
+        w.branches("bbox_head.", classes, DECODER_LAYERS + 2)
+        w.branches("bbox_head.aux_", classes, DECODER_LAYERS)
+        w.alias("decoder.aux_reg_branches", "bbox_head.aux_reg_branches")
+    else:
+        w.tensor("query_embedding.weight", QUERIES, DIM)
+        w.branches("bbox_head.", classes)
+    w.tensor("dn_query_generator.label_embedding.weight", classes, DIM)
+    return w.state
+
+
+def co_detr(*, swin: str = "", classes: int = 80, project: bool = False) -> State:
+    """co_dino_5scale_r50; Swin has the official names in Sense-X's repository and mmdetection's in its project."""
+    w = Writer()
+    outputs = (0, 1, 2, 3)
+    if swin == "official":
+        widths = w.swin("backbone.", outputs=outputs)
+    elif swin == "mmdet":
+        widths = _mmdet_swin(w, "backbone.", outputs)
+    else:
+        widths = w.resnet("backbone.")
+    w.channel_mapper(widths, "gn", bias=False)
+    home = "query_head.transformer."
+    w.listed_layers(home, 5)
+    w.tensor(f"{home}level_embeds", 5, DIM)
+    w.linear(f"{home}enc_output", DIM, DIM)
+    w.norm(f"{home}enc_output_norm", DIM)
+    w.tensor(f"{home}query_embed.weight", QUERIES, DIM)
+    w.norm(f"{home}decoder.norm", DIM)
+    w.linear(f"{home}decoder.ref_point_head.0", 2 * DIM, DIM)
+    w.linear(f"{home}decoder.ref_point_head.2", DIM, DIM)
+    for i in range(2):
+        w.linear(f"{home}aux_pos_trans.{i}", 2 * DIM, DIM)
+        w.norm(f"{home}aux_pos_trans_norm.{i}", DIM)
+    w.branches("query_head.", classes)
+    w.tensor(f"query_head.{'dn_generator.' if project else ''}label_embedding.weight", classes, DIM)
+    w.conv("query_head.downsample.0", DIM, DIM, 3, bias=True)
+    w.norm("query_head.downsample.1", DIM)
+    w.conv("rpn_head.rpn_conv", DIM, DIM, 3, bias=True)
+    w.conv("rpn_head.rpn_cls", DIM, 9, 1, bias=True)
+    w.conv("rpn_head.rpn_reg", DIM, 36, 1, bias=True)
+    w.linear("roi_head.0.bbox_head.shared_fcs.0", DIM * 49, 4 * DIM)  # 1024 of 256
+    w.linear("roi_head.0.bbox_head.shared_fcs.1", 4 * DIM, 4 * DIM)
+    w.linear("roi_head.0.bbox_head.fc_cls", 4 * DIM, classes + 1)  # background comes last
+    w.linear("roi_head.0.bbox_head.fc_reg", 4 * DIM, 4 * classes)
+    for branch in ("cls", "reg"):
+        w.conv(f"bbox_head.0.{branch}_convs.0.conv", DIM, DIM, 3, bias=False)
+        w.norm(f"bbox_head.0.{branch}_convs.0.gn", DIM)
+    for head, width in (("cls", classes), ("reg", 4), ("centerness", 1)):
+        w.conv(f"bbox_head.0.atss_{head}", DIM, width, 3, bias=True)
+    for level in range(6):
+        w.tensor(f"bbox_head.0.scales.{level}.scale")
+    return w.state
+
+
+def _mmdet_swin(w: Writer, prefix: str, outputs: tuple[int, ...]) -> tuple[int, ...]:
+    """The official Swin as mmdetection's `swin_converter` renames it; merged cells are in the order of nn.Unfold."""
+    official = Writer(generator=w.generator)
+    widths = official.swin("", outputs=outputs)
+    for key, tensor in official.state.items():
+        name = key.replace("patch_embed.proj.", "patch_embed.projection.").replace("layers.", "stages.")
+        name = (
+            name.replace(".attn.", ".attn.w_msa.")
+            .replace("mlp.fc1.", "ffn.layers.0.0.")
+            .replace("mlp.fc2.", "ffn.layers.1.")
+        )
+        w.state[prefix + name] = unfolded(tensor) if "downsample" in key else tensor
+    return widths
+
+
+def unfolded(merged: Tensor) -> Tensor:
+    """Columns (cell, channel), cells column by column -> columns (channel, cell), cells row by row: what nn.Unfold gives."""
+    cells = merged.unflatten(-1, (4, -1))  # (0, 0), (1, 0), (0, 1), (1, 1) as (row, column)
+    return torch.stack([cells[..., k, :] for k in (0, 2, 1, 3)], dim=-1).flatten(-2)
+
+
 ORIGINALS: dict[str, tuple[str, Callable[[], State]]] = {
     "dino": ("dino", dino),
     "dino unshared": ("dino", lambda: dino(shared=False)),
@@ -368,7 +489,15 @@ ORIGINALS: dict[str, tuple[str, Callable[[], State]]] = {
     "deformable single scale": ("deformable_detr", lambda: deformable_detr(single_scale=True)),
     "deformable refine": ("deformable_detr", lambda: deformable_detr(refine=True)),
     "deformable two-stage": ("deformable_detr", lambda: deformable_detr(refine=True, two_stage=True)),
+    "mmdet dino": ("mmdet_dino", mmdet_dino),
+    "mmdet dino swin": ("mmdet_dino", lambda: mmdet_dino(swin=True)),
+    "co-detr": ("co_detr", co_detr),
+    "co-detr swin": ("co_detr", lambda: co_detr(swin="official")),
+    "co-detr project swin": ("co_detr", lambda: co_detr(swin="mmdet", project=True)),
+    "ddq": ("ddq", lambda: mmdet_dino(ddq=True)),
+    "ddq swin": ("ddq", lambda: mmdet_dino(ddq=True, swin=True)),
     "relation": ("relation_detr", relation_detr),
+    "relation dino": ("relation_detr", lambda: relation_detr(dino=True)),
     "relation swin": ("relation_detr", lambda: relation_detr(swin=True)),
 }
 

@@ -58,7 +58,10 @@ def test_the_model_is_the_host_that_the_file_is_of(
             "detrex": {"dino", "dn_detr"},
             "dn_detr": {"dn_detr"},
             "deformable_detr": {"deformable_detr", "deformable_detr_refine", "deformable_detr_one_stage"},
-            "relation_detr": {"dino"},
+            "relation_detr": {"relation_detr", "dino"},
+            "mmdet_dino": {"dino"},
+            "co_detr": {"co_dino"},
+            "ddq": {"ddq_detr"},
         }[original.origin]
     )
     assert (model.config.dim, model.config.num_heads, model.config.num_points) == (128, HEADS, 3)
@@ -131,6 +134,44 @@ PLACES: list[tuple[str, str, str, Callable[[Tensor], Tensor]]] = [
         lambda x: x[SLOTS],
     ),
     ("relation", "neck.convs.3.1.bias", "neck.extra.0.1.bias", lambda x: x),
+    (
+        "relation",
+        "transformer.decoder.position_relation_embedding.pos_proj.0.weight",
+        "decoder.relation.project.weight",
+        lambda x: x[:, :, 0, 0],
+    ),
+    ("relation", "transformer.hybrid_class_head.weight", "start.head.hybrid_class_head.weight", lambda x: x[SLOTS]),
+    ("relation", "transformer.hybrid_bbox_head.layers.2.bias", "start.head.hybrid_box_head.4.bias", lambda x: x),
+    ("relation", "transformer.hybrid_tgt_embed.weight", "hybrid_source.table", lambda x: x),
+    ("ddq", "bbox_head.cls_branches.3.weight", "start.head.class_head.weight", lambda x: x),
+    ("ddq", "bbox_head.cls_branches.4.weight", "start.head.hybrid_class_head.weight", lambda x: x),
+    ("ddq", "bbox_head.reg_branches.4.2.bias", "start.head.hybrid_box_head.2.bias", lambda x: x),
+    ("ddq", "bbox_head.aux_cls_branches.2.weight", "hybrid_heads.class_heads.2.weight", lambda x: x),
+    ("ddq", "bbox_head.aux_reg_branches.1.4.weight", "hybrid_heads.box_heads.1.4.weight", lambda x: x),
+    ("ddq", "query_map.bias", "query_source.linear.bias", lambda x: x),
+    ("mmdet dino", "dn_query_generator.label_embedding.weight", "denoising.label_embed.weight", lambda x: x),
+    ("mmdet dino", "bbox_head.cls_branches.3.weight", "start.head.class_head.weight", lambda x: x),
+    ("mmdet dino", "neck.extra_convs.0.gn.bias", "neck.extra.0.1.bias", lambda x: x),
+    ("mmdet dino swin", "backbone.norm1.weight", "backbone.norms.0.weight", lambda x: x),
+    ("co-detr", "query_head.label_embedding.weight", "denoising.label_embed.weight", lambda x: x),
+    ("co-detr", "query_head.transformer.aux_pos_trans.0.bias", "auxiliary.embed.faster_rcnn.0.bias", lambda x: x),
+    ("co-detr", "query_head.transformer.aux_pos_trans_norm.1.bias", "auxiliary.embed.atss.1.bias", lambda x: x),
+    ("co-detr", "roi_head.0.bbox_head.fc_cls.bias", "auxiliary.heads.faster_rcnn.class_head.bias", lambda x: x[:80]),
+    (
+        "co-detr",
+        "roi_head.0.bbox_head.fc_cls.bias",
+        "auxiliary.heads.faster_rcnn.background_head.bias",
+        lambda x: x[80:],
+    ),
+    ("co-detr", "roi_head.0.bbox_head.fc_reg.bias", "auxiliary.heads.faster_rcnn.box_head.bias", lambda x: x),
+    ("co-detr", "bbox_head.0.reg_convs.0.gn.bias", "auxiliary.heads.atss.regress.1.bias", lambda x: x),
+    ("co-detr", "bbox_head.0.scales.5.scale", "auxiliary.heads.atss.scales.5", lambda x: x),
+    (
+        "co-detr project swin",
+        "query_head.dn_generator.label_embedding.weight",
+        "denoising.label_embed.weight",
+        lambda x: x,
+    ),
 ]
 
 
@@ -270,6 +311,7 @@ IMAGES = {
     "dn_detr": ("detr", 1, 100, False),
     "deformable two-stage": ("detr", 1, 100, False),
     "relation": ("relation_detr", 32, 300, False),
+    "ddq": ("detectron2", 1, 300, True),
 }
 
 
@@ -313,6 +355,38 @@ def test_encoder_and_decoder_have_to_be_of_one_size(make_original: Make) -> None
         convert(original)
 
 
+@pytest.mark.parametrize(
+    ("variant", "model", "moved"),
+    [
+        ("ddq", "paq_ddq_detr_r50", {"query_map.weight": "hybrid_source.linear.weight"}),
+        (
+            "relation",
+            "paq_relation_detr_r50",
+            {"transformer.hybrid_class_head.bias": "start.head.hybrid_class_head.bias"},
+        ),
+    ],
+)
+def test_becomes_its_host_with_paq(
+    variant: str, model: str, moved: dict[str, str], make_original: Make, tmp_path: Path
+) -> None:
+    original, recipe = make_original(variant), tmp_path / "small.yaml"
+    recipe.write_text(f"base: {model}\nmodel: {{backbone: resnet18, hybrid_ratio: 1.3}}\n")
+    found, report = convert(original, model=str(recipe))
+    assert found.config.queries == "patterns" and found.config.num_hybrid == 9
+    assert all(key.startswith("query_source.") for key in report.fresh)
+    for theirs, ours in moved.items():
+        tensor = original.state[theirs]
+        assert torch.equal(found.state_dict()[ours], tensor[SLOTS] if len(tensor) == 91 else tensor)
+
+
+def test_without_the_heads_of_training_it_is_the_detector_alone(make_original: Make) -> None:
+    original = make_original("ddq")
+    for key in [key for key in original.state if "aux_" in key or "branches.4." in key]:
+        del original.state[key]
+    model, report = convert(original)
+    assert model.config.num_hybrid == 0 and model.hybrid_heads is None and not report.fresh
+
+
 def test_one_decoder_layer_scales_no_positions(make_original: Make) -> None:
     original = make_original("dn_detr")
     later = re.compile(r"(decoder\.layers|class_embed|bbox_embed)\.[12]\.")
@@ -332,11 +406,7 @@ def test_one_decoder_layer_scales_no_positions(make_original: Make) -> None:
     ("variant", "key", "message"),
     [
         ("dino", "transformer.decoder.scale.weight", r"1 of \d+ tensors are not of .*DINO: transformer\.dec"),
-        (
-            "relation",
-            "transformer.decoder.position_relation_embedding.pos_proj.0.weight",
-            "position relation",
-        ),
+        ("ddq", "query_embedding.bias", r"1 of \d+ tensors are not of DDQ-DETR: query_embedding"),
     ],
 )
 def test_unknown_tensors_are_an_error_unless_partial(variant: str, key: str, message: str, make_original: Make) -> None:
@@ -489,3 +559,64 @@ def test_another_host_is_refused(make_original: Make, tmp_path: Path) -> None:
     recipe.write_text("base: paq_dn_detr_r50\nmodel: {backbone: resnet18}\n")
     with pytest.raises(CheckpointError, match=r"positions='proposals', and .* has positions='anchors': another host"):
         convert(make_original("dino"), model=str(recipe))
+
+
+# Parts of training alone
+
+
+def test_auxiliary_heads_can_be_left_out_and_come_back(make_original: Make, tmp_path: Path) -> None:
+    for name in ("dino_5scale", "co_dino"):
+        (tmp_path / f"{name}.yaml").write_text(f"base: {name}_r50\nmodel: {{backbone: resnet18}}\n")
+    with_heads, _ = convert(make_original("co-detr"))
+    with_heads.save(tmp_path / "x.safetensors")
+    without, report = convert_checkpoint(
+        tmp_path / "x.safetensors", origin="paqdetr", model=str(tmp_path / "dino_5scale.yaml")
+    )
+    heads = {key for key in with_heads.state_dict() if key.startswith("auxiliary.")}
+    assert set(report.dropped) == heads and not report.fresh and without.auxiliary is None
+    assert set(report.dropped.values()) == {"a part of training alone that dino_5scale does not have"}
+    images = torch.randn(1, 3, 96, 128)
+    with torch.no_grad():
+        assert torch.equal(with_heads(images).layers.boxes, without(images).layers.boxes)
+    without.save(tmp_path / "y.safetensors")
+    again, report = convert_checkpoint(
+        tmp_path / "y.safetensors", origin="paqdetr", model=str(tmp_path / "co_dino.yaml")
+    )
+    assert set(report.fresh) == heads and not report.dropped
+    assert again.config.auxiliary_heads == ("faster_rcnn", "atss")
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("query_head.transformer.head_pos_embed.weight", "Co-Deformable-DETR"),
+        ("roi_head.0.mask_head.convs.0.conv.weight", "mask head"),
+    ],
+)
+def test_other_forms_of_co_detr_are_named(key: str, message: str, make_original: Make) -> None:
+    original = make_original("co-detr")
+    original.state[key] = torch.zeros(2, 1)
+    with pytest.raises(CheckpointError, match=message):
+        convert(original)
+
+
+def test_co_detr_without_auxiliary_queries(make_original: Make) -> None:
+    original = make_original("co-detr")
+    for key in [key for key in original.state if "aux_pos_trans" in key]:
+        del original.state[key]
+    model, report = convert(original)
+    assert model.config.customised_queries == 0 and not report.fresh
+
+
+# Classes that mmdetection names beside the weights
+
+
+@pytest.mark.parametrize(
+    "meta", [{"CLASSES": ("cat", "dog")}, {"dataset_meta": {"classes": ("cat", "dog")}}, {"epoch": 3}]
+)
+def test_mmdetection_names_the_classes(meta: dict[str, Any], make_original: Make, tmp_path: Path) -> None:
+    state = make_original("mmdet dino").state
+    state = {key: x[:2] if "cls_branches" in key or "label_embedding" in key else x for key, x in state.items()}
+    torch.save({"meta": meta, "state_dict": state}, tmp_path / "x.pth")
+    model, _ = convert_checkpoint(tmp_path / "x.pth", origin="mmdet_dino", settings={"num_heads": HEADS})
+    assert model.classes.names == (("class 0", "class 1") if "epoch" in meta else ("cat", "dog"))

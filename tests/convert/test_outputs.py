@@ -24,6 +24,7 @@ from paqdetr.convert import COCO, convert_checkpoint
 pytestmark = pytest.mark.integration
 
 DIM, HEADS, POINTS, QUERIES = 128, 4, 3, 7
+LEFT = -50.0  # our logit of queries that are left out of the detections
 State = dict[str, Tensor]
 
 OFFICIAL = {
@@ -52,6 +53,21 @@ DETREX = OFFICIAL | {
     "linear2": "ffns.0.layers.1.",
     "level_embed": "transformer.level_embeds",
 }
+MMDET = DETREX | {
+    "encoder": "encoder.layers.{}.",
+    "decoder": "decoder.layers.{}.",
+    "encoder_attention": "self_attn.",
+    "self_attention": "self_attn.attn.",
+    "cross_attention": "cross_attn.",
+    "linear1": "ffn.layers.0.0.",
+    "linear2": "ffn.layers.1.",
+    "level_embed": "level_embed",
+}
+CO_DETR = DETREX | {
+    "encoder": "query_head.transformer.encoder.layers.{}.",
+    "decoder": "query_head.transformer.decoder.layers.{}.",
+    "level_embed": "query_head.transformer.level_embeds",
+}
 RELATION = OFFICIAL | {"level_embed": "transformer.level_embeds"}
 
 DINO_LIKE = {"eps": 1e-3, "norm": True, "twice": True, "host": "dino"}
@@ -62,8 +78,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dino 5scale swin": DINO_LIKE | {"names": OFFICIAL, "temperature": 20, "offset": 0.0},
     "detrex dino": DINO_LIKE | {"names": DETREX, "temperature": 10000, "offset": -0.5},
     "detrex dino swin": DINO_LIKE | {"names": DETREX, "temperature": 10000, "offset": -0.5},
-    "relation": DINO_LIKE | {"names": RELATION, "temperature": 10000, "offset": -0.5},
-    "relation swin": DINO_LIKE | {"names": RELATION, "temperature": 10000, "offset": -0.5},
+    **{
+        name: DINO_LIKE | {"names": MMDET, "temperature": 20, "offset": 0.0, "report_eps": 1e-5}
+        for name in ("mmdet dino", "mmdet dino swin", "ddq", "ddq swin")
+    },
+    **{
+        name: DINO_LIKE | {"names": CO_DETR, "temperature": 20, "offset": 0.0}
+        for name in ("co-detr", "co-detr swin", "co-detr project swin")
+    },
+    **{
+        name: DINO_LIKE | {"names": RELATION, "temperature": 10000, "offset": -0.5}
+        for name in ("relation", "relation dino", "relation swin")
+    },
     "dn_detr": {"names": OFFICIAL, "temperature": 10000, "offset": -0.5, "eps": 1e-3, "host": "dn"},
     "detrex dn": {"names": DETREX, "temperature": 10000, "offset": -0.5, "eps": 1e-3, "host": "dn"},
     "detrex dn newer": {"names": DETREX, "temperature": 10000, "offset": -0.5, "eps": 1e-3, "host": "dn"},
@@ -86,6 +112,10 @@ def test_boxes_and_scores_equal_the_originals(variant: str, make_original: Calla
     for key in ("transformer.enc_out_class_embed.bias", "transformer.encoder_class_head.bias"):
         if key in original.state:  # slots without a class never had an object, so in a trained model they never win
             original.state[key][[i for i in range(91) if i not in COCO.ids]] = -100.0
+    if original.origin == "ddq":  # large boxes, so that some overlap by more than 0.8
+        original.state["bbox_head.reg_branches.0.4.bias"][2:] = 5.0
+    elif original.origin == "mmdet_dino":  # boxes on the border, where the two clamps differ
+        original.state["bbox_head.reg_branches.0.4.bias"][:] = -8.0
     given = {"num_heads": HEADS, "num_queries": QUERIES}
     model, _ = convert_checkpoint(original.save(), origin=original.origin, settings=given)
     images, mask = _batch(256 if "swin" in variant else 96)
@@ -95,6 +125,7 @@ def test_boxes_and_scores_equal_the_originals(variant: str, make_original: Calla
         found = model.double()(images, mask)
     torch.testing.assert_close(found.layers.boxes, boxes, atol=1e-7, rtol=1e-7)
     torch.testing.assert_close(found.layers.logits, logits, atol=1e-7, rtol=1e-7)
+    assert bool((logits == LEFT).any()) is (original.origin == "ddq")
 
 
 # Of a picture of 100 x 133 at 96 / 160: the size it is resized to (127.68 pixels wide), the size it runs at, detections that
@@ -106,6 +137,8 @@ END_TO_END = {
     "deformable two-stage": ((96, 127), (96, 127), 100, False),
     "detrex dino": ((96, 128), (96, 128), 300, True),
     "detrex dn": ((96, 128), (96, 128), 100, True),
+    "mmdet dino": ((96, 128), (96, 128), 300, True),
+    "ddq": ((96, 128), (96, 128), 300, True),
     "relation": ((96, 127), (96, 128), 300, False),
 }
 
@@ -121,7 +154,7 @@ def test_predictions_equal_the_originals_from_picture_to_boxes(
         if key in original.state:
             original.state[key][[i for i in range(91) if i not in COCO.ids]] = -100.0
     for key in original.state:
-        if "bbox" in key and key.endswith("layers.2.bias"):
+        if ("bbox" in key and key.endswith("layers.2.bias")) or ("reg_branches" in key and key.endswith("4.bias")):
             original.state[key][2:] = 3.0  # boxes that are large enough to leave the picture
     model, report = convert_checkpoint(original.save(), origin=original.origin, settings=settings)
     noise = np.random.default_rng(0).integers(0, 256, (100, 133, 3), dtype=np.uint8)
@@ -199,11 +232,17 @@ class Reference:
         return F.layer_norm(x, weight.shape, weight, self.state[f"{name}bias"])
 
     def mlp(self, name: str, x: Tensor) -> Tensor:
-        count = sum(key.startswith(f"{name}.layers.") and key.endswith("weight") for key in self.state)
-        for i in range(count):
-            x = self.linear(f"{name}.layers.{i}.", x)
-            x = x.relu() if i + 1 < count else x
+        names = sorted(
+            key.removesuffix("weight") for key in self.state if key.startswith(f"{name}.") and key.endswith("weight")
+        )
+        for i, layer in enumerate(names):
+            x = self.linear(layer, x)
+            x = x.relu() if i + 1 < len(names) else x
         return x
+
+    def first(self, *names: str) -> str:
+        """The name of these that the program uses."""
+        return next(name for name in names if any(key.startswith(name) for key in self.state))
 
     def backbone(self, images: Tensor) -> list[Tensor]:
         prefix = next(
@@ -216,8 +255,10 @@ class Reference:
         """1x1 convolutions read the coarsest maps, one each; the first 3x3 reads the last map, further ones the last level."""
         if "neck.convs.0.conv.weight" in self.state:
             extra = [f"neck.extra_convs.{i}.{{}}." for i in range(1)]
-            names = [f"neck.convs.{i}.{{}}." for i in range(3)] + extra
-            convs, norms = [n.format("conv") for n in names], [n.format("norm") for n in names]
+            laterals = sum(key.startswith("neck.convs.") and key.endswith("conv.weight") for key in self.state)
+            names = [f"neck.convs.{i}.{{}}." for i in range(laterals)] + extra
+            norm = "gn" if "neck.convs.0.gn.weight" in self.state else "norm"
+            convs, norms = [n.format("conv") for n in names], [n.format(norm) for n in names]
         else:
             home = "neck.convs" if "neck.convs.0.0.weight" in self.state else "input_proj"
             count = sum(key.startswith(home) and key.endswith(".0.weight") for key in self.state)
@@ -279,12 +320,18 @@ class Reference:
         return self.linear(f"{name}output_proj.", result.flatten(2))
 
     def encode(self, x: Tensor, position: Tensor, reference: Tensor, shapes: list[Any], padding: Tensor) -> Tensor:
+        after = [x]
         for i in range(2):
             layer = self.names["encoder"].format(i)
             first, second = (layer + norm for norm in self.names["encoder_norms"])
             name = layer + self.names["encoder_attention"]
             x = self.norm(first, x + self.deformable(name, x + position, reference, x, shapes, padding))
             x = self.norm(second, x + self.feed_forward(layer, x))
+            after.append(x)
+        fusion = "transformer.encoder.memory_fusion."
+        if f"{fusion}0.weight" in self.state:
+            x = self.linear(f"{fusion}0.", torch.cat(after, -1)).relu()
+            x = self.norm(f"{fusion}3.", self.linear(f"{fusion}2.", x))
         return x
 
     def feed_forward(self, layer: str, x: Tensor) -> Tensor:
@@ -311,21 +358,36 @@ class Reference:
         anchors = torch.cat([centers, sides[None, :, None].expand(batch, -1, 2)], -1)
         valid = ((anchors > 0.01) & (anchors < 0.99)).all(-1) & ~padding
         logits = (anchors / (1 - anchors)).log().masked_fill(~valid[..., None], math.inf)
-        x = self.linear("transformer.enc_output.", memory.masked_fill(~valid[..., None], 0))
-        x = self.norm("transformer.enc_output_norm.", x)
+        project = self.first("transformer.enc_output.", "memory_trans_fc.", "query_head.transformer.enc_output.")
+        x = self.linear(project, memory.masked_fill(~valid[..., None], 0))
+        x = self.norm(
+            self.first("transformer.enc_output_norm.", "memory_trans_norm.", "query_head.transformer.enc_output_norm."),
+            x,
+        )
         class_head, box_head = self.encoder_heads()
         scores = self.linear(class_head, x)
         ranked = scores[..., 0] if self.host == "two-stage" else scores.amax(-1)
         # The one difference: the originals rank masked tokens too, all of which have the score of a token of zeros.
         best = ranked.masked_fill(~valid, -math.inf).topk(QUERIES, 1).indices
+        if "query_map.weight" in self.state:
+            every = (self.mlp(box_head, x) + logits).sigmoid()
+            usable = [row.nonzero()[:, 0].tolist() for row in valid]
+            chosen = [_suppress(*image)[:QUERIES] for image in zip(every, ranked, usable, strict=True)]
+            best = torch.tensor(chosen)
         pick = best[..., None].expand(-1, -1, 4)
         boxes = (self.mlp(box_head, x) + logits).gather(1, pick).sigmoid()
+        if "query_map.weight" in self.state:
+            tokens = memory.gather(1, best[..., None].expand(-1, -1, DIM))
+            return self.linear("query_map.", tokens), None, boxes
         if self.host == "two-stage":
             sine = _waves(boxes * 2 * math.pi, DIM // 2, 10000).flatten(-2)  # x, y, w, h
             embedded = self.norm("transformer.pos_trans_norm.", self.linear("transformer.pos_trans.", sine))
             position, content = embedded.split(DIM, -1)
             return content, position, boxes
-        return self.state["transformer.tgt_embed.weight"].expand(batch, -1, -1), None, boxes
+        table = self.first(
+            "transformer.tgt_embed.weight", "query_embedding.weight", "query_head.transformer.query_embed.weight"
+        )
+        return self.state[table].expand(batch, -1, -1), None, boxes
 
     def encoder_heads(self) -> tuple[str, str]:
         for class_head, box_head in (
@@ -334,7 +396,19 @@ class Reference:
         ):
             if f"{class_head}weight" in self.state:
                 return class_head, box_head
-        return "class_embed.3.", "bbox_embed.3"  # past the three decoder layers
+        classes, regress = self.heads()
+        return classes.format(3), regress.format(3)  # past the three decoder layers
+
+    def heads(self) -> tuple[str, str]:
+        """Of decoder layer {}."""
+        for classes, regress in (
+            ("transformer.decoder.class_head.{}.", "transformer.decoder.bbox_head.{}"),
+            ("bbox_head.cls_branches.{}.", "bbox_head.reg_branches.{}"),
+            ("query_head.cls_branches.{}.", "query_head.reg_branches.{}"),
+        ):
+            if f"{classes.format(0)}weight" in self.state:
+                return classes, regress
+        return "class_embed.{}.", "bbox_embed.{}"
 
     def decode(
         self,
@@ -347,13 +421,11 @@ class Reference:
         ratios: Tensor,
     ) -> tuple[Tensor, Tensor]:
         eps, logits, boxes = self.facts["eps"], [], []
-        relation = "transformer.decoder.class_head.0.weight" in self.state
-        classes, regress = (
-            ("transformer.decoder.class_head.{}.", "transformer.decoder.bbox_head.{}")
-            if relation
-            else ("class_embed.{}.", "bbox_embed.{}")
-        )
+        classes, regress = self.heads()
+        decoder = self.first("transformer.decoder.", "decoder.", "query_head.transformer.decoder.")
         rows = torch.tensor(COCO.ids) if self.state[f"{classes.format(0)}weight"].shape[0] == 91 else torch.arange(80)
+        bias, earlier = torch.zeros(len(x), HEADS, x.shape[1], x.shape[1]).double(), reference
+        taking_part = [list(range(x.shape[1])) for _ in x]
         for i in range(3):
             layer = self.names["decoder"].format(i)
             scaled = reference[:, :, None] * ratios.repeat(1, 1, reference.shape[-1] // 2)[:, None]
@@ -361,24 +433,46 @@ class Reference:
             if position is None:
                 # Of the box on the padded image, by the valid ratio of the finest level: y, x, w, h.
                 sine = _waves(scaled[:, :, 0][..., [1, 0, 2, 3]] * 2 * math.pi, DIM // 2, 10000).flatten(-2)
-                position = self.mlp("transformer.decoder.ref_point_head", sine)
-                if self.host == "dn" and i:
+                position = self.mlp(f"{decoder}ref_point_head", sine)
+                if "transformer.decoder.query_scale.layers.0.weight" in self.state and i:
                     position = position * self.mlp("transformer.decoder.query_scale", x)
             after_self, after_cross, after_ffn = (layer + norm for norm in self.names["decoder_norms"])
-            x = self.norm(after_self, x + self.attend(layer + self.names["self_attention"], x, position))
+            x = self.norm(after_self, x + self.attend(layer + self.names["self_attention"], x, position, bias))
             name = layer + self.names["cross_attention"]
             x = self.norm(after_cross, x + self.deformable(name, x + position, scaled, memory, shapes, padding))
             x = self.norm(after_ffn, x + self.feed_forward(layer, x))
-            state = self.norm("transformer.decoder.norm.", x) if self.facts.get("norm") else x
+            state = self.norm(f"{decoder}norm.", x) if self.facts.get("norm") else x
             known = _logit(reference, eps)
             known = F.pad(known, (0, 4 - known.shape[-1]))
             logits.append(self.linear(classes.format(i), state)[..., rows])
-            boxes.append((self.mlp(regress.format(i), state) + known).sigmoid())
+            reported = F.pad(_logit(reference, self.facts.get("report_eps", eps)), (0, 4 - reference.shape[-1]))
+            boxes.append((self.mlp(regress.format(i), state) + reported).sigmoid())
+            for image, queries in enumerate(taking_part):
+                logits[-1][image, [q for q in range(x.shape[1]) if q not in queries]] = LEFT
             if self.host not in ("one-stage", "single scale"):
                 reference = (self.mlp(regress.format(i), x) + known).sigmoid()  # of the output before the norm
+            if "transformer.decoder.position_relation_embedding.pos_proj.0.weight" in self.state:
+                bias, earlier = self.relation(earlier, boxes[-1]), boxes[-1]
+            if "query_map.weight" in self.state:  # scores of the output before the norm as well
+                scores, bias = self.linear(classes.format(i), x).amax(-1), torch.zeros_like(bias)
+                for image, queries in enumerate(taking_part):
+                    kept = _suppress(reference[image], scores[image], queries)
+                    out = torch.tensor([q not in kept for q in range(x.shape[1])])
+                    bias[image, :, out[:, None] & out] = -math.inf
+                    # Its code reads who takes part off the first row of the mask, which forbids nothing where query 0 stays.
+                    taking_part[image] = list(range(x.shape[1])) if 0 in kept else kept
         return torch.stack(logits), torch.stack(boxes)
 
-    def attend(self, name: str, x: Tensor, position: Tensor) -> Tensor:
+    def relation(self, boxes: Tensor, others: Tensor) -> Tensor:
+        """(B, N, 4) twice -> (B, heads, N, N)"""
+        name = "transformer.decoder.position_relation_embedding.pos_proj.0."
+        center, size = boxes[:, :, None, :2], boxes[:, :, None, 2:] + 1e-5
+        distance = ((center - others[:, None, :, :2]).abs() / size + 1).log()
+        numbers = torch.cat([distance, (size / (others[:, None, :, 2:] + 1e-5)).log()], -1)
+        waves = _waves(numbers * 100, 16, 10000).flatten(-2)
+        return F.conv2d(waves.permute(0, 3, 1, 2), self.state[f"{name}weight"], self.state[f"{name}bias"]).relu()
+
+    def attend(self, name: str, x: Tensor, position: Tensor, added: Tensor) -> Tensor:
         """Position is added to queries and keys, not to values; query, key and value rows are packed in this order."""
         weight, bias = self.state[f"{name}in_proj_weight"], self.state[f"{name}in_proj_bias"]
         inputs = (x + position, x + position, x)
@@ -386,7 +480,7 @@ class Reference:
             F.linear(i, w, b).unflatten(-1, (HEADS, -1)).transpose(1, 2)
             for i, w, b in zip(inputs, weight.chunk(3), bias.chunk(3), strict=True)
         )
-        mixed = (q @ k.transpose(-1, -2) / math.sqrt(DIM // HEADS)).softmax(-1) @ v
+        mixed = (q @ k.transpose(-1, -2) / math.sqrt(DIM // HEADS) + added).softmax(-1) @ v
         return self.linear(f"{name}out_proj.", mixed.transpose(1, 2).flatten(2))
 
 
@@ -396,19 +490,29 @@ def _waves(angle: Tensor, dim: int, temperature: float) -> Tensor:
     return torch.stack(waves, -1)
 
 
+def _suppress(boxes: Tensor, scores: Tensor, among: list[int]) -> list[int]:
+    """Greedy suppression by IoU above 0.8, whatever the class: those that stay, best first."""
+    corners = torch.cat([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], 1)
+    iou, kept = torchvision.ops.box_iou(corners, corners), []
+    for i in sorted(among, key=lambda i: -scores[i].item()):
+        if not kept or iou[i, kept].max() <= 0.8:
+            kept.append(i)
+    return kept
+
+
 def _logit(x: Tensor, eps: float) -> Tensor:
     return (x.clamp(min=eps) / (1 - x).clamp(min=eps)).log()
 
 
 def _resnet(state: State, images: Tensor) -> list[Tensor]:
-    """Maps of strides 8, 16, 32 of torchvision's ResNet-18."""
+    """Maps of strides 4 to 32 of torchvision's ResNet-18."""
     if any(key.startswith("res2.") for key in state):  # detectron2's names
         state = {_torchvision_name(key): value for key, value in state.items()}
     model = torchvision.models.resnet18(norm_layer=torchvision.ops.FrozenBatchNorm2d).double().eval()
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected and set(missing) == {"fc.weight", "fc.bias"}
     x = model.layer1(model.maxpool(model.relu(model.bn1(model.conv1(images)))))
-    maps = []
+    maps = [x]
     for stage in (model.layer2, model.layer3, model.layer4):
         x = stage(x)
         maps.append(x)
@@ -427,6 +531,8 @@ def _torchvision_name(key: str) -> str:
 
 def _swin(state: State, images: Tensor) -> list[Tensor]:
     """Maps of strides 4 to 32 of torchvision's Swin-T, normed where the detector does."""
+    if any("w_msa" in key for key in state):
+        state = _official_swin(state)
     norms = {int(key[4]): key[:6] for key in state if key.startswith("norm") and key.endswith("weight")}
     renamed = {}
     for key, value in state.items():
@@ -453,3 +559,21 @@ def _swin(state: State, images: Tensor) -> list[Tensor]:
                 y = F.layer_norm(x, weight.shape, weight, state[f"norm{stage}.bias"])
             maps.append(y.permute(0, 3, 1, 2))
     return maps
+
+
+def _official_swin(state: State) -> State:
+    """mmdetection's names and order of merged cells -> those of the official code."""
+    renamed = {}
+    for key, value in state.items():
+        if "downsample" in key:  # columns (channel, row, column) -> (column, row, channel)
+            value = value.unflatten(-1, (-1, 2, 2)).movedim((-3, -2, -1), (-1, -2, -3)).flatten(-3)
+        for theirs, official in (
+            ("stages.", "layers."),
+            ("projection", "proj"),
+            ("w_msa.", ""),
+            ("ffn.layers.0.0", "mlp.fc1"),
+            ("ffn.layers.1", "mlp.fc2"),
+        ):
+            key = key.replace(theirs, official)
+        renamed[key] = value
+    return renamed

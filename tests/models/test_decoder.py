@@ -272,6 +272,6 @@ def test_without_refinement_all_layers_look_around_the_same_point(inputs: tuple,
 
 def test_a_part_of_the_queries(inputs: tuple) -> None:
     found = run(build(), *inputs)
-    part = found.part(1, 3)
+    _, part, rest = found.split([1, 2, 2])
     assert torch.equal(part.boxes, found.boxes[:, :, 1:3]) and torch.equal(part.logits, found.logits[:, :, 1:3])
-    assert found.part(3, None).boxes.shape[2] == 2
+    assert rest.boxes.shape[2] == 2 and rest.counted is None

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -54,7 +55,8 @@ def test_a_training_step_gives_every_parameter_a_gradient(name: str, make_target
     assert (output.proposals is not None) is (model.config.positions == "proposals")
     assert (output.mixture.weights is not None) == name.startswith("paq")
     assert without_gradient(model) == []
-    assert with_zero_gradient(model) == []
+    # ATSS scales the boxes of each level, and not every level has a positive.
+    assert [key for key in with_zero_gradient(model) if not key.startswith("auxiliary.heads.atss.scales.")] == []
 
 
 @pytest.mark.parametrize("name", list_models("*_nano"))
@@ -74,7 +76,9 @@ def test_one_decoder_layer_gives_every_parameter_a_gradient(
 
 
 @pytest.mark.parametrize("counts", [(2, 1), (0, 0)])
-@pytest.mark.parametrize("name", ["dino_r50", "paq_dino_r50", "dino_5scale_r50", "paq_hybrid_deformable_detr_r50"])
+@pytest.mark.parametrize(
+    "name", ["dino_r50", "paq_dino_r50", "dino_5scale_r50", "co_dino_r50", "paq_hybrid_deformable_detr_r50"]
+)
 def test_other_levels_and_a_resnet(
     name: str, counts: tuple[int, ...], tiny_model: Callable, make_targets: Callable
 ) -> None:
@@ -207,14 +211,15 @@ def test_the_test_above_would_notice(tiny_model: Callable, make_tokens: Callable
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["dino_r50", "paq_dino_r50", "dn_detr_r50", "paq_dn_detr_r50", "hybrid"])
+@pytest.mark.parametrize("name", ["dino_r50", "paq_dino_r50", "dn_detr_r50", "paq_dn_detr_r50", "hybrid", "co_dino"])
 def test_matching_queries_do_not_hear_those_of_training(
     name: str, tiny_model: Callable, make_tokens: Callable, make_targets: Callable, stir: Callable
 ) -> None:
+    changes: dict[str, Any] = {}
     if name == "hybrid":  # all three kinds of queries in one pass
         name, changes = "paq_dino_r50", {"model.hybrid_queries": 7}
-    else:
-        changes = {}
+    elif name == "co_dino":
+        name, changes = "paq_dino_r50", {"model.auxiliary_heads": ["faster_rcnn", "atss"], "model.roi_samples": 16}
     model = tiny_model(name, **changes).train()
     for part in model.children():
         stir(part) if part is not model.backbone else None

@@ -153,5 +153,5 @@ def test_class_agnostic_proposals(make_tokens: Callable, stir: Callable) -> None
     assert all_tokens.valid.sum(1).tolist() == [19, 19]
     scores = all_tokens.logits[..., 0].masked_fill(~all_tokens.valid, -torch.inf)
     assert torch.equal(scores.topk(4, dim=1).indices, trained.indices)
-    first = trained.first(2)
+    first = trained.part(0, 2)
     assert first.boxes.shape == (2, 2, 4) and torch.equal(first.indices, trained.indices[:, :2])

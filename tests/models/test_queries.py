@@ -51,15 +51,17 @@ def test_groups_are_joined_in_order() -> None:
 
 def test_who_may_look_at_whom() -> None:
     cpu = torch.device("cpu")
-    assert attention_mask(None, 3, 0, cpu) is None
+    assert attention_mask(None, 3, [], cpu) is None
     copies = DenoisingQueries(torch.zeros(1, 2, 1), torch.zeros(1, 2, 4), groups=2, boxes=1, kinds=1)
     rows = {
-        (True, 0): [".x..", "x...", "xx..", "xx.."],
-        (False, 1): ["..x", "..x", "xx."],
+        (True, ()): [".x..", "x...", "xx..", "xx.."],
+        (False, (1,)): ["..x", "..x", "xx."],
         # copy, copy, matching, matching, hybrid
-        (True, 1): [".x..x", "x...x", "xx..x", "xx..x", "xxxx."],
+        (True, (1,)): [".x..x", "x...x", "xx..x", "xx..x", "xxxx."],
+        # matching, two of one head, one of another
+        (False, (2, 1)): ["..xxx", "..xxx", "xx..x", "xx..x", "xxxx."],
     }
-    for (denoising, hybrid), expected in rows.items():
-        mask = attention_mask(copies if denoising else None, 2, hybrid, cpu)
+    for (denoising, further), expected in rows.items():
+        mask = attention_mask(copies if denoising else None, 2, further, cpu)
         assert mask is not None
         assert mask.tolist() == [[cell == "x" for cell in row] for row in expected]

@@ -43,7 +43,9 @@ def class_rows(model: Detector) -> list[str]:
         keys.append("denoising.label_embed.weight")
     if "start.head.class_head.weight" in model.state_dict() and not model.config.class_agnostic_proposals:
         keys += ["start.head.class_head.weight", "start.head.class_head.bias"]
-    return keys
+    keys += [key for key in model.state_dict() if key.startswith(("hybrid_heads.class", "start.head.hybrid_class"))]
+    heads = ("faster_rcnn.class_head", "faster_rcnn.box_head", "atss.class_head") if model.auxiliary is not None else ()
+    return keys + [f"auxiliary.heads.{head}.{leaf}" for head in heads for leaf in ("weight", "bias")]
 
 
 @pytest.mark.parametrize("name", NANO)
@@ -54,9 +56,9 @@ def test_class_rows_go_over_by_name_whatever_their_case(name: str) -> None:
     rows = class_rows(model)
     assert len(rows) >= 2
     for key in rows:
-        assert new[key].shape[0] == 4
-        assert torch.equal(new[key][0], old[key][1]) and torch.equal(new[key][2], old[key][2])
-        assert not torch.isin(new[key][1], old[key]).all()
+        after, before = new[key].unflatten(0, (4, -1)), old[key].unflatten(0, (3, -1))  # boxes have four rows a class
+        assert torch.equal(after[0], before[1]) and torch.equal(after[2], before[2])
+        assert not torch.isin(after[1], before).all()
     assert all(torch.equal(new[key], old[key]) for key in old if key not in rows)
     assert set(report.changed) == set(rows)
     assert report.known_classes == ("dog", "BIRD")
@@ -103,7 +105,12 @@ def test_query_rows_of_every_host(name: str, count: int) -> None:
         for key in old
         if key in ("query_source.table", "start.boxes", "start.position") or key.startswith("query_source.head.linear")
     }
-    assert per_query or model.config.queries == "proposals"
+    assert per_query or model.config.queries in ("proposals", "tokens")
+    hybrid = "hybrid_source.table"
+    if hybrid in old and model.config.hybrid_ratio:  # their number follows that of the queries
+        both = min(len(old[hybrid]), len(new[hybrid]))
+        assert len(new[hybrid]) == changed.config.num_hybrid and torch.equal(new[hybrid][:both], old[hybrid][:both])
+        old.pop(hybrid)
     for key, rows in per_query.items():
         before, after = old[key].unflatten(0, (6, rows)), new[key].unflatten(0, (count, rows))
         assert torch.equal(after[: len(kept)], before[kept]), key

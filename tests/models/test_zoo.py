@@ -19,7 +19,7 @@ from paqdetr.models import Detector, create_model, list_models, load
 from paqdetr.models.denoising import ContrastiveDenoising, PlainDenoising
 from paqdetr.models.files import find_checkpoint
 from paqdetr.models.proposals import LearnedAnchors, LearnedPoints, ProposalStart
-from paqdetr.models.queries import StaticQueries
+from paqdetr.models.queries import FeatureQueries, StaticQueries
 from paqdetr.models.zoo import build_model
 from paqdetr.paq import PatternQueries
 from paqdetr.structures import ClassTable
@@ -30,9 +30,15 @@ VARIANTS = [
     "deformable_detr_one_stage_r50",
     "deformable_detr_plus_r50",
     "deformable_detr_refine_r50",
+    "ddq_detr_nano",
+    "ddq_detr_r50",
+    "ddq_detr_swin_l",
     "deformable_detr_static_r50",
     "dino_5scale_r50",
     "hybrid_deformable_detr_r50",
+    "relation_detr_nano",
+    "relation_detr_r50",
+    "relation_detr_swin_l",
 ]
 
 
@@ -71,7 +77,11 @@ HOSTS = {
     "dn_detr": (LearnedAnchors, StaticQueries, PlainDenoising),
     "dino": (ProposalStart, StaticQueries, ContrastiveDenoising),
     "dino_5scale": (ProposalStart, StaticQueries, ContrastiveDenoising),
+    "co_dino": (ProposalStart, StaticQueries, ContrastiveDenoising),
+    "ddq_detr": (ProposalStart, FeatureQueries, ContrastiveDenoising),
+    "relation_detr": (ProposalStart, StaticQueries, ContrastiveDenoising),
 }
+DINOS = ("dino", "dino_5scale", "co_dino", "ddq_detr", "relation_detr")  # what these have in common with DINO
 
 
 @pytest.mark.parametrize("paq", ["", "paq_"])
@@ -84,18 +94,23 @@ def test_what_makes_a_host(host: str, paq: str) -> None:
     assert type(model.query_source) is (PatternQueries if paq else source or type(None))
     assert type(model.denoising) is (denoising or type(None))
     dn = host == "dn_detr"
-    if model.query_source is not None:
+    if isinstance(model.query_source, (PatternQueries, StaticQueries)):
         table = model.query_source.patterns if paq else model.query_source.table
         assert table.shape == (64 if paq else model.config.num_queries, 255 if dn else 256)
     if denoising:
         assert model.denoising.label_embed.weight.shape == (80, 255 if dn else 256)
-    assert model.config.num_queries == (900 if host.startswith("dino") else 300)
-    assert isinstance(model.decoder.norm, torch.nn.LayerNorm) is host.startswith("dino")
-    assert (model.decoder.position_scale is not None) is (host in ("dn_detr", "dab_deformable_detr"))
+    assert model.config.num_queries == (900 if host in DINOS else 300)
+    assert isinstance(model.decoder.norm, torch.nn.LayerNorm) is (host in DINOS)
+    assert (model.decoder.position_scale is not None) is (host in ("dn_detr", "dab_deformable_detr", "relation_detr"))
     assert (model.decoder.position_head is None) is ("deformable_detr" in host and "dab" not in host)
-    assert (model.hybrid_source is not None) is host.startswith("hybrid")
+    hybrid = {"hybrid_deformable_detr": 1500, "ddq_detr": 1350, "relation_detr": 1500}.get(host, 0)
+    assert model.config.num_hybrid == hybrid
+    assert (model.decoder.relation is not None) is (model.encoder.fusion is not None) is (host == "relation_detr")
+    assert model.config.uses_nms is (model.hybrid_heads is not None) is (host == "ddq_detr")
+    assert (model.hybrid_source is not None) is (hybrid > 0 and f"{paq}{host}" != "ddq_detr")
+    assert (model.auxiliary is not None) is host.startswith("co_")
     if isinstance(model.start, ProposalStart):
-        assert model.start.head.class_head.out_features == (80 if host.startswith("dino") else 1)
+        assert model.start.head.class_head.out_features == (80 if host in DINOS else 1)
 
 
 @pytest.mark.parametrize("name", [name for name in list_models() if name.startswith("paq_")])
@@ -107,7 +122,7 @@ def test_paq_is_a_few_settings_away_from_its_baseline(name: str) -> None:
     different |= {key for key in ours if key not in ("model", "loss", "name") and ours[key] != host[key]}
     assert {"model.queries", "loss.assigner"} <= different
     nano = {"model.pattern_std", "loss.one_to_many_until"} if name.endswith("_nano") else set()
-    assert different <= {"model.queries", "loss.assigner", "loss.classification"} | nano
+    assert different <= {"model.queries", "loss.assigner", "loss.classification", "loss.varifocal_alpha"} | nano
 
 
 def test_overrides(tiny_model: Callable) -> None:

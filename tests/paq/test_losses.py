@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck
 
-from paqdetr.paq import focal_loss, pattern_diversity_loss, varifocal_loss
+from paqdetr.paq import focal_loss, pattern_diversity_loss, quality_focal_loss, varifocal_loss
 
 HALVES = [torch.float16, torch.bfloat16]
 
@@ -106,8 +106,26 @@ def test_focal_gradient() -> None:
     assert gradcheck(lambda x: focal_loss(x, targets), (logits,))
 
 
+# --- quality focal
+
+
+def test_quality_focal_by_hand() -> None:
+    # p = .75 for targets of .25, .75 and 0: weights .5^2, 0 and .75^2.
+    logits, targets = torch.full((3,), math.log(3)), torch.tensor([0.25, 0.75, 0.0])
+    cross_entropy = [bce(math.log(3), target) for target in targets.tolist()]
+    expected = torch.tensor([0.25 * cross_entropy[0], 0.0, 0.5625 * cross_entropy[2]])
+    torch.testing.assert_close(quality_focal_loss(logits, targets), expected)
+    torch.testing.assert_close(quality_focal_loss(logits, targets, beta=1.0)[0], expected[0] * 2)
+
+
+def test_quality_focal_gradient() -> None:
+    logits = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    targets = torch.rand(3, 4, dtype=torch.float64)
+    assert gradcheck(lambda x: quality_focal_loss(x, targets), (logits,))
+
+
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("loss", [varifocal_loss, focal_loss])
+@pytest.mark.parametrize("loss", [varifocal_loss, focal_loss, quality_focal_loss])
 def test_half_precision_gives_float32(loss, dtype: torch.dtype) -> None:
     logits, targets = torch.tensor([[3.0, -14.0]], dtype=dtype), torch.tensor([[0.5, 0.0]], dtype=dtype)
     found = loss(logits, targets)
@@ -115,7 +133,7 @@ def test_half_precision_gives_float32(loss, dtype: torch.dtype) -> None:
     torch.testing.assert_close(found, loss(logits.float(), targets.float()))
 
 
-@pytest.mark.parametrize("loss", [varifocal_loss, focal_loss])
+@pytest.mark.parametrize("loss", [varifocal_loss, focal_loss, quality_focal_loss])
 def test_extreme_logits_stay_finite(loss) -> None:
     logits = torch.tensor([-1e4, 1e4, -1e4, 1e4], requires_grad=True)
     found = loss(logits, torch.tensor([1.0, 1.0, 0.0, 0.0]))

@@ -3,6 +3,7 @@
 Sources: main.py of fundamentalvision/Deformable-DETR 48092c5, and its README.md for 32 images a step; main.py of
 IDEA-Research/DN-DETR 61f5d6a; config/DINO/DINO_4scale.py 67bbcd9 and `get_param_dict` of IDEA-Research/DINO,
 util/get_param_dicts.py (read at 6135190, in a copy under dino/). None of them warms up or averages weights; `use_ema` is off.
+Of Co-DINO, projects/configs/co_dino/co_dino_5scale_r50_1x_coco.py of Sense-X/Co-DETR 2bc657a.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ RECIPES = {
     "deformable_detr_r50_50e": DEFORMABLE,
     "dn_detr_r50_50e": (50, 40, 16, 1e-4, 1e-5, 1e-4, 2048, 0.0),
     "dino_r50_12e": (12, 11, 16, 1e-4, 1e-5, 1e-4, 2048, 0.0),
+    "co_dino_r50_12e": (12, 11, 16, 2e-4, 2e-5, 2e-4, 2048, 0.0),
 }
 
 
@@ -57,7 +59,43 @@ def test_recipe(recipe: str) -> None:
             assert of[id(parameter)] == (pytest.approx(rate), 1e-4), name  # norms and biases too
 
 
-@pytest.mark.parametrize("recipe", ["dino_r50_12e", "dn_detr_r50_50e"])
+# recipe: (epochs, epochs at the full rate, rate of the backbone). Source: projects/configs/ddq_detr of jshilong/DDQ
+# 78fc9a3: lr 2e-4, weight decay 0.05 on all, clipping at 0.1, 2000 steps of warm-up, 16 images a step.
+DDQ_RECIPES = {
+    "ddq_detr_r50_12e": (12, 11, 2e-5),
+    "ddq_detr_r50_24e": (24, 20, 2e-5),
+    "ddq_detr_swin_l_30e": (30, 20, 1e-5),
+}
+
+
+@pytest.mark.parametrize("recipe", DDQ_RECIPES)
+def test_recipe_of_ddq(recipe: str) -> None:
+    epochs, full, backbone = DDQ_RECIPES[recipe]
+    config = load_config(recipe)
+    assert (config.epochs, config.lr, config.backbone_lr, config.weight_decay) == (epochs, 2e-4, backbone, 0.05)
+    assert (config.batch_size * config.accumulate * 8, config.clip_norm, config.ema_decay) == (16, 0.1, 0)
+    assert config.decay_norms and config.offsets_lr_scale == 1
+    steps = 7393
+    factors = [lr_factor(config, step, epochs * steps) for step in (1000, full * steps - 1, full * steps)]
+    assert factors == pytest.approx([0.5, 1.0, 0.1], abs=1e-3)
+    model, loss = config.model, config.loss
+    assert (model.num_queries, model.num_hybrid, model.distinct_proposals, model.distinct_queries) == (
+        900,
+        1350,
+        0.8,
+        0.8,
+    )
+    assert (model.padded_positions, model.distinct_restart, model.box_eps, model.report_eps) == (True, True, 1e-3, 1e-5)
+    assert (loss.classification, loss.class_weight, loss.l1_weight, loss.giou_weight, loss.hybrid_repeat) == (
+        "focal",
+        1,
+        5,
+        2,
+        4,
+    )
+
+
+@pytest.mark.parametrize("recipe", ["dino_r50_12e", "co_dino_r50_12e", "dn_detr_r50_50e"])
 def test_boxes_are_embedded_as_they_stand_in_the_padded_image(recipe: str) -> None:
     """`valid_ratios` in the decoders of models/dino/deformable_transformer.py 2a4df86 and of DN-DETR 61f5d6a."""
     assert load_config(recipe).model.padded_positions

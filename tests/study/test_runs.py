@@ -44,6 +44,14 @@ def test_all_runs_have_the_same_number_of_steps(tmp_path: Path) -> None:
         assert run.config.seed == run.key.seed and run.config.model.num_classes == 10
 
 
+def test_single_variants_may_have_other_steps(tmp_path: Path) -> None:
+    """For a comparison at equal cost: the schedule ends where the variant's own budget does."""
+    data = {"digits": {"make": {"train": 50}, "steps": 100, "steps_of": {"new": 48}}}
+    baseline, new = plan(tmp_path, data=data)[:2]
+    assert (baseline.steps, baseline.config.max_steps, baseline.config.epochs) == (100, 100, 9)
+    assert (new.steps, new.config.max_steps, new.config.epochs, new.config.eval_every) == (48, 48, 4, 1)
+
+
 def test_later_layers_win(tmp_path: Path) -> None:
     baseline, new = plan(tmp_path)[:2]
     assert baseline.config.lr == 2e-5 and baseline.config.image_size == 96

@@ -88,6 +88,8 @@ def set_(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         ("steps", 10, "both steps and epochs", ""),
         ("data/digits/folder", "x", "data.digits: needs either a folder or make", ""),
         ("data/fish/variants", ["no"], "data.fish.variants: 'no' is not a variant", ""),
+        ("data/fish/steps_of", {"no": 4}, "data.fish.steps_of: 'no' is not a variant", ""),
+        ("data/fish/steps_of", {"baseline": 0}, "greater than or equal to 1", ""),
         ("data/fish/more_seeds", {"no": [4]}, "data.fish.more_seeds: 'no' is not a variant", ""),
         ("data/fish/more_seeds", {"baseline": [1]}, "listed twice", ""),
         ("data/fish/more_seeds", {"new": [4]}, "'new' is not a variant that runs there", ""),

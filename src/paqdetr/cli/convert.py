@@ -32,7 +32,10 @@ def convert(
     *,
     origin: Annotated[
         str,
-        typer.Option("--from", help="dino, detrex, dn_detr, deformable_detr, relation_detr, transformers or paqdetr."),
+        typer.Option(
+            "--from",
+            help="dino, detrex, dn_detr, deformable_detr, relation_detr, mmdet_dino, co_detr, ddq, transformers or paqdetr.",
+        ),
     ],
     output: Annotated[Path, typer.Option(help="The checkpoint to write, .safetensors.")],
     model: Annotated[

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from paqdetr.config.model import MIXED
+from paqdetr.config.model import HYBRID, MIXED
 from paqdetr.config.section import Needs, Section
 
 AssignerName = Literal["one_to_one", "quality_aware", "fixed_k", "simota"]
@@ -41,7 +41,12 @@ _ENCODER_COUNTED = Needs(
     lambda c: c.loss.encoder_assigner in ("quality_aware", "simota"),
 )
 _QUALITY_AWARE = Needs("loss.assigner or loss.encoder_assigner=quality_aware", _assigner_among("quality_aware"))
-_HYBRID = Needs("model.hybrid_queries above 0", lambda c: c.model.hybrid_queries > 0)
+_VARIFOCAL = Needs("loss.classification=varifocal", lambda c: c.loss.classification == "varifocal")
+_AUXILIARY = Needs("model.auxiliary_heads not empty", lambda c: bool(c.model.auxiliary_heads))
+_CUSTOMISED = Needs(
+    "model.auxiliary_heads not empty and model.customised_queries above 0",
+    lambda c: bool(c.model.auxiliary_heads) and c.model.customised_queries > 0,
+)
 
 
 class LossConfig(Section):
@@ -59,9 +64,12 @@ class LossConfig(Section):
         "normalizer": "boxes",
     }
 
-    classification: Literal["focal", "varifocal"] = Field(
+    classification: Literal["focal", "varifocal", "quality_focal"] = Field(
         default="focal",
-        description="focal (the hosts'), or varifocal, whose target for a positive is its IoU",
+        description="focal (the hosts'); varifocal (PaQ's) or quality_focal (Co-DETR's): a positive's target is its IoU",
+    )
+    varifocal_alpha: Annotated[float, _VARIFOCAL] = Field(
+        default=0.75, ge=0, le=1, description="weight of negatives in the varifocal loss (Relation-DETR: 0.25)"
     )
     assigner: Annotated[AssignerName, _SEVERAL_LAYERS] = Field(
         default="one_to_one",
@@ -112,11 +120,22 @@ class LossConfig(Section):
         description="of the diversity loss of patterns (beta of the paper); 0 switches it off",
     )
     div_scale: Annotated[float, MIXED] = Field(default=1.0, ge=0, description="a further factor on the diversity loss")
-    hybrid_weight: Annotated[float, _HYBRID] = Field(
-        default=1.0, ge=0, description="of the one-to-many branch of H-DETR"
+    hybrid_weight: Annotated[float, HYBRID] = Field(
+        default=1.0, ge=0, description="of the losses of the hybrid queries"
     )
-    hybrid_repeat: Annotated[int, _HYBRID] = Field(
-        default=6, ge=1, le=1000, description="positives per box in that branch"
+    hybrid_repeat: Annotated[int, HYBRID] = Field(default=6, ge=1, le=1000, description="positives per box among them")
+    hybrid_loss: Annotated[Literal["repeated", "aligned"], HYBRID] = Field(
+        default="repeated",
+        description="of hybrid queries. repeated: the usual losses, of each box hybrid_repeat times (H-DETR, Relation-DETR); "
+        "aligned: quality focal loss and GIoU, both weighted by how well a query fits its box in class and place (DDQ)",
+    )
+    auxiliary_weight: Annotated[float, _AUXILIARY] = Field(
+        default=2.0,
+        ge=0,
+        description="of the auxiliary heads of Co-DETR (lambda_2 of the paper), for each decoder layer",
+    )
+    customised_weight: Annotated[float, _CUSTOMISED] = Field(
+        default=1.0, ge=0, description="of the queries that they give to the decoder (lambda_1)"
     )
     class_cost: float = Field(default=2.0, ge=0, description="of the class in the matching")
     l1_cost: float = Field(default=5.0, ge=0, description="of the L1 distance of boxes in the matching")

@@ -19,6 +19,8 @@ _STATIC_CONTENT = Needs(
     "model.queries=static, or model.mixture=residual",
     lambda c: c.model.queries == "static" or c.model.mixture == "residual",
 )
+HYBRID = Needs("model.hybrid_queries or model.hybrid_ratio above 0", lambda c: c.model.num_hybrid > 0)
+_AUXILIARY = Needs("model.auxiliary_heads not empty", lambda c: bool(c.model.auxiliary_heads))
 _DENOISING = Needs("model.denoising=plain or contrastive", lambda c: c.model.denoising != "none")
 
 
@@ -77,6 +79,9 @@ class ModelConfig(Section):
     encoder_query_levels: int | None = Field(
         default=None, ge=1, le=16, description="only the N coarsest levels are updated; null: all"
     )
+    encoder_fusion: Annotated[bool, Role.HOST] = Field(
+        default=False, description="memory is computed from the tokens after every encoder layer (Relation-DETR)"
+    )
     decoder_layers: int = Field(default=6, ge=1, le=100, description="layers of the decoder (L)")
     decoder_norm: bool = Field(default=True, description="a LayerNorm between a decoder layer and its heads")
     share_heads: Annotated[bool, Role.TARGET] = Field(
@@ -97,6 +102,19 @@ class ModelConfig(Section):
         le=1,
         description="proposals that overlap a better one by more than this IoU come last (DDQ, arXiv 2303.12776: 0.8)",
     )
+    distinct_queries: Annotated[float | None, Role.FREE] = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="after each decoder layer, queries that overlap a better one by more than this IoU leave: no match, no "
+        "detection (DDQ: 0.8)",
+    )
+    distinct_restart: Annotated[
+        bool, Needs("model.distinct_queries", lambda c: c.model.distinct_queries is not None), Role.FREE
+    ] = Field(
+        default=False,
+        description="in an image whose first query has not left, all queries take part again, as in DDQ's code",
+    )
     position_embedding: Annotated[Literal["refined", "fixed"], Role.HOST] = Field(
         default="refined",
         description="how the position of a query is embedded for the decoder. refined: from its current box in every layer (DAB, "
@@ -108,16 +126,22 @@ class ModelConfig(Section):
     box_refinement: Annotated[bool, Role.HOST] = Field(
         default=True, description="each layer starts from the boxes of the last"
     )
+    position_relation: Annotated[bool, Role.HOST] = Field(
+        default=False,
+        description="from layer 2 on, self-attention has a bias made from pairs of boxes (Relation-DETR, arXiv 2407.11699)",
+    )
     look_forward_twice: Annotated[bool, Role.FREE, Role.TARGET] = Field(
         default=True, description="a layer's box offsets are trained by the next layer's loss too (DINO)"
     )
 
     num_queries: Annotated[int, Role.FREE] = Field(default=900, ge=1, le=100_000, description="queries (n)")
-    queries: Annotated[Literal["static", "proposals", "patterns", "static_mixture", "features"], Role.QUERIES] = Field(
+    queries: Annotated[
+        Literal["static", "proposals", "tokens", "patterns", "static_mixture", "features"], Role.QUERIES
+    ] = Field(
         default="static",
-        description="content of queries. static: a learned table; proposals: computed from the proposal's box; patterns: "
-        "PaQ; and two ablations: static_mixture, patterns mixed by learned weights that no image changes; features, a linear "
-        "layer of the query's features, without patterns",
+        description="content of queries. static: a learned table; proposals: computed from the proposal's box; tokens: a linear "
+        "layer of the token that proposed it (DDQ); patterns: PaQ; and two ablations: static_mixture, patterns mixed by learned "
+        "weights that no image changes; features, a linear layer of the query's features, without patterns",
     )
     content_std: Annotated[float | None, _STATIC_CONTENT, Role.FREE, Role.QUERIES] = Field(
         default=1.0, ge=0, description="initial std of static content; null: Xavier-uniform"
@@ -212,6 +236,42 @@ class ModelConfig(Section):
         le=100_000,
         description="H-DETR's second set of queries, in training alone, under one-to-many assignment; any two-stage host",
     )
+    hybrid_ratio: Annotated[float, Role.TARGET] = Field(
+        default=0.0,
+        ge=0,
+        le=100,
+        description="where hybrid_queries is 0: their number as a multiple of num_queries (DDQ: 1.5)",
+    )
+    hybrid_heads: Annotated[Literal["shared", "encoder", "all"], HYBRID, Role.TARGET] = Field(
+        default="shared",
+        description="class and box heads of that set. shared: the next best proposals, and the decoder's heads (H-DETR); "
+        "encoder: proposals by heads of its own, which have a loss (Relation-DETR); all: also heads of its own in every decoder "
+        "layer, and content from its tokens (DDQ's dense queries)",
+    )
+
+    # Co-DETR's heads with an assignment of their own on the encoder's output, in training alone.
+    auxiliary_heads: Annotated[tuple[Literal["faster_rcnn", "atss"], ...], Role.FREE, Role.TARGET] = Field(
+        default=(),
+        description="Co-DETR's auxiliary heads on the encoder's output, in training alone; any host whose positions are refined",
+    )
+    roi_samples: Annotated[
+        int,
+        Needs("faster_rcnn among model.auxiliary_heads", lambda c: "faster_rcnn" in c.model.auxiliary_heads),
+        Role.FREE,
+        Role.TARGET,
+    ] = Field(
+        default=512,
+        ge=4,
+        le=4096,
+        description="proposals an image that the second stage of Faster R-CNN learns from; the first keeps twice as many, "
+        "1000 at most",
+    )
+    customised_queries: Annotated[int, _AUXILIARY, Role.FREE, Role.TARGET] = Field(
+        default=300,
+        ge=0,
+        le=10_000,
+        description="positives of an image that each auxiliary head gives to the decoder as queries, at most; 0: none",
+    )
 
     # From queries to detections; nothing of it changes weights.
     max_detections: Annotated[int, Role.FREE] = Field(
@@ -232,6 +292,9 @@ class ModelConfig(Section):
         description="`raw`: the next layer's boxes come from the output before the decoder's norm",
     )
     box_eps: float = Field(default=1e-5, gt=0, lt=0.5, description="boxes are kept so far from 0 and 1 in logits")
+    report_eps: float | None = Field(
+        default=None, gt=0, lt=0.5, description="the same of the boxes that a layer reports; null: box_eps"
+    )
     padded_positions: bool = Field(default=False, description="positions of boxes are those in the padded image")
     masked_neck_norm: Annotated[bool, Role.FREE] = Field(
         default=False, description="the neck's norms leave padding out, which published codes count in"
@@ -277,16 +340,51 @@ class ModelConfig(Section):
             (f"distinct_proposals={self.distinct_proposals}", distinct and not two_stage, "positions=proposals"),
             (
                 "mixture=residual",
-                residual and self.queries in ("static", "proposals"),
+                residual and self.queries in ("static", "proposals", "tokens"),
                 "queries=patterns, static_mixture or features",
             ),
+            ("queries=tokens", self.queries == "tokens" and not two_stage, "positions=proposals"),
             (f"hybrid_queries={self.hybrid_queries}", hybrid and not two_stage, "positions=proposals"),
+            (f"hybrid_ratio={self.hybrid_ratio}", self.hybrid_ratio > 0 and not two_stage, "positions=proposals"),
+            (
+                f"hybrid_heads={self.hybrid_heads}",
+                self.hybrid_heads != "shared" and self.class_agnostic_proposals,
+                "class_agnostic_proposals=false",
+            ),
+            ("hybrid_heads=all", self.hybrid_heads == "all" and not refined, "position_embedding=refined"),
+            (
+                f"distinct_queries={self.distinct_queries}",
+                self.distinct_queries is not None and not self.box_refinement,
+                "box_refinement=true",
+            ),
+            ("position_relation=true", self.position_relation and not self.box_refinement, "box_refinement=true"),
+            (
+                f"auxiliary_heads={list(self.auxiliary_heads)}",
+                len(set(self.auxiliary_heads)) < len(self.auxiliary_heads),
+                "each head once",
+            ),
+            (
+                f"auxiliary_heads={list(self.auxiliary_heads)}",
+                bool(self.auxiliary_heads) and not refined,
+                "position_embedding=refined",
+            ),
         ]
 
     @property
     def uses_query_features(self) -> bool:
         """Whether content is computed from what each query looks at."""
-        return self.queries == "features" or (self.queries == "patterns" and self.mixture_input != "image")
+        return self.queries in ("features", "tokens") or (self.queries == "patterns" and self.mixture_input != "image")
+
+    @property
+    def num_hybrid(self) -> int:
+        """Queries of the second set, in training."""
+        return self.hybrid_queries or int(self.hybrid_ratio * self.num_queries)
+
+    @property
+    def uses_nms(self) -> bool:
+        """Whether queries are selected by non-maximum suppression, before the decoder or between its layers: the number of
+        selected ones then depends on the image, and a program of fixed shapes cannot hold it."""
+        return self.distinct_proposals is not None or self.distinct_queries is not None
 
     @property
     def content_dim(self) -> int:

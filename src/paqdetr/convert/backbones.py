@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from paqdetr.convert.keymap import Rule, drop, move
+from paqdetr.convert.keymap import Rule, Take, drop, move, split
 from paqdetr.errors import CheckpointError
 
 BODY = "backbone.body."
@@ -67,6 +67,32 @@ def swin(prefix: str) -> tuple[Rule, ...]:
         move(f"{prefix}patch_embed.{{rest}}", f"{BODY}patch_embed.{{rest}}"),
         move(f"{prefix}layers.{{i}}.blocks.{{rest}}", f"{BODY}layers_{{i}}.blocks.{{rest}}"),
         move(f"{prefix}layers.{{i}}.downsample.{{rest}}", f"{BODY}layers_{{i+1}}.downsample.{{rest}}"),
+        move(f"{prefix}norm{{i}}.{{p}}", "backbone.stage_norms.{i}.{p}"),
+    )
+
+
+# mmdetection merges patches with nn.Unfold, whose columns are ordered by channel, then row by row; the official code has one cell
+# after the other, column by column.
+_UNFOLDED = Take(
+    "the four merged cells in Swin's official order",
+    lambda tensor: tensor.unflatten(-1, (-1, 4))[..., [0, 2, 1, 3]].transpose(-1, -2).flatten(-2),
+)
+
+
+def mmdet_swin(prefix: str) -> tuple[Rule, ...]:
+    """mmdetection's names: stages instead of layers, `w_msa` around the attention, `ffn` for the MLP."""
+    source, target = f"{prefix}stages.{{i}}.blocks.{{j}}.", f"{BODY}layers_{{i}}.blocks.{{j}}."
+    merging, home = f"{prefix}stages.{{i}}.downsample.", f"{BODY}layers_{{i+1}}.downsample."
+    return (
+        drop(f"{source}attn.w_msa.relative_position_index", _INDEX),
+        move(f"{prefix}patch_embed.projection.{{p}}", f"{BODY}patch_embed.proj.{{p}}"),
+        move(f"{prefix}patch_embed.norm.{{p}}", f"{BODY}patch_embed.norm.{{p}}"),
+        move(f"{source}attn.w_msa.{{rest}}", f"{target}attn.{{rest}}"),
+        move(f"{source}ffn.layers.0.0.{{p}}", f"{target}mlp.fc1.{{p}}"),
+        move(f"{source}ffn.layers.1.{{p}}", f"{target}mlp.fc2.{{p}}"),
+        move(f"{source}norm{{k}}.{{p}}", f"{target}norm{{k}}.{{p}}"),
+        split(f"{merging}reduction.weight", (f"{home}reduction.weight", _UNFOLDED)),
+        split(f"{merging}norm.{{p}}", (f"{home}norm.{{p}}", _UNFOLDED)),
         move(f"{prefix}norm{{i}}.{{p}}", "backbone.stage_norms.{i}.{p}"),
     )
 

@@ -12,11 +12,14 @@ from paqdetr.config import ModelConfig
 from paqdetr.config.model import problem_of
 from paqdetr.config.section import Role
 from paqdetr.convert.classes import class_slots
+from paqdetr.convert.co_detr import CO_DETR
+from paqdetr.convert.ddq import DDQ
 from paqdetr.convert.deformable_detr import DEFORMABLE_DETR
 from paqdetr.convert.detrex import DETREX
 from paqdetr.convert.dino import DINO
 from paqdetr.convert.dn_detr import DN_DETR
 from paqdetr.convert.keymap import Layout, Renamed, apply_rules, coverage
+from paqdetr.convert.mmdet import MMDET_DINO
 from paqdetr.convert.read import SourceFile, read_source
 from paqdetr.convert.relation_detr import RELATION_DETR
 from paqdetr.convert.target import (
@@ -47,6 +50,9 @@ LAYOUTS: dict[str, Layout] = {
     "dn_detr": DN_DETR,
     "deformable_detr": DEFORMABLE_DETR,
     "relation_detr": RELATION_DETR,
+    "mmdet_dino": MMDET_DINO,
+    "co_detr": CO_DETR,
+    "ddq": DDQ,
     "transformers": TRANSFORMERS,
 }
 """The programs whose checkpoints can be converted, by the word for --from."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from paqdetr.convert.backbones import detectron2_resnet, swin
 from paqdetr.convert.keymap import DAB_CONVENTIONS, DEFORMABLE_MAP, Layout, heads, mlp, move, proposal_projection
+from paqdetr.convert.mmdet import channel_mapper, listed_layers
 
 
 def _settings(keys: Collection[str], hints: Mapping[str, Any]) -> dict[str, Any]:
@@ -24,30 +25,14 @@ def _settings(keys: Collection[str], hints: Mapping[str, Any]) -> dict[str, Any]
     }
 
 
-_ENCODER, _DECODER = "transformer.encoder.layers.{i}.", "transformer.decoder.layers.{i}."
-
 DETREX = Layout(
     title="IDEA-Research/detrex",
     rules=(
         *detectron2_resnet("backbone."),
         *swin("backbone."),
-        move("neck.convs.{i}.conv.{p}", "neck.lateral.{i}.0.{p}"),
-        move("neck.convs.{i}.norm.{p}", "neck.lateral.{i}.1.{p}"),
-        move("neck.extra_convs.{i}.conv.{p}", "neck.extra.{i}.0.{p}"),
-        move("neck.extra_convs.{i}.norm.{p}", "neck.extra.{i}.1.{p}"),
+        *channel_mapper("norm"),
         move("transformer.level_embeds", "encoder.level_embed"),
-        move(f"{_ENCODER}attentions.0.{{rest}}", "encoder.layers.{i}.attention.{rest}"),
-        move(f"{_ENCODER}norms.0.{{p}}", "encoder.layers.{i}.norm.{p}"),
-        move(f"{_ENCODER}ffns.0.layers.0.0.{{p}}", "encoder.layers.{i}.ffn.linear1.{p}"),
-        move(f"{_ENCODER}ffns.0.layers.1.{{p}}", "encoder.layers.{i}.ffn.linear2.{p}"),
-        move(f"{_ENCODER}norms.1.{{p}}", "encoder.layers.{i}.ffn.norm.{p}"),
-        move(f"{_DECODER}attentions.0.attn.{{rest}}", "decoder.layers.{i}.self_attention.{rest}"),
-        move(f"{_DECODER}norms.0.{{p}}", "decoder.layers.{i}.self_norm.{p}"),
-        move(f"{_DECODER}attentions.1.{{rest}}", "decoder.layers.{i}.cross_attention.{rest}"),
-        move(f"{_DECODER}norms.1.{{p}}", "decoder.layers.{i}.cross_norm.{p}"),
-        move(f"{_DECODER}ffns.0.layers.0.0.{{p}}", "decoder.layers.{i}.ffn.linear1.{p}"),
-        move(f"{_DECODER}ffns.0.layers.1.{{p}}", "decoder.layers.{i}.ffn.linear2.{p}"),
-        move(f"{_DECODER}norms.2.{{p}}", "decoder.layers.{i}.ffn.norm.{p}"),
+        *listed_layers("transformer."),
         *proposal_projection("transformer."),
         move("transformer.tgt_embed.weight", "query_source.table"),
         move("tgt_embed.weight", "query_source.table"),

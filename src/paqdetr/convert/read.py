@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.serialization import safe_globals
 
+from paqdetr.convert.classes import COCO
 from paqdetr.errors import CheckpointError
 from paqdetr.files import MAX_SIDE_BYTES, open_regular, read_json
 from paqdetr.text import shorten
@@ -77,7 +78,19 @@ def read_source(path: str | Path, *, weights: str | None = None) -> SourceFile:
     if isinstance(arguments, argparse.Namespace):
         source.hints = dict(vars(arguments))
     source.tensors = _tensors_of(content, path, weights, source.notes)
+    names = _mmdet_classes(content.get("meta") if isinstance(content, Mapping) else None)
+    if names and names != COCO.names:  # COCO's have ids of their own
+        source.hints["id2label"] = dict(enumerate(names))
     return source
+
+
+def _mmdet_classes(meta: Any) -> tuple[str, ...]:
+    """Names of the classes that mmdetection writes beside the weights: `CLASSES`, in version 3 inside of `dataset_meta`."""
+    if not isinstance(meta, Mapping):
+        return ()
+    data = meta.get("dataset_meta", meta)
+    names = (data.get("CLASSES") or data.get("classes") or ()) if isinstance(data, Mapping) else ()
+    return tuple(map(str, names)) if isinstance(names, (tuple, list)) else ()
 
 
 def _read_folder(folder: Path) -> SourceFile:

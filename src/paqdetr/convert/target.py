@@ -19,6 +19,7 @@ from paqdetr.convert.classes import ClassSlots
 from paqdetr.convert.keymap import Layout, Renamed
 from paqdetr.errors import CheckpointError
 from paqdetr.models import Detector
+from paqdetr.models.detector import TRAINING_ONLY
 from paqdetr.serialize import fields_of
 from paqdetr.text import shorten, some
 
@@ -83,8 +84,13 @@ def _natural_name(values: Mapping[str, Any]) -> str:
         host = "dab_deformable_detr" if values["denoising"] == "none" else "dn_detr"
     elif values["position_embedding"] == "fixed":
         host = "deformable_detr"
+    elif values["queries"] == "tokens":
+        host = "ddq_detr"
+    elif values["encoder_fusion"] and values["position_relation"]:
+        host = "relation_detr"
     else:
         host = "dino_5scale" if len(values["backbone_strides"]) == 4 else "dino"
+        host = "co_dino" if values.get("auxiliary_heads") else host
     short = {"resnet50": "r50", "swin_large_patch4_window12_384": "swin_l"}
     backbone = _plain(values["backbone"])
     return f"{host}_{short.get(backbone, backbone)}"
@@ -107,8 +113,11 @@ def fit_queries(renamed: Renamed, config: ModelConfig, kind: str) -> None:
     """Another source of content: what the file has for the purpose goes, and positions that were made with content stay alone."""
     if config.queries == kind:
         return
-    if "query_source.table" in renamed.tensors:
-        renamed.discard("query_source.table", f"content queries become {config.queries}")
+    for key in [key for key in renamed.tensors if key.startswith("query_source.")]:
+        if kind == "tokens" and config.hybrid_heads == "all":  # the dense queries shared the layer, and keep it
+            renamed.rename(key, key.replace("query_source.", "hybrid_source."))
+        else:
+            renamed.discard(key, f"content queries become {config.queries}")
     if kind == "proposals":
         for key in [key for key in renamed.tensors if key.startswith("start.embed.")]:
             half = renamed.tensors[key][: config.dim].clone()
@@ -144,11 +153,13 @@ def fill_model(
             fresh[key] = "a counter that frozen norms do not keep"
         elif key.startswith("query_source.") and config.queries != known["queries"].value:
             fresh[key] = f"{config.queries} instead of the file's {known['queries'].value} queries"
-        elif key.startswith("hybrid_source."):
-            fresh[key] = "queries that exist in training alone"
+        elif key.startswith(TRAINING_ONLY):
+            fresh[key] = "a part of training alone that the file does not have"
         else:
             missing.append(key)
             fresh[key] = "not in the file"
+    for key in [key for key in renamed.tensors if key not in own and key.startswith(TRAINING_ONLY)]:
+        renamed.discard(key, f"a part of training alone that {detector.name} does not have")
     left = [key for key in renamed.tensors if key not in own]
     if not partial:
         for problem, keys in (
@@ -255,14 +266,18 @@ def settle_names(renamed: Renamed, layout: Layout, *, where: str) -> None:
     layers = len(_numbers(renamed.tensors, "decoder.layers"))
     for kind in _HEADS:
         found = _numbers(renamed.tensors, kind)
-        if found and max(found) > layers:
+        dense = (
+            "hybrid_heads.class_heads.0.weight" in renamed.tensors
+        )  # DDQ: one more for the proposals of dense queries
+        if found and max(found) > layers + dense:
             raise CheckpointError(
                 f"{where}: {layers} decoder layers, but {max(found) + 1} heads ({kind})",
                 "the file is incomplete or of a variant that cannot be built",
             )
         for key in [key for key in renamed.tensors if key.startswith(f"{kind}.")]:
             _, index, rest = key.split(".", 2)
-            home = f"start.head.{kind}" if int(index) == layers else f"decoder.{kind}s.{index}"
+            past = int(index) - layers
+            home = f"decoder.{kind}s.{index}" if past < 0 else f"start.head.{'hybrid_' * past}{kind}"
             renamed.rename(key, f"{home}.{rest}")
 
 
@@ -306,9 +321,11 @@ def settle_heads(renamed: Renamed, *, layers: int, must_share: bool, where: str)
 
 
 def settle_scale(renamed: Renamed, *, layers: int) -> None:
-    """Leave out what scales positions where the only decoder layer is the first, which does not; in place."""
-    for leaf in list(_below(renamed.tensors, "decoder.position_scale.")) if layers == 1 else ():
-        renamed.discard(f"decoder.position_scale.{leaf}", "the first decoder layer does not scale positions")
+    """Leave out what the first decoder layer does not use where it is the only one; in place."""
+    unused = {"position_scale": "does not scale positions", "relation": "has no relation of boxes"}
+    for part, reason in unused.items() if layers == 1 else ():
+        for leaf in list(_below(renamed.tensors, f"decoder.{part}.")):
+            renamed.discard(f"decoder.{part}.{leaf}", f"the first decoder layer {reason}")
 
 
 def infer_settings(
@@ -352,12 +369,18 @@ def settle_classes(renamed: Renamed, slots: ClassSlots, *, agnostic: bool) -> No
     """
     rows = torch.tensor(slots.rows)
     for key, tensor in list(renamed.tensors.items()):
-        if re.fullmatch(r"decoder\.class_heads\.\d+\.(weight|bias)", key):
+        if re.fullmatch(
+            r"((decoder|hybrid_heads)\.class_heads\.\d+|start\.head\.hybrid_class_head)\.(weight|bias)", key
+        ):
             index, note = rows, f"{len(slots.rows)} of {slots.total} slots"
         elif key.startswith("start.head.class_head."):
             index, note = rows, f"{len(slots.rows)} of {slots.total} slots"
             if agnostic:
                 index, note = torch.tensor([0]), "slot 0, by which proposals are ranked"
+        elif re.fullmatch(r"auxiliary\.heads\.\w+\.class_head\.(weight|bias)", key):
+            index, note = rows, f"{len(slots.rows)} of {slots.total} slots"
+        elif key.startswith("auxiliary.heads.faster_rcnn.box_head."):
+            index, note = (rows[:, None] * 4 + torch.arange(4)).flatten(), f"{len(slots.rows)} of {slots.total} slots"
         elif key == "denoising.label_embed.weight":
             index, note = rows, f"{len(slots.rows)} of {tensor.shape[0]} labels"
             if missing := [row for row in slots.rows if row >= len(tensor)]:
@@ -476,6 +499,8 @@ def _from_shapes(tensors: Mapping[str, Tensor], *, heads: int, backbone: str | N
         "decoder_layers": len(_numbers(tensors, "decoder.layers")),
         "decoder_norm": "decoder.norm.weight" in tensors,
         "scale_positions": "decoder.position_scale.0.weight" in tensors,
+        "position_relation": "decoder.relation.project.weight" in tensors,
+        "encoder_fusion": "encoder.fusion.0.weight" in tensors,
         "position_embedding": "refined" if "decoder.position_head.0.weight" in tensors else "fixed",
         "backbone_output_norm": "backbone.norms.0.weight" in tensors,
     }
@@ -486,7 +511,7 @@ def _from_shapes(tensors: Mapping[str, Tensor], *, heads: int, backbone: str | N
 
 
 def _host(tensors: Mapping[str, Tensor], dim: int) -> dict[str, Any]:
-    """Where queries begin, what they contain, what is denoised."""
+    """Where queries begin, what they contain, what is denoised, and which auxiliary heads there are."""
     settings: dict[str, Any] = {"queries": "static"}
     if "start.boxes" in tensors:
         settings |= {"positions": "anchors", "num_queries": tensors["start.boxes"].shape[0]}
@@ -498,6 +523,15 @@ def _host(tensors: Mapping[str, Tensor], dim: int) -> dict[str, Any]:
             settings["num_queries"] = tensors["query_source.table"].shape[0]
         elif "start.embed.0.weight" in tensors:
             settings["queries"] = "proposals"
+        elif "query_source.linear.weight" in tensors:
+            settings["queries"] = "tokens"
+    if "hybrid_source.table" in tensors:
+        settings["hybrid_queries"] = tensors["hybrid_source.table"].shape[0]
+    heads = tuple(x for x in ("faster_rcnn", "atss") if f"auxiliary.heads.{x}.class_head.weight" in tensors)
+    if heads:
+        settings["auxiliary_heads"] = heads
+    if heads and not any(key.startswith("auxiliary.embed.") for key in tensors):
+        settings["customised_queries"] = 0
     labels = tensors.get("denoising.label_embed.weight")
     settings["denoising"] = "none" if labels is None else "plain" if labels.shape[1] == dim - 1 else "contrastive"
     return settings

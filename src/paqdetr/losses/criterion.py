@@ -1,28 +1,37 @@
 """The total loss of a DETR with or without PaQ: L = L_1:m + L_aux + beta * L_div (PaQ-DETR, arXiv 2603.06917).
 
 L_1:m are layers 1..L-1 under the configured assigner. L_aux is everything one-to-one: the last layer, the encoder's proposals,
-the denoising queries, whose targets are fixed, and H-DETR's second set of queries.
+the denoising queries, whose targets are fixed; and, with several positives per box, the hybrid queries.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from paqdetr.config import LossConfig
 from paqdetr.losses.boxes import FlatPairs, box_losses
+from paqdetr.models.auxiliary import Auxiliary
 from paqdetr.models.denoising import DenoisingQueries
-from paqdetr.models.outputs import Decoded, DetectorOutput
+from paqdetr.models.outputs import BACKGROUND_LOGIT, Decoded, DetectorOutput
 from paqdetr.models.proposals import AllTokens, Proposals
-from paqdetr.paq import Assigner, CostWeights, OneToOneAssigner, Pairs, focal_loss, match_layers, varifocal_loss
+from paqdetr.paq import (
+    AlignedAssigner,
+    Assigner,
+    CostWeights,
+    OneToOneAssigner,
+    Pairs,
+    focal_loss,
+    match_layers,
+    quality_focal_loss,
+    varifocal_loss,
+)
 from paqdetr.paq.assignment import ASSIGNERS
 from paqdetr.structures import Targets
-
-# A logit whose probability is 0 to the last bit that matters, and which half precision can hold.
-_BACKGROUND_LOGIT = -50.0
 
 Terms = dict[str, Tensor]
 
@@ -34,7 +43,8 @@ class LossReport:
     Attributes:
         total: scalar, the sum of `terms`.
         terms: weighted scalars by name: "layer1/class", "layer1/l1", "layer1/giou", ... for the decoder's layers from 1,
-            "encoder/...", "denoising1/...", "hybrid1/...", and "diversity", which is beta * scale * L_div.
+            "encoder/...", "denoising1/...", "hybrid1/...", "hybrid_encoder/...", "atss/...", "rpn/...", "rcnn/...",
+            "customised_atss1/...", and "diversity", which is beta * scale * L_div.
         positives_per_box: mean number of positives of a box in each decoder layer; NaN on a batch without boxes.
         pairs: the matches behind "layer1", "layer2", ...: [layer][image].
     """
@@ -69,7 +79,9 @@ class Criterion:
         self.intermediate, self.encoder, self.last = intermediate, encoder, last
         self.cost_weights = cost_weights
         self.aux_weights = {"diversity": config.diversity_weight * config.div_scale}
-        self.classify = varifocal_loss if config.classification == "varifocal" else focal_loss
+        self.classify = CLASSIFICATION[config.classification]
+        if config.classification == "varifocal":
+            self.classify = partial(varifocal_loss, alpha=config.varifocal_alpha)
 
     def one_to_many(self, progress: float) -> bool:
         """Whether intermediate layers use their own assigner at this share of the training, in [0, 1]."""
@@ -87,6 +99,7 @@ class Criterion:
         aux_losses: dict[str, Tensor] | None = None,
         progress: float = 0.0,
         num_boxes: float | None = None,
+        share: float = 1.0,
     ) -> LossReport:
         """Losses of one batch.
 
@@ -98,6 +111,7 @@ class Criterion:
             num_boxes: what losses are divided by: the boxes of the whole step, in all of its batches and processes, so that their
                 losses add up to that of one large batch (where data parallelism takes the mean of gradients, multiply the loss by
                 the number of processes); the batch's own boxes if None.
+            share: of the step that this batch is, for losses that no number of boxes divides: `aux_losses` and auxiliary heads.
 
         Raises:
             ValueError: targets are not what `Targets` says, an auxiliary loss has no weight, or class-agnostic proposals come
@@ -124,13 +138,21 @@ class Criterion:
         if tokens is not None:
             terms |= self._all_tokens(tokens, targets, encoder, divisor)
         if output.hybrid is not None:
-            terms |= self._hybrid(output.hybrid, targets, divisor)
+            hybrid, names = output.hybrid, [f"hybrid{i + 1}" for i in range(len(output.hybrid.logits))]
+            if output.hybrid_proposals is not None:
+                hybrid, names = _with_proposals(hybrid, output.hybrid_proposals), [*names, "hybrid_encoder"]
+            loss = self._aligned if self.config.hybrid_loss == "aligned" else self._repeated
+            terms |= {
+                name: self.config.hybrid_weight * value for name, value in loss(names, hybrid, targets, divisor).items()
+            }
         if output.denoised is not None and output.denoising is not None:
             terms |= self._denoising(output.denoised, output.denoising, targets, divisor)
+        if output.auxiliary is not None:
+            terms |= self._auxiliary(output.auxiliary, output.customised, targets, num_layers, share)
 
         # beta * L_div, and whatever else a query source brings
         for name, value in (aux_losses or {}).items():
-            terms[name] = self._aux_weight(name) * value
+            terms[name] = self._aux_weight(name) * share * value
 
         counts = [sum(map(len, layer)) for layer in pairs[:num_layers]]
         return LossReport(
@@ -150,7 +172,13 @@ class Criterion:
     ) -> tuple[Terms, list[list[Pairs]]]:
         """Losses of K layers, each under its own assigner, and their matches, [layer][image]."""
         pairs = match_layers(
-            predicted.logits, predicted.boxes, targets, assigners, weights=self.cost_weights, names=names
+            predicted.logits,
+            predicted.boxes,
+            targets,
+            assigners,
+            weights=self.cost_weights,
+            names=names,
+            counted=predicted.counted,
         )
         return self._terms(names, predicted, targets, pairs, divisor), pairs
 
@@ -158,20 +186,48 @@ class Criterion:
         """The encoder's loss where every token is "an object" (class 0) or not (Deformable DETR, two-stage)."""
         objects = [replace(target, labels=torch.zeros_like(target.labels)) for target in targets]
         # Padding and border tokens, which can never be chosen, get a logit without loss, gradient or match.
-        logits = tokens.logits.masked_fill(~tokens.valid[..., None], _BACKGROUND_LOGIT)[None]  # (1, B, S, C)
+        logits = tokens.logits.masked_fill(~tokens.valid[..., None], BACKGROUND_LOGIT)[None]  # (1, B, S, C)
         terms, _ = self._matched(["encoder"], Decoded(logits, tokens.boxes[None]), objects, [assigner], divisor)
         return terms
 
-    def _hybrid(self, predicted: Decoded, targets: Sequence[Targets], divisor: float) -> Terms:
+    def _repeated(self, names: list[str], predicted: Decoded, targets: Sequence[Targets], divisor: float) -> Terms:
         """One-to-many branch of H-DETR (arXiv 2207.13080): each box counts `hybrid_repeat` times, matched one-to-one."""
-        repeat, layers = self.config.hybrid_repeat, len(predicted.logits)
+        repeat = self.config.hybrid_repeat
         repeated = [
             replace(target, labels=target.labels.repeat(repeat), boxes=target.boxes.repeat(repeat, 1))
             for target in targets
         ]
-        names = [f"hybrid{i + 1}" for i in range(layers)]
-        terms, _ = self._matched(names, predicted, repeated, [self.last] * layers, divisor * repeat)
-        return {name: self.config.hybrid_weight * value for name, value in terms.items()}
+        terms, _ = self._matched(names, predicted, repeated, [self.last] * len(names), divisor * repeat)
+        return terms
+
+    def _aligned(self, names: list[str], predicted: Decoded, targets: Sequence[Targets], divisor: float) -> Terms:
+        """Loss of DDQ's dense queries (arXiv 2303.12776; details of its code): `hybrid_repeat` positives per box, whose alignment
+        is the target of their class and weighs their GIoU. Sums are divided by the alignment of a layer; an image without boxes
+        counts for nothing."""
+        assigner = AlignedAssigner(self.config.hybrid_repeat, cost_weights=self.cost_weights)
+        pairs = match_layers(
+            predicted.logits,
+            predicted.boxes,
+            targets,
+            [assigner] * len(names),
+            weights=self.cost_weights,
+            names=names,
+        )
+        flat = FlatPairs.from_pairs(pairs, targets, predicted.logits.device)
+        assert flat.weight is not None
+        _, giou, _ = box_losses(predicted.boxes, flat)
+        empty = torch.tensor([len(target) == 0 for target in targets], device=flat.layer.device)
+        logits = predicted.logits.masked_fill(empty[:, None, None], BACKGROUND_LOGIT)
+        goal = torch.zeros_like(logits, dtype=giou.dtype)
+        goal[flat.layer, flat.image, flat.query, flat.label] = flat.weight.to(giou.dtype)
+        alignment = giou.new_zeros(len(names)).index_add(0, flat.layer, flat.weight.to(giou.dtype))
+        # Of the whole step, as far as this batch tells: alignment per box times the boxes of all batches and processes.
+        norm = (alignment * (divisor / max(sum(map(len, targets)), 1))).clamp(min=1)
+        weighted = (
+            ("class", self.config.class_weight * quality_focal_loss(logits, goal).sum((1, 2, 3)) / norm),
+            ("giou", self.config.giou_weight * giou / norm),
+        )
+        return {f"{name}/{kind}": values[i] for kind, values in weighted for i, name in enumerate(names)}
 
     def _denoising(
         self, predicted: Decoded, info: DenoisingQueries, targets: Sequence[Targets], divisor: float
@@ -181,9 +237,22 @@ class Criterion:
         pairs = [[Pairs(*info.positives(len(target))) for target in targets]] * layers
         names = [f"denoising{i + 1}" for i in range(layers)]
         if info.counted is not None:
-            logits = predicted.logits.masked_fill(~info.counted[..., None], _BACKGROUND_LOGIT)
-            predicted = Decoded(logits, predicted.boxes)
+            predicted = _only(predicted, info.counted)
         return self._terms(names, predicted, targets, pairs, divisor * info.groups)
+
+    def _auxiliary(
+        self, heads: Auxiliary, predictions: Sequence[Decoded], targets: Sequence[Targets], layers: int, share: float
+    ) -> Terms:
+        """Co-DETR's heads, once for each decoder layer, and the queries that they give, divided by their positives."""
+        terms = {name: self.config.auxiliary_weight * layers * share * value for name, value in heads.losses.items()}
+        weight = self.config.customised_weight * share
+        for queries, predicted in zip(heads.customised, predictions, strict=True):
+            names = [f"customised_{queries.name}{i + 1}" for i in range(layers)]
+            positives = max(sum(map(len, queries.pairs)), 1)
+            counted = _only(predicted, queries.counted)
+            own = self._terms(names, counted, targets, [queries.pairs] * layers, positives)
+            terms |= {name: weight * value for name, value in own.items()}
+        return terms
 
     def _aux_weight(self, name: str) -> float:
         if name not in self.aux_weights:
@@ -219,19 +288,24 @@ class Criterion:
         """Sums of each layer, (K,). A pair of weight w has the target w * IoU, as in Align-DETR (arXiv 2304.07527); for focal
         loss, whose targets are 0 and 1, it is w of a positive and 1 - w of a negative."""
         place = (pairs.layer, pairs.image, pairs.query, pairs.label)
-        varifocal = self.classify is varifocal_loss
+        by_quality = self.config.classification != "focal"
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        quality = iou.to(dtype) if varifocal else torch.ones_like(iou, dtype=dtype)
-        if varifocal and pairs.weight is not None:
+        quality = iou.to(dtype) if by_quality else torch.ones_like(iou, dtype=dtype)
+        if by_quality and pairs.weight is not None:
             quality = quality * pairs.weight.to(dtype)
         goal = torch.zeros_like(logits, dtype=dtype)
         goal[place] = quality
         losses = self.classify(logits, goal)  # (K, B, N, C)
-        if not varifocal and pairs.weight is not None:
+        if not by_quality and pairs.weight is not None:
             whole = losses[place]
             negative = self.classify(logits[place], torch.zeros_like(whole))
             losses = losses.index_put(place, torch.lerp(negative, whole, pairs.weight.to(whole.dtype)))
         return losses.sum((1, 2, 3))
+
+
+def _only(predicted: Decoded, counted: Tensor) -> Decoded:
+    """Predictions of (K, B, N) queries, of which those not counted, (B, N), have no class loss and no gradient."""
+    return Decoded(predicted.logits.masked_fill(~counted[..., None], BACKGROUND_LOGIT), predicted.boxes)
 
 
 def _with_proposals(layers: Decoded, proposals: Proposals) -> Decoded:
@@ -241,7 +315,11 @@ def _with_proposals(layers: Decoded, proposals: Proposals) -> Decoded:
             "class-agnostic proposals learn from all tokens, which a model gives in training mode alone:"
             " call model.train() before the forward pass"
         )
-    return Decoded(torch.cat([layers.logits, proposals.logits[None]]), torch.cat([layers.boxes, proposals.boxes[None]]))
+    counted = layers.counted
+    if counted is not None:
+        counted = torch.cat([counted, torch.ones_like(counted[:1])])
+    logits, boxes = (proposals.logits[None], proposals.boxes[None])
+    return Decoded(torch.cat([layers.logits, logits]), torch.cat([layers.boxes, boxes]), counted)
 
 
 def build_criterion(config: LossConfig) -> Criterion:
@@ -256,3 +334,6 @@ def build_criterion(config: LossConfig) -> Criterion:
         last=OneToOneAssigner(cost_weights=weights),
         cost_weights=weights,
     )
+
+
+CLASSIFICATION = {"focal": focal_loss, "varifocal": varifocal_loss, "quality_focal": quality_focal_loss}

@@ -37,10 +37,10 @@ def model_cost(name: str, *, height: int = 800, width: int = 1333) -> ModelCost:
     """
     with torch.device("meta"):
         model = create_model(name).eval()
+        # Suppression needs values, which a meta tensor has not, and no multiplication that is counted.
+        model.decoder.distinct = None
         if isinstance(model.start, ProposalStart):
-            model.start.head.distinct = (
-                None  # needs values, which a meta tensor has not, and no multiplication that is counted
-            )
+            model.start.head.distinct = None
         parameters = list(model.parameters())
         trainable = sum(p.numel() for p in parameters if p.requires_grad)
         model.requires_grad_(False)  # the counter's hooks want no half-differentiable graph

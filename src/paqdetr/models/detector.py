@@ -13,20 +13,24 @@ from torch import Tensor, nn
 from paqdetr.checkpoint import write_checkpoint
 from paqdetr.config import ModelConfig
 from paqdetr.images import ImageSource
+from paqdetr.models.auxiliary import AuxiliaryHeads
 from paqdetr.models.backbone import Backbone
-from paqdetr.models.decoder import Decoder
+from paqdetr.models.decoder import Decoder, LayerHeads
 from paqdetr.models.denoising import Denoising
 from paqdetr.models.encoder import DeformableEncoder
 from paqdetr.models.inference import predict_images
 from paqdetr.models.neck import Neck
-from paqdetr.models.outputs import DetectorOutput
+from paqdetr.models.outputs import Decoded, DetectorOutput
 from paqdetr.models.proposals import Initializer, ProposalStart, QueryInit, query_features
-from paqdetr.models.queries import QueryGroup, QuerySource, StaticQueries, attention_mask
+from paqdetr.models.queries import FeatureQueries, QueryGroup, QuerySource, StaticQueries, attention_mask
 from paqdetr.models.tokens import Tokens
 from paqdetr.paq import Mixture
 from paqdetr.paq.targets import require_form, require_values
 from paqdetr.preprocessing import Preprocessing
 from paqdetr.structures import ClassTable, Detections, Targets
+
+TRAINING_ONLY = ("hybrid_source.", "auxiliary.")
+"""Beginnings of the names of parameters that nothing reads outside of training, but for those of denoising."""
 
 
 class Detector(nn.Module):
@@ -53,7 +57,9 @@ class Detector(nn.Module):
         query_source: QuerySource | None,
         decoder: Decoder,
         denoising: Denoising | None,
-        hybrid_source: StaticQueries | None,
+        hybrid_source: StaticQueries | FeatureQueries | None,
+        hybrid_heads: LayerHeads | None,
+        auxiliary: AuxiliaryHeads | None = None,
     ) -> None:
         super().__init__()
         self.config, self.name, self.classes, self.preprocessing = config, name, classes, preprocessing
@@ -65,6 +71,8 @@ class Detector(nn.Module):
         self.decoder = decoder
         self.denoising = denoising
         self.hybrid_source = hybrid_source
+        self.hybrid_heads = hybrid_heads
+        self.auxiliary = auxiliary
 
     def forward(
         self, images: Tensor, padding_mask: Tensor | None = None, targets: Sequence[Targets] | None = None
@@ -106,11 +114,11 @@ class Detector(nn.Module):
 
         Args:
             features: of `extract`.
-            targets: given, the queries that exist in training alone (denoising, hybrid) take part.
+            targets: given, what exists in training alone takes part: denoising and hybrid queries, auxiliary heads and theirs.
         """
         memory = self.encoder(features)
-        hybrid = 0 if targets is None else self.config.hybrid_queries
-        start = self.start(memory, hybrid) if isinstance(self.start, ProposalStart) else self.start(memory)
+        extra = 0 if targets is None else self.config.num_hybrid
+        start = self.start(memory, extra) if isinstance(self.start, ProposalStart) else self.start(memory)
         mixture = self._content(memory, start)
 
         count = self.config.num_queries
@@ -119,26 +127,33 @@ class Detector(nn.Module):
         if self.denoising is not None and targets is not None:
             denoising = self.denoising(targets)
             groups.insert(0, QueryGroup(denoising.content, denoising.reference))
-        if hybrid:
-            content = (
-                None if self.hybrid_source is None else self.hybrid_source(memory.values, memory.spatial_shapes).content
-            )
-            groups.append(_group(start, slice(count, None), content))
-        forbidden = attention_mask(denoising, count, hybrid, features.values.device)
-        decoded = self.decoder(QueryGroup.join(groups), memory, forbidden)
+        auxiliary = None if self.auxiliary is None or targets is None else self.auxiliary(memory, targets)
+        if auxiliary is not None:
+            groups += [customised.queries for customised in auxiliary.customised]
+        sizes = [len(group) for group in groups]
+        first = 0 if denoising is None else len(denoising)
+        further = sizes[1 if denoising is None else 2 :]
+        forbidden = attention_mask(denoising, count, further, features.values.device)
+        rows = slice(first, first + count)
+        decoded = self.decoder(QueryGroup.join(groups), memory, forbidden, matching=rows).split(sizes)
 
-        denoised = 0 if denoising is None else len(denoising)
-        layers = decoded.part(denoised, denoised + count)
-        proposals = start.proposals
+        denoised = None if denoising is None else decoded.pop(0)
+        layers, *others = decoded
+        proposals, hybrid_proposals = start.proposals, None
+        if extra and proposals is not None and self.config.hybrid_heads != "shared":
+            hybrid_proposals = proposals.part(count, None)
         return DetectorOutput(
             pred_logits=layers.logits[-1],
             pred_boxes=layers.boxes[-1],
             layers=layers,
-            proposals=None if proposals is None else proposals.first(count),
+            proposals=None if proposals is None else proposals.part(0, count),
             mixture=mixture,
-            denoised=None if denoising is None else decoded.part(0, denoised),
+            denoised=denoised,
             denoising=denoising,
-            hybrid=decoded.part(denoised + count, None) if hybrid else None,
+            hybrid=self._hybrid(start, memory) if extra else None,
+            hybrid_proposals=hybrid_proposals,
+            auxiliary=auxiliary,
+            customised=tuple(others),
         )
 
     def checkpoint_activations(self, on: bool = True) -> None:
@@ -159,9 +174,24 @@ class Detector(nn.Module):
         boxes = None if start.proposals is None else start.reference[:, :count]
         features = None
         if self.config.uses_query_features:
-            features = query_features(start, memory, num_heads=self.config.num_heads)[:, :count]
+            raw = self.config.queries == "tokens"
+            features = query_features(start, memory, num_heads=self.config.num_heads, raw=raw)[:, :count]
             features = features.detach() if self.config.detach_query_features else features
         return self.query_source(memory.values, memory.spatial_shapes, memory.padding_mask, boxes, features)
+
+    def _hybrid(self, start: QueryInit, memory: Tokens) -> Decoded:
+        """The hybrid queries, which have a pass through the decoder of their own: they and the others do not see each other."""
+        count, source = self.config.num_queries, self.hybrid_source
+        content = None  # the start's
+        if self.config.hybrid_heads == "all":
+            tokens = query_features(start, memory, num_heads=self.config.num_heads, raw=True)[:, count:].detach()
+            source = source or self.query_source
+            assert source is not None
+            content = self._marked(source(memory.values, memory.spatial_shapes, query_features=tokens).content)
+        elif source is not None:
+            content = source(memory.values, memory.spatial_shapes).content
+        group = _group(start, slice(count, None), content)
+        return self.decoder(group, memory, matching=None, heads=self.hybrid_heads)
 
     def _marked(self, content: Tensor) -> Tensor:
         """With DN-DETR's indicator channel, 0 for "no denoising query", where the host has one: (B, n, d)."""

@@ -54,6 +54,7 @@ class DeformableEncoder(Recomputing):
     Args:
         query_levels: how many of the coarsest levels are updated; the finer ones are read only. None updates all. The finest
             level has three quarters of the tokens, so leaving it out saves most of the time.
+        fusion: memory is computed from the tokens after every layer, and before the first (Relation-DETR's code).
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class DeformableEncoder(Recomputing):
         ffn_dim: int,
         dropout: float,
         query_levels: int | None = None,
+        fusion: bool = False,
     ) -> None:
         super().__init__()
         self.query_levels = query_levels or num_levels
@@ -82,6 +84,11 @@ class DeformableEncoder(Recomputing):
             )
             for _ in range(num_layers)
         )
+        self.fusion: nn.Sequential | None = None
+        if fusion:
+            self.fusion = nn.Sequential(
+                nn.Linear((num_layers + 1) * dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.LayerNorm(dim)
+            )
 
     def forward(self, tokens: Tokens) -> Tokens:
         """Neck tokens -> memory, in the same layout."""
@@ -89,6 +96,11 @@ class DeformableEncoder(Recomputing):
         fine, x = tokens.values[:, :-updated], tokens.values[:, -updated:]
         position = (tokens.position + self.level_embed[tokens.level_index])[:, -updated:]
         reference = tokens.centers[:, -updated:, None] * tokens.valid_ratios[:, None]  # (B, Q, L, 2)
+        after = [tokens.values]
         for layer in self.layers:
             x = self.run(layer, x, fine, position, reference, tokens)
+            if self.fusion is not None:
+                after.append(torch.cat([fine, x], dim=1))
+        if self.fusion is not None:
+            return tokens.with_values(self.fusion(torch.cat(after, dim=-1)))
         return tokens.with_values(torch.cat([fine, x], dim=1))

@@ -27,9 +27,11 @@ from paqdetr.serialize import fields_of
 from paqdetr.structures import ClassTable
 from paqdetr.text import shorten, some
 
-# Tensors with a row per class, and with one or several rows per query.
+# Tensors with one or several rows per class, and with one or several rows per query.
 _CLASS_ROWS = re.compile(
-    r"decoder\.class_heads\.\d+\.(weight|bias)|start\.head\.class_head\.(weight|bias)|denoising\.label_embed\.weight"
+    r"(decoder|hybrid_heads)\.class_heads\.\d+\.(weight|bias)|start\.head\.(hybrid_)?class_head\.(weight|bias)|"
+    r"denoising\.label_embed\.weight|"
+    r"auxiliary\.heads\.\w+\.class_head\.(weight|bias)|auxiliary\.heads\.faster_rcnn\.box_head\.(weight|bias)"
 )
 _QUERY_ROWS = re.compile(
     r"query_source\.(table|logits|mixtures\.logits)|start\.(boxes|position)|"
@@ -176,9 +178,12 @@ def reshape_tensors(
         if _CLASS_ROWS.fullmatch(key):
             # A class-agnostic head of proposals has one row, whatever the classes.
             if not (config.class_agnostic_proposals and key.startswith("start.head.")):
+                by_class = tensor.unflatten(0, (len(classes[0]), -1))  # (C, rows a class, ...)
                 result[key] = fresh[key].to(tensor.device, tensor.dtype).clone()
                 for old, new in rows:
-                    result[key][new] = tensor[old]
+                    result[key].unflatten(0, (len(classes[1]), -1))[new] = by_class[old]
+        elif key == "hybrid_source.table":
+            result[key] = resized_rows(len(tensor), len(fresh[key]), ranked=True).of(tensor, 1)
         elif _QUERY_ROWS.fullmatch(key) and queries[0] != queries[1]:
             result[key] = query_rows.of(tensor, len(tensor) // queries[0])
     known = {new for _, new in rows}
@@ -204,6 +209,12 @@ def without_counters(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -
     """Tensors with the step counters of batch norms that the model has, whose norms may be frozen where the others were not."""
     result = {key: value for key, value in tensors.items() if key in own or not key.endswith(_COUNTER)}
     return result | {key: own[key] for key in own if key.endswith(_COUNTER) and key not in tensors}
+
+
+def with_training_parts(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a file without auxiliary heads that the model has not, and with the start of those that the file has not."""
+    kept = {key: value for key, value in tensors.items() if key in own or not key.startswith("auxiliary.")}
+    return kept | {key: own[key] for key in own if key.startswith("auxiliary.") and key not in tensors}
 
 
 def require_same_settings(old: ModelConfig, new: ModelConfig, where: str) -> None:
@@ -359,7 +370,7 @@ def start_from(model: Detector, path: str | Path) -> ReshapeReport:
     require_same_settings(config.model, model.config, str(file))
     own = model.state_dict()
     tensors, report = reshape_tensors(
-        without_counters(tensors, own),
+        with_training_parts(without_counters(tensors, own), own),
         own,
         config=model.config,
         classes=(classes, model.classes),

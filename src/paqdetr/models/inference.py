@@ -20,7 +20,7 @@ from torchvision.ops import box_convert
 from paqdetr.config import ModelConfig
 from paqdetr.errors import ConfigError, NonFiniteError, memory_error
 from paqdetr.images import ImageSource, read_image
-from paqdetr.models.outputs import DetectorOutput
+from paqdetr.models.outputs import BACKGROUND_LOGIT, DetectorOutput
 from paqdetr.preprocessing import Preprocessing, pad_images
 from paqdetr.structures import ClassTable, Detections, Targets
 from paqdetr.values import require_batch_size, require_threshold
@@ -173,6 +173,8 @@ def postprocess(
     scores = logits.sigmoid().flatten()
     best = scores.topk(min(max(config.max_detections, at_least), scores.numel()))
     keep = best.values >= threshold
+    if config.distinct_queries is not None:
+        keep &= logits.flatten()[best.indices] > BACKGROUND_LOGIT  # queries that have left
     chosen, values = best.indices[keep], best.values[keep]
     queries, labels = chosen // logits.shape[1], chosen % logits.shape[1]
     height, width = size

@@ -25,16 +25,15 @@ class Neck(nn.Module):
         super().__init__()
         self.masked_norm = masked_norm
         norm = MaskedGroupNorm if masked_norm else nn.GroupNorm
-        # 32 groups at the usual widths; of four channels at least, as one alone on a level of 1 x 1 is normed to a constant.
-        norm_groups = next((n for n in (32, 16, 8, 4, 2) if dim % n == 0 and dim // n >= 4), 1)
+        groups = norm_groups(dim)
         self.lateral = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(channels, dim, 1), norm(norm_groups, dim)) for channels in in_channels
+            nn.Sequential(nn.Conv2d(channels, dim, 1), norm(groups, dim)) for channels in in_channels
         )
         extra = num_levels - len(in_channels)
         self.extra = nn.ModuleList(
             nn.Sequential(
                 nn.Conv2d(in_channels[-1] if i == 0 else dim, dim, 3, stride=2, padding=1),
-                norm(norm_groups, dim),
+                norm(groups, dim),
             )
             for i in range(extra)
         )
@@ -52,6 +51,11 @@ class Neck(nn.Module):
         for i, downsample in enumerate(self.extra):
             levels.append(_project(downsample, maps[-1] if i == 0 else levels[-1], mask))
         return levels
+
+
+def norm_groups(dim: int) -> int:
+    """32 groups at the usual widths; of four channels at least, as one alone on a level of 1 x 1 is normed to a constant."""
+    return next((n for n in (32, 16, 8, 4, 2) if dim % n == 0 and dim // n >= 4), 1)
 
 
 def _project(part: nn.Module, x: Tensor, padding_mask: Tensor | None) -> Tensor:

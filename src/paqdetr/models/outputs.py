@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from paqdetr.models.denoising import DenoisingQueries
 from paqdetr.models.proposals import Proposals
 from paqdetr.paq import Mixture
+
+if TYPE_CHECKING:
+    from paqdetr.models.auxiliary import Auxiliary
+
+BACKGROUND_LOGIT = -50.0
+"""Its probability is 0 to the last bit that matters, and half precision can hold it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,14 +26,18 @@ class Decoded:
     Attributes:
         logits: (K, B, N, C).
         boxes: (K, B, N, 4) cxcywh in [0, 1].
+        counted: (K, B, N) bool, the queries that take part in matching; None: all. Others have the `BACKGROUND_LOGIT`.
     """
 
     logits: Tensor
     boxes: Tensor
+    counted: Tensor | None = None
 
-    def part(self, first: int, end: int | None) -> Decoded:
-        """Predictions of the queries first..end - 1."""
-        return Decoded(self.logits[:, :, first:end], self.boxes[:, :, first:end])
+    def split(self, sizes: Sequence[int]) -> list[Decoded]:
+        """Predictions of groups of so many queries, in turn."""
+        counted = [None] * len(sizes) if self.counted is None else self.counted.split(list(sizes), dim=2)
+        logits, boxes = self.logits.split(list(sizes), dim=2), self.boxes.split(list(sizes), dim=2)
+        return [Decoded(*part) for part in zip(logits, boxes, counted, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +52,10 @@ class DetectorOutput:
         mixture: content queries (B, n, d), and the weights (B, n, m) of pattern queries or None.
         denoised: predictions of the denoising queries, (K, B, N, C) and (K, B, N, 4); None outside training.
         denoising: how these queries are laid out; None outside training.
-        hybrid: predictions of the one-to-many branch, (K, B, N, C) and (K, B, N, 4); None outside training.
+        hybrid: predictions of the hybrid queries, (K, B, N, C) and (K, B, N, 4); None outside training.
+        hybrid_proposals: what the encoder chose for these, where they have heads of their own for it; None outside training.
+        auxiliary: losses and queries of the auxiliary heads; None outside training.
+        customised: predictions of the queries of each auxiliary head, (K, B, N, C) and (K, B, N, 4).
     """
 
     pred_logits: Tensor
@@ -51,3 +66,6 @@ class DetectorOutput:
     denoised: Decoded | None = None
     denoising: DenoisingQueries | None = None
     hybrid: Decoded | None = None
+    hybrid_proposals: Proposals | None = None
+    auxiliary: Auxiliary | None = None
+    customised: tuple[Decoded, ...] = ()

@@ -48,9 +48,9 @@ class Proposals:
     tokens: Tensor
     all_tokens: AllTokens | None = None
 
-    def first(self, count: int) -> Proposals:
-        """The best `count` of them."""
-        rows = slice(None, count)
+    def part(self, first: int, end: int | None) -> Proposals:
+        """Those of the ranks first..end - 1."""
+        rows = slice(first, end)
         return Proposals(
             self.logits[:, rows],
             self.boxes[:, rows],
@@ -66,13 +66,18 @@ class ProposalHead(nn.Module):
     Args:
         class_agnostic: one logit, "an object" (Deformable DETR); otherwise one for each class, and tokens are ranked by
             the likeliest.
-        distinct: a proposal that overlaps a better one by more than this IoU is chosen only after all others; None: as ranked. Of
-            DDQ this is the selection before the decoder, in training and in use; its selection between layers and its loss on
-            dense queries are not there.
+        distinct: a proposal that overlaps a better one by more than this IoU is chosen only after all others; None: as ranked.
+        hybrid: a second pair of heads for the proposals of hybrid queries, which exist in training alone.
     """
 
     def __init__(
-        self, *, dim: int, num_classes: int, class_agnostic: bool = False, distinct: float | None = None
+        self,
+        *,
+        dim: int,
+        num_classes: int,
+        class_agnostic: bool = False,
+        distinct: float | None = None,
+        hybrid: bool = False,
     ) -> None:
         super().__init__()
         self.distinct = distinct
@@ -81,9 +86,14 @@ class ProposalHead(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.class_head = nn.Linear(dim, 1 if class_agnostic else num_classes)
         self.box_head = MLP((dim, dim, dim, 4))
+        self.hybrid_class_head = nn.Linear(dim, num_classes) if hybrid else None
+        self.hybrid_box_head = MLP((dim, dim, dim, 4)) if hybrid else None
 
-    def forward(self, memory: Tokens, count: int) -> Proposals:
-        """Tokens -> the `count` best proposals of each image."""
+    def forward(self, memory: Tokens, count: int, extra: int = 0) -> Proposals:
+        """Tokens -> the `count` best proposals of each image, and behind them `extra` more for hybrid queries: those that follow,
+        or, with heads of their own, the best by these."""
+        if self.hybrid_class_head is None:
+            count, extra = count + extra, 0
         anchors = _anchors(memory)  # (B, S, 4)
         usable = ((anchors > 0.01) & (anchors < 0.99)).all(-1)  # (B, S)
         valid = usable if memory.padding_mask is None else usable & ~memory.padding_mask
@@ -109,8 +119,15 @@ class ProposalHead(nn.Module):
             all_tokens = AllTokens(logits=logits, boxes=boxes, valid=valid)
             return Proposals(_pick(logits, indices), _pick(boxes, indices), indices, chosen, all_tokens)
         # Boxes are regressed for the selected tokens alone: the rest would be thrown away.
-        boxes = regress(chosen, _pick(anchors, indices))
-        return Proposals(logits=_pick(logits, indices), boxes=boxes, indices=indices, tokens=chosen)
+        boxes, logits = regress(chosen, _pick(anchors, indices)), _pick(logits, indices)
+        if extra and self.hybrid_class_head is not None and self.hybrid_box_head is not None:
+            hybrid_logits = self.hybrid_class_head(x)
+            others = _best_tokens(hybrid_logits.detach().amax(-1), valid, extra)  # (B, extra)
+            tokens, starts = _pick(x, others), inverse_sigmoid(_pick(anchors, others))
+            boxes = torch.cat([boxes, (at_least_float32(self.hybrid_box_head(tokens)) + starts).sigmoid()], dim=1)
+            logits = torch.cat([logits, _pick(hybrid_logits, others)], dim=1)
+            indices, chosen = torch.cat([indices, others], dim=1), torch.cat([chosen, tokens], dim=1)
+        return Proposals(logits=logits, boxes=boxes, indices=indices, tokens=chosen)
 
 
 def _anchors(memory: Tokens) -> Tensor:
@@ -149,17 +166,34 @@ def _distinct_tokens(
     looked_at = min(2 * count, scores.shape[1])
     while True:
         order = ranked.topk(looked_at, dim=1).indices  # (B, M)
-        corners = box_convert(boxes_of(order), "cxcywh", "xyxy")
-        descending = torch.arange(looked_at, 0, -1, device=scores.device, dtype=corners.dtype)
-        last = torch.full_like(order, 2)  # 0 survives, 1 is suppressed, 2 is no valid token
-        for image, number in enumerate(available.clamp(max=looked_at).tolist()):
-            last[image, :number] = 1
-            # Image by image: what it is batched with must not matter, not even to the last bit.
-            last[image, nms(corners[image, :number], descending[:number], threshold)] = 0
-        survivors = (last == 0).sum(1)
-        if bool(((survivors >= count) | (available <= looked_at)).all()):
+        ranks = torch.arange(looked_at, device=scores.device)
+        usable = ranks < available[:, None]  # (B, M)
+        kept = distinct(boxes_of(order), -ranks.expand_as(order), usable, threshold)
+        if bool(((kept.sum(1) >= count) | (available <= looked_at)).all()):
+            last = 2 - usable.int() - kept.int()  # 0 survives, 1 is suppressed, 2 is no valid token
             return _repeated(order.gather(1, last.argsort(dim=1, stable=True)), valid, count)
         looked_at = min(2 * looked_at, scores.shape[1])
+
+
+@torch.no_grad()
+def distinct(boxes: Tensor, scores: Tensor, among: Tensor, threshold: float) -> Tensor:
+    """Class-agnostic non-maximum suppression.
+
+    Args:
+        boxes: (B, n, 4) cxcywh.
+        scores: (B, n), of any type.
+        among: (B, n) bool, which take part.
+        threshold: a box that overlaps a better one that stays by more than this IoU goes.
+
+    Returns:
+        (B, n) bool, which stay. It is computed image by image: what an image is batched with does not matter.
+    """
+    corners = box_convert(boxes, "cxcywh", "xyxy")
+    kept = torch.zeros_like(among)
+    for image, taking_part in enumerate(among):
+        rows = taking_part.nonzero()[:, 0]
+        kept[image, rows[nms(corners[image, rows], scores[image, rows].to(corners.dtype), threshold)]] = True
+    return kept
 
 
 def _pick(tokens: Tensor, indices: Tensor) -> Tensor:
@@ -240,8 +274,8 @@ class ProposalStart(nn.Module):
             self.embed = nn.Sequential(nn.Linear(2 * dim, width), nn.LayerNorm(width))
 
     def forward(self, memory: Tokens, extra: int = 0) -> QueryInit:
-        """Boxes of the best `num_queries + extra` tokens."""
-        proposals = self.head(memory, self.num_queries + extra)
+        """Boxes of the best `num_queries` tokens, and behind them `extra` more for hybrid queries."""
+        proposals = self.head(memory, self.num_queries, extra)
         reference = proposals.boxes.detach()
         if self.embed is None:
             return QueryInit(reference=reference, proposals=proposals)
@@ -254,7 +288,7 @@ class ProposalStart(nn.Module):
 Initializer = LearnedPoints | LearnedAnchors | ProposalStart
 
 
-def query_features(start: QueryInit, memory: Tokens, *, num_heads: int) -> Tensor:
+def query_features(start: QueryInit, memory: Tokens, *, num_heads: int, raw: bool = False) -> Tensor:
     """What each query looks at: the token of its proposal; in one-stage hosts the memory at its reference point.
 
     Args:
@@ -262,12 +296,13 @@ def query_features(start: QueryInit, memory: Tokens, *, num_heads: int) -> Tenso
         memory: the encoder's tokens. At a point each level is read bilinearly, zero at padding and beyond the map, and the levels
             are averaged.
         num_heads: parts of a token that are read one by one, as the attention kernels like it; the result is the same.
+        raw: the tokens of proposals as the encoder gives them, not as their head projects them.
 
     Returns:
         (B, n, d). Its gradient reaches the tokens, not the points: positions stay the host's own.
     """
     if start.proposals is not None:
-        return start.proposals.tokens
+        return _pick(memory.values, start.proposals.indices) if raw else start.proposals.tokens
     value = memory.values
     if memory.padding_mask is not None:
         value = value.masked_fill(memory.padding_mask[..., None], 0.0)

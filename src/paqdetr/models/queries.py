@@ -66,11 +66,12 @@ class FeatureQueries(nn.Module):
     Args:
         dim: width of the features.
         content_dim: width d of the content.
+        norm: DDQ has the linear layer alone.
     """
 
-    def __init__(self, *, dim: int, content_dim: int) -> None:
+    def __init__(self, *, dim: int, content_dim: int, norm: bool = True) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(dim)
+        self.norm = nn.LayerNorm(dim) if norm else nn.Identity()
         self.linear = nn.Linear(dim, content_dim)
 
     def forward(
@@ -152,21 +153,19 @@ class QueryGroup:
 
 
 def attention_mask(
-    denoising: DenoisingQueries | None, num_queries: int, num_hybrid: int, device: torch.device
+    denoising: DenoisingQueries | None, num_queries: int, further: Sequence[int], device: torch.device
 ) -> Tensor | None:
-    """Who may not look at whom, in the order denoising, matching, hybrid.
+    """Who may not look at whom, in the order denoising, matching, further groups of so many queries each.
 
-    Matching queries see each other alone, so that they do in training what they do in use; so do hybrid ones.
+    Matching queries see each other alone, so that they do in training what they do in use; so do those of each further group.
 
     Returns:
         (N, N) bool, True where attention is forbidden; None if there are only matching queries.
     """
-    if denoising is None and not num_hybrid:
+    if denoising is None and not further:
         return None
     seen = num_queries + (0 if denoising is None else len(denoising))
-    mask = torch.zeros(seen + num_hybrid, seen + num_hybrid, dtype=torch.bool, device=device)
+    blocks = [torch.zeros(size, size, dtype=torch.bool, device=device) for size in (seen, *further)]
     if denoising is not None:
-        mask[:seen, :seen] = denoising.attention_mask(num_queries, device)
-    mask[:seen, seen:] = True
-    mask[seen:, :seen] = True
-    return mask
+        blocks[0] = denoising.attention_mask(num_queries, device)
+    return ~torch.block_diag(*(~block for block in blocks))

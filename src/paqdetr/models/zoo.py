@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from paqdetr.config import Config, ModelConfig, list_configs, load_config
 from paqdetr.errors import ConfigError
 from paqdetr.models.attention import MLP, DeformableAttention
+from paqdetr.models.auxiliary import AuxiliaryHeads
+from paqdetr.models.auxiliary_heads import AtssHead, FasterRcnn
 from paqdetr.models.backbone import Backbone, normalization_of
-from paqdetr.models.decoder import Decoder
+from paqdetr.models.decoder import Decoder, LayerHeads
 from paqdetr.models.denoising import ContrastiveDenoising, Denoising, PlainDenoising
 from paqdetr.models.detector import Detector
 from paqdetr.models.encoder import DeformableEncoder
@@ -49,6 +51,11 @@ def init_weights(model: Detector) -> None:
             _xavier(start.embed)
         class_heads.append(start.head.class_head)
         box_heads.append(start.head.box_head)
+        class_heads += [start.head.hybrid_class_head] if start.head.hybrid_class_head is not None else []
+        box_heads += [start.head.hybrid_box_head] if start.head.hybrid_box_head is not None else []
+    if model.hybrid_heads is not None:
+        class_heads += model.hybrid_heads.class_heads
+        box_heads += model.hybrid_heads.box_heads
     for head in class_heads:
         nn.init.constant_(head.bias, _CLASS_BIAS)  # type: ignore[arg-type]
     for head in box_heads:
@@ -60,6 +67,24 @@ def init_weights(model: Detector) -> None:
     if isinstance(start, LearnedPoints):
         nn.init.xavier_uniform_(start.point_head.weight)
         _zero(start.point_head.bias)
+    if model.auxiliary is not None:
+        _init_auxiliary(model.auxiliary)
+
+
+def _init_auxiliary(auxiliary: AuxiliaryHeads) -> None:
+    """As the published code of Co-DETR: small numbers for what predicts."""
+    _xavier(auxiliary)
+    for part in reversed(list(auxiliary.modules())):  # what is inside of a head before the head
+        if isinstance(part, nn.Conv2d):
+            nn.init.normal_(part.weight, std=0.01)
+            _zero(part.bias)
+        elif isinstance(part, AtssHead):
+            nn.init.constant_(part.class_head.bias, _CLASS_BIAS)  # type: ignore[arg-type]
+        elif isinstance(part, FasterRcnn):
+            for linear, std in ((part.class_head, 0.01), (part.background_head, 0.01), (part.box_head, 0.001)):
+                nn.init.normal_(linear.weight, std=std)
+                _zero(linear.bias)
+    nn.init.xavier_uniform_(auxiliary.downsample[0].weight)  # type: ignore[arg-type]
 
 
 def _xavier(part: nn.Module) -> None:
@@ -109,6 +134,7 @@ QUERY_SOURCES: dict[str, Callable[[ModelConfig], QuerySource | None]] = {
     "patterns": _pattern_queries,
     "static_mixture": lambda config: _as_mixture(config, config.build(StaticMixtures, dim=config.content_dim)),
     "features": lambda config: _as_mixture(config, config.build(FeatureQueries)),
+    "tokens": lambda config: config.build(FeatureQueries, norm=False),
     "proposals": lambda config: None,
 }
 
@@ -120,6 +146,7 @@ def _proposal_start(config: ModelConfig) -> ProposalStart:
             ProposalHead,
             class_agnostic=config.class_agnostic_proposals,
             distinct=config.distinct_proposals,
+            hybrid=config.num_hybrid > 0 and config.hybrid_heads != "shared",
         ),
         fixed_position=config.position_embedding == "fixed",
         with_content=config.queries == "proposals",
@@ -137,6 +164,22 @@ DENOISING: dict[str, Callable[[ModelConfig], Denoising | None]] = {
     "plain": lambda config: config.build(PlainDenoising, groups=config.denoising_groups),
     "contrastive": lambda config: config.build(ContrastiveDenoising, num_queries=config.denoising_queries),
 }
+
+
+def _auxiliary_heads(config: ModelConfig) -> AuxiliaryHeads | None:
+    if not config.auxiliary_heads:
+        return None
+    strides = list(config.backbone_strides)
+    while len(strides) < config.num_levels:
+        strides.append(2 * strides[-1])
+    return AuxiliaryHeads(
+        names=config.auxiliary_heads,
+        dim=config.dim,
+        num_classes=config.num_classes,
+        strides=strides,
+        samples=config.roi_samples,
+        queries=config.customised_queries,
+    )
 
 
 def preprocessing_of(config: Config) -> Preprocessing:
@@ -211,10 +254,16 @@ def build_model(config: Config, *, classes: ClassTable | None = None, pretrained
         num_layers=model.decoder_layers,
         norm=model.decoder_norm,
         fixed_position=model.position_embedding == "fixed",
+        distinct=model.distinct_queries,
+        relation=model.position_relation,
     )
-    hybrid_source = None
-    if model.hybrid_queries and model.queries != "proposals":
-        hybrid_source = StaticQueries(num_queries=model.hybrid_queries, dim=model.dim, std=model.content_std)
+    hybrid_source, hybrid_heads = None, None
+    if model.num_hybrid and model.hybrid_heads == "all":
+        hybrid_heads = LayerHeads(num_layers=model.decoder_layers, dim=model.dim, num_classes=model.num_classes)
+        if model.queries != "tokens":  # where it is, the queries share the linear layer
+            hybrid_source = FeatureQueries(dim=model.dim, content_dim=model.content_dim, norm=False)
+    elif model.num_hybrid and model.queries != "proposals":
+        hybrid_source = StaticQueries(num_queries=model.num_hybrid, dim=model.dim, std=model.content_std)
     detector = Detector(
         config=model,
         name=config.name,
@@ -223,13 +272,18 @@ def build_model(config: Config, *, classes: ClassTable | None = None, pretrained
         backbone=backbone,
         neck=model.build(Neck, in_channels=backbone.channels, masked_norm=model.masked_neck_norm),
         encoder=model.build(
-            DeformableEncoder, num_layers=model.encoder_layers, query_levels=model.encoder_query_levels
+            DeformableEncoder,
+            num_layers=model.encoder_layers,
+            query_levels=model.encoder_query_levels,
+            fusion=model.encoder_fusion,
         ),
         start=QUERY_INITS[model.positions](model),
         query_source=QUERY_SOURCES[model.queries](model),
         decoder=decoder,
         denoising=DENOISING[model.denoising](model),
         hybrid_source=hybrid_source,
+        hybrid_heads=hybrid_heads,
+        auxiliary=_auxiliary_heads(model),
     )
     init_weights(detector)
     return detector

@@ -5,6 +5,7 @@ Needs torch, torchvision and scipy alone, and nothing else of paqdetr but its pl
 
 from paqdetr.errors import NonFiniteError
 from paqdetr.paq.assignment import (
+    AlignedAssigner,
     Assigner,
     FixedKAssigner,
     OneToOneAssigner,
@@ -14,11 +15,12 @@ from paqdetr.paq.assignment import (
     match_layers,
 )
 from paqdetr.paq.costs import CostWeights, MatchingCosts
-from paqdetr.paq.losses import focal_loss, pattern_diversity_loss, varifocal_loss
+from paqdetr.paq.losses import focal_loss, pattern_diversity_loss, quality_focal_loss, varifocal_loss
 from paqdetr.paq.patterns import Mixture, PatternQueries, StaticMixtures
 from paqdetr.structures import Targets
 
 __all__ = [
+    "AlignedAssigner",
     "Assigner",
     "CostWeights",
     "FixedKAssigner",
@@ -35,5 +37,6 @@ __all__ = [
     "focal_loss",
     "match_layers",
     "pattern_diversity_loss",
+    "quality_focal_loss",
     "varifocal_loss",
 ]

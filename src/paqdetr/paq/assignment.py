@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -134,7 +134,7 @@ class Pairs:
     Attributes:
         query_indices: (P,) int64, ascending, no query twice.
         target_indices: (P,) int64.
-        weights: (P,) float64 in (0, 1], how much of a positive each pair is; None if all are whole ones.
+        weights: (P,) float64 in [0, 1], how much of a positive each pair is; None if all are whole ones.
     """
 
     query_indices: Tensor
@@ -301,13 +301,28 @@ def match_layers(
     *,
     weights: CostWeights | None = None,
     names: Sequence[str] | None = None,
+    counted: Tensor | None = None,
 ) -> list[list[Pairs]]:
     """Pairs of every layer and image, each layer by its own assigner, with one transfer to the host.
 
-    Shapes as in `matching_costs`; `assigners` has K entries. Returns [layer][image] -> Pairs on the CPU.
+    Shapes as in `matching_costs`; `assigners` has K entries; `counted` is (K, B, n) bool, the queries that take part (None: all).
+    Returns [layer][image] -> Pairs on the CPU.
     """
     rows = matching_costs(pred_logits, pred_boxes, targets, weights=weights, names=names)
-    return [[assigner.solve(image) for image in row] for assigner, row in zip(assigners, rows, strict=True)]
+    if counted is None:
+        return [[assigner.solve(image) for image in row] for assigner, row in zip(assigners, rows, strict=True)]
+    taking_part = counted.cpu().numpy()
+    return [
+        [_solve_among(assigner, image, taking_part[layer, i]) for i, image in enumerate(row)]
+        for layer, (assigner, row) in enumerate(zip(assigners, rows, strict=True))
+    ]
+
+
+def _solve_among(assigner: Assigner, image: MatchingCosts, counted: np.ndarray) -> Pairs:
+    """Pairs of the queries that are marked in (n,), as if there were no others."""
+    queries = np.flatnonzero(counted)
+    pairs = assigner.solve(image.only(queries))
+    return replace(pairs, query_indices=torch.from_numpy(queries)[pairs.query_indices])
 
 
 def solve_batch(
@@ -356,6 +371,45 @@ class FixedKAssigner:
             return to_pairs(*linear_sum_assignment(image.cost))
         k = max(min(self.k, num_queries // 2 // num_boxes), 1)
         return to_pairs(*select_by_hungarian(image.cost, np.full(num_boxes, k)))
+
+
+class AlignedAssigner:
+    """The same number of queries for every box, matched once, each a positive by how well it fits in class and place.
+
+    Source: the auxiliary loss of DDQ (arXiv 2303.12776), after TOOD (arXiv 2108.07755). With a_ij = p_i^alpha * IoU_ij^beta, of
+    the probability of the box's class, the weight of a pair is a_ij over the largest a of its box's pairs, times the largest IoU
+    of these. Where k * G exceeds n, k is lowered for all boxes alike.
+
+    Args:
+        k: positives of a box.
+        alpha, beta: exponents of probability and IoU.
+        cost_weights: of the matching cost.
+    """
+
+    def __init__(
+        self, k: int = 4, alpha: float = 1.0, beta: float = 6.0, *, cost_weights: CostWeights | None = None
+    ) -> None:
+        if k < 1:
+            raise ValueError(f"k: expected at least 1, found {k}")
+        self.k, self.alpha, self.beta = k, alpha, beta
+        self.cost_weights = cost_weights or CostWeights()
+
+    def __call__(self, pred_logits: Tensor, pred_boxes: Tensor, targets: Sequence[Targets]) -> list[Pairs]:
+        """(B, n, C) logits, (B, n, 4) cxcywh in [0, 1], B targets -> pairs of every image."""
+        return solve_batch(self, pred_logits, pred_boxes, targets, self.cost_weights)
+
+    def solve(self, image: MatchingCosts) -> Pairs:
+        """Pairs of one image of one layer."""
+        num_queries, num_boxes = image.cost.shape
+        k = max(min(self.k, num_queries // max(num_boxes, 1)), 1)
+        rows, columns = select_by_hungarian(image.cost, np.full(num_boxes, k))
+        iou = image.iou[rows, columns]
+        alignment = image.class_confidence[rows, columns] ** self.alpha * iou**self.beta
+        best, best_iou = np.zeros(num_boxes), np.zeros(num_boxes)
+        np.maximum.at(best, columns, alignment)
+        np.maximum.at(best_iou, columns, iou)
+        weights = alignment / (best[columns] + 1e-7) * best_iou[columns]
+        return replace(to_pairs(rows, columns), weights=torch.from_numpy(weights[np.argsort(rows, kind="stable")]))
 
 
 class SimOTAAssigner:

@@ -44,6 +44,12 @@ class MatchingCosts:
     class_confidence: np.ndarray
     max_confidence: np.ndarray
 
+    def only(self, queries: np.ndarray) -> MatchingCosts:
+        """The same image without all other queries; int64 indices or a mask."""
+        return MatchingCosts(
+            self.cost[queries], self.iou[queries], self.class_confidence[queries], self.max_confidence[queries]
+        )
+
 
 def matching_costs(
     pred_logits: Tensor,

@@ -38,6 +38,26 @@ def focal_loss(logits: Tensor, targets: Tensor, alpha: float = 0.25, gamma: floa
     return sigmoid_focal_loss(logits, targets.to(logits.dtype), alpha=alpha, gamma=gamma, reduction="none")
 
 
+def quality_focal_loss(logits: Tensor, targets: Tensor, beta: float = 2.0) -> Tensor:
+    """Binary cross-entropy times |target - p|^beta, positives and negatives alike.
+
+    Source: Generalized Focal Loss (arXiv 2006.04388), equation 4. A positive of IoU 0 counts as negative. Unlike that of
+    `varifocal_loss`, its weight has a gradient too.
+
+    Args:
+        logits: (..., C) float.
+        targets: (..., C) float in [0, 1], as of `varifocal_loss`.
+        beta: how strongly what is nearly right is played down.
+
+    Returns:
+        (..., C) float, at least float32, unreduced.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    targets = targets.to(logits.dtype).detach()
+    weight = (targets - logits.sigmoid()).abs() ** beta
+    return weight * F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+
+
 def pattern_diversity_loss(patterns: Tensor) -> Tensor:
     """Mean absolute cosine between different patterns: 0 if orthogonal, 1 if all are parallel.
 

@@ -130,12 +130,24 @@ def plan_runs(study: Study, *, file: Path, places: Places, root: Path) -> list[P
         ConfigError: a base or a setting is wrong; the message says where in the study it stands.
         DataError: a data folder is missing or not readable.
     """
-    prepared = {name: _DataPlan.of(study, name, file=file, root=root) for name in study.data}
+    prepared = {
+        (name, variant): _DataPlan.of(study, name, variant, file=file, root=root)
+        for name, data in study.data.items()
+        for variant in (None, *data.steps_of)
+    }
     seeds = {
         (data, variant): study.seeds_of(data, variant) for data in study.data for variant in study.variants_of(data)
     }
     return [
-        _planned(study, RunKey(data, variant, own[turn]), turn, prepared[data], file, places, root)
+        _planned(
+            study,
+            RunKey(data, variant, own[turn]),
+            turn,
+            prepared[data, variant if variant in study.data[data].steps_of else None],
+            file,
+            places,
+            root,
+        )
         for turn in range(max(map(len, seeds.values())))
         for (data, variant), own in seeds.items()
         if turn < len(own)
@@ -153,7 +165,7 @@ class _DataPlan:
     classes: int | None
 
     @classmethod
-    def of(cls, study: Study, name: str, *, file: Path, root: Path) -> _DataPlan:
+    def of(cls, study: Study, name: str, variant: str | None, *, file: Path, root: Path) -> _DataPlan:
         data = study.data[name]
         config = _layered(study, name, None, file)
         images = training_images(data, root=root)
@@ -161,6 +173,8 @@ class _DataPlan:
         epoch_steps = -(-batches // config.accumulate)
         own = data.steps is not None or data.epochs is not None
         steps, epochs = (data.steps, data.epochs) if own else (study.steps, study.epochs)
+        if variant is not None:
+            steps, epochs = data.steps_of[variant], None
         budget: dict[str, Any] = {}
         if epochs is None:
             assert steps is not None  # the study's file was checked for it

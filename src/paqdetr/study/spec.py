@@ -120,6 +120,7 @@ class DataSet(_Budget):
             k modulo `folds`, and trained on the others.
         split: that is measured, if not that of `evaluate`.
         steps, epochs, evaluations, seeds: instead of the study's.
+        steps_of: steps of single variants, where rows are compared at equal cost rather than at equal steps: variant -> steps.
         variants: those that run here; all if None.
         more_seeds: of single variants, after the seeds of all: variant -> seeds.
     """
@@ -134,6 +135,7 @@ class DataSet(_Budget):
     seeds: Seeds | None = None
     variants: tuple[str, ...] | None = None
     more_seeds: dict[str, Seeds] = Field(default_factory=dict)
+    steps_of: dict[str, Annotated[int, Field(ge=1, le=10**9)]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _one_source(self) -> DataSet:
@@ -269,11 +271,13 @@ class Study(_Budget):
         for name, data in self.data.items():
             if not (data.steps or data.epochs or self.steps or self.epochs):
                 raise ValueError(f"data.{name}: has no budget: give steps or epochs, here or for the study")
-            for variant in data.variants or ():
-                _one_of(f"data.{name}.variants", variant, self.variants, "a variant")
+            for key, variants in (("variants", data.variants or ()), ("more_seeds", data.more_seeds)):
+                for variant in variants:
+                    _one_of(f"data.{name}.{key}", variant, self.variants, "a variant")
+            for key, variants in (("more_seeds", data.more_seeds), ("steps_of", data.steps_of)):
+                for variant in variants:
+                    _one_of(f"data.{name}.{key}", variant, self.variants_of(name), "a variant that runs there")
             for variant in data.more_seeds:
-                _one_of(f"data.{name}.more_seeds", variant, self.variants, "a variant")
-                _one_of(f"data.{name}.more_seeds", variant, self.variants_of(name), "a variant that runs there")
                 _distinct(self.seeds_of(name, variant))
         for name, claim in self.claims.items():
             _one_of(f"claims.{name}.variant", claim.variant, self.variants, "a variant")

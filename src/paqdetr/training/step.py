@@ -130,12 +130,12 @@ class TrainingStep:
             images = images.contiguous(memory_format=torch.channels_last)
         with self.accelerator.autocast():
             output = self.wrapped(images, batch.padding_mask, batch.targets)
-        # Once a step, however many batches see it.
         shares = batches * self.processes.count
         owed = self.model.aux_losses()
-        aux_losses = {name: loss / shares for name, loss in owed.items()}
         try:
-            report = self.criterion(output, batch.targets, aux_losses=aux_losses, progress=progress, num_boxes=boxes)
+            report = self.criterion(
+                output, batch.targets, aux_losses=owed, progress=progress, num_boxes=boxes, share=1 / shares
+            )
         except NonFiniteError as error:
             return torch.zeros(()), error
         total = float(report.total.detach())
