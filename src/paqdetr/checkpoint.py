@@ -28,6 +28,7 @@ from paqdetr._version import __version__
 from paqdetr.errors import CheckpointError, StorageError
 from paqdetr.files import open_regular, parse_json
 from paqdetr.locks import Busy, held
+from paqdetr.text import some
 
 # Unfinished files lie in folders of such names, each with a lock that its writer holds.
 _UNFINISHED = ".paqdetr-{}.tmp"
@@ -46,6 +47,11 @@ def write_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], header: Ma
     # Inside the json: several entries of metadata would be written in no fixed order.
     metadata = {_KEY: json.dumps({**full, _HASH: _digest(json.dumps(full), content)})}
     write_whole(Path(path), lambda temporary: save_file(content, temporary, metadata=metadata))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file as `write_whole` does."""
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -68,7 +74,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
             temporary.replace(path)
         _flush(path.parent)
     except (OSError, SafetensorError) as error:
-        number = re.search(r"\(os error (\d+)\)", str(error))  # how safetensors says it
+        number = re.search(r"\(os error (\d+)\)", str(error))  # safetensors' own form
         reason = getattr(error, "strerror", None) or (os.strerror(int(number[1])) if number else str(error))
         raise StorageError(
             f"{path}: cannot be written ({reason})", "check the disk's space and the folder's permissions"
@@ -85,7 +91,7 @@ def unfinished(path: Path) -> Iterator[Path]:
             with (
                 contextlib.suppress(Busy),
                 held(folder / "lock"),
-            ):  # Busy: somebody just takes it for a leftover
+            ):  # Busy: another process removes it as a leftover
                 yield folder / path.name
                 return
         finally:
@@ -96,7 +102,7 @@ def remove_leftovers(folder: Path) -> None:
     """Remove unfinished files of `write_whole` whose writers were killed; those of a living writer stay."""
     for leftover in folder.glob(_UNFINISHED.format("*")):
         with contextlib.suppress(Busy, OSError), held(leftover / "lock") as lock:
-            if lock is not None:  # without locks nobody knows whether the writer lives
+            if lock is not None:  # without locks the writer may be alive
                 shutil.rmtree(leftover, ignore_errors=True)
 
 
@@ -104,7 +110,7 @@ _remove_leftovers_once = functools.cache(remove_leftovers)
 
 
 def _flush(path: Path) -> None:
-    """Have the disk take over a file's content, or a folder's entries."""
+    """fsync a file's content, or a folder's entries."""
     if path.is_dir() and os.name == "nt":
         return  # Windows opens no folders
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
@@ -218,9 +224,8 @@ def load_tensors(module: torch.nn.Module, tensors: Mapping[str, Tensor], where: 
         ("has values of another type for", other),
     ):
         if keys:
-            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
             raise CheckpointError(
-                f"{where}: it is of another model: it {problem} {', '.join(keys[:3])}{more}",
+                f"{where}: it is of another model: it {problem} {some(keys)}",
                 "load it with the model and settings it was made with",
             )
     if any(tensor.is_meta for tensor in own.values()):

@@ -34,7 +34,7 @@ def open_regular(path: str | Path, *, error: type[UserError] = DataError) -> Bin
     """
     descriptor = -1
     try:
-        # Opening a pipe waits for whoever writes into it, unless told not to.
+        # Opening a pipe waits for whoever writes into it, unless O_NONBLOCK is set.
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
         descriptor = os.open(path, flags)
         kind = stat.S_IFMT(os.fstat(descriptor).st_mode)

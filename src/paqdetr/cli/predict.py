@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from paqdetr.cli.console import Device, Ended, Overwrite, errors, print_styled, progress_bar, results
+from paqdetr.cli.console import Checkpoint, Device, Ended, Overwrite, note, progress_bar, results
 from paqdetr.errors import ConfigError, DataError
 
 
 def predict(
-    checkpoint: Annotated[Path, typer.Argument(help="A .safetensors file or a run's folder.", metavar="CHECKPOINT")],
+    checkpoint: Checkpoint,
     sources: Annotated[list[Path], typer.Argument(help="Images and folders of images.", metavar="IMAGE|DIR")],
     *,
     output: Annotated[Path, typer.Option(help="Folder for drawn images and predictions.json.")],
@@ -46,20 +46,13 @@ def predict(
                 progress=progress,
             )
     except KeyboardInterrupt:
-        print_styled(
-            errors,
-            ("interrupted:", "bold"),
-            f" what is drawn is in {output}; the same command starts over there",
-        )
+        note(f"what is drawn is in {output}; the same command starts over there", "interrupted", "bold")
         raise Ended(130) from None
     count = sum(map(len, done.found.values()))
-    results.print(
-        f"{count} objects over {threshold} in {len(done.found)} images: {done.output}, {done.results_file}",
-        soft_wrap=True,
-    )
+    results.print(f"{count} objects over {threshold} in {len(done.found)} images: {done.output}, {done.results_file}")
     results.print(f"peak memory: {peak_memory():.2f} GiB")
     for reason in done.unreadable.values():
-        print_styled(errors, ("left out:", "bold yellow"), f" {reason}")
+        note(reason, "left out")
     if done.unreadable:
         raise DataError(
             f"{len(done.unreadable)} images could not be read; the others are done", "replace or remove them"

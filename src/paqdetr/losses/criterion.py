@@ -6,7 +6,7 @@ the denoising queries, whose targets are fixed; and, with several positives per 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -23,16 +23,14 @@ from paqdetr.paq import (
     AlignedAssigner,
     Assigner,
     CostWeights,
-    FixedKAssigner,
     OneToOneAssigner,
     Pairs,
-    QualityAwareAssigner,
-    SimOTAAssigner,
     focal_loss,
     match_layers,
     quality_focal_loss,
     varifocal_loss,
 )
+from paqdetr.paq.assignment import ASSIGNERS
 from paqdetr.structures import Targets
 
 Terms = dict[str, Tensor]
@@ -338,32 +336,4 @@ def build_criterion(config: LossConfig) -> Criterion:
     )
 
 
-def _quality_aware(config: LossConfig, weights: CostWeights) -> Assigner:
-    return QualityAwareAssigner(
-        gamma=config.gamma,
-        top_k=config.top_k,
-        min_positives=config.min_positives,
-        select=config.select,
-        confidence=config.confidence,
-        cost_weights=weights,
-        min_iou=config.min_iou,
-    )
-
-
-def _simota(config: LossConfig, weights: CostWeights) -> Assigner:
-    return SimOTAAssigner(
-        top_k=config.top_k,
-        min_positives=config.min_positives,
-        select="cost" if config.select == "score" else "hungarian",
-        cost_weights=weights,
-    )
-
-
 CLASSIFICATION = {"focal": focal_loss, "varifocal": varifocal_loss, "quality_focal": quality_focal_loss}
-
-ASSIGNERS: dict[str, Callable[[LossConfig, CostWeights], Assigner]] = {
-    "one_to_one": lambda config, weights: OneToOneAssigner(cost_weights=weights),
-    "quality_aware": _quality_aware,
-    "fixed_k": lambda config, weights: FixedKAssigner(k=config.top_k, cost_weights=weights),
-    "simota": _simota,
-}

@@ -7,8 +7,7 @@ score but for the last bit, they may change places.
 from __future__ import annotations
 
 import os
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -27,6 +26,7 @@ from paqdetr.structures import ClassTable, Detections, Targets
 from paqdetr.values import require_batch_size, require_threshold
 
 Self = TypeVar("Self")
+Entry = TypeVar("Entry")
 
 
 class ImageModel(Protocol):
@@ -74,10 +74,14 @@ def predict_images(
         images, "read"
     )
     sources: list[Any] = list(images) if isinstance(images, Iterable) and not one else [images]
-    found: list[Detections | None] = [None] * len(sources)
-    buckets: dict[tuple[int, int], list[tuple[int, Tensor, tuple[int, int]]]] = defaultdict(list)
+    found: dict[int, Detections] = {}
 
-    def run(bucket: list[tuple[int, Tensor, tuple[int, int]]]) -> None:
+    def prepared() -> Iterator[tuple[int, Tensor, tuple[int, int]]]:
+        for index, source in enumerate(sources):
+            picture = read_image(source)
+            yield index, model.preprocessing(picture), (picture.height, picture.width)
+
+    for bucket in batched_by_size(prepared(), lambda entry: tuple(entry[1].shape), batch_size):
         paths = [str(x) if isinstance(x := sources[entry[0]], (str, os.PathLike)) else None for entry in bucket]
         names = [path or f"image {entry[0]}" for path, entry in zip(paths, bucket, strict=True)]
         pixels, sizes = [entry[1] for entry in bucket], [entry[2] for entry in bucket]
@@ -85,19 +89,21 @@ def predict_images(
         for path, (index, *_), detections in zip(paths, bucket, batch, strict=True):
             detections.image_id = detections.file_name = None if path is None else Path(path).name
             found[index] = detections
+    return [found[index] for index in range(len(sources))]
 
-    for index, source in enumerate(sources):
-        picture = read_image(source)
-        pixels = model.preprocessing(picture)
-        bucket = buckets[(pixels.shape[1], pixels.shape[2])]
-        bucket.append((index, pixels, (picture.height, picture.width)))
+
+def batched_by_size(
+    entries: Iterable[Entry], size_of: Callable[[Entry], Hashable], batch_size: int
+) -> Iterator[list[Entry]]:
+    """Batches of entries of one size each; full ones as soon as they are, the others at the end."""
+    buckets: dict[Hashable, list[Entry]] = {}
+    for entry in entries:
+        size = size_of(entry)
+        bucket = buckets.setdefault(size, [])
+        bucket.append(entry)
         if len(bucket) == batch_size:
-            run(bucket)
-            bucket.clear()
-    for bucket in buckets.values():
-        if bucket:
-            run(bucket)
-    return [detections for detections in found if detections is not None]
+            yield buckets.pop(size)
+    yield from buckets.values()
 
 
 def detect_batch(

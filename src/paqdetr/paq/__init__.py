@@ -14,7 +14,7 @@ from paqdetr.paq.assignment import (
     SimOTAAssigner,
     match_layers,
 )
-from paqdetr.paq.costs import CostWeights, Matchables
+from paqdetr.paq.costs import CostWeights, MatchingCosts
 from paqdetr.paq.losses import focal_loss, pattern_diversity_loss, quality_focal_loss, varifocal_loss
 from paqdetr.paq.patterns import Mixture, PatternQueries, StaticMixtures
 from paqdetr.structures import Targets
@@ -24,7 +24,7 @@ __all__ = [
     "Assigner",
     "CostWeights",
     "FixedKAssigner",
-    "Matchables",
+    "MatchingCosts",
     "Mixture",
     "NonFiniteError",
     "OneToOneAssigner",
