@@ -49,8 +49,15 @@ def write_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], header: Ma
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `path`, and move it there once it lies safely on the disk. Its permissions are those of any
-    new file (0666 less the umask), whatever `write` gives it.
+    """Let `write` fill a file beside `path`, and move it there once it lies safely on the disk: see `whole_file`."""
+    with whole_file(path) as temporary:
+        write(temporary)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """An empty file beside `path`, which is moved there at the end of the block, once it lies safely on the disk, and vanishes if
+    the block fails. Its permissions are those of any new file (0666 less the umask), whatever the block gives it.
 
     Raises:
         StorageError: any step of it fails; what was at `path` before is still there.
@@ -61,7 +68,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         with unfinished(path) as temporary:
             temporary.touch()
             mode = temporary.stat().st_mode
-            write(temporary)
+            yield temporary
             if temporary.stat().st_mode != mode:  # safetensors replaces the file by a private one
                 temporary.chmod(mode)
             _flush(temporary)

@@ -57,6 +57,8 @@ class Detections:
         image_id: the data set's id, or the file name, or None.
         query_indices: (N,) int64 array: which query each box came from.
         file_name: of the image; None if it did not come from a file.
+        image: RGB, as it was predicted on, where a stream gives the detections; else None.
+        frame, time: of a video, from 0, and in seconds; else None.
     """
 
     boxes: np.ndarray
@@ -66,6 +68,9 @@ class Detections:
     image_id: int | str | None = None
     query_indices: np.ndarray | None = None
     file_name: str | None = None
+    image: Image | None = field(default=None, repr=False, compare=False)
+    frame: int | None = None
+    time: float | None = None
 
     def __len__(self) -> int:
         return len(self.scores)
