@@ -27,12 +27,12 @@ from paqdetr.engine.processes import Processes
 from paqdetr.errors import ConfigError, DataError
 from paqdetr.metrics.coco import CocoFigures, evaluate_detections, non_maximum_suppression
 from paqdetr.metrics.coco_records import MAX_DETECTIONS, counted_detections
-from paqdetr.models.arguments import require_batch_size
 from paqdetr.models.detector import Detector, DetectorOutput
 from paqdetr.models.device import require_device
 from paqdetr.models.files import load
 from paqdetr.models.inference import Observer, detect_batch
 from paqdetr.structures import ClassTable, Detections, Targets
+from paqdetr.values import require_batch_size
 
 # Above this score a prediction counts as made, when copies are counted.
 _CONFIDENT = 0.3

@@ -9,10 +9,10 @@ from pathlib import Path
 from paqdetr.errors import DataError
 from paqdetr.images import list_images, read_image
 from paqdetr.metrics.coco_records import CocoRecords
-from paqdetr.models.arguments import require_threshold
 from paqdetr.models.detector import Detector
 from paqdetr.outputs import RESULTS, made_by, require_free, write_json, write_picture
 from paqdetr.structures import Detections
+from paqdetr.values import require_threshold
 
 _MAKER = "paqdetr predict"
 _RESULTS_FILE = "predictions.json"

@@ -21,9 +21,9 @@ from torchvision.ops import box_convert
 from paqdetr.config import ModelConfig
 from paqdetr.errors import ConfigError, NonFiniteError, memory_error
 from paqdetr.images import ImageSource, read_image
-from paqdetr.models.arguments import require_batch_size, require_threshold
 from paqdetr.preprocessing import pad_images
 from paqdetr.structures import ClassTable, Detections, Targets
+from paqdetr.values import require_batch_size, require_threshold
 
 if TYPE_CHECKING:
     from paqdetr.models.detector import Detector, DetectorOutput
