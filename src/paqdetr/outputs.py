@@ -19,8 +19,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from paqdetr._version import __version__
-from paqdetr.checkpoint import remove_leftovers, unfinished, whole_file
-from paqdetr.errors import ConfigError, StorageError
+from paqdetr.errors import ConfigError
+from paqdetr.files import remove_leftovers, storage_errors, unfinished, whole_file
 
 RESULTS = "COCO results"
 """What `made_by` calls a list of detections."""
@@ -206,9 +206,7 @@ def write_json(
     """
     if isinstance(content, Mapping):
         text = json.dumps({"made_by": mark(maker), **content}, indent=1) + "\n"
-        write_output(
-            path, lambda place: place.write_text(text, encoding="utf-8"), maker=maker, overwrite=overwrite
-        )
+        write_output(path, lambda place: place.write_text(text, encoding="utf-8"), maker=maker, overwrite=overwrite)
         return
     with write_rows(path, overwrite=overwrite) as add:
         for row in content:
@@ -291,15 +289,3 @@ def whole_folder(output: Path, *, replace: bool = False) -> Iterator[Path]:
                 if aside.exists():
                     aside.rename(output)
                 raise
-
-
-@contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError of the block into a StorageError about `path`."""
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(
-            f"{path}: cannot be written ({error.strerror or error})",
-            "check the disk's space and the folder's permissions",
-        ) from None

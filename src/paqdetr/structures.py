@@ -8,12 +8,12 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # a program that runs an exported model has no torch
     import supervision
+    import torch
     from PIL.Image import Image
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +89,23 @@ class Detections:
             labels=self.labels[chosen],
             query_indices=indices,
         )
+
+    def without_duplicates(self, iou_threshold: float) -> Detections:
+        """Class-wise non-maximum suppression: without every box that overlaps a better one of its own class by more than
+        `iou_threshold` in [0, 1]. What is left is best first; equal scores keep their order.
+        """
+        order = np.argsort(-self.scores, kind="stable")
+        boxes, labels = self.boxes[order].astype(np.float64).reshape(-1, 4), self.labels[order]
+        area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+        kept = np.ones(len(order), dtype=bool)
+        for i in range(len(order)):
+            if kept[i]:
+                rest = slice(i + 1, None)
+                corner = np.minimum(boxes[i, 2:], boxes[rest, 2:]) - np.maximum(boxes[i, :2], boxes[rest, :2])
+                shared = corner.clip(min=0).prod(1)
+                overlaps = shared > iou_threshold * (area[i] + area[rest] - shared)
+                kept[rest] &= ~(overlaps & (labels[rest] == labels[i]))
+        return self.rows(order[kept])
 
     def to_coco(self, *, rounded: bool = False) -> list[dict[str, Any]]:
         """COCO results: one dict per box with `image_id`, `file_name` (if known), `category_id`, `category_name`, `bbox` as

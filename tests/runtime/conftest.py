@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # where patches.py is
 
-from patches import Patches, scene  # noqa: E402
+from patches import Patches, scene
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ class Patches:
 
     smallest: float = 0.0
     delay: float = 0.0
-    classes: ClassTable = ClassTable((7, 3), ("red", "green/x"))
+    classes: ClassTable = field(default_factory=lambda: ClassTable((7, 3), ("red", "green/x")))
     calls: list[tuple[int, int]] = field(default_factory=list)
 
     def predict(self, images: Sequence[Image.Image], /, *, batch_size: int = 1, **how: Any) -> list[Detections]:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -22,7 +24,7 @@ def test_tiles_cover_the_image_and_overlap(height: int, width: int, size: int, o
         spans = sorted({(window[low], window[low + 2]) for window in windows})
         assert spans[0][0] == 0 and spans[-1][1] == length
         assert {end - start for start, end in spans} == {min(size, length)}
-        for (_, end), (start, _) in zip(spans, spans[1:], strict=False):
+        for (_, end), (start, _) in itertools.pairwise(spans):
             assert end - start >= int(size * overlap) - 1  # rounded to whole pixels at both ends
 
 

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from paqdetr.errors import ConfigError, UserError
+from paqdetr.files import storage_errors
 from paqdetr.outputs import (
     LINE_KEYS,
     RESULTS,
@@ -20,7 +21,6 @@ from paqdetr.outputs import (
     mark,
     output_file,
     require_replaceable,
-    storage_errors,
     write_output,
     write_picture,
     write_rows,
