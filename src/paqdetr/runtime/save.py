@@ -32,9 +32,9 @@ from paqdetr.text import did_you_mean, printable
 
 MAKER = "paqdetr predict"
 FORMS = ("draw", "coco", "yolo", "voc", "crops", "jsonl")
-"""What can be written: `draw` is NAME.jpg, or NAME.mp4 of a video; `coco` predictions.json; `yolo` labels/NAME.txt and the classes
-in labels/classes.yaml; `voc` voc/NAME.xml; `crops` crops/CLASS/NAME-1.jpg; `jsonl` predictions.jsonl. NAME is the picture's
-relative path without its ending, with `-000017` for a frame of a video."""
+"""What can be written, where NAME is the picture's relative path without its ending, with `-000017` for a frame of a video: `draw`
+is NAME.jpg (NAME.mp4 of a video); `coco` predictions.json; `yolo` labels/NAME.txt, and the classes in labels/classes.yaml; `voc`
+voc/NAME.xml; `crops` crops/CLASS/NAME-1.jpg; `jsonl` predictions.jsonl."""
 
 _COCO, _LINES, _CLASSES = "predictions.json", "predictions.jsonl", "labels/classes.yaml"
 
@@ -59,8 +59,8 @@ def is_ours(file: Path, output: Path) -> bool:
 
 
 class Saver:
-    """Writes the results of pictures one by one. Those of a picture are there at once, `predictions.json` and a video at their end;
-    a video that is interrupted ends there, and plays.
+    """Writes the results of pictures one by one. Those of a picture are there at once, `predictions.json` and a video at
+    their end; a video that is interrupted ends there, and plays.
 
     Args:
         output: the folder, which is made when there is something to write.
