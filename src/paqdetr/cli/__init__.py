@@ -23,6 +23,7 @@ from paqdetr.cli import (
     models,
     plan,
     predict,
+    serve,
     study,
     train,
     version,
@@ -43,6 +44,7 @@ app.command("train")(train.train)
 app.command("plan")(plan.plan)
 app.command("eval")(evaluate.evaluate)
 app.command("predict")(predict.predict)
+app.command("serve")(serve.serve)
 app.command("analyze")(analyze.analyze)
 app.command("convert")(convert.convert)
 app.command("models")(models.models)

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -20,6 +20,9 @@ from rich.text import Text
 from paqdetr.errors import ConfigError
 from paqdetr.text import printable
 from paqdetr.values import MAX_BATCH, MAX_RESAMPLES, MAX_SEED
+
+if TYPE_CHECKING:
+    from paqdetr.runtime.predict import Predicts
 
 Model = Annotated[
     str,
@@ -76,6 +79,22 @@ class OutputFiles:
 
         if name in self._paths:
             write_json(self._paths[name], content, maker=self._makers[name], overwrite=self._overwrite)
+
+
+def open_model(path: Path, device: str | None = None) -> Predicts:
+    """A checkpoint, the best of a run, or an exported model, for which torch is not imported.
+
+    Raises:
+        UserError: it cannot be read, or not run here.
+    """
+    from paqdetr.runtime.predictor import EXPORTED, open_exported
+
+    if path.suffix.lower() in EXPORTED:
+        return open_exported(path)
+    from paqdetr.environment import require_device
+    from paqdetr.models import load
+
+    return load(path, device=str(require_device(device)))
 
 
 class _PlainConsole(Console):

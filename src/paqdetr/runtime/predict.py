@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from PIL.Image import Image
-
 from paqdetr.errors import ConfigError, DataError
 from paqdetr.outputs import require_free
 from paqdetr.runtime.save import Saver, is_ours, require_forms
@@ -27,7 +25,8 @@ class Predicts(Protocol):
         """From index to category id and name."""
         ...
 
-    def predict(self, images: Sequence[Image], /, **how: Any) -> list[Detections]:
+    @property
+    def predict(self) -> Callable[..., list[Detections]]:
         """See `Detector.predict`."""
         ...
 
