@@ -21,9 +21,7 @@ from paqdetr.metrics import MatchTable, figure_intervals
 
 def main() -> None:
     """Parse, measure, print, write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=400)
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--json", type=Path)

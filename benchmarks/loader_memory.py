@@ -50,9 +50,7 @@ class OfObjects(DetectionDataset):
         self.rows: list[list[dict[str, Any]]] = [
             [
                 {"bbox": box.tolist(), "category": int(label)}
-                for box, label in zip(
-                    super(OfObjects, self).boxes(i), super(OfObjects, self).labels(i), strict=True
-                )
+                for box, label in zip(super(OfObjects, self).boxes(i), super(OfObjects, self).labels(i), strict=True)
             ]
             for i in range(len(self))
         ]
@@ -135,9 +133,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=int, default=20_000)
     parser.add_argument("--boxes", type=int, default=8, help="an image, on average")
     parser.add_argument("--workers", type=int, default=4)

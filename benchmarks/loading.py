@@ -36,9 +36,7 @@ PEER = "torchvision"
 
 def main() -> None:
     """Parse, measure, print, write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--data", required=True, type=Path, help="with train.json and train/, as `paqdetr data digits` writes"
     )
@@ -49,9 +47,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    report = provenance(
-        threads=1, seed=0, packages=("paqdetr", "torch", "torchvision", "pillow", "pycocotools")
-    )
+    report = provenance(threads=1, seed=0, packages=("paqdetr", "torch", "torchvision", "pillow", "pycocotools"))
     report |= {"clock": "cpu", "rounds": arguments.rounds, "image_size": arguments.image_size}
     report |= measure(arguments)
     print(json.dumps(report, indent=1))
@@ -71,9 +67,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     forms = {
         "paqdetr": config,
         "paqdetr, cached": load_config(arguments.model, base | PLAIN | {"cache_images": 2}),
-        "paqdetr, cached, all changes of the recipe": load_config(
-            arguments.model, base | {"cache_images": 2}
-        ),
+        "paqdetr, cached, all changes of the recipe": load_config(arguments.model, base | {"cache_images": 2}),
     }
     loaders = {PEER: peer(config, split, preprocessing, arguments)}
     for name, form in forms.items():
@@ -98,9 +92,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         return call
 
     cases = {name: drained(loader) for name, loader in loaders.items()}
-    times = compare(
-        interleave(cases, rounds=arguments.rounds, warmup=1, clock=time.process_time), against=PEER
-    )
+    times = compare(interleave(cases, rounds=arguments.rounds, warmup=1, clock=time.process_time), against=PEER)
     count = arguments.batches * config.batch_size
     rates = {name: round(1e3 * count / found["median_ms"], 1) for name, found in times.items()}
     height, width = split.sizes[0].tolist()
@@ -114,9 +106,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def peer(
-    config: Config, split: DetectionDataset, preprocessing: Preprocessing, arguments: argparse.Namespace
-) -> Any:
+def peer(config: Config, split: DetectionDataset, preprocessing: Preprocessing, arguments: argparse.Namespace) -> Any:
     """torchvision's data set and transforms under torch's loader, in the order of ours."""
     _, batches = training_loader(config, split, preprocessing)
     order = [key.index for key in itertools.chain.from_iterable(itertools.islice(batches, arguments.batches))]

@@ -27,9 +27,7 @@ ROWS, PLACES = 4 * 320 * 8, 12
 
 def main() -> None:
     """Parse, measure, print, write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -50,8 +48,7 @@ def main() -> None:
 def depthwise(kernel: int, channels: int, side: int, rounds: int) -> dict[str, Any]:
     """One layer."""
     x, gradient = (
-        torch.randn(BATCH, channels, side, side).contiguous(memory_format=torch.channels_last)
-        for _ in range(2)
+        torch.randn(BATCH, channels, side, side).contiguous(memory_format=torch.channels_last) for _ in range(2)
     )
     weight = torch.randn(channels, 1, kernel, kernel)
 

@@ -33,14 +33,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import paqdetr
 from paqdetr.config import load_config
-from paqdetr.engine.bench import saved_bytes
-from paqdetr.engine.optim import build_optimizer
 from paqdetr.losses import build_criterion
-from paqdetr.models.start import Start, query_features
+from paqdetr.models.proposals import Start, query_features
 from paqdetr.models.tokens import Tokens
 from paqdetr.models.zoo import build_model
 from paqdetr.paq import OneToOneAssigner, PatternQueries, QualityAwareAssigner, match_layers
 from paqdetr.structures import Targets
+from paqdetr.training.bench import saved_bytes
+from paqdetr.training.optim import build_optimizer
 
 FORMS: dict[str, dict[str, Any]] = {
     f"{extractor}/{head}": {"extractor": extractor, "head": head}
@@ -56,9 +56,7 @@ PUBLISHED = {"parameters": [42.0, 43.8], "flops": [196, 205], "memory": [3.67, 4
 
 def main() -> None:
     """Parse, measure, print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="dino_r50", help="a host without PaQ")
     parser.add_argument("--image-size", type=int, default=640)
     parser.add_argument("--batch-size", type=int, default=2)
@@ -279,9 +277,7 @@ def print_table(report: dict[str, Any]) -> None:
         f"m {report['num_patterns']}: {host['parameters'] / 1e6:.1f} M parameters, {host['gflops']:.1f} GFLOPs, "
         f"{host['training_ms']:.0f} ms a training step, {host['inference_ms']:.0f} ms in inference"
     )
-    print(
-        f"{'form':32}{'parameters':>18}{'GFLOPs':>18}{'memory MB':>11}{'training ms':>20}{'inference ms':>20}"
-    )
+    print(f"{'form':32}{'parameters':>18}{'GFLOPs':>18}{'memory MB':>11}{'training ms':>20}{'inference ms':>20}")
     for name, row in report["forms"].items():
         print(
             f"{name:32}{row['parameters_added'] / 1e6:>9.2f} M {row['parameters_percent']:>5.1f} %"

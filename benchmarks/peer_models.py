@@ -159,8 +159,7 @@ def _torchvision(name: str, classes: ClassTable, image_size: int, settings: dict
         batch, _ = pad_images(images)
         found = averaged(list(batch))
         return [
-            _detections(row, image, size, classes, first)
-            for row, image, size in zip(found, images, sizes, strict=True)
+            _detections(row, image, size, classes, first) for row, image, size in zip(found, images, sizes, strict=True)
         ]
 
     pyramid = cast(_Pyramid, model.backbone)
@@ -172,9 +171,7 @@ def _fcos(num_classes: int, scale: float) -> nn.Module:
 
 
 def _retinanet(num_classes: int, scale: float) -> nn.Module:
-    octaves = tuple(
-        tuple(round(scale * size * 2 ** (i / 3)) for i in range(3)) for size in (32, 64, 128, 256, 512)
-    )
+    octaves = tuple(tuple(round(scale * size * 2 ** (i / 3)) for i in range(3)) for size in (32, 64, 128, 256, 512))
     return RetinaNet(
         _Pyramid(LastLevelP6P7(WIDTH, WIDTH)),
         num_classes,
@@ -186,9 +183,7 @@ def _retinanet(num_classes: int, scale: float) -> nn.Module:
 
 def _faster_rcnn(num_classes: int, scale: float) -> nn.Module:
     # There is no level of stride 4 here, and every level has equally many anchors.
-    sizes = tuple(
-        tuple(round(scale * size) for size in row) for row in ((32, 64), (96, 128), (192, 256), (384, 512))
-    )
+    sizes = tuple(tuple(round(scale * size) for size in row) for row in ((32, 64), (96, 128), (192, 256), (384, 512)))
     return FasterRCNN(
         _Pyramid(LastLevelMaxPool()),
         rpn_anchor_generator=AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 4),
@@ -227,9 +222,7 @@ def _detections(
     limit = torch.tensor([size[1], size[0]] * 2)
     boxes = torch.minimum((row["boxes"][order] * stretch).clamp(min=0), limit)
     ids = torch.tensor(classes.ids)[row["labels"][order] - first]
-    return Detections(
-        boxes.numpy().astype("float32"), row["scores"][order].numpy(), ids.numpy(), classes.id_to_name
-    )
+    return Detections(boxes.numpy().astype("float32"), row["scores"][order].numpy(), ids.numpy(), classes.id_to_name)
 
 
 # --- transformers

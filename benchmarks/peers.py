@@ -44,9 +44,9 @@ from peer_models import BACKBONE, PEERS, Peer, build_peer, preprocessing_of
 from paqdetr.config import Config, load_config, parse_overrides
 from paqdetr.data.dataset import DetectionDataset, open_split
 from paqdetr.data.loader import read_picture, training_loader
-from paqdetr.engine.optim import MovingAverage
 from paqdetr.errors import UserError
 from paqdetr.metrics.coco import evaluate_detections, non_maximum_suppression
+from paqdetr.training.optim import MovingAverage
 
 # AdamW, for the parts after the backbone. Ours are those of the nano recipe; the others are not tuned: `--sweep` is for that.
 RATES = dict.fromkeys(PEERS, 1e-3)
@@ -56,9 +56,7 @@ _BACKBONE_SHARE, _WARMUP_STEPS = 0.25, 50
 
 def main() -> None:
     """Parse, train each detector that has no result yet, write table and plot."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("settings", nargs="*", metavar="key=value", help="of images and of our models")
     parser.add_argument("--data", required=True, type=Path)
     parser.add_argument("--output", required=True, type=Path)
@@ -128,9 +126,7 @@ def compare(
     """One detector: the sweep over learning rates if there is one, the training, its curve and its figures on the test split."""
     rate, swept = RATES[name], {}
     for candidate in rates:
-        curve, _ = train(
-            name, data, settings, minutes=sweep_minutes, evaluations=1, rate=candidate, seed=seed
-        )
+        curve, _ = train(name, data, settings, minutes=sweep_minutes, evaluations=1, rate=candidate, seed=seed)
         swept[f"{candidate:g}"] = curve[-1]["AP"]
     if swept:
         rate = float(max(swept, key=lambda key: swept[key]))
@@ -187,9 +183,7 @@ def train(
             if batch is None:
                 break
             share = min(used / budget, 1.0)
-            factor = min(
-                (steps + 1) / (_WARMUP_STEPS + 1), 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share))
-            )
+            factor = min((steps + 1) / (_WARMUP_STEPS + 1), 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share)))
             for group, start in zip(optimizer.param_groups, starts, strict=True):
                 group["lr"] = start * factor
             peer.model.train()
@@ -274,9 +268,7 @@ def require_same(file: Path, asked: dict[str, Any]) -> None:
     kept = json.loads(file.read_text(encoding="utf-8"))
     for key, value in asked.items():
         if kept[key] != value:
-            raise SystemExit(
-                f"{file}: was made with {key}={kept[key]!r}, not {value!r}: choose another --output"
-            )
+            raise SystemExit(f"{file}: was made with {key}={kept[key]!r}, not {value!r}: choose another --output")
 
 
 def collect(folder: Path) -> list[dict[str, Any]]:

@@ -32,11 +32,11 @@ import paqdetr
 from paqdetr.config import load_config
 from paqdetr.data.dataset import open_split
 from paqdetr.data.loader import Batch, training_loader
-from paqdetr.engine.evaluate import evaluate_split
-from paqdetr.engine.optim import MovingAverage, build_optimizer, build_schedule
+from paqdetr.evaluation.evaluate import evaluate_split
 from paqdetr.integrations.transformers import attach
 from paqdetr.models.backbone import load_imagenet_weights, normalization_of
 from paqdetr.preprocessing import Preprocessing
+from paqdetr.training.optim import MovingAverage, build_optimizer, build_schedule
 
 BACKBONE = "tf_efficientnet_lite0"
 VARIANTS: dict[str, dict[str, Any] | None] = {
@@ -65,9 +65,7 @@ class AsDetector(nn.Module):
 
 def main() -> None:
     """Parse, train each variant, print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, type=Path)
     parser.add_argument("--variants", nargs="+", default=["host", "residual"], choices=list(VARIANTS))
     parser.add_argument("--steps", type=int, default=700)
@@ -187,9 +185,7 @@ def train(variant: str, arguments: argparse.Namespace) -> dict[str, Any]:
         sampler.epoch += 1
     seconds = time.perf_counter() - started
     test = open_split(arguments.data, "test")
-    found = evaluate_split(
-        cast(Any, AsDetector(average.model, split.classes, preprocessing)), test, batch_size=8
-    )
+    found = evaluate_split(cast(Any, AsDetector(average.model, split.classes, preprocessing)), test, batch_size=8)
     figures = found.to_json()
     keys = ("AP", "AP50", "AP75", "AP_nms", "predictions_per_image", "boxes_per_image")
     row = {name: figures[name] for name in keys}

@@ -23,11 +23,11 @@ import torch
 from common import provenance
 
 import paqdetr
-import paqdetr.engine.figures as figures
-import paqdetr.engine.step as step
+import paqdetr.training.figures as figures
+import paqdetr.training.step as step
 from paqdetr.config import load_config
 from paqdetr.data.dataset import open_split
-from paqdetr.engine.evaluate import evaluate_split
+from paqdetr.evaluation.evaluate import evaluate_split
 from paqdetr.metrics import QueryUsage
 from paqdetr.models import create_model
 
@@ -53,9 +53,7 @@ class Timer:
 
 def main() -> None:
     """Parse, measure, print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, type=Path)
     parser.add_argument("--model", default="paq_dino_nano")
     parser.add_argument("--image-size", type=int, default=256)
@@ -77,9 +75,7 @@ def evaluation(arguments: argparse.Namespace) -> dict[str, Any]:
     """One evaluation of the validation split, the collector watching."""
     split = open_split(arguments.data, "val")
     torch.manual_seed(0)
-    model = create_model(
-        arguments.model, num_classes=len(split.classes), image_size=arguments.image_size
-    ).eval()
+    model = create_model(arguments.model, num_classes=len(split.classes), image_size=arguments.image_size).eval()
     model.classes = split.classes
     timer = Timer()
 

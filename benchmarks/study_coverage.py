@@ -33,9 +33,7 @@ WORLDS = (
 )
 
 
-def intervals(
-    values: np.ndarray, replicates: np.ndarray, rng: np.random.Generator
-) -> dict[str, tuple[float, float]]:
+def intervals(values: np.ndarray, replicates: np.ndarray, rng: np.random.Generator) -> dict[str, tuple[float, float]]:
     """Half widths around the mean, or ends: each method's interval."""
     n, mean = len(values), float(values.mean())
     found = estimate(values.tolist(), replicates, images=IMAGES, level=LEVEL)
@@ -63,14 +61,10 @@ def coverage(world: tuple[float, float, float], n: int, simulations: int) -> dic
     """Share of simulations in which each method's interval holds the truth."""
     rng = np.random.default_rng([n, *(round(10 * part) for part in world)])
     weights = rng.multinomial(IMAGES, np.full(IMAGES, 1 / IMAGES), size=RESAMPLES).T / IMAGES
-    shared, between, mixed = (
-        part * math.sqrt(scale) for part, scale in zip(world, (IMAGES, 1, IMAGES), strict=True)
-    )
+    shared, between, mixed = (part * math.sqrt(scale) for part, scale in zip(world, (IMAGES, 1, IMAGES), strict=True))
     inside: dict[str, int] = {}
     for _ in range(simulations):
-        images = (
-            rng.normal(0, shared, IMAGES) + rng.normal(0, between, (n, 1)) + rng.normal(0, mixed, (n, IMAGES))
-        )
+        images = rng.normal(0, shared, IMAGES) + rng.normal(0, between, (n, 1)) + rng.normal(0, mixed, (n, IMAGES))
         for name, (low, high) in intervals(images.mean(1), images @ weights, rng).items():
             inside[name] = inside.get(name, 0) + bool(low <= 0 <= high)
     return {name: count / simulations for name, count in inside.items()}

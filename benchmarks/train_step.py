@@ -27,18 +27,16 @@ import paqdetr
 from paqdetr.config import load_config
 from paqdetr.data.dataset import open_split
 from paqdetr.data.loader import training_loader
-from paqdetr.engine.optim import MovingAverage, build_optimizer
 from paqdetr.losses import build_criterion
 from paqdetr.models.zoo import build_model
+from paqdetr.training.optim import MovingAverage, build_optimizer
 
 PARTS = ("backbone", "neck", "encoder", "proposal_head", "query_source", "denoising", "decoder")
 
 
 def main() -> None:
     """Parse, measure, print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, type=Path)
     parser.add_argument("--model", default="paq_dino_nano")
     parser.add_argument("--image-size", type=int, default=256)
@@ -62,9 +60,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
     settings = {"image_size": arguments.image_size, "augment.scale": [1.0, 1.0], "workers": 0}
     config = load_config(arguments.model, settings)
     split = open_split(arguments.data, "train")
-    config = config.model_copy(
-        update={"model": config.model.model_copy(update={"num_classes": len(split.classes)})}
-    )
+    config = config.model_copy(update={"model": config.model.model_copy(update={"num_classes": len(split.classes)})})
     model = build_model(config, classes=split.classes, pretrained_backbone=False).train()
     if arguments.freeze:
         model.backbone.requires_grad_(False)

@@ -21,22 +21,18 @@ from common import compare, interleave, provenance
 
 from paqdetr.config import load_config, parse_overrides
 from paqdetr.data.loader import Batch
-from paqdetr.engine.bench import Workload
 from paqdetr.structures import Targets
+from paqdetr.training.bench import Workload
 
 _BOXES = 10
 
 
 def main() -> None:
     """Parse, measure, print, write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("variants", nargs="+", help='such as "dino_nano model.num_queries=50"')
     parser.add_argument("--image-size", type=int, default=256)
-    parser.add_argument(
-        "--batch-size", type=int, default=4, help="of a training step; inference takes one image"
-    )
+    parser.add_argument("--batch-size", type=int, default=4, help="of a training step; inference takes one image")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()

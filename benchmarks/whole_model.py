@@ -30,10 +30,10 @@ from common import compare, interleave, provenance
 from torch import Tensor, nn
 
 from paqdetr.convert import convert_checkpoint
-from paqdetr.engine.bench import saved_bytes
 from paqdetr.losses import build_criterion
 from paqdetr.models import Detector
 from paqdetr.structures import Targets
+from paqdetr.training.bench import saved_bytes
 
 FORMS = {
     "one_stage": {},
@@ -45,14 +45,10 @@ BOXES = 10
 
 def main() -> None:
     """Parse, measure, print, write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--form", choices=list(FORMS), default="one_stage")
     parser.add_argument("--image", type=int, nargs=2, default=(640, 640), metavar=("HEIGHT", "WIDTH"))
-    parser.add_argument(
-        "--batch", type=int, default=2, help="of the training step; inference takes one image"
-    )
+    parser.add_argument("--batch", type=int, default=2, help="of the training step; inference takes one image")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seed", type=int, default=0)
@@ -194,9 +190,7 @@ def attention_share(model: nn.Module, call: Callable[[], object], seconds: list[
     for part in model.modules():
         if type(part).__name__ == "MultiScaleDeformableAttention":
             handles.append(part.register_forward_pre_hook(lambda *_: started.append(time.perf_counter())))
-            handles.append(
-                part.register_forward_hook(lambda *_: spent.append(time.perf_counter() - started.pop()))
-            )
+            handles.append(part.register_forward_hook(lambda *_: spent.append(time.perf_counter() - started.pop())))
     if not handles:
         raise SystemExit("transformers has no module MultiScaleDeformableAttention any more")
     shares = []

@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from paqdetr.engine import Run
+    from paqdetr.runs import Run
     from paqdetr.structures import Targets
 
 REPO = Path(__file__).resolve().parents[1]
@@ -75,9 +75,7 @@ def shared_data() -> Callable[[str], Path]:
     def folder(name: str) -> Path:
         path = root / name
         if not path.is_dir():
-            pytest.skip(
-                f"needs the data set {name!r}, which is not in {root}; set PAQDETR_SHARED_DATA to where it is"
-            )
+            pytest.skip(f"needs the data set {name!r}, which is not in {root}; set PAQDETR_SHARED_DATA to where it is")
         return path
 
     return folder
@@ -124,28 +122,22 @@ def tiny_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Digits of 96 px: 8 images to train on, 4 of each other split. Not to be changed by a test."""
     from paqdetr.data.digits import make_digits
 
-    return make_digits(
-        tmp_path_factory.mktemp("data") / "digits", size=96, train=8, val=4, test=4, max_objects=5
-    )
+    return make_digits(tmp_path_factory.mktemp("data") / "digits", size=96, train=8, val=4, test=4, max_objects=5)
 
 
 @pytest.fixture(scope="session")
-def tiny_run(
-    tmp_path_factory: pytest.TempPathFactory, tiny_digits: Path, tiny_settings: dict[str, Any]
-) -> Run:
+def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny_digits: Path, tiny_settings: dict[str, Any]) -> Run:
     """The run of two epochs on `tiny_digits`, with everything a run writes. Not to be changed by a test."""
-    from paqdetr.engine import train
+    from paqdetr.training import train
 
     output = tmp_path_factory.mktemp("runs") / "tiny"
-    return train(
-        "paq_dino_nano", data=tiny_digits, output=output, device="cpu", epochs=2, settings=tiny_settings
-    )
+    return train("paq_dino_nano", data=tiny_digits, output=output, device="cpu", epochs=2, settings=tiny_settings)
 
 
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trainings leave out curves.png and predictions.png, which take longer than a tiny training itself."""
-    from paqdetr.engine import trainer
+    from paqdetr.training import trainer
 
     for name in ("training_curves", "draw_predictions"):
         monkeypatch.setattr(trainer, name, lambda *args, **kwargs: None)

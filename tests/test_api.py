@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 import paqdetr
-from paqdetr.engine import Run
+from paqdetr.runs import Run
 
 
 def parameters(function: Any) -> dict[str, inspect.Parameter]:

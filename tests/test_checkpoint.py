@@ -143,9 +143,7 @@ def test_a_pickle_is_never_opened(tmp_path: Path, suffix: str) -> None:
         ({"paqdetr": '{"name": 1, "name": 2}'}, "has the key 'name' twice"),
     ],
 )
-def test_safetensors_of_another_program(
-    tmp_path: Path, metadata: dict[str, str] | None, message: str
-) -> None:
+def test_safetensors_of_another_program(tmp_path: Path, metadata: dict[str, str] | None, message: str) -> None:
     path = tmp_path / "foreign.safetensors"
     save_file({"x": torch.zeros(2)}, path, metadata=metadata)
     with pytest.raises(CheckpointError, match=message):

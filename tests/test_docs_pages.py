@@ -96,9 +96,7 @@ def test_citation_is_what_the_format_asks_for() -> None:
     assert cited["authors"] == project["authors"]
     (paper,) = cited["references"]
     assert {"type", "title", "authors"} <= paper.keys()
-    assert paper["url"].endswith("2603.06917") and paper["title"] in " ".join(
-        text_of(REPO / "README.md").split()
-    )
+    assert paper["url"].endswith("2603.06917") and paper["title"] in " ".join(text_of(REPO / "README.md").split())
 
 
 def test_kept_results_are_explained() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from paqdetr.drawing import draw_detections, draw_targets
+from paqdetr.drawing import draw_boxes
 from paqdetr.structures import Detections
 
 NAMES = {1: "cat", 7: "Straßenbahn", 90: "кошка"}
@@ -25,6 +25,10 @@ def found(boxes: list, labels: list[int], scores: list[float] | None = None) -> 
     )
 
 
+def drawn_detections(image: Image.Image | np.ndarray, given: Detections) -> Image.Image:
+    return draw_boxes(image, given.boxes, given.labels, given.names, given.scores)
+
+
 def changed(before: np.ndarray, after: Image.Image) -> np.ndarray:
     return (np.asarray(after) != before).any(axis=2)
 
@@ -33,7 +37,7 @@ def changed(before: np.ndarray, after: Image.Image) -> np.ndarray:
 def test_pixels_change_on_the_box_and_its_label_only(side: int) -> None:
     canvas = np.full((side, side, 3), 128, np.uint8)
     box = [0.3 * side, 0.4 * side, 0.7 * side, 0.8 * side]
-    mask = changed(canvas, draw_detections(canvas, found([box], [1])))
+    mask = changed(canvas, drawn_detections(canvas, found([box], [1])))
     x0, y0, x1, y1 = (round(value) for value in box)
     for x, y in [((x0 + x1) // 2, y1), (x0, (y0 + y1) // 2), (x1, (y0 + y1) // 2)]:
         assert mask[y, x], "the box's lines are drawn"
@@ -51,7 +55,7 @@ def test_text_grows_with_the_image() -> None:
     for side in (320, 1000, 4000):
         canvas = np.zeros((side, side, 3), np.uint8)
         box = [0.3 * side, 0.4 * side, 0.7 * side, 0.8 * side]
-        rows, _ = np.nonzero(changed(canvas, draw_detections(canvas, found([box], [1]))))
+        rows, _ = np.nonzero(changed(canvas, drawn_detections(canvas, found([box], [1]))))
         heights.append(0.4 * side - rows.min())  # of the label, which stands on the box
     assert heights[0] >= 9, "readable on a small image"
     assert heights[0] < heights[1] < heights[2]
@@ -60,57 +64,53 @@ def test_text_grows_with_the_image() -> None:
 
 def test_a_label_at_the_top_edge_stays_in_the_image() -> None:
     canvas = np.zeros((200, 300, 3), np.uint8)
-    drawn = np.asarray(draw_detections(canvas, found([[250, 0, 299, 150]], [1])))
+    drawn = np.asarray(drawn_detections(canvas, found([[250, 0, 299, 150]], [1])))
     label = drawn[:14, 230:]
-    assert (label > 0).any(axis=2).sum() > 300, (
-        "the label's background lies inside, though the box starts at row 0"
-    )
+    assert (label > 0).any(axis=2).sum() > 300, "the label's background lies inside, though the box starts at row 0"
 
 
 def test_colour_by_class() -> None:
     canvas = np.zeros((300, 300, 3), np.uint8)
     boxes = [[20, 50, 80, 90], [120, 50, 180, 90], [220, 50, 280, 90]]
-    drawn = np.asarray(draw_targets(canvas, boxes, [1, 7, 1], NAMES))
+    drawn = np.asarray(draw_boxes(canvas, boxes, [1, 7, 1], NAMES))
     first, second, third = (drawn[90, x].tolist() for x in (50, 150, 250))
     assert first == third != second
-    assert first == np.asarray(draw_detections(canvas, found([boxes[0]], [1])))[90, 50].tolist()
+    assert first == np.asarray(drawn_detections(canvas, found([boxes[0]], [1])))[90, 50].tolist()
 
 
 def test_targets_carry_no_score() -> None:
     canvas, box = np.zeros((300, 300, 3), np.uint8), [[50, 100, 250, 200]]
-    plain = changed(canvas, draw_targets(canvas, box, [1], NAMES)).sum()
-    scored = changed(canvas, draw_detections(canvas, found(box, [1]))).sum()
+    plain = changed(canvas, draw_boxes(canvas, box, [1], NAMES)).sum()
+    scored = changed(canvas, drawn_detections(canvas, found(box, [1]))).sum()
     assert scored > plain
-    unnamed = draw_targets(canvas, box, [5], NAMES)  # shown by its number
+    unnamed = draw_boxes(canvas, box, [5], NAMES)  # shown by its number
     assert changed(canvas, unnamed).any()
 
 
 def test_the_better_of_two_boxes_lies_on_top() -> None:
     canvas, box = np.zeros((300, 300, 3), np.uint8), [50, 100, 250, 200]
     for labels, winner in (([1, 7], 1), ([7, 1], 7)):
-        drawn = np.asarray(draw_detections(canvas, found([box, box], labels, [0.9, 0.2])))
-        alone = np.asarray(draw_detections(canvas, found([box], [winner])))
+        drawn = np.asarray(drawn_detections(canvas, found([box, box], labels, [0.9, 0.2])))
+        alone = np.asarray(drawn_detections(canvas, found([box], [winner])))
         assert drawn[200, 150].tolist() == alone[200, 150].tolist()
 
 
 def test_nothing_to_draw_gives_a_copy() -> None:
     image = Image.new("RGB", (40, 30), "red")
-    for drawn in (draw_detections(image, found([], [])), draw_targets(image, [], [], NAMES)):
+    for drawn in (drawn_detections(image, found([], [])), draw_boxes(image, [], [], NAMES)):
         assert drawn is not image and drawn.tobytes() == image.tobytes() and drawn.size == (40, 30)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
 def test_any_mode_becomes_rgb(mode: str) -> None:
-    drawn = draw_detections(
-        Image.new("RGB", (100, 80), "gray").convert(mode), found([[10, 30, 60, 70]], [90])
-    )
+    drawn = drawn_detections(Image.new("RGB", (100, 80), "gray").convert(mode), found([[10, 30, 60, 70]], [90]))
     assert drawn.mode == "RGB" and drawn.size == (100, 80)
 
 
 def test_the_exif_turn_is_applied() -> None:
     image = Image.new("RGB", (100, 60))
     image.getexif()[0x0112] = 6  # to be turned by a quarter
-    drawn = draw_targets(image, [[10, 50, 50, 90]], [1], NAMES)
+    drawn = draw_boxes(image, [[10, 50, 50, 90]], [1], NAMES)
     assert drawn.size == (60, 100)
     assert np.asarray(drawn)[90, 30].any()
 
@@ -118,13 +118,13 @@ def test_the_exif_turn_is_applied() -> None:
 def test_boxes_outside_and_without_area() -> None:
     image = Image.new("RGB", (100, 80))
     for box in ([-50, -50, 500, 500], [200, 200, 300, 300], [20, 20, 20, 20], [99, 79, 100, 80]):
-        assert draw_detections(image, found([box], [7])).size == (100, 80)
+        assert drawn_detections(image, found([box], [7])).size == (100, 80)
 
 
 def test_no_advice_about_opencv() -> None:
     code = (
-        "import numpy as np; from paqdetr.drawing import draw_targets;"
-        "draw_targets(np.zeros((50, 50, 3), np.uint8), [[5, 5, 30, 30]], [1], {})"
+        "import numpy as np; from paqdetr.drawing import draw_boxes;"
+        "draw_boxes(np.zeros((50, 50, 3), np.uint8), [[5, 5, 30, 30]], [1], {})"
     )
     done = subprocess.run([sys.executable, "-W", "default", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -133,4 +133,4 @@ def test_no_advice_about_opencv() -> None:
 
 def test_detections_draw() -> None:
     image, detections = Image.new("RGB", (100, 80)), found([[10, 30, 60, 70]], [1])
-    assert detections.draw(image).tobytes() == draw_detections(image, detections).tobytes()
+    assert detections.draw(image).tobytes() == drawn_detections(image, detections).tobytes()

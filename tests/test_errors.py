@@ -21,9 +21,7 @@ def test_a_gpus_complaint_is_told_in_short() -> None:
     assert str(found) == "the GPU has no memory left: it was asked for 2.50 GiB more (take less)"
 
 
-@pytest.mark.parametrize(
-    "text", ["CUDA error: out of memory\nCompile with ...", "MPS backend out of memory (MPS ...)"]
-)
+@pytest.mark.parametrize("text", ["CUDA error: out of memory\nCompile with ...", "MPS backend out of memory (MPS ...)"])
 def test_other_complaints_of_gpus_name_no_amount(text: str) -> None:
     found = memory_error(RuntimeError(text))
     assert found is not None and found.message == "the GPU has no memory left"

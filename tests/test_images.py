@@ -101,9 +101,7 @@ def test_any_exif_block(head: bytes, tail: bytes) -> None:
 
 
 def test_a_turn_is_applied_once(tmp_path: Path) -> None:
-    Image.new("RGB", (40, 30)).save(
-        tmp_path / "a.jpg", exif=b"Exif\0\0" + entries(TURN, (0x10F, 2, 10**5, b"zzzz"))
-    )
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.jpg", exif=b"Exif\0\0" + entries(TURN, (0x10F, 2, 10**5, b"zzzz")))
     upright = read_image(tmp_path / "a.jpg")
     assert upright.size == read_image(upright).size == read_header(tmp_path / "a.jpg").size == (30, 40)
 
@@ -320,9 +318,7 @@ def test_sixteen_bits_in_colour(tmp_path: Path) -> None:
 
 def png(width: int, height: int, bits: int, rows: bytes) -> bytes:
     def chunk(kind: bytes, content: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-        )
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
     header = struct.pack(">IIBBBBB", width, height, bits, 2, 0, 0, 0)
     parts = [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")]

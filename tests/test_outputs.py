@@ -76,9 +76,7 @@ def test_results_are_known_by_their_rows(tmp_path: Path) -> None:
         assert made_by(path) is None
 
 
-@pytest.mark.parametrize(
-    "content", [b"mine", b'{"images": []}', b"[1]", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"]
-)
+@pytest.mark.parametrize("content", [b"mine", b'{"images": []}', b"[1]", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"])
 def test_a_file_of_somebody_else_is_kept(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "out.json"
     path.write_bytes(content)

@@ -88,8 +88,7 @@ def test_package_version_attribute() -> None:
         ("import paqdetr", {"torch", "numpy", "timm", "accelerate", "matplotlib", "pydantic", "supervision"}),
         (
             "import paqdetr.paq, paqdetr.ops",
-            {"timm", "accelerate", "matplotlib", "pydantic", "supervision", "typer", "rich", "yaml"}
-            | {"numba"},
+            {"timm", "accelerate", "matplotlib", "pydantic", "supervision", "typer", "rich", "yaml"} | {"numba"},
         ),
     ],
 )

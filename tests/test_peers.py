@@ -92,9 +92,7 @@ def test_what_torchvision_found_is_given_in_the_originals_pixels(peers: ModuleTy
         "scores": torch.tensor([0.2, 0.9]),
         "labels": torch.tensor([1, 2]),
     }
-    found = models._detections(
-        row, torch.zeros(3, 64, 96), (128, 288), ClassTable((3, 7), ("a", "b")), first=1
-    )
+    found = models._detections(row, torch.zeros(3, 64, 96), (128, 288), ClassTable((3, 7), ("a", "b")), first=1)
     assert found.scores.tolist() == pytest.approx([0.9, 0.2]) and found.labels.tolist() == [7, 3]
     assert found.boxes.tolist() == [[0, 0, 288, 128], [30, 20, 60, 60]]
 

@@ -11,16 +11,12 @@ from types import ModuleType
 import pytest
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "plugin.md"
-BLOCKS = re.findall(
-    r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
-)
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
 
 
 def run(blocks: list[str], names: dict[str, object]) -> None:
     for number, block in enumerate(blocks):
-        exec(
-            compile(block, f"{PAGE.name}, block {number}", "exec"), names
-        )  # an assert of the page is one of this test
+        exec(compile(block, f"{PAGE.name}, block {number}", "exec"), names)  # an assert of the page is one of this test
 
 
 def test_a_detr_of_ones_own_and_those_of_transformers(one_thread: None) -> None:
@@ -62,7 +58,5 @@ def test_the_short_training_is_that_of_the_kept_file(
 
 
 def test_links_lead_somewhere() -> None:
-    targets = [
-        target for target in re.findall(r"\]\(([^)#]+)\)", PAGE.read_text("utf-8")) if "://" not in target
-    ]
+    targets = [target for target in re.findall(r"\]\(([^)#]+)\)", PAGE.read_text("utf-8")) if "://" not in target]
     assert all((PAGE.parent / target).exists() for target in targets)

@@ -90,9 +90,7 @@ def test_links_lead_somewhere() -> None:
 
 def test_make_targets_exist() -> None:
     makefile = (REPO / "Makefile").read_text(encoding="utf-8")
-    targets = [
-        line.split()[1] for block in blocks("") for line in block.splitlines() if line.startswith("make ")
-    ]
+    targets = [line.split()[1] for block in blocks("") for line in block.splitlines() if line.startswith("make ")]
     assert targets == ["quickstart", "test"]
     for target in targets:
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE)

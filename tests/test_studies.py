@@ -76,9 +76,7 @@ def test_three_and_six_layers_are_the_pilots_trainings_but_for_the_depth() -> No
             three = config_of(depth, data, ours)
             assert three == config_of(pilot, data, its) and three.model.decoder_layers == 3
             six = config_of(depth, data, ours.replace("3", "6"))
-            assert (
-                six.model == three.model.model_copy(update={"decoder_layers": 6}) and six.loss == three.loss
-            )
+            assert six.model == three.model.model_copy(update={"decoder_layers": 6}) and six.loss == three.loss
 
 
 @pytest.mark.parametrize(

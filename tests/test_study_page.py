@@ -52,10 +52,7 @@ def test_a_study_is_taken_in(pages: ModuleType, tmp_path: Path, monkeypatch: pyt
         "variant": "baseline",
         "seed": 0,
         "failed": "training: error: NaN",
-        **{
-            key: {}
-            for key in ("settings", "measure", "images", "figures", "replicates", "cost", "provenance")
-        },
+        **{key: {} for key in ("settings", "measure", "images", "figures", "replicates", "cost", "provenance")},
         "curve": [],
     }
     result.write_text(json.dumps(parts))

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from rich.table import Table
 
-from paqdetr.analysis import plots
-from paqdetr.analysis.report.page import Chapter, Heading, render
-from paqdetr.analysis.section import Column, Section
-from paqdetr.analysis.section import Table as TablePart
 from paqdetr.cli import console
-from paqdetr.drawing import draw_targets
-from paqdetr.engine.pictures import training_curves
+from paqdetr.drawing import draw_boxes
+from paqdetr.report import plots
+from paqdetr.report.page import Chapter, Heading, render
+from paqdetr.report.section import Column, Section
+from paqdetr.report.section import Table as TablePart
 from paqdetr.text import printable, shorten
+from paqdetr.training.curves import training_curves
 
 NASTY = {
     "mathematics": ("a$_$b", "a$_$b"),
@@ -82,9 +82,7 @@ def test_on_the_console(nasty: tuple[str, str], capsys: pytest.CaptureFixture[st
 
 def drawn_texts(svg: str) -> list[str]:
     return [
-        "".join(element.itertext())
-        for element in ElementTree.fromstring(svg).iter()
-        if element.tag.endswith("text")
+        "".join(element.itertext()) for element in ElementTree.fromstring(svg).iter() if element.tag.endswith("text")
     ]
 
 
@@ -114,10 +112,8 @@ def test_a_run_in_a_folder_of_any_name(tmp_path: Path, name: str) -> None:
 
 def test_in_pictures(nasty: tuple[str, str]) -> None:
     blank = Image.new("RGB", (200, 100))
-    drawn = draw_targets(blank, [[20, 20, 80, 80]], [1], {1: nasty[0]})
-    assert np.array_equal(
-        np.asarray(drawn), np.asarray(draw_targets(blank, [[20, 20, 80, 80]], [1], {1: nasty[1]}))
-    )
+    drawn = draw_boxes(blank, [[20, 20, 80, 80]], [1], {1: nasty[0]})
+    assert np.array_equal(np.asarray(drawn), np.asarray(draw_boxes(blank, [[20, 20, 80, 80]], [1], {1: nasty[1]})))
 
 
 class _Strict(HTMLParser):

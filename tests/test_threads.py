@@ -20,12 +20,8 @@ SHOW = "import os, paqdetr; print(os.environ.get('GOMP_SPINCOUNT'))"
     ],
 )
 def test_idle_threads_sleep_soon_unless_the_user_says_otherwise(given: dict[str, str], found: str) -> None:
-    kept = {
-        key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", SHOW], env=kept | given, capture_output=True, text=True, check=True
-    )
+    kept = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run([sys.executable, "-c", SHOW], env=kept | given, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == found
 
 

@@ -22,9 +22,7 @@ SURPRISES: dict[str, Any] = {
     **dict.fromkeys("false False FALSE".split(), False),
     **dict.fromkeys("null Null NULL ~".split()),
     **{word: word for word in "01 010 -07 0o17 0x1F 0b11 1_000 1__0 1_0.5 0_1 00".split()},
-    **{
-        word: word for word in "12:30 1:30:00 190:20:30.15 2024-99-99 2024-01-02 2024-01-02T03:04:05Z".split()
-    },
+    **{word: word for word in "12:30 1:30:00 190:20:30.15 2024-99-99 2024-01-02 2024-01-02T03:04:05Z".split()},
     **{word: word for word in "= 1e 1.e+ .e5 . - +  -- .-1 1.2.3 0.1.0 v1.10 1e5x inf nan Infinity".split()},
     "1.10": 1.1,
     "1e3": 1000.0,
@@ -113,8 +111,7 @@ def test_lists_and_mappings_on_a_command_line(typed: str, meant: Any) -> None:
 
 
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
-    f"{name}: &{name} [{','.join([f'*{below}'] * 10)}]\n"
-    for below, name in zip("abcdefghi", "bcdefghij", strict=True)
+    f"{name}: &{name} [{','.join([f'*{below}'] * 10)}]\n" for below, name in zip("abcdefghi", "bcdefghij", strict=True)
 )
 REFUSED = {
     "tag of a type": ("a: 1\nb: !!int abc", "line 2, column 4: the tag tag:yaml.org,2002:int is not read"),
@@ -166,9 +163,7 @@ def test_what_is_refused_is_named_by_file_line_and_column(text: str, message: st
     assert time.monotonic() - start < 2
 
 
-@pytest.mark.parametrize(
-    "text", ["[*a]", "[!!int x]", "{a: 1, a: 2}", "[1e999]", "[" * 99 + "]" * 99], ids=len
-)
+@pytest.mark.parametrize("text", ["[*a]", "[!!int x]", "{a: 1, a: 2}", "[1e999]", "[" * 99 + "]" * 99], ids=len)
 def test_lists_on_a_command_line_are_refused_for_the_same(text: str) -> None:
     with pytest.raises(ConfigError, match=r"^model: line 1, column \d+: "):
         parse_value(text, "model")

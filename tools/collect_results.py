@@ -76,9 +76,7 @@ def _model_of(name: str) -> str:
 def _row(folder: Path) -> str:
     figures = json.loads((folder / "test.json").read_text(encoding="utf-8"))
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    records = [
-        json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     start = next(record for record in records if record["kind"] == "start")
     finished = next(record for record in records if record["kind"] == "finished")
     cells = [

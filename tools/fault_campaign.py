@@ -3,7 +3,7 @@
 python tools/fault_campaign.py --json docs/results/fault_campaign.json           # prints the table of docs/reliability.md
 python tools/fault_campaign.py --share 0.1 --only "random kills" "two starts"    # a tenth of the rounds, two faults
 
-Every training is that of tests/engine/test_faults.py: four epochs of four steps of a tiny paq_dino_nano, two workers. A round
+Every training is that of tests/training/test_faults.py: four epochs of four steps of a tiny paq_dino_nano, two workers. A round
 ends in one of three ways. "same end": it, or its resumption, ended with the same weights, average, optimiser, generators, best
 figure and records as a training to which nothing happened, bit for bit. "refused": one line that names the file, exit code 2,
 nothing changed. Everything else is lost.
@@ -56,7 +56,7 @@ class Campaign:
         sys.path.insert(0, str(REPO / "tests" / "engine"))
         from conftest import Group
         from paqdetr.data.digits import make_digits
-        from paqdetr.engine import Run
+        from paqdetr.runs import Run
 
         self.group, self.run_of, self.folder = Group, Run, folder
         self.data = make_digits(folder / "digits", size=96, train=8, val=4, test=4, max_objects=5)
@@ -261,9 +261,7 @@ def table(report: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The number of rounds in which something was lost, as an exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="where the report goes")
     parser.add_argument("--share", type=float, default=1.0, help="of the rounds")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and offsets")
@@ -280,8 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     versions = {"paqdetr": __version__, "torch": torch.__version__, "python": platform.python_version()}
     report = {
         "command": "python tools/fault_campaign.py " + " ".join(sys.argv[1:]),
-        "versions": versions
-        | {"system": f"{platform.system()} {platform.machine()}", "cores": os.cpu_count()},
+        "versions": versions | {"system": f"{platform.system()} {platform.machine()}", "cores": os.cpu_count()},
         "minutes": round((time.perf_counter() - started) / 60, 1),
         "rows": rows,
     }

@@ -72,11 +72,7 @@ def tests_of(file: Path, path: Path, line: int) -> list[str]:
             " join context on context.id = line_bits.context_id where file.path = ?",
             (str(path),),
         ).fetchall()
-    names = {
-        context
-        for context, bits in rows
-        if context and line // 8 < len(bits) and bits[line // 8] >> line % 8 & 1
-    }
+    names = {context for context, bits in rows if context and line // 8 < len(bits) and bits[line // 8] >> line % 8 & 1}
     return sorted(names)
 
 
@@ -139,9 +135,7 @@ def plant(number: int, coverage: Path, tier: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", choices=["map", "run", "check"])
     parser.add_argument("--coverage", type=Path, default=REPO / ".coverage-of-tests")
     parser.add_argument("--json", type=Path)

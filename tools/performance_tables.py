@@ -29,9 +29,7 @@ def attention(report: Report) -> str:
         ["shape", "forward, reference", fast, "ratio", "forward + backward, reference", fast, "ratio"],
     ]
     speed[0] += ["kept for backward, reference", fast]
-    limits = [
-        ["shape", fast, "all rows in the first cache", "share", "copying", "rows read, GB/s", "GFLOP/s"]
-    ]
+    limits = [["shape", fast, "all rows in the first cache", "share", "copying", "rows read, GB/s", "GFLOP/s"]]
     for case in report["cases"]:
         forward, both, saved = case["forward"], case["forward_backward"], case["saved_bytes"]
         name = f"{case['part']} {case['image']}, {case['queries']:,} queries"
@@ -153,7 +151,9 @@ def variants(report: Report) -> str:
             row += [_number(times["median_ms"]), f"**{1 / times['ratio']:.2f}**"]
         rows.append([*row, f"{kept / 1e6:.0f} MB", f"**{kept / report['saved_bytes'][first]:.2f}**"])
     size = report["image_size"]
-    text = f"{size}x{size} pixels, one image in inference, {report['batch_size']} in a step, {report['boxes']} boxes each."
+    text = (
+        f"{size}x{size} pixels, one image in inference, {report['batch_size']} in a step, {report['boxes']} boxes each."
+    )
     return "\n\n".join([_made_by(report), _table(rows), text])
 
 

@@ -75,9 +75,7 @@ def write(page: str) -> str:
         if start not in page or end not in page:
             raise SystemExit(f"{PAGE.name}: no {start} with {end}")
         content = f"{start}\n{table(name)}\n{end}"
-        page = re.sub(
-            f"{re.escape(start)}.*?{re.escape(end)}", lambda _, text=content: text, page, flags=re.DOTALL
-        )
+        page = re.sub(f"{re.escape(start)}.*?{re.escape(end)}", lambda _, text=content: text, page, flags=re.DOTALL)
     return page
 
 

@@ -20,10 +20,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from paqdetr.analysis.section import Column, Table
 from paqdetr.config import load_config
+from paqdetr.report.markdown import to_table
+from paqdetr.report.section import Column, Table
 from paqdetr.study.costs import Forecast, forecast, gflops, gpu_hours
-from paqdetr.study.markdown import to_table
 from paqdetr.study.report import StudyReport, study_report
 from paqdetr.study.results import read_results
 from paqdetr.study.runs import Places, plan_runs
@@ -62,9 +62,7 @@ def take_in(folder: Path) -> None:
         shutil.copyfile(file, copy)
     size = sum(file.stat().st_size for file in KEPT.rglob("*") if file.is_file())
     if size > MOST_BYTES:
-        raise SystemExit(
-            f"{KEPT.relative_to(REPO)} has {size / 2**20:.1f} MiB, more than {MOST_BYTES / 2**20:.0f}"
-        )
+        raise SystemExit(f"{KEPT.relative_to(REPO)} has {size / 2**20:.1f} MiB, more than {MOST_BYTES / 2**20:.0f}")
 
 
 def make_plan(root: Path) -> None:

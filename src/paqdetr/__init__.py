@@ -16,7 +16,6 @@ drop_missing_plot_backend()
 
 if TYPE_CHECKING:
     from paqdetr.analysis import Report, analyze
-    from paqdetr.engine import Callback, Run, TrainingInterrupted, evaluate, train
     from paqdetr.errors import (
         CheckpointError,
         ConfigError,
@@ -27,11 +26,15 @@ if TYPE_CHECKING:
         UserError,
         WorkerError,
     )
+    from paqdetr.evaluation import evaluate
+    from paqdetr.interrupt import TrainingInterrupted
     from paqdetr.models import Detector, create_model, list_models, list_recipes, load
+    from paqdetr.runs import Run
     from paqdetr.structures import ClassTable, Detections, Targets
+    from paqdetr.training import Callback, train
 
 # Where names live, from the ground up: an error needs no torch, and nothing is imported that the next would not need.
-_HOMES = ("errors", "structures", "models", "engine", "analysis")
+_HOMES = ("errors", "interrupt", "structures", "models", "runs", "evaluation", "training", "analysis")
 
 __all__ = [
     "Callback",

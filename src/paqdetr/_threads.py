@@ -22,9 +22,5 @@ def drop_missing_plot_backend() -> None:
     """Forget a back end of matplotlib whose package is not installed here, as programs that Jupyter starts inherit it: otherwise
     matplotlib cannot be imported."""
     kind, _, module = os.environ.get("MPLBACKEND", "").partition("://")
-    if (
-        kind == "module"
-        and "matplotlib" not in sys.modules
-        and find_spec(module.partition(".")[0] or "?") is None
-    ):
+    if kind == "module" and "matplotlib" not in sys.modules and find_spec(module.partition(".")[0] or "?") is None:
         del os.environ["MPLBACKEND"]

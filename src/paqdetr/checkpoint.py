@@ -158,9 +158,7 @@ def is_own(path: Path) -> bool:
 
 def _open(path: Path, tensors: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if path.suffix in (".pth", ".pt", ".bin", ".ckpt"):
-        raise CheckpointError(
-            f"{path}: a pickle, which this program does not open", "give a .safetensors file"
-        )
+        raise CheckpointError(f"{path}: a pickle, which this program does not open", "give a .safetensors file")
     try:
         # Opened first: safetensors calls a file that may not be read missing, and would wait for a pipe.
         with open_regular(path, error=CheckpointError), safe_open(path, framework="pt") as file:
@@ -174,9 +172,7 @@ def _open(path: Path, tensors: bool = False) -> tuple[dict[str, Tensor], dict[st
         KeyError,
         AttributeError,
     ) as error:  # of types unknown to torch
-        raise CheckpointError(
-            f"{path}: not a readable safetensors file ({error})", "copy or train it again"
-        ) from None
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error})", "copy or train it again") from None
     if _KEY not in metadata:
         raise CheckpointError(
             f"{path}: safetensors without a paqdetr header", "convert weights of other programs first"

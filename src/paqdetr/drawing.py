@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -14,9 +14,6 @@ from PIL import Image, ImageColor
 
 from paqdetr.images import read_image
 from paqdetr.text import printable
-
-if TYPE_CHECKING:
-    from paqdetr.structures import Detections
 
 # Okabe and Ito's colours, told apart with any colour vision.
 BLUE, ORANGE, GREEN, RED, PINK, SKY, YELLOW = (
@@ -29,40 +26,35 @@ PALETTE = (
 )  # fmt: skip
 
 
-def draw_detections(image: Image.Image | np.ndarray, detections: Detections) -> Image.Image:
-    """What was found, drawn on a copy of the image: a box in the colour of its class, and `name 0.87`.
+def draw_boxes(
+    image: Image.Image | np.ndarray,
+    boxes: ArrayLike,
+    labels: ArrayLike,
+    names: Mapping[int, str],
+    scores: ArrayLike | None = None,
+) -> Image.Image:
+    """Boxes drawn on a copy of an image, in the colour of their class: `name`, or `name 0.87` where there are scores.
 
     Lines and text grow with the image. The best detection is drawn last, so that its label stays readable.
 
     Args:
-        image: the PIL image (its EXIF turn is applied) or (H, W, 3) uint8 RGB array that was predicted on.
-        detections: boxes in pixels of that image. None are left out: see `Detections.above`.
+        image: the PIL image (its EXIF turn is applied) or (H, W, 3) uint8 RGB array.
+        boxes: (N, 4) xyxy in pixels of the image.
+        labels: (N,) integers: the data set's original category ids.
+        names: category id -> name; an id without a name is shown as it is.
+        scores: (N,) in [0, 1] of detections; None for ground truth.
 
     Returns:
         An RGB image of the same size.
     """
-    labels = np.asarray(detections.labels)
-    texts = [
-        f"{detections.names.get(int(label), label)} {score:.2f}"
-        for label, score in zip(labels, detections.scores, strict=True)
-    ]
-    order = np.argsort(np.asarray(detections.scores), kind="stable")
-    return _draw(image, np.asarray(detections.boxes)[order], labels[order], [texts[i] for i in order])
-
-
-def draw_targets(
-    image: Image.Image | np.ndarray, boxes: ArrayLike, labels: ArrayLike, names: Mapping[int, str]
-) -> Image.Image:
-    """Ground truth, drawn as `draw_detections` does, without scores.
-
-    Args:
-        image: the PIL image (its EXIF turn is applied) or (H, W, 3) uint8 RGB array.
-        boxes: (G, 4) xyxy in pixels of the image.
-        labels: (G,) integers: the data set's original category ids.
-        names: category id -> name; an id without a name is shown as it is.
-    """
     ids = np.asarray(labels, dtype=np.int64).reshape(-1)
-    return _draw(image, boxes, ids, [str(names.get(int(label), label)) for label in ids])
+    texts = [str(names.get(int(label), label)) for label in ids]
+    corners = np.asarray(boxes, dtype=np.float32).reshape(-1, 4)
+    if scores is None:
+        return _draw(image, corners, ids, texts)
+    order = np.argsort(np.asarray(scores), kind="stable")
+    texts = [f"{text} {score:.2f}" for text, score in zip(texts, np.asarray(scores), strict=True)]
+    return _draw(image, corners[order], ids[order], [texts[i] for i in order])
 
 
 def tiled(rows: Sequence[Sequence[Image.Image]], *, gap: int, border: int = 0) -> Image.Image:
@@ -85,9 +77,7 @@ def font_path() -> Path:
     return Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
 
 
-def _draw(
-    image: Image.Image | np.ndarray, boxes: ArrayLike, ids: np.ndarray, texts: list[str]
-) -> Image.Image:
+def _draw(image: Image.Image | np.ndarray, boxes: ArrayLike, ids: np.ndarray, texts: list[str]) -> Image.Image:
     """Draws in the order given: the last lies on top."""
     picture, texts = read_image(image), list(map(printable, texts))
     xyxy = np.asarray(boxes, dtype=np.float32).reshape(-1, 4).round()  # supervision would cut decimals off
@@ -97,9 +87,9 @@ def _draw(
     side = (picture.width * picture.height) ** 0.5
     found = sv.Detections(xyxy=xyxy, class_id=np.asarray(ids, dtype=int))
     colours, text_colours = sv.ColorPalette.from_hex(list(PALETTE)), sv.ColorPalette.from_hex(_on(PALETTE))
-    picture = sv.BoxAnnotator(
-        color=colours, thickness=max(2 if side >= 300 else 1, round(side / 400))
-    ).annotate(picture, found)
+    picture = sv.BoxAnnotator(color=colours, thickness=max(2 if side >= 300 else 1, round(side / 400))).annotate(
+        picture, found
+    )
     # The "rich" annotator takes a TrueType font: sharp at 10 pixels, and not bound to ASCII.
     writer = sv.RichLabelAnnotator(
         color=colours,

@@ -98,6 +98,4 @@ def memory_error(
     if asked:
         size, unit = (f"{int(asked[1]) / 2**30:.2f}", "GiB") if asked[2] == "bytes" else asked.groups()
         amount = f": it was asked for {size} {unit} more"
-    return OutOfMemoryError(
-        f"{'the machine' if on_machine else 'the GPU'} has no memory left{amount}", remedy
-    )
+    return OutOfMemoryError(f"{'the machine' if on_machine else 'the GPU'} has no memory left{amount}", remedy)

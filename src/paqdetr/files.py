@@ -82,9 +82,7 @@ def read_text(path: Path, *, limit: int = MAX_SIDE_BYTES, error: type[UserError]
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as problem:
         line = content.count(b"\n", 0, problem.start) + 1
-        raise error(
-            f"{path}: no UTF-8 text at byte {problem.start} (line {line})", "Save the file as UTF-8."
-        ) from None
+        raise error(f"{path}: no UTF-8 text at byte {problem.start} (line {line})", "Save the file as UTF-8.") from None
 
 
 def parse_json(text: str, where: str, *, error: type[UserError] = DataError) -> Any:
@@ -111,9 +109,7 @@ def parse_json(text: str, where: str, *, error: type[UserError] = DataError) -> 
             "Export or download the file again.",
         ) from None
     except RecursionError:
-        raise error(
-            f"{where}: the json is nested too deeply", "Check what wrote it: no annotations are."
-        ) from None
+        raise error(f"{where}: the json is nested too deeply", "Check what wrote it: no annotations are.") from None
     except ValueError as problem:  # an integer of more digits than Python converts
         raise error(f"{where}: no usable json: {problem}", "Export or download the file again.") from None
 

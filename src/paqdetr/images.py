@@ -27,9 +27,7 @@ PICTURE_EXTENSIONS = IMAGE_EXTENSIONS | {
 MAX_PIXELS = environment_integer("PAQDETR_MAX_PIXELS", 178_956_970, low=1, high=2**40)
 """Images with more pixels are refused before they are decoded: a file of some kilobytes can claim any size."""
 
-if (
-    "PAQDETR_MAX_PIXELS" in os.environ
-):  # Pillow has a limit of its own, of half as many, and refuses over twice that
+if "PAQDETR_MAX_PIXELS" in os.environ:  # Pillow has a limit of its own, of half as many, and refuses over twice that
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
 # What is decoded, whatever a file is called. Pillow knows 40 more formats; of PostScript it would run the program.
@@ -247,9 +245,7 @@ def list_images(path: str | Path) -> list[Path]:
         and (entry.suffix.lower() in PICTURE_EXTENSIONS or (not entry.suffix and _is_picture(entry)))
     )
     if not found:
-        raise DataError(
-            f"{path}: the folder holds no images ({kinds})", "Name a folder with images directly in it."
-        )
+        raise DataError(f"{path}: the folder holds no images ({kinds})", "Name a folder with images directly in it.")
     return found
 
 
@@ -271,9 +267,7 @@ def _from_array(array: np.ndarray) -> Image.Image:
     if array.dtype != np.uint8:
         raise DataError(f"an image array has dtype {array.dtype}, expected uint8", _ARRAY_REMEDY)
     if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)) or 0 in array.shape:
-        raise DataError(
-            f"an image array has shape {array.shape}, expected (H, W, 3) or (H, W)", _ARRAY_REMEDY
-        )
+        raise DataError(f"an image array has shape {array.shape}, expected (H, W, 3) or (H, W)", _ARRAY_REMEDY)
     return Image.fromarray(np.ascontiguousarray(array)).convert("RGB")
 
 

@@ -184,9 +184,7 @@ def write_json(
         text = json.dumps({"made_by": mark(maker), **content}, indent=1)
     else:
         text = "[" + ",".join("\n" + json.dumps(row) for row in content) + "\n" * bool(content) + "]"
-    write_output(
-        path, lambda place: place.write_text(text + "\n", encoding="utf-8"), maker=maker, overwrite=overwrite
-    )
+    write_output(path, lambda place: place.write_text(text + "\n", encoding="utf-8"), maker=maker, overwrite=overwrite)
 
 
 def write_picture(path: Path, picture: Image.Image, *, maker: str, overwrite: bool = False) -> None:

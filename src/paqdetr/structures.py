@@ -148,9 +148,9 @@ class Detections:
         Args:
             image: the PIL image or (H, W, 3) uint8 RGB array that was predicted on.
         """
-        from paqdetr.drawing import draw_detections
+        from paqdetr.drawing import draw_boxes
 
-        return draw_detections(image, self)
+        return draw_boxes(image, self.boxes, self.labels, self.names, self.scores)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Plain values that come from outside: ranges that several doors share, environment variables, and what json's values mean."""
+"""Plain values that come from outside: ranges, arguments of calls, environment variables, and what json's values mean."""
 
 from __future__ import annotations
 
@@ -76,9 +76,7 @@ def is_coordinate(value: object) -> TypeGuard[float]:
 
 def is_box(value: object) -> TypeGuard[list[float]]:
     """Whether it is [x, y, width, height], four finite numbers of pixels, with no side below 0."""
-    return (
-        isinstance(value, list) and len(value) == 4 and all(map(is_coordinate, value)) and min(value[2:]) >= 0
-    )
+    return isinstance(value, list) and len(value) == 4 and all(map(is_coordinate, value)) and min(value[2:]) >= 0
 
 
 def is_side(value: object) -> TypeGuard[float]:
@@ -89,9 +87,7 @@ def is_side(value: object) -> TypeGuard[float]:
 def require_threshold(threshold: float) -> None:
     """Raise ConfigError unless `threshold` is a number in [0, 1]; NaN is none, and no score would reach it."""
     if not 0 <= threshold <= 1:
-        raise ConfigError(
-            f"threshold: expected a number from 0 to 1, found {threshold}", "scores lie in that range"
-        )
+        raise ConfigError(f"threshold: expected a number from 0 to 1, found {threshold}", "scores lie in that range")
 
 
 def require_batch_size(batch_size: int) -> None:

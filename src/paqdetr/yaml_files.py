@@ -60,15 +60,11 @@ def load_yaml(
 def as_mapping(content: Any, where: str, *, error: type[UserError] = ConfigError) -> dict[str, Any]:
     """What `parse_yaml` gave, which has to be a mapping or nothing."""
     if content is not None and not isinstance(content, dict):
-        raise error(
-            f"{where}: holds a {type(content).__name__}, expected keys and values", "Correct the file."
-        )
+        raise error(f"{where}: holds a {type(content).__name__}, expected keys and values", "Correct the file.")
     return content or {}
 
 
-def parse_yaml(
-    text: str, where: str, *, text_only: bool = False, error: type[UserError] = ConfigError
-) -> Any:
+def parse_yaml(text: str, where: str, *, text_only: bool = False, error: type[UserError] = ConfigError) -> Any:
     """The one document of `text`: None if it is empty.
 
     Args:
@@ -92,9 +88,7 @@ def parse_value(text: str, where: str) -> Any:
     Raises:
         ConfigError: as `parse_yaml`, but for what is no YAML at all, which is text.
     """
-    kind, end = {"[": (list, "]"), "{": (dict, "}"), '"': (str, '"'), "'": (str, "'")}.get(
-        text[:1], (None, "")
-    )
+    kind, end = {"[": (list, "]"), "{": (dict, "}"), '"': (str, '"'), "'": (str, "'")}.get(text[:1], (None, ""))
     if kind is None:
         return _scalar(text, where, ConfigError)
     if not text.endswith(end):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import paqdetr
-from paqdetr.analysis.report.analyze import _training_split as training_split
+from paqdetr.analysis.analyze import _training_split as training_split
 from paqdetr.cli import run
 from paqdetr.config import load_config
 from paqdetr.data.dataset import open_split
@@ -163,9 +163,7 @@ def test_a_split_without_objects(tiny_digits: Path, tmp_path: Path, kind: str) -
         content = json.loads((folder / f"{split}.json").read_text())
         content["annotations"] = WITHOUT_OBJECTS[kind](content["annotations"])
         (folder / f"{split}.json").write_text(json.dumps(content))
-    with pytest.raises(
-        DataError, match=r"val\.json: none of its 4 images has an object to be found \((0|\d\d) crowds"
-    ):
+    with pytest.raises(DataError, match=r"val\.json: none of its 4 images has an object to be found \((0|\d\d) crowds"):
         paqdetr.analyze(untrained("dino_nano", tiny_digits), data=folder, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert training_split(folder) is None and training_split(tiny_digits) is not None
@@ -254,9 +252,7 @@ def test_a_reader_sorts_slides_and_switches_the_theme(page: Any) -> None:
     assert slider.get_attribute("aria-valuetext") == "layer 1"
 
     # The system's theme at first, then the reader's choice; plots stay white cards.
-    colours = (
-        "[document.body, document.querySelector('.plot img')].map((e) => getComputedStyle(e).backgroundColor)"
-    )
+    colours = "[document.body, document.querySelector('.plot img')].map((e) => getComputedStyle(e).backgroundColor)"
     white, dark = "rgb(255, 255, 255)", "rgb(22, 25, 29)"
     before = page.evaluate(colours)
     page.locator("#theme").click()

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from paqdetr.analysis.errors import confusion_section, diagnosis_sections, mistake_section
-from paqdetr.analysis.judged import Judged
-from paqdetr.analysis.section import Figure, Section, Table
-from paqdetr.metrics.matching import MatchTable
-from paqdetr.metrics.mistakes import MISTAKES, confusion, error_split
+from paqdetr.analysis.subject import Judged
+from paqdetr.metrics.diagnosis import MISTAKES, confusion, error_split
+from paqdetr.metrics.matches import MatchTable
+from paqdetr.report.section import Figure, Section, Table
 
 NAMES = ("cat", "dog", "<bird>")
 
@@ -33,9 +33,7 @@ def problem(classes: tuple[str, ...] = NAMES) -> tuple[dict[str, Any], list[dict
         truth["annotations"].append({"image_id": number // 3, "category_id": category, "bbox": box})
         place = [box[0] + (0.6 * box[2] if number % 3 == 0 else 0), *box[1:]]
         told = category if number % 4 else (category + 1) % len(classes)
-        results.append(
-            {"image_id": number // 3, "category_id": told, "bbox": place, "score": float(rng.random())}
-        )
+        results.append({"image_id": number // 3, "category_id": told, "bbox": place, "score": float(rng.random())})
     return truth, results
 
 
@@ -76,9 +74,7 @@ def test_one_and_two_result_sets() -> None:
     ]
     rows = part(curves, "best_thresholds").rows
     assert [row["class"] for row in rows] == [*NAMES, "all together"]
-    assert (
-        rows[-1]["a_f1"] == pytest.approx(one.curves.best_f1[-1]) and rows[-1]["a_threshold"] == one.confident
-    )
+    assert rows[-1]["a_f1"] == pytest.approx(one.curves.best_f1[-1]) and rows[-1]["a_threshold"] == one.confident
     assert part(two[3], "calibration").rows[0]["b_n"] == sum(r["score"] >= 0.05 for r in results[::2])
 
 

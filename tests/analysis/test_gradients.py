@@ -11,13 +11,13 @@ import torch
 from paqdetr.analysis.gradients import content_gradients
 from paqdetr.config import LossConfig
 from paqdetr.data.dataset import DetectionDataset, open_split
-from paqdetr.engine.plan import plain_batch
-from paqdetr.engine.query_figures import watch_gradients
 from paqdetr.errors import DataError
 from paqdetr.losses import build_criterion
 from paqdetr.models import create_model
 from paqdetr.models.detector import Detector
 from paqdetr.structures import ClassTable
+from paqdetr.training.figures import watch_gradients
+from paqdetr.training.plan import plain_batch
 
 SMALL = {"dim": 32, "ffn_dim": 64, "num_queries": 12, "image_size": 96, "num_classes": 10}
 
@@ -34,17 +34,13 @@ def detector(name: str, split: DetectionDataset, **more: object) -> Detector:
     return model
 
 
-@pytest.mark.parametrize(
-    ("name", "ranked"), [("paq_dino_nano", True), ("dino_nano", True), ("dn_detr_nano", False)]
-)
+@pytest.mark.parametrize(("name", "ranked"), [("paq_dino_nano", True), ("dino_nano", True), ("dn_detr_nano", False)])
 def test_against_the_whole_backward_pass(name: str, ranked: bool, split: DetectionDataset) -> None:
     """Without denoising, whose noise is drawn: the hook of the training, image by image, through the whole model."""
     model = detector(name, split, denoising="none")
     criterion = build_criterion(LossConfig())
     told: list[tuple[int, int]] = []
-    found = content_gradients(
-        model, split, criterion=criterion, images=3, progress=lambda *done: told.append(done)
-    )
+    found = content_gradients(model, split, criterion=criterion, images=3, progress=lambda *done: told.append(done))
     expected = torch.zeros(12)
     for index in (0, 8 // 3, 16 // 3):
         batch = plain_batch(split, model.preprocessing, [index])

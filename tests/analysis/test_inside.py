@@ -31,9 +31,7 @@ def forward(model: Detector, picture: Image.Image) -> Any:
 
 
 @pytest.mark.parametrize("name", [*ONE_STAGE, *TWO_STAGE, "hybrid_deformable_detr_r50"])
-def test_every_host_shows_what_it_has_and_does_not_notice(
-    name: str, tiny_model: Build, picture: Image.Image
-) -> None:
+def test_every_host_shows_what_it_has_and_does_not_notice(name: str, tiny_model: Build, picture: Image.Image) -> None:
     model = tiny_model(name).train()
     inside = look_inside(model, picture)
     assert model.training and not any(module._forward_pre_hooks for module in model.modules())
@@ -114,9 +112,7 @@ def test_what_is_recorded_is_what_reached_the_kernel(
         np.testing.assert_allclose(sampling.weights, weights[tokens], atol=1e-6)
 
 
-def test_tokens_are_of_the_finest_level_that_the_encoder_updates(
-    tiny_model: Build, picture: Image.Image
-) -> None:
+def test_tokens_are_of_the_finest_level_that_the_encoder_updates(tiny_model: Build, picture: Image.Image) -> None:
     model = tiny_model("dino_r50", **{"model.encoder_query_levels": 2})
     inside = look_inside(model, picture)
     assert inside.encoder_level == 2 and len(inside.encoder) == 2
@@ -196,9 +192,7 @@ def test_s_iou_c_and_k_are_those_computed_by_hand(tiny_model: Build, picture: Im
         high = np.minimum(boxes[:, None, :2] + boxes[:, None, 2:] / 2, truth[:, :2] + truth[:, 2:] / 2)
         common = np.clip(high - low, 0, None).prod(-1)
         iou = common / (boxes[:, None, 2:].prod(-1) + truth[:, 2:].prod(-1) - common)
-        confidence = 1 / (
-            1 + np.exp(-inside.logits[layer.layer - 1][:, TARGETS.labels.numpy()].astype(float))
-        )
+        confidence = 1 / (1 + np.exp(-inside.logits[layer.layer - 1][:, TARGETS.labels.numpy()].astype(float)))
         score = iou - 0.25 * confidence
         pick = (layer.query, layer.target)
         np.testing.assert_allclose(layer.iou, iou[pick], atol=1e-5)

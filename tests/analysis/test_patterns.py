@@ -13,20 +13,19 @@ import pytest
 import torch
 from PIL.Image import Image
 
-from paqdetr.analysis.arrange import cluster_order, embed, pattern_cosines
-from paqdetr.analysis.pattern_section import Studied, exciting_images, pattern_section
-from paqdetr.analysis.patterns import ContentCollector, ContentStudy
-from paqdetr.analysis.section import Figure, Picture, Section, Table
+from paqdetr.analysis.patterns import Studied, cluster_order, embed, exciting_images, pattern_cosines, pattern_section
 from paqdetr.analysis.semantics import semantics
 from paqdetr.analysis.usage import Usage, usage_section
 from paqdetr.data.dataset import DetectionDataset, open_split
-from paqdetr.engine import Run
-from paqdetr.engine.evaluate import evaluate_split
 from paqdetr.errors import DataError
+from paqdetr.evaluation.content import ContentCollector, ContentStudy
+from paqdetr.evaluation.evaluate import evaluate_split
 from paqdetr.metrics import QueryUsage, QueryUsageReport, Spread
 from paqdetr.models import create_model
 from paqdetr.models.detector import Detector
 from paqdetr.paq import Mixture, OneToOneAssigner
+from paqdetr.report.section import Figure, Picture, Section, Table
+from paqdetr.runs import Run
 from paqdetr.structures import Targets
 
 N, C, M, D = 5, 3, 4, 6
@@ -44,9 +43,7 @@ class Output:
 def image(seed: int) -> tuple[Output, Targets]:
     draw = torch.Generator().manual_seed(seed)
     count = 1 + seed % 3
-    target = Targets(
-        torch.randint(C, (count,), generator=draw), torch.rand(count, 4, generator=draw) * 0.4 + 0.2
-    )
+    target = Targets(torch.randint(C, (count,), generator=draw), torch.rand(count, 4, generator=draw) * 0.4 + 0.2)
     weights = torch.randn(1, N, M, generator=draw).softmax(-1)
     mixture = Mixture(content=torch.randn(1, N, D, generator=draw), weights=weights)
     logits = torch.randn(1, N, C, generator=draw)
@@ -144,9 +141,7 @@ def test_a_static_table_has_nothing_of_the_image(anyone: Detector) -> None:
     ("decided_by", "image_share", "query_share"),
     [("index", 0.0, 0.0), ("image", 1.0, 0.0), ("both", 1.0, 1.0), ("sum", 0.5, 0.0)],
 )
-def test_shares_of_content_that_is_made_of_known_parts(
-    decided_by: str, image_share: float, query_share: float
-) -> None:
+def test_shares_of_content_that_is_made_of_known_parts(decided_by: str, image_share: float, query_share: float) -> None:
     """Signs of a two-level design, so that each part has the variance 1 and a mean of zero."""
     collector = ContentCollector(num_classes=C)
     index, signs = torch.tensor([1.0, 1, -1, -1])[:, None], torch.tensor([1.0, -1, 1, -1])

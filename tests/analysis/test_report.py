@@ -15,12 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from paqdetr.analysis import plots
-from paqdetr.analysis.report.analyze import _labels
-from paqdetr.analysis.report.folder import require_report_place, write_folder
-from paqdetr.analysis.report.page import Chapter, Heading, render, written
-from paqdetr.analysis.section import Column, Figure, Picture, Section, Slides, Table
+from paqdetr.analysis.analyze import _labels
 from paqdetr.errors import ConfigError, StorageError
+from paqdetr.report import plots
+from paqdetr.report.page import Chapter, Heading, render, require_report_place, write_folder, written
+from paqdetr.report.section import Column, Figure, Picture, Section, Slides, Table
 
 EVIL = "</script><script>alert(1)</script>"
 HEADING = Heading("A report", ("one",), (("Data", "somewhere"),))
@@ -75,9 +74,7 @@ def test_the_page_needs_nothing_else_and_executes_nothing_of_the_data() -> None:
     page = render(HEADING, [Chapter((a_section(),))])
     tags = Tags(page).tags
     sources = [
-        a.get("src") or a.get("href") or ""
-        for tag, a in tags
-        if tag in ("img", "script", "link", "image", "use", "a")
+        a.get("src") or a.get("href") or "" for tag, a in tags if tag in ("img", "script", "link", "image", "use", "a")
     ]
     assert all(source.startswith(("data:", "#")) or not source for source in sources)
     assert not re.search(r"url\((?!#)", page) and "@import" not in page
@@ -132,9 +129,7 @@ def test_names_that_would_clash_or_leave_the_folder_are_refused() -> None:
 
 
 def test_pictures_are_made_smaller_and_kept_whole() -> None:
-    page = render(
-        HEADING, [Chapter((Section("a", "A", "", (Picture("photo", "A photo.", noise(0, 900)),)),))]
-    )
+    page = render(HEADING, [Chapter((Section("a", "A", "", (Picture("photo", "A photo.", noise(0, 900)),)),))])
     uri = re.findall(r'src="data:image/webp;base64,([^"]+)"', page)
     with Image.open(io.BytesIO(base64.b64decode(uri[0]))) as picture:
         assert len(uri) == 1 and max(picture.size) == 640
@@ -147,9 +142,7 @@ def test_the_folder_holds_the_page_and_the_numbers_behind_every_part(tmp_path: P
     chapters = [Chapter((a_section(), a_section()))]
     write_folder(tmp_path / "report", "<html>", chapters)
     found = {str(p.relative_to(tmp_path / "report")) for p in (tmp_path / "report").rglob("*.json")}
-    assert found == {
-        f"data/{where}{n}.json" for where in ("", "against/") for n in ("curve", "classes", "layers")
-    }
+    assert found == {f"data/{where}{n}.json" for where in ("", "against/") for n in ("curve", "classes", "layers")}
     curve = json.loads((tmp_path / "report/data/curve.json").read_text())
     assert curve["data"] == {"x": [0, 1, 2], "y": [None, 0.5]}
     rows = json.loads((tmp_path / "report/data/classes.json").read_text())["data"]["rows"]

@@ -12,11 +12,11 @@ import pytest
 from PIL import Image, ImageColor
 
 from paqdetr.analysis.examples import _choice, draw_outcome
-from paqdetr.analysis.overlay import MARKS, Overlay, mark
-from paqdetr.analysis.section import Figure
 from paqdetr.analysis.subject import Outcome, outcome
 from paqdetr.analysis.training import run_folder, training_section
-from paqdetr.metrics.matching import MatchTable
+from paqdetr.metrics.matches import MatchTable
+from paqdetr.report.overlay import MARKS, Overlay, mark
+from paqdetr.report.section import Figure
 
 
 def truth_and_results() -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from sklearn.metrics import adjusted_mutual_info_score
 
-from paqdetr.analysis.patterns import ContentStudy, Samples
 from paqdetr.analysis.semantics import (
     Measure,
     clusters,
@@ -18,6 +17,7 @@ from paqdetr.analysis.semantics import (
     semantics,
     shuffle_test,
 )
+from paqdetr.evaluation.content import ContentStudy, Samples
 from paqdetr.structures import ClassTable
 
 IMAGES, QUERIES, CATEGORIES, WIDTH = 40, 6, 3, 8

@@ -19,8 +19,8 @@ from paqdetr import __version__, list_models, list_recipes
 from paqdetr.cli import run
 from paqdetr.config import load_config
 from paqdetr.data.check import check_dataset
-from paqdetr.engine import Run
 from paqdetr.errors import ConfigError
+from paqdetr.runs import Run
 from paqdetr.values import environment_integer
 
 
@@ -43,13 +43,10 @@ def test_help_is_quick_and_complete() -> None:
 
 
 def test_the_verbs_as_processes(tmp_path: Path, tiny_run: Run, tiny_digits: Path) -> None:
-    """`train` is run as a process by tests/engine/test_resume.py."""
+    """`train` is run as a process by tests/training/test_resume.py."""
     done = paqdetr("eval", tiny_run.best, "--data", tiny_digits, "--json", tmp_path / "out.json")
     assert done.returncode == 0, done.stderr
-    assert (
-        "AP50" in done.stdout
-        and json.loads((tmp_path / "out.json").read_text())["AP"] == tiny_run.metrics["AP"]
-    )
+    assert "AP50" in done.stdout and json.loads((tmp_path / "out.json").read_text())["AP"] == tiny_run.metrics["AP"]
 
     done = paqdetr("predict", tiny_run.output, tiny_digits / "test", "--output", tmp_path / "drawn")
     assert done.returncode == 0, done.stderr
@@ -133,10 +130,7 @@ def test_eval_of_a_checkpoint(
 
 def test_eval_of_results(tmp_path: Path, tiny_digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = json.loads((tiny_digits / "val.json").read_text())
-    rows = [
-        {k: a[k] for k in ("image_id", "category_id", "bbox")} | {"score": 0.5}
-        for a in content["annotations"]
-    ]
+    rows = [{k: a[k] for k in ("image_id", "category_id", "bbox")} | {"score": 0.5} for a in content["annotations"]]
     (tmp_path / "results.json").write_text(json.dumps(rows))
     out = tmp_path / "out.json"
     arguments = ["eval", "--results", str(tmp_path / "results.json")]
@@ -270,9 +264,7 @@ def test_data_make_is_not_repeated(tmp_path: Path, capsys: pytest.CaptureFixture
     assert (tmp_path / "d" / "train.json").stat().st_mtime_ns == written
 
 
-def test_data_check_names_every_problem(
-    tmp_path: Path, tiny_digits: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_data_check_names_every_problem(tmp_path: Path, tiny_digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = Path(shutil.copytree(tiny_digits, tmp_path / "digits"))
     content = json.loads((folder / "train.json").read_text())
     content["annotations"][0]["bbox"] = ["x", 1, 2, 3]
@@ -379,9 +371,7 @@ def test_debug_shows_where_a_mistake_was_noticed(capsys: pytest.CaptureFixture[s
         "train paq_dino_nano --data x --output y",
     ],
 )
-def test_interrupted(
-    arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_interrupted(arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Only what can go on is said to."""
 
     def stopped(*_: object, **__: object) -> None:
@@ -394,9 +384,7 @@ def test_interrupted(
     assert said.startswith("interrupted: ") and ("--resume" in said) == arguments.startswith("train")
 
 
-def test_a_path_that_cannot_be_written(
-    tmp_path: Path, tiny_digits: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_path_that_cannot_be_written(tmp_path: Path, tiny_digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "results.json").write_text("[]")
     arguments = ["eval", "--results", str(tmp_path / "results.json")]
     arguments += ["--annotations", str(tiny_digits / "val.json"), "--json", str(tmp_path)]
@@ -449,9 +437,7 @@ def test_a_path_that_may_not_be_written_is_refused_before_the_work(
         ("train dino_nano --data x --output y --seed 18446744073709551616", ("--seed", "4294967295")),
     ],
 )
-def test_numbers_out_of_range(
-    command: str, words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_numbers_out_of_range(command: str, words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     """The words are those that every version of typer says."""
     assert run(command.split()) == 2
     said = capsys.readouterr().err
@@ -491,15 +477,13 @@ def test_environment_variables_that_are_no_numbers(
     done = paqdetr("train", "dino_nano", "--data", tiny_digits, "--output", tmp_path / "run")
     lines = done.stderr.splitlines()
     assert done.returncode == 2 and len(lines) == 2, done.stderr
-    assert f"error: the environment variable {name} is {value!r}, expected a whole number" in lines[
-        0
-    ].replace(f" process {value}:", "")
+    assert f"error: the environment variable {name} is {value!r}, expected a whole number" in lines[0].replace(
+        f" process {value}:", ""
+    )
 
 
 @pytest.mark.integration
-def test_the_encoding_of_the_console_does_not_matter(
-    tiny_digits: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_encoding_of_the_console_does_not_matter(tiny_digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     monkeypatch.setenv("PYTHONUTF8", "0")
     done = paqdetr("data", "check", f"{tiny_digits}-ü\udcff\x1b[2J")

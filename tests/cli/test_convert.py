@@ -14,13 +14,13 @@ import torch
 
 from paqdetr.checkpoint import read_header
 from paqdetr.cli import run
-from paqdetr.models import create_model, load, save
+from paqdetr.models import create_model, load
 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     model = create_model("dn_detr_nano", num_classes=3, dim=32, ffn_dim=16, num_queries=6)
-    save(model, tmp_path / "x.safetensors")
+    model.save(tmp_path / "x.safetensors")
     return tmp_path / "x.safetensors"
 
 
@@ -95,9 +95,7 @@ class _Evil:
         return os.mkdir, (str(self.path),)
 
 
-def test_a_malicious_file_is_refused_without_a_trace(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_malicious_file_is_refused_without_a_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"model": {"a": torch.zeros(1)}, "x": _Evil(tmp_path / "trap")}, tmp_path / "evil.pth")
     output = tmp_path / "out.safetensors"
     assert run(["convert", str(tmp_path / "evil.pth"), "--from", "dino", "--output", str(output)]) == 2

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from paqdetr.engine import Run
+from paqdetr.runs import Run
 
 pytestmark = pytest.mark.integration
 
@@ -160,9 +160,7 @@ def test_a_disk_that_gets_full(verbs: dict[str, tuple[list[str], str]], tmp_path
     assert all(one["again"] == 0 for one in found)
     kept, stats, make, convert, predict = (one["files"] for one in found)
     assert kept == {"a.json": len(old)} and stats == make == convert == {}
-    assert 0 < len(predict) < 4 and all(
-        name.endswith(".jpg") and size > 1000 for name, size in predict.items()
-    )
+    assert 0 < len(predict) < 4 and all(name.endswith(".jpg") and size > 1000 for name, size in predict.items())
 
 
 def test_a_disk_that_may_not_be_written(verbs: dict[str, tuple[list[str], str]], tmp_path: Path) -> None:

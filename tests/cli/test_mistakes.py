@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from paqdetr.cli import run
-from paqdetr.engine import Run
+from paqdetr.runs import Run
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,7 @@ CASES: dict[str, Case] = {}
 BEGUN = {"image_that_does_not_decode"}
 
 
-def case(
-    error: str, remedy: str = ""
-) -> Callable[[Callable[[World], list[str]]], Callable[[World], list[str]]]:
+def case(error: str, remedy: str = "") -> Callable[[Callable[[World], list[str]]], Callable[[World], list[str]]]:
     def keep(make: Callable[[World], list[str]]) -> Callable[[World], list[str]]:
         CASES[make.__name__] = (make, error, remedy)
         return make
@@ -293,9 +291,7 @@ def state_of_more_processes(w: World) -> list[str]:
 @case("it is of another model: it lacks")
 def state_that_lacks_a_tensor(w: World) -> list[str]:
     run = w.unfinished()
-    change_state(
-        run, lambda tensors, header: tensors.pop(next(key for key in tensors if key.startswith("model.")))
-    )
+    change_state(run, lambda tensors, header: tensors.pop(next(key for key in tensors if key.startswith("model."))))
     return w.resume()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from paqdetr.cli import run
-from paqdetr.engine import Run
+from paqdetr.runs import Run
 
 pytestmark = pytest.mark.integration
 
@@ -26,10 +26,7 @@ def data(tiny_digits: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def overrides(tiny_settings: dict[str, Any]) -> list[str]:
-    return [
-        f"{key}={value}"
-        for key, value in {**tiny_settings, "epochs": 1, "max_steps": 2, "workers": 0}.items()
-    ]
+    return [f"{key}={value}" for key, value in {**tiny_settings, "epochs": 1, "max_steps": 2, "workers": 0}.items()]
 
 
 def test_check(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,9 +58,7 @@ def test_train_eval_and_analyze(
 
     assert run(["eval", str(tmp_path / "run"), "--data", str(data), "--json", str(tmp_path / "e.json")]) == 0
     said = capsys.readouterr()
-    assert f"{data} has no split 'val': 'test' is used" in caplog.text and "digits test" in " ".join(
-        said.out.split()
-    )
+    assert f"{data} has no split 'val': 'test' is used" in caplog.text and "digits test" in " ".join(said.out.split())
     assert json.loads((tmp_path / "e.json").read_text())["AP"] >= 0
 
     report = ["analyze", str(tmp_path / "run"), "--data", str(data), "--output", str(tmp_path / "report")]

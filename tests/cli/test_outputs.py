@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 
 from paqdetr.cli import run
-from paqdetr.engine import Run
 from paqdetr.outputs import RESULTS, made_by
+from paqdetr.runs import Run
 
 
 @pytest.fixture
@@ -156,8 +156,8 @@ def test_a_folder_with_other_files_is_kept(
 
 
 def test_a_report_with_notes_in_it_is_kept(tmp_path: Path) -> None:
-    from paqdetr.analysis.report.folder import require_report_place, write_folder
     from paqdetr.errors import ConfigError
+    from paqdetr.report.page import require_report_place, write_folder
 
     page = '<!doctype html><meta name="generator" content="paqdetr analyze 0.1">'
     write_folder(tmp_path / "report", page, [])
@@ -185,7 +185,7 @@ def test_analyze_looks_at_its_folder_before_the_work(
 ) -> None:
     from paqdetr import outputs
 
-    monkeypatch.setattr("paqdetr.analysis.report.analyze.evaluate_split", None)
+    monkeypatch.setattr("paqdetr.analysis.analyze.evaluate_split", None)
     monkeypatch.setattr(outputs.os, "access", lambda path, mode: Path(path) != tmp_path)
     assert run([*commands["analyze"], "--output", str(tmp_path / "report")]) == 2
     assert f"{tmp_path} may not be written" in capsys.readouterr().err
@@ -202,7 +202,7 @@ def test_an_interrupted_predict_says_what_there_is(
 
     arguments = [*commands["predict"], "--output", str(tmp_path / "out")]
     with monkeypatch.context() as patch:
-        patch.setattr("paqdetr.engine.predict.write_json", stop)
+        patch.setattr("paqdetr.evaluation.predict.write_json", stop)
         assert run(arguments) == 130
     assert f"interrupted: what is drawn is in {tmp_path / 'out'}" in capsys.readouterr().err
     assert len(list((tmp_path / "out").iterdir())) == 4
@@ -252,9 +252,7 @@ def test_eval_of_a_checkpoint_with_too_few_queries(
     arguments = ["eval", str(tiny_run.best), "--data", str(folder), "--max-detections"]
     assert run([*arguments, "100", "--results-out", str(out)]) == 0
     said = capsys.readouterr().err
-    assert (
-        "note: 1 of 4 images have more than 20 boxes (up to " in said and "raise model.num_queries=20" in said
-    )
+    assert "note: 1 of 4 images have more than 20 boxes (up to " in said and "raise model.num_queries=20" in said
     assert len(json.loads(out.read_text())) == 4 * 200  # all pairs of a query and a class
 
 
@@ -272,9 +270,7 @@ def killed(command: list[str], begun: Callable[[], bool]) -> None:
 
 
 @pytest.mark.integration
-def test_a_killed_predict_is_repeated(
-    commands: dict[str, list[str]], tiny_digits: Path, tmp_path: Path
-) -> None:
+def test_a_killed_predict_is_repeated(commands: dict[str, list[str]], tiny_digits: Path, tmp_path: Path) -> None:
     for number in range(300):
         (tmp_path / f"{number}.jpg").symlink_to(tiny_digits / "val" / "000000.jpg")
     out = tmp_path / "out"

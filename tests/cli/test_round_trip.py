@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from paqdetr.cli import run
-from paqdetr.engine import Run
+from paqdetr.runs import Run
 
 pytestmark = pytest.mark.integration
 
@@ -21,9 +21,7 @@ def truth(tiny_digits: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def written(
-    tiny_run: Run, tiny_digits: Path, truth: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Path]:
+def written(tiny_run: Run, tiny_digits: Path, truth: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """predictions.json with the ids of the annotations, and with file names alone."""
     folder = tmp_path_factory.mktemp("predicted")
     arguments = ["predict", str(tiny_run.best), str(tiny_digits / "val"), "--threshold", "0.01"]
@@ -112,9 +110,7 @@ def test_supervision(as_annotations: Path, tiny_digits: Path, rows: list[dict[st
         assert [data.classes[label] for label in found.class_id] == [row["category_name"] for row in own]
 
 
-def test_torchvision_and_transformers(
-    as_annotations: Path, tiny_digits: Path, rows: list[dict[str, Any]]
-) -> None:
+def test_torchvision_and_transformers(as_annotations: Path, tiny_digits: Path, rows: list[dict[str, Any]]) -> None:
     from torchvision.datasets import CocoDetection
     from transformers import DetrImageProcessor
 

@@ -47,9 +47,7 @@ def result(output: Path, variant: str, seed: int, ap: float) -> None:
     file.write_text(found.to_text())
 
 
-def test_plan_lists_the_runs_and_makes_nothing(
-    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_plan_lists_the_runs_and_makes_nothing(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "out"
     assert run(["study", str(study), "--output", str(output), "--plan"]) == 0
     said = capsys.readouterr().out

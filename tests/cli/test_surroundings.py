@@ -15,7 +15,9 @@ pytestmark = pytest.mark.integration
 
 PROGRAM = shlex.join([sys.executable, "-m", "paqdetr"])
 # Nothing can be written but in /dev and the like.
-READ_ONLY = "mount -o bind,ro /tmp /tmp; mount -o remount,bind,ro /; cd /; unset TMPDIR TEMP TMP TORCHINDUCTOR_CACHE_DIR; "
+READ_ONLY = (
+    "mount -o bind,ro /tmp /tmp; mount -o remount,bind,ro /; cd /; unset TMPDIR TEMP TMP TORCHINDUCTOR_CACHE_DIR; "
+)
 
 
 def shell(command: str) -> subprocess.CompletedProcess[str]:

@@ -247,9 +247,7 @@ def test_a_circle_of_bases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rela
         ({"preset": "papr"}, "unknown preset 'papr'", "the only preset is 'paper'"),
     ],
 )
-def test_each_mistake_names_key_value_and_remedy(
-    overrides: dict[str, Any], message: str, remedy: str
-) -> None:
+def test_each_mistake_names_key_value_and_remedy(overrides: dict[str, Any], message: str, remedy: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config("dino_nano", overrides)
     assert message in caught.value.message and remedy in caught.value.remedy
@@ -432,9 +430,7 @@ def test_retired_keys_load_at_the_value_at_which_they_did_nothing(tmp_path: Path
 )
 def test_retired_keys_at_other_values_name_the_commit_that_has_them(key: str, value: Any) -> None:
     name = key.partition(".")[2]
-    with pytest.raises(
-        ConfigError, match=rf"{name}={value!r} was removed; the last commit that has it is 170e1a7"
-    ):
+    with pytest.raises(ConfigError, match=rf"{name}={value!r} was removed; the last commit that has it is 170e1a7"):
         load_config("paq_dino_nano", {key: value})
 
 
@@ -464,9 +460,7 @@ def test_a_part_alone_is_no_model_but_can_be_a_base(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", list_configs())
 def test_every_file_says_how_to_run_it_and_on_what(name: str) -> None:
     configs = Path(paqdetr.__file__).parent / "configs"
-    (path,) = [
-        p for p in (configs / "models" / f"{name}.yaml", configs / "recipes" / f"{name}.yaml") if p.is_file()
-    ]
+    (path,) = [p for p in (configs / "models" / f"{name}.yaml", configs / "recipes" / f"{name}.yaml") if p.is_file()]
     head = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert any(f"paqdetr train {name} --data" in line for line in head)
     config = load_config(name)

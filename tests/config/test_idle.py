@@ -13,13 +13,13 @@ from paqdetr.cli import run
 from paqdetr.config import Config, idle_settings, load_config
 from paqdetr.config.schema import known_fields
 from paqdetr.config.section import Needs
-from paqdetr.engine import train
 from paqdetr.errors import ConfigError
 from paqdetr.losses import build_criterion
 from paqdetr.models.zoo import build_model
 from paqdetr.structures import Targets
 from paqdetr.study.runs import Places, plan_runs
 from paqdetr.study.spec import load_study
+from paqdetr.training import train
 
 TINY = {
     "model.dim": 32,
@@ -88,11 +88,7 @@ def step(config: Config) -> tuple[float, float]:
 
 
 def test_every_setting_of_the_table_is_known_and_tried() -> None:
-    named = {
-        key
-        for key, field in known_fields().items()
-        if any(isinstance(mark, Needs) for mark in field.metadata)
-    }
+    named = {key for key, field in known_fields().items() if any(isinstance(mark, Needs) for mark in field.metadata)}
     # The schedule's two show in no single step.
     assert named - set(CASES) == {"drop_at", "lr_reference_batch"}
 
@@ -110,9 +106,7 @@ def test_what_is_called_idle_is_and_what_is_not_is_not(key: str, one_thread: Non
 
 def test_settings_of_the_images_half_need_it() -> None:
     config = load_config("paq_dino_nano", {"model.mixture_input": "query"})
-    half = {
-        f"model.{key}" for key in ("extractor", "extractor_conv", "head", "head_rank", "normalize_summary")
-    }
+    half = {f"model.{key}" for key in ("extractor", "extractor_conv", "head", "head_rank", "normalize_summary")}
     idle = idle_settings(config, [*half, "model.num_patterns", "model.gain", "model.bias_std"])
     assert set(idle) == half
     assert idle["model.extractor"] == "model.mixture_input=image or both"
@@ -138,15 +132,13 @@ def test_a_training_names_them(
     with caplog.at_level(logging.WARNING):
         train("dino_nano", data=tiny_digits, output=tmp_path / "run", device="cpu", settings=settings)
     told = [record.message for record in caplog.records if "changes nothing" in record.message]
-    assert told == [
-        "model.num_patterns=16 changes nothing here: it needs model.queries=patterns or static_mixture"
-    ]
+    assert told == ["model.num_patterns=16 changes nothing here: it needs model.queries=patterns or static_mixture"]
 
 
 def test_a_plan_names_them(
     tiny_digits: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("paqdetr.engine.plan.plan_training", _stop)
+    monkeypatch.setattr("paqdetr.training.plan.plan_training", _stop)
     words = ["image_size=96", "loss.gamma=0.5"]
     assert run(["plan", "dino_nano", *words, "--data", str(tiny_digits)]) == 2
     assert "note: loss.gamma=0.5 changes nothing here" in capsys.readouterr().err

@@ -85,9 +85,7 @@ class Writer:
 
     # Backbones
 
-    def resnet(
-        self, prefix: str, blocks: tuple[int, ...] = (2, 2, 2, 2), *, deep: bool = False
-    ) -> tuple[int, ...]:
+    def resnet(self, prefix: str, blocks: tuple[int, ...] = (2, 2, 2, 2), *, deep: bool = False) -> tuple[int, ...]:
         """torchvision's ResNet; `deep` has bottlenecks. Returns the widths of its stages."""
         self.conv(f"{prefix}conv1", 3, 64, 7, bias=False)
         self.frozen_batch_norm(f"{prefix}bn1", 64)
@@ -156,9 +154,7 @@ class Writer:
 
     # Parts that Deformable DETR's descendants share
 
-    def levels(
-        self, widths: tuple[int, ...], levels: int, *, name: str = "input_proj", bias: bool = True
-    ) -> None:
+    def levels(self, widths: tuple[int, ...], levels: int, *, name: str = "input_proj", bias: bool = True) -> None:
         """1x1 convolutions, then 3x3 ones of stride 2, a GroupNorm on each."""
         for i in range(levels):
             fan_in = widths[i] if i < len(widths) else (widths[-1] if i == len(widths) else DIM)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from paqdetr.convert import COCO, ConversionReport, convert_checkpoint
 from paqdetr.errors import CheckpointError, ConfigError, UserError
-from paqdetr.models import Detector, create_model, load, save
+from paqdetr.models import Detector, create_model, load
 
 if TYPE_CHECKING:
     from tests.convert.conftest import Original  # its fixtures make them
@@ -69,7 +69,7 @@ def test_a_converted_model_can_be_saved_and_loaded(
     converted: tuple[Detector, ConversionReport], tmp_path: Path
 ) -> None:
     model, _ = converted
-    save(model, tmp_path / "x.safetensors")
+    model.save(tmp_path / "x.safetensors")
     loaded = load(tmp_path / "x.safetensors")
     images = torch.randn(1, 3, 96, 128)
     with torch.no_grad():
@@ -162,9 +162,7 @@ def test_heads_are_shared_where_all_copies_are_equal(variant: str, shared: bool,
 def test_heads_that_the_program_shares_have_to_be_equal(make_original: Make) -> None:
     original = make_original("deformable one-stage")
     original.state["bbox_embed.1.layers.0.bias"] += 1
-    with pytest.raises(
-        CheckpointError, match="3 box_heads are one and the same in its program, but number 1 differs"
-    ):
+    with pytest.raises(CheckpointError, match="3 box_heads are one and the same in its program, but number 1 differs"):
         convert(original)
 
 
@@ -233,9 +231,7 @@ def test_variants_that_cannot_be_built_are_refused(
 # README.md of DN-DETR trains its model of 49.5 AP with the first name, main.py knows the second.
 @pytest.mark.parametrize("name", ["dab_deformable_detr", "dn_dab_deformable_detr"])
 def test_both_names_of_dn_detrs_deformable_model_are_known(name: str, make_original: Make) -> None:
-    model, _ = convert_checkpoint(
-        with_argument(make_original("dn_detr"), "modelname", name), origin="dn_detr"
-    )
+    model, _ = convert_checkpoint(with_argument(make_original("dn_detr"), "modelname", name), origin="dn_detr")
     assert model.config.denoising == "plain"
 
 
@@ -280,7 +276,7 @@ def test_images_and_detections_are_treated_as_the_program_does(
     variant: str, make_original: Make, tmp_path: Path
 ) -> None:
     model, report = convert(make_original(variant))
-    save(model, tmp_path / "x.safetensors")
+    model.save(tmp_path / "x.safetensors")
     kept = load(tmp_path / "x.safetensors")
     for one in (model, kept):
         found = (
@@ -341,9 +337,7 @@ def test_one_decoder_layer_scales_no_positions(make_original: Make) -> None:
         ),
     ],
 )
-def test_unknown_tensors_are_an_error_unless_partial(
-    variant: str, key: str, message: str, make_original: Make
-) -> None:
+def test_unknown_tensors_are_an_error_unless_partial(variant: str, key: str, message: str, make_original: Make) -> None:
     original = make_original(variant)
     original.state[key] = torch.zeros(8, 64, 1, 1)
     with pytest.raises(CheckpointError, match=message) as caught:
@@ -458,7 +452,7 @@ def test_content_from_proposals_becomes_patterns(make_original: Make, tmp_path: 
 def test_a_checkpoint_of_ours_starts_a_paq_model(tmp_path: Path) -> None:
     small = {"dim": 32, "ffn_dim": 16, "encoder_layers": 1, "decoder_layers": 2, "num_queries": 6}
     baseline = create_model("dn_detr_nano", num_classes=3, **small)
-    save(baseline, tmp_path / "best.safetensors")
+    baseline.save(tmp_path / "best.safetensors")
     model, report = convert_checkpoint(tmp_path, origin="paqdetr", model="paq_dn_detr_nano")
     ours, theirs = model.state_dict(), baseline.state_dict()
     assert model.name == "paq_dn_detr_nano" and model.classes == baseline.classes
@@ -491,7 +485,5 @@ def test_a_model_of_another_host_is_refused(model: str, message: str, make_origi
 def test_another_host_is_refused(make_original: Make, tmp_path: Path) -> None:
     recipe = tmp_path / "dn.yaml"
     recipe.write_text("base: paq_dn_detr_r50\nmodel: {backbone: resnet18}\n")
-    with pytest.raises(
-        CheckpointError, match=r"positions='proposals', and .* has positions='anchors': another host"
-    ):
+    with pytest.raises(CheckpointError, match=r"positions='proposals', and .* has positions='anchors': another host"):
         convert(make_original("dino"), model=str(recipe))

@@ -44,9 +44,7 @@ def test_numbers_go_over_with_their_arithmetic() -> None:
 
 def test_rows_are_split_and_packed_in_the_order_named() -> None:
     both = torch.arange(8.0).view(2, 4)
-    found = _apply(
-        both_weight=both, v_weight=torch.ones(1, 2), q_weight=torch.zeros(1, 2), k_weight=-torch.ones(1, 2)
-    )
+    found = _apply(both_weight=both, v_weight=torch.ones(1, 2), q_weight=torch.zeros(1, 2), k_weight=-torch.ones(1, 2))
     assert found["left"].tolist() == [[0, 1], [4, 5]]
     assert found["right"].tolist() == [[2, 3], [6, 7]]
     assert found["qkv"].tolist() == [[0, 0], [-1, -1], [1, 1]]

@@ -82,16 +82,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def test_boxes_and_scores_equal_the_originals(variant: str, make_original: Callable[[str], Any]) -> None:
     original = make_original(variant)
     for key in ("transformer.enc_out_class_embed.bias", "transformer.encoder_class_head.bias"):
-        if (
-            key in original.state
-        ):  # slots without a class never had an object, so in a trained model they never win
+        if key in original.state:  # slots without a class never had an object, so in a trained model they never win
             original.state[key][[i for i in range(91) if i not in COCO.ids]] = -100.0
     given = {"num_heads": HEADS, "num_queries": QUERIES}
     model, _ = convert_checkpoint(original.save(), origin=original.origin, settings=given)
     images, mask = _batch(256 if "swin" in variant else 96)
-    state = {
-        key: value.double() if value.is_floating_point() else value for key, value in original.state.items()
-    }
+    state = {key: value.double() if value.is_floating_point() else value for key, value in original.state.items()}
     with torch.no_grad():
         logits, boxes = Reference(state, VARIANTS[variant])(images, mask)
         found = model.double()(images, mask)
@@ -136,15 +132,11 @@ def test_predictions_equal_the_originals_from_picture_to_boxes(
     else:
         resized = picture.resize((width, height), Image.Resampling.BILINEAR)
         pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1)
-    mean, std = (
-        torch.tensor(x).double()[:, None, None] for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    )
+    mean, std = (torch.tensor(x).double()[:, None, None] for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     images = F.pad((pixels.double() / 255 - mean) / std, (0, wide - width, 0, tall - height))[None]
     mask = torch.ones(1, tall, wide, dtype=torch.bool)
     mask[:, :height, :width] = False
-    state = {
-        key: value.double() if value.is_floating_point() else value for key, value in original.state.items()
-    }
+    state = {key: value.double() if value.is_floating_point() else value for key, value in original.state.items()}
     with torch.no_grad():
         logits, boxes = (x[-1, 0] for x in Reference(state, VARIANTS[variant])(images, mask))
     best = logits.sigmoid().flatten().topk(most)
@@ -213,9 +205,7 @@ class Reference:
 
     def backbone(self, images: Tensor) -> list[Tensor]:
         prefix = next(
-            p
-            for p in ("backbone.0.body.", "backbone.0.", "backbone.")
-            if any(k.startswith(p) for k in self.state)
+            p for p in ("backbone.0.body.", "backbone.0.", "backbone.") if any(k.startswith(p) for k in self.state)
         )
         own = {key.removeprefix(prefix): value for key, value in self.state.items() if key.startswith(prefix)}
         return _swin(own, images) if any("relative_position" in key for key in own) else _resnet(own, images)
@@ -257,9 +247,7 @@ class Reference:
         rows, columns = (~mask[:, :, 0]).sum(1).double(), (~mask[:, 0]).sum(1).double()
         y = (torch.arange(height).double() + 0.5)[None] / rows[:, None]
         x = (torch.arange(width).double() + 0.5)[None] / columns[:, None]
-        return torch.stack(
-            [x[:, None].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)], -1
-        ).flatten(1, 2)
+        return torch.stack([x[:, None].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)], -1).flatten(1, 2)
 
     def deformable(
         self, name: str, query: Tensor, reference: Tensor, memory: Tensor, shapes: list[Any], padding: Tensor
@@ -288,9 +276,7 @@ class Reference:
                 result[:, :, head] += (sampled * weights[:, None, :, head, level]).sum(-1).transpose(1, 2)
         return self.linear(f"{name}output_proj.", result.flatten(2))
 
-    def encode(
-        self, x: Tensor, position: Tensor, reference: Tensor, shapes: list[Any], padding: Tensor
-    ) -> Tensor:
+    def encode(self, x: Tensor, position: Tensor, reference: Tensor, shapes: list[Any], padding: Tensor) -> Tensor:
         for i in range(2):
             layer = self.names["encoder"].format(i)
             first, second = (layer + norm for norm in self.names["encoder_norms"])
@@ -365,11 +351,7 @@ class Reference:
             if relation
             else ("class_embed.{}.", "bbox_embed.{}")
         )
-        rows = (
-            torch.tensor(COCO.ids)
-            if self.state[f"{classes.format(0)}weight"].shape[0] == 91
-            else torch.arange(80)
-        )
+        rows = torch.tensor(COCO.ids) if self.state[f"{classes.format(0)}weight"].shape[0] == 91 else torch.arange(80)
         for i in range(3):
             layer = self.names["decoder"].format(i)
             scaled = reference[:, :, None] * ratios.repeat(1, 1, reference.shape[-1] // 2)[:, None]
@@ -383,9 +365,7 @@ class Reference:
             after_self, after_cross, after_ffn = (layer + norm for norm in self.names["decoder_norms"])
             x = self.norm(after_self, x + self.attend(layer + self.names["self_attention"], x, position))
             name = layer + self.names["cross_attention"]
-            x = self.norm(
-                after_cross, x + self.deformable(name, x + position, scaled, memory, shapes, padding)
-            )
+            x = self.norm(after_cross, x + self.deformable(name, x + position, scaled, memory, shapes, padding))
             x = self.norm(after_ffn, x + self.feed_forward(layer, x))
             state = self.norm("transformer.decoder.norm.", x) if self.facts.get("norm") else x
             known = _logit(reference, eps)
@@ -393,9 +373,7 @@ class Reference:
             logits.append(self.linear(classes.format(i), state)[..., rows])
             boxes.append((self.mlp(regress.format(i), state) + known).sigmoid())
             if self.host not in ("one-stage", "single scale"):
-                reference = (
-                    self.mlp(regress.format(i), x) + known
-                ).sigmoid()  # of the output before the norm
+                reference = (self.mlp(regress.format(i), x) + known).sigmoid()  # of the output before the norm
         return torch.stack(logits), torch.stack(boxes)
 
     def attend(self, name: str, x: Tensor, position: Tensor) -> Tensor:

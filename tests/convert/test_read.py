@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 
 from paqdetr.config.model import problem_of
 from paqdetr.convert.conversion import LAYOUTS, _label_names
-from paqdetr.convert.layout import Layout
+from paqdetr.convert.keymap import Layout
 from paqdetr.convert.read import read_source
-from paqdetr.convert.settle import _hinted, _require
+from paqdetr.convert.target import _hinted, _require
 from paqdetr.errors import CheckpointError
 
 WEIGHTS = {"a.weight": torch.tensor([1.0]), "b.bias": torch.tensor([2.0])}
@@ -244,9 +244,7 @@ def test_a_file_cut_short_is_named(tmp_path: Path) -> None:
 def test_files_without_weights_say_what_they_hold(tmp_path: Path) -> None:
     path = tmp_path / "x.pth"
     torch.save({"epoch": 3, "loss": 0.5}, path)
-    with pytest.raises(
-        CheckpointError, match="no weights under model, state_dict, ema_model; it holds epoch, loss"
-    ):
+    with pytest.raises(CheckpointError, match="no weights under model, state_dict, ema_model; it holds epoch, loss"):
         read_source(path)
     torch.save([torch.zeros(1)], path)
     with pytest.raises(CheckpointError, match="expected a dict of tensors, found list"):

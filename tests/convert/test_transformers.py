@@ -117,8 +117,7 @@ def test_a_sharded_folder_gives_the_same_model(tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path / "parts", max_shard_size="10MB")
     assert (tmp_path / "parts" / "model.safetensors.index.json").is_file()
     whole, parts = (
-        convert_checkpoint(tmp_path / name, origin="transformers")[0].state_dict()
-        for name in ("whole", "parts")
+        convert_checkpoint(tmp_path / name, origin="transformers")[0].state_dict() for name in ("whole", "parts")
     )
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
 

@@ -81,9 +81,7 @@ def test_normalisation_comes_last() -> None:
 def test_the_box_stays_around_what_is_white(
     seed: int, height: int, width: int, place: tuple[float, ...], scale: float, divisor: int
 ) -> None:
-    across, down = (
-        12 + int(share * (side - 12)) for share, side in zip(place[:2], (width, height), strict=True)
-    )
+    across, down = (12 + int(share * (side - 12)) for share, side in zip(place[:2], (width, height), strict=True))
     left, top = int(place[2] * (width - across)), int(place[3] * (height - down))
     pixels, boxes = scene(height, width, (left, top, left + across, top + down))
     torch.manual_seed(seed)
@@ -106,9 +104,7 @@ def test_the_box_stays_around_what_is_white(
 def test_labels_stay_with_their_boxes(seed: int) -> None:
     pixels, boxes = scene(100, 100, (5, 60, 35, 90), (60, 10, 95, 50))
     torch.manual_seed(seed)
-    result = augment(size=200, crop=1.0, crop_size=(0.3, 0.9), flip=0.5)(
-        pixels, boxes, np.array([1, 2]), scale=1.0
-    )
+    result = augment(size=200, crop=1.0, crop_size=(0.3, 0.9), flip=0.5)(pixels, boxes, np.array([1, 2]), scale=1.0)
     assert len(result.labels) == len(result.boxes) >= 1
     for label, box in zip(result.labels.tolist(), corners(result), strict=True):
         white = extent(result.pixels[label])
@@ -120,9 +116,7 @@ def test_a_box_that_is_dropped_shows_less_than_a_fifth(seed: int) -> None:
     pixels, boxes = scene(100, 100, (0, 0, 40, 40), (60, 60, 100, 100))
     torch.manual_seed(seed)
     result = augment(size=100, crop=1.0, crop_size=(0.5, 0.7))(pixels, boxes, np.array([1, 2]), scale=1.0)
-    share = (
-        result.pixels.shape[1] / 100
-    ) ** 2  # pixels of the result for one of the original: the crop is enlarged
+    share = (result.pixels.shape[1] / 100) ** 2  # pixels of the result for one of the original: the crop is enlarged
     for label in {1, 2} - set(result.labels.tolist()):
         # The crop's side is at least 50 of 100 pixels, so it is enlarged by at most 2 in each direction.
         assert int((result.pixels[label] > 127.5).sum()) < 0.2 * 40 * 40 * 4 * share + 100
@@ -131,9 +125,7 @@ def test_a_box_that_is_dropped_shows_less_than_a_fifth(seed: int) -> None:
 def test_images_without_boxes_are_cropped_too() -> None:
     pixels, boxes = scene(64, 64)
     torch.manual_seed(0)
-    result = augment(size=64, crop=1.0, crop_size=(0.5, 0.5), flip=1.0)(
-        pixels, boxes, np.zeros(0, np.int64), scale=1.0
-    )
+    result = augment(size=64, crop=1.0, crop_size=(0.5, 0.5), flip=1.0)(pixels, boxes, np.zeros(0, np.int64), scale=1.0)
     assert result.boxes.shape == (0, 4) and result.labels.shape == (0,) and result.pixels.shape == (3, 64, 64)
 
 

@@ -26,9 +26,7 @@ Case = tuple[str, Callable[[Path], object], str, int, str]
 CASES: dict[str, Case] = {}
 
 
-def case(
-    form: str, said: str, *, code: int = 2, split: str = "train"
-) -> Callable[[Callable[[Path], object]], Any]:
+def case(form: str, said: str, *, code: int = 2, split: str = "train") -> Callable[[Callable[[Path], object]], Any]:
     def keep(make: Callable[[Path], object]) -> Callable[[Path], object]:
         assert make.__name__ not in CASES
         CASES[make.__name__] = (form, make, said, code, split)
@@ -101,9 +99,7 @@ row(
     "more than the 49 that are read",
     text("train.json", " " * 70_000 + "{}"),
 )
-row(
-    "coco", "json_without_categories", "has no `categories`, found annotations, images", without("categories")
-)
+row("coco", "json_without_categories", "has no `categories`, found annotations, images", without("categories"))
 row("coco", "json_without_images", "has no `images`", without("images"))
 row("coco", "json_with_no_image", "`images` is empty", change("", images=[]))
 row("coco", "json_with_no_class", "`categories` is empty", change("", categories=[]))
@@ -255,17 +251,10 @@ def png_header(width: int, height: int) -> bytes:
     """A PNG of some bytes that claims any size."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-        )
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b""))
-        + chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 row("coco", "image_that_is_a_bomb", "b.png: the image is too large", text(B, png_header(60_000, 60_000)))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from paqdetr.data.cache import PixelCache
+from paqdetr.data.loader import PixelCache
 from paqdetr.errors import ConfigError
 
 SIZES = np.array([[4, 5], [10, 10], [2, 3]])

@@ -18,15 +18,11 @@ from paqdetr.data.digits import make_digits
 from paqdetr.errors import DataError
 
 
-def make_split(
-    root: Path, split: str, images: list[dict[str, Any]], annotations: list[Any], names: list[str]
-) -> None:
+def make_split(root: Path, split: str, images: list[dict[str, Any]], annotations: list[Any], names: list[str]) -> None:
     (root / split).mkdir(parents=True)
     rng = np.random.default_rng(sum(map(ord, split)))
     for image in images:
-        Image.fromarray(rng.integers(0, 256, (10, 20, 3), dtype=np.uint8)).save(
-            root / split / image["file_name"]
-        )
+        Image.fromarray(rng.integers(0, 256, (10, 20, 3), dtype=np.uint8)).save(root / split / image["file_name"])
     categories = [{"id": i, "name": name} for i, name in enumerate(names)]
     content = {"images": images, "annotations": annotations, "categories": categories}
     (root / f"{split}.json").write_text(json.dumps(content))
@@ -90,7 +86,7 @@ def test_a_broken_data_set(tmp_path: Path) -> None:
     assert [message for subject, message in errors if subject == json_file] == [
         "annotation 6 of image 2 has category_id 9, which `categories` does not list",
         "annotation 7 belongs to image 99, which `images` does not list",
-        "annotation 8 of image 2 has bbox [1, 1, 5], expected four finite numbers [x, y, w, h]",
+        "annotation 8 of image 2 has bbox [1, 1, 5], expected four finite numbers [x, y, w, h], w and h not below 0",
     ]
     others = {Path(subject).name: message for subject, message in errors if subject != json_file}
     assert others.keys() == {"3.png", "4.png", "5.png"}
@@ -133,9 +129,7 @@ def test_a_broken_data_set(tmp_path: Path) -> None:
         ([], "`images` is empty"),
     ],
 )
-def test_what_training_would_refuse_is_an_error(
-    tmp_path: Path, images: list[dict[str, Any]], message: str
-) -> None:
+def test_what_training_would_refuse_is_an_error(tmp_path: Path, images: list[dict[str, Any]], message: str) -> None:
     make_split(tmp_path, "train", images, [], ["a"])
     assert any(message in problem.message for problem in check_dataset(tmp_path).errors)
 
@@ -157,9 +151,7 @@ def test_copies_and_leaks_are_told_apart(tmp_path: Path) -> None:
     for workers in (1, 2):
         report = check_dataset(tmp_path, workers=workers)
         found = {p.kind: (p.split, p.subject, p.message) for p in report.warnings}
-        assert found["duplicate image"][:2] == ("train", "b.jpg") and found["duplicate image"][2].endswith(
-            "a.jpg"
-        )
+        assert found["duplicate image"][:2] == ("train", "b.jpg") and found["duplicate image"][2].endswith("a.jpg")
         assert found["leak between splits"][:2] == ("val", "d.jpg")
         assert found["leak between splits"][2].endswith(" of 64 bits differ) train/c.jpg")
 
@@ -256,9 +248,7 @@ def change_boxes(root: Path, split: str, boxes: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("name", SUMMARY)
-def test_what_matters_most_is_said_first(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
-) -> None:
+def test_what_matters_most_is_said_first(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     change, sentence = SUMMARY[name]
     for split in ("train", "val", "test"):
         make_split(tmp_path, split, [image(n) for n in (1, 2, 3)], [box(n, n, n % 2, 1, 1, 5, 5) for n in (1, 2, 3)],

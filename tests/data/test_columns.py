@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paqdetr.data.columns import Ids, Texts
+from paqdetr.data.annotations import Ids, Texts
 
 
 @given(st.lists(st.text(alphabet=st.characters())))

@@ -65,9 +65,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for split, own in images.items():
         for _, name, width, height in own:
             (root / split / name).parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(
-                root / split / name
-            )
+            Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(root / split / name)
         content = {
             "images": [{"id": i, "file_name": n, "width": w, "height": h} for i, n, w, h in own],
             "annotations": [{"id": n, **row} for n, row in enumerate(rows[split])],
@@ -142,9 +140,7 @@ def test_the_files_of_coco(source: Path, tmp_path: Path) -> None:
         (2, "x/y", "sub/8.jpg"),
         (3, 3, "7.jpg"),
     ]
-    assert [
-        (a["image_id"], a["category_id"], a["bbox"], a["area"], a["iscrowd"]) for a in train["annotations"]
-    ] == [
+    assert [(a["image_id"], a["category_id"], a["bbox"], a["area"], a["iscrowd"]) for a in train["annotations"]] == [
         (1, 90, [4, 6, 10, 8], 33.5, 0),
         (1, 0, [20.25, 2.5, 8.125, 8], 65, 0),
         (1, 90, [0, 0, 32, 24], 600, 1),
@@ -279,9 +275,7 @@ def renamed(to: str) -> Change:
         ("yolo", renamed("fold 3"), "fold 3.json: YOLO has no place for the split 'fold 3'"),
     ],
 )
-def test_what_cannot_be_written_is_named(
-    source: Path, tmp_path: Path, to: str, change: Change, message: str
-) -> None:
+def test_what_cannot_be_written_is_named(source: Path, tmp_path: Path, to: str, change: Change, message: str) -> None:
     root = Path(shutil.copytree(source, tmp_path / "in"))
     content = json.loads((root / "train.json").read_text())
     change(root, content)
@@ -381,9 +375,7 @@ def test_torchvision_and_transformers_read_what_is_written(as_coco: Path) -> Non
 @pytest.mark.integration
 @pytest.mark.parametrize("to", TARGETS)
 @pytest.mark.parametrize("form", ["coco", "yolo", "crowdhuman"])
-def test_supervision_reads_what_is_written(
-    tiny_data: dict[str, Path], tmp_path: Path, form: str, to: str
-) -> None:
+def test_supervision_reads_what_is_written(tiny_data: dict[str, Path], tmp_path: Path, form: str, to: str) -> None:
     import supervision
 
     root = tmp_path / "out"
@@ -401,8 +393,7 @@ def test_supervision_reads_what_is_written(
     assert len(data) == 3
     for path, _, found in data:
         corners = sorted(
-            (*box, data.classes[label])
-            for box, label in zip(found.xyxy.tolist(), found.class_id, strict=True)
+            (*box, data.classes[label]) for box, label in zip(found.xyxy.tolist(), found.class_id, strict=True)
         )
         expected = expected_of(path, {"person"} if form == "crowdhuman" else {"person", "rider"})
         assert [row[4] for row in corners] == [row[4] for row in expected]
@@ -422,7 +413,5 @@ def test_what_is_lost_breaks_nothing_for_others(source: Path, tmp_path: Path, to
     data = CocoDetection(str(tmp_path / "back/train"), str(tmp_path / "back/train.json"))
     assert all(isinstance(own, int) for own in data.ids) and len(data) == 3
     assert all(isinstance(row["image_id"], int) for _, rows in data for row in rows)
-    read = supervision.DetectionDataset.from_coco(
-        str(tmp_path / "back/train"), str(tmp_path / "back/train.json")
-    )
+    read = supervision.DetectionDataset.from_coco(str(tmp_path / "back/train"), str(tmp_path / "back/train.json"))
     assert len(read) == 3

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from paqdetr.data.fingerprints import MAX_BITS, Fingerprint, fingerprint, similar
+from paqdetr.data.check import MAX_BITS, Fingerprint, fingerprint, similar
 
 PHOTOGRAPHS = [Image.fromarray(image) for image in load_sample_images().images]
 

@@ -256,9 +256,7 @@ def test_cityscapes_groups_are_crowds_and_other_classes_have_no_box(copy_of: Any
     root = copy_of("cityscapes")
     path = root / "gtFine" / "train" / "ulm" / "c_gtFine_polygons.json"
     triangle = [[0, 0], [10, 0], [0, 10]]
-    objects = [
-        {"label": name, "polygon": triangle} for name in ("cargroup", "car", "caravan", "bicyclegroup")
-    ]
+    objects = [{"label": name, "polygon": triangle} for name in ("cargroup", "car", "caravan", "bicyclegroup")]
     objects.append({"label": "car", "polygon": triangle, "deleted": 1})  # type: ignore[dict-item]
     path.write_text(json.dumps({"imgHeight": 24, "imgWidth": 32, "objects": objects}))
     train = open_split(root, "train")

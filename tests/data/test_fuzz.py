@@ -26,9 +26,7 @@ FILES = {
 }
 LIKELY = [1, 2, 0, -1, 10**20, 1e308, "a.png", "b.png", "../a.png", "1", [4, 6, 10, 8], "person", "rider"]
 VALUES = st.recursive(
-    st.one_of(
-        st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=12), st.sampled_from(LIKELY)
-    ),
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=12), st.sampled_from(LIKELY)),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=8,
 )
@@ -123,9 +121,7 @@ def test_json_with_other_values(
     read_anyhow(roots[form])
 
 
-WORDS = st.sampled_from(
-    ["0", "1", "2", "-1", "0.5", "1.0", "nan", "inf", "1e400", "640", "x", "1_0", ARABIC_THREE]
-)
+WORDS = st.sampled_from(["0", "1", "2", "-1", "0.5", "1.0", "nan", "inf", "1e400", "640", "x", "1_0", ARABIC_THREE])
 
 
 @EXAMPLES
@@ -135,12 +131,8 @@ def test_label_lines(roots: dict[str, Path], rows: list[list[str]]) -> None:
     read_anyhow(roots["yolo"])
 
 
-TAGS = st.sampled_from(
-    ["xmin", "ymin", "xmax", "ymax", "name", "difficult", "bndbox", "size", "width", "object"]
-)
-CONTENTS = st.sampled_from(
-    ["1", "20", "-3", "nan", "1e9999", "1e8", "person", "", "0", "9" * 50, ARABIC_THREE]
-)
+TAGS = st.sampled_from(["xmin", "ymin", "xmax", "ymax", "name", "difficult", "bndbox", "size", "width", "object"])
+CONTENTS = st.sampled_from(["1", "20", "-3", "nan", "1e9999", "1e8", "person", "", "0", "9" * 50, ARABIC_THREE])
 
 
 @EXAMPLES
@@ -154,9 +146,7 @@ def test_xml_elements(roots: dict[str, Path], tags: list[tuple[str, str]]) -> No
     read_anyhow(roots["voc"])
 
 
-ENTRIES = st.sampled_from(
-    ["images/train", "../images/train", ".", "/", "images", ["a", "b"], {0: "a", 1: "b"}]
-)
+ENTRIES = st.sampled_from(["images/train", "../images/train", ".", "/", "images", ["a", "b"], {0: "a", 1: "b"}])
 
 
 @EXAMPLES

@@ -42,9 +42,7 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> DetectionDataset:
     for i in range(10):
         width, height = (40, 60) if i < 4 else (60, 40)
         name = f"{i}.png"
-        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(
-            folder / "train" / name
-        )
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / "train" / name)
         images.append({"id": 100 + i, "file_name": name, "width": width, "height": height})
         for j in range(i % 4):
             annotations.append(
@@ -62,9 +60,7 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> DetectionDataset:
 
 
 def settings(**overrides: object) -> Config:
-    return load_config(
-        "paq_dino_nano", {"image_size": 64, "batch_size": 3, "augment.color": 0.2, **overrides}
-    )
+    return load_config("paq_dino_nano", {"image_size": 64, "batch_size": 3, "augment.color": 0.2, **overrides})
 
 
 def epoch(config: Config, split: DetectionDataset, epochs: int = 1) -> list[Batch]:

@@ -54,9 +54,7 @@ def test_a_loader_holds_no_python_object_for_each_record(tmp_path: Path) -> None
     held = [*containers(split), *containers(loader._loader.dataset), *containers(batches)]
     assert isinstance(loader._loader.dataset, TrainingImages) and len(held) > 10
     assert [item for item in held if len(item) >= RECORDS // 2] == []
-    assert any(
-        isinstance(item, np.ndarray) and len(item) >= RECORDS for item in gc.get_referents(vars(split))
-    )
+    assert any(isinstance(item, np.ndarray) and len(item) >= RECORDS for item in gc.get_referents(vars(split)))
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from paqdetr.data.mosaic import mosaic
+from paqdetr.data.augment import mosaic
 
 
 def tile(number: int, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -25,9 +25,7 @@ def tile(number: int, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
     return pixels, torch.tensor([box]), torch.tensor([number])
 
 
-@given(
-    seed=st.integers(0, 2**62), sizes=st.lists(st.tuples(*[st.integers(40, 120)] * 2), min_size=4, max_size=4)
-)
+@given(seed=st.integers(0, 2**62), sizes=st.lists(st.tuples(*[st.integers(40, 120)] * 2), min_size=4, max_size=4))
 def test_boxes_stay_with_what_they_are_around(seed: int, sizes: list[tuple[int, int]]) -> None:
     torch.manual_seed(seed)
     pixels, boxes, labels = mosaic([tile(i, *size) for i, size in enumerate(sizes)], min_visible=0.2)
@@ -57,9 +55,7 @@ def test_what_is_hardly_to_be_seen_has_no_box(seed: int) -> None:
     pixels, boxes, labels = mosaic([tile(i, 60, 60) for i in range(4)], min_visible=0.2)
     for number in set(range(3)) - set(labels.tolist()):
         share = (pixels[number] > 127).float().mean()
-        assert (
-            share < 0.2 * 0.25 * 1.3 * 1.5**2
-        )  # a fifth of the quarter of a tile that fills 65 % and is enlarged
+        assert share < 0.2 * 0.25 * 1.3 * 1.5**2  # a fifth of the quarter of a tile that fills 65 % and is enlarged
 
 
 def test_images_without_boxes() -> None:

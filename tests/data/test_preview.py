@@ -51,9 +51,7 @@ def test_the_command_shows_what_settings_do(tiny_data: dict[str, Path], tmp_path
     assert len(set(sheets)) == 4 and sheets[0] == sheets[4]
 
 
-def test_a_setting_that_is_none(
-    tiny_data: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_setting_that_is_none(tiny_data: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = [
         "data",
         "preview",

@@ -32,9 +32,7 @@ def test_somebody_else_works() -> None:
     names = set(read_ahead(range(8), lambda _: threading.current_thread(), threads=2))
     assert 1 <= len(names) <= 2 and threading.current_thread() not in names
     assert not any(thread.is_alive() for thread in names)
-    assert set(read_ahead(range(3), lambda _: threading.current_thread(), threads=0)) == {
-        threading.current_thread()
-    }
+    assert set(read_ahead(range(3), lambda _: threading.current_thread(), threads=0)) == {threading.current_thread()}
 
 
 @pytest.mark.parametrize("threads", [0, 2])

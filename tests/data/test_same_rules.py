@@ -72,9 +72,7 @@ def edit(path: Path, old: str, new: str, count: int = 1) -> None:
 def test_a_name_finds_its_file_in_any_unicode_form(copy_of: Any, form: str, on_disk: Any) -> None:
     """Annotations and pictures in different forms; é is one character in NFC and two in NFD."""
     root = copy_of(form)
-    picture, text = (
-        unicodedata.normalize(kind, "é") for kind in (on_disk, "NFD" if on_disk == "NFC" else "NFC")
-    )
+    picture, text = (unicodedata.normalize(kind, "é") for kind in (on_disk, "NFD" if on_disk == "NFC" else "NFC"))
     for path in list((root / PICTURES[form]).iterdir()):
         if path.name.startswith("a"):
             path.rename(path.with_name(path.name.replace("a", picture, 1)))

@@ -17,14 +17,14 @@ from paqdetr.cli import run as cli
 from paqdetr.config import load_config
 from paqdetr.data import split as split_module
 from paqdetr.data.annotations import Annotations, Builder, Issues
-from paqdetr.data.check_images import ImageFacts
+from paqdetr.data.check import ImageFacts
 from paqdetr.data.dataset import open_split
 from paqdetr.data.layout import available_splits, find_split, split_to_evaluate
 from paqdetr.data.split import divide, duplicate_groups, hold_out, split_dataset
 from paqdetr.data.stats import describe_crowding
-from paqdetr.engine.setup import describe_data, open_splits
 from paqdetr.errors import ConfigError, DataError
 from paqdetr.structures import ClassTable
+from paqdetr.training.setup import describe_data, open_splits
 
 Classes = list[list[int]]  # of every image, those of its boxes
 
@@ -52,9 +52,7 @@ def with_digests(monkeypatch: pytest.MonkeyPatch, digests: list[int]) -> None:
     test=st.floats(0, 0.3),
     seed=st.integers(0, 5),
 )
-def test_every_image_is_in_one_part_and_no_group_in_two(
-    groups: list[int], val: float, test: float, seed: int
-) -> None:
+def test_every_image_is_in_one_part_and_no_group_in_two(groups: list[int], val: float, test: float, seed: int) -> None:
     shares = {"val": val} | ({"test": test} if test else {})
     with pytest.MonkeyPatch.context() as patch:
         with_digests(patch, groups)
@@ -63,10 +61,7 @@ def test_every_image_is_in_one_part_and_no_group_in_two(
         except DataError:
             assert len(set(groups)) < len(groups) or len(groups) < 8  # single images can be divided
             return
-        assert (
-            divide(annotations([[]] * len(groups)), shares, seed=seed)["val"].tolist()
-            == parts["val"].tolist()
-        )
+        assert divide(annotations([[]] * len(groups)), shares, seed=seed)["val"].tolist() == parts["val"].tolist()
     assert sorted(np.concatenate(list(parts.values())).tolist()) == list(range(len(groups)))
     found = [{groups[index] for index in part} for part in parts.values()]
     assert sum(map(len, found)) == len(set(groups)) and all(found)
@@ -93,13 +88,9 @@ def test_the_last_images_of_a_class_stay_in_train(monkeypatch: pytest.MonkeyPatc
     ("digests", "classes"),
     [([1, 1, 1, 1], [[0]] * 4), ([1, 2], [[0], [1]]), ([7], [[0]]), ([1, 1, 2, 2, 3, 3, 4, 4], [[0]] * 8)],
 )
-def test_what_cannot_be_divided(
-    monkeypatch: pytest.MonkeyPatch, digests: list[int], classes: Classes
-) -> None:
+def test_what_cannot_be_divided(monkeypatch: pytest.MonkeyPatch, digests: list[int], classes: Classes) -> None:
     with_digests(monkeypatch, digests)
-    with pytest.raises(
-        DataError, match=r"x\.json: \d images in \d groups of near-duplicates cannot be divided"
-    ):
+    with pytest.raises(DataError, match=r"x\.json: \d images in \d groups of near-duplicates cannot be divided"):
         divide(annotations(classes), {"val": 0.1}, seed=0)
 
 
@@ -156,9 +147,7 @@ def test_the_command(train_only: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "coco from coco: train 8 images 8 boxes, val 3 images 3 boxes, test 1 images 1 boxes" in said.out
     assert "note: duplicate boxes left out: 2" in said.err
     assert available_splits(tmp_path / "out") == ["train", "val", "test"]
-    names = [
-        name for split in ("train", "val", "test") for name in open_split(tmp_path / "out", split).file_names
-    ]
+    names = [name for split in ("train", "val", "test") for name in open_split(tmp_path / "out", split).file_names]
     assert sorted(names) == sorted(open_split(train_only, "train").file_names)
     assert cli([*command[:3], str(tmp_path / "again"), *command[4:]]) == 0
     assert [p.read_text() for p in sorted((tmp_path / "out").glob("*.json"))] == [
@@ -306,11 +295,7 @@ def test_duplicate_boxes_are_left_out_of_training_alone(train_only: Path) -> Non
     assert np.flatnonzero(read.duplicates()).tolist() == [1, 3]
 
 
-@given(
-    rows=st.lists(
-        st.tuples(st.integers(0, 2), st.integers(0, 1), st.integers(0, 1), st.booleans()), max_size=12
-    )
-)
+@given(rows=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 1), st.integers(0, 1), st.booleans()), max_size=12))
 def test_duplicates_are_those_of_a_slow_search(rows: list[tuple[int, int, int, bool]]) -> None:
     builder = Builder()
     for index in range(3):
@@ -318,9 +303,7 @@ def test_duplicates_are_those_of_a_slow_search(rows: list[tuple[int, int, int, b
     for image, label, side, crowd in rows:
         builder.add_box(image, label, [side, 1, 2, 1 + side], crowd=crowd)
     built = builder.build(source=Path("x"), image_dir=Path("x"), classes=ClassTable((1, 2), ("a", "b")))
-    keys = [
-        tuple(row) for row in np.column_stack([built.owners, built.labels, built.crowd, built.boxes]).tolist()
-    ]
+    keys = [tuple(row) for row in np.column_stack([built.owners, built.labels, built.crowd, built.boxes]).tolist()]
     assert built.duplicates().tolist() == [key in keys[:place] for place, key in enumerate(keys)]
 
 

@@ -32,8 +32,7 @@ def coco(file: Path, images: Path, stems: list[str], *, prefix: str = "") -> Non
     content = {
         "info": {},
         "images": [
-            {"id": n, "file_name": f"{prefix}{stem}.png", "width": 32, "height": 24}
-            for n, stem in enumerate(stems)
+            {"id": n, "file_name": f"{prefix}{stem}.png", "width": 32, "height": 24} for n, stem in enumerate(stems)
         ],
         "annotations": [{"image_id": n, "category_id": 1, "bbox": [2, 3, 8, 9]} for n in range(len(stems))],
         "categories": [{"id": 1, "name": "cat"}],
@@ -204,9 +203,7 @@ def test_layout(tmp_path: Path, name: str) -> None:
     for split, stems in expected.items():
         opened = open_split(tmp_path, split)
         assert [Path(file).stem for file in opened.file_names] == stems
-        assert [opened.boxes(index).tolist() for index in range(len(opened))] == [[[2, 3, 10, 12]]] * len(
-            stems
-        )
+        assert [opened.boxes(index).tolist() for index in range(len(opened))] == [[[2, 3, 10, 12]]] * len(stems)
 
 
 AMBIGUOUS: dict[str, tuple[Callable[[Path], Any], str]] = {

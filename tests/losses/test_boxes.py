@@ -46,9 +46,7 @@ def test_flat_pairs() -> None:
 def test_sums_by_hand() -> None:
     boxes = torch.full((3, 3, 4, 4), 0.9)
     boxes[0, 0, 0] = torch.tensor([0.5, 0.5, 0.2, 0.2])  # perfect
-    boxes[0, 0, 2] = torch.tensor(
-        [0.6, 0.4, 0.4, 0.4]
-    )  # L1 .2, overlap .08, union .24 = hull: IoU = GIoU = 1/3
+    boxes[0, 0, 2] = torch.tensor([0.6, 0.4, 0.4, 0.4])  # L1 .2, overlap .08, union .24 = hull: IoU = GIoU = 1/3
     boxes[0, 0, 3] = torch.tensor([0.7, 0.7, 0.2, 0.2])  # L1 1, touching corners: IoU 0, union .2, hull .36
     boxes[0, 2, 1] = torch.tensor([0.3, 0.3, 0.1, 0.2])  # L1 .1, half of it: IoU = GIoU = .5
     boxes[2, 2, 0] = torch.tensor([0.7, 0.3, 0.2, 0.2])  # L1 .4, apart by .2: union .08, hull .12, GIoU -1/3
@@ -138,7 +136,5 @@ def test_equals_the_all_pairs_functions(seed: int, count: int) -> None:
     flat = FlatPairs.from_pairs([[pairs_of(*((i, i) for i in range(count)))]], [target], CPU)
     _, giou, iou = box_losses(predicted[None, None], flat)
     a, b = box_convert(predicted, "cxcywh", "xyxy"), box_convert(truth, "cxcywh", "xyxy")
-    torch.testing.assert_close(
-        giou, (1 - generalized_box_iou(a, b).diagonal()).sum()[None], atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(giou, (1 - generalized_box_iou(a, b).diagonal()).sum()[None], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(iou, box_iou(a, b).diagonal(), atol=1e-5, rtol=1e-5)

@@ -15,8 +15,7 @@ from paqdetr.config import LossConfig
 from paqdetr.errors import NonFiniteError
 from paqdetr.losses import LossReport, build_criterion
 from paqdetr.models import Detector, create_model
-from paqdetr.models.decoder import Decoded
-from paqdetr.models.detector import DetectorOutput
+from paqdetr.models.outputs import Decoded, DetectorOutput
 from paqdetr.paq import OneToOneAssigner, QualityAwareAssigner
 from paqdetr.structures import Targets
 
@@ -117,9 +116,7 @@ def expected_terms(
 
 
 def as_lists(pairs: Any) -> list[list[tuple[int, int]]]:
-    return [
-        list(zip(found.query_indices.tolist(), found.target_indices.tolist(), strict=True)) for found in pairs
-    ]
+    return [list(zip(found.query_indices.tolist(), found.target_indices.tolist(), strict=True)) for found in pairs]
 
 
 def check_terms(
@@ -148,9 +145,7 @@ def test_every_term_and_the_total(model: Detector, classification: Any, encoder_
         assigner = one_to_one if layer == LAYERS - 1 else one_to_many
         pairs = as_lists(assigner(logits, boxes, targets))
         assert as_lists(report.pairs[layer]) == pairs
-        check_terms(
-            report, f"layer{layer + 1}", expected_terms(logits, boxes, pairs, targets, 4, classification)
-        )
+        check_terms(report, f"layer{layer + 1}", expected_terms(logits, boxes, pairs, targets, 4, classification))
 
     logits, boxes = output.proposals.logits, output.proposals.boxes
     assigner = one_to_one if encoder_assigner == "one_to_one" else one_to_many
@@ -174,9 +169,7 @@ def test_every_term_and_the_total(model: Detector, classification: Any, encoder_
     names += [f"denoising{i + 1}" for i in range(LAYERS)]
     every_name = {f"{name}/{kind}" for name in names for kind in ("class", "l1", "giou")} | {"diversity"}
     assert set(report.terms) == every_name
-    assert report.total.item() == pytest.approx(
-        math.fsum(term.item() for term in report.terms.values()), rel=1e-6
-    )
+    assert report.total.item() == pytest.approx(math.fsum(term.item() for term in report.terms.values()), rel=1e-6)
 
 
 def test_class_loss_differs_between_focal_and_varifocal(model: Detector) -> None:
@@ -184,8 +177,7 @@ def test_class_loss_differs_between_focal_and_varifocal(model: Detector) -> None
     targets = random_targets(2, 2)
     output = run(model, targets)
     focal_terms, varifocal_terms = (
-        build_criterion(LossConfig(classification=kind))(output, targets).terms
-        for kind in ("focal", "varifocal")
+        build_criterion(LossConfig(classification=kind))(output, targets).terms for kind in ("focal", "varifocal")
     )
     for name, value in focal_terms.items():
         same = value.item() == varifocal_terms[name].item()
@@ -255,9 +247,7 @@ def test_the_encoder_follows_its_switch_and_the_schedule(model: Detector) -> Non
     output = near_the_targets(run(model, targets), targets)
     plain = build_criterion(LossConfig(**PAQ))
     both = build_criterion(LossConfig(**PAQ, encoder_assigner="quality_aware"))
-    alone = build_criterion(
-        LossConfig(**(PAQ | dict(assigner="one_to_one", encoder_assigner="quality_aware")))
-    )
+    alone = build_criterion(LossConfig(**(PAQ | dict(assigner="one_to_one", encoder_assigner="quality_aware"))))
     on, off = ({"progress": p} for p in (0.0, 0.5))
     l1 = "encoder/l1"
     assert both(output, targets, **on).terms[l1] > 1.3 * plain(output, targets, **on).terms[l1]
@@ -291,9 +281,7 @@ def test_the_encoder_has_a_lower_bound_of_its_own(model: Detector) -> None:
     assert (own.intermediate.min_positives, own.encoder.min_positives) == (1, 3)  # type: ignore[attr-defined]
     assert (both.intermediate.min_positives, both.encoder.min_positives) == (1, 1)  # type: ignore[attr-defined]
     one, three = (c(output, targets).terms for c in (both, own))
-    assert {key for key in one if one[key] != three[key]} == {
-        f"encoder/{kind}" for kind in ("class", "l1", "giou")
-    }
+    assert {key for key in one if one[key] != three[key]} == {f"encoder/{kind}" for kind in ("class", "l1", "giou")}
 
 
 def test_extra_positives_need_an_overlap(model: Detector) -> None:
@@ -482,9 +470,7 @@ def test_wrong_labels_are_named_where_they_enter(denoise: bool) -> None:
     good, bad = random_targets(2, 1)
     bad = replace(bad, labels=torch.tensor([CLASSES]))
     model = tiny_detector()
-    with pytest.raises(
-        ValueError, match=f"labels of image 'image 1' hold {CLASSES}, and there are {CLASSES}"
-    ):
+    with pytest.raises(ValueError, match=f"labels of image 'image 1' hold {CLASSES}, and there are {CLASSES}"):
         if denoise:
             run(model, [good, bad])
         build_criterion(LossConfig(**PAQ))(run(model, [good, good]), [good, bad])

@@ -14,7 +14,8 @@ from torchvision.ops import box_convert, generalized_box_iou
 from paqdetr.config import LossConfig
 from paqdetr.losses import build_criterion
 from paqdetr.models import create_model
-from paqdetr.models.detector import Detector, DetectorOutput
+from paqdetr.models.detector import Detector
+from paqdetr.models.outputs import DetectorOutput
 from paqdetr.structures import Targets
 
 TINY: dict[str, Any] = dict(
@@ -46,17 +47,13 @@ def focal(logits: Tensor, goal: Tensor) -> Tensor:
     return -0.25 * goal * (1 - p) ** 2 * p.log() - 0.75 * (1 - goal) * p**2 * (1 - p).log()
 
 
-def expected_terms(
-    logits: Tensor, boxes: Tensor, targets: list[Targets], normalizer: float
-) -> dict[str, float]:
+def expected_terms(logits: Tensor, boxes: Tensor, targets: list[Targets], normalizer: float) -> dict[str, float]:
     """One-to-one match and focal, L1 and GIoU losses of (B, N, C) and (B, N, 4), in float64."""
     sums = {"class": 0.0, "l1": 0.0, "giou": 0.0}
     for image_logits, image_boxes, target in zip(logits.double(), boxes.double(), targets, strict=True):
         truth = target.boxes.double()
         p = image_logits.sigmoid()[:, target.labels]
-        giou = generalized_box_iou(
-            box_convert(image_boxes, "cxcywh", "xyxy"), box_convert(truth, "cxcywh", "xyxy")
-        )
+        giou = generalized_box_iou(box_convert(image_boxes, "cxcywh", "xyxy"), box_convert(truth, "cxcywh", "xyxy"))
         cost = 2 * (-0.25 * (1 - p) ** 2 * (p + 1e-8).log() + 0.75 * p**2 * (1 - p + 1e-8).log())
         cost = cost + 5 * torch.cdist(image_boxes, truth, p=1) - 2 * giou
         rows, columns = linear_sum_assignment(cost.detach().numpy())
@@ -122,9 +119,7 @@ def test_the_hybrid_branch_counts_every_box_several_times(weight: float) -> None
     report = build_criterion(config)(output, targets)
     repeated = [Targets(t.labels.repeat(4), t.boxes.repeat(4, 1)) for t in targets]
     for layer in range(2):
-        expected = expected_terms(
-            output.hybrid.logits[layer], output.hybrid.boxes[layer], repeated, 16 / weight
-        )
+        expected = expected_terms(output.hybrid.logits[layer], output.hybrid.boxes[layer], repeated, 16 / weight)
         for kind, value in expected.items():
             assert report.terms[f"hybrid{layer + 1}/{kind}"].item() == pytest.approx(value, rel=1e-4)
     with torch.no_grad():

@@ -13,8 +13,7 @@ from torch import Tensor
 from paqdetr.config import LossConfig
 from paqdetr.losses import Criterion, build_criterion
 from paqdetr.losses.boxes import FlatPairs, box_losses
-from paqdetr.models.decoder import Decoded
-from paqdetr.models.detector import DetectorOutput
+from paqdetr.models.outputs import Decoded, DetectorOutput
 from paqdetr.paq import Assigner, Matchables, Mixture, Pairs
 from paqdetr.structures import Targets
 

@@ -19,9 +19,7 @@ def make_problem() -> Callable[..., Problem]:
     def make(seed: int, *, images: int = 6, classes: int = 3, objects: float = 4.0) -> Problem:
         rng = np.random.default_rng(seed)
         truth: dict[str, Any] = {
-            "images": [
-                {"id": int(i), "width": 500, "height": 500} for i in rng.permutation(3 * images)[:images]
-            ],
+            "images": [{"id": int(i), "width": 500, "height": 500} for i in rng.permutation(3 * images)[:images]],
             "categories": [{"id": 2 * c + 1, "name": f"class {c}"} for c in range(classes)],
             "annotations": [],
         }
@@ -47,9 +45,7 @@ def make_problem() -> Callable[..., Problem]:
                 for _ in range(rng.integers(0, 4)):
                     moved = box * np.concatenate([np.ones(2), rng.uniform(0.7, 1.3, 2)])
                     moved[:2] += rng.normal(0, 0.05, 2) * box[2:]
-                    detect(
-                        image, category if rng.random() < 0.8 else 2 * int(rng.integers(classes)) + 1, moved
-                    )
+                    detect(image, category if rng.random() < 0.8 else 2 * int(rng.integers(classes)) + 1, moved)
             for _ in range(rng.integers(0, 4)):
                 box = np.concatenate([rng.uniform(0, 250, 2), np.exp(rng.uniform(2, 5.5, 2))])
                 detect(image, 2 * int(rng.integers(classes)) + 1, box)

@@ -30,9 +30,7 @@ from paqdetr.metrics import (
 from paqdetr.structures import Detections
 
 
-def truth(
-    annotations: list[tuple], images: tuple = (1, 2), categories: tuple = ((1, "cat"), (2, "dog"))
-) -> dict:
+def truth(annotations: list[tuple], images: tuple = (1, 2), categories: tuple = ((1, "cat"), (2, "dog"))) -> dict:
     """A COCO json; an annotation is (image, category, [x, y, w, h])."""
     return {
         "images": [{"id": i, "width": 640, "height": 480} for i in images],
@@ -49,9 +47,7 @@ def result(image: Any, category: Any, box: list[float], score: float) -> dict[st
 
 
 def pycocotools_stats(ground_truth: dict, results: list[dict], iou_type: str = "bbox") -> np.ndarray:
-    coco_module = pytest.importorskip(
-        "pycocotools.coco", reason="pycocotools is the reference to compare with"
-    )
+    coco_module = pytest.importorskip("pycocotools.coco", reason="pycocotools is the reference to compare with")
     from pycocotools.cocoeval import COCOeval
 
     with contextlib.redirect_stdout(io.StringIO()):
@@ -143,9 +139,7 @@ def test_nothing_is_defined_without_ground_truth(results: list[dict]) -> None:
 
 @pytest.mark.parametrize("name", ["a\ud800", "\0", "$$", "\x1b[2J", ""])
 def test_classes_of_any_name(name: str) -> None:
-    found = evaluate_detections(
-        truth([(1, 1, A)], categories=((1, name), (2, "dog"))), [result(1, 1, A, 0.9)]
-    )
+    found = evaluate_detections(truth([(1, 1, A)], categories=((1, name), (2, "dog"))), [result(1, 1, A, 0.9)])
     assert found.AP == pytest.approx(1) and found.per_class[name] == pytest.approx(1)
 
 
@@ -155,9 +149,7 @@ def test_string_ids_area_and_crowd_filled_in(tmp_path: Path) -> None:
         annotation["id"] = number  # from 0: the plain rules would read the first match as none
         del annotation["area"], annotation["iscrowd"]
     (tmp_path / "gt.json").write_text(json.dumps(gt))
-    figures = evaluate_detections(
-        tmp_path / "gt.json", [result("b.jpg", 1, A, 0.9), result("a.jpg", 2, B, 0.9)]
-    )
+    figures = evaluate_detections(tmp_path / "gt.json", [result("b.jpg", 1, A, 0.9), result("a.jpg", 2, B, 0.9)])
     assert (figures.AP, figures.APs, figures.APl) == pytest.approx((1.0, 1.0, 1.0))
 
 
@@ -266,9 +258,7 @@ def test_malformed_ground_truth(tmp_path: Path) -> None:
 
 
 NUMBERS = st.one_of(
-    st.sampled_from(
-        [1e400, -1e400, math.nan, 10**400, 10**5000, True, None, "1", [], {}, 2**63, 1e308, -1.0]
-    ),
+    st.sampled_from([1e400, -1e400, math.nan, 10**400, 10**5000, True, None, "1", [], {}, 2**63, 1e308, -1.0]),
     st.integers(),
     st.floats(),
     st.text(max_size=3),
@@ -400,9 +390,7 @@ def test_files_with_a_byte_order_mark(tmp_path: Path) -> None:
     gt, rows = named("a.jpg"), [result("a.jpg", 1, A, 0.9)]
     for name, content in (("gt.json", gt), ("rows.json", rows)):
         (tmp_path / name).write_text(json.dumps(content), encoding="utf-8-sig")
-    assert evaluate_detections(
-        tmp_path / "gt.json", read_results(tmp_path / "rows.json")
-    ).AP == pytest.approx(1)
+    assert evaluate_detections(tmp_path / "gt.json", read_results(tmp_path / "rows.json")).AP == pytest.approx(1)
 
 
 # ------------------------------------------------------------------------------------------- crowded images
@@ -468,9 +456,7 @@ def test_equal_to_pycocotools_on_random_problems(seed: int) -> None:
                 results.append(result(image, label, near, float(rng.integers(0, 10)) / 10))
     if not results:
         results = [result(images[0], 1, [0, 0, 10, 10], 0.5)]
-    np.testing.assert_allclose(
-        stats(evaluate_detections(gt, results)), pycocotools_stats(gt, results), atol=1e-12
-    )
+    np.testing.assert_allclose(stats(evaluate_detections(gt, results)), pycocotools_stats(gt, results), atol=1e-12)
 
 
 def published_figures(folder: Path) -> dict[str, list[float]]:
@@ -489,9 +475,7 @@ def published_figures(folder: Path) -> dict[str, list[float]]:
     ("iou_type", "known"),
     [("bbox", {"AP": 0.504581, "AP50": 0.696973, "AP75": 0.572982}), ("segm", {"AP": 0.319545})],
 )
-def test_published_figures(
-    shared_data: Callable[[str], Path], iou_type: Any, known: dict[str, float]
-) -> None:
+def test_published_figures(shared_data: Callable[[str], Path], iou_type: Any, known: dict[str, float]) -> None:
     folder = shared_data("cocoeval_fixture")
     path = folder / "instances_val2014_100.json"
     results = read_results(folder / f"instances_val2014_fake{iou_type}100_results.json")

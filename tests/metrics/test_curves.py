@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from paqdetr.metrics import evaluate_detections
-from paqdetr.metrics.curves import precision_recall, threshold_curves
-from paqdetr.metrics.matching import MatchTable
+from paqdetr.metrics.diagnosis import precision_recall, threshold_curves
+from paqdetr.metrics.matches import MatchTable
 
 BOX, FAR = [10.0, 10.0, 50.0, 50.0], [300.0, 10.0, 50.0, 50.0]
 

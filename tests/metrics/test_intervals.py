@@ -21,7 +21,7 @@ from paqdetr.metrics.intervals import (
     replicate_figures,
     resample_images,
 )
-from paqdetr.metrics.matching import MatchTable
+from paqdetr.metrics.matches import MatchTable
 
 Problem = tuple[dict[str, Any], list[dict[str, Any]]]
 BOX = [10.0, 10.0, 50.0, 50.0]
@@ -136,9 +136,7 @@ def test_a_class_that_is_not_always_drawn() -> None:
     truth = {
         "images": [{"id": i} for i in range(4)],
         "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
-        "annotations": [
-            {"image_id": i, "category_id": c, "bbox": BOX} for i, c in ((0, 1), (1, 2), (2, 2), (3, 2))
-        ],
+        "annotations": [{"image_id": i, "category_id": c, "bbox": BOX} for i, c in ((0, 1), (1, 2), (2, 2), (3, 2))],
     }
     rows = [{"image_id": i, "category_id": c, "bbox": BOX, "score": 0.5} for i, c in ((0, 1), (1, 2))]
     table = MatchTable.match(truth, rows)
@@ -219,17 +217,13 @@ def test_what_intervals_of_ap_cover(make_problem: Callable[..., Problem]) -> Non
     mean = values.mean(axis=0)
     plain = np.quantile(replicates[:, 0], [0.025, 0.975], axis=1)
     own = [interval(value, row) for value, row in zip(values[:, 0], replicates[:, 0], strict=True)]
-    paired = [
-        difference(b - a, after - before) for (a, b), (before, after) in zip(values, replicates, strict=True)
-    ]
+    paired = [difference(b - a, after - before) for (a, b), (before, after) in zip(values, replicates, strict=True)]
     covered = {
         "percentiles": float(np.mean((plain[0] <= mean[0]) & (mean[0] <= plain[1]))),
         "interval": float(np.mean([found.low <= mean[0] <= found.high for found in own])),
         "difference": float(np.mean([found.low <= mean[1] - mean[0] <= found.high for found in paired])),
     }
-    sys.stderr.write(
-        f"AP {mean}, spread {values.std(axis=0)}, replicates {replicates.mean(axis=(0, 2))}; {covered}\n"
-    )
+    sys.stderr.write(f"AP {mean}, spread {values.std(axis=0)}, replicates {replicates.mean(axis=(0, 2))}; {covered}\n")
     assert 0.91 <= covered["interval"] <= 0.98
     assert 0.91 <= covered["difference"] <= 0.98
     assert covered["percentiles"] < covered["interval"]

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 
 from paqdetr.errors import ConfigError, DataError
 from paqdetr.metrics import FIGURE_NAMES, CocoFigures, evaluate_detections, read_results
-from paqdetr.metrics.matching import MatchTable
-from paqdetr.metrics.weighting import WeightedFigures
+from paqdetr.metrics.matches import MatchTable, WeightedFigures
 
 Problem = tuple[dict[str, Any], list[dict[str, Any]]]
 
@@ -41,13 +40,9 @@ def copied(problem: Problem, weights: np.ndarray, image_ids: tuple) -> Problem:
 
 def assert_equal(figures: WeightedFigures, row: int, expected: CocoFigures) -> None:
     for name in FIGURE_NAMES:
-        assert figures.figures[name][row] == pytest.approx(getattr(expected, name), abs=1e-12, nan_ok=True), (
-            name
-        )
+        assert figures.figures[name][row] == pytest.approx(getattr(expected, name), abs=1e-12, nan_ok=True), name
     np.testing.assert_allclose(figures.per_class[row], list(expected.per_class.values()), atol=1e-12)
-    np.testing.assert_allclose(
-        figures.per_class_AP50[row], list(expected.per_class_AP50.values()), atol=1e-12
-    )
+    np.testing.assert_allclose(figures.per_class_AP50[row], list(expected.per_class_AP50.values()), atol=1e-12)
 
 
 @settings(max_examples=15, deadline=None)
@@ -70,9 +65,9 @@ def test_blocks_of_samples_change_nothing(
     table = MatchTable.match(*make_problem(3))
     weights = np.random.default_rng(0).integers(0, 3, (50, len(table.image_ids)))
     whole = table.average_precision(weights)
-    monkeypatch.setattr("paqdetr.metrics.weighting._BLOCK", 100)
+    monkeypatch.setattr("paqdetr.metrics.matches._BLOCK", 100)
     np.testing.assert_array_equal(table.average_precision(weights), whole)
-    monkeypatch.setattr("paqdetr.metrics.matching._PAIRS_AT_ONCE", 2)
+    monkeypatch.setattr("paqdetr.metrics.matches._PAIRS_AT_ONCE", 2)
     np.testing.assert_array_equal(MatchTable.match(*make_problem(3)).average_precision(weights), whole)
 
 
@@ -103,9 +98,7 @@ def test_by_hand() -> None:
     truth = {
         "images": [{"id": "a"}, {"id": "b"}],
         "categories": [{"id": 4, "name": "cat"}],
-        "annotations": [
-            {"image_id": image, "category_id": 4, "bbox": [0, 0, 50, 50]} for image in ("a", "b")
-        ],
+        "annotations": [{"image_id": image, "category_id": 4, "bbox": [0, 0, 50, 50]} for image in ("a", "b")],
     }
     results = [
         {"image_id": "a", "category_id": 4, "bbox": [0, 0, 50, 50], "score": 0.5},
@@ -152,9 +145,7 @@ def test_the_coco_fixture(shared_data: Callable[[str], Path], iou_type: Any) -> 
     table = MatchTable.match(truth, results, iou_type)
     expected = evaluate_detections(truth, results, iou_type=iou_type)
     assert_equal(table.figures(), 0, expected)
-    assert table.figures().figures["AP"][0] == pytest.approx(
-        {"bbox": 0.504581, "segm": 0.319545}[iou_type], abs=1e-6
-    )
+    assert table.figures().figures["AP"][0] == pytest.approx({"bbox": 0.504581, "segm": 0.319545}[iou_type], abs=1e-6)
 
 
 def test_some_images_alone(make_problem: Callable[..., Problem]) -> None:

@@ -11,8 +11,8 @@ import pytest
 
 from paqdetr.errors import ConfigError, DataError
 from paqdetr.metrics import evaluate_detections
-from paqdetr.metrics.matching import MatchTable
-from paqdetr.metrics.mistakes import MISTAKES, confusion, error_split
+from paqdetr.metrics.diagnosis import MISTAKES, confusion, error_split
+from paqdetr.metrics.matches import MatchTable
 
 CAT, DOG = 1, 2
 BOX = [10.0, 10.0, 100.0, 100.0]

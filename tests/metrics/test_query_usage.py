@@ -39,9 +39,7 @@ def image(seed: int) -> dict[str, Any]:
 
 
 def batch(images: list[dict[str, Any]]) -> dict[str, Any]:
-    joined: dict[str, Any] = {
-        key: torch.cat([one[key] for one in images]) for key in images[0] if key != "targets"
-    }
+    joined: dict[str, Any] = {key: torch.cat([one[key] for one in images]) for key in images[0] if key != "targets"}
     return joined | {"targets": [target for one in images for target in one["targets"]]}
 
 
@@ -105,9 +103,7 @@ def test_against_a_slow_reference(sizes: int) -> None:
     assert found.equal is not None and found.equal.threshold is not None and found.target is not None
     assert found.equal.counts.tolist() == (scores > found.equal.threshold).sum(0).tolist()
     # No other threshold comes nearer to as many activations as boxes.
-    distances = [
-        abs((scores > threshold).sum() / 12 - found.target) for threshold in np.linspace(0, 1, 10_001)
-    ]
+    distances = [abs((scores > threshold).sum() / 12 - found.target) for threshold in np.linspace(0, 1, 10_001)]
     assert abs(found.equal.per_image - found.target) == pytest.approx(min(distances))
     expected, ranks, places = [0] * N, np.zeros((N, N), dtype=int), [[] for _ in range(N)]
     for one, row in zip(every, scores, strict=True):

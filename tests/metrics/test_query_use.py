@@ -82,9 +82,7 @@ def test_the_area_under_the_curve_is_the_coefficient(x: list[int]) -> None:
     assert (coarse <= np.linspace(0, 1, 101) + 1e-12).all(), "no curve lies above the diagonal"
 
 
-@pytest.mark.parametrize(
-    ("images", "per_image", "n"), [(20, 3.0, 10), (5, 9.0, 10), (127, 9.2, 100), (50, 12.0, 900)]
-)
+@pytest.mark.parametrize(("images", "per_image", "n"), [(20, 3.0, 10), (5, 9.0, 10), (127, 9.2, 100), (50, 12.0, 900)])
 def test_chance_is_what_simulated_images_give(images: int, per_image: float, n: int) -> None:
     rng = np.random.default_rng(0)
     tries = [gini(rng.binomial(images, per_image / n, n)) for _ in range(400)]

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from paqdetr.errors import ConfigError, DataError
-from paqdetr.metrics.coco_records import CocoRecords
-from paqdetr.metrics.matching import MatchTable
-from paqdetr.metrics.reliability import calibration
+from paqdetr.metrics.coco import CocoRecords
+from paqdetr.metrics.diagnosis import calibration
+from paqdetr.metrics.matches import MatchTable
 
 BOX, FAR = [0.0, 0.0, 100.0, 100.0], [300.0, 0.0, 100.0, 100.0]
 
@@ -25,13 +25,10 @@ def table(rows: list[tuple[list[float], float]], crowd: int = 0) -> MatchTable:
         "images": [{"id": i} for i in range(len(rows))],
         "categories": [{"id": 1, "name": "cat"}],
         "annotations": [
-            {"image_id": i, "category_id": 1, "bbox": BOX, "iscrowd": int(i < crowd)}
-            for i in range(len(rows))
+            {"image_id": i, "category_id": 1, "bbox": BOX, "iscrowd": int(i < crowd)} for i in range(len(rows))
         ],
     }
-    results = [
-        {"image_id": i, "category_id": 1, "bbox": box, "score": score} for i, (box, score) in enumerate(rows)
-    ]
+    results = [{"image_id": i, "category_id": 1, "bbox": box, "score": score} for i, (box, score) in enumerate(rows)]
     return MatchTable.match(truth, results)
 
 

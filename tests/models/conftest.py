@@ -70,8 +70,6 @@ def make_tokens() -> Callable[..., Tokens]:
             rows.append(padded.flatten(2).transpose(1, 2))
             masks.append(mask)
             shapes.append((height + padding, width + padding))
-        return Tokens.from_values(
-            torch.cat(rows, dim=1), shapes, masks if padding else None, temperature=temperature
-        )
+        return Tokens.from_values(torch.cat(rows, dim=1), shapes, masks if padding else None, temperature=temperature)
 
     return build

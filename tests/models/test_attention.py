@@ -100,9 +100,7 @@ def test_padded_memory_is_never_read(stir: Callable[[nn.Module], None]) -> None:
     query, reference, memory = torch.randn(1, 4, 8), torch.rand(1, 4, 2, 4), torch.randn(1, 16, 8)
     mask = torch.rand(1, 16) > 0.5
     other = memory.masked_fill(mask[..., None], 1e6)
-    assert torch.equal(
-        layer(query, reference, memory, SHAPES, mask), layer(query, reference, other, SHAPES, mask)
-    )
+    assert torch.equal(layer(query, reference, memory, SHAPES, mask), layer(query, reference, other, SHAPES, mask))
 
 
 @torch.no_grad()

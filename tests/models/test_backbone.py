@@ -14,9 +14,8 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from paqdetr.errors import ConfigError
 from paqdetr.models import backbone as module
-from paqdetr.models.backbone import Backbone, load_imagenet_weights, normalization_of
+from paqdetr.models.backbone import Backbone, load_imagenet_weights, normalization_of, pad_before_shift
 from paqdetr.models.folding import FoldedNorm
-from paqdetr.models.swin import pad_before_shift
 from paqdetr.preprocessing import Normalization, to_pixels
 
 STRIDES = (8, 16, 32)
@@ -38,8 +37,7 @@ def test_each_feature_has_its_stride_and_channels_and_is_used(name: str) -> None
     backbone = build(name)
     maps = backbone(torch.randn(2, 3, 64, 96))
     assert [tuple(x.shape) for x in maps] == [
-        (2, channels, 64 // stride, 96 // stride)
-        for channels, stride in zip(backbone.channels, STRIDES, strict=True)
+        (2, channels, 64 // stride, 96 // stride) for channels, stride in zip(backbone.channels, STRIDES, strict=True)
     ]
     sum(x.square().mean() for x in maps).backward()
     assert [key for key, p in backbone.named_parameters() if p.requires_grad and p.grad is None] == []
@@ -230,9 +228,7 @@ def test_output_norms_are_over_the_channels_of_each_map() -> None:
         norm.weight.uniform_(0.5, 2.0)
     for x, found, norm in zip(plain(images), normed(images), normed.norms, strict=True):
         mean, variance = x.mean(1, keepdim=True), x.var(1, unbiased=False, keepdim=True)
-        expected = (x - mean) / (variance + 1e-5).sqrt() * norm.weight[:, None, None] + norm.bias[
-            :, None, None
-        ]
+        expected = (x - mean) / (variance + 1e-5).sqrt() * norm.weight[:, None, None] + norm.bias[:, None, None]
         assert (found - expected).abs().max() < 1e-4
 
 

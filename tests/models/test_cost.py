@@ -83,9 +83,7 @@ def test_what_pattern_queries_add() -> None:
     weights = D * QUERIES * m + QUERIES * m + linear(D, D) + 2 * D + m * D
     branch = linear(D, D) + 9 * D + 2 * D  # 1x1, depthwise 3x3, norm
     fusion = linear(D, D // 16) + linear(D // 16, D) + 2 * 49 + 1
-    assert (
-        paq.parameters - plain.parameters == weights + levels * branch + (levels - 1) * fusion - QUERIES * D
-    )
+    assert paq.parameters - plain.parameters == weights + levels * branch + (levels - 1) * fusion - QUERIES * D
 
 
 def test_operations_by_hand() -> None:

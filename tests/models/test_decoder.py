@@ -43,9 +43,7 @@ def build(*, layers: int = 4, **changes: Any) -> Decoder:
     return decoder
 
 
-def run(
-    decoder: Decoder, content: Tensor, reference: Tensor, memory: Tokens, mask: Tensor | None = None
-) -> Decoded:
+def run(decoder: Decoder, content: Tensor, reference: Tensor, memory: Tokens, mask: Tensor | None = None) -> Decoded:
     return decoder(QueryGroup(content, reference), memory, mask)
 
 
@@ -59,9 +57,7 @@ def logit(x: Tensor) -> Tensor:
     return (x / (1 - x)).log()
 
 
-def slow_decoder(
-    decoder: Decoder, content: Tensor, reference: Tensor, memory: Tokens
-) -> list[tuple[Tensor, Tensor]]:
+def slow_decoder(decoder: Decoder, content: Tensor, reference: Tensor, memory: Tokens) -> list[tuple[Tensor, Tensor]]:
     """Layer by layer: embed the box, attend, look, feed forward; move the box in logit space."""
     ratios = memory.valid_ratios.repeat(1, 1, 2)  # (B, L, 4)
     x, box, out = content, reference, []
@@ -72,9 +68,7 @@ def slow_decoder(
         attended = layer.self_attention(x + position, x + position, x)[0]
         x = F.layer_norm(x + attended, (8,), layer.self_norm.weight, layer.self_norm.bias)
         places = torch.stack([box * ratios[:, level, None] for level in range(2)], dim=2)
-        looked = layer.cross_attention(
-            x + position, places, memory.values, memory.spatial_shapes, memory.padding_mask
-        )
+        looked = layer.cross_attention(x + position, places, memory.values, memory.spatial_shapes, memory.padding_mask)
         x = F.layer_norm(x + looked, (8,), layer.cross_norm.weight, layer.cross_norm.bias)
         x = layer.ffn(x)
         state = F.layer_norm(x, (8,), decoder.norm.weight, decoder.norm.bias)
@@ -114,9 +108,7 @@ def test_looking_forward_twice_changes_gradients_not_values(inputs: tuple, stir:
 
 @pytest.mark.parametrize("twice", [True, False])
 @pytest.mark.parametrize("layer", [0, 1, 2, 3])
-def test_which_box_heads_the_loss_of_a_layer_reaches(
-    inputs: tuple, stir: Callable, twice: bool, layer: int
-) -> None:
+def test_which_box_heads_the_loss_of_a_layer_reaches(inputs: tuple, stir: Callable, twice: bool, layer: int) -> None:
     decoder = build(look_forward_twice=twice)
     stir(decoder)
     run(decoder, *inputs).boxes[layer].square().sum().backward()
@@ -164,9 +156,7 @@ def test_shared_heads(inputs: tuple, stir: Callable) -> None:
     for i in range(4):
         for kind in ("class_heads", "box_heads"):
             state |= {
-                k.replace(f"{kind}.0", f"{kind}.{i}"): v
-                for k, v in decoder.state_dict().items()
-                if k.startswith(kind)
+                k.replace(f"{kind}.0", f"{kind}.{i}"): v for k, v in decoder.state_dict().items() if k.startswith(kind)
             }
     own.load_state_dict(state)
     with torch.no_grad():
@@ -187,9 +177,7 @@ def test_forbidden_queries_are_not_heard(inputs: tuple, stir: Callable) -> None:
     found = run(decoder, other, moved, memory, mask)
     assert torch.allclose(found.logits[:, :, 2:], expected.logits[:, :, 2:], atol=1e-6)
     assert not torch.allclose(found.logits[:, :, :2], expected.logits[:, :, :2], atol=1e-2)
-    assert not torch.allclose(
-        run(decoder, other, moved, memory).logits[:, :, 2:], expected.logits[:, :, 2:], atol=1e-4
-    )
+    assert not torch.allclose(run(decoder, other, moved, memory).logits[:, :, 2:], expected.logits[:, :, 2:], atol=1e-4)
 
 
 @torch.no_grad()
@@ -285,7 +273,5 @@ def test_without_refinement_all_layers_look_around_the_same_point(inputs: tuple,
 def test_a_part_of_the_queries(inputs: tuple) -> None:
     found = run(build(), *inputs)
     part = found.part(1, 3)
-    assert torch.equal(part.boxes, found.boxes[:, :, 1:3]) and torch.equal(
-        part.logits, found.logits[:, :, 1:3]
-    )
+    assert torch.equal(part.boxes, found.boxes[:, :, 1:3]) and torch.equal(part.logits, found.logits[:, :, 1:3])
     assert found.part(3, None).boxes.shape[2] == 2

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from paqdetr.config import load_config
 from paqdetr.losses import build_criterion
 from paqdetr.models import create_model, list_models
-from paqdetr.models.detector import Detector, DetectorOutput
+from paqdetr.models.detector import Detector
+from paqdetr.models.outputs import DetectorOutput
 from paqdetr.models.tokens import Tokens
 from paqdetr.structures import Targets
 
@@ -38,9 +39,7 @@ def with_zero_gradient(model: nn.Module) -> list[str]:
 
 
 @pytest.mark.parametrize("name", list_models("*_nano"))
-def test_a_training_step_gives_every_parameter_a_gradient(
-    name: str, make_targets: Callable, stir: Callable
-) -> None:
+def test_a_training_step_gives_every_parameter_a_gradient(name: str, make_targets: Callable, stir: Callable) -> None:
     model = create_model(name, num_classes=5, num_queries=30)
     for part in model.children():
         if part is not model.backbone:
@@ -50,9 +49,7 @@ def test_a_training_step_gives_every_parameter_a_gradient(
     assert output.layers.logits.shape == (3, 2, 30, 5) and output.layers.boxes.shape == (3, 2, 30, 4)
     assert torch.equal(output.pred_logits, output.layers.logits[-1])
     assert torch.equal(output.pred_boxes, output.layers.boxes[-1])
-    copies = {"contrastive": 96, "plain": 15, "none": 0}[
-        model.config.denoising
-    ]  # 16 groups of 2 x 3; 5 groups of 3
+    copies = {"contrastive": 96, "plain": 15, "none": 0}[model.config.denoising]  # 16 groups of 2 x 3; 5 groups of 3
     assert (0 if output.denoised is None else output.denoised.boxes.shape[2]) == copies
     assert (output.proposals is not None) is (model.config.positions == "proposals")
     assert (output.mixture.weights is not None) == name.startswith("paq")
@@ -77,9 +74,7 @@ def test_one_decoder_layer_gives_every_parameter_a_gradient(
 
 
 @pytest.mark.parametrize("counts", [(2, 1), (0, 0)])
-@pytest.mark.parametrize(
-    "name", ["dino_r50", "paq_dino_r50", "dino_5scale_r50", "paq_hybrid_deformable_detr_r50"]
-)
+@pytest.mark.parametrize("name", ["dino_r50", "paq_dino_r50", "dino_5scale_r50", "paq_hybrid_deformable_detr_r50"])
 def test_other_levels_and_a_resnet(
     name: str, counts: tuple[int, ...], tiny_model: Callable, make_targets: Callable
 ) -> None:
@@ -264,9 +259,7 @@ def test_masks_that_say_something_else_are_refused(tiny_model: Callable) -> None
     mask = torch.zeros(2, 64, 96, dtype=torch.bool)
     mask[1, :, 64:] = True
     for wrong in (mask.float(), mask.to(torch.uint8), (~mask).long(), mask[:1], mask[0], mask[:, :, :-1]):
-        with pytest.raises(
-            ValueError, match=r"expected \(2, 64, 96\) bool, True at padding, found"
-        ) as caught:
+        with pytest.raises(ValueError, match=r"expected \(2, 64, 96\) bool, True at padding, found") as caught:
             model(images, wrong)
         assert str(wrong.dtype) in str(caught.value) and str(tuple(wrong.shape)) in str(caught.value)
     with pytest.raises(ValueError, match=r"first pixel of image 0 of the batch.*invert"):

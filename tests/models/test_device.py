@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from paqdetr.environment import require_device, usable_devices
 from paqdetr.errors import ConfigError
-from paqdetr.models.device import require_device, usable_devices
 
 # Every kind that torch has a name for.
 KINDS = (
@@ -32,9 +32,7 @@ KINDS = (
 )
 
 
-@pytest.mark.parametrize(
-    "name", [*KINDS, "cuda:99", "mps:7", "", "gpu", "cpu:", "cpu:x", "CPU", "\0", "0", "cuda:-1"]
-)
+@pytest.mark.parametrize("name", [*KINDS, "cuda:99", "mps:7", "", "gpu", "cpu:", "cpu:x", "CPU", "\0", "0", "cuda:-1"])
 def test_a_device_works_or_is_refused_with_those_that_do(name: str) -> None:
     if name in usable_devices():
         assert require_device(name).type == name
@@ -47,8 +45,7 @@ def test_a_device_works_or_is_refused_with_those_that_do(name: str) -> None:
 
 @settings(max_examples=20, deadline=None)  # torch takes long to refuse a name
 @given(
-    st.text(max_size=12)
-    | st.sampled_from(KINDS).flatmap(lambda kind: st.builds(f"{kind}:{{}}".format, st.integers()))
+    st.text(max_size=12) | st.sampled_from(KINDS).flatmap(lambda kind: st.builds(f"{kind}:{{}}".format, st.integers()))
 )
 def test_any_name_is_a_device_that_computes_or_one_line(name: str) -> None:
     with contextlib.suppress(ConfigError):

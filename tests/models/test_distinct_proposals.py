@@ -38,9 +38,7 @@ def test_equals_suppression_among_all_tokens(count: int, threshold: float) -> No
     for image in range(3):
         expected = slow_order(scores[image], boxes[image], valid[image], threshold)
         assert found[image].tolist() == [expected[i % len(expected)] for i in range(count)]
-        best = (
-            scores[image].masked_fill(~valid[image], -1).argsort(descending=True)[: min(count, len(expected))]
-        )
+        best = scores[image].masked_fill(~valid[image], -1).argsort(descending=True)[: min(count, len(expected))]
         if threshold == 1.0:  # nothing overlaps by more than that
             assert found[image, : len(best)].tolist() == best.tolist()
 
@@ -82,9 +80,7 @@ def test_the_head_chooses_by_its_own_boxes(
     for padding, train in ((0, False), (3, False), (3, True)):
         found = head.train(train)(make_tokens(levels, padding), count)
         for image in range(2):
-            order = slow_order(
-                torch.arange(26, 0, -1.0), every.boxes[image], torch.ones(26, dtype=torch.bool), 0.1
-            )
+            order = slow_order(torch.arange(26, 0, -1.0), every.boxes[image], torch.ones(26, dtype=torch.bool), 0.1)
             expected = [order[i % 26] for i in range(count)]
             torch.testing.assert_close(found.boxes[image], every.boxes[image, expected])
             torch.testing.assert_close(found.logits[image], every.logits[image, expected])

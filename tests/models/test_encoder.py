@@ -36,9 +36,7 @@ def slow_encoder(encoder: DeformableEncoder, tokens: Tokens, valid: list[tuple[i
     for (height, width), (rows, columns) in zip(tokens.spatial_shapes, valid, strict=True):
         ratios.append([columns / width, rows / height])
         centers += [[(x + 0.5) / columns, (y + 0.5) / rows] for y in range(height) for x in range(width)]
-    reference = (
-        tokens.values.new_tensor(centers)[:, None] * tokens.values.new_tensor(ratios)[None]
-    )  # (S, L, 2)
+    reference = tokens.values.new_tensor(centers)[:, None] * tokens.values.new_tensor(ratios)[None]  # (S, L, 2)
     reference = reference.expand(tokens.values.shape[0], -1, -1, -1)
     x = tokens.values
     position = tokens.position + torch.cat(
@@ -67,9 +65,7 @@ def test_equals_a_plainly_written_encoder(padding: int, make_tokens: Callable, s
 
 @torch.no_grad()
 @pytest.mark.parametrize("query_levels", [1, 2])
-def test_finer_levels_pass_through_unchanged(
-    query_levels: int, make_tokens: Callable, stir: Callable
-) -> None:
+def test_finer_levels_pass_through_unchanged(query_levels: int, make_tokens: Callable, stir: Callable) -> None:
     encoder = build(query_levels)
     stir(encoder)
     tokens = make_tokens(maps())
@@ -100,9 +96,7 @@ def test_all_levels_equals_none(make_tokens: Callable) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("query_levels", [None, 2])
-def test_valid_tokens_do_not_depend_on_padding(
-    query_levels: int | None, make_tokens: Callable, stir: Callable
-) -> None:
+def test_valid_tokens_do_not_depend_on_padding(query_levels: int | None, make_tokens: Callable, stir: Callable) -> None:
     encoder = build(query_levels)
     stir(encoder)
     levels = maps()

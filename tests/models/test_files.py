@@ -13,7 +13,7 @@ import torch
 import paqdetr
 from paqdetr.config import load_config
 from paqdetr.errors import CheckpointError, ConfigError
-from paqdetr.models import Detector, create_model, list_models, save, start_from
+from paqdetr.models import Detector, create_model, list_models, start_from
 from paqdetr.models.files import model_to_train
 from paqdetr.models.zoo import build_model
 from paqdetr.structures import ClassTable
@@ -38,7 +38,7 @@ def make(name: str, classes: ClassTable = OLD, **options: object) -> Detector:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    save(make("dino_nano"), tmp_path / "x.safetensors")
+    make("dino_nano").save(tmp_path / "x.safetensors")
     return tmp_path / "x.safetensors"
 
 
@@ -60,7 +60,7 @@ def test_load_in_another_shape_says_what_it_kept(checkpoint: Path, caplog: pytes
 @pytest.mark.parametrize("name", list_models("*_nano"))
 def test_every_host_starts_from_its_checkpoint(name: str, tmp_path: Path) -> None:
     old = make(name)
-    save(old, tmp_path / "x.safetensors")
+    old.save(tmp_path / "x.safetensors")
     torch.manual_seed(1)
     model = make(name, NEW, num_queries=8)
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -88,7 +88,7 @@ def test_a_loaded_model_is_the_saved_one_and_draws_no_weights(
     name: str, settings: dict[str, object], tmp_path: Path
 ) -> None:
     model = make(name, **settings)
-    save(model, tmp_path / "model.safetensors")
+    model.save(tmp_path / "model.safetensors")
     before = torch.get_rng_state()
     loaded = paqdetr.load(tmp_path / "model.safetensors")
     assert torch.equal(torch.get_rng_state(), before) or "swin" in str(settings)
@@ -146,7 +146,7 @@ def test_norms_that_are_trained_keep_their_counters(checkpoint: Path) -> None:
     state = model.state_dict()
     assert torch.equal(state["backbone.body.bn1.running_mean"], source["backbone.body.bn1.running_mean"])
     assert state["backbone.body.bn1.num_batches_tracked"] == 0
-    save(model, checkpoint)
+    model.save(checkpoint)
     start_from(make("dino_nano"), checkpoint)
 
 

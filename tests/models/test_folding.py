@@ -116,9 +116,7 @@ def test_copies_are_independent() -> None:
 
 
 def test_a_norm_behind_anything_else_stays() -> None:
-    body = nn.Sequential(
-        nn.Conv2d(3, 4, 1), nn.ReLU(), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
-    )
+    body = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
     frozen = freeze_batch_norm_2d(body)
     assert fold_frozen_norms(frozen) == 1
     kinds = [type(part).__name__ for part in frozen]

@@ -152,9 +152,7 @@ def test_a_precision_that_the_device_has_not(nano: Detector, monkeypatch: pytest
 
     nano.half()
     monkeypatch.setattr(nano, "extract", fail)
-    with pytest.raises(
-        ConfigError, match=r"torch\.float16 does not run on this cpu: .* for 'Half'"
-    ) as caught:
+    with pytest.raises(ConfigError, match=r"torch\.float16 does not run on this cpu: .* for 'Half'") as caught:
         nano.predict(picture(32, 32, 0))
     assert "model.float()" in caught.value.remedy
     nano.float()

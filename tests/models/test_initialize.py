@@ -34,9 +34,7 @@ def test_a_two_stage_decoder_repeats_its_proposals_at_first(tiny_model: Callable
     with torch.no_grad():
         output = model(torch.randn(1, 3, 96, 96))
     for boxes in output.layers.boxes:
-        assert (
-            boxes - output.proposals.boxes
-        ).abs().max() < 2e-3  # but for what is nearer to 0 or 1 than box_eps
+        assert (boxes - output.proposals.boxes).abs().max() < 2e-3  # but for what is nearer to 0 or 1 than box_eps
 
 
 @pytest.mark.parametrize("name", ["dino_r50", "dn_detr_r50", "deformable_detr_r50"])

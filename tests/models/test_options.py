@@ -14,7 +14,7 @@ from torch import nn
 from paqdetr.config import load_config
 from paqdetr.errors import ConfigError
 from paqdetr.losses import build_criterion
-from paqdetr.models import Detector, create_model, resize_queries, save
+from paqdetr.models import Detector, create_model, resize_queries
 from paqdetr.models.files import start_from
 from paqdetr.models.queries import QuerySource, ResidualMixtures, StaticQueries
 from paqdetr.paq import PatternQueries, StaticMixtures
@@ -171,7 +171,7 @@ def test_rows_of_classes_and_queries(name: str, settings: dict[str, Any], stir: 
 
 
 def test_a_training_may_start_from_other_proposals(tmp_path: Path) -> None:
-    save(create_model("paq_dino_nano", **SMALL), tmp_path / "plain.safetensors")
+    create_model("paq_dino_nano", **SMALL).save(tmp_path / "plain.safetensors")
     start_from(create_model("paq_dino_nano", **SMALL, distinct_proposals=0.8), tmp_path / "plain.safetensors")
 
 

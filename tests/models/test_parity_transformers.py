@@ -58,9 +58,7 @@ def theirs(form: str) -> nn.Module:
             if "backbone" not in name:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
         for name, buffer in model.named_buffers():
-            if "backbone" in name and name.endswith(
-                "weight"
-            ):  # a norm that starts at zero would hide its branch
+            if "backbone" in name and name.endswith("weight"):  # a norm that starts at zero would hide its branch
                 buffer.uniform_(0.3, 0.7)
         if config.two_stage:  # what a padded token looks like scores low, as it does after training
             blank = model.model.enc_output_norm(model.model.enc_output.bias)

@@ -33,9 +33,7 @@ def slow_proposals(head: ProposalHead, tokens: Tokens, levels: list[Tensor], cou
                         0.05 * 2**level,
                         0.05 * 2**level,
                     ]
-                    state = F.layer_norm(
-                        head.project(x[image, :, row, column]), (8,), head.norm.weight, head.norm.bias
-                    )
+                    state = F.layer_norm(head.project(x[image, :, row, column]), (8,), head.norm.weight, head.norm.bias)
                     logits = head.class_head(state)
                     box = torch.special.expit(head.box_head(state) + torch.logit(x.new_tensor(anchor)))
                     rows.append((float(logits.max()), start + row * width + column, logits, box, state))
@@ -103,9 +101,7 @@ def test_tokens_at_the_very_border_propose_nothing(make_tokens: Callable, stir: 
 
 
 @torch.no_grad()
-def test_a_cell_exactly_on_the_border_is_treated_alike_with_any_padding(
-    make_tokens: Callable, stir: Callable
-) -> None:
+def test_a_cell_exactly_on_the_border_is_treated_alike_with_any_padding(make_tokens: Callable, stir: Callable) -> None:
     head = build(stir)
     level = torch.randn(1, 8, 1, 50)  # the first centre is 0.01
     expected = head(make_tokens([level]), 50).indices

@@ -12,9 +12,9 @@ from torch import Tensor
 from paqdetr.config import load_config
 from paqdetr.errors import ConfigError
 from paqdetr.losses import build_criterion
+from paqdetr.models.files import resize_queries
+from paqdetr.models.proposals import Start, query_features
 from paqdetr.models.queries import FeatureQueries, QuerySource
-from paqdetr.models.reshape import resize_queries
-from paqdetr.models.start import Start, query_features
 
 TWO_STAGE = ["paq_dino_r50", "paq_deformable_detr_r50", "paq_hybrid_deformable_detr_r50"]
 FORMS: dict[str, dict[str, Any]] = {
@@ -47,9 +47,7 @@ def test_memory_at_a_point_equals_a_plain_loop(padding: int, wide: int, make_tok
     memory = make_tokens(levels, padding)
     reference = torch.rand(2, 6, wide)
     reference[0, 0, :2] = torch.tensor([1 / 14, 0.1])  # the centre of the first cell of the finest level
-    reference[0, 1, :2] = torch.tensor(
-        [1.0, 1.0]
-    )  # the corner of the valid part: beyond it is zero, padded or not
+    reference[0, 1, :2] = torch.tensor([1.0, 1.0])  # the corner of the valid part: beyond it is zero, padded or not
     found = query_features(Start(reference=reference), memory, num_heads=2)
     for image in range(2):
         for i in range(6):
@@ -186,9 +184,7 @@ def test_other_numbers_of_queries(form: str, tiny_model: Callable, stir: Callabl
 
 
 def test_settings_that_contradict_each_other() -> None:
-    with pytest.raises(
-        ConfigError, match="mixture=residual needs queries=patterns, static_mixture or features"
-    ):
+    with pytest.raises(ConfigError, match="mixture=residual needs queries=patterns, static_mixture or features"):
         load_config("dino_nano", {"model.mixture": "residual"})
     with pytest.raises(ConfigError, match=r"model\.mixture_input"):
         load_config("paq_dino_nano", {"model.mixture_input": "queries"})

@@ -22,9 +22,7 @@ def step(model: Detector, targets: list, images: Tensor) -> tuple[dict[str, Tens
         nonlocal runs
         runs += 1
 
-    handles = [
-        layer.register_forward_pre_hook(count) for layer in (*model.encoder.layers, *model.decoder.layers)
-    ]
+    handles = [layer.register_forward_pre_hook(count) for layer in (*model.encoder.layers, *model.decoder.layers)]
     model.zero_grad()
     torch.manual_seed(5)
     loss = build_criterion(LossConfig())(model(images, None, targets), targets, aux_losses={}).total

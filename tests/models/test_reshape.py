@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from paqdetr.errors import ConfigError
 from paqdetr.models import Detector, create_model, list_models, reshape_classes, resize_queries
-from paqdetr.models.reshape import _query_rows, reshape
+from paqdetr.models.files import _query_rows, reshape
 from paqdetr.structures import ClassTable
 
 HOSTS = [name for name in list_models("*_nano") if not name.startswith("paq_")]
@@ -100,8 +100,7 @@ def test_query_rows_of_every_host(name: str, count: int) -> None:
     per_query = {
         key: model.config.num_patterns if key.startswith("query_source.head.linear") else 1
         for key in old
-        if key in ("query_source.table", "start.boxes", "start.position")
-        or key.startswith("query_source.head.linear")
+        if key in ("query_source.table", "start.boxes", "start.position") or key.startswith("query_source.head.linear")
     }
     assert per_query or model.config.queries == "proposals"
     for key, rows in per_query.items():

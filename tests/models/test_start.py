@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from paqdetr.models.position import sine_proposals
-from paqdetr.models.proposals import ProposalHead
-from paqdetr.models.start import LearnedAnchors, LearnedPoints, ProposalStart
+from paqdetr.models.proposals import LearnedAnchors, LearnedPoints, ProposalHead, ProposalStart
 from paqdetr.models.tokens import Tokens
 
 
@@ -65,9 +64,7 @@ def test_position_and_content_from_proposals(memory: Tokens, stir: Callable, con
     assert linear.out_features == (16 if content else 8)
     found = start(memory)
     sine = sine_proposals(found.reference, 4)
-    expected = F.layer_norm(
-        F.linear(sine, linear.weight, linear.bias), norm.weight.shape, norm.weight, norm.bias
-    )
+    expected = F.layer_norm(F.linear(sine, linear.weight, linear.bias), norm.weight.shape, norm.weight, norm.bias)
     assert found.position is not None and (found.position - expected[..., :8]).abs().max() < 1e-6
     assert (found.content is not None) is content
     if found.content is not None:

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.swin_transformer import SwinTransformer
 
-from paqdetr.models.swin import BUILD_OPTIONS, pad_before_shift
+from paqdetr.models.backbone import BUILD_OPTIONS, pad_before_shift
 
 STAGES = (2, 2, 6, 2)
 
@@ -19,9 +19,7 @@ def test_features_equal_those_of_torchvision_on_any_size() -> None:
     ours = timm.create_model("swin_tiny_patch4_window7_224", features_only=True, **BUILD_OPTIONS).eval()
     ours.load_state_dict(_timm_names(theirs.state_dict()))
     pad_before_shift(ours)
-    images = torch.randn(
-        2, 3, 268, 332
-    )  # stages of 67 x 83, 34 x 42, 17 x 21, 9 x 11: no multiple of 7 but one
+    images = torch.randn(2, 3, 268, 332)  # stages of 67 x 83, 34 x 42, 17 x 21, 9 x 11: no multiple of 7 but one
     with torch.no_grad():
         found, features = ours(images), images
         for index, block in enumerate(theirs.features):

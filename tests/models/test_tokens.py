@@ -33,9 +33,7 @@ def test_layout_is_level_after_level_row_by_row() -> None:
         [3 / 6, 3 / 4],
         [5 / 6, 3 / 4],
     ]
-    assert tokens.centers[0].flatten().tolist() == pytest.approx(
-        [v for xy in expected for v in xy] + [0.5, 0.5]
-    )
+    assert tokens.centers[0].flatten().tolist() == pytest.approx([v for xy in expected for v in xy] + [0.5, 0.5])
 
 
 def test_padding_by_hand() -> None:
@@ -55,9 +53,7 @@ def test_padding_by_hand() -> None:
 
 
 def test_a_mask_without_padding_counts_as_none() -> None:
-    tokens = Tokens.from_maps(
-        [torch.zeros(1, 4, 2, 2)], torch.zeros(1, 8, 8, dtype=torch.bool), temperature=20
-    )
+    tokens = Tokens.from_maps([torch.zeros(1, 4, 2, 2)], torch.zeros(1, 8, 8, dtype=torch.bool), temperature=20)
     assert tokens.padding_mask is None
 
 

@@ -15,18 +15,16 @@ import paqdetr
 from paqdetr.checkpoint import read_checkpoint, write_checkpoint
 from paqdetr.config import ModelConfig, load_config
 from paqdetr.errors import CheckpointError, ConfigError
-from paqdetr.models import Detector, create_model, list_models, load, save
+from paqdetr.models import Detector, create_model, list_models, load
 from paqdetr.models.denoising import ContrastiveDenoising, PlainDenoising
 from paqdetr.models.files import find_checkpoint
+from paqdetr.models.proposals import LearnedAnchors, LearnedPoints, ProposalStart
 from paqdetr.models.queries import StaticQueries
-from paqdetr.models.start import LearnedAnchors, LearnedPoints, ProposalStart
 from paqdetr.models.zoo import build_model
 from paqdetr.paq import PatternQueries
 from paqdetr.structures import ClassTable
 
-CORE = [
-    f"{host}_{size}" for host in ("deformable_detr", "dn_detr", "dino") for size in ("r50", "swin_l", "nano")
-]
+CORE = [f"{host}_{size}" for host in ("deformable_detr", "dn_detr", "dino") for size in ("r50", "swin_l", "nano")]
 VARIANTS = [
     "dab_deformable_detr_r50",
     "deformable_detr_one_stage_r50",
@@ -169,12 +167,10 @@ def test_pretrained_weights_come_with_the_flag() -> None:
 def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Detector, Path]:
     """A model whose ids are neither contiguous nor in order."""
     classes = ClassTable((90, 3, 17), ("cat", "dog", "häuschen"))
-    config = load_config(
-        request.param, {"model.num_classes": 3, "model.num_queries": 9, "image_size": [64, 128]}
-    )
+    config = load_config(request.param, {"model.num_classes": 3, "model.num_queries": 9, "image_size": [64, 128]})
     model = build_model(config, classes=classes).eval()
     path = tmp_path / "best.safetensors"
-    save(model, path, metrics={"AP": 0.25}, step=7)
+    model.save(path, metrics={"AP": 0.25}, step=7)
     return model, path
 
 
@@ -199,7 +195,7 @@ def test_saved_and_loaded_bit_for_bit(saved: tuple[Detector, Path]) -> None:
 def test_saved_twice_gives_the_same_file(saved: tuple[Detector, Path], tmp_path: Path) -> None:
     _, path = saved
     again = tmp_path / "again.safetensors"
-    save(load(path), again, metrics={"AP": 0.25}, step=7)
+    load(path).save(again, metrics={"AP": 0.25}, step=7)
     assert again.read_bytes() == path.read_bytes()
 
 

@@ -41,9 +41,7 @@ def assert_equal(backend: Any, value: Tensor, shapes: Shapes, locations: Tensor,
         scale = max(float(y.abs().max()), 1.0) if y.numel() else 1.0
         if value.dtype in (torch.bfloat16, torch.float16) and name in ("output", "value"):
             tolerance = torch.finfo(value.dtype).eps
-        torch.testing.assert_close(
-            x, y, atol=tolerance * scale, rtol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(x, y, atol=tolerance * scale, rtol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
 PYRAMIDS = {
@@ -93,9 +91,7 @@ def test_any_problem(
     shapes: Shapes, batch: int, queries: int, heads: int, points: int, backend: str, seed: int, problem: Any
 ) -> None:
     torch.manual_seed(seed)
-    inputs = problem(
-        shapes, batch=batch, queries=queries, heads=heads, points=points, channels=8, dtype=torch.float64
-    )
+    inputs = problem(shapes, batch=batch, queries=queries, heads=heads, points=points, channels=8, dtype=torch.float64)
     assert_equal(backend, *_with_shapes(inputs, shapes))
 
 
@@ -115,8 +111,6 @@ def test_one_sided_slopes_at_the_edge_of_the_map(backend: Any) -> None:
         torch.testing.assert_close(found, expected)
 
 
-def _with_shapes(
-    inputs: tuple[Tensor, Tensor, Tensor], shapes: Shapes
-) -> tuple[Tensor, Shapes, Tensor, Tensor]:
+def _with_shapes(inputs: tuple[Tensor, Tensor, Tensor], shapes: Shapes) -> tuple[Tensor, Shapes, Tensor, Tensor]:
     value, locations, weights = inputs
     return value, shapes, locations, weights

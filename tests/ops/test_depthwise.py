@@ -87,9 +87,7 @@ def test_bits_do_not_depend_on_the_number_of_threads() -> None:
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
-@pytest.mark.parametrize(
-    "what", ["frozen", "no grad", "small", "double", "channels first", "autocast", "no numba"]
-)
+@pytest.mark.parametrize("what", ["frozen", "no grad", "small", "double", "channels first", "autocast", "no numba"])
 def test_torch_does_what_the_loop_is_not_made_for(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, bias = layer()
     if what == "frozen":

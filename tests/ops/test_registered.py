@@ -47,9 +47,7 @@ def test_compiles_without_a_graph_break(backend: Any, problem: Any) -> None:
     compiled = torch.compile(Attention(backend), fullgraph=True, backend="aot_eager")
     found, expected = compiled(*inputs), Attention(backend)(*inputs)
     torch.testing.assert_close(found, expected)
-    for x, y in zip(
-        torch.autograd.grad(found.sum(), inputs), torch.autograd.grad(expected.sum(), inputs), strict=True
-    ):
+    for x, y in zip(torch.autograd.grad(found.sum(), inputs), torch.autograd.grad(expected.sum(), inputs), strict=True):
         torch.testing.assert_close(x, y)
 
 
@@ -113,8 +111,7 @@ def test_saved_bytes_against_the_reference(problem: Any) -> None:
     """At the encoder's proportions, 16 points of 32 channels: far below half."""
     shapes = [(20, 20), (10, 10), (5, 5), (3, 3)]
     value, locations, weights = (
-        x.requires_grad_()
-        for x in problem(shapes, 1, 534, heads=8, channels=32, points=4, dtype=torch.float32)
+        x.requires_grad_() for x in problem(shapes, 1, 534, heads=8, channels=32, points=4, dtype=torch.float32)
     )
     sizes = {}
     for backend in ("reference", "numba"):

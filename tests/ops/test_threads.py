@@ -55,9 +55,7 @@ def test_many_callers_at_once_and_callers_within_callers() -> None:
     def outer(i: int) -> None:
         for_each(lambda j: done.append((i, j)), range(20), threads=4)
 
-    callers = [
-        threading.Thread(target=for_each, args=(outer, range(5)), kwargs={"threads": 4}) for _ in range(6)
-    ]
+    callers = [threading.Thread(target=for_each, args=(outer, range(5)), kwargs={"threads": 4}) for _ in range(6)]
     for caller in callers:
         caller.start()
     for caller in callers:

@@ -98,9 +98,7 @@ def run(script: str, tmp_path: Path, **environment: str) -> str:
     path.write_text(script, encoding="utf-8")
     variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     variables |= {"PYTHONPATH": str(SRC), "TRITON_CACHE_DIR": str(tmp_path / "cache"), **environment}
-    done = subprocess.run(
-        [sys.executable, str(path)], env=variables, capture_output=True, text=True, timeout=300
-    )
+    done = subprocess.run([sys.executable, str(path)], env=variables, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout.split()[-1]
 

@@ -46,9 +46,7 @@ class Reference:
     """METHOD of the paper for one image: scores, claims and pairs."""
 
     def __init__(self, logits: Tensor, boxes: Tensor, target: Targets, **rule: Any) -> None:
-        self.rule = (
-            dict(gamma=0.4, top_k=4, min_positives=1, select="hungarian", confidence="gt_class") | rule
-        )
+        self.rule = dict(gamma=0.4, top_k=4, min_positives=1, select="hungarian", confidence="gt_class") | rule
         self.n, self.boxes = len(boxes), len(target)
         p = [[1 / (1 + math.exp(-x)) for x in row] for row in logits.tolist()]
         truth, labels = target.boxes.tolist(), target.labels.tolist()
@@ -83,9 +81,7 @@ class Reference:
         claims = self.uncapped()
         while sum(claims) > max(self.boxes, self.n / 2):
             # The least s among the last claims of boxes that have more than one.
-            weakest = min((self.s[self.ranking(j)[k - 1]][j], -k, j) for j, k in enumerate(claims) if k > 1)[
-                2
-            ]
+            weakest = min((self.s[self.ranking(j)[k - 1]][j], -k, j) for j, k in enumerate(claims) if k > 1)[2]
             claims[weakest] -= 1
         return claims
 
@@ -121,9 +117,7 @@ class Reference:
 # --- problems
 
 
-def scene(
-    seed: int, queries: int, boxes: int, closeness: float, classes: int = 3
-) -> tuple[Tensor, Tensor, Targets]:
+def scene(seed: int, queries: int, boxes: int, closeness: float, classes: int = 3) -> tuple[Tensor, Tensor, Targets]:
     """Predictions of which a share lies on a box or near it; float64."""
     g = torch.Generator().manual_seed(seed)
 
@@ -331,9 +325,7 @@ def test_half_precision(select: Any, dtype: torch.dtype) -> None:
         logits, boxes = logits.to(dtype), boxes.to(dtype)
         target = Targets(target.labels, target.boxes.float())
         assigner = QualityAwareAssigner(select=select)
-        assert solve(assigner, logits, boxes, target) == solve(
-            assigner, logits.float(), boxes.float(), target
-        )
+        assert solve(assigner, logits, boxes, target) == solve(assigner, logits.float(), boxes.float(), target)
         reference = Reference(logits.double(), boxes.double(), target, select=select)
         assert counts(assigner, logits, boxes, target) == reference.claims()
 

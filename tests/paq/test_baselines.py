@@ -42,9 +42,7 @@ problems = dict(
 )
 assigners = st.one_of(
     st.builds(FixedKAssigner, st.integers(1, 6)),
-    st.builds(
-        SimOTAAssigner, st.integers(3, 8), st.integers(1, 3), select=st.sampled_from(["cost", "hungarian"])
-    ),
+    st.builds(SimOTAAssigner, st.integers(3, 8), st.integers(1, 3), select=st.sampled_from(["cost", "hungarian"])),
 )
 
 

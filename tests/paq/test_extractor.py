@@ -42,9 +42,7 @@ def slow_fused(extractor: FusedExtractor, image: Maps) -> Tensor:
     for branch, x in zip(extractor.levels, image, strict=True):
         point, context, norm = branch.point, branch.context, branch.norm
         x = F.conv2d(x[None], point.weight, point.bias)
-        x = F.conv2d(
-            x, context.weight, padding=context.dilation, dilation=context.dilation, groups=context.groups
-        )
+        x = F.conv2d(x, context.weight, padding=context.dilation, dilation=context.dilation, groups=context.groups)
         levels.append(F.relu(F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)))
     fused = levels.pop()
     for attention in extractor.attention:
@@ -115,9 +113,7 @@ def test_gradients(extractor: nn.Module) -> None:
     assert (gradient[mask] == 0).all()
 
 
-@pytest.mark.parametrize(
-    "make", [lambda: PooledExtractor(dim=8), lambda: FusedExtractor(dim=8, num_levels=2)]
-)
+@pytest.mark.parametrize("make", [lambda: PooledExtractor(dim=8), lambda: FusedExtractor(dim=8, num_levels=2)])
 def test_an_image_with_no_valid_cell_on_a_level_is_finite(make) -> None:
     tokens, shapes, mask = pad_batch([random_image([(3, 3), (2, 2)], dim=8, dtype=torch.float32)] * 2)
     mask = mask.clone()
@@ -191,17 +187,13 @@ def test_enlarging_a_padded_map_is_enlarging_the_crop(coarse: tuple[int, int], f
     fine_valid = torch.zeros(1, 1, fine[0] + 1, fine[1] + 3)
     fine_valid[..., : fine[0], : fine[1]] = 1
     found = _enlarge(x, valid, fine_valid.shape[-2:], fine_valid)
-    expected = F.interpolate(
-        x[..., : coarse[0], : coarse[1]], size=fine, mode="bilinear", align_corners=False
-    )
+    expected = F.interpolate(x[..., : coarse[0], : coarse[1]], size=fine, mode="bilinear", align_corners=False)
     torch.testing.assert_close(found[..., : fine[0], : fine[1]], expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("corner", [(0, 0), (4, 2), (1, 1), (2, 0)])
 @pytest.mark.parametrize("fine_corner", [(0, 0), (1, 3), (0, 2)])
-def test_enlarging_reads_the_valid_part_wherever_it_lies(
-    corner: tuple[int, int], fine_corner: tuple[int, int]
-) -> None:
+def test_enlarging_reads_the_valid_part_wherever_it_lies(corner: tuple[int, int], fine_corner: tuple[int, int]) -> None:
     (top, left), (fine_top, fine_left) = corner, fine_corner
     image = torch.randn(1, 3, 3, 4)
     x, valid, fine_valid = torch.zeros(1, 3, 7, 6), torch.zeros(1, 1, 7, 6), torch.zeros(1, 1, 7, 10)

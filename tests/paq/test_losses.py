@@ -40,9 +40,7 @@ def test_varifocal_by_hand() -> None:
         ]
     )
     torch.testing.assert_close(varifocal_loss(logits, targets), expected)
-    torch.testing.assert_close(
-        expected, torch.tensor([[0.554518, 0.129965], [0.418494, 0.584843]]), atol=1e-6, rtol=0
-    )
+    torch.testing.assert_close(expected, torch.tensor([[0.554518, 0.129965], [0.418494, 0.584843]]), atol=1e-6, rtol=0)
 
 
 def test_varifocal_settings_act_on_negatives_alone() -> None:
@@ -56,9 +54,7 @@ def test_varifocal_settings_act_on_negatives_alone() -> None:
 def test_varifocal_formula(logit: float, target: float) -> None:
     p = 1 / (1 + math.exp(-logit))
     weight = target if target > 0 else 0.75 * p**2
-    found = varifocal_loss(
-        torch.tensor(logit, dtype=torch.float64), torch.tensor(target, dtype=torch.float64)
-    )
+    found = varifocal_loss(torch.tensor(logit, dtype=torch.float64), torch.tensor(target, dtype=torch.float64))
     assert found.item() == pytest.approx(weight * bce(logit, target), rel=1e-9, abs=1e-12)
 
 
@@ -101,9 +97,7 @@ def test_focal_by_hand() -> None:
     expected = torch.tensor([0.25 * 0.0625 * -math.log(0.75), 0.75 * 0.5625 * -math.log(0.25)])
     torch.testing.assert_close(focal_loss(logits, targets), expected)
     changed = focal_loss(logits, targets, alpha=0.5, gamma=1.0)
-    torch.testing.assert_close(
-        changed, torch.tensor([0.5 * 0.25 * -math.log(0.75), 0.5 * 0.75 * -math.log(0.25)])
-    )
+    torch.testing.assert_close(changed, torch.tensor([0.5 * 0.25 * -math.log(0.75), 0.5 * 0.75 * -math.log(0.25)]))
 
 
 def test_focal_gradient() -> None:

@@ -222,9 +222,7 @@ def test_resizing_keeps_the_rows_of_the_images_half() -> None:
 
 
 @pytest.mark.parametrize(("bias_std", "gain", "low", "high"), [(2.0, 1.0, 1.4, 2.2), (0.5, 2.0, 0.7, 1.1)])
-def test_queries_of_different_features_start_apart(
-    bias_std: float, gain: float, low: float, high: float
-) -> None:
+def test_queries_of_different_features_start_apart(bias_std: float, gain: float, low: float, high: float) -> None:
     """All share one bias, so the weights have to do it: logits spread as they do from the image."""
     torch.manual_seed(0)
     queries = PatternQueries(1, 64, 64, mixture_input="query", bias_std=bias_std, gain=gain)

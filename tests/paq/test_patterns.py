@@ -17,9 +17,7 @@ DIM = 16
 SIZES = [(6, 8), (3, 4), (2, 2)]
 KINDS = {
     f"{extractor}-{head}-{conv}": dict(extractor=extractor, head=head, conv=conv)
-    for extractor, head, conv in itertools.product(
-        ("fused", "pooled"), ("dense", "factorised"), ("depthwise", "full")
-    )
+    for extractor, head, conv in itertools.product(("fused", "pooled"), ("dense", "factorised"), ("depthwise", "full"))
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -320,9 +318,7 @@ def test_temperature_divides_the_logits(kind: str) -> None:
 
     base = weights(1.0)
     for temperature in (0.5, 4.0):
-        torch.testing.assert_close(
-            weights(temperature), (base.log() / temperature).softmax(-1), atol=1e-5, rtol=1e-4
-        )
+        torch.testing.assert_close(weights(temperature), (base.log() / temperature).softmax(-1), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("std", [0.0, 0.02, 1.0])

@@ -64,9 +64,7 @@ def embed(tokens: Tensor, sizes: list[Size], outer: list[Size], corners: list[Si
 
 @settings(max_examples=60)
 @given(sizes=pyramids(), chosen=settings_of_queries, seed=seeds)
-def test_rows_are_convex_and_images_are_told_apart(
-    sizes: list[Size], chosen: dict[str, Any], seed: int
-) -> None:
+def test_rows_are_convex_and_images_are_told_apart(sizes: list[Size], chosen: dict[str, Any], seed: int) -> None:
     queries = make(sizes, seed, chosen)
     mix = queries(random_tokens(sizes, 2), sizes)
     assert mix.weights is not None
@@ -103,9 +101,7 @@ def test_every_level_counts(sizes: list[Size], chosen: dict[str, Any], seed: int
 
 @settings(max_examples=80)
 @given(data=st.data(), sizes=pyramids(), chosen=settings_of_queries, seed=seeds)
-def test_padding_on_any_side_changes_nothing(
-    data: Any, sizes: list[Size], chosen: dict[str, Any], seed: int
-) -> None:
+def test_padding_on_any_side_changes_nothing(data: Any, sizes: list[Size], chosen: dict[str, Any], seed: int) -> None:
     queries = make(sizes, seed, chosen)
     tokens = random_tokens(sizes)
     margins = [[data.draw(st.integers(0, 4)) for _ in range(4)] for _ in sizes]
@@ -119,9 +115,7 @@ def test_padding_on_any_side_changes_nothing(
 
 @settings(max_examples=60)
 @given(sizes=pyramids(), other=pyramids(), chosen=settings_of_queries, seed=seeds)
-def test_batch_mates_change_nothing(
-    sizes: list[Size], other: list[Size], chosen: dict[str, Any], seed: int
-) -> None:
+def test_batch_mates_change_nothing(sizes: list[Size], other: list[Size], chosen: dict[str, Any], seed: int) -> None:
     other = (other + other[-1:] * len(sizes))[: len(sizes)]
     queries = make(sizes, seed, chosen)
     outer = [(max(a, c), max(b, d)) for (a, b), (c, d) in zip(sizes, other, strict=True)]
@@ -135,9 +129,7 @@ def test_batch_mates_change_nothing(
 
 
 @settings(max_examples=60)
-@given(
-    sizes=pyramids(), chosen=settings_of_queries, seed=seeds, count=st.integers(1, 20), static=st.booleans()
-)
+@given(sizes=pyramids(), chosen=settings_of_queries, seed=seeds, count=st.integers(1, 20), static=st.booleans())
 def test_resized_queries_are_rows_of_the_old_ones(
     sizes: list[Size], chosen: dict[str, Any], seed: int, count: int, static: bool
 ) -> None:

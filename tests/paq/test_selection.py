@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-from paqdetr.paq.selection import ceil_of_best, limit_claims, select_by_score, without_weak_extras
+from paqdetr.paq.assignment import ceil_of_best, limit_claims, select_by_score, without_weak_extras
 
 
 def plain_select(scores: np.ndarray, claims: np.ndarray, cost: np.ndarray) -> dict[int, int]:

@@ -41,9 +41,7 @@ def test_settings_of_the_start() -> None:
         for source in (cold, warm):
             source.logits[:] = torch.arange(4.0)
     tokens = torch.zeros(1, 5, 8)
-    torch.testing.assert_close(
-        cold(tokens, []).weights, (2 * warm.logits).softmax(-1)[None], atol=1e-6, rtol=0
-    )
+    torch.testing.assert_close(cold(tokens, []).weights, (2 * warm.logits).softmax(-1)[None], atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -70,9 +68,7 @@ def test_the_patterns_owe_their_diversity() -> None:
     assert source.patterns.grad is not None and source.logits.grad is None
 
 
-@pytest.mark.parametrize(
-    ("setting", "value"), [("num_patterns", 1), ("temperature", 0.0), ("num_queries", 0)]
-)
+@pytest.mark.parametrize(("setting", "value"), [("num_patterns", 1), ("temperature", 0.0), ("num_queries", 0)])
 def test_wrong_settings(setting: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"{setting}: expected.*found {value!r}"):
         make(**{setting: value})

@@ -73,9 +73,7 @@ def test_a_wrong_target_is_told_before_a_broken_prediction() -> None:
 
 def test_of_another_device() -> None:
     elsewhere = Targets(torch.zeros(1, dtype=torch.int64, device="meta"), torch.zeros(1, 4, device="meta"), 7)
-    with pytest.raises(
-        ValueError, match=r"labels of image 7 are on meta, the predictions on cpu: move them with"
-    ):
+    with pytest.raises(ValueError, match=r"labels of image 7 are on meta, the predictions on cpu: move them with"):
         require_form([elsewhere], batch=1, device=torch.device("cpu"))
     require_form([elsewhere], batch=1)
 

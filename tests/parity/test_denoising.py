@@ -215,10 +215,7 @@ def slow_slots(targets: list[Targets], copies: int) -> list[list[tuple[int, list
     most = max(len(target) for target in targets)
     images = []
     for target in targets:
-        row = [
-            (int(target.labels[j]), target.boxes[j].tolist()) if j < len(target) else None
-            for j in range(most)
-        ]
+        row = [(int(target.labels[j]), target.boxes[j].tolist()) if j < len(target) else None for j in range(most)]
         images.append(row * copies)
     return images
 

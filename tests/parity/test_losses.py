@@ -20,7 +20,8 @@ from torchvision.ops import box_convert, generalized_box_iou
 from paqdetr.config import load_config
 from paqdetr.losses import build_criterion
 from paqdetr.models import create_model
-from paqdetr.models.detector import Detector, DetectorOutput
+from paqdetr.models.detector import Detector
+from paqdetr.models.outputs import DetectorOutput
 from paqdetr.structures import Targets
 
 DN_HOSTS = ["dn_detr_r50", "paq_dn_detr_r50"]
@@ -34,9 +35,7 @@ def step(name: str, *counts: int) -> tuple[Detector, DetectorOutput, list[Target
     torch.manual_seed(0)
     model = create_model(name, **TINY, num_queries=12, denoising_queries=50).train()
     targets = [
-        Targets(
-            torch.randint(5, (count,)), torch.cat([torch.rand(count, 2), torch.rand(count, 2) / 2], dim=1)
-        )
+        Targets(torch.randint(5, (count,)), torch.cat([torch.rand(count, 2), torch.rand(count, 2) / 2], dim=1))
         for count in counts
     ]
     return model, model(torch.randn(len(counts), 3, 64, 64), None, targets), targets

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from paqdetr.config import load_config
-from paqdetr.engine.optim import lr_factor, parameter_groups
 from paqdetr.models import create_model
+from paqdetr.training.optim import lr_factor, parameter_groups
 
 TINY: dict[str, Any] = dict(
     num_classes=3, backbone="test_resnet", dim=32, num_heads=4, ffn_dim=32, encoder_layers=1, decoder_layers=2

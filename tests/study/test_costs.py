@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from paqdetr.engine.run import flat_settings
+from paqdetr.runs import flat_settings
 from paqdetr.study.costs import forecast, gflops, gpu_hours
 from paqdetr.study.results import RunResult
 from paqdetr.study.runs import Places, PlannedRun, RunKey, plan_runs

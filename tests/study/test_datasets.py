@@ -37,15 +37,12 @@ def test_folds_divide_the_images(tmp_path: Path, tiny_digits: Path) -> None:
 
 def test_digits_of_equal_arguments_are_made_once(tmp_path: Path) -> None:
     sets = [
-        DataSet.model_validate({"make": {"train": 2, "val": 1, "test": 1, "size": 64}, "epochs": n})
-        for n in (1, 2)
+        DataSet.model_validate({"make": {"train": 2, "val": 1, "test": 1, "size": 64}, "epochs": n}) for n in (1, 2)
     ]
     folders = {folder_of(data, cache=tmp_path, root=tmp_path) for data in sets}
     for data in sets:
         prepare(data, cache=tmp_path, root=tmp_path)
-    assert len(folders) == 1 and len(open_split(folders.pop(), "train")) == 2 == training_images(
-        sets[0], root=tmp_path
-    )
+    assert len(folders) == 1 and len(open_split(folders.pop(), "train")) == 2 == training_images(sets[0], root=tmp_path)
     assert len(list(tmp_path.iterdir())) == 2  # the digits and the lock
 
 

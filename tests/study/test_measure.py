@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from paqdetr.data.dataset import DetectionDataset, open_split
-from paqdetr.engine import Run
 from paqdetr.metrics import resample_images
-from paqdetr.metrics.mistakes import MISTAKES
+from paqdetr.metrics.diagnosis import MISTAKES
 from paqdetr.models import load
+from paqdetr.runs import Run
 from paqdetr.structures import Detections
 from paqdetr.study.measure import learning_curve, measure_detections, measure_model
 from paqdetr.study.results import RunResult, read_result

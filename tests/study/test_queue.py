@@ -18,12 +18,11 @@ import pytest
 import yaml
 
 from paqdetr.cli import run as paqdetr
-from paqdetr.engine import Run
 from paqdetr.errors import ConfigError
-from paqdetr.study.children import Ended, last_words
+from paqdetr.runs import Run
 from paqdetr.study.measure import Job
 from paqdetr.study.measure import main as measure_main
-from paqdetr.study.queue import Done, QueueEvents, run_queue
+from paqdetr.study.queue import Done, Ended, QueueEvents, last_words, run_queue
 from paqdetr.study.report import study_report
 from paqdetr.study.results import RunResult, read_result, read_results
 from paqdetr.study.runs import Places, PlannedRun, RunKey, plan_runs
@@ -94,7 +93,7 @@ class Children:
                 measure=found.measure,
                 images={"count": 4, "hash": "a"},
                 figures=figures,
-                cost={"seconds": 1.0},
+                cost={"seconds": 1.0, "step_seconds": 0.5, "gflops": 1.0},
             )
             Path(job["result"]).write_text(result.to_text())
 
@@ -241,7 +240,7 @@ def test_a_run_that_somebody_trains_by_hand_is_waited_for(
     run.output.mkdir(parents=True)
     run.write_config(runs[0].config)
     code = (
-        "import sys; from pathlib import Path; from paqdetr.engine import Run\n"
+        "import sys; from pathlib import Path; from paqdetr.runs import Run\n"
         "held = Run(Path(sys.argv[1])).hold(); print(); input()"
     )
     command = [sys.executable, "-c", code, str(run.output)]

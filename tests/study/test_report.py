@@ -17,9 +17,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from paqdetr.analysis.section import Column, Table
 from paqdetr.errors import DataError
-from paqdetr.study.markdown import to_table
+from paqdetr.report.markdown import to_table
+from paqdetr.report.section import Column, Table
 from paqdetr.study.report import StudyReport, _facts, write_report
 from paqdetr.study.results import RunResult, read_result, read_results
 from paqdetr.study.runs import RunKey
@@ -71,10 +71,7 @@ def result(key: RunKey, images: np.ndarray) -> RunResult:
             {"stage": "layer 1", "best_iou": 0.5, "AP": ap, "AP_nms": ap + 0.04, "copies": 0.04},
         ]
         figures["mistakes"] = {"duplicate": 0.01 * key.seed, "missed": 0.2}
-    curve = [
-        {"step": 50 * n, "AP": ap * n / 4, "AP_nms": ap * n / 4 + 0.02, "loss": 20.0 / n}
-        for n in (1, 2, 3, 4)
-    ]
+    curve = [{"step": 50 * n, "AP": ap * n / 4, "AP_nms": ap * n / 4 + 0.02, "loss": 20.0 / n} for n in (1, 2, 3, 4)]
     cost = {
         "steps": 200,
         "seconds": 120.0,
@@ -226,13 +223,7 @@ def test_a_result_that_was_edited_names_the_field(
 
 def places(value: Any) -> list[tuple[Any, Any]]:
     """Every (container, key) of nested values, of long lists the first."""
-    items = (
-        value.items()
-        if isinstance(value, dict)
-        else list(enumerate(value))[:2]
-        if isinstance(value, list)
-        else ()
-    )
+    items = value.items() if isinstance(value, dict) else list(enumerate(value))[:2] if isinstance(value, list) else ()
     return [place for key, inner in items for place in ((value, key), *places(inner))]
 
 
@@ -292,9 +283,7 @@ def test_json_says_everything(report: StudyReport, folder: Path) -> None:
     assert verdict["seeds"] == 3 and verdict["note"] == "missing seeds 0"
     states = [row["state"] for row in tables["runs"] if row["state"] != "done"]
     assert states == ["training: error: loss is not finite", "not yet"]
-    assert (
-        content["facts"]["runs"] == "22 of 24 done, 1 failed" and "0123456789" in content["facts"]["commit"]
-    )
+    assert content["facts"]["runs"] == "22 of 24 done, 1 failed" and "0123456789" in content["facts"]["commit"]
 
 
 def test_seeds_are_planned_from_the_pooled_variances(report: StudyReport) -> None:
@@ -341,9 +330,7 @@ def test_times_of_different_processors_have_no_mean(folder: Path, tmp_path: Path
     content["cost"]["seconds"], content["cost"]["step_seconds"] = 60.0, 0.3
     file.write_text(json.dumps(content))
     rows = cost_rows(Runs(study(), read_results(tmp_path)))
-    found = [
-        tuple(row[key] for key in ("variant", "processor", "runs", "minutes", "step_seconds")) for row in rows
-    ]
+    found = [tuple(row[key] for key in ("variant", "processor", "runs", "minutes", "step_seconds")) for row in rows]
     assert found == [
         ("baseline", "a processor", 4, 2.0, 0.6),
         ("both", "a processor", 3, 2.0, 0.6),

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from paqdetr.config import load_config, parse_overrides
-from paqdetr.engine.run import flat_settings
 from paqdetr.errors import ConfigError, DataError
+from paqdetr.runs import flat_settings
 from paqdetr.study.measure import Job
 from paqdetr.study.runs import Places, PlannedRun, RunKey, plan_runs, require_same_settings
 from paqdetr.study.spec import Study

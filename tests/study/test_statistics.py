@@ -48,9 +48,7 @@ def draw(
     return differences.mean(1), differences @ WEIGHTS
 
 
-def simulate(
-    world: tuple[float, float, float], seeds: int, effect: float, rng: np.random.Generator
-) -> Estimate:
+def simulate(world: tuple[float, float, float], seeds: int, effect: float, rng: np.random.Generator) -> Estimate:
     """What a study says of such runs."""
     values, replicates = draw(world, seeds, effect, rng)
     return estimate(values, replicates, images=IMAGES)
@@ -163,9 +161,7 @@ def test_the_smallest_effect_is_seen_in_four_of_five_studies(world: str, seeds: 
     effect = truth.smallest_effect()
     assert truth.power(effect) == pytest.approx(0.8, abs=0.01)
     rng = np.random.default_rng([seeds, 7])
-    seen = np.mean(
-        [simulate((shared, between, mixed), seeds, effect, rng).interval[0] > 0 for _ in range(SIMULATIONS)]
-    )
+    seen = np.mean([simulate((shared, between, mixed), seeds, effect, rng).interval[0] > 0 for _ in range(SIMULATIONS)])
     assert seen == pytest.approx(0.8, abs=0.06)
 
 
@@ -173,9 +169,7 @@ def test_the_seeds_that_are_needed_are_the_fewest() -> None:
     found = Estimate(0.0, (0.0,) * 3, 0.01**2, 0.002**2, 400)
     needed = found.seeds_needed(0.015)
     assert needed is not None and 3 < needed < 15
-    assert (
-        found.with_seeds(needed).smallest_effect() <= 0.015 < found.with_seeds(needed - 1).smallest_effect()
-    )
+    assert found.with_seeds(needed).smallest_effect() <= 0.015 < found.with_seeds(needed - 1).smallest_effect()
     # 2.8 standard errors of the images alone are more than the effect: no number of seeds will do.
     assert Estimate(0.0, (0.0,) * 3, 0.01**2, 0.006**2, 400).seeds_needed(0.015) is None
     with pytest.raises(ValueError, match="single seed"):

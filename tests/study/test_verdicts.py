@@ -135,9 +135,7 @@ def test_seeds_that_one_variant_lacks_are_left_out_and_named() -> None:
 
 def test_a_figure_without_resamples_is_judged_over_seeds_alone() -> None:
     rng = np.random.default_rng(7)
-    (verdict,) = verdicts(
-        Runs(study(3, even={"variant": "new", "figure": "queries.gini"}), simulated(rng, 3, new=0.0))
-    )
+    (verdict,) = verdicts(Runs(study(3, even={"variant": "new", "figure": "queries.gini"}), simulated(rng, 3, new=0.0)))
     assert not verdict.over_images and verdict.effect is not None and verdict.effect.image_variance == 0
 
 
@@ -156,9 +154,7 @@ def test_runs_on_other_images_are_not_compared() -> None:
 def test_results_of_another_measurement_are_not_shown_as_this_one() -> None:
     images = np.full(IMAGES, 0.5)
     old = replace(result("new", 0, images), measure={"version": 1, "split": "val", "replicates": 100})
-    with pytest.raises(
-        DataError, match=r"was measured with split='val', the study now says 'test'"
-    ) as caught:
+    with pytest.raises(DataError, match=r"was measured with split='val', the study now says 'test'") as caught:
         Runs(study(1), [result("baseline", 0, images), old])
     assert "--resume" in caught.value.remedy
     Runs(study(1), [replace(old, failed="training: error: NaN")])  # has nothing to be shown

@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from paqdetr.analysis import plots
-from paqdetr.analysis.judged import Judged, labels
-from paqdetr.analysis.section import Column, Figure, Section, Table
-from paqdetr.metrics.curves import precision_recall
-from paqdetr.metrics.reliability import Calibration, calibration
-from paqdetr.metrics.weighting import RECALLS
+from paqdetr.analysis.subject import Judged, labels
+from paqdetr.metrics.diagnosis import Calibration, calibration, precision_recall
+from paqdetr.metrics.matches import RECALLS
+from paqdetr.report import plots
+from paqdetr.report.section import Column, Figure, Section, Table
 from paqdetr.serialize import json_number, plain
 
 _COLOURS = (plots.BLUE, plots.ORANGE)
@@ -86,9 +85,7 @@ def _classes_precision_recall(judged: Sequence[Judged]) -> Figure | None:
     chosen = [int(c) for c in np.argsort(-objects, kind="stable")[:_MOST_LINES] if objects[c]]
     if not chosen:
         return None
-    panels = plots.new_grid(
-        len(judged), 1, height=3.2 * len(judged), titles=labels(judged), x="recall", y="precision"
-    )
+    panels = plots.new_grid(len(judged), 1, height=3.2 * len(judged), titles=labels(judged), x="recall", y="precision")
     data: dict[str, Any] = {"recall": RECALLS.tolist()}
     for own, axes in zip(judged, panels, strict=True):
         curves = precision_recall(own.table, 0.5)
@@ -97,11 +94,7 @@ def _classes_precision_recall(judged: Sequence[Judged]) -> Figure | None:
         axes.set(xlim=(0, 1), ylim=(0, 1.02))
         plots.legend(axes, outside=True)
         data[own.label] = {name: _listed(row) for name, row in zip(table.class_names, curves, strict=True)}
-    which = (
-        "each class"
-        if len(chosen) == len(table.class_names)
-        else f"the {len(chosen)} classes with most objects"
-    )
+    which = "each class" if len(chosen) == len(table.class_names) else f"the {len(chosen)} classes with most objects"
     caption = f"Precision against recall of {which}, at IoU .50."
     return plots.plot_part(panels[0], name="precision_recall_classes", caption=caption, data=data)
 
@@ -116,9 +109,7 @@ def _f1(judged: Sequence[Judged]) -> Figure:
             ("precision", found.precision, "--"),
             ("recall", found.recall, ":"),
         ):
-            plots.line(
-                axes, found.thresholds, row[-1], label=f"{name} {what}".strip(), colour=colour, dash=dash
-            )
+            plots.line(axes, found.thresholds, row[-1], label=f"{name} {what}".strip(), colour=colour, dash=dash)
         if not math.isnan(found.best_threshold[-1]):
             plots.line(axes, [found.best_threshold[-1]], [found.best_f1[-1]], colour=colour, marker="o")
         data[own.label] = found.to_json()
@@ -172,9 +163,7 @@ def _reliability(judged: Sequence[Judged]) -> Figure:
         for own, name, colour in zip(judged, labels(judged), _COLOURS, strict=False):
             found = calibration(own.table, iou_threshold=iou, score_threshold=_SCORED)
             filled = found.counts > 0
-            plots.line(
-                axes, found.confidence[filled], found.accuracy[filled], label=name, colour=colour, marker="o"
-            )
+            plots.line(axes, found.confidence[filled], found.accuracy[filled], label=name, colour=colour, marker="o")
             data.setdefault(own.label, {})[what] = found.to_json()
         axes.set(xlim=(0, 1), ylim=(0, 1.02))
     plots.legend(panels[0])
@@ -203,9 +192,7 @@ def _calibration_table(judged: Sequence[Judged]) -> Table:
             Column(f"{key}_found", f"error{mark}"),
             Column(f"{key}_fits", f"with fit{mark}"),
         ]
-    caption = (
-        "Expected calibration error, 0 at best: of being right at IoU .50, and of how well the box fits."
-    )
+    caption = "Expected calibration error, 0 at best: of being right at IoU .50, and of how well the box fits."
     return Table("calibration", caption, tuple(columns), tuple(rows))
 
 

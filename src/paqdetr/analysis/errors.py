@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from paqdetr.analysis import plots
 from paqdetr.analysis.curves import calibration_section, curve_section
-from paqdetr.analysis.judged import Judged, labels
-from paqdetr.analysis.section import Column, Figure, Section, Table
-from paqdetr.metrics.mistakes import MISTAKES, Confusion, ErrorSplit, confusion, error_split
+from paqdetr.analysis.subject import Judged, labels
+from paqdetr.metrics.diagnosis import MISTAKES, Confusion, ErrorSplit, confusion, error_split
+from paqdetr.report import plots
+from paqdetr.report.section import Column, Figure, Section, Table
 
 _COLOURS = (plots.BLUE, plots.ORANGE)
 _MOST_CLASSES = 30
@@ -50,8 +50,7 @@ def mistake_section(judged: Sequence[Judged]) -> Section:
     """
     everything = [error_split(own.truth, own.results, iou_type=own.iou_type) for own in judged]
     confident = [
-        error_split(own.truth, own.results, iou_type=own.iou_type, score_threshold=own.confident)
-        for own in judged
+        error_split(own.truth, own.results, iou_type=own.iou_type, score_threshold=own.confident) for own in judged
     ]
     lead = (
         "Where AP is lost, after TIDE (Bolya et al., 2020). Each bar is what AP50 would gain were one kind of "
@@ -80,9 +79,7 @@ def confusion_section(judged: Sequence[Judged]) -> Section:
         "nothing."
     )
     found = [
-        confusion(
-            own.truth, own.results, iou_type=own.iou_type, score_threshold=own.confident, table=own.table
-        )
+        confusion(own.truth, own.results, iou_type=own.iou_type, score_threshold=own.confident, table=own.table)
         for own in judged
     ]
     parts: list[Figure | Table] = []
@@ -168,9 +165,7 @@ def _matrix(own: Judged, found: Confusion, name: str, key: str) -> Figure:
         "or more, where F1 is best. The last row shares out the detections of nothing by class."
     )
     if classes > _MOST_CLASSES:
-        caption += (
-            f" Shown are the {_MOST_CLASSES} classes with the most confusions of {classes}; the json has all."
-        )
+        caption += f" Shown are the {_MOST_CLASSES} classes with the most confusions of {classes}; the json has all."
     return plots.plot_part(axes, name=f"confusion_{key}", caption=caption, data=found.to_json())
 
 

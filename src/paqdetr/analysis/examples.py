@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from PIL.Image import Image
 
-from paqdetr.analysis.overlay import Overlay
-from paqdetr.analysis.plots import GREEN, ORANGE, PINK
-from paqdetr.analysis.section import Picture, Section
 from paqdetr.analysis.subject import Outcome, Subject
+from paqdetr.report.overlay import Overlay
+from paqdetr.report.plots import GREEN, ORANGE, PINK
+from paqdetr.report.section import Picture, Section
 
 _LEGEND = "Green: found. Orange, with a cross: wrong. Pink, dashed: missed."
 

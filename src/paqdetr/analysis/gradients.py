@@ -9,8 +9,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from paqdetr.data.dataset import DetectionDataset
 from paqdetr.data.loader import read_picture
-from paqdetr.engine.evaluate import require_same_classes, targets_of
 from paqdetr.errors import DataError
+from paqdetr.evaluation.evaluate import require_same_classes, targets_of
 from paqdetr.losses.criterion import Criterion
 from paqdetr.metrics import Spread
 from paqdetr.models.detector import Detector

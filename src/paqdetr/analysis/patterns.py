@@ -1,4 +1,4 @@
-"""What content queries hold, and whether it has to do with what they find: collected in one pass of an evaluation."""
+"""Patterns as a chapter of a report: what they are used for, and whether that is meaning or chance."""
 
 from __future__ import annotations
 
@@ -6,256 +6,422 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
+from PIL import Image, ImageDraw, ImageFont
+from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering
+from scipy.spatial.distance import pdist
 
-from paqdetr.errors import DataError
-from paqdetr.models.detector import Detector, DetectorOutput
-from paqdetr.paq import OneToOneAssigner
-from paqdetr.structures import ClassTable, Targets
+from paqdetr.analysis.semantics import SHUFFLES, Semantics
+from paqdetr.data.dataset import DetectionDataset
+from paqdetr.drawing import font_path
+from paqdetr.evaluation.content import ContentStudy, Samples
+from paqdetr.report.overlay import Overlay, mark
+from paqdetr.report.plots import GREY, PALETTE, bars, colour, heat_map, legend, new_axes, new_grid, plot_part
+from paqdetr.report.section import Column, Part, Picture, Section, Table
+from paqdetr.serialize import plain
+from paqdetr.text import literal, printable
 
-# Sums are kept in whole units, so that they do not depend on the order of the batches.
-_UNIT = 2.0**32
+# Rows that differ: fewer make no map; for fewer than the second number t-SNE is computed exactly.
+_LEAST_DIFFERENT, _FEW = 8, 200
+
+
+def cluster_order(rows: np.ndarray) -> np.ndarray:
+    """An order of (R, D) rows in which like ones stand together: leaves of average-linkage clustering by Euclidean distance, in
+    scipy's optimal order."""
+    if len(rows) < 3:
+        return np.arange(len(rows))
+    distances = pdist(np.asarray(rows, dtype=np.float64))
+    return leaves_list(optimal_leaf_ordering(linkage(distances, "average"), distances))
+
+
+def pattern_cosines(patterns: np.ndarray) -> np.ndarray:
+    """(m, m) cosines of (m, d) patterns."""
+    unit = patterns / np.maximum(np.linalg.norm(patterns, axis=1, keepdims=True), 1e-12)
+    return unit @ unit.T
+
+
+def embed(content: np.ndarray, *, seed: int = 0) -> dict[str, np.ndarray]:
+    """(P, d) content in two dimensions: {"PCA": (P, 2), "t-SNE": (P, 2)}; the same seed gives the same places, and equal rows
+    have the same place. Empty if fewer than eight rows differ: a static table of few queries has no map."""
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
+    # Equal rows are embedded once: t-SNE's tree does not survive heaps of points in one place.
+    scale = float(np.abs(content).max(initial=0)) or 1.0
+    values = content.astype(np.float64)
+    _, first, inverse = np.unique((values / scale).round(5), axis=0, return_index=True, return_inverse=True)
+    inverse = inverse.reshape(-1)
+    values = values[first]
+    if len(values) < _LEAST_DIFFERENT:
+        return {}
+    width = min(30, *values.shape)
+    reduced = PCA(width, svd_solver="full").fit_transform(values)
+    tsne = TSNE(
+        2,
+        perplexity=min(30.0, (len(values) - 1) / 3),
+        init="pca",
+        learning_rate="auto",
+        random_state=seed,
+        method="exact" if len(values) < _FEW else "barnes_hut",
+    )
+    return {"PCA": reduced[inverse, :2], "t-SNE": np.asarray(tsne.fit_transform(reduced))[inverse]}
+
+
+# As many categories get a colour and shape of their own; the rest share one.
+_COLOURS = 3 * len(PALETTE)
+_EMBEDDED = 1200
+_LEAD = (
+    "What the content of queries has to do with what they find. The pictures suggest meaning wherever one "
+    "looks for it; the first table says how much of it is there. Each number is held against shuffled labels: "
+    "over all queries (chance), within each image (what stands together is found together), and within each "
+    "query index (an index has its places, and these their categories). Only what beats the last two says "
+    "that the image told the query what to look for. The static twin is the same model with the mean content "
+    "of each index, as a learned table would have it."
+)
 
 
 @dataclass(frozen=True, slots=True)
-class Samples:
-    """Matched queries: each found a box of its image in the last layer's one-to-one match.
+class Studied:
+    """A model's content, to be shown alone or beside another's.
 
     Attributes:
-        images: (P,) int64, of the split.
-        queries: (P,) int64, index of the query.
-        categories: (P,) int64, contiguous class index of the box.
-        boxes: (P, 4) float32, the box, cxcywh in [0, 1].
-        content: (P, d) float32.
-        weights: (P, m) float32; None for content that is no mixture.
+        name: of the model, as the page calls it.
+        study: of `ContentCollector.study`.
+        semantics: of `paqdetr.analysis.semantics.semantics`.
     """
 
-    images: np.ndarray
-    queries: np.ndarray
-    categories: np.ndarray
-    boxes: np.ndarray
-    content: np.ndarray
-    weights: np.ndarray | None
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def rows(self, chosen: np.ndarray) -> Samples:
-        """Some of them, by position or by mask."""
-        weights = None if self.weights is None else self.weights[chosen]
-        return Samples(
-            self.images[chosen], self.queries[chosen], self.categories[chosen], self.boxes[chosen],
-            self.content[chosen], weights,
-        )  # fmt: skip
+    name: str
+    study: ContentStudy
+    semantics: Semantics
 
 
-@dataclass(frozen=True, slots=True)
-class ContentStudy:
-    """What was collected.
-
-    Attributes:
-        classes: of the model.
-        matched: matches that were seen; `samples` are as many, or a random part of them.
-        samples: matched queries, by image and query.
-        category_counts: (C,) int64 matches of each category.
-        category_weights: (C, m) mean mixture weights of the queries matched with each category, over all matches; NaN where
-            there is none.
-        index_content: (n, d) mean content of each query index over all images: a static table, as near as one can be.
-        index_weights: (n, m) mean weights of each query index over all images.
-        image_share: of the variance of content over queries and images, the share that the query index does not explain: 0 is a
-            learned table, the same for every image; pattern queries that learnt to look at the image have more.
-        query_share: the part of `image_share` by which the queries of one image differ from each other; the rest is common to all
-            queries of an image. With `mixture_input="query"` it is what the features of single queries decide.
-        images: (I,) int64, those of `image_mass`, ascending.
-        image_mass: (I, m) float32 mean weight of each pattern over the queries of an image.
-        patterns: (m, d) float32.
-
-    All that has to do with patterns is None for content that is no mixture.
-    """
-
-    classes: ClassTable
-    matched: int
-    samples: Samples
-    category_counts: np.ndarray
-    category_weights: np.ndarray | None
-    index_content: np.ndarray
-    index_weights: np.ndarray | None
-    image_share: float
-    query_share: float
-    images: np.ndarray
-    image_mass: np.ndarray | None
-    patterns: np.ndarray | None
-
-    @property
-    def dominant(self) -> np.ndarray | None:
-        """(P,) the pattern with the largest weight in each sample."""
-        return None if self.samples.weights is None else self.samples.weights.argmax(1)
-
-    def category_lift(self) -> np.ndarray | None:
-        """(C, m) log2 of a category's mean weights over those of all matched queries: 1 is twice as much, -1 half."""
-        if self.category_weights is None:
-            return None
-        seen = self.category_counts > 0
-        counts = self.category_counts[seen, None]
-        overall = (self.category_weights[seen] * counts).sum(0) / max(self.category_counts.sum(), 1)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return np.log2(np.maximum(self.category_weights, 1e-9) / np.maximum(overall, 1e-9))
-
-
-class ContentCollector:
-    """An observer of an evaluation that keeps what the matched content queries hold:
-    `evaluate_split(model, split, observers=[collector])`, then `collector.study(model)`.
-
-    Sums and means are of all matches. Of the queries themselves at most `limit` are kept, those with the smallest hash of image
-    and box: a random part of all, the same in whatever order and by however many processes they are seen.
+def pattern_section(
+    studied: Studied, split: DetectionDataset, *, against: Studied | None = None, seed: int = 0
+) -> Section:
+    """The chapter on patterns.
 
     Args:
-        num_classes: C.
-        limit: the most matched queries that are kept one by one.
+        studied: the model; of one without patterns there is less to show.
+        split: whose evaluation was observed, for its pictures.
+        against: another model beside it, a static one for example.
+        seed: of the embeddings.
+
+    Raises:
+        DataError: an image cannot be read.
     """
+    models = [studied] if against is None else [studied, against]
+    parts: list[Part | None] = [_image_share(models), _meaning(models)]
+    for number, model in enumerate(models):
+        suffix = "" if number == 0 else "_against"
+        parts += [
+            _category_map(model, suffix),
+            _embedding(model, suffix, seed),
+            _cosines(model, suffix),
+            _exciting_images(model, split, suffix),
+            *_one_image(model, split, suffix),
+        ]
+    kept = tuple(part for part in parts if part is not None)
+    return Section(key="patterns", title="Patterns and meaning", lead=_LEAD, parts=kept)
 
-    def __init__(self, *, num_classes: int, limit: int = 3000) -> None:
-        if limit < 1:
-            raise ValueError(f"limit: expected at least 1, found {limit}")
-        self.num_classes, self.limit = num_classes, limit
-        self._kept: list[tuple[np.ndarray, Samples]] = []  # hashes and samples
-        self._sums: dict[str, np.ndarray] = {}
-        self._squares = 0  # of content, in units; an int of any size
-        self._image_squares = 0  # of the mean content of each image
-        self._masses: dict[int, np.ndarray] = {}
-        self._images: list[int] = []
 
-    def see(self, output: DetectorOutput, targets: Sequence[Targets], indices: Sequence[int]) -> None:
-        """As an observer of an evaluation: take in a batch."""
-        pairs = OneToOneAssigner()(output.pred_logits, output.pred_boxes, targets)
-        content, weights = _host(output.mixture.content), _host(output.mixture.weights)
-        assert content is not None
-        self._images += indices
-        self._add("content", _fixed(content).sum(0))
-        self._squares += int(_fixed(np.square(content, dtype=np.float64).sum((1, 2))).sum())
-        self._image_squares += int(_fixed(np.square(content.mean(1, dtype=np.float64)).sum(1)).sum())
-        if weights is not None:
-            self._add("weights", _fixed(weights).sum(0))
-            self._masses |= dict(zip(indices, weights.mean(1), strict=True))
-        for place, (index, pair, target) in enumerate(zip(indices, pairs, targets, strict=True)):
-            queries, boxes = pair.query_indices.numpy(), pair.target_indices.numpy()
-            categories = target.labels.cpu().numpy()[boxes]
-            rows = None if weights is None else weights[place, queries]
-            self._add("counts", np.bincount(categories, minlength=self.num_classes))
-            if rows is not None:
-                sums = np.zeros((self.num_classes, rows.shape[1]), dtype=np.int64)
-                np.add.at(sums, categories, _fixed(rows))
-                self._add("category_weights", sums)
-            samples = Samples(
-                np.full(len(queries), index), queries, categories, target.boxes.cpu().float().numpy()[boxes],
-                content[place, queries], rows,
-            )  # fmt: skip
-            self._kept.append((_hash(index, boxes), samples))
-        if sum(len(samples) for _, samples in self._kept) > 2 * self.limit:
-            self._kept = [self._smallest()]
+def _meaning(models: Sequence[Studied]) -> Part | None:
+    words = {"all": "over all", "image": "in each image", "index": "in each index"}
+    rows = []
+    for model in models:
+        for measure in model.semantics.measures:
+            for kind in SHUFFLES:
+                row = {
+                    "model": model.name,
+                    "measure": measure.name,
+                    "value": measure.value,
+                    "twin": measure.twin,
+                }
+                test = measure.shuffled[kind]
+                row |= {
+                    "shuffled": words[kind],
+                    "mean": test.mean,
+                    "low": test.low,
+                    "high": test.high,
+                    "p": test.p,
+                }
+                rows.append(plain(row, 6))
+    if not rows:
+        return None
+    columns = (
+        Column("measure", "measure", "text"),
+        Column("value", "value"),
+        Column("twin", "static twin"),
+        Column("shuffled", "labels shuffled", "text"),
+        Column("mean", "then: mean"),
+        Column("low", "2.5 %"),
+        Column("high", "97.5 %"),
+        Column("p", "p"),
+    )
+    if len(models) > 1:
+        columns = (Column("model", "model", "text"), *columns)
+    looked = models[0].semantics
+    caption = (
+        f"{looked.samples} matched queries, {looked.categories} categories, {looked.permutations} shufflings "
+        "of each kind. Dominant pattern and cluster: adjusted mutual information with the category, 0 by "
+        "chance and 1 for a one-to-one relation. Nearest neighbour: share of queries whose nearest content in "
+        "another image belongs to the same category. p: share of shufflings that reach the value."
+    )
+    return Table(name="pattern_meaning", caption=caption, columns=columns, rows=tuple(rows))
 
-    def merge(self, other: ContentCollector) -> None:
-        """Take over what another process's copy has seen."""
-        for name, value in other._sums.items():
-            self._add(name, value)
-        self._squares += other._squares
-        self._image_squares += other._image_squares
-        self._masses |= other._masses
-        self._images += other._images
-        self._kept += other._kept
 
-    @property
-    def shares(self) -> dict[str, float]:
-        """`image_share` and `query_share` of `ContentStudy`; empty before any image was seen."""
-        if "content" not in self._sums:
-            return {}
-        images, index_content = len(self._images), self._sums["content"] / _UNIT / len(self._images)  # (n, d)
-        # Of a mean square over queries and images: that of the index means, of the image means, and of the mean of all.
-        square = self._squares / _UNIT / (images * len(index_content))
-        by_index, overall = np.square(index_content).sum(1).mean(), np.square(index_content.mean(0)).sum()
-        by_image = self._image_squares / _UNIT / images
-        whole = square - overall
-        parts = {"image_share": square - by_index, "query_share": square - by_index - by_image + overall}
-        return {
-            name: float(max(part, 0.0) / whole) if whole > 1e-9 * square else 0.0
-            for name, part in parts.items()
+def _image_share(models: Sequence[Studied]) -> Part:
+    rows = tuple(
+        {
+            "model": m.name,
+            "image": round(m.study.image_share - m.study.query_share, 6),
+            "query": round(m.study.query_share, 6),
+            "index": round(1 - m.study.image_share, 6),
         }
+        for m in models
+    )
+    columns = (
+        Column("model", "model", "text"),
+        Column("index", "by the index", "percent"),
+        Column("image", "by the image, for all its queries alike", "percent"),
+        Column("query", "by both together", "percent"),
+    )
+    caption = (
+        "What decides a query's content: shares of its variance over queries and images. Content that nothing "
+        "but the index decides is a learned table, whatever made it. The last share is what differs between the queries "
+        "of one image beyond their index: what each query looks at, where mixtures are computed from that."
+    )
+    return Table(name="content_variance", caption=caption, columns=columns, rows=rows)
 
-    def study(self, model: Detector) -> ContentStudy:
-        """What was collected.
 
-        Args:
-            model: whose outputs were seen.
+# ------------------------------------------------------------------------------------------------- plots
 
-        Raises:
-            DataError: no image was seen, or none of them has a box.
-        """
-        counts = self._sums.get("counts")
-        if counts is None or not counts.any():
-            raise DataError(
-                f"none of the {len(self._images)} images that were evaluated has a box to match queries with",
-                "take a split with annotations",
+
+def _category_map(model: Studied, suffix: str) -> Part | None:
+    """Categories by patterns, both in the order of a clustering."""
+    study = model.study
+    lift = study.category_lift()
+    if lift is None or study.category_weights is None:
+        return None
+    seen = np.flatnonzero(study.category_counts)
+    rows, columns = seen[cluster_order(lift[seen])], cluster_order(lift[seen].T)
+    values = lift[np.ix_(rows, columns)]
+    names = [f"{study.classes.names[c]} ({study.category_counts[c]})" for c in rows]
+    height = min(max(2.2, 1.2 + 0.22 * len(rows)), 12)
+    axes = new_axes(width=7.0, height=height, x="pattern", title=f"{model.name}: patterns of each category")
+    heat_map(
+        axes, np.clip(values, -3, 3), rows=names, columns=[str(c) for c in columns], centred=True,
+        bar="log2 of the weight over the mean", form="",
+    )  # fmt: skip
+    axes.tick_params(axis="x", labelsize=6)
+    caption = (
+        "Mean mixture weight of each pattern in the queries matched with a category, over its mean in all "
+        "matched queries: 1 is twice as much, -1 half. Matches in brackets. Rows and columns stand in the "
+        "order of a hierarchical clustering."
+    )
+    data = {
+        "categories": [study.classes.names[c] for c in rows],
+        "matches": study.category_counts[rows].tolist(),
+        "patterns": columns.tolist(),
+        "mean_weights": plain(study.category_weights[np.ix_(rows, columns)], 6),
+        "log2_lift": plain(values, 6),
+    }
+    name = f"category_patterns{suffix}"
+    return plot_part(axes, name=name, caption=caption, data=data)
+
+
+def _embedding(model: Studied, suffix: str, seed: int) -> Part | None:
+    """Matched content queries in two dimensions, by PCA and by t-SNE, coloured by category."""
+    samples = model.study.samples
+    if len(samples) > _EMBEDDED:
+        chosen = np.random.default_rng(seed).choice(len(samples), _EMBEDDED, replace=False)
+        samples = samples.rows(np.sort(chosen))
+    places = embed(samples.content, seed=seed)
+    if not places:
+        return None
+    plots = new_grid(1, 2, width=7.4, height=3.6, titles=[f"{model.name}: {name}" for name in places])
+    kinds, counts = np.unique(samples.categories, return_counts=True)
+    common = kinds[np.argsort(-counts, kind="stable")][:_COLOURS]
+    names = model.study.classes.names
+    for axes, points in zip(plots, places.values(), strict=True):
+        rest = ~np.isin(samples.categories, common)
+        if rest.any():
+            axes.scatter(*points[rest].T, s=7, color=GREY, alpha=0.5, linewidths=0, label="others")
+        for number, kind in enumerate(common.tolist()):
+            own = points[samples.categories == kind]
+            shape = "o^s"[number // len(PALETTE)]
+            axes.scatter(
+                *own.T,
+                s=13,
+                color=colour(number),
+                marker=shape,
+                alpha=0.75,
+                linewidths=0,
+                label=literal(names[kind]),
             )
-        _, samples = self._smallest()
-        samples = samples.rows(np.lexsort((samples.queries, samples.images)))
-        images = np.sort(np.asarray(self._images, dtype=np.int64))
-        source = model.query_source
-        patterns: Tensor | None = getattr(source, "patterns", None)
-        sums = {name: value / _UNIT for name, value in self._sums.items()}
-        category_weights = index_weights = mass = None
-        if "weights" in sums:
-            with np.errstate(invalid="ignore"):
-                category_weights = sums["category_weights"] / np.where(counts, counts, np.nan)[:, None]
-            index_weights = sums["weights"] / len(images)
-            mass = np.stack([self._masses[index] for index in images.tolist()])
-        index_content = sums["content"] / len(images)
-        return ContentStudy(
-            classes=model.classes,
-            matched=int(counts.sum()),
-            samples=samples,
-            category_counts=counts,
-            category_weights=category_weights,
-            index_content=index_content,
-            index_weights=index_weights,
-            **self.shares,
-            images=images,
-            image_mass=mass,
-            patterns=_host(patterns),
-        )
-
-    def _add(self, name: str, value: np.ndarray) -> None:
-        self._sums[name] = self._sums[name] + value if name in self._sums else value.astype(np.int64)
-
-    def _smallest(self) -> tuple[np.ndarray, Samples]:
-        """The `limit` samples of the smallest hashes."""
-        hashes = np.concatenate([hashes for hashes, _ in self._kept])
-        parts = [samples for _, samples in self._kept]
-        weights = [samples.weights for samples in parts if samples.weights is not None]
-        joined = Samples(
-            images=np.concatenate([samples.images for samples in parts]),
-            queries=np.concatenate([samples.queries for samples in parts]),
-            categories=np.concatenate([samples.categories for samples in parts]),
-            boxes=np.concatenate([samples.boxes for samples in parts]),
-            content=np.concatenate([samples.content for samples in parts]),
-            weights=np.concatenate(weights) if weights else None,
-        )
-        order = np.argsort(hashes, kind="stable")[: self.limit]
-        return hashes[order], joined.rows(order)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.grid(visible=False)
+    legend(plots[-1], outside=True)
+    caption = (
+        f"{len(samples)} content queries as they entered the decoder, coloured by the category that each was "
+        "matched with in the end. Distances in t-SNE say who is near, not how far apart groups are. The "
+        "numbers that decide are in the table above."
+    )
+    data = {"categories": [names[c] for c in samples.categories]} | {k: plain(v, 6) for k, v in places.items()}
+    name = f"content_embedding{suffix}"
+    return plot_part(plots[0], name=name, caption=caption, data=data)
 
 
-def _hash(image: int, boxes: np.ndarray) -> np.ndarray:
-    """(P,) uint64, evenly spread: splitmix64 of the image's and the boxes' numbers."""
-    x = (np.uint64(image) << np.uint64(24)) + boxes.astype(np.uint64) + np.uint64(1)
-    x = x * np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+def _cosines(model: Studied, suffix: str) -> Part | None:
+    patterns = model.study.patterns
+    if patterns is None:
+        return None
+    cosine = pattern_cosines(patterns)
+    order = cluster_order(patterns)
+    others = np.abs(cosine[~np.eye(len(cosine), dtype=bool)])
+    axes = new_axes(width=5.4, height=4.6, title=f"{model.name}: cosine between patterns")
+    words = [str(pattern) for pattern in order]
+    values = cosine[np.ix_(order, order)]
+    heat_map(axes, values, rows=words, columns=words, low=-1, high=1, centred=True, form="", most_labels=24)
+    random = np.sqrt(2 / np.pi / patterns.shape[1])
+    caption = (
+        "Cosine between patterns, in the order of a clustering. Mean of the absolute values: "
+        f"{others.mean():.3f}; random directions in {patterns.shape[1]} dimensions would have {random:.3f}."
+    )
+    data = {
+        "patterns": order.tolist(),
+        "cosine": plain(values, 6),
+        "mean_absolute": round(float(others.mean()), 6),
+    }
+    name = f"pattern_cosines{suffix}"
+    return plot_part(axes, name=name, caption=caption, data=data)
 
 
-def _host(value: Tensor | None) -> np.ndarray | None:
-    return None if value is None else value.detach().to("cpu", torch.float32).numpy()
+# ---------------------------------------------------------------------------------------------- pictures
 
 
-def _fixed(values: np.ndarray) -> np.ndarray:
-    return np.rint(values.astype(np.float64) * _UNIT).astype(np.int64)
+def exciting_images(
+    study: ContentStudy, *, patterns: int = 5, images: int = 4
+) -> list[tuple[int, list[tuple[int, float]]]]:
+    """For the patterns whose mass depends most on the image: the images with the most of it.
+
+    Returns:
+        (pattern, [(image of the split, its mass over the pattern's mean mass), ...]), the most variable pattern first.
+    """
+    if study.image_mass is None:
+        return []
+    mass = study.image_mass.astype(np.float64)
+    # In units of an equal share, so that a pattern nobody uses is not "variable".
+    spread = mass.std(0) * mass.shape[1]
+    found = []
+    for pattern in np.argsort(-spread, kind="stable")[:patterns].tolist():
+        best = np.argsort(-mass[:, pattern], kind="stable")[:images]
+        ratios = mass[best, pattern] / max(mass[:, pattern].mean(), 1e-12)
+        found.append((pattern, list(zip(study.images[best].tolist(), ratios.tolist(), strict=True))))
+    return found
+
+
+def _exciting_images(model: Studied, split: DetectionDataset, suffix: str) -> Part | None:
+    found = exciting_images(model.study)
+    if not found:
+        return None
+    cell, bar, left = 150, 18, 92
+    width = left + max(len(images) for _, images in found) * (cell + 6)
+    sheet = Image.new("RGB", (width, len(found) * (cell + bar + 6)), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.truetype(font_path(), 12)
+    for row, (pattern, images) in enumerate(found):
+        top = row * (cell + bar + 6)
+        pen.text((4, top + cell // 2), f"pattern {pattern}", fill="#222222", font=font)
+        for column, (index, ratio) in enumerate(images):
+            picture = split.image_or_blank(index)
+            picture.thumbnail((cell, cell))
+            x = left + column * (cell + 6)
+            sheet.paste(picture, (x + (cell - picture.width) // 2, top + (cell - picture.height) // 2))
+            pen.text(
+                (x + 2, top + cell + 2),
+                printable(f"{split.image_ids[index]}: {ratio:.3f} x")[-24:],
+                fill="#222222",
+                font=font,
+            )
+    caption = (
+        "The images that excite a pattern most, for the patterns whose weight depends most on the image; "
+        "below each how much more of the pattern its queries hold than those of a mean image."
+    )
+    data = [
+        {"pattern": pattern, "images": [[str(split.image_ids[i]), round(ratio, 4)] for i, ratio in images]}
+        for pattern, images in found
+    ]
+    return Picture(name=f"exciting_images{suffix}", caption=caption, image=sheet, data=data)
+
+
+def _one_image(model: Studied, split: DetectionDataset, suffix: str) -> list[Part | None]:
+    """The mixtures of one image's matched queries, and the picture they belong to."""
+    study = model.study
+    samples = study.samples
+    if samples.weights is None or not len(samples):
+        return []
+    chosen = _telling_image(samples)
+    own = samples.rows(samples.images == chosen)
+    assert own.weights is not None
+    own = own.rows(np.argsort(own.categories, kind="stable")[:12])
+    assert own.weights is not None
+    names = [study.classes.names[c] for c in own.categories]
+    overlay = Overlay(split.image_or_blank(chosen), size=560, dim=0.15)
+    for number, (box, name) in enumerate(zip(own.boxes, names, strict=True)):
+        x, y, w, h = box.tolist()
+        overlay.box([x - w / 2, y - h / 2, x + w / 2, y + h / 2], mark(number))
+        overlay.label((x - w / 2, y - h / 2), f"{number + 1} {name}", mark(number))
+    ident = str(split.image_ids[chosen])
+    lift = own.weights / np.maximum(samples.weights.mean(0), 1e-12)
+    top = np.argsort(-own.weights.max(0), kind="stable")[:16]
+    axes = new_axes(
+        width=7.0, height=1.4 + 0.26 * len(own), x="pattern", title=f"{model.name}: mixtures of image {ident}"
+    )
+    rows = [f"{number + 1} {name}" for number, name in enumerate(names)]
+    heat_map(axes, own.weights[:, top], rows=rows, columns=[str(p) for p in top], bar="weight", low=0)
+    data = {
+        "image": ident,
+        "categories": names,
+        "queries": own.queries.tolist(),
+        "weights": plain(own.weights, 6),
+        "over_mean": plain(lift, 6),
+    }
+    caption = f"Boxes of image {ident} whose queries are taken apart below."
+    picture = Picture(name=f"mixture_image{suffix}", caption=caption, image=overlay.picture())
+    caption = "What these queries were mixed from: weights of the patterns that are largest in any of them."
+    mixed = plot_part(axes, name=f"mixtures{suffix}", caption=caption, data=data)
+    return [picture, mixed, _one_query(own, names, model, suffix)]
+
+
+def _one_query(own: Samples, names: list[str], model: Studied, suffix: str) -> Part:
+    """The query of the least even mixture: its largest weights as bars, beside those of its index in a mean image."""
+    weights, mean = own.weights, model.study.index_weights
+    assert weights is not None and mean is not None
+    which = int(weights.max(1).argmax())
+    top = np.argsort(-weights[which], kind="stable")[:10]
+    axes = new_axes(
+        width=5.6, height=3.4, title=f"{model.name}: query {own.queries[which]}, {names[which]}", x="weight"
+    )
+    labels = [f"pattern {pattern}" for pattern in top]
+    bars(axes, labels, weights[which, top], label="in this image", series=(0, 2), form="")
+    index = mean[own.queries[which], top]
+    bars(axes, labels, index, label="mean of this index", colour=GREY, series=(1, 2), form="")
+    legend(axes)
+    caption = (
+        f"Query {own.queries[which]}, number {which + 1} in the picture: its ten largest weights, and what a "
+        "query of this index holds in a mean image. Where the two agree, the image changes little."
+    )
+    data = {
+        "query": int(own.queries[which]),
+        "patterns": top.tolist(),
+        "weights": plain(weights[which, top], 6),
+        "mean": plain(index, 6),
+    }
+    return plot_part(axes, name=f"one_mixture{suffix}", caption=caption, data=data)
+
+
+def _telling_image(samples: Samples) -> int:
+    """The image with the most categories, of these the one with the fewest boxes: much to tell apart, little clutter."""
+    images = np.unique(samples.images)
+    kinds = [len(np.unique(samples.categories[samples.images == image])) for image in images]
+    boxes = [int((samples.images == image).sum()) for image in images]
+    return int(images[np.lexsort((np.asarray(boxes), -np.asarray(kinds)))[0]])

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from scipy.sparse import csr_array
 
-from paqdetr.analysis.patterns import ContentStudy
+from paqdetr.evaluation.content import ContentStudy
 from paqdetr.serialize import fields_of
 
 # Contents whose cosines differ by less are as near.
@@ -105,14 +105,11 @@ def semantics(study: ContentStudy, *, permutations: int = 999, seed: int = 0) ->
     pairs: list[tuple[str, Statistic, Statistic]] = []
     if samples.weights is not None and study.index_weights is not None:
         twin_lead = study.index_weights[samples.queries].argmax(1)
-        own, twin = (
-            mutual_information(c, labels) for c in (np.asarray(samples.weights.argmax(1)), twin_lead)
-        )
+        own, twin = (mutual_information(c, labels) for c in (np.asarray(samples.weights.argmax(1)), twin_lead))
         pairs.append(("dominant pattern", own, twin))
     count = len(names)
     own, twin = (
-        mutual_information(clusters(content, count, seed=seed), labels)
-        for content in (samples.content, twin_content)
+        mutual_information(clusters(content, count, seed=seed), labels) for content in (samples.content, twin_content)
     )
     pairs.append(("cluster", own, twin))
     own, twin = (purity(content, samples.images, labels) for content in (samples.content, twin_content))
@@ -122,8 +119,7 @@ def semantics(study: ContentStudy, *, permutations: int = 999, seed: int = 0) ->
             name=name,
             value=own(labels),
             shuffled={
-                kind: shuffle_test(own, labels, groups[kind], permutations=permutations, seed=seed)
-                for kind in SHUFFLES
+                kind: shuffle_test(own, labels, groups[kind], permutations=permutations, seed=seed) for kind in SHUFFLES
             },
             twin=twin(labels),
         )

@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from paqdetr.analysis import plots
-from paqdetr.analysis.section import Column, Figure, Section, Table
 from paqdetr.analysis.subject import Subject
 from paqdetr.metrics.coco import FIGURE_NAMES
 from paqdetr.metrics.intervals import Comparison, Difference, FigureIntervals, Interval
+from paqdetr.report import plots
+from paqdetr.report.section import Column, Figure, Section, Table
 from paqdetr.serialize import json_number
 
 _MEANING = {
@@ -87,9 +87,7 @@ def class_section(subjects: Sequence[Subject], found: Found) -> Section:
     images = (table.positives[0] > 0).sum(axis=1)
     rows = []
     for place, name in enumerate(table.class_names):
-        per_class = (
-            None if differences is None or not isinstance(found, Comparison) else found.per_class[name]
-        )
+        per_class = None if differences is None or not isinstance(found, Comparison) else found.per_class[name]
         rows.append(
             {
                 "class": name,
@@ -159,9 +157,7 @@ def _columns(subjects: Sequence[Subject], level: str) -> list[Column]:
     ]
 
 
-def _bars(
-    subjects: Sequence[Subject], first: FigureIntervals, second: FigureIntervals | None, level: str
-) -> Figure:
+def _bars(subjects: Sequence[Subject], first: FigureIntervals, second: FigureIntervals | None, level: str) -> Figure:
     names = [name for name in FIGURE_NAMES if name not in ("AR1", "AR10")]
     axes = plots.new_axes(height=0.6 + 0.26 * len(names) * len(subjects), x="figure, 0 to 1")
     sets = [(first, plots.BLUE), (second, plots.ORANGE)][: len(subjects)]
@@ -195,9 +191,7 @@ def _beside(subjects: Sequence[Subject]) -> tuple[Table, Table]:
     found = [subject.evaluation.to_json() for subject in subjects]
     labels = [subjects[0].label] if len(subjects) == 1 else ["A", "B"]
 
-    def table(
-        name: str, caption: str, kind: Literal["figure", "amount"], kinds: Sequence[tuple[str, ...]]
-    ) -> Table:
+    def table(name: str, caption: str, kind: Literal["figure", "amount"], kinds: Sequence[tuple[str, ...]]) -> Table:
         rows = [
             {
                 "what": what,
@@ -249,10 +243,7 @@ def _class_bars(
     if len(sets) > 1:
         plots.legend(axes, above=True, columns=2)
     caption = "AP by class with its interval, best first."
-    data = {
-        s.label: {name: f.per_class[name].to_json() for name in names}
-        for s, f in zip(subjects, sets, strict=True)
-    }
+    data = {s.label: {name: f.per_class[name].to_json() for name in names} for s, f in zip(subjects, sets, strict=True)}
     return (plots.plot_part(axes, name="classes_bars", caption=caption, data=data),)
 
 

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from paqdetr.analysis import plots
-from paqdetr.analysis.section import Figure, Section
-from paqdetr.engine.curves import Record, positives_by_layer, read_metrics, series, smoothed, thin
+from paqdetr.report import plots
+from paqdetr.report.plots import smoothed, thin
+from paqdetr.report.section import Figure, Section
+from paqdetr.runs import Record, positives_by_layer, read_metrics, series
 
 _MOST_POINTS = 400
 _DASHES = ("-", "--")
@@ -61,9 +62,7 @@ _PANELS = (
         "mean cosine of pairs",
         "Near 1, nothing but their positions tells queries apart.",
     ),
-    _Panel(
-        "lr", "lr", "Learning rate", "learning rate", "Of the parts outside of the backbone.", smooth=False
-    ),
+    _Panel("lr", "lr", "Learning rate", "learning rate", "Of the parts outside of the backbone.", smooth=False),
 )
 
 

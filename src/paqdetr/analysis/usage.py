@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from paqdetr.analysis.plots import (
+from paqdetr.metrics import QueryUsageReport, Spread
+from paqdetr.report.plots import (
     BLUE,
     GREEN,
     GREY,
@@ -23,8 +24,7 @@ from paqdetr.analysis.plots import (
     plot_part,
     ramp,
 )
-from paqdetr.analysis.section import Column, Part, Section, Table
-from paqdetr.metrics import QueryUsageReport, Spread
+from paqdetr.report.section import Column, Part, Section, Table
 from paqdetr.serialize import plain
 
 Record = dict[str, Any]
@@ -37,7 +37,7 @@ class Usage:
     Attributes:
         name: of the model, as the page calls it.
         report: of `QueryUsage.report`.
-        records: of its training, `paqdetr.engine.curves.read_metrics`; empty if there are none.
+        records: of its training, `paqdetr.training.curves.read_metrics`; empty if there are none.
     """
 
     name: str
@@ -191,9 +191,7 @@ def _by_index(models: Sequence[Usage]) -> Part:
         axes.set_ylim(bottom=0)
         if len(models) > 1:
             legend(axes)
-    caption = (
-        "How often an image uses each query, or how much of a gradient it gives to it, by the query's index."
-    )
+    caption = "How often an image uses each query, or how much of a gradient it gives to it, by the query's index."
     return plot_part(plots[0], name="use_by_index", caption=caption, data=data)
 
 
@@ -258,18 +256,13 @@ def _positives_over_training(models: Sequence[Usage]) -> Part | None:
     for model in models:
         rows = [row for row in model.records if row.get("positives_histogram")]
         layers = list(rows[0]["positives_histogram"]) if rows else []
-        most = max(
-            (int(k) for row in rows for layer in layers for k in row["positives_histogram"][layer]), default=0
-        )
+        most = max((int(k) for row in rows for layer in layers for k in row["positives_histogram"][layer]), default=0)
         if most < 2:
             continue
         steps = np.array([row["step"] for row in rows])
         counts = np.array(
             [
-                [
-                    [row["positives_histogram"][layer].get(str(k), 0) for k in range(most + 1)]
-                    for layer in layers
-                ]
+                [[row["positives_histogram"][layer].get(str(k), 0) for k in range(most + 1)] for layer in layers]
                 for row in rows
             ]
         )  # (R, K - 1, most + 1)
@@ -278,9 +271,7 @@ def _positives_over_training(models: Sequence[Usage]) -> Part | None:
         titles = [f"layer {name.removeprefix('layer')}" for name in layers]
         plots = _grid(titles, x="step", y="share of boxes")
         for place, (axes, shades) in enumerate(zip(plots, [ramp(len(kinds))] * len(titles), strict=False)):
-            axes.stackplot(
-                steps, shares[:, place, kinds].T, labels=[f"{k}" for k in kinds], colors=shades, linewidth=0
-            )
+            axes.stackplot(steps, shares[:, place, kinds].T, labels=[f"{k}" for k in kinds], colors=shades, linewidth=0)
             axes.set(ylim=(0, 1), xlim=(steps.min(), max(steps.max(), steps.min() + 1)))
         legend(plots[len(titles) - 1], outside=True)
         caption = (
@@ -314,9 +305,7 @@ def _gini_over_training(models: Sequence[Usage]) -> Part | None:
     shown = [m for m in models if any("positives_gini" in row for row in m.records)]
     if not shown:
         return None
-    plots = new_grid(
-        1, len(shown), titles=[m.name for m in shown], x="step", y="Gini coefficient", height=3.4
-    )
+    plots = new_grid(1, len(shown), titles=[m.name for m in shown], x="step", y="Gini coefficient", height=3.4)
     data: dict[str, Any] = {}
     for axes, model in zip(plots, shown, strict=True):
         for key, label, shade in known:

@@ -121,9 +121,7 @@ def run(argv: Sequence[str]) -> int:
         if debug:
             traceback.print_exc()
         print_styled(errors, ("internal error:", "bold red"), f" {type(error).__name__}: {error}")
-        print_styled(
-            errors, ("help:", "bold"), " this is a defect of paqdetr; report it with the output of --debug"
-        )
+        print_styled(errors, ("help:", "bold"), " this is a defect of paqdetr; report it with the output of --debug")
         return 1
     except KeyboardInterrupt:
         return _interrupted(training)

@@ -8,15 +8,12 @@ from typing import Annotated
 
 import typer
 
-from paqdetr.cli.console import progress_bar, results, show
-from paqdetr.cli.options import BatchSize, Device, Seed
+from paqdetr.cli.console import BatchSize, Device, Seed, progress_bar, results, show
 from paqdetr.values import MAX_RESAMPLES
 
 
 def analyze(
-    checkpoint: Annotated[
-        Path, typer.Argument(help="A .safetensors file or a run's folder.", metavar="CHECKPOINT")
-    ],
+    checkpoint: Annotated[Path, typer.Argument(help="A .safetensors file or a run's folder.", metavar="CHECKPOINT")],
     *,
     data: Annotated[Path, typer.Option(help="Folder of the data set, or its data.yaml.")],
     output: Annotated[Path, typer.Option(help="Folder for the report; an earlier report is replaced.")],
@@ -29,9 +26,7 @@ def analyze(
     images: Annotated[int, typer.Option(min=1, max=1000, help="Best images shown, and worst ones.")] = 6,
     resamples: Annotated[
         int,
-        typer.Option(
-            min=1, max=MAX_RESAMPLES, help="Resamples behind the intervals, shufflings behind the tests."
-        ),
+        typer.Option(min=1, max=MAX_RESAMPLES, help="Resamples behind the intervals, shufflings behind the tests."),
     ] = 1000,
     seed: Seed = 0,
     batch_size: BatchSize = 4,
@@ -40,7 +35,7 @@ def analyze(
     """Write one HTML page on what a detector does: figures, mistakes, images, use of queries, its inside."""
     from paqdetr.analysis import analyze as write_report
     from paqdetr.data.layout import split_to_evaluate
-    from paqdetr.models.device import require_device
+    from paqdetr.environment import require_device
 
     with ExitStack() as stack:
         bars = {}

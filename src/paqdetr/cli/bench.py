@@ -7,9 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from paqdetr.cli.console import progress_bar, results
-from paqdetr.cli.options import Device, JsonFile, Model, Overwrite
-from paqdetr.cli.outputs import OutputFiles
+from paqdetr.cli.console import Device, JsonFile, Model, OutputFiles, Overwrite, progress_bar, results
 from paqdetr.values import MAX_BATCH
 
 
@@ -22,9 +20,7 @@ def bench(
     *,
     against: Annotated[str | None, typer.Option(help="Another model to compare with.")] = None,
     image_size: Annotated[int, typer.Option(min=64, max=8192, help="Side of the images, in pixels.")] = 640,
-    batch_size: Annotated[
-        int, typer.Option(min=1, max=MAX_BATCH, help="Images that go through together.")
-    ] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, max=MAX_BATCH, help="Images that go through together.")] = 1,
     rounds: Annotated[int, typer.Option(min=1, max=10_000, help="Calls that each median is of.")] = 5,
     device: Device = None,
     json_file: JsonFile = None,
@@ -32,7 +28,7 @@ def bench(
 ) -> None:
     """Time a model on this machine: attention, inference and a training step, in turns with what it is compared with."""
     from paqdetr.config import parse_overrides
-    from paqdetr.engine.bench import bench as measure
+    from paqdetr.training.bench import bench as measure
 
     files = OutputFiles("paqdetr bench", overwrite=overwrite, json=json_file)
     with progress_bar("bench") as progress:

@@ -1,4 +1,4 @@
-"""Where the program prints: results to standard output, progress and errors to standard error."""
+"""What all verbs share: options, output files, and the consoles (results to standard output, the rest to standard error)."""
 
 from __future__ import annotations
 
@@ -7,15 +7,75 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from paqdetr.errors import ConfigError
 from paqdetr.text import printable
+from paqdetr.values import MAX_BATCH, MAX_RESAMPLES, MAX_SEED
+
+Model = Annotated[
+    str,
+    typer.Argument(help="A model or recipe (`paqdetr config list`), or a YAML file.", metavar="MODEL|CONFIG"),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Argument(help="Settings, such as epochs=12 model.num_patterns=32.", metavar="KEY=VALUE"),
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...: the best there is if not given.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist, whoever wrote them.")]
+Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of all random draws.")]
+BatchSize = Annotated[int, typer.Option(min=1, max=MAX_BATCH, help="It changes the speed, never a figure.")]
+Resamples = Annotated[int, typer.Option(min=100, max=MAX_RESAMPLES, help="Resamples of the images behind an interval.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
+
+
+class OutputFiles:
+    """What a verb writes, by the name of the option that says where.
+
+    Args:
+        command: the verb, as in "paqdetr eval"; only its own files of earlier calls are replaced.
+        overwrite: any file is replaced.
+        paths: where; None for an option that was not given. `results_out` is for COCO results.
+
+    Raises:
+        ConfigError: one cannot be written or would replace something else, or two are one.
+    """
+
+    def __init__(self, command: str, *, overwrite: bool = False, **paths: Path | None) -> None:
+        from paqdetr.outputs import RESULTS, require_replaceable
+
+        self._paths = {name: path for name, path in paths.items() if path is not None}
+        self._makers = {name: RESULTS if name == "results_out" else command for name in paths}
+        self._overwrite = overwrite
+        taken: dict[Path, str] = {}
+        for name, path in self._paths.items():
+            option = f"--{name.replace('_', '-')}"
+            other = taken.setdefault(path.resolve(), f"{option} {path}")
+            if other != f"{option} {path}":
+                raise ConfigError(f"{option} {path}: the same file as {other}", "name two files")
+            try:
+                require_replaceable(path, self._makers[name], overwrite=overwrite)
+            except ConfigError as error:
+                raise ConfigError(f"{option} {error.message}", error.remedy) from None
+
+    def write(self, name: str, content: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
+        """Write a json file; nothing if its option was not given.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        from paqdetr.outputs import write_json
+
+        if name in self._paths:
+            write_json(self._paths[name], content, maker=self._makers[name], overwrite=self._overwrite)
 
 
 class _PlainConsole(Console):

@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from paqdetr.cli.console import errors, print_styled, results
-from paqdetr.cli.options import Overwrite
-from paqdetr.cli.outputs import OutputFiles
+from paqdetr.cli.console import OutputFiles, Overwrite, errors, print_styled, results
 from paqdetr.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -34,16 +32,12 @@ def convert(
     *,
     origin: Annotated[
         str,
-        typer.Option(
-            "--from", help="dino, detrex, dn_detr, deformable_detr, relation_detr, transformers or paqdetr."
-        ),
+        typer.Option("--from", help="dino, detrex, dn_detr, deformable_detr, relation_detr, transformers or paqdetr."),
     ],
     output: Annotated[Path, typer.Option(help="The checkpoint to write, .safetensors.")],
     model: Annotated[
         str | None,
-        typer.Option(
-            "--as", help="A model of the same host to become, such as paq_dino_r50.", metavar="MODEL"
-        ),
+        typer.Option("--as", help="A model of the same host to become, such as paq_dino_r50.", metavar="MODEL"),
     ] = None,
     partial: Annotated[
         bool, typer.Option("--partial", help="Leave out unknown tensors, start missing ones anew.")
@@ -56,8 +50,8 @@ def convert(
     """Turn weights of another program into a checkpoint, and say what became of each tensor."""
     from paqdetr.config import load_config, parse_overrides
     from paqdetr.convert import convert_checkpoint
-    from paqdetr.models import list_models, save
-    from paqdetr.models.reshape import settings_to_add
+    from paqdetr.models import list_models
+    from paqdetr.models.files import settings_to_add
 
     if output.suffix != ".safetensors":
         raise ConfigError(f"--output {output}: checkpoints are .safetensors", "change the ending")
@@ -70,7 +64,7 @@ def convert(
     detector, report = convert_checkpoint(
         source, origin=origin, model=model, partial=partial, settings=parse_overrides(settings or [])
     )
-    save(detector, output, converted={"origin": report.origin, "source": report.source, **report.counts()})
+    detector.save(output, converted={"origin": report.origin, "source": report.source, **report.counts()})
     results.print(f"{report.source} ({report.origin}) as {report.model}", soft_wrap=True)
     results.print(_tensors(report))
     results.print(_settings(report))

@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from paqdetr.cli.console import errors, print_styled, progress_bar, results
-from paqdetr.cli.options import Overwrite, Seed
-from paqdetr.cli.outputs import OutputFiles
+from paqdetr.cli.console import OutputFiles, Overwrite, Seed, errors, print_styled, progress_bar, results
 from paqdetr.errors import ConfigError, DataError
 from paqdetr.values import MAX_WORKERS
 
@@ -71,9 +69,7 @@ def check(
         int | None,
         typer.Option(min=1, max=MAX_WORKERS, help="Threads that decode; the number of cores if not given."),
     ] = None,
-    show: Annotated[
-        int, typer.Option(min=0, help="Findings of a kind that are printed; --json has all.")
-    ] = 10,
+    show: Annotated[int, typer.Option(min=0, help="Findings of a kind that are printed; --json has all.")] = 10,
     overwrite: Overwrite = False,
 ) -> None:
     """Read every image and annotation once and report what is wrong; exit 2 if training would fail."""
@@ -98,8 +94,7 @@ def stats(
     overwrite: Overwrite = False,
 ) -> None:
     """Draw how many, how large, where and of what shape the boxes are; from the annotations alone."""
-    from paqdetr.data.stats import dataset_stats
-    from paqdetr.data.stats_plot import draw_stats
+    from paqdetr.data.stats import dataset_stats, draw_stats
 
     _require_png(output)
     files = OutputFiles("paqdetr data stats", overwrite=overwrite, output=output, json=json_file)
@@ -124,15 +119,11 @@ def preview(
         typer.Argument(help="Settings, such as augment.mosaic=0.5 batch_size=4.", metavar="KEY=VALUE"),
     ] = None,
     *,
-    model: Annotated[
-        str, typer.Option(help="The model, recipe or YAML file whose settings count.")
-    ] = "paq_dino_nano",
+    model: Annotated[str, typer.Option(help="The model, recipe or YAML file whose settings count.")] = "paq_dino_nano",
     output: Annotated[Path, typer.Option(help="PNG file to draw.")] = Path("preview.png"),
     split: Annotated[str, typer.Option(help="Split to show.")] = "train",
     batches: Annotated[int, typer.Option(min=1, max=100, help="Batches, one a row.")] = 3,
-    epoch: Annotated[
-        int, typer.Option(min=0, max=1_000_000, help="Epoch whose first batches are shown.")
-    ] = 0,
+    epoch: Annotated[int, typer.Option(min=0, max=1_000_000, help="Epoch whose first batches are shown.")] = 0,
     overwrite: Overwrite = False,
 ) -> None:
     """Draw training batches as a model gets them: augmented, padded (purple), with their boxes."""
@@ -196,9 +187,7 @@ def _print_report(report: CheckReport, *, title: str, show: int) -> None:
     results.print(title, soft_wrap=True)
     for severity, sentence in report.summary():
         print_styled(results, (severity, _COLOURS[severity]), f": {sentence}")
-    table = _table(
-        "split", "images", "without boxes", "boxes", "crowds", "classes", "small", "medium", "large"
-    )
+    table = _table("split", "images", "without boxes", "boxes", "crowds", "classes", "small", "medium", "large")
     for name, split in report.splits.items():
         used = sum(count > 0 for count in split.boxes_per_class.values())
         sizes = split.box_sizes
@@ -213,9 +202,7 @@ def _print_report(report: CheckReport, *, title: str, show: int) -> None:
         if split.traits
     ]
     if unusual:
-        results.print(
-            f"images out of the ordinary, which are converted: {'; '.join(unusual)}", soft_wrap=True
-        )
+        results.print(f"images out of the ordinary, which are converted: {'; '.join(unusual)}", soft_wrap=True)
     printed: dict[tuple[str, str, str], int] = defaultdict(int)
     for problem in sorted(report.problems, key=lambda problem: problem.severity):  # errors first
         key = (problem.split, problem.severity, problem.kind)
@@ -257,9 +244,7 @@ def _print_sizes(report: CheckReport) -> None:
     used = [n for n, edge in enumerate(edges) if any(split.box_sizes.histogram.get(edge) for split in splits)]
     for n in used and range(used[0], used[-1] + 1):
         upper = f" to {edges[n + 1]}" if n + 1 < len(edges) else " and more"
-        table.add_row(
-            f"{edges[n]}{upper} px", *(str(split.box_sizes.histogram.get(edges[n], 0)) for split in splits)
-        )
+        table.add_row(f"{edges[n]}{upper} px", *(str(split.box_sizes.histogram.get(edges[n], 0)) for split in splits))
     if used:
         results.print(table)
 

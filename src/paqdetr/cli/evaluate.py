@@ -8,19 +8,28 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from paqdetr.cli.console import errors, print_styled, progress_bar, results
-from paqdetr.cli.options import BatchSize, Device, Overwrite, Resamples, Seed
-from paqdetr.cli.outputs import OutputFiles
+from paqdetr.cli.console import (
+    BatchSize,
+    Device,
+    OutputFiles,
+    Overwrite,
+    Resamples,
+    Seed,
+    errors,
+    print_styled,
+    progress_bar,
+    results,
+)
 from paqdetr.errors import ConfigError
 
 if TYPE_CHECKING:
     from paqdetr.data.dataset import DetectionDataset
-    from paqdetr.engine.evaluate import Evaluation
-    from paqdetr.engine.processes import Processes
+    from paqdetr.distributed import Processes
+    from paqdetr.evaluation.evaluate import Evaluation
     from paqdetr.metrics import CocoFigures
-    from paqdetr.metrics.coco_records import CocoRecords
+    from paqdetr.metrics.coco import CocoRecords
     from paqdetr.metrics.intervals import FigureIntervals
-    from paqdetr.metrics.matching import MatchTable
+    from paqdetr.metrics.matches import MatchTable
     from paqdetr.models.detector import Detector
 
 _Kind = Literal["bbox", "segm"]
@@ -51,7 +60,7 @@ class _Options:
         return None if self.data is None else open_split(self.data, self.split)
 
     def truth(self, dataset: DetectionDataset | None) -> CocoRecords:
-        from paqdetr.metrics.coco_records import CocoRecords
+        from paqdetr.metrics.coco import CocoRecords
 
         content = self.annotations if dataset is None else dataset.ground_truth()
         assert content is not None
@@ -142,16 +151,14 @@ def evaluate(
         if found is not None:
             files.write("results_out", found.rows)
         if found is not None and checkpoint is not None:
-            from paqdetr.engine.memory import peak_memory
+            from paqdetr.environment import peak_memory
 
             results.print(f"peak memory: {peak_memory():.2f} GiB")
     if written is not None:  # None: another process prints and writes
         files.write("json", written)
 
 
-def _require_one(
-    checkpoint: Path | None, results_file: Path | None, compare: tuple[Path, Path] | None
-) -> None:
+def _require_one(checkpoint: Path | None, results_file: Path | None, compare: tuple[Path, Path] | None) -> None:
     """Raise ConfigError unless one thing is to be evaluated, and `--compare` has its own two files."""
     swallowed = next((str(path) for path in compare or () if str(path).startswith("--")), None)
     if swallowed is not None:
@@ -170,7 +177,7 @@ def _require_one(
 
 
 def _of_checkpoint(checkpoint: Path, options: _Options) -> _Found | None:
-    from paqdetr.engine.processes import Processes, leave
+    from paqdetr.distributed import Processes, leave
 
     processes, dataset = Processes.join(options.device), options.dataset()
     assert dataset is not None
@@ -188,7 +195,7 @@ def _detect(
     checkpoint: Path, dataset: DetectionDataset, processes: Processes, options: _Options
 ) -> tuple[Detector, Evaluation | None]:
     """The model, and what it finds; None in all processes but the main one."""
-    from paqdetr.engine.evaluate import evaluate_together
+    from paqdetr.evaluation.evaluate import evaluate_together
     from paqdetr.models import load
 
     model = load(checkpoint, device=str(processes.device))
@@ -223,7 +230,7 @@ def _print(found: _Found, options: _Options, *, intervals: bool) -> dict[str, An
     """Print the figures; what goes into the json."""
     from paqdetr.cli.figures import classes_table, figures_table
     from paqdetr.metrics.intervals import figure_intervals
-    from paqdetr.metrics.matching import MatchTable
+    from paqdetr.metrics.matches import MatchTable
     from paqdetr.serialize import json_number
 
     drawn: FigureIntervals | None = None
@@ -251,9 +258,7 @@ def _warn_of_crowding(truth: CocoRecords, queries: int | None, options: _Options
 
     owners, labels = truth.objects().T
     images = len(truth.image_ids)
-    for sentence in crowding_sentences(
-        owners, labels, images, queries=queries, max_detections=options.max_detections
-    ):
+    for sentence in crowding_sentences(owners, labels, images, queries=queries, max_detections=options.max_detections):
         print_styled(errors, ("note:", "bold yellow"), f" {sentence}")
 
 
@@ -265,7 +270,7 @@ def _counted(options: _Options) -> str:
 def _compare(pair: tuple[Path, Path], options: _Options) -> dict[str, Any] | None:
     """Print two result sets side by side; what goes into the json."""
     from paqdetr.cli.figures import class_comparison_table, comparison_table, verdict
-    from paqdetr.engine.processes import Processes
+    from paqdetr.distributed import Processes
     from paqdetr.metrics.intervals import compare_results
 
     models = [path for path in pair if path.suffix != ".json"]
@@ -311,9 +316,9 @@ def _tables(
     options: _Options,
 ) -> tuple[MatchTable, MatchTable] | None:
     """The matches of both; None in all processes but the main one."""
-    from paqdetr.engine.processes import leave
+    from paqdetr.distributed import leave
     from paqdetr.metrics.coco import read_results
-    from paqdetr.metrics.matching import MatchTable
+    from paqdetr.metrics.matches import MatchTable
 
     rows: list[list[dict[str, Any]]] = []
     for path in pair:

@@ -8,9 +8,18 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from paqdetr.cli.console import Ended, errors, print_styled, results
-from paqdetr.cli.options import Device, JsonFile, Model, Overwrite, Settings
-from paqdetr.cli.outputs import OutputFiles
+from paqdetr.cli.console import (
+    Device,
+    Ended,
+    JsonFile,
+    Model,
+    OutputFiles,
+    Overwrite,
+    Settings,
+    errors,
+    print_styled,
+    results,
+)
 
 
 def plan(
@@ -25,18 +34,16 @@ def plan(
     ] = False,
     overfit: Annotated[
         int | None,
-        typer.Option(
-            min=1, max=1_000_000, help="Instead: train so many steps on one batch, and see if it is learnt."
-        ),
+        typer.Option(min=1, max=1_000_000, help="Instead: train so many steps on one batch, and see if it is learnt."),
     ] = None,
     json_file: JsonFile = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Say what a training will take before it starts: memory, time, disk. Nothing is kept of the steps it tries."""
     from paqdetr.config import describe_idle, load_config, parse_overrides
-    from paqdetr.engine.memory import largest_batch
-    from paqdetr.engine.processes import Processes
-    from paqdetr.engine.setup import describe_data, open_splits, with_classes
+    from paqdetr.distributed import Processes
+    from paqdetr.training.memory import largest_batch
+    from paqdetr.training.setup import describe_data, open_splits, with_classes
 
     files = OutputFiles("paqdetr plan", overwrite=overwrite, json=json_file)
     given = parse_overrides(settings or [])
@@ -49,7 +56,7 @@ def plan(
         size = largest_batch(config, train_split, Processes.join(device))
         config = config.model_copy(update={"batch_size": size})
     if overfit is not None:
-        from paqdetr.engine.plan import overfit_one_batch
+        from paqdetr.training.plan import overfit_one_batch
 
         tried = overfit_one_batch(config, train_split, steps=overfit, device=device)
         first, last = tried.losses[0], tried.losses[-1]
@@ -60,9 +67,7 @@ def plan(
         )
         files.write("json", tried.to_json())
         if not tried.learnt:
-            print_styled(
-                errors, ("not learnt:", "bold"), " less than 90 % of the boxes of this one batch are found"
-            )
+            print_styled(errors, ("not learnt:", "bold"), " less than 90 % of the boxes of this one batch are found")
             print_styled(
                 errors,
                 ("help:", "bold"),
@@ -70,7 +75,7 @@ def plan(
             )
             raise Ended(2)
         return
-    from paqdetr.engine.plan import plan_training
+    from paqdetr.training.plan import plan_training
 
     found = plan_training(config, train_split, val_split, device=device, steps=steps)
     table = Table(title=f"{config.name} on {data}, {found.device}", title_justify="left", show_header=False)

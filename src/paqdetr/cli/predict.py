@@ -7,15 +7,12 @@ from typing import Annotated
 
 import typer
 
-from paqdetr.cli.console import Ended, errors, print_styled, progress_bar, results
-from paqdetr.cli.options import Device, Overwrite
+from paqdetr.cli.console import Device, Ended, Overwrite, errors, print_styled, progress_bar, results
 from paqdetr.errors import ConfigError, DataError
 
 
 def predict(
-    checkpoint: Annotated[
-        Path, typer.Argument(help="A .safetensors file or a run's folder.", metavar="CHECKPOINT")
-    ],
+    checkpoint: Annotated[Path, typer.Argument(help="A .safetensors file or a run's folder.", metavar="CHECKPOINT")],
     sources: Annotated[list[Path], typer.Argument(help="Images and folders of images.", metavar="IMAGE|DIR")],
     *,
     output: Annotated[Path, typer.Option(help="Folder for drawn images and predictions.json.")],
@@ -27,10 +24,9 @@ def predict(
     device: Device = None,
 ) -> None:
     """Draw what a detector finds, and write it as COCO results."""
-    from paqdetr.engine import predict_folder
-    from paqdetr.engine.memory import peak_memory
+    from paqdetr.environment import peak_memory, require_device
+    from paqdetr.evaluation import predict_folder
     from paqdetr.models import load
-    from paqdetr.models.device import require_device
 
     if not 0 <= threshold <= 1:  # a range of the option would call nan too large
         raise ConfigError(

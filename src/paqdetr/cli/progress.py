@@ -14,7 +14,7 @@ from rich.progress import (
 )
 
 from paqdetr.cli.console import errors, print_styled, show
-from paqdetr.engine.events import Callback, TrainingPlan
+from paqdetr.training.callbacks import Callback, TrainingPlan
 
 
 class TrainingProgress(Callback):
@@ -39,14 +39,10 @@ class TrainingProgress(Callback):
     def on_start(self, plan: TrainingPlan) -> None:
         config = plan.config
         done = f", resumed at step {plan.first_step}" if plan.first_step else ""
-        what = (
-            f": {plan.images} images, {plan.total_steps} steps of {plan.step_images} on {plan.device}{done}"
-        )
+        what = f": {plan.images} images, {plan.total_steps} steps of {plan.step_images} on {plan.device}{done}"
         print_styled(errors, (config.name, "bold"), what)
         self._bar.start()
-        self._train = self._bar.add_task(
-            "train", total=plan.total_steps, completed=plan.first_step, figures=""
-        )
+        self._train = self._bar.add_task("train", total=plan.total_steps, completed=plan.first_step, figures="")
 
     def on_step(self, step: int, loss: float) -> None:
         if self._train is not None:
@@ -58,9 +54,7 @@ class TrainingProgress(Callback):
             return
         positives = ""
         if "positives_per_box" in record:
-            positives = "  positives a box by layer " + " ".join(
-                f"{k:.2f}" for k in record["positives_per_box"]
-            )
+            positives = "  positives a box by layer " + " ".join(f"{k:.2f}" for k in record["positives_per_box"])
         errors.print(
             f"step {record['step']}  epoch {record['epoch']:.2f}  loss {record['loss']:.3f}  "
             f"lr {record['lr']:.2e}  {record['images_per_second']:.1f} images/s{positives}",

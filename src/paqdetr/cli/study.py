@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from paqdetr.cli.console import Ended, errors, print_styled, progress_bar, results, show
-from paqdetr.cli.options import Device
+from paqdetr.cli.console import Device, Ended, errors, print_styled, progress_bar, results, show
 from paqdetr.errors import ConfigError
 from paqdetr.files import read_text
+from paqdetr.study.queue import QueueEvents
+from paqdetr.study.results import RunResult
+from paqdetr.study.runs import PlannedRun
+from paqdetr.study.spec import Study
 
 if TYPE_CHECKING:
     from paqdetr.study.report import StudyReport
@@ -20,17 +26,61 @@ if TYPE_CHECKING:
     from paqdetr.study.spec import Study
 
 
+class QueueProgress(QueueEvents):
+    """Two live bars on a terminal, over the runs and over the steps of the one in hand; a line for each run in a log."""
+
+    def __init__(self, study: Study, runs: Sequence[PlannedRun]) -> None:
+        self._checkpoint: str = study.evaluate.checkpoints[0]
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            console=errors,
+            disable=not errors.is_terminal,
+        )
+        self._all = self._bars.add_task(study.name, total=len(runs), figures="")
+        self._one = self._bars.add_task("", total=1, figures="", visible=False)
+
+    def __enter__(self) -> QueueProgress:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def on_begin(self, planned: PlannedRun, step: str, number: int, total: int) -> None:
+        self._bars.update(self._all, completed=number - 1)
+        self._bars.reset(self._one, description=f"{step} {planned.key}", total=planned.steps, visible=step == "train")
+        if not errors.is_terminal:
+            errors.print(f"{number} of {total}: {step} {planned.key}", soft_wrap=True)
+
+    def on_progress(self, planned: PlannedRun, step: int, ap: float | None) -> None:
+        figures = "" if ap is None else f"AP {show(ap)}"
+        self._bars.update(self._one, completed=step, figures=figures)
+
+    def on_result(self, planned: PlannedRun, result: RunResult) -> None:
+        self._bars.update(self._one, visible=False)
+        if result.failed is not None:
+            errors.print(f"{planned.key}: failed: {result.failed}", soft_wrap=True)
+            return
+        figures = result.figures[self._checkpoint]
+        errors.print(f"{planned.key}: AP {show(figures['AP'])}, after NMS {show(figures['AP_nms'])}", soft_wrap=True)
+
+    def on_wait(self, planned: PlannedRun) -> None:
+        self._bars.update(self._one, description=f"waiting for another process: {planned.key}", visible=True)
+
+
 def study(
     file: Annotated[Path, typer.Argument(help="What is compared: a YAML file.", metavar="STUDY.yaml")],
     *,
     output: Annotated[Path, typer.Option(help="Folder of the study; made if absent.")],
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue a study that was stopped, or start it.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a study that was stopped, or start it.")] = False,
     data_root: Annotated[Path, typer.Option(help="What data folders of the file are relative to.")] = Path(),
-    plan: Annotated[
-        bool, typer.Option("--plan", help="List the runs and what they will take; run none.")
-    ] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="List the runs and what they will take; run none.")] = False,
     commands: Annotated[
         bool, typer.Option("--commands", help="Print the command of every training; run none.")
     ] = False,
@@ -76,12 +126,10 @@ def _run(
     device: str | None,
 ) -> None:
     from paqdetr.checkpoint import write_whole
-    from paqdetr.cli.study_progress import QueueProgress
-    from paqdetr.engine.environment import command_line
+    from paqdetr.environment import command_line
     from paqdetr.outputs import require_free
-    from paqdetr.study.children import StudyInterrupted
     from paqdetr.study.datasets import prepare
-    from paqdetr.study.queue import require_no_conflict, run_queue
+    from paqdetr.study.queue import StudyInterrupted, require_no_conflict, run_queue
 
     if places.study_file.exists() and not resume:
         raise ConfigError(
@@ -90,9 +138,7 @@ def _run(
         )
     if not places.study_file.exists():
         # Results and runs that were kept elsewhere may have been put there to go on from.
-        require_free(
-            places.output, lambda path: path.relative_to(places.output).parts[0] in ("results", "runs")
-        )
+        require_free(places.output, lambda path: path.relative_to(places.output).parts[0] in ("results", "runs"))
     for planned in runs:
         require_no_conflict(planned, places)
     text = read_text(file)

@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from paqdetr.cli.console import Ended, errors, print_styled, results, show
-from paqdetr.cli.options import Device, Model, Settings
+from paqdetr.cli.console import Device, Ended, Model, Settings, errors, print_styled, results, show
 from paqdetr.values import MAX_SEED
 
 
@@ -19,9 +18,7 @@ def train(
     *,
     data: Annotated[Path, typer.Option(help="Folder of the data set, or its data.yaml.")],
     output: Annotated[Path, typer.Option(help="Folder of the run; made if absent.")],
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue an interrupted run, or start it.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run, or start it.")] = False,
     accept_new_data: Annotated[
         bool, typer.Option("--accept-new-data", help="With --resume: even if the data have changed.")
     ] = False,
@@ -38,10 +35,10 @@ def train(
     """
     from paqdetr.cli.progress import TrainingProgress
     from paqdetr.config import parse_overrides
-    from paqdetr.engine import train as run_training
-    from paqdetr.engine.environment import command_line
-    from paqdetr.engine.interrupt import TrainingInterrupted
-    from paqdetr.engine.processes import leave, this_is_main
+    from paqdetr.distributed import leave, this_is_main
+    from paqdetr.environment import command_line
+    from paqdetr.interrupt import TrainingInterrupted
+    from paqdetr.training import train as run_training
 
     overrides = parse_overrides(settings or [])
     overrides |= {key: value for key, value in (("seed", seed), ("amp", amp)) if value is not None}
@@ -60,9 +57,7 @@ def train(
     except TrainingInterrupted as interrupted:
         if this_is_main():
             command = command_line() + ("" if resume else " --resume")
-            print_styled(
-                errors, ("interrupted:", "bold"), f" saved at step {interrupted.step}; continue with"
-            )
+            print_styled(errors, ("interrupted:", "bold"), f" saved at step {interrupted.step}; continue with")
             errors.print(f"  {command}", soft_wrap=True)
         raise Ended(interrupted.exit_code) from None
     leave()

@@ -18,7 +18,7 @@ def _print_versions(wanted: bool) -> None:
     import torch
 
     from paqdetr._version import __version__
-    from paqdetr.models.device import require_device
+    from paqdetr.environment import require_device
 
     device = require_device(None)
     name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""

@@ -212,9 +212,7 @@ def _read_yaml(text: str, where: str) -> dict[str, Any]:
 def _parse_override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise ConfigError(
-            f"{shorten(text)} is not a setting", "write settings as key=value, for example epochs=12"
-        )
+        raise ConfigError(f"{shorten(text)} is not a setting", "write settings as key=value, for example epochs=12")
     return key, parse_value(value, key)
 
 
@@ -248,7 +246,5 @@ def _explain(error: ValidationError, where: str) -> ConfigError:
     message = first["msg"].removeprefix("Value error, ")
     subject = f"{key}={shorten(first['input'])}" if key and not isinstance(first["input"], Mapping) else key
     detail = f"{subject}: {message}" if subject else message
-    remedy = (
-        "`paqdetr config show MODEL` prints every setting as resolved; docs/settings.md says what each takes"
-    )
+    remedy = "`paqdetr config show MODEL` prints every setting as resolved; docs/settings.md says what each takes"
     return ConfigError(f"{where}: {detail}", remedy)

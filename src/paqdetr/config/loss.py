@@ -40,9 +40,7 @@ _ENCODER_COUNTED = Needs(
     "loss.encoder_assigner=quality_aware or simota",
     lambda c: c.loss.encoder_assigner in ("quality_aware", "simota"),
 )
-_QUALITY_AWARE = Needs(
-    "loss.assigner or loss.encoder_assigner=quality_aware", _assigner_among("quality_aware")
-)
+_QUALITY_AWARE = Needs("loss.assigner or loss.encoder_assigner=quality_aware", _assigner_among("quality_aware"))
 _HYBRID = Needs("model.hybrid_queries above 0", lambda c: c.model.hybrid_queries > 0)
 
 
@@ -83,9 +81,7 @@ class LossConfig(Section):
         default=0.4, ge=0, description="quality of a query for a box: IoU - gamma * confidence"
     )
     top_k: Annotated[int, _ONE_TO_MANY] = Field(default=4, ge=1, le=1000, description="most positives a box")
-    min_positives: Annotated[int, _COUNTED] = Field(
-        default=1, ge=1, le=1000, description="fewest positives a box"
-    )
+    min_positives: Annotated[int, _COUNTED] = Field(default=1, ge=1, le=1000, description="fewest positives a box")
     encoder_min_positives: Annotated[int | None, _TWO_STAGE, _ENCODER_COUNTED] = Field(
         default=None,
         ge=1,
@@ -115,9 +111,7 @@ class LossConfig(Section):
         ge=0,
         description="of the diversity loss of patterns (beta of the paper); 0 switches it off",
     )
-    div_scale: Annotated[float, MIXED] = Field(
-        default=1.0, ge=0, description="a further factor on the diversity loss"
-    )
+    div_scale: Annotated[float, MIXED] = Field(default=1.0, ge=0, description="a further factor on the diversity loss")
     hybrid_weight: Annotated[float, _HYBRID] = Field(
         default=1.0, ge=0, description="of the one-to-many branch of H-DETR"
     )

@@ -9,9 +9,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, field_vali
 
 from paqdetr.config.section import Needs, Role, Section, lists_are_tuples
 
-MIXED = Needs(
-    "model.queries=patterns or static_mixture", lambda c: c.model.queries in ("patterns", "static_mixture")
-)
+MIXED = Needs("model.queries=patterns or static_mixture", lambda c: c.model.queries in ("patterns", "static_mixture"))
 _PATTERNS = Needs("model.queries=patterns", lambda c: c.model.queries == "patterns")
 _IMAGE_MIXTURES = Needs("model.mixture_input=image or both", lambda c: c.model.mixture_input != "query")
 _QUERY_FEATURES = Needs(
@@ -72,9 +70,7 @@ class ModelConfig(Section):
     num_points: int = Field(
         default=4, ge=1, le=256, description="points that a head of deformable attention reads on each level"
     )
-    ffn_dim: int = Field(
-        default=2048, ge=1, le=131_072, description="hidden width of the feed-forward blocks"
-    )
+    ffn_dim: int = Field(default=2048, ge=1, le=131_072, description="hidden width of the feed-forward blocks")
     dropout: Annotated[float, Role.FREE, Role.TARGET] = Field(
         default=0.0, ge=0, lt=1, description="in encoder and decoder layers"
     )
@@ -123,9 +119,7 @@ class ModelConfig(Section):
     # Content of queries: `static`, a learned table; `proposals`, computed from the proposal; `patterns` is PaQ;
     # two ablations: `static_mixture` mixes patterns by learned weights that no image changes, `features` has no patterns.
     num_queries: Annotated[int, Role.FREE] = Field(default=900, ge=1, le=100_000, description="queries (n)")
-    queries: Annotated[
-        Literal["static", "proposals", "patterns", "static_mixture", "features"], Role.QUERIES
-    ] = Field(
+    queries: Annotated[Literal["static", "proposals", "patterns", "static_mixture", "features"], Role.QUERIES] = Field(
         default="static",
         description="content of queries. static: a learned table; proposals: computed from the proposal's box; patterns: "
         "PaQ; and two ablations: static_mixture, patterns mixed by learned weights that no image changes; features, a linear "
@@ -241,22 +235,14 @@ class ModelConfig(Section):
     )
 
     # Conventions in which published codes differ; docs/convert.md names who does what.
-    position_temperature: float = Field(
-        default=20.0, gt=0, description="of the sine embedding of feature maps"
-    )
-    position_offset: float = Field(
-        default=0.0, ge=-0.5, le=0, description="-0.5 counts cells from their centres"
-    )
+    position_temperature: float = Field(default=20.0, gt=0, description="of the sine embedding of feature maps")
+    position_offset: float = Field(default=0.0, ge=-0.5, le=0, description="-0.5 counts cells from their centres")
     refine_from: Literal["normed", "raw"] = Field(
         default="normed",
         description="`raw`: the next layer's boxes come from the output before the decoder's norm",
     )
-    box_eps: float = Field(
-        default=1e-5, gt=0, lt=0.5, description="boxes are kept so far from 0 and 1 in logits"
-    )
-    padded_positions: bool = Field(
-        default=False, description="positions of boxes are those in the padded image"
-    )
+    box_eps: float = Field(default=1e-5, gt=0, lt=0.5, description="boxes are kept so far from 0 and 1 in logits")
+    padded_positions: bool = Field(default=False, description="positions of boxes are those in the padded image")
     masked_neck_norm: Annotated[bool, Role.FREE] = Field(
         default=False, description="the neck's norms leave padding out, which published codes count in"
     )
@@ -273,13 +259,9 @@ class ModelConfig(Section):
         if self.dim % self.num_heads or self.dim % 4:
             raise ValueError(f"dim={self.dim} must be divisible by 4 and by num_heads={self.num_heads}")
         if self.num_levels < len(self.backbone_strides):
-            raise ValueError(
-                f"num_levels={self.num_levels} is fewer than backbone_strides={self.backbone_strides}"
-            )
+            raise ValueError(f"num_levels={self.num_levels} is fewer than backbone_strides={self.backbone_strides}")
         if self.encoder_query_levels is not None and self.encoder_query_levels > self.num_levels:
-            raise ValueError(
-                f"encoder_query_levels={self.encoder_query_levels} exceeds num_levels={self.num_levels}"
-            )
+            raise ValueError(f"encoder_query_levels={self.encoder_query_levels} exceeds num_levels={self.num_levels}")
         for key, wrong, needs in self._contradictions():
             if wrong:
                 raise ValueError(f"{key} needs {needs}")

@@ -26,12 +26,8 @@ class AugmentConfig(Section):
         default=(0.6, 1.0), description="the long side is resized to a size in this range"
     )
     crop: float = Field(default=0.5, ge=0, le=1, description="probability of a random crop before the resize")
-    crop_size: tuple[float, float] = Field(
-        default=(0.5, 1.0), description="side of the crop, relative to the image's"
-    )
-    color: float = Field(
-        default=0.0, ge=0, le=1, description="strength of brightness, contrast and saturation jitter"
-    )
+    crop_size: tuple[float, float] = Field(default=(0.5, 1.0), description="side of the crop, relative to the image's")
+    color: float = Field(default=0.0, ge=0, le=1, description="strength of brightness, contrast and saturation jitter")
     crop_style: Literal["aspect", "detr"] = Field(
         default="aspect",
         description="aspect: a part of the image's aspect; detr: the published recipe's crop",
@@ -107,13 +103,11 @@ class Config(Section):
         default="none",
         description="what other numbers of images a step do to all rates: nothing, in proportion, or by the root",
     )
-    lr_reference_batch: Annotated[int, Needs("lr_rule=linear or sqrt", lambda c: c.lr_rule != "none")] = (
-        Field(
-            default=16,
-            ge=1,
-            le=10**9,
-            description="images a step that the rates are meant for, where lr_rule is not none",
-        )
+    lr_reference_batch: Annotated[int, Needs("lr_rule=linear or sqrt", lambda c: c.lr_rule != "none")] = Field(
+        default=16,
+        ge=1,
+        le=10**9,
+        description="images a step that the rates are meant for, where lr_rule is not none",
     )
     # Sampling offsets and the layer that makes reference points learn slower in the published recipes.
     offsets_lr_scale: float = Field(
@@ -126,9 +120,7 @@ class Config(Section):
         default=False,
         description="norms and biases decay too, as in the codes of Deformable DETR, DN-DETR and DINO",
     )
-    schedule: Literal["step", "cosine"] = Field(
-        default="step", description="of the learning rate, after the warm-up"
-    )
+    schedule: Literal["step", "cosine"] = Field(default="step", description="of the learning rate, after the warm-up")
     drop_at: Annotated[float, Needs("schedule=step", lambda c: c.schedule == "step")] = Field(
         default=10 / 12, gt=0, le=1, description="step schedule: x0.1 after this share of the training"
     )
@@ -147,9 +139,7 @@ class Config(Section):
     checkpoint_activations: bool = Field(
         default=False, description="layers of encoder and decoder compute twice and keep less"
     )
-    sync_batch_norm: bool = Field(
-        default=False, description="batch norms that train see the images of all processes"
-    )
+    sync_batch_norm: bool = Field(default=False, description="batch norms that train see the images of all processes")
     nan_policy: Literal["raise", "skip-step"] = Field(
         default="raise",
         description="what a loss or gradient that is not finite does: end, or leave out the step",
@@ -165,9 +155,7 @@ class Config(Section):
     workers: int = Field(
         default=2, ge=0, le=MAX_WORKERS, description="processes that load images, for each training process"
     )
-    cache_images: float = Field(
-        default=2.0, ge=0, le=1_000_000, description="GiB of decoded images that workers share"
-    )
+    cache_images: float = Field(default=2.0, ge=0, le=1_000_000, description="GiB of decoded images that workers share")
     eval_every: int = Field(
         default=1, ge=1, le=10**9, description="epochs between evaluations; the last epoch always has one"
     )
@@ -195,9 +183,7 @@ class Config(Section):
     def _positive(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
         sides = (value,) if isinstance(value, int) else value
         if not 32 <= sides[0] <= sides[-1] <= 16_384:
-            raise ValueError(
-                "expected one number from 32 to 16384, or [short, long] with 32 <= short <= long <= 16384"
-            )
+            raise ValueError("expected one number from 32 to 16384, or [short, long] with 32 <= short <= long <= 16384")
         return value
 
     def to_yaml(self) -> str:

@@ -53,9 +53,7 @@ class Section(BaseModel):
     @classmethod
     def with_role(cls, *roles: Role) -> tuple[str, ...]:
         """The settings whose fields say one of these."""
-        return tuple(
-            key for key, field in cls.model_fields.items() if any(role in field.metadata for role in roles)
-        )
+        return tuple(key for key, field in cls.model_fields.items() if any(role in field.metadata for role in roles))
 
     @model_validator(mode="before")
     @classmethod

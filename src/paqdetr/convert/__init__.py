@@ -2,6 +2,6 @@
 
 from paqdetr.convert.classes import COCO
 from paqdetr.convert.conversion import LAYOUTS, OWN, convert_checkpoint
-from paqdetr.convert.report import ConversionReport, Origin
+from paqdetr.convert.target import ConversionReport, Origin
 
 __all__ = ["COCO", "LAYOUTS", "OWN", "ConversionReport", "Origin", "convert_checkpoint"]

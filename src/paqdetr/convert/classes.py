@@ -106,9 +106,7 @@ def _from_file(total: int, path: Path, where: str) -> ClassSlots:
         names = [line for line in lines if line]
         table = ClassTable(tuple(range(len(names))), tuple(names))
     if not len(table):
-        raise CheckpointError(
-            f"classes={path}: names no classes", "give a COCO json or a text file with a name a line"
-        )
+        raise CheckpointError(f"classes={path}: names no classes", "give a COCO json or a text file with a name a line")
     if len(table) == total:
         return ClassSlots(table, tuple(range(total)), total, f"classes of {path}")
     if max(table.ids) < total and path.suffix == ".json":
@@ -123,9 +121,7 @@ def _categories(path: Path) -> ClassTable:
     content = read_json(path, error=CheckpointError)
     rows = content.get("categories") if isinstance(content, dict) else None
     ids = (
-        [as_id(row.get("id")) if isinstance(row, dict) else None for row in rows]
-        if isinstance(rows, list)
-        else [None]
+        [as_id(row.get("id")) if isinstance(row, dict) else None for row in rows] if isinstance(rows, list) else [None]
     )
     if len(set(ids)) < len(ids) or not all(isinstance(own, int) for own in ids):
         raise CheckpointError(

@@ -16,21 +16,24 @@ from paqdetr.convert.deformable_detr import DEFORMABLE_DETR
 from paqdetr.convert.detrex import DETREX
 from paqdetr.convert.dino import DINO
 from paqdetr.convert.dn_detr import DN_DETR
-from paqdetr.convert.keymap import Renamed, apply_rules, coverage
-from paqdetr.convert.layout import Layout
+from paqdetr.convert.keymap import Layout, Renamed, apply_rules, coverage
 from paqdetr.convert.read import SourceFile, read_source
 from paqdetr.convert.relation_detr import RELATION_DETR
-from paqdetr.convert.report import ConversionReport, Origin
-from paqdetr.convert.settle import (
+from paqdetr.convert.target import (
+    ConversionReport,
+    Origin,
     Setting,
     class_rows,
+    fill_model,
+    fit_heads,
+    fit_queries,
     infer_settings,
     settle_classes,
     settle_heads,
     settle_names,
     settle_scale,
+    target_config,
 )
-from paqdetr.convert.target import fill_model, fit_heads, fit_queries, target_config
 from paqdetr.convert.transformers import TRANSFORMERS
 from paqdetr.errors import CheckpointError, ConfigError
 from paqdetr.models import Detector
@@ -184,9 +187,7 @@ def _finish(
         },
         kept=tuple(key for key, names in renamed.sources.items() if names == (key,)),
         renamed={
-            key: Origin(names, renamed.notes.get(key, ""))
-            for key, names in renamed.sources.items()
-            if names != (key,)
+            key: Origin(names, renamed.notes.get(key, "")) for key, names in renamed.sources.items() if names != (key,)
         },
         dropped=renamed.dropped,
         fresh=fresh,
@@ -202,9 +203,7 @@ def _require_known(given: Mapping[str, Any]) -> None:
         )
     for key, value in given.items():
         if problem := problem_of(key, value):
-            raise ConfigError(
-                f"{key}={shorten(value)}: {problem}", "docs/settings.md says what each setting takes"
-            )
+            raise ConfigError(f"{key}={shorten(value)}: {problem}", "docs/settings.md says what each setting takes")
 
 
 def _unknown(renamed: Renamed, file: SourceFile, origin: str, where: str) -> CheckpointError:
@@ -220,9 +219,7 @@ def _unknown(renamed: Renamed, file: SourceFile, origin: str, where: str) -> Che
     elif not renamed.tensors:
         remedy = f"none of the programs that --from knows has such names ({', '.join(LAYOUTS)})"
     else:
-        remedy = (
-            "if you can do without them, --partial leaves them out; outputs then differ from the original's"
-        )
+        remedy = "if you can do without them, --partial leaves them out; outputs then differ from the original's"
     return CheckpointError(
         f"{where}: {len(keys)} of {len(file.tensors)} tensors are not of {LAYOUTS[origin].title}: {shown}",
         remedy,

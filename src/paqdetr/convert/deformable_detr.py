@@ -6,15 +6,18 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from paqdetr.convert.backbones import resnet
-from paqdetr.convert.keymap import FIRST_HALF, SECOND_HALF, move, split
-from paqdetr.convert.layout import (
+from paqdetr.convert.keymap import (
     DEFORMABLE_MAP,
+    FIRST_HALF,
     KEEP_100,
     LEVELS,
+    SECOND_HALF,
     Layout,
     encoder_and_decoder,
     heads,
+    move,
     proposal_projection,
+    split,
 )
 
 

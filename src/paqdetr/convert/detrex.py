@@ -6,15 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from paqdetr.convert.backbones import detectron2_resnet, swin
-from paqdetr.convert.keymap import move
-from paqdetr.convert.layout import (
-    DAB_CONVENTIONS,
-    DEFORMABLE_MAP,
-    Layout,
-    heads,
-    mlp,
-    proposal_projection,
-)
+from paqdetr.convert.keymap import DAB_CONVENTIONS, DEFORMABLE_MAP, Layout, heads, mlp, move, proposal_projection
 
 
 def _settings(keys: Collection[str], hints: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,8 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from paqdetr.convert.backbones import resnet, swin
-from paqdetr.convert.keymap import move
-from paqdetr.convert.layout import (
+from paqdetr.convert.keymap import (
     DAB_CONVENTIONS,
     KEEP_300,
     LEVELS,
@@ -15,6 +14,7 @@ from paqdetr.convert.layout import (
     encoder_and_decoder,
     heads,
     mlp,
+    move,
     proposal_projection,
 )
 

@@ -6,8 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from paqdetr.convert.backbones import resnet
-from paqdetr.convert.keymap import move
-from paqdetr.convert.layout import (
+from paqdetr.convert.keymap import (
     DAB_CONVENTIONS,
     DEFORMABLE_MAP,
     KEEP_100,
@@ -16,6 +15,7 @@ from paqdetr.convert.layout import (
     encoder_and_decoder,
     heads,
     mlp,
+    move,
 )
 
 

@@ -95,11 +95,7 @@ def _read_folder(folder: Path) -> SourceFile:
         index = folder / f"{name}.index.json"
         if index.is_file():
             places = _read_json(index).get("weight_map")
-            if (
-                not isinstance(places, dict)
-                or not places
-                or not all(isinstance(v, str) for v in places.values())
-            ):
+            if not isinstance(places, dict) or not places or not all(isinstance(v, str) for v in places.values()):
                 raise CheckpointError(
                     f"{index}: weight_map is {shorten(places)}, expected the file of each tensor",
                     "download the folder again",
@@ -135,9 +131,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path}: not a readable safetensors file ({error})", "download it again"
-        ) from None
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error})", "download it again") from None
 
 
 def _unpickle(path: Path) -> Any:

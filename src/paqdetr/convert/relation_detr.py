@@ -6,14 +6,15 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from paqdetr.convert.backbones import resnet, torchvision_swin
-from paqdetr.convert.keymap import drop, move
-from paqdetr.convert.layout import (
+from paqdetr.convert.keymap import (
     DAB_CONVENTIONS,
     DEFORMABLE_MAP,
     KEEP_300,
     Layout,
+    drop,
     encoder_and_decoder,
     mlp,
+    move,
     proposal_projection,
 )
 

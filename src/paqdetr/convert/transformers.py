@@ -10,8 +10,18 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from paqdetr.convert.backbones import resnet
-from paqdetr.convert.keymap import FIRST_HALF, SECOND_HALF, move, pack, split
-from paqdetr.convert.layout import DEFORMABLE_MAP, KEEP_100, Layout, heads, proposal_projection
+from paqdetr.convert.keymap import (
+    DEFORMABLE_MAP,
+    FIRST_HALF,
+    KEEP_100,
+    SECOND_HALF,
+    Layout,
+    heads,
+    move,
+    pack,
+    proposal_projection,
+    split,
+)
 
 
 def _settings(keys: Collection[str], hints: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,22 +1,143 @@
-"""Reads every image and annotation of a data set once and lists what is wrong with them."""
+"""Reads every image and annotation of a data set once and lists what is wrong, and which images are the same or look the same."""
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
+from scipy.fft import dctn
 
 from paqdetr.data.annotations import Annotations, Issues, Problem
-from paqdetr.data.check_images import ImageFacts, inspect_all
-from paqdetr.data.fingerprints import similar
 from paqdetr.data.layout import Format, find_layout
+from paqdetr.data.read_ahead import read_ahead
 from paqdetr.data.stats import BoxSizes, describe_crowding
 from paqdetr.errors import DataError
+from paqdetr.images import read_header, read_image
 from paqdetr.structures import ClassTable
+
+# Recompressed and resized copies differ in 0 to 4 bits of 64; one band more than that makes sure that some band is equal.
+MAX_BITS = 4
+_LEAST_CORRELATION = 0.97
+_FLAT = 2.0  # standard deviation of grey values under which a picture has no structure to hash
+_ROWS_AT_ONCE = 2048
+_BITS_SET = np.array([bin(value).count("1") for value in range(256)], dtype=np.uint8)
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """What a picture looks like.
+
+    Attributes:
+        bits: the perceptual hash; None of a picture of one colour, which resembles all others of its kind.
+        thumbnail: (256,) float32, 16 x 16 grey values with mean 0 and length 1.
+    """
+
+    bits: int | None
+    thumbnail: np.ndarray
+
+
+def fingerprint(image: Image.Image) -> Fingerprint:
+    """Of an RGB picture."""
+    grey = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.LANCZOS), dtype=np.float64)
+    small = grey.reshape(16, 2, 16, 2).mean(axis=(1, 3)).reshape(-1)
+    small = small - small.mean()
+    if grey.std() < _FLAT:
+        return Fingerprint(None, np.zeros(256, dtype=np.float32))
+    low = np.asarray(dctn(grey, norm="ortho"))[:8, :8].reshape(-1)
+    bits = int(np.packbits(low > np.median(low[1:])).view(">u8")[0])
+    return Fingerprint(bits, (small / max(float(np.linalg.norm(small)), 1e-9)).astype(np.float32))
+
+
+def similar(prints: list[Fingerprint | None]) -> Iterator[tuple[int, int, int]]:
+    """(first, second, differing bits) of every pair that looks the same, first < second, in no order."""
+    known = [i for i, p in enumerate(prints) if p is not None and p.bits is not None]
+    if len(known) < 2:
+        return
+    places = np.array(known)
+    hashes = np.array([prints[i].bits for i in known], dtype=np.uint64)  # type: ignore[union-attr]
+    thumbnails = np.stack([prints[i].thumbnail for i in known])  # type: ignore[union-attr]
+    seen: set[tuple[int, int]] = set()
+    for group in _with_an_equal_band(hashes):
+        for start in range(0, len(group), _ROWS_AT_ONCE):
+            rows = group[start : start + _ROWS_AT_ONCE]
+            differing = _bits_set(hashes[rows][:, None] ^ hashes[group][None])  # (rows, group)
+            for row, column in np.argwhere(differing <= MAX_BITS):
+                one, other = int(rows[row]), int(group[column])
+                if one >= other or (one, other) in seen:
+                    continue
+                seen.add((one, other))
+                if float(thumbnails[one] @ thumbnails[other]) >= _LEAST_CORRELATION:
+                    yield int(places[one]), int(places[other]), int(differing[row, column])
+
+
+def _with_an_equal_band(hashes: np.ndarray) -> Iterator[np.ndarray]:
+    """Positions of hashes that agree in one of `MAX_BITS` + 1 bands: every pair that differs in fewer bits is in one of them."""
+    edges = np.linspace(0, 64, MAX_BITS + 2).astype(int)
+    for low, high in pairwise(edges):
+        band = (hashes >> np.uint64(low)) & np.uint64((1 << int(high - low)) - 1)
+        order = np.argsort(band, kind="stable")
+        ends = np.flatnonzero(np.diff(band[order])) + 1
+        for group in np.split(order, ends):
+            if len(group) > 1:
+                yield group
+
+
+def _bits_set(values: np.ndarray) -> np.ndarray:
+    """How many bits are 1; numpy has a function for it from version 2 only."""
+    pieces = np.ascontiguousarray(values).view(np.uint8).reshape(*values.shape, 8)
+    return _BITS_SET[pieces].sum(axis=-1)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFacts:
+    """What decoding an image showed.
+
+    Attributes:
+        error: why it does not decode, None if it does; nothing else is known of it then.
+        size: (width, height), its EXIF turn applied.
+        traits: see `ImageHeader`.
+        digest: of the file's bytes.
+        print: what it looks like.
+    """
+
+    error: str | None = None
+    size: tuple[int, int] = (0, 0)
+    traits: frozenset[str] = frozenset()
+    digest: bytes = b""
+    print: Fingerprint | None = None
+
+
+def inspect(path: Path) -> ImageFacts:
+    """Decode one image."""
+    try:
+        picture = read_image(path)
+        traits = read_header(path).traits
+        digest = hashlib.blake2b(path.read_bytes(), digest_size=16).digest()
+    except DataError as error:
+        return ImageFacts(error=f"{error.message.removeprefix(f'{path}: ')}. {error.remedy}")
+    except OSError as error:  # gone or locked since it was listed
+        return ImageFacts(error=f"cannot be read: {error.strerror}")
+    return ImageFacts(None, picture.size, traits, digest, fingerprint(picture))
+
+
+def inspect_all(paths: Sequence[Path], *, workers: int | None = None) -> Iterator[ImageFacts]:
+    """Facts of every image, in order.
+
+    Args:
+        workers: threads; None for one per core. Decoding does not hold Python's lock, and unlike processes they start at once
+            and need no `if __name__ == "__main__":` in the script that calls.
+    """
+    threads = (os.cpu_count() or 1) if workers is None else workers
+    return read_ahead(paths, inspect, threads=threads if threads > 1 else 0)
+
 
 _BROKEN_EXIF = "broken exif"  # of `ImageHeader.traits`
 # Kind of a warning -> what it means, the worst first.
@@ -176,9 +297,7 @@ def check_dataset(
     _compare_classes({split: a.classes for split, a in read.items()}, report, issues)
     whole = Issues(collect=True)
     if "train" not in layout.splits:
-        whole.error(
-            str(data), f"has no split 'train', found {', '.join(layout.splits)}", kind="no train split"
-        )
+        whole.error(str(data), f"has no split 'train', found {', '.join(layout.splits)}", kind="no train split")
     elif "val" not in layout.splits:
         whole.warn(str(data), f"has no split 'val', found {', '.join(layout.splits)}", kind="no val split")
     for found in (whole, *issues.values()):
@@ -264,17 +383,13 @@ def _check_sizes(annotations: Annotations, facts: list[ImageFacts], issues: Issu
             issues.warn(name, "its EXIF block is broken: it is read as stored, not turned", kind=_BROKEN_EXIF)
 
 
-def _find_duplicates(
-    paths: list[tuple[str, Path]], facts: list[ImageFacts], issues: dict[str, Issues]
-) -> None:
+def _find_duplicates(paths: list[tuple[str, Path]], facts: list[ImageFacts], issues: dict[str, Issues]) -> None:
     """Images that are the same, or look the same, within a split and across splits; one finding an image at the most."""
     resembles: dict[int, tuple[bool, int, int]] = {}  # image -> (same split, differing bits or -1, the other)
 
     def note(second: int, first: int, bits: int) -> None:
         found = (paths[first][0] == paths[second][0], bits, first)
-        resembles[second] = min(
-            found, resembles.get(second, found)
-        )  # a leak is worse than a duplicate in the split
+        resembles[second] = min(found, resembles.get(second, found))  # a leak is worse than a duplicate in the split
 
     first_with: dict[bytes, int] = {}
     for position, fact in enumerate(facts):
@@ -289,9 +404,7 @@ def _find_duplicates(
         split, path = paths[position]
         where = paths[other][1].name if same_split else f"{paths[other][0]}/{paths[other][1].name}"
         how = "the same file as" if bits < 0 else f"looks like ({bits} of 64 bits differ)"
-        issues[split].warn(
-            path.name, f"{how} {where}", kind="duplicate image" if same_split else "leak between splits"
-        )
+        issues[split].warn(path.name, f"{how} {where}", kind="duplicate image" if same_split else "leak between splits")
 
 
 def _compare_classes(tables: dict[str, ClassTable], report: CheckReport, issues: dict[str, Issues]) -> None:
@@ -312,10 +425,6 @@ def _compare_classes(tables: dict[str, ClassTable], report: CheckReport, issues:
                     kind="class",
                 )
             elif category not in of_train:
-                issues[split].error(
-                    f"class {name}", f"has id {category}, which train does not list", kind="class"
-                )
+                issues[split].error(f"class {name}", f"has id {category}, which train does not list", kind="class")
             elif report.splits[split].boxes_per_class.get(name) and not used.get(name):
-                issues[split].warn(
-                    f"class {name}", "has boxes here and none in train", kind="class without training"
-                )
+                issues[split].warn(f"class {name}", "has boxes here and none in train", kind="class without training")

@@ -128,12 +128,8 @@ def _place(image: Path, goal: Path, *, link: bool) -> None:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):  # of the whole folder
             raise
-        hint = (
-            "Leave --link out: the two folders are on different file systems." if link else "Check the disk."
-        )
-        raise DataError(
-            f"{image}: cannot be {'linked' if link else 'copied'}: {error.strerror}", hint
-        ) from None
+        hint = "Leave --link out: the two folders are on different file systems." if link else "Check the disk."
+        raise DataError(f"{image}: cannot be {'linked' if link else 'copied'}: {error.strerror}", hint) from None
 
 
 def _require_one_class_table(splits: Mapping[str, Annotations]) -> None:

@@ -25,11 +25,7 @@ def inner_path(name: str) -> str | None:
     if path.is_absolute() or ".." in path.parts or name[1:3] in (":\\", ":/") or name.startswith("\\\\"):
         return None
     plain = str(path)
-    return (
-        None
-        if plain == "." or len(plain) > 4096 or any(len(os.fsencode(p)) > 255 for p in path.parts)
-        else plain
-    )
+    return None if plain == "." or len(plain) > 4096 or any(len(os.fsencode(p)) > 255 for p in path.parts) else plain
 
 
 def folders_in(folder: Path) -> list[Path]:

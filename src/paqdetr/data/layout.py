@@ -120,9 +120,7 @@ def find_layout(data: str | Path) -> Layout:
     except (OSError, ValueError) as error:  # a name that no file can have
         raise DataError(f"{data}: no usable path: {error}", "Check the path.") from None
     if not exists:
-        raise DataError(
-            f"{root}: no such data folder", "Check the path; `paqdetr data make digits` makes one."
-        )
+        raise DataError(f"{root}: no such data folder", "Check the path; `paqdetr data make digits` makes one.")
     if is_file:
         if root.suffix not in (".yaml", ".yml"):
             raise DataError(
@@ -132,18 +130,12 @@ def find_layout(data: str | Path) -> Layout:
         return Layout(root, "yolo", name_splits(yolo_places(root, named=True), root))
     if not any(root.iterdir()):
         raise DataError(f"{root}: the data folder is empty", f"Put a data set there: {_FORMS}.")
-    found = (
-        [layout] if (layout := _recognise(root)) else list(filter(None, map(_recognise, folders_in(root))))
-    )
+    found = [layout] if (layout := _recognise(root)) else list(filter(None, map(_recognise, folders_in(root))))
     if len(found) > 1:
         names = ", ".join(layout.root.name for layout in found)
-        raise DataError(
-            f"{root}: holds several data sets, {names}", f"Name one of them, such as {found[0].root}."
-        )
+        raise DataError(f"{root}: holds several data sets, {names}", f"Name one of them, such as {found[0].root}.")
     if not found:
-        raise DataError(
-            f"{root}: no data set of a known layout{_near_miss(root)}", f"Lay the folder out as {_FORMS}."
-        )
+        raise DataError(f"{root}: no data set of a known layout{_near_miss(root)}", f"Lay the folder out as {_FORMS}.")
     return found[0]
 
 
@@ -181,18 +173,14 @@ def _usual_coco(root: Path) -> dict[str, CocoPlace]:
         for file in _jsons(folder_in(root, "annotations"))
         if file.stem.lower().startswith("instances_")
     ]
-    places = [
-        (name, CocoPlace(file, (*_image_dirs(root, name), *_shared_dirs(root)))) for name, file in files
-    ]
+    places = [(name, CocoPlace(file, (*_image_dirs(root, name), *_shared_dirs(root)))) for name, file in files]
     own = [(folder, folder / ROBOFLOW_FILE) for folder in folders_in(root)]
     return _unique([*places, *((f.name, CocoPlace(file, (f,))) for f, file in own if file.is_file())])
 
 
 def _any_coco(root: Path) -> dict[str, CocoPlace]:
     """COCO json of any name: in the folder, in annotations/, or one in each folder of a split."""
-    files = [
-        file for folder in (root, folder_in(root, "annotations")) for file in _jsons(folder) if _is_coco(file)
-    ]
+    files = [file for folder in (root, folder_in(root, "annotations")) for file in _jsons(folder) if _is_coco(file)]
     dirs = (*_shared_dirs(root), *folders_in(root))
     places = [(file.stem, CocoPlace(file, (*_image_dirs(root, file.stem), *dirs))) for file in files]
     for folder in folders_in(root):
@@ -223,9 +211,7 @@ def _image_dirs(root: Path, name: str) -> list[Path]:
 
 def _shared_dirs(root: Path) -> list[Path]:
     """Folders for the images of all splits together."""
-    return [f for f in folders_in(root) if f.name.lower() in ("images", "image", "imgs", "img", "data")] + [
-        root
-    ]
+    return [f for f in folders_in(root) if f.name.lower() in ("images", "image", "imgs", "img", "data")] + [root]
 
 
 def _jsons(folder: Path) -> list[Path]:

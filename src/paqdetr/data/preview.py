@@ -10,7 +10,7 @@ from PIL import Image
 from paqdetr.config import Config
 from paqdetr.data.dataset import DetectionDataset
 from paqdetr.data.loader import Batch, training_loader
-from paqdetr.drawing import draw_targets, tiled
+from paqdetr.drawing import draw_boxes, tiled
 from paqdetr.outputs import write_picture
 from paqdetr.preprocessing import Normalization, Preprocessing
 
@@ -70,5 +70,5 @@ def _row(batch: Batch, split: DetectionDataset, normalization: Normalization) ->
         boxes = target.boxes.numpy() * np.array([inner_width, inner_height] * 2)  # cxcywh in pixels
         corners = np.concatenate([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], axis=1)
         ids = [split.classes.ids[label] for label in target.labels.tolist()]
-        row.append(draw_targets(picture, corners, ids, split.classes.id_to_name))
+        row.append(draw_boxes(picture, corners, ids, split.classes.id_to_name))
     return row

@@ -10,10 +10,9 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from paqdetr.data.annotations import Annotations, Issues
-from paqdetr.data.check_images import ImageFacts, inspect_all
+from paqdetr.data.check import ImageFacts, inspect_all, similar
 from paqdetr.data.convert import Conversion, write_splits
 from paqdetr.data.dataset import DetectionDataset
-from paqdetr.data.fingerprints import similar
 from paqdetr.data.layout import find_layout
 from paqdetr.errors import ConfigError, DataError
 
@@ -68,14 +67,10 @@ def split_dataset(
     layout = find_layout(source)
     splits = {split: place.read(Issues()) for split, place in layout.splits.items()}
     if "train" not in splits:
-        raise DataError(
-            f"{source}: has no split 'train', found {', '.join(splits)}", "Rename what is to be divided."
-        )
+        raise DataError(f"{source}: has no split 'train', found {', '.join(splits)}", "Rename what is to be divided.")
     for name in shares:
         if name in splits:
-            raise DataError(
-                f"{source}: has a split {name!r} already", f"Pass --{name} 0, or remove the split."
-            )
+            raise DataError(f"{source}: has a split {name!r} already", f"Pass --{name} 0, or remove the split.")
     train = splits.pop("train")
     parts = divide(train, shares, seed=seed, progress=progress)
     divided = {name: train.with_images(positions) for name, positions in parts.items()}

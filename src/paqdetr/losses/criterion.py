@@ -14,9 +14,8 @@ from torch import Tensor
 
 from paqdetr.config import LossConfig
 from paqdetr.losses.boxes import FlatPairs, box_losses
-from paqdetr.models.decoder import Decoded
 from paqdetr.models.denoising import DenoisingQueries
-from paqdetr.models.detector import DetectorOutput
+from paqdetr.models.outputs import Decoded, DetectorOutput
 from paqdetr.models.proposals import AllTokens, Proposals
 from paqdetr.paq import (
     Assigner,
@@ -165,16 +164,12 @@ class Criterion:
         )
         return self._terms(names, predicted, targets, pairs, divisor), pairs
 
-    def _all_tokens(
-        self, tokens: AllTokens, targets: Sequence[Targets], assigner: Assigner, divisor: float
-    ) -> Terms:
+    def _all_tokens(self, tokens: AllTokens, targets: Sequence[Targets], assigner: Assigner, divisor: float) -> Terms:
         """The encoder's loss where every token is "an object" (class 0) or not (Deformable DETR, two-stage)."""
         objects = [replace(target, labels=torch.zeros_like(target.labels)) for target in targets]
         # Padding and border tokens, which can never be chosen, get a logit without loss, gradient or match.
         logits = tokens.logits.masked_fill(~tokens.valid[..., None], _BACKGROUND_LOGIT)[None]  # (1, B, S, C)
-        terms, _ = self._matched(
-            ["encoder"], Decoded(logits, tokens.boxes[None]), objects, [assigner], divisor
-        )
+        terms, _ = self._matched(["encoder"], Decoded(logits, tokens.boxes[None]), objects, [assigner], divisor)
         return terms
 
     def _hybrid(self, predicted: Decoded, targets: Sequence[Targets], divisor: float) -> Terms:
@@ -256,9 +251,7 @@ def _with_proposals(layers: Decoded, proposals: Proposals) -> Decoded:
             "class-agnostic proposals learn from all tokens, which a model gives in training mode alone:"
             " call model.train() before the forward pass"
         )
-    return Decoded(
-        torch.cat([layers.logits, proposals.logits[None]]), torch.cat([layers.boxes, proposals.boxes[None]])
-    )
+    return Decoded(torch.cat([layers.logits, proposals.logits[None]]), torch.cat([layers.boxes, proposals.boxes[None]]))
 
 
 def build_criterion(config: LossConfig) -> Criterion:

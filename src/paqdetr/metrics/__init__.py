@@ -9,7 +9,17 @@ from paqdetr.metrics.coco import (
     non_maximum_suppression,
     read_results,
 )
-from paqdetr.metrics.curves import ThresholdCurves, precision_recall, threshold_curves
+from paqdetr.metrics.diagnosis import (
+    Calibration,
+    Confusion,
+    ErrorSplit,
+    ThresholdCurves,
+    calibration,
+    confusion,
+    error_split,
+    precision_recall,
+    threshold_curves,
+)
 from paqdetr.metrics.intervals import (
     Comparison,
     Difference,
@@ -19,12 +29,9 @@ from paqdetr.metrics.intervals import (
     figure_intervals,
     resample_images,
 )
-from paqdetr.metrics.matching import MatchTable
-from paqdetr.metrics.mistakes import Confusion, ErrorSplit, confusion, error_split
-from paqdetr.metrics.query_report import PatternUse, Places, QueryUsageReport, Spread
+from paqdetr.metrics.matches import MatchTable
+from paqdetr.metrics.query_report import PatternUse, Places, QueryUsageReport, Spread, chance_gini, gini, lorenz_curve
 from paqdetr.metrics.query_usage import QueryUsage
-from paqdetr.metrics.query_use import chance_gini, gini, lorenz_curve
-from paqdetr.metrics.reliability import Calibration, calibration
 
 __all__ = [
     "FIGURE_NAMES",

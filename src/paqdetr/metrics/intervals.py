@@ -20,8 +20,7 @@ from typing import Any
 import numpy as np
 
 from paqdetr.errors import ConfigError, DataError, OutOfMemoryError
-from paqdetr.metrics.matching import MatchTable
-from paqdetr.metrics.weighting import WeightedFigures
+from paqdetr.metrics.matches import MatchTable, WeightedFigures
 from paqdetr.serialize import fields_of
 from paqdetr.values import MAX_RESAMPLES, MAX_SEED
 
@@ -150,9 +149,7 @@ def resample_images(num_images: int, samples: int = SAMPLES, seed: int = 0) -> n
         ) from None
 
 
-def replicate_figures(
-    table: MatchTable, weights: np.ndarray, *, progress: Progress | None = None
-) -> WeightedFigures:
+def replicate_figures(table: MatchTable, weights: np.ndarray, *, progress: Progress | None = None) -> WeightedFigures:
     """`table.figures(weights)`, telling `progress` of (resamples done, in all)."""
     parts = []
     for start in range(0, len(weights), _AT_ONCE):
@@ -246,9 +243,7 @@ def compare_results(
     differences = {
         kind: {
             name: difference(float((b - a)[0]), after - before, level)
-            for name, a, b, before, after in (
-                (name, *(part[kind][name] for part in parts)) for name in parts[0][kind]
-            )
+            for name, a, b, before, after in ((name, *(part[kind][name] for part in parts)) for name in parts[0][kind])
         }
         for kind in parts[0]
     }

@@ -1,8 +1,4 @@
-"""Collects how a detector uses its queries, batch by batch, in bounded memory and in any order.
-
-Everything is kept in whole numbers, sums of reals in units of 2^-32: adding them is exact, so neither the order of the batches
-nor how many processes share them out changes a single bit of the report.
-"""
+"""Collects how a detector uses its queries, batch by batch, in bounded memory and in any order."""
 
 from __future__ import annotations
 
@@ -20,7 +16,8 @@ from paqdetr.paq import CostWeights, OneToOneAssigner, Pairs
 from paqdetr.structures import Targets
 
 if TYPE_CHECKING:
-    from paqdetr.models.detector import DetectorOutput
+    from paqdetr.models.outputs import DetectorOutput
+
 
 # Scores are counted between edges that lie 1/64 apart in the logit, from -8 (0.0003) to 8: at most 0.004 in the score.
 _PER_LOGIT, _REACH = 64, 8
@@ -33,7 +30,7 @@ _RANKS = 32
 class QueryUsage:
     """How queries are used, over the images of an evaluation: `update` with each batch, then `report`.
 
-    It takes the outputs of any DETR. As an observer of `paqdetr.engine.evaluate.evaluate_split` it takes a `DetectorOutput`:
+    It takes the outputs of any DETR. As an observer of `paqdetr.evaluation.evaluate.evaluate_split` it takes a `DetectorOutput`:
     `evaluate_split(model, split, observers=[usage])`.
 
     It keeps counts alone: for each query those at the thresholds, a histogram of its scores in 1026 bins, its matches and the
@@ -252,9 +249,7 @@ class QueryUsage:
     def _add(self, name: str, value: Tensor) -> None:
         self._sum(name, tuple(value.shape), value.device, dtype=value.dtype).add_(value)
 
-    def _sum(
-        self, name: str, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.int64
-    ) -> Tensor:
+    def _sum(self, name: str, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
         """The sum of this name, on the device where it is added to."""
         if name not in self._sums:
             self._sums[name] = torch.zeros(shape, dtype=dtype, device=device)

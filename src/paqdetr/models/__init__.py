@@ -1,8 +1,8 @@
 """Detectors as compositions of small parts: backbone, neck, encoder, starts, queries, denoising, decoder."""
 
-from paqdetr.models.detector import Detector, DetectorOutput
-from paqdetr.models.files import load, save, start_from
-from paqdetr.models.reshape import ReshapeReport, reshape_classes, resize_queries
+from paqdetr.models.detector import Detector
+from paqdetr.models.files import ReshapeReport, load, reshape_classes, resize_queries, start_from
+from paqdetr.models.outputs import DetectorOutput
 from paqdetr.models.zoo import create_model, list_models, list_recipes
 
 __all__ = [
@@ -15,6 +15,5 @@ __all__ = [
     "load",
     "reshape_classes",
     "resize_queries",
-    "save",
     "start_from",
 ]

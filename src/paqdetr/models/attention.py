@@ -83,13 +83,9 @@ class DeformableAttention(nn.Module):
         """
         batch, queries, _ = query.shape
         grid = (batch, queries, self.num_heads, self.num_levels, self.num_points)
-        weights = softmax(self.attention_weights(query).view(batch, queries, self.num_heads, -1)).reshape(
-            grid
-        )
+        weights = softmax(self.attention_weights(query).view(batch, queries, self.num_heads, -1)).reshape(grid)
         # Levels, points and coordinates as one axis: torch is several times slower where the last axis has two numbers.
-        reference = reference_points[:, :, None].repeat_interleave(
-            self.num_points, dim=3
-        )  # (B, Q, 1, L P, 2 or 4)
+        reference = reference_points[:, :, None].repeat_interleave(self.num_points, dim=3)  # (B, Q, 1, L P, 2 or 4)
         center = reference[..., :2].flatten(3)  # (B, Q, 1, L P 2)
         flat = (batch, queries, self.num_heads, center.shape[-1])
         if reference.shape[-1] == 2:

@@ -1,4 +1,4 @@
-"""Image features from any timm model, with part of it frozen."""
+"""Image features from any timm model, with part of it frozen; Swin padded as published detectors use it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,51 @@ from typing import Any, cast
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import freeze_batch_norm_2d
+from timm.layers import PatchEmbed, freeze_batch_norm_2d
+from timm.models.swin_transformer import SwinTransformerBlock, window_partition, window_reverse
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from paqdetr.errors import ConfigError
 from paqdetr.models.folding import fold_frozen_norms
-from paqdetr.models.swin import BUILD_OPTIONS, pad_before_shift
 from paqdetr.preprocessing import Normalization
+
+# How timm has to build it: with windows and shifts of full size in every stage, masks made for each image size.
+BUILD_OPTIONS: dict[str, Any] = {"strict_img_size": False, "always_partition": True}
+
+
+class PaddedSwinBlock(SwinTransformerBlock):
+    """timm's block, which pads to whole windows before it shifts them.
+
+    Source: Swin Transformer (arXiv 2103.14030), and the detection code its authors published.
+    """
+
+    def _attn(self, x: Tensor) -> Tensor:
+        """(B, h, w, c) -> (B, h, w, c)"""
+        _, height, width, channels = x.shape
+        rows, columns = self.window_size
+        x = F.pad(x, (0, 0, 0, -width % columns, 0, -height % rows))
+        padded = x.shape[1:3]
+        shift = tuple(int(s) for s in self.shift_size)
+        if any(shift):
+            x = x.roll((-shift[0], -shift[1]), dims=(1, 2))
+        windows = window_partition(x, self.window_size).flatten(1, 2)  # (B * windows, rows * columns, c)
+        windows = self.attn(windows, mask=self.get_attn_mask(x))
+        windows = windows.view(-1, rows, columns, channels)
+        x = window_reverse(windows, self.window_size, *padded)
+        if any(shift):
+            x = x.roll(shift, dims=(1, 2))
+        return x[:, :height, :width]
+
+
+def pad_before_shift(body: nn.Module) -> None:
+    """Change every block of a Swin that was built with `BUILD_OPTIONS`, and let images have any size."""
+    for part in body.modules():
+        if isinstance(part, SwinTransformerBlock):
+            part.__class__ = PaddedSwinBlock  # the same parameters and buffers, another order of two steps
+        elif isinstance(part, PatchEmbed):
+            part.dynamic_img_pad = True
+
 
 _TF_LITE = "tf_efficientnet_lite"
 
@@ -91,9 +128,7 @@ class Backbone(nn.Module):
         maps = self.body(images)
         if self.norms is not None:
             rows = [x.permute(0, 2, 3, 1) for x in maps] if self._channels_first else maps  # (B, h, w, c)
-            return [
-                norm(x).permute(0, 3, 1, 2).contiguous() for norm, x in zip(self.norms, rows, strict=True)
-            ]
+            return [norm(x).permute(0, 3, 1, 2).contiguous() for norm, x in zip(self.norms, rows, strict=True)]
         return list(maps) if self._channels_first else [x.permute(0, 3, 1, 2).contiguous() for x in maps]
 
 
@@ -151,9 +186,7 @@ def _create_features(name: str, strides: tuple[int, ...]) -> tuple[nn.Module, li
         if indices == list(range(len(reductions))):
             return probe, indices
         # Built anew, so that stages nobody reads are not there to go without a gradient.
-        body = timm.create_model(
-            name, pretrained=False, features_only=True, out_indices=tuple(indices), **options
-        )
+        body = timm.create_model(name, pretrained=False, features_only=True, out_indices=tuple(indices), **options)
         return body, indices
     except (ValueError, RuntimeError, AttributeError) as error:
         raise ConfigError(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from paqdetr.models.start import ProposalStart
+from paqdetr.models.proposals import ProposalStart
 from paqdetr.models.zoo import create_model
 
 

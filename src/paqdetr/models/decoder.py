@@ -6,7 +6,6 @@ positions, DINO (arXiv 2203.03605) for look-forward-twice.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -14,27 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paqdetr.models.attention import MLP, DeformableAttention, FeedForward
+from paqdetr.models.encoder import Recomputing
+from paqdetr.models.outputs import Decoded
 from paqdetr.models.position import at_least_float32, inverse_sigmoid, sine_boxes
 from paqdetr.models.queries import QueryGroup
-from paqdetr.models.recompute import Recomputing
 from paqdetr.models.tokens import Tokens
-
-
-@dataclass(frozen=True, slots=True)
-class Decoded:
-    """Predictions of all K layers, first to last.
-
-    Attributes:
-        logits: (K, B, N, C).
-        boxes: (K, B, N, 4) cxcywh in [0, 1].
-    """
-
-    logits: Tensor
-    boxes: Tensor
-
-    def part(self, first: int, end: int | None) -> Decoded:
-        """Predictions of the queries first..end - 1."""
-        return Decoded(self.logits[:, :, first:end], self.boxes[:, :, first:end])
 
 
 class DecoderLayer(nn.Module):

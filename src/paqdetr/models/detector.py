@@ -3,55 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from paqdetr.checkpoint import write_checkpoint
 from paqdetr.config import ModelConfig
+from paqdetr.images import ImageSource
 from paqdetr.models.backbone import Backbone
-from paqdetr.models.decoder import Decoded, Decoder
-from paqdetr.models.denoising import Denoising, DenoisingQueries
+from paqdetr.models.decoder import Decoder
+from paqdetr.models.denoising import Denoising
 from paqdetr.models.encoder import DeformableEncoder
+from paqdetr.models.inference import predict_images
 from paqdetr.models.neck import Neck
-from paqdetr.models.proposals import Proposals
+from paqdetr.models.outputs import DetectorOutput
+from paqdetr.models.proposals import ProposalStart, QueryStart, Start, query_features
 from paqdetr.models.queries import QueryGroup, QuerySource, StaticQueries, attention_mask
-from paqdetr.models.start import ProposalStart, QueryStart, Start, query_features
 from paqdetr.models.tokens import Tokens
 from paqdetr.paq import Mixture
 from paqdetr.paq.targets import require_form, require_values
 from paqdetr.preprocessing import Preprocessing
 from paqdetr.structures import ClassTable, Detections, Targets
-
-if TYPE_CHECKING:
-    from paqdetr.models.inference import ImageSource
-
-
-@dataclass(frozen=True, slots=True)
-class DetectorOutput:
-    """Everything one forward pass gives.
-
-    Attributes:
-        pred_logits: (B, n, C) of the last layer; `sigmoid` gives the probability of each class.
-        pred_boxes: (B, n, 4) cxcywh in [0, 1] of the image without its padding.
-        layers: predictions of all K decoder layers, the last included: (K, B, n, C) and (K, B, n, 4).
-        proposals: the encoder's choice, (B, n, C) and (B, n, 4); None in one-stage hosts.
-        mixture: content queries (B, n, d), and the weights (B, n, m) of pattern queries or None.
-        denoised: predictions of the denoising queries, (K, B, N, C) and (K, B, N, 4); None outside training.
-        denoising: how these queries are laid out; None outside training.
-        hybrid: predictions of the one-to-many branch, (K, B, N, C) and (K, B, N, 4); None outside training.
-    """
-
-    pred_logits: Tensor
-    pred_boxes: Tensor
-    layers: Decoded
-    proposals: Proposals | None
-    mixture: Mixture
-    denoised: Decoded | None = None
-    denoising: DenoisingQueries | None = None
-    hybrid: Decoded | None = None
 
 
 class Detector(nn.Module):
@@ -144,9 +119,7 @@ class Detector(nn.Module):
             groups.insert(0, QueryGroup(denoising.content, denoising.reference))
         if hybrid:
             content = (
-                None
-                if self.hybrid_source is None
-                else self.hybrid_source(memory.values, memory.spatial_shapes).content
+                None if self.hybrid_source is None else self.hybrid_source(memory.values, memory.spatial_shapes).content
             )
             groups.append(_group(start, slice(count, None), content))
         forbidden = attention_mask(denoising, count, hybrid, features.values.device)
@@ -211,15 +184,26 @@ class Detector(nn.Module):
             NonFiniteError: predictions that are NaN or infinite, with the images.
             ConfigError: a threshold outside of [0, 1], a batch size below 1, or a model in a precision that its device has not.
         """
-        from paqdetr.models.inference import predict_images
-
         return predict_images(self, images, threshold=threshold, batch_size=batch_size)
 
-    def save(self, path: str) -> None:
-        """Write weights, config, classes and preprocessing as one safetensors file that `paqdetr.load` reads."""
-        from paqdetr.models.files import save
+    def save(self, path: str | Path, **extra: Any) -> None:
+        """Write weights, config, classes and preprocessing as one safetensors file that `paqdetr.load` reads.
 
-        save(self, path)
+        Args:
+            path: of the file, which appears whole or not at all.
+            extra: metrics, step...: goes into the header as well.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        header = {
+            "name": self.name,
+            "model": self.config.model_dump(mode="json"),
+            "classes": [{"id": i, "name": name} for i, name in zip(self.classes.ids, self.classes.names, strict=True)],
+            "preprocessing": self.preprocessing.to_dict(),
+            **extra,
+        }
+        write_checkpoint(path, self.state_dict(), header)
 
 
 def _checked_mask(mask: Tensor | None, images: Tensor) -> Tensor | None:

@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from paqdetr.models.attention import DeformableAttention, FeedForward
-from paqdetr.models.recompute import Recomputing
 from paqdetr.models.tokens import Tokens
+
+
+class Recomputing(nn.Module):
+    """A stack of layers that can do so.
+
+    Attributes:
+        checkpoint_activations: whether it does, in training. The second pass sees the dropout of the first, so gradients are the
+            same to the last bit where the layers' kernels are deterministic.
+    """
+
+    checkpoint_activations: bool = False
+
+    def run(self, layer: Callable[..., Tensor], *inputs: object) -> Tensor:
+        """`layer(*inputs)`."""
+        if self.checkpoint_activations and self.training and torch.is_grad_enabled():
+            return checkpoint(layer, *inputs, use_reentrant=False)  # type: ignore[no-any-return]
+        return layer(*inputs)
 
 
 class EncoderLayer(nn.Module):
@@ -17,9 +36,7 @@ class EncoderLayer(nn.Module):
         self, *, dim: int, num_heads: int, num_levels: int, num_points: int, ffn_dim: int, dropout: float
     ) -> None:
         super().__init__()
-        self.attention = DeformableAttention(
-            dim=dim, num_heads=num_heads, num_levels=num_levels, num_points=num_points
-        )
+        self.attention = DeformableAttention(dim=dim, num_heads=num_heads, num_levels=num_levels, num_points=num_points)
         self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(dim)
         self.ffn = FeedForward(dim=dim, hidden=ffn_dim, dropout=dropout)

@@ -1,31 +1,268 @@
-"""A model as one file, and back; and trainings that start from one."""
+"""A model as one file, and back: trainings that start from one, and weights for other classes or numbers of queries."""
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import BaseModel, Field, ValidationError, field_validator
+from torch import Tensor
 
-from paqdetr.checkpoint import load_tensors, read_checkpoint, write_checkpoint
-from paqdetr.config import Config, validate_config
+from paqdetr.checkpoint import load_tensors, read_checkpoint
+from paqdetr.config import Config, ModelConfig, validate_config
+from paqdetr.config.section import Role
+from paqdetr.environment import require_device
 from paqdetr.errors import CheckpointError, ConfigError, memory_error
 from paqdetr.models.detector import Detector
-from paqdetr.models.device import require_device
-from paqdetr.models.reshape import (
-    ReshapeReport,
-    require_same_settings,
-    reshape,
-    reshape_tensors,
-    without_counters,
-)
 from paqdetr.models.zoo import build_model
 from paqdetr.preprocessing import Preprocessing
+from paqdetr.serialize import fields_of
 from paqdetr.structures import ClassTable
 from paqdetr.text import shorten
+
+# Tensors with a row a class, and with one or several rows a query.
+_CLASS_ROWS = re.compile(
+    r"decoder\.class_heads\.\d+\.(weight|bias)|start\.head\.class_head\.(weight|bias)|denoising\.label_embed\.weight"
+)
+_QUERY_ROWS = re.compile(
+    r"query_source\.(table|logits|mixtures\.logits)|start\.(boxes|position)|"
+    r"query_source\.(mixtures\.)?head\.(linear\.(weight|bias)|queries|bias)"
+)
+_COUNTER = "num_batches_tracked"
+
+
+@dataclass(frozen=True, slots=True)
+class ReshapeReport:
+    """What a change of shape kept and what it started anew.
+
+    Attributes:
+        known_classes: classes of the new model whose rows came over, by name.
+        new_classes: classes of the new model that start anew.
+        dropped_classes: classes of the old model that the new one does not have.
+        queries: (before, after).
+        interpolated_queries: how many of the new model's queries lie between two of the old one's.
+        changed: tensors of another shape than before.
+    """
+
+    known_classes: tuple[str, ...]
+    new_classes: tuple[str, ...]
+    dropped_classes: tuple[str, ...]
+    queries: tuple[int, int]
+    interpolated_queries: int
+    changed: tuple[str, ...]
+
+    def __str__(self) -> str:
+        before, after = self.queries
+        total = len(self.known_classes) + len(self.new_classes)
+        parts = [f"{len(self.known_classes)} of {total} classes known by name"]
+        if self.new_classes:
+            parts.append(f"new: {_some(self.new_classes)}")
+        if self.dropped_classes:
+            parts.append(f"dropped: {_some(self.dropped_classes)}")
+        if before != after:
+            grown = f", {self.interpolated_queries} of them interpolated" if self.interpolated_queries else ""
+            parts.append(f"queries {before} -> {after}{grown}")
+        return "; ".join(parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for json."""
+        return {key: value for key, value in fields_of(self).items() if key != "changed"}
+
+
+def reshape(
+    model: Detector,
+    *,
+    classes: ClassTable | Sequence[str] | int | None = None,
+    num_queries: int | None = None,
+) -> tuple[Detector, ReshapeReport]:
+    """The same model with other classes, another number of queries, or both.
+
+    Class rows of heads, and of the labels that denoising embeds, go over where names agree, whatever their case; other classes
+    start as in a new model. Where a query is the rank of a proposal (two-stage hosts), fewer queries are the first ones; where it
+    is an identity (learned anchors or points), they are spread evenly over the old ones. More queries are all the old ones, then
+    new ones interpolated between neighbours: content, positions, and the rows of PaQ's weight head alike.
+
+    Args:
+        model: unchanged.
+        classes: a table, names (ids are then 0, 1, ...), or a number of nameless classes; None keeps them.
+        num_queries: None keeps it.
+
+    Returns:
+        a new model, and what was kept.
+
+    Raises:
+        ConfigError: no class, one name twice, or fewer than one query.
+    """
+    table = model.classes if classes is None else as_class_table(classes)
+    count = model.config.num_queries if num_queries is None else num_queries
+    if count < 1:
+        raise ConfigError(f"num_queries={count}: expected at least 1", "choose a positive number")
+    architecture = model.config.model_copy(update={"num_classes": len(table), "num_queries": count})
+    preprocessing = model.preprocessing
+    config = Config(name=model.name, model=architecture, **preprocessing.settings())
+    like = next(model.parameters())
+    rebuilt = build_model(config, classes=table).to(like.device, like.dtype)
+    rebuilt.preprocessing = preprocessing
+    tensors, report = reshape_tensors(
+        model.state_dict(),
+        rebuilt.state_dict(),
+        config=architecture,
+        classes=(model.classes, table),
+        queries=(model.config.num_queries, count),
+    )
+    load_tensors(rebuilt, tensors, f"{model.name} with {len(table)} classes and {count} queries")
+    return rebuilt.train(model.training), report
+
+
+def reshape_classes(model: Detector, classes: ClassTable | Sequence[str] | int) -> tuple[Detector, ReshapeReport]:
+    """`reshape` to other classes."""
+    return reshape(model, classes=classes)
+
+
+def resize_queries(model: Detector, num_queries: int) -> tuple[Detector, ReshapeReport]:
+    """`reshape` to another number of queries."""
+    return reshape(model, num_queries=num_queries)
+
+
+def as_class_table(classes: ClassTable | Sequence[str] | int) -> ClassTable:
+    """A table from itself, from names, or from a number.
+
+    Raises:
+        ConfigError: no class, or two of one name.
+    """
+    if isinstance(classes, int):
+        if classes < 1:
+            raise ConfigError(f"classes={classes}: expected at least one", "give a positive number, or names")
+        return ClassTable.numbered(classes)
+    if not isinstance(classes, ClassTable):
+        names = tuple(str(name) for name in classes)
+        classes = ClassTable(tuple(range(len(names))), names)
+    folded = [name.casefold() for name in classes.names]
+    if not folded or len(set(folded)) < len(folded):
+        raise ConfigError(f"classes: {_some(classes.names)}", "give at least one class, each name once")
+    return classes
+
+
+def reshape_tensors(
+    tensors: Mapping[str, Tensor],
+    fresh: Mapping[str, Tensor],
+    *,
+    config: ModelConfig,
+    classes: tuple[ClassTable, ClassTable],
+    queries: tuple[int, int],
+) -> tuple[dict[str, Tensor], ReshapeReport]:
+    """Tensors of one model in the shapes of another that differs in classes or queries alone.
+
+    Args:
+        tensors: of the old model, by name.
+        fresh: of the new model as it was built; rows of new classes keep these values.
+        config: of either.
+        classes: of the old model and of the new one.
+        queries: number of queries of the old model and of the new one.
+    """
+    rows = _matching_rows(*classes)
+    low, high, share = _query_rows(*queries, ranked=config.positions == "proposals")
+    result = dict(tensors)
+    for key, tensor in tensors.items():
+        if key not in fresh:
+            continue
+        if _CLASS_ROWS.fullmatch(key):
+            # A class-agnostic head of proposals has one row, whatever the classes.
+            if not (config.class_agnostic_proposals and key.startswith("start.head.")):
+                result[key] = fresh[key].to(tensor.device, tensor.dtype).clone()
+                for old, new in rows:
+                    result[key][new] = tensor[old]
+        elif _QUERY_ROWS.fullmatch(key) and queries[0] != queries[1]:
+            by_query = tensor.unflatten(0, (queries[0], -1))  # (n, rows a query, ...)
+            weight = share.to(by_query).view(-1, *[1] * (by_query.ndim - 1))
+            result[key] = torch.lerp(by_query[low], by_query[high], weight).flatten(0, 1)
+    known = {new for _, new in rows}
+    went = {old for old, _ in rows}
+    report = ReshapeReport(
+        known_classes=tuple(name for row, name in enumerate(classes[1].names) if row in known),
+        new_classes=tuple(name for row, name in enumerate(classes[1].names) if row not in known),
+        dropped_classes=tuple(name for row, name in enumerate(classes[0].names) if row not in went),
+        queries=queries,
+        interpolated_queries=int((share > 0).sum()),
+        changed=tuple(key for key in tensors if result[key].shape != tensors[key].shape),
+    )
+    return result, report
+
+
+def _matching_rows(old: ClassTable, new: ClassTable) -> list[tuple[int, int]]:
+    """Pairs of rows (old, new) whose names agree but for case."""
+    rows = {name.casefold(): row for row, name in enumerate(old.names)}
+    return [(rows[name.casefold()], row) for row, name in enumerate(new.names) if name.casefold() in rows]
+
+
+def _query_rows(old: int, new: int, *, ranked: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """For each new query the two old ones it lies between and how far from the first, (n,) each; 0 where it is kept."""
+    if new <= old:
+        kept = torch.arange(new) if ranked else torch.arange(new) * old // new
+        return kept, kept, torch.zeros(new)
+    gaps, extra = max(old - 1, 1), new - old
+    edges = torch.arange(gaps + 1) * extra // gaps  # the new queries are shared out over the gaps
+    counts = edges.diff()
+    low = torch.arange(gaps).repeat_interleave(counts)
+    place = torch.arange(extra) - edges[low] + 1
+    kept = torch.arange(old)
+    return (
+        torch.cat([kept, low]),
+        torch.cat([kept, (low + 1).clamp(max=old - 1)]),
+        torch.cat([torch.zeros(old), place / (counts[low] + 1)]),
+    )
+
+
+def without_counters(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors with the step counters of batch norms that the model has, whose norms may be frozen where the others were not."""
+    result = {key: value for key, value in tensors.items() if key in own or not key.endswith(_COUNTER)}
+    return result | {key: own[key] for key in own if key.endswith(_COUNTER) and key not in tensors}
+
+
+def require_same_settings(old: ModelConfig, new: ModelConfig, where: str) -> None:
+    """Weights mean what they meant only under the settings they were made with.
+
+    Args:
+        old: of the checkpoint.
+        new: of the model to be filled.
+        where: the checkpoint, for errors.
+
+    Raises:
+        CheckpointError: a setting that matters differs; the remedy says how to set it.
+    """
+    overrides = settings_to_add(old, new)
+    if not overrides:
+        return
+    keys = [override.split("=")[0].removeprefix("model.") for override in overrides]
+    found = ", ".join(f"{key} {getattr(old, key)!r} instead of {getattr(new, key)!r}" for key in keys)
+    if "queries" in keys:
+        remedy = "paqdetr convert CHECKPOINT --from paqdetr --as MODEL gives it the queries of another model first"
+    else:
+        remedy = f"add {' '.join(overrides)}"
+    raise CheckpointError(f"{where}: its weights were made with {found}", remedy)
+
+
+def settings_to_add(old: ModelConfig, new: ModelConfig) -> list[str]:
+    """Overrides of `new` that give it what `old`'s weights need."""
+    before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
+    free = ModelConfig.with_role(Role.FREE)
+    different = [key for key in before if before[key] != after[key] and key not in free]
+    return [f"model.{key}={_yaml(before[key])}" for key in different]
+
+
+def _yaml(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
 
 _LOG = logging.getLogger(__name__)
 
@@ -49,20 +286,6 @@ class _Header(BaseModel):
         if len({row.id for row in value}) < len(value):
             raise ValueError("two classes have one id")
         return value
-
-
-def save(model: Detector, path: str | Path, **extra: Any) -> None:
-    """Write a model as one safetensors file; `extra` (metrics, step...) goes into its header."""
-    header = {
-        "name": model.name,
-        "model": model.config.model_dump(mode="json"),
-        "classes": [
-            {"id": i, "name": name} for i, name in zip(model.classes.ids, model.classes.names, strict=True)
-        ],
-        "preprocessing": model.preprocessing.to_dict(),
-        **extra,
-    }
-    write_checkpoint(path, model.state_dict(), header)
 
 
 def load(
@@ -204,9 +427,7 @@ def find_checkpoint(path: str | Path) -> Path:
     for name in ("best.safetensors", "last.safetensors"):
         if (path / name).is_file():
             return path / name
-    raise CheckpointError(
-        f"{path}: the folder has no checkpoint", "give a run's folder or a .safetensors file"
-    )
+    raise CheckpointError(f"{path}: the folder has no checkpoint", "give a run's folder or a .safetensors file")
 
 
 def _not_ours(header: Mapping[str, Any], where: str, error: ConfigError) -> CheckpointError:

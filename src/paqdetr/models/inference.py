@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -21,14 +21,25 @@ from torchvision.ops import box_convert
 from paqdetr.config import ModelConfig
 from paqdetr.errors import ConfigError, NonFiniteError, memory_error
 from paqdetr.images import ImageSource, read_image
-from paqdetr.preprocessing import pad_images
+from paqdetr.models.outputs import DetectorOutput
+from paqdetr.preprocessing import Preprocessing, pad_images
 from paqdetr.structures import ClassTable, Detections, Targets
 from paqdetr.values import require_batch_size, require_threshold
 
-if TYPE_CHECKING:
-    from paqdetr.models.detector import Detector, DetectorOutput
-
 Self = TypeVar("Self")
+
+
+class ImageModel(Protocol):
+    """What turns pixels into detections: a `Detector`, or what behaves like one."""
+
+    config: ModelConfig
+    classes: ClassTable
+    preprocessing: Preprocessing
+    training: bool
+
+    def __call__(self, images: Tensor, padding_mask: Tensor | None = None, /) -> DetectorOutput: ...
+    def parameters(self) -> Iterator[torch.nn.Parameter]: ...
+    def train(self, mode: bool = True, /) -> Any: ...
 
 
 class Observer(Protocol):
@@ -53,7 +64,7 @@ class Observer(Protocol):
 
 
 def predict_images(
-    model: Detector, images: ImageSource | Sequence[ImageSource], *, threshold: float, batch_size: int = 1
+    model: ImageModel, images: ImageSource | Sequence[ImageSource], *, threshold: float, batch_size: int = 1
 ) -> list[Detections]:
     """See `Detector.predict`."""
     require_threshold(threshold)
@@ -67,9 +78,7 @@ def predict_images(
     buckets: dict[tuple[int, int], list[tuple[int, Tensor, tuple[int, int]]]] = defaultdict(list)
 
     def run(bucket: list[tuple[int, Tensor, tuple[int, int]]]) -> None:
-        paths = [
-            str(x) if isinstance(x := sources[entry[0]], (str, os.PathLike)) else None for entry in bucket
-        ]
+        paths = [str(x) if isinstance(x := sources[entry[0]], (str, os.PathLike)) else None for entry in bucket]
         names = [path or f"image {entry[0]}" for path, entry in zip(paths, bucket, strict=True)]
         pixels, sizes = [entry[1] for entry in bucket], [entry[2] for entry in bucket]
         batch = detect_batch(model, pixels, sizes, threshold=threshold, names=names)
@@ -92,7 +101,7 @@ def predict_images(
 
 
 def detect_batch(
-    model: Detector,
+    model: ImageModel,
     images: Sequence[Tensor],
     sizes: Sequence[tuple[int, int]],
     *,
@@ -187,7 +196,7 @@ def _require_finite(logits: Tensor, boxes: Tensor, names: Sequence[int | str]) -
 
 
 @contextmanager
-def _in_precision_of(model: Detector) -> Iterator[torch.dtype]:
+def _in_precision_of(model: ImageModel) -> Iterator[torch.dtype]:
     """The dtype that the model takes images in. Boxes are float32 inside a model of half precision: autocast brings the two
     together.
 
@@ -213,11 +222,11 @@ def _in_precision_of(model: Detector) -> Iterator[torch.dtype]:
 
 
 @contextmanager
-def _evaluating(model: Detector) -> Iterator[None]:
+def _evaluating(model: ImageModel) -> Iterator[None]:
     """Evaluation mode inside. A model that is in it already is left alone: threads may share such a model."""
     was_training = model.training
     if was_training:
-        model.eval()
+        model.train(False)
     try:
         yield
     finally:

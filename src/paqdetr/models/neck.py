@@ -21,9 +21,7 @@ class Neck(nn.Module):
             padding. The published codes do not; without padding both are the same.
     """
 
-    def __init__(
-        self, *, in_channels: Sequence[int], dim: int, num_levels: int, masked_norm: bool = False
-    ) -> None:
+    def __init__(self, *, in_channels: Sequence[int], dim: int, num_levels: int, masked_norm: bool = False) -> None:
         super().__init__()
         self.masked_norm = masked_norm
         norm = MaskedGroupNorm if masked_norm else nn.GroupNorm

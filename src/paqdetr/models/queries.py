@@ -109,9 +109,7 @@ class ResidualMixtures(nn.Module):
         mixtures: the source of (B, n, d) mixtures, or of other content that depends on the image.
     """
 
-    def __init__(
-        self, *, static: StaticQueries, mixtures: PatternQueries | StaticMixtures | FeatureQueries
-    ) -> None:
+    def __init__(self, *, static: StaticQueries, mixtures: PatternQueries | StaticMixtures | FeatureQueries) -> None:
         super().__init__()
         self.table = static.table
         self.gate = nn.Parameter(torch.zeros(self.table.shape[1]))

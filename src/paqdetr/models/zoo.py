@@ -1,25 +1,92 @@
-"""Models by name, built from settings."""
+"""Models by name, built from settings, and what every parameter starts with."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import Tensor, nn
 
 from paqdetr.config import Config, ModelConfig, list_configs, load_config
 from paqdetr.errors import ConfigError
+from paqdetr.models.attention import MLP, DeformableAttention
 from paqdetr.models.backbone import Backbone, normalization_of
 from paqdetr.models.decoder import Decoder
 from paqdetr.models.denoising import ContrastiveDenoising, Denoising, PlainDenoising
 from paqdetr.models.detector import Detector
 from paqdetr.models.encoder import DeformableEncoder
-from paqdetr.models.initialize import init_weights
 from paqdetr.models.neck import Neck
-from paqdetr.models.proposals import ProposalHead
+from paqdetr.models.proposals import LearnedAnchors, LearnedPoints, ProposalHead, ProposalStart, QueryStart
 from paqdetr.models.queries import FeatureQueries, QuerySource, ResidualMixtures, StaticQueries
-from paqdetr.models.start import LearnedAnchors, LearnedPoints, ProposalStart, QueryStart
 from paqdetr.paq import PatternQueries, StaticMixtures
 from paqdetr.preprocessing import Preprocessing
 from paqdetr.structures import ClassTable
+
+if TYPE_CHECKING:
+    from paqdetr.models.detector import Detector
+
+# So that the many background queries do not drown the first steps.
+_CLASS_BIAS = -math.log((1 - 0.01) / 0.01)
+
+
+def init_weights(model: Detector) -> None:
+    """Give every parameter outside the backbone and the query source its start, as the table above says."""
+    for part in (
+        model.encoder,
+        model.decoder.layers,
+        model.decoder.position_head,
+        model.decoder.position_scale,
+    ):
+        if part is not None:
+            _xavier(part)
+    for part in model.neck.modules():
+        if isinstance(part, nn.Conv2d):
+            nn.init.xavier_uniform_(part.weight)
+            _zero(part.bias)
+    class_heads, box_heads = list(model.decoder.class_heads), list(model.decoder.box_heads)
+    start = model.start
+    if isinstance(start, ProposalStart):
+        nn.init.xavier_uniform_(start.head.project.weight)
+        if start.embed is not None:
+            _xavier(start.embed)
+        class_heads.append(start.head.class_head)
+        box_heads.append(start.head.box_head)
+    for head in class_heads:
+        nn.init.constant_(head.bias, _CLASS_BIAS)  # type: ignore[arg-type]
+    for head in box_heads:
+        last = _last(head)
+        nn.init.zeros_(last.weight)
+        _zero(last.bias)
+    if not isinstance(start, ProposalStart):
+        nn.init.constant_(_last(model.decoder.box_heads[0]).bias[2:], -2.0)
+    if isinstance(start, LearnedPoints):
+        nn.init.xavier_uniform_(start.point_head.weight)
+        _zero(start.point_head.bias)
+
+
+def _xavier(part: nn.Module) -> None:
+    for module in part.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+        elif isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
+            nn.init.xavier_uniform_(module.in_proj_weight)
+    for module in part.modules():
+        if isinstance(module, DeformableAttention):
+            module.init_weights()
+
+
+def _last(head: nn.Module) -> nn.Linear:
+    assert isinstance(head, MLP)
+    layer = head[-1]
+    assert isinstance(layer, nn.Linear)
+    return layer
+
+
+def _zero(bias: Tensor | None) -> None:
+    if bias is not None:
+        nn.init.zeros_(bias)
+
 
 _Mixtures = TypeVar("_Mixtures", PatternQueries, StaticMixtures, FeatureQueries)
 
@@ -177,9 +244,7 @@ def create_model(
     return build_model(config, pretrained_backbone=pretrained_backbone)
 
 
-def build_model(
-    config: Config, *, classes: ClassTable | None = None, pretrained_backbone: bool = False
-) -> Detector:
+def build_model(config: Config, *, classes: ClassTable | None = None, pretrained_backbone: bool = False) -> Detector:
     """The model that the settings describe.
 
     Args:
@@ -239,9 +304,7 @@ def build_model(
             num_levels=model.num_levels,
             masked_norm=model.masked_neck_norm,
         ),
-        encoder=DeformableEncoder(
-            num_layers=model.encoder_layers, query_levels=model.encoder_query_levels, **sizes
-        ),
+        encoder=DeformableEncoder(num_layers=model.encoder_layers, query_levels=model.encoder_query_levels, **sizes),
         start=STARTS[model.positions](model),
         query_source=QUERY_SOURCES[model.queries](model),
         decoder=decoder,

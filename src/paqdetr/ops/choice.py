@@ -65,9 +65,7 @@ def require_backend(
     if name in _DEVICES:
         reason = _obstacle(name, torch.device(device).type, dtype, tokens)
         if reason is not None:
-            raise BackendError(
-                f"attention back end {name!r}: {reason}", "choose 'auto', 'reference' or 'gather'"
-            )
+            raise BackendError(f"attention back end {name!r}: {reason}", "choose 'auto', 'reference' or 'gather'")
 
 
 @contextlib.contextmanager

@@ -145,9 +145,7 @@ def _compiled(name: str, dtype: str, channels: int) -> Callable[..., None]:
     return compile_cached(getattr(numba_kernels, f"compile_{name}"), dtype, channels)
 
 
-def compile_cached(
-    compile_kernel: Callable[..., Callable[..., None]], *arguments: Any
-) -> Callable[..., None]:
+def compile_cached(compile_kernel: Callable[..., Callable[..., None]], *arguments: Any) -> Callable[..., None]:
     """A kernel, from numba's cache on disk where there is one."""
     try:
         return compile_kernel(*arguments, cache=True)

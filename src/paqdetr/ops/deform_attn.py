@@ -13,8 +13,7 @@ from torch import Tensor
 
 from paqdetr.ops import registered
 from paqdetr.ops.choice import choose_backend, require_backend
-from paqdetr.ops.gather import ms_deform_attn_gather
-from paqdetr.ops.reference import ms_deform_attn_reference
+from paqdetr.ops.reference import ms_deform_attn_gather, ms_deform_attn_reference
 
 SpatialShapes = Tensor | Sequence[tuple[int, int]]
 Backend = Literal["auto", "reference", "gather", "numba", "triton"]

@@ -30,9 +30,7 @@ def _add_products(typingctx, total, at, a, a_first, a_stride, b, b_first, b_stri
     width = lanes.literal_value
 
     def generate(context, builder, signature, args):
-        total, at, a, a_first, a_stride, b, b_first, b_stride, steps, _ = pointers(
-            context, builder, signature, args
-        )
+        total, at, a, a_first, a_stride, b, b_first, b_stride, steps, _ = pointers(context, builder, signature, args)
         e = Emit(builder, ir.FloatType(), width)
         entry = builder.block
         loop = builder.append_basic_block("rows")

@@ -83,12 +83,8 @@ def _locate(typingctx, locations, attention, offset, levels, start, stop, rows, 
     signature = types.void(locations, attention, offset, levels, start, stop, rows, shares)
 
     def generate(context, builder, signature, args):
-        count = builder.extract_value(
-            context.make_array(signature.args[3])(context, builder, args[3]).shape, 1
-        )
-        locations, attention, offset, levels, start, stop, rows, shares = pointers(
-            context, builder, signature, args
-        )
+        count = builder.extract_value(context.make_array(signature.args[3])(context, builder, args[3]).shape, 1)
+        locations, attention, offset, levels, start, stop, rows, shares = pointers(context, builder, signature, args)
         locations = builder.gep(locations, [builder.mul(offset, INT64(2))])
         attention = builder.gep(attention, [offset])
 
@@ -177,9 +173,7 @@ def _over_rows(generate: Callable[..., None]) -> Any:
     points; `other` holds one row from `other_first` on.
     """
 
-    def over_rows(
-        typingctx, table, first, rows, numbers, count, start, stop, channels, stride, other, other_first
-    ):
+    def over_rows(typingctx, table, first, rows, numbers, count, start, stop, channels, stride, other, other_first):
         size = types.int64
         signature = types.void(table, size, rows, numbers, size, size, size, channels, size, other, size)
         vectors_of = chunks(channels.literal_value, 64)

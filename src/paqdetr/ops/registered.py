@@ -66,9 +66,7 @@ def _disabled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compiler.disable(function)
 
 
-def _forward_shape(
-    value: Tensor, spatial_shapes: Sequence[int], locations: Tensor, weights: Tensor
-) -> Tensor:
+def _forward_shape(value: Tensor, spatial_shapes: Sequence[int], locations: Tensor, weights: Tensor) -> Tensor:
     batch, _, heads, channels = value.shape
     return value.new_empty(batch, locations.shape[1], heads * channels)
 

@@ -114,9 +114,7 @@ class Emit:
             undefined = ir.Constant(vector.type, ir.Undefined)
             mask = ir.VectorType(INT32, lanes)
             low, high = (
-                self.builder.shuffle_vector(
-                    vector, undefined, ir.Constant(mask, [i + k * lanes for i in range(lanes)])
-                )
+                self.builder.shuffle_vector(vector, undefined, ir.Constant(mask, [i + k * lanes for i in range(lanes)]))
                 for k in (0, 1)
             )
             vector = self.builder.fadd(low, high)

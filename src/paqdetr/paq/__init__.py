@@ -4,8 +4,15 @@ Needs torch, torchvision and scipy alone, and nothing else of paqdetr but its pl
 """
 
 from paqdetr.errors import NonFiniteError
-from paqdetr.paq.assignment import Assigner, OneToOneAssigner, Pairs, QualityAwareAssigner, match_layers
-from paqdetr.paq.baselines import FixedKAssigner, SimOTAAssigner
+from paqdetr.paq.assignment import (
+    Assigner,
+    FixedKAssigner,
+    OneToOneAssigner,
+    Pairs,
+    QualityAwareAssigner,
+    SimOTAAssigner,
+    match_layers,
+)
 from paqdetr.paq.costs import CostWeights, Matchables
 from paqdetr.paq.losses import focal_loss, pattern_diversity_loss, varifocal_loss
 from paqdetr.paq.patterns import Mixture, PatternQueries, StaticMixtures

@@ -1,6 +1,6 @@
-"""Who learns from which box: one-to-one, and PaQ's quality-aware one-to-many.
+"""Which queries learn from which box: one-to-one, PaQ's quality-aware one-to-many assignment, and the rules it is compared with.
 
-An assigner solves one image of one layer. `match_layers` feeds it all of a step; calling it directly serves one batch.
+The rules share their steps, which work on numpy arrays of one image.
 """
 
 from __future__ import annotations
@@ -16,14 +16,116 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from paqdetr.paq.costs import CostWeights, Matchables, matchables
-from paqdetr.paq.selection import (
-    ceil_of_best,
-    limit_claims,
-    select_by_hungarian,
-    select_by_score,
-    without_weak_extras,
-)
 from paqdetr.structures import Targets
+
+# A sum of IoUs that is 2 but for the rounding of float32 is 2, whichever way it is rounded.
+_ROUNDING = 1e-6
+
+
+def ceil_of_best(scores: np.ndarray, top_k: int) -> np.ndarray:
+    """Sum of the `top_k` largest scores of each box, rounded up."""
+    return np.ceil(_best(scores, top_k).sum(axis=0) - _ROUNDING).astype(np.int64)
+
+
+def floor_of_best(scores: np.ndarray, top_k: int) -> np.ndarray:
+    """The same, rounded down."""
+    return np.floor(_best(scores, top_k).sum(axis=0) + _ROUNDING).astype(np.int64)
+
+
+def limit_claims(wanted: np.ndarray, scores: np.ndarray, *, least: int, most: int) -> np.ndarray:
+    """Claims held within [least, most] and n, and lowered until they sum to at most max(G, n // 2).
+
+    Claims are withdrawn by ascending score, though never a box's last one: the r-th claim of a box stands for its r-th best
+    query.
+    """
+    num_queries, num_boxes = scores.shape
+    claims = np.minimum(np.clip(wanted, least, most), num_queries)
+    surplus = int(claims.sum()) - max(num_boxes, num_queries // 2)
+    if num_boxes == 0 or surplus <= 0:
+        return claims
+    best = _best(scores, most)
+    ranks, boxes = np.nonzero(np.arange(1, len(best))[:, None] < claims[None, :])
+    weakest = np.lexsort((boxes, -ranks, best[ranks + 1, boxes]))[:surplus]
+    return claims - np.bincount(boxes[weakest], minlength=num_boxes)
+
+
+def select_by_hungarian(cost: np.ndarray, claims: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The cheapest way to give every box as many queries as it claims: column j repeated claims[j] times, solved once.
+
+    Returns:
+        query and box of each pair; no query twice.
+    """
+    columns = np.repeat(np.arange(len(claims)), claims)
+    rows, chosen = linear_sum_assignment(cost[:, columns])
+    return rows, columns[chosen]
+
+
+def select_by_score(scores: np.ndarray, claims: np.ndarray, cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The claims[j] best queries of each box; one that two boxes claim goes to the larger score.
+
+    A box left empty gets a query that nobody claimed, by a Hungarian match of the cost. There are always enough of these if the
+    claims are those of `limit_claims` and n >= G. Either n // 2 >= G: at most n // 2 queries are claimed, so at least
+    n // 2 >= G are free. Or n // 2 < G: the claims sum to G, so each box claims one query and holds at most one; with e boxes
+    empty, n - (G - e) >= e are free.
+
+    Returns:
+        query and box of each pair; no query twice, no box without one.
+    """
+    num_queries, num_boxes = scores.shape
+    owner = np.full(num_queries, -1)
+    queries, boxes = _claimed(scores, claims)
+    order = np.lexsort((boxes, -scores[queries, boxes], queries))  # of each query the best claim first
+    queries, boxes = queries[order], boxes[order]
+    first = np.ones(len(queries), dtype=bool)
+    first[1:] = queries[1:] != queries[:-1]
+    owner[queries[first]] = boxes[first]
+    empty = np.setdiff1d(np.arange(num_boxes), owner)
+    free = np.nonzero(owner < 0)[0]
+    rows, columns = linear_sum_assignment(cost[np.ix_(free, empty)])
+    owner[free[rows]] = empty[columns]
+    rows = np.nonzero(owner >= 0)[0]
+    return rows, owner[rows]
+
+
+def without_weak_extras(
+    rows: np.ndarray, columns: np.ndarray, *, cost: np.ndarray, iou: np.ndarray, min_iou: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs of an IoU below `min_iou` go, except for the cheapest pair of each box.
+
+    Args:
+        rows, columns: query and box of each pair.
+
+    Returns:
+        query and box of the pairs that stay.
+    """
+    order = np.lexsort((cost[rows, columns], columns))  # box by box, the cheapest first
+    rows, columns = rows[order], columns[order]
+    stays = iou[rows, columns] >= min_iou
+    stays[np.searchsorted(columns, np.unique(columns))] = True
+    return rows[stays], columns[stays]
+
+
+def _claimed(scores: np.ndarray, claims: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Query and box of each box's claims[j] best queries; of equal scores the first ones."""
+    num_queries, num_boxes = scores.shape
+    most = int(claims.max(initial=0))
+    if most == 0:
+        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+    # Whatever is as good as the `most`-th best of its box: a superset, larger only where scores are equal.
+    least = np.partition(scores, num_queries - most, axis=0)[num_queries - most]
+    boxes, queries = np.nonzero((scores >= least).T)
+    order = np.lexsort((queries, -scores[queries, boxes], boxes))
+    boxes, queries = boxes[order], queries[order]
+    starts = np.searchsorted(boxes, np.arange(num_boxes))
+    chosen = np.arange(len(boxes)) - starts[boxes] < claims[boxes]
+    return queries[chosen], boxes[chosen]
+
+
+def _best(scores: np.ndarray, top_k: int) -> np.ndarray:
+    """(min(top_k, n), G), descending."""
+    rest = max(len(scores) - top_k, 0)
+    best = np.partition(scores, rest, axis=0)[rest:] if 0 < rest < len(scores) else scores
+    return -np.sort(-best, axis=0)[:top_k]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,9 +245,7 @@ class QualityAwareAssigner:
         """
         return solve_batch(self, pred_logits, pred_boxes, targets, self.cost_weights)
 
-    def num_positives(
-        self, pred_logits: Tensor, pred_boxes: Tensor, targets: Sequence[Targets]
-    ) -> list[Tensor]:
+    def num_positives(self, pred_logits: Tensor, pred_boxes: Tensor, targets: Sequence[Targets]) -> list[Tensor]:
         """k_j of every box, how many queries it is to get: B tensors (G,) int64. Shapes as in the call.
 
         In an image with more boxes than queries, whose match is one-to-one, it is 1 for boxes of that match and 0 for the others.
@@ -165,9 +265,7 @@ class QualityAwareAssigner:
         else:
             rows, columns = select_by_score(scores, claims, image.cost)
         if self.min_iou > 0:
-            rows, columns = without_weak_extras(
-                rows, columns, cost=image.cost, iou=image.iou, min_iou=self.min_iou
-            )
+            rows, columns = without_weak_extras(rows, columns, cost=image.cost, iou=image.iou, min_iou=self.min_iou)
         return to_pairs(rows, columns)
 
     def qualities(self, image: Matchables) -> Qualities:
@@ -228,6 +326,81 @@ def solve_batch(
 def to_pairs(rows: np.ndarray, columns: np.ndarray) -> Pairs:
     """Queries (P,) and boxes (P,) in any order -> pairs in the order of their queries."""
     order = np.argsort(rows, kind="stable")
-    return Pairs(
-        torch.from_numpy(rows[order].astype(np.int64)), torch.from_numpy(columns[order].astype(np.int64))
-    )
+    return Pairs(torch.from_numpy(rows[order].astype(np.int64)), torch.from_numpy(columns[order].astype(np.int64)))
+
+
+class FixedKAssigner:
+    """The same number of queries for every box: each box repeated k times, matched once.
+
+    Source: the one-to-many branch of H-DETR (arXiv 2207.13080), without its own queries. Where k * G exceeds n // 2, k is
+    lowered for all boxes alike.
+
+    Args:
+        k: positives of a box.
+        cost_weights: of the matching cost.
+    """
+
+    def __init__(self, k: int = 4, *, cost_weights: CostWeights | None = None) -> None:
+        if k < 1:
+            raise ValueError(f"k: expected at least 1, found {k}")
+        self.k = k
+        self.cost_weights = cost_weights or CostWeights()
+
+    def __call__(self, pred_logits: Tensor, pred_boxes: Tensor, targets: Sequence[Targets]) -> list[Pairs]:
+        """(B, n, C) logits, (B, n, 4) cxcywh in [0, 1], B targets -> pairs of every image."""
+        return solve_batch(self, pred_logits, pred_boxes, targets, self.cost_weights)
+
+    def solve(self, image: Matchables) -> Pairs:
+        """Pairs of one image of one layer."""
+        num_queries, num_boxes = image.cost.shape
+        if num_boxes == 0 or num_boxes > num_queries:
+            return to_pairs(*linear_sum_assignment(image.cost))
+        k = max(min(self.k, num_queries // 2 // num_boxes), 1)
+        return to_pairs(*select_by_hungarian(image.cost, np.full(num_boxes, k)))
+
+
+class SimOTAAssigner:
+    """As many queries as the box has good predictions: k_j = max(floor(sum of its top_k largest IoU), min_positives).
+
+    Source: YOLOX (arXiv 2107.08430), section 2.1, without its prior on centres. It differs from the quality-aware rule in that
+    confidence is not subtracted and that the sum is rounded down.
+
+    Args:
+        top_k: how many of the largest IoU are summed, and the most positives a box may get.
+        min_positives: the fewest positives a box gets, where queries suffice.
+        select: "cost", the k_j queries of least cost, one that two boxes claim going to the cheaper (the original's); or
+            "hungarian", as in `QualityAwareAssigner`.
+        cost_weights: of the matching cost.
+    """
+
+    def __init__(
+        self,
+        top_k: int = 10,
+        min_positives: int = 1,
+        select: Literal["cost", "hungarian"] = "cost",
+        *,
+        cost_weights: CostWeights | None = None,
+    ) -> None:
+        if not 1 <= min_positives <= top_k:
+            raise ValueError(f"expected 1 <= min_positives <= top_k, found {min_positives} and {top_k}")
+        if select not in ("cost", "hungarian"):
+            raise ValueError(f"select: expected 'cost' or 'hungarian', found {select!r}")
+        self.top_k = top_k
+        self.min_positives = min_positives
+        self.select = select
+        self.cost_weights = cost_weights or CostWeights()
+
+    def __call__(self, pred_logits: Tensor, pred_boxes: Tensor, targets: Sequence[Targets]) -> list[Pairs]:
+        """(B, n, C) logits, (B, n, 4) cxcywh in [0, 1], B targets -> pairs of every image."""
+        return solve_batch(self, pred_logits, pred_boxes, targets, self.cost_weights)
+
+    def solve(self, image: Matchables) -> Pairs:
+        """Pairs of one image of one layer."""
+        num_queries, num_boxes = image.cost.shape
+        if num_boxes == 0 or num_boxes > num_queries:
+            return to_pairs(*linear_sum_assignment(image.cost))
+        wanted = floor_of_best(image.iou, self.top_k)
+        claims = limit_claims(wanted, image.iou, least=self.min_positives, most=self.top_k)
+        if self.select == "hungarian":
+            return to_pairs(*select_by_hungarian(image.cost, claims))
+        return to_pairs(*select_by_score(-image.cost, claims, image.cost))

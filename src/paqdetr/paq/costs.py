@@ -76,10 +76,7 @@ def matchables(
     counts = [len(target) for target in targets]
     with torch.no_grad():
         packed = torch.stack(
-            [
-                _image_terms(pred_logits[:, b], pred_boxes[:, b], targets[b], weights, max(counts))
-                for b in range(batch)
-            ],
+            [_image_terms(pred_logits[:, b], pred_boxes[:, b], targets[b], weights, max(counts)) for b in range(batch)],
             dim=1,
         )  # (K, B, 3 * Gmax + 1, n)
         # Half the bytes cross, and some devices have no float64.
@@ -172,9 +169,7 @@ def _corners(boxes: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tens
     return (left, top, right, bottom), (right - left) * (bottom - top)
 
 
-def _require_finite(
-    host: np.ndarray, targets: Sequence[Targets], num_classes: int, names: Sequence[str]
-) -> None:
+def _require_finite(host: np.ndarray, targets: Sequence[Targets], num_classes: int, names: Sequence[str]) -> None:
     # A sum of finite float32 numbers is finite in float64, and one with a NaN or an infinity never is.
     bad = ~np.isfinite(host.sum(axis=(2, 3)))  # (K, B)
     if not bad.any():

@@ -51,9 +51,7 @@ class PooledExtractor(nn.Module):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.ReLU())
 
-    def forward(
-        self, tokens: Tensor, spatial_shapes: Sequence[tuple[int, int]], padding_mask: Tensor | None
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, spatial_shapes: Sequence[tuple[int, int]], padding_mask: Tensor | None) -> Tensor:
         """See `PatternQueries.forward`."""
         if padding_mask is None:
             return self.mlp(tokens.mean(1))
@@ -80,16 +78,11 @@ class FusedExtractor(nn.Module):
         if conv not in ("depthwise", "full"):
             raise ValueError(f"conv: expected 'depthwise' or 'full', found {conv!r}")
         self.levels = nn.ModuleList(
-            _LevelBranch(dim=dim, dilation=2**level, depthwise=conv == "depthwise")
-            for level in range(num_levels)
+            _LevelBranch(dim=dim, dilation=2**level, depthwise=conv == "depthwise") for level in range(num_levels)
         )
-        self.attention = nn.ModuleList(
-            _ChannelSpatialAttention(dim=dim) for _ in range(max(num_levels - 1, 1))
-        )
+        self.attention = nn.ModuleList(_ChannelSpatialAttention(dim=dim) for _ in range(max(num_levels - 1, 1)))
 
-    def forward(
-        self, tokens: Tensor, spatial_shapes: Sequence[tuple[int, int]], padding_mask: Tensor | None
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, spatial_shapes: Sequence[tuple[int, int]], padding_mask: Tensor | None) -> Tensor:
         """See `PatternQueries.forward`."""
         maps, valids = _to_maps(tokens, spatial_shapes, padding_mask)
         maps = [branch(x, valid) for branch, x, valid in zip(self.levels, maps, valids, strict=True)]
@@ -132,9 +125,7 @@ class _ChannelSpatialAttention(nn.Module):
         # x is a sum of ReLUs at first and stays non-negative, so zeros at padding cannot win the maximum.
         mean, peak = _mean_over_valid(x, valid), x.amax((2, 3), keepdim=True)
         attended = x * (self.channel(mean) + self.channel(peak)).sigmoid()
-        places = torch.cat(
-            [attended.mean(1, keepdim=True), attended.amax(1, keepdim=True)], dim=1
-        )  # (B, 2, h, w)
+        places = torch.cat([attended.mean(1, keepdim=True), attended.amax(1, keepdim=True)], dim=1)  # (B, 2, h, w)
         return x + attended * self.spatial(places).sigmoid()
 
 
@@ -148,9 +139,7 @@ def _to_maps(
     for x, mask, (height, width) in zip(tokens.split(sizes, dim=1), masks, spatial_shapes, strict=True):
         plane = x.transpose(1, 2).unflatten(2, (height, width))
         valid = None if mask is None else (~mask).unflatten(1, (height, width)).unsqueeze(1).to(x.dtype)
-        maps.append(
-            plane if mask is None else plane.masked_fill(mask.unflatten(1, (height, width)).unsqueeze(1), 0.0)
-        )
+        maps.append(plane if mask is None else plane.masked_fill(mask.unflatten(1, (height, width)).unsqueeze(1), 0.0))
         valids.append(valid)
     return maps, valids
 
@@ -184,9 +173,7 @@ def _enlarge(x: Tensor, valid: Tensor | None, size: Sequence[int], fine_valid: T
     )  # (B, H, W, 2)
     # In half precision a position would be off by a good part of a cell, and by how much would depend on the padding.
     working = torch.promote_types(x.dtype, torch.float32)
-    read = F.grid_sample(
-        x.to(working), grid.to(working), mode="bilinear", padding_mode="border", align_corners=True
-    )
+    read = F.grid_sample(x.to(working), grid.to(working), mode="bilinear", padding_mode="border", align_corners=True)
     return _zero_padding(read.to(x.dtype), fine_valid)  # padded cells have read the edge of the valid part
 
 

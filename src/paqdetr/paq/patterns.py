@@ -307,9 +307,7 @@ class _RunningNorm(nn.Module):
     @torch.no_grad()
     def _take_in(self, summary: Tensor) -> None:
         self.images += len(summary)
-        share = (
-            (len(summary) / self.images).clamp(min=self._LEAST_SHARE).to(self.mean)
-        )  # 1 for the first batch
+        share = (len(summary) / self.images).clamp(min=self._LEAST_SHARE).to(self.mean)  # 1 for the first batch
         self.mean.lerp_(summary.mean(0).to(self.mean), share)
         self.variance.lerp_((summary - self.mean).square().mean(0).to(self.variance), share)
 
@@ -317,9 +315,7 @@ class _RunningNorm(nn.Module):
 class _DenseHead(nn.Module):
     """(B, d) -> (B, n, m) logits by one linear layer."""
 
-    def __init__(
-        self, *, dim: int, num_queries: int, num_patterns: int, gain: float, bias_std: float | None
-    ) -> None:
+    def __init__(self, *, dim: int, num_queries: int, num_patterns: int, gain: float, bias_std: float | None) -> None:
         super().__init__()
         self.num_patterns = num_patterns
         self.linear = nn.Linear(dim, num_queries * num_patterns)
@@ -371,9 +367,7 @@ def _checked_rows(rows: Tensor | None, new: int, old: int) -> Tensor:
     if rows.dtype != torch.int64 or rows.shape != (new,):
         raise ValueError(f"rows: expected ({new},) int64, found {tuple(rows.shape)} {rows.dtype}")
     if rows.min() < 0 or rows.max() >= old:
-        raise ValueError(
-            f"rows: expected indices in [0, {old}), found {int(rows.min())} to {int(rows.max())}"
-        )
+        raise ValueError(f"rows: expected indices in [0, {old}), found {int(rows.min())} to {int(rows.max())}")
     return rows
 
 

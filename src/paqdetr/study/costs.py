@@ -43,9 +43,7 @@ class Forecast:
         return 0.0 if not missing else None if self.seconds is None else self.seconds * missing
 
 
-def forecast(
-    runs: Sequence[PlannedRun], places: Places, measured: Sequence[RunResult] = ()
-) -> list[Forecast]:
+def forecast(runs: Sequence[PlannedRun], places: Places, measured: Sequence[RunResult] = ()) -> list[Forecast]:
     """What is to be done, by data set and variant.
 
     Args:
@@ -64,9 +62,7 @@ def forecast(
         done = sum(found[planned.key] is not None or places.run(planned.key).finished for planned in group)
         seeds = tuple(planned.key.seed for planned in group)
         steps = group[0].steps
-        rows.append(
-            Forecast(data, variant, seeds, steps, done, None if seconds is None else seconds * steps, source)
-        )
+        rows.append(Forecast(data, variant, seeds, steps, done, None if seconds is None else seconds * steps, source))
     return rows
 
 

@@ -56,9 +56,7 @@ def prepare(data: DataSet, *, cache: Path, root: Path, progress: Progress | None
     """
     source = folder_of(data, cache=cache, root=root)
     if data.make is None and not source.exists():
-        raise DataError(
-            f"{source}: no such data folder", "say with --data-root where the study's folders lie"
-        )
+        raise DataError(f"{source}: no such data folder", "say with --data-root where the study's folders lie")
     cache.mkdir(parents=True, exist_ok=True)
     with held(cache / ".lock", wait=True):
         if data.make is not None:
@@ -98,9 +96,7 @@ def _cut(source: Path, folder: Path, fold: int, folds: int) -> None:
         for name in ("train", "val"):
             (partial / name).mkdir()
             for origin, split in splits.items():
-                (partial / name / f"from_{origin}").symlink_to(
-                    split.image_dir.resolve(), target_is_directory=True
-                )
+                (partial / name / f"from_{origin}").symlink_to(split.image_dir.resolve(), target_is_directory=True)
             inside = chosen if name == "val" else {image["id"] for image in pool["images"]} - chosen
             _write(partial / f"{name}.json", _only(pool, inside))
         if "test" in available_splits(source):
@@ -118,9 +114,7 @@ def _pool(splits: dict[str, DetectionDataset]) -> dict[str, Any]:
         content = split.ground_truth()
         categories = categories or content["categories"]
         if content["categories"] != categories:
-            raise DataError(
-                f"{split.annotation_file}: other classes than in train", "folds need equal classes"
-            )
+            raise DataError(f"{split.annotation_file}: other classes than in train", "folds need equal classes")
         ids = {image["id"]: len(images) + n for n, image in enumerate(content["images"], start=1)}
         images += [
             {**image, "id": ids[image["id"]], "file_name": f"from_{origin}/{image['file_name']}"}
@@ -128,8 +122,7 @@ def _pool(splits: dict[str, DetectionDataset]) -> dict[str, Any]:
         ]
         first = len(annotations) + 1
         annotations += [
-            {**row, "id": first + n, "image_id": ids[row["image_id"]]}
-            for n, row in enumerate(content["annotations"])
+            {**row, "id": first + n, "image_id": ids[row["image_id"]]} for n, row in enumerate(content["annotations"])
         ]
     return {"images": images, "annotations": annotations, "categories": categories}
 

@@ -14,28 +14,27 @@ from typing import Any
 
 import numpy as np
 
-from paqdetr.analysis.layers import LayerCollector
-from paqdetr.analysis.patterns import ContentCollector
 from paqdetr.checkpoint import write_whole
 from paqdetr.config import load_config
 from paqdetr.data.dataset import DetectionDataset, open_split
-from paqdetr.engine.evaluate import detect_split, require_same_classes
-from paqdetr.engine.run import Run, flat_settings
+from paqdetr.environment import require_device
 from paqdetr.errors import UserError
+from paqdetr.evaluation.content import ContentCollector
+from paqdetr.evaluation.evaluate import detect_split, require_same_classes
+from paqdetr.evaluation.layers import LayerCollector
 from paqdetr.metrics.coco import non_maximum_suppression
+from paqdetr.metrics.diagnosis import error_split
 from paqdetr.metrics.intervals import resample_images
-from paqdetr.metrics.matching import MatchTable
-from paqdetr.metrics.mistakes import error_split
+from paqdetr.metrics.matches import MatchTable
 from paqdetr.metrics.query_report import QueryUsageReport, Spread
 from paqdetr.metrics.query_usage import QueryUsage
 from paqdetr.models import Detector, load
 from paqdetr.models.cost import model_cost
-from paqdetr.models.device import require_device
+from paqdetr.runs import Run, flat_settings
 from paqdetr.serialize import json_number
 from paqdetr.structures import Detections
 from paqdetr.study.results import RunResult
-from paqdetr.study.runs import Places, PlannedRun, RunKey
-from paqdetr.study.sources import read_source
+from paqdetr.study.runs import Places, PlannedRun, RunKey, read_source
 from paqdetr.study.spec import Study
 
 # Raised whenever a figure would come out otherwise than before. A figure that is new is a dash where it was not measured.
@@ -243,11 +242,7 @@ def query_views(report: QueryUsageReport) -> dict[str, Any]:
     """The views of query use as single numbers: Gini coefficients, with what they have to be read beside."""
     views: dict[str, Any] = {"n": report.num_queries, "cosine": report.query_cosine}
     spreads: dict[str, Spread | None] = {
-        **{
-            f"over_{round(100 * spread.threshold)}": spread
-            for spread in report.activations
-            if spread.threshold
-        },
+        **{f"over_{round(100 * spread.threshold)}": spread for spread in report.activations if spread.threshold},
         "equal": report.equal,
         "positives": report.positives,
     }

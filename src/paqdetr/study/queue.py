@@ -1,31 +1,142 @@
-"""Trains and measures what a study lacks, one run at a time, and can be stopped and started at any moment.
-
-A run has two steps, each in a process of its own. Training is `paqdetr train --resume` and leaves an ordinary folder; measuring
-writes the run's result, a json, whole or not at all. A step whose product is there is not repeated, so what remains to be done is
-read off the disk: there is no state that could be lost. Several queues may work on one study.
-"""
+"""Trains and measures what a study lacks, one run at a time in a child process; can be stopped and started at any moment."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 from paqdetr.checkpoint import write_whole
 from paqdetr.config import load_config
-from paqdetr.data.loader import STOP_SIGNALS
-from paqdetr.engine.interrupt import StopRequest
-from paqdetr.engine.run import Run, flat_settings
 from paqdetr.errors import ConfigError
+from paqdetr.interrupt import STOP_SIGNALS, StopRequest
 from paqdetr.locks import Busy, held
-from paqdetr.study.children import Ended, last_words, raise_if_stopped, run_child
+from paqdetr.runs import Run, flat_settings
 from paqdetr.study.measure import Job, is_current
 from paqdetr.study.results import RunResult, read_result
-from paqdetr.study.runs import Places, PlannedRun, require_same_settings
-from paqdetr.study.sources import note_source, read_source, require_same_source
+from paqdetr.study.runs import Places, PlannedRun, note_source, read_source, require_same_settings, require_same_source
 from paqdetr.study.spec import Study
+
+_POLL = 0.2
+
+
+class StudyInterrupted(KeyboardInterrupt):
+    """A signal has ended the queue; what was being trained has saved its state.
+
+    Attributes:
+        exit_code: 128 + the signal's number, as shells have it.
+    """
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"interrupted by {signal.Signals(signal_number).name}")
+        self.exit_code = 128 + signal_number
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a process ended.
+
+    Attributes:
+        code: its exit code; negative if a signal killed it.
+        seconds: by the clock.
+        cpu_seconds: that it and its children were given; None where the system does not say.
+        log_start: bytes of the log that are older.
+    """
+
+    code: int
+    seconds: float
+    cpu_seconds: float | None
+    log_start: int = 0
+
+
+def raise_if_stopped(stop: StopRequest) -> None:
+    """Raise StudyInterrupted if a signal came."""
+    if stop.signal_number is not None:
+        raise StudyInterrupted(stop.signal_number)
+
+
+def run_child(
+    arguments: list[str],
+    *,
+    threads: int,
+    log: Path,
+    lock: IO[bytes] | None,
+    stop: StopRequest,
+    watch: Callable[[], object] = lambda: None,
+) -> Ended:
+    """Run `python -m ARGUMENTS` to its end. A signal to this process is handed on, once; the child saves and ends.
+
+    The child is in a session of its own: Ctrl-C in a terminal would reach it a second time otherwise, and the second
+    one ends it at once. It inherits the lock, so a child that outlives a queue that was killed keeps its run.
+
+    Args:
+        threads: of OpenMP, BLAS and numba.
+        log: what it prints is added there.
+        watch: called now and then while it runs.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    started, before = time.perf_counter(), os.times()
+    with log.open("ab") as file:
+        log_start = file.tell()
+        child = subprocess.Popen(
+            [sys.executable, "-m", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=os.environ | _thread_settings(threads),
+            start_new_session=True,
+            pass_fds=() if lock is None else (lock.fileno(),),
+        )
+        with _ended_with(child):
+            handed_on = False
+            while child.poll() is None:
+                if stop.signal_number is not None and not handed_on:
+                    handed_on = True
+                    child.send_signal(stop.signal_number)
+                watch()
+                time.sleep(_POLL)
+    after = os.times()
+    given = after.children_user + after.children_system - before.children_user - before.children_system
+    return Ended(child.returncode, time.perf_counter() - started, given or None, log_start)
+
+
+@contextmanager
+def _ended_with(child: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Whatever happens to the queue itself (a second Ctrl-C, a defect), no child goes on without it."""
+    try:
+        yield
+    except BaseException:
+        child.terminate()
+        child.wait()
+        raise
+
+
+def _thread_settings(threads: int) -> dict[str, str]:
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+    return dict.fromkeys(names, str(threads)) | {"PYTHONUNBUFFERED": "1"}
+
+
+def last_words(log: Path, ended: Ended) -> str:
+    """Why a process failed, in its own words as far as it had any."""
+    code = ended.code
+    number = -code if code < 0 else code - 128  # the latter of a process that a launcher has started
+    if number in list(signal.Signals):
+        name = signal.Signals(number).name
+        return f"killed by {name}" + (": memory may have run out" if name == "SIGKILL" else "")
+    own = log.read_bytes()[ended.log_start :] if log.is_file() else b""
+    lines = own.decode(errors="replace").splitlines()
+    told = [line for line in lines[-50:] if line.startswith(("error:", "internal error:"))]
+    spoken = [line for line in lines if line.strip()]
+    return (told or spoken or [f"exit code {code}"])[-1][:500]
+
 
 _WAIT = 2.0
 
@@ -193,9 +304,7 @@ class _Queue:
 
     def _fail(self, planned: PlannedRun, job: Job, step: str, ended: Ended) -> None:
         """Keep the reason as the run's result, unless an earlier measurement has left one, and let the others go on."""
-        if (
-            ended.code - 128 in STOP_SIGNALS or -ended.code in STOP_SIGNALS
-        ):  # somebody stopped the child itself
+        if ended.code - 128 in STOP_SIGNALS or -ended.code in STOP_SIGNALS:  # somebody stopped the child itself
             raise ConfigError(
                 f"{planned.key}: {step} was stopped from outside",
                 "its state is saved; continue the study with --resume",

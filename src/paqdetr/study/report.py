@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from paqdetr.analysis.report.folder import write_folder
-from paqdetr.analysis.report.page import Chapter, Heading, render
-from paqdetr.analysis.section import Section, Table
 from paqdetr.checkpoint import write_whole
-from paqdetr.study.markdown import to_markdown, write_plots
+from paqdetr.report.markdown import to_markdown, write_plots
+from paqdetr.report.page import Chapter, Heading, render, write_folder
+from paqdetr.report.section import Section, Table
 from paqdetr.study.results import RunResult, read_results
 from paqdetr.study.sections import sections
 from paqdetr.study.spec import Study
@@ -49,9 +48,7 @@ class StudyReport:
 
     def to_json(self) -> dict[str, Any]:
         """Verdicts and the rows of all tables, ready for json."""
-        tables = {
-            part.name: list(part.rows) for s in self.sections for part in s.parts if isinstance(part, Table)
-        }
+        tables = {part.name: list(part.rows) for s in self.sections for part in s.parts if isinstance(part, Table)}
         return {
             "study": self.runs.study.name,
             "facts": dict(self.facts),

@@ -91,9 +91,7 @@ class RunResult:
             "curve": self.curve,
             "replicates": whole,
         }
-        lines = [
-            f"{json.dumps(key)}:{json.dumps(value, separators=(',', ':'))}" for key, value in parts.items()
-        ]
+        lines = [f"{json.dumps(key)}:{json.dumps(value, separators=(',', ':'))}" for key, value in parts.items()]
         return "{" + ",\n".join(lines) + "}\n"
 
 

@@ -1,17 +1,20 @@
-"""The runs of a study: every data set with every variant and every seed, their settings, and where they lie."""
+"""The runs of a study: every data set with every variant and seed, their settings, places and training images."""
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from paqdetr.checkpoint import write_whole
 from paqdetr.config import Config, describe_idle, load_config
 from paqdetr.data.dataset import open_split
-from paqdetr.engine.run import Run, changed_settings, flat_settings
 from paqdetr.errors import ConfigError
+from paqdetr.files import MAX_SIDE_BYTES, read_json
+from paqdetr.runs import Run, changed_settings, flat_settings
 from paqdetr.study.datasets import folder_of, source_of, training_images
 from paqdetr.study.spec import Study
 from paqdetr.yaml_files import dump_value
@@ -131,9 +134,7 @@ def plan_runs(study: Study, *, file: Path, places: Places, root: Path) -> list[P
     """
     prepared = {name: _DataPlan.of(study, name, file=file, root=root) for name in study.data}
     seeds = {
-        (data, variant): study.seeds_of(data, variant)
-        for data in study.data
-        for variant in study.variants_of(data)
+        (data, variant): study.seeds_of(data, variant) for data in study.data for variant in study.variants_of(data)
     }
     return [
         _planned(study, RunKey(data, variant, own[turn]), turn, prepared[data], file, places, root)
@@ -279,6 +280,43 @@ def require_same_settings(
     for key in changed_settings(found, wanted):
         raise ConfigError(
             f"{where}: was made with {key}={found[key]!r}, the study now says {wanted[key]!r}",
-            remedy
-            or "give changed settings a new name among the variants or data sets, or choose another --output",
+            remedy or "give changed settings a new name among the variants or data sets, or choose another --output",
         )
+
+
+def note_source(planned: PlannedRun, places: Places) -> None:
+    """Keep what a training that is about to begin is trained on. One that has begun keeps what it began with."""
+    if places.run(planned.key).config_file.is_file():
+        return
+    file = places.source(planned.key)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(planned.source) + "\n"
+    write_whole(file, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def read_source(file: Path) -> dict[str, Any] | None:
+    """What was noted; None of a run from before such notes were made, or one that was put here by hand."""
+    if not file.exists():
+        return None
+    content = read_json(file, limit=MAX_SIDE_BYTES, error=ConfigError)
+    if not isinstance(content, dict):
+        raise ConfigError(
+            f"{file}: holds a {type(content).__name__}, expected an object",
+            "remove it if the run beside it is to be trusted",
+        )
+    return content
+
+
+def require_same_source(planned: PlannedRun, found: Mapping[str, Any] | None, where: Path) -> None:
+    """Raise ConfigError if a run that is there, or its result, is known to be of other images than are planned.
+
+    Args:
+        found: as noted; None if nothing is known.
+    """
+    for key, value in planned.source.items():
+        if found is not None and found.get(key) != value:
+            raise ConfigError(
+                f"{where}: was made of data with {key}={found.get(key)!r}, the study now says {value!r}",
+                "give changed data a new name among the data sets, or choose another --output; "
+                "with folds, the order of the seeds says which part is held out",
+            )

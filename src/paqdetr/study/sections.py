@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from paqdetr.analysis.plots import INK, bars, colour, legend, line, new_axes, new_grid, plot_part
-from paqdetr.analysis.section import Column, Figure, Part, Section, Table
-from paqdetr.metrics.mistakes import MISTAKES
+from paqdetr.metrics.diagnosis import MISTAKES
+from paqdetr.report.plots import INK, bars, colour, legend, line, new_axes, new_grid, plot_part
+from paqdetr.report.section import Column, Figure, Part, Section, Table
 from paqdetr.study.tables import (
     SEED_COUNTS,
     SETTLED,
@@ -107,9 +107,7 @@ def _of_data(runs: Runs, name: str) -> Iterator[Section]:
         parts.append(_table(identifier("layers", name), caption, LAYER_COLUMNS, layers))
     mistakes = mistake_rows(runs, name)
     if mistakes:
-        caption = (
-            f"{name}: what AP50 would gain were one kind of mistake mended, after TIDE. Gains do not add up."
-        )
+        caption = f"{name}: what AP50 would gain were one kind of mistake mended, after TIDE. Gains do not add up."
         parts.append(_table(identifier("mistakes", name), caption, MISTAKE_COLUMNS, mistakes))
     yield Section(
         identifier("data", name),
@@ -154,10 +152,7 @@ def _planning(runs: Runs) -> Section:
 
 
 def _cost(runs: Runs) -> Section:
-    caption = (
-        "Means over runs on the same processor, by the clock. "
-        "FLOPs: of one image, a multiply-add counted once."
-    )
+    caption = "Means over runs on the same processor, by the clock. FLOPs: of one image, a multiply-add counted once."
     table = _table("cost", caption, COST_COLUMNS, cost_rows(runs))
     return Section("cost", "Cost", "What a training takes, and what the model does.", (table,))
 
@@ -198,15 +193,11 @@ def _curves(runs: Runs, data: str) -> Figure | None:
     if not numbers:
         return None
     legend(grid[0])
-    caption = (
-        f"{data}: learning curves on the validation split; means, and bands from the worst to the best seed."
-    )
+    caption = f"{data}: learning curves on the validation split; means, and bands from the worst to the best seed."
     return plot_part(grid[0], name=identifier("curves", data), caption=caption, data=numbers)
 
 
-def _mean_curve(
-    curves: Sequence[Sequence[dict[str, Any]]], figure: str
-) -> list[tuple[int, float, float, float]]:
+def _mean_curve(curves: Sequence[Sequence[dict[str, Any]]], figure: str) -> list[tuple[int, float, float, float]]:
     """(step, least, mean, most) at the steps that all seeds have."""
     by_step: dict[int, list[float]] = {}
     for curve in curves:

@@ -267,9 +267,7 @@ class Study(Section):
         _one_of("baseline", self.baseline, self.variants, "a variant")
         if self.steps and self.epochs:
             raise ValueError("the study has both steps and epochs; a budget is one of them")
-        runs = sum(
-            len(self.seeds_of(name, variant)) for name in self.data for variant in self.variants_of(name)
-        )
+        runs = sum(len(self.seeds_of(name, variant)) for name in self.data for variant in self.variants_of(name))
         if runs > _MAX_RUNS:
             raise ValueError(f"{runs:,} runs, more than the {_MAX_RUNS:,} that a study may have")
         for name, data in self.data.items():
@@ -279,9 +277,7 @@ class Study(Section):
                 for variant in variants:
                     _one_of(f"data.{name}.{key}", variant, self.variants, "a variant")
             for variant in data.more_seeds:
-                _one_of(
-                    f"data.{name}.more_seeds", variant, self.variants_of(name), "a variant that runs there"
-                )
+                _one_of(f"data.{name}.more_seeds", variant, self.variants_of(name), "a variant that runs there")
                 _distinct(self.seeds_of(name, variant))
         for name, claim in self.claims.items():
             _one_of(f"claims.{name}.variant", claim.variant, self.variants, "a variant")

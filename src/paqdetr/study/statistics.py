@@ -76,9 +76,7 @@ class Estimate:
     @property
     def interval(self) -> tuple[float, float]:
         """Where the expectation lies; both NaN with a single seed, which says nothing of others."""
-        half = float(
-            _half_width(self.seed_variance, self.image_variance, self.seeds, self.images, self.level)
-        )
+        half = float(_half_width(self.seed_variance, self.image_variance, self.seeds, self.images, self.level))
         return self.mean - half, self.mean + half
 
     def p_value(self, threshold: float = 0.0) -> float:
@@ -124,9 +122,7 @@ class Estimate:
             return math.nan
         if error == 0:
             return 0.0
-        highest = 10 * float(
-            _half_width(self.seed_variance, self.image_variance, self.seeds, self.images, self.level)
-        )
+        highest = 10 * float(_half_width(self.seed_variance, self.image_variance, self.seeds, self.images, self.level))
         found = brentq(lambda effect: self.power(effect) - power, 0.0, highest, xtol=1e-3 * error)
         return float(found)  # type: ignore[arg-type]
 

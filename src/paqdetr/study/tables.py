@@ -120,9 +120,7 @@ def layer_rows(runs: Runs, data: str) -> list[Row]:
             )
         for stages in zip(*found, strict=True):
             row: Row = {"variant": variant, "seeds": len(found), "stage": stages[0]["stage"]}
-            rows.append(
-                row | {name: _mean([s.get(name) for s in stages]) for name in stages[0] if name != "stage"}
-            )
+            rows.append(row | {name: _mean([s.get(name) for s in stages]) for name in stages[0] if name != "stage"})
     return rows
 
 
@@ -194,11 +192,7 @@ def planning(runs: Runs, data: str) -> Estimate | None:
     these is known as well as from 4 V / (V + 3) of them that share nothing.
     """
     base = runs.study.baseline
-    found = [
-        runs.difference(data, variant, base, "AP")
-        for variant in runs.study.variants_of(data)
-        if variant != base
-    ]
+    found = [runs.difference(data, variant, base, "AP") for variant in runs.study.variants_of(data) if variant != base]
     usable = [effect for effect in found if effect is not None and effect.seeds > 1]
     variance, degrees = pooled_variance(usable)
     if not degrees:

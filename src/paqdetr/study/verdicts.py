@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from paqdetr.engine.run import changed_settings
 from paqdetr.errors import DataError
+from paqdetr.runs import changed_settings
 from paqdetr.serialize import fields_of
 from paqdetr.study.results import RunResult
 from paqdetr.study.spec import Claim, Study
@@ -111,9 +111,7 @@ class Runs:
             return None
         return self._estimate([mine[s] for s in seeds], [its[s] for s in seeds], figure, checkpoint)
 
-    def having(
-        self, figure: str, data: str, variant: str, checkpoint: str | None = None
-    ) -> dict[int, RunResult]:
+    def having(self, figure: str, data: str, variant: str, checkpoint: str | None = None) -> dict[int, RunResult]:
         """Runs that are done and have a figure, by seed."""
         chosen = checkpoint or self.checkpoint
         runs = self.of(data, variant)
@@ -183,10 +181,7 @@ def _effect(runs: Runs, claim: Claim, data: str) -> Estimate | None:
 def _missing(runs: Runs, claim: Claim, data: str) -> tuple[int, ...]:
     against = claim.against or runs.study.baseline
     wanted = set(runs.study.seeds_of(data, claim.variant)) & set(runs.study.seeds_of(data, against))
-    there = (
-        runs.having(claim.figure, data, claim.variant).keys()
-        & runs.having(claim.figure, data, against).keys()
-    )
+    there = runs.having(claim.figure, data, claim.variant).keys() & runs.having(claim.figure, data, against).keys()
     return tuple(sorted(wanted - there))
 
 

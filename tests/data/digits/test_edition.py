@@ -38,10 +38,7 @@ def test_layout(tiny: Path) -> None:
 
 def test_annotations_are_what_they_were_before(tiny: Path) -> None:
     """If this fails after a change of ours, raise the edition format in edition.py."""
-    digests = {
-        s: hashlib.sha256((tiny / f"{s}.json").read_bytes()).hexdigest()[:16]
-        for s in ("train", "val", "test")
-    }
+    digests = {s: hashlib.sha256((tiny / f"{s}.json").read_bytes()).hexdigest()[:16] for s in ("train", "val", "test")}
     assert digests == {"train": "7d16540c650515e2", "val": "34ba9681be5ddaa1", "test": "5545fe92f4edc609"}
 
 

@@ -48,9 +48,7 @@ def test_boxes_are_tight_around_visible_ink(scenes: list[Scene]) -> None:
 
 
 def test_whole_digits_have_the_sizes_asked_for(scenes: list[Scene]) -> None:
-    sides = (
-        np.concatenate([(s.boxes[:, 2:] - s.boxes[:, :2])[s.visible == 1].max(axis=1) for s in scenes]) / 320
-    )
+    sides = np.concatenate([(s.boxes[:, 2:] - s.boxes[:, :2])[s.visible == 1].max(axis=1) for s in scenes]) / 320
     assert sides.min() >= 0.06 - 2 / 320 and sides.max() <= 0.45 + 2 / 320
     assert (sides < 0.1).mean() > 0.1 and (sides > 0.25).mean() > 0.1
 

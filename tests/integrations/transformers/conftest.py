@@ -106,9 +106,7 @@ def _make_host(kind: str, **settings: Any) -> Any:
             config = hf.ConditionalDetrConfig(backbone_config=last, d_model=DIM, **(sizes | settings))
             return hf.ConditionalDetrForObjectDetection(config).eval()
         patterns = 2 if kind == "dab-patterns" else 0
-        config = hf.DabDetrConfig(
-            backbone_config=last, hidden_size=DIM, num_patterns=patterns, **(sizes | settings)
-        )
+        config = hf.DabDetrConfig(backbone_config=last, hidden_size=DIM, num_patterns=patterns, **(sizes | settings))
         return hf.DabDetrForObjectDetection(config).eval()
     config_class, model_class = {
         "rt": (hf.RTDetrConfig, hf.RTDetrForObjectDetection),

@@ -170,19 +170,13 @@ def test_terms_equal_the_formulas(focal: str, classification: Any, make_host: Ma
 def iou(boxes: Tensor, others: Tensor) -> Tensor:
     from torchvision.ops import box_convert, box_iou
 
-    return (
-        box_iou(box_convert(boxes, "cxcywh", "xyxy"), box_convert(others, "cxcywh", "xyxy"))
-        .diagonal()
-        .detach()
-    )
+    return box_iou(box_convert(boxes, "cxcywh", "xyxy"), box_convert(others, "cxcywh", "xyxy")).diagonal().detach()
 
 
 def test_the_matching_cost_is_the_hosts_own(make_host: Make) -> None:
     found = attach(make_host("deformable", class_cost=3, bbox_cost=4, giou_cost=5)).paq.cost_weights
     assert (found.classification, found.l1, found.giou, found.alpha, found.gamma) == (3, 4, 5, 0.25, 2)
-    found = attach(
-        make_host("rt", matcher_class_cost=3.0, matcher_alpha=0.5, matcher_gamma=1.0)
-    ).paq.cost_weights
+    found = attach(make_host("rt", matcher_class_cost=3.0, matcher_alpha=0.5, matcher_gamma=1.0)).paq.cost_weights
     assert (found.classification, found.l1, found.giou, found.alpha, found.gamma) == (3, 5, 2, 0.5, 1)
 
 

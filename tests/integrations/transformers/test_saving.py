@@ -171,9 +171,7 @@ def trainer_of(model: Any, batch: Batch, folder: Path, **changes: Any) -> Any:
 
 
 @pytest.mark.parametrize("trained_kind", ["deformable", "conditional", "rt", "d-fine"])
-def test_the_trainer_trains_and_saves_it(
-    trained_kind: str, make_host: Make, batch: Batch, tmp_path: Path
-) -> None:
+def test_the_trainer_trains_and_saves_it(trained_kind: str, make_host: Make, batch: Batch, tmp_path: Path) -> None:
     model = attach(make_host(trained_kind), num_patterns=8, min_positives=2)
     before = {name: x.clone() for name, x in model.paq.state_dict().items()}
     trainer = trainer_of(model, batch, tmp_path)

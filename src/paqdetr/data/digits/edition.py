@@ -182,9 +182,7 @@ def _holds(output: Path, edition: dict[str, Any]) -> bool:
     if not output.exists():
         return False
     if not output.is_dir():
-        raise DataError(
-            f"{output}: is a file, expected a folder to make the digits in", "Choose another output."
-        )
+        raise DataError(f"{output}: is a file, expected a folder to make the digits in", "Choose another output.")
     if not any(output.iterdir()):
         return False
     remedy = "Choose another output, or remove the folder first."
@@ -196,9 +194,7 @@ def _holds(output: Path, edition: dict[str, Any]) -> bool:
         return True
     keys = edition.keys() | found.keys() if isinstance(found, dict) else ()
     different = ", ".join(
-        f"{k}={found.get(k)} (asked for {edition.get(k)})"
-        for k in sorted(keys)
-        if found.get(k) != edition.get(k)
+        f"{k}={found.get(k)} (asked for {edition.get(k)})" for k in sorted(keys) if found.get(k) != edition.get(k)
     )
     raise DataError(f"{output}: holds another edition of the digits: {different}", remedy)
 

@@ -191,16 +191,10 @@ class _Painter:
             seen = int(inside.sum())
             h, w = clipped.shape
             extent = (x, y, x + w, y + h)
-            if (
-                seen >= (1 - spec.max_hidden) * ink
-                and not self._crowded(extent)
-                and self._may_hide(inside, x, y)
-            ):
+            if seen >= (1 - spec.max_hidden) * ink and not self._crowded(extent) and self._may_hide(inside, x, y):
                 self._hide(inside, x, y)
                 self.owner[y : y + h, x : x + w][inside] = len(self.digits)
-                self._blend(
-                    clipped * np.float32(rng.uniform(0.8, 1.0)), x, y, self._ink_colour(inside, x, y, 40, 150)
-                )
+                self._blend(clipped * np.float32(rng.uniform(0.8, 1.0)), x, y, self._ink_colour(inside, x, y, 40, 150))
                 self.digits.append(digit)
                 self.glyphs.append(glyph)
                 self.ink.append(ink)
@@ -309,9 +303,7 @@ class _Painter:
         # On a restless ground the same contrast is harder to see.
         contrast = rng.uniform(least, most) + 0.7 * float(under.std())
         sign = 1.0 if rng.random() < 0.5 else -1.0
-        if not 0 <= mean + sign * contrast <= 255 and abs(255 * (sign < 0) - mean) > abs(
-            255 * (sign > 0) - mean
-        ):
+        if not 0 <= mean + sign * contrast <= 255 and abs(255 * (sign < 0) - mean) > abs(255 * (sign > 0) - mean):
             sign = -sign
         chroma = rng.uniform(-1, 1, size=3).astype(np.float32) * np.float32(rng.uniform(0, 80))
         colour = np.clip(mean + sign * contrast + chroma - chroma @ _LUMA, 0, 255)

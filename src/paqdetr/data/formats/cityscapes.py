@@ -56,9 +56,7 @@ def read_cityscapes(place: CityscapesPlace, issues: Issues) -> Annotations:
     files = [name for name in list_files(place.polygon_dir, issues) if name.endswith(_POLYGONS)]
     images = Folder(place.image_dir)
     if not files:
-        issues.error(
-            place.polygon_dir, f"holds no CITY/*{_POLYGONS}", "Unpack gtFine_trainvaltest.zip there."
-        )
+        issues.error(place.polygon_dir, f"holds no CITY/*{_POLYGONS}", "Unpack gtFine_trainvaltest.zip there.")
     for file in files:
         path, stem = place.polygon_dir / file, file.removesuffix(_POLYGONS)
         name = images.find(f"{stem}{_IMAGE}")
@@ -96,9 +94,7 @@ def _add(builder: Builder, image: int, item: Any, where: str, path: Path, issues
         return
     plain, deleted = label.removesuffix("group"), as_flag(item.get("deleted"))
     if deleted is None:
-        issues.error(
-            path, f"{where} ({label}) has deleted {shorten(item['deleted'])}, expected 0 or 1", kind="flag"
-        )
+        issues.error(path, f"{where} ({label}) has deleted {shorten(item['deleted'])}, expected 0 or 1", kind="flag")
     if plain not in _LABELS or deleted is not False:
         return
     points = item.get("polygon")
@@ -107,9 +103,7 @@ def _add(builder: Builder, image: int, item: Any, where: str, path: Path, issues
         or len(points) < 3
         or not all(isinstance(p, list) and len(p) == 2 and all(map(is_coordinate, p)) for p in points)
     ):
-        message = (
-            f"{where} ({label}) has the polygon {shorten(points)}, expected at least three points [x, y]"
-        )
+        message = f"{where} ({label}) has the polygon {shorten(points)}, expected at least three points [x, y]"
         issues.error(path, message, kind="malformed box")
         return
     xs, ys = [float(p[0]) for p in points], [float(p[1]) for p in points]

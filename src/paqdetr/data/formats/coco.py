@@ -82,9 +82,7 @@ class _Reader:
             if own is None:
                 self.fail(f"categories[{position}] has id {shorten(category.get('id'))}, {_AN_ID}", "class")
             elif isinstance(name, bool) or not isinstance(name, (str, int)):
-                self.fail(
-                    f"categories[{position}] is {shorten(category)}, expected an `id` and a `name`", "class"
-                )
+                self.fail(f"categories[{position}] is {shorten(category)}, expected an `id` and a `name`", "class")
             elif own in names:
                 self.fail(f"category id {shorten(own)} is given twice", "class")
             else:
@@ -122,17 +120,14 @@ class _Reader:
                 self.issues.warn(name, "left out: not part of the data", kind="skipped file")
             elif not (is_side(height) and is_side(width)):
                 self.fail(
-                    f"image {shorten(own)} has height {shorten(height)} and width {shorten(width)},"
-                    " expected pixels",
+                    f"image {shorten(own)} has height {shorten(height)} and width {shorten(width)}, expected pixels",
                     "image size",
                 )
             else:
                 accepted.append((own, plain, int(height), int(width)))
             seen.add(own)
         image_dir, found = _find(image_dirs, [name for _, name, _, _ in accepted])
-        self._complain_of_missing(
-            image_dir, [name for _, name, _, _ in accepted if name not in found], len(accepted)
-        )
+        self._complain_of_missing(image_dir, [name for _, name, _, _ in accepted if name not in found], len(accepted))
         positions = {
             own: self.builder.add_image(own, found[name], height=height, width=width)
             for own, name, height, width in accepted
@@ -175,9 +170,7 @@ class _Reader:
             else:
                 self.fail(*self._complaint(position, entry, label_of))
 
-    def _complaint(
-        self, position: int, entry: dict[str, Any], label_of: dict[int | str, int]
-    ) -> tuple[str, str]:
+    def _complaint(self, position: int, entry: dict[str, Any], label_of: dict[int | str, int]) -> tuple[str, str]:
         """What is wrong with an annotation, and the kind of problem."""
         subject = f"annotation {shorten(entry.get('id', [position]))}"
         owner, category, box, area = (entry.get(k) for k in ("image_id", "category_id", "bbox", "area"))
@@ -250,17 +243,13 @@ def to_coco(annotations: Annotations) -> dict[str, Any]:
     a = annotations
     areas = np.where(np.isnan(a.areas), a.boxes[:, 2] * a.boxes[:, 3], a.areas)
     ids, category_ids = list(a.image_ids), a.classes.ids
-    rows = zip(
-        a.owners.tolist(), a.labels.tolist(), a.boxes.tolist(), a.crowd.tolist(), areas.tolist(), strict=True
-    )
+    rows = zip(a.owners.tolist(), a.labels.tolist(), a.boxes.tolist(), a.crowd.tolist(), areas.tolist(), strict=True)
     return {
         "images": [
             {"id": own, "file_name": name, "width": width, "height": height}
             for own, name, (height, width) in zip(ids, a.file_names, a.sizes.tolist(), strict=True)
         ],
-        "categories": [
-            {"id": own, "name": name} for own, name in zip(category_ids, a.classes.names, strict=True)
-        ],
+        "categories": [{"id": own, "name": name} for own, name in zip(category_ids, a.classes.names, strict=True)],
         "annotations": [
             {
                 "id": number,

@@ -73,9 +73,7 @@ def read_crowdhuman(place: CrowdHumanPlace, issues: Issues) -> Annotations:
                 "Give names without '..'.", kind="path leaves the folder",
             )  # fmt: skip
         elif own in records:
-            issues.error(
-                place.odgt_file, f"{where}: ID {shorten(own)} is given twice, first in {records[own][0]}"
-            )
+            issues.error(place.odgt_file, f"{where}: ID {shorten(own)} is given twice, first in {records[own][0]}")
         elif is_leftover(own):
             issues.warn(f"{own}.jpg", "left out: not part of the data", kind="skipped file")
         elif (name := images.find(f"{own}.jpg")) is None:
@@ -100,9 +98,7 @@ def read_crowdhuman(place: CrowdHumanPlace, issues: Issues) -> Annotations:
 def _add(builder: Builder, image: int, item: Any, where: str, path: Path, issues: Issues) -> None:
     tag = item.get("tag") if isinstance(item, dict) else None
     if tag not in ("person", "mask"):
-        issues.error(
-            path, f"{where} has the tag {shorten(tag)}, expected person or mask", kind="unknown class"
-        )
+        issues.error(path, f"{where} has the tag {shorten(tag)}, expected person or mask", kind="unknown class")
         return
     box = item.get("fbox")
     if not is_box(box):

@@ -74,15 +74,11 @@ def voc_places(root: Path) -> dict[str, VocPlace]:
     """
     if pair := _pair(root):
         return _of_pair(root, *pair)
-    years = {
-        f.name[3:]: _of_pair(f, *pair) for f in folders_in(root) if f.name[:3] == "VOC" and (pair := _pair(f))
-    }
+    years = {f.name[3:]: _of_pair(f, *pair) for f in folders_in(root) if f.name[:3] == "VOC" and (pair := _pair(f))}
     if years:  # the splits of the last one have plain names
         last = max(years)
         return {
-            f"{split}{year if year != last else ''}": p
-            for year, found in years.items()
-            for split, p in found.items()
+            f"{split}{year if year != last else ''}": p for year, found in years.items() for split, p in found.items()
         }
     sources = {f.name: (f, f) for f in folders_in(root) if _is_mixed(f)}
     sources |= {f.name: pair for f in folders_in(root) if meaning(f.name) and (pair := _pair(f))}
@@ -117,9 +113,7 @@ def _of_pair(folder: Path, xml: Path, images: Path) -> dict[str, VocPlace]:
     val = next((file for name, file in lists.items() if meaning(name) == "val"), None)
     if lists:
         return {
-            split: VocPlace(
-                split, *_own_folder(images, xml, split), file, (xml,), val if split == "trainval" else None
-            )
+            split: VocPlace(split, *_own_folder(images, xml, split), file, (xml,), val if split == "trainval" else None)
             for split, file in lists.items()
         }
     splits = [below.name for below in folders_in(xml) if meaning(below.name)]
@@ -129,9 +123,7 @@ def _of_pair(folder: Path, xml: Path, images: Path) -> dict[str, VocPlace]:
         raise _loose_files(xml, splits)
     inside = {below.name.lower(): below for below in folders_in(images)}
     return {
-        f.name: VocPlace(
-            f.name, inside.get(f.name.lower(), images), f, None, (xml,), bare=f.name.lower() in inside
-        )
+        f.name: VocPlace(f.name, inside.get(f.name.lower(), images), f, None, (xml,), bare=f.name.lower() in inside)
         for f in folders_in(xml)
     }
 
@@ -187,9 +179,7 @@ def read_voc(place: VocPlace, issues: Issues) -> Annotations:
         if size is None:
             continue
         image = builder.add_image(name, name, height=size[0], width=size[1])
-        for label, box, difficult in (
-            [] if xml.root is None else _objects(xml.path, xml.root, label_of, issues)
-        ):
+        for label, box, difficult in [] if xml.root is None else _objects(xml.path, xml.root, label_of, issues):
             builder.add_box(image, label, box, crowd=difficult)
     return builder.build(source=place.list_file or place.xml_dir, image_dir=place.image_dir, classes=classes)
 
@@ -216,9 +206,7 @@ def _parse(path: Path) -> Element:
             "Export it again.",
         ) from None
     except DefusedXmlException:
-        raise DataError(
-            f"{path}: has a document type or entities, which is not allowed", "Remove them."
-        ) from None
+        raise DataError(f"{path}: has a document type or entities, which is not allowed", "Remove them.") from None
     except (
         ValueError,
         LookupError,
@@ -258,9 +246,7 @@ def _images(place: VocPlace, issues: Issues) -> dict[str, _Xml]:
     stems = _stems(place, {*pictures, *files} if place.bare else {*files}, issues)
     found: dict[str, tuple[str, _Xml]] = {}  # by stem
     taken: set[str] = set()
-    for stem in sorted(
-        stems, key=lambda stem: stem not in files
-    ):  # those with a file first: it may name any picture
+    for stem in sorted(stems, key=lambda stem: stem not in files):  # those with a file first: it may name any picture
         xml = _Xml(files.get(stem, place.xml_dir / f"{stem}.xml"), None)
         try:
             xml.root = _parse(xml.path) if stem in files else None
@@ -282,15 +268,11 @@ def _images(place: VocPlace, issues: Issues) -> dict[str, _Xml]:
                 message = f"left out: it and {name} would have the same XML file, {xml.path.name}"
                 issues.doubt(place.image_dir / other, message, kind="two images of one label file")
     if not found and not issues.collect:
-        raise DataError(
-            f"{place.list_file or place.image_dir}: names no image", "Put images and XML files there."
-        )
+        raise DataError(f"{place.list_file or place.image_dir}: names no image", "Put images and XML files there.")
     return dict(found[stem] for stem in stems if stem in found)
 
 
-def _picture(
-    stem: str, root: Element | None, pictures: dict[str, list[str]], files: dict[str, Path]
-) -> str | None:
+def _picture(stem: str, root: Element | None, pictures: dict[str, list[str]], files: dict[str, Path]) -> str | None:
     """The picture of an XML file. Of those that are called like it the one that `<filename>` names, or the first; where there are
     none the one that `<filename>` names, unless that has an XML file of its own."""
     own = pictures.get(stem, [])
@@ -329,9 +311,7 @@ def _lines(list_file: Path) -> list[tuple[int, str]]:
     return [(number, line.strip()) for number, line in lines if line.strip()]
 
 
-def _header_sizes(
-    found: dict[str, _Xml], image_dir: Path, issues: Issues
-) -> dict[str, tuple[int, int] | None]:
+def _header_sizes(found: dict[str, _Xml], image_dir: Path, issues: Issues) -> dict[str, tuple[int, int] | None]:
     """Sizes of those images whose XML states none."""
     unstated = [name for name, xml in found.items() if xml.root is None or xml.root.find("size") is None]
     sizes = header_sizes([image_dir / name for name in unstated], issues)
@@ -344,13 +324,7 @@ def _stated_size(xml: _Xml, issues: Issues) -> tuple[int, int] | None:
     if size is None:
         return None
     height, width = (_number(size, key) for key in ("height", "width"))
-    if (
-        height is None
-        or width is None
-        or min(height, width) < 1
-        or height != int(height)
-        or width != int(width)
-    ):
+    if height is None or width is None or min(height, width) < 1 or height != int(height) or width != int(width):
         issues.error(
             xml.path,
             f"<size> has height {shorten(_text(size, 'height'))} and width {shorten(_text(size, 'width'))},"
@@ -384,9 +358,7 @@ def _objects(
         flags = {flag: as_flag(_text(item, flag)) for flag in ("difficult", "truncated")}
         unknown = next((flag for flag, value in flags.items() if value is None), None)
         if unknown is not None:
-            message = (
-                f"object {number} ({name}) has <{unknown}> {shorten(_text(item, unknown))}, expected 0 or 1"
-            )
+            message = f"object {number} ({name}) has <{unknown}> {shorten(_text(item, unknown))}, expected 0 or 1"
             issues.error(path, message, kind="flag")
             continue
         left, top, right, bottom = (edge for edge in edges if edge is not None)

@@ -74,9 +74,7 @@ def _root(yaml_file: Path, path: Any, *, named: bool) -> Path:
     if path in (None, "", "."):
         return folder
     if not isinstance(path, str):
-        raise DataError(
-            f"{yaml_file}: `path` is {shorten(path)}, expected a folder", "Remove or correct `path`."
-        )
+        raise DataError(f"{yaml_file}: `path` is {shorten(path)}, expected a folder", "Remove or correct `path`.")
     plain = inner_path(path)
     if plain is not None:
         return folder / plain if (folder / plain).is_dir() else folder
@@ -142,14 +140,10 @@ def _classes(yaml_file: Path, content: dict[str, Any]) -> ClassTable:
             )
         names = [keys[number] for number in range(len(names))]
     if not isinstance(names, list) or not names:
-        raise DataError(
-            f"{yaml_file}: `names` is {shorten(names)}, expected a list of names", "List the classes."
-        )
+        raise DataError(f"{yaml_file}: `names` is {shorten(names)}, expected a list of names", "List the classes.")
     for position, name in enumerate(names):
         if not isinstance(name, str) or not name:
-            raise DataError(
-                f"{yaml_file}: names[{position}] is {shorten(name)}, expected a text", "Name the class."
-            )
+            raise DataError(f"{yaml_file}: names[{position}] is {shorten(name)}, expected a text", "Name the class.")
     count = content.get("nc")
     if count not in (None, "") and _count(count) != len(names):
         raise DataError(
@@ -213,9 +207,7 @@ def _images(place: YoloPlace, issues: Issues) -> tuple[list[Path], Path]:
 def _resolve(place: YoloPlace, entry: Any) -> Path:
     """An entry of data.yaml inside the data folder."""
     if not isinstance(entry, str):
-        raise DataError(
-            f"{place.yaml_file}: `{place.split}` is {shorten(entry)}, expected a path", "Correct it."
-        )
+        raise DataError(f"{place.yaml_file}: `{place.split}` is {shorten(entry)}, expected a path", "Correct it.")
     name = entry
     while name.startswith("../"):  # Roboflow's exports say ../train/images and mean train/images
         name = name[3:]
@@ -264,9 +256,7 @@ def _listed(place: YoloPlace, path: Path, issues: Issues) -> list[Path]:
         candidates = [(folder, index.find(plain)) for folder, index in zip(folders, indices, strict=True)]
         image = next((folder / real for folder, real in candidates if real is not None), None)
         if image is None:
-            issues.error(
-                place.root / plain, f"missing, though line {number} of {path} lists it", kind="missing image"
-            )
+            issues.error(place.root / plain, f"missing, though line {number} of {path} lists it", kind="missing image")
         else:
             found.append(image)
     return found
@@ -275,9 +265,7 @@ def _listed(place: YoloPlace, path: Path, issues: Issues) -> list[Path]:
 def _common_folder(images: list[Path]) -> Path:
     folders = {path.parent for path in images}
     first = min(folders)
-    return next(
-        f for f in (first, *first.parents) if all(other == f or f in other.parents for other in folders)
-    )
+    return next(f for f in (first, *first.parents) if all(other == f or f in other.parents for other in folders))
 
 
 def _label_file(image: Path, root: Path) -> Path:
@@ -333,9 +321,7 @@ def _parse(words: list[str], num_classes: int, keypoints: int | None) -> tuple[i
     elif len(coordinates) != 4 and (keypoints is not None or len(coordinates) < 6 or len(coordinates) % 2):
         pose = "5 and those of the keypoints (pose), if data.yaml has `kpt_shape`"
         if keypoints is not None:
-            pose = (
-                f"{5 + keypoints} (pose, by the `kpt_shape` of data.yaml, beside which there are no polygons)"
-            )
+            pose = f"{5 + keypoints} (pose, by the `kpt_shape` of data.yaml, beside which there are no polygons)"
         raise _BadLabelError(
             f"{len(words)} numbers, expected 5 (box: class, centre, size), an odd number from 7 on (polygon: class, points), "
             f"or {pose}"

@@ -18,10 +18,9 @@ except ImportError as error:
         "paqdetr.integrations.transformers needs transformers: pip install 'paqdetr[transformers]'"
     ) from error
 
-from paqdetr.integrations.transformers.attach import attach, detach, from_pretrained
+from paqdetr.integrations.transformers.attach import OneToManyUntil, attach, detach, from_pretrained
 from paqdetr.integrations.transformers.hosts import HOSTS, Host
 from paqdetr.integrations.transformers.plugin import PaqPlugin
-from paqdetr.integrations.transformers.schedule import OneToManyUntil
 from paqdetr.integrations.transformers.settings import PaqSettings
 
 __all__ = [

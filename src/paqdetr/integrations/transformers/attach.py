@@ -1,4 +1,4 @@
-"""Attach PaQ to a detector of transformers, detach it, and load an attached one again."""
+"""Attach PaQ to a detector of transformers, detach it, load an attached one again, and follow its schedule in a Trainer."""
 
 from __future__ import annotations
 
@@ -8,12 +8,37 @@ from typing import Any
 
 import transformers
 from torch import nn
+from transformers import TrainerCallback
 
 from paqdetr._version import __version__
 from paqdetr.errors import CheckpointError, ConfigError
 from paqdetr.integrations.transformers.hosts import HOSTS, host_of
 from paqdetr.integrations.transformers.plugin import PaqPlugin
 from paqdetr.integrations.transformers.settings import PaqSettings
+
+
+class OneToManyUntil(TrainerCallback):
+    """Several positives a box for the first part of a training, one for the rest: `Trainer(callbacks=[OneToManyUntil(0.5)])`.
+
+    A short training needs the rest to unlearn copies, since under one-to-many the last layer alone suppresses them.
+
+    Args:
+        share: of the training, in [0, 1].
+    """
+
+    def __init__(self, share: float) -> None:
+        if not 0 <= share <= 1:
+            raise ValueError(f"share: expected a number in [0, 1], found {share}")
+        self.share = share
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """The count of steps is the Trainer's own, so a resumed training goes on as it would have."""
+        plugins = [module for module in model.modules() if isinstance(module, PaqPlugin)]
+        if not plugins:
+            raise ConfigError("OneToManyUntil: the model has no PaQ attached", "call attach(model) first")
+        for plugin in plugins:
+            plugin.one_to_many = state.global_step < self.share * state.max_steps
+
 
 _logger = logging.getLogger(__name__)
 
@@ -97,9 +122,7 @@ def from_pretrained(path: str | Path, **options: Any) -> Any:
             f"{path}: its config.json has no {NAME!r}, so no PaQ was attached to this model",
             "load it with transformers, then call attach(model)",
         )
-    settings = PaqSettings.from_dict(
-        {k: v for k, v in marker.items() if k != "version"}, f"{path}: config.json"
-    )
+    settings = PaqSettings.from_dict({k: v for k, v in marker.items() if k != "version"}, f"{path}: config.json")
     attached = _with_paq(_class_of(config, path), settings)
     model, report = attached.from_pretrained(path, config=config, output_loading_info=True, **options)
     missing = sorted(name for name in report["missing_keys"] if name.startswith(f"{NAME}."))

@@ -78,9 +78,7 @@ class OneToManyCriterion(nn.Module):
     def forward(self, outputs: dict[str, Any], targets: Labels) -> dict[str, Tensor]:
         """See the host's criterion. The intermediate layers cross to the solver together, in one transfer."""
         layers = [
-            layer
-            for layer in outputs.get("auxiliary_outputs") or []
-            if layer["logits"] is not self.encoder_logits
+            layer for layer in outputs.get("auxiliary_outputs") or [] if layer["logits"] is not self.encoder_logits
         ]
         found = self._match(layers, targets) if layers else []
         self.positives = [sum(len(pairs) for pairs in row) for row in found]

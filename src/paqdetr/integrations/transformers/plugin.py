@@ -156,9 +156,7 @@ class PaqPlugin(nn.Module):
             function = with_another(function, self.host.criterion, wrap)
         total, terms, auxiliary = function(*args, **kwargs)
         boxes = sum(len(row["class_labels"]) for row in args[1])
-        self.positives_per_box = [
-            count / boxes for criterion in built for count in criterion.positives if boxes
-        ]
+        self.positives_per_box = [count / boxes for criterion in built for count in criterion.positives if boxes]
         weight = self.settings.diversity_weight * self.settings.div_scale
         if self.queries is not None and weight:
             terms = {**terms, "loss_diversity": weight * self.queries.aux_losses()["diversity"]}

@@ -57,9 +57,7 @@ class PaqSettings:
             if allowed and isinstance(allowed[0], str) and value not in allowed:
                 raise ConfigError(f"{name}={value!r} is not known", f"give one of {', '.join(allowed)}")
         if self.mode == "none" and self.assigner == "none":
-            raise ConfigError(
-                "mode and assigner are both 'none': nothing would be attached", "set one of them"
-            )
+            raise ConfigError("mode and assigner are both 'none': nothing would be attached", "set one of them")
         if self.mode == "residual" and self.gate == 0 and self.pattern_std == 0:
             raise ConfigError(
                 "gate=0 and pattern_std=0: neither would ever get a gradient",

@@ -1,1 +1,0 @@
-"""The report: one HTML page that needs no other file and no network."""

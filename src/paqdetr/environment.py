@@ -1,0 +1,178 @@
+"""The device a user names, and what a run was made with: versions, code, machine. No host name, user name or variable."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from paqdetr._version import __version__
+from paqdetr.errors import ConfigError
+from paqdetr.ops import choose_backend
+from paqdetr.values import environment_integer
+
+
+def require_device(name: str | None) -> torch.device:
+    """The device called `name`, such as "cpu" or "cuda"; a CUDA device if there is one, else the CPU, for None.
+
+    Raises:
+        ConfigError: torch knows no such device, or it does not work on this machine; the message names those that do.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    there = usable_devices()
+    try:
+        device = torch.device(name)
+        # Of other kinds, such as meta or lazy, torch makes tensors that hold nothing, or fails later.
+        if device.type in there and torch.ones(1, device=device).item() == 1:
+            return device
+        reason = ""
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = f" ({str(error).strip().splitlines()[0]})"
+    raise ConfigError(
+        f"device {name!r}: it does not work here{reason}; those that do are {', '.join(there)}",
+        "use --device cpu",
+    )
+
+
+def usable_devices() -> list[str]:
+    """Kinds of devices that work on this machine."""
+    others = {"cuda": torch.cuda, "mps": torch.backends.mps, "xpu": torch.xpu}
+    return ["cpu", *(kind for kind, module in others.items() if module.is_available())]
+
+
+_PACKAGES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "accelerate",
+    "numpy",
+    "scipy",
+    "safetensors",
+    "hotcoco",
+    "pillow",
+)
+
+
+def describe_environment() -> dict[str, Any]:
+    """Command, versions, git commit of the working directory (None outside a repository) and machine, ready for json."""
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command_line(),
+        "directory": str(Path.cwd()),
+        "git": _git(),
+        "paqdetr": __version__,
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in _PACKAGES} | {"torch": torch.__version__},
+        "machine": machine(),
+    }
+
+
+def describe_start(device: torch.device, processes: int) -> dict[str, Any]:
+    """What the "start" record of metrics.jsonl says: enough to judge its times by."""
+    return {
+        "version": __version__,
+        "torch": torch.__version__,
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "processes": processes,
+        "attention": choose_backend(device),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Processor, memory and devices."""
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "cuda": torch.version.cuda,
+    }
+
+
+def command_line() -> str:
+    """The command that started this process, or all processes of this machine, ready to be pasted into a shell."""
+    program = Path(sys.argv[0])
+    is_own = program.name == "paqdetr" or (program.name == "__main__.py" and program.parent.name == "paqdetr")
+    words = ["paqdetr", *sys.argv[1:]] if is_own else [Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]
+    processes = environment_integer("LOCAL_WORLD_SIZE", 1, low=1)
+    if is_own and processes > 1:
+        words = ["torchrun", f"--nproc_per_node={processes}", "-m", *words]
+    return shlex.join(words)
+
+
+def _git() -> dict[str, Any] | None:
+    commit = _ask("rev-parse", "HEAD")
+    if not commit:
+        return None
+    return {"commit": commit, "changed": bool(_ask("status", "--porcelain", "--untracked-files=no"))}
+
+
+def _ask(*arguments: str) -> str | None:
+    """What git says; None if it is not installed, slow, or not in a repository."""
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or platform.machine()
+
+
+def peak_memory() -> float:
+    """Peak memory of the process in GiB; on a GPU, of the device."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return peak_resident() / 2**30
+
+
+def peak_resident() -> int:
+    """The most bytes of the machine's memory that this process has had."""
+    try:
+        # Not ru_maxrss, which a process inherits from the one that started it.
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+    except OSError:
+        memory = psutil.Process().memory_info()
+        return getattr(memory, "peak_wset", memory.rss)  # Windows alone knows a peak
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that are free: of the GPU, or of the machine within the limit of the container."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = psutil.virtual_memory().available
+    try:  # version 2 of control groups, which containers have
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except (OSError, ValueError):
+        return free
+    return min(free, max(limit - used, 0))

@@ -1,0 +1,323 @@
+"""A model against a split: the COCO figures, with and without removing copies.
+
+Several processes share out the batches, which one process alone would make just so; the main one puts them in order and
+computes the figures. No image is seen twice, and the figures do not depend on how many processes there are.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL.Image import Image
+from torch import Tensor
+from torchvision.ops import box_convert
+
+from paqdetr.data.dataset import DetectionDataset, open_split
+from paqdetr.data.loader import of_stated_size
+from paqdetr.data.read_ahead import read_ahead
+from paqdetr.distributed import Processes
+from paqdetr.environment import require_device
+from paqdetr.errors import ConfigError, DataError
+from paqdetr.metrics.coco import (
+    MAX_DETECTIONS,
+    CocoFigures,
+    counted_detections,
+    evaluate_detections,
+    non_maximum_suppression,
+)
+from paqdetr.models.detector import Detector
+from paqdetr.models.files import load
+from paqdetr.models.inference import Observer, detect_batch
+from paqdetr.models.outputs import DetectorOutput
+from paqdetr.structures import ClassTable, Detections, Targets
+from paqdetr.values import require_batch_size
+
+# Above this score a prediction counts as made, when copies are counted.
+_CONFIDENT = 0.3
+# Threads that read pictures beside a GPU.
+_READERS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What an evaluation found.
+
+    Attributes:
+        figures: the COCO figures of the raw output; the detector's AP.
+        figures_nms: the same after class-wise non-maximum suppression at IoU 0.7: the difference is the cost of copies.
+        predictions_per_image: predictions that score over 0.3.
+        boxes_per_image: boxes to be found.
+        images_per_second: reading, model and post-processing.
+        results: COCO result dicts of the raw output, of the classes that the split has.
+    """
+
+    figures: CocoFigures
+    figures_nms: CocoFigures
+    predictions_per_image: float
+    boxes_per_image: float
+    images_per_second: float
+    results: list[dict[str, Any]]
+
+    def to_json(self) -> dict[str, Any]:
+        """Figures by name, ready for json."""
+        nms = self.figures_nms.to_json()
+        return {
+            **self.figures.to_json(),
+            "AP_nms": nms["AP"],
+            "AP50_nms": nms["AP50"],
+            "predictions_per_image": round(self.predictions_per_image, 3),
+            "boxes_per_image": round(self.boxes_per_image, 3),
+            "images_per_second": round(self.images_per_second, 2),
+        }
+
+
+def evaluate(
+    model: Detector | str | Path,
+    *,
+    data: str | Path,
+    split: str = "val",
+    batch_size: int = 4,
+    max_detections: int = MAX_DETECTIONS,
+    progress: Callable[[int, int], None] | None = None,
+    observers: Sequence[Observer] = (),
+) -> Evaluation:
+    """Figures of a model on one split of a data set.
+
+    Args:
+        model: a detector, or a checkpoint or run's folder, which goes to the best device there is; the classes of the
+            data must be among its own.
+        data: the data set's folder.
+        split: "train", "val" or "test".
+        batch_size: images of one size that go through together; it changes no figure.
+        max_detections: of one class that are looked at in an image (COCO's maxDets, 100): more where images have more objects.
+        progress: called with (images done, images in all).
+        observers: shown the raw outputs on the way, such as `paqdetr.metrics.QueryUsage`.
+
+    Raises:
+        DataError: the split is missing or malformed, or has a class that the model has not.
+        CheckpointError: the checkpoint cannot be read.
+        ConfigError: `model` is none of these, or a batch size or `max_detections` below 1.
+    """
+    require_batch_size(batch_size)
+    counted_detections(max_detections)
+    if isinstance(model, (str, Path)):
+        model = load(model, device=str(require_device(None)))
+    elif not isinstance(model, Detector):
+        raise ConfigError(
+            f"model: expected a Detector or a path, found {type(model).__name__}",
+            "give what paqdetr.load or create_model returns, or a checkpoint's path",
+        )
+    opened = open_split(data, split)
+    return evaluate_split(
+        model,
+        opened,
+        batch_size=batch_size,
+        max_detections=max_detections,
+        progress=progress,
+        observers=observers,
+    )
+
+
+def evaluate_split(
+    model: Detector,
+    split: DetectionDataset,
+    *,
+    batch_size: int = 4,
+    max_detections: int = MAX_DETECTIONS,
+    progress: Callable[[int, int], None] | None = None,
+    observers: Sequence[Observer] = (),
+) -> Evaluation:
+    """As `evaluate`, on a split that is open already."""
+    found = evaluate_together(
+        model,
+        split,
+        Processes(),
+        batch_size=batch_size,
+        max_detections=max_detections,
+        progress=progress,
+        observers=observers,
+    )
+    assert found is not None
+    return found
+
+
+def evaluate_together(
+    model: Detector,
+    split: DetectionDataset,
+    processes: Processes,
+    *,
+    batch_size: int = 4,
+    max_detections: int = MAX_DETECTIONS,
+    progress: Callable[[int, int], None] | None = None,
+    observers: Sequence[Observer] = (),
+) -> Evaluation | None:
+    """As `evaluate_split`, by several processes, each with the same model and observers. All have to call it.
+
+    The main process's observers have seen everything afterwards, the others' their own share.
+
+    Returns:
+        the figures in the main process, None in the others.
+    """
+    require_same_classes(model.classes, split)
+    started = time.perf_counter()
+    own: list[tuple[int, Detections]] = []
+    with processes.agreeing():
+        for index, detections in detect_split(
+            model,
+            split,
+            batch_size=batch_size,
+            processes=processes,
+            observers=observers,
+            at_least=max_detections if max_detections > MAX_DETECTIONS else 0,
+        ):
+            detections.image_id, detections.file_name = split.image_ids[index], split.file_names[index]
+            own.append((index, detections))
+            if progress is not None:
+                progress(min(len(own) * processes.count, len(split)), len(split))
+    shares = processes.gather(own)
+    for observer in observers:
+        for share in (processes.gather(observer) or [])[1:]:
+            observer.merge(share)
+    if shares is None:
+        return None
+    seconds = time.perf_counter() - started
+    by_index = {index: detections for share in shares for index, detections in share}
+    found = [by_index[index] for index in range(len(split))]
+    results = [row for detections in found for row in detections.to_coco()]
+    cleaned = [row for detections in found for row in non_maximum_suppression(detections).to_coco()]
+    truth = split.ground_truth()
+    return Evaluation(
+        figures=evaluate_detections(truth, results, max_detections=max_detections),
+        figures_nms=evaluate_detections(truth, cleaned, max_detections=max_detections),
+        predictions_per_image=float(np.mean([(d.scores > _CONFIDENT).sum() for d in found])),
+        boxes_per_image=float(np.mean([len(split.labels(i)) for i in range(len(split))])),
+        images_per_second=len(found) / max(seconds, 1e-9),
+        results=results,
+    )
+
+
+def detect_split(
+    model: Detector,
+    split: DetectionDataset,
+    *,
+    batch_size: int,
+    processes: Processes | None = None,
+    observers: Sequence[Observer] = (),
+    readers: int | None = None,
+    at_least: int = 0,
+) -> Iterator[tuple[int, Detections]]:
+    """(index, detections) of every image, in batches of one size: what an image is batched with never matters. Of several
+    processes each takes its share of the batches. Observers are shown the raw output of each batch.
+
+    Detections of classes that the model has and the split has not are left out: nothing says whether they are right. An image
+    that cannot be read has no detections, so that one bad file does not end a training at its evaluation; how many there are
+    is logged.
+
+    Args:
+        readers: threads that read the pictures of coming batches meanwhile, each at most one batch ahead; they change no order
+            and no figure. None: 4 beside a GPU, and none beside a model that needs the CPU itself.
+        at_least: as of `detect_batch`.
+
+    Raises:
+        DataError: no image could be read.
+    """
+    processes = processes or Processes()
+    buckets: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for index, (height, width) in enumerate(split.sizes.tolist()):
+        buckets[model.preprocessing.target_size(height, width)].append(index)
+    batches = [
+        (size, members[start : start + batch_size])
+        for size, members in buckets.items()
+        for start in range(0, len(members), batch_size)
+    ]
+    if readers is None:
+        readers = 0 if next(model.parameters()).device.type == "cpu" else _READERS
+
+    unreadable: dict[int, str] = {}
+
+    def picture_of(index: int) -> Image:
+        try:
+            picture = split.image(index)
+        except DataError as error:
+            unreadable[index] = error.message
+            return split.image_or_blank(index)
+        return of_stated_size(split, index, picture)
+
+    def read(
+        batch: tuple[tuple[int, int], list[int]],
+    ) -> tuple[list[int], list[Tensor], list[tuple[int, int]]]:
+        size, chosen = batch
+        pictures = [picture_of(index) for index in chosen]
+        images = [model.preprocessing(picture, size) for picture in pictures]
+        return chosen, images, [(picture.height, picture.width) for picture in pictures]
+
+    own = batches[processes.index :: processes.count]
+    for chosen, images, sizes in read_ahead(own, read, threads=readers):
+
+        def look(output: DetectorOutput, chosen: list[int] = chosen) -> None:
+            device = output.pred_boxes.device
+            targets = [targets_of(split, index, device, classes=model.classes) for index in chosen]
+            for observer in observers:
+                observer.see(output, targets, chosen)
+
+        ids = [split.image_ids[index] for index in chosen]
+        found = detect_batch(model, images, sizes, look=look if observers else None, names=ids, at_least=at_least)
+        for index, detections in zip(chosen, found, strict=True):
+            kept = np.isin(detections.labels, split.classes.ids) & (index not in unreadable)
+            yield index, detections.rows(kept)
+    if unreadable:
+        first = unreadable[min(unreadable)]
+        if len(unreadable) == sum(len(chosen) for _, chosen in own):
+            raise DataError(f"none of {len(unreadable)} images could be read; the first: {first}", "look at this file")
+        logging.getLogger(__name__).warning(
+            "%d of %d images cannot be read and count as images without detections; the first: %s",
+            len(unreadable),
+            len(split),
+            first,
+        )
+
+
+def targets_of(
+    split: DetectionDataset,
+    index: int,
+    device: torch.device | str = "cpu",
+    *,
+    classes: ClassTable | None = None,
+) -> Targets:
+    """Ground truth of an image as training has it, without crowds and boxes of no area.
+
+    Args:
+        split: of the image.
+        index: of the image in it.
+        device: where the tensors are put.
+        classes: a model's, whose contiguous indices the labels are to be, since a split may have fewer classes than the
+            model; the split's own by default.
+    """
+    labels = split.labels(index)
+    if classes is not None and classes != split.classes:
+        known = classes.id_to_index
+        labels = np.array([known[category] for category in split.classes.ids], np.int64)[labels]
+    height, width = split.sizes[index].tolist()
+    corners = torch.from_numpy(split.boxes(index))
+    boxes = box_convert(corners, "xyxy", "cxcywh") / torch.tensor([width, height] * 2)
+    targets = Targets(torch.from_numpy(labels), boxes, split.image_ids[index], size=(height, width))
+    return targets.to(device)
+
+
+def require_same_classes(classes: ClassTable, split: DetectionDataset) -> None:
+    """Raise DataError unless every class of the split is one of the model's `classes`, under the same id and name."""
+    if misfit := classes.misfit(split.classes):
+        category, name, known = misfit
+        found = "unknown to it" if known is None else f"the model calls {category} {known!r}"
+        raise DataError(
+            f"{split.annotation_file}: category {category} {name!r} does not fit the model: {found}",
+            "evaluate on data with the classes the model was trained on",
+        )

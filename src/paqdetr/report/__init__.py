@@ -1,0 +1,1 @@
+"""Pages of sections, plots, tables and pictures; knows no detector."""

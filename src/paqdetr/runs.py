@@ -1,0 +1,329 @@
+"""The folder of a run: its files, and how a run is taken up again."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from paqdetr.checkpoint import remove_leftovers, write_whole
+from paqdetr.config import Config, load_config
+from paqdetr.errors import ConfigError, DataError, StorageError
+from paqdetr.locks import Busy, acquire
+from paqdetr.models import Detector, load
+from paqdetr.serialize import plain
+
+Record = dict[str, Any]
+"""A line of metrics.jsonl."""
+Points = tuple[np.ndarray, np.ndarray]
+"""x and y, (P,) float64 each."""
+
+_ENDED = "finished"
+# What may differ when a run is continued: it changes neither weights nor figures.
+FREE_SETTINGS = (
+    "workers",
+    "cache_images",
+    "save_every_steps",
+    "save_every_minutes",
+    "trackers",
+    "nan_policy",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A training's output.
+
+    Attributes:
+        output: the folder, with config.yaml, environment.json, metrics.jsonl, best.safetensors, last.safetensors,
+            training_state.safetensors, curves.png, predictions.png.
+    """
+
+    output: Path
+
+    @property
+    def config_file(self) -> Path:
+        """Settings as resolved."""
+        return self.output / "config.yaml"
+
+    @property
+    def environment_file(self) -> Path:
+        """A json list with an entry for each start and resumption: command, versions, git commit, machine."""
+        return self.output / "environment.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        """One json object a line."""
+        return self.output / "metrics.jsonl"
+
+    @property
+    def best(self) -> Path:
+        """Checkpoint of the best validation AP (of the last epoch if there is no validation split)."""
+        return self.output / "best.safetensors"
+
+    @property
+    def last(self) -> Path:
+        """Checkpoint of the last epoch."""
+        return self.output / "last.safetensors"
+
+    @property
+    def state_file(self) -> Path:
+        """What a resumption needs beside the weights, as safetensors with a json header."""
+        return self.output / "training_state.safetensors"
+
+    def records(self, kind: str | None = None) -> list[dict[str, Any]]:
+        """Records of metrics.jsonl, all or of one kind ("train", "eval", "start", "finished")."""
+        if not self.metrics_file.is_file():
+            return []
+        rows = json_lines(self.metrics_file.read_bytes())
+        return [row for row in rows if kind is None or row.get("kind") == kind]
+
+    @property
+    def finished(self) -> bool:
+        """Whether the training came to its end."""
+        return bool(self.records(_ENDED))
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """The evaluation record of the best epoch; empty if there was none."""
+        rows = self.records("eval")
+        return max(rows, key=_ap) if rows else {}
+
+    @property
+    def empty(self) -> bool:
+        """Whether a training was begun here and has kept nothing, such as one that ran out of memory in its first step."""
+        kept = any(file.exists() for file in (self.state_file, self.best, self.last))
+        return self.config_file.exists() and not kept and not self.records("train")
+
+    def model(self, *, device: str = "cpu") -> Detector:
+        """The best checkpoint, loaded."""
+        return load(self.best, device=device)
+
+    def write_config(self, config: Config) -> None:
+        """Write the settings, whole or not at all, unless they are there, or are others of a run that has kept something."""
+        if not self.config_file.exists() or (self.empty and not self._has(config)):
+            text = config.to_yaml()
+            write_whole(self.config_file, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def _has(self, config: Config) -> bool:
+        with suppress(ConfigError):
+            return load_config(self.config_file) == config
+        return False
+
+    def add_environment(self, entry: dict[str, Any]) -> None:
+        """Note what this start or resumption runs with."""
+        try:
+            entries = json.loads(self.environment_file.read_bytes())
+        except (FileNotFoundError, ValueError):
+            entries = []
+        entries = entries if isinstance(entries, list) else []  # damaged: of use to a reader alone
+        text = json.dumps([*entries, entry], indent=1) + "\n"
+        write_whole(self.environment_file, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Add a record to metrics.jsonl, null in place of a number that is NaN or infinite.
+
+        Raises:
+            StorageError: the file cannot be written.
+        """
+        try:
+            with self.metrics_file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(plain(record), allow_nan=False) + "\n")
+        except OSError as error:
+            raise StorageError(
+                f"{self.metrics_file}: cannot be written ({error.strerror})",
+                "check the disk's space and the folder's permissions, then continue with --resume",
+            ) from None
+
+    def flush_metrics(self) -> int:
+        """Have the disk take over metrics.jsonl; its size in bytes."""
+        with self.metrics_file.open("r+b") as file:
+            os.fsync(file.fileno())
+            return os.fstat(file.fileno()).st_size
+
+    def require_place(self, *, resume: bool) -> None:
+        """Raise ConfigError if the folder holds a run already and `resume` is off; or if it is a file, or a folder with other
+        files. It becomes a run by `write_config`, which is called as soon as nothing can be wrong any more."""
+        if self.output.exists() and not self.output.is_dir():
+            raise ConfigError(f"{self.output}: a file is in the way", "choose another --output")
+        # Listed before it is asked for the run: another process may be making one here just now.
+        foreign = self.output.is_dir() and any(not entry.name.startswith(".") for entry in self.output.iterdir())
+        if self.config_file.exists():
+            if not resume and not self.empty:
+                raise ConfigError(
+                    f"{self.output}: there is a run already, and nothing is overwritten",
+                    "choose another --output, or continue it with --resume",
+                )
+        elif foreign:
+            raise ConfigError(f"{self.output}: the folder holds other files and no run", "choose another --output")
+
+    def require_settings(self, config: Config) -> None:
+        """Raise ConfigError if the run, which has kept something, was started with other settings."""
+        if not self.config_file.exists() or self.empty:
+            return
+        before, after = flat_settings(load_config(self.config_file)), flat_settings(config)
+        for key in changed_settings(before, after):
+            raise ConfigError(
+                f"{self.config_file}: the run was started with {key}={before[key]!r}, now it is {after[key]!r}",
+                "resume with the same settings, or start a new run with another --output",
+            )
+
+    def begin(self, *, resume: bool) -> IO[bytes] | None:
+        """`hold` the folder for a training, new or continued.
+
+        Raises:
+            ConfigError: as `require_place`, or another process holds it.
+        """
+        self.require_place(resume=resume)
+        held = self.hold()
+        try:
+            self.require_place(resume=resume)  # another training may have come and gone in between
+        except ConfigError:
+            if held is not None:
+                held.close()
+            raise
+        return held
+
+    def hold(self) -> IO[bytes] | None:
+        """Keep other trainings out of the folder until the file that is given back is closed, or this process ends, however.
+
+        Raises:
+            ConfigError: another process holds it.
+            StorageError: nothing can be written there.
+        """
+        try:
+            return acquire(self._lock_file)
+        except Busy:
+            raise ConfigError(
+                f"{self.output}: another process is training there", "wait until it ends, or stop it"
+            ) from None
+        except OSError as error:
+            raise StorageError(
+                f"{self.output}: cannot be written ({error.strerror})", "choose another --output"
+            ) from None
+
+    def abandon(self) -> None:
+        """Remove the folder if no run was begun in it: a mistake in the settings must not leave anything in the way. Its holder
+        calls it."""
+        if not self.config_file.exists():
+            with suppress(OSError):
+                self._lock_file.unlink(missing_ok=True)
+                self.output.rmdir()  # an empty folder alone
+
+    @property
+    def _lock_file(self) -> Path:
+        return self.output / ".lock"
+
+    def remove_leftovers(self) -> None:
+        """Remove half-written files of a process that was killed while saving."""
+        remove_leftovers(self.output)
+        for pattern in (".tmp??????", ".*.tmp"):  # of safetensors, and of earlier versions
+            for path in self.output.glob(pattern):
+                if path.is_file():
+                    path.unlink(missing_ok=True)
+
+    def truncate_metrics(self, size: int) -> None:
+        """Forget records written after a saved state, given the file's size in bytes at that time; what follows begins a line."""
+        if self.metrics_file.is_file():
+            with self.metrics_file.open("r+b") as file:
+                file.truncate(min(size, os.fstat(file.fileno()).st_size))
+                if file.seek(0, os.SEEK_END):
+                    file.seek(-1, os.SEEK_END)
+                    if file.read(1) != b"\n":
+                        file.write(b"\n")
+
+
+def _ap(row: dict[str, Any]) -> float:
+    ap = row.get("AP")
+    return float(ap) if isinstance(ap, (int, float)) else 0.0
+
+
+def flat_settings(config: Config) -> dict[str, Any]:
+    """Every setting by its dotted key, as json values."""
+    return _flat(config.model_dump(mode="json"))
+
+
+def changed_settings(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Dotted keys of `wanted` that a run was made with otherwise, without those that change no weight."""
+    return [
+        key
+        for key, value in wanted.items()
+        if key in found and key not in FREE_SETTINGS and plain(found[key]) != plain(value)
+    ]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def read_metrics(path: Path) -> list[Record]:
+    """The records of a metrics.jsonl, in order of step.
+
+    Lines that are no json objects with a `step` are skipped: the last one of an interrupted run is cut short.
+    Where a resumed run went back to an earlier step, what it had written beyond that step is left out.
+
+    Raises:
+        DataError: the file cannot be read, or has no record.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}", "check the run folder") from error
+    records: list[Record] = []
+    for record in json_lines(content):
+        if not isinstance(record.get("step"), (int, float)):
+            continue
+        while records and records[-1]["step"] > record["step"]:
+            records.pop()
+        records.append(record)
+    if not records:
+        raise DataError(
+            f"{path}: no record in {len(content.splitlines())} lines",
+            "train for at least one logging interval",
+        )
+    return records
+
+
+def series(records: Sequence[Record], key: str, x: str = "step") -> Points:
+    """The records that have both as finite numbers."""
+    return _points([(record.get(x), record.get(key)) for record in records])
+
+
+def positives_by_layer(records: Sequence[Record]) -> dict[str, Points]:
+    """Mean positives of a box in each decoder layer that has any: "layer 1", ..."""
+    rows = [r for r in records if isinstance(r.get("positives_per_box"), list)]
+    count = max((len(r["positives_per_box"]) for r in rows), default=0)
+    layers = {
+        f"layer {layer + 1}": _points([(r["step"], (r["positives_per_box"] + [None] * count)[layer]) for r in rows])
+        for layer in range(count)
+    }
+    return {name: points for name, points in layers.items() if len(points[0])}
+
+
+def _points(rows: Sequence[tuple[Any, Any]]) -> Points:
+    array = np.array([row for row in rows if all(map(_finite, row))], dtype=float).reshape(-1, 2)
+    return array[:, 0], array[:, 1]
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def json_lines(content: bytes) -> list[dict[str, Any]]:
+    """The objects of a file with one json a line, without lines that a crash cut short or the disk has damaged."""
+    rows = []
+    for line in content.splitlines():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]

@@ -1,0 +1,161 @@
+"""What a training reports to whoever listens: callbacks, and trackers (TensorBoard, Weights & Biases, MLflow, trackio)."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+from accelerate import Accelerator
+
+from paqdetr.config import Config
+from paqdetr.errors import ConfigError
+from paqdetr.runs import Run, flat_settings
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingPlan:
+    """What is about to happen.
+
+    Attributes:
+        config: as resolved.
+        first_step: optimiser steps done before, 0 unless resumed.
+        total_steps: optimiser steps in all.
+        images: of the training split.
+        device: that trains.
+        step_images: images of an optimiser step, of all processes.
+    """
+
+    config: Config
+    first_step: int
+    total_steps: int
+    images: int
+    device: str
+    step_images: int
+
+
+class Callback:
+    """Override what you need; records are the json objects of metrics.jsonl."""
+
+    def on_start(self, plan: TrainingPlan) -> None:
+        """Before the first step."""
+
+    def on_step(self, step: int, loss: float) -> None:
+        """After every optimiser step; step counts from 1. The loss is that of all processes, NaN if the step was left out."""
+
+    def on_record(self, record: dict[str, Any]) -> None:
+        """After every record of kind "train", written each `log_every` steps and at the end of an epoch."""
+
+    def on_skip(self, record: dict[str, Any]) -> None:
+        """After a record of kind "skipped": a step that `nan_policy` left out."""
+
+    def on_interrupt(self, name: str) -> None:
+        """When a signal such as "SIGINT" arrives; the step in hand is still finished and the state saved."""
+
+    def on_evaluation_progress(self, done: int, total: int) -> None:
+        """While a split is evaluated: images done."""
+
+    def on_evaluation(self, record: dict[str, Any]) -> None:
+        """After every record of kind "eval"."""
+
+    def on_end(self) -> None:
+        """After the last step, or when the training fails."""
+
+
+class Callbacks(Callback):
+    """Passes every event on to a list of callbacks."""
+
+    def __init__(self, callbacks: list[Callback]) -> None:
+        self.callbacks = callbacks
+
+    def on_start(self, plan: TrainingPlan) -> None:
+        for callback in self.callbacks:
+            callback.on_start(plan)
+
+    def on_step(self, step: int, loss: float) -> None:
+        for callback in self.callbacks:
+            callback.on_step(step, loss)
+
+    def on_record(self, record: dict[str, Any]) -> None:
+        for callback in self.callbacks:
+            callback.on_record(record)
+
+    def on_skip(self, record: dict[str, Any]) -> None:
+        for callback in self.callbacks:
+            callback.on_skip(record)
+
+    def on_interrupt(self, name: str) -> None:
+        for callback in self.callbacks:
+            callback.on_interrupt(name)
+
+    def on_evaluation_progress(self, done: int, total: int) -> None:
+        for callback in self.callbacks:
+            callback.on_evaluation_progress(done, total)
+
+    def on_evaluation(self, record: dict[str, Any]) -> None:
+        for callback in self.callbacks:
+            callback.on_evaluation(record)
+
+    def on_end(self) -> None:
+        for callback in self.callbacks:
+            callback.on_end()
+
+
+_PROJECT = "paqdetr"
+
+
+def require_trackers(names: tuple[str, ...]) -> None:
+    """Raise ConfigError for a tracker whose package is not installed: accelerate would leave it out in silence."""
+    for name in names:
+        if find_spec(name) is None:
+            raise ConfigError(
+                f"trackers: {name!r} is not installed", f"`pip install {name}`, or leave it out of trackers"
+            )
+
+
+def start_trackers(accelerator: Accelerator, run: Run, config: Config, *, step: int) -> None:
+    """Begin, or take up again, the trackers of the settings; what an earlier process logged after `step` is forgotten where
+    the tracker can."""
+    if not config.trackers:
+        return
+    # The same id in every resumption.
+    ident = hashlib.sha256(str(run.output.resolve()).encode()).hexdigest()[:16]
+    options: dict[str, dict[str, Any]] = {
+        "tensorboard": {"purge_step": step + 1 if step else None},
+        "wandb": {"name": run.output.name, "dir": str(run.output), "id": ident, "resume": "allow"},
+        "mlflow": {"run_name": run.output.name},
+        "trackio": {"name": run.output.name, "resume": "allow"},
+    }
+    # Trackers take plain values.
+    settings = {
+        key: value if isinstance(value, (bool, int, float, str)) else str(value)
+        for key, value in flat_settings(config).items()
+    }
+    project = "tensorboard" if config.trackers == ("tensorboard",) else _PROJECT
+    accelerator.init_trackers(
+        project,
+        config=settings if step == 0 else None,
+        init_kwargs={name: options[name] for name in config.trackers},
+    )
+
+
+def track(accelerator: Accelerator, record: dict[str, Any]) -> None:
+    """Send the numbers of a "train" or "eval" record, under names such as train/loss and eval/per_class/cat."""
+    if accelerator.trackers and record["kind"] in ("train", "eval"):
+        values = dict(_numbers(record, record["kind"] + "/", leave_out=("kind", "step", "split")))
+        accelerator.log(values, step=record["step"])
+
+
+def _numbers(values: dict[str, Any], prefix: str, *, leave_out: tuple[str, ...] = ()) -> list[tuple[str, float]]:
+    found: list[tuple[str, float]] = []
+    for key, value in values.items():
+        if key in leave_out:
+            continue
+        if isinstance(value, dict):
+            found += _numbers(value, f"{prefix}{key}/")
+        elif isinstance(value, list):
+            found += _numbers({str(i): item for i, item in enumerate(value, start=1)}, f"{prefix}{key}/")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            found.append((prefix + key, float(value)))
+    return found

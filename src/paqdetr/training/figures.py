@@ -1,0 +1,228 @@
+"""The figures of training steps: losses and query use, summed from one record of metrics.jsonl to the next."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from paqdetr.distributed import Processes
+from paqdetr.metrics.query_report import chance_gini, count_dead, gini
+from paqdetr.metrics.query_usage import query_cosine, row_entropy
+from paqdetr.models.outputs import DetectorOutput
+from paqdetr.paq import Pairs
+
+# Boxes with this many positives and more are counted together.
+_MOST = 16
+# In the order in which processes send their sums to each other.
+_SUMS = ("histogram", "matches", "mass", "gradients")
+
+
+@dataclass(slots=True)
+class BatchUse:
+    """How a batch of a training step used its queries.
+
+    Attributes:
+        positives: mean positives of a box by decoder layer; NaN without boxes.
+        histogram: ((K - 1) * 17,) boxes with 0, 1, ... 16 or more positives, of each layer but the last, one after the other.
+        matches: (n,) matches of the last layer by query.
+        mass: (m,) column sums of the mixtures; (0,) for content that is no mixture.
+        gradients: (n,) norm of the loss's gradient at each content query, summed over images; there after the backward pass.
+    """
+
+    positives: list[float]
+    histogram: np.ndarray
+    matches: np.ndarray
+    mass: Tensor
+    gradients: Tensor
+
+
+def batch_use(
+    output: DetectorOutput, pairs: Sequence[Sequence[Pairs]], positives: list[float], boxes: Sequence[int]
+) -> BatchUse:
+    """What a batch says of its queries.
+
+    Args:
+        output: of the detector.
+        pairs: matches, [layer][image].
+        positives: mean positives of a box by layer.
+        boxes: in each image.
+    """
+    content, weights = output.mixture.content, output.mixture.weights
+    n = content.shape[1]
+    last = np.concatenate([pair.query_indices.numpy() for pair in pairs[-1]])
+    with torch.no_grad():
+        mass = content.new_zeros(0) if weights is None else weights.detach().float().sum((0, 1))
+    return BatchUse(
+        positives=positives,
+        histogram=np.concatenate([[], *(_histogram(layer, boxes) for layer in pairs[:-1])]),
+        matches=np.bincount(last, minlength=n),
+        mass=mass,
+        gradients=torch.zeros(n, device=content.device),
+    )
+
+
+def watch_gradients(content: Tensor, into: Tensor, *, scale: Tensor | float = 1.0) -> None:
+    """Let the backward pass add the norm of the gradient at each content query to `into`, summed over images.
+
+    Args:
+        content: (B, n, d), as the decoder takes it.
+        into: (n,) float32.
+        scale: that the loss is multiplied by, as gradient scalers do; a tensor is not waited for.
+    """
+
+    def note(gradient: Tensor) -> None:
+        norms = gradient.detach().float().norm(dim=-1).sum(0) / scale
+        # Where half precision overflows, the scaler leaves out the step: its gradient is not to stay in the sum.
+        into.add_(norms.nan_to_num(0.0, 0.0, 0.0))
+
+    if content.requires_grad:
+        content.register_hook(note)
+
+
+def mixture_figures(output: DetectorOutput, diversity: Tensor | None = None) -> dict[str, Tensor]:
+    """How content queries differ: mean cosine between those of an image, entropy of mixture rows over log m, and, given the
+    diversity loss before weighting, the mean absolute cosine between patterns. Scalars, where the output is."""
+    with torch.no_grad():
+        figures = {"query_cosine": query_cosine(output.mixture.content).mean()}
+        if output.mixture.weights is not None:
+            figures["mixture_entropy"] = row_entropy(output.mixture.weights).mean()
+        if diversity is not None:
+            figures["pattern_cosine"] = diversity.detach()
+    return figures
+
+
+class QuerySums:
+    """Sums of `BatchUse` over the steps of this process since the last record."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, np.ndarray] = {name: np.zeros(0) for name in _SUMS}
+
+    def add(self, batch: BatchUse) -> None:
+        """Take in a batch whose backward pass is done."""
+        for name in _SUMS:
+            value = getattr(batch, name)
+            values = value.cpu().double().numpy() if isinstance(value, Tensor) else value
+            self.sums[name] = values.astype(np.float64) if not self.sums[name].size else self.sums[name] + values
+
+    def flat(self) -> list[float]:
+        """One list, to be summed over processes and given to `figures`."""
+        return np.concatenate(list(self.sums.values())).tolist()
+
+    def figures(self, totals: Sequence[float], *, images: float) -> dict[str, Any]:
+        """What a record says.
+
+        Args:
+            totals: the sum of `flat()` over processes.
+            images: of all processes.
+        """
+        ends = np.cumsum([value.size for value in self.sums.values()])
+        parts = np.split(np.asarray(totals, dtype=np.float64), ends[:-1])
+        histogram, matches, mass, gradients = parts
+        figures: dict[str, Any] = {}
+        if matches.any():
+            chance = chance_gini(num_queries=len(matches), images=round(images), per_image=matches.sum() / images)
+            figures |= {"positives_gini": gini(matches), "positives_gini_chance": chance}
+        if gradients.any():
+            figures["gradient_gini"] = gini(gradients)
+        if mass.any():
+            figures |= {"pattern_gini": gini(mass), "dead_patterns": count_dead(mass)}
+        figures = {name: round(value, 6) for name, value in figures.items()}
+        layers = histogram.reshape(-1, _MOST + 1).astype(int)
+        if layers.any():
+            shown = int(np.flatnonzero(layers.any(0))[-1]) + 1
+            figures["positives_histogram"] = {
+                f"layer{i}": {str(k): int(row[k]) for k in range(shown)} for i, row in enumerate(layers, 1)
+            }
+        return figures
+
+
+def _histogram(pairs: Sequence[Pairs], boxes: Sequence[int]) -> np.ndarray:
+    """(17,) how many boxes of a layer have 0, 1, ... positives, the last "or more"."""
+    starts = np.cumsum([0, *boxes])
+    owners = np.concatenate([pair.target_indices.numpy() + start for pair, start in zip(pairs, starts, strict=False)])
+    positives = np.bincount(owners, minlength=int(starts[-1]))
+    return np.bincount(np.minimum(positives, _MOST), minlength=_MOST + 1)
+
+
+# Each process has its own share of a loss, and losses add up. These are the same kind of figure in each.
+_AVERAGED = frozenset({"query_cosine", "mixture_entropy", "pattern_cosine", "grad_norm"})
+
+
+class Interval:
+    """Sums over the steps of this process since the last record."""
+
+    def __init__(self) -> None:
+        self.steps = self.images = self.overflowed = 0
+        self.sums: dict[str, float] = {}
+        self.positives: list[float] = []  # by layer, over the batches that have boxes
+        self.batches_with_boxes = 0
+        self.queries = QuerySums()
+        self._started = time.perf_counter()
+
+    def add(
+        self,
+        values: Mapping[str, float],
+        batches: Sequence[BatchUse],
+        images: int,
+        *,
+        overflowed: bool = False,
+    ) -> None:
+        """Take in a step: its figures, and how each of its batches used queries. One that the gradient scaler left out because
+        half precision overflowed has no `grad_norm`."""
+        self.steps += 1
+        self.images += images
+        self.overflowed += overflowed
+        for key, value in values.items():
+            self.sums[key] = self.sums.get(key, 0.0) + value
+        for batch in batches:
+            row = batch.positives
+            self.queries.add(batch)
+            self.positives = self.positives or [0.0] * len(row)
+            if row and not math.isnan(row[0]):
+                self.positives = [total + value for total, value in zip(self.positives, row, strict=True)]
+                self.batches_with_boxes += 1
+
+    def means(self, processes: Processes) -> dict[str, Any]:
+        """Means over the steps, of all processes together; every process has to ask for them. `grad_norm` is that of the steps
+        whose gradient did not overflow, None if there were none; `overflowed_steps` counts the others."""
+        counts = [float(self.images), float(self.batches_with_boxes)]
+        queries = self.queries.flat()
+        totals = processes.sum([*counts, *queries, *self.positives, *self.sums.values()])
+        images, batches, *rest = totals
+        queries, rest = rest[: len(queries)], rest[len(queries) :]
+        positives, sums = rest[: len(self.positives)], rest[len(self.positives) :]
+        means: dict[str, Any] = {}
+        for name, value in zip(self.sums, sums, strict=True):
+            shared = processes.count if name in _AVERAGED else 1
+            steps = self.steps - self.overflowed if name == "grad_norm" else self.steps
+            means[name] = round(value / shared / steps, 6)
+        if self.overflowed:
+            means |= {"grad_norm": means.get("grad_norm"), "overflowed_steps": self.overflowed}
+        means["images_per_second"] = round(images / (time.perf_counter() - self._started), 3)
+        if batches:
+            means["positives_per_box"] = [round(value / batches, 4) for value in positives]
+        return means | self.queries.figures(queries, images=images)
+
+
+def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors of any shapes as float32 on the CPU, in one transfer: each wait for a GPU costs time, whatever it brings."""
+    flat = torch.cat([tensor.detach().float().flatten() for tensor in tensors]).cpu()
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.reshape(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def grouped(terms: Mapping[str, float]) -> dict[str, float]:
+    """Terms by what they are: decoder class, L1 and GIoU over all layers, encoder, denoising, diversity."""
+    sums: dict[str, float] = {}
+    for name, value in terms.items():
+        place, _, kind = name.partition("/")
+        group = kind if place.startswith("layer") else place.rstrip("0123456789")
+        sums[f"loss_{group}"] = sums.get(f"loss_{group}", 0.0) + value
+    return sums

@@ -1,0 +1,105 @@
+"""Training, from a recipe and a folder of data to a run. What happens in between is the `Trainer`'s."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from multiprocessing import current_process
+from pathlib import Path
+from typing import Any
+
+from paqdetr.config import describe_idle, load_config
+from paqdetr.distributed import Processes
+from paqdetr.environment import describe_environment
+from paqdetr.errors import ConfigError, UserError
+from paqdetr.runs import Run
+from paqdetr.training.callbacks import Callback, require_trackers
+from paqdetr.training.memory import with_largest_batch
+from paqdetr.training.setup import describe_data, open_splits, with_classes
+from paqdetr.training.trainer import Trainer
+
+
+def train(
+    model: str | Path,
+    *,
+    data: str | Path,
+    output: str | Path,
+    resume: bool = False,
+    accept_new_data: bool = False,
+    device: str | None = None,
+    auto_batch: bool = False,
+    callbacks: Sequence[Callback] = (),
+    settings: Mapping[str, Any] | None = None,
+    **overrides: Any,
+) -> Run:
+    """Train a model and evaluate it on the validation split after each `eval_every` epochs.
+
+    Settings that change nothing beside the others, and what is odd about the data, are named in the log.
+
+    Args:
+        model: a name of `list_models()`, a recipe of `list_recipes()`, or a YAML file.
+        data: a data set's folder with a `train` and, if there is one, a `val` split; `val_fraction` makes one.
+        output: the run's folder.
+        resume: continue a run that was interrupted; start it if there is none; do nothing if it is finished.
+        accept_new_data: resume even if classes, boxes or images are not those that the run was started with.
+        device: "cpu", "cuda", ...; the best there is if None.
+        auto_batch: take the largest batch that fits into memory as `batch_size`; a resumption keeps the one found first.
+        callbacks: told of every step and evaluation.
+        settings: overrides with dotted keys, such as {"model.num_patterns": 32}.
+        overrides: overrides of top-level settings, such as epochs=12.
+
+    Raises:
+        UserError: settings, data or the output folder cannot be used; nothing is overwritten.
+        TrainingInterrupted: SIGINT, SIGTERM or SIGHUP came; the state is saved.
+    """
+    # A process that is being spawned imports the script of its parent.
+    if getattr(current_process(), "_inheriting", False):
+        raise ConfigError(
+            "a process that the script has started runs the script again, and would train too",
+            "put the call below `if __name__ == '__main__':`",
+        )
+    given = {**(settings or {}), **overrides}
+    config = load_config(model, given)
+    train_split, val_split = open_splits(data, config)
+    config = with_classes(config, train_split)
+    require_trackers(config.trackers)
+    if accept_new_data and not resume:
+        raise ConfigError("accept_new_data is for a resumption", "resume too, or leave accept_new_data out")
+    processes = Processes.join(device)
+    run, held, was_there = Run(Path(output)), None, Path(output).exists()
+    try:
+        with processes.agreeing():
+            run.require_place(resume=resume)
+            if processes.main:
+                held = run.begin(resume=resume)
+        if auto_batch:
+            config = with_largest_batch(config, train_split, run, processes)
+        run.require_settings(config)
+        if run.finished:
+            return run
+        trainer = Trainer(
+            config,
+            run,
+            train_split,
+            val_split,
+            device=device,
+            callbacks=list(callbacks),
+            accept_new_data=accept_new_data,
+        )
+        processes.wait()  # the others have seen what there is
+        with processes.agreeing():
+            if processes.main:
+                for note in (*describe_idle(config, given), *describe_data(config, train_split, val_split)):
+                    logging.getLogger(__name__).warning("%s", note)
+                run.write_config(config)
+                run.remove_leftovers()
+                run.add_environment(describe_environment() | {"processes": processes.count})
+        trainer.fit()
+    except UserError:
+        if held is not None and not was_there:
+            run.abandon()
+        raise
+    finally:
+        if held is not None:
+            held.close()
+    return run

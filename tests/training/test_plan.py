@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from paqdetr.cli import run
+from paqdetr.config import Config, load_config
+from paqdetr.data.dataset import open_split
+from paqdetr.distributed import Processes
+from paqdetr.environment import available_memory
+from paqdetr.errors import ConfigError
+from paqdetr.models.zoo import build_model
+from paqdetr.training.memory import largest_batch, peaks_of_steps, worst_batch
+from paqdetr.training.plan import Overfit, overfit_one_batch, plan_training
+from paqdetr.training.setup import with_classes
+
+MEMORY = "paqdetr.training.memory.available_memory"
+PEAKS = "paqdetr.training.memory.peaks_of_steps"
+
+
+@pytest.fixture
+def config(tiny_digits: Path, tiny_settings: dict[str, Any]) -> Config:
+    settings = {**tiny_settings, "workers": 0, "batch_size": 2, "epochs": 3}
+    return with_classes(load_config("paq_dino_nano", settings), open_split(tiny_digits, "train"))
+
+
+def test_a_plan_adds_up(config: Config, tiny_digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("paqdetr.training.plan.peaks_of_steps", lambda *_, **__: [2**30])
+    train_split, val_split = (open_split(tiny_digits, name) for name in ("train", "val"))
+    settings = config.model_copy(update={"eval_every": 2, "accumulate": 2, "lr_rule": "linear"})
+    plan = plan_training(settings, train_split, val_split, device="cpu", steps=3)
+    assert (plan.images, plan.batches, plan.step_images) == (8, 4, 4)
+    assert (plan.epoch_steps, plan.total_steps, plan.measured_steps) == (2, 6, 3)
+    assert plan.lr == pytest.approx(config.lr * 4 / 16)
+    assert plan.step_seconds > 0 and plan.evaluation_seconds >= 0
+    assert plan.epoch_seconds == pytest.approx(2 * plan.step_seconds, abs=0.06)
+    # epochs 2 and 3 are evaluated
+    expected = 6 * plan.step_seconds + 2 * plan.evaluation_seconds
+    assert plan.total_seconds == pytest.approx(expected, abs=0.2)
+    parts = [plan.memory[name] for name in ("weights", "gradients", "optimizer", "activations")]
+    assert plan.memory["total"] == 1 == pytest.approx(sum(parts), abs=0.003) and plan.fits
+    model = build_model(config)
+    assert plan.parameters == sum(p.numel() for p in model.parameters())
+    assert 0 < plan.trainable < plan.parameters  # the stem of the backbone is frozen
+    json.dumps(plan.to_json(), allow_nan=False)
+
+
+@pytest.mark.integration
+def test_peaks_are_those_of_a_process_that_trains(config: Config, tiny_digits: Path) -> None:
+    split = open_split(tiny_digits, "train")
+    one, eight = peaks_of_steps(config.model_copy(update={"image_size": 320}), split, (1, 8))
+    assert 2**28 < one < 2**32  # Python and torch alone take some hundred MiB
+    assert 7 * 2**20 < eight - one < 2**31  # of seven images and what the network makes of them
+    with pytest.raises(ConfigError, match="sync_batch_norm"):
+        peaks_of_steps(config.model_copy(update={"sync_batch_norm": True}), split, (1,))
+
+
+def test_the_worst_batch(config: Config, tiny_digits: Path) -> None:
+    split = open_split(tiny_digits, "train")
+    preprocessing = build_model(config).preprocessing
+    batch = worst_batch(config, split, preprocessing, 3)
+    assert batch.images.shape == (3, 3, 96, 96)
+    most = max(len(split.labels(index)) for index in range(len(split)))
+    assert [len(target) for target in batch.targets] == [most] * 3
+    assert max(int(target.labels.max()) for target in batch.targets) < len(split.classes)
+
+
+def test_the_largest_batch_is_what_memory_allows(
+    config: Config, tiny_digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = open_split(tiny_digits, "train")
+    monkeypatch.setattr(PEAKS, lambda *_, **__: [700, 800])  # and 100 for each further image
+    for free, size in ((875, 1), (999, 1), (1001, 2), (1250, 4), (10**9, 8)):  # 80 % of it; 8 images in all
+        monkeypatch.setattr(MEMORY, lambda device, free=free: free)
+        assert largest_batch(config, split, Processes()) == size
+    monkeypatch.setattr(MEMORY, lambda device: 874)
+    with pytest.raises(ConfigError, match="not even one image fits"):
+        largest_batch(config, split, Processes())
+
+
+@pytest.mark.parametrize("fits", [0, 1, 5, 99])
+def test_a_gpu_tries_batches_until_one_fits(
+    fits: int, config: Config, tiny_digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares: list[float] = []
+
+    def take(config: Config, split: object, size: int, device: torch.device) -> None:
+        assert shares == [0.92]  # some room is left
+        if size > fits:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    monkeypatch.setattr("paqdetr.training.memory._take_steps", take)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: shares.append(share))
+    split = open_split(tiny_digits, "train")
+    processes = Processes(device="cuda")
+    if fits:
+        assert max(1, 0.8 * min(fits, 8)) <= largest_batch(config, split, processes) <= fits
+    else:
+        with pytest.raises(ConfigError, match="not even one image fits"):
+            largest_batch(config, split, processes)
+    assert shares == [0.92, 1.0]
+
+
+def test_memory_of_this_machine() -> None:
+    import psutil
+
+    assert 0 < available_memory(torch.device("cpu")) <= psutil.virtual_memory().total
+
+
+def test_one_batch_is_overfitted(config: Config, tiny_digits: Path) -> None:
+    """A few steps lower the loss; learning by heart is for the slow test."""
+    split = open_split(tiny_digits, "train")
+    tried = overfit_one_batch(config, split, steps=12, device="cpu")
+    assert tried.images == 2 and tried.boxes == len(split.labels(0)) + len(split.labels(1))
+    assert len(tried.losses) == 12 and tried.losses[-1] < tried.losses[0]
+    assert 0 <= tried.found <= 1 and not tried.learnt and tried.to_json()["learnt"] is False
+    assert Overfit(1, 10, [1.0], found=0.9, wrong=0).learnt
+
+
+@pytest.mark.slow
+def test_one_batch_is_learnt_by_heart(tmp_path: Path) -> None:
+    """About two minutes on two cores."""
+    from paqdetr.data.digits import make_digits
+
+    data = make_digits(tmp_path / "digits", size=160, train=4, val=1, test=1)
+    split = open_split(data, "train")
+    config = with_classes(load_config("paq_dino_nano", {"image_size": 160, "batch_size": 4, "workers": 0}), split)
+    assert overfit_one_batch(config, split, steps=250, device="cpu").learnt
+
+
+@pytest.mark.integration
+def test_the_command(
+    tmp_path: Path, tiny_digits: Path, tiny_settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = [f"{key}={value}" for key, value in {**tiny_settings, "workers": 0, "epochs": 3}.items()]
+    arguments = ["plan", "paq_dino_nano", *settings, "--data", str(tiny_digits), "--device", "cpu"]
+    before = sorted(tmp_path.rglob("*"))
+    assert run([*arguments, "--steps", "1", "--json", str(tmp_path / "plan.json"), "--auto-batch"]) == 0
+    said = capsys.readouterr().out
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["batch_size"] == 8 and "(batch_size 8, accumulate 1)" in said
+    assert "1 an epoch, 3 in all" in said and "GiB of" in said
+    assert run([*arguments, "--overfit", "2"]) == 2
+    said = capsys.readouterr()
+    assert "2 steps: loss" in said.out and "not learnt" in said.err.splitlines()[-2]
+    assert sorted(tmp_path.rglob("*")) == [*before, tmp_path / "plan.json"]
+
+
+def test_a_training_with_the_largest_batch(
+    tmp_path: Path,
+    tiny_digits: Path,
+    tiny_settings: dict[str, Any],
+    no_pictures: None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = [f"{key}={value}" for key, value in {**tiny_settings, "workers": 0, "max_steps": 1}.items()]
+    arguments = [
+        "train",
+        "paq_dino_nano",
+        *settings,
+        "--data",
+        str(tiny_digits),
+        "--device",
+        "cpu",
+        "--auto-batch",
+    ]
+    monkeypatch.setattr(PEAKS, lambda *_, **__: [1, 2])
+    assert run([*arguments, "--output", str(tmp_path / "run")]) == 0
+    assert load_config(tmp_path / "run" / "config.yaml").batch_size == 8
+    # What memory is free later does not matter.
+    monkeypatch.setattr(MEMORY, lambda device: 1000)
+    capsys.readouterr()
+    assert run([*arguments, "--output", str(tmp_path / "run"), "--resume"]) == 0

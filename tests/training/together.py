@@ -1,0 +1,203 @@
+"""What processes of the tests do, alone or several together (the fixture `start`)."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from paqdetr import checkpoint
+from paqdetr.cli import console, main
+from paqdetr.config import load_config
+from paqdetr.data.dataset import DetectionDataset, open_split
+from paqdetr.data.loader import Batch
+from paqdetr.distributed import leave
+from paqdetr.errors import NonFiniteError
+from paqdetr.evaluation.evaluate import evaluate_together
+from paqdetr.metrics import QueryUsage
+from paqdetr.runs import Run
+from paqdetr.structures import Targets
+from paqdetr.training.plan import plain_batch
+from paqdetr.training.setup import with_classes
+from paqdetr.training.trainer import Trainer
+
+
+def trainer(job: dict[str, Any], split: DetectionDataset, **settings: Any) -> Trainer:
+    config = load_config("paq_dino_nano", {**job["settings"], **settings})
+    run = Run(Path(job["output"]))
+    return Trainer(with_classes(config, split), run, split, None, device="cpu", callbacks=[])
+
+
+def without_boxes(batch: Batch) -> Batch:
+    none = [Targets(t.labels[:0], t.boxes[:0], t.image_id, t.size) for t in batch.targets]
+    return Batch(batch.images, None, none)
+
+
+def gradients(job: dict[str, Any], split: DetectionDataset) -> None:
+    """Of one step over the same six images, shared out over processes and `accumulate` batches."""
+    train = trainer(job, split)
+    share = 6 // (train.processes.count * job["accumulate"])
+    first = train.processes.index * share * job["accumulate"]
+    batches = [
+        plain_batch(split, train.model.preprocessing, list(range(start, start + share)))
+        for start in range(first, first + share * job["accumulate"], share)
+    ]
+    boxes = sum(len(split.labels(index)) for index in range(6))
+    step = train.step.gradients(batches, boxes=float(boxes), progress=0.0)
+    if train.processes.main:
+        found = {name: p.grad for name, p in train.model.named_parameters() if p.requires_grad}
+        assert all(grad is not None for grad in found.values())
+        save_file({name: grad.contiguous() for name, grad in found.items()}, job["gradients"])
+        Path(job["answer"]).write_text(json.dumps({"loss": step.loss}))
+
+
+def evaluation(job: dict[str, Any], split: DetectionDataset) -> None:
+    train = trainer(job, split)
+    truth = DetectionDataset.from_json(job["truth"], split.image_dir)
+    usage = QueryUsage(num_queries=train.model.config.num_queries)
+    found = evaluate_together(train.model, truth, train.processes, batch_size=2, observers=[usage])
+    assert (found is not None) == train.processes.main
+    if found is not None:
+        figures = {key: value for key, value in found.to_json().items() if key != "images_per_second"}
+        answer = {"figures": figures, "results": found.results, "usage": usage.report().to_json()}
+        Path(job["answer"]).write_text(json.dumps(answer))
+
+
+def accidents(job: dict[str, Any], split: DetectionDataset) -> None:
+    """One process has no boxes, none has, one sees NaN; and ordinary steps in between."""
+    answer: dict[str, Any] = {}
+    train = trainer(job, split, nan_policy="skip-step")
+    last = train.processes.index == train.processes.count - 1
+    full = plain_batch(split, train.model.preprocessing, [train.processes.index])
+    empty = without_boxes(full)
+    broken = Batch(full.images * math.nan, None, full.targets)
+    sum_of = lambda: float(sum(p.detach().double().sum() for p in train.model.parameters()))  # noqa: E731
+    before = sum_of()
+
+    def step(name: str, batch: Batch) -> None:
+        nonlocal before
+        boxes = train.processes.sum([float(sum(map(len, batch.targets)))])[0]
+        done = train.step([batch], boxes=boxes, progress=0.0)
+        sums = train.processes.gather(sum_of())
+        if sums is not None:
+            assert all(total == sums[0] for total in sums), f"{name}: processes have drifted apart"
+        loss = done.loss if math.isfinite(done.loss) else None
+        answer[name] = {"problem": done.problem, "loss": loss, "changed": sum_of() != before}
+        before = sum_of()
+
+    step("one process without boxes", empty if last else full)
+    step("no boxes at all", empty)
+    step("NaN in one process", broken if last else full)
+    step("afterwards", full)
+    train.step.config = train.config.model_copy(update={"nan_policy": "raise"})
+    try:
+        step("NaN that ends it", broken if last else full)
+    except NonFiniteError as error:
+        told = train.processes.gather((error.message, error.told_elsewhere))
+        answer["raised"] = told
+    if train.processes.main:
+        Path(job["answer"]).write_text(json.dumps(answer))
+
+
+def jobs(file: str) -> None:
+    """A json list of jobs, one after the other in the same processes."""
+    for job in json.loads(Path(file).read_text()):
+        split = open_split(job["data"], "train")
+        {"gradients": gradients, "evaluation": evaluation, "accidents": accidents}[job["what"]](job, split)
+
+
+def command_line(*arguments: str) -> None:
+    """As `python -m paqdetr ARGUMENTS`."""
+    sys.argv = ["paqdetr", *arguments]
+    main()
+
+
+def own_group(*arguments: str) -> None:
+    """The command line in a process group of its own, as a shell or a batch system starts it."""
+    os.setpgid(0, 0)
+    # As a shell in a terminal leaves them: nohup, and scripts that start something in the background, have them ignored.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    command_line(*arguments)
+
+
+def killed_after_step(step: str, *arguments: str) -> None:
+    """The command line, until so many optimiser steps are done."""
+    advance = Trainer._advance
+
+    def then_die(self: Trainer, *positional: Any, **named: Any) -> None:
+        advance(self, *positional, **named)
+        if self.position.step == int(step):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Trainer._advance = then_die
+    command_line(*arguments)
+
+
+def killed_while_writing(name: str, nth: str, where: str, *arguments: str) -> None:
+    """The command line, until the n-th time that a file of this name is written: "half" of it lies beside its place, the
+    "whole" of it, or it "moved" there a moment ago."""
+    write_whole, flush, count = checkpoint.write_whole, checkpoint._flush, 0
+
+    def until(path: Path, write: Any) -> None:
+        nonlocal count
+        count += path.name == name
+
+        def die(temporary: Path) -> None:
+            write(temporary)
+            if where == "half":
+                os.truncate(temporary, temporary.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        def die_at_folder(place: Path) -> None:
+            if place.is_dir():
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        if path.name == name and count == int(nth):
+            if where == "moved":
+                checkpoint._flush = die_at_folder
+            else:
+                write_whole(path, die)
+        write_whole(path, write)
+        checkpoint._flush = flush
+
+    checkpoint.write_whole = until
+    command_line(*arguments)
+
+
+def with_full_disk(megabytes: str, *arguments: str) -> None:
+    """The command line where no file may become larger: a write fails as on a full disk, but with EFBIG."""
+    import resource
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limit = int(float(megabytes) * 2**20)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    command_line(*arguments)
+
+
+def run(place: tuple[int, int, int, str, str], work: str, *arguments: str) -> None:
+    """Take one's place among the processes, and work."""
+    rank, count, port, out, err = place
+    for number, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), number)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+    console.errors.file, console.results.file = sys.stderr, sys.stdout
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    if count > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    torch.set_num_threads(1)
+    # As in a program of its own: workers of a loader would otherwise hang on a server, and outlive a process that is killed.
+    multiprocessing.set_start_method("fork", force=True)
+    for name in ("training_curves", "draw_predictions"):  # take longer than a tiny training itself
+        setattr(sys.modules[Trainer.__module__], name, lambda *positional, **named: None)
+    globals()[work](*arguments)
+    leave()
