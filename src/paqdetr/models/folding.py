@@ -158,8 +158,8 @@ def _look_up(name: str, last_of: dict[int, tuple[str, Tensor]], follows: dict[st
 
 @torch.no_grad()
 def bake_folded_norms(model: nn.Module) -> None:
-    """Replace every `FoldedConv2d` by a plain convolution with the scaled weights, in place, for use elsewhere: a graph then holds
-    the weights themselves and no computation of them."""
+    """Replace every `FoldedConv2d` by a plain convolution with the scaled weights, in place: an exported graph then holds the
+    weights themselves and no computation of them."""
     for name, part in list(model.named_modules()):
         if isinstance(part, FoldedConv2d):
             weight, bias = part._folded()

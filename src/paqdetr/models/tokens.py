@@ -75,8 +75,7 @@ class Tokens:
         dtype = torch.promote_types(values.dtype, torch.float32)
         # Without padding all images have the same places: computed once, and a constant in an exported graph.
         levels = masks or [
-            torch.zeros(1, height, width, dtype=torch.bool, device=values.device)
-            for height, width in spatial_shapes
+            torch.zeros(1, height, width, dtype=torch.bool, device=values.device) for height, width in spatial_shapes
         ]
         ratios = torch.stack([_valid_ratio(mask, dtype) for mask in levels], dim=1)  # (B or 1, L, 2)
         position = [sine_map(mask, dim, temperature, offset, dtype) for mask in levels]

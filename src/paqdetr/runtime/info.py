@@ -18,6 +18,8 @@ from paqdetr.values import is_coordinate
 
 KEY = "paqdetr"
 """The entry of `metadata_props` (ONNX) or of `rt_info["model_info"]` (OpenVINO) that holds the json text."""
+FILE_ENTRY = "paqdetr.json"
+"""The extra file of .pt2 and TorchScript archives that holds it."""
 FORMAT = 1
 PRECISIONS = ("f32", "f16", "int8")
 _MAX_SIDE = 2**14
@@ -89,9 +91,7 @@ class ExportInfo:
         content = {
             "format": FORMAT,
             "name": self.name,
-            "classes": [
-                {"id": i, "name": name} for i, name in zip(self.classes.ids, self.classes.names, strict=True)
-            ],
+            "classes": [{"id": i, "name": name} for i, name in zip(self.classes.ids, self.classes.names, strict=True)],
             "preprocessing": {
                 "height": size.height,
                 "width": size.width,
@@ -127,10 +127,7 @@ class ExportInfo:
             )
         take = _Reader(content, where)
         size = _Reader(take("preprocessing", _is_object), where)
-        rows = [
-            _Reader(row, where)
-            for row in take("classes", lambda value: isinstance(value, list) and value != [])
-        ]
+        rows = [_Reader(row, where) for row in take("classes", lambda value: isinstance(value, list) and value != [])]
         ids = tuple(row("id", lambda value: _is_int(value) and -(2**63) <= value < 2**63) for row in rows)
         if len(set(ids)) < len(ids):
             raise CheckpointError(f"{where}: its metadata gives two classes one id", "export the model again")
@@ -165,9 +162,7 @@ class _Reader:
         found = self.content.get(key, ...) if isinstance(self.content, dict) else ...
         if found is ... or not fits(found):
             what = "nothing" if found is ... else shorten(found)
-            raise CheckpointError(
-                f"{self.where}: its metadata has {what} for {key!r}", "export the model again"
-            )
+            raise CheckpointError(f"{self.where}: its metadata has {what} for {key!r}", "export the model again")
         return found
 
 

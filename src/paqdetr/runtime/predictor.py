@@ -83,9 +83,7 @@ class Predictor:
         nms = self.info.nms if nms is None else nms
         require_threshold(threshold)
         if nms is not None and not 0 <= nms <= 1:
-            raise ConfigError(
-                f"nms: expected an IoU from 0 to 1, found {nms}", "0.7 is usual; leave it out for none"
-            )
+            raise ConfigError(f"nms: expected an IoU from 0 to 1, found {nms}", "0.7 is usual; leave it out for none")
         wanted = None if classes is None else class_ids(self.classes, classes)
 
         def detect(
@@ -140,29 +138,25 @@ class Predictor:
 
     def run(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The graph on (N, H, W, 3) uint8: boxes (N, n, 4) xyxy in [0, 1], scores (N, n), best first, labels (N, n), class
-        indices. A graph with a fixed batch is run as often as it takes, the last time on black images as well."""
+        indices."""
+        boxes, scores, labels = self._decoded(*self.outputs(images)) if self.info.raw else self.outputs(images)
+        return boxes, scores, labels
+
+    def outputs(self, images: np.ndarray) -> tuple[np.ndarray, ...]:
+        """What the graph itself gives for (N, H, W, 3) uint8: boxes, scores and labels, or logits (N, q, C) and boxes (N, q, 4)
+        cxcywh of a raw one. A graph with a fixed batch is run as often as it takes, the last time with black images as well."""
         step = self.engine.batch or len(images)
         parts = []
         for start in range(0, len(images), step):
             part = images[start : start + step]
-            filled = (
-                np.concatenate([part, np.zeros_like(part[:1]).repeat(step - len(part), 0)])
-                if len(part) < step
-                else part
-            )
-            given = self.preprocessing.normalized(filled) if self.info.raw else filled
-            found = self.engine.run(given)
+            black = np.zeros((step - len(part), *part.shape[1:]), part.dtype)
+            given = np.concatenate([part, black]) if len(black) else part
+            found = self.engine.run(self.preprocessing.normalized(given) if self.info.raw else given)
             missing = [name for name in _OUTPUTS[self.info.raw] if name not in found]
             if missing:
-                raise CheckpointError(
-                    f"{self.where}: the graph has no output {missing[0]!r}", "export the model again"
-                )
-            outputs = tuple(found[name] for name in _OUTPUTS[self.info.raw])
-            parts.append(
-                tuple(x[: len(part)] for x in (self._decoded(*outputs) if self.info.raw else outputs))
-            )
-        boxes, scores, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
-        return boxes, scores, labels
+                raise CheckpointError(f"{self.where}: the graph has no output {missing[0]!r}", "export the model again")
+            parts.append([found[name][: len(part)] for name in _OUTPUTS[self.info.raw]])
+        return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
 
     def _decoded(self, logits: np.ndarray, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """As `run`, from (N, n, C) logits and (N, n, 4) boxes cxcywh."""
@@ -204,9 +198,7 @@ def class_ids(table: ClassTable, wanted: Collection[int | str]) -> list[int]:
     Raises:
         ConfigError: a class that is not in the table.
     """
-    names: dict[str, int] = {
-        name: i for i, name in zip(reversed(table.ids), reversed(table.names), strict=True)
-    }
+    names: dict[str, int] = {name: i for i, name in zip(reversed(table.ids), reversed(table.names), strict=True)}
     found = []
     for one in [wanted] if isinstance(wanted, str) else wanted:
         category = names.get(one) if isinstance(one, str) else one if one in table.ids else None
