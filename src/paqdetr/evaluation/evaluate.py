@@ -35,7 +35,7 @@ from paqdetr.metrics.coco import (
     evaluate_detections,
     non_maximum_suppression,
 )
-from paqdetr.metrics.curves import threshold_curves
+from paqdetr.metrics.diagnosis import threshold_curves
 from paqdetr.metrics.matches import MatchTable
 from paqdetr.models.detector import Detector
 from paqdetr.models.files import load
