@@ -236,7 +236,13 @@ def test_results_below_their_own_sources(patches: Patches, pictures: Path) -> No
     shutil.move(pictures / "a.png", pictures / "deep" / "er" / "a.png")
     for _ in range(2):
         done = predict_sources(patches, [pictures], output=pictures / "out", recursive=True, save=("draw", "yolo"))
-        assert files(done.output) == ["b.jpg", "deep/er/a.jpg", "labels/b.txt", "labels/classes.yaml", "labels/deep/er/a.txt"]
+        assert files(done.output) == [
+            "b.jpg",
+            "deep/er/a.jpg",
+            "labels/b.txt",
+            "labels/classes.yaml",
+            "labels/deep/er/a.txt",
+        ]
 
 
 def test_two_of_one_name(

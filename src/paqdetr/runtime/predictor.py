@@ -147,25 +147,25 @@ class Predictor:
 
     def run(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The graph on (N, H, W, 3) uint8: boxes (N, n, 4) xyxy in [0, 1], scores (N, n), best first, labels (N, n), class
-        indices. A graph with a fixed batch is run as often as it takes, the last time on black images as well."""
+        indices."""
+        boxes, scores, labels = self._decoded(*self.outputs(images)) if self.info.raw else self.outputs(images)
+        return boxes, scores, labels
+
+    def outputs(self, images: np.ndarray) -> tuple[np.ndarray, ...]:
+        """What the graph itself gives for (N, H, W, 3) uint8: boxes, scores and labels, or logits (N, q, C) and boxes (N, q, 4)
+        cxcywh of a raw one. A graph with a fixed batch is run as often as it takes, the last time with black images as well."""
         step = self.engine.batch or len(images)
         parts = []
         for start in range(0, len(images), step):
             part = images[start : start + step]
-            filled = (
-                np.concatenate([part, np.zeros_like(part[:1]).repeat(step - len(part), 0)])
-                if len(part) < step
-                else part
-            )
-            given = self.preprocessing.normalized(filled) if self.info.raw else filled
-            found = self.engine.run(given)
+            black = np.zeros((step - len(part), *part.shape[1:]), part.dtype)
+            given = np.concatenate([part, black]) if len(black) else part
+            found = self.engine.run(self.preprocessing.normalized(given) if self.info.raw else given)
             missing = [name for name in _OUTPUTS[self.info.raw] if name not in found]
             if missing:
                 raise CheckpointError(f"{self.where}: the graph has no output {missing[0]!r}", "export the model again")
-            outputs = tuple(found[name] for name in _OUTPUTS[self.info.raw])
-            parts.append(tuple(x[: len(part)] for x in (self._decoded(*outputs) if self.info.raw else outputs)))
-        boxes, scores, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
-        return boxes, scores, labels
+            parts.append([found[name][: len(part)] for name in _OUTPUTS[self.info.raw]])
+        return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
 
     def _decoded(self, logits: np.ndarray, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """As `run`, from (N, n, C) logits and (N, n, 4) boxes cxcywh."""
