@@ -19,11 +19,10 @@ from paqdetr.checkpoint import (
     load_tensors,
     read_checkpoint,
     read_header,
-    remove_leftovers,
     write_checkpoint,
-    write_whole,
 )
 from paqdetr.errors import CheckpointError, StorageError
+from paqdetr.files import remove_leftovers, write_whole
 
 TENSORS = {
     "float": torch.tensor([[1.5, -0.0], [float("inf"), 1e-42]]),
@@ -228,7 +227,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from paqdetr.checkpoint import write_whole
+from paqdetr.files import write_whole
 
 def write(path):
     path.write_text("half")

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from paqdetr.checkpoint import unfinished
 from paqdetr.errors import ConfigError, StorageError
+from paqdetr.files import unfinished
 from paqdetr.outputs import (
     RESULTS,
     made_by,

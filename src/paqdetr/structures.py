@@ -57,6 +57,8 @@ class Detections:
         image_id: the data set's id, or the file name, or None.
         query_indices: (N,) int64 array: which query each box came from.
         file_name: of the image; None if it did not come from a file.
+        image: RGB, as it was predicted on, where a stream gives the detections; else None.
+        frame, time: of a video, from 0, and in seconds; else None.
     """
 
     boxes: np.ndarray
@@ -66,6 +68,9 @@ class Detections:
     image_id: int | str | None = None
     query_indices: np.ndarray | None = None
     file_name: str | None = None
+    image: Image | None = field(default=None, repr=False, compare=False)
+    frame: int | None = None
+    time: float | None = None
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -151,6 +156,21 @@ class Detections:
         from paqdetr.drawing import draw_boxes
 
         return draw_boxes(image, self.boxes, self.labels, self.names, self.scores)
+
+
+@dataclass(frozen=True, slots=True)
+class OperatingPoint:
+    """How a model's detections are best used, as its evaluation found.
+
+    Attributes:
+        threshold: the least score, in [0, 1], where F1 at IoU 0.5 is at its best; None if that is not known.
+        nms: the IoU over which a box gives way to a better one of its class; None where there is too little to gain.
+        duplicates_cost: AP after non-maximum suppression minus AP; None if it is not known.
+    """
+
+    threshold: float | None = None
+    nms: float | None = None
+    duplicates_cost: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,9 +70,9 @@ def _run(
     retry: bool,
     device: str | None,
 ) -> None:
-    from paqdetr.checkpoint import write_whole
     from paqdetr.cli.study_progress import QueueProgress
     from paqdetr.environment import command_line
+    from paqdetr.files import write_whole
     from paqdetr.outputs import require_free
     from paqdetr.study.datasets import prepare
     from paqdetr.study.queue import StudyInterrupted, require_no_conflict, run_queue

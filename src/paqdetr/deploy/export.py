@@ -110,7 +110,7 @@ def export(
             8 bits, and needs `calibrate`.
         calibrate: a data set: the comparison takes pictures of it, and int8 is calibrated on its training split and checked on
             its validation split.
-        threshold, nms: what predictions keep, written into the metadata.
+        threshold, nms: what predictions keep, written into the metadata; None: as the model's `operating_point` says.
         raw: `pixel_values` (N, 3, H, W), normalised, to `logits` and `pred_boxes`, named as in transformers.
         check: compare the file with the model on 8 pictures, and keep it only if they agree.
         attention: "gather" for TensorRT, whose GridSample is wrong.
@@ -147,6 +147,8 @@ def export(
     for package in _NEEDS.get(format, ()) + ("nncf",) * (precision == "int8"):
         _require_package(package)
     splits = _open_data(calibrate, quantized=precision == "int8")
+    point = detector.operating_point
+    threshold, nms = (point.threshold if threshold is None else threshold), (point.nms if nms is None else nms)
     info = ExportInfo(
         name=detector.name,
         classes=detector.classes,

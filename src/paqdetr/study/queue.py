@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from paqdetr.checkpoint import write_whole
 from paqdetr.config import load_config
 from paqdetr.errors import ConfigError
+from paqdetr.files import write_whole
 from paqdetr.interrupt import STOP_SIGNALS, StopRequest
 from paqdetr.locks import Busy, held
 from paqdetr.runs import Run, flat_settings

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from paqdetr.checkpoint import write_whole
+from paqdetr.files import write_whole
 from paqdetr.report.markdown import to_markdown, write_plots
 from paqdetr.report.page import Chapter, Heading, render, write_folder
 from paqdetr.report.section import Section, Table
