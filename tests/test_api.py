@@ -24,6 +24,7 @@ def parameters(function: Any) -> dict[str, inspect.Parameter]:
     return dict(inspect.signature(function).parameters)
 
 
+@pytest.mark.integration
 def test_import_is_lazy_and_complete() -> None:
     code = (
         "import sys, paqdetr\n"

@@ -12,6 +12,7 @@ import sys
 import tomllib
 import zipfile
 from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,7 @@ def test_package_version_attribute() -> None:
     assert paqdetr.__version__ == __version__
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("statement", "unwanted"),
     [
@@ -172,3 +174,23 @@ def test_no_large_file() -> None:
     """Weights and data of others are never committed: one mebibyte is plenty for what is ours."""
     sizes = {str(path.relative_to(REPO)): path.stat().st_size for path in project_files()}
     assert not {name: size for name, size in sizes.items() if size > 2**20}
+
+
+def test_no_import_circles() -> None:
+    """Not at the top of modules, not in functions, not for type checkers alone."""
+    names = {
+        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in SOURCES
+    }
+    imports: dict[str, set[str]] = {}
+    for name, path in names.items():
+        found = imports[name] = set[str]()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.module is not None:
+                parts = [f"{node.module}.{alias.name}" for alias in node.names]
+                found.update(part if part in names else node.module for part in parts)
+    graph = {name: (found & names.keys()) - {name} for name, found in imports.items()}
+    assert sum(map(len, graph.values())) > 500
+    TopologicalSorter(graph).prepare()  # raises CycleError, naming the modules

@@ -14,6 +14,8 @@ import torch
 from paqdetr.data.loader import Batch
 from paqdetr.structures import ClassTable, Targets
 
+pytestmark = pytest.mark.integration
+
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 SETTINGS = {"image_size": 96, "model.num_queries": 20, "augment.scale": [0.7, 1.0], "batch_size": 2}
 

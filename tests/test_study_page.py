@@ -11,6 +11,8 @@ import pytest
 
 from paqdetr.study.results import read_results
 
+pytestmark = pytest.mark.integration
+
 REPO = Path(__file__).resolve().parents[1]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 
 class UserError(Exception):
@@ -61,6 +62,16 @@ class NonFiniteError(UserError):
         super().__init__(message, remedy)
         self.layers = tuple(layers)
         self.images = tuple(images)
+
+
+class ExportError(UserError):
+    """An exported model does not find what the model finds, or gains nothing; it was not written.
+
+    Attributes:
+        parity: the comparison that failed, a `paqdetr.deploy.parity.Parity`; None if it was another.
+    """
+
+    parity: Any = None
 
 
 class BackendError(UserError):

@@ -159,6 +159,21 @@ class Detections:
 
 
 @dataclass(frozen=True, slots=True)
+class OperatingPoint:
+    """How a model's detections are best used, as its evaluation found.
+
+    Attributes:
+        threshold: the least score, in [0, 1], where F1 at IoU 0.5 is at its best; None if that is not known.
+        nms: the IoU over which a box gives way to a better one of its class; None where there is too little to gain.
+        duplicates_cost: AP after non-maximum suppression minus AP; None if it is not known.
+    """
+
+    threshold: float | None = None
+    nms: float | None = None
+    duplicates_cost: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ClassTable:
     """Contiguous class index (position) <-> the data set's original category id and name."""
 

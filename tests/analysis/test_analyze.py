@@ -19,6 +19,8 @@ from paqdetr.errors import ConfigError, DataError
 from paqdetr.models import Detector
 from paqdetr.models.zoo import build_model
 
+pytestmark = pytest.mark.integration
+
 # Two models with random weights: what is shown means nothing, but all of it is there.
 SMALL: dict[str, Any] = {
     "image_size": 96,

@@ -32,6 +32,7 @@ def paqdetr(*arguments: object, module: str = "paqdetr") -> subprocess.Completed
 # ---------------------------------------------------------------------------------------------- processes
 
 
+@pytest.mark.integration
 def test_help_is_quick_and_complete() -> None:
     done = paqdetr("--help")
     assert done.returncode == 0 and done.stderr == ""
@@ -42,6 +43,7 @@ def test_help_is_quick_and_complete() -> None:
     assert loaded.stdout.split() == ["False", "False"]
 
 
+@pytest.mark.integration
 def test_the_verbs_as_processes(tmp_path: Path, tiny_run: Run, tiny_digits: Path) -> None:
     """`train` is run as a process by tests/training/test_resume.py."""
     done = paqdetr("eval", tiny_run.best, "--data", tiny_digits, "--json", tmp_path / "out.json")

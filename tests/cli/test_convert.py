@@ -24,6 +24,7 @@ def checkpoint(tmp_path: Path) -> Path:
     return tmp_path / "x.safetensors"
 
 
+@pytest.mark.integration
 def test_a_conversion_as_a_process(checkpoint: Path, tmp_path: Path) -> None:
     output, log = tmp_path / "paq.safetensors", tmp_path / "log" / "tensors.json"
     command = [sys.executable, "-m", "paqdetr", "convert", str(checkpoint), "num_patterns=4"]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -185,7 +186,7 @@ def test_analyze_looks_at_its_folder_before_the_work(
 ) -> None:
     from paqdetr import outputs
 
-    monkeypatch.setattr("paqdetr.analysis.analyze.evaluate_split", None)
+    monkeypatch.setattr(import_module("paqdetr.analysis.analyze"), "evaluate_split", None)
     monkeypatch.setattr(outputs.os, "access", lambda path, mode: Path(path) != tmp_path)
     assert run([*commands["analyze"], "--output", str(tmp_path / "report")]) == 2
     assert f"{tmp_path} may not be written" in capsys.readouterr().err

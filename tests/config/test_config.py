@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from paqdetr.config import (
     Config,
     LossConfig,
     ModelConfig,
+    describe_config,
     files,
     known_figures,
     known_keys,
@@ -457,21 +460,46 @@ def test_a_part_alone_is_no_model_but_can_be_a_base(tmp_path: Path) -> None:
         load_config("dino")
 
 
-@pytest.mark.parametrize("name", list_configs())
-def test_every_file_says_how_to_run_it_and_on_what(name: str) -> None:
-    configs = Path(paqdetr.__file__).parent / "configs"
-    (path,) = [p for p in (configs / "models" / f"{name}.yaml", configs / "recipes" / f"{name}.yaml") if p.is_file()]
-    head = [line for line in path.read_text().splitlines() if line.startswith("#")]
-    assert any(f"paqdetr train {name} --data" in line for line in head)
-    config = load_config(name)
-    assert config.name == name
-    if name != "digits_quickstart":
-        assert any(line.startswith("# Hardware it is meant for: ") for line in head)
-    published = known_figures("published").get(name)
-    if published is not None:
-        assert any(line.startswith(f"# Published: {published} AP") for line in head)
-    elif "_cityscapes" not in name:
-        assert not any(line.startswith("# Published") for line in head)
+@pytest.mark.parametrize(
+    ("name", "description"),
+    [
+        ("dino_nano", "DINO, 4 levels, the size of two CPU cores."),
+        ("paq_dn_detr_r50", "DN-Deformable-DETR with PaQ, ResNet-50, 12 epochs of COCO."),
+        ("paq_dino_r50_24e", "DINO, 4 levels with PaQ, ResNet-50, 24 epochs of COCO."),
+        ("dino_r50_12e", "DINO, 4 levels, ResNet-50, 12 epochs of COCO, trained as by its authors."),
+    ],
+)
+def test_descriptions_are_put_together_from_host_size_and_recipe(name: str, description: str) -> None:
+    assert describe_config(name) == description
+
+
+def test_a_host_is_one_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    configs = tmp_path / "configs"
+    shutil.copytree(Path(paqdetr.__file__).parent / "configs", configs)
+    host = "title: DINO with few queries\nsizes: [nano]\nbase: parts/dino\nmodel: {num_points: 3}\n"
+    (configs / "parts" / "hosts" / "small_dino.yaml").write_text(host)
+    monkeypatch.setattr(files, "_config_dir", lambda: configs)
+    for cached in (files._models, files._part):
+        monkeypatch.setattr(files, cached.__name__, cache(cached.__wrapped__))
+    assert list_configs("model", "*small_dino*") == ["paq_small_dino_nano", "small_dino_nano"]
+    assert changed(load_config("paq_small_dino_nano"), load_config("paq_dino_nano")) == {
+        "name": ("paq_small_dino_nano", "paq_dino_nano"),
+        "model.num_points": (3, 4),
+    }
+    assert load_config("small_dino_nano_24e").epochs == 24  # a recipe for any model
+    with pytest.raises(ConfigError, match="unknown model or recipe 'small_dino_r50'"):
+        load_config("small_dino_r50")
+
+
+@pytest.mark.parametrize("folder", ["parts/sizes", "parts/recipes", "recipes"])
+def test_files_of_sizes_and_recipes_say_what_hardware_they_are_for(folder: str) -> None:
+    files = list((Path(paqdetr.__file__).parent / "configs" / folder).glob("*.yaml"))
+    assert len(files) >= 3
+    for file in files:
+        head = [line for line in file.read_text().splitlines() if line.startswith("#")]
+        assert "hardware" in " ".join(head).lower() or "two CPU cores" in head[0], file.name
+        if folder == "recipes":
+            assert any(f"paqdetr train {file.stem} --data" in line for line in head)
 
 
 def test_published_figures_are_of_models() -> None:

@@ -93,6 +93,7 @@ def test_every_setting_of_the_table_is_known_and_tried() -> None:
     assert named - set(CASES) == {"drop_at", "lr_reference_batch"}
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("key", CASES)
 def test_what_is_called_idle_is_and_what_is_not_is_not(key: str, one_thread: None) -> None:
     value, model, needed = CASES[key]

@@ -13,6 +13,8 @@ from paqdetr.convert import COCO, ConversionReport, convert_checkpoint
 from paqdetr.errors import CheckpointError, ConfigError, UserError
 from paqdetr.models import Detector, create_model, load
 
+pytestmark = pytest.mark.integration
+
 if TYPE_CHECKING:
     from tests.convert.conftest import Original  # its fixtures make them
 

@@ -21,6 +21,8 @@ from torchvision.models.swin_transformer import SwinTransformer
 
 from paqdetr.convert import COCO, convert_checkpoint
 
+pytestmark = pytest.mark.integration
+
 DIM, HEADS, POINTS, QUERIES = 128, 4, 3, 7
 State = dict[str, Tensor]
 

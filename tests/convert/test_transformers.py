@@ -15,6 +15,8 @@ from torch import nn
 from paqdetr.convert import COCO, convert_checkpoint
 from paqdetr.errors import CheckpointError
 
+pytestmark = pytest.mark.integration
+
 transformers = pytest.importorskip("transformers")
 
 KINDS = {

@@ -257,6 +257,7 @@ def test_a_failure_stands_for_its_batch() -> None:
 # ------------------------------------------------------------------------------------- workers and mosaic
 
 
+@pytest.mark.integration
 def test_spawned_workers_change_no_batch(split: DetectionDataset) -> None:
     """What a worker needs survives pickling: macOS and Windows start workers so, and Python 3.14 does on Linux."""
     config = settings(workers=2, **{"augment.mosaic": 0.5})

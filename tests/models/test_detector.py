@@ -83,6 +83,7 @@ def test_other_levels_and_a_resnet(
     assert without_gradient(model) == []
 
 
+@pytest.mark.integration
 def test_resnet50_at_full_width(make_targets: Callable) -> None:
     model = create_model("paq_dino_r50", num_queries=60, denoising_queries=4)
     output = step(model, make_targets(2, 1, num_classes=80), 64)

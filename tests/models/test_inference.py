@@ -53,6 +53,7 @@ def in_double(model: Detector) -> Detector:
     return model
 
 
+@pytest.mark.integration
 def test_the_same_alone_and_in_any_batch_and_order(model: Detector) -> None:
     """In float64: sums are rounded in an order that depends on the size of the batch (BLAS picks its kernel by it), and in
     float32 that now and then exchanges two proposals of an untrained model whose scores are equal but for the last bit. Noise of

@@ -18,6 +18,8 @@ from paqdetr.models.detector import Detector
 from paqdetr.models.zoo import build_model
 from paqdetr.structures import Targets
 
+pytestmark = pytest.mark.integration
+
 transformers = pytest.importorskip("transformers")
 
 CLASSES, QUERIES, DIM, LAYERS = 7, 12, 128, 3  # 128: from there on both norm the neck in 32 groups

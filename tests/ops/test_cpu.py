@@ -102,6 +102,7 @@ class Attended(Dataset[Tensor]):
 
 
 # numba's own threads would end a forked process here, or hang it.
+@pytest.mark.integration
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 @pytest.mark.usefixtures("threads")
 def test_workers_of_a_loader(method: str) -> None:
@@ -157,6 +158,7 @@ def output_of(process: subprocess.Popen[str]) -> str:
     return out
 
 
+@pytest.mark.integration
 def test_no_compiler_is_needed(tmp_path: Path) -> None:
     """In two processes at once that share an empty cache; the second time it is read from there."""
     nothing = tmp_path / "bin"
@@ -172,6 +174,7 @@ def test_no_compiler_is_needed(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.nbc")} == times
 
 
+@pytest.mark.integration
 def test_a_process_without_numba() -> None:
     script = "import sys; sys.modules['numba'] = None; sys.modules['llvmlite'] = None\n" + SCRIPT
     assert output_of(run(script)).split()[0] == "reference"

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from paqdetr.ops import ms_deform_attn, use_backend
 
+pytestmark = pytest.mark.integration
+
 for name in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(name)
 

@@ -12,9 +12,12 @@ import pytest
 
 SRC = Path(__file__).resolve().parents[2] / "src"
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="needs triton, which comes with torch on Linux"
-)
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.skipif(
+        importlib.util.find_spec("triton") is None, reason="needs triton, which comes with torch on Linux"
+    ),
+]
 
 INTERPRETED = """
 import torch

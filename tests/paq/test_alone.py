@@ -8,7 +8,11 @@ import sys
 from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import Path
 
+import pytest
+
 import paqdetr
+
+pytestmark = pytest.mark.integration
 
 WANTED = ("torch", "torchvision", "scipy", "numpy")
 

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,14 +27,14 @@ class Stub:
 
     delay: float = 0.0
     name: str = "stub"
-    threshold: float = 0.5
+    operating_point: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(threshold=0.5, nms=None))
     classes: ClassTable = field(default_factory=lambda: ClassTable((3, 7), ("cat", "dog & <b>")))
     calls: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
 
     def predict(self, images: Sequence[Image.Image], **how: Any) -> list[Detections]:
         self.calls.append((len(images), how))
         time.sleep(self.delay)
-        return [self._one(image).above(how.get("threshold", self.threshold)) for image in images]
+        return [self._one(image).above(how.get("threshold", self.operating_point.threshold)) for image in images]
 
     def _one(self, image: Image.Image) -> Detections:
         red, green, blue = image.getpixel((0, 0))  # type: ignore[misc]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+pytestmark = [pytest.mark.integration, pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")]
 
 # Two processes that end with 143 when they are asked to stop, as trainings do.
 WORKER = """

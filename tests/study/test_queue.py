@@ -300,6 +300,7 @@ def in_this_process(arguments: list[str], **rest: Any) -> Ended:
     return Ended(paqdetr(arguments[1:]), 1.0, 1.0)
 
 
+@pytest.mark.integration
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 def test_killed_in_the_middle_of_a_run(
     tmp_path: Path,

@@ -12,6 +12,8 @@ from paqdetr.cli import run
 from paqdetr.runs import Run
 from paqdetr.training import step
 
+pytestmark = pytest.mark.integration
+
 
 def test_a_training_that_runs_out_says_what_helps_and_goes_on(
     tiny_digits: Path,

@@ -18,6 +18,8 @@ from paqdetr.training.memory import largest_batch, peaks_of_steps, worst_batch
 from paqdetr.training.plan import Overfit, overfit_one_batch, plan_training
 from paqdetr.training.setup import with_classes
 
+pytestmark = pytest.mark.integration
+
 MEMORY = "paqdetr.training.memory.available_memory"
 PEAKS = "paqdetr.training.memory.peaks_of_steps"
 

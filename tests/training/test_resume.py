@@ -121,6 +121,7 @@ def test_stopped_and_resumed_equals_never_stopped(
     require_same_end(straight, halves)
 
 
+@pytest.mark.integration
 def test_one_to_many_schedule_resumes(tmp_path: Path, go: Go, tiny_settings: dict[str, Any]) -> None:
     """One-to-many assignment ends in the second part of the training."""
     settings = tiny_settings | {
@@ -138,6 +139,7 @@ def test_one_to_many_schedule_resumes(tmp_path: Path, go: Go, tiny_settings: dic
     assert [count >= 2 for count in positives] == [True] * 7 + [False]  # 7 of 8 steps begin before 0.8
 
 
+@pytest.mark.integration
 def test_a_record_after_a_resumption_covers_fewer_steps(tmp_path: Path, go: Go) -> None:
     losses: list[float] = []
 
@@ -169,6 +171,7 @@ def with_half_of_the_images(data: Path) -> None:
     (data / "train.json").write_text(json.dumps(content))
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("change", "message", "steps"),
     [
@@ -201,6 +204,7 @@ def test_other_data_are_refused_unless_accepted(
     assert go(run.output, data=data, resume=True) == run  # of the new data now
 
 
+@pytest.mark.integration
 def test_new_data_are_for_a_resumption(tmp_path: Path, go: Go) -> None:
     with pytest.raises(ConfigError, match="is for a resumption"):
         go(tmp_path / "run", accept_new_data=True)
@@ -229,6 +233,7 @@ class OutOfMemory(Callback):
         raise MemoryError
 
 
+@pytest.mark.integration
 def test_a_failing_first_step_leaves_nothing_in_the_way(tmp_path: Path, go: Go) -> None:
     for resume in (False, True):
         with pytest.raises(OutOfMemoryError):
@@ -239,6 +244,7 @@ def test_a_failing_first_step_leaves_nothing_in_the_way(tmp_path: Path, go: Go) 
         shutil.rmtree(run.output)
 
 
+@pytest.mark.integration
 def test_pictures_that_cannot_be_drawn_do_not_cost_the_training(
     tmp_path: Path, go: Go, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -250,6 +256,7 @@ def test_pictures_that_cannot_be_drawn_do_not_cost_the_training(
     assert "pictures of the run could be drawn: ParseException" in caplog.text
 
 
+@pytest.mark.integration
 def test_stopped_between_evaluation_and_state(
     tmp_path: Path, go: Go, straight: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,6 +277,7 @@ def test_stopped_between_evaluation_and_state(
     require_same_end(straight, halves)
 
 
+@pytest.mark.integration
 def test_resume_starts_what_is_not_there(tmp_path: Path, go: Go) -> None:
     run = go(tmp_path / "run", resume=True, max_steps=1)
     assert run.finished and [record["step"] for record in run.records("train")] == [1]
@@ -281,6 +289,7 @@ def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
     }
 
 
+@pytest.mark.integration
 def test_a_finished_run_is_left_alone(tmp_path: Path, go: Go) -> None:
     run = go(tmp_path / "run", max_steps=1)
     before = snapshot(run.output)
@@ -296,6 +305,7 @@ def test_a_finished_run_is_left_alone(tmp_path: Path, go: Go) -> None:
     assert snapshot(run.output) == before
 
 
+@pytest.mark.integration
 def test_a_damaged_state_is_named_and_kept(tmp_path: Path, go: Go) -> None:
     with pytest.raises(Stop):
         go(tmp_path / "run", callbacks=[StopAt(3)])
@@ -307,6 +317,7 @@ def test_a_damaged_state_is_named_and_kept(tmp_path: Path, go: Go) -> None:
     assert snapshot(run.output) == before
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", ["best.safetensors", "last.safetensors"])
 def test_a_damaged_checkpoint_is_named_at_once(tmp_path: Path, go: Go, name: str) -> None:
     """And removed, it costs what it was, not the training."""

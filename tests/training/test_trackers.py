@@ -11,6 +11,8 @@ from paqdetr.runs import Run
 from paqdetr.training import Callback, train
 from paqdetr.training.callbacks import require_trackers
 
+pytestmark = pytest.mark.integration
+
 
 class Stop(Exception):
     """Pulls the plug."""

@@ -11,16 +11,23 @@ import typer
 from paqdetr.cli.console import (
     BatchSize,
     Device,
+    Nms,
     OutputFiles,
+    Overlap,
     Overwrite,
     Resamples,
     Seed,
+    TileSize,
+    WithWhole,
     errors,
+    parse_nms,
     print_styled,
     progress_bar,
     results,
+    tiles_of,
 )
 from paqdetr.errors import ConfigError
+from paqdetr.values import require_threshold
 
 if TYPE_CHECKING:
     from paqdetr.data.dataset import DetectionDataset
@@ -31,6 +38,7 @@ if TYPE_CHECKING:
     from paqdetr.metrics.intervals import FigureIntervals
     from paqdetr.metrics.matches import MatchTable
     from paqdetr.models.detector import Detector
+    from paqdetr.runtime.tiles import Tiles
 
 _Kind = Literal["bbox", "segm"]
 
@@ -48,6 +56,9 @@ class _Options:
     seed: int
     batch_size: int
     device: str | None
+    threshold: float = 0.0
+    nms: float | None = None
+    tiles: Tiles | None = None
 
     @property
     def where(self) -> str:
@@ -116,6 +127,11 @@ def evaluate(
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
     batch_size: BatchSize = 4,
+    threshold: Annotated[float, typer.Option(help="Leave out what scores less: AP of what users see at it.")] = 0.0,
+    nms: Nms = None,
+    tiles: TileSize = None,
+    overlap: Overlap = None,
+    with_whole: WithWhole = False,
     overwrite: Overwrite = False,
     device: Device = None,
 ) -> None:
@@ -130,7 +146,13 @@ def evaluate(
         raise ConfigError("--results-out keeps the detections of a CHECKPOINT", "leave it out")
     files = OutputFiles("paqdetr eval", overwrite=overwrite, json=json_file, results_out=results_out)
     split = "" if data is None else split_to_evaluate(data, split)
-    options = _Options(data, split, annotations, kind, max_detections, resamples, seed, batch_size, device)
+    require_threshold(threshold)
+    cut, suppress = tiles_of(tiles, overlap, with_whole), parse_nms(nms)
+    if results_file is not None and (cut, suppress, threshold) != (None, None, 0):
+        raise ConfigError("--nms, --threshold and --tiles are about a CHECKPOINT", "leave them out")
+    options = _Options(
+        data, split, annotations, kind, max_detections, resamples, seed, batch_size, device, threshold, suppress, cut
+    )
     if compare is not None:
         written = _compare(compare, options)
     else:
@@ -207,6 +229,9 @@ def _detect(
             batch_size=options.batch_size,
             max_detections=options.max_detections,
             progress=progress if processes.main else None,
+            threshold=options.threshold,
+            nms=options.nms,
+            tiles=options.tiles,
         )
     return model, found
 

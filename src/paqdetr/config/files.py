@@ -4,14 +4,16 @@ A YAML file may name a `base` whose settings it changes, or a list of them, the 
 `preset: paper`, the literal paper, laid over its bases. Later wins: defaults < bases < preset of the file < file <
 preset among the overrides < other `key=value` overrides.
 
-Inside the package: `configs/models` one file a model, with its COCO recipe; `configs/parts` what models are put together
-from (hosts, sizes, PaQ); `configs/recipes` other trainings of a model; `configs/presets`.
+Names are parsed: a model is `[paq_]{host}_{size}`, put together from `configs/parts/hosts`, `configs/parts/sizes` and
+`configs/parts/paq*.yaml`; a recipe trains a model otherwise, `{model}_{recipe}` with a file in `configs/parts/recipes`, or has a
+file of its own in `configs/recipes`. So a host is one file.
 """
 
 from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Mapping
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +30,9 @@ from paqdetr.yaml_files import as_mapping, parse_value, parse_yaml
 
 _MAX_FILE = 2**16  # bytes
 _MAX_BASES = 64
+# What parts say about themselves: a title for `config list`; of a size its training; the sizes of a host, all by default; the
+# models that a recipe is listed for.
+_ABOUT = ("title", "training", "sizes", "models")
 
 
 def list_configs(kind: Literal["all", "model", "recipe"] = "all", pattern: str = "*") -> list[str]:
@@ -37,10 +42,8 @@ def list_configs(kind: Literal["all", "model", "recipe"] = "all", pattern: str =
         kind: which of them.
         pattern: a wildcard such as "paq_*".
     """
-    folders = {"model": ["models"], "recipe": ["recipes"]}.get(kind, ["models", "recipes"])
-    entries = [entry.name for folder in folders for entry in (_config_dir() / folder).iterdir()]
-    names = sorted(name.removesuffix(".yaml") for name in entries if name.endswith(".yaml"))
-    return fnmatch.filter(names, pattern)
+    names = {"model": list(_models()), "recipe": _recipes()}
+    return fnmatch.filter(sorted(names.get(kind) or names["model"] + names["recipe"]), pattern)
 
 
 def load_config(source: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> Config:
@@ -105,8 +108,13 @@ def describe_config(name: str) -> str:
     Raises:
         ConfigError: unknown name.
     """
-    first = _text_of(name).partition("\n")[0]
-    return first.removeprefix("#").strip()
+    if name in _files("recipes"):
+        return _files("recipes")[name].read_text(encoding="utf-8").partition("\n")[0].removeprefix("#").strip()
+    model, recipe = _parse(name)
+    host, size, *paq = _models()[model]
+    training = _part(recipe)["title"] if recipe else _part(size).get("training")
+    what = _part(host)["title"] + (" with PaQ" if paq else "")
+    return ", ".join(filter(None, (what, _part(size)["title"], training))) + "."
 
 
 def known_figures(kind: Literal["published", "measured", "costs"]) -> dict[str, Any]:
@@ -117,6 +125,58 @@ def known_figures(kind: Literal["published", "measured", "costs"]) -> dict[str, 
 
 def _config_dir():  # type: ignore[no-untyped-def]  # a Traversable, which typeshed moved between modules
     return files("paqdetr") / "configs"
+
+
+def _files(folder: str) -> dict[str, Any]:
+    """Files of `configs/{folder}` by name."""
+    entries = {entry.name: entry for entry in (_config_dir() / folder).iterdir()}
+    return {name.removesuffix(".yaml"): entry for name, entry in entries.items() if name.endswith(".yaml")}
+
+
+@cache
+def _part(name: str) -> dict[str, Any]:
+    """The file of a host, a size, a recipe for any model, or another part."""
+    for folder in ("hosts", "sizes", "recipes", ""):
+        found = _files(f"parts/{folder}")
+        if name in found:
+            return _read_yaml(found[name].read_text(encoding="utf-8"), f"parts/{name}")
+    raise ConfigError(f"unknown part 'parts/{name}'", "docs/hosts.md lists hosts and sizes")
+
+
+@cache
+def _models() -> dict[str, tuple[str, ...]]:
+    """Name of each model -> the parts it is put together from."""
+    sizes, others, models = _files("parts/sizes"), _files("parts"), {}
+    for host in _files("parts/hosts"):
+        for size in _part(host).get("sizes", sizes):
+            models[f"{host}_{size}"] = (host, size)
+            models[f"paq_{host}_{size}"] = (host, size, f"paq_{size}" if f"paq_{size}" in others else "paq")
+    return models
+
+
+def _recipes() -> list[str]:
+    """Recipes with a file of their own, and those that a recipe for any model is listed for."""
+    names = list(_files("recipes"))
+    for recipe in _files("parts/recipes"):
+        for model in _part(recipe)["models"]:
+            names += [f"{model}_{recipe}", f"paq_{model}_{recipe}"]
+    return names
+
+
+def _parse(name: str) -> tuple[str, str | None]:
+    """`[paq_]{host}_{size}[_{recipe}]` -> model and recipe.
+
+    Raises:
+        ConfigError: it is no such name.
+    """
+    for recipe in (None, *_files("parts/recipes")):
+        model = name.removesuffix(f"_{recipe}")
+        if model in _models() and (recipe is None or model != name):
+            return model, recipe
+    raise ConfigError(
+        f"unknown model or recipe {name!r}",
+        did_you_mean(name, list_configs(), "`paqdetr config list` lists what there is"),
+    )
 
 
 def _read_preset(name: Any) -> dict[str, Any]:
@@ -165,7 +225,7 @@ class _Bases:
         return self.known[key]
 
     def _read(self, source: str) -> dict[str, Any]:
-        values = _read_yaml(_text_of(source), source)
+        values = _settings_of(source)
         bases = values.pop("base", None) or []
         inherited: dict[str, Any] = {}
         for base in bases if isinstance(bases, list) else [bases]:
@@ -185,24 +245,23 @@ class _Bases:
         return _merge(inherited, values)
 
 
-def _text_of(source: str) -> str:
-    """The YAML behind a path, or behind the name of a model, a recipe or a part ("parts/dino")."""
+def _settings_of(source: str) -> dict[str, Any]:
+    """What stands behind a path, or the name of a model, a recipe or a part ("parts/dino"), without its bases' settings."""
     if source.endswith((".yaml", ".yml")):
-        return read_text(Path(source), limit=_MAX_FILE, error=ConfigError)
+        return _read_yaml(read_text(Path(source), limit=_MAX_FILE, error=ConfigError), source)
     folder = Path(source)
     if source.endswith(".safetensors") or (folder.is_dir() and any(folder.glob("*.safetensors"))):
         raise ConfigError(
             f"{source}: a checkpoint, in the place of a model or recipe",
             f"name the model; `paqdetr train MODEL init={source}` starts from these weights",
         )
-    for name in (f"models/{source}", f"recipes/{source}", source):
-        entry = _config_dir().joinpath(*f"{name}.yaml".split("/"))
-        if entry.is_file() and (name != source or source.startswith("parts/")):
-            return entry.read_text(encoding="utf-8")
-    raise ConfigError(
-        f"unknown model or recipe {source!r}",
-        did_you_mean(source, list_configs(), "`paqdetr config list` lists what there is"),
-    )
+    if source.startswith("parts/"):
+        part = _part(source.removeprefix("parts/"))
+        return {key: value for key, value in part.items() if key not in _ABOUT}
+    if source in _files("recipes"):
+        return _read_yaml(_files("recipes")[source].read_text(encoding="utf-8"), source)
+    model, recipe = _parse(source)
+    return {"base": [model, f"parts/{recipe}"] if recipe else [f"parts/{part}" for part in _models()[model]]}
 
 
 def _read_yaml(text: str, where: str) -> dict[str, Any]:

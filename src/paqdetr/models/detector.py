@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from paqdetr.models.backbone import Backbone
 from paqdetr.models.decoder import Decoder
 from paqdetr.models.denoising import Denoising
 from paqdetr.models.encoder import DeformableEncoder
-from paqdetr.models.inference import predict_images
+from paqdetr.models.inference import detect_batch
 from paqdetr.models.neck import Neck
 from paqdetr.models.outputs import DetectorOutput
 from paqdetr.models.proposals import ProposalStart, QueryStart, Start, query_features
@@ -26,7 +29,10 @@ from paqdetr.models.tokens import Tokens
 from paqdetr.paq import Mixture
 from paqdetr.paq.targets import require_form, require_values
 from paqdetr.preprocessing import Preprocessing
-from paqdetr.structures import ClassTable, Detections, Targets
+from paqdetr.runtime.predict import stream
+from paqdetr.runtime.predictor import predict_images
+from paqdetr.runtime.tiles import Tiles
+from paqdetr.structures import ClassTable, Detections, OperatingPoint, Targets
 
 
 class Detector(nn.Module):
@@ -37,6 +43,7 @@ class Detector(nn.Module):
         name: the model's name.
         classes: contiguous index -> the data set's category id and name.
         preprocessing: what an image goes through before the model sees it.
+        operating_point: the threshold and the suppression of duplicates that its evaluation recommends, if there was one.
     """
 
     def __init__(
@@ -57,6 +64,7 @@ class Detector(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.name, self.classes, self.preprocessing = config, name, classes, preprocessing
+        self.operating_point = OperatingPoint()
         self.backbone = backbone
         self.neck = neck
         self.encoder = encoder
@@ -166,7 +174,14 @@ class Detector(nn.Module):
         return F.pad(content, (0, self.config.dim - self.config.content_dim))
 
     def predict(
-        self, images: ImageSource | Sequence[ImageSource], threshold: float = 0.3, batch_size: int = 1
+        self,
+        images: ImageSource | Iterable[ImageSource],
+        threshold: float | None = None,
+        batch_size: int = 1,
+        *,
+        nms: float | None = None,
+        classes: Collection[int | str] | None = None,
+        tiles: Tiles | int | None = None,
     ) -> list[Detections]:
         """Detections of one image or many, in the order given.
 
@@ -176,15 +191,36 @@ class Detector(nn.Module):
         Args:
             images: paths, bytes of image files, files opened as binary, PIL images or (H, W, 3) uint8 RGB arrays. EXIF turns are
                 applied.
-            threshold: the least score of a detection, in [0, 1].
+            threshold: the least score of a detection, in [0, 1]; None: that of `operating_point`, else 0.3.
             batch_size: images of one size that go through the model together; it never changes what is found.
+            nms: a box that overlaps a better one of its class by more than this IoU is dropped; None: that of
+                `operating_point`, else nothing is; 1 drops nothing.
+            classes: ids or names of the only classes that are wanted.
+            tiles: images are cut into tiles of this many pixels a side, or as a `Tiles` says, so that small objects of large
+                images are found; one that is not larger is predicted as it is.
 
         Raises:
             DataError: an image that cannot be read, by name.
             NonFiniteError: predictions that are NaN or infinite, with the images.
-            ConfigError: a threshold outside of [0, 1], a batch size below 1, or a model in a precision that its device has not.
+            ConfigError: an argument out of its range, a class that the model does not have, or a model in a precision that
+                its device has not.
         """
-        return predict_images(self, images, threshold=threshold, batch_size=batch_size)
+        return predict_images(
+            self,
+            images,
+            partial(detect_batch, self),
+            threshold=threshold,
+            nms=nms,
+            classes=classes,
+            batch_size=batch_size,
+            tiles=tiles,
+        )
+
+    def stream(
+        self, sources: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], **how: Any
+    ) -> Iterator[Detections]:
+        """Detections of pictures, folders, videos and cameras, one by one and lazily: see `paqdetr.runtime.predict.stream`."""
+        return stream(self, sources, **how)
 
     def save(self, path: str | Path, **extra: Any) -> None:
         """Write weights, config, classes and preprocessing as one safetensors file that `paqdetr.load` reads.
@@ -201,6 +237,7 @@ class Detector(nn.Module):
             "model": self.config.model_dump(mode="json"),
             "classes": [{"id": i, "name": name} for i, name in zip(self.classes.ids, self.classes.names, strict=True)],
             "preprocessing": self.preprocessing.to_dict(),
+            **({} if self.operating_point == OperatingPoint() else {"operating_point": asdict(self.operating_point)}),
             **extra,
         }
         write_checkpoint(path, self.state_dict(), header)

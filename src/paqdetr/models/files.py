@@ -23,7 +23,7 @@ from paqdetr.models.detector import Detector
 from paqdetr.models.zoo import build_model
 from paqdetr.preprocessing import Preprocessing
 from paqdetr.serialize import fields_of
-from paqdetr.structures import ClassTable
+from paqdetr.structures import ClassTable, OperatingPoint
 from paqdetr.text import shorten
 
 # Tensors with a row a class, and with one or several rows a query.
@@ -272,6 +272,12 @@ class _Class(BaseModel):
     name: str
 
 
+class _OperatingPoint(BaseModel):
+    threshold: float | None = Field(None, ge=0, le=1)
+    nms: float | None = Field(None, ge=0, le=1)
+    duplicates_cost: float | None = Field(None, ge=-1, le=1)
+
+
 class _Header(BaseModel):
     """What the header of a model's checkpoint holds, among other things."""
 
@@ -279,6 +285,7 @@ class _Header(BaseModel):
     model: dict[str, Any]
     classes: list[_Class] = Field(min_length=1)
     preprocessing: dict[str, Any]
+    operating_point: _OperatingPoint = _OperatingPoint()  # checkpoints of earlier versions have none
 
     @field_validator("classes")
     @classmethod
@@ -326,6 +333,8 @@ def load(
             ) from None
         model.preprocessing = preprocessing
         load_tensors(model, tensors, str(file))
+        point = _OperatingPoint.model_validate(header.get("operating_point", {}))
+        model.operating_point = OperatingPoint(**point.model_dump())
         if classes is not None or num_queries is not None:
             model, report = reshape(model, classes=classes, num_queries=num_queries)
             _LOG.warning("%s: %s", file, report)

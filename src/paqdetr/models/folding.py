@@ -154,3 +154,18 @@ def _look_up(name: str, last_of: dict[int, tuple[str, Tensor]], follows: dict[st
             follows[name] = last_of[id(inputs[0])][0]
 
     return hook
+
+
+@torch.no_grad()
+def bake_folded_norms(model: nn.Module) -> None:
+    """Replace every `FoldedConv2d` by a plain convolution with the scaled weights, in place: an exported graph then holds the
+    weights themselves and no computation of them."""
+    for name, part in list(model.named_modules()):
+        if isinstance(part, FoldedConv2d):
+            weight, bias = part._folded()
+            outputs, inputs, *kernel = weight.shape
+            baked = (Conv2dSame if part.pads_same else nn.Conv2d)(
+                inputs * part.groups, outputs, tuple(kernel), part.stride, part.padding, part.dilation, part.groups
+            )
+            baked.weight, baked.bias = nn.Parameter(weight.clone()), nn.Parameter(bias.clone())
+            model.set_submodule(name, baked)

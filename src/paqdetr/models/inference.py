@@ -6,11 +6,8 @@ score but for the last bit, they may change places.
 
 from __future__ import annotations
 
-import os
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -20,11 +17,9 @@ from torchvision.ops import box_convert
 
 from paqdetr.config import ModelConfig
 from paqdetr.errors import ConfigError, NonFiniteError, memory_error
-from paqdetr.images import ImageSource, read_image
 from paqdetr.models.outputs import DetectorOutput
 from paqdetr.preprocessing import Preprocessing, pad_images
 from paqdetr.structures import ClassTable, Detections, Targets
-from paqdetr.values import require_batch_size, require_threshold
 
 Self = TypeVar("Self")
 
@@ -61,43 +56,6 @@ class Observer(Protocol):
     def merge(self: Self, other: Self) -> None:
         """Take over what another process's copy has seen; called in the main process alone."""
         ...
-
-
-def predict_images(
-    model: ImageModel, images: ImageSource | Sequence[ImageSource], *, threshold: float, batch_size: int = 1
-) -> list[Detections]:
-    """See `Detector.predict`."""
-    require_threshold(threshold)
-    require_batch_size(batch_size)
-    # What is no collection of images is one image, or nothing that `read_image` knows: a number, a tensor.
-    one = isinstance(images, (str, bytes, bytearray, memoryview, np.ndarray, Tensor, Mapping)) or hasattr(
-        images, "read"
-    )
-    sources: list[Any] = list(images) if isinstance(images, Iterable) and not one else [images]
-    found: list[Detections | None] = [None] * len(sources)
-    buckets: dict[tuple[int, int], list[tuple[int, Tensor, tuple[int, int]]]] = defaultdict(list)
-
-    def run(bucket: list[tuple[int, Tensor, tuple[int, int]]]) -> None:
-        paths = [str(x) if isinstance(x := sources[entry[0]], (str, os.PathLike)) else None for entry in bucket]
-        names = [path or f"image {entry[0]}" for path, entry in zip(paths, bucket, strict=True)]
-        pixels, sizes = [entry[1] for entry in bucket], [entry[2] for entry in bucket]
-        batch = detect_batch(model, pixels, sizes, threshold=threshold, names=names)
-        for path, (index, *_), detections in zip(paths, bucket, batch, strict=True):
-            detections.image_id = detections.file_name = None if path is None else Path(path).name
-            found[index] = detections
-
-    for index, source in enumerate(sources):
-        picture = read_image(source)
-        pixels = model.preprocessing(picture)
-        bucket = buckets[(pixels.shape[1], pixels.shape[2])]
-        bucket.append((index, pixels, (picture.height, picture.width)))
-        if len(bucket) == batch_size:
-            run(bucket)
-            bucket.clear()
-    for bucket in buckets.values():
-        if bucket:
-            run(bucket)
-    return [detections for detections in found if detections is not None]
 
 
 def detect_batch(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -16,7 +17,7 @@ import numpy as np
 
 from paqdetr.errors import BackendError, CheckpointError
 from paqdetr.files import open_regular
-from paqdetr.runtime.info import KEY
+from paqdetr.runtime.info import FILE_ENTRY, KEY
 
 _SEAL_KEY = f"{KEY}_sha256"
 # The last bytes of a file: a further entry of the ONNX message's metadata_props (field 14: key and value), or a comment of XML.
@@ -70,6 +71,17 @@ def seal(path: Path) -> None:
     digest = _digest(path, path.read_bytes())
     with path.open("ab") as file:
         file.write(before + digest + after)
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether a file is there and was written by `paqdetr export`; .pt2 and TorchScript archives by the extra file they hold."""
+    if not path.is_file():
+        return False
+    suffix = path.suffix.lower()
+    if suffix not in _SEALS:
+        return zipfile.is_zipfile(path) and any(name.endswith(FILE_ENTRY) for name in zipfile.ZipFile(path).namelist())
+    before, after = _SEALS[suffix]
+    return path.read_bytes()[-(len(before) + 64 + len(after)) :].startswith(before)
 
 
 def _check_seal(path: Path, content: bytes) -> None:

@@ -18,6 +18,8 @@ from paqdetr.values import is_coordinate
 
 KEY = "paqdetr"
 """The entry of `metadata_props` (ONNX) or of `rt_info["model_info"]` (OpenVINO) that holds the json text."""
+FILE_ENTRY = "paqdetr.json"
+"""The extra file of .pt2 and TorchScript archives that holds it."""
 FORMAT = 1
 PRECISIONS = ("f32", "f16", "int8")
 _MAX_SIDE = 2**14

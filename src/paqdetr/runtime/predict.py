@@ -59,7 +59,27 @@ def stream(
     on_unreadable: Callable[[Source, DataError], object] | None = None,
     **how: Any,
 ) -> Iterator[Detections]:
-    """See `Detector.stream`."""
+    """Detections of pictures and videos, one at a time and only as they are asked for, whatever the source.
+
+    Args:
+        model: a detector.
+        sources: one or many of: a file, a folder, a pattern such as `data/*.jpg`, `http://...`, a video, `rtsp://...`,
+            `camera:0`, and "-" for a list of these on standard input.
+        recursive: folders with all that is below them.
+        every: of a video every so many frames.
+        max_frames: the most of each video or live source, which goes on for ever otherwise.
+        batch_size: pictures, or frames of a file, that go through the model together. Of a live source the newest frame goes
+            alone, and those that arrive meanwhile are dropped.
+        on_unreadable: called with what cannot be read, which is then left out; None: an error.
+        how: threshold, nms, classes and tiles, as of `Detector.predict`.
+
+    Returns:
+        an iterator: each has `image`, `file_name`, and of a video `frame` and `time`.
+
+    Raises:
+        DataError: a source does not exist or cannot be read.
+        ConfigError: an argument is out of its range, or PyAV is missing.
+    """
     given = [sources] if isinstance(sources, (str, os.PathLike)) else sources
     listed = list_sources(given, recursive=recursive)
     pictures = read_sources(listed, every=every, max_frames=max_frames, on_unreadable=on_unreadable)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from PIL.Image import Image
@@ -15,9 +16,11 @@ from paqdetr.errors import CheckpointError, ConfigError, NonFiniteError
 from paqdetr.images import ImageSource, read_image
 from paqdetr.runtime.engines import Engine, open_engine
 from paqdetr.runtime.info import ExportInfo, FixedSize
-from paqdetr.structures import ClassTable, Detections
+from paqdetr.runtime.predict import stream
+from paqdetr.runtime.tiles import Tiles, predict_tiles
+from paqdetr.structures import ClassTable, Detections, OperatingPoint
 from paqdetr.text import did_you_mean
-from paqdetr.values import require_batch_size, require_threshold
+from paqdetr.values import require_batch_size, require_nms, require_threshold
 
 DEFAULT_THRESHOLD = 0.3
 """The least score of a detection, where neither the caller nor the model names one."""
@@ -51,6 +54,10 @@ class Predictor:
         return self.info.classes
 
     @property
+    def operating_point(self) -> OperatingPoint:
+        return OperatingPoint(threshold=self.info.threshold, nms=self.info.nms)
+
+    @property
     def preprocessing(self) -> FixedSize:
         return self.info.preprocessing
 
@@ -62,6 +69,7 @@ class Predictor:
         nms: float | None = None,
         classes: Collection[int | str] | None = None,
         batch_size: int = 1,
+        tiles: Tiles | int | None = None,
     ) -> list[Detections]:
         """Detections of one image or many, in the order given. Threads may share a predictor.
 
@@ -73,28 +81,29 @@ class Predictor:
                 none are; 1 drops none.
             classes: ids or names of the only classes that are wanted.
             batch_size: images that go through the model together.
+            tiles: large images are cut into tiles of this many pixels a side, or as a `Tiles` says.
 
         Raises:
             DataError: an image that cannot be read, by name.
             NonFiniteError: predictions that are NaN or infinite, with the images.
             ConfigError: a number out of its range, or a class that the model does not have.
         """
-        threshold = next(x for x in (threshold, self.info.threshold, DEFAULT_THRESHOLD) if x is not None)
-        nms = self.info.nms if nms is None else nms
-        require_threshold(threshold)
-        if nms is not None and not 0 <= nms <= 1:
-            raise ConfigError(f"nms: expected an IoU from 0 to 1, found {nms}", "0.7 is usual; leave it out for none")
-        wanted = None if classes is None else class_ids(self.classes, classes)
+        return predict_images(
+            self,
+            images,
+            self.detect,
+            threshold=threshold,
+            nms=nms,
+            classes=classes,
+            batch_size=batch_size,
+            tiles=tiles,
+        )
 
-        def detect(
-            pixels: Sequence[np.ndarray], sizes: Sequence[tuple[int, int]], names: Sequence[str]
-        ) -> list[Detections]:
-            found = self.detect(pixels, sizes, threshold=threshold, names=names)
-            if wanted is not None:
-                found = [detections.rows(np.isin(detections.labels, wanted)) for detections in found]
-            return found if nms is None else [detections.without_duplicates(nms) for detections in found]
-
-        return predict_in_batches(images, self.preprocessing, detect, batch_size=batch_size)
+    def stream(
+        self, sources: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], **how: Any
+    ) -> Iterator[Detections]:
+        """Detections of pictures, folders, videos and cameras, one by one: see `paqdetr.runtime.predict.stream`."""
+        return stream(self, sources, **how)
 
     def detect(
         self,
@@ -138,25 +147,25 @@ class Predictor:
 
     def run(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The graph on (N, H, W, 3) uint8: boxes (N, n, 4) xyxy in [0, 1], scores (N, n), best first, labels (N, n), class
-        indices. A graph with a fixed batch is run as often as it takes, the last time on black images as well."""
+        indices."""
+        boxes, scores, labels = self._decoded(*self.outputs(images)) if self.info.raw else self.outputs(images)
+        return boxes, scores, labels
+
+    def outputs(self, images: np.ndarray) -> tuple[np.ndarray, ...]:
+        """What the graph itself gives for (N, H, W, 3) uint8: boxes, scores and labels, or logits (N, q, C) and boxes (N, q, 4)
+        cxcywh of a raw one. A graph with a fixed batch is run as often as it takes, the last time with black images as well."""
         step = self.engine.batch or len(images)
         parts = []
         for start in range(0, len(images), step):
             part = images[start : start + step]
-            filled = (
-                np.concatenate([part, np.zeros_like(part[:1]).repeat(step - len(part), 0)])
-                if len(part) < step
-                else part
-            )
-            given = self.preprocessing.normalized(filled) if self.info.raw else filled
-            found = self.engine.run(given)
+            black = np.zeros((step - len(part), *part.shape[1:]), part.dtype)
+            given = np.concatenate([part, black]) if len(black) else part
+            found = self.engine.run(self.preprocessing.normalized(given) if self.info.raw else given)
             missing = [name for name in _OUTPUTS[self.info.raw] if name not in found]
             if missing:
                 raise CheckpointError(f"{self.where}: the graph has no output {missing[0]!r}", "export the model again")
-            outputs = tuple(found[name] for name in _OUTPUTS[self.info.raw])
-            parts.append(tuple(x[: len(part)] for x in (self._decoded(*outputs) if self.info.raw else outputs)))
-        boxes, scores, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
-        return boxes, scores, labels
+            parts.append([found[name][: len(part)] for name in _OUTPUTS[self.info.raw]])
+        return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
 
     def _decoded(self, logits: np.ndarray, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """As `run`, from (N, n, C) logits and (N, n, 4) boxes cxcywh."""
@@ -211,6 +220,80 @@ def class_ids(table: ClassTable, wanted: Collection[int | str]) -> list[int]:
     return found
 
 
+class Classifies(Protocol):
+    """What `predict_images` has to know of a detector."""
+
+    @property
+    def classes(self) -> ClassTable: ...
+    @property
+    def operating_point(self) -> OperatingPoint: ...
+    @property
+    def preprocessing(self) -> Callable[[Image], Any]: ...
+
+
+def predict_images(
+    model: Classifies,
+    images: ImageSource | Iterable[ImageSource],
+    detect: Callable[..., Iterable[Detections]],
+    *,
+    threshold: float | None = None,
+    nms: float | None = None,
+    classes: Collection[int | str] | None = None,
+    batch_size: int = 1,
+    tiles: Tiles | int | None = None,
+) -> list[Detections]:
+    """What `predict` of a detector does, whatever runs it.
+
+    Args:
+        model: with its classes, preprocessing and operating point.
+        images: one or many, as of `Predictor.predict`, as the others are.
+        detect: called with pixels, sizes, threshold and names, as `Predictor.detect` is.
+
+    Raises:
+        as of `Predictor.predict`.
+    """
+    point = model.operating_point
+    least = next(x for x in (threshold, point.threshold, DEFAULT_THRESHOLD) if x is not None)
+    overlap = point.nms if nms is None else nms
+    require_threshold(least)
+    require_nms(overlap)
+    wanted = None if classes is None else class_ids(model.classes, classes)
+
+    def cleaned(detections: Detections) -> Detections:
+        if wanted is not None:
+            detections = detections.rows(np.isin(detections.labels, wanted))
+        return detections if overlap is None or overlap == 1 else detections.without_duplicates(overlap)
+
+    def found(pixels: Sequence[Any], sizes: Sequence[tuple[int, int]], names: Sequence[str]) -> list[Detections]:
+        return list(map(cleaned, detect(pixels, sizes, threshold=least, names=names)))
+
+    if tiles is None:
+        return predict_in_batches(images, model.preprocessing, found, batch_size=batch_size)
+    require_batch_size(batch_size)
+    cut = Tiles(tiles) if isinstance(tiles, int) else tiles
+
+    def of_parts(parts: list[Image], together: int) -> list[Detections]:
+        return predict_in_batches(parts, model.preprocessing, found, batch_size=together)
+
+    results = []
+    for source in as_list(images):
+        detections = cleaned(predict_tiles(read_image(source), cut, of_parts, batch_size=batch_size))
+        name = Path(source).name if isinstance(source, (str, os.PathLike)) else None
+        results.append(replace(detections, image_id=name, file_name=name))
+    return results
+
+
+def as_list(images: ImageSource | Iterable[ImageSource]) -> list[Any]:
+    """One image or many as a list. What is no collection of images is one image, or nothing that `read_image` knows: a number,
+    a tensor."""
+    one = (
+        isinstance(images, (str, bytes, bytearray, memoryview, Mapping))
+        or hasattr(images, "read")
+        or hasattr(images, "ndim")
+    )
+    return list(images) if isinstance(images, Iterable) and not one else [images]
+
+
 def predict_in_batches(
     images: ImageSource | Iterable[ImageSource],
     prepare: Callable[[Image], _Pixels],
@@ -227,13 +310,7 @@ def predict_in_batches(
         batch_size: at least 1.
     """
     require_batch_size(batch_size)
-    # What is no collection of images is one image, or nothing that `read_image` knows: a number, a tensor.
-    one = (
-        isinstance(images, (str, bytes, bytearray, memoryview, Mapping))
-        or hasattr(images, "read")
-        or hasattr(images, "ndim")
-    )
-    sources: list[Any] = list(images) if isinstance(images, Iterable) and not one else [images]
+    sources = as_list(images)
     found: dict[int, Detections] = {}
     buckets: dict[Hashable, list[tuple[int, _Pixels, tuple[int, int]]]] = defaultdict(list)
 

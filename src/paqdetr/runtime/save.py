@@ -32,9 +32,10 @@ from paqdetr.text import did_you_mean, printable
 
 MAKER = "paqdetr predict"
 FORMS = ("draw", "coco", "yolo", "voc", "crops", "jsonl")
-"""What can be written, where NAME is the picture's relative path without its ending, with `-000017` for a frame of a video: `draw`
-is NAME.jpg (NAME.mp4 of a video); `coco` predictions.json; `yolo` labels/NAME.txt, and the classes in labels/classes.yaml; `voc`
-voc/NAME.xml; `crops` crops/CLASS/NAME-1.jpg; `jsonl` predictions.jsonl."""
+"""What can be written, where NAME is the relative path of a picture without its ending, with `-000017` for a frame of a video.
+
+`draw` is NAME.jpg, NAME.mp4 of a video; `coco` is predictions.json; `yolo` is labels/NAME.txt, with the classes in
+labels/classes.yaml; `voc` is voc/NAME.xml; `crops` is crops/CLASS/NAME-1.jpg; `jsonl` is predictions.jsonl."""
 
 _COCO, _LINES, _CLASSES = "predictions.json", "predictions.jsonl", "labels/classes.yaml"
 

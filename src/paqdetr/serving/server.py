@@ -339,14 +339,14 @@ class DetectionServer:
         return HTMLResponse(_PAGE.read_text(encoding="utf-8"))
 
     async def _model(self, request: Request) -> Response:
-        classes, own = self.model.classes, getattr(self.model, "info", self.model)
-        threshold = getattr(own, "threshold", None)
+        classes, point = self.model.classes, getattr(self.model, "operating_point", None)
+        threshold = getattr(point, "threshold", None)
         return JSONResponse(
             {
                 "name": self.name,
                 "classes": [{"id": i, "name": name} for i, name in zip(classes.ids, classes.names, strict=True)],
                 "threshold": DEFAULT_THRESHOLD if threshold is None else threshold,
-                "nms": getattr(own, "nms", None),
+                "nms": getattr(point, "nms", None),
                 "engine": str(getattr(getattr(self.model, "engine", None), "name", "torch")),
                 "limits": asdict(self.limits),
                 "key": bool(self._keys),

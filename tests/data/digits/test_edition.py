@@ -42,6 +42,7 @@ def test_annotations_are_what_they_were_before(tiny: Path) -> None:
     assert digests == {"train": "7d16540c650515e2", "val": "34ba9681be5ddaa1", "test": "5545fe92f4edc609"}
 
 
+@pytest.mark.integration
 def test_byte_identical_on_every_run_and_with_more_processes(tiny: Path, tmp_path: Path) -> None:
     assert files_of(make_digits(tmp_path / "again", **TINY)) == files_of(tiny)
     assert files_of(make_digits(tmp_path / "two", workers=2, **TINY)) == files_of(tiny)

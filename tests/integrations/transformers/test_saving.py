@@ -20,6 +20,8 @@ import transformers
 from paqdetr.errors import CheckpointError, ConfigError
 from paqdetr.integrations.transformers import OneToManyUntil, attach, detach, from_pretrained
 
+pytestmark = pytest.mark.integration
+
 Make = Callable[..., Any]
 Batch = dict[str, Any]
 
