@@ -296,9 +296,10 @@ def _compare(pair: tuple[Path, Path], options: _Options) -> dict[str, Any] | Non
     """Print two result sets side by side; what goes into the json."""
     from paqdetr.cli.figures import class_comparison_table, comparison_table, verdict
     from paqdetr.distributed import Processes
+    from paqdetr.metrics.coco import is_shards
     from paqdetr.metrics.intervals import compare_results
 
-    models = [path for path in pair if path.suffix != ".json"]
+    models = [path for path in pair if path.suffix != ".json" and not is_shards(path)]
     if (options.data is None) == (options.annotations is None):
         raise ConfigError(
             "eval --compare needs the ground truth, once", "give --data, or --annotations if both are results"
@@ -342,12 +343,12 @@ def _tables(
 ) -> tuple[MatchTable, MatchTable] | None:
     """The matches of both; None in all processes but the main one."""
     from paqdetr.distributed import leave
-    from paqdetr.metrics.coco import read_results
+    from paqdetr.metrics.coco import is_shards, read_results
     from paqdetr.metrics.matches import MatchTable
 
     rows: list[list[dict[str, Any]]] = []
     for path in pair:
-        if path.suffix == ".json":
+        if path.suffix == ".json" or is_shards(path):
             rows.append(read_results(path))
             continue
         assert dataset is not None

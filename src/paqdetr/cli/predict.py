@@ -46,7 +46,7 @@ def predict(
         ),
     ],
     *,
-    output: Annotated[Path | None, typer.Option(help="Folder for the results; runs/predict-N if not given.")] = None,
+    output: Annotated[str | None, typer.Option(help="Folder for the results; runs/predict-N if not given.")] = None,
     save: Annotated[str, typer.Option(help="Some of draw,coco,yolo,voc,crops,jsonl.")] = "draw,coco",
     threshold: Annotated[
         float | None, typer.Option(help="The least score, from 0 to 1; that of the run's evaluation, else 0.3.")
@@ -64,6 +64,17 @@ def predict(
         Path | None, typer.Option(help="COCO json with these images, whose image ids the results take.")
     ] = None,
     overwrite: Overwrite = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Detect on a Ray cluster (local starts one, auto is the one of this machine), into Parquet files.",
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="With --ray: models; as many as there is room for.")
+    ] = None,
+    shard_size: Annotated[int, typer.Option(min=1, help="With --ray: pictures of a Parquet file.")] = 1000,
     device: Device = None,
 ) -> None:
     """Detect in pictures and videos; draw what is found, and write it in other forms.
@@ -78,6 +89,11 @@ def predict(
             "`paqdetr predict --help` shows how it is used",
         )
     suppress_over, cut = parse_nms(nms), tiles_of(tiles, overlap, with_whole)
+    wanted = None if classes is None else [name.strip() for name in classes.split(",")]
+    if ray is not None:
+        how = {"threshold": threshold, "nms": suppress_over, "classes": wanted, "tiles": cut}
+        given = {key: value for key, value in how.items() if value is not None}
+        return _on_ray(model, sources, output, ray, workers, shard_size, batch_size, device, given)
     detector: Any = open_model(model, device)
     point = detector.operating_point
     usual = [f"nms {point.nms:g}"] if nms is None and point.nms is not None else []
@@ -86,7 +102,7 @@ def predict(
         results.print(f"{', '.join(usual)}: from the run's evaluation")
     least = next(x for x in (threshold, point.threshold, 0.3) if x is not None)
     image_id = None if annotations is None else _image_ids(annotations)
-    folder = new_folder() if output is None else output
+    folder = new_folder() if output is None else Path(output)
     try:
         with progress_bar("predict") as progress, _sigterm_as_interrupt():
             done = predict_sources(
@@ -103,7 +119,7 @@ def predict(
                 progress=progress,
                 threshold=threshold,
                 nms=suppress_over,
-                classes=None if classes is None else [name.strip() for name in classes.split(",")],
+                classes=wanted,
                 tiles=cut,
             )
     except KeyboardInterrupt as interrupt:
@@ -126,6 +142,42 @@ def predict(
         raise DataError(
             f"{len(done.unreadable)} images could not be read; the others are done", "replace or remove them"
         )
+
+
+def _on_ray(
+    model: Path,
+    sources: list[str],
+    output: str | None,
+    address: str,
+    workers: int | None,
+    shard_size: int,
+    batch_size: int,
+    device: str | None,
+    how: dict[str, Any],
+) -> None:
+    from paqdetr.serving.ray_predict import predict_on_ray
+
+    if output is None or len(sources) != 1:
+        raise ConfigError("--ray takes one SOURCE, a folder or a list of pictures, and an --output", "give both")
+    with progress_bar("shards") as progress:
+        done = predict_on_ray(
+            model,
+            sources[0],
+            output=output,
+            address=None if address == "local" else address,
+            workers=workers,
+            gpus=1 if device is not None and device.startswith("cuda") else 0,
+            shard_size=shard_size,
+            batch_size=batch_size,
+            progress=progress,
+            **how,
+        )
+    skipped = f", {done.skipped} shards were there" if done.skipped else ""
+    results.print(f"{done.objects} objects in {done.images} images: {done.output}{skipped}", soft_wrap=True)
+    for reason in list(done.unreadable.values())[:10]:
+        print_styled(errors, ("left out:", "bold yellow"), f" {reason}")
+    if done.failures:
+        results.print(f"{done.failures} images could not be read: the column `error` says why", soft_wrap=True)
 
 
 def _image_ids(annotations: Path) -> Callable[[Source], int | str]:
