@@ -20,6 +20,7 @@ from paqdetr.cli import (
     convert,
     data,
     evaluate,
+    hub,
     models,
     plan,
     predict,
@@ -52,6 +53,7 @@ app.command("bench")(bench.bench)
 app.command("study")(study.study)
 app.add_typer(data.app, name="data")
 app.add_typer(config.app, name="config")
+app.add_typer(hub.app, name="hub")
 
 
 # What a disk says that is full, may not be written, or fails.

@@ -242,6 +242,56 @@ class Detector(nn.Module):
         }
         write_checkpoint(path, self.state_dict(), header)
 
+    def save_pretrained(self, folder: str | Path, **how: Any) -> None:
+        """Write the folder of a model on the Hugging Face Hub: model.safetensors, config.json and a model card.
+
+        Args:
+            folder: made if absent.
+            how: arguments of huggingface_hub's `ModelHubMixin.save_pretrained`.
+
+        Raises:
+            BackendError: huggingface_hub is not installed.
+            StorageError: something cannot be written.
+        """
+        from paqdetr.models.files import import_hub
+
+        import_hub().SharedDetector(self).save_pretrained(folder, **how)
+
+    def push_to_hub(self, repo: str, **how: Any) -> str:
+        """Upload the model to the Hub as "user/name"; the address of the commit.
+
+        Args:
+            how: arguments of `ModelHubMixin.push_to_hub`, such as `private=True`.
+
+        Raises:
+            BackendError: huggingface_hub is not installed.
+            ConfigError: nobody is logged in, or may write there.
+        """
+        from paqdetr.models.files import import_hub
+
+        hub = import_hub()
+        with hub.hub_errors(repo):
+            return hub.SharedDetector(self).push_to_hub(repo, **how)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, device: str = "cpu", **how: Any) -> Detector:
+        """A model of the Hub, or of a folder that `save_pretrained` has written, in evaluation mode.
+
+        Args:
+            name: "user/name", or a folder.
+            device: where to put it.
+            how: arguments of `ModelHubMixin.from_pretrained`, such as `revision`.
+
+        Raises:
+            CheckpointError: there is none, or it is damaged.
+            BackendError: huggingface_hub is not installed.
+        """
+        from paqdetr.models.files import import_hub
+
+        hub = import_hub()
+        with hub.hub_errors(str(name)):
+            return hub.SharedDetector.from_pretrained(str(name), device=device, **how).model
+
 
 def _checked_mask(mask: Tensor | None, images: Tensor) -> Tensor | None:
     """The mask itself, or None where it is known to mark nothing; other sizes, dtypes and meanings would silently give other

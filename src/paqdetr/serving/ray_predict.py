@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 from PIL.Image import Image
 
+from paqdetr import errors
 from paqdetr._version import __version__
 from paqdetr.errors import BackendError, ConfigError, DataError, StorageError
 from paqdetr.files import open_regular, write_whole
@@ -26,6 +28,7 @@ from paqdetr.structures import Detections
 
 PLAN = "plan.json"
 _COLUMNS = ("image", "path", "file_name")
+_USER_ERRORS = {kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.UserError)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +86,7 @@ def predict_on_ray(
         ConfigError: `output` holds other things, or was made with other arguments.
         BackendError: Ray is not installed, or the cluster does not answer.
     """
-    ray = _import("ray")
+    _import("ray")
     files = _Files.at(str(output))
     images = list_images_of(str(source))
     plan = {
@@ -99,7 +102,7 @@ def predict_on_ray(
     done = set(files.names()) & shards.keys()
     todo = [{"shard": name, "images": group} for name, group in shards.items() if name not in done]
     if todo:
-        _connect(ray, address)
+        ray = connect_ray(address)
         worker = _Worker(str(Path(model).absolute()), files.root, batch_size, how, "cuda" if gpus else "cpu")
         room = int(ray.cluster_resources().get("CPU", 1) // max(cpus, 0.01)) or 1
         size = max(1, min(workers or room, len(todo)))
@@ -111,9 +114,10 @@ def predict_on_ray(
             num_gpus=gpus,
             compute=ray.data.ActorPoolStrategy(size=size),
         )
-        for count, _ in enumerate(rows.iter_rows(), start=1):
-            if progress is not None:
-                progress(len(done) + count, len(shards))
+        with errors_of_workers():
+            for count, _ in enumerate(rows.iter_rows(), start=1):
+                if progress is not None:
+                    progress(len(done) + count, len(shards))
     return _summary(files, list(shards), len(done))
 
 
@@ -235,19 +239,42 @@ def _digest_of_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _connect(ray: Any, address: str | None) -> None:
-    if ray.is_initialized():
-        return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
-    how: dict[str, Any] = {"address": address} if address else {"include_dashboard": False}
+def connect_ray(address: str | None) -> Any:
+    """The module `ray`, connected to a cluster.
+
+    Args:
+        address: of the cluster, "auto" for the one that this machine belongs to; None starts one on this machine.
+
+    Raises:
+        BackendError: Ray is not installed, or the cluster does not answer.
+    """
+    ray = _import("ray")
+    if not ray.is_initialized():
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
+        how: dict[str, Any] = {"address": address} if address else {"include_dashboard": False}
+        try:
+            ray.init(log_to_driver=False, logging_level="error", **how)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            reason = str(error)[:200]
+            raise BackendError(
+                f"--ray: no cluster answers at {address}: {reason}", "check it with `ray status`"
+            ) from None
+        ray.data.DataContext.get_current().enable_progress_bars = False
+    return ray
+
+
+@contextmanager
+def errors_of_workers() -> Iterator[None]:
+    """Raise what a worker raised as if it had happened here, if it is a UserError."""
     try:
-        ray.init(log_to_driver=False, configure_logging=True, logging_level="error", **how)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise BackendError(
-            f"--ray: no cluster answers at {address}: {str(error)[:200]}", "check it with `ray status`"
-        ) from None
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and type(cause) not in _USER_ERRORS:
+            cause = getattr(cause, "cause", None) or cause.__cause__
+        if cause is None:
+            raise
+        raise cause from None
 
 
 @dataclass(frozen=True, slots=True)
