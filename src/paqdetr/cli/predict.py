@@ -128,12 +128,11 @@ def predict(
 
 
 def _open(path: Path, device: str | None) -> Any:
-    from paqdetr.runtime.predictor import EXPORTED, open_exported
+    from paqdetr.loading import is_exported, load
 
-    if path.suffix.lower() in EXPORTED:
-        return open_exported(path)
+    if is_exported(path):  # which may run without torch
+        return load(path, device=device or "cpu")
     from paqdetr.environment import require_device
-    from paqdetr.models import load
 
     return load(path, device=str(require_device(device)))
 

@@ -110,7 +110,7 @@ def export(
             8 bits, and needs `calibrate`.
         calibrate: a data set: the comparison takes pictures of it, and int8 is calibrated on its training split and checked on
             its validation split.
-        threshold, nms: what predictions keep, written into the metadata; None: as the model's `operating_point` says.
+        threshold, nms: what predictions keep, written into the metadata; by default what the model's evaluation found best; None: as the model's `operating_point` says.
         raw: `pixel_values` (N, 3, H, W), normalised, to `logits` and `pred_boxes`, named as in transformers.
         check: compare the file with the model on 8 pictures, and keep it only if they agree.
         attention: "gather" for TensorRT, whose GridSample is wrong.
@@ -149,6 +149,7 @@ def export(
     splits = _open_data(calibrate, quantized=precision == "int8")
     point = detector.operating_point
     threshold, nms = (point.threshold if threshold is None else threshold), (point.nms if nms is None else nms)
+    point = detector.operating_point
     info = ExportInfo(
         name=detector.name,
         classes=detector.classes,
@@ -157,8 +158,8 @@ def export(
         precision=precision,
         max_detections=detector.config.max_detections,
         clamp_boxes=detector.config.clamp_boxes,
-        threshold=threshold,
-        nms=nms,
+        threshold=point.threshold if threshold is None else threshold,
+        nms=point.nms if nms is None else nms,
         source=source,
         versions=_versions(format, precision),
     )
@@ -179,7 +180,9 @@ def export(
                 if check:
                     pictures = _pictures(splits[0] if splits else None)
                     opened = open_any_exported(made)
-                    parity = compare_with_model(detector, opened, pictures, threshold=threshold or DEFAULT_THRESHOLD)
+                    parity = compare_with_model(
+                        detector, opened, pictures, threshold=info.threshold or DEFAULT_THRESHOLD
+                    )
                     _require_parity(parity, file)
             for part in reversed(_parts(made)):  # the weights before the graph that names them
                 write_output(file.with_suffix(part.suffix), _copier(part), maker=_MAKER, overwrite=True)
