@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import shutil
 import tempfile
 import warnings
@@ -110,7 +111,7 @@ def export(
             8 bits, and needs `calibrate`.
         calibrate: a data set: the comparison takes pictures of it, and int8 is calibrated on its training split and checked on
             its validation split.
-        threshold, nms: what predictions keep, written into the metadata; by default what the model's evaluation found best; None: as the model's `operating_point` says.
+        threshold, nms: what predictions keep, written into the metadata; None: as the model's `operating_point` says.
         raw: `pixel_values` (N, 3, H, W), normalised, to `logits` and `pred_boxes`, named as in transformers.
         check: compare the file with the model on 8 pictures, and keep it only if they agree.
         attention: "gather" for TensorRT, whose GridSample is wrong.
@@ -173,8 +174,8 @@ def export(
                 from paqdetr.deploy.quantize import quantize_checked
 
                 plain = Path(folder) / f"float{file.suffix}"
-                _write(detector, plain, replace(info, precision="f32"), format, batch, attention)
-                quantization = quantize_checked(plain, made, info, splits, max_drop=max_drop, slow=slow)
+                parts = _write(detector, plain, replace(info, precision="f32"), format, batch, attention)
+                quantization = quantize_checked(plain, made, info, splits, parts=parts, max_drop=max_drop, slow=slow)
             else:
                 _write(detector, made, info, format, batch, attention)
                 if check:
@@ -248,19 +249,19 @@ def _require_parity(parity: Parity, file: Path) -> None:
 
 def _write(
     detector: Detector, file: Path, info: ExportInfo, format: Format, batch: int | None, attention: Attention
-) -> None:
-    """The model as a sealed file, unchecked."""
+) -> dict[str, str]:
+    """The model as a sealed file, unchecked. Returns the part of the model that each of its nodes is of, by the node's name."""
     module = DeployedDetector(detector, raw=info.raw)
     text = info.to_json()
     if format == "torchscript":
         torch.jit.save(trace(module, info.preprocessing, attention), str(file), _extra_files={FILE_ENTRY: text})
-        return
+        return {}
     program = capture(module, info.preprocessing, batch, attention)
     if format == "pt2":
         torch.export.save(program, file, extra_files={FILE_ENTRY: text})
-        return
+        return {}
     graph = file.with_suffix(".onnx")
-    _write_onnx(program, module, graph, info)
+    parts = _write_onnx(program, module, graph, info)
     if format == "openvino":
         import openvino
 
@@ -269,9 +270,10 @@ def _write(
         openvino.save_model(model, str(file), compress_to_fp16=info.precision == "f16")
         graph.unlink()
     seal(file)
+    return parts
 
 
-def _write_onnx(program: ExportedProgram, module: DeployedDetector, file: Path, info: ExportInfo) -> None:
+def _write_onnx(program: ExportedProgram, module: DeployedDetector, file: Path, info: ExportInfo) -> dict[str, str]:
     import onnx
 
     exported = torch.onnx.export(
@@ -287,16 +289,15 @@ def _write_onnx(program: ExportedProgram, module: DeployedDetector, file: Path, 
     model = exported.model_proto
     for node in model.graph.node:
         scope = next((entry.value for entry in node.metadata_props if entry.key == "namespace"), "")
-        node.doc_string = scope.partition("/")[2].partition("/")[
-            2
-        ]  # the part of the model; the rest are traces of our source
-        del node.metadata_props[:]
+        node.doc_string = next(reversed(re.findall(r"(?:^|/)(detector[\w.]*): ", scope)), "")
+        del node.metadata_props[:]  # lines and paths of our source
     del model.graph.value_info[:]
     model.producer_name, model.producer_version = _MAKER, __version__
     if info.precision == "f16":
         _halve_weights(model)
     onnx.helper.set_model_props(model, {KEY: info.to_json()})
     onnx.save(model, str(file))
+    return {node.name: node.doc_string for node in model.graph.node}
 
 
 def _halve_weights(model: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,6 +33,7 @@ def quantize_checked(
     info: ExportInfo,
     splits: Sequence[DetectionDataset],
     *,
+    parts: Mapping[str, str],
     max_drop: float,
     slow: bool,
 ) -> dict[str, Any]:
@@ -43,6 +44,7 @@ def quantize_checked(
         output: the file to write, of the same kind.
         info: of the new file.
         splits: to calibrate on, and to measure AP on.
+        parts: the part of the model that each node is of, by the node's name.
         max_drop: AP that may be lost.
         slow: with accuracy control: layers return to float until the AP is within `max_drop` (OpenVINO alone).
 
@@ -60,17 +62,17 @@ def quantize_checked(
     graph, name = _read(plain)
     arguments: dict[str, Any] = {
         "model_type": nncf.ModelType.TRANSFORMER,
-        "ignored_scope": nncf.IgnoredScope(names=_float_nodes(graph), validate=False),
+        "ignored_scope": nncf.IgnoredScope(names=_float_nodes(graph, parts), validate=False),
         "subset_size": len(images),
     }
     calibration = nncf.Dataset(images, lambda image: {name: image})
     if slow:
 
-        def score(compiled: Any, items: Iterable[Any]) -> float:
+        def score(compiled: Any, items: Iterable[Any]) -> tuple[float, None]:
             for _ in items:  # the data set is that of `held_out`
                 pass
             engine = Engine("nncf", before.engine.metadata, None, _runner(compiled))
-            return _figures(Predictor(engine), held_out)["AP"]
+            return _figures(Predictor(engine), held_out)["AP"], None
 
         quantized = nncf.quantize_with_accuracy_control(
             graph,
@@ -123,12 +125,14 @@ def _read(file: Path) -> tuple[Any, str]:
     return model, model.inputs[0].any_name
 
 
-def _float_nodes(graph: Any) -> list[str]:
-    """Names of the nodes that stay in float. The exporter has written into each which part of the model it is of."""
-    if hasattr(graph, "graph"):
-        return [node.name for node in graph.graph.node if node.doc_string.startswith(_FLOAT_PARTS)]
-    names = graph.get_rt_info(["model_info", "float_nodes"]).astype(str)
-    return names.split(" ")
+def _float_nodes(graph: Any, parts: Mapping[str, str]) -> list[str]:
+    """Names of the nodes that stay in float. OpenVINO makes several of one, named NODE/PART."""
+    names = (
+        [node.name for node in graph.graph.node]
+        if hasattr(graph, "graph")
+        else [node.get_friendly_name() for node in graph.get_ordered_ops()]
+    )
+    return [name for name in names if parts.get(name.split("/")[0], "").startswith(_FLOAT_PARTS)]
 
 
 def _save(graph: Any, file: Path, info: ExportInfo) -> None:

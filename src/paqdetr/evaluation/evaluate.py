@@ -12,7 +12,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -297,14 +296,17 @@ def detect_split(
     ]
     if readers is None:
         readers = 0 if isinstance(model, Predictor) or next(model.parameters()).device.type == "cpu" else _READERS
-    if isinstance(model, Predictor):
-        if observers:
-            raise ConfigError(
-                f"{model.where}: an exported model does not show what observers look at", "evaluate its checkpoint"
-            )
-        detect: Callable[..., Iterable[Detections]] = model.detect
-    else:
-        detect = partial(detect_batch, model, at_least=at_least)
+    if isinstance(model, Predictor) and observers:
+        raise ConfigError(
+            f"{model.where}: an exported model does not show what observers look at", "take its checkpoint"
+        )
+
+    def detect(
+        images: list[Any], sizes: list[tuple[int, int]], names: Sequence[int | str], **look: Any
+    ) -> Iterable[Detections]:
+        if isinstance(model, Predictor):
+            return model.detect(images, sizes, names=names)
+        return detect_batch(model, images, sizes, names=names, at_least=at_least, **look)
 
     unreadable: dict[int, str] = {}
 
@@ -328,9 +330,7 @@ def detect_split(
         return chosen, images, [(picture.height, picture.width) for picture in pictures]
 
     def of_tiles(parts: list[Image], together: int) -> list[Detections]:
-        return predict_in_batches(
-            parts, model.preprocessing, lambda *tiles: detect(*tiles[:2], names=tiles[2]), batch_size=together
-        )
+        return predict_in_batches(parts, model.preprocessing, detect, batch_size=together)
 
     own = batches[processes.index :: processes.count]
     if tiles is not None:
@@ -348,7 +348,7 @@ def detect_split(
                 observer.see(output, targets, chosen)
 
         ids = [split.image_ids[index] for index in chosen]
-        found = detect(images, sizes, names=ids, **({"look": look} if observers else {}))
+        found = detect(images, sizes, ids, **({"look": look} if observers else {}))
         for index, detections in zip(chosen, found, strict=True):
             yield index, detections.rows(kept(index, detections))
     if unreadable:
