@@ -171,7 +171,7 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_count(value: Any) -> bool:
-    return _is_int(value) and value >= 1
+    return _is_int(value) and 1 <= value < 2**31
 
 
 def _is_side(value: Any) -> bool:
