@@ -263,14 +263,19 @@ def _write(
     graph = file.with_suffix(".onnx")
     parts = _write_onnx(program, module, graph, info)
     if format == "openvino":
-        import openvino
-
-        model = openvino.Core().read_model(str(graph))
-        model.set_rt_info(text, ["model_info", KEY])
-        openvino.save_model(model, str(file), compress_to_fp16=info.precision == "f16")
+        to_openvino(graph, file, info)
         graph.unlink()
-    seal(file)
     return parts
+
+
+def to_openvino(graph: Path, file: Path, info: ExportInfo) -> None:
+    """An exported .onnx file as a sealed .xml file with its .bin."""
+    import openvino
+
+    model = openvino.Core().read_model(str(graph))
+    model.set_rt_info(info.to_json(), ["model_info", KEY])
+    openvino.save_model(model, str(file), compress_to_fp16=info.precision == "f16")
+    seal(file)
 
 
 def _write_onnx(program: ExportedProgram, module: DeployedDetector, file: Path, info: ExportInfo) -> dict[str, str]:
@@ -297,6 +302,7 @@ def _write_onnx(program: ExportedProgram, module: DeployedDetector, file: Path, 
         _halve_weights(model)
     onnx.helper.set_model_props(model, {KEY: info.to_json()})
     onnx.save(model, str(file))
+    seal(file)
     return {node.name: node.doc_string for node in model.graph.node}
 
 
