@@ -20,6 +20,7 @@ from paqdetr.cli import (
     convert,
     data,
     evaluate,
+    export,
     hub,
     models,
     plan,
@@ -46,6 +47,7 @@ app.command("plan")(plan.plan)
 app.command("eval")(evaluate.evaluate)
 app.command("predict")(predict.predict)
 app.command("serve")(serve.serve)
+app.command("export")(export.export)
 app.command("analyze")(analyze.analyze)
 app.command("convert")(convert.convert)
 app.command("models")(models.models)

@@ -101,12 +101,11 @@ def open_model(path: Path, device: str | None = None) -> Predicts:
     Raises:
         UserError: it cannot be read, or not run here.
     """
-    from paqdetr.runtime.predictor import EXPORTED, open_exported
+    from paqdetr.loading import is_exported, load
 
-    if path.suffix.lower() in EXPORTED:
-        return open_exported(path)
+    if is_exported(path):
+        return load(path, device=device or "cpu")
     from paqdetr.environment import require_device
-    from paqdetr.models import load
 
     return load(path, device=str(require_device(device)))
 

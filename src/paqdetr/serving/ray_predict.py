@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 from PIL.Image import Image
 
+import paqdetr
 from paqdetr import errors
 from paqdetr._version import __version__
 from paqdetr.errors import BackendError, ConfigError, DataError, StorageError
 from paqdetr.files import open_regular, write_whole
 from paqdetr.images import IMAGE_EXTENSIONS, is_leftover, read_image
-from paqdetr.runtime.predictor import EXPORTED, open_exported
 from paqdetr.structures import Detections
 
 PLAN = "plan.json"
@@ -293,12 +293,7 @@ class _Actor:
 
     def __init__(self, worker: _Worker) -> None:
         self.worker, self.files = worker, _Files.at(worker.output)
-        if Path(worker.model).suffix.lower() in EXPORTED:
-            self.model: Any = open_exported(worker.model)
-        else:
-            import paqdetr
-
-            self.model = paqdetr.load(worker.model, device=worker.device)
+        self.model: Any = paqdetr.load(worker.model, device=worker.device)
         self.readers = ThreadPoolExecutor(4)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
