@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 from PIL.Image import Image
 
-import paqdetr
 from paqdetr import errors
 from paqdetr._version import __version__
 from paqdetr.errors import BackendError, ConfigError, DataError, StorageError
@@ -293,7 +293,8 @@ class _Actor:
 
     def __init__(self, worker: _Worker) -> None:
         self.worker, self.files = worker, _Files.at(worker.output)
-        self.model: Any = paqdetr.load(worker.model, device=worker.device)
+        # By name: what loads checkpoints lies above this room, and is torch's.
+        self.model: Any = import_module("paqdetr.loading").load(worker.model, device=worker.device)
         self.readers = ThreadPoolExecutor(4)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
@@ -412,8 +413,6 @@ def _summary(files: _Files, names: Sequence[str], skipped: int) -> RayPrediction
 
 
 def _import(name: str) -> Any:
-    from importlib import import_module
-
     try:
         return import_module(name) if name != "ray" else (import_module("ray.data"), import_module("ray"))[1]
     except ImportError as error:
