@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 
@@ -88,6 +90,18 @@ class WorkerError(UserError):
 
 class OutOfMemoryError(UserError):
     """A GPU, or the machine, has no room for what a model needs."""
+
+
+def import_extra(name: str, extra: str) -> ModuleType:
+    """A module that is, or needs, what an extra of this package installs.
+
+    Raises:
+        BackendError: it is not installed.
+    """
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise BackendError(f"{error.name or name} is not installed", f"pip install 'paqdetr[{extra}]'") from None
 
 
 def memory_error(

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from paqdetr.cli.console import Overwrite, results
-from paqdetr.errors import ConfigError
+from paqdetr.errors import ConfigError, import_extra
 
 app = typer.Typer(no_args_is_help=True, help="Share detectors on the Hugging Face Hub.", rich_markup_mode=None)
 _Checkpoint = Annotated[Path, typer.Argument(help="A .safetensors file or a run's folder.", metavar="CHECKPOINT")]
@@ -31,9 +31,7 @@ def push(
     evaluation: _Evaluation = None,
 ) -> None:
     """Upload a detector with its model card."""
-    from paqdetr.models.files import import_hub
-
-    hub = import_hub()
+    hub = import_extra("paqdetr.models.hub", "hub")
     name, revision = hub.split_address(repo)
     if revision is not None:
         raise ConfigError(f"{repo}: a revision cannot be written", "leave the @ and what follows out")
@@ -59,10 +57,9 @@ def pull(
 ) -> None:
     """Download a detector, of a revision if given: USER/NAME@REVISION."""
     from paqdetr.checkpoint import read_checkpoint
-    from paqdetr.models.files import import_hub
     from paqdetr.outputs import write_output
 
-    file = import_hub().fetch(repo)
+    file = import_extra("paqdetr.models.hub", "hub").fetch(repo)
     read_checkpoint(file)  # whole, and ours
     write_output(output, lambda path: shutil.copyfile(file, path), maker="paqdetr hub", overwrite=overwrite)
     results.print(str(output), soft_wrap=True)
@@ -72,9 +69,9 @@ def pull(
 def card(checkpoint: _Checkpoint, *, license: _License = None, evaluation: _Evaluation = None) -> None:
     """Print the model card that `push` would upload."""
     from paqdetr.checkpoint import read_header
-    from paqdetr.models.files import find_checkpoint, import_hub
+    from paqdetr.models.files import find_checkpoint
 
-    text = import_hub().model_card(
+    text = import_extra("paqdetr.models.hub", "hub").model_card(
         read_header(find_checkpoint(checkpoint)), license=license, evaluation=_figures(evaluation)
     )
     results.print(text.rstrip(), soft_wrap=True)

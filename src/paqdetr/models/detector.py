@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from paqdetr.checkpoint import write_checkpoint
 from paqdetr.config import ModelConfig
+from paqdetr.errors import import_extra
 from paqdetr.images import ImageSource
 from paqdetr.models.backbone import Backbone
 from paqdetr.models.decoder import Decoder
@@ -253,9 +254,7 @@ class Detector(nn.Module):
             BackendError: huggingface_hub is not installed.
             StorageError: something cannot be written.
         """
-        from paqdetr.models.files import import_hub
-
-        import_hub().SharedDetector(self).save_pretrained(folder, **how)
+        import_extra("paqdetr.models.hub", "hub").SharedDetector(self).save_pretrained(folder, **how)
 
     def push_to_hub(self, repo: str, **how: Any) -> str:
         """Upload the model to the Hub as "user/name"; the address of the commit.
@@ -267,9 +266,7 @@ class Detector(nn.Module):
             BackendError: huggingface_hub is not installed.
             ConfigError: nobody is logged in, or may write there.
         """
-        from paqdetr.models.files import import_hub
-
-        hub = import_hub()
+        hub = import_extra("paqdetr.models.hub", "hub")
         with hub.hub_errors(repo):
             return hub.SharedDetector(self).push_to_hub(repo, **how)
 
@@ -286,9 +283,7 @@ class Detector(nn.Module):
             CheckpointError: there is none, or it is damaged.
             BackendError: huggingface_hub is not installed.
         """
-        from paqdetr.models.files import import_hub
-
-        hub = import_hub()
+        hub = import_extra("paqdetr.models.hub", "hub")
         with hub.hub_errors(str(name)):
             return hub.SharedDetector.from_pretrained(str(name), device=device, **how).model
 

@@ -7,9 +7,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,7 +18,7 @@ from paqdetr.checkpoint import load_tensors, read_checkpoint
 from paqdetr.config import Config, ModelConfig, validate_config
 from paqdetr.config.section import Role
 from paqdetr.environment import require_device
-from paqdetr.errors import BackendError, CheckpointError, ConfigError, memory_error
+from paqdetr.errors import CheckpointError, ConfigError, import_extra, memory_error
 from paqdetr.models.detector import Detector
 from paqdetr.models.zoo import build_model
 from paqdetr.preprocessing import Preprocessing
@@ -430,24 +428,10 @@ def describe_checkpoint(header: Mapping[str, Any], where: str) -> tuple[Config, 
         raise _not_ours(header, where, error) from None
 
 
-def import_hub() -> ModuleType:
-    """`paqdetr.models.hub`, whose client is an extra.
-
-    Raises:
-        BackendError: it is not installed.
-    """
-    try:
-        return import_module("paqdetr.models.hub")
-    except ImportError as error:
-        raise BackendError(
-            f"{error.name or 'huggingface_hub'} is not installed", "pip install 'paqdetr[hub]'"
-        ) from None
-
-
 def find_checkpoint(path: str | Path) -> Path:
     """The checkpoint that a path means: itself, the best of a run's folder, or one of the Hub (`hf:user/name@revision`)."""
     if str(path).startswith("hf:"):
-        return import_hub().fetch(str(path))
+        return import_extra("paqdetr.models.hub", "hub").fetch(str(path))
     path = Path(path)
     if not path.is_dir():
         return path

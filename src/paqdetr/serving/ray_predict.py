@@ -21,7 +21,7 @@ from PIL.Image import Image
 
 from paqdetr import errors
 from paqdetr._version import __version__
-from paqdetr.errors import BackendError, ConfigError, DataError, StorageError
+from paqdetr.errors import BackendError, ConfigError, DataError, StorageError, import_extra
 from paqdetr.files import open_regular, write_whole
 from paqdetr.images import IMAGE_EXTENSIONS, is_leftover, read_image
 from paqdetr.structures import Detections
@@ -86,7 +86,7 @@ def predict_on_ray(
         ConfigError: `output` holds other things, or was made with other arguments.
         BackendError: Ray is not installed, or the cluster does not answer.
     """
-    _import("ray")
+    _import("ray.data")
     files = _Files.at(str(output))
     images = list_images_of(str(source))
     plan = {
@@ -248,6 +248,7 @@ def connect_ray(address: str | None) -> Any:
     Raises:
         BackendError: Ray is not installed, or the cluster does not answer.
     """
+    _import("ray.data")
     ray = _import("ray")
     if not ray.is_initialized():
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
@@ -413,7 +414,4 @@ def _summary(files: _Files, names: Sequence[str], skipped: int) -> RayPrediction
 
 
 def _import(name: str) -> Any:
-    try:
-        return import_module(name) if name != "ray" else (import_module("ray.data"), import_module("ray"))[1]
-    except ImportError as error:
-        raise BackendError(f"{error.name or name} is not installed", "pip install 'paqdetr[ray]'") from None
+    return import_extra(name, "ray")
