@@ -439,10 +439,7 @@ def _rows(detections: Detections) -> list[dict[str, Any]]:
 
 
 def _drawn(detections: Detections, image: Image) -> Response:
-    try:
-        picture = detections.draw(image)
-    except ImportError as error:
-        raise Refusal(501, f"nothing can be drawn here: {error}", "pip install supervision, or ask for json") from None
+    picture = detections.draw(image)
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=92)
     return Response(buffer.getvalue(), media_type="image/jpeg")
