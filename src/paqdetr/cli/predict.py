@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -30,6 +30,8 @@ from paqdetr.cli.console import (
 from paqdetr.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from paqdetr.models import Detector
+    from paqdetr.runtime import Predictor
     from paqdetr.runtime.sources import Source
 
 
@@ -127,13 +129,12 @@ def predict(
         )
 
 
-def _open(path: Path, device: str | None) -> Any:
-    from paqdetr.runtime.predictor import EXPORTED, open_exported
+def _open(path: Path, device: str | None) -> Detector | Predictor:
+    from paqdetr.loading import is_exported, load
 
-    if path.suffix.lower() in EXPORTED:
-        return open_exported(path)
+    if is_exported(path):
+        return load(path, device=device or "cpu")
     from paqdetr.environment import require_device
-    from paqdetr.models import load
 
     return load(path, device=str(require_device(device)))
 
