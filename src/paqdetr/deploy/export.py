@@ -234,8 +234,8 @@ def _require_parity(parity: Parity, file: Path) -> None:
     compared, missing = (sum(getattr(image, key) for image in parity.images) for key in ("compared", "missing"))
     raw = max((image.raw_difference or 0 for image in parity.images), default=0)
     error = ExportError(
-        f"{file}: not written: it does not find what the model finds: {missing} of {compared} detections have no partner of their "
-        f"class with IoU >= {parity.min_iou} and a score within {parity.max_score_difference}"
+        f"{file}: not written: it does not find what the model finds: {missing} of {compared} detections have no partner of "
+        f"their class with IoU >= {parity.min_iou} and a score within {parity.max_score_difference}"
         + (f"; raw outputs are off by {raw:.2g}" if raw else ""),
         "report it with the model's settings; --no-check writes the file all the same",
     )
