@@ -72,6 +72,7 @@ def predict(
     Ctrl-C or SIGTERM ends it: what was written stays, and a video ends there and plays.
     """
     from paqdetr.runtime.predict import new_folder, predict_sources
+    from paqdetr.runtime.save import require_forms
 
     if threshold is not None and not 0 <= threshold <= 1:  # a range of the option would call nan too large
         raise ConfigError(
@@ -79,6 +80,8 @@ def predict(
             "`paqdetr predict --help` shows how it is used",
         )
     suppress_over, cut = parse_nms(nms), tiles_of(tiles, overlap, with_whole)
+    forms = [form.strip() for form in save.split(",")]
+    require_forms(forms)
     detector = _open(model, device)
     point = detector.operating_point
     usual = [f"nms {point.nms:g}"] if nms is None and point.nms is not None else []
@@ -94,7 +97,7 @@ def predict(
                 detector,
                 sources,
                 output=folder,
-                save=[form.strip() for form in save.split(",")],
+                save=forms,
                 recursive=recursive,
                 every=every,
                 max_frames=max_frames,

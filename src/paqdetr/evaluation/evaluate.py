@@ -12,7 +12,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +61,7 @@ class Evaluation:
 
     Attributes:
         figures: the COCO figures of the raw output; the detector's AP.
-        figures_nms: the same after class-wise non-maximum suppression at IoU 0.7: the difference is the cost of copies.
+        figures_nms: the same after class-wise non-maximum suppression at IoU 0.7: the difference is the cost of duplicates.
         predictions_per_image: predictions that score over 0.3.
         boxes_per_image: boxes to be found.
         images_per_second: reading, model and post-processing.
@@ -321,10 +320,13 @@ def detect_split(
         return chosen, images, [(picture.height, picture.width) for picture in pictures]
 
     def of_tiles(parts: list[Image], together: int) -> list[Detections]:
-        detect = partial(detect_batch, model, at_least=at_least)
-        return predict_in_batches(
-            parts, model.preprocessing, lambda *tiles: detect(*tiles[:2], names=tiles[2]), batch_size=together
-        )
+        def detect(pixels: list[Tensor], sizes: list[tuple[int, int]], names: list[str]) -> Iterator[Detections]:
+            return detect_batch(model, pixels, sizes, names=names, at_least=at_least)
+
+        found = predict_in_batches(parts, model.preprocessing, detect, batch_size=together)
+        # Of many tiles the best alone: thousands that score next to nothing would be compared with each other.
+        most = np.arange(max(at_least, MAX_DETECTIONS))
+        return [one.rows(most[: len(one)]) for one in found] if len(found) > 1 else found
 
     own = batches[processes.index :: processes.count]
     if tiles is not None:
