@@ -61,7 +61,15 @@ def test_signatures() -> None:
     assert train["overrides"].kind is inspect.Parameter.VAR_KEYWORD
     evaluate = parameters(paqdetr.evaluate)
     assert list(evaluate)[:3] == ["model", "data", "split"] and evaluate["split"].default == "val"
-    assert list(parameters(paqdetr.Detector.predict)) == ["self", "images", "threshold", "batch_size"]
+    assert list(parameters(paqdetr.Detector.predict)) == [
+        "self",
+        "images",
+        "threshold",
+        "batch_size",
+        "nms",
+        "classes",
+        "tiles",
+    ]
     assert parameters(paqdetr.Detector.predict)["threshold"].default == 0.3
     assert list(parameters(paqdetr.Detector.forward))[:3] == ["self", "images", "padding_mask"]
 

@@ -273,9 +273,9 @@ class _Class(BaseModel):
 
 
 class _OperatingPoint(BaseModel):
-    threshold: float | None = Field(None, ge=0, le=1)
-    nms: float | None = Field(None, ge=0, le=1)
-    duplicates_cost: float | None = Field(None, ge=-1, le=1)
+    threshold: float | None = Field(default=None, ge=0, le=1)
+    nms: float | None = Field(default=None, ge=0, le=1)
+    duplicates_cost: float | None = Field(default=None, ge=-1, le=1)
 
 
 class _Header(BaseModel):
