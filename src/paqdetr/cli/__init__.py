@@ -20,6 +20,7 @@ from paqdetr.cli import (
     convert,
     data,
     evaluate,
+    export,
     models,
     plan,
     predict,
@@ -43,6 +44,7 @@ app.command("train")(train.train)
 app.command("plan")(plan.plan)
 app.command("eval")(evaluate.evaluate)
 app.command("predict")(predict.predict)
+app.command("export")(export.export)
 app.command("analyze")(analyze.analyze)
 app.command("convert")(convert.convert)
 app.command("models")(models.models)

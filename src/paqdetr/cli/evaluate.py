@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from paqdetr.metrics.intervals import FigureIntervals
     from paqdetr.metrics.matches import MatchTable
     from paqdetr.models.detector import Detector
+    from paqdetr.runtime import Predictor
     from paqdetr.runtime.tiles import Tiles
 
 _Kind = Literal["bbox", "segm"]
@@ -92,7 +93,7 @@ class _Found:
 
 def evaluate(
     checkpoint: Annotated[
-        Path | None, typer.Argument(help="A .safetensors file or a run's folder.", metavar="CHECKPOINT")
+        Path | None, typer.Argument(help="A run's folder, a .safetensors file, or an exported model.", metavar="MODEL")
     ] = None,
     *,
     data: Annotated[Path | None, typer.Option(help="Folder of the data set, or its data.yaml.")] = None,
@@ -208,19 +209,19 @@ def _of_checkpoint(checkpoint: Path, options: _Options) -> _Found | None:
     if found is None:
         return None
     title = f"{model.name} on {options.where}, {found.images_per_second:.1f} images/s"
-    return _Found(
-        title, found.figures, found.to_json(), options.truth(dataset), found.results, model.config.num_queries
-    )
+    config = getattr(model, "config", None)  # exported models have none
+    queries = None if config is None else config.num_queries
+    return _Found(title, found.figures, found.to_json(), options.truth(dataset), found.results, queries)
 
 
 def _detect(
     checkpoint: Path, dataset: DetectionDataset, processes: Processes, options: _Options
-) -> tuple[Detector, Evaluation | None]:
+) -> tuple[Detector | Predictor, Evaluation | None]:
     """The model, and what it finds; None in all processes but the main one."""
     from paqdetr.evaluation.evaluate import evaluate_together
-    from paqdetr.models import load
+    from paqdetr.loading import is_exported, load
 
-    model = load(checkpoint, device=str(processes.device))
+    model = load(checkpoint, device="cpu" if is_exported(checkpoint) else str(processes.device))
     with progress_bar(f"evaluate on {dataset.name}") as progress:
         found = evaluate_together(
             model,

@@ -135,7 +135,7 @@ def predict(
 def _open(path: Path, device: str | None) -> Detector | Predictor:
     from paqdetr.loading import is_exported, load
 
-    if is_exported(path):
+    if is_exported(path):  # which may run without torch
         return load(path, device=device or "cpu")
     from paqdetr.environment import require_device
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import shutil
 import tempfile
 import warnings
@@ -149,6 +150,7 @@ def export(
     splits = _open_data(calibrate, quantized=precision == "int8")
     point = detector.operating_point
     threshold, nms = (point.threshold if threshold is None else threshold), (point.nms if nms is None else nms)
+    point = detector.operating_point
     info = ExportInfo(
         name=detector.name,
         classes=detector.classes,
@@ -157,8 +159,8 @@ def export(
         precision=precision,
         max_detections=detector.config.max_detections,
         clamp_boxes=detector.config.clamp_boxes,
-        threshold=threshold,
-        nms=nms,
+        threshold=point.threshold if threshold is None else threshold,
+        nms=point.nms if nms is None else nms,
         source=source,
         versions=_versions(format, precision),
     )
@@ -172,14 +174,16 @@ def export(
                 from paqdetr.deploy.quantize import quantize_checked
 
                 plain = Path(folder) / f"float{file.suffix}"
-                _write(detector, plain, replace(info, precision="f32"), format, batch, attention)
-                quantization = quantize_checked(plain, made, info, splits, max_drop=max_drop, slow=slow)
+                parts = _write(detector, plain, replace(info, precision="f32"), format, batch, attention)
+                quantization = quantize_checked(plain, made, info, splits, parts=parts, max_drop=max_drop, slow=slow)
             else:
                 _write(detector, made, info, format, batch, attention)
                 if check:
                     pictures = _pictures(splits[0] if splits else None)
                     opened = open_any_exported(made)
-                    parity = compare_with_model(detector, opened, pictures, threshold=threshold or DEFAULT_THRESHOLD)
+                    parity = compare_with_model(
+                        detector, opened, pictures, threshold=info.threshold or DEFAULT_THRESHOLD
+                    )
                     _require_parity(parity, file)
             for part in reversed(_parts(made)):  # the weights before the graph that names them
                 write_output(file.with_suffix(part.suffix), _copier(part), maker=_MAKER, overwrite=True)
@@ -245,30 +249,36 @@ def _require_parity(parity: Parity, file: Path) -> None:
 
 def _write(
     detector: Detector, file: Path, info: ExportInfo, format: Format, batch: int | None, attention: Attention
-) -> None:
-    """The model as a sealed file, unchecked."""
+) -> dict[str, str]:
+    """The model as a sealed file, unchecked. Returns the part of the model that each of its nodes is of, by the node's name."""
     module = DeployedDetector(detector, raw=info.raw)
     text = info.to_json()
     if format == "torchscript":
         torch.jit.save(trace(module, info.preprocessing, attention), str(file), _extra_files={FILE_ENTRY: text})
-        return
+        return {}
     program = capture(module, info.preprocessing, batch, attention)
     if format == "pt2":
         torch.export.save(program, file, extra_files={FILE_ENTRY: text})
-        return
+        return {}
     graph = file.with_suffix(".onnx")
-    _write_onnx(program, module, graph, info)
+    parts = _write_onnx(program, module, graph, info)
     if format == "openvino":
-        import openvino
-
-        model = openvino.Core().read_model(str(graph))
-        model.set_rt_info(text, ["model_info", KEY])
-        openvino.save_model(model, str(file), compress_to_fp16=info.precision == "f16")
+        to_openvino(graph, file, info)
         graph.unlink()
+    return parts
+
+
+def to_openvino(graph: Path, file: Path, info: ExportInfo) -> None:
+    """An exported .onnx file as a sealed .xml file with its .bin."""
+    import openvino
+
+    model = openvino.Core().read_model(str(graph))
+    model.set_rt_info(info.to_json(), ["model_info", KEY])
+    openvino.save_model(model, str(file), compress_to_fp16=info.precision == "f16")
     seal(file)
 
 
-def _write_onnx(program: ExportedProgram, module: DeployedDetector, file: Path, info: ExportInfo) -> None:
+def _write_onnx(program: ExportedProgram, module: DeployedDetector, file: Path, info: ExportInfo) -> dict[str, str]:
     import onnx
 
     exported = torch.onnx.export(
@@ -284,16 +294,16 @@ def _write_onnx(program: ExportedProgram, module: DeployedDetector, file: Path, 
     model = exported.model_proto
     for node in model.graph.node:
         scope = next((entry.value for entry in node.metadata_props if entry.key == "namespace"), "")
-        node.doc_string = scope.partition("/")[2].partition("/")[
-            2
-        ]  # the part of the model; the rest are traces of our source
-        del node.metadata_props[:]
+        node.doc_string = next(reversed(re.findall(r"(?:^|/)(detector[\w.]*): ", scope)), "")
+        del node.metadata_props[:]  # lines and paths of our source
     del model.graph.value_info[:]
     model.producer_name, model.producer_version = _MAKER, __version__
     if info.precision == "f16":
         _halve_weights(model)
     onnx.helper.set_model_props(model, {KEY: info.to_json()})
     onnx.save(model, str(file))
+    seal(file)
+    return {node.name: node.doc_string for node in model.graph.node}
 
 
 def _halve_weights(model: Any) -> None:

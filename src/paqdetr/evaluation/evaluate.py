@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL.Image import Image
-from torch import Tensor
 from torchvision.ops import box_convert
 
 from paqdetr.data.dataset import DetectionDataset, open_split
@@ -27,6 +26,7 @@ from paqdetr.data.read_ahead import read_ahead
 from paqdetr.distributed import Processes
 from paqdetr.environment import require_device
 from paqdetr.errors import ConfigError, DataError
+from paqdetr.loading import is_exported, load
 from paqdetr.metrics.coco import (
     MAX_DETECTIONS,
     CocoFigures,
@@ -37,10 +37,9 @@ from paqdetr.metrics.coco import (
 from paqdetr.metrics.diagnosis import threshold_curves
 from paqdetr.metrics.matches import MatchTable
 from paqdetr.models.detector import Detector
-from paqdetr.models.files import load
 from paqdetr.models.inference import Observer, detect_batch
 from paqdetr.models.outputs import DetectorOutput
-from paqdetr.runtime.predictor import predict_in_batches
+from paqdetr.runtime.predictor import Predictor, predict_in_batches
 from paqdetr.runtime.tiles import Tiles, predict_tiles
 from paqdetr.structures import ClassTable, Detections, OperatingPoint, Targets
 from paqdetr.values import require_batch_size, require_nms, require_threshold
@@ -91,7 +90,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: Detector | str | Path,
+    model: Detector | Predictor | str | Path,
     *,
     data: str | Path,
     split: str = "val",
@@ -106,8 +105,8 @@ def evaluate(
     """Figures of a model on one split of a data set.
 
     Args:
-        model: a detector, or a checkpoint or run's folder, which goes to the best device there is; the classes of the
-            data must be among its own.
+        model: a detector, an exported model, or the path of either or of a run; a checkpoint goes to the best device there is.
+            The classes of the data must be among its own.
         data: the data set's folder.
         split: "train", "val" or "test".
         batch_size: images of one size that go through together; it changes no figure.
@@ -130,8 +129,8 @@ def evaluate(
         raise ConfigError("tiles: observers look at the outputs for whole images", "leave one of the two out")
     counted_detections(max_detections)
     if isinstance(model, (str, Path)):
-        model = load(model, device=str(require_device(None)))
-    elif not isinstance(model, Detector):
+        model = load(model, device="cpu" if is_exported(model) else str(require_device(None)))
+    elif not isinstance(model, (Detector, Predictor)):
         raise ConfigError(
             f"model: expected a Detector or a path, found {type(model).__name__}",
             "give what paqdetr.load or create_model returns, or a checkpoint's path",
@@ -151,7 +150,7 @@ def evaluate(
 
 
 def evaluate_split(
-    model: Detector,
+    model: Detector | Predictor,
     split: DetectionDataset,
     *,
     batch_size: int = 4,
@@ -180,7 +179,7 @@ def evaluate_split(
 
 
 def evaluate_together(
-    model: Detector,
+    model: Detector | Predictor,
     split: DetectionDataset,
     processes: Processes,
     *,
@@ -260,7 +259,7 @@ def _best_threshold(truth: dict[str, Any], rows: list[dict[str, Any]], max_detec
 
 
 def detect_split(
-    model: Detector,
+    model: Detector | Predictor,
     split: DetectionDataset,
     *,
     batch_size: int,
@@ -296,7 +295,18 @@ def detect_split(
         for start in range(0, len(members), batch_size)
     ]
     if readers is None:
-        readers = 0 if next(model.parameters()).device.type == "cpu" else _READERS
+        readers = 0 if isinstance(model, Predictor) or next(model.parameters()).device.type == "cpu" else _READERS
+    if isinstance(model, Predictor) and observers:
+        raise ConfigError(
+            f"{model.where}: an exported model does not show what observers look at", "take its checkpoint"
+        )
+
+    def detect(
+        images: list[Any], sizes: list[tuple[int, int]], names: Sequence[int | str], **look: Any
+    ) -> Iterable[Detections]:
+        if isinstance(model, Predictor):
+            return model.detect(images, sizes, names=names)
+        return detect_batch(model, images, sizes, names=names, at_least=at_least, **look)
 
     unreadable: dict[int, str] = {}
 
@@ -313,16 +323,13 @@ def detect_split(
 
     def read(
         batch: tuple[tuple[int, int], list[int]],
-    ) -> tuple[list[int], list[Tensor], list[tuple[int, int]]]:
+    ) -> tuple[list[int], list[Any], list[tuple[int, int]]]:
         size, chosen = batch
         pictures = [picture_of(index) for index in chosen]
         images = [model.preprocessing(picture, size) for picture in pictures]
         return chosen, images, [(picture.height, picture.width) for picture in pictures]
 
     def of_tiles(parts: list[Image], together: int) -> list[Detections]:
-        def detect(pixels: list[Tensor], sizes: list[tuple[int, int]], names: list[str]) -> Iterator[Detections]:
-            return detect_batch(model, pixels, sizes, names=names, at_least=at_least)
-
         found = predict_in_batches(parts, model.preprocessing, detect, batch_size=together)
         # Of many tiles the best alone: thousands that score next to nothing would be compared with each other.
         most = np.arange(max(at_least, MAX_DETECTIONS))
@@ -344,7 +351,7 @@ def detect_split(
                 observer.see(output, targets, chosen)
 
         ids = [split.image_ids[index] for index in chosen]
-        found = detect_batch(model, images, sizes, look=look if observers else None, names=ids, at_least=at_least)
+        found = detect(images, sizes, ids, **({"look": look} if observers else {}))
         for index, detections in zip(chosen, found, strict=True):
             yield index, detections.rows(kept(index, detections))
     if unreadable:

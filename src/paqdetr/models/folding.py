@@ -7,7 +7,7 @@ forward and backward. Scaling the weights instead gives the same result and cost
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -164,8 +164,8 @@ def bake_folded_norms(model: nn.Module) -> None:
         if isinstance(part, FoldedConv2d):
             weight, bias = part._folded()
             outputs, inputs, *kernel = weight.shape
-            baked = (Conv2dSame if part.pads_same else nn.Conv2d)(
-                inputs * part.groups, outputs, tuple(kernel), part.stride, part.padding, part.dilation, part.groups
-            )
+            names = ("stride", "padding", "dilation", "groups")
+            how: dict[str, Any] = {"kernel_size": tuple(kernel), **{name: getattr(part, name) for name in names}}
+            baked = (Conv2dSame if part.pads_same else nn.Conv2d)(inputs * part.groups, outputs, **how)
             baked.weight, baked.bias = nn.Parameter(weight.clone()), nn.Parameter(bias.clone())
             model.set_submodule(name, baked)

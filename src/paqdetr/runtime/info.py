@@ -51,7 +51,7 @@ class FixedSize:
 
     def normalized(self, images: np.ndarray) -> np.ndarray:
         """(N, H, W, 3) uint8 -> (N, 3, H, W) float32, as a raw graph takes them."""
-        scaled = (images.astype(np.float32) - np.float32(self.mean)) / np.float32(self.std)
+        scaled = (images.astype(np.float32) - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
         return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
 
 
@@ -171,7 +171,7 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_count(value: Any) -> bool:
-    return _is_int(value) and value >= 1
+    return _is_int(value) and 1 <= value < 2**31
 
 
 def _is_side(value: Any) -> bool:

@@ -137,7 +137,7 @@ class Predictor:
             keep = scores >= threshold
             found.append(
                 Detections(
-                    boxes=boxes[keep] * np.float32([width, height, width, height]),
+                    boxes=boxes[keep] * np.array([width, height, width, height], np.float32),
                     scores=scores[keep],
                     labels=np.asarray(self.classes.ids, dtype=np.int64)[labels[keep]],
                     names=self.classes.id_to_name,
