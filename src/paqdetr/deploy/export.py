@@ -297,6 +297,9 @@ def _write_onnx(program: ExportedProgram, module: DeployedDetector, file: Path, 
         node.doc_string = next(reversed(re.findall(r"(?:^|/)(detector[\w.]*): ", scope)), "")
         del node.metadata_props[:]  # lines and paths of our source
     del model.graph.value_info[:]
+    for value in (*model.graph.input, *model.graph.output):
+        if value.type.tensor_type.shape.dim[0].dim_param:  # torch's own name for it, such as s34
+            value.type.tensor_type.shape.dim[0].dim_param = "batch"
     model.producer_name, model.producer_version = _MAKER, __version__
     if info.precision == "f16":
         _halve_weights(model)
@@ -352,7 +355,9 @@ def _versions(format: Format, precision: Precision) -> dict[str, str]:
 @contextmanager
 def _quietly() -> Iterator[None]:
     """Without what exporters have to say about their own parts."""
-    loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir", "torch.onnx", "torch.export", "nncf")]
+    # Whoever listens to all loggers gets torch's traces too, which take longer than the export.
+    names = ("onnxscript", "onnx_ir", "torch.onnx", "torch.export", "torch.__trace", "nncf")
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
