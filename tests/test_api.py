@@ -52,7 +52,7 @@ def test_every_name_is_there() -> None:
 def test_signatures() -> None:
     create = parameters(paqdetr.create_model)
     assert next(iter(create)) == "name" and "num_classes" in create
-    assert list(parameters(paqdetr.load)) == ["path", "device", "classes", "num_queries"]
+    assert list(parameters(paqdetr.load)) == ["path", "device", "classes", "num_queries", "threads"]
     assert parameters(paqdetr.list_models)["pattern"].default == "*"
     train = parameters(paqdetr.train)
     assert list(train)[:3] == ["model", "data", "output"]
