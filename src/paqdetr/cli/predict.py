@@ -20,9 +20,8 @@ from paqdetr.cli.console import (
     Overwrite,
     TileSize,
     WithWhole,
-    errors,
+    note,
     parse_nms,
-    print_styled,
     progress_bar,
     results,
     tiles_of,
@@ -111,21 +110,19 @@ def predict(
                 tiles=cut,
             )
     except KeyboardInterrupt as interrupt:
-        print_styled(
-            errors, ("interrupted:", "bold"), f" what was written is in {folder}; the same command starts over"
-        )
+        note(f"what was written is in {folder}; the same command starts over", "interrupted", "bold")
         raise Ended(143 if interrupt.args else 130) from None
     finally:
         if output is None:
             with suppress(OSError):
                 folder.rmdir()  # where nothing was written
-    results.print(f"{done.objects} objects over {least} in {done.images} images: {done.output}", soft_wrap=True)
+    results.print(f"{done.objects} objects over {least} in {done.images} images: {done.output}")
     if "torch" in sys.modules:  # an exported model runs without
         from paqdetr.environment import peak_memory
 
         results.print(f"peak memory: {peak_memory():.2f} GiB")
     for reason in done.unreadable.values():
-        print_styled(errors, ("left out:", "bold yellow"), f" {reason}")
+        note(reason, "left out")
     if done.unreadable:
         raise DataError(
             f"{len(done.unreadable)} images could not be read; the others are done", "replace or remove them"
