@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,9 +20,8 @@ from paqdetr.cli.console import (
     Overwrite,
     TileSize,
     WithWhole,
-    errors,
+    note,
     parse_nms,
-    print_styled,
     progress_bar,
     results,
     tiles_of,
@@ -30,6 +29,8 @@ from paqdetr.cli.console import (
 from paqdetr.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from paqdetr.models import Detector
+    from paqdetr.runtime import Predictor
     from paqdetr.runtime.sources import Source
 
 
@@ -70,6 +71,7 @@ def predict(
     Ctrl-C or SIGTERM ends it: what was written stays, and a video ends there and plays.
     """
     from paqdetr.runtime.predict import new_folder, predict_sources
+    from paqdetr.runtime.save import require_forms
 
     if threshold is not None and not 0 <= threshold <= 1:  # a range of the option would call nan too large
         raise ConfigError(
@@ -77,6 +79,8 @@ def predict(
             "`paqdetr predict --help` shows how it is used",
         )
     suppress_over, cut = parse_nms(nms), tiles_of(tiles, overlap, with_whole)
+    forms = [form.strip() for form in save.split(",")]
+    require_forms(forms)
     detector = _open(model, device)
     point = detector.operating_point
     usual = [f"nms {point.nms:g}"] if nms is None and point.nms is not None else []
@@ -92,7 +96,7 @@ def predict(
                 detector,
                 sources,
                 output=folder,
-                save=[form.strip() for form in save.split(",")],
+                save=forms,
                 recursive=recursive,
                 every=every,
                 max_frames=max_frames,
@@ -106,28 +110,26 @@ def predict(
                 tiles=cut,
             )
     except KeyboardInterrupt as interrupt:
-        print_styled(
-            errors, ("interrupted:", "bold"), f" what was written is in {folder}; the same command starts over"
-        )
+        note(f"what was written is in {folder}; the same command starts over", "interrupted", "bold")
         raise Ended(143 if interrupt.args else 130) from None
     finally:
         if output is None:
             with suppress(OSError):
                 folder.rmdir()  # where nothing was written
-    results.print(f"{done.objects} objects over {least} in {done.images} images: {done.output}", soft_wrap=True)
+    results.print(f"{done.objects} objects over {least} in {done.images} images: {done.output}")
     if "torch" in sys.modules:  # an exported model runs without
         from paqdetr.environment import peak_memory
 
         results.print(f"peak memory: {peak_memory():.2f} GiB")
     for reason in done.unreadable.values():
-        print_styled(errors, ("left out:", "bold yellow"), f" {reason}")
+        note(reason, "left out")
     if done.unreadable:
         raise DataError(
             f"{len(done.unreadable)} images could not be read; the others are done", "replace or remove them"
         )
 
 
-def _open(path: Path, device: str | None) -> Any:
+def _open(path: Path, device: str | None) -> Detector | Predictor:
     from paqdetr.loading import is_exported, load
 
     if is_exported(path):  # which may run without torch
