@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 from common import provenance
-from evaluation import CLASSES, made
 
+from evaluation import CLASSES, made
 from paqdetr.metrics import MatchTable, figure_intervals
 
 

@@ -43,7 +43,7 @@ from peer_models import BACKBONE, PEERS, Peer, build_peer, preprocessing_of
 
 from paqdetr.config import Config, load_config, parse_overrides
 from paqdetr.data.dataset import DetectionDataset, open_split
-from paqdetr.data.loader import read_picture, training_loader
+from paqdetr.data.loader import training_loader
 from paqdetr.errors import UserError
 from paqdetr.metrics.coco import evaluate_detections, non_maximum_suppression
 from paqdetr.training.optim import MovingAverage
@@ -251,7 +251,7 @@ def evaluate(
     for size, members in buckets.items():
         for first in range(0, len(members), batch_size):
             chosen = members[first : first + batch_size]
-            pictures = [read_picture(split, index) for index in chosen]
+            pictures = [split.checked_image(index) for index in chosen]
             images = [preprocess(picture, size) for picture in pictures]
             found = peer.detect(model, images, [(picture.height, picture.width) for picture in pictures])
             for index, detections in zip(chosen, found, strict=True):

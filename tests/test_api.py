@@ -52,7 +52,7 @@ def test_every_name_is_there() -> None:
 def test_signatures() -> None:
     create = parameters(paqdetr.create_model)
     assert next(iter(create)) == "name" and "num_classes" in create
-    assert list(parameters(paqdetr.load)) == ["path", "device", "classes", "num_queries"]
+    assert list(parameters(paqdetr.load)) == ["path", "device", "classes", "num_queries", "threads"]
     assert parameters(paqdetr.list_models)["pattern"].default == "*"
     train = parameters(paqdetr.train)
     assert list(train)[:3] == ["model", "data", "output"]
@@ -61,7 +61,15 @@ def test_signatures() -> None:
     assert train["overrides"].kind is inspect.Parameter.VAR_KEYWORD
     evaluate = parameters(paqdetr.evaluate)
     assert list(evaluate)[:3] == ["model", "data", "split"] and evaluate["split"].default == "val"
-    assert list(parameters(paqdetr.Detector.predict)) == ["self", "images", "threshold", "batch_size"]
+    assert list(parameters(paqdetr.Detector.predict)) == [
+        "self",
+        "images",
+        "threshold",
+        "batch_size",
+        "nms",
+        "classes",
+        "tiles",
+    ]
     assert parameters(paqdetr.Detector.predict)["threshold"].default == 0.3
     assert list(parameters(paqdetr.Detector.forward))[:3] == ["self", "images", "padding_mask"]
 

@@ -25,9 +25,7 @@ Report = dict[str, Any]
 def attention(report: Report) -> str:
     """Back ends against the reference, and against what the machine can do."""
     fast = next(name for name in report["cases"][0]["forward"] if name != "reference")
-    speed = [
-        ["shape", "forward, reference", fast, "ratio", "forward + backward, reference", fast, "ratio"],
-    ]
+    speed = [["shape", "forward, reference", fast, "ratio", "forward + backward, reference", fast, "ratio"]]
     speed[0] += ["kept for backward, reference", fast]
     limits = [["shape", fast, "all rows in the first cache", "share", "copying", "rows read, GB/s", "GFLOP/s"]]
     for case in report["cases"]:
@@ -66,12 +64,7 @@ def whole_model(report: Report) -> str:
         times = [_number(compared[key]["median_ms"]) for key in ("transformers", "paqdetr")]
         rows.append([name, *times, f"**{compared['paqdetr']['ratio']:.2f}x**"])
     rows.append(
-        [
-            "kept for backward in that step",
-            f"{theirs / 1e6:.0f} MB",
-            f"{ours / 1e6:.0f} MB",
-            f"{ours / theirs:.2f}",
-        ]
+        ["kept for backward in that step", f"{theirs / 1e6:.0f} MB", f"{ours / 1e6:.0f} MB", f"{ours / theirs:.2f}"]
     )
     share = report["attention_share_of_transformers_inference"]
     return "\n\n".join(
@@ -120,12 +113,7 @@ def evaluation(report: Report) -> str:
     figures = [_number(times[name]["median_ms"]) for name in ("pycocotools", "paqdetr")]
     images, ratio = report["images"], f"**{times['paqdetr']['ratio']:.1f}x**"
     rows.append(
-        [
-            f"{images} images, {report['detections']:,} detections",
-            *figures,
-            ratio,
-            f"**{_number(one * images)}**",
-        ]
+        [f"{images} images, {report['detections']:,} detections", *figures, ratio, f"**{_number(one * images)}**"]
     )
     return "\n\n".join([_made_by(report), _table(rows)])
 

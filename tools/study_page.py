@@ -22,7 +22,7 @@ from typing import Any
 
 from paqdetr.config import load_config
 from paqdetr.report.markdown import to_table
-from paqdetr.report.section import Column, Table
+from paqdetr.report.section import Column, make_table
 from paqdetr.study.costs import Forecast, forecast, gflops, gpu_hours
 from paqdetr.study.report import StudyReport, study_report
 from paqdetr.study.results import read_results
@@ -126,7 +126,7 @@ def table(name: str, what: str) -> str:
     if what == "facts":
         return "\n".join(f"- {key}: {value}" for key, value in report.facts)
     try:
-        return to_table(report.table(what))
+        return to_table(report.tables[what])
     except KeyError:
         data = what.partition("_")[2]
         if data in report.runs.study.data:
@@ -174,7 +174,7 @@ def plan_table() -> str:
         Column("hours", "machine hours"),
         Column("source", "from", "text"),
     )
-    return to_table(Table("plan", "", columns, tuple(rows)))
+    return to_table(make_table("plan", "", columns, rows, empty=False))
 
 
 def cut_table() -> str:
@@ -196,7 +196,7 @@ def cut_table() -> str:
         Column("hours", "machine hours"),
         Column("smallest", "smallest effect its seeds see"),
     )
-    return to_table(Table("cuts", "", columns, ranked), empty=True)
+    return to_table(make_table("cuts", "", columns, ranked))
 
 
 def gpu_table() -> str:
@@ -216,7 +216,7 @@ def gpu_table() -> str:
         Column("slow", f"GPU hours at {slow:.0f} TFLOP/s", "integer"),
         Column("fast", f"at {fast:.0f} TFLOP/s", "integer"),
     )
-    return to_table(Table("gpu", "", columns, tuple(rows)))
+    return to_table(make_table("gpu", "", columns, rows))
 
 
 def _smallest(data: str, seeds: int) -> float | None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from paqdetr._version import __version__
 from paqdetr.errors import CheckpointError
 from paqdetr.files import open_regular, parse_json, write_whole
+from paqdetr.text import some
 
 _KEY = "paqdetr"
 _HASH = "sha256"
@@ -153,9 +154,8 @@ def load_tensors(module: torch.nn.Module, tensors: Mapping[str, Tensor], where: 
         ("has values of another type for", other),
     ):
         if keys:
-            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
             raise CheckpointError(
-                f"{where}: it is of another model: it {problem} {', '.join(keys[:3])}{more}",
+                f"{where}: it is of another model: it {problem} {some(keys)}",
                 "load it with the model and settings it was made with",
             )
     if any(tensor.is_meta for tensor in own.values()):

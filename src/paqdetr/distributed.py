@@ -32,7 +32,7 @@ _PATIENCE = timedelta(hours=1)
 
 
 class Processes:
-    """This process and the others, and what they tell each other. With one process nothing is sent anywhere.
+    """This process and the others, and what they exchange. With one process nothing is sent anywhere.
 
     Attributes:
         index: of this process, from 0.
@@ -238,12 +238,7 @@ def build_accelerator(config: Config, device: str | None, output: Path) -> Accel
             f"device {device!r}: accelerate would train on {accelerator.device.type} instead",
             f"use --device {accelerator.device.type}",
         )
-    known = (
-        DistributedType.NO,
-        DistributedType.MULTI_CPU,
-        DistributedType.MULTI_GPU,
-        DistributedType.MULTI_XPU,
-    )
+    known = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
     if accelerator.distributed_type not in known:
         raise ConfigError(
             f"accelerate is set to {accelerator.distributed_type.value}, and training keeps whole weights in each process",

@@ -39,8 +39,7 @@ def require_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = f" ({str(error).strip().splitlines()[0]})"
     raise ConfigError(
-        f"device {name!r}: it does not work here{reason}; those that do are {', '.join(there)}",
-        "use --device cpu",
+        f"device {name!r}: it does not work here{reason}; those that do are {', '.join(there)}", "use --device cpu"
     )
 
 
@@ -50,17 +49,7 @@ def usable_devices() -> list[str]:
     return ["cpu", *(kind for kind, module in others.items() if module.is_available())]
 
 
-_PACKAGES = (
-    "torch",
-    "torchvision",
-    "timm",
-    "accelerate",
-    "numpy",
-    "scipy",
-    "safetensors",
-    "hotcoco",
-    "pillow",
-)
+_PACKAGES = ("torch", "torchvision", "timm", "accelerate", "numpy", "scipy", "safetensors", "hotcoco", "pillow")
 
 
 def describe_environment() -> dict[str, Any]:

@@ -44,7 +44,7 @@ def open_regular(path: str | Path, *, error: type[UserError] = DataError) -> Bin
     """
     descriptor = -1
     try:
-        # Opening a pipe waits for whoever writes into it, unless told not to.
+        # Opening a pipe waits for whoever writes into it, unless O_NONBLOCK is set.
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
         descriptor = os.open(path, flags)
         kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
@@ -146,6 +146,11 @@ def load_json(path: Path) -> dict[str, Any]:
             "A list is the form of results; name the ground truth.",
         )
     return content
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file as `write_whole` does."""
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

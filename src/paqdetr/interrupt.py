@@ -39,15 +39,15 @@ class StopRequest:
     acts as ever. Signals that the process was started to ignore (`nohup`) stay ignored.
 
     Args:
-        told: called with the signal's name when it arrives.
+        notify: called with the signal's name when it arrives.
 
     Attributes:
         signal_number: the signal that came, or None.
     """
 
-    def __init__(self, told: Callable[[str], object] = lambda name: None) -> None:
+    def __init__(self, notify: Callable[[str], object] = lambda name: None) -> None:
         self.signal_number: int | None = None
-        self._told = told
+        self._notify = notify
         self._came = 0.0
         self._before: dict[int, Any] = {}
 
@@ -66,7 +66,7 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal_number is None:
             self.signal_number, self._came = number, time.monotonic()
-            self._told(signal.Signals(number).name)
+            self._notify(signal.Signals(number).name)
         elif number == signal.SIGINT and time.monotonic() - self._came > _ECHO:
             self._restore()
             signal.raise_signal(number)

@@ -1,4 +1,4 @@
-"""File locks: at most one process trains in a folder, makes a data set, writes a file. The system releases a lock when its last
+"""Lock files: at most one process trains in a folder, makes a data set, writes a file. The system releases a lock when its last
 holder ends, however it ends."""
 
 from __future__ import annotations

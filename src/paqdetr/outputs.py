@@ -193,11 +193,7 @@ def write_output(path: Path, write: Callable[[Path], object], *, maker: str, ove
 
 
 def write_json(
-    path: Path,
-    content: Mapping[str, Any] | Sequence[Mapping[str, Any]],
-    *,
-    maker: str,
-    overwrite: bool = False,
+    path: Path, content: Mapping[str, Any] | Sequence[Mapping[str, Any]], *, maker: str, overwrite: bool = False
 ) -> None:
     """An object, with the mark as its first key, or COCO results (`maker` is `RESULTS`), a row a line.
 

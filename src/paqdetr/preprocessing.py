@@ -88,7 +88,7 @@ class Preprocessing:
             # These resize with Pillow; torch rounds about one value in 500 to the neighbouring grey level.
             resized = to_pixels(image.resize((width, height), Resampling.BILINEAR))
         else:
-            resized = TF.resize(to_pixels(image), [height, width], antialias=True)
+            resized = resize(to_pixels(image), height, width)
         return self.normalization(resized)
 
     def to_dict(self) -> dict[str, Any]:
@@ -146,6 +146,11 @@ def _program_size(rule: ResizeRule, height: int, width: int, short: int, longest
 def to_pixels(image: Image) -> Tensor:
     """RGB image -> (3, H, W) uint8."""
     return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).contiguous()
+
+
+def resize(pixels: Tensor, height: int, width: int) -> Tensor:
+    """(3, h, w) uint8 -> (3, height, width) uint8, bilinear with antialiasing."""
+    return TF.resize(pixels, [height, width], antialias=True)
 
 
 def pad_images(images: Sequence[Tensor], divisor: int = 1) -> tuple[Tensor, Tensor | None]:

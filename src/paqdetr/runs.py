@@ -28,14 +28,7 @@ Points = tuple[np.ndarray, np.ndarray]
 
 _ENDED = "finished"
 # What may differ when a run is continued: it changes neither weights nor figures.
-FREE_SETTINGS = (
-    "workers",
-    "cache_images",
-    "save_every_steps",
-    "save_every_minutes",
-    "trackers",
-    "nan_policy",
-)
+FREE_SETTINGS = ("workers", "cache_images", "save_every_steps", "save_every_minutes", "trackers", "nan_policy")
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +137,7 @@ class Run:
             ) from None
 
     def flush_metrics(self) -> int:
-        """Have the disk take over metrics.jsonl; its size in bytes."""
+        """fsync metrics.jsonl; its size in bytes."""
         with self.metrics_file.open("r+b") as file:
             os.fsync(file.fileno())
             return os.fstat(file.fileno()).st_size
@@ -289,8 +282,7 @@ def read_metrics(path: Path) -> list[Record]:
         records.append(record)
     if not records:
         raise DataError(
-            f"{path}: no record in {len(content.splitlines())} lines",
-            "train for at least one logging interval",
+            f"{path}: no record in {len(content.splitlines())} lines", "train for at least one logging interval"
         )
     return records
 

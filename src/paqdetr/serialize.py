@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -39,6 +39,17 @@ def plain(value: Any, digits: int | None = None) -> Any:
     if isinstance(value, list | tuple):
         return [plain(item, digits) for item in value]
     return json_number(value, digits) if isinstance(value, float) else value
+
+
+class Jsonable:
+    """A dataclass whose `to_json` gives its fields by name, as `plain` has them, numbers to `json_digits` decimals if set."""
+
+    __slots__ = ()
+    json_digits: ClassVar[int | None] = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, ready for json; None for NaN."""
+        return fields_of(self, self.json_digits)
 
 
 def fields_of(found: Any, digits: int | None = None) -> dict[str, Any]:

@@ -32,6 +32,11 @@ def shorten(value: object, limit: int = 80) -> str:
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first `most` of them, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def literal(text: str) -> str:
     """For titles, labels and ticks of matplotlib, which takes what stands between dollars for mathematics and leaves labels that
     begin with an underscore out of legends."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-from typing import TypeGuard
+from collections.abc import Callable
+from typing import Any, TypeGuard, TypeVar
 
 from paqdetr.errors import ConfigError
+
+Made = TypeVar("Made")
 
 MAX_SEED = 2**32 - 1
 """The largest that numpy's RandomState and scikit-learn take."""
@@ -37,6 +41,15 @@ def environment_integer(name: str, default: int, *, low: int, high: int = 2**31 
         f"the environment variable {name} is {text[:80]!r}, expected a whole number from {low} to {high}",
         f"set it to one, or unset {name}",
     )
+
+
+def from_settings(make: Callable[..., Made], settings: object, **given: Any) -> Made:
+    """`make(...)`, where each argument that is not given is the setting of the same name, if there is one.
+
+    So a setting is written down where it is declared and where it is used, and nowhere between.
+    """
+    names = inspect.signature(make).parameters.keys() - given.keys()
+    return make(**{name: getattr(settings, name) for name in names if hasattr(settings, name)}, **given)
 
 
 def as_id(value: object) -> int | str | None:

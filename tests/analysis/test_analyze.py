@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import paqdetr
-from paqdetr.analysis.analyze import _training_split as training_split
+from paqdetr.analysis.subject import training_split
 from paqdetr.cli import run
 from paqdetr.config import load_config
 from paqdetr.data.dataset import open_split
@@ -90,7 +90,7 @@ def test_everything_is_there_and_bounded(report: Path) -> None:
         assert content["caption"] and content["data"], name
     # What one model has and the other has not is said.
     assert (report / "data/pairs_0.json").exists() and not (report / "data/against/pairs_0.json").exists()
-    assert "Not shown for dino_nano: it was trained with one positive a box" in page
+    assert "Not shown for dino_nano: it was trained with one-to-one assignment" in page
     assert "dino_nano: its checkpoint lies in no run folder" in page
 
 
@@ -119,7 +119,7 @@ def test_figures_are_those_of_the_evaluation(report: Path, tiny_digits: Path, tm
     inside = next(section for section in found.sections if section.key == "inside")
     names = [part.name for part in inside.parts]
     assert names == ["attention_0", "refinement_0", "encoder_0"]
-    assert "no encoder proposals" in inside.lead and "one positive a box" in inside.lead
+    assert "no encoder proposals" in inside.lead and "one-to-one assignment" in inside.lead
     assert "training" not in {section.key for section in found.sections}
     assert seen["evaluate deformable_detr_one_stage_nano"] == (4, 4)
 

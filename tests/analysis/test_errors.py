@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from paqdetr.analysis.errors import confusion_section, diagnosis_sections, mistake_section
-from paqdetr.analysis.subject import Judged
+from paqdetr.analysis.subject import ResultSet
 from paqdetr.metrics.diagnosis import MISTAKES, confusion, error_split
 from paqdetr.metrics.matches import MatchTable
 from paqdetr.report.section import Figure, Section, Table
@@ -37,8 +37,8 @@ def problem(classes: tuple[str, ...] = NAMES) -> tuple[dict[str, Any], list[dict
     return truth, results
 
 
-def judged(label: str, truth: dict[str, Any], results: list[dict[str, Any]]) -> Judged:
-    return Judged(label, truth, results, MatchTable.match(truth, results))
+def judged(label: str, truth: dict[str, Any], results: list[dict[str, Any]]) -> ResultSet:
+    return ResultSet(label, truth, results, MatchTable.match(truth, results))
 
 
 def part(section: Section, name: str) -> Any:

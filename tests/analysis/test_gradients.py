@@ -11,13 +11,13 @@ import torch
 from paqdetr.analysis.gradients import content_gradients
 from paqdetr.config import LossConfig
 from paqdetr.data.dataset import DetectionDataset, open_split
+from paqdetr.data.loader import plain_batch
 from paqdetr.errors import DataError
 from paqdetr.losses import build_criterion
 from paqdetr.models import create_model
 from paqdetr.models.detector import Detector
 from paqdetr.structures import ClassTable
 from paqdetr.training.figures import watch_gradients
-from paqdetr.training.plan import plain_batch
 
 SMALL = {"dim": 32, "ffn_dim": 64, "num_queries": 12, "image_size": 96, "num_classes": 10}
 

@@ -13,7 +13,14 @@ import pytest
 import torch
 from PIL.Image import Image
 
-from paqdetr.analysis.patterns import Studied, cluster_order, embed, exciting_images, pattern_cosines, pattern_section
+from paqdetr.analysis.patterns import (
+    ContentReport,
+    cluster_order,
+    embed,
+    exciting_images,
+    pattern_cosines,
+    pattern_section,
+)
 from paqdetr.analysis.semantics import semantics
 from paqdetr.analysis.usage import Usage, usage_section
 from paqdetr.data.dataset import DetectionDataset, open_split
@@ -296,7 +303,7 @@ def test_the_chapter_on_use(observed: Any, tiny_run: Run) -> None:
 def test_the_chapter_on_patterns(observed: Any, split: DetectionDataset) -> None:
     studied = []
     for name, (_, study) in observed.items():
-        studied.append(Studied(name, study, semantics(study, permutations=9)))
+        studied.append(ContentReport(name, study, semantics(study, permutations=9)))
     section = pattern_section(studied[0], split, against=studied[1])
     names = require_sound(section)
     both = {"content_embedding", "content_embedding_against"}

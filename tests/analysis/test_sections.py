@@ -12,8 +12,8 @@ import pytest
 from PIL import Image, ImageColor
 
 from paqdetr.analysis.examples import _choice, draw_outcome
-from paqdetr.analysis.subject import Outcome, outcome
-from paqdetr.analysis.training import run_folder, training_section
+from paqdetr.analysis.subject import Outcome, outcome, run_folder
+from paqdetr.analysis.training import training_section
 from paqdetr.metrics.matches import MatchTable
 from paqdetr.report.overlay import MARKS, Overlay, mark
 from paqdetr.report.section import Figure

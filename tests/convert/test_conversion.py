@@ -198,7 +198,7 @@ def test_what_is_given_wins_over_what_the_file_says(make_original: Make) -> None
 def test_what_published_models_have_is_assumed_and_said(make_original: Make) -> None:
     original = make_original("deformable two-stage")
     torch.save(original.state, original.path)  # without arguments
-    with pytest.raises(CheckpointError, match=r"12 samples a level and width 128 do not part into 8 heads"):
+    with pytest.raises(CheckpointError, match=r"12 samples a level and width 128 do not divide into 8 heads"):
         convert_checkpoint(original.path, origin="deformable_detr")
     _, report = convert_checkpoint(original.path, origin="deformable_detr", settings={"num_heads": HEADS})
     assert report.settings["num_queries"].value == 300
@@ -468,7 +468,7 @@ def test_a_checkpoint_of_ours_starts_a_paq_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["classes", "weights"])
 def test_a_checkpoint_of_ours_says_its_classes_itself(key: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=f"{key}: a checkpoint of ours says so itself"):
+    with pytest.raises(ConfigError, match=f"{key}: a checkpoint of ours holds them itself"):
         convert_checkpoint(tmp_path / "best.safetensors", origin="paqdetr", settings={key: "coco"})
 
 

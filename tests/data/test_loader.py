@@ -22,7 +22,7 @@ from paqdetr.data.loader import (
     TrainingImages,
     TrainingLoader,
     collate,
-    read_picture,
+    plain_batch,
     training_loader,
 )
 from paqdetr.errors import DataError
@@ -181,6 +181,23 @@ def test_a_sample_depends_on_its_key_alone(split: DetectionDataset) -> None:
     assert len(images) == 10
 
 
+def test_a_sample_without_changes_is_what_evaluation_sees(split: DetectionDataset) -> None:
+    """Pixels normalised last, boxes converted once, in the form of `DetectionDataset.targets`."""
+    preprocessing = Preprocessing(48, 1, Normalization(mean=(55.0, 1.0, 2.0), std=(100.0, 2.0, 3.0)))
+    unchanged = Augment(AugmentConfig(flip=0.0, crop=0.0, color=0.0), preprocessing)
+    images = TrainingImages(split=split, augment=unchanged, cache_gib=0)
+    pixels, targets = images.sample(SampleKey(index=9, seed=0, scale=1.0))
+    plain = plain_batch(split, preprocessing, [9])
+    assert torch.equal(pixels, plain.images[0])
+    expected = plain.targets[0]
+    assert len(expected) and torch.equal(targets.labels, expected.labels)
+    assert torch.allclose(targets.boxes, expected.boxes, atol=1e-6)
+    assert (targets.image_id, targets.size) == (expected.image_id, expected.size) == (split.image_ids[9], (40, 60))
+    left, top, right, bottom = split.boxes(9)[0].tolist()
+    by_hand = [(left + right) / 120, (top + bottom) / 80, (right - left) / 60, (bottom - top) / 40]
+    assert expected.boxes[0].tolist() == pytest.approx(by_hand)
+
+
 def test_the_cache_keeps_to_its_budget(split: DetectionDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: Counter[int] = Counter()
     read = split.image
@@ -234,10 +251,10 @@ def test_an_image_that_does_not_decode_is_named(broken: DetectionDataset, worker
 
 def test_an_image_of_another_size_than_stated_is_named(broken: DetectionDataset) -> None:
     with pytest.raises(DataError, match=r"6\.png: is 40x60 pixels .* says 60x40"):
-        read_picture(broken, 6)
+        broken.checked_image(6)
     with pytest.raises(DataError, match=r"6\.png"):
         epoch(settings(workers=0, batch_size=1), broken_without(broken, 5))
-    assert read_picture(broken, 0).size == (40, 60)
+    assert broken.checked_image(0).size == (40, 60)
 
 
 def broken_without(split: DetectionDataset, number: int) -> DetectionDataset:

@@ -13,8 +13,8 @@ from PIL import Image
 
 from paqdetr.cli import run as cli
 from paqdetr.data.dataset import open_split
+from paqdetr.data.files import name_splits
 from paqdetr.data.layout import available_splits, find_layout
-from paqdetr.data.split_names import name_splits
 from paqdetr.errors import DataError
 
 Content = dict[str, list[str]]  # split -> stems of its images, each of which has one box of class "cat"

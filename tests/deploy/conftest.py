@@ -8,7 +8,9 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from paqdetr.data.digits.edition import CATEGORIES
 from paqdetr.models import Detector, create_model
+from paqdetr.structures import ClassTable
 
 
 class Exported(NamedTuple):
@@ -21,6 +23,7 @@ def tiny(name: str = "paq_dino_nano", **settings: object) -> Detector:
     torch.manual_seed(0)
     sizes = {"num_classes": 10, "encoder_layers": 1, "decoder_layers": 2, "num_queries": 30, "dim": 32, "ffn_dim": 32}
     model = create_model(name, image_size=64, **{**sizes, **settings}).eval()
+    model.classes = ClassTable.from_categories(CATEGORIES)
     with torch.no_grad():
         for head in model.decoder.class_heads:
             head.weight.mul_(20)

@@ -15,6 +15,7 @@ import torch
 
 import paqdetr
 from paqdetr.cli import run
+from paqdetr.data.digits import make_digits
 from paqdetr.deploy import export
 from paqdetr.deploy.export import to_openvino
 from paqdetr.deploy.graph import DeployedDetector, fixed_size
@@ -140,7 +141,8 @@ def test_what_does_not_agree_is_not_kept(exported: Exported, tmp_path: Path, mon
     wrong = tiny()
     with torch.no_grad():
         wrong.decoder.box_heads[-1][-1].bias[0] += 0.3
-    monkeypatch.setattr("paqdetr.deploy.export.DeployedDetector", lambda model, raw: DeployedDetector(wrong, raw=raw))
+    module = sys.modules["paqdetr.deploy.export"]  # its name in the package is the function's
+    monkeypatch.setattr(module, "DeployedDetector", lambda model, raw: DeployedDetector(wrong, raw=raw))
     with pytest.raises(ExportError, match="does not find what the model finds") as caught:
         export(exported.checkpoint, tmp_path / "m.torchscript", format="torchscript")
     assert caught.value.parity is not None and not list(tmp_path.iterdir())
@@ -208,26 +210,7 @@ def test_predict_runs_without_torch(exported: Exported, tmp_path: Path) -> None:
 @pytest.mark.integration
 def test_eval_and_bench_take_exported_models(exported: Exported, tmp_path: Path) -> None:
     data = tmp_path / "digits"
-    assert (
-        run(
-            [
-                "data",
-                "make",
-                "digits",
-                "--output",
-                str(data),
-                "--size",
-                "64",
-                "--train",
-                "2",
-                "--val",
-                "6",
-                "--test",
-                "1",
-            ]
-        )
-        == 0
-    )
+    make_digits(data, size=64, train=2, val=6, test=1, max_objects=4)  # of the file's size, so that nothing is resized
     found = {}
     for name, model in (("run", exported.checkpoint), ("file", exported.file)):
         out = tmp_path / f"{name}.json"

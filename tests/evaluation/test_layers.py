@@ -15,7 +15,7 @@ from torch import Tensor
 from paqdetr.analysis.layers import layer_section
 from paqdetr.config import load_config
 from paqdetr.data.dataset import DetectionDataset, open_split
-from paqdetr.evaluation.evaluate import evaluate_split, targets_of
+from paqdetr.evaluation.evaluate import evaluate_split
 from paqdetr.evaluation.layers import LayerCollector, StageFigures
 from paqdetr.models.zoo import build_model
 from paqdetr.report.section import Figure, Table
@@ -58,14 +58,14 @@ def planted(target: Targets) -> Any:
 def collected(split: DetectionDataset, indices: list[int]) -> LayerCollector:
     collector = LayerCollector(split.classes)
     for index in indices:
-        target = targets_of(split, index)
+        target = split.targets(index)
         collector.see(planted(target), [target], [index])
     return collector
 
 
 def test_planted_predictions_have_the_figures_they_must_have(split: DetectionDataset) -> None:
     proposals, first, last = collected(split, list(range(len(split)))).figures(split)
-    boxes = sum(len(targets_of(split, index)) for index in range(len(split)))
+    boxes = sum(len(split.targets(index)) for index in range(len(split)))
     assert [one.stage for one in (proposals, first, last)] == ["proposals", "layer 1", "layer 2"]
     assert proposals.best_iou == pytest.approx(0.5, abs=1e-4)
     assert np.isnan(proposals.AP) and np.isnan(proposals.copies) and np.isnan(proposals.predictions_per_image)

@@ -14,7 +14,7 @@ from paqdetr.config import LossConfig
 from paqdetr.losses import Criterion, build_criterion
 from paqdetr.losses.boxes import FlatPairs, box_losses
 from paqdetr.models.outputs import Decoded, DetectorOutput
-from paqdetr.paq import Assigner, Matchables, Mixture, Pairs
+from paqdetr.paq import Assigner, MatchingCosts, Mixture, Pairs
 from paqdetr.structures import Targets
 
 # One box of class 0 in an image of 8 queries, three layers. Query q's box is as wide and as high as the truth but moved to the
@@ -89,7 +89,7 @@ class Halving:
     def __init__(self, assigner: Assigner) -> None:
         self.assigner = assigner
 
-    def solve(self, image: Matchables) -> Pairs:
+    def solve(self, image: MatchingCosts) -> Pairs:
         pairs = self.assigner.solve(image)
         return replace(pairs, weights=0.5 ** torch.arange(len(pairs), dtype=torch.float64))
 

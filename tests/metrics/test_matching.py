@@ -146,14 +146,3 @@ def test_the_coco_fixture(shared_data: Callable[[str], Path], iou_type: Any) -> 
     expected = evaluate_detections(truth, results, iou_type=iou_type)
     assert_equal(table.figures(), 0, expected)
     assert table.figures().figures["AP"][0] == pytest.approx({"bbox": 0.504581, "segm": 0.319545}[iou_type], abs=1e-6)
-
-
-def test_some_images_alone(make_problem: Callable[..., Problem]) -> None:
-    problem = make_problem(6)
-    table = MatchTable.match(*problem)
-    part = table.of_images([4, 0, 3])
-    assert part.image_ids == tuple(table.image_ids[i] for i in (4, 0, 3))
-    weights = np.zeros((1, 6), int)
-    weights[0, [4, 0, 3]] = 1
-    expected = evaluate_detections(*copied(problem, weights[0], table.image_ids))
-    assert_equal(part.figures(), 0, expected)

@@ -13,7 +13,7 @@ from paqdetr.config import load_config
 from paqdetr.errors import ConfigError
 from paqdetr.losses import build_criterion
 from paqdetr.models.files import resize_queries
-from paqdetr.models.proposals import Start, query_features
+from paqdetr.models.proposals import QueryInit, query_features
 from paqdetr.models.queries import FeatureQueries, QuerySource
 
 TWO_STAGE = ["paq_dino_r50", "paq_deformable_detr_r50", "paq_hybrid_deformable_detr_r50"]
@@ -48,7 +48,7 @@ def test_memory_at_a_point_equals_a_plain_loop(padding: int, wide: int, make_tok
     reference = torch.rand(2, 6, wide)
     reference[0, 0, :2] = torch.tensor([1 / 14, 0.1])  # the centre of the first cell of the finest level
     reference[0, 1, :2] = torch.tensor([1.0, 1.0])  # the corner of the valid part: beyond it is zero, padded or not
-    found = query_features(Start(reference=reference), memory, num_heads=2)
+    found = query_features(QueryInit(reference=reference), memory, num_heads=2)
     for image in range(2):
         for i in range(6):
             x, y = reference[image, i, :2].tolist()
@@ -59,7 +59,7 @@ def test_memory_at_a_point_equals_a_plain_loop(padding: int, wide: int, make_tok
 def test_the_gradient_reaches_the_memory_and_not_the_points(make_tokens: Callable) -> None:
     memory = make_tokens([torch.randn(1, 8, 5, 7)])
     values, reference = memory.values.requires_grad_(), torch.full((1, 1, 2), 0.5, requires_grad=True)
-    features = query_features(Start(reference=reference), memory.with_values(values), num_heads=4)
+    features = query_features(QueryInit(reference=reference), memory.with_values(values), num_heads=4)
     to_values, to_points = torch.autograd.grad(features.sum(), [values, reference], allow_unused=True)
     assert to_values.abs().sum() == pytest.approx(8, rel=1e-5) and to_points is None
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from paqdetr.errors import ConfigError
 from paqdetr.models import Detector, create_model, list_models, reshape_classes, resize_queries
-from paqdetr.models.files import _query_rows, reshape
+from paqdetr.models.files import reshape
+from paqdetr.paq.patterns import resized_rows
 from paqdetr.structures import ClassTable
 
 HOSTS = [name for name in list_models("*_nano") if not name.startswith("paq_")]
@@ -139,7 +140,8 @@ def test_one_query_grows_to_copies_of_itself() -> None:
 
 @given(old=st.integers(2, 40), new=st.integers(1, 150), ranked=st.booleans())
 def test_places_of_queries(old: int, new: int, ranked: bool) -> None:
-    low, high, share = _query_rows(old, new, ranked=ranked)
+    rows = resized_rows(old, new, ranked=ranked)
+    low, high, share = rows.low, rows.high, rows.share
     places = low + share * (high - low)
     assert len(places) == new == len(set(places.tolist()))  # no two queries alike
     assert 0 <= places.min() and places.max() <= old - 1

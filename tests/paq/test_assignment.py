@@ -16,7 +16,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from paqdetr.paq import OneToOneAssigner, Pairs, QualityAwareAssigner
-from paqdetr.paq.costs import Matchables
+from paqdetr.paq.costs import MatchingCosts
 from paqdetr.structures import Targets
 
 PairSet = set[tuple[int, int]]
@@ -214,8 +214,8 @@ def test_order_of_truth_does_not_matter(
     shuffled = list(range(boxes))
     order.shuffle(shuffled)
     assigner, highest = QualityAwareAssigner(**rule), random.random(queries)
-    before = as_set(assigner.solve(Matchables(cost, iou, sure, highest)))
-    moved = Matchables(cost[:, shuffled], iou[:, shuffled], sure[:, shuffled], highest)
+    before = as_set(assigner.solve(MatchingCosts(cost, iou, sure, highest)))
+    moved = MatchingCosts(cost[:, shuffled], iou[:, shuffled], sure[:, shuffled], highest)
     assert before == {(i, shuffled[j]) for i, j in as_set(assigner.solve(moved))}
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from paqdetr.paq import OneToOneAssigner, Pairs, QualityAwareAssigner
-from paqdetr.paq.costs import Matchables
+from paqdetr.paq.costs import MatchingCosts
 from paqdetr.structures import Targets
 
 PairSet = set[tuple[int, int]]
@@ -125,9 +125,9 @@ def test_claims_are_withdrawn_weakest_first() -> None:
 # --- which queries, by hand
 
 
-def image_of(cost: list[list[float]], iou: list[list[float]]) -> Matchables:
+def image_of(cost: list[list[float]], iou: list[list[float]]) -> MatchingCosts:
     table = np.array(iou, dtype=float)
-    return Matchables(np.array(cost, dtype=float), table, np.zeros_like(table), np.zeros(len(table)))
+    return MatchingCosts(np.array(cost, dtype=float), table, np.zeros_like(table), np.zeros(len(table)))
 
 
 def test_one_to_one_on_a_hand_made_cost() -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from paqdetr.errors import NonFiniteError
 from paqdetr.paq import Assigner, FixedKAssigner, OneToOneAssigner, Pairs, SimOTAAssigner, match_layers
-from paqdetr.paq.costs import Matchables
+from paqdetr.paq.costs import MatchingCosts
 from paqdetr.structures import Targets
 
 TARGET = Targets(torch.tensor([1]), torch.tensor([[0.5, 0.5, 0.2, 0.2]]))
@@ -26,12 +26,12 @@ def as_set(pairs: Pairs) -> set[tuple[int, int]]:
     return set(zip(queries, pairs.target_indices.tolist(), strict=True))
 
 
-def random_image(seed: int, queries: int, boxes: int, quality: float) -> Matchables:
+def random_image(seed: int, queries: int, boxes: int, quality: float) -> MatchingCosts:
     """No two costs alike; `quality` near 1 makes many good predictions."""
     random = np.random.default_rng(seed)
     cost, sure = random.random((2, queries, boxes))
     iou = random.random((queries, boxes)) ** (1 / max(quality, 1e-3))
-    return Matchables(cost, iou, sure, random.random(queries))
+    return MatchingCosts(cost, iou, sure, random.random(queries))
 
 
 problems = dict(
@@ -70,7 +70,7 @@ def test_order_of_truth_does_not_matter(
     image = random_image(seed, queries, boxes, quality)
     moved = list(range(boxes))
     order.shuffle(moved)
-    shuffled = Matchables(
+    shuffled = MatchingCosts(
         image.cost[:, moved], image.iou[:, moved], image.class_confidence[:, moved], image.max_confidence
     )
     found = {(i, moved[j]) for i, j in as_set(assigner.solve(shuffled))}
@@ -104,9 +104,9 @@ def test_simota_equals_a_plain_loop(top_k: int, seed: int, queries: int, boxes: 
 # --- by hand
 
 
-def image_of(cost: list[list[float]], iou: list[list[float]]) -> Matchables:
+def image_of(cost: list[list[float]], iou: list[list[float]]) -> MatchingCosts:
     table = np.array(iou, dtype=float)
-    return Matchables(np.array(cost, dtype=float), table, np.zeros_like(table), np.zeros(len(table)))
+    return MatchingCosts(np.array(cost, dtype=float), table, np.zeros_like(table), np.zeros(len(table)))
 
 
 def test_fixed_k_takes_the_cheapest_k_of_a_lone_box() -> None:
@@ -118,7 +118,7 @@ def test_fixed_k_takes_the_cheapest_k_of_a_lone_box() -> None:
 
 def test_fixed_k_is_lowered_for_all_alike() -> None:
     random = np.random.default_rng(0)
-    image = Matchables(*random.random((3, 14, 3)), random.random(14))
+    image = MatchingCosts(*random.random((3, 14, 3)), random.random(14))
     # 7 positives at the most, for 3 boxes: 2 each.
     assert Counter(FixedKAssigner(4).solve(image).target_indices.tolist()) == {0: 2, 1: 2, 2: 2}
 
@@ -131,7 +131,7 @@ def test_simota_rounds_down_and_ignores_confidence() -> None:
     assert len(SimOTAAssigner(top_k=2).solve(image)) == 1  # 1.7
     assert len(SimOTAAssigner(top_k=3).solve(image)) == 2  # 2.4
     assert len(SimOTAAssigner(min_positives=4).solve(image)) == 4
-    sure = Matchables(image.cost, image.iou, np.ones_like(image.iou), np.ones(12))
+    sure = MatchingCosts(image.cost, image.iou, np.ones_like(image.iou), np.ones(12))
     assert as_set(SimOTAAssigner().solve(sure)) == as_set(SimOTAAssigner().solve(image))
     thirds = image_of(cost, [[np.float32(1 / 3)], [np.float32(2 / 3)], *[[0.0]] * 10])
     assert len(SimOTAAssigner().solve(thirds)) == 1  # exactly 1, whatever float32 makes of it

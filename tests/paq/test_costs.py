@@ -12,7 +12,7 @@ from torchvision.ops import box_convert, box_iou, generalized_box_iou
 
 from paqdetr.errors import NonFiniteError, UserError
 from paqdetr.paq import CostWeights, OneToOneAssigner, QualityAwareAssigner, match_layers
-from paqdetr.paq.costs import Matchables, iou_and_giou, matchables
+from paqdetr.paq.costs import MatchingCosts, iou_and_giou, matching_costs
 from paqdetr.structures import Targets
 
 EMPTY = Targets(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4))
@@ -32,9 +32,9 @@ def random_predictions(*shape: int, num_classes: int = 3) -> tuple[Tensor, Tenso
     return torch.randn(*shape, num_classes), torch.cat([centre, size], dim=-1)
 
 
-def one(logits: Tensor, boxes: Tensor, target: Targets, weights: CostWeights | None = None) -> Matchables:
+def one(logits: Tensor, boxes: Tensor, target: Targets, weights: CostWeights | None = None) -> MatchingCosts:
     """Of a single image of a single layer, (n, C) and (n, 4)."""
-    return matchables(logits[None, None], boxes[None, None], [target], weights=weights)[0][0]
+    return matching_costs(logits[None, None], boxes[None, None], [target], weights=weights)[0][0]
 
 
 def test_by_hand() -> None:
@@ -71,7 +71,7 @@ def test_each_weight_acts_on_its_term() -> None:
 def test_layers_and_images_of_different_counts_are_told_apart() -> None:
     targets = [random_targets(2), EMPTY, random_targets(5)]
     logits, boxes = random_predictions(4, 3, 6)
-    found = matchables(logits, boxes, targets)
+    found = matching_costs(logits, boxes, targets)
     assert [len(row) for row in found] == [3] * 4
     for layer in range(4):
         for image, target in enumerate(targets):
@@ -83,7 +83,7 @@ def test_layers_and_images_of_different_counts_are_told_apart() -> None:
 
 def test_a_batch_without_boxes() -> None:
     logits, boxes = random_predictions(2, 3, 6)
-    found = matchables(logits, boxes, [EMPTY] * 3)
+    found = matching_costs(logits, boxes, [EMPTY] * 3)
     for row in found:
         for image in row:
             assert image.cost.shape == image.iou.shape == image.class_confidence.shape == (6, 0)
@@ -111,9 +111,9 @@ def test_the_class_term_is_the_same_with_more_boxes_than_classes() -> None:
     torch.manual_seed(0)
     logits, boxes = torch.randn(2, 1, 30, 3), torch.rand(2, 1, 30, 4)
     labels, truth = torch.tensor([0, 2, 1, 1, 0]), torch.rand(5, 4)
-    many = matchables(logits, boxes, [Targets(labels, truth)])
+    many = matching_costs(logits, boxes, [Targets(labels, truth)])
     for box in range(5):
-        single = matchables(logits, boxes, [Targets(labels[box : box + 1], truth[box : box + 1])])
+        single = matching_costs(logits, boxes, [Targets(labels[box : box + 1], truth[box : box + 1])])
         for (all_boxes,), (one,) in zip(many, single, strict=True):
             np.testing.assert_allclose(all_boxes.cost[:, box], one.cost[:, 0], rtol=1e-6)
 
@@ -164,7 +164,7 @@ def test_all_broken_layers_and_images_are_named() -> None:
     boxes[3, 2] = math.inf
     targets = [random_targets(1, image_id=0), random_targets(1), random_targets(1)]
     with pytest.raises(NonFiniteError, match=r"of layer1, layer4 .*\[0, 'batch position 2'\]"):
-        matchables(logits, boxes, targets)
+        matching_costs(logits, boxes, targets)
 
 
 @pytest.mark.parametrize("assigner", [OneToOneAssigner(), QualityAwareAssigner()])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from paqdetr.paq import Mixture, PatternQueries, pattern_diversity_loss
+from paqdetr.paq.patterns import resized_rows
 
 DIM = 16
 SIZES = [(6, 8), (3, 4), (2, 2)]
@@ -335,16 +336,22 @@ def test_pattern_std(std: float) -> None:
 @pytest.mark.parametrize("count", [1, 3, 7, 14, 20])
 @every_kind
 def test_resize_keeps_the_mixture_of_each_row(kind: str, count: int) -> None:
+    """Fewer are spread over the old ones; more are all the old ones, then others whose logits lie between neighbours'."""
     queries, inputs = make(kind), pad_batch([random_image(), random_image()], extra=1)
     before = queries(*inputs)
     patterns = queries.patterns
-    rows = queries.resize(count)
-    assert rows.tolist() == [i * 7 // count for i in range(count)]
+    rows = resized_rows(7, count)
+    assert torch.equal(queries.resize(count), rows.low)
+    kept = min(count, 7)
+    assert rows.low[:kept].tolist() == rows.high[:kept].tolist() == [i * 7 // kept for i in range(kept)]
     assert queries.num_queries == count and queries.patterns is patterns
     after = queries(*inputs)
     assert before.weights is not None and after.weights is not None
-    torch.testing.assert_close(after.weights, before.weights[:, rows], atol=1e-6, rtol=0)
-    torch.testing.assert_close(after.content, before.content[:, rows], atol=1e-6, rtol=0)
+    torch.testing.assert_close(after.weights[:, :kept], before.weights[:, rows.low[:kept]], atol=1e-6, rtol=0)
+    torch.testing.assert_close(after.content[:, :kept], before.content[:, rows.low[:kept]], atol=1e-6, rtol=0)
+    low, high = before.weights[:, rows.low[kept:]].log(), before.weights[:, rows.high[kept:]].log()
+    between = (low + rows.share[kept:, None] * (high - low)).softmax(-1)
+    torch.testing.assert_close(after.weights[:, kept:], between, atol=1e-6, rtol=0)
 
 
 @every_kind

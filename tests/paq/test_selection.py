@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-from paqdetr.paq.assignment import ceil_of_best, limit_claims, select_by_score, without_weak_extras
+from paqdetr.paq.assignment import ceil_of_best, limit_positives, select_by_score, without_weak_extras
 
 
 def plain_select(scores: np.ndarray, claims: np.ndarray, cost: np.ndarray) -> dict[int, int]:
@@ -38,7 +38,7 @@ def test_the_best_are_those_of_a_full_sort(n: int, boxes: int, top_k: int, seed:
     scores, cost = rng.integers(0, values, (n, boxes)) / values, rng.normal(size=(n, boxes))
     best = np.sort(scores, axis=0)[::-1][:top_k].sum(axis=0)
     assert ceil_of_best(scores, top_k).tolist() == np.ceil(best - 1e-6).tolist()
-    claims = limit_claims(rng.integers(0, 9, boxes), scores, least=1, most=top_k)
+    claims = limit_positives(rng.integers(0, 9, boxes), scores, least=1, most=top_k)
     queries, chosen = select_by_score(scores, claims, cost)
     assert dict(zip(queries.tolist(), chosen.tolist(), strict=True)) == plain_select(scores, claims, cost)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from paqdetr.errors import NonFiniteError
 from paqdetr.paq import OneToOneAssigner, QualityAwareAssigner, Targets
-from paqdetr.paq.costs import matchables
+from paqdetr.paq.costs import matching_costs
 from paqdetr.paq.targets import require_form, require_values
 
 BOX = [0.5, 0.5, 0.2, 0.2]
@@ -20,7 +20,7 @@ GOOD = Targets(torch.tensor([0]), torch.tensor([BOX]), "good.jpg")
 
 def match(targets: Any) -> None:
     torch.manual_seed(0)
-    matchables(torch.randn(2, 2, 5, 3), torch.rand(2, 2, 5, 4), targets)
+    matching_costs(torch.randn(2, 2, 5, 3), torch.rand(2, 2, 5, 4), targets)
 
 
 def wrong(labels: Any, boxes: Any, image_id: str | None = "bad.jpg") -> list[Targets]:
@@ -66,9 +66,9 @@ def test_rounding_and_empty_images_are_no_mistake() -> None:
 def test_a_wrong_target_is_told_before_a_broken_prediction() -> None:
     logits, boxes = torch.full((1, 1, 5, 3), math.nan), torch.rand(1, 1, 5, 4)
     with pytest.raises(ValueError, match="hold 9"):
-        matchables(logits, boxes, [Targets(torch.tensor([9]), torch.tensor([BOX]))])
+        matching_costs(logits, boxes, [Targets(torch.tensor([9]), torch.tensor([BOX]))])
     with pytest.raises(NonFiniteError):
-        matchables(logits, boxes, [GOOD])
+        matching_costs(logits, boxes, [GOOD])
 
 
 def test_of_another_device() -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -100,3 +102,49 @@ def test_a_cut_box_gives_way_to_a_whole_one_whatever_its_score() -> None:
 def test_what_cannot_be_cut(how: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Tiles(**how)  # type: ignore[arg-type]
+
+
+def test_small_objects_of_large_images_are_found_in_tiles() -> None:
+    """Four scenes pasted together: the model, which sees nothing smaller than 5 % of what it looks at, loses what it finds in
+    each of them alone; its tiles do not."""
+    from paqdetr.metrics.coco import evaluate_detections
+
+    rng = np.random.default_rng(0)
+    truth: dict[str, list] = {"images": [], "annotations": [], "categories": [{"id": 7, "name": "red"}]}
+    rows: dict[str, list] = {"plain": [], "tiles": []}
+    for number in range(1, 7):
+        boxes = []
+        for left, top in [(x, y) for x in range(0, 640, 80) for y in range(0, 640, 80) if rng.random() < 0.3]:
+            side = int(rng.integers(17, 40))
+            x, y = left + int(rng.integers(0, 70 - side)), top + int(rng.integers(0, 70 - side))
+            boxes.append((x, y, x + side, y + side))
+        truth["images"].append({"id": number, "width": 640, "height": 640})
+        for x, y, right, bottom in boxes:
+            own = {"bbox": [x, y, right - x, bottom - y], "area": (right - x) ** 2, "category_id": 7, "iscrowd": 0}
+            truth["annotations"].append({"id": len(truth["annotations"]) + 1, "image_id": number, **own})
+        image, model = scene((640, 640), *boxes), Patches(smallest=0.05)
+        for name, detections in (("plain", model.predict([image])[0]), ("tiles", found(model, image, Tiles(320)))):
+            detections.image_id = number
+            rows[name] += detections.to_coco()
+    plain, tiled = (evaluate_detections(truth, rows[name]).AP for name in ("plain", "tiles"))
+    assert tiled > plain + 0.05 and tiled == pytest.approx(1)
+
+
+LARGE = """
+import resource, sys
+import numpy as np
+from PIL import Image
+from paqdetr.models import create_model
+from paqdetr.runtime.tiles import Tiles
+model = create_model("paq_dino_nano", num_classes=10).eval()
+pixels = np.random.default_rng(0).integers(0, 255, (3000, 4000, 3), dtype=np.uint8)
+found = model.predict(Image.fromarray(pixels), threshold=0.0, tiles=Tiles(640, with_whole=True))[0]
+print(len(found), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+
+
+@pytest.mark.integration
+def test_the_memory_for_twelve_megapixels() -> None:
+    done = subprocess.run([sys.executable, "-c", LARGE], capture_output=True, text=True, check=True)
+    count, gib = done.stdout.split()
+    assert int(count) > 300 and float(gib) < 1.5

@@ -85,7 +85,7 @@ class Children:
         else:
             job = json.loads(Path(arguments[1]).read_text())
             found = Job.from_json(job)
-            figures = {name: {"AP": 0.5, "AP_nms": 0.5} for name in found.checkpoints}
+            figures = {name: {"AP": 0.5, "AP_nms": 0.5} for name in found.measure["checkpoints"]}
             result = RunResult(
                 found.key,
                 None,
@@ -142,7 +142,7 @@ def test_a_failed_run_is_kept_with_its_reason_and_the_others_go_on(queue: Queue,
     result = read_result(children.places.result(done.failed[0].key))
     assert result is not None and result.failed == "training: error: loss is NaN"
     report = study_report(load_study(file), read_results(children.places.results), command="x")
-    assert [row["state"] for row in report.table("runs").rows] == ["training: error: loss is NaN", "done"]
+    assert [row["state"] for row in report.tables["runs"].rows] == ["training: error: loss is NaN", "done"]
     # Not tried again unasked: it would fail again.
     children.started.clear()
     assert len(go().failed) == 1 and children.started == []

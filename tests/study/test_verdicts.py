@@ -92,7 +92,7 @@ def test_planted_effects_are_found_with_their_sign() -> None:
         wrong={"variant": "other"},
         much={"variant": "new", "threshold": 0.2},
         against={"variant": "new", "against": "other"},
-        copies={"variant": "new", "figure": "copies"},
+        duplicates={"variant": "new", "figure": "duplicates"},
     )
     found = {v.claim: v for v in verdicts(Runs(plan, simulated(rng, 5, new=0.1, other=-0.1)))}
     assert {name: verdict.outcome for name, verdict in found.items()} == {
@@ -101,13 +101,12 @@ def test_planted_effects_are_found_with_their_sign() -> None:
         "wrong": "does not hold",
         "much": "does not hold",
         "against": "holds",
-        "copies": "undecided",
+        "duplicates": "undecided",
     }
     effects = {name: verdict.effect.mean for name, verdict in found.items() if verdict.effect}
     assert effects["better"] == pytest.approx(0.1, abs=0.03) == effects["worse"]
-    assert effects["against"] == pytest.approx(effects["better"] + effects["worse"]) and effects[
-        "copies"
-    ] == pytest.approx(0)
+    assert effects["against"] == pytest.approx(effects["better"] + effects["worse"])
+    assert effects["duplicates"] == pytest.approx(0)
 
 
 def test_a_difference_is_paired_by_seed_and_image() -> None:
@@ -130,7 +129,7 @@ def test_seeds_that_one_variant_lacks_are_left_out_and_named() -> None:
     found = Runs(study(4), [*runs, failed])
     (verdict,) = verdicts(found)
     assert verdict.missing == (1, 2) and verdict.effect is not None and verdict.effect.seeds == 2
-    assert found.failed == [failed] and len(found.done) == 6 and found.planned == 12
+    assert found.failed == [failed] and len(found.done) == 6 and len(found.keys) == 12
 
 
 def test_a_figure_without_resamples_is_judged_over_seeds_alone() -> None:

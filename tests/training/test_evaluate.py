@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import pickle
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,13 @@ from torchvision.ops import box_convert
 from paqdetr.data.dataset import DetectionDataset, open_split
 from paqdetr.errors import DataError
 from paqdetr.evaluation import evaluate
+from paqdetr.evaluation.content import ContentCollector
 from paqdetr.evaluation.evaluate import detect_split, evaluate_split, require_same_classes
-from paqdetr.metrics import QueryUsage
+from paqdetr.metrics.query_usage import BatchMatch, QueryUsage
 from paqdetr.models import create_model
 from paqdetr.models.detector import Detector
 from paqdetr.models.outputs import DetectorOutput
+from paqdetr.paq import OneToOneAssigner
 from paqdetr.runs import Run
 from paqdetr.structures import ClassTable, Detections, Targets
 
@@ -202,6 +205,30 @@ def test_query_usage_observes(split: DetectionDataset, model: Detector) -> None:
     assert report.ranked and report.positives is not None and report.positives.counts.sum() == 13
     assert report.patterns is not None and report.patterns.mass.sum() == pytest.approx(1)
     assert report.query_cosine is not None and -1 <= report.query_cosine <= 1
+
+
+def test_observers_that_share_a_match_make_it_once(
+    split: DetectionDataset, model: Detector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    assign = OneToOneAssigner.__call__
+
+    def counted(self: OneToOneAssigner, logits: Tensor, boxes: Tensor, targets: Any) -> Any:
+        made.append(len(targets))
+        return assign(self, logits, boxes, targets)
+
+    monkeypatch.setattr(OneToOneAssigner, "__call__", counted)
+    match = BatchMatch()
+    shared = QueryUsage(num_queries=12, match=match), ContentCollector(num_classes=2, match=match)
+    alone = QueryUsage(num_queries=12), ContentCollector(num_classes=2)
+    evaluate_split(model, split, batch_size=2, observers=shared)
+    assert sum(made) == len(split) == 7, "every image once"
+    evaluate_split(model, split, batch_size=2, observers=alone)
+    assert sum(made) == 21
+    assert shared[0].report().to_json() == alone[0].report().to_json()
+    assert np.array_equal(shared[1].study(model).category_counts, alone[1].study(model).category_counts)
+    copied = pickle.loads(pickle.dumps(match))
+    assert copied._batch == () and match._batch, "a batch on a GPU does not travel between processes"
 
 
 def test_the_model_is_left_in_its_mode(split: DetectionDataset, model: Detector) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from paqdetr.config import load_config
 from paqdetr.data.dataset import open_split
+from paqdetr.data.loader import plain_batch
 from paqdetr.distributed import Processes
 from paqdetr.losses import build_criterion
 from paqdetr.metrics import gini
@@ -22,7 +23,6 @@ from paqdetr.paq import Mixture, Pairs
 from paqdetr.runs import Run
 from paqdetr.training import train
 from paqdetr.training.figures import Interval, QuerySums, batch_use, mixture_figures, to_host, watch_gradients
-from paqdetr.training.plan import plain_batch
 from paqdetr.training.setup import with_classes
 
 

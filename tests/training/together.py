@@ -18,14 +18,13 @@ from paqdetr import checkpoint, files
 from paqdetr.cli import console, main
 from paqdetr.config import load_config
 from paqdetr.data.dataset import DetectionDataset, open_split
-from paqdetr.data.loader import Batch
+from paqdetr.data.loader import Batch, plain_batch
 from paqdetr.distributed import leave
 from paqdetr.errors import NonFiniteError
 from paqdetr.evaluation.evaluate import evaluate_together
 from paqdetr.metrics import QueryUsage
 from paqdetr.runs import Run
 from paqdetr.structures import Targets
-from paqdetr.training.plan import plain_batch
 from paqdetr.training.setup import with_classes
 from paqdetr.training.trainer import Trainer
 

@@ -1,4 +1,4 @@
-"""From a checkpoint and a data set to a report: one pass over the images, then one section after another."""
+"""From a checkpoint and a data set to a report: one pass over the images, then one chapter after another."""
 
 from __future__ import annotations
 
@@ -8,42 +8,46 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from paqdetr._version import __version__
-from paqdetr.analysis.errors import diagnosis_sections
+from paqdetr.analysis.errors import calibration_section, confusion_section, curve_section, mistake_section
 from paqdetr.analysis.examples import example_sections
-from paqdetr.analysis.gradients import content_gradients
-from paqdetr.analysis.inside import inside_section, loss_settings
+from paqdetr.analysis.inside import inside_sections
 from paqdetr.analysis.layers import layer_section
-from paqdetr.analysis.patterns import Studied, pattern_section
-from paqdetr.analysis.semantics import semantics
-from paqdetr.analysis.subject import Judged, Subject, outcome
+from paqdetr.analysis.patterns import pattern_chapter
+from paqdetr.analysis.subject import Analysis, ModelUnderTest, Progress, ResultSet, has_boxes
 from paqdetr.analysis.summary import class_section, summary_section
-from paqdetr.analysis.training import run_folder, training_section
-from paqdetr.analysis.usage import Usage, usage_section
+from paqdetr.analysis.training import training_section
+from paqdetr.analysis.usage import usage_chapter
 from paqdetr.data.dataset import DetectionDataset, open_split
-from paqdetr.data.layout import available_splits
 from paqdetr.errors import ConfigError, DataError
 from paqdetr.evaluation.content import ContentCollector
 from paqdetr.evaluation.evaluate import evaluate_split, require_same_classes
 from paqdetr.evaluation.layers import LayerCollector
-from paqdetr.losses.criterion import build_criterion
-from paqdetr.metrics import QueryUsage
-from paqdetr.metrics.intervals import SAMPLES, compare_results, figure_intervals
+from paqdetr.metrics.intervals import SAMPLES
 from paqdetr.metrics.matches import MatchTable
+from paqdetr.metrics.query_usage import BatchMatch, QueryUsage
 from paqdetr.models import Detector, load
 from paqdetr.report.page import Chapter, Heading, render, require_report_place, write_folder
 from paqdetr.report.section import Section
-from paqdetr.runs import read_metrics
 
-# Where nothing is found there is no best threshold.
-_CONFIDENT = 0.3
-_MOST_BOXES = 8
-
-Progress = Callable[[str, int, int], None]
-"""Told (stage, done, in all)."""
+Made = Section | tuple[Section, ...] | None
+CHAPTERS: tuple[Callable[[Analysis], Made], ...] = (
+    summary_section,
+    class_section,
+    example_sections,
+    lambda analysis: curve_section(analysis.results),
+    lambda analysis: mistake_section(analysis.results),
+    lambda analysis: confusion_section(analysis.results),
+    lambda analysis: calibration_section(analysis.results),
+    lambda analysis: layer_section([(one.label, one.layers.figures(one.split)) for one in analysis.models]),
+    usage_chapter,
+    pattern_chapter,
+    inside_sections,
+    lambda analysis: training_section([(one.label, one.run) for one in analysis.models]),
+)
+"""What the report shows, in order. A chapter is a section on all models, or one for each of them, or None."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +94,7 @@ def analyze(
         samples, seed: of the bootstrap.
         batch_size: images that go through together; it changes no figure.
         device: where checkpoints are put; detectors stay where they are.
-        progress: told (stage, done, in all).
+        progress: called with (stage, done, in all).
 
     Raises:
         CheckpointError, DataError, ConfigError, StorageError: with what is wrong and what helps.
@@ -103,7 +107,7 @@ def analyze(
     opened = open_split(data, split)
     if not len(opened):
         raise DataError(f"{opened.annotation_file}: the split has no images", "choose another --split")
-    if not _has_boxes(opened):
+    if not has_boxes(opened):
         raise DataError(
             f"{opened.annotation_file}: none of its {len(opened)} images has an object to be found ({opened.skipped} crowds "
             "and boxes without area in their image)",
@@ -118,169 +122,47 @@ def analyze(
                 f"model: {one.name} is in {dtype}, and losses and gradients are computed in float32",
                 "pass model.float()",
             )
-    labels = _labels(chosen, detectors)
-    tell = progress or _silent
-    watched = [
-        _watched(detector, source, label, opened, truth, batch_size, tell)
-        for detector, source, label in zip(detectors, chosen, labels, strict=True)
+    report_progress = progress or (lambda stage, done, total: None)
+    models = [
+        _observe(detector, source, label, opened, truth, batch_size, report_progress)
+        for detector, source, label in zip(detectors, chosen, _labels(chosen, detectors), strict=True)
     ]
-    chapters = _chapters(watched, Path(data), images, samples, seed, tell)
-    subjects = [one.subject for one in watched]
-    heading = _heading(subjects, Path(data), split)
-    page = render(heading, chapters)
-    write_folder(output, page, chapters)
+    analysis = Analysis(models, Path(data), images, samples, seed, report_progress)
+    made = [found for chapter in CHAPTERS if (found := chapter(analysis)) is not None]
+    chapters = [Chapter((found,) if isinstance(found, Section) else found) for found in made]
+    write_folder(output, render(_heading(models, Path(data), split), chapters), chapters)
     return Report(
         page=output / "index.html",
         sections=tuple(chapter.sections[0] for chapter in chapters),
-        figures=subjects[0].evaluation.to_json(),
+        figures=models[0].evaluation.to_json(),
         against=tuple(chapter.sections[1] for chapter in chapters if len(chapter.sections) > 1),
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Watched:
-    """A model, and those that watched its evaluation."""
-
-    subject: Subject
-    judged: Judged
-    usage: QueryUsage
-    content: ContentCollector
-    layers: LayerCollector
-
-
-def _watched(
+def _observe(
     detector: Detector,
     source: Detector | str | Path,
     label: str,
     split: DetectionDataset,
     truth: dict[str, Any],
     batch_size: int,
-    tell: Progress,
-) -> _Watched:
+    progress: Progress,
+) -> ModelUnderTest:
     """The one pass over the split that everything is made of."""
-    usage = QueryUsage(num_queries=detector.config.num_queries)
-    content = ContentCollector(num_classes=len(detector.classes))
+    match = BatchMatch()
+    usage = QueryUsage(num_queries=detector.config.num_queries, match=match)
+    content = ContentCollector(num_classes=len(detector.classes), match=match)
     layers = LayerCollector(detector.classes, detector.config)
     found = evaluate_split(
         detector,
         split,
         batch_size=batch_size,
-        progress=_stage(tell, f"evaluate {label}"),
+        progress=lambda done, total: progress(f"evaluate {label}", done, total),
         observers=[usage, content, layers],
     )
-    table = MatchTable.match(truth, found.results)
+    results = ResultSet(label, truth, found.results, MatchTable.match(truth, found.results))
     checkpoint = None if isinstance(source, Detector) else Path(source)
-    return _Watched(
-        Subject(label, detector, checkpoint, split, truth, found, table),
-        Judged(label, truth, found.results, table),
-        usage,
-        content,
-        layers,
-    )
-
-
-def _chapters(
-    watched: Sequence[_Watched], data: Path, images: int, samples: int, seed: int, tell: Progress
-) -> list[Chapter]:
-    subjects = [one.subject for one in watched]
-    judged = [one.judged for one in watched]
-    stage = _stage(tell, "intervals")
-    tables = [subject.table for subject in subjects]
-    if len(subjects) > 1:
-        found = compare_results(tables[1], tables[0], samples=samples, seed=seed, progress=stage)
-    else:
-        found = figure_intervals(tables[0], samples=samples, seed=seed, progress=stage)
-    image_ids = subjects[0].split.image_ids
-    outcomes = [outcome(own.table, own.confident or _CONFIDENT, image_ids) for own in judged]
-    runs = [run_folder(subject.checkpoint) for subject in subjects]
-    training = _training_split(data)
-    examples = example_sections(subjects, outcomes, images=images, progress=_stage(tell, "best and worst images"))
-    chapters = [
-        Chapter((summary_section(subjects, found),)),
-        Chapter((class_section(subjects, found),)),
-        Chapter(examples),
-        *(Chapter((section,)) for section in diagnosis_sections(judged)),
-        Chapter((_layers(watched, tell),)),
-        Chapter((_usage(watched, runs, training, 4 * images, tell),)),
-        Chapter((_patterns(watched, samples, seed, tell),)),
-    ]
-    few = max(1, images // 3)
-    shown = np.argsort(-outcomes[0].right, kind="stable")[:few].tolist()
-    learning = None if training is None else (training, _learnable(training, few))
-    inside = [
-        inside_section(subject, images=shown, training=learning, progress=_stage(tell, f"inside {subject.label}"))
-        for subject in subjects
-    ]
-    chapters.append(Chapter(tuple(inside)))
-    curves = training_section([(own.label, run) for own, run in zip(subjects, runs, strict=True)])
-    return chapters if curves is None else [*chapters, Chapter((curves,))]
-
-
-def _layers(watched: Sequence[_Watched], tell: Progress) -> Section:
-    found = []
-    for done, one in enumerate(watched):
-        tell("layers", done, len(watched))
-        found.append((one.subject.label, one.layers.figures(one.subject.split)))
-    tell("layers", len(watched), len(watched))
-    return layer_section(found)
-
-
-def _usage(
-    watched: Sequence[_Watched],
-    runs: Sequence[Path | None],
-    training: DetectionDataset | None,
-    images: int,
-    tell: Progress,
-) -> Section:
-    """The use of queries, with the gradients that some images of the training split give them."""
-    found = []
-    for one, run in zip(watched, runs, strict=True):
-        gradients = None
-        if training is not None:
-            settings, _ = loss_settings(one.subject.model, one.subject.checkpoint)
-            gradients = content_gradients(
-                one.subject.model,
-                training,
-                criterion=build_criterion(settings),
-                images=images,
-                progress=_stage(tell, f"gradients {one.subject.label}"),
-            )
-        records = [] if run is None else read_metrics(run / "metrics.jsonl")
-        found.append(Usage(one.subject.label, one.usage.report(gradients=gradients), records))
-    return usage_section(found[0], against=found[1] if len(found) > 1 else None)
-
-
-def _patterns(watched: Sequence[_Watched], samples: int, seed: int, tell: Progress) -> Section:
-    """What patterns are used for, with as many permutations as there are resamples."""
-    found = []
-    for done, one in enumerate(watched):
-        tell("patterns", done, len(watched) + 1)
-        study = one.content.study(one.subject.model)
-        found.append(Studied(one.subject.label, study, semantics(study, permutations=max(samples - 1, 19), seed=seed)))
-    tell("patterns", len(watched), len(watched) + 1)
-    against = found[1] if len(found) > 1 else None
-    return pattern_section(found[0], watched[0].subject.split, against=against, seed=seed)
-
-
-def _training_split(data: Path) -> DetectionDataset | None:
-    """The split that a model learns from; None if the data has none with boxes, which an analysis can do without."""
-    if "train" not in available_splits(data):
-        return None
-    split = open_split(data, "train")
-    return split if _has_boxes(split) else None
-
-
-def _has_boxes(split: DetectionDataset) -> bool:
-    return any(len(split.labels(index)) for index in range(len(split)))
-
-
-def _learnable(split: DetectionDataset, few: int) -> list[int]:
-    """Images with several boxes, but no more than can be told apart."""
-    counts = np.array([len(split.labels(index)) for index in range(len(split))])
-    fit = np.flatnonzero((counts > 0) & (counts <= _MOST_BOXES))
-    if not len(fit):
-        fit = np.flatnonzero(counts > 0)
-    return fit[np.argsort(-counts[fit], kind="stable")][:few].tolist()
+    return ModelUnderTest(label, detector, checkpoint, split, truth, found, results, usage, content, layers)
 
 
 def _labels(sources: Sequence[Detector | str | Path], detectors: Sequence[Detector]) -> list[str]:
@@ -289,41 +171,23 @@ def _labels(sources: Sequence[Detector | str | Path], detectors: Sequence[Detect
     names = [detector.name for detector in detectors]
     if len(set(names)) == len(names):
         return names
-    names = [
-        f"{name} ({'given' if isinstance(source, Detector) else _short(Path(source))})"
-        for name, source in zip(names, sources, strict=True)
-    ]
+    places = ["given" if isinstance(source, Detector) else "/".join(Path(source).parts[-2:]) for source in sources]
+    names = [f"{name} ({place})" for name, place in zip(names, places, strict=True)]
     if len(set(names)) == len(names):
         return names
     return [f"{name} {letter}" for name, letter in zip(names, "AB", strict=True)]
 
 
-def _short(path: Path) -> str:
-    return "/".join(path.parts[-2:])
-
-
-def _heading(subjects: Sequence[Subject], data: Path, split: str) -> Heading:
-    names = [subject.label for subject in subjects]
+def _heading(models: Sequence[ModelUnderTest], data: Path, split: str) -> Heading:
+    names = tuple(one.label for one in models)
     title = f"{' against '.join(names)} on {data.resolve().name} {split}"
-    facts = [
-        (
-            "Data",
-            f"{data}, {split}: {len(subjects[0].split)} images, {len(subjects[0].truth['annotations'])} boxes",
-        )
-    ]
-    for letter, subject in zip("AB", subjects, strict=False):
-        which = f"Model {letter}" if len(subjects) > 1 else "Model"
-        parameters = sum(parameter.numel() for parameter in subject.model.parameters())
-        where = "an object in memory" if subject.checkpoint is None else str(subject.checkpoint)
-        size = subject.model.preprocessing.image_size
-        facts.append((which, f"{subject.model.name}, {parameters / 1e6:.1f} million parameters, input {size}, {where}"))
+    first = models[0]
+    facts = [("Data", f"{data}, {split}: {len(first.split)} images, {len(first.truth['annotations'])} boxes")]
+    for letter, one in zip("AB", models, strict=False):
+        which = f"Model {letter}" if len(models) > 1 else "Model"
+        parameters = sum(parameter.numel() for parameter in one.model.parameters())
+        where = "an object in memory" if one.checkpoint is None else str(one.checkpoint)
+        size = one.model.preprocessing.image_size
+        facts.append((which, f"{one.model.name}, {parameters / 1e6:.1f} million parameters, input {size}, {where}"))
     facts.append(("Made by", f"paqdetr {__version__} on {date.today().isoformat()}"))
-    return Heading(title=title, models=tuple(names), facts=tuple(facts))
-
-
-def _stage(tell: Progress, name: str) -> Callable[[int, int], None]:
-    return lambda done, total: tell(name, done, total)
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    pass
+    return Heading(title=title, models=names, facts=tuple(facts))

@@ -1,19 +1,35 @@
-"""What a detector gets wrong: the six kinds of mistakes, and which class is taken for which."""
+"""What a detector gets wrong: curves over thresholds, six kinds of mistakes, confused classes, and calibration of scores."""
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from paqdetr.analysis.curves import calibration_section, curve_section
-from paqdetr.analysis.subject import Judged, labels
-from paqdetr.metrics.diagnosis import MISTAKES, Confusion, ErrorSplit, confusion, error_split
+from paqdetr.analysis.subject import COLOURS, ResultSet, labels, marks
+from paqdetr.metrics.diagnosis import (
+    MISTAKES,
+    Calibration,
+    Confusion,
+    ErrorSplit,
+    calibration,
+    confusion,
+    error_split,
+    precision_recall,
+)
+from paqdetr.metrics.matches import RECALLS
 from paqdetr.report import plots
-from paqdetr.report.section import Column, Figure, Section, Table
+from paqdetr.report.section import Column, Figure, Section, Table, make_table
+from paqdetr.serialize import plain
 
-_COLOURS = (plots.BLUE, plots.ORANGE)
+_MOST_LINES = 7
+_IOUS = (0.5, 0.75, 0.9)
+# Calibration: what counts as right, and the score from which detections count.
+_KINDS = ((0.5, "right at IoU .50"), (None, "share of IoU .50 to .95"))
+_SCORED = 0.05
 _MOST_CLASSES = 30
 _MOST_CONFUSED = 20
 _NOTHING = "(nothing)"
@@ -28,116 +44,241 @@ _MEANING = {
 }
 
 
-def diagnosis_sections(judged: Sequence[Judged]) -> tuple[Section, ...]:
+def diagnosis_sections(sets: Sequence[ResultSet]) -> tuple[Section, ...]:
     """Curves, mistakes, confusion and calibration.
 
     Args:
-        judged: one result set, or two on the same ground truth, which are then shown side by side.
+        sets: one result set, or two on the same ground truth, which are then shown side by side.
     """
-    return (
-        curve_section(judged),
-        mistake_section(judged),
-        confusion_section(judged),
-        calibration_section(judged),
+    return curve_section(sets), mistake_section(sets), confusion_section(sets), calibration_section(sets)
+
+
+def curve_section(sets: Sequence[ResultSet]) -> Section:
+    """Precision against recall, F1 against the threshold, and the best threshold of every class."""
+    lead = (
+        "Where to put the score threshold, and what it costs. The area under a precision-recall curve is AP. "
+        "F1 is the harmonic mean of precision and recall: its peak is a threshold to start from, and a flat peak means that "
+        "the choice hardly matters."
     )
+    parts = [_precision_recall(sets), _classes_precision_recall(sets), _f1(sets), _best(sets)]
+    return Section("curves", "Curves", lead, tuple(part for part in parts if part is not None))
 
 
-def mistake_section(judged: Sequence[Judged]) -> Section:
-    """The error split of TIDE: what AP50 would gain, and how many there are.
+def calibration_section(sets: Sequence[ResultSet]) -> Section:
+    """Reliability: how often detections of a score are right."""
+    lead = (
+        "Whether a score is a probability. On the diagonal, detections that score 0.7 are right 70 times out of 100; below it "
+        "the detector is too sure of itself, above it too modest. The expected calibration error is the mean distance from "
+        f"the diagonal. Only detections that score {_SCORED:g} or more count: nearly all of a DETR's score less, rightly, and "
+        "would hide the rest."
+    )
+    return Section("calibration", "Calibration", lead, (_reliability(sets), _calibration_table(sets)))
 
-    Args:
-        judged: one result set, or two on the same ground truth.
-    """
-    everything = [error_split(own.truth, own.results, iou_type=own.iou_type) for own in judged]
+
+# ------------------------------------------------------------------------------------------------- curves
+
+
+def _precision_recall(sets: Sequence[ResultSet]) -> Figure:
+    axes = plots.new_axes(height=3.4, x="recall", y="precision, mean over classes")
+    data: dict[str, Any] = {"recall": RECALLS.tolist()}
+    for own, name, colour in zip(sets, labels(sets), COLOURS, strict=False):
+        rows = {f"IoU {iou:.2f}": _mean(precision_recall(own.table, iou)) for iou in _IOUS}
+        rows["mean of .50 to .95"] = _mean(precision_recall(own.table, None))
+        for (what, row), dash in zip(rows.items(), ("-", "--", ":", "-."), strict=True):
+            plots.line(axes, RECALLS, row, label=f"{name} {what}".strip(), colour=colour, dash=dash)
+        data[own.label] = {what: plain(row) for what, row in rows.items()}
+    axes.set(xlim=(0, 1), ylim=(0, 1.02))
+    plots.legend(axes, outside=True)
+    caption = (
+        "Precision against recall, the mean over classes, at several IoU thresholds. A gap between IoU .50 "
+        "and .90 is loose boxes."
+    )
+    return plots.plot_part(axes, name="precision_recall", caption=caption, data=data)
+
+
+def _classes_precision_recall(sets: Sequence[ResultSet]) -> Figure | None:
+    """The curves of the classes with the most objects, a panel a result set."""
+    table = sets[0].table
+    objects = table.positives[0].sum(axis=1)
+    chosen = [int(c) for c in np.argsort(-objects, kind="stable")[:_MOST_LINES] if objects[c]]
+    if not chosen:
+        return None
+    panels = plots.new_grid(len(sets), 1, height=3.2 * len(sets), titles=labels(sets), x="recall", y="precision")
+    data: dict[str, Any] = {"recall": RECALLS.tolist()}
+    for own, axes in zip(sets, panels, strict=True):
+        curves = precision_recall(own.table, 0.5)
+        for place, c in enumerate(chosen):
+            plots.line(axes, RECALLS, curves[c], label=table.class_names[c], colour=plots.colour(place))
+        axes.set(xlim=(0, 1), ylim=(0, 1.02))
+        plots.legend(axes, outside=True)
+        data[own.label] = {name: plain(row) for name, row in zip(table.class_names, curves, strict=True)}
+    which = "each class" if len(chosen) == len(table.class_names) else f"the {len(chosen)} classes with most objects"
+    caption = f"Precision against recall of {which}, at IoU .50."
+    return plots.plot_part(panels[0], name="precision_recall_classes", caption=caption, data=data)
+
+
+def _f1(sets: Sequence[ResultSet]) -> Figure:
+    axes = plots.new_axes(height=3.4, x="score threshold", y="over all classes")
+    data = {}
+    for own, name, colour in zip(sets, labels(sets), COLOURS, strict=False):
+        found = own.curves
+        for what, row, dash in (
+            ("F1", found.f1, "-"),
+            ("precision", found.precision, "--"),
+            ("recall", found.recall, ":"),
+        ):
+            plots.line(axes, found.thresholds, row[-1], label=f"{name} {what}".strip(), colour=colour, dash=dash)
+        if not math.isnan(found.best_threshold[-1]):
+            plots.line(axes, [found.best_threshold[-1]], [found.best_f1[-1]], colour=colour, marker="o")
+        data[own.label] = found.to_json()
+    axes.set(xlim=(0, 1), ylim=(0, 1.02))
+    plots.legend(axes, outside=True)
+    peaks = [
+        f"{f'{name}: ' if name else ''}F1 {own.curves.best_f1[-1]:.3f} at {own.confident:.2f}"
+        for own, name in zip(sets, labels(sets), strict=True)
+        if not math.isnan(own.curves.best_threshold[-1])
+    ]
+    caption = "F1, precision and recall of all classes together against the score threshold, at IoU .50."
+    if peaks:
+        caption += f" The dot marks the best F1. {'; '.join(peaks)}."
+    return plots.plot_part(axes, name="f1", caption=caption, data=data)
+
+
+def _best(sets: Sequence[ResultSet]) -> Table:
+    """The best threshold of every class, and what it gives."""
+    names = (*sets[0].table.class_names, "all together")
+    columns = [Column("class", "class", "text", lambda c: names[c])]
+    for (key, mark), own in zip(marks(sets), sets, strict=True):
+        columns += [
+            Column(f"{key}_threshold", f"threshold{mark}", value=lambda c, own=own: own.curves.best_threshold[c]),
+            Column(f"{key}_f1", f"F1{mark}", value=lambda c, own=own: own.curves.best_f1[c]),
+        ]
+    caption = (
+        "The score threshold of the best F1, by class, at IoU .50. They were chosen on these images: on others F1 is a little "
+        "lower."
+    )
+    return make_table("best_thresholds", caption, columns, range(len(names)))
+
+
+# -------------------------------------------------------------------------------------------- calibration
+
+
+def _reliability(sets: Sequence[ResultSet]) -> Figure:
+    titles = ["found, at IoU .50", "and how well, IoU .50 to .95"]
+    panels = plots.new_grid(1, 2, height=3.2, titles=titles, x="score", y="accuracy")
+    data: dict[str, Any] = {}
+    for (iou, what), axes in zip(_KINDS, panels, strict=True):
+        axes.plot([0, 1], [0, 1], ":", color=plots.MUTED, linewidth=1)
+        for own, name, colour in zip(sets, labels(sets), COLOURS, strict=False):
+            found = calibration(own.table, iou_threshold=iou, score_threshold=_SCORED)
+            filled = found.counts > 0
+            plots.line(axes, found.confidence[filled], found.accuracy[filled], label=name, colour=colour, marker="o")
+            data.setdefault(own.label, {})[what] = found.to_json()
+        axes.set(xlim=(0, 1), ylim=(0, 1.02))
+    plots.legend(panels[0])
+    caption = (
+        "Left: the share of detections that found an object. Right: the mean share of the ten IoU thresholds at which they "
+        "did, so that a score on the diagonal also says how well the box fits. Ten bins of the score; a bin of few detections "
+        "is uncertain."
+    )
+    return plots.plot_part(panels[0], name="reliability", caption=caption, data=data)
+
+
+def _calibration_table(sets: Sequence[ResultSet]) -> Table:
+    names = ("all together", *sets[0].table.class_names)
+    columns = [Column("class", "class", "text", lambda place: names[place])]
+    for (key, mark), own in zip(marks(sets), sets, strict=True):
+        found, fits = ([_of_class(own, iou, place) for place in range(len(names))] for iou, _ in _KINDS)
+        columns += [
+            Column(f"{key}_n", f"detections{mark}", "integer", lambda place, of=found: of[place].counts.sum()),
+            Column(f"{key}_found", f"error{mark}", value=lambda place, of=found: of[place].error),
+            Column(f"{key}_fits", f"with fit{mark}", value=lambda place, of=fits: of[place].error),
+        ]
+    caption = "Expected calibration error, 0 at best: of being right at IoU .50, and of how well the box fits."
+    return make_table("calibration", caption, columns, range(len(names)))
+
+
+def _of_class(own: ResultSet, iou: float | None, place: int) -> Calibration:
+    """Of all classes together at place 0, then of each."""
+    chosen = place - 1 if place else None
+    return calibration(own.table, iou_threshold=iou, score_threshold=_SCORED, class_index=chosen)
+
+
+def _mean(curves: np.ndarray) -> np.ndarray:
+    """The mean of the classes that have objects."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # no class has any: NaN
+        return np.nanmean(curves, axis=0)
+
+
+def mistake_section(sets: Sequence[ResultSet]) -> Section:
+    """The error split of TIDE: what AP50 would gain, and how many there are."""
+    every = [error_split(own.truth, own.results, iou_type=own.iou_type) for own in sets]
     confident = [
-        error_split(own.truth, own.results, iou_type=own.iou_type, score_threshold=own.confident) for own in judged
+        error_split(own.truth, own.results, iou_type=own.iou_type, score_threshold=own.confident) for own in sets
     ]
     lead = (
-        "Where AP is lost, after TIDE (Bolya et al., 2020). Each bar is what AP50 would gain were one kind of "
-        "mistake mended and all "
-        "else left as it is: the longest says what to work on. Gains do not add up, since mending one mistake uncovers another."
+        "Where AP is lost, after TIDE (Bolya et al., 2020). Each bar is what AP50 would gain were one kind of mistake "
+        "corrected and all else left as it is: the longest says what to work on. Gains do not add up, since correcting one "
+        "mistake uncovers another."
     )
-    return Section(
-        "mistakes",
-        "Mistakes",
-        lead,
-        (_gains(judged, everything), _mistake_table(judged, everything, confident)),
-    )
+    return Section("mistakes", "Mistakes", lead, (_gains(sets, every), _mistake_table(sets, every, confident)))
 
 
-def confusion_section(judged: Sequence[Judged]) -> Section:
-    """Which class is taken for which.
-
-    Args:
-        judged: one result set, or two on the same ground truth.
-    """
+def confusion_section(sets: Sequence[ResultSet]) -> Section:
+    """Which class is taken for which."""
     lead = (
-        "Which class is taken for which, at IoU .50. Objects are first matched with detections of their "
-        "class, as AP does it; what is "
-        "left over is then matched whatever its class. The last column counts objects that nothing found, the "
-        "last row detections of "
-        "nothing."
+        "Which class is taken for which, at IoU .50. Objects are first matched with detections of their class, as AP does it; "
+        "what is left over is then matched whatever its class. The last column counts objects that nothing found, the last "
+        "row detections of nothing."
     )
     found = [
         confusion(own.truth, own.results, iou_type=own.iou_type, score_threshold=own.confident, table=own.table)
-        for own in judged
+        for own in sets
     ]
     parts: list[Figure | Table] = []
-    for place, (own, matrix) in enumerate(zip(judged, found, strict=True)):
-        parts.append(_matrix(own, matrix, labels(judged)[place], "ab"[place]))
-        parts.append(_confused(matrix, labels(judged)[place], "ab"[place]))
+    for place, (own, matrix) in enumerate(zip(sets, found, strict=True)):
+        parts.append(_matrix(own, matrix, labels(sets)[place], "ab"[place]))
+        parts.append(_confused(matrix, labels(sets)[place], "ab"[place]))
     return Section("confusion", "Confusion", lead, tuple(parts))
 
 
 # ----------------------------------------------------------------------------------------------- mistakes
 
 
-def _gains(judged: Sequence[Judged], found: Sequence[ErrorSplit]) -> Figure:
-    axes = plots.new_axes(height=0.7 + 0.3 * len(MISTAKES) * len(judged), x="gain of AP50 if mended")
-    for place, (split, name) in enumerate(zip(found, labels(judged), strict=True)):
-        plots.bars(
-            axes,
-            list(MISTAKES),
-            [split.gains[kind] for kind in MISTAKES],
-            label=name,
-            colour=_COLOURS[place],
-            series=(place, len(found)),
-            form="{:.3f}",
-        )
+def _gains(sets: Sequence[ResultSet], found: Sequence[ErrorSplit]) -> Figure:
+    axes = plots.new_axes(height=0.7 + 0.3 * len(MISTAKES) * len(sets), x="gain of AP50 if corrected")
+    for place, (split, name) in enumerate(zip(found, labels(sets), strict=True)):
+        gains, series = [split.gains[kind] for kind in MISTAKES], (place, len(found))
+        plots.bars(axes, list(MISTAKES), gains, label=name, colour=COLOURS[place], series=series, form="{:.3f}")
     plots.legend(axes)
     said = [
         f"{f'{name}: ' if name else ''}AP50 is {split.ap:.3f}; without false positives it would gain "
-        f"{split.false_positives:.3f}, "
-        f"without objects missed {split.false_negatives:.3f}"
-        for split, name in zip(found, labels(judged), strict=True)
+        f"{split.false_positives:.3f}, without objects missed {split.false_negatives:.3f}"
+        for split, name in zip(found, labels(sets), strict=True)
     ]
-    caption = f"What AP50 would gain were one kind of mistake mended. {'; '.join(said)}."
-    data = {own.label: split.to_json() for own, split in zip(judged, found, strict=True)}
+    caption = f"What AP50 would gain were one kind of mistake corrected. {'; '.join(said)}."
+    data = {own.label: split.to_json() for own, split in zip(sets, found, strict=True)}
     return plots.plot_part(axes, name="mistakes", caption=caption, data=data)
 
 
-def _mistake_table(
-    judged: Sequence[Judged], everything: Sequence[ErrorSplit], confident: Sequence[ErrorSplit]
-) -> Table:
-    rows = []
-    for kind, meaning in _MEANING.items():
-        row: dict[str, Any] = {"kind": kind, "meaning": meaning}
-        for key, gains, counts in zip("ab", everything, confident, strict=False):
-            row[f"{key}_gain"], row[f"{key}_count"] = gains.gains[kind], counts.counts[kind]
-        rows.append(row)
-    columns = [Column("kind", "mistake", "text")]
-    for key, mark in zip("ab", ("",) if len(judged) == 1 else (" A", " B"), strict=False):
-        columns += [Column(f"{key}_gain", f"gain{mark}"), Column(f"{key}_count", f"count{mark}", "integer")]
-    columns.append(Column("meaning", "a detection", "text"))
-    thresholds = " and ".join(f"{own.confident:.2f}" for own in judged)
+def _mistake_table(sets: Sequence[ResultSet], every: Sequence[ErrorSplit], confident: Sequence[ErrorSplit]) -> Table:
+    columns = [Column("kind", "mistake", "text", str)]
+    for (key, mark), gains, counts in zip(marks(sets), every, confident, strict=True):
+        columns += [
+            Column(f"{key}_gain", f"gain{mark}", value=lambda kind, of=gains: of.gains[kind]),
+            Column(f"{key}_count", f"count{mark}", "integer", lambda kind, of=counts: of.counts[kind]),
+        ]
+    columns.append(Column("meaning", "a detection", "text", _MEANING.get))
+    thresholds = " and ".join(f"{own.confident:.2f}" for own in sets)
     caption = f"Gains of AP50 with all detections; counts of those that score {thresholds} or more, where F1 is best."
-    return Table("mistake_counts", caption, tuple(columns), tuple(rows))
+    return make_table("mistake_counts", caption, columns, _MEANING)
 
 
 # ---------------------------------------------------------------------------------------------- confusion
 
 
-def _matrix(own: Judged, found: Confusion, name: str, key: str) -> Figure:
+def _matrix(own: ResultSet, found: Confusion, name: str, key: str) -> Figure:
     """The share of each object class that went where; of many classes those with the most confusions."""
     classes = len(found.class_names)
     chosen = np.arange(classes)
@@ -151,18 +292,12 @@ def _matrix(own: Judged, found: Confusion, name: str, key: str) -> Figure:
     shown[-1, -1] = np.nan
     names = [*(found.class_names[c] for c in chosen), _NOTHING]
     side = 1.6 + 0.34 * len(names)
-    axes = plots.new_axes(
-        width=max(4.2, min(side + 1.2, 10.0)),
-        height=max(2.8, min(side, 9.0)),
-        title=name,
-        x="detected as",
-        y="object",
-    )
+    width, height = max(4.2, min(side + 1.2, 10.0)), max(2.8, min(side, 9.0))
+    axes = plots.new_axes(width=width, height=height, title=name, x="detected as", y="object")
     plots.heat_map(axes, shown, rows=names, columns=names, bar="share of the row", low=0.0, high=1.0)
     caption = (
-        "Of the objects of each class (row), the share that was detected as each class, at IoU .50 and a "
-        f"score of {own.confident:.2f} "
-        "or more, where F1 is best. The last row shares out the detections of nothing by class."
+        "Of the objects of each class (row), the share that was detected as each class, at IoU .50 and a score of "
+        f"{own.confident:.2f} or more, where F1 is best. The last row shares out the detections of nothing by class."
     )
     if classes > _MOST_CLASSES:
         caption += f" Shown are the {_MOST_CLASSES} classes with the most confusions of {classes}; the json has all."
@@ -175,21 +310,12 @@ def _confused(found: Confusion, name: str, key: str) -> Table:
     np.fill_diagonal(wrong, 0)
     order = np.argsort(-wrong, axis=None, kind="stable")[:_MOST_CONFUSED]
     objects = found.matrix[:-1].sum(axis=1)
-    rows = [
-        {
-            "object": found.class_names[row],
-            "detected": found.class_names[column],
-            "count": int(wrong[row, column]),
-            "share": float(wrong[row, column] / objects[row]),
-        }
-        for row, column in zip(*np.unravel_index(order, wrong.shape), strict=True)
-        if wrong[row, column]
-    ]
-    caption = f"{f'{name}. ' if name else ''}The classes most often taken for another."
+    pairs = zip(*np.unravel_index(order, wrong.shape), strict=True)
     columns = (
-        Column("object", "object", "text"),
-        Column("detected", "detected as", "text"),
-        Column("count", "count", "integer"),
-        Column("share", "share of the objects", "percent"),
+        Column("object", "object", "text", lambda pair: found.class_names[pair[0]]),
+        Column("detected", "detected as", "text", lambda pair: found.class_names[pair[1]]),
+        Column("count", "count", "integer", lambda pair: wrong[pair]),
+        Column("share", "share of the objects", "percent", lambda pair: wrong[pair] / objects[pair[0]]),
     )
-    return Table(f"confused_{key}", caption, columns, tuple(rows))
+    caption = f"{f'{name}. ' if name else ''}The classes most often taken for another."
+    return make_table(f"confused_{key}", caption, columns, (pair for pair in pairs if wrong[pair]))

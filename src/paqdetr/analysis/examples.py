@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from PIL.Image import Image
 
-from paqdetr.analysis.subject import Outcome, Subject
+from paqdetr.analysis.subject import Analysis, ModelUnderTest, Outcome
 from paqdetr.report.overlay import Overlay
 from paqdetr.report.plots import GREEN, ORANGE, PINK
 from paqdetr.report.section import Picture, Section
@@ -15,46 +15,30 @@ from paqdetr.report.section import Picture, Section
 _LEGEND = "Green: found. Orange, with a cross: wrong. Pink, dashed: missed."
 
 
-def example_sections(
-    subjects: Sequence[Subject],
-    outcomes: Sequence[Outcome],
-    *,
-    images: int,
-    progress: Callable[[int, int], None] | None = None,
-) -> tuple[Section, ...]:
-    """One section a model, with the same images.
-
-    Args:
-        subjects, outcomes: one model or two, and what each got right in each image.
-        images: how many of the best, and of the worst, and, with two models, of those where they differ most.
-        progress: told (pictures drawn, pictures in all).
-    """
-    chosen = _choice(outcomes, images)
+def example_sections(analysis: Analysis) -> tuple[Section, ...]:
+    """One section per model, with the same images: the best, the worst and, of two models, those where they differ most."""
+    models, outcomes, progress = analysis.models, analysis.outcomes, analysis.stage("best and worst images")
+    chosen = _choice(outcomes, analysis.images)
     sections = []
-    total = len(chosen) * len(subjects)
-    for place, (subject, found) in enumerate(zip(subjects, outcomes, strict=True)):
+    for place, (model, found) in enumerate(zip(models, outcomes, strict=True)):
         parts = []
         for done, (group, index) in enumerate(chosen, start=place * len(chosen) + 1):
-            name = subject.split.file_names[index]
+            name = model.split.file_names[index]
             caption = (
                 f"{group}: {name}. F1 {found.f1[index]:.2f}: {found.right[index]} found, {found.wrong[index]} wrong, "
                 f"{found.missed[index]} missed."
             )
-            data = {
-                "file": name,
-                "image_id": subject.split.image_ids[index],
-                **{kind: getattr(found, kind)[index] for kind in ("f1", "right", "wrong", "missed")},
-            }
-            image = draw_outcome(subject, index, found.threshold)
+            data = {"file": name, "image_id": model.split.image_ids[index]}
+            data |= {kind: getattr(found, kind)[index] for kind in ("f1", "right", "wrong", "missed")}
+            image = draw_outcome(model, index, found.threshold)
             parts.append(Picture(f"image_{len(parts)}", caption, image, data))
-            if progress is not None:
-                progress(done, total)
-        sections.append(Section("images", "Images", _lead(subjects, outcomes), tuple(parts)))
+            progress(done, len(chosen) * len(models))
+        sections.append(Section("images", "Images", _lead(outcomes), tuple(parts)))
     return tuple(sections)
 
 
-def _lead(subjects: Sequence[Subject], outcomes: Sequence[Outcome]) -> str:
-    two = len(subjects) > 1
+def _lead(outcomes: Sequence[Outcome]) -> str:
+    two = len(outcomes) > 1
     thresholds = " for A and ".join(f"{o.threshold:.2f}" for o in outcomes) + (" for B" if two else "")
     return (
         f"Where F1 is best and worst{', for A' if two else ''}. Shown is what scores at least {thresholds}: there F1 over the "
@@ -85,11 +69,11 @@ def _choice(outcomes: Sequence[Outcome], images: int) -> list[tuple[str, int]]:
     return [(group, index) for group in order for index in groups[group]]
 
 
-def draw_outcome(subject: Subject, index: int, threshold: float) -> Image:
+def draw_outcome(model: ModelUnderTest, index: int, threshold: float) -> Image:
     """The image of the split with detections that are right and wrong, and objects that were missed."""
-    table, t = subject.table, subject.table.threshold_index(0.5)
-    image_id = subject.split.image_ids[index]
-    picture = subject.split.image_or_blank(index)
+    table, t = model.table, model.table.threshold_index(0.5)
+    image_id = model.split.image_ids[index]
+    picture = model.split.image_or_blank(index)
     scale = np.array([picture.width, picture.height] * 2, dtype=float)
     overlay = Overlay(picture)
     position = table.image_ids.index(image_id)  # not the index: tables sort whole numbers, files need not
@@ -97,15 +81,15 @@ def draw_outcome(subject: Subject, index: int, threshold: float) -> Image:
     own = own[np.argsort(table.scores[own])]  # the surest lies on top
     right = table.true_positive[0, t, own]
     found = set(table.matches[t, own[right]].tolist())
-    names = {row["id"]: row["name"] for row in subject.truth["categories"]}
-    for number, row in enumerate(subject.truth["annotations"]):
+    names = {row["id"]: row["name"] for row in model.truth["categories"]}
+    for number, row in enumerate(model.truth["annotations"]):
         if row["image_id"] != image_id or row.get("iscrowd") or number in found:
             continue
         box = _corners(row["bbox"]) / scale
         overlay.box(box, PINK, width=2.5, dashed=True)
         overlay.label(box[:2], f"missed {names[row['category_id']]}", PINK)
     for place, good in zip(own.tolist(), right.tolist(), strict=True):
-        row = subject.evaluation.results[int(table.detections[place])]
+        row = model.evaluation.results[int(table.detections[place])]
         box = _corners(row["bbox"]) / scale
         colour = GREEN if good else ORANGE
         overlay.box(box, colour, width=2.5)

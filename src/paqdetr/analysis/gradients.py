@@ -8,9 +8,8 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from paqdetr.data.dataset import DetectionDataset
-from paqdetr.data.loader import read_picture
 from paqdetr.errors import DataError
-from paqdetr.evaluation.evaluate import require_same_classes, targets_of
+from paqdetr.evaluation.evaluate import require_same_classes
 from paqdetr.losses.criterion import Criterion
 from paqdetr.metrics import Spread
 from paqdetr.models.detector import Detector
@@ -56,8 +55,7 @@ def content_gradients(
         train_progress = criterion.config.one_to_many_from
     if count < 1:
         raise DataError(
-            f"{split.annotation_file}: no image to take gradients of",
-            "take another split, or images=1 or more",
+            f"{split.annotation_file}: no image to take gradients of", "take another split, or images=1 or more"
         )
     chosen = [place * len(split) // count for place in range(count)]
     device = next(model.parameters()).device
@@ -72,9 +70,9 @@ def content_gradients(
                 if isinstance(module, _BatchNorm):
                     module.eval()
             for done, index in enumerate(chosen, start=1):
-                pixels = model.preprocessing(read_picture(split, index))
+                pixels = model.preprocessing(split.checked_image(index))
                 pixels, mask = pad_images([pixels], model.preprocessing.pad_divisor)
-                target = targets_of(split, index, device, classes=model.classes)
+                target = split.targets(index, classes=model.classes).to(device)
                 with torch.no_grad():  # the way from the loss to the content does not pass the backbone
                     features = model.extract(pixels.to(device), None if mask is None else mask.to(device))
                 with torch.enable_grad():

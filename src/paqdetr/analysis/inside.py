@@ -14,11 +14,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.ops import box_convert, box_iou
 
-from paqdetr.analysis.subject import Subject
+from paqdetr.analysis.subject import Analysis, ModelUnderTest
 from paqdetr.config import LossConfig, load_config
 from paqdetr.data.dataset import DetectionDataset
 from paqdetr.errors import ConfigError
-from paqdetr.evaluation.evaluate import targets_of
 from paqdetr.losses.criterion import Criterion, build_criterion
 from paqdetr.models.attention import DeformableAttention
 from paqdetr.models.decoder import DecoderLayer
@@ -28,10 +27,10 @@ from paqdetr.models.outputs import DetectorOutput
 from paqdetr.models.queries import QueryGroup
 from paqdetr.models.tokens import Tokens
 from paqdetr.paq import QualityAwareAssigner
-from paqdetr.paq.costs import matchables
+from paqdetr.paq.costs import matching_costs
 from paqdetr.preprocessing import pad_images
 from paqdetr.report.overlay import Overlay, mark
-from paqdetr.report.section import Column, Part, Picture, Section, Slides, Table
+from paqdetr.report.section import Column, Part, Picture, Section, Slides, make_table
 from paqdetr.structures import Targets
 
 
@@ -270,7 +269,7 @@ def positives(
         progress: share of the training at which one asks, in [0, 1]; None: where one-to-many assignment begins, if it ever does.
     """
     logits, boxes = torch.from_numpy(inside.logits)[:, None], torch.from_numpy(inside.boxes)[:, None]
-    rows = matchables(logits, boxes, [targets], weights=criterion.cost_weights)
+    rows = matching_costs(logits, boxes, [targets], weights=criterion.cost_weights)
     middle, _ = criterion.assigners(criterion.config.one_to_many_from if progress is None else progress)
     found = []
     for layer, (image,) in enumerate(rows, start=1):
@@ -287,7 +286,7 @@ def positives(
                 iou=image.iou[query, target],
                 confidence=confidence[query, target],
                 score=None if known is None else known.scores[query, target],
-                claims=None if known is None else known.claims,
+                claims=None if known is None else known.num_positives,
             )
         )
     return found
@@ -295,70 +294,78 @@ def positives(
 
 _PROPOSALS = 50  # shown of each image
 _BOXES = 8  # detections followed through the layers
+_MOST_BOXES = 8  # of a training image whose positives are shown
 _TRUTH = "#FFFFFF"
 
 
-def inside_section(
-    subject: Subject,
-    *,
+def inside_sections(analysis: Analysis) -> tuple[Section, ...]:
+    """A section per model: the images with most found objects, and one-to-many positives of some training images."""
+    images = np.argsort(-analysis.outcomes[0].right, kind="stable")[: analysis.few].tolist()
+    training = analysis.training
+    learning = None if training is None else (training, _with_few_boxes(training, analysis.few))
+    return tuple(
+        _inside_section(model, images, learning, analysis.stage(f"inside {model.label}")) for model in analysis.models
+    )
+
+
+def _with_few_boxes(split: DetectionDataset, count: int) -> list[int]:
+    """Images with several boxes, but no more than can be told apart."""
+    boxes = np.array([len(split.labels(index)) for index in range(len(split))])
+    fit = np.flatnonzero((boxes > 0) & (boxes <= _MOST_BOXES))
+    if not len(fit):
+        fit = np.flatnonzero(boxes > 0)
+    return fit[np.argsort(-boxes[fit], kind="stable")][:count].tolist()
+
+
+def _inside_section(
+    model: ModelUnderTest,
     images: Sequence[int],
     training: tuple[DetectionDataset, Sequence[int]] | None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None],
 ) -> Section:
-    """What happens in the detector with a few images.
-
-    Args:
-        subject: the model.
-        images: positions of images in its split.
-        training: the training split, and positions of images in it for the one-to-many positives; None leaves them out.
-        progress: told (images done, images in all).
-    """
-    settings, source = loss_settings(subject.model, subject.checkpoint)
-    criterion = build_criterion(settings)
-    several = settings.assigner != "one_to_one" and settings.one_to_many_until > 0
-    pairs = training[1] if training is not None and several else ()
-    total, done, parts, without = len(images) + len(pairs), 0, [], []
+    """Positions of images in the model's split, and in a training split; without that no one-to-many positives are shown."""
+    settings, source = loss_settings(model.model, model.checkpoint)
+    criterion, classes = build_criterion(settings), model.model.classes
+    one_to_many = settings.assigner != "one_to_one" and settings.one_to_many_until > 0
+    pairs = training[1] if training is not None and one_to_many else ()
+    parts: list[Part] = []
+    without = []
     for number, index in enumerate(images):
-        inside = look_inside(subject.model, subject.split.image_or_blank(index))
-        targets = targets_of(subject.split, index, classes=subject.model.classes)
-        parts += _views(inside, targets, subject, number)
-        done += 1
-        if progress is not None:
-            progress(done, total)
-    if training is not None:
-        for number, index in enumerate(pairs):
-            split = training[0]
-            inside = look_inside(subject.model, split.image_or_blank(index), most=1)
-            targets = targets_of(split, index, classes=subject.model.classes)
-            parts += _learning(inside, targets, subject, criterion, number, split.file_names[index])
-            done += 1
-            if progress is not None:
-                progress(done, total)
-    if subject.model.config.positions != "proposals":
+        inside = look_inside(model.model, model.split.image_or_blank(index))
+        parts += _views(inside, model.split.targets(index, classes=classes), model, number)
+        progress(number + 1, len(images) + len(pairs))
+    for number, index in enumerate(pairs):
+        assert training is not None
+        split = training[0]
+        inside = look_inside(model.model, split.image_or_blank(index), most=1)
+        targets = split.targets(index, classes=classes)
+        parts += _learning(inside, targets, model, criterion, number, split.file_names[index])
+        progress(len(images) + number + 1, len(images) + len(pairs))
+    if model.model.config.positions != "proposals":
         without.append("its queries start from learned places, so there are no encoder proposals")
-    if not several:
-        without.append(f"it was trained with one positive a box in every layer ({source})")
+    if not one_to_many:
+        without.append(f"it was trained with one-to-one assignment in every layer ({source})")
     elif training is None:
         without.append("the data has no training split to show positives of")
     lead = (
         "One image on its way through the detector. The slider goes from layer to layer; colours mark queries. "
         "Points are where the query's attention samples the features, the larger the weightier."
     )
-    if several and pairs:
+    if pairs:
         begin, end = settings.one_to_many_from, settings.one_to_many_until
         when = f"; in the training they were on from {100 * begin:g} % to {100 * end:g} % of it"
-        lead += f" Several positives a box are those that the loss ({source}) makes of the finished weights"
+        lead += f" One-to-many positives are those that the loss ({source}) assigns for the finished weights"
         lead += "." if (begin, end) == (0, 1) else f"{when}."
     if without:
-        lead += f" Not shown for {subject.label}: {'; '.join(without)}."
+        lead += f" Not shown for {model.label}: {'; '.join(without)}."
     return Section("inside", "Inside", lead, tuple(parts))
 
 
 # --------------------------------------------------------------------------------------------- one image
 
 
-def _views(inside: Inside, targets: Targets, subject: Subject, number: int) -> list[Part]:
-    names = subject.model.classes.names
+def _views(inside: Inside, targets: Targets, model: ModelUnderTest, number: int) -> list[Part]:
+    names = model.model.classes.names
     said = [f"{names[inside.labels[-1, q]]} {inside.scores[-1, q]:.2f}" for q in inside.chosen]
     parts: list[Part] = [
         Slides(
@@ -366,10 +373,7 @@ def _views(inside: Inside, targets: Targets, subject: Subject, number: int) -> l
             f"Decoder: where the queries that found {', '.join(said)} look. Boxes are those they come with into the layer.",
             tuple(f"layer {k + 1}" for k in range(len(inside.decoder))),
             tuple(_attention(inside, k, said) for k in range(len(inside.decoder))),
-            {
-                "queries": inside.chosen,
-                "layers": [_rounded(sampling) for sampling in inside.decoder],
-            },
+            {"queries": inside.chosen, "layers": [_rounded(sampling) for sampling in inside.decoder]},
         ),
         _refinement(inside, targets, names, number),
     ]
@@ -483,11 +487,25 @@ def _proposals(inside: Inside, number: int) -> Picture:
 
 
 def _learning(
-    inside: Inside, targets: Targets, subject: Subject, criterion: Criterion, number: int, file: str
+    inside: Inside, targets: Targets, model: ModelUnderTest, criterion: Criterion, number: int, file: str
 ) -> list[Part]:
     layers = positives(inside, targets, criterion)
-    names = subject.model.classes.names
-    rows = [row for layer in layers for row in _pair_rows(layer, targets, names)]
+    names = model.model.classes.names
+    rows = [
+        {
+            "layer": layer.layer,
+            "box": target + 1,
+            "class": names[int(targets.labels[target])],
+            "query": layer.query[pair],
+            "iou": layer.iou[pair],
+            "c": layer.confidence[pair],
+            "s": None if layer.score is None else layer.score[pair],
+            "k": int((layer.target == target).sum()),
+        }
+        for layer in layers
+        for pair in np.lexsort((-layer.iou, layer.target))
+        for target in (layer.target[pair],)
+    ]
     columns = (
         Column("layer", "layer", "integer"),
         Column("box", "box", "integer"),
@@ -498,6 +516,7 @@ def _learning(
         Column("s", "s"),
         Column("k", "k", "integer"),
     )
+    caption = "The same pairs: c is the query's confidence in the box's class, s = IoU - gamma c, k the number of its queries."
     return [
         Slides(
             f"positives_{number}",
@@ -505,36 +524,13 @@ def _learning(
             tuple(_title(layer, len(layers)) for layer in layers),
             tuple(_positives_picture(inside, targets, layer) for layer in layers),
         ),
-        Table(
-            f"pairs_{number}",
-            "The same pairs: c is the query's confidence in the box's class, s = IoU - gamma c, k how many queries the box gets.",
-            columns,
-            tuple(rows),
-        ),
-    ]  # fmt: skip
+        make_table(f"pairs_{number}", caption, columns, rows),
+    ]
 
 
 def _title(layer: LayerPositives, layers: int) -> str:
     last = ", one to one" if layer.layer == layers else ""
     return f"layer {layer.layer}{last}: {len(layer.query)} positives"
-
-
-def _pair_rows(layer: LayerPositives, targets: Targets, names: Sequence[str]) -> list[dict[str, Any]]:
-    counts = np.bincount(layer.target, minlength=len(targets))
-    order = np.lexsort((-layer.iou, layer.target))
-    return [
-        {
-            "layer": layer.layer,
-            "box": int(layer.target[p]) + 1,
-            "class": names[int(targets.labels[layer.target[p]])],
-            "query": int(layer.query[p]),
-            "iou": float(layer.iou[p]),
-            "c": float(layer.confidence[p]),
-            "s": None if layer.score is None else float(layer.score[p]),
-            "k": int(counts[layer.target[p]]),
-        }
-        for p in order
-    ]
 
 
 def _positives_picture(inside: Inside, targets: Targets, layer: LayerPositives) -> Image.Image:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from paqdetr.analysis.subject import COLOURS
 from paqdetr.evaluation.layers import StageFigures
-from paqdetr.report.plots import BLUE, ORANGE, legend, line, new_axes, plot_part
-from paqdetr.report.section import Column, Figure, Section, Table
+from paqdetr.report.plots import legend, line, new_axes, plot_part
+from paqdetr.report.section import Column, Figure, Section, Table, make_table
 
 Stages = tuple[str, Sequence[StageFigures]]
 """A model's name, and its stages."""
@@ -14,9 +15,9 @@ Stages = tuple[str, Sequence[StageFigures]]
 _LEAD = (
     "What the detector would answer if it stopped earlier: after the encoder's proposals, or after any decoder layer. "
     "Where the best IoU is low from the start, the proposals miss the objects; where it stops rising, further layers "
-    "refine nothing. Where AP lies far below AP without copies, several queries answer for one object; layers that "
-    "learn several positives a box do so by design, and the last layer, one to one, has to undo it. Where the last "
-    "layer is no better without copies than the one before, choosing among them is all that it does."
+    "refine nothing. Where AP lies far below AP without duplicates, several queries answer for one object; layers with "
+    "one-to-many assignment do so by design, and the last layer, one to one, has to undo it. Where the last "
+    "layer is no better without duplicates than the one before, choosing among them is all that it does."
 )
 
 
@@ -33,24 +34,17 @@ def _curves(models: Sequence[Stages]) -> Figure:
     names = list(dict.fromkeys(one.stage for _, stages in models for one in stages))
     places = {name: place for place, name in enumerate(names)}
     axes = new_axes(y="AP")
-    for (model, stages), colour in zip(models, (BLUE, ORANGE), strict=False):
+    for (model, stages), colour in zip(models, COLOURS, strict=False):
         known = [one for one in stages if one.AP == one.AP]
         x = [places[one.stage] for one in known]
         before = f"{model}: " if len(models) > 1 else ""
         line(axes, x, [one.AP for one in known], colour=colour, label=f"{before}AP", marker="o")
-        line(
-            axes,
-            x,
-            [one.AP_nms for one in known],
-            colour=colour,
-            label=f"{before}without copies",
-            dash=":",
-            marker="o",
-        )
+        after = [one.AP_nms for one in known]
+        line(axes, x, after, colour=colour, label=f"{before}without duplicates", dash=":", marker="o")
     axes.set_xticks(range(len(names)), names)
     axes.set_ylim(bottom=0)
     legend(axes)
-    caption = "AP of every stage's predictions, and after removing copies (non-maximum suppression at IoU 0.7)."
+    caption = "AP of every stage's predictions, and after removing duplicates (non-maximum suppression at IoU 0.7)."
     data = {model: [one.to_json() for one in stages] for model, stages in models}
     return plot_part(axes, name="layers", caption=caption, data=data)
 
@@ -62,15 +56,15 @@ def _table(models: Sequence[Stages]) -> Table:
         Column("found", "found", "percent"),
         Column("AP", "AP"),
         Column("AP_nms", "AP, NMS"),
-        Column("copies", "copies", "difference"),
+        Column("copies", "duplicates", "difference"),
         Column("predictions_per_image", "predictions", "amount"),
     )
     if len(models) > 1:
         columns = (Column("model", "model", "text"), *columns)
-    rows = tuple({"model": model, **one.to_json()} for model, stages in models for one in stages)
+    rows = [{"model": model, **one.to_json()} for model, stages in models for one in stages]
     caption = (
         "Best IoU: that of the nearest query, whatever its class and score, mean over objects; found: objects for "
-        "which it is 0.5 or more. NMS: after removing copies, and what they cost. Predictions: an image, those that score "
-        "over 0.3. Proposals of an encoder that tells no classes apart have no AP."
+        "which it is 0.5 or more. NMS: after removing duplicates, and what they cost. Predictions: per image, those that score "
+        "over 0.3. Proposals of an encoder without classes have no AP."
     )
-    return Table("layer_figures", caption, columns, rows)
+    return make_table("layer_figures", caption, columns, rows)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering
 from scipy.spatial.distance import pdist
 
-from paqdetr.analysis.semantics import SHUFFLES, Semantics
+from paqdetr.analysis.semantics import SHUFFLES, Semantics, semantics
+from paqdetr.analysis.subject import Analysis
 from paqdetr.data.dataset import DetectionDataset
 from paqdetr.drawing import font_path
 from paqdetr.evaluation.content import ContentStudy, Samples
 from paqdetr.report.overlay import Overlay, mark
 from paqdetr.report.plots import GREY, PALETTE, bars, colour, heat_map, legend, new_axes, new_grid, plot_part
-from paqdetr.report.section import Column, Part, Picture, Section, Table
+from paqdetr.report.section import Column, Part, Picture, Section, make_table
 from paqdetr.serialize import plain
 from paqdetr.text import literal, printable
 
@@ -74,13 +76,13 @@ _LEAD = (
     "looks for it; the first table says how much of it is there. Each number is held against shuffled labels: "
     "over all queries (chance), within each image (what stands together is found together), and within each "
     "query index (an index has its places, and these their categories). Only what beats the last two says "
-    "that the image told the query what to look for. The static twin is the same model with the mean content "
+    "that the image decided what the query looks for. The static twin is the same model with the mean content "
     "of each index, as a learned table would have it."
 )
 
 
 @dataclass(frozen=True, slots=True)
-class Studied:
+class ContentReport:
     """A model's content, to be shown alone or beside another's.
 
     Attributes:
@@ -94,8 +96,22 @@ class Studied:
     semantics: Semantics
 
 
+def pattern_chapter(analysis: Analysis) -> Section:
+    """`pattern_section` of an analysis, with as many permutations as there are resamples."""
+    found = []
+    for done, one in enumerate(analysis.models):
+        analysis.progress("patterns", done, len(analysis.models))
+        study = one.content.study(one.model)
+        measured = semantics(study, permutations=max(analysis.samples - 1, 19), seed=analysis.seed)
+        found.append(ContentReport(one.label, study, measured))
+    analysis.progress("patterns", len(found), len(found))
+    return pattern_section(
+        found[0], analysis.models[0].split, against=found[1] if found[1:] else None, seed=analysis.seed
+    )
+
+
 def pattern_section(
-    studied: Studied, split: DetectionDataset, *, against: Studied | None = None, seed: int = 0
+    studied: ContentReport, split: DetectionDataset, *, against: ContentReport | None = None, seed: int = 0
 ) -> Section:
     """The chapter on patterns.
 
@@ -123,30 +139,19 @@ def pattern_section(
     return Section(key="patterns", title="Patterns and meaning", lead=_LEAD, parts=kept)
 
 
-def _meaning(models: Sequence[Studied]) -> Part | None:
+def _meaning(models: Sequence[ContentReport]) -> Part | None:
     words = {"all": "over all", "image": "in each image", "index": "in each index"}
-    rows = []
-    for model in models:
-        for measure in model.semantics.measures:
-            for kind in SHUFFLES:
-                row = {
-                    "model": model.name,
-                    "measure": measure.name,
-                    "value": measure.value,
-                    "twin": measure.twin,
-                }
-                test = measure.shuffled[kind]
-                row |= {
-                    "shuffled": words[kind],
-                    "mean": test.mean,
-                    "low": test.low,
-                    "high": test.high,
-                    "p": test.p,
-                }
-                rows.append(plain(row, 6))
-    if not rows:
+    tests = [
+        {"model": model.name, "measure": m.name, "value": m.value, "twin": m.twin, "shuffled": words[kind]}
+        | m.shuffled[kind].to_json()
+        for model in models
+        for m in model.semantics.measures
+        for kind in SHUFFLES
+    ]
+    if not tests:
         return None
     columns = (
+        *([Column("model", "model", "text")] if len(models) > 1 else []),
         Column("measure", "measure", "text"),
         Column("value", "value"),
         Column("twin", "static twin"),
@@ -156,46 +161,40 @@ def _meaning(models: Sequence[Studied]) -> Part | None:
         Column("high", "97.5 %"),
         Column("p", "p"),
     )
-    if len(models) > 1:
-        columns = (Column("model", "model", "text"), *columns)
-    looked = models[0].semantics
+    first = models[0].semantics
     caption = (
-        f"{looked.samples} matched queries, {looked.categories} categories, {looked.permutations} shufflings "
+        f"{first.samples} matched queries, {first.categories} categories, {first.permutations} shufflings "
         "of each kind. Dominant pattern and cluster: adjusted mutual information with the category, 0 by "
         "chance and 1 for a one-to-one relation. Nearest neighbour: share of queries whose nearest content in "
         "another image belongs to the same category. p: share of shufflings that reach the value."
     )
-    return Table(name="pattern_meaning", caption=caption, columns=columns, rows=tuple(rows))
+    return make_table("pattern_meaning", caption, columns, tests, digits=6)
 
 
-def _image_share(models: Sequence[Studied]) -> Part:
-    rows = tuple(
-        {
-            "model": m.name,
-            "image": round(m.study.image_share - m.study.query_share, 6),
-            "query": round(m.study.query_share, 6),
-            "index": round(1 - m.study.image_share, 6),
-        }
-        for m in models
-    )
+def _image_share(models: Sequence[ContentReport]) -> Part:
     columns = (
-        Column("model", "model", "text"),
-        Column("index", "by the index", "percent"),
-        Column("image", "by the image, for all its queries alike", "percent"),
-        Column("query", "by both together", "percent"),
+        Column("model", "model", "text", lambda m: m.name),
+        Column("index", "by the index", "percent", lambda m: 1 - m.study.image_share),
+        Column(
+            "image",
+            "by the image, for all its queries alike",
+            "percent",
+            lambda m: m.study.image_share - m.study.query_share,
+        ),
+        Column("query", "by both together", "percent", lambda m: m.study.query_share),
     )
     caption = (
         "What decides a query's content: shares of its variance over queries and images. Content that nothing "
         "but the index decides is a learned table, whatever made it. The last share is what differs between the queries "
         "of one image beyond their index: what each query looks at, where mixtures are computed from that."
     )
-    return Table(name="content_variance", caption=caption, columns=columns, rows=rows)
+    return make_table("content_variance", caption, columns, models, digits=6)
 
 
 # ------------------------------------------------------------------------------------------------- plots
 
 
-def _category_map(model: Studied, suffix: str) -> Part | None:
+def _category_map(model: ContentReport, suffix: str) -> Part | None:
     """Categories by patterns, both in the order of a clustering."""
     study = model.study
     lift = study.category_lift()
@@ -228,7 +227,7 @@ def _category_map(model: Studied, suffix: str) -> Part | None:
     return plot_part(axes, name=name, caption=caption, data=data)
 
 
-def _embedding(model: Studied, suffix: str, seed: int) -> Part | None:
+def _embedding(model: ContentReport, suffix: str, seed: int) -> Part | None:
     """Matched content queries in two dimensions, by PCA and by t-SNE, coloured by category."""
     samples = model.study.samples
     if len(samples) > _EMBEDDED:
@@ -248,15 +247,8 @@ def _embedding(model: Studied, suffix: str, seed: int) -> Part | None:
         for number, kind in enumerate(common.tolist()):
             own = points[samples.categories == kind]
             shape = "o^s"[number // len(PALETTE)]
-            axes.scatter(
-                *own.T,
-                s=13,
-                color=colour(number),
-                marker=shape,
-                alpha=0.75,
-                linewidths=0,
-                label=literal(names[kind]),
-            )
+            style: dict[str, Any] = {"color": colour(number), "marker": shape, "label": literal(names[kind])}
+            axes.scatter(*own.T, s=13, alpha=0.75, linewidths=0, **style)
         axes.set_xticks([])
         axes.set_yticks([])
         axes.grid(visible=False)
@@ -271,7 +263,7 @@ def _embedding(model: Studied, suffix: str, seed: int) -> Part | None:
     return plot_part(plots[0], name=name, caption=caption, data=data)
 
 
-def _cosines(model: Studied, suffix: str) -> Part | None:
+def _cosines(model: ContentReport, suffix: str) -> Part | None:
     patterns = model.study.patterns
     if patterns is None:
         return None
@@ -287,11 +279,7 @@ def _cosines(model: Studied, suffix: str) -> Part | None:
         "Cosine between patterns, in the order of a clustering. Mean of the absolute values: "
         f"{others.mean():.3f}; random directions in {patterns.shape[1]} dimensions would have {random:.3f}."
     )
-    data = {
-        "patterns": order.tolist(),
-        "cosine": plain(values, 6),
-        "mean_absolute": round(float(others.mean()), 6),
-    }
+    data = {"patterns": order.tolist(), "cosine": plain(values, 6), "mean_absolute": round(float(others.mean()), 6)}
     name = f"pattern_cosines{suffix}"
     return plot_part(axes, name=name, caption=caption, data=data)
 
@@ -320,7 +308,7 @@ def exciting_images(
     return found
 
 
-def _exciting_images(model: Studied, split: DetectionDataset, suffix: str) -> Part | None:
+def _exciting_images(model: ContentReport, split: DetectionDataset, suffix: str) -> Part | None:
     found = exciting_images(model.study)
     if not found:
         return None
@@ -353,7 +341,7 @@ def _exciting_images(model: Studied, split: DetectionDataset, suffix: str) -> Pa
     return Picture(name=f"exciting_images{suffix}", caption=caption, image=sheet, data=data)
 
 
-def _one_image(model: Studied, split: DetectionDataset, suffix: str) -> list[Part | None]:
+def _one_image(model: ContentReport, split: DetectionDataset, suffix: str) -> list[Part | None]:
     """The mixtures of one image's matched queries, and the picture they belong to."""
     study = model.study
     samples = study.samples
@@ -392,7 +380,7 @@ def _one_image(model: Studied, split: DetectionDataset, suffix: str) -> list[Par
     return [picture, mixed, _one_query(own, names, model, suffix)]
 
 
-def _one_query(own: Samples, names: list[str], model: Studied, suffix: str) -> Part:
+def _one_query(own: Samples, names: list[str], model: ContentReport, suffix: str) -> Part:
     """The query of the least even mixture: its largest weights as bars, beside those of its index in a mean image."""
     weights, mean = own.weights, model.study.index_weights
     assert weights is not None and mean is not None

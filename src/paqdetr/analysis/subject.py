@@ -1,24 +1,39 @@
-"""What is analysed: a set of results beside its ground truth, or a model with what one pass over the split found."""
+"""What is analysed: result sets beside their ground truth, and models with what one pass over a split found."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from paqdetr.data.dataset import DetectionDataset
+from paqdetr.data.dataset import DetectionDataset, open_split
+from paqdetr.data.layout import available_splits
+from paqdetr.evaluation.content import ContentCollector
 from paqdetr.evaluation.evaluate import Evaluation
+from paqdetr.evaluation.layers import LayerCollector
+from paqdetr.metrics import QueryUsage
 from paqdetr.metrics.coco import IouType
 from paqdetr.metrics.diagnosis import ThresholdCurves, threshold_curves
+from paqdetr.metrics.intervals import Comparison, FigureIntervals, compare_results, figure_intervals
 from paqdetr.metrics.matches import MatchTable
 from paqdetr.models import Detector
+from paqdetr.report.plots import BLUE, ORANGE
+
+# Where nothing is found there is no best threshold.
+_CONFIDENT = 0.3
+COLOURS = (BLUE, ORANGE)
+"""Of the first model and of the second."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with (stage, done, in all)."""
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class ResultSet:
     """Detections of any detector, matched.
 
     Attributes:
@@ -47,16 +62,21 @@ class Judged:
         return 0.0 if np.isnan(best) else best
 
 
-def labels(judged: Sequence[Judged]) -> list[str]:
+def labels(found: Sequence[ResultSet]) -> list[str]:
     """ "" for one result set; "A: ..." and "B: ..." for two."""
-    if len(judged) == 1:
+    if len(found) == 1:
         return [""]
-    return [f"{letter}: {own.label}" for letter, own in zip("AB", judged, strict=True)]
+    return [f"{letter}: {own.label}" for letter, own in zip("AB", found, strict=True)]
+
+
+def marks(models: Sequence[Any]) -> list[tuple[str, str]]:
+    """(prefix of keys, ending of headings) of each model's columns: none for one, A and B for two."""
+    return [("a", "")] if len(models) == 1 else [("a", " A"), ("b", " B")]
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
-    """A model and what it found.
+class ModelUnderTest:
+    """A model and what was observed in one pass over a split.
 
     Attributes:
         label: what the report calls it.
@@ -65,7 +85,8 @@ class Subject:
         split: the images.
         truth: their ground truth, a COCO json.
         evaluation: of the model on the split.
-        table: how its detections were matched.
+        results: its detections and how they were matched.
+        usage, content, layers: the observers of the evaluation.
     """
 
     label: str
@@ -74,7 +95,93 @@ class Subject:
     split: DetectionDataset
     truth: dict[str, Any]
     evaluation: Evaluation
-    table: MatchTable
+    results: ResultSet
+    usage: QueryUsage
+    content: ContentCollector
+    layers: LayerCollector
+
+    @property
+    def table(self) -> MatchTable:
+        """How its detections were matched."""
+        return self.results.table
+
+    @property
+    def run(self) -> Path | None:
+        """The folder of the run that its checkpoint lies in, if that has a metrics.jsonl."""
+        return run_folder(self.checkpoint)
+
+
+def run_folder(checkpoint: Path | None) -> Path | None:
+    """The run that a checkpoint lies in, if it has a metrics.jsonl."""
+    if checkpoint is None:
+        return None
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    return folder if (folder / "metrics.jsonl").is_file() else None
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What the chapters of a report are made from.
+
+    Attributes:
+        models: one, or the model and the one it is compared with.
+        data: folder of the data set.
+        images, samples, seed: as of `analyze`.
+        progress: called with (stage, done, in all).
+    """
+
+    models: Sequence[ModelUnderTest]
+    data: Path
+    images: int
+    samples: int
+    seed: int
+    progress: Progress
+
+    def stage(self, name: str) -> Callable[[int, int], None]:
+        """The progress of one stage."""
+        return lambda done, total: self.progress(name, done, total)
+
+    @property
+    def results(self) -> list[ResultSet]:
+        """Of each model."""
+        return [one.results for one in self.models]
+
+    @property
+    def few(self) -> int:
+        """How many images are shown in detail."""
+        return max(1, self.images // 3)
+
+    @cached_property
+    def intervals(self) -> FigureIntervals | Comparison:
+        """Of the one model, or of both with their difference: `compare_results` was asked for B first, so that it is A - B."""
+        tables, options = [one.table for one in self.models], {"samples": self.samples, "seed": self.seed}
+        if len(tables) > 1:
+            return compare_results(tables[1], tables[0], **options, progress=self.stage("intervals"))
+        return figure_intervals(tables[0], **options, progress=self.stage("intervals"))
+
+    @cached_property
+    def outcomes(self) -> list[Outcome]:
+        """What each model got right in each image, where its F1 is best."""
+        image_ids = self.models[0].split.image_ids
+        return [outcome(own.table, own.confident or _CONFIDENT, image_ids) for own in self.results]
+
+    @cached_property
+    def training(self) -> DetectionDataset | None:
+        """The split that a model learns from; None if the data has none with boxes, which an analysis can do without."""
+        return training_split(self.data)
+
+
+def training_split(data: Path) -> DetectionDataset | None:
+    """The training split of a data set; None if there is none, or it has no boxes."""
+    if "train" not in available_splits(data):
+        return None
+    split = open_split(data, "train")
+    return split if has_boxes(split) else None
+
+
+def has_boxes(split: DetectionDataset) -> bool:
+    """Whether any image has an object to be found."""
+    return any(len(split.labels(index)) for index in range(len(split)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +189,7 @@ class Outcome:
     """What a model got right in each of I images of a split, at one score threshold and IoU 0.5.
 
     Attributes:
-        threshold: detections below it are not looked at: where F1 over all classes is at its best.
+        threshold: detections below it do not count: where F1 over all classes is at its best.
         right, wrong, missed: (I,) int64 detections that found an object, that found none, objects not found.
     """
 

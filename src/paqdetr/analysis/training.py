@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from paqdetr.analysis.subject import COLOURS
 from paqdetr.report import plots
 from paqdetr.report.plots import smoothed, thin
 from paqdetr.report.section import Figure, Section
@@ -45,7 +46,7 @@ _PANELS = (
         "loss",
         "Loss, all terms",
         "loss",
-        "Of training steps; a drop may only mean that several positives a box were switched off.",
+        "Of training steps; a drop may only mean that one-to-many assignment ended.",
         log=True,
     ),
     _Panel(
@@ -53,7 +54,7 @@ _PANELS = (
         "mixture_entropy",
         "Entropy of a query's mixture",
         "entropy / log m",
-        "At 1 every query mixes all patterns alike, and all queries are copies of each other; at 0 each is one pattern.",
+        "At 1 every query mixes all patterns alike, and all queries are alike; at 0 each is one pattern.",
     ),
     _Panel(
         "cosine",
@@ -64,14 +65,6 @@ _PANELS = (
     ),
     _Panel("lr", "lr", "Learning rate", "learning rate", "Of the parts outside of the backbone.", smooth=False),
 )
-
-
-def run_folder(checkpoint: Path | None) -> Path | None:
-    """The run that a checkpoint lies in, if it has a metrics.jsonl."""
-    if checkpoint is None:
-        return None
-    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    return folder if (folder / "metrics.jsonl").is_file() else None
 
 
 def training_section(runs: Sequence[tuple[str, Path | None]]) -> Section | None:
@@ -87,10 +80,7 @@ def training_section(runs: Sequence[tuple[str, Path | None]]) -> Section | None:
     ]
     if not trainings:
         return None
-    parts = [
-        *(figure for panel in _PANELS if (figure := _draw(panel, trainings)) is not None),
-        *_positives(trainings),
-    ]
+    parts = [*(figure for panel in _PANELS if (figure := _draw(panel, trainings)) is not None), *_positives(trainings)]
     lead = "How the training went, from the run's metrics.jsonl. Lines from step to step are running means."
     without = [label for label, folder in runs if folder is None]
     if without:
@@ -116,7 +106,7 @@ def _draw(panel: _Panel, trainings: Sequence[Training]) -> Figure | None:
         plots.line(
             axes,
             *thin(steps, shown, _MOST_POINTS),
-            colour=(plots.BLUE, plots.ORANGE)[place],
+            colour=COLOURS[place],
             label=label if len(trainings) > 1 else "",
             dash=_DASHES[place],
             marker="o" if panel.kind == "eval" else "",
@@ -131,13 +121,13 @@ def _draw(panel: _Panel, trainings: Sequence[Training]) -> Figure | None:
 
 
 def _positives(trainings: Sequence[Training]) -> list[Figure]:
-    """Positives a box by layer: one plot, the trainings side by side."""
+    """Positives per box by layer: one plot, the trainings side by side."""
     shown = [(t, positives_by_layer(t.records)) for t in trainings]
     shown = [(training, layers) for training, layers in shown if len(layers)]
     if not shown:
         return []
-    titles = [training.label if len(shown) > 1 else "Positive queries a box" for training, _ in shown]
-    grid = plots.new_grid(1, len(shown), height=2.8, titles=titles, x="step", y="positives a box")
+    titles = [training.label if len(shown) > 1 else "Positives per box" for training, _ in shown]
+    grid = plots.new_grid(1, len(shown), height=2.8, titles=titles, x="step", y="positives per box")
     data = {}
     for axes, (training, layers) in zip(grid, shown, strict=True):
         for (layer, (steps, values)), colour in zip(layers.items(), plots.ramp(len(layers)), strict=True):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 
+from paqdetr.analysis.gradients import content_gradients
+from paqdetr.analysis.inside import loss_settings
+from paqdetr.analysis.subject import COLOURS, Analysis
+from paqdetr.losses.criterion import build_criterion
 from paqdetr.metrics import QueryUsageReport, Spread
 from paqdetr.report.plots import (
     BLUE,
@@ -24,7 +28,8 @@ from paqdetr.report.plots import (
     plot_part,
     ramp,
 )
-from paqdetr.report.section import Column, Part, Section, Table
+from paqdetr.report.section import Column, Part, Section, make_table
+from paqdetr.runs import read_metrics
 from paqdetr.serialize import plain
 
 Record = dict[str, Any]
@@ -37,7 +42,7 @@ class Usage:
     Attributes:
         name: of the model, as the page calls it.
         report: of `QueryUsage.report`.
-        records: of its training, `paqdetr.training.curves.read_metrics`; empty if there are none.
+        records: of its training, as of `read_metrics`; empty if there are none.
     """
 
     name: str
@@ -52,8 +57,27 @@ _LEAD = (
     "images chance alone makes counts uneven: compare each number with the one beside it. In two-stage "
     "detectors the index of a query is the rank of its proposal, and falling use along the ranks makes a "
     "large coefficient by itself. And lower is not better by itself: collapsed models, whose queries are "
-    "copies of each other, have the lowest of all."
+    "near-identical, have the lowest of all."
 )
+
+
+def usage_chapter(analysis: Analysis) -> Section:
+    """`usage_section` of an analysis, with the gradients that some images of the training split give the queries."""
+    found = []
+    for one in analysis.models:
+        gradients = None
+        if analysis.training is not None:
+            settings, _ = loss_settings(one.model, one.checkpoint)
+            gradients = content_gradients(
+                one.model,
+                analysis.training,
+                criterion=build_criterion(settings),
+                images=4 * analysis.images,
+                progress=analysis.stage(f"gradients {one.label}"),
+            )
+        records = [] if one.run is None else read_metrics(one.run / "metrics.jsonl")
+        found.append(Usage(one.label, one.usage.report(gradients=gradients), records))
+    return usage_section(found[0], against=found[1] if found[1:] else None)
 
 
 def usage_section(usage: Usage, *, against: Usage | None = None) -> Section:
@@ -71,82 +95,64 @@ def usage_section(usage: Usage, *, against: Usage | None = None) -> Section:
     return Section(key="query-use", title="Use of queries", lead=_LEAD, parts=tuple(parts))
 
 
-def _colour(number: int) -> str:
-    return (BLUE, ORANGE)[number]
+def _model_column(models: Sequence[Usage]) -> list[Column]:
+    return [Column("model", "model", "text")] if len(models) > 1 else []
 
 
 def _views(models: Sequence[Usage]) -> Part:
-    rows = []
-    for model in models:
-        for row in model.report.rows():
-            shown = plain(row, 6)
-            shown["what"] = f"({row['view']}) {row['what']}"
-            rows.append({"model": model.name, **shown})
+    rows = [
+        {"model": model.name, **row, "what": f"({row['view']}) {row['what']}"}
+        for model in models
+        for row in model.report.rows()
+    ]
     columns = (
+        *_model_column(models),
         Column("what", "view", "text"),
         Column("gini", "Gini"),
         Column("chance", "by chance"),
         Column("by_rank", "by rank alone"),
-        Column("per_image", "an image", "amount"),
+        Column("per_image", "per image", "amount"),
         Column("threshold", "threshold"),
-        Column("unused", "never used", "integer"),
-        Column("half", "do half", "integer"),
+        Column("unused", "unused", "integer"),
+        Column("half", "queries for 50 % of use", "integer"),
     )
-    if len(models) > 1:
-        columns = (Column("model", "model", "text"), *columns)
     caption = (
         "Five views of how unevenly queries are used. By chance: what counts of this size would give if all "
-        "queries were used alike. By rank alone: what the falling use along the proposals' ranks gives. An "
-        "image: queries that an image uses, or its amount. Never used: queries, or dead patterns in (e). Do "
-        "half: the fewest queries that make up half of all use."
+        "queries were used alike. By rank alone: what the falling use along the proposals' ranks gives. Per "
+        "image: queries that an image uses, or its amount. Unused: queries that no image uses, or dead patterns in (e). "
+        "Queries for 50 % of use: the fewest that make up half of it."
     )
-    return Table(name="query_views", caption=caption, columns=columns, rows=tuple(rows))
+    return make_table("query_views", caption, columns, rows, digits=6)
 
 
 def _content(models: Sequence[Usage]) -> Part:
-    rows = []
-    for model in models:
-        report, patterns = model.report, model.report.patterns
-        row = {
-            "model": model.name,
-            "num_queries": report.num_queries,
-            "images": report.images,
-            "boxes_per_image": report.boxes_per_image,
-            "query_cosine": report.query_cosine,
-            **dict.fromkeys(("num_patterns", "entropy", "dead", "never_lead", "effective")),
-        }
-        if patterns is not None:
-            names = ("entropy", "dead", "never_lead", "effective")
-            row |= {"num_patterns": len(patterns.mass)} | {name: getattr(patterns, name) for name in names}
-        rows.append(plain(row, 6))
+    def patterns(value: Callable[[Any], Any]) -> Callable[[Usage], Any]:
+        return lambda usage: None if usage.report.patterns is None else value(usage.report.patterns)
+
     columns = (
-        Column("model", "model", "text"),
-        Column("num_queries", "queries", "integer"),
-        Column("images", "images", "integer"),
-        Column("boxes_per_image", "boxes an image", "amount"),
-        Column("query_cosine", "cosine of queries"),
-        Column("num_patterns", "patterns", "integer"),
-        Column("entropy", "mixture entropy"),
-        Column("dead", "dead patterns", "integer"),
-        Column("never_lead", "never lead", "integer"),
-        Column("effective", "effective patterns", "amount"),
+        Column("model", "model", "text", lambda usage: usage.name),
+        Column("num_queries", "queries", "integer", lambda usage: usage.report.num_queries),
+        Column("images", "images", "integer", lambda usage: usage.report.images),
+        Column("boxes_per_image", "boxes per image", "amount", lambda usage: usage.report.boxes_per_image),
+        Column("query_cosine", "cosine of queries", value=lambda usage: usage.report.query_cosine),
+        Column("num_patterns", "patterns", "integer", patterns(lambda p: len(p.mass))),
+        Column("entropy", "mixture entropy", value=patterns(lambda p: p.entropy)),
+        Column("dead", "dead patterns", "integer", patterns(lambda p: p.dead)),
+        Column("never_lead", "never lead", "integer", patterns(lambda p: p.never_lead)),
+        Column("effective", "effective patterns", "amount", patterns(lambda p: p.effective)),
     )
     caption = (
-        "What the views stand on. Cosine of queries: 1 means that all content queries of an image are copies. "
+        "What the views stand on. Cosine of queries: 1 means that all content queries of an image are equal. "
         "Mixture entropy: 1 is a uniform mixture, 0 a single pattern. Dead patterns have less than a tenth of "
         "an equal share of the weight; those that never lead are never the largest part of a query."
     )
-    return Table(name="query_content", caption=caption, columns=columns, rows=tuple(rows))
+    return make_table("query_content", caption, columns, models, digits=6)
 
 
 def _spreads(report: QueryUsageReport) -> dict[str, Spread]:
     """The views that have a curve, by their heading."""
     found = {f"(a) score > {spread.threshold:g}": spread for spread in report.activations[:1]}
-    named = {
-        "(b) equal activations": report.equal,
-        "(c) matched": report.positives,
-        "(d) gradient": report.gradients,
-    }
+    named = {"(b) equal activations": report.equal, "(c) matched": report.positives, "(d) gradient": report.gradients}
     found |= {name: spread for name, spread in named.items() if spread is not None}
     if report.patterns is not None:
         found["(e) patterns"] = Spread(counts=report.patterns.mass, images=report.images, discrete=False)
@@ -164,13 +170,13 @@ def _lorenz(models: Sequence[Usage]) -> Part:
             if name in view:
                 shares, use = view[name].lorenz()
                 label = f"{model.name} {view[name].gini:.2f}"
-                line(axes, shares, use, colour=_colour(number), label=label)
+                line(axes, shares, use, colour=COLOURS[number], label=label)
                 data.setdefault(name, {})[model.name] = plain(np.stack([shares, use], axis=1), 6)
         axes.set(xlim=(0, 1), ylim=(0, 1))
         legend(axes)
     caption = (
         "Lorenz curves: the share of all use that the least used share of the queries makes up. The dotted "
-        "line is equal use; the further below it, the less even. The legend says the Gini coefficient."
+        "line is equal use; the further below it, the less even. The legend has the Gini coefficient."
     )
     return plot_part(plots[0], name="lorenz", caption=caption, data=data)
 
@@ -179,14 +185,14 @@ def _by_index(models: Sequence[Usage]) -> Part:
     views = [{k: v for k, v in _spreads(m.report).items() if not k.startswith("(e)")} for m in models]
     names = list(dict.fromkeys(name for view in views for name in view))
     ranked = any(model.report.ranked for model in models)
-    plots = _grid(names, x="index of the query" + (" = rank of its proposal" if ranked else ""), y="an image")
+    plots = _grid(names, x="index of the query" + (" = rank of its proposal" if ranked else ""), y="per image")
     data: dict[str, Any] = {}
     for axes, name in zip(plots, names, strict=False):
         for number, (model, view) in enumerate(zip(models, views, strict=True)):
             if name not in view:
                 continue
             values = view[name].counts / max(view[name].images, 1)
-            line(axes, np.arange(len(values)), values, colour=_colour(number), label=model.name)
+            line(axes, np.arange(len(values)), values, colour=COLOURS[number], label=model.name)
             data.setdefault(name, {})[model.name] = plain(values, 6)
         axes.set_ylim(bottom=0)
         if len(models) > 1:
@@ -216,7 +222,7 @@ def _ranks(models: Sequence[Usage]) -> Part | None:
         data[model.name] = plain(share, 6)
     caption = (
         "Where matched queries stand: by their index, and by the rank of their score among all queries of the "
-        "image. A detector that says each object once, and first, has everything in the leftmost columns; a "
+        "image. A detector that finds each object once, and first, has everything in the leftmost columns; a "
         "diagonal means that the order of the proposals is kept to the end."
     )
     return plot_part(plots[0], name="index_and_rank", caption=caption, data=data)
@@ -285,12 +291,7 @@ def _positives_over_training(models: Sequence[Usage]) -> Part | None:
             "layers": layers,
             "shares": plain(shares[..., kinds], 6),
         }
-        return plot_part(
-            plots[0],
-            name="positives_over_training",
-            caption=caption,
-            data=data,
-        )
+        return plot_part(plots[0], name="positives_over_training", caption=caption, data=data)
     return None
 
 
@@ -321,12 +322,7 @@ def _gini_over_training(models: Sequence[Usage]) -> Part | None:
         "The same in training, over the steps between two records. Few boxes make the coefficient of matches "
         "large by chance, which the dotted line shows."
     )
-    return plot_part(
-        plots[0],
-        name="gini_over_training",
-        caption=caption,
-        data=data,
-    )
+    return plot_part(plots[0], name="gini_over_training", caption=caption, data=data)
 
 
 def _grid(titles: Sequence[str], *, x: str, y: str) -> list[Axes]:

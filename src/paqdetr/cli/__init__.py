@@ -97,7 +97,7 @@ def run(argv: Sequence[str]) -> int:
         # typer may carry a copy of click: know its errors by this
         usage = getattr(error, "format_message", None)
         if type(error).__name__ == "NoArgsIsHelpError" and usage is not None:
-            errors.print(usage(), soft_wrap=True)
+            errors.print(usage())
             return 2
         if usage is not None:
             context = getattr(error, "ctx", None)
@@ -110,9 +110,7 @@ def run(argv: Sequence[str]) -> int:
         # A full disk, a folder that may not be written...
         if isinstance(error, OSError) and error.filename is not None:
             return _mistake(
-                f"{error.filename}: {error.strerror}",
-                "check the path, its permissions and the disk",
-                debug=debug,
+                f"{error.filename}: {error.strerror}", "check the path, its permissions and the disk", debug=debug
             )
         if isinstance(error, OSError) and "No usable temporary directory" in str(error):
             return _mistake(

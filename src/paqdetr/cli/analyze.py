@@ -8,25 +8,22 @@ from typing import Annotated
 
 import typer
 
-from paqdetr.cli.console import BatchSize, Device, Seed, progress_bar, results, show
+from paqdetr.cli.console import BatchSize, Checkpoint, Data, Device, Seed, Split, progress_bar, results, show
 from paqdetr.values import MAX_RESAMPLES
 
 
 def analyze(
-    checkpoint: Annotated[Path, typer.Argument(help="A .safetensors file or a run's folder.", metavar="CHECKPOINT")],
+    checkpoint: Checkpoint,
     *,
-    data: Annotated[Path, typer.Option(help="Folder of the data set, or its data.yaml.")],
+    data: Data,
     output: Annotated[Path, typer.Option(help="Folder for the report; an earlier report is replaced.")],
-    split: Annotated[
-        str | None, typer.Option(help="train, val or test; val, or what there is instead, if not given.")
-    ] = None,
+    split: Split = None,
     against: Annotated[
         Path | None, typer.Option(help="Another checkpoint or run's folder, shown side by side.")
     ] = None,
     images: Annotated[int, typer.Option(min=1, max=1000, help="Best images shown, and worst ones.")] = 6,
     resamples: Annotated[
-        int,
-        typer.Option(min=1, max=MAX_RESAMPLES, help="Resamples behind the intervals, shufflings behind the tests."),
+        int, typer.Option(min=1, max=MAX_RESAMPLES, help="Resamples behind the intervals, shufflings behind the tests.")
     ] = 1000,
     seed: Seed = 0,
     batch_size: BatchSize = 4,
@@ -63,6 +60,5 @@ def analyze(
     size = report.page.stat().st_size / 2**20
     results.print(
         f"AP {show(report.figures['AP'])}, AP50 {show(report.figures['AP50'])}: {report.page} ({size:.1f} MB, one file; "
-        f"the numbers behind it are in {report.page.parent / 'data'})",
-        soft_wrap=True,
+        f"the numbers behind it are in {report.page.parent / 'data'})"
     )

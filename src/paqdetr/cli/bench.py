@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from paqdetr.cli.console import Device, JsonFile, Model, OutputFiles, Overwrite, progress_bar, results
+from paqdetr.cli.console import Device, JsonFile, Model, OutputFiles, Overwrite, progress_bar, results, table
 from paqdetr.errors import ConfigError
 from paqdetr.values import MAX_BATCH
 
@@ -16,8 +16,7 @@ from paqdetr.values import MAX_BATCH
 def bench(
     model: Model,
     settings: Annotated[
-        list[str] | None,
-        typer.Argument(help="Settings of both models, such as model.dim=128.", metavar="KEY=VALUE"),
+        list[str] | None, typer.Argument(help="Settings of both models, such as model.dim=128.", metavar="KEY=VALUE")
     ] = None,
     *,
     against: Annotated[str | None, typer.Option(help="Another model to compare with.")] = None,
@@ -70,14 +69,8 @@ def bench(
     images = f"{batch_size} image{'s' * (batch_size > 1)} of {image_size}x{image_size}"
     count = found.machine["threads"]
     threads = f", {count} thread{'s' * (count > 1)}" if found.device == "cpu" else ""
-    table = Table(
-        title=f"{model}, {images}, {found.device}{threads}. Milliseconds: median, fastest and slowest of {rounds}.",
-        title_justify="left",
-    )
-    for column in ("part", "of"):
-        table.add_column(column)
-    for column in ("median", "fastest", "slowest", "times faster"):
-        table.add_column(column, justify="right")
+    title = f"{model}, {images}, {found.device}{threads}. Milliseconds: median, fastest and slowest of {rounds}."
+    made = table(title, ("part", "of"), ("median", "fastest", "slowest", "times faster"))
     parts = {
         "attention": (found.attention, "reference"),  # forward and backward
         "inference": (found.inference, against or model),
@@ -85,17 +78,17 @@ def bench(
     }
     for part, (figures, base) in parts.items():
         for name, row in figures.items():
-            table.add_row(part, name, *_columns(row, is_base=name == base))
-        table.add_section()
-    results.print(table)
+            made.add_row(part, name, *_columns(row, is_base=name == base))
+        made.add_section()
+    results.print(made)
     speed = found.images_per_second
     kept = ", ".join(f"{name} {value:.0f} MiB" for name, value in found.saved_mib.items())
     for line in (
-        f"images a second: {speed['inference']:.1f} in use, {speed['training_step']:.1f} in training",
+        f"images per second: {speed['inference']:.1f} in use, {speed['training_step']:.1f} in training",
         f"kept for backward in a step: {kept}",
         f"peak memory: {found.peak_memory_gib:.2f} GiB",
     ):
-        results.print(line, soft_wrap=True)
+        results.print(line)
     files.write("json", found.to_json())
 
 

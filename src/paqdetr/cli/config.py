@@ -13,9 +13,7 @@ app = typer.Typer(help="Look at settings.", no_args_is_help=True)
 
 
 @app.command("list")
-def list_names(
-    pattern: Annotated[str, typer.Argument(help='Which ones, such as "*_finetune".')] = "*",
-) -> None:
+def list_names(pattern: Annotated[str, typer.Argument(help='Which ones, such as "*_finetune".')] = "*") -> None:
     """List what `train` takes: models, and recipes that train one for a certain purpose."""
     from paqdetr.config import describe_config, list_configs
 
@@ -35,4 +33,4 @@ def show(
     """Print every setting of a model and its training as resolved, as YAML that `train` takes."""
     from paqdetr.config import load_config
 
-    results.print(load_config(model, settings or []).to_yaml(), end="", soft_wrap=True)
+    results.print(load_config(model, settings or []).to_yaml(), end="")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 from rich.text import Text
 
 from paqdetr.errors import ConfigError
@@ -28,17 +29,19 @@ if TYPE_CHECKING:
     from paqdetr.runtime.predict import Predicts
 
 Model = Annotated[
-    str,
-    typer.Argument(help="A model or recipe (`paqdetr config list`), or a YAML file.", metavar="MODEL|CONFIG"),
+    str, typer.Argument(help="A model or recipe (`paqdetr config list`), or a YAML file.", metavar="MODEL|CONFIG")
 ]
 Settings = Annotated[
-    list[str] | None,
-    typer.Argument(help="Settings, such as epochs=12 model.num_patterns=32.", metavar="KEY=VALUE"),
+    list[str] | None, typer.Argument(help="Settings, such as epochs=12 model.num_patterns=32.", metavar="KEY=VALUE")
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...: the best there is if not given.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist, whoever wrote them.")]
 Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of all random draws.")]
 BatchSize = Annotated[int, typer.Option(min=1, max=MAX_BATCH, help="It changes the speed, never a figure.")]
+Checkpoint = Annotated[Path, typer.Argument(help="A .safetensors file or a run's folder.", metavar="CHECKPOINT")]
+Data = Annotated[Path, typer.Option(help="Folder of the data set, or its data.yaml.")]
+Split = Annotated[str | None, typer.Option(help="train, val or test; val, or what there is instead, if not given.")]
+AutoBatch = Annotated[bool, typer.Option("--auto-batch", help="Take the largest batch that fits into memory.")]
 Resamples = Annotated[int, typer.Option(min=100, max=MAX_RESAMPLES, help="Resamples of the images behind an interval.")]
 Nms = Annotated[
     str | None,
@@ -140,10 +143,15 @@ def tiles_of(size: int | None, overlap: float | None, with_whole: bool) -> Tiles
 
 
 class _PlainConsole(Console):
-    """Prints text of files as it is: no markup, for which rich would take lists in brackets, and no terminal escapes."""
+    """Prints text of files as it is: no markup, for which rich would take lists in brackets, and no terminal escapes. Text is
+    not wrapped; tables are as wide as the terminal."""
 
     def __init__(self, *, stderr: bool = False) -> None:
         super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False)
+
+    def print(self, *objects: Any, **how: Any) -> None:
+        how.setdefault("soft_wrap", not any(isinstance(one, Table) for one in objects))
+        super().print(*objects, **how)
 
     def render_str(self, text: str, **how: Any) -> Text:
         return super().render_str("\n".join(map(printable, text.split("\n"))), **how)
@@ -236,9 +244,48 @@ def finish_streams() -> str | None:
 def print_styled(console: Console, *parts: str | tuple[str, str]) -> None:
     """One line from plain pieces and (piece, style) pairs; a line break inside a piece becomes a space."""
     plain = [part if isinstance(part, tuple) else (part, "") for part in parts]
-    console.print(
-        Text.assemble(*((printable(text.replace("\n", " ")), style) for text, style in plain)), soft_wrap=True
-    )
+    console.print(Text.assemble(*((printable(text.replace("\n", " ")), style) for text, style in plain)))
+
+
+def note(text: str, kind: str = "note", style: str = "bold yellow") -> None:
+    """A line on standard error, such as `note: ...`."""
+    print_styled(errors, (f"{kind}:", style), f" {text}")
+
+
+def interrupted(what: str, exit_code: int, *, resume: bool) -> Ended:
+    """Print how an interrupted verb is continued; to be raised.
+
+    Args:
+        what: is saved.
+        resume: whether --resume was given already.
+    """
+    from paqdetr.environment import command_line
+
+    note(f"{what}; continue with", "interrupted", "bold")
+    errors.print(f"  {command_line()}{'' if resume else ' --resume'}")
+    return Ended(exit_code)
+
+
+def table(title: str | None, left: Sequence[str], right: Sequence[str] = (), *, no_wrap: bool = False) -> Table:
+    """An empty table with a heading for each column: text, then numbers.
+
+    Args:
+        no_wrap: headings and numbers stay on one line.
+    """
+    made = Table(title=title, title_justify="left")
+    for heading in left:
+        made.add_column(heading, overflow="fold")
+    for heading in right:
+        made.add_column(heading, justify="right", no_wrap=no_wrap)
+    return made
+
+
+def facts_table(title: str, facts: Mapping[str, str]) -> Table:
+    """Two columns without headings."""
+    made = Table(title=title, title_justify="left", show_header=False)
+    for fact in facts.items():
+        made.add_row(*fact)
+    return made
 
 
 def print_columns(rows: Sequence[Sequence[str]], *, right: Collection[int] = ()) -> None:
@@ -255,7 +302,7 @@ def print_columns(rows: Sequence[Sequence[str]], *, right: Collection[int] = ())
             cell.rjust(width) if index in right else cell.ljust(width)
             for index, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
-        results.print("  ".join(cells).rstrip(), soft_wrap=True)
+        results.print("  ".join(cells).rstrip())
 
 
 @contextmanager

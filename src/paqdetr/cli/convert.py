@@ -6,12 +6,12 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from paqdetr.cli.console import OutputFiles, Overwrite, errors, print_styled, results
+from paqdetr.cli.console import OutputFiles, Overwrite, note, results, table
 from paqdetr.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def convert(
     settings: Annotated[
         list[str] | None,
         typer.Argument(
-            help="What the file does not tell, such as num_heads=8 num_queries=300 classes=coco.",
+            help="What the file does not contain, such as num_heads=8 num_queries=300 classes=coco.",
             metavar="KEY=VALUE",
         ),
     ] = None,
@@ -65,15 +65,15 @@ def convert(
         source, origin=origin, model=model, partial=partial, settings=parse_overrides(settings or [])
     )
     detector.save(output, converted={"origin": report.origin, "source": report.source, **report.counts()})
-    results.print(f"{report.source} ({report.origin}) as {report.model}", soft_wrap=True)
+    results.print(f"{report.source} ({report.origin}) as {report.model}")
     results.print(_tensors(report))
     results.print(_settings(report))
     for kind, reasons in (("dropped", report.dropped), ("starts anew", report.fresh)):
         for reason, count in Counter(_general(reasons.values())).most_common():
-            results.print(f"{kind}: {count} x {reason}", soft_wrap=True)
-    for note in report.notes:
-        print_styled(errors, ("note:", "bold"), f" {note}")
-    results.print(f"checkpoint: {output}", soft_wrap=True)
+            results.print(f"{kind}: {count} x {reason}")
+    for line in report.notes:
+        note(line)
+    results.print(f"checkpoint: {output}")
     files.write("json", report.to_dict())
     if report.model in list_models():
         config = load_config(report.model)
@@ -85,35 +85,26 @@ def convert(
             if getattr(images, key) != getattr(config, key)
         ]
         words = ["paqdetr train", report.model, "--data DIR --output RUN", f"init={output}", *extra]
-        results.print(f"to train it: {' '.join(words)}", soft_wrap=True)
+        results.print(f"to train it: {' '.join(words)}")
 
 
 def _tensors(report: ConversionReport) -> Table:
     """Tensors of the model by part: as they were, under another name, anew."""
-    table = Table(title="tensors of the model", title_justify="left")
-    table.add_column("part")
-    for column in ("same name", "renamed", "starts anew"):
-        table.add_column(column, justify="right")
+    made = table("tensors of the model", ("part",), ("same name", "renamed", "starts anew"))
     kinds: tuple[Iterable[str], ...] = (report.kept, report.renamed, report.fresh)
     columns = [Counter(key.split(".")[0] for key in keys) for keys in kinds]
     for part in dict.fromkeys(key for column in columns for key in column):
-        table.add_row(part, *(str(column[part] or "-") for column in columns))
-    table.add_section()
-    table.add_row("all", *(str(column.total() or "-") for column in columns))
-    return table
+        made.add_row(part, *(str(column[part] or "-") for column in columns))
+    made.add_section()
+    made.add_row("all", *(str(column.total() or "-") for column in columns))
+    return made
 
 
 def _settings(report: ConversionReport) -> Table:
-    table = Table(title="settings, and how they are known", title_justify="left")
-    for column in ("setting", "value", "from"):
-        table.add_column(column)
+    made = table("settings, and how they are known", ("setting", "value", "from"))
     for key, setting in report.settings.items():
-        table.add_row(key, _show(setting.value), setting.known_from)
-    return table
-
-
-def _show(value: Any) -> str:
-    return json.dumps(list(value) if isinstance(value, tuple) else value)
+        made.add_row(key, json.dumps(setting.value), setting.known_from)
+    return made
 
 
 def _general(reasons: Iterable[str]) -> Iterable[str]:

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
-from paqdetr.cli.console import OutputFiles, Overwrite, Seed, errors, print_styled, progress_bar, results
+from paqdetr.cli.console import OutputFiles, Overwrite, Seed, errors, note, print_styled, progress_bar, results, table
 from paqdetr.errors import ConfigError, DataError
 from paqdetr.values import MAX_WORKERS
 
@@ -57,7 +56,7 @@ def make(
             workers=workers,
             progress=progress,
         )
-    results.print(f"{folder}: {train} train, {val} val, {test} test images, seed {seed}", soft_wrap=True)
+    results.print(f"{folder}: {train} train, {val} val, {test} test images, seed {seed}")
 
 
 @app.command()
@@ -66,8 +65,7 @@ def check(
     *,
     json_file: _Json = None,
     workers: Annotated[
-        int | None,
-        typer.Option(min=1, max=MAX_WORKERS, help="Threads that decode; the number of cores if not given."),
+        int | None, typer.Option(min=1, max=MAX_WORKERS, help="Threads that decode; the number of cores if not given.")
     ] = None,
     show: Annotated[int, typer.Option(min=0, help="Findings of a kind that are printed; --json has all.")] = 10,
     overwrite: Overwrite = False,
@@ -100,14 +98,14 @@ def stats(
     files = OutputFiles("paqdetr data stats", overwrite=overwrite, output=output, json=json_file)
     found = dataset_stats(folder)
     figures = {split: one.to_json() for split, one in found.items()}
-    results.print(str(folder), soft_wrap=True)
-    table = _table("split", "images", "without boxes", "boxes", "crowds", "small", "medium", "large")
+    results.print(str(folder))
+    made = table(None, ("split",), ("images", "without boxes", "boxes", "crowds", "small", "medium", "large"))
     for split, one in figures.items():
         counts = (one[key] for key in ("images", "images_without_boxes", "boxes", "crowds"))
-        table.add_row(split, *map(str, counts), *map(str, one["box_sizes"].values()))
-    results.print(table)
+        made.add_row(split, *map(str, counts), *map(str, one["box_sizes"].values()))
+    results.print(made)
     drawn = draw_stats(found, output, title=str(folder), overwrite=overwrite)
-    results.print(f"drawn: {drawn}", soft_wrap=True)
+    results.print(f"drawn: {drawn}")
     files.write("json", {"data": str(folder), "splits": figures})
 
 
@@ -115,8 +113,7 @@ def stats(
 def preview(
     folder: _Data,
     settings: Annotated[
-        list[str] | None,
-        typer.Argument(help="Settings, such as augment.mosaic=0.5 batch_size=4.", metavar="KEY=VALUE"),
+        list[str] | None, typer.Argument(help="Settings, such as augment.mosaic=0.5 batch_size=4.", metavar="KEY=VALUE")
     ] = None,
     *,
     model: Annotated[str, typer.Option(help="The model, recipe or YAML file whose settings count.")] = "paq_dino_nano",
@@ -139,7 +136,7 @@ def preview(
     drawn = preview_batches(
         config, opened, preprocessing_of(config), output, batches=batches, epoch=epoch, overwrite=overwrite
     )
-    results.print(f"drawn: {drawn}", soft_wrap=True)
+    results.print(f"drawn: {drawn}")
 
 
 @app.command()
@@ -178,22 +175,24 @@ def split(
 
 def _print_conversion(done: Conversion, what: str) -> None:
     counts = (f"{split} {count} images {done.boxes[split]} boxes" for split, count in done.images.items())
-    results.print(f"{what} from {done.format}: {', '.join(counts)}", soft_wrap=True)
+    results.print(f"{what} from {done.format}: {', '.join(counts)}")
     for lost, count in done.losses.items():
-        print_styled(errors, ("note:", "bold yellow"), f" {lost}: {count}")
+        note(f"{lost}: {count}")
 
 
 def _print_report(report: CheckReport, *, title: str, show: int) -> None:
-    results.print(title, soft_wrap=True)
+    results.print(title)
     for severity, sentence in report.summary():
         print_styled(results, (severity, _COLOURS[severity]), f": {sentence}")
-    table = _table("split", "images", "without boxes", "boxes", "crowds", "classes", "small", "medium", "large")
+    made = table(
+        None, ("split",), ("images", "without boxes", "boxes", "crowds", "classes", "small", "medium", "large")
+    )
     for name, split in report.splits.items():
         used = sum(count > 0 for count in split.boxes_per_class.values())
         sizes = split.box_sizes
         numbers = (split.images, split.images_without_boxes, split.boxes, split.crowds, used)
-        table.add_row(name, *map(str, (*numbers, sizes.small, sizes.medium, sizes.large)))
-    results.print(table)
+        made.add_row(name, *map(str, (*numbers, sizes.small, sizes.medium, sizes.large)))
+    results.print(made)
     _print_classes(report)
     _print_sizes(report)
     unusual = [
@@ -202,7 +201,7 @@ def _print_report(report: CheckReport, *, title: str, show: int) -> None:
         if split.traits
     ]
     if unusual:
-        results.print(f"images out of the ordinary, which are converted: {'; '.join(unusual)}", soft_wrap=True)
+        results.print(f"images out of the ordinary, which are converted: {'; '.join(unusual)}")
     printed: dict[tuple[str, str, str], int] = defaultdict(int)
     for problem in sorted(report.problems, key=lambda problem: problem.severity):  # errors first
         key = (problem.split, problem.severity, problem.kind)
@@ -215,9 +214,7 @@ def _print_report(report: CheckReport, *, title: str, show: int) -> None:
         elif printed[key] == show + 1:
             more = report.counts[key] - show
             print_styled(
-                results,
-                (problem.severity, colour),
-                f" [{problem.kind}] {problem.split}: {more} more of this kind",
+                results, (problem.severity, colour), f" [{problem.kind}] {problem.split}: {more} more of this kind"
             )
 
 
@@ -225,13 +222,13 @@ def _print_classes(report: CheckReport) -> None:
     """Boxes of every class by split, up to a length that can be read."""
     splits = list(report.splits.values())
     names = list(dict.fromkeys(name for split in splits for name in split.boxes_per_class))
-    table = _table("boxes of class", *report.splits)
+    made = table(None, ("boxes of class",), tuple(report.splits))
     order = sorted(names, key=lambda name: -sum(split.boxes_per_class.get(name, 0) for split in splits))
     shown = order if len(order) <= 30 else [*order[:10], *order[-10:]]
     for name in shown:
-        table.add_row(name, *(str(split.boxes_per_class.get(name, 0)) for split in splits))
+        made.add_row(name, *(str(split.boxes_per_class.get(name, 0)) for split in splits))
     if names:
-        results.print(table)
+        results.print(made)
     if len(shown) < len(order):
         results.print(f"(the 10 most and the 10 least frequent of {len(order)} classes)")
 
@@ -239,22 +236,14 @@ def _print_classes(report: CheckReport) -> None:
 def _print_sizes(report: CheckReport) -> None:
     """How many boxes are how large, in bins that double."""
     splits = report.splits.values()
-    table = _table("boxes with a side of", *report.splits)
+    made = table(None, ("boxes with a side of",), tuple(report.splits))
     edges = max((list(split.box_sizes.histogram) for split in splits), key=len)
     used = [n for n, edge in enumerate(edges) if any(split.box_sizes.histogram.get(edge) for split in splits)]
     for n in used and range(used[0], used[-1] + 1):
         upper = f" to {edges[n + 1]}" if n + 1 < len(edges) else " and more"
-        table.add_row(f"{edges[n]}{upper} px", *(str(split.box_sizes.histogram.get(edges[n], 0)) for split in splits))
+        made.add_row(f"{edges[n]}{upper} px", *(str(split.box_sizes.histogram.get(edges[n], 0)) for split in splits))
     if used:
-        results.print(table)
-
-
-def _table(first: str, *columns: str) -> Table:
-    table = Table()
-    table.add_column(first)
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table
+        results.print(made)
 
 
 def _require_png(output: Path) -> None:

@@ -17,11 +17,11 @@ from paqdetr.cli.console import (
     Overwrite,
     Resamples,
     Seed,
+    Split,
     TileSize,
     WithWhole,
-    errors,
+    note,
     parse_nms,
-    print_styled,
     progress_bar,
     results,
     tiles_of,
@@ -97,17 +97,14 @@ def evaluate(
     ] = None,
     *,
     data: Annotated[Path | None, typer.Option(help="Folder of the data set, or its data.yaml.")] = None,
-    split: Annotated[
-        str | None, typer.Option(help="train, val or test; val, or what there is instead, if not given.")
-    ] = None,
+    split: Split = None,
     results_file: Annotated[
         Path | None, typer.Option("--results", help="Instead of a checkpoint: COCO results of any detector.")
     ] = None,
     compare: Annotated[
         tuple[Path, Path] | None,
         typer.Option(
-            metavar="A B",
-            help="Instead of a checkpoint: two of them, or two results files (.json), side by side.",
+            metavar="A B", help="Instead of a checkpoint: two of them, or two results files (.json), side by side."
         ),
     ] = None,
     annotations: Annotated[
@@ -120,8 +117,7 @@ def evaluate(
     resamples: Resamples = 1000,
     seed: Seed = 0,
     max_detections: Annotated[
-        int,
-        typer.Option(min=1, max=10_000, help="Of one class that count in an image; more for crowded images."),
+        int, typer.Option(min=1, max=10_000, help="Of one class that count in an image; more for crowded images.")
     ] = 100,
     results_out: Annotated[
         Path | None, typer.Option(help="Keep the checkpoint's detections in this file, as COCO results.")
@@ -242,11 +238,7 @@ def _of_results(results_file: Path, options: _Options) -> _Found:
 
     truth, rows = options.truth(options.dataset()), read_results(results_file)
     figures = evaluate_detections(
-        truth,
-        rows,
-        iou_type=options.kind,
-        source=str(results_file),
-        max_detections=options.max_detections,
+        truth, rows, iou_type=options.kind, source=str(results_file), max_detections=options.max_detections
     )
     title = f"{results_file} against {options.where}, {options.kind}"
     return _Found(title, figures, figures.to_json(), truth, rows)
@@ -285,7 +277,7 @@ def _warn_of_crowding(truth: CocoRecords, queries: int | None, options: _Options
     owners, labels = truth.objects().T
     images = len(truth.image_ids)
     for sentence in crowding_sentences(owners, labels, images, queries=queries, max_detections=options.max_detections):
-        print_styled(errors, ("note:", "bold yellow"), f" {sentence}")
+        note(sentence)
 
 
 def _counted(options: _Options) -> str:
@@ -317,14 +309,11 @@ def _compare(pair: tuple[Path, Path], options: _Options) -> dict[str, Any] | Non
     with progress_bar("resample the images") as progress:
         found = compare_results(*tables, samples=options.resamples, seed=options.seed, progress=progress)
     title = f"on {options.where}, {options.kind}, {len(tables[0].image_ids)} images{_counted(options)}"
-    results.print(f"A: {pair[0]}\nB: {pair[1]}", soft_wrap=True)
+    results.print(f"A: {pair[0]}\nB: {pair[1]}")
     results.print(comparison_table(found, title))
     results.print(class_comparison_table(found))
-    results.print(verdict(found), soft_wrap=True)
-    results.print(
-        f"Over {found.samples} resamples of the images; another training seed would move both as well.",
-        soft_wrap=True,
-    )
+    results.print(verdict(found))
+    results.print(f"Over {found.samples} resamples of the images; another training seed would move both as well.")
     _warn_of_crowding(truth, None, options)
     return {
         "A": {"source": str(pair[0]), **found.first.to_json()},

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from paqdetr.cli.console import show
+from paqdetr.cli.console import show, table
 from paqdetr.metrics.coco import FIGURE_NAMES, CocoFigures
 from paqdetr.metrics.intervals import Comparison, Difference, FigureIntervals
 
@@ -17,43 +17,43 @@ def figures_table(
     figures: CocoFigures, title: str, more: Mapping[str, float | None], intervals: FigureIntervals | None
 ) -> Table:
     """The twelve figures and what there is besides, each in a row, with its interval if there are any."""
-    table = _table(title, "figure", "value", *_interval_headings(intervals))
+    made = table(title, ("figure",), ("value", *_interval_headings(intervals)), no_wrap=True)
     for name in FIGURE_NAMES:
-        table.add_row(name, show(getattr(figures, name)), *_interval(intervals, "figures", name))
+        made.add_row(name, show(getattr(figures, name)), *_interval(intervals, "figures", name))
     for name, value in more.items():
-        table.add_row(name, show(value))
-    return table
+        made.add_row(name, show(value))
+    return made
 
 
 def classes_table(figures: CocoFigures, intervals: FigureIntervals | None) -> Table:
     """AP and AP50 of every class."""
     headings = _interval_headings(intervals)
-    table = _table("by class", "class", "AP", *headings, "AP50", *headings)
+    made = table("by class", ("class",), ("AP", *headings, "AP50", *headings), no_wrap=True)
     for name, value in figures.per_class.items():
-        table.add_row(
+        made.add_row(
             name,
             show(value),
             *_interval(intervals, "per_class", name),
             show(figures.per_class_AP50[name]),
             *_interval(intervals, "per_class_AP50", name),
         )
-    return table
+    return made
 
 
 def comparison_table(found: Comparison, title: str) -> Table:
     """The twelve figures of two result sets and their paired differences."""
-    table = _table(title, "figure", *_comparison_headings(found))
+    made = table(title, ("figure",), _comparison_headings(found), no_wrap=True)
     for name, own in found.figures.items():
-        table.add_row(name, *_comparison_row(found, "figures", name, own))
-    return table
+        made.add_row(name, *_comparison_row(found, "figures", name, own))
+    return made
 
 
 def class_comparison_table(found: Comparison) -> Table:
     """AP of every class of two result sets and their paired differences."""
-    table = _table("AP by class", "class", *_comparison_headings(found))
+    made = table("AP by class", ("class",), _comparison_headings(found), no_wrap=True)
     for name, own in found.per_class.items():
-        table.add_row(name, *_comparison_row(found, "per_class", name, own))
-    return table
+        made.add_row(name, *_comparison_row(found, "per_class", name, own))
+    return made
 
 
 def verdict(found: Comparison) -> str:
@@ -69,14 +69,6 @@ def verdict(found: Comparison) -> str:
     if own.decided:
         return f"{'B' if own.value > 0 else 'A'} is better: {where}."
     return f"Not decided on these images: {where}, which holds 0."
-
-
-def _table(title: str, first: str, *others: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column(first, overflow="fold")
-    for heading in others:
-        table.add_column(heading, justify="right", no_wrap=True)
-    return table
 
 
 def _interval_headings(intervals: FigureIntervals | None) -> tuple[str, ...]:

@@ -19,9 +19,7 @@ def models(
     height: Annotated[
         int,
         typer.Option(
-            min=32,
-            max=16_384,
-            help="Of the image whose FLOPs are shown, in pixels; another size is counted, slowly.",
+            min=32, max=16_384, help="Of the image whose FLOPs are shown, in pixels; another size is counted, slowly."
         ),
     ] = _HEIGHT,
     width: Annotated[int, typer.Option(min=32, max=16_384)] = _WIDTH,
@@ -52,8 +50,7 @@ def models(
     print_columns(rows, right=(1, 2, 3, 4))
     errors.print(
         f"FLOPs of one image of {height} x {width}, a multiply-add counted once. Published: AP on COCO val2017, 12 epochs, "
-        "not ours. Measured: test AP here, one seed. `paqdetr config list` names recipes as well.",
-        soft_wrap=True,
+        "not ours. Measured: test AP here, one seed. `paqdetr config list` names recipes as well."
     )
 
 

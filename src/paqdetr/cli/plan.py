@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from paqdetr.cli.console import (
     Device,
@@ -16,8 +15,8 @@ from paqdetr.cli.console import (
     OutputFiles,
     Overwrite,
     Settings,
-    errors,
-    print_styled,
+    facts_table,
+    note,
     results,
 )
 
@@ -49,8 +48,8 @@ def plan(
     given = parse_overrides(settings or [])
     config = load_config(model, given)
     train_split, val_split = open_splits(data, config)
-    for note in (*describe_idle(config, given), *describe_data(config, train_split, val_split)):
-        print_styled(errors, ("note:", "bold yellow"), f" {note}")
+    for line in (*describe_idle(config, given), *describe_data(config, train_split, val_split)):
+        note(line)
     config = with_classes(config, train_split)
     if auto_batch:
         size = largest_batch(config, train_split, Processes.join(device))
@@ -62,23 +61,17 @@ def plan(
         first, last = tried.losses[0], tried.losses[-1]
         results.print(
             f"{tried.images} images, {len(tried.losses)} steps: loss {first:.2f} -> {last:.2f}, "
-            f"{tried.found:.0%} of {tried.boxes} boxes found, {tried.wrong:.2f} wrong predictions a box",
-            soft_wrap=True,
+            f"{tried.found:.0%} of {tried.boxes} boxes found, {tried.wrong:.2f} wrong predictions a box"
         )
         files.write("json", tried.to_json())
         if not tried.learnt:
-            print_styled(errors, ("not learnt:", "bold"), " less than 90 % of the boxes of this one batch are found")
-            print_styled(
-                errors,
-                ("help:", "bold"),
-                " give it more steps; then look at lr, and at the boxes and classes of the data",
-            )
+            note("less than 90 % of the boxes of this one batch are found", "not learnt", "bold")
+            note("give it more steps; then look at lr, and at the boxes and classes of the data", "help", "bold")
             raise Ended(2)
         return
     from paqdetr.training.plan import plan_training
 
     found = plan_training(config, train_split, val_split, device=device, steps=steps)
-    table = Table(title=f"{config.name} on {data}, {found.device}", title_justify="left", show_header=False)
     rows = {
         "images of a step": f"{found.step_images} (batch_size {config.batch_size}, accumulate {config.accumulate})",
         "steps": f"{found.epoch_steps} an epoch, {found.total_steps} in all",
@@ -91,9 +84,7 @@ def plan(
         "in all": _duration(found.total_seconds),
         "disk": f"{found.disk:.2f} GiB",
     }
-    for name, value in rows.items():
-        table.add_row(name, value)
-    results.print(table)
+    results.print(facts_table(f"{config.name} on {data}, {found.device}", rows))
     files.write("json", found.to_json() | {"batch_size": config.batch_size})
 
 

@@ -20,10 +20,9 @@ from paqdetr.cli.console import (
     Overwrite,
     TileSize,
     WithWhole,
-    errors,
+    note,
     open_model,
     parse_nms,
-    print_styled,
     progress_bar,
     results,
     tiles_of,
@@ -82,6 +81,7 @@ def predict(
     Ctrl-C or SIGTERM ends it: what was written stays, and a video ends there and plays.
     """
     from paqdetr.runtime.predict import new_folder, predict_sources
+    from paqdetr.runtime.save import require_forms
 
     if threshold is not None and not 0 <= threshold <= 1:  # a range of the option would call nan too large
         raise ConfigError(
@@ -94,6 +94,8 @@ def predict(
         how = {"threshold": threshold, "nms": suppress_over, "classes": wanted, "tiles": cut}
         given = {key: value for key, value in how.items() if value is not None}
         return _on_ray(model, sources, output, ray, workers, shard_size, batch_size, device, given)
+    forms = [form.strip() for form in save.split(",")]
+    require_forms(forms)
     detector: Any = open_model(model, device)
     point = detector.operating_point
     usual = [f"nms {point.nms:g}"] if nms is None and point.nms is not None else []
@@ -109,7 +111,7 @@ def predict(
                 detector,
                 sources,
                 output=folder,
-                save=[form.strip() for form in save.split(",")],
+                save=forms,
                 recursive=recursive,
                 every=every,
                 max_frames=max_frames,
@@ -123,21 +125,19 @@ def predict(
                 tiles=cut,
             )
     except KeyboardInterrupt as interrupt:
-        print_styled(
-            errors, ("interrupted:", "bold"), f" what was written is in {folder}; the same command starts over"
-        )
+        note(f"what was written is in {folder}; the same command starts over", "interrupted", "bold")
         raise Ended(143 if interrupt.args else 130) from None
     finally:
         if output is None:
             with suppress(OSError):
                 folder.rmdir()  # where nothing was written
-    results.print(f"{done.objects} objects over {least} in {done.images} images: {done.output}", soft_wrap=True)
+    results.print(f"{done.objects} objects over {least} in {done.images} images: {done.output}")
     if "torch" in sys.modules:  # an exported model runs without
         from paqdetr.environment import peak_memory
 
         results.print(f"peak memory: {peak_memory():.2f} GiB")
     for reason in done.unreadable.values():
-        print_styled(errors, ("left out:", "bold yellow"), f" {reason}")
+        note(reason, "left out")
     if done.unreadable:
         raise DataError(
             f"{len(done.unreadable)} images could not be read; the others are done", "replace or remove them"
@@ -175,7 +175,7 @@ def _on_ray(
     skipped = f", {done.skipped} shards were there" if done.skipped else ""
     results.print(f"{done.objects} objects in {done.images} images: {done.output}{skipped}", soft_wrap=True)
     for reason in list(done.unreadable.values())[:10]:
-        print_styled(errors, ("left out:", "bold yellow"), f" {reason}")
+        note(reason, "left out")
     if done.failures:
         results.print(f"{done.failures} images could not be read: the column `error` says why", soft_wrap=True)
 

@@ -4,14 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from paqdetr.cli.console import errors, print_styled, show
 from paqdetr.training.callbacks import Callback, TrainingPlan
@@ -57,16 +50,15 @@ class TrainingProgress(Callback):
             positives = "  positives a box by layer " + " ".join(f"{k:.2f}" for k in record["positives_per_box"])
         errors.print(
             f"step {record['step']}  epoch {record['epoch']:.2f}  loss {record['loss']:.3f}  "
-            f"lr {record['lr']:.2e}  {record['images_per_second']:.1f} images/s{positives}",
-            soft_wrap=True,
+            f"lr {record['lr']:.2e}  {record['images_per_second']:.1f} images/s{positives}"
         )
 
     def on_skip(self, record: dict[str, Any]) -> None:
-        errors.print(f"step {record['step']} left out: {record['reason']}", soft_wrap=True)
+        errors.print(f"step {record['step']} left out: {record['reason']}")
 
     def on_interrupt(self, name: str) -> None:
         second = "; a second Ctrl-C ends at once" if name == "SIGINT" else ""
-        errors.print(f"{name}: finishing the step, then saving{second}", soft_wrap=True)
+        errors.print(f"{name}: finishing the step, then saving{second}")
 
     def on_evaluation_progress(self, done: int, total: int) -> None:
         if self._eval is None:
@@ -81,8 +73,7 @@ class TrainingProgress(Callback):
         errors.print(
             f"epoch {record['epoch']}: {record['split']} AP {show(record['AP'])}, AP50 {show(record['AP50'])}, "
             f"AP after NMS {show(record['AP_nms'])}, {record['predictions_per_image']:.1f} predictions over 0.3 "
-            f"for {record['boxes_per_image']:.1f} boxes an image",
-            soft_wrap=True,
+            f"for {record['boxes_per_image']:.1f} boxes an image"
         )
 
     def on_end(self) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from paqdetr.cli.console import Device, errors, open_model, print_styled, results
+from paqdetr.cli.console import Device, note, open_model, results
 from paqdetr.errors import BackendError, ConfigError
 
 
@@ -52,9 +52,7 @@ def serve(
             shown = f"[{host}]" if ":" in host else host
             results.print(f"serving {server.name} on http://{shown}:{listener.getsockname()[1]}", soft_wrap=True)
             if not keys and host not in ("127.0.0.1", "localhost", "::1"):
-                print_styled(
-                    errors, ("note:", "bold yellow"), " anybody who reaches this address can use it; see --api-key-env"
-                )
+                note("anybody who reaches this address can use it; see --api-key-env")
 
         run(server, listener, on_start=announce)
     results.print("stopped")

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
-from paqdetr.cli.console import Device, Ended, errors, print_styled, progress_bar, results, show
+from paqdetr.cli.console import Device, Ended, errors, interrupted, note, progress_bar, results, show, table
 from paqdetr.errors import ConfigError
 from paqdetr.files import read_text
 
@@ -34,8 +33,7 @@ def study(
     ] = False,
     retry: Annotated[bool, typer.Option("--retry", help="Run those that failed before once more.")] = False,
     measured: Annotated[
-        Path | None,
-        typer.Option(help="With --plan: a folder with results of other studies, to know times from."),
+        Path | None, typer.Option(help="With --plan: a folder with results of other studies, to know times from.")
     ] = None,
     ray: Annotated[
         str | None,
@@ -61,7 +59,7 @@ def study(
     runs = plan_runs(loaded, file=file, places=places, root=data_root)
     if commands:
         for planned in runs:
-            results.print(planned.command(places.run(planned.key), device=device), soft_wrap=True)
+            results.print(planned.command(places.run(planned.key), device=device))
     elif plan:
         _plan(loaded, runs, places, measured)
     else:
@@ -81,8 +79,7 @@ def _run(
     ray: str | None,
 ) -> None:
     from paqdetr.cli.study_progress import QueueProgress
-    from paqdetr.environment import command_line
-    from paqdetr.files import write_whole
+    from paqdetr.files import write_text
     from paqdetr.outputs import require_free
     from paqdetr.study.datasets import prepare
     from paqdetr.study.queue import StudyInterrupted, require_no_conflict, run_queue, run_queue_on_ray
@@ -97,28 +94,24 @@ def _run(
         require_free(places.output, lambda path: path.relative_to(places.output).parts[0] in ("results", "runs"))
     for planned in runs:
         require_no_conflict(planned, places)
-    text = read_text(file)
-    write_whole(places.study_file, lambda place: place.write_text(text, encoding="utf-8"))
+    write_text(places.study_file, read_text(file))
     for name, data in study.data.items():
         with progress_bar(f"prepare {name}") as progress:
             prepare(data, cache=places.data, root=data_root, progress=progress)
     try:
-        with QueueProgress(study, runs) as told:
+        with QueueProgress(study, runs) as events:
             if ray is None:
-                done = run_queue(study, runs, places, device=device, retry=retry, events=told)
+                done = run_queue(study, runs, places, device=device, retry=retry, events=events)
             else:
                 address = None if ray == "local" else ray
-                done = run_queue_on_ray(study, runs, places, address=address, device=device, retry=retry, events=told)
-    except StudyInterrupted as interrupted:
-        command = command_line() + ("" if resume else " --resume")
-        print_styled(errors, ("interrupted:", "bold"), " the state is saved; continue with")
-        errors.print(f"  {command}", soft_wrap=True)
-        raise Ended(interrupted.exit_code) from None
+                done = run_queue_on_ray(study, runs, places, address=address, device=device, retry=retry, events=events)
+    except StudyInterrupted as stopped:
+        raise interrupted("the state is saved", stopped.exit_code, resume=resume) from None
     for planned in done.failed:
-        errors.print(f"failed: {planned.key}; see {places.log(planned.key)}", soft_wrap=True)
+        errors.print(f"failed: {planned.key}; see {places.log(planned.key)}")
     _report(study, file, places, data_root)
     if done.failed:
-        print_styled(errors, ("help:", "bold"), " mend the cause, then continue with --resume --retry")
+        note("correct the cause, then continue with --resume --retry", "help", "bold")
         raise Ended(2)
 
 
@@ -132,39 +125,30 @@ def _report(study: Study, file: Path, places: Places, data_root: Path) -> None:
     command = shlex.join([*words, "--resume"])
     report = write_report(study, places.results, places.output, command=command)
     _print(report)
-    results.print(f"report: {places.output / 'report' / 'index.html'}", soft_wrap=True)
+    results.print(f"report: {places.output / 'report' / 'index.html'}")
 
 
 def _print(report: StudyReport) -> None:
     """Figures by data set, and the verdicts."""
-    from paqdetr.study.tables import figure_rows
+    from paqdetr.study.tables import identifier
 
-    study = report.runs.study
+    study, tables = report.runs.study, report.tables
     for name in study.data:
-        table = Table(title=f"{name}, {study.split_of(name)}", title_justify="left")
-        table.add_column("variant")
-        for heading in ("seeds", "AP", "spread", "AP after NMS", "to baseline", "interval"):
-            table.add_column(heading, justify="right")
-        rows = figure_rows(report.runs, name)
-        for row in rows:
+        if (figures := tables.get(identifier("figures", name))) is None:
+            continue
+        headings = ("seeds", "AP", "spread", "AP after NMS", "to baseline", "interval")
+        made = table(f"{name}, {study.split_of(name)}", ("variant",), headings)
+        for row in figures.rows:
             interval = "-" if row["low"] is None else f"{row['low']:+.3f} to {row['high']:+.3f}"
-            difference = "-" if row["difference"] is None else f"{row['difference']:+.3f}"
-            figures = (show(row["AP"]), show(row["spread"]), show(row["AP_nms"]))
-            table.add_row(row["variant"], str(row["seeds"]), *figures, difference, interval)
-        if rows:
-            results.print(table)
-    if not report.verdicts:
-        return
-    table = Table(title="claims", title_justify="left")
-    for heading in ("claim", "data", "verdict"):
-        table.add_column(heading)
-    for heading in ("effect", "p", "smallest effect seen"):
-        table.add_column(heading, justify="right")
-    for row in report.table("verdicts").rows:
-        effect = "-" if row["effect"] is None else f"{row['effect']:+.3f}"
-        numbers = (effect, show(row["p"]), show(row["smallest"]))
-        table.add_row(row["claim"], row["data"], row["verdict"], *numbers)
-    results.print(table)
+            numbers = (show(row["AP"]), show(row["spread"]), show(row["AP_nms"]), _signed(row["difference"]))
+            made.add_row(row["variant"], str(row["seeds"]), *numbers, interval)
+        results.print(made)
+    if report.verdicts:
+        made = table("claims", ("claim", "data", "verdict"), ("effect", "p", "detectable (80 % power)"))
+        for row in tables["verdicts"].rows:
+            numbers = (_signed(row["effect"]), show(row["p"]), show(row["smallest"]))
+            made.add_row(row["claim"], row["data"], row["verdict"], *numbers)
+        results.print(made)
 
 
 def _plan(study: Study, runs: list[PlannedRun], places: Places, measured: Path | None) -> None:
@@ -172,28 +156,21 @@ def _plan(study: Study, runs: list[PlannedRun], places: Places, measured: Path |
     from paqdetr.study.results import read_results
 
     rows = forecast(runs, places, [] if measured is None else read_results(measured))
-    table = Table(title=f"study {study.name}: {len(runs)} runs", title_justify="left")
-    for heading in ("data", "variant", "seeds"):
-        table.add_column(heading)
-    for heading in ("steps", "done", "a run", "left"):
-        table.add_column(heading, justify="right")
-    table.add_column("from")
+    title = f"study {study.name}: {len(runs)} runs"
+    made = table(title, ("data", "variant", "seeds"), ("steps", "done", "per run", "left"))
+    made.add_column("from")
     for row in rows:
-        table.add_row(
-            row.data,
-            row.variant,
-            " ".join(map(str, row.seeds)),
-            str(row.steps),
-            f"{row.done} of {len(row.seeds)}",
-            _hours(row.seconds),
-            _hours(row.left),
-            row.source,
-        )
-    results.print(table)
+        done, times = f"{row.done} of {len(row.seeds)}", (_hours(row.seconds), _hours(row.left))
+        made.add_row(row.data, row.variant, " ".join(map(str, row.seeds)), str(row.steps), done, *times, row.source)
+    results.print(made)
     known = [row.left for row in rows if row.left is not None]
     unknown = sum(len(row.seeds) - row.done for row in rows if row.left is None)
     more = f", and {unknown} runs like none that was measured" if unknown else ""
-    results.print(f"left: {_hours(sum(known))}{more}", soft_wrap=True)
+    results.print(f"left: {_hours(sum(known))}{more}")
+
+
+def _signed(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.3f}"
 
 
 def _hours(seconds: float | None) -> str:

@@ -44,7 +44,7 @@ class QueueProgress(QueueEvents):
         self._bars.update(self._all, completed=number - 1)
         self._bars.reset(self._one, description=f"{step} {planned.key}", total=planned.steps, visible=step == "train")
         if not errors.is_terminal:
-            errors.print(f"{number} of {total}: {step} {planned.key}", soft_wrap=True)
+            errors.print(f"{number} of {total}: {step} {planned.key}")
 
     def on_progress(self, planned: PlannedRun, step: int, ap: float | None) -> None:
         figures = "" if ap is None else f"AP {show(ap)}"
@@ -53,10 +53,10 @@ class QueueProgress(QueueEvents):
     def on_result(self, planned: PlannedRun, result: RunResult) -> None:
         self._bars.update(self._one, visible=False)
         if result.failed is not None:
-            errors.print(f"{planned.key}: failed: {result.failed}", soft_wrap=True)
+            errors.print(f"{planned.key}: failed: {result.failed}")
             return
         figures = result.figures[self._checkpoint]
-        errors.print(f"{planned.key}: AP {show(figures['AP'])}, after NMS {show(figures['AP_nms'])}", soft_wrap=True)
+        errors.print(f"{planned.key}: AP {show(figures['AP'])}, after NMS {show(figures['AP_nms'])}")
 
     def on_wait(self, planned: PlannedRun) -> None:
         self._bars.update(self._one, description=f"waiting for another process: {planned.key}", visible=True)

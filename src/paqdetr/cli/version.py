@@ -30,7 +30,7 @@ def _print_versions(wanted: bool) -> None:
             rows.append((package, "not installed"))
     rows.append(("device", f"{device}{name}"))
     for row in rows:
-        results.print(" ".join(row), soft_wrap=True)
+        results.print(" ".join(row))
     raise typer.Exit
 
 

@@ -29,7 +29,7 @@ _SEVERAL_LAYERS = Needs(
     lambda c: c.model.decoder_layers > 1,
 )
 _ONE_TO_MANY = Needs(
-    "an assigner with several positives a box (loss.assigner or loss.encoder_assigner)",
+    "one-to-many assignment (loss.assigner or loss.encoder_assigner)",
     _assigner_among("quality_aware", "fixed_k", "simota"),
 )
 _COUNTED = Needs(
@@ -75,13 +75,13 @@ class LossConfig(Section):
         default=0.0, ge=0, lt=1, description="share of the training before one-to-many assignment begins"
     )
     one_to_many_until: Annotated[float, _ONE_TO_MANY] = Field(
-        default=1.0, ge=0, le=1, description="share of the training with several positives a box"
+        default=1.0, ge=0, le=1, description="share of the training after which one-to-many assignment ends"
     )
     gamma: Annotated[float, _QUALITY_AWARE] = Field(
         default=0.4, ge=0, description="quality of a query for a box: IoU - gamma * confidence"
     )
-    top_k: Annotated[int, _ONE_TO_MANY] = Field(default=4, ge=1, le=1000, description="most positives a box")
-    min_positives: Annotated[int, _COUNTED] = Field(default=1, ge=1, le=1000, description="fewest positives a box")
+    top_k: Annotated[int, _ONE_TO_MANY] = Field(default=4, ge=1, le=1000, description="most positives per box")
+    min_positives: Annotated[int, _COUNTED] = Field(default=1, ge=1, le=1000, description="fewest positives per box")
     encoder_min_positives: Annotated[int | None, _TWO_STAGE, _ENCODER_COUNTED] = Field(
         default=None,
         ge=1,
@@ -116,7 +116,7 @@ class LossConfig(Section):
         default=1.0, ge=0, description="of the one-to-many branch of H-DETR"
     )
     hybrid_repeat: Annotated[int, _HYBRID] = Field(
-        default=6, ge=1, le=1000, description="positives a box in that branch"
+        default=6, ge=1, le=1000, description="positives per box in that branch"
     )
     class_cost: float = Field(default=2.0, ge=0, description="of the class in the matching")
     l1_cost: float = Field(default=5.0, ge=0, description="of the L1 distance of boxes in the matching")

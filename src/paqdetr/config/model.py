@@ -31,12 +31,11 @@ class ModelConfig(Section):
         default=80, ge=1, le=100_000, description="taken from the data in a training"
     )
 
-    # Backbone: any timm name. Strides are pixels a token; frozen_stride freezes all up to the feature of that stride.
     backbone: Annotated[str, Role.HOST] = Field(
         default="resnet50", description="any timm model that has features of these strides"
     )
     backbone_strides: tuple[int, ...] = Field(
-        default=(8, 16, 32), description="pixels a token, one for each feature map that is used"
+        default=(8, 16, 32), description="pixels per token, one for each feature map that is used"
     )
     frozen_stride: Annotated[int, Role.FREE, Role.TARGET] = Field(
         default=4,
@@ -84,8 +83,6 @@ class ModelConfig(Section):
         default=False, description="one class head and one box head for all decoder layers"
     )
 
-    # Where queries begin. `proposals`: boxes chosen among the encoder's tokens (two-stage); `anchors`: learned boxes (DAB);
-    # `points`: places computed from learned position embeddings (Deformable DETR, one-stage).
     positions: Annotated[Literal["proposals", "anchors", "points"], Role.HOST] = Field(
         default="proposals",
         description="where queries begin. proposals: boxes chosen among the encoder's tokens (two-stage); anchors: "
@@ -100,10 +97,9 @@ class ModelConfig(Section):
         le=1,
         description="proposals that overlap a better one by more than this IoU come last (DDQ, arXiv 2303.12776: 0.8)",
     )
-    # How a query's place is told to the decoder: `refined`, from its current box in every layer (DAB, DINO), or `fixed`, once.
     position_embedding: Annotated[Literal["refined", "fixed"], Role.HOST] = Field(
         default="refined",
-        description="how a query's place is told to the decoder. refined: from its current box in every layer (DAB, "
+        description="how the position of a query is embedded for the decoder. refined: from its current box in every layer (DAB, "
         "DINO); fixed: once",
     )
     scale_positions: Annotated[bool, Role.HOST] = Field(
@@ -116,8 +112,6 @@ class ModelConfig(Section):
         default=True, description="a layer's box offsets are trained by the next layer's loss too (DINO)"
     )
 
-    # Content of queries: `static`, a learned table; `proposals`, computed from the proposal; `patterns` is PaQ;
-    # two ablations: `static_mixture` mixes patterns by learned weights that no image changes, `features` has no patterns.
     num_queries: Annotated[int, Role.FREE] = Field(default=900, ge=1, le=100_000, description="queries (n)")
     queries: Annotated[Literal["static", "proposals", "patterns", "static_mixture", "features"], Role.QUERIES] = Field(
         default="static",
@@ -189,38 +183,34 @@ class ModelConfig(Section):
         default=False, description="mix by what sets an image apart (ours)"
     )
 
-    # Denoising. `contrastive` is DINO's, with about `denoising_queries` positives an image; `plain` is DN-DETR's, with
-    # `denoising_groups` copies of each box and an indicator channel.
     denoising: Annotated[Literal["none", "plain", "contrastive"], Role.HOST] = Field(
         default="contrastive",
-        description="noisy copies of boxes as further queries in training. contrastive: DINO's; plain: DN-DETR's",
+        description="noised boxes as further queries in training. contrastive: DINO's; plain: DN-DETR's",
     )
     denoising_queries: Annotated[
         int,
         Needs("model.denoising=contrastive", lambda c: c.model.denoising == "contrastive"),
         Role.FREE,
         Role.TARGET,
-    ] = Field(default=100, ge=1, le=10_000, description="contrastive: about so many positives an image")
+    ] = Field(default=100, ge=1, le=10_000, description="contrastive: about so many positives per image")
     denoising_groups: Annotated[
         int, Needs("model.denoising=plain", lambda c: c.model.denoising == "plain"), Role.FREE, Role.TARGET
-    ] = Field(default=5, ge=1, le=1000, description="plain: copies of each box")
+    ] = Field(default=5, ge=1, le=1000, description="plain: noised boxes per ground-truth box")
     label_noise: Annotated[float, _DENOISING, Role.FREE, Role.TARGET] = Field(
         default=0.5,
         ge=0,
         le=1,
-        description="plain: share of the copies whose class is drawn anew; contrastive: twice that share",
+        description="plain: share of the noised boxes whose class is drawn anew; contrastive: twice that share",
     )
     box_noise: Annotated[float, _DENOISING, Role.FREE, Role.TARGET] = Field(
-        default=1.0, ge=0, description="noise on the boxes of the copies; 1: they move by up to half a side"
+        default=1.0, ge=0, description="1: noised boxes move by up to half a side"
     )
 
-    # H-DETR's second set of queries, in training alone, with several positives a box. Any two-stage host can have it.
     hybrid_queries: Annotated[int, Role.TARGET] = Field(
         default=0,
         ge=0,
         le=100_000,
-        description="H-DETR's second set of queries, in training alone, with several positives a box; any two-stage "
-        "host",
+        description="H-DETR's second set of queries, in training alone, under one-to-many assignment; any two-stage host",
     )
 
     # From queries to detections; nothing of it changes weights.
@@ -271,7 +261,9 @@ class ModelConfig(Section):
         """Settings that no host combines: which, whether it is so here, what would be needed."""
         two_stage, points = self.positions == "proposals", self.positions == "points"
         anchors, refined = self.positions == "anchors", self.position_embedding == "refined"
-        from_proposals = self.queries == "proposals"
+        from_proposals, residual = self.queries == "proposals", self.mixture == "residual"
+        denoised, distinct = self.denoising != "none", self.distinct_proposals is not None
+        agnostic, hybrid = self.class_agnostic_proposals, self.hybrid_queries > 0
         return [
             ("queries=proposals", from_proposals and not two_stage, "positions=proposals"),
             ("queries=proposals", from_proposals and refined, "position_embedding=fixed"),
@@ -279,36 +271,16 @@ class ModelConfig(Section):
             ("position_embedding=fixed", anchors and not refined, "positions=proposals or points"),
             ("scale_positions=true", self.scale_positions and not refined, "position_embedding=refined"),
             ("box_refinement=false", not self.box_refinement and not points, "positions=points"),
-            (
-                "look_forward_twice=true",
-                self.look_forward_twice and not self.box_refinement,
-                "box_refinement=true",
-            ),
-            (
-                f"denoising={self.denoising}",
-                self.denoising != "none" and not refined,
-                "position_embedding=refined",
-            ),
-            (
-                "class_agnostic_proposals=true",
-                self.class_agnostic_proposals and not two_stage,
-                "positions=proposals",
-            ),
-            (
-                f"distinct_proposals={self.distinct_proposals}",
-                self.distinct_proposals is not None and not two_stage,
-                "positions=proposals",
-            ),
+            ("look_forward_twice=true", self.look_forward_twice and not self.box_refinement, "box_refinement=true"),
+            (f"denoising={self.denoising}", denoised and not refined, "position_embedding=refined"),
+            ("class_agnostic_proposals=true", agnostic and not two_stage, "positions=proposals"),
+            (f"distinct_proposals={self.distinct_proposals}", distinct and not two_stage, "positions=proposals"),
             (
                 "mixture=residual",
-                self.mixture == "residual" and self.queries in ("static", "proposals"),
+                residual and self.queries in ("static", "proposals"),
                 "queries=patterns, static_mixture or features",
             ),
-            (
-                f"hybrid_queries={self.hybrid_queries}",
-                self.hybrid_queries > 0 and not two_stage,
-                "positions=proposals",
-            ),
+            (f"hybrid_queries={self.hybrid_queries}", hybrid and not two_stage, "positions=proposals"),
         ]
 
     @property

@@ -1,4 +1,4 @@
-"""Everything that a training can be told: `model` and `loss`, which have files of their own, augmentation, and the recipe."""
+"""All settings of a training: `model` and `loss`, which have files of their own, augmentation, and the recipe."""
 
 from __future__ import annotations
 
@@ -58,7 +58,6 @@ class Config(Section):
     loss: LossConfig = LossConfig()
     augment: AugmentConfig = AugmentConfig()
 
-    # One number: the long side. Two: the short side, and the most the long side may have.
     image_size: int | tuple[int, int] = Field(
         default=(800, 1333),
         description="one number: the long side in pixels; two: the short side, and the most the long side may have",
@@ -89,7 +88,7 @@ class Config(Section):
     max_steps: int | None = Field(
         default=None, ge=1, le=10**9, description="stop after so many optimiser steps, whatever `epochs` says"
     )
-    batch_size: int = Field(default=2, ge=1, le=MAX_BATCH, description="images a batch, of one process")
+    batch_size: int = Field(default=2, ge=1, le=MAX_BATCH, description="images per batch, of one process")
     lr: float = Field(default=1e-4, gt=0, description="learning rate of the transformer")
     backbone_lr: float = Field(default=1e-5, gt=0, description="learning rate of the backbone")
     accumulate: int = Field(
@@ -98,18 +97,16 @@ class Config(Section):
         le=MAX_BATCH,
         description="batches whose gradients make one step, as if they were one batch",
     )
-    # Rates are for a step over `lr_reference_batch` images; the rule says what other numbers of them do to the rates.
     lr_rule: Literal["none", "linear", "sqrt"] = Field(
         default="none",
-        description="what other numbers of images a step do to all rates: nothing, in proportion, or by the root",
+        description="what another number of images per step does to all rates: nothing, in proportion, or by the root",
     )
     lr_reference_batch: Annotated[int, Needs("lr_rule=linear or sqrt", lambda c: c.lr_rule != "none")] = Field(
         default=16,
         ge=1,
         le=10**9,
-        description="images a step that the rates are meant for, where lr_rule is not none",
+        description="images per step that the rates are meant for, where lr_rule is not none",
     )
-    # Sampling offsets and the layer that makes reference points learn slower in the published recipes.
     offsets_lr_scale: float = Field(
         default=0.1,
         gt=0,
@@ -208,7 +205,7 @@ def idle_settings(config: Config, keys: Iterable[str]) -> dict[str, str]:
 
     Args:
         config: as resolved.
-        keys: dotted keys, such as those somebody gave on the command line.
+        keys: dotted keys, such as those given on the command line.
 
     Returns:
         key -> the setting that would make it count, such as "model.queries=patterns".

@@ -91,7 +91,7 @@ def _named(total: int, names: dict[int, str], where: str) -> ClassSlots:
     if sorted(names) != list(range(total)):
         raise CheckpointError(
             f"{where}: its class head has {total} rows, its config names {len(names)} labels",
-            "correct id2label in config.json, or say classes=numbered",
+            "correct id2label in config.json, or give classes=numbered",
         )
     rows = tuple(row for row in range(total) if names[row].upper() != "N/A")
     table = ClassTable(rows, tuple(names[row] for row in rows))
@@ -113,7 +113,7 @@ def _from_file(total: int, path: Path, where: str) -> ClassSlots:
         return ClassSlots(table, table.ids, total, f"classes of {path}, the slot is the category id")
     raise CheckpointError(
         f"{where}: its class head has {total} rows, {path} has {len(table)} classes with ids up to {max(table.ids)}",
-        "give the classes it was trained on, or say classes=numbered",
+        "give the classes it was trained on, or give classes=numbered",
     )
 
 

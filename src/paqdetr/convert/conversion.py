@@ -39,7 +39,7 @@ from paqdetr.errors import CheckpointError, ConfigError
 from paqdetr.models import Detector
 from paqdetr.models.files import describe_checkpoint, find_checkpoint
 from paqdetr.models.zoo import build_model
-from paqdetr.text import shorten
+from paqdetr.text import shorten, some
 
 LAYOUTS: dict[str, Layout] = {
     "dino": DINO,
@@ -71,7 +71,7 @@ def convert_checkpoint(
         model: a model of `list_models()` to become: of the same host and backbone, with its own queries, which start fresh where
             they are others ("paq_dino_r50" from a DINO). The host of the file itself if None.
         partial: accept unknown tensors (dropped) and missing ones (they start fresh) instead of raising.
-        settings: settings of the model that the file does not tell (num_heads, num_queries, position_temperature...);
+        settings: settings of the model that the file does not have (num_heads, num_queries, position_temperature...);
             image_size, resize, pad_divisor; `classes` ("coco", "numbered", a COCO json, a text file with a name a line);
             `weights`, which entry of a .pth holds them.
 
@@ -89,7 +89,7 @@ def convert_checkpoint(
     if origin == OWN:
         if weights is not None or classes is not None:
             raise ConfigError(
-                f"{'classes' if weights is None else 'weights'}: a checkpoint of ours says so itself",
+                f"{'classes' if weights is None else 'weights'}: a checkpoint of ours holds them itself",
                 "leave it out; for other classes, convert first and then paqdetr.load(..., classes=...)",
             )
         return _from_own(source, model, partial, given, overrides)
@@ -211,7 +211,6 @@ def _unknown(renamed: Renamed, file: SourceFile, origin: str, where: str) -> Che
     for part, lack in LAYOUTS[origin].unsupported.items():
         if any(part in key for key in keys):
             raise CheckpointError(f"{where}: {lack}", "--partial leaves these tensors out all the same")
-    shown = ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
     share = {name: coverage(layout.rules, file.tensors) for name, layout in LAYOUTS.items()}
     best = max(share, key=lambda name: share[name])
     if share[best] > share[origin]:
@@ -221,7 +220,7 @@ def _unknown(renamed: Renamed, file: SourceFile, origin: str, where: str) -> Che
     else:
         remedy = "if you can do without them, --partial leaves them out; outputs then differ from the original's"
     return CheckpointError(
-        f"{where}: {len(keys)} of {len(file.tensors)} tensors are not of {LAYOUTS[origin].title}: {shown}",
+        f"{where}: {len(keys)} of {len(file.tensors)} tensors are not of {LAYOUTS[origin].title}: {some(keys, 4)}",
         remedy,
     )
 

@@ -20,7 +20,7 @@ from paqdetr.convert.keymap import Layout, Renamed
 from paqdetr.errors import CheckpointError
 from paqdetr.models import Detector
 from paqdetr.serialize import fields_of
-from paqdetr.text import shorten
+from paqdetr.text import shorten, some
 
 
 def target_config(
@@ -157,9 +157,8 @@ def fill_model(
             ("has tensors without a place:", left),
         ):
             if keys:
-                more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
                 raise CheckpointError(
-                    f"{where}: for a {detector.name} it {problem} {', '.join(keys[:3])}{more}",
+                    f"{where}: for a {detector.name} it {problem} {some(keys)}",
                     "correct the settings given, or start those parts anew with --partial",
                 )
     for key in [*left, *(key for key in fresh if key in renamed.tensors)]:
@@ -429,7 +428,7 @@ def _hinted(layout: Layout, hints: Mapping[str, Any], where: str) -> dict[str, A
 
 
 def _from_shapes(tensors: Mapping[str, Tensor], *, heads: int, backbone: str | None, where: str) -> dict[str, Any]:
-    """What shapes say of sizes and of the host."""
+    """Sizes and host, from shapes."""
 
     def shape(key: str) -> tuple[int, ...]:
         if key not in tensors:
@@ -453,8 +452,8 @@ def _from_shapes(tensors: Mapping[str, Tensor], *, heads: int, backbone: str | N
     )
     if samples % heads or dim % heads:
         raise CheckpointError(
-            f"{where}: {samples} samples a level and width {dim} do not part into {heads} heads",
-            "say how many heads it has: num_heads=N",
+            f"{where}: {samples} samples per level and width {dim} do not divide into {heads} heads",
+            "give its number of heads: num_heads=N",
         )
     if dim % 32 or dim < 128:
         raise CheckpointError(

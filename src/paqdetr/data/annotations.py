@@ -5,22 +5,27 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, overload
+from typing import Literal, TypeVar, overload
 
 import numpy as np
 
 from paqdetr.errors import DataError
 from paqdetr.structures import ClassTable
 
+Entry = TypeVar("Entry", str, int | str)
 
-class Texts(Sequence[str]):
-    """A read-only list of texts: their UTF-8 bytes in one array, and where each begins."""
 
-    def __init__(self, texts: Iterable[str]) -> None:
-        encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
+class _Packed(Sequence[Entry]):
+    """A read-only list: the UTF-8 bytes of its entries in one array, and where each begins."""
+
+    _to_text: Callable[[Entry], str]
+    _from_text: Callable[[str], Entry]
+
+    def __init__(self, entries: Iterable[Entry]) -> None:
+        encoded = [type(self)._to_text(entry).encode("utf-8", "surrogatepass") for entry in entries]
         self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
         self._starts = np.zeros(len(encoded) + 1, dtype=np.int64)
         np.cumsum([len(text) for text in encoded], out=self._starts[1:])
@@ -29,15 +34,15 @@ class Texts(Sequence[str]):
         return len(self._starts) - 1
 
     @overload
-    def __getitem__(self, index: int) -> str: ...
+    def __getitem__(self, index: int) -> Entry: ...
     @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
+    def __getitem__(self, index: slice) -> list[Entry]: ...
+    def __getitem__(self, index: int | slice) -> Entry | list[Entry]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         place = range(len(self))[index]
         start, end = self._starts[place], self._starts[place + 1]
-        return self._bytes[start:end].tobytes().decode("utf-8", "surrogatepass")
+        return type(self)._from_text(self._bytes[start:end].tobytes().decode("utf-8", "surrogatepass"))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
@@ -45,42 +50,20 @@ class Texts(Sequence[str]):
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({list(self)!r})" if len(self) < 9 else f"<{len(self)} texts>"
+        name = type(self).__name__
+        return f"{name}({list(self)!r})" if len(self) < 9 else f"<{len(self)} {name.lower()}>"
 
 
-class Ids(Sequence[int | str]):
+class Texts(_Packed[str]):
+    """A read-only list of texts."""
+
+    _to_text = _from_text = str
+
+
+class Ids(_Packed[int | str]):
     """A read-only list of ids, integers or texts, each of which comes out as what it was."""
 
-    def __init__(self, ids: Sequence[int | str]) -> None:
-        self._numbers: np.ndarray | None = None
-        self._texts: Texts | None = None
-        if all(isinstance(own, int) and -(2**63) <= own < 2**63 for own in ids):
-            self._numbers = np.array(ids, dtype=np.int64)
-        else:
-            self._texts = Texts(json.dumps(own) for own in ids)
-
-    def __len__(self) -> int:
-        return len(self._numbers if self._numbers is not None else self._texts or ())
-
-    @overload
-    def __getitem__(self, index: int) -> int | str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[int | str]: ...
-    def __getitem__(self, index: int | slice) -> int | str | list[int | str]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if self._numbers is not None:
-            return int(self._numbers[index])
-        assert self._texts is not None
-        return json.loads(self._texts[index])
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and list(self) == list(other)
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({list(self)!r})" if len(self) < 9 else f"<{len(self)} ids>"
+    _to_text, _from_text = json.dumps, json.loads
 
 
 REMEDY = "Correct the annotation file; `paqdetr data check` lists all problems of a data set."

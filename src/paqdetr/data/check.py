@@ -18,12 +18,12 @@ from scipy.fft import dctn
 from paqdetr.data.annotations import Annotations, Issues, Problem
 from paqdetr.data.layout import Format, find_layout
 from paqdetr.data.read_ahead import read_ahead
-from paqdetr.data.stats import BoxSizes, describe_crowding
+from paqdetr.data.stats import BoxSizes, box_sides, describe_crowding
 from paqdetr.errors import DataError
 from paqdetr.images import read_header, read_image
 from paqdetr.structures import ClassTable
 
-# Recompressed and resized copies differ in 0 to 4 bits of 64; one band more than that makes sure that some band is equal.
+# Recompressed and resized duplicates differ in 0 to 4 bits of 64; one band more than that makes sure that some band is equal.
 MAX_BITS = 4
 _LEAST_CORRELATION = 0.97
 _FLAT = 2.0  # standard deviation of grey values under which a picture has no structure to hash
@@ -222,12 +222,7 @@ class CheckReport:
             for (split, severity, other), count in self.counts.items():
                 if other == kind and severity == "warning":
                     images = self.splits[split].images if split else 0
-                    values = {
-                        "split": split,
-                        "count": count,
-                        "images": images,
-                        "message": message[split, kind],
-                    }
+                    values = {"split": split, "count": count, "images": images, "message": message[split, kind]}
                     found.append((severity, sentence.format_map(values)))
         return found
 
@@ -318,7 +313,7 @@ def _summary(annotations: Annotations) -> SplitSummary:
             name if names.count(name) == 1 else f"{name} ({own})": count
             for own, name, count in zip(annotations.classes.ids, names, per_class, strict=True)
         },
-        box_sizes=BoxSizes.of(annotations),
+        box_sizes=BoxSizes.of(box_sides(annotations)),
     )
 
 
@@ -342,11 +337,7 @@ def _check_boxes(annotations: Annotations, issues: Issues) -> None:
         warn(position, "has no area; training leaves it out", "box without area")
     for position in np.flatnonzero(outside).tolist():
         across, down = int(width[position]), int(height[position])
-        warn(
-            position,
-            f"is outside the image of {across}x{down}; training leaves it out",
-            "box outside the image",
-        )
+        warn(position, f"is outside the image of {across}x{down}; training leaves it out", "box outside the image")
     for position in np.flatnonzero(~empty & ~outside & (over > _EDGE_TOLERANCE)).tolist():
         across, down = int(width[position]), int(height[position])
         warn(
@@ -384,7 +375,7 @@ def _check_sizes(annotations: Annotations, facts: list[ImageFacts], issues: Issu
 
 
 def _find_duplicates(paths: list[tuple[str, Path]], facts: list[ImageFacts], issues: dict[str, Issues]) -> None:
-    """Images that are the same, or look the same, within a split and across splits; one finding an image at the most."""
+    """Images that are the same, or look the same, within a split and across splits; at most one finding per image."""
     resembles: dict[int, tuple[bool, int, int]] = {}  # image -> (same split, differing bits or -1, the other)
 
     def note(second: int, first: int, bits: int) -> None:
@@ -420,9 +411,7 @@ def _compare_classes(tables: dict[str, ClassTable], report: CheckReport, issues:
         for category, name in table.id_to_name.items():
             if of_train.get(category, name) != name:
                 issues[split].error(
-                    f"class {name}",
-                    f"has id {category}, which is {of_train[category]!r} in train",
-                    kind="class",
+                    f"class {name}", f"has id {category}, which is {of_train[category]!r} in train", kind="class"
                 )
             elif category not in of_train:
                 issues[split].error(f"class {name}", f"has id {category}, which train does not list", kind="class")

@@ -14,8 +14,8 @@ from typing import Literal, get_args
 import numpy as np
 
 from paqdetr.data.annotations import Annotations, Issues
+from paqdetr.data.files import header_sizes
 from paqdetr.data.formats.coco import write_coco
-from paqdetr.data.formats.sizes import header_sizes
 from paqdetr.data.formats.voc import write_voc
 from paqdetr.data.formats.yolo import SPLITS as YOLO_SPLITS
 from paqdetr.data.formats.yolo import write_yolo
@@ -206,7 +206,4 @@ def _lost_classes(splits: Mapping[str, Annotations], to: str) -> dict[str, int]:
         kept, first = sorted(classes.names[label] for label in used), 1
     ids = {name: first + number for number, name in enumerate(kept)}
     changed = [ids[name] != own for own, name in zip(classes.ids, classes.names, strict=True) if name in ids]
-    return {
-        "classes without boxes left out": len(classes) - len(kept),
-        "category ids changed": sum(changed),
-    }
+    return {"classes without boxes left out": len(classes) - len(kept), "category ids changed": sum(changed)}

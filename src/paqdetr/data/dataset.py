@@ -6,13 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
+from torchvision.ops import box_convert
 
 from paqdetr.data.annotations import Annotations, Issues
 from paqdetr.data.formats.coco import read_coco, to_coco
 from paqdetr.data.layout import find_split
 from paqdetr.errors import DataError
 from paqdetr.images import read_image
+from paqdetr.structures import ClassTable, Targets
 
 
 class DetectionDataset:
@@ -78,6 +82,57 @@ class DetectionDataset:
             DataError: it does not decode.
         """
         return read_image(self.path(index))
+
+    def checked_image(self, index: int) -> Image.Image:
+        """As `image`.
+
+        Raises:
+            DataError: it does not decode, or the annotations state another size: the boxes would be in wrong places.
+        """
+        return self.of_stated_size(index, self.image(index))
+
+    def of_stated_size(self, index: int, picture: Image.Image) -> Image.Image:
+        """The picture of an image.
+
+        Raises:
+            DataError: it is of another size than the annotations state.
+        """
+        height, width = self.sizes[index].tolist()
+        if picture.size != (width, height):
+            raise DataError(
+                f"{self.path(index)}: is {picture.width}x{picture.height} pixels with its EXIF turn applied,"
+                f" {self.annotation_file} says {width}x{height}",
+                "correct the sizes (and boxes) there; `paqdetr data check` lists all such images",
+            )
+        return picture
+
+    def targets(
+        self,
+        index: int,
+        boxes: Tensor | None = None,
+        labels: Tensor | None = None,
+        frame: tuple[int, int] | None = None,
+        *,
+        classes: ClassTable | None = None,
+    ) -> Targets:
+        """Ground truth of an image as training and evaluation take it, without crowds, duplicates and boxes of no area.
+
+        Args:
+            boxes: (G, 4) float32 xyxy in pixels of `frame`; those of the file if None. An augmented image brings its own.
+            labels: (G,) int64 of `boxes`.
+            frame: (height, width) that `boxes` refer to; the size of the image if None.
+            classes: a model's, whose contiguous indices the labels are to be, since a split may have fewer classes than the
+                model; the split's own if None.
+        """
+        size: tuple[int, int] = tuple(self.sizes[index].tolist())
+        if boxes is None or labels is None:
+            boxes, labels = torch.from_numpy(self.boxes(index)), torch.from_numpy(self.labels(index))
+        if classes is not None and classes != self.classes:
+            known = classes.id_to_index
+            labels = torch.tensor([known[category] for category in self.classes.ids])[labels]
+        height, width = frame or size
+        centred = box_convert(boxes, "xyxy", "cxcywh") / boxes.new_tensor([width, height] * 2)
+        return Targets(labels, centred, self.image_ids[index], size)
 
     def image_or_blank(self, index: int) -> Image.Image:
         """The picture, or a grey one of the size that the annotations state where it does not decode: one bad file does not end

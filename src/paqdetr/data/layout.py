@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from paqdetr.data.annotations import Annotations, Issues
-from paqdetr.data.files import files_in, folder_in, folders_in
+from paqdetr.data.files import files_in, folder_in, folders_in, hint, meaning, name_splits
 from paqdetr.data.formats.cityscapes import cityscapes_places
 from paqdetr.data.formats.coco import read_coco
 from paqdetr.data.formats.crowdhuman import crowdhuman_places
 from paqdetr.data.formats.voc import voc_places
 from paqdetr.data.formats.yolo import YoloPlace, yolo_places
-from paqdetr.data.split_names import hint, meaning, name_splits
 from paqdetr.errors import DataError
 from paqdetr.files import open_regular
 

@@ -18,14 +18,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from paqdetr.config import Config
-from paqdetr.data.augment import MIN_VISIBLE, Augment, Augmented, mosaic
+from paqdetr.data.augment import Augment, Augmented, mosaic
 from paqdetr.data.dataset import DetectionDataset
-from paqdetr.errors import ConfigError, DataError, UserError, WorkerError
+from paqdetr.errors import ConfigError, UserError, WorkerError
 from paqdetr.interrupt import STOP_SIGNALS
 from paqdetr.preprocessing import Preprocessing, pad_images, to_pixels
 from paqdetr.structures import Targets
@@ -58,7 +57,7 @@ class PixelCache:
             if used + size <= budget:
                 self._starts[index] = used
                 used += size
-        # One byte an image says whether its pixels are there; it is written after them.
+        # One byte per image says whether its pixels are there; it is written after them.
         try:
             mapping = mmap.mmap(-1, len(needed) + used + 1)
         except OSError as error:
@@ -119,7 +118,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        # Only out of pinned memory: on the way back from a GPU nobody would wait for the copy.
+        # Only out of pinned memory: from a GPU to the host nothing would wait for the transfer.
         pinned, mask = self.images.is_pinned(), self.padding_mask
         mask = None if mask is None else mask.to(device, non_blocking=pinned)
         targets = [target.to(device) for target in self.targets]
@@ -136,11 +135,8 @@ class Batch:
         Raises:
             RuntimeError: there is no room.
         """
-        for tensor in (
-            self.images,
-            self.padding_mask,
-            *(t for own in self.targets for t in (own.labels, own.boxes)),
-        ):
+        parts = (part for target in self.targets for part in (target.labels, target.boxes))
+        for tensor in (self.images, self.padding_mask, *parts):
             if tensor is not None:
                 tensor.share_memory_()
         return self
@@ -195,28 +191,21 @@ class TrainingImages(Dataset[tuple[Tensor, Targets] | Failure]):
             changed = self._changed(key.index, key.scale)
             share = self.augment.config.mosaic
             if share and torch.rand(()) < share:
-                changed = self._mosaic(changed, key.scale)
-        changed = self.augment.normalized(changed)
-        height, width = self.split.sizes[key.index].tolist()
-        targets = Targets(changed.labels, changed.boxes, self.split.image_ids[key.index], (height, width))
-        return changed.pixels, targets
+                drawn = torch.randint(len(self.split), (3,)).tolist()
+                changed = mosaic([changed, *(self._changed(index, key.scale) for index in drawn)])
+        height, width = changed.pixels.shape[1:]
+        targets = self.split.targets(key.index, changed.boxes, changed.labels, (height, width))
+        return self.augment.preprocessing.normalization(changed.pixels), targets
 
     def _changed(self, index: int, scale: float) -> Augmented:
-        pixels = self._pixels(index)
-        return self.augment.change(pixels, self.split.boxes(index), self.split.labels(index), scale=scale)
-
-    def _mosaic(self, first: Augmented, scale: float) -> Augmented:
-        """The image together with three others that are drawn."""
-        others = [self._changed(index, scale) for index in torch.randint(len(self.split), (3,)).tolist()]
-        tiles = [(tile.pixels, tile.boxes, tile.labels) for tile in (first, *others)]
-        return Augmented(*mosaic(tiles, min_visible=MIN_VISIBLE))
+        return self.augment(self._pixels(index), self.split.boxes(index), self.split.labels(index), scale=scale)
 
     def _pixels(self, index: int) -> Tensor:
         """(3, H, W) uint8, not to be written to."""
         cached = self.cache.get(index)
         if cached is not None:
             return cached
-        pixels = to_pixels(read_picture(self.split, index))
+        pixels = to_pixels(self.split.checked_image(index))
         self.cache.put(index, pixels)
         return pixels
 
@@ -318,25 +307,11 @@ def collate(samples: Sequence[tuple[Tensor, Targets] | Failure], pad_divisor: in
     return Batch(images, mask, [targets for _, targets in good])
 
 
-def read_picture(split: DetectionDataset, index: int) -> Image:
-    """The picture, of the size that its boxes refer to.
-
-    Raises:
-        DataError: it does not decode, or the annotations state another size: the boxes would be in wrong places.
-    """
-    return of_stated_size(split, index, split.image(index))
-
-
-def of_stated_size(split: DetectionDataset, index: int, picture: Image) -> Image:
-    """The picture of an image, unless it has another size than the annotations state; see `read_picture`."""
-    height, width = split.sizes[index].tolist()
-    if picture.size != (width, height):
-        raise DataError(
-            f"{split.path(index)}: is {picture.width}x{picture.height} pixels with its EXIF turn applied,"
-            f" {split.annotation_file} says {width}x{height}",
-            "correct the sizes (and boxes) there; `paqdetr data check` lists all such images",
-        )
-    return picture
+def plain_batch(split: DetectionDataset, preprocessing: Preprocessing, indices: Sequence[int]) -> Batch:
+    """Images of a split as `predict` sees them, without augmentation, with their targets."""
+    batch = collate([(preprocessing(split.checked_image(index)), split.targets(index)) for index in indices])
+    assert isinstance(batch, Batch)
+    return batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -371,12 +346,7 @@ class TrainingLoader:
     """
 
     def __init__(
-        self,
-        images: TrainingImages,
-        batches: TrainingBatches,
-        *,
-        workers: int,
-        start_method: str | None = None,
+        self, images: TrainingImages, batches: TrainingBatches, *, workers: int, start_method: str | None = None
     ) -> None:
         if workers and (reason := _no_semaphores(workers)) is not None:
             _LOG.warning("/dev/shm, which worker processes need, cannot be used (%s): workers=0", reason)
@@ -387,8 +357,7 @@ class TrainingLoader:
             multiprocessing_context=start_method if workers else None,
             num_workers=workers,
             collate_fn=partial(
-                collate_for_parent if workers else collate,
-                pad_divisor=images.augment.preprocessing.pad_divisor,
+                collate_for_parent if workers else collate, pad_divisor=images.augment.preprocessing.pad_divisor
             ),
             persistent_workers=workers > 0,
             worker_init_fn=leave_signals_to_the_parent,
@@ -409,8 +378,7 @@ class TrainingLoader:
                 batches = iter(self._loader)
         except OSError as error:
             raise WorkerError(
-                f"the processes that load images cannot be started: {error}",
-                "set workers=0, or fewer of them",
+                f"the processes that load images cannot be started: {error}", "set workers=0, or fewer of them"
             ) from None
         for batch in batches:
             if isinstance(batch, Pickled):
@@ -450,12 +418,7 @@ def _no_semaphores(workers: int) -> str | None:
 
 
 def training_loader(
-    config: Config,
-    split: DetectionDataset,
-    preprocessing: Preprocessing,
-    *,
-    rank: int = 0,
-    world_size: int = 1,
+    config: Config, split: DetectionDataset, preprocessing: Preprocessing, *, rank: int = 0, world_size: int = 1
 ) -> tuple[TrainingLoader, TrainingBatches]:
     """The loader of a training, and its sampler, whose `epoch` is to be set before each pass."""
     sampler = TrainingBatches(

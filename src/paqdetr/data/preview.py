@@ -28,7 +28,7 @@ def preview_batches(
     epoch: int = 0,
     overwrite: bool = False,
 ) -> Path:
-    """Draws the first batches of an epoch, one a row, exactly as training gets them; padding is purple.
+    """Draws the first batches of an epoch, one per row, exactly as training gets them; padding is purple.
 
     Args:
         config: its `augment`, `batch_size`, `seed` and `workers` count.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
@@ -27,6 +27,7 @@ MAX_DETECTIONS = 100
 # The fewest queries that a model of this package has.
 FEWEST_QUERIES = 100
 
+_QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
 _EDGES = tuple(float(2**power) for power in range(12))
 
 
@@ -45,16 +46,12 @@ class BoxSizes:
     histogram: dict[str, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, annotations: Annotations) -> BoxSizes:
-        """Of a split's boxes without crowds."""
-        sides = box_sides(annotations)
+    def of(cls, sides: np.ndarray) -> BoxSizes:
+        """Of (A,) roots of the boxes' areas in pixels."""
         counts, _ = np.histogram(np.maximum(sides, 1.0), bins=[*_EDGES, np.inf])
-        return cls(
-            small=int((sides < SMALL).sum()),
-            medium=int(((sides >= SMALL) & (sides < MEDIUM)).sum()),
-            large=int((sides >= MEDIUM).sum()),
-            histogram={f"{edge:g}": int(count) for edge, count in zip(_EDGES, counts, strict=True)},
-        )
+        small, medium, large = np.histogram(sides, bins=[0, SMALL, MEDIUM, np.inf])[0].tolist()
+        histogram = {f"{edge:g}": int(count) for edge, count in zip(_EDGES, counts, strict=True)}
+        return cls(small, medium, large, histogram)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,20 +96,16 @@ class SplitStats:
 
     def to_json(self) -> dict[str, Any]:
         """Counts and quantiles."""
-        a = self.annotations
+        a, sizes = self.annotations, BoxSizes.of(self.sides)
         return {
             "images": len(a),
             "boxes": int(self.per_class.sum()),
             "crowds": int(a.crowd.sum()),
             "images_without_boxes": int((self.per_image == 0).sum()),
             "boxes_per_class": dict(zip(a.classes.names, self.per_class.tolist(), strict=True)),
-            "box_sizes": {
-                "small": int((self.sides < SMALL).sum()),
-                "medium": int(((self.sides >= SMALL) & (self.sides < MEDIUM)).sum()),
-                "large": int((self.sides >= MEDIUM).sum()),
-            },
+            "box_sizes": {name: getattr(sizes, name) for name in ("small", "medium", "large")},
             "quantiles": {
-                "at": [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1],
+                "at": list(_QUANTILES),
                 "boxes_per_image": _quantiles(self.per_image),
                 "box_side": _quantiles(self.sides),
                 "box_side_of_image": _quantiles(self.shares),
@@ -132,16 +125,11 @@ def describe_crowding(
         queries: of the detector, each of which finds one object at most; None if it is not known yet.
         max_detections: of one class that AP counts in an image; None leaves that out.
     """
-    counted = ~annotations.crowd
+    counted, known = ~annotations.crowd, queries is not None
     owners, labels = annotations.owners[counted], annotations.labels[counted]
-    limit = FEWEST_QUERIES if queries is None else queries
+    limit = queries if known else FEWEST_QUERIES
     return crowding_sentences(
-        owners,
-        labels,
-        len(annotations),
-        queries=limit,
-        max_detections=max_detections,
-        known=queries is not None,
+        owners, labels, len(annotations), queries=limit, max_detections=max_detections, known=known
     )
 
 
@@ -189,9 +177,7 @@ def dataset_stats(data: str | Path) -> dict[str, SplitStats]:
 
 
 def _quantiles(values: np.ndarray) -> list[float]:
-    if not len(values):
-        return []
-    return [round(float(q), 4) for q in np.quantile(values, [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1])]
+    return np.quantile(values, _QUANTILES).round(4).tolist() if len(values) else []
 
 
 _MOST_CLASSES = 40
@@ -201,7 +187,7 @@ _COLOURS = (PALETTE[4], PALETTE[0], PALETTE[2], PALETTE[5], PALETTE[6])
 def draw_stats(
     stats: Mapping[str, SplitStats], output: str | Path, *, title: str = "", overwrite: bool = False
 ) -> Path:
-    """Six plots: classes, box sizes, boxes an image, shapes, where boxes lie, image sizes. Splits differ in colour.
+    """Six plots: classes, box sizes, boxes per image, shapes, where boxes lie, image sizes. Splits differ in colour.
 
     Args:
         stats: by split, as of `dataset_stats`.
@@ -261,30 +247,26 @@ def _classes(axes: Axes, stats: Mapping[str, SplitStats]) -> None:
     axes.legend(fontsize=8)
 
 
-def _sizes(axes: Axes, stats: Mapping[str, SplitStats]) -> None:
-    edges = 2.0 ** np.arange(0, 11.5, 0.5)
+def _histogram(
+    axes: Axes, stats: Mapping[str, SplitStats], values_of: Callable[[SplitStats], np.ndarray], edges: np.ndarray
+) -> None:
+    """Per cent of each split's values between edges; what lies beyond is counted at the ends."""
     for split, s, colour in _coloured(stats):
-        if len(s.sides):
-            weights = np.full(len(s.sides), 100 / len(s.sides))
-            sides = np.clip(s.sides, 1, edges[-1])
+        values = np.clip(values_of(s), edges[0], edges[-1])
+        if len(values):
+            weights = np.full(len(values), 100 / len(values))
+            label = literal(split)
             axes.hist(
-                sides,
-                bins=list(edges),
-                weights=weights,
-                histtype="step",
-                color=colour,
-                label=literal(split),
-                linewidth=1.8,
+                values, bins=list(edges), weights=weights, histtype="step", color=colour, label=label, linewidth=1.8
             )
-    for edge, text, side in (
-        (SMALL, f"small < {SMALL:g} ", "right"),
-        (MEDIUM, f" large > {MEDIUM:g}", "left"),
-    ):
+
+
+def _sizes(axes: Axes, stats: Mapping[str, SplitStats]) -> None:
+    _histogram(axes, stats, lambda s: s.sides, 2.0 ** np.arange(0, 11.5, 0.5))
+    for edge, text, side in ((SMALL, f"small < {SMALL:g} ", "right"), (MEDIUM, f" large > {MEDIUM:g}", "left")):
         axes.axvline(edge, color="#888888", linewidth=1, linestyle="--")
-        axes.text(
-            edge, 0.985, text, fontsize=8, color="#555555", va="top", ha=side,
-            transform=axes.get_xaxis_transform(),
-        )  # fmt: skip
+        place = axes.get_xaxis_transform()
+        axes.text(edge, 0.985, text, fontsize=8, color="#555555", va="top", ha=side, transform=place)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set(title="Box sizes", xlabel="side of the box, the root of its area, in pixels", ylabel="% of boxes")
@@ -294,37 +276,12 @@ def _per_image(axes: Axes, stats: Mapping[str, SplitStats]) -> None:
     most = int(max((np.quantile(s.per_image, 0.99) for s in stats.values() if len(s.per_image)), default=1))
     edges = np.arange(-0.5, most + 1.5, -(-(most + 1) // 40))  # at most 40 bins of whole numbers
     edges = np.append(edges[edges < most + 0.5], most + 0.5)
-    for split, s, colour in _coloured(stats):
-        if len(s.per_image):
-            weights = np.full(len(s.per_image), 100 / len(s.per_image))
-            counts = np.minimum(s.per_image, most)
-            axes.hist(
-                counts,
-                bins=list(edges),
-                weights=weights,
-                histtype="step",
-                color=colour,
-                label=literal(split),
-                linewidth=1.8,
-            )
-    axes.set(title="Boxes an image (the last bin: and more)", xlabel="boxes", ylabel="% of images")
+    _histogram(axes, stats, lambda s: s.per_image, edges)
+    axes.set(title="Boxes per image (the last bin: and more)", xlabel="boxes", ylabel="% of images")
 
 
 def _shapes(axes: Axes, stats: Mapping[str, SplitStats]) -> None:
-    edges = 2.0 ** np.linspace(-4, 4, 41)
-    for split, s, colour in _coloured(stats):
-        if len(s.aspects):
-            weights = np.full(len(s.aspects), 100 / len(s.aspects))
-            aspects = np.clip(s.aspects, edges[0], edges[-1])
-            axes.hist(
-                aspects,
-                bins=list(edges),
-                weights=weights,
-                histtype="step",
-                color=colour,
-                label=literal(split),
-                linewidth=1.8,
-            )
+    _histogram(axes, stats, lambda s: s.aspects, 2.0 ** np.linspace(-4, 4, 41))
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}" if value >= 1 else f"1/{1 / value:g}")
     axes.set(title="Box shapes", xlabel="width / height", ylabel="% of boxes")

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from paqdetr.errors import DataError
+from paqdetr.metrics.query_usage import UNIT, BatchMatch, fixed
 from paqdetr.models.detector import Detector
 from paqdetr.models.outputs import DetectorOutput
-from paqdetr.paq import OneToOneAssigner
 from paqdetr.structures import ClassTable, Targets
-
-# Sums are kept in whole units, so that they do not depend on the order of the batches.
-_UNIT = 2.0**32
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +42,12 @@ class Samples:
 
     def rows(self, chosen: np.ndarray) -> Samples:
         """Some of them, by position or by mask."""
-        weights = None if self.weights is None else self.weights[chosen]
-        return Samples(
-            self.images[chosen], self.queries[chosen], self.categories[chosen], self.boxes[chosen],
-            self.content[chosen], weights,
-        )  # fmt: skip
+        columns: list[Any] = [None if column is None else column[chosen] for column in self.columns()]
+        return Samples(*columns)
+
+    def columns(self) -> list[Any]:
+        """All arrays, in the order of the fields."""
+        return [getattr(self, field.name) for field in fields(self)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +113,13 @@ class ContentCollector:
     Args:
         num_classes: C.
         limit: the most matched queries that are kept one by one.
+        match: shared with other observers of the same evaluation, which then match each batch once.
     """
 
-    def __init__(self, *, num_classes: int, limit: int = 3000) -> None:
+    def __init__(self, *, num_classes: int, limit: int = 3000, match: BatchMatch | None = None) -> None:
         if limit < 1:
             raise ValueError(f"limit: expected at least 1, found {limit}")
-        self.num_classes, self.limit = num_classes, limit
+        self.num_classes, self.limit, self.match = num_classes, limit, match or BatchMatch()
         self._kept: list[tuple[np.ndarray, Samples]] = []  # hashes and samples
         self._sums: dict[str, np.ndarray] = {}
         self._squares = 0  # of content, in units; an int of any size
@@ -129,15 +129,16 @@ class ContentCollector:
 
     def see(self, output: DetectorOutput, targets: Sequence[Targets], indices: Sequence[int]) -> None:
         """As an observer of an evaluation: take in a batch."""
-        pairs = OneToOneAssigner()(output.pred_logits, output.pred_boxes, targets)
+        pairs = self.match(output.pred_logits, output.pred_boxes, targets)
         content, weights = _host(output.mixture.content), _host(output.mixture.weights)
         assert content is not None
+        exact = torch.from_numpy(content).double()
         self._images += indices
-        self._add("content", _fixed(content).sum(0))
-        self._squares += int(_fixed(np.square(content, dtype=np.float64).sum((1, 2))).sum())
-        self._image_squares += int(_fixed(np.square(content.mean(1, dtype=np.float64)).sum(1)).sum())
+        self._add("content", fixed(exact).sum(0).numpy())
+        self._squares += int(fixed(exact.square().sum((1, 2))).sum())
+        self._image_squares += int(fixed(exact.mean(1).square().sum(1)).sum())
         if weights is not None:
-            self._add("weights", _fixed(weights).sum(0))
+            self._add("weights", fixed(torch.from_numpy(weights)).sum(0).numpy())
             self._masses |= dict(zip(indices, weights.mean(1), strict=True))
         for place, (index, pair, target) in enumerate(zip(indices, pairs, targets, strict=True)):
             queries, boxes = pair.query_indices.numpy(), pair.target_indices.numpy()
@@ -146,7 +147,7 @@ class ContentCollector:
             self._add("counts", np.bincount(categories, minlength=self.num_classes))
             if rows is not None:
                 sums = np.zeros((self.num_classes, rows.shape[1]), dtype=np.int64)
-                np.add.at(sums, categories, _fixed(rows))
+                np.add.at(sums, categories, fixed(torch.from_numpy(rows)).numpy())
                 self._add("category_weights", sums)
             samples = Samples(
                 np.full(len(queries), index), queries, categories, target.boxes.cpu().float().numpy()[boxes],
@@ -157,7 +158,7 @@ class ContentCollector:
             self._kept = [self._smallest()]
 
     def merge(self, other: ContentCollector) -> None:
-        """Take over what another process's copy has seen."""
+        """Take over what another process's collector has seen."""
         for name, value in other._sums.items():
             self._add(name, value)
         self._squares += other._squares
@@ -171,11 +172,11 @@ class ContentCollector:
         """`image_share` and `query_share` of `ContentStudy`; empty before any image was seen."""
         if "content" not in self._sums:
             return {}
-        images, index_content = len(self._images), self._sums["content"] / _UNIT / len(self._images)  # (n, d)
+        images, index_content = len(self._images), self._sums["content"] / UNIT / len(self._images)  # (n, d)
         # Of a mean square over queries and images: that of the index means, of the image means, and of the mean of all.
-        square = self._squares / _UNIT / (images * len(index_content))
+        square = self._squares / UNIT / (images * len(index_content))
         by_index, overall = np.square(index_content).sum(1).mean(), np.square(index_content.mean(0)).sum()
-        by_image = self._image_squares / _UNIT / images
+        by_image = self._image_squares / UNIT / images
         whole = square - overall
         parts = {"image_share": square - by_index, "query_share": square - by_index - by_image + overall}
         return {name: float(max(part, 0.0) / whole) if whole > 1e-9 * square else 0.0 for name, part in parts.items()}
@@ -200,7 +201,7 @@ class ContentCollector:
         images = np.sort(np.asarray(self._images, dtype=np.int64))
         source = model.query_source
         patterns: Tensor | None = getattr(source, "patterns", None)
-        sums = {name: value / _UNIT for name, value in self._sums.items()}
+        sums = {name: value / UNIT for name, value in self._sums.items()}
         category_weights = index_weights = mass = None
         if "weights" in sums:
             with np.errstate(invalid="ignore"):
@@ -228,16 +229,9 @@ class ContentCollector:
     def _smallest(self) -> tuple[np.ndarray, Samples]:
         """The `limit` samples of the smallest hashes."""
         hashes = np.concatenate([hashes for hashes, _ in self._kept])
-        parts = [samples for _, samples in self._kept]
-        weights = [samples.weights for samples in parts if samples.weights is not None]
-        joined = Samples(
-            images=np.concatenate([samples.images for samples in parts]),
-            queries=np.concatenate([samples.queries for samples in parts]),
-            categories=np.concatenate([samples.categories for samples in parts]),
-            boxes=np.concatenate([samples.boxes for samples in parts]),
-            content=np.concatenate([samples.content for samples in parts]),
-            weights=np.concatenate(weights) if weights else None,
-        )
+        parts = zip(*(samples.columns() for _, samples in self._kept), strict=True)
+        columns: list[Any] = [None if part[0] is None else np.concatenate(part) for part in parts]
+        joined = Samples(*columns)
         order = np.argsort(hashes, kind="stable")[: self.limit]
         return hashes[order], joined.rows(order)
 
@@ -253,7 +247,3 @@ def _hash(image: int, boxes: np.ndarray) -> np.ndarray:
 
 def _host(value: Tensor | None) -> np.ndarray | None:
     return None if value is None else value.detach().to("cpu", torch.float32).numpy()
-
-
-def _fixed(values: np.ndarray) -> np.ndarray:
-    return np.rint(values.astype(np.float64) * _UNIT).astype(np.int64)

@@ -1,4 +1,4 @@
-"""A model against a split: the COCO figures, with and without removing copies.
+"""A model against a split: the COCO figures, with and without removing duplicates.
 
 Several processes share out the batches, which one process alone would make just so; the main one puts them in order and
 computes the figures. No image is seen twice, and the figures do not depend on how many processes there are.
@@ -9,19 +9,15 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL.Image import Image
-from torchvision.ops import box_convert
 
 from paqdetr.data.dataset import DetectionDataset, open_split
-from paqdetr.data.loader import of_stated_size
 from paqdetr.data.read_ahead import read_ahead
 from paqdetr.distributed import Processes
 from paqdetr.environment import require_device
@@ -37,14 +33,14 @@ from paqdetr.metrics.coco import (
 from paqdetr.metrics.diagnosis import threshold_curves
 from paqdetr.metrics.matches import MatchTable
 from paqdetr.models.detector import Detector
-from paqdetr.models.inference import Observer, detect_batch
+from paqdetr.models.inference import Observer, batched_by_size, detect_batch
 from paqdetr.models.outputs import DetectorOutput
 from paqdetr.runtime.predictor import Predictor, predict_in_batches
 from paqdetr.runtime.tiles import Tiles, predict_tiles
-from paqdetr.structures import ClassTable, Detections, OperatingPoint, Targets
+from paqdetr.structures import ClassTable, Detections, OperatingPoint
 from paqdetr.values import require_batch_size, require_nms, require_threshold
 
-# Above this score a prediction counts as made, when copies are counted.
+# Above this score a prediction counts as made, when predictions are counted.
 _CONFIDENT = 0.3
 # IoU of the suppression that shows what duplicates cost, and the least gain of AP for which it is recommended.
 _NMS, _WORTH_IT = 0.7, 0.005
@@ -60,7 +56,7 @@ class Evaluation:
 
     Attributes:
         figures: the COCO figures of the raw output; the detector's AP.
-        figures_nms: the same after class-wise non-maximum suppression at IoU 0.7: the difference is the cost of copies.
+        figures_nms: the same after class-wise non-maximum suppression at IoU 0.7: the difference is the cost of duplicates.
         predictions_per_image: predictions that score over 0.3.
         boxes_per_image: boxes to be found.
         images_per_second: reading, model and post-processing.
@@ -286,14 +282,10 @@ def detect_split(
         DataError: no image could be read.
     """
     processes = processes or Processes()
-    buckets: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for index, (height, width) in enumerate(split.sizes.tolist()):
-        buckets[model.preprocessing.target_size(height, width)].append(index)
-    batches = [
-        (size, members[start : start + batch_size])
-        for size, members in buckets.items()
-        for start in range(0, len(members), batch_size)
-    ]
+    sides = split.sizes.tolist()
+    batches = list(
+        batched_by_size(range(len(split)), lambda index: model.preprocessing.target_size(*sides[index]), batch_size)
+    )
     if readers is None:
         readers = 0 if isinstance(model, Predictor) or next(model.parameters()).device.type == "cpu" else _READERS
     if isinstance(model, Predictor) and observers:
@@ -316,44 +308,42 @@ def detect_split(
         except DataError as error:
             unreadable[index] = error.message
             return split.image_or_blank(index)
-        return of_stated_size(split, index, picture)
+        return split.of_stated_size(index, picture)
 
     def kept(index: int, detections: Detections) -> np.ndarray:
         return np.isin(detections.labels, split.classes.ids) & (index not in unreadable)
 
-    def read(
-        batch: tuple[tuple[int, int], list[int]],
-    ) -> tuple[list[int], list[Any], list[tuple[int, int]]]:
-        size, chosen = batch
-        pictures = [picture_of(index) for index in chosen]
-        images = [model.preprocessing(picture, size) for picture in pictures]
-        return chosen, images, [(picture.height, picture.width) for picture in pictures]
+    def read(chosen: list[int]) -> tuple[list[int], list[Any]]:
+        return chosen, [model.preprocessing(picture_of(index)) for index in chosen]
 
     def of_tiles(parts: list[Image], together: int) -> list[Detections]:
-        return predict_in_batches(parts, model.preprocessing, detect, batch_size=together)
+        found = predict_in_batches(parts, model.preprocessing, detect, batch_size=together)
+        # Of many tiles the best alone: thousands that score next to nothing would be compared with each other.
+        most = np.arange(max(at_least, MAX_DETECTIONS))
+        return [one.rows(most[: len(one)]) for one in found] if len(found) > 1 else found
 
     own = batches[processes.index :: processes.count]
     if tiles is not None:
-        indices = [index for _, chosen in own for index in chosen]
+        indices = [index for chosen in own for index in chosen]
         for index, picture in read_ahead(indices, lambda index: (index, picture_of(index)), threads=readers):
             detections = predict_tiles(picture, tiles, of_tiles, batch_size=batch_size)
             yield index, detections.rows(kept(index, detections))
-        own = []
-    for chosen, images, sizes in read_ahead(own, read, threads=readers):
+    for chosen, images in read_ahead([] if tiles is not None else own, read, threads=readers):
 
         def look(output: DetectorOutput, chosen: list[int] = chosen) -> None:
             device = output.pred_boxes.device
-            targets = [targets_of(split, index, device, classes=model.classes) for index in chosen]
+            targets = [split.targets(index, classes=model.classes).to(device) for index in chosen]
             for observer in observers:
                 observer.see(output, targets, chosen)
 
         ids = [split.image_ids[index] for index in chosen]
+        sizes = [(height, width) for height, width in (sides[index] for index in chosen)]
         found = detect(images, sizes, ids, **({"look": look} if observers else {}))
         for index, detections in zip(chosen, found, strict=True):
             yield index, detections.rows(kept(index, detections))
     if unreadable:
         first = unreadable[min(unreadable)]
-        if len(unreadable) == sum(len(chosen) for _, chosen in batches[processes.index :: processes.count]):
+        if len(unreadable) == sum(map(len, own)):
             raise DataError(f"none of {len(unreadable)} images could be read; the first: {first}", "look at this file")
         logging.getLogger(__name__).warning(
             "%d of %d images cannot be read and count as images without detections; the first: %s",
@@ -361,33 +351,6 @@ def detect_split(
             len(split),
             first,
         )
-
-
-def targets_of(
-    split: DetectionDataset,
-    index: int,
-    device: torch.device | str = "cpu",
-    *,
-    classes: ClassTable | None = None,
-) -> Targets:
-    """Ground truth of an image as training has it, without crowds and boxes of no area.
-
-    Args:
-        split: of the image.
-        index: of the image in it.
-        device: where the tensors are put.
-        classes: a model's, whose contiguous indices the labels are to be, since a split may have fewer classes than the
-            model; the split's own by default.
-    """
-    labels = split.labels(index)
-    if classes is not None and classes != split.classes:
-        known = classes.id_to_index
-        labels = np.array([known[category] for category in split.classes.ids], np.int64)[labels]
-    height, width = split.sizes[index].tolist()
-    corners = torch.from_numpy(split.boxes(index))
-    boxes = box_convert(corners, "xyxy", "cxcywh") / torch.tensor([width, height] * 2)
-    targets = Targets(torch.from_numpy(labels), boxes, split.image_ids[index], size=(height, width))
-    return targets.to(device)
 
 
 def require_same_classes(classes: ClassTable, split: DetectionDataset) -> None:

@@ -31,8 +31,8 @@ class StageFigures:
         stage: "proposals" or "layer 1", "layer 2", ...
         best_iou: mean over boxes of the largest IoU that any query has with it, whatever its class and score, in [0, 1].
         found: share of boxes for which that is 0.5 or more.
-        AP, AP_nms: of the stage's predictions, as of `Evaluation`: without and with copies removed. NaN for proposals of an
-            encoder that tells no classes apart.
+        AP, AP_nms: of the stage's predictions, as of `Evaluation`: without and with duplicates removed. NaN for proposals of an
+            encoder that predicts no classes.
         predictions_per_image: that score over 0.3.
     """
 
@@ -45,7 +45,7 @@ class StageFigures:
 
     @property
     def copies(self) -> float:
-        """What copies cost: AP after removing them, less AP."""
+        """What duplicates cost: AP after removing them, less AP."""
         return self.AP_nms - self.AP
 
     def to_json(self) -> dict[str, Any]:
@@ -55,7 +55,7 @@ class StageFigures:
 
 @dataclass(slots=True)
 class _Seen:
-    """One stage of one image: (G,) float32 the largest IoU of each box, and detections; None where classes are not told apart."""
+    """One stage of one image: (G,) float32 the largest IoU of each box, and detections; None where none are predicted."""
 
     best_iou: np.ndarray
     detections: Detections | None
@@ -91,7 +91,7 @@ class LayerCollector:
                 self._seen.setdefault(index, {})[stage] = seen
 
     def merge(self, other: LayerCollector) -> None:
-        """Take over what another process's copy has seen."""
+        """Take over what another process's collector has seen."""
         self._seen |= other._seen
 
     def figures(self, split: DetectionDataset) -> tuple[StageFigures, ...]:

@@ -6,7 +6,7 @@ the denoising queries, whose targets are fixed, and H-DETR's second set of queri
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,18 +17,8 @@ from paqdetr.losses.boxes import FlatPairs, box_losses
 from paqdetr.models.denoising import DenoisingQueries
 from paqdetr.models.outputs import Decoded, DetectorOutput
 from paqdetr.models.proposals import AllTokens, Proposals
-from paqdetr.paq import (
-    Assigner,
-    CostWeights,
-    FixedKAssigner,
-    OneToOneAssigner,
-    Pairs,
-    QualityAwareAssigner,
-    SimOTAAssigner,
-    focal_loss,
-    match_layers,
-    varifocal_loss,
-)
+from paqdetr.paq import Assigner, CostWeights, OneToOneAssigner, Pairs, focal_loss, match_layers, varifocal_loss
+from paqdetr.paq.assignment import ASSIGNERS
 from paqdetr.structures import Targets
 
 # A logit whose probability is 0 to the last bit that matters, and which half precision can hold.
@@ -266,32 +256,3 @@ def build_criterion(config: LossConfig) -> Criterion:
         last=OneToOneAssigner(cost_weights=weights),
         cost_weights=weights,
     )
-
-
-def _quality_aware(config: LossConfig, weights: CostWeights) -> Assigner:
-    return QualityAwareAssigner(
-        gamma=config.gamma,
-        top_k=config.top_k,
-        min_positives=config.min_positives,
-        select=config.select,
-        confidence=config.confidence,
-        cost_weights=weights,
-        min_iou=config.min_iou,
-    )
-
-
-def _simota(config: LossConfig, weights: CostWeights) -> Assigner:
-    return SimOTAAssigner(
-        top_k=config.top_k,
-        min_positives=config.min_positives,
-        select="cost" if config.select == "score" else "hungarian",
-        cost_weights=weights,
-    )
-
-
-ASSIGNERS: dict[str, Callable[[LossConfig, CostWeights], Assigner]] = {
-    "one_to_one": lambda config, weights: OneToOneAssigner(cost_weights=weights),
-    "quality_aware": _quality_aware,
-    "fixed_k": lambda config, weights: FixedKAssigner(k=config.top_k, cost_weights=weights),
-    "simota": _simota,
-}

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-from paqdetr.metrics.coco import (
-    FIGURE_NAMES,
-    CocoFigures,
-    evaluate_detections,
-    non_maximum_suppression,
-    read_results,
-)
+from paqdetr.metrics.coco import FIGURE_NAMES, CocoFigures, evaluate_detections, non_maximum_suppression, read_results
 from paqdetr.metrics.diagnosis import (
     Calibration,
     Confusion,

@@ -232,7 +232,7 @@ GroundTruth = Json | str | Path | CocoRecords
 
 
 def counted_detections(max_detections: int) -> list[int]:
-    """What the evaluator is told to look at: 1 and 10 of each class and image, and `max_detections`, in ascending order.
+    """How many detections of each class and image the evaluator looks at: 1, 10 and `max_detections`, in ascending order.
 
     Raises:
         ConfigError: it is below 1.
@@ -338,9 +338,6 @@ def _some(ids: Iterable[Any], limit: int = 5) -> str:
     return ", ".join(shown[:limit]) + (", ..." if len(shown) > limit else "")
 
 
-_Json = Mapping[str, Any]
-
-
 @dataclass(frozen=True, slots=True)
 class CocoFigures:
     """What COCO reports for one set of results.
@@ -384,7 +381,7 @@ FIGURE_NAMES: tuple[str, ...] = tuple(f.name for f in fields(CocoFigures) if not
 
 def evaluate_detections(
     ground_truth: GroundTruth,
-    results: Sequence[_Json],
+    results: Sequence[Json],
     *,
     iou_type: IouType = "bbox",
     source: str = "",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,9 @@ import hotcoco
 import numpy as np
 
 from paqdetr.errors import ConfigError, DataError
-from paqdetr.metrics.coco import CocoRecords, GroundTruth, IouType
+from paqdetr.metrics.coco import CocoRecords, GroundTruth, IouType, Json
 from paqdetr.metrics.matches import RECALLS, MatchTable, threshold_index
-from paqdetr.serialize import fields_of, json_number, plain
+from paqdetr.serialize import Jsonable, fields_of, json_number, plain
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,16 +59,8 @@ class ThresholdCurves:
 
 
 def precision_recall(table: MatchTable, iou_threshold: float | None = 0.5) -> np.ndarray:
-    """The precision that COCO reads at recall 0, .01, ... 1: its mean over recalls is AP.
-
-    Args:
-        table: matched results.
-        iou_threshold: one of `table.iou_thresholds`, or None for the mean over all of them.
-
-    Returns:
-        (C, 101) float64: the best precision at that recall or a higher one, 0 where it is not reached, NaN for a class
-        without objects.
-    """
+    """The precision that COCO reads at recall 0, .01, ... 1, whose mean is AP: (C, 101) float64, the best at that recall or a
+    higher one, 0 where it is not reached, NaN for a class without objects. `iou_threshold` None: the mean over all thresholds."""
     chosen = range(len(table.iou_thresholds))
     if iou_threshold is not None:
         chosen = [table.threshold_index(iou_threshold)]
@@ -86,23 +78,17 @@ def precision_recall(table: MatchTable, iou_threshold: float | None = 0.5) -> np
 
 
 def threshold_curves(table: MatchTable, iou_threshold: float = 0.5) -> ThresholdCurves:
-    """Precision, recall and F1 against the score threshold.
-
-    F1 = 2 TP / (detections + objects); detections matched to a crowd are left out.
-
-    Args:
-        table: matched results.
-        iou_threshold: one of `table.iou_thresholds`.
-    """
+    """Precision, recall and F1 = 2 TP / (detections + objects) against the score threshold, at one of `table.iou_thresholds`;
+    detections matched to a crowd are left out."""
     t = table.threshold_index(iou_threshold)
     thresholds = np.linspace(0, 1, 101)
     classes = len(table.class_names)
     precision, recall, f1 = (np.full((classes + 1, len(thresholds)), np.nan) for _ in range(3))
     best_threshold, best_f1 = np.full(classes + 1, np.nan), np.full(classes + 1, np.nan)
     for row in range(classes + 1):
-        everything = row == classes
-        own = slice(0, len(table.scores)) if everything else table.of_class(row)
-        positives = int((table.positives[0] if everything else table.positives[0, row]).sum())
+        over_all = row == classes
+        own = slice(0, len(table.scores)) if over_all else table.of_class(row)
+        positives = int((table.positives[0] if over_all else table.positives[0, row]).sum())
         order = np.argsort(-table.scores[own], kind="stable")
         scores = table.scores[own][order]
         right, seen = _counts(table, own, t, order)
@@ -157,28 +143,14 @@ class Calibration:
 
     def to_json(self) -> dict[str, Any]:
         """Everything, ready for json; None for NaN."""
+        names = ("low", "high", "detections", "confidence", "accuracy")
+        columns = (self.edges[:-1], self.edges[1:], self.counts, self.confidence, self.accuracy)
         return {
             "iou_threshold": self.iou_threshold,
             "score_threshold": self.score_threshold,
             "expected_calibration_error": json_number(self.error),
             "largest_error": json_number(self.largest_error),
-            "bins": [
-                {
-                    "low": low,
-                    "high": high,
-                    "detections": int(count),
-                    "confidence": json_number(confidence),
-                    "accuracy": json_number(accuracy),
-                }
-                for low, high, count, confidence, accuracy in zip(
-                    self.edges[:-1].tolist(),
-                    self.edges[1:].tolist(),
-                    self.counts.tolist(),
-                    self.confidence.tolist(),
-                    self.accuracy.tolist(),
-                    strict=True,
-                )
-            ],
+            "bins": [dict(zip(names, values, strict=True)) for values in zip(*map(plain, columns), strict=True)],
         }
 
 
@@ -193,7 +165,6 @@ def calibration(
     """Reliability bins and the expected calibration error.
 
     Args:
-        table: matched results.
         iou_threshold: one of `table.iou_thresholds`; None takes the localisation into account (see above).
         bins: at least 1, of equal width.
         score_threshold: leave out what scores less. A DETR gives every image a hundred detections, most of them near a score
@@ -233,8 +204,6 @@ def calibration(
         score_threshold=score_threshold,
     )
 
-
-_Json = Mapping[str, Any]
 
 MISTAKES = {
     "classification": "Cls",
@@ -282,7 +251,7 @@ class ErrorSplit:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Confusion:
+class Confusion(Jsonable):
     """Which class is taken for which.
 
     Attributes:
@@ -298,14 +267,10 @@ class Confusion:
     iou_threshold: float
     score_threshold: float
 
-    def to_json(self) -> dict[str, Any]:
-        """Everything, ready for json."""
-        return fields_of(self)
-
 
 def error_split(
     ground_truth: GroundTruth,
-    results: Sequence[_Json],
+    results: Sequence[Json],
     *,
     iou_type: IouType = "bbox",
     foreground: float = 0.5,
@@ -328,8 +293,7 @@ def error_split(
     threshold_index(np.array(hotcoco.Params(iou_type).iou_thrs), foreground)
     if not 0 <= background < foreground:
         raise ConfigError(
-            f"background IoU threshold {background}: expected 0 to below the foreground's, {foreground}",
-            "use 0.1",
+            f"background IoU threshold {background}: expected 0 to below the foreground's, {foreground}", "use 0.1"
         )
     records = CocoRecords.open(ground_truth, iou_type)
     rows = [row for row in records.results(results) if row["score"] >= score_threshold]
@@ -350,7 +314,7 @@ def error_split(
 
 def confusion(
     ground_truth: GroundTruth,
-    results: Sequence[_Json],
+    results: Sequence[Json],
     *,
     iou_type: IouType = "bbox",
     iou_threshold: float = 0.5,

@@ -21,7 +21,7 @@ import numpy as np
 
 from paqdetr.errors import ConfigError, DataError, OutOfMemoryError
 from paqdetr.metrics.matches import MatchTable, WeightedFigures
-from paqdetr.serialize import fields_of
+from paqdetr.serialize import Jsonable, fields_of
 from paqdetr.values import MAX_RESAMPLES, MAX_SEED
 
 SAMPLES = 1000
@@ -33,7 +33,7 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Interval:
+class Interval(Jsonable):
     """A figure and where it would lie, at the level asked for, on other test sets of as many images.
 
     Attributes:
@@ -45,13 +45,9 @@ class Interval:
     low: float
     high: float
 
-    def to_json(self) -> dict[str, float | None]:
-        """value, low and high; None for NaN."""
-        return fields_of(self)
-
 
 @dataclass(frozen=True, slots=True)
-class Difference:
+class Difference(Jsonable):
     """By how much a second result set exceeds a first one on the same images.
 
     Attributes:
@@ -71,13 +67,9 @@ class Difference:
         """Whether zero lies outside the interval."""
         return self.low > 0 or self.high < 0
 
-    def to_json(self) -> dict[str, float | None]:
-        """The four attributes; None for NaN."""
-        return fields_of(self)
-
 
 @dataclass(frozen=True, slots=True)
-class FigureIntervals:
+class FigureIntervals(Jsonable):
     """Intervals of all figures of a result set.
 
     Attributes:
@@ -92,10 +84,6 @@ class FigureIntervals:
     samples: int
     seed: int
     level: float
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything, ready for json."""
-        return fields_of(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +138,7 @@ def resample_images(num_images: int, samples: int = SAMPLES, seed: int = 0) -> n
 
 
 def replicate_figures(table: MatchTable, weights: np.ndarray, *, progress: Progress | None = None) -> WeightedFigures:
-    """`table.figures(weights)`, telling `progress` of (resamples done, in all)."""
+    """`table.figures(weights)`; `progress` is called with (resamples done, in all)."""
     parts = []
     for start in range(0, len(weights), _AT_ONCE):
         parts.append(table.figures(weights[start : start + _AT_ONCE]))
@@ -195,12 +183,7 @@ def difference(value: float, replicates: np.ndarray, level: float = LEVEL) -> Di
 
 
 def figure_intervals(
-    table: MatchTable,
-    *,
-    samples: int = SAMPLES,
-    seed: int = 0,
-    level: float = LEVEL,
-    progress: Progress | None = None,
+    table: MatchTable, *, samples: int = SAMPLES, seed: int = 0, level: float = LEVEL, progress: Progress | None = None
 ) -> FigureIntervals:
     """Intervals of the twelve figures and of AP by class.
 
@@ -230,15 +213,12 @@ def compare_results(
     require_same_truth(first, second)
     weights = _weights(first, samples, seed, level)
 
-    def told(part: int) -> Progress | None:
-        tell = progress
-        return None if tell is None else lambda done, total: tell(part * total + done, 2 * total)
+    def part_of(part: int) -> Progress | None:
+        report = progress
+        return None if report is None else lambda done, total: report(part * total + done, 2 * total)
 
     values = first.figures(), second.figures()
-    found = (
-        _replicates(first, weights, told(0)),
-        _replicates(second, weights, told(1)),
-    )
+    found = (_replicates(first, weights, part_of(0)), _replicates(second, weights, part_of(1)))
     parts = [_named(first, part) for part in (*values, *found)]
     differences = {
         kind: {

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import hotcoco
 import numpy as np
 
 from paqdetr.errors import ConfigError
-from paqdetr.metrics.coco import MAX_DETECTIONS, CocoRecords, GroundTruth, IouType, counted_detections
+from paqdetr.metrics.coco import MAX_DETECTIONS, CocoRecords, GroundTruth, IouType, Json, counted_detections
 
 RECALLS = np.linspace(0.0, 1.0, 101)
 """Where COCO reads the precision."""
@@ -33,51 +33,6 @@ class WeightedFigures:
     figures: dict[str, np.ndarray]
     per_class: np.ndarray
     per_class_AP50: np.ndarray
-
-
-def weighted_figures(table: MatchTable, weights: np.ndarray) -> WeightedFigures:
-    """`MatchTable.figures`; weights (S, I) int32."""
-    precision = average_precision(table, weights, range(4))  # (S, A, C, T)
-    recalls = recall(table, weights, range(4), table.max_detections)
-    few = [recall(table, weights, (0,), number)[:, 0] for number in (1, 10)]
-    thresholds = np.round(table.iou_thresholds, 2)
-    fifty, seventy_five = (int(np.flatnonzero(thresholds == iou)[0]) for iou in (0.5, 0.75))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # the mean of nothing is NaN, and meant so
-        figures = {
-            "AP": np.nanmean(precision[:, 0], axis=(1, 2)),
-            "AP50": np.nanmean(precision[:, 0, :, fifty], axis=1),
-            "AP75": np.nanmean(precision[:, 0, :, seventy_five], axis=1),
-            **{f"AP{size}": np.nanmean(precision[:, a], axis=(1, 2)) for a, size in enumerate("sml", start=1)},
-            "AR1": np.nanmean(few[0], axis=(1, 2)),
-            "AR10": np.nanmean(few[1], axis=(1, 2)),
-            "AR100": np.nanmean(recalls[:, 0], axis=(1, 2)),
-            **{f"AR{size}": np.nanmean(recalls[:, a], axis=(1, 2)) for a, size in enumerate("sml", start=1)},
-        }
-    return WeightedFigures(figures, precision[:, 0].mean(axis=2), precision[:, 0, :, fifty])
-
-
-def average_precision(table: MatchTable, weights: np.ndarray, areas: Sequence[int]) -> np.ndarray:
-    """`MatchTable.average_precision`; weights (S, I) int32."""
-    samples, classes = len(weights), len(table.class_names)
-    found = np.full((samples, len(areas), classes, len(table.iou_thresholds)), np.nan)
-    for c in range(classes):
-        own = table.of_class(c)
-        rows = max(1, _BLOCK // max(own.stop - own.start, 1))
-        for start in range(0, samples, rows):
-            block = weights[start : start + rows]
-            for a, area in enumerate(areas):
-                positives = block @ table.positives[area, c]  # (rows,)
-                defined = positives > 0
-                if defined.any():
-                    found[start : start + rows, a, c][defined] = _of_class(
-                        block[defined],
-                        positives[defined],
-                        table.images[own],
-                        table.true_positive[area, :, own],
-                        ~table.ignored[area, :, own],
-                    )
-    return found
 
 
 def _of_class(
@@ -122,31 +77,9 @@ def _cumulated(weights: np.ndarray) -> np.ndarray:
     return sums
 
 
-def recall(table: MatchTable, weights: np.ndarray, areas: Sequence[int], max_detections: int) -> np.ndarray:
-    """`MatchTable.recall`; weights (S, I) int32."""
-    thresholds, images = len(table.iou_thresholds), len(table.image_ids)
-    found = np.full((len(weights), len(areas), len(table.class_names), thresholds), np.nan)
-    weights = weights.astype(np.float64)  # whole numbers still, and products by BLAS
-    for c in range(len(table.class_names)):
-        own = table.of_class(c)
-        early = table.ranks[own] < max_detections
-        for a, area in enumerate(areas):
-            positives = weights @ table.positives[area, c]  # (S,)
-            hits = np.stack(
-                [
-                    np.bincount(table.images[own][row & early], minlength=images)
-                    for row in table.true_positive[area, :, own]
-                ]
-            )  # (T, I)
-            with np.errstate(invalid="ignore"):
-                found[:, a, c] = np.where(positives[:, None] > 0, (weights @ hits.T) / positives[:, None], np.nan)
-    return found
-
-
 AREAS = ("all", "small", "medium", "large")
 """Sizes of objects: all, below 32^2, between, and above 96^2 square pixels."""
 
-_Json = Mapping[str, Any]
 # Image and class pairs that are asked for at once: their matches are Python lists, of some 10 kB a pair, and of many pairs
 # each takes longer than of few.
 _PAIRS_AT_ONCE = 200
@@ -198,7 +131,7 @@ class MatchTable:
     def match(
         cls,
         ground_truth: GroundTruth,
-        results: Sequence[_Json],
+        results: Sequence[Json],
         iou_type: IouType = "bbox",
         *,
         source: str = "",
@@ -251,25 +184,6 @@ class MatchTable:
         """Where the detections of a class lie in the arrays of length N."""
         return slice(int(self.offsets[index]), int(self.offsets[index + 1]))
 
-    def of_images(self, chosen: Sequence[int]) -> MatchTable:
-        """The table of some images alone, by their positions: what `match` makes of that part of the data set."""
-        places = np.full(len(self.image_ids), -1, np.int32)
-        places[list(chosen)] = np.arange(len(chosen))
-        kept = np.flatnonzero(places[self.images] >= 0)
-        return replace(
-            self,
-            image_ids=tuple(self.image_ids[place] for place in chosen),
-            offsets=np.searchsorted(kept, self.offsets),
-            scores=self.scores[kept],
-            images=places[self.images[kept]],
-            ranks=self.ranks[kept],
-            detections=self.detections[kept],
-            true_positive=self.true_positive[:, :, kept],
-            ignored=self.ignored[:, :, kept],
-            matches=self.matches[:, kept],
-            positives=self.positives[:, :, list(chosen)],
-        )
-
     def threshold_index(self, iou_threshold: float) -> int:
         """Which of `iou_thresholds` is meant.
 
@@ -283,8 +197,8 @@ class MatchTable:
     ) -> np.ndarray:
         """AP of every class, size and IoU threshold, with each image counted as often as its weight says.
 
-        It is exactly that of the data set with that many copies of each image, unless detections of one class in one image
-        have the same score: COCO's rules let their order decide, and copies would then take turns.
+        It is exactly that of the data set with each image repeated so often, unless detections of one class in one image
+        have the same score: COCO's rules let their order decide, and repeated images would then take turns.
 
         Args:
             weights: (S, I) whole numbers from 0, or None for one of each.
@@ -293,7 +207,22 @@ class MatchTable:
         Returns:
             (S, len(areas), C, T) float64; NaN where the weighted images hold no object.
         """
-        return average_precision(self, self._weights(weights), areas)
+        weights = self._weights(weights)
+        samples, classes = len(weights), len(self.class_names)
+        found = np.full((samples, len(areas), classes, len(self.iou_thresholds)), np.nan)
+        for c in range(classes):
+            own = self.of_class(c)
+            rows = max(1, _BLOCK // max(own.stop - own.start, 1))
+            for start in range(0, samples, rows):
+                block = weights[start : start + rows]
+                for a, area in enumerate(areas):
+                    positives = block @ self.positives[area, c]  # (rows,)
+                    defined = positives > 0
+                    if defined.any():
+                        hits, counted = self.true_positive[area, :, own], ~self.ignored[area, :, own]
+                        of_class = _of_class(block[defined], positives[defined], self.images[own], hits, counted)
+                        found[start : start + rows, a, c][defined] = of_class
+        return found
 
     def recall(
         self,
@@ -304,11 +233,40 @@ class MatchTable:
     ) -> np.ndarray:
         """As `average_precision`: the share of objects found by the best `max_detections` of each class and image, by all if it
         is None."""
-        return recall(self, self._weights(weights), areas, max_detections or self.max_detections)
+        most = max_detections or self.max_detections
+        thresholds, images = len(self.iou_thresholds), len(self.image_ids)
+        whole = self._weights(weights).astype(np.float64)  # whole numbers still, and products by BLAS
+        found = np.full((len(whole), len(areas), len(self.class_names), thresholds), np.nan)
+        for c in range(len(self.class_names)):
+            own = self.of_class(c)
+            early, places = self.ranks[own] < most, self.images[own]
+            for a, area in enumerate(areas):
+                positives = whole @ self.positives[area, c]  # (S,)
+                rows = self.true_positive[area, :, own]
+                hits = np.stack([np.bincount(places[row & early], minlength=images) for row in rows])  # (T, I)
+                with np.errstate(invalid="ignore"):
+                    found[:, a, c] = np.where(positives[:, None] > 0, (whole @ hits.T) / positives[:, None], np.nan)
+        return found
 
     def figures(self, weights: np.ndarray | None = None) -> WeightedFigures:
         """The twelve COCO figures, and AP by class, for each row of `weights` ((S, I) or None, as above)."""
-        return weighted_figures(self, self._weights(weights))
+        precision = self.average_precision(weights)  # (S, A, C, T)
+        recalls = self.recall(weights)
+        few = [self.recall(weights, areas=(0,), max_detections=number)[:, 0] for number in (1, 10)]
+        fifty, seventy_five = (self.threshold_index(iou) for iou in (0.5, 0.75))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # the mean of nothing is NaN, and meant so
+            figures = {
+                "AP": np.nanmean(precision[:, 0], axis=(1, 2)),
+                "AP50": np.nanmean(precision[:, 0, :, fifty], axis=1),
+                "AP75": np.nanmean(precision[:, 0, :, seventy_five], axis=1),
+                **{f"AP{size}": np.nanmean(precision[:, a], axis=(1, 2)) for a, size in enumerate("sml", start=1)},
+                "AR1": np.nanmean(few[0], axis=(1, 2)),
+                "AR10": np.nanmean(few[1], axis=(1, 2)),
+                "AR100": np.nanmean(recalls[:, 0], axis=(1, 2)),
+                **{f"AR{size}": np.nanmean(recalls[:, a], axis=(1, 2)) for a, size in enumerate("sml", start=1)},
+            }
+        return WeightedFigures(figures, precision[:, 0].mean(axis=2), precision[:, 0, :, fifty])
 
     def _weights(self, weights: np.ndarray | None) -> np.ndarray:
         number = len(self.image_ids)

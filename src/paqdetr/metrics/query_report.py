@@ -10,7 +10,7 @@ import torch
 from numpy.typing import ArrayLike
 from scipy.special import bdtr
 
-from paqdetr.serialize import fields_of, plain
+from paqdetr.serialize import Jsonable, fields_of, plain
 
 SPREAD_FIGURES = ("threshold", "gini", "chance", "by_rank", "per_image", "unused", "half")
 
@@ -40,7 +40,7 @@ class Spread:
 
     @property
     def per_image(self) -> float:
-        """Mean number of queries that an image uses, or mean amount an image."""
+        """Mean number of queries used per image, or mean amount per image."""
         return float(self.counts.sum()) / max(self.images, 1)
 
     @property
@@ -62,12 +62,12 @@ class Spread:
 
     @property
     def unused(self) -> int:
-        """Queries that were never used."""
+        """Queries without any use."""
         return int((self.counts == 0).sum())
 
     @property
     def half(self) -> int:
-        """The fewest queries that make up half of all use; 0 where there was none."""
+        """The fewest queries for 50 % of use; 0 where there was none."""
         total = np.cumsum(np.sort(self.counts)[::-1], dtype=np.float64)
         return 0 if total[-1] == 0 else int(np.searchsorted(total, total[-1] / 2)) + 1
 
@@ -141,7 +141,7 @@ def count_dead(mass: np.ndarray, dead_share: float = 0.1) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Places:
+class Places(Jsonable):
     """Where queries find their boxes: of the ground truth boxes that each was matched with in the last layer.
 
     Attributes:
@@ -151,17 +151,15 @@ class Places:
             is of that rank in the image, best first.
     """
 
+    json_digits = 6
+
     mean: np.ndarray
     std: np.ndarray
     ranks: np.ndarray
 
-    def to_json(self) -> dict[str, Any]:
-        """Everything, ready for json; NaN is None."""
-        return fields_of(self, 6)
-
 
 @dataclass(frozen=True, slots=True)
-class QueryUsageReport:
+class QueryUsageReport(Jsonable):
     """Five views of how a detector uses its queries. None of them stands alone: docs/queries.md says why.
 
     Attributes:
@@ -170,14 +168,16 @@ class QueryUsageReport:
         boxes_per_image: ground truth; None if there was none.
         ranked: whether the index is the proposal's rank (two-stage hosts).
         activations: view (a), at fixed thresholds: images in which a query's best score lies above.
-        equal: view (b), at the threshold with equal activations an image; None if neither boxes nor a number were given.
-        target: the activations an image that (b) is meant to have; `equal.per_image` is what it has.
+        equal: view (b), at the threshold with equal activations per image; None if neither boxes nor a number were given.
+        target: the activations per image that (b) is meant to have; `equal.per_image` is what it has.
         positives: view (c), matches of the last layer's one-to-one assignment; None without ground truth.
         gradients: view (d), norms of the gradient at the content queries; None if they were not collected.
         patterns: view (e); None for content that is no mixture.
-        query_cosine: mean cosine between the content queries of an image: 1 means copies; None if content was not given.
+        query_cosine: mean cosine between the content queries of an image: 1 means duplicates; None if content was not given.
         places: where queries find their boxes; None without ground truth.
     """
+
+    json_digits = 6
 
     num_queries: int
     images: int
@@ -210,24 +210,16 @@ class QueryUsageReport:
             rows.append({"view": "e", "what": "mass of patterns", **row})
         return rows
 
-    def to_json(self) -> dict[str, Any]:
-        """Everything, ready for json."""
-        return fields_of(self, 6)
-
 
 def gini(counts: ArrayLike | torch.Tensor) -> float:
-    """The Gini coefficient of how often each query was used.
-
-    G = 2 sum_i i x_(i) / (n sum_i x_(i)) - (n + 1) / n, with x ascending, i from 1, zeros kept.
+    """The Gini coefficient of how often each query was used: 2 sum_i i x_(i) / (n sum_i x_(i)) - (n + 1) / n, x ascending.
 
     Args:
-        counts: (n,) non-negative and finite, any real or integer dtype, n >= 1: one count or weight a query.
-            Queries that were never used must be in it.
+        counts: (n,) non-negative and finite, any real or integer dtype, n >= 1: one per query, zeros of unused ones included.
 
     Returns:
-        A float in [0, 1): 0 when all are used alike, 1 - 1/n when one query does everything. It does not
-        change with the unit of the counts. All zero gives 0: nothing was used, so nothing unevenly. Look at
-        the sum before reading that as balance.
+        A float in [0, 1): 0 when all are used alike, 1 - 1/n when one query is all use. All zero gives 0: look at the sum
+        before reading that as balance.
 
     Raises:
         ValueError: empty, not one-dimensional, negative, NaN or infinite.

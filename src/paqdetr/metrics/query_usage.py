@@ -22,9 +22,34 @@ if TYPE_CHECKING:
 # Scores are counted between edges that lie 1/64 apart in the logit, from -8 (0.0003) to 8: at most 0.004 in the score.
 _PER_LOGIT, _REACH = 64, 8
 _EDGES = 2 * _REACH * _PER_LOGIT + 1
-# 900 queries in a million images stay below 2^63.
-_UNIT = 2.0**32
+UNIT = 2.0**32
+"""Sums of reals are kept in whole multiples of 1 / UNIT, so that they do not depend on the order of the batches: those of 900
+queries in a million images stay below 2^63."""
 _RANKS = 32
+
+
+class BatchMatch:
+    """The one-to-one match of the last layer with a batch's ground truth, made once for all observers that share this object.
+
+    Args:
+        cost_weights: of the match; the DETR family's by default.
+    """
+
+    def __init__(self, cost_weights: CostWeights | None = None) -> None:
+        self._assigner = OneToOneAssigner(cost_weights=cost_weights or CostWeights())
+        self._batch: tuple[Any, ...] = ()
+        self._pairs: list[Pairs] = []
+
+    def __call__(self, pred_logits: Tensor, pred_boxes: Tensor, targets: Sequence[Targets]) -> list[Pairs]:
+        """Pairs of each image; those of the call before if it was of the very same batch."""
+        batch = (pred_logits, pred_boxes, targets)
+        if not self._batch or any(one is not other for one, other in zip(batch, self._batch, strict=True)):
+            self._pairs = list(self._assigner(pred_logits.detach(), pred_boxes.detach(), targets))
+            self._batch = batch
+        return self._pairs
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_batch": (), "_pairs": []}
 
 
 class QueryUsage:
@@ -44,6 +69,7 @@ class QueryUsage:
         thresholds: scores of view (a), in (0, 1); the author's by default.
         ranked: whether index i is the i-th best proposal of every image, as in two-stage hosts.
         cost_weights: of the one-to-one match; the DETR family's by default.
+        match: shared with other observers of the same evaluation, which then match each batch once.
     """
 
     def __init__(
@@ -53,13 +79,14 @@ class QueryUsage:
         thresholds: Sequence[float] = (0.3, 0.4, 0.5),
         ranked: bool = False,
         cost_weights: CostWeights | None = None,
+        match: BatchMatch | None = None,
     ) -> None:
         if num_queries < 1:
             raise ValueError(f"num_queries: expected at least 1, found {num_queries}")
         if not all(0 < threshold < 1 for threshold in thresholds):
             raise ValueError(f"thresholds: expected numbers between 0 and 1, found {tuple(thresholds)}")
         self.num_queries, self.thresholds, self.ranked = num_queries, tuple(thresholds), ranked
-        self.cost_weights = cost_weights or CostWeights()
+        self.match = match or BatchMatch(cost_weights)
         self._sums: dict[str, Tensor] = {}  # int64, but for the histogram, which is int32
         self._peak: Tensor | None = None  # (m,) float32
 
@@ -100,13 +127,12 @@ class QueryUsage:
             self._add_scores(best)
             if targets is not None:
                 if pairs is None:
-                    assigner = OneToOneAssigner(cost_weights=self.cost_weights)
-                    pairs = assigner(logits, pred_boxes.detach(), targets)
+                    pairs = self.match(pred_logits, pred_boxes, targets)
                 self._add_matches(best, targets, pairs)
             if weights is not None:
                 self._add_weights(weights.detach())
             if content is not None:
-                self._add("cosine", _fixed(query_cosine(content.detach().double())).sum(0, keepdim=True))
+                self._add("cosine", fixed(query_cosine(content.detach().double())).sum(0, keepdim=True))
                 self._add("images_with_content", torch.tensor([len(content)], device=content.device))
 
     def see(self, output: DetectorOutput, targets: Sequence[Targets], indices: Sequence[int]) -> None:
@@ -139,11 +165,7 @@ class QueryUsage:
         return self._count("images")
 
     def report(
-        self,
-        *,
-        activations_per_image: float | None = None,
-        gradients: Spread | None = None,
-        dead_share: float = 0.1,
+        self, *, activations_per_image: float | None = None, gradients: Spread | None = None, dead_share: float = 0.1
     ) -> QueryUsageReport:
         """What was found so far.
 
@@ -191,7 +213,7 @@ class QueryUsage:
             positives=spread(self._array("matches"), annotated) if annotated else None,
             gradients=gradients,
             patterns=self._patterns(dead_share),
-            query_cosine=self._count("cosine") / _UNIT / described if described else None,
+            query_cosine=self._count("cosine") / UNIT / described if described else None,
             places=self._places() if annotated else None,
         )
 
@@ -226,7 +248,7 @@ class QueryUsage:
         image = torch.repeat_interleave(torch.arange(batch), counts).to(device)
         self._sums["matches"].index_add_(0, queries, torch.ones_like(queries))
         for name, values in (("place", found), ("place_squared", found.square())):
-            self._sum(name, (n, 4), device).index_add_(0, queries, _fixed(values))
+            self._sum(name, (n, 4), device).index_add_(0, queries, fixed(values))
         ranks = best.argsort(1, descending=True).argsort(1)[image, queries]
         cells = min(n, _RANKS)
         cell = queries * cells // n * cells + ranks * cells // n
@@ -236,8 +258,8 @@ class QueryUsage:
         """(B, n, m), rows that sum to 1."""
         batch, _, m = weights.shape
         rows = weights.double()
-        self._add("mass", _fixed(rows.sum(1)).sum(0))  # (m,)
-        self._add("entropy", _fixed(row_entropy(rows)).sum(0, keepdim=True))
+        self._add("mass", fixed(rows.sum(1)).sum(0))  # (m,)
+        self._add("entropy", fixed(row_entropy(rows)).sum(0, keepdim=True))
         leads = F.one_hot(rows.argmax(-1).flatten(), m).sum(0)
         self._add("leads", leads)
         self._add("images_with_weights", torch.tensor([batch], device=rows.device))
@@ -302,23 +324,22 @@ class QueryUsage:
         images = self._count("images_with_weights")
         if not images or self._peak is None:
             return None
-        mass = self._array("mass") / _UNIT / (images * self.num_queries)
+        mass = self._array("mass") / UNIT / (images * self.num_queries)
         return PatternUse(
             mass=mass,
             peak=self._peak.cpu().numpy(),
             leads=self._array("leads"),
-            entropy=self._count("entropy") / _UNIT / images,
+            entropy=self._count("entropy") / UNIT / images,
             dead_share=dead_share,
         )
 
     def _places(self) -> Places:
-        n, cells = self.num_queries, min(self.num_queries, _RANKS)
+        cells = min(self.num_queries, _RANKS)
         matches = self._array("matches")
         times = np.where(matches > 0, matches, np.nan)[:, None]
-        mean = self._array("place") / _UNIT / times
-        square = self._array("place_squared") / _UNIT / times
+        mean = self._array("place") / UNIT / times
+        square = self._array("place_squared") / UNIT / times
         std = np.sqrt(np.maximum(square - mean**2, 0))
-        assert len(mean) == n
         return Places(mean=mean, std=std, ranks=self._array("ranks").reshape(cells, cells))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -342,6 +363,6 @@ def row_entropy(weights: Tensor) -> Tensor:
     return entropy / np.log(weights.shape[-1])
 
 
-def _fixed(values: Tensor) -> Tensor:
-    """Reals as whole multiples of 2^-32, int64."""
-    return (values.double() * _UNIT).round().long()
+def fixed(values: Tensor) -> Tensor:
+    """Reals as whole multiples of 1 / `UNIT`, int64."""
+    return (values.double() * UNIT).round().long()

@@ -70,7 +70,7 @@ class Backbone(nn.Module):
 
     Args:
         name: timm model name.
-        strides: pixels a feature cell, ascending, for example (8, 16, 32).
+        strides: pixels per feature cell, ascending, for example (8, 16, 32).
         frozen_stride: everything up to the feature of this stride keeps its weights; 0 freezes nothing.
         freeze_norm: batch norms use their running statistics and train nothing.
         output_norm: a LayerNorm over the channels of each map.

@@ -1,7 +1,7 @@
-"""Denoising: noisy copies of the ground truth that the decoder learns to repair, or to reject.
+"""Denoising: noised ground-truth boxes that the decoder learns to repair, or to reject.
 
 Sources: DN-DETR (arXiv 2203.01305, section 4) for `PlainDenoising`; DINO (arXiv 2203.03605, section 3.3) for
-`ContrastiveDenoising`. Copies stand in groups, which see the matching queries but not each other.
+`ContrastiveDenoising`. Noised boxes stand in groups, which see the matching queries but not each other.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _EPS = 1e-3
 class DenoisingQueries:
     """Queries that precede the matching ones in the decoder.
 
-    A group holds `boxes` slots with a slightly moved copy of each box, then, if `kinds` is 2, as many with a strongly moved one.
+    A group holds `boxes` slots with each box moved slightly, then, if `kinds` is 2, as many with each box moved strongly.
 
     Attributes:
         content: (B, groups * kinds * boxes, d).
@@ -56,22 +56,22 @@ class DenoisingQueries:
     def attention_mask(self, num_queries: int, device: torch.device) -> Tensor:
         """(N, N) bool over denoising and matching queries, True where attention is forbidden.
 
-        Matching queries may not see the copies, which would tell them the answer; groups may not see each other.
+        Matching queries may not see noised boxes, which would give them the answer; groups may not see each other.
         """
         total = len(self) + num_queries
         group = torch.full((total,), self.groups, device=device)
         members = torch.arange(self.groups, device=device).repeat_interleave(self.kinds * self.boxes)
         group[: len(self)] = members
-        to_copies = torch.arange(total, device=device) < len(self)
-        return to_copies[None, :] & (group[:, None] != group[None, :])
+        to_denoising = torch.arange(total, device=device) < len(self)
+        return to_denoising[None, :] & (group[:, None] != group[None, :])
 
 
 class ContrastiveDenoising(nn.Module):
-    """DINO's: copies moved a little are to be repaired, copies moved more are to be rejected.
+    """DINO's: boxes moved a little are to be repaired, boxes moved more are to be rejected.
 
     Args:
-        num_queries: positive queries an image, shared out over the groups.
-        label_noise: share of copies whose label is drawn anew is half of it, as in DINO's code.
+        num_queries: positive queries per image, shared out over the groups.
+        label_noise: twice the share of labels that are drawn anew, as in DINO's code.
         box_noise: corners move by up to this times half the side (positives), or up to twice that (negatives).
     """
 
@@ -94,7 +94,7 @@ class ContrastiveDenoising(nn.Module):
         that the embedding has a gradient, of zero."""
         most = max(len(target) for target in targets)
         groups = max(self.num_queries // most, 1) if most else 1
-        labels, boxes, exists = _copies(targets, groups * 2, self.label_embed.weight)
+        labels, boxes, exists = _repeated(targets, groups * 2, self.label_embed.weight)
         slots = max(most, 1)
         negative = (torch.arange(boxes.shape[1], device=boxes.device) // slots % 2).bool()  # (N,)
         noisy_labels = _flip(labels, self.label_noise * 0.5, self.label_embed.num_embeddings)
@@ -123,13 +123,13 @@ class ContrastiveDenoising(nn.Module):
 
 
 class PlainDenoising(nn.Module):
-    """DN-DETR's: every group holds one moved copy of each box, to be repaired. The last channel of the content says that a query
-    is a copy (1) rather than a matching one (0).
+    """DN-DETR's: every group holds each box once, moved, to be repaired. The last channel of the content marks denoising queries
+    (1) against matching ones (0).
 
     Args:
-        groups: copies of each box.
+        groups: noised boxes per ground-truth box.
         dim: width of a query; labels have one channel less.
-        label_noise: share of copies whose label is drawn anew.
+        label_noise: share of labels that are drawn anew.
         box_noise: centres move by up to this times half the side, sides by up to this times themselves.
     """
 
@@ -143,7 +143,7 @@ class PlainDenoising(nn.Module):
 
     def forward(self, targets: Sequence[Targets]) -> DenoisingQueries:
         """Targets of B images -> queries; without a single box, empty slots."""
-        labels, boxes, exists = _copies(targets, self.groups, self.label_embed.weight)
+        labels, boxes, exists = _repeated(targets, self.groups, self.label_embed.weight)
         noisy_labels = _flip(labels, self.label_noise, self.label_embed.num_embeddings)
         content = F.pad(self.label_embed(noisy_labels), (0, 1), value=1.0) * exists[..., None]
         reach = torch.cat([boxes[..., 2:] / 2, boxes[..., 2:]], dim=-1)
@@ -161,8 +161,8 @@ class PlainDenoising(nn.Module):
 Denoising = ContrastiveDenoising | PlainDenoising
 
 
-def _copies(targets: Sequence[Targets], copies: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Labels (B, N), boxes (B, N, 4) and whether there is one (B, N), each image's repeated `copies` times; at least one slot."""
+def _repeated(targets: Sequence[Targets], times: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Labels (B, N), boxes (B, N, 4) and whether there is one (B, N), each image's repeated `times` times; at least one slot."""
     device = like.device
     labels = pad_sequence([t.labels.to(device) for t in targets], batch_first=True)  # (B, G)
     boxes = pad_sequence(
@@ -173,7 +173,7 @@ def _copies(targets: Sequence[Targets], copies: int, like: Tensor) -> tuple[Tens
         labels, boxes = labels.new_zeros(len(targets), 1), boxes.new_zeros(len(targets), 1, 4)
     counts = torch.tensor([len(target) for target in targets], device=device)
     exists = torch.arange(labels.shape[1], device=device) < counts[:, None]
-    return labels.repeat(1, copies), boxes.repeat(1, copies, 1), exists.repeat(1, copies)
+    return labels.repeat(1, times), boxes.repeat(1, times, 1), exists.repeat(1, times)
 
 
 def _flip(labels: Tensor, share: float, num_classes: int) -> Tensor:

@@ -24,7 +24,7 @@ from paqdetr.models.encoder import DeformableEncoder
 from paqdetr.models.inference import detect_batch
 from paqdetr.models.neck import Neck
 from paqdetr.models.outputs import DetectorOutput
-from paqdetr.models.proposals import ProposalStart, QueryStart, Start, query_features
+from paqdetr.models.proposals import Initializer, ProposalStart, QueryInit, query_features
 from paqdetr.models.queries import QueryGroup, QuerySource, StaticQueries, attention_mask
 from paqdetr.models.tokens import Tokens
 from paqdetr.paq import Mixture
@@ -57,7 +57,7 @@ class Detector(nn.Module):
         backbone: Backbone,
         neck: Neck,
         encoder: DeformableEncoder,
-        start: QueryStart,
+        start: Initializer,
         query_source: QuerySource | None,
         decoder: Decoder,
         denoising: Denoising | None,
@@ -90,7 +90,9 @@ class Detector(nn.Module):
             ValueError: a mask of another shape or dtype, or targets that are not what `Targets` says. On a CPU also a mask that
                 begins with padding, and values of targets; those on a GPU are looked at where they are matched.
         """
-        if self.training and targets is not None:
+        if (
+            self.training and targets is not None and self.denoising is not None
+        ):  # others read no targets before the criterion
             require_form(targets, batch=len(images))
             if all(target.labels.device.type == target.boxes.device.type == "cpu" for target in targets):
                 require_values(targets, self.config.num_classes)
@@ -134,8 +136,8 @@ class Detector(nn.Module):
         forbidden = attention_mask(denoising, count, hybrid, features.values.device)
         decoded = self.decoder(QueryGroup.join(groups), memory, forbidden)
 
-        copies = 0 if denoising is None else len(denoising)
-        layers = decoded.part(copies, copies + count)
+        denoised = 0 if denoising is None else len(denoising)
+        layers = decoded.part(denoised, denoised + count)
         proposals = start.proposals
         return DetectorOutput(
             pred_logits=layers.logits[-1],
@@ -143,9 +145,9 @@ class Detector(nn.Module):
             layers=layers,
             proposals=None if proposals is None else proposals.first(count),
             mixture=mixture,
-            denoised=None if denoising is None else decoded.part(0, copies),
+            denoised=None if denoising is None else decoded.part(0, denoised),
             denoising=denoising,
-            hybrid=decoded.part(copies + count, None) if hybrid else None,
+            hybrid=decoded.part(denoised + count, None) if hybrid else None,
         )
 
     def checkpoint_activations(self, on: bool = True) -> None:
@@ -154,10 +156,10 @@ class Detector(nn.Module):
         self.encoder.checkpoint_activations = self.decoder.checkpoint_activations = on
 
     def aux_losses(self) -> dict[str, Tensor]:
-        """Unweighted losses that the query source owes for itself, by name."""
+        """Auxiliary losses of the query source, unweighted, by name."""
         return {} if self.query_source is None else self.query_source.aux_losses()
 
-    def _content(self, memory: Tokens, start: Start) -> Mixture:
+    def _content(self, memory: Tokens, start: QueryInit) -> Mixture:
         """Content of the matching queries, (B, n, content_dim)."""
         count = self.config.num_queries
         if self.query_source is None:  # the host makes it from the proposals
@@ -171,7 +173,7 @@ class Detector(nn.Module):
         return self.query_source(memory.values, memory.spatial_shapes, memory.padding_mask, boxes, features)
 
     def _marked(self, content: Tensor) -> Tensor:
-        """With DN-DETR's indicator channel, 0 for "not a noisy copy", where the host has one: (B, n, d)."""
+        """With DN-DETR's indicator channel, 0 for "no denoising query", where the host has one: (B, n, d)."""
         return F.pad(content, (0, self.config.dim - self.config.content_dim))
 
     def predict(
@@ -300,7 +302,7 @@ def _checked_mask(mask: Tensor | None, images: Tensor) -> Tensor | None:
             "a pixel_mask with 1 at the image becomes one by `pixel_mask == 0`"
         )
     if mask.device.type != "cpu":
-        return mask  # looking at its values would wait for the device
+        return mask  # looking at its values would be a GPU sync
     if mask[:, 0, 0].any():
         first = int(mask[:, 0, 0].int().argmax())
         raise ValueError(
@@ -310,7 +312,7 @@ def _checked_mask(mask: Tensor | None, images: Tensor) -> Tensor | None:
     return mask if mask.any() else None
 
 
-def _group(start: Start, rows: slice, content: Tensor | None) -> QueryGroup:
+def _group(start: QueryInit, rows: slice, content: Tensor | None) -> QueryGroup:
     """Some rows of a start, with content of their own or the start's."""
     if content is None:
         assert start.content is not None

@@ -21,12 +21,13 @@ from paqdetr.environment import require_device
 from paqdetr.errors import CheckpointError, ConfigError, import_extra, memory_error
 from paqdetr.models.detector import Detector
 from paqdetr.models.zoo import build_model
+from paqdetr.paq.patterns import resized_rows
 from paqdetr.preprocessing import Preprocessing
 from paqdetr.serialize import fields_of
 from paqdetr.structures import ClassTable, OperatingPoint
-from paqdetr.text import shorten
+from paqdetr.text import shorten, some
 
-# Tensors with a row a class, and with one or several rows a query.
+# Tensors with a row per class, and with one or several rows per query.
 _CLASS_ROWS = re.compile(
     r"decoder\.class_heads\.\d+\.(weight|bias)|start\.head\.class_head\.(weight|bias)|denoising\.label_embed\.weight"
 )
@@ -62,9 +63,9 @@ class ReshapeReport:
         total = len(self.known_classes) + len(self.new_classes)
         parts = [f"{len(self.known_classes)} of {total} classes known by name"]
         if self.new_classes:
-            parts.append(f"new: {_some(self.new_classes)}")
+            parts.append(f"new: {some(self.new_classes, 5)}")
         if self.dropped_classes:
-            parts.append(f"dropped: {_some(self.dropped_classes)}")
+            parts.append(f"dropped: {some(self.dropped_classes, 5)}")
         if before != after:
             grown = f", {self.interpolated_queries} of them interpolated" if self.interpolated_queries else ""
             parts.append(f"queries {before} -> {after}{grown}")
@@ -145,7 +146,7 @@ def as_class_table(classes: ClassTable | Sequence[str] | int) -> ClassTable:
         classes = ClassTable(tuple(range(len(names))), names)
     folded = [name.casefold() for name in classes.names]
     if not folded or len(set(folded)) < len(folded):
-        raise ConfigError(f"classes: {_some(classes.names)}", "give at least one class, each name once")
+        raise ConfigError(f"classes: {some(classes.names, 5)}", "give at least one class, each name once")
     return classes
 
 
@@ -167,7 +168,7 @@ def reshape_tensors(
         queries: number of queries of the old model and of the new one.
     """
     rows = _matching_rows(*classes)
-    low, high, share = _query_rows(*queries, ranked=config.positions == "proposals")
+    query_rows = resized_rows(*queries, ranked=config.positions == "proposals")
     result = dict(tensors)
     for key, tensor in tensors.items():
         if key not in fresh:
@@ -179,9 +180,7 @@ def reshape_tensors(
                 for old, new in rows:
                     result[key][new] = tensor[old]
         elif _QUERY_ROWS.fullmatch(key) and queries[0] != queries[1]:
-            by_query = tensor.unflatten(0, (queries[0], -1))  # (n, rows a query, ...)
-            weight = share.to(by_query).view(-1, *[1] * (by_query.ndim - 1))
-            result[key] = torch.lerp(by_query[low], by_query[high], weight).flatten(0, 1)
+            result[key] = query_rows.of(tensor, len(tensor) // queries[0])
     known = {new for _, new in rows}
     went = {old for old, _ in rows}
     report = ReshapeReport(
@@ -189,7 +188,7 @@ def reshape_tensors(
         new_classes=tuple(name for row, name in enumerate(classes[1].names) if row not in known),
         dropped_classes=tuple(name for row, name in enumerate(classes[0].names) if row not in went),
         queries=queries,
-        interpolated_queries=int((share > 0).sum()),
+        interpolated_queries=int((query_rows.share > 0).sum()),
         changed=tuple(key for key in tensors if result[key].shape != tensors[key].shape),
     )
     return result, report
@@ -199,24 +198,6 @@ def _matching_rows(old: ClassTable, new: ClassTable) -> list[tuple[int, int]]:
     """Pairs of rows (old, new) whose names agree but for case."""
     rows = {name.casefold(): row for row, name in enumerate(old.names)}
     return [(rows[name.casefold()], row) for row, name in enumerate(new.names) if name.casefold() in rows]
-
-
-def _query_rows(old: int, new: int, *, ranked: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """For each new query the two old ones it lies between and how far from the first, (n,) each; 0 where it is kept."""
-    if new <= old:
-        kept = torch.arange(new) if ranked else torch.arange(new) * old // new
-        return kept, kept, torch.zeros(new)
-    gaps, extra = max(old - 1, 1), new - old
-    edges = torch.arange(gaps + 1) * extra // gaps  # the new queries are shared out over the gaps
-    counts = edges.diff()
-    low = torch.arange(gaps).repeat_interleave(counts)
-    place = torch.arange(extra) - edges[low] + 1
-    kept = torch.arange(old)
-    return (
-        torch.cat([kept, low]),
-        torch.cat([kept, (low + 1).clamp(max=old - 1)]),
-        torch.cat([torch.zeros(old), place / (counts[low] + 1)]),
-    )
 
 
 def without_counters(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -260,10 +241,6 @@ def _yaml(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
 _LOG = logging.getLogger(__name__)
 
 
@@ -273,9 +250,9 @@ class _Class(BaseModel):
 
 
 class _OperatingPoint(BaseModel):
-    threshold: float | None = Field(None, ge=0, le=1)
-    nms: float | None = Field(None, ge=0, le=1)
-    duplicates_cost: float | None = Field(None, ge=-1, le=1)
+    threshold: float | None = Field(default=None, ge=0, le=1)
+    nms: float | None = Field(default=None, ge=0, le=1)
+    duplicates_cost: float | None = Field(default=None, ge=-1, le=1)
 
 
 class _Header(BaseModel):

@@ -17,7 +17,7 @@ from paqdetr.ops import ms_deform_attn
 
 @dataclass(frozen=True, slots=True)
 class AllTokens:
-    """What every token says, for a loss over all of them.
+    """Predictions of every token, for a loss over all of them.
 
     Attributes:
         logits: (B, S, 1).
@@ -64,8 +64,8 @@ class ProposalHead(nn.Module):
     """Scores every token and regresses a box from an anchor at its place.
 
     Args:
-        class_agnostic: tell "an object" from background with a single logit (Deformable DETR); otherwise one for each class, and
-            tokens are ranked by the likeliest.
+        class_agnostic: one logit, "an object" (Deformable DETR); otherwise one for each class, and tokens are ranked by
+            the likeliest.
         distinct: a proposal that overlaps a better one by more than this IoU is chosen only after all others; None: as ranked. Of
             DDQ this is the selection before the decoder, in training and in use; its selection between layers and its loss on
             dense queries are not there.
@@ -168,7 +168,7 @@ def _pick(tokens: Tensor, indices: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Start:
+class QueryInit:
     """What the decoder begins with, besides content.
 
     Attributes:
@@ -192,11 +192,11 @@ class LearnedPoints(nn.Module):
         self.position = nn.Parameter(torch.randn(num_queries, dim))
         self.point_head = nn.Linear(dim, 2)
 
-    def forward(self, memory: Tokens) -> Start:
+    def forward(self, memory: Tokens) -> QueryInit:
         """The same points for every image."""
         batch = memory.values.shape[0]
         points = self.point_head(self.position).sigmoid()  # (n, 2)
-        return Start(reference=points.expand(batch, -1, -1), position=self.position.expand(batch, -1, -1))
+        return QueryInit(reference=points.expand(batch, -1, -1), position=self.position.expand(batch, -1, -1))
 
 
 class LearnedAnchors(nn.Module):
@@ -206,9 +206,9 @@ class LearnedAnchors(nn.Module):
         super().__init__()
         self.boxes = nn.Parameter(torch.randn(num_queries, 4))  # logits of cxcywh
 
-    def forward(self, memory: Tokens) -> Start:
+    def forward(self, memory: Tokens) -> QueryInit:
         """The same boxes for every image."""
-        return Start(reference=self.boxes.sigmoid().expand(memory.values.shape[0], -1, -1))
+        return QueryInit(reference=self.boxes.sigmoid().expand(memory.values.shape[0], -1, -1))
 
 
 class ProposalStart(nn.Module):
@@ -239,22 +239,22 @@ class ProposalStart(nn.Module):
             width = 2 * dim if with_content else dim
             self.embed = nn.Sequential(nn.Linear(2 * dim, width), nn.LayerNorm(width))
 
-    def forward(self, memory: Tokens, extra: int = 0) -> Start:
+    def forward(self, memory: Tokens, extra: int = 0) -> QueryInit:
         """Boxes of the best `num_queries + extra` tokens."""
         proposals = self.head(memory, self.num_queries + extra)
         reference = proposals.boxes.detach()
         if self.embed is None:
-            return Start(reference=reference, proposals=proposals)
+            return QueryInit(reference=reference, proposals=proposals)
         sine = sine_proposals(reference, self.dim // 2)  # (B, n, 2 d)
         embedded = self.embed(sine.to(memory.values.dtype))
         position, content = embedded.split(self.dim, dim=-1) if self.with_content else (embedded, None)
-        return Start(reference=reference, position=position, content=content, proposals=proposals)
+        return QueryInit(reference=reference, position=position, content=content, proposals=proposals)
 
 
-QueryStart = LearnedPoints | LearnedAnchors | ProposalStart
+Initializer = LearnedPoints | LearnedAnchors | ProposalStart
 
 
-def query_features(start: Start, memory: Tokens, *, num_heads: int) -> Tensor:
+def query_features(start: QueryInit, memory: Tokens, *, num_heads: int) -> Tensor:
     """What each query looks at: the token of its proposal; in one-stage hosts the memory at its reference point.
 
     Args:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -33,12 +33,12 @@ class QuerySource(Protocol):
         ...
 
     def aux_losses(self) -> dict[str, Tensor]:
-        """Losses the source owes for itself, by name."""
+        """Auxiliary losses of the source, unweighted, by name."""
         ...
 
 
 class StaticQueries(nn.Module):
-    """One learned vector a query, the same for every image (DINO's mixed query selection).
+    """One learned vector per query, the same for every image (DINO's mixed query selection).
 
     Args:
         std: initial standard deviation; 0 leaves the start to the positions; None is the Xavier-uniform start of DINO's code,
@@ -51,15 +51,8 @@ class StaticQueries(nn.Module):
         if std is None:
             nn.init.xavier_uniform_(self.table)
 
-    def forward(
-        self,
-        tokens: Tensor,
-        spatial_shapes: Sequence[tuple[int, int]],
-        padding_mask: Tensor | None = None,
-        proposals: Tensor | None = None,
-        query_features: Tensor | None = None,
-    ) -> Mixture:
-        """The table, once an image: content (B, n, d), no weights."""
+    def forward(self, tokens: Tensor, *others: object) -> Mixture:
+        """The table, for each image: content (B, n, d), no weights."""
         return Mixture(content=self.table.expand(tokens.shape[0], -1, -1), weights=None)
 
     def aux_losses(self) -> dict[str, Tensor]:
@@ -98,7 +91,7 @@ class FeatureQueries(nn.Module):
 
 
 class ResidualMixtures(nn.Module):
-    """A learned table, and mixtures that are added to it through a gate of one number a channel.
+    """A learned table, and mixtures that are added to it through a gate of one number per channel.
 
     The gate starts at zero, as ReZero's (arXiv 2003.04887): a training begins as that of the host with static content, and takes
     from the patterns what helps. A trained table of a host can be put in, and then the detector begins as it was. Ours; the
@@ -115,16 +108,9 @@ class ResidualMixtures(nn.Module):
         self.gate = nn.Parameter(torch.zeros(self.table.shape[1]))
         self.mixtures = mixtures
 
-    def forward(
-        self,
-        tokens: Tensor,
-        spatial_shapes: Sequence[tuple[int, int]],
-        padding_mask: Tensor | None = None,
-        proposals: Tensor | None = None,
-        query_features: Tensor | None = None,
-    ) -> Mixture:
+    def forward(self, *inputs: Any) -> Mixture:
         """Content (B, n, d) is table + gate * mixture; the weights (B, n, m) are the mixture's, if it has any."""
-        mixture = self.mixtures(tokens, spatial_shapes, padding_mask, proposals, query_features)
+        mixture = self.mixtures(*inputs)
         return replace(mixture, content=self.table + self.gate * mixture.content)
 
     @property
@@ -133,7 +119,7 @@ class ResidualMixtures(nn.Module):
         return None if isinstance(self.mixtures, FeatureQueries) else self.mixtures.patterns
 
     def aux_losses(self) -> dict[str, Tensor]:
-        """What the mixtures owe."""
+        """Those of the mixtures."""
         return self.mixtures.aux_losses()
 
 

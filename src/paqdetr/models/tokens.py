@@ -96,7 +96,7 @@ class Tokens:
 
 
 def _may_have_padding(mask: Tensor) -> bool:
-    """Whether there is any, or it lies on a device that would have to be waited for: whoever made the batch knew."""
+    """Whether there is any; on a GPU taken for granted, since looking would be a GPU sync."""
     return mask.device.type != "cpu" or bool(mask.any())
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -17,21 +17,19 @@ from paqdetr.models.denoising import ContrastiveDenoising, Denoising, PlainDenoi
 from paqdetr.models.detector import Detector
 from paqdetr.models.encoder import DeformableEncoder
 from paqdetr.models.neck import Neck
-from paqdetr.models.proposals import LearnedAnchors, LearnedPoints, ProposalHead, ProposalStart, QueryStart
+from paqdetr.models.proposals import Initializer, LearnedAnchors, LearnedPoints, ProposalHead, ProposalStart
 from paqdetr.models.queries import FeatureQueries, QuerySource, ResidualMixtures, StaticQueries
 from paqdetr.paq import PatternQueries, StaticMixtures
 from paqdetr.preprocessing import Preprocessing
 from paqdetr.structures import ClassTable
-
-if TYPE_CHECKING:
-    from paqdetr.models.detector import Detector
+from paqdetr.values import from_settings
 
 # So that the many background queries do not drown the first steps.
 _CLASS_BIAS = -math.log((1 - 0.01) / 0.01)
 
 
 def init_weights(model: Detector) -> None:
-    """Give every parameter outside the backbone and the query source its start, as the table above says."""
+    """Initialise every parameter outside the backbone and the query source: boxes start at their references."""
     for part in (
         model.encoder,
         model.decoder.layers,
@@ -88,116 +86,59 @@ def _zero(bias: Tensor | None) -> None:
         nn.init.zeros_(bias)
 
 
-_Mixtures = TypeVar("_Mixtures", PatternQueries, StaticMixtures, FeatureQueries)
-
-
 def _static_queries(config: ModelConfig) -> StaticQueries:
-    return StaticQueries(num_queries=config.num_queries, dim=config.content_dim, std=config.content_std)
+    return from_settings(StaticQueries, config, dim=config.content_dim, std=config.content_std)
 
 
-def _pattern_queries(config: ModelConfig) -> PatternQueries | ResidualMixtures:
-    return _as_mixture(config, _patterns(config))
-
-
-def _static_mixtures(config: ModelConfig) -> StaticMixtures | ResidualMixtures:
-    mixtures = StaticMixtures(
-        num_queries=config.num_queries,
-        num_patterns=config.num_patterns,
-        dim=config.content_dim,
-        temperature=config.temperature,
-        bias_std=config.bias_std,
-        pattern_std=config.pattern_std,
-    )
-    return _as_mixture(config, mixtures)
-
-
-def _feature_queries(config: ModelConfig) -> FeatureQueries | ResidualMixtures:
-    return _as_mixture(config, FeatureQueries(dim=config.dim, content_dim=config.content_dim))
-
-
-def _as_mixture(config: ModelConfig, mixtures: _Mixtures) -> _Mixtures | ResidualMixtures:
+def _as_mixture(
+    config: ModelConfig, mixtures: PatternQueries | StaticMixtures | FeatureQueries
+) -> PatternQueries | StaticMixtures | FeatureQueries | ResidualMixtures:
     """The mixtures themselves, or added to static content."""
     if config.mixture == "replace":
         return mixtures
     return ResidualMixtures(static=_static_queries(config), mixtures=mixtures)
 
 
-def _patterns(config: ModelConfig) -> PatternQueries:
-    return PatternQueries(
-        num_queries=config.num_queries,
-        num_patterns=config.num_patterns,
-        dim=config.dim,
-        num_levels=config.num_levels,
-        extractor=config.extractor,
-        head=config.head,
-        pattern_dim=config.content_dim,
-        temperature=config.temperature,
-        gain=config.gain,
-        bias_std=config.bias_std,
-        pattern_std=config.pattern_std,
-        head_rank=config.head_rank,
-        conv=config.extractor_conv,
-        normalize_summary=config.normalize_summary,
-        mixture_input=config.mixture_input,
-    )
+def _pattern_queries(config: ModelConfig) -> QuerySource:
+    patterns = from_settings(PatternQueries, config, pattern_dim=config.content_dim, conv=config.extractor_conv)
+    return _as_mixture(config, patterns)
 
 
 # None: the start makes the content itself.
 QUERY_SOURCES: dict[str, Callable[[ModelConfig], QuerySource | None]] = {
     "static": _static_queries,
     "patterns": _pattern_queries,
-    "static_mixture": _static_mixtures,
-    "features": _feature_queries,
+    "static_mixture": lambda config: _as_mixture(config, from_settings(StaticMixtures, config, dim=config.content_dim)),
+    "features": lambda config: _as_mixture(config, from_settings(FeatureQueries, config)),
     "proposals": lambda config: None,
 }
 
 
 def _proposal_start(config: ModelConfig) -> ProposalStart:
-    return ProposalStart(
-        head=ProposalHead(
-            dim=config.dim,
-            num_classes=config.num_classes,
+    return from_settings(
+        ProposalStart,
+        config,
+        head=from_settings(
+            ProposalHead,
+            config,
             class_agnostic=config.class_agnostic_proposals,
             distinct=config.distinct_proposals,
         ),
-        num_queries=config.num_queries,
-        dim=config.dim,
         fixed_position=config.position_embedding == "fixed",
         with_content=config.queries == "proposals",
     )
 
 
-STARTS: dict[str, Callable[[ModelConfig], QueryStart]] = {
+QUERY_INITS: dict[str, Callable[[ModelConfig], Initializer]] = {
     "proposals": _proposal_start,
-    "anchors": lambda config: LearnedAnchors(num_queries=config.num_queries),
-    "points": lambda config: LearnedPoints(num_queries=config.num_queries, dim=config.dim),
+    "anchors": lambda config: from_settings(LearnedAnchors, config),
+    "points": lambda config: from_settings(LearnedPoints, config),
 }
-
-
-def _contrastive_denoising(config: ModelConfig) -> ContrastiveDenoising:
-    return ContrastiveDenoising(
-        num_queries=config.denoising_queries,
-        num_classes=config.num_classes,
-        dim=config.dim,
-        label_noise=config.label_noise,
-        box_noise=config.box_noise,
-    )
-
-
-def _plain_denoising(config: ModelConfig) -> PlainDenoising:
-    return PlainDenoising(
-        groups=config.denoising_groups,
-        num_classes=config.num_classes,
-        dim=config.dim,
-        label_noise=config.label_noise,
-        box_noise=config.box_noise,
-    )
-
 
 DENOISING: dict[str, Callable[[ModelConfig], Denoising | None]] = {
     "none": lambda config: None,
-    "plain": _plain_denoising,
-    "contrastive": _contrastive_denoising,
+    "plain": lambda config: from_settings(PlainDenoising, config, groups=config.denoising_groups),
+    "contrastive": lambda config: from_settings(ContrastiveDenoising, config, num_queries=config.denoising_queries),
 }
 
 
@@ -259,35 +200,22 @@ def build_model(config: Config, *, classes: ClassTable | None = None, pretrained
             f"model.num_classes={model.num_classes}, but the data has {len(classes)} classes",
             "leave num_classes out: training takes it from the data",
         )
-    backbone = Backbone(
+    backbone = from_settings(
+        Backbone,
+        model,
         name=model.backbone,
         strides=model.backbone_strides,
-        frozen_stride=model.frozen_stride,
         freeze_norm=model.freeze_backbone_norm,
         output_norm=model.backbone_output_norm,
         pretrained=pretrained_backbone,
     )
-    sizes: dict[str, Any] = dict(
-        dim=model.dim,
-        num_heads=model.num_heads,
-        num_levels=model.num_levels,
-        num_points=model.num_points,
-        ffn_dim=model.ffn_dim,
-        dropout=model.dropout,
-    )
-    decoder = Decoder(
+    # The order decides which random numbers each part gets.
+    decoder = from_settings(
+        Decoder,
+        model,
         num_layers=model.decoder_layers,
-        num_classes=model.num_classes,
         norm=model.decoder_norm,
-        share_heads=model.share_heads,
         fixed_position=model.position_embedding == "fixed",
-        scale_positions=model.scale_positions,
-        box_refinement=model.box_refinement,
-        look_forward_twice=model.look_forward_twice,
-        refine_from=model.refine_from,
-        box_eps=model.box_eps,
-        padded_positions=model.padded_positions,
-        **sizes,
     )
     hybrid_source = None
     if model.hybrid_queries and model.queries != "proposals":
@@ -298,14 +226,11 @@ def build_model(config: Config, *, classes: ClassTable | None = None, pretrained
         classes=classes,
         preprocessing=preprocessing_of(config),
         backbone=backbone,
-        neck=Neck(
-            in_channels=backbone.channels,
-            dim=model.dim,
-            num_levels=model.num_levels,
-            masked_norm=model.masked_neck_norm,
+        neck=from_settings(Neck, model, in_channels=backbone.channels, masked_norm=model.masked_neck_norm),
+        encoder=from_settings(
+            DeformableEncoder, model, num_layers=model.encoder_layers, query_levels=model.encoder_query_levels
         ),
-        encoder=DeformableEncoder(num_layers=model.encoder_layers, query_levels=model.encoder_query_levels, **sizes),
-        start=STARTS[model.positions](model),
+        start=QUERY_INITS[model.positions](model),
         query_source=QUERY_SOURCES[model.queries](model),
         decoder=decoder,
         denoising=DENOISING[model.denoising](model),

@@ -13,7 +13,7 @@ from paqdetr.paq.assignment import (
     SimOTAAssigner,
     match_layers,
 )
-from paqdetr.paq.costs import CostWeights, Matchables
+from paqdetr.paq.costs import CostWeights, MatchingCosts
 from paqdetr.paq.losses import focal_loss, pattern_diversity_loss, varifocal_loss
 from paqdetr.paq.patterns import Mixture, PatternQueries, StaticMixtures
 from paqdetr.structures import Targets
@@ -22,7 +22,7 @@ __all__ = [
     "Assigner",
     "CostWeights",
     "FixedKAssigner",
-    "Matchables",
+    "MatchingCosts",
     "Mixture",
     "NonFiniteError",
     "OneToOneAssigner",

@@ -6,17 +6,18 @@ The rules share their steps, which work on numpy arrays of one image.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from paqdetr.paq.costs import CostWeights, Matchables, matchables
+from paqdetr.paq.costs import CostWeights, MatchingCosts, matching_costs
 from paqdetr.structures import Targets
+from paqdetr.values import from_settings
 
 # A sum of IoUs that is 2 but for the rounding of float32 is 2, whichever way it is rounded.
 _ROUNDING = 1e-6
@@ -32,49 +33,48 @@ def floor_of_best(scores: np.ndarray, top_k: int) -> np.ndarray:
     return np.floor(_best(scores, top_k).sum(axis=0) + _ROUNDING).astype(np.int64)
 
 
-def limit_claims(wanted: np.ndarray, scores: np.ndarray, *, least: int, most: int) -> np.ndarray:
-    """Claims held within [least, most] and n, and lowered until they sum to at most max(G, n // 2).
+def limit_positives(wanted: np.ndarray, scores: np.ndarray, *, least: int, most: int) -> np.ndarray:
+    """Numbers of positives held within [least, most] and n, and lowered until they sum to at most max(G, n // 2).
 
-    Claims are withdrawn by ascending score, though never a box's last one: the r-th claim of a box stands for its r-th best
-    query.
+    The r-th positive of a box stands for its r-th best query. Those of the lowest scores go first, though never a box's last one.
     """
     num_queries, num_boxes = scores.shape
-    claims = np.minimum(np.clip(wanted, least, most), num_queries)
-    surplus = int(claims.sum()) - max(num_boxes, num_queries // 2)
+    num_positives = np.minimum(np.clip(wanted, least, most), num_queries)
+    surplus = int(num_positives.sum()) - max(num_boxes, num_queries // 2)
     if num_boxes == 0 or surplus <= 0:
-        return claims
+        return num_positives
     best = _best(scores, most)
-    ranks, boxes = np.nonzero(np.arange(1, len(best))[:, None] < claims[None, :])
+    ranks, boxes = np.nonzero(np.arange(1, len(best))[:, None] < num_positives[None, :])
     weakest = np.lexsort((boxes, -ranks, best[ranks + 1, boxes]))[:surplus]
-    return claims - np.bincount(boxes[weakest], minlength=num_boxes)
+    return num_positives - np.bincount(boxes[weakest], minlength=num_boxes)
 
 
-def select_by_hungarian(cost: np.ndarray, claims: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The cheapest way to give every box as many queries as it claims: column j repeated claims[j] times, solved once.
+def select_by_hungarian(cost: np.ndarray, num_positives: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The cheapest way to give every box its number of positives: column j repeated num_positives[j] times, solved once.
 
     Returns:
         query and box of each pair; no query twice.
     """
-    columns = np.repeat(np.arange(len(claims)), claims)
+    columns = np.repeat(np.arange(len(num_positives)), num_positives)
     rows, chosen = linear_sum_assignment(cost[:, columns])
     return rows, columns[chosen]
 
 
-def select_by_score(scores: np.ndarray, claims: np.ndarray, cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The claims[j] best queries of each box; one that two boxes claim goes to the larger score.
+def select_by_score(scores: np.ndarray, num_positives: np.ndarray, cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The num_positives[j] best queries of each box; one that two boxes want goes to the larger score.
 
-    A box left empty gets a query that nobody claimed, by a Hungarian match of the cost. There are always enough of these if the
-    claims are those of `limit_claims` and n >= G. Either n // 2 >= G: at most n // 2 queries are claimed, so at least
-    n // 2 >= G are free. Or n // 2 < G: the claims sum to G, so each box claims one query and holds at most one; with e boxes
-    empty, n - (G - e) >= e are free.
+    A box left empty gets a free query, by a Hungarian match of the cost. There are always enough of these if the numbers are
+    those of `limit_positives` and n >= G. Either n // 2 >= G: at most n // 2 queries are taken, so at least n // 2 >= G are free.
+    Or n // 2 < G: the numbers sum to G, so each box wants one query and holds at most one; with e boxes empty,
+    n - (G - e) >= e are free.
 
     Returns:
         query and box of each pair; no query twice, no box without one.
     """
     num_queries, num_boxes = scores.shape
     owner = np.full(num_queries, -1)
-    queries, boxes = _claimed(scores, claims)
-    order = np.lexsort((boxes, -scores[queries, boxes], queries))  # of each query the best claim first
+    queries, boxes = _best_queries(scores, num_positives)
+    order = np.lexsort((boxes, -scores[queries, boxes], queries))  # of each query the best score first
     queries, boxes = queries[order], boxes[order]
     first = np.ones(len(queries), dtype=bool)
     first[1:] = queries[1:] != queries[:-1]
@@ -105,10 +105,10 @@ def without_weak_extras(
     return rows[stays], columns[stays]
 
 
-def _claimed(scores: np.ndarray, claims: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Query and box of each box's claims[j] best queries; of equal scores the first ones."""
+def _best_queries(scores: np.ndarray, num_positives: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Query and box of each box's num_positives[j] best queries; of equal scores the first ones."""
     num_queries, num_boxes = scores.shape
-    most = int(claims.max(initial=0))
+    most = int(num_positives.max(initial=0))
     if most == 0:
         return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
     # Whatever is as good as the `most`-th best of its box: a superset, larger only where scores are equal.
@@ -117,7 +117,7 @@ def _claimed(scores: np.ndarray, claims: np.ndarray) -> tuple[np.ndarray, np.nda
     order = np.lexsort((queries, -scores[queries, boxes], boxes))
     boxes, queries = boxes[order], queries[order]
     starts = np.searchsorted(boxes, np.arange(num_boxes))
-    chosen = np.arange(len(boxes)) - starts[boxes] < claims[boxes]
+    chosen = np.arange(len(boxes)) - starts[boxes] < num_positives[boxes]
     return queries[chosen], boxes[chosen]
 
 
@@ -153,18 +153,18 @@ class Qualities:
     Attributes:
         scores: (n, G) float64, s_ij = IoU_ij - gamma * c_ij.
         confidence: (n, G) float64 in [0, 1], c_ij.
-        claims: (G,) int64, k_j; with more boxes than queries 1 or 0, by the one-to-one match.
+        num_positives: (G,) int64, k_j; with more boxes than queries 1 or 0, by the one-to-one match.
     """
 
     scores: np.ndarray
     confidence: np.ndarray
-    claims: np.ndarray
+    num_positives: np.ndarray
 
 
 class Assigner(Protocol):
     """What every assignment rule offers."""
 
-    def solve(self, image: Matchables) -> Pairs:
+    def solve(self, image: MatchingCosts) -> Pairs:
         """Pairs of one image of one layer."""
         ...
 
@@ -179,7 +179,7 @@ class OneToOneAssigner:
         """(B, n, C) logits, (B, n, 4) cxcywh in [0, 1], B targets -> pairs of every image."""
         return solve_batch(self, pred_logits, pred_boxes, targets, self.cost_weights)
 
-    def solve(self, image: Matchables) -> Pairs:
+    def solve(self, image: MatchingCosts) -> Pairs:
         """Pairs of one image of one layer."""
         return to_pairs(*linear_sum_assignment(image.cost))
 
@@ -189,14 +189,14 @@ class QualityAwareAssigner:
 
     Source: PaQ-DETR (arXiv 2603.06917). With s_ij = IoU_ij - gamma * c_i, box j gets
     k_j = max(ceil(sum of its top_k largest s_ij), min_positives), at most top_k. If the k_j sum to more than
-    max(G, n // 2), the claims of least s are withdrawn, though never a box's last one.
+    max(G, n // 2), those of least s are left out, though never a box's last one.
 
     Args:
         gamma: weight of confidence: the surer a query already is, the less it needs another box.
         top_k: how many of the best s are summed, and the most positives a box may get.
         min_positives: the fewest positives a box gets, where queries suffice.
         select: "hungarian" repeats column j of the cost k_j times and solves once; "score" takes the k_j best s, a
-            query that two boxes claim going to the larger s.
+            query that two boxes want going to the larger s.
         confidence: "gt_class", the probability of the box's class; "max", of the likeliest.
         cost_weights: of the matching cost.
         min_iou: positives of a box beyond its cheapest one need at least this IoU; otherwise the box gets fewer than k_j, or than
@@ -250,48 +250,48 @@ class QualityAwareAssigner:
 
         In an image with more boxes than queries, whose match is one-to-one, it is 1 for boxes of that match and 0 for the others.
         """
-        rows = matchables(pred_logits[None], pred_boxes[None], targets, weights=self.cost_weights)[0]
-        return [torch.from_numpy(self.qualities(image).claims) for image in rows]
+        rows = matching_costs(pred_logits[None], pred_boxes[None], targets, weights=self.cost_weights)[0]
+        return [torch.from_numpy(self.qualities(image).num_positives) for image in rows]
 
-    def solve(self, image: Matchables) -> Pairs:
+    def solve(self, image: MatchingCosts) -> Pairs:
         """Pairs of one image of one layer."""
         num_queries, num_boxes = image.cost.shape
         if num_boxes == 0 or num_boxes > num_queries:
             return to_pairs(*linear_sum_assignment(image.cost))
         scores = self._scores(image)
-        claims = self._claims(scores)
+        num_positives = self._num_positives(scores)
         if self.select == "hungarian":
-            rows, columns = select_by_hungarian(image.cost, claims)
+            rows, columns = select_by_hungarian(image.cost, num_positives)
         else:
-            rows, columns = select_by_score(scores, claims, image.cost)
+            rows, columns = select_by_score(scores, num_positives, image.cost)
         if self.min_iou > 0:
             rows, columns = without_weak_extras(rows, columns, cost=image.cost, iou=image.iou, min_iou=self.min_iou)
         return to_pairs(rows, columns)
 
-    def qualities(self, image: Matchables) -> Qualities:
+    def qualities(self, image: MatchingCosts) -> Qualities:
         """What the rule goes by in one image of one layer, for those who want to show it."""
         scores = self._scores(image)
         num_queries, num_boxes = scores.shape
         if num_boxes > num_queries:
-            claims = np.bincount(linear_sum_assignment(image.cost)[1], minlength=num_boxes)
+            num_positives = np.bincount(linear_sum_assignment(image.cost)[1], minlength=num_boxes)
         else:
-            claims = self._claims(scores)
-        return Qualities(scores=scores, confidence=self._confident(image), claims=claims)
+            num_positives = self._num_positives(scores)
+        return Qualities(scores=scores, confidence=self._confident(image), num_positives=num_positives)
 
-    def _scores(self, image: Matchables) -> np.ndarray:
+    def _scores(self, image: MatchingCosts) -> np.ndarray:
         """s_ij, (n, G)."""
         return image.iou - self.gamma * self._confident(image)
 
-    def _confident(self, image: Matchables) -> np.ndarray:
+    def _confident(self, image: MatchingCosts) -> np.ndarray:
         """c, (n, G)."""
         if self.confidence == "gt_class":
             return image.class_confidence
         return np.broadcast_to(image.max_confidence[:, None], image.iou.shape)
 
-    def _claims(self, scores: np.ndarray) -> np.ndarray:
+    def _num_positives(self, scores: np.ndarray) -> np.ndarray:
         """k_j, (G,) int64."""
         wanted = ceil_of_best(scores, self.top_k)
-        return limit_claims(wanted, scores, least=self.min_positives, most=self.top_k)
+        return limit_positives(wanted, scores, least=self.min_positives, most=self.top_k)
 
 
 def match_layers(
@@ -305,9 +305,9 @@ def match_layers(
 ) -> list[list[Pairs]]:
     """Pairs of every layer and image, each layer by its own assigner, with one transfer to the host.
 
-    Shapes as in `matchables`; `assigners` has K entries. Returns [layer][image] -> Pairs on the CPU.
+    Shapes as in `matching_costs`; `assigners` has K entries. Returns [layer][image] -> Pairs on the CPU.
     """
-    rows = matchables(pred_logits, pred_boxes, targets, weights=weights, names=names)
+    rows = matching_costs(pred_logits, pred_boxes, targets, weights=weights, names=names)
     return [[assigner.solve(image) for image in row] for assigner, row in zip(assigners, rows, strict=True)]
 
 
@@ -319,7 +319,7 @@ def solve_batch(
     weights: CostWeights,
 ) -> list[Pairs]:
     """Pairs of every image of one layer: what calling an assigner means. Shapes as in `QualityAwareAssigner.__call__`."""
-    rows = matchables(pred_logits[None], pred_boxes[None], targets, weights=weights)[0]
+    rows = matching_costs(pred_logits[None], pred_boxes[None], targets, weights=weights)[0]
     return [assigner.solve(image) for image in rows]
 
 
@@ -350,7 +350,7 @@ class FixedKAssigner:
         """(B, n, C) logits, (B, n, 4) cxcywh in [0, 1], B targets -> pairs of every image."""
         return solve_batch(self, pred_logits, pred_boxes, targets, self.cost_weights)
 
-    def solve(self, image: Matchables) -> Pairs:
+    def solve(self, image: MatchingCosts) -> Pairs:
         """Pairs of one image of one layer."""
         num_queries, num_boxes = image.cost.shape
         if num_boxes == 0 or num_boxes > num_queries:
@@ -368,7 +368,7 @@ class SimOTAAssigner:
     Args:
         top_k: how many of the largest IoU are summed, and the most positives a box may get.
         min_positives: the fewest positives a box gets, where queries suffice.
-        select: "cost", the k_j queries of least cost, one that two boxes claim going to the cheaper (the original's); or
+        select: "cost", the k_j queries of least cost, one that two boxes want going to the cheaper (the original's); or
             "hungarian", as in `QualityAwareAssigner`.
         cost_weights: of the matching cost.
     """
@@ -394,13 +394,27 @@ class SimOTAAssigner:
         """(B, n, C) logits, (B, n, 4) cxcywh in [0, 1], B targets -> pairs of every image."""
         return solve_batch(self, pred_logits, pred_boxes, targets, self.cost_weights)
 
-    def solve(self, image: Matchables) -> Pairs:
+    def solve(self, image: MatchingCosts) -> Pairs:
         """Pairs of one image of one layer."""
         num_queries, num_boxes = image.cost.shape
         if num_boxes == 0 or num_boxes > num_queries:
             return to_pairs(*linear_sum_assignment(image.cost))
         wanted = floor_of_best(image.iou, self.top_k)
-        claims = limit_claims(wanted, image.iou, least=self.min_positives, most=self.top_k)
+        num_positives = limit_positives(wanted, image.iou, least=self.min_positives, most=self.top_k)
         if self.select == "hungarian":
-            return to_pairs(*select_by_hungarian(image.cost, claims))
-        return to_pairs(*select_by_score(-image.cost, claims, image.cost))
+            return to_pairs(*select_by_hungarian(image.cost, num_positives))
+        return to_pairs(*select_by_score(-image.cost, num_positives, image.cost))
+
+
+# By the names that settings give them; a rule takes each of its arguments from the setting of that name.
+ASSIGNERS: dict[str, Callable[[Any, CostWeights], Assigner]] = {
+    "one_to_one": lambda settings, weights: OneToOneAssigner(cost_weights=weights),
+    "quality_aware": lambda settings, weights: from_settings(QualityAwareAssigner, settings, cost_weights=weights),
+    "fixed_k": lambda settings, weights: FixedKAssigner(settings.top_k, cost_weights=weights),
+    "simota": lambda settings, weights: from_settings(
+        SimOTAAssigner,
+        settings,
+        select="cost" if settings.select == "score" else settings.select,
+        cost_weights=weights,
+    ),
+}

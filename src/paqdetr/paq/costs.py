@@ -29,7 +29,7 @@ class CostWeights:
 
 
 @dataclass(frozen=True, slots=True)
-class Matchables:
+class MatchingCosts:
     """What an assigner may look at in one image of one layer, on the host.
 
     Attributes:
@@ -45,14 +45,14 @@ class Matchables:
     max_confidence: np.ndarray
 
 
-def matchables(
+def matching_costs(
     pred_logits: Tensor,
     pred_boxes: Tensor,
     targets: Sequence[Targets],
     *,
     weights: CostWeights | None = None,
     names: Sequence[str] | None = None,
-) -> list[list[Matchables]]:
+) -> list[list[MatchingCosts]]:
     """Costs and qualities of K layers and B images.
 
     Args:
@@ -63,11 +63,11 @@ def matchables(
         names: of the K layers, for errors; "layer1", "layer2", ... by default.
 
     Returns:
-        [layer][image] -> Matchables.
+        [layer][image] -> MatchingCosts.
 
     Raises:
         ValueError: targets that are not what `Targets` says, naming the image and the remedy. Their values cross to the host with
-            the costs: nobody waits for them.
+            the costs, without a GPU sync of their own.
         NonFiniteError: a NaN or infinite prediction, naming layer and image ids. Nothing else can make a cost infinite.
     """
     weights = weights or CostWeights()
@@ -83,13 +83,13 @@ def matchables(
         host = packed.cpu().to(torch.float64).numpy()
     _require_finite(host, targets, num_classes, names or [f"layer{i + 1}" for i in range(layers)])
     most = max(counts)
-    result: list[list[Matchables]] = []
+    result: list[list[MatchingCosts]] = []
     for layer in range(layers):
-        row: list[Matchables] = []
+        row: list[MatchingCosts] = []
         for image, count in enumerate(counts):
             terms = host[layer, image]
             row.append(
-                Matchables(
+                MatchingCosts(
                     cost=terms[:count].T,
                     iou=terms[most : most + count].T,
                     class_confidence=terms[2 * most : 2 * most + count].T,

@@ -1,4 +1,4 @@
-"""F_w's eyes: one vector an image, from encoder tokens of every level, blind to padding.
+"""The extractor of F_w: one vector per image, from encoder tokens of every level, blind to padding.
 
 `FusedExtractor` is the paper's (section "pattern-based dynamic queries"), `PooledExtractor` the simple variant.
 Padded tokens are zero before every convolution and left out of every mean and norm, so that neither their content nor

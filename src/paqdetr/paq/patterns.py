@@ -47,7 +47,7 @@ class PatternQueries(nn.Module):
         temperature: logits are divided by it.
         gain: factor on the initial weight of the last layer: larger, and W depends more on the image from the start.
         bias_std: initial std of the logits' bias; None keeps torch's own initialisation. Without a spread all queries start as
-            copies of the mean pattern and a training can collapse. With `mixture_input="query"`, where all queries share one
+            the mean pattern and a training can collapse. With `mixture_input="query"`, where all queries share one
             bias, it is the initial std of the logits themselves, by the weights of the last layer.
         pattern_std: initial std of the patterns.
         head_rank: r of the factorised head.
@@ -172,31 +172,30 @@ class PatternQueries(nn.Module):
         return features
 
     def resize(self, num_queries: int, *, rows: Tensor | None = None) -> Tensor:
-        """Change the number of queries of a trained module, in place: rows of its weight head are sampled anew.
+        """Change the number of queries of a trained module, in place: the rows of its weight head.
 
-        A query is only a row of mixing weights, so any row serves in any number; patterns and extractor stay as they are. With
-        `mixture_input="query"` there are no such rows, and nothing changes but `num_queries`.
+        A query is only a row of mixing weights; patterns and extractor stay as they are. With `mixture_input="query"` there are
+        no such rows, and nothing changes but `num_queries`.
         Parameters whose shape changes are new objects afterwards: make the optimiser after this, not before.
 
         Args:
             num_queries: the new n, at least 1.
-            rows: (num_queries,) int64 in [0, old n), the old row of each new query; by default evenly spaced over the old
-                ones, in their order, so that halving keeps every second row and doubling has each row twice.
+            rows: (num_queries,) int64 in [0, old n), the old row of each new query; None takes those of `resized_rows`.
 
         Returns:
-            The rows taken, (num_queries,) int64, for whatever else a host keeps for each query.
+            The old row that each new query is, or of two that it lies between the first: (num_queries,) int64.
 
         Raises:
             ValueError: `num_queries` below 1, or rows of another shape, dtype or range.
         """
-        rows = _checked_rows(rows, num_queries, self.num_queries)
+        taken = _checked_rows(rows, num_queries, self.num_queries)
         if self.head is not None:
-            self.head.take_rows(rows)
+            self.head.take_rows(taken)
         self.num_queries = num_queries
-        return rows
+        return taken.low
 
     def aux_losses(self) -> dict[str, Tensor]:
-        """What the patterns themselves owe, before weighting: {"diversity": scalar}."""
+        """Auxiliary losses, unweighted: {"diversity": scalar}."""
         return {"diversity": pattern_diversity_loss(self.patterns)}
 
 
@@ -259,12 +258,12 @@ class StaticMixtures(nn.Module):
 
     def resize(self, num_queries: int, *, rows: Tensor | None = None) -> Tensor:
         """See `PatternQueries.resize`."""
-        rows = _checked_rows(rows, num_queries, self.num_queries)
-        self.logits = nn.Parameter(_rows_of(self.logits, rows), self.logits.requires_grad)
-        return rows
+        taken = _checked_rows(rows, num_queries, self.num_queries)
+        self.logits = _taken(self.logits, taken)
+        return taken.low
 
     def aux_losses(self) -> dict[str, Tensor]:
-        """What the patterns themselves owe, before weighting: {"diversity": scalar}."""
+        """Auxiliary losses, unweighted: {"diversity": scalar}."""
         return {"diversity": pattern_diversity_loss(self.patterns)}
 
 
@@ -327,11 +326,10 @@ class _DenseHead(nn.Module):
     def forward(self, summary: Tensor) -> Tensor:
         return self.linear(summary).unflatten(1, (-1, self.num_patterns))
 
-    def take_rows(self, rows: Tensor) -> None:
+    def take_rows(self, rows: Rows) -> None:
         for name, parameter in list(self.linear.named_parameters()):
-            kept = _rows_of(parameter.unflatten(0, (-1, self.num_patterns)), rows)  # (n', m, ...)
-            setattr(self.linear, name, nn.Parameter(kept.flatten(0, 1), parameter.requires_grad))
-        self.linear.out_features = len(rows) * self.num_patterns
+            setattr(self.linear, name, _taken(parameter, rows, self.num_patterns))
+        self.linear.out_features = len(self.linear.weight)
 
 
 class _FactorisedHead(nn.Module):
@@ -354,22 +352,68 @@ class _FactorisedHead(nn.Module):
         factors = self.factors(summary).unflatten(1, (self.queries.shape[1], -1))  # (B, r, m)
         return self.queries @ factors + self.bias
 
-    def take_rows(self, rows: Tensor) -> None:
-        self.queries = nn.Parameter(_rows_of(self.queries, rows), self.queries.requires_grad)
-        self.bias = nn.Parameter(_rows_of(self.bias, rows), self.bias.requires_grad)
+    def take_rows(self, rows: Rows) -> None:
+        self.queries, self.bias = _taken(self.queries, rows), _taken(self.bias, rows)
 
 
-def _checked_rows(rows: Tensor | None, new: int, old: int) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Which old rows the rows of a table for another number of queries come from.
+
+    Attributes:
+        low, high: (n,) int64, the two old rows that each new one lies between.
+        share: (n,) float in [0, 1), how far from the first; 0 where a row is kept.
+    """
+
+    low: Tensor
+    high: Tensor
+    share: Tensor
+
+    def of(self, table: Tensor, per_query: int = 1) -> Tensor:
+        """(old n * per_query, ...) -> (n * per_query, ...), detached."""
+        by_query = table.detach().unflatten(0, (-1, per_query))
+        low, high = (by_query[rows.to(table.device)] for rows in (self.low, self.high))
+        weight = self.share.to(by_query).view(-1, *[1] * (by_query.ndim - 1))
+        return torch.lerp(low, high, weight).flatten(0, 1)
+
+
+def resized_rows(old: int, new: int, *, ranked: bool = False) -> Rows:
+    """The rows for `new` queries in the place of `old` ones.
+
+    Fewer are spread evenly over the old ones, or the first ones where a query is a rank. More are all the old ones, then new ones
+    interpolated between neighbours, shared out over the gaps.
+
+    Args:
+        old, new: at least 1.
+        ranked: whether the place of a query is the rank of its proposal.
+    """
+    if new <= old:
+        kept = torch.arange(new) if ranked else torch.arange(new) * old // new
+        return Rows(kept, kept, torch.zeros(new))
+    gaps, extra = max(old - 1, 1), new - old
+    edges = torch.arange(gaps + 1) * extra // gaps
+    counts = edges.diff()
+    low = torch.arange(gaps).repeat_interleave(counts)
+    place = torch.arange(extra) - edges[low] + 1
+    kept = torch.arange(old)
+    return Rows(
+        torch.cat([kept, low]),
+        torch.cat([kept, (low + 1).clamp(max=old - 1)]),
+        torch.cat([torch.zeros(old), place / (counts[low] + 1)]),
+    )
+
+
+def _checked_rows(rows: Tensor | None, new: int, old: int) -> Rows:
     if new < 1:
         raise ValueError(f"num_queries: expected at least 1, found {new}")
     if rows is None:
-        rows = torch.arange(new) * old // new
+        return resized_rows(old, new)
     if rows.dtype != torch.int64 or rows.shape != (new,):
         raise ValueError(f"rows: expected ({new},) int64, found {tuple(rows.shape)} {rows.dtype}")
     if rows.min() < 0 or rows.max() >= old:
         raise ValueError(f"rows: expected indices in [0, {old}), found {int(rows.min())} to {int(rows.max())}")
-    return rows
+    return Rows(rows, rows, torch.zeros(new))
 
 
-def _rows_of(table: Tensor, rows: Tensor) -> Tensor:
-    return table.detach().index_select(0, rows.to(table.device)).clone()
+def _taken(parameter: nn.Parameter, rows: Rows, per_query: int = 1) -> nn.Parameter:
+    return nn.Parameter(rows.of(parameter, per_query), parameter.requires_grad)

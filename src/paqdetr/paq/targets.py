@@ -14,7 +14,7 @@ _TOLERANCE = 1e-3
 
 
 def require_form(targets: Sequence[Targets], *, batch: int, device: torch.device | None = None) -> None:
-    """Types, shapes and number of targets, which nobody has to wait for.
+    """Types, shapes and number of targets, without a GPU sync.
 
     Args:
         targets: of a batch.
@@ -53,7 +53,7 @@ def require_form(targets: Sequence[Targets], *, batch: int, device: torch.device
 
 
 def require_values(targets: Sequence[Targets], num_classes: int) -> None:
-    """Labels in [0, C), boxes finite and in [0, 1] up to a thousandth. Targets on a GPU are waited for.
+    """Labels in [0, C), boxes finite and in [0, 1] up to a thousandth. A GPU sync where targets are on one.
 
     Raises:
         ValueError: naming the first image that is wrong, and what to do.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from paqdetr.files import write_whole
+from paqdetr.files import write_text
 from paqdetr.report.page import written
 from paqdetr.report.section import Figure, Section, Table
 
@@ -28,15 +28,9 @@ def to_markdown(title: str, facts: Sequence[tuple[str, str]], sections: Sequence
     return "\n\n".join(blocks) + "\n"
 
 
-def to_table(table: Table, *, empty: bool = False) -> str:
-    """A Markdown table.
-
-    Args:
-        empty: show columns in which no row has anything too.
-    """
-    columns = [
-        column for column in table.columns if empty or any(row.get(column.key) not in (None, "") for row in table.rows)
-    ]
+def to_table(table: Table) -> str:
+    """A Markdown table."""
+    columns = table.columns
     lines = [[column.heading for column in columns]]
     lines.append(["---" if column.kind == "text" else "---:" for column in columns])
     lines += [[_cell(written(row.get(column.key), column)) for column in columns] for row in table.rows]
@@ -48,8 +42,7 @@ def write_plots(sections: Sequence[Section], folder: Path) -> None:
     for section in sections:
         for part in section.parts:
             if isinstance(part, Figure):
-                svg = part.svg
-                write_whole(folder / f"{part.name}.svg", lambda path, svg=svg: path.write_text(svg, "utf-8"))
+                write_text(folder / f"{part.name}.svg", part.svg)
 
 
 def _cell(text: str) -> str:

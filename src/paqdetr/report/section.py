@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from PIL.Image import Image
+
+from paqdetr.serialize import plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +62,25 @@ class Slides:
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column of a table: a key of its rows, its heading, and how its values are written and sorted.
+    """A column of a table: all that is known of it, in one place.
 
-    A figure has three decimals, a difference of figures also its sign, an amount one decimal.
+    Attributes:
+        key: of its values in the table's rows and in json.
+        heading: on the page.
+        kind: how values are written and sorted. A figure has three decimals, a difference also its sign, an amount one.
+        value: item of a row -> value, for `make_table`; None: what the item has under `key`, as an entry or an attribute.
     """
 
     key: str
     heading: str
     kind: Literal["text", "integer", "figure", "difference", "amount", "percent"] = "figure"
+    value: Callable[[Any], Any] | None = None
+
+    def of(self, item: Any) -> Any:
+        """The value for an item; None where an entry is missing."""
+        if self.value is not None:
+            return self.value(item)
+        return item.get(self.key) if isinstance(item, Mapping) else getattr(item, self.key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +100,29 @@ class Table:
 
 
 Part = Figure | Picture | Slides | Table
+
+
+def make_table(
+    name: str,
+    caption: str,
+    columns: Sequence[Column],
+    items: Iterable[Any],
+    *,
+    empty: bool = True,
+    digits: int | None = None,
+) -> Table:
+    """A row for each item, with what each column makes of it. Items that are mappings keep their other entries in the json.
+
+    Args:
+        empty: keep columns in which no row has anything.
+        digits: of numbers, as of `plain`.
+    """
+    rows = []
+    for item in items:
+        kept = dict(item) if isinstance(item, Mapping) else {}
+        rows.append(plain(kept | {column.key: column.of(item) for column in columns}, digits))
+    used = [column for column in columns if empty or any(row[column.key] not in (None, "") for row in rows)]
+    return Table(name, caption, tuple(used), tuple(rows))
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import http.client
 import itertools
 import os
 import re
@@ -113,7 +114,7 @@ def _listed(given: str | os.PathLike[str], recursive: bool, leave_out: Path | No
         shown = re.sub(r"\W+", "-", public_address(text.split("?")[0]), flags=re.ASCII).strip("-")
         yield Source(text, shown, "live")
     elif text.startswith(("http://", "https://")):
-        name = _relative(urllib.parse.unquote(urllib.parse.urlsplit(text).path)).rsplit("/", 1)[-1]
+        name = _relative(urllib.parse.unquote(re.sub(r"^https?://[^/?#]*|[?#].*", "", text))).rsplit("/", 1)[-1]
         yield Source(text, name or "picture", "address")
     elif path.is_dir():
         yield from _in_folder(path, recursive, leave_out)
@@ -230,7 +231,7 @@ def _fetch(url: str) -> bytes | Literal["video", "live"]:
             return b"".join(parts)
     except urllib.error.HTTPError as error:
         raise DataError(f"{shown}: the server answers {error.code} {error.reason}", "check the address") from None
-    except (OSError, ValueError, urllib.error.URLError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
         raise DataError(f"{shown}: cannot be fetched: {reason}", "check the address and the network") from None
 

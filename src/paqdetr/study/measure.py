@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,13 @@ from paqdetr.errors import UserError
 from paqdetr.evaluation.content import ContentCollector
 from paqdetr.evaluation.evaluate import detect_split, require_same_classes
 from paqdetr.evaluation.layers import LayerCollector
-from paqdetr.files import write_whole
+from paqdetr.files import write_text
 from paqdetr.metrics.coco import non_maximum_suppression
 from paqdetr.metrics.diagnosis import error_split
 from paqdetr.metrics.intervals import resample_images
 from paqdetr.metrics.matches import MatchTable
 from paqdetr.metrics.query_report import QueryUsageReport, Spread
-from paqdetr.metrics.query_usage import QueryUsage
+from paqdetr.metrics.query_usage import BatchMatch, QueryUsage
 from paqdetr.models import Detector, load
 from paqdetr.models.cost import model_cost
 from paqdetr.runs import Run, flat_settings
@@ -47,25 +47,20 @@ class Job:
     """What is to be measured, of which run, and where the result goes.
 
     Attributes:
-        data, variant, seed: of the run.
+        key: of the run.
         run, folder, result: its folder, that of the data set, and the file to write.
         settings: flat, as planned.
-        split, checkpoints, replicates, resample_seed: as of `Measurement`.
+        measure: what the result depends on besides the run: `Study.measure_of`, and the version of this file.
         device: "cpu", ...; the best there is if None.
-        source: which images the run was trained on; None if that was not noted.
+        source: which images the run was trained on; None if that was not recorded.
     """
 
-    data: str
-    variant: str
-    seed: int
+    key: RunKey
     run: str
     folder: str
     result: str
     settings: dict[str, Any]
-    split: str
-    checkpoints: tuple[str, ...]
-    replicates: int
-    resample_seed: int
+    measure: dict[str, Any]
     device: str | None
     source: dict[str, Any] | None = None
 
@@ -74,54 +69,25 @@ class Job:
         """What a study wants to know of one of its runs."""
         key = planned.key
         return cls(
-            data=key.data,
-            variant=key.variant,
-            seed=key.seed,
+            key=key,
             run=str(places.run(key).output),
             folder=str(planned.folder),
             result=str(places.result(key)),
             settings=flat_settings(planned.config),
-            split=study.split_of(key.data),
-            checkpoints=study.evaluate.checkpoints,
-            replicates=study.evaluate.replicates,
-            resample_seed=study.evaluate.seed,
+            measure={"version": _VERSION, **study.measure_of(key.data)},
             device=device,
             source=read_source(places.source(key)),
         )
-
-    @property
-    def measure(self) -> dict[str, Any]:
-        """What the result depends on besides the run."""
-        return {
-            "version": _VERSION,
-            "split": self.split,
-            "checkpoints": list(self.checkpoints),
-            "replicates": self.replicates,
-            "seed": self.resample_seed,
-        }
-
-    @property
-    def key(self) -> RunKey:
-        return RunKey(self.data, self.variant, self.seed)
 
     def failed(self, reason: str) -> RunResult:
         """The result of a run that has none."""
         return RunResult(self.key, reason, self.settings, measure=self.measure)
 
-    def to_json(self) -> dict[str, Any]:
-        """Ready for json."""
-        return asdict(self)
-
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Job:
-        """As it was."""
-        arguments: dict[str, Any] = values | {"checkpoints": tuple(values["checkpoints"])}
+        """From `asdict` by way of json."""
+        arguments: dict[str, Any] = {**values, "key": RunKey(**values["key"])}
         return cls(**arguments)
-
-
-def is_current(result: RunResult, job: Job) -> bool:
-    """Whether a result is of just what the job measures."""
-    return result.measure == job.measure
 
 
 def measure_run(job: Job) -> RunResult:
@@ -131,14 +97,15 @@ def measure_run(job: Job) -> RunResult:
         UserError: a checkpoint or the data cannot be read, or do not fit.
     """
     run = Run(Path(job.run))
-    split = open_split(job.folder, job.split)
+    wanted = job.measure
+    split = open_split(job.folder, wanted["split"])
     figures: dict[str, dict[str, Any]] = {}
     replicates: dict[str, dict[str, np.ndarray]] = {}
     model: Detector | None = None
-    for checkpoint in job.checkpoints:
+    for checkpoint in wanted["checkpoints"]:
         model = load(getattr(run, checkpoint), device=str(require_device(job.device)))
         figures[checkpoint], replicates[checkpoint] = measure_model(
-            model, split, replicates=job.replicates, seed=job.resample_seed
+            model, split, replicates=wanted["replicates"], seed=wanted["seed"]
         )
     assert model is not None
     return RunResult(
@@ -165,8 +132,9 @@ def measure_model(
     """
     require_same_classes(model.classes, split)
     found: list[Detections] = []
-    usage = QueryUsage(num_queries=model.config.num_queries)
-    content = ContentCollector(num_classes=len(model.classes))
+    match = BatchMatch()
+    usage = QueryUsage(num_queries=model.config.num_queries, match=match)
+    content = ContentCollector(num_classes=len(model.classes), match=match)
     layers = LayerCollector(model.classes, model.config)
     for index, detections in detect_split(model, split, batch_size=4, observers=[usage, content, layers]):
         detections.image_id = split.image_ids[index]
@@ -231,10 +199,7 @@ def _figures(table: MatchTable, weights: np.ndarray) -> tuple[dict[str, Any], di
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # the mean of nothing is NaN, and meant so
         # A rare class may be missing in a resample: the mean is over those that are there, as in COCO.
-        values = {
-            "AP": np.nanmean(precision, axis=(1, 2)),
-            "AP50": np.nanmean(precision[:, :, 0], axis=1),
-        }
+        values = {"AP": np.nanmean(precision, axis=(1, 2)), "AP50": np.nanmean(precision[:, :, 0], axis=1)}
     return figures, values
 
 
@@ -329,8 +294,7 @@ def main(file: str) -> int:
     """Do a job; 2 and the reason on standard error if it cannot be done."""
     job = Job.from_json(json.loads(Path(file).read_text(encoding="utf-8")))
     try:
-        text = measure_run(job).to_text()
-        write_whole(Path(job.result), lambda path: path.write_text(text, encoding="utf-8"))
+        write_text(Path(job.result), measure_run(job).to_text())
     except UserError as error:
         sys.stderr.write(f"error: {error.message}\nhelp: {error.remedy}\n")
         return 2

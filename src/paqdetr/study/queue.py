@@ -8,24 +8,27 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from paqdetr.config import load_config
 from paqdetr.errors import ConfigError
-from paqdetr.files import write_whole
+from paqdetr.files import write_text
 from paqdetr.interrupt import STOP_SIGNALS, StopRequest
 from paqdetr.locks import Busy, held
 from paqdetr.runs import Run, flat_settings
-from paqdetr.study.measure import Job, is_current
+from paqdetr.study.measure import Job
 from paqdetr.study.results import RunResult, read_result
 from paqdetr.study.runs import Places, PlannedRun, note_source, read_source, require_same_settings, require_same_source
 from paqdetr.study.spec import Study
 
-_POLL = 0.2
+_POLL, _WAIT = 0.2, 2.0
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+
+# Seconds in which trainings of a cluster save their state when the study is stopped.
+_PATIENCE = 120.0
 
 
 class StudyInterrupted(KeyboardInterrupt):
@@ -91,11 +94,11 @@ def run_child(
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
-            env=os.environ | _thread_settings(threads),
+            env=os.environ | dict.fromkeys(_THREADS, str(threads)) | {"PYTHONUNBUFFERED": "1"},
             start_new_session=True,
             pass_fds=() if lock is None else (lock.fileno(),),
         )
-        with _ended_with(child):
+        try:
             handed_on = False
             while child.poll() is None:
                 if stop.signal_number is not None and not handed_on:
@@ -103,29 +106,17 @@ def run_child(
                     child.send_signal(stop.signal_number)
                 watch()
                 time.sleep(_POLL)
+        except BaseException:  # a second Ctrl-C, a defect: no child goes on without the queue
+            child.terminate()
+            child.wait()
+            raise
     after = os.times()
-    given = after.children_user + after.children_system - before.children_user - before.children_system
-    return Ended(child.returncode, time.perf_counter() - started, given or None, log_start)
-
-
-@contextmanager
-def _ended_with(child: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Whatever happens to the queue itself (a second Ctrl-C, a defect), no child goes on without it."""
-    try:
-        yield
-    except BaseException:
-        child.terminate()
-        child.wait()
-        raise
-
-
-def _thread_settings(threads: int) -> dict[str, str]:
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
-    return dict.fromkeys(names, str(threads)) | {"PYTHONUNBUFFERED": "1"}
+    cpu = after.children_user + after.children_system - before.children_user - before.children_system
+    return Ended(child.returncode, time.perf_counter() - started, cpu or None, log_start)
 
 
 def last_words(log: Path, ended: Ended) -> str:
-    """Why a process failed, in its own words as far as it had any."""
+    """Why a process failed: the error it printed, else its last line, else its exit code."""
     code = ended.code
     number = -code if code < 0 else code - 128  # the latter of a process that a launcher has started
     if number in list(signal.Signals):
@@ -133,18 +124,13 @@ def last_words(log: Path, ended: Ended) -> str:
         return f"killed by {name}" + (": memory may have run out" if name == "SIGKILL" else "")
     own = log.read_bytes()[ended.log_start :] if log.is_file() else b""
     lines = own.decode(errors="replace").splitlines()
-    told = [line for line in lines[-50:] if line.startswith(("error:", "internal error:"))]
-    spoken = [line for line in lines if line.strip()]
-    return (told or spoken or [f"exit code {code}"])[-1][:500]
-
-
-_WAIT = 2.0
-# Seconds in which trainings of a cluster save their state when the study is stopped.
-_PATIENCE = 120.0
+    errors = [line for line in lines[-50:] if line.startswith(("error:", "internal error:"))]
+    printed = [line for line in lines if line.strip()]
+    return (errors or printed or [f"exit code {code}"])[-1][:500]
 
 
 class QueueEvents:
-    """What a queue tells while it works; every method may be overridden."""
+    """Callbacks of a queue; every method may be overridden."""
 
     def on_begin(self, planned: PlannedRun, step: str, number: int, total: int) -> None:
         """A step, "train" or "measure", of the run with this number begins."""
@@ -196,7 +182,7 @@ def run_queue(
     """
     for planned in runs:
         require_no_conflict(planned, places)
-    queue = _Queue(study, places, device=device, retry=retry, events=events or QueueEvents(), total=len(runs))
+    queue = _Queue(study, places, device, retry, events or QueueEvents(), len(runs))
     waiting = list(enumerate(runs, start=1))
     with StopRequest() as queue.stop:
         while waiting:
@@ -235,7 +221,7 @@ def run_queue_on_ray(
 
     for planned in runs:
         require_no_conflict(planned, places)
-    ray, done, told = connect_ray(address), Done(), events or QueueEvents()
+    ray, done, listener = connect_ray(address), Done(), events or QueueEvents()
     gpus = study.processes if device is not None and device.startswith("cuda") else 0
     task = ray.remote(num_cpus=study.threads * study.processes, num_gpus=gpus, max_retries=3)(run_queue)
     waiting = {task.remote(study, [planned], places, device=device, retry=retry): planned for planned in runs}
@@ -255,9 +241,9 @@ def run_queue_on_ray(
                 done.measured += one.measured
                 done.failed += one.failed
                 result = read_result(places.result(planned.key))
-                told.on_begin(planned, "done", len(runs) - len(waiting), len(runs))
+                listener.on_begin(planned, "done", len(runs) - len(waiting), len(runs))
                 if result is not None and not one.skipped:
-                    told.on_result(planned, result)
+                    listener.on_result(planned, result)
     return done
 
 
@@ -277,21 +263,16 @@ def require_no_conflict(planned: PlannedRun, places: Places) -> None:
         require_same_source(planned, result.provenance.get("source"), file)
 
 
+@dataclass(slots=True)
 class _Queue:
-    def __init__(
-        self,
-        study: Study,
-        places: Places,
-        *,
-        device: str | None,
-        retry: bool,
-        events: QueueEvents,
-        total: int,
-    ) -> None:
-        self.study, self.places, self.device, self.retry = study, places, device, retry
-        self.events, self.total = events, total
-        self.stop = StopRequest()
-        self.done = Done()
+    study: Study
+    places: Places
+    device: str | None
+    retry: bool
+    events: QueueEvents
+    total: int
+    stop: StopRequest = field(default_factory=StopRequest)
+    done: Done = field(default_factory=Done)
 
     def attempt(self, planned: PlannedRun, number: int) -> bool:
         """Do what is missing of a run; False if another process is at it."""
@@ -307,7 +288,7 @@ class _Queue:
         run, file = self.places.run(planned.key), self.places.result(planned.key)
         job = Job.of(self.study, planned, self.places, device=self.device)
         result = read_result(file)
-        if result is not None and (is_current(result, job) if result.failed is None else not self.retry):
+        if result is not None and (result.measure == job.measure if result.failed is None else not self.retry):
             self.done.skipped += 1
             if result.failed is not None:
                 self.done.failed.append(planned)
@@ -326,10 +307,8 @@ class _Queue:
                 return self._fail(planned, job, "training", ended)
             self.done.trained += 1
         self.events.on_begin(planned, "measure", number, self.total)
-        file.parent.mkdir(parents=True, exist_ok=True)
         order = file.with_name(f".{file.stem}.job")
-        text = json.dumps(job.to_json())
-        write_whole(order, lambda path: path.write_text(text, encoding="utf-8"))
+        write_text(order, json.dumps(asdict(job)))
         ended = self._run(planned, ["paqdetr.study.measure", str(order)], lock)
         order.unlink(missing_ok=True)
         raise_if_stopped(self.stop)
@@ -342,11 +321,15 @@ class _Queue:
         self.events.on_result(planned, result)
 
     def _run(self, planned: PlannedRun, arguments: list[str], lock: Any) -> Ended:
-        tail = _Tail(self.places.run(planned.key))
+        run, size = self.places.run(planned.key), -1
 
         def watch() -> None:
-            if tail.read():
-                self.events.on_progress(planned, tail.step, tail.ap)
+            nonlocal size
+            now = run.metrics_file.stat().st_size if run.metrics_file.is_file() else -1
+            if now != size:
+                size, records = now, run.records()
+                step = max((int(record.get("step") or 0) for record in records), default=0)
+                self.events.on_progress(planned, step, next((r["AP"] for r in reversed(records) if "AP" in r), None))
 
         return run_child(
             arguments,
@@ -366,9 +349,9 @@ class _Queue:
             )
         reason = f"{step}: {last_words(self.places.log(planned.key), ended)}"
         result = job.failed(reason)
-        text, file = result.to_text(), self.places.result(planned.key)
+        file = self.places.result(planned.key)
         if read_result(file) is None:
-            write_whole(file, lambda path: path.write_text(text, encoding="utf-8"))
+            write_text(file, result.to_text())
         self.done.failed.append(planned)
         self.events.on_result(planned, result)
 
@@ -398,22 +381,3 @@ def _sleep(stop: StopRequest) -> None:
     while time.monotonic() < end:
         raise_if_stopped(stop)
         time.sleep(0.1)
-
-
-class _Tail:
-    """Follows metrics.jsonl of a training while it grows."""
-
-    def __init__(self, run: Run) -> None:
-        self._file, self._size = run.metrics_file, -1
-        self.step, self.ap = 0, None
-
-    def read(self) -> bool:
-        """Whether something is new."""
-        size = self._file.stat().st_size if self._file.is_file() else -1
-        if size == self._size:
-            return False
-        self._size = size
-        for record in Run(self._file.parent).records():
-            self.step = max(self.step, int(record.get("step") or 0))
-            self.ap = record.get("AP", self.ap)
-        return True

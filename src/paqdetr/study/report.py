@@ -1,21 +1,36 @@
-"""Writes what a study found: study.json, study.md with its plots, and one HTML page."""
+"""What a study found: study.json, study.md with its plots, and one HTML page. A chapter is a function in `CHAPTERS`."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from paqdetr.files import write_whole
+from paqdetr.files import write_text
 from paqdetr.report.markdown import to_markdown, write_plots
 from paqdetr.report.page import Chapter, Heading, render, write_folder
-from paqdetr.report.section import Section, Table
+from paqdetr.report.plots import INK, bars, colour, legend, line, new_axes, new_grid, plot_part
+from paqdetr.report.section import Figure, Part, Section, Table
 from paqdetr.study.results import RunResult, read_results
-from paqdetr.study.sections import sections
 from paqdetr.study.spec import Study
+from paqdetr.study.tables import (
+    SEED_COUNTS,
+    SETTLED,
+    cost_table,
+    figure_table,
+    identifier,
+    layer_table,
+    mistake_table,
+    planning_table,
+    query_table,
+    run_table,
+    verdict_table,
+)
 from paqdetr.study.verdicts import Runs, Verdict, verdicts
+
+_MOST_LINES = 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,26 +49,18 @@ class StudyReport:
     sections: list[Section]
     facts: tuple[tuple[str, str], ...]
 
-    def table(self, name: str) -> Table:
-        """A table of the report by its name.
-
-        Raises:
-            KeyError: the report has no such table.
-        """
-        for section in self.sections:
-            for part in section.parts:
-                if isinstance(part, Table) and part.name == name:
-                    return part
-        raise KeyError(name)
+    @property
+    def tables(self) -> dict[str, Table]:
+        """By name."""
+        return {part.name: part for s in self.sections for part in s.parts if isinstance(part, Table)}
 
     def to_json(self) -> dict[str, Any]:
         """Verdicts and the rows of all tables, ready for json."""
-        tables = {part.name: list(part.rows) for s in self.sections for part in s.parts if isinstance(part, Table)}
         return {
             "study": self.runs.study.name,
             "facts": dict(self.facts),
             "verdicts": [verdict.to_json() for verdict in self.verdicts],
-            "tables": tables,
+            "tables": {name: list(table.rows) for name, table in self.tables.items()},
         }
 
 
@@ -69,7 +76,8 @@ def study_report(study: Study, results: Sequence[RunResult], *, command: str) ->
     """
     runs = Runs(study, results)
     decided = verdicts(runs)
-    return StudyReport(runs, decided, sections(runs, decided), tuple(_facts(runs, command)))
+    sections = [section for chapter in CHAPTERS for section in chapter(runs, decided)]
+    return StudyReport(runs, decided, sections, tuple(_facts(runs, command)))
 
 
 def write_report(study: Study, results: Path, output: Path, *, command: str) -> StudyReport:
@@ -83,11 +91,9 @@ def write_report(study: Study, results: Path, output: Path, *, command: str) -> 
     """
     report = study_report(study, read_results(results), command=command)
     title = f"Study {study.name}"
-    text = json.dumps(report.to_json(), indent=1) + "\n"
-    write_whole(output / "study.json", lambda path: path.write_text(text, encoding="utf-8"))
+    write_text(output / "study.json", json.dumps(report.to_json(), indent=1) + "\n")
     write_plots(report.sections, output / "plots")
-    page = to_markdown(title, report.facts, report.sections, plots="plots")
-    write_whole(output / "study.md", lambda path: path.write_text(page, encoding="utf-8"))
+    write_text(output / "study.md", to_markdown(title, report.facts, report.sections, plots="plots"))
     chapters = [Chapter((section,)) for section in report.sections]
     heading = Heading(title=title, models=(study.name,), facts=report.facts)
     write_folder(output / "report", render(heading, chapters), chapters)
@@ -98,33 +104,139 @@ def _facts(runs: Runs, command: str) -> list[tuple[str, str]]:
     """How the results were made, as far as they agree; where they do not, all that there is."""
     study = runs.study
     facts = [("about", study.about)] if study.about else []
-    facts.append(("runs", f"{len(runs.done)} of {runs.planned} done, {len(runs.failed)} failed"))
+    facts.append(("runs", f"{len(runs.done)} of {len(runs.keys)} done, {len(runs.failed)} failed"))
     facts.append(("command", command))
     seconds = sum(run.cost.get("seconds", 0) for run in runs.done)
-    facts.append(("training time", f"{seconds / 3600:.1f} h in all, {study.threads} threads a run"))
+    facts.append(("training time", f"{seconds / 3600:.1f} h in all, {study.threads} threads per run"))
     measured = f"{', '.join(study.evaluate.checkpoints)}, {study.evaluate.replicates} resamples of the images"
     facts.append(("measured", measured))
-    for what, values in (
-        ("processor", {_at(run, "machine", "processor") for run in runs.done}),
-        ("cores", {_at(run, "machine", "cores") for run in runs.done}),
-        ("paqdetr", {_at(run, "paqdetr") for run in runs.done}),
-        ("commit", {_commit(run) for run in runs.done}),
-        ("Python", {_at(run, "python") for run in runs.done}),
-        ("torch", {_at(run, "packages", "torch") for run in runs.done}),
+    for what, keys in (
+        ("processor", ("machine", "processor")),
+        ("cores", ("machine", "cores")),
+        ("paqdetr", ("paqdetr",)),
+        ("commit", ("git",)),
+        ("Python", ("python",)),
+        ("torch", ("packages", "torch")),
     ):
-        known = sorted(str(value) for value in values if value)
-        if known:
-            facts.append((what, ", ".join(known)))
+        values = {str(value) for run in runs.done if (value := _provenance(run, *keys))}
+        if values:
+            facts.append((what, ", ".join(sorted(values))))
     return facts
 
 
-def _commit(run: RunResult) -> str | None:
-    git = run.provenance.get("git")
-    return None if not git else git["commit"][:10] + (" (changed)" if git["changed"] else "")
-
-
-def _at(run: RunResult, *keys: str) -> Any:
+def _provenance(run: RunResult, *keys: str) -> Any:
     found: Any = run.provenance
     for key in keys:
         found = found.get(key) if isinstance(found, dict) else None
+    return found["commit"][:10] + (" (changed)" if found["changed"] else "") if keys == ("git",) and found else found
+
+
+# ------------------------------------------------------------------------------------------------ chapters
+
+
+def _claims(runs: Runs, decided: Sequence[Verdict]) -> list[Section]:
+    if not runs.study.claims:
+        return []
+    parts: list[Part] = [verdict_table(runs, decided)]
+    shown = [verdict for verdict in decided if verdict.effect is not None and verdict.effect.seeds > 1]
+    if shown:
+        parts.append(_forest(shown))
+    lead = (
+        "A claim holds if its whole effect lies above the threshold, does not hold if it lies below, and is undecided if the "
+        "threshold is inside the interval: then the runs are too few, or the effect too small, to decide. Computed, not written."
+    )
+    return [Section("verdicts", "Verdicts", lead, tuple(parts))]
+
+
+def _data_sets(runs: Runs, decided: Sequence[Verdict]) -> list[Section]:
+    """One for each data set that has a run."""
+    found = []
+    for name, data in runs.study.data.items():
+        figures = figure_table(runs, name)
+        if not figures.rows:
+            continue
+        more = [table(runs, name) for table in (query_table, layer_table, mistake_table)]
+        parts = [figures, _curves(runs, name), *(table for table in more if table.rows)]
+        lead = f"{data.about}. " if data.about else ""
+        lead += "What each variant reaches, and how it gets there."
+        found.append(Section(identifier("data", name), name, lead, tuple(part for part in parts if part is not None)))
     return found
+
+
+def _planning(runs: Runs, decided: Sequence[Verdict]) -> list[Section]:
+    table = planning_table(runs)
+    parts: list[Part] = [table]
+    usable = [row for row in table.rows if row["seed_error"] is not None]
+    if usable:
+        axes = new_axes(x="seeds", y="minimum detectable effect on AP")
+        for number, row in enumerate(usable):
+            effects = [row[f"n{count}"] for count in SEED_COUNTS]
+            line(axes, SEED_COUNTS, effects, label=row["data"], colour=colour(number), marker="o")
+        axes.axhline(SETTLED, color=INK, linewidth=0.8, linestyle=":")
+        axes.set_ylim(bottom=0)
+        if len(usable) > 1:
+            legend(axes)
+        caption = "What n seeds would detect with power 0.8; the dotted line is 1.5 points of AP."
+        parts.append(plot_part(axes, name="smallest_effect", caption=caption, data=usable))
+    lead = "Another seed changes a result, and so would other test images. More seeds average the first away, not the second."
+    return [Section("planning", "Seeds that are needed", lead, tuple(parts))]
+
+
+def _cost(runs: Runs, decided: Sequence[Verdict]) -> list[Section]:
+    return [Section("cost", "Cost", "What a training takes, and what the model does.", (cost_table(runs),))]
+
+
+def _all_runs(runs: Runs, decided: Sequence[Verdict]) -> list[Section]:
+    return [Section("runs", "Runs", "Every run, those that failed among them.", (run_table(runs),))]
+
+
+_Maker = Callable[[Runs, Sequence[Verdict]], list[Section]]
+CHAPTERS: tuple[_Maker, ...] = (_claims, _data_sets, _planning, _cost, _all_runs)
+
+
+# ------------------------------------------------------------------------------------------------ plots
+
+
+def _forest(decided: Sequence[Verdict]) -> Figure:
+    names = [f"{verdict.claim}, {verdict.data}" for verdict in decided]
+    effects = [verdict.effect for verdict in decided if verdict.effect is not None]
+    axes = new_axes(height=0.8 + 0.36 * len(names), x="effect, in the direction of the claim")
+    low, high = zip(*(effect.interval for effect in effects), strict=True)
+    bars(axes, names, [e.mean for e in effects], low=low, high=high, form="{:+.3f}")
+    axes.axvline(0, color=INK, linewidth=0.8)
+    caption = "Effects with their intervals; what lies right of zero speaks for the claim."
+    return plot_part(axes, name="effects", caption=caption, data=[verdict.to_json() for verdict in decided])
+
+
+def _curves(runs: Runs, data: str) -> Figure | None:
+    """AP on the validation split against steps, before and after NMS, mean over seeds."""
+    grid = new_grid(1, 2, height=3.0, titles=("AP", "AP after NMS"), x="optimiser steps")
+    numbers: list[dict[str, Any]] = []
+    for position, variant in enumerate(runs.study.variants_of(data)):
+        done = list(runs.of(data, variant).values())
+        for axes, figure in zip(grid, ("AP", "AP_nms"), strict=True):
+            points = _mean_curve([run.curve for run in done], figure)
+            if points:
+                steps, low, mean, high = zip(*points, strict=True)
+                dash = "-" if position < _MOST_LINES else "--"
+                line(axes, steps, mean, low=low, high=high, label=variant, colour=colour(position), dash=dash)
+                numbers.append({"variant": variant, "figure": figure, "points": [list(p) for p in points]})
+    if not numbers:
+        return None
+    legend(grid[0])
+    caption = f"{data}: learning curves on the validation split; means, and bands from the worst to the best seed."
+    return plot_part(grid[0], name=identifier("curves", data), caption=caption, data=numbers)
+
+
+def _mean_curve(curves: Sequence[Sequence[dict[str, Any]]], figure: str) -> list[tuple[int, float, float, float]]:
+    """(step, least, mean, most) at the steps that all seeds have."""
+    by_step: dict[int, list[float]] = {}
+    for curve in curves:
+        for row in curve:
+            if row.get(figure) is not None:
+                by_step.setdefault(int(row["step"]), []).append(float(row[figure]))
+    return [
+        (step, min(values), sum(values) / len(values), max(values))
+        for step, values in sorted(by_step.items())
+        if len(values) == len(curves)
+    ]

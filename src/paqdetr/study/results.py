@@ -19,6 +19,8 @@ from paqdetr.text import shorten
 from paqdetr.values import MAX_SEED
 
 FORMAT = 1
+DUPLICATES = ("duplicates", "copies")
+"""What claims call AP_nms - AP; `copies` in older study files."""
 # Replicates are kept as whole multiples of it, five digits of an AP, and as null where they are NaN.
 UNIT = 1e-5
 
@@ -56,7 +58,7 @@ class RunResult:
     def figure(self, name: str, checkpoint: str) -> float | None:
         """A figure by the name that claims use; None if the run does not have it."""
         found: Any = self.figures.get(checkpoint, {})
-        if name == "copies":
+        if name in DUPLICATES:
             values = [found.get("AP_nms"), found.get("AP")]
             return None if None in values else values[0] - values[1]
         for part in name.split("."):
@@ -66,7 +68,7 @@ class RunResult:
     def replicate(self, name: str, checkpoint: str) -> np.ndarray | None:
         """(R,) of a figure; None where images were not resampled for it."""
         found = self.replicates.get(checkpoint, {})
-        if name == "copies" and {"AP", "AP_nms"} <= found.keys():
+        if name in DUPLICATES and {"AP", "AP_nms"} <= found.keys():
             return found["AP_nms"] - found["AP"]
         return found.get(name)
 

@@ -12,7 +12,7 @@ from typing import Any
 from paqdetr.config import Config, describe_idle, load_config
 from paqdetr.data.dataset import open_split
 from paqdetr.errors import ConfigError
-from paqdetr.files import MAX_SIDE_BYTES, read_json, write_whole
+from paqdetr.files import MAX_SIDE_BYTES, read_json, write_text
 from paqdetr.runs import Run, changed_settings, flat_settings
 from paqdetr.study.datasets import folder_of, source_of, training_images
 from paqdetr.study.spec import Study
@@ -167,10 +167,7 @@ class _DataPlan:
             assert steps is not None  # the study's file was checked for it
             epochs = -(-steps // epoch_steps)
             budget["max_steps"] = steps
-        budget |= {
-            "epochs": epochs,
-            "eval_every": max(1, round(epochs / (data.evaluations or study.evaluations))),
-        }
+        budget |= {"epochs": epochs, "eval_every": max(1, round(epochs / (data.evaluations or study.evaluations)))}
         classes = None if data.make is not None else len(open_split(root / str(data.folder), "train").classes)
         return cls(
             budget=budget,
@@ -197,8 +194,7 @@ def _planned(
     config = load_config(base, settings)
     for idle in describe_idle(config, study.variants[key.variant].settings):
         raise ConfigError(
-            f"{file}: variants.{key.variant}.settings, on {key.data}: {idle}",
-            "leave it out, or add what it needs",
+            f"{file}: variants.{key.variant}.settings, on {key.data}: {idle}", "leave it out, or add what it needs"
         )
     _require_alike(config, data.alike, f"{file}: variants.{key.variant}: {base}")
     if data.classes is not None:
@@ -287,10 +283,7 @@ def note_source(planned: PlannedRun, places: Places) -> None:
     """Keep what a training that is about to begin is trained on. One that has begun keeps what it began with."""
     if places.run(planned.key).config_file.is_file():
         return
-    file = places.source(planned.key)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(planned.source) + "\n"
-    write_whole(file, lambda path: path.write_text(text, encoding="utf-8"))
+    write_text(places.source(planned.key), json.dumps(planned.source) + "\n")
 
 
 def read_source(file: Path) -> dict[str, Any] | None:

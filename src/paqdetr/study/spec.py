@@ -11,14 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from paqdetr.config import known_keys, retired_keys
 from paqdetr.config.section import Section, lists_are_tuples
@@ -44,10 +37,10 @@ _MAX_RUNS = 10_000
 
 CLAIMED = (
     *("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"),
-    *("AP_nms", "AP50_nms", "copies", "predictions_per_image"),
+    *("AP_nms", "AP50_nms", "duplicates", "predictions_per_image"),
 )
-"""Figures that a claim can be about: the COCO figures; those after non-maximum suppression; `copies`, AP_nms - AP; and
-predictions that score over 0.3. Query-use views come on top as `queries.NAME`, whatever the runs have."""
+"""Figures that a claim can be about: the COCO figures; those after non-maximum suppression; `duplicates` (formerly `copies`),
+AP_nms - AP; and predictions that score over 0.3. Query-use views come on top as `queries.NAME`, whatever the runs have."""
 
 
 def _flat(value: Any, prefix: str = "") -> Any:
@@ -200,7 +193,7 @@ class Claim(Section):
 
     @model_validator(mode="after")
     def _known_figure(self) -> Claim:
-        if self.figure not in CLAIMED and not self.figure.startswith("queries."):
+        if self.figure not in (*CLAIMED, "copies") and not self.figure.startswith("queries."):
             hint = did_you_mean(self.figure, CLAIMED, f"there are {', '.join(CLAIMED)}", cutoff=0.4)
             raise ValueError(f"figure: unknown figure {self.figure!r}, {hint}")
         share = self.figure != "predictions_per_image" and not self.figure.startswith("queries.")

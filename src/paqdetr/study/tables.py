@@ -1,13 +1,19 @@
-"""The rows of a study's tables, by column key: what the page, the Markdown and docs/study.md are all made of."""
+"""The tables of a study's report. A column is one entry: its heading and how its value is found stand together."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from paqdetr.errors import DataError
-from paqdetr.serialize import plain
+from paqdetr.metrics.diagnosis import MISTAKES
+from paqdetr.report.section import Column, Table, make_table
+from paqdetr.study.results import RunResult
+from paqdetr.study.runs import RunKey
 from paqdetr.study.statistics import Estimate, pooled_variance, variance_bound
 from paqdetr.study.verdicts import Runs, Verdict
 
@@ -16,37 +22,46 @@ SEED_COUNTS = (2, 3, 5, 8, 12)
 SETTLED = 0.015
 """The difference in AP that a study is to settle."""
 
-Row = dict[str, Any]
+_table = partial(make_table, empty=False, digits=6)
+_VARIANT, _SEEDS = Column("variant", "variant", "text"), Column("seeds", "seeds", "integer")
 
 
-def verdict_rows(runs: Runs, decided: Sequence[Verdict]) -> list[Row]:
-    """Of every claim on every data set."""
-    rows = []
-    for verdict in decided:
-        claim, effect = runs.study.claims[verdict.claim], verdict.effect
-        numbers: Row = dict.fromkeys(("effect", "low", "high", "smallest"))
-        if effect is not None:
-            low, high = effect.interval
-            smallest = effect.smallest_effect()
-            numbers = {"effect": effect.mean, "low": low, "high": high, "smallest": smallest}
-        rows.append(
-            {
-                "claim": claim.text or verdict.claim,
-                "data": verdict.data,
-                "figure": claim.figure,
-                "verdict": verdict.outcome,
-                **{key: _number(value) for key, value in numbers.items()},
-                "threshold": verdict.threshold,
-                "p": None if effect is None else round(verdict.p, 4),
-                "seeds": 0 if effect is None else effect.seeds,
-                "published": claim.published.effect if claim.published else None,
-                "note": _note(verdict, runs.study.level),
-            }
-        )
-    return rows
+def identifier(*parts: str) -> str:
+    """Letters, digits and underscores, as names of a report's parts are."""
+    return re.sub(r"\W", "_", "_".join(parts))
 
 
-def _note(verdict: Verdict, level: float) -> str:
+def verdict_table(runs: Runs, decided: Sequence[Verdict]) -> Table:
+    """Every claim on every data set."""
+    claims, level = runs.study.claims, runs.study.level
+
+    def effect(value: Callable[[Estimate], float]) -> Callable[[Verdict], float | None]:
+        return lambda verdict: None if verdict.effect is None else value(verdict.effect)
+
+    columns = (
+        Column("claim", "claim", "text", lambda v: claims[v.claim].text or v.claim),
+        Column("data", "data", "text"),
+        Column("figure", "figure", "text", lambda v: claims[v.claim].figure),
+        Column("verdict", "verdict", "text", lambda v: v.outcome),
+        Column("effect", "effect", value=effect(lambda e: e.mean)),
+        Column("low", "from", value=effect(lambda e: e.interval[0])),
+        Column("high", "to", value=effect(lambda e: e.interval[1])),
+        Column("threshold", "over"),
+        Column("p", "p", value=lambda v: v.effect and round(v.p, 4)),
+        Column("smallest", "detectable (80 % power)", value=effect(Estimate.smallest_effect)),
+        Column("seeds", "seeds", "integer", lambda v: v.effect.seeds if v.effect else 0),
+        Column("published", "published", value=lambda v: (p := claims[v.claim].published) and p.effect),
+        Column("note", "note", "text", _note),
+    )
+    caption = (
+        f"Effect of each claim with its {1 - level:.0%} interval, paired by seed and by image. p is adjusted for all "
+        f"{len(decided)} claims (Holm). Detectable: the minimum effect that so many seeds on these images detect with a "
+        "power of 80 %."
+    )
+    return _table("verdicts", caption, columns, decided)
+
+
+def _note(verdict: Verdict) -> str:
     """What a reader has to know beside the numbers."""
     notes = []
     effect = verdict.effect
@@ -65,123 +80,164 @@ def _note(verdict: Verdict, level: float) -> str:
     return "; ".join(notes)
 
 
-def figure_rows(runs: Runs, data: str) -> list[Row]:
+def figure_table(runs: Runs, data: str) -> Table:
     """What the variants reach; those without a run are left out."""
+    study = runs.study
+    base = study.baseline
+    ap = {v: found for v in study.variants_of(data) if (found := runs.mean(data, v, "AP")) is not None}
+    to_base = {v: found for v in ap if v != base and (found := runs.difference(data, v, base, "AP")) is not None}
+
+    def mean(figure: str) -> Callable[[str], float | None]:
+        return lambda variant: (found := runs.mean(data, variant, figure)) and found.mean
+
+    columns = (
+        Column("variant", "variant", "text", str),
+        Column("seeds", "seeds", "integer", lambda v: ap[v].seeds),
+        Column("AP", "AP", value=lambda v: ap[v].mean),
+        Column("spread", "\N{PLUS-MINUS SIGN} seeds", value=lambda v: ap[v].spread),
+        Column("AP50", "AP50", value=mean("AP50")),
+        Column("difference", "to baseline", value=lambda v: to_base[v].mean if v in to_base else None),
+        Column("low", "from", value=lambda v: to_base[v].interval[0] if v in to_base else None),
+        Column("high", "to", value=lambda v: to_base[v].interval[1] if v in to_base else None),
+        Column("AP_nms", "AP, NMS", value=mean("AP_nms")),
+        Column("copies", "duplicates", value=mean("duplicates")),
+        Column("predictions", "predictions", value=mean("predictions_per_image")),
+        Column("boxes", "boxes", value=mean("boxes_per_image")),
+    )
+    caption = (
+        f"{data}, {study.split_of(data)}: means over seeds. The difference in AP is to {base}, paired, with its "
+        f"{1 - study.level:.0%} interval. Duplicates: what AP gains by non-maximum suppression. Predictions: those that score "
+        "over 0.3, per image; boxes: ground truth, per image."
+    )
+    return _table(identifier("figures", data), caption, columns, ap)
+
+
+def query_table(runs: Runs, data: str) -> Table:
+    """Views of query use; no rows if no run has them."""
+    columns = (
+        _VARIANT,
+        Column("n", "n", "integer"),
+        Column("gini_over_30", "over 0.3"),
+        Column("per_image_over_30", "activations"),
+        Column("gini_over_50", "over 0.5"),
+        Column("gini_equal", "equal activations"),
+        Column("gini_positives", "matches"),
+        Column("by_rank_positives", "by rank alone"),
+        Column("gini_patterns", "patterns"),
+        Column("entropy", "entropy"),
+        Column("dead_patterns", "dead"),
+        Column("cosine", "cosine"),
+        Column("image_share", "image's share"),
+        Column("query_share", "of single queries"),
+    )
+    caption = (
+        f"{data}: Gini coefficients of the use of content queries, means over seeds: of images with a score over 0.3 or 0.5, "
+        "or at the threshold of equal activations per image; of matches in the last layer, and what rank order alone explains "
+        "of it; of the mass of patterns. Entropy of the mixtures, dead patterns, cosine between queries; the image's share: "
+        "of the variance of content, what the query's index does not explain, and the part of that by which queries of one "
+        "image differ. Lower is not better by itself."
+    )
+    rows = [{"variant": v, **_means(views)} for v, views in _measured(runs, data, "queries") if any(views)]
+    return _table(identifier("queries", data), caption, columns, rows)
+
+
+def layer_table(runs: Runs, data: str) -> Table:
+    """What every stage of the detectors finds; no rows if it was measured for no run."""
+    columns = (
+        _VARIANT,
+        _SEEDS,
+        Column("stage", "stage", "text"),
+        Column("best_iou", "best IoU"),
+        Column("found", "found"),
+        Column("AP", "AP"),
+        Column("AP_nms", "AP, NMS"),
+        Column("copies", "duplicates"),
+        Column("predictions_per_image", "predictions"),
+    )
+    caption = (
+        f"{data}: what the detector would answer after the encoder's proposals or after any decoder layer. Best IoU: of the "
+        "nearest query, mean over objects; found: objects for which that is 0.5 or more."
+    )
     rows = []
-    for variant in runs.study.variants_of(data):
-        mean = runs.mean(data, variant, "AP")
-        if mean is None:
-            continue
-        row: Row = {"variant": variant, "seeds": mean.seeds, "AP": mean.mean, "spread": mean.spread}
-        for key, figure in (
-            ("AP50", "AP50"),
-            ("AP_nms", "AP_nms"),
-            ("copies", "copies"),
-            ("predictions", "predictions_per_image"),
-            ("boxes", "boxes_per_image"),
-        ):
-            found = runs.mean(data, variant, figure)
-            row[key] = None if found is None else found.mean
-        row |= dict.fromkeys(("difference", "low", "high"))
-        if variant != runs.study.baseline:
-            found = runs.difference(data, variant, runs.study.baseline, "AP")
-            if found is not None:
-                row["difference"] = found.mean
-                row["low"], row["high"] = found.interval
-        rows.append({key: _number(value) for key, value in row.items()})
-    return rows
-
-
-def query_rows(runs: Runs, data: str) -> list[Row]:
-    """Views of query use; empty if no run has them."""
-    rows = []
-    for variant in runs.study.variants_of(data):
-        done = list(runs.of(data, variant).values())
-        views = [run.figures[runs.checkpoint].get("queries", {}) for run in done]
-        names = sorted({name for view in views for name in view})
-        if not names:
-            continue
-        row: Row = {"variant": variant}
-        for name in names:
-            row[name] = _mean([view.get(name) for view in views])
-        rows.append(row)
-    return rows
-
-
-def layer_rows(runs: Runs, data: str) -> list[Row]:
-    """What every stage of the detectors finds, means over the seeds for which it was measured; empty if it was for none."""
-    rows = []
-    for variant in runs.study.variants_of(data):
-        found = _measured(runs, data, variant, "layers")
+    for variant, found in _measured(runs, data, "layers"):
         if len({len(stages) for stages in found}) > 1:
             raise DataError(
                 f"{data}, {variant}: its runs were measured with unequal numbers of layers",
                 "measure them again: remove their files under results/",
             )
         for stages in zip(*found, strict=True):
-            row: Row = {"variant": variant, "seeds": len(found), "stage": stages[0]["stage"]}
-            rows.append(row | {name: _mean([s.get(name) for s in stages]) for name in stages[0] if name != "stage"})
-    return rows
+            means = _means([{name: value for name, value in stage.items() if name != "stage"} for stage in stages])
+            rows.append({"variant": variant, "seeds": len(found), "stage": stages[0]["stage"], **means})
+    return _table(identifier("layers", data), caption, columns, rows)
 
 
-def mistake_rows(runs: Runs, data: str) -> list[Row]:
-    """What AP50 would gain were one kind of mistake mended, means over the seeds for which it was measured."""
-    rows = []
+def mistake_table(runs: Runs, data: str) -> Table:
+    """Gains of AP50; no rows if they were measured for no run."""
+    columns = (_VARIANT, _SEEDS, *(Column(kind, kind) for kind in MISTAKES))
+    caption = f"{data}: what AP50 would gain were one kind of mistake corrected, after TIDE. Gains do not add up."
+    rows = [{"variant": v, "seeds": len(gains), **_means(gains)} for v, gains in _measured(runs, data, "mistakes")]
+    return _table(identifier("mistakes", data), caption, columns, rows)
+
+
+def _measured(runs: Runs, data: str, name: str) -> Iterator[tuple[str, list[Any]]]:
+    """(variant, what its runs have under a name in their figures), without those for which it was not measured."""
     for variant in runs.study.variants_of(data):
-        found = _measured(runs, data, variant, "mistakes")
+        done = runs.of(data, variant).values()
+        found = [value for run in done if (value := run.figures[runs.checkpoint].get(name)) is not None]
         if found:
-            means = {kind: _mean([gains.get(kind) for gains in found]) for kind in found[0]}
-            rows.append({"variant": variant, "seeds": len(found), **means})
-    return rows
+            yield variant, found
 
 
-def _measured(runs: Runs, data: str, variant: str, name: str) -> list[Any]:
-    """One figure of all runs that have it."""
-    done = runs.of(data, variant).values()
-    return [found for run in done if (found := run.figures[runs.checkpoint].get(name)) is not None]
+def _means(measured: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """Means by name over the seeds that have it."""
+    return {name: _mean([one.get(name) for one in measured]) for name in sorted(set().union(*measured))}
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
-    return _number(sum(known) / len(known)) if known else None
+    return sum(known) / len(known) if known else None
 
 
-def cost_rows(runs: Runs) -> list[Row]:
-    """What trainings took; a row for every processor that runs of a variant were made on, since their times have no mean."""
-    rows = []
+@dataclass(frozen=True, slots=True)
+class _Trainings:
+    """Runs of a variant on one kind of processor."""
+
+    data: str
+    variant: str
+    processor: str
+    costs: list[dict[str, Any]]
+
+
+def cost_table(runs: Runs) -> Table:
+    """What trainings took; a row for every processor that a variant was trained on, since their times have no mean."""
+
+    def mean(key: str, unit: float = 1.0) -> Callable[[_Trainings], float | None]:
+        return lambda own: _mean([value / unit if (value := cost.get(key)) is not None else None for cost in own.costs])
+
+    columns = (
+        Column("data", "data", "text"),
+        _VARIANT,
+        Column("processor", "processor", "text"),
+        Column("runs", "runs", "integer", lambda own: len(own.costs)),
+        Column("steps", "steps", "integer", mean("steps")),
+        Column("minutes", "minutes", value=mean("seconds", 60)),
+        Column("step_seconds", "s per step", value=mean("step_seconds")),
+        Column("cpu_minutes", "CPU minutes", value=mean("cpu_seconds", 60)),
+        Column("memory", "peak GiB", value=mean("peak_memory_gib")),
+        Column("parameters", "parameters, M", value=mean("parameters", 1e6)),
+        Column("gflops", "GFLOPs", value=mean("gflops")),
+    )
+    items: list[_Trainings] = []
     for data in runs.study.data:
         for variant in runs.study.variants_of(data):
-            by_processor: dict[str, list[Row]] = {}
+            by_processor: dict[str, list[dict[str, Any]]] = {}
             for run in runs.of(data, variant).values():
                 if run.cost:
                     processor = (run.provenance.get("machine") or {}).get("processor") or "unknown"
                     by_processor.setdefault(processor, []).append(run.cost)
-            rows += [
-                {
-                    "data": data,
-                    "variant": variant,
-                    "processor": processor,
-                    "runs": len(costs),
-                    **_mean_cost(costs),
-                }
-                for processor, costs in sorted(by_processor.items())
-            ]
-    return rows
-
-
-def _mean_cost(costs: Sequence[Row]) -> Row:
-    def mean(key: str, unit: float = 1.0) -> float | None:
-        return _mean([None if cost.get(key) is None else cost[key] / unit for cost in costs])
-
-    return {
-        "steps": mean("steps"),
-        "minutes": mean("seconds", 60),
-        "step_seconds": mean("step_seconds"),
-        "cpu_minutes": mean("cpu_seconds", 60),
-        "memory": mean("peak_memory_gib"),
-        "parameters": mean("parameters", 1e6),
-        "gflops": mean("gflops"),
-    }
+            items += [_Trainings(data, variant, *found) for found in sorted(by_processor.items())]
+    caption = "Means over runs on the same processor, by the clock. FLOPs: of one image, a multiply-add counted once."
+    return _table("cost", caption, columns, items)
 
 
 def planning(runs: Runs, data: str) -> Estimate | None:
@@ -203,53 +259,59 @@ def planning(runs: Runs, data: str) -> Estimate | None:
     return Estimate(0.0, (0.0,) * (degrees + 1), variance, shared, images, runs.study.level)
 
 
-def planning_rows(runs: Runs) -> list[Row]:
-    """What more seeds would see on each data set."""
-    rows = []
-    for data in runs.study.data:
-        found = planning(runs, data)
-        row: Row = {"data": data}
-        keys = ("seed_error", "degrees", "image_error", "needed", "needed_at_most")
-        row |= dict.fromkeys((*keys, *(f"n{count}" for count in SEED_COUNTS)))
-        if found is not None:
-            degrees = found.seeds - 1
-            worst = Estimate(
-                0.0,
-                found.values,
-                variance_bound(found.seed_variance, degrees),
-                found.image_variance,
-                found.images,
-                found.level,
-            )
-            row |= {
-                "seed_error": _number(found.spread),
-                "degrees": degrees,
-                "image_error": _number(math.sqrt(found.image_variance)),
-                "needed": found.seeds_needed(SETTLED),
-                "needed_at_most": worst.seeds_needed(SETTLED),
-            }
-            row |= {f"n{n}": _number(found.with_seeds(n).smallest_effect()) for n in SEED_COUNTS}
-        rows.append(row)
-    return rows
+def planning_table(runs: Runs) -> Table:
+    """What more seeds would detect on each data set."""
+    known = {data: planning(runs, data) for data in runs.study.data}
+
+    def of(value: Callable[[Estimate], Any]) -> Callable[[str], Any]:
+        return lambda data: None if (estimate := known[data]) is None else value(estimate)
+
+    def worst(found: Estimate) -> Estimate:
+        return replace(found, seed_variance=variance_bound(found.seed_variance, found.seeds - 1))
+
+    columns = (
+        Column("data", "data", "text", str),
+        Column("seed_error", "\N{PLUS-MINUS SIGN} per seed", value=of(lambda e: e.spread)),
+        Column("degrees", "d.o.f.", "integer", of(lambda e: e.seeds - 1)),
+        Column("image_error", "\N{PLUS-MINUS SIGN} the images", value=of(lambda e: math.sqrt(e.image_variance))),
+        *(
+            Column(f"n{count}", f"{count} seeds", value=of(lambda e, n=count: e.with_seeds(n).smallest_effect()))
+            for count in SEED_COUNTS
+        ),
+        Column("needed", "for 0.015", "integer", of(lambda e: e.seeds_needed(SETTLED))),
+        Column("needed_at_most", "at most", "integer", of(lambda e: worst(e).seeds_needed(SETTLED))),
+    )
+    caption = (
+        "Spread of the paired differences to the baseline, pooled over variants, and the minimum effect on AP that 2, 3, ... "
+        "seeds detect with a power of 80 %. For 0.015: the fewest seeds that detect 1.5 points of AP; at most: if the spread "
+        "between seeds is as large as these runs allow (80 % bound). All of it is of one "
+        "claim by itself: where a study has several, Holm's adjustment asks for more. A dash: 200 seeds do not detect it, or, "
+        "since the test images are too few, no number does."
+    )
+    return _table("planning", caption, columns, known)
 
 
-def run_rows(runs: Runs) -> list[Row]:
+def run_table(runs: Runs) -> Table:
     """Every run of the study."""
-    study, rows = runs.study, []
-    failed = {(run.key.data, run.key.variant, run.key.seed): run.failed for run in runs.failed}
-    for data in study.data:
-        for variant in study.variants_of(data):
-            done = runs.of(data, variant)
-            for seed in study.seeds_of(data, variant):
-                run = done.get(seed)
-                state = "done" if run is not None else failed.get((data, variant, seed), "not yet")
-                row: Row = {"data": data, "variant": variant, "seed": seed, "state": state}
-                for name in ("AP", "AP_nms"):
-                    row[name] = None if run is None else run.figure(name, runs.checkpoint)
-                rows.append(row)
-    return rows
 
+    def state(key: RunKey) -> str:
+        run = runs.results.get(key)
+        return "not yet" if run is None else run.failed or "done"
 
-def _number(value: Any) -> Any:
-    """Six digits of what is a figure; names and counts as they are."""
-    return plain(value, 6)
+    def figure(name: str) -> Callable[[RunKey], float | None]:
+        def value(key: RunKey) -> float | None:
+            run: RunResult | None = runs.results.get(key)
+            return None if run is None or run.failed is not None else run.figure(name, runs.checkpoint)
+
+        return value
+
+    columns = (
+        Column("data", "data", "text"),
+        _VARIANT,
+        Column("seed", "seed", "integer"),
+        Column("AP", "AP", value=figure("AP")),
+        Column("AP_nms", "AP after NMS", value=figure("AP_nms")),
+        Column("state", "state", "text", state),
+    )
+    caption = f"{len(runs.done)} of {len(runs.keys)} runs are done."
+    return _table("runs", caption, columns, runs.keys)

@@ -13,6 +13,7 @@ from paqdetr.errors import DataError
 from paqdetr.runs import changed_settings
 from paqdetr.serialize import fields_of
 from paqdetr.study.results import RunResult
+from paqdetr.study.runs import RunKey
 from paqdetr.study.spec import Claim, Study
 from paqdetr.study.statistics import Estimate, estimate, holm
 
@@ -54,6 +55,10 @@ class Verdict:
 class Runs:
     """The results of a study by data set, variant and seed.
 
+    Attributes:
+        keys: of all planned runs, in the study's order.
+        results: those that are there, by key.
+
     Args:
         results: of any order; those that the study does not have are left out.
 
@@ -64,18 +69,14 @@ class Runs:
     def __init__(self, study: Study, results: Sequence[RunResult]) -> None:
         self.study = study
         self.checkpoint: str = study.evaluate.checkpoints[0]
-        planned = {
-            (data, variant, seed)
+        self.keys = [
+            RunKey(data, variant, seed)
             for data in study.data
             for variant in study.variants_of(data)
             for seed in study.seeds_of(data, variant)
-        }
-        self._all = {
-            (r.key.data, r.key.variant, r.key.seed): r
-            for r in results
-            if (r.key.data, r.key.variant, r.key.seed) in planned
-        }
-        self.planned = len(planned)
+        ]
+        planned = set(self.keys)
+        self.results = {result.key: result for result in results if result.key in planned}
         for result in self.done:
             _require_same_measure(study, result)
             _require_same_settings(study, result)
@@ -83,44 +84,39 @@ class Runs:
     @property
     def failed(self) -> list[RunResult]:
         """Runs that ended with an error."""
-        return [result for result in self._all.values() if result.failed is not None]
+        return [result for result in self.results.values() if result.failed is not None]
 
     @property
     def done(self) -> list[RunResult]:
         """Runs that have figures."""
-        return [result for result in self._all.values() if result.failed is None]
+        return [result for result in self.results.values() if result.failed is None]
 
     def of(self, data: str, variant: str) -> dict[int, RunResult]:
         """Runs that are done, by seed."""
-        found = (self._all.get((data, variant, seed)) for seed in self.study.seeds_of(data, variant))
+        found = (self.results.get(RunKey(data, variant, seed)) for seed in self.study.seeds_of(data, variant))
         return {result.key.seed: result for result in found if result is not None and result.failed is None}
 
-    def mean(self, data: str, variant: str, figure: str, checkpoint: str | None = None) -> Estimate | None:
+    def mean(self, data: str, variant: str, figure: str) -> Estimate | None:
         """A variant's figure by itself, with its interval; None if no run has it."""
-        own = self.having(figure, data, variant, checkpoint)
-        return self._estimate(list(own.values()), None, figure, checkpoint) if own else None
+        own = self.having(figure, data, variant)
+        return self._estimate(list(own.values()), None, figure) if own else None
 
-    def difference(
-        self, data: str, variant: str, against: str, figure: str, checkpoint: str | None = None
-    ) -> Estimate | None:
+    def difference(self, data: str, variant: str, against: str, figure: str) -> Estimate | None:
         """Variant minus the other, paired by seed and by image; None if they have no seed in common."""
-        mine = self.having(figure, data, variant, checkpoint)
-        its = self.having(figure, data, against, checkpoint)
+        mine = self.having(figure, data, variant)
+        its = self.having(figure, data, against)
         seeds = [seed for seed in mine if seed in its]
         if not seeds:
             return None
-        return self._estimate([mine[s] for s in seeds], [its[s] for s in seeds], figure, checkpoint)
+        return self._estimate([mine[s] for s in seeds], [its[s] for s in seeds], figure)
 
-    def having(self, figure: str, data: str, variant: str, checkpoint: str | None = None) -> dict[int, RunResult]:
+    def having(self, figure: str, data: str, variant: str) -> dict[int, RunResult]:
         """Runs that are done and have a figure, by seed."""
-        chosen = checkpoint or self.checkpoint
         runs = self.of(data, variant)
-        return {seed: run for seed, run in runs.items() if run.figure(figure, chosen) is not None}
+        return {seed: run for seed, run in runs.items() if run.figure(figure, self.checkpoint) is not None}
 
-    def _estimate(
-        self, mine: list[RunResult], its: list[RunResult] | None, figure: str, checkpoint: str | None
-    ) -> Estimate:
-        chosen = checkpoint or self.checkpoint
+    def _estimate(self, mine: list[RunResult], its: list[RunResult] | None, figure: str) -> Estimate:
+        chosen = self.checkpoint
         if its is not None:
             for one, other in zip(mine, its, strict=True):
                 _require_same_images(one, other)

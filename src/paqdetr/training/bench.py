@@ -6,7 +6,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from paqdetr.models import Detector
 from paqdetr.models.zoo import build_model
 from paqdetr.ops import choose_backend, ms_deform_attn
 from paqdetr.runtime import Predictor
+from paqdetr.serialize import Jsonable
 from paqdetr.structures import Targets
 from paqdetr.training.optim import MovingAverage, build_optimizer
 from paqdetr.training.setup import ready_to_train
@@ -45,7 +46,7 @@ def interleave(
         rounds: counted calls of each case.
         warmup: calls of each case before these.
         clock: `time.process_time` counts what the process was given, on all its cores together.
-        progress: told (rounds done, rounds in all).
+        progress: called with (rounds done, rounds in all).
     """
     for case in cases.values():
         for _ in range(warmup):
@@ -93,7 +94,7 @@ PARTS = ("attention", "inference", "training step")
 
 
 @dataclass(frozen=True, slots=True)
-class Bench:
+class Bench(Jsonable):
     """What was measured.
 
     Attributes:
@@ -123,10 +124,6 @@ class Bench:
     peak_memory_gib: float
     machine: dict[str, Any]
 
-    def to_json(self) -> dict[str, Any]:
-        """Ready for json."""
-        return asdict(self)
-
 
 def bench(
     model: str,
@@ -148,7 +145,7 @@ def bench(
         batch_size: images that go through together.
         device: "cpu", "cuda", ...; the best there is if None.
         rounds: calls of each case that count, after two that do not.
-        progress: told (rounds done, rounds in all) over all three measurements.
+        progress: called with (rounds done, rounds in all) over all three measurements.
         settings: of both models, with dotted keys.
 
     Raises:
@@ -160,17 +157,15 @@ def bench(
     names = [model] if against is None else [model, against]
     if len(set(names)) < len(names):
         raise ConfigError(f"--against {against}: is the model itself", "name another one")
-    targets = [_targets(config.model.num_classes) for _ in range(batch_size)]
-    images = torch.randn(batch_size, 3, image_size, image_size)
-    batch = Batch(images, None, targets)
+    batch = noise_batch(batch_size, image_size, image_size, boxes=_BOXES, num_classes=config.model.num_classes)
     sides = {name: Workload(load_config(name, settings or {}), batch, where) for name in names}
 
     def part(number: int) -> Callable[[int, int], None]:
-        def told(done: int, total: int) -> None:
+        def report(done: int, total: int) -> None:
             if progress is not None:
                 progress(number * total + done, len(PARTS) * total)
 
-        return told
+        return report
 
     def waiting(call: Callable[[], object]) -> Callable[[], object]:
         if where.type != "cuda":
@@ -351,7 +346,15 @@ def _attention(config: Config, image_size: int, batch_size: int, device: torch.d
     return {name: call(name) for name in dict.fromkeys(("reference", chosen))}
 
 
-def _targets(num_classes: int) -> Targets:
-    """Ten boxes anywhere."""
-    boxes = torch.cat([0.3 + 0.4 * torch.rand(_BOXES, 2), 0.1 + 0.2 * torch.rand(_BOXES, 2)], dim=1)
-    return Targets(torch.randint(num_classes, (_BOXES,)), boxes)
+def noise_batch(images: int, height: int, width: int, *, boxes: int, num_classes: int) -> Batch:
+    """Images of noise with so many boxes each, anywhere."""
+    targets = [
+        Targets(
+            torch.randint(num_classes, (boxes,)),
+            torch.cat([0.3 + 0.4 * torch.rand(boxes, 2), 0.1 + 0.2 * torch.rand(boxes, 2)], dim=1),
+            number,
+            (height, width),
+        )
+        for number in range(images)
+    ]
+    return Batch(torch.randn(images, 3, height, width), None, targets)

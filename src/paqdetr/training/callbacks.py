@@ -63,43 +63,13 @@ class Callback:
         """After the last step, or when the training fails."""
 
 
-class Callbacks(Callback):
-    """Passes every event on to a list of callbacks."""
+class Callbacks(list[Callback]):
+    """Passes every event on to all callbacks."""
 
-    def __init__(self, callbacks: list[Callback]) -> None:
-        self.callbacks = callbacks
-
-    def on_start(self, plan: TrainingPlan) -> None:
-        for callback in self.callbacks:
-            callback.on_start(plan)
-
-    def on_step(self, step: int, loss: float) -> None:
-        for callback in self.callbacks:
-            callback.on_step(step, loss)
-
-    def on_record(self, record: dict[str, Any]) -> None:
-        for callback in self.callbacks:
-            callback.on_record(record)
-
-    def on_skip(self, record: dict[str, Any]) -> None:
-        for callback in self.callbacks:
-            callback.on_skip(record)
-
-    def on_interrupt(self, name: str) -> None:
-        for callback in self.callbacks:
-            callback.on_interrupt(name)
-
-    def on_evaluation_progress(self, done: int, total: int) -> None:
-        for callback in self.callbacks:
-            callback.on_evaluation_progress(done, total)
-
-    def on_evaluation(self, record: dict[str, Any]) -> None:
-        for callback in self.callbacks:
-            callback.on_evaluation(record)
-
-    def on_end(self) -> None:
-        for callback in self.callbacks:
-            callback.on_end()
+    def emit(self, event: str, *values: Any) -> None:
+        """Call the method `event` of each."""
+        for callback in self:
+            getattr(callback, event)(*values)
 
 
 _PROJECT = "paqdetr"
@@ -134,9 +104,7 @@ def start_trackers(accelerator: Accelerator, run: Run, config: Config, *, step: 
     }
     project = "tensorboard" if config.trackers == ("tensorboard",) else _PROJECT
     accelerator.init_trackers(
-        project,
-        config=settings if step == 0 else None,
-        init_kwargs={name: options[name] for name in config.trackers},
+        project, config=settings if step == 0 else None, init_kwargs={name: options[name] for name in config.trackers}
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -13,17 +13,7 @@ from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw, ImageFont
 
 from paqdetr.data.dataset import DetectionDataset
-from paqdetr.drawing import (
-    BLUE,
-    GREEN,
-    ORANGE,
-    PINK,
-    RED,
-    SKY,
-    draw_boxes,
-    font_path,
-    tiled,
-)
+from paqdetr.drawing import BLUE, GREEN, ORANGE, PINK, RED, SKY, draw_boxes, font_path, tiled
 from paqdetr.errors import DataError
 from paqdetr.images import read_image
 from paqdetr.models import Detector
@@ -37,18 +27,14 @@ _INK, _GREY = "#222222", "#888888"
 _MOST_POINTS = 1500
 
 
-class GroundTruth(NamedTuple):
-    """What is to be found in one image: (G, 4) xyxy boxes in its pixels, (G,) original category ids."""
-
-    boxes: ArrayLike
-    labels: ArrayLike
-
+GroundTruth = tuple[ArrayLike, ArrayLike]
+"""What is to be found in one image: (G, 4) xyxy boxes in its pixels, (G,) original category ids."""
 
 # ------------------------------------------------------------------------------------------ contact sheet
 
 
 def contact_sheet(
-    items: Sequence[tuple[Image.Image | np.ndarray, Detections, GroundTruth | tuple[ArrayLike, ArrayLike]]],
+    items: Sequence[tuple[Image.Image | np.ndarray, Detections, GroundTruth]],
     names: Mapping[int, str],
     *,
     output: Path,
@@ -61,13 +47,9 @@ def contact_sheet(
     Args:
         items: image, its detections and its ground truth, both in pixels of the image, EXIF turn applied.
         names: category id -> name, for the ground truth.
-        output: the file; parent folders are made. A PNG has at most 256 colours, which halves the file.
         columns: pairs in a row.
         threshold: detections below this score are left out.
         size: longest side of each image on the sheet, in pixels.
-
-    Raises:
-        ValueError: there are no items, or `columns` or `size` is not positive.
     """
     if not items or columns < 1 or size < 1:
         raise ValueError(f"got {len(items)} items, columns={columns}, size={size}; expected at least 1 of each")
@@ -77,7 +59,7 @@ def contact_sheet(
     sheet = tiled(rows, gap=16, border=16)
     output.parent.mkdir(parents=True, exist_ok=True)
     if output.suffix.lower() == ".png":
-        sheet.quantize(256).save(output, optimize=True)
+        sheet.quantize(256).save(output, optimize=True)  # half the size
     else:
         sheet.save(output)
 
@@ -85,7 +67,7 @@ def contact_sheet(
 def _pair(
     image: Image.Image | np.ndarray,
     detections: Detections,
-    truth: GroundTruth | tuple[ArrayLike, ArrayLike],
+    truth: GroundTruth,
     names: Mapping[int, str],
     threshold: float,
     size: int,
@@ -176,27 +158,21 @@ def _panels(train: list[Record], evaluations: list[Record]) -> list[_Panel]:
     }
 
     def one(title: str, key: str, ylabel: str, **options: Any) -> _Panel:
-        return _lines({"": (*series(train, key), BLUE)}, title, ylabel, **options)
+        return several({"": (key, BLUE)}, title, ylabel, **options)
+
+    def several(keys: dict[str, tuple[str, str]], title: str, ylabel: str, **options: Any) -> _Panel:
+        curves = {label: (*series(train, key), colour) for label, (key, colour) in keys.items()}
+        return _lines(curves, title, ylabel, **options)
 
     return [
         _ap(evaluations),
         one("Training loss, all terms", "loss", "loss"),
-        _lines(
-            {label: (*series(train, key), colour) for label, (key, colour) in terms.items()},
-            "Loss terms",
-            "loss (log scale)",
-            log=True,
-        ),
+        several(terms, "Loss terms", "loss (log scale)", log=True),
         _positives(train),
         one("Learning rate", "lr", "learning rate", smooth=False),
         one("Entropy of a query's mixture weights", "mixture_entropy", "entropy / log m"),
         one("Likeness of content queries", "query_cosine", "mean cosine of pairs"),
-        _lines(
-            {label: (*series(train, key), colour) for label, (key, colour) in uses.items()},
-            "Unevenness of query use",
-            "Gini coefficient",
-            bottom=0.0,
-        ),
+        several(uses, "Unevenness of query use", "Gini coefficient", bottom=0.0),
         one("Training throughput", "images_per_second", "images per second", bottom=0.0),
     ]
 
@@ -215,27 +191,11 @@ def _ap(evaluations: list[Record]) -> _Panel:
 
     def draw(axes: Any) -> None:
         for label, epochs, values, style, colour in curves:
-            alone = len(epochs) == 1
-            axes.plot(
-                epochs,
-                values,
-                style,
-                color=colour,
-                label=literal(label),
-                linewidth=1.6,
-                marker="o",
-                markersize=6 if alone else 3,
-            )
+            marker = {"marker": "o", "markersize": 6 if len(epochs) == 1 else 3}
+            axes.plot(epochs, values, style, color=colour, label=literal(label), linewidth=1.6, **marker)
             best = int(np.argmax(values))
-            axes.annotate(
-                f"{values[best]:.3f}",
-                (epochs[best], values[best]),
-                xytext=(0, 5),
-                textcoords="offset points",
-                ha="center",
-                fontsize=8,
-                color=_INK,
-            )
+            place = {"xytext": (0, 5), "textcoords": "offset points", "ha": "center"}
+            axes.annotate(f"{values[best]:.3f}", (epochs[best], values[best]), fontsize=8, color=_INK, **place)
         _dress(axes, "Average precision (best value marked)", "epoch", "AP")
         axes.set_ylim(0, max(0.05, min(1.0, 1.15 * max(values.max() for _, _, values, _, _ in curves))))
         axes.legend(frameon=False, fontsize=8, loc="lower right")
@@ -304,5 +264,5 @@ def draw_predictions(model: Detector, split: DetectionDataset, output: Path, *, 
     for index in range(min(images, len(split))):
         picture = split.image_or_blank(index)
         ids = [split.classes.ids[label] for label in split.labels(index).tolist()]
-        items.append((picture, model.predict(picture)[0], GroundTruth(split.boxes(index), ids)))
+        items.append((picture, model.predict(picture)[0], (split.boxes(index), ids)))
     contact_sheet(items, split.classes.id_to_name, output=output)

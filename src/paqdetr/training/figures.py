@@ -74,7 +74,7 @@ def watch_gradients(content: Tensor, into: Tensor, *, scale: Tensor | float = 1.
     Args:
         content: (B, n, d), as the decoder takes it.
         into: (n,) float32.
-        scale: that the loss is multiplied by, as gradient scalers do; a tensor is not waited for.
+        scale: that the loss is multiplied by, as gradient scalers do; a tensor causes no GPU sync.
     """
 
     def note(gradient: Tensor) -> None:
@@ -167,12 +167,7 @@ class Interval:
         self._started = time.perf_counter()
 
     def add(
-        self,
-        values: Mapping[str, float],
-        batches: Sequence[BatchUse],
-        images: int,
-        *,
-        overflowed: bool = False,
+        self, values: Mapping[str, float], batches: Sequence[BatchUse], images: int, *, overflowed: bool = False
     ) -> None:
         """Take in a step: its figures, and how each of its batches used queries. One that the gradient scaler left out because
         half precision overflowed has no `grad_norm`."""
@@ -212,7 +207,7 @@ class Interval:
 
 
 def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors of any shapes as float32 on the CPU, in one transfer: each wait for a GPU costs time, whatever it brings."""
+    """Tensors of any shapes as float32 on the CPU, in one GPU sync."""
     flat = torch.cat([tensor.detach().float().flatten() for tensor in tensors]).cpu()
     parts = flat.split([tensor.numel() for tensor in tensors])
     return [part.reshape(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]

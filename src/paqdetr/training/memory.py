@@ -21,8 +21,7 @@ from paqdetr.errors import ConfigError, OutOfMemoryError, UserError, memory_erro
 from paqdetr.models.backbone import normalization_of
 from paqdetr.preprocessing import Preprocessing
 from paqdetr.runs import Run
-from paqdetr.structures import Targets
-from paqdetr.training.bench import Workload
+from paqdetr.training.bench import Workload, noise_batch
 
 # Of what is free on a CPU, and of all that a GPU has: the rest is for fragments, and for other programs.
 _USABLE = {"cpu": 0.8, "cuda": 0.92}
@@ -37,16 +36,7 @@ def worst_batch(config: Config, split: DetectionDataset, preprocessing: Preproce
         key=lambda side: side[0] * side[1],
     )
     boxes = max(len(split.labels(index)) for index in range(len(split)))
-    targets = [
-        Targets(
-            torch.arange(boxes) % len(split.classes),
-            torch.rand(boxes, 4) * 0.2 + 0.4,
-            number,
-            (height, width),
-        )
-        for number in range(size)
-    ]
-    return Batch(torch.randn(size, 3, height, width), None, targets)
+    return noise_batch(size, height, width, boxes=boxes, num_classes=len(split.classes))
 
 
 def peaks_of_steps(

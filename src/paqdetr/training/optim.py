@@ -70,8 +70,8 @@ def build_schedule(optimizer: torch.optim.Optimizer, config: Config, total_steps
 class MovingAverage:
     """Exponential moving average of a model's weights and buffers, quick at first: decay min(decay, (1 + t) / (10 + t)).
 
-    The t-th update, counted from 0, copies if t = 0. Not torch's `AveragedModel`, whose count is a tensor that it copies to the
-    device in every update: the host would wait for the step.
+    The t-th update, counted from 0, copies if t = 0. Not torch's `AveragedModel`, whose count is a tensor: a GPU sync in every
+    update.
 
     Args:
         decay: 0 makes it a copy of the latest weights.

@@ -5,24 +5,22 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torchvision.ops import box_convert, box_iou
 
 from paqdetr.config import Config
 from paqdetr.data.dataset import DetectionDataset
-from paqdetr.data.loader import Batch, collate, read_picture
+from paqdetr.data.loader import Batch, plain_batch
 from paqdetr.environment import available_memory
 from paqdetr.errors import DataError
 from paqdetr.evaluation.evaluate import detect_split
 from paqdetr.models import Detector
-from paqdetr.preprocessing import Preprocessing
 from paqdetr.runs import Run
-from paqdetr.structures import Targets
+from paqdetr.serialize import Jsonable, fields_of
 from paqdetr.training.memory import peaks_of_steps
 from paqdetr.training.optim import lr_scale
 from paqdetr.training.trainer import Trainer
@@ -34,7 +32,7 @@ _IOU, _SCORE = 0.5, 0.3
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(Jsonable):
     """What a training will take.
 
     Attributes:
@@ -70,10 +68,6 @@ class Plan:
     evaluation_seconds: float
     total_seconds: float
     disk: float
-
-    def to_json(self) -> dict[str, Any]:
-        """By name, ready for json."""
-        return asdict(self)
 
 
 def plan_training(
@@ -191,7 +185,7 @@ class Overfit:
 
     def to_json(self) -> dict[str, Any]:
         """By name, ready for json."""
-        return {**asdict(self), "learnt": self.learnt}
+        return fields_of(self) | {"learnt": self.learnt}
 
 
 def overfit_one_batch(
@@ -222,20 +216,6 @@ def overfit_one_batch(
     losses = [round(trainer.step([batch], boxes=boxes, progress=step / steps).loss, 4) for step in range(steps)]
     found, wrong = _found(trainer.model.eval(), batch)
     return Overfit(len(chosen), int(boxes), losses, round(found / boxes, 4), round(wrong / boxes, 4))
-
-
-def plain_batch(split: DetectionDataset, preprocessing: Preprocessing, indices: list[int]) -> Batch:
-    """Images of a split as `predict` sees them, with their targets."""
-    samples: list[tuple[Tensor, Targets]] = []
-    for index in indices:
-        picture = read_picture(split, index)
-        side = torch.tensor([picture.width, picture.height] * 2)
-        boxes = box_convert(torch.from_numpy(split.boxes(index)), "xyxy", "cxcywh") / side
-        targets = Targets(torch.from_numpy(split.labels(index)), boxes, split.image_ids[index])
-        samples.append((preprocessing(picture), targets))
-    batch = collate(samples)
-    assert isinstance(batch, Batch)
-    return batch
 
 
 @torch.inference_mode()

@@ -28,8 +28,7 @@ def open_splits(data: str | Path, config: Config) -> tuple[DetectionDataset, Det
     train_split = open_split(data, "train")
     if not any(len(train_split.labels(index)) for index in range(len(train_split))):
         raise DataError(
-            f"{train_split.annotation_file}: no image has boxes to train on",
-            "`paqdetr data check` shows what is there",
+            f"{train_split.annotation_file}: no image has boxes to train on", "`paqdetr data check` shows what is there"
         )
     val_split = open_split(data, "val") if "val" in available_splits(data) else None
     if config.val_fraction:

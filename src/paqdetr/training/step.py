@@ -147,7 +147,7 @@ class TrainingStep:
         step.mixtures.append(mixture_figures(output, owed.get("diversity")))
         use = batch_use(output, report.pairs, report.positives_per_box, [len(t) for t in batch.targets])
         scaler = self.accelerator.scaler
-        # get_scale() would wait for the device.
+        # get_scale() would be a GPU sync.
         scale = 1.0 if scaler is None else scaler.scale(torch.ones((), device=images.device))
         watch_gradients(output.mixture.content, use.gradients, scale=scale)
         step.batches.append(use)

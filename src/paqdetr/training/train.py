@@ -44,7 +44,7 @@ def train(
         accept_new_data: resume even if classes, boxes or images are not those that the run was started with.
         device: "cpu", "cuda", ...; the best there is if None.
         auto_batch: take the largest batch that fits into memory as `batch_size`; a resumption keeps the one found first.
-        callbacks: told of every step and evaluation.
+        callbacks: called at every step and evaluation.
         settings: overrides with dotted keys, such as {"model.num_patterns": 32}.
         overrides: overrides of top-level settings, such as epochs=12.
 

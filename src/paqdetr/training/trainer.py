@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -64,18 +65,14 @@ class Trainer:
         self.accelerator = build_accelerator(config, device, run.output)
         self.processes = Processes.of(self.accelerator)
         self.events = Callbacks(callbacks if self.processes.main else [])
-        self.stop = StopRequest(self.events.on_interrupt)
+        self.stop = StopRequest(partial(self.events.emit, "on_interrupt"))
         torch.manual_seed(config.seed)
         self.model, self.taken = model_to_train(config, train_split.classes, resumed=run.state_file.is_file())
         if self.taken is not None and self.processes.main:
             logging.getLogger(__name__).warning("init %s: %s", config.init, self.taken)
         self.model = ready_to_train(self.model, config, self.accelerator.device)
         self.loader, self.batches = training_loader(
-            config,
-            train_split,
-            self.model.preprocessing,
-            rank=self.processes.index,
-            world_size=self.processes.count,
+            config, train_split, self.model.preprocessing, rank=self.processes.index, world_size=self.processes.count
         )
         self.epoch_steps = -(-len(self.batches) // config.accumulate)
         planned = config.epochs * self.epoch_steps
@@ -105,7 +102,8 @@ class Trainer:
 
     def fit(self) -> None:
         """Train to the end of the recipe. Callbacks hear of the main process alone."""
-        self.events.on_start(
+        self.events.emit(
+            "on_start",
             TrainingPlan(
                 config=self.config,
                 first_step=self.position.step,
@@ -113,7 +111,7 @@ class Trainer:
                 images=self.num_images,
                 device=str(self.accelerator.device),
                 step_images=self.config.batch_size * self.config.accumulate * self.processes.count,
-            )
+            ),
         )
         try:
             if self.processes.main:
@@ -129,14 +127,14 @@ class Trainer:
             self._finish()
             self.processes.wait()
         except (RuntimeError, MemoryError) as error:
-            told = worker_error(error) or memory_error(error, _LESS_MEMORY)
-            if told is None and isinstance(error, RuntimeError) and self.processes.count > 1:
-                told = lost_process(error)
-            if told is None:
+            known = worker_error(error) or memory_error(error, _LESS_MEMORY)
+            if known is None and isinstance(error, RuntimeError) and self.processes.count > 1:
+                known = lost_process(error)
+            if known is None:
                 raise
-            raise told from error
+            raise known from error
         finally:
-            self.events.on_end()
+            self.events.emit("on_end")
             self.loader.close()
             for tracker in self.accelerator.trackers:
                 tracker.finish()
@@ -222,8 +220,8 @@ class Trainer:
         if step.problem is not None:
             record = {"kind": "skipped", "step": number, "reason": step.problem}
             self._record(record)
-            self.events.on_skip(record)
-        self.events.on_step(number, step.loss)
+            self.events.emit("on_skip", record)
+        self.events.emit("on_step", number, step.loss)
         if self.position.skipped >= _MOST_SKIPPED:
             raise NonFiniteError(
                 f"{_MOST_SKIPPED} steps in a row were left out; the last because {step.problem}",
@@ -236,7 +234,7 @@ class Trainer:
             factor = lr_factor(self.config, number - 1, self.total_steps)
             record |= self.interval.means(self.processes) | {"lr": self.config.lr * self.lr_scale * factor}
             self._record(record)
-            self.events.on_record(record)
+            self.events.emit("on_record", record)
             self.interval = Interval()
 
     def _close_epoch(self) -> None:
@@ -267,7 +265,7 @@ class Trainer:
         """Figures of a model, in the main process; nothing in the others."""
 
         def progress(done: int, total: int) -> None:
-            self.events.on_evaluation_progress(done, total)
+            self.events.emit("on_evaluation_progress", done, total)
             # Alone, nobody waits: the epoch's steps are saved, its evaluation is what a resumption begins with.
             if self.stop.signal_number is not None and self.processes.count == 1:
                 self._save()
@@ -282,7 +280,7 @@ class Trainer:
         metrics = result.to_json()
         record = {"kind": "eval", "step": self.position.step, "epoch": epoch, "split": "val", **metrics}
         self._record(record)
-        self.events.on_evaluation(record)
+        self.events.emit("on_evaluation", record)
         return metrics
 
     def _save(self) -> None:
@@ -319,11 +317,7 @@ class Trainer:
         saved = load_state(path, model=self.model, average=self.average, optimizer=optimizer)
         batches = len(self.batches)
         saved.require(
-            path,
-            processes=self.processes.count,
-            batches=batches,
-            data=self.data,
-            accept_new_data=accept_new_data,
+            path, processes=self.processes.count, batches=batches, data=self.data, accept_new_data=accept_new_data
         )
         self.position = saved.position_for(
             batches=batches, epoch_steps=self.epoch_steps, accumulate=self.config.accumulate

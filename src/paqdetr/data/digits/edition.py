@@ -108,18 +108,14 @@ def make_digits(
     ):
         if not least <= value <= most:
             raise ConfigError(
-                f"digits: {name} is {value}, expected {least} to {most}",
-                "Choose a value within the range.",
+                f"digits: {name} is {value}, expected {least} to {most}", "Choose a value within the range."
             )
     edition = {"format": _EDITION_FORMAT, "seed": seed, **counts, **asdict(spec)}
     if _holds(output, edition):
         return output
 
     total, done = sum(counts.values()), 0
-    with (
-        whole_folder(output) as partial_output,
-        _mapper(min(workers, max(counts.values()))) as mapped,
-    ):
+    with whole_folder(output) as partial_output, _mapper(min(workers, max(counts.values()))) as mapped:
         for split, count in counts.items():
             (partial_output / split).mkdir()
             annotations: list[dict[str, Any]] = []

@@ -13,8 +13,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 from scipy import ndimage
 
-from paqdetr.data.digits import strokes
-from paqdetr.data.digits.glyphs import SPLITS, glyphs_of, ink_mask, photo_patch
+from paqdetr.data.digits.glyphs import SPLITS, clutter, glyphs_of, ink_mask, photo_patch, polygon_mask
 from paqdetr.errors import ConfigError
 
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
@@ -57,10 +56,7 @@ class SceneSpec:
                 0.02 <= self.min_scale <= self.max_scale <= 0.9,
                 f"scales are {self.min_scale} to {self.max_scale}, expected 0.02 <= min <= max <= 0.9",
             ),
-            (
-                0 <= self.max_rotation <= 180,
-                f"max_rotation is {self.max_rotation}, expected 0 to 180 degrees",
-            ),
+            (0 <= self.max_rotation <= 180, f"max_rotation is {self.max_rotation}, expected 0 to 180 degrees"),
             (0 <= self.max_hidden < 1, f"max_hidden is {self.max_hidden}, expected at least 0 and below 1"),
         )
         for holds, message in rules:
@@ -226,15 +222,10 @@ class _Painter:
         corners = np.array(
             [
                 (cut + a * depth) * along + (middle + b * half) * across
-                for a, b in (
-                    (0, -1),
-                    (0, 1),
-                    (1, 1 + rng.uniform(-0.3, 0.1)),
-                    (1, -1 + rng.uniform(-0.1, 0.3)),
-                )
+                for a, b in ((0, -1), (0, 1), (1, 1 + rng.uniform(-0.3, 0.1)), (1, -1 + rng.uniform(-0.1, 0.3)))
             ]
         )
-        mask, x, y = self._clip(*strokes.polygon_mask(corners))
+        mask, x, y = self._clip(*polygon_mask(corners))
         solid = mask >= 0.5
         if not mask.size or not self._may_hide(solid, x, y):
             return
@@ -247,7 +238,7 @@ class _Painter:
         self._blend(mask, x, y, colour)
 
     def _clutter(self, *, thin: bool = False) -> None:
-        mask, x, y = self._clip(*strokes.clutter(self.rng, self.spec.size, thin=thin))
+        mask, x, y = self._clip(*clutter(self.rng, self.spec.size, thin=thin))
         solid = mask >= 0.5
         if not solid.any() or not self._may_hide(solid, x, y):
             return

@@ -16,8 +16,7 @@ from paqdetr.values import as_flag, is_coordinate, is_side
 
 # The classes that Cityscapes annotates one by one, under its own ids.
 CLASSES = ClassTable(
-    (24, 25, 26, 27, 28, 31, 32, 33),
-    ("person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle"),
+    (24, 25, 26, 27, 28, 31, 32, 33), ("person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle")
 )
 _LABELS = {name: label for label, name in enumerate(CLASSES.names)}
 _POLYGONS, _IMAGE = "_gtFine_polygons.json", "_leftImg8bit.png"
@@ -31,8 +30,46 @@ class CityscapesPlace:
     image_dir: Path
 
     def read(self, issues: Issues) -> Annotations:
-        """See `read_cityscapes`."""
-        return read_cityscapes(self, issues)
+        """Reads and verifies one split; the id of an image is its name without endings, such as aachen_000000_000019.
+
+        A box is the extent of the whole polygon, also where something that was drawn later hides a part of it, and its area that
+        of the polygon. Groups ("cargroup": not told apart) are crowds.
+
+        Raises:
+            DataError: a file is malformed, or an image is missing.
+        """
+        builder = Builder()
+        files = [name for name in list_files(self.polygon_dir, issues) if name.endswith(_POLYGONS)]
+        images = Folder(self.image_dir)
+        if not files:
+            issues.error(self.polygon_dir, f"holds no CITY/*{_POLYGONS}", "Unpack gtFine_trainvaltest.zip there.")
+        for file in files:
+            path, stem = self.polygon_dir / file, file.removesuffix(_POLYGONS)
+            name = images.find(f"{stem}{_IMAGE}")
+            if name is None:
+                issues.error(
+                    self.image_dir / f"{stem}{_IMAGE}", f"missing, though {path} is about it",
+                    "Unpack leftImg8bit_trainvaltest.zip beside gtFine.", kind="missing image",
+                )  # fmt: skip
+                continue
+            try:
+                content = load_json(path)
+            except DataError as error:
+                issues.unreadable(path, error)
+                continue
+            height, width, objects = (content.get(key) for key in ("imgHeight", "imgWidth", "objects"))
+            if not (is_side(height) and is_side(width)):
+                message = f"has imgHeight {shorten(height)} and imgWidth {shorten(width)}, expected pixels"
+                issues.error(path, message, kind="image size")
+                continue
+            if not isinstance(objects, list):
+                issues.error(path, f"`objects` is {shorten(objects)}, expected a list")
+                continue
+            own = stem.rpartition("/")[2]
+            image = builder.add_image(own, name, height=int(height), width=int(width))
+            for number, item in enumerate(objects):
+                _add(builder, image, item, f"objects[{number}]", path, issues)
+        return builder.build(source=self.polygon_dir, image_dir=self.image_dir, classes=CLASSES)
 
 
 def cityscapes_places(root: Path) -> dict[str, CityscapesPlace]:
@@ -41,49 +78,6 @@ def cityscapes_places(root: Path) -> dict[str, CityscapesPlace]:
         folder.name: CityscapesPlace(folder, folder_in(root, "leftImg8bit") / folder.name)
         for folder in folders_in(folder_in(root, "gtFine"))
     }
-
-
-def read_cityscapes(place: CityscapesPlace, issues: Issues) -> Annotations:
-    """Reads and verifies one split; the id of an image is its name without endings, such as aachen_000000_000019.
-
-    A box is the extent of the whole polygon, also where something that was drawn later hides a part of it, and its area that
-    of the polygon. Groups ("cargroup": not told apart) are crowds.
-
-    Raises:
-        DataError: a file is malformed, or an image is missing.
-    """
-    builder = Builder()
-    files = [name for name in list_files(place.polygon_dir, issues) if name.endswith(_POLYGONS)]
-    images = Folder(place.image_dir)
-    if not files:
-        issues.error(place.polygon_dir, f"holds no CITY/*{_POLYGONS}", "Unpack gtFine_trainvaltest.zip there.")
-    for file in files:
-        path, stem = place.polygon_dir / file, file.removesuffix(_POLYGONS)
-        name = images.find(f"{stem}{_IMAGE}")
-        if name is None:
-            issues.error(
-                place.image_dir / f"{stem}{_IMAGE}", f"missing, though {path} is about it",
-                "Unpack leftImg8bit_trainvaltest.zip beside gtFine.", kind="missing image",
-            )  # fmt: skip
-            continue
-        try:
-            content = load_json(path)
-        except DataError as error:
-            issues.unreadable(path, error)
-            continue
-        height, width, objects = (content.get(key) for key in ("imgHeight", "imgWidth", "objects"))
-        if not (is_side(height) and is_side(width)):
-            message = f"has imgHeight {shorten(height)} and imgWidth {shorten(width)}, expected pixels"
-            issues.error(path, message, kind="image size")
-            continue
-        if not isinstance(objects, list):
-            issues.error(path, f"`objects` is {shorten(objects)}, expected a list")
-            continue
-        own = stem.rpartition("/")[2]
-        image = builder.add_image(own, name, height=int(height), width=int(width))
-        for number, item in enumerate(objects):
-            _add(builder, image, item, f"objects[{number}]", path, issues)
-    return builder.build(source=place.polygon_dir, image_dir=place.image_dir, classes=CLASSES)
 
 
 def _add(builder: Builder, image: int, item: Any, where: str, path: Path, issues: Issues) -> None:

@@ -187,10 +187,7 @@ class _Reader:
             return f"{subject} area {shorten(area)}, expected a number that is not below 0", "malformed box"
         if as_flag(entry.get("iscrowd")) is not None:
             found = shorten(entry["segmentation"])
-            return (
-                f"{subject} segmentation {found}, expected polygons of finite numbers, or counts",
-                "malformed box",
-            )
+            return (f"{subject} segmentation {found}, expected polygons of finite numbers, or counts", "malformed box")
         return f"{subject} iscrowd {shorten(entry.get('iscrowd'))}, expected 0 or 1", "flag"
 
 

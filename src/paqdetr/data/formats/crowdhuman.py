@@ -1,4 +1,4 @@
-"""CrowdHuman: `annotation_SPLIT.odgt`, a json object a line, and one folder `Images/` for all splits."""
+"""CrowdHuman: `annotation_SPLIT.odgt`, one json object per line, and one folder `Images/` for all splits."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from paqdetr.data.annotations import Annotations, Builder, Issues
-from paqdetr.data.files import Folder, files_in, folder_in, inner_path
-from paqdetr.data.formats.sizes import header_sizes
+from paqdetr.data.files import Folder, files_in, folder_in, header_sizes, inner_path
 from paqdetr.errors import DataError
 from paqdetr.files import MAX_JSON_BYTES, parse_json, read_text
 from paqdetr.images import is_leftover
@@ -28,8 +27,56 @@ class CrowdHumanPlace:
     image_dir: Path
 
     def read(self, issues: Issues) -> Annotations:
-        """See `read_crowdhuman`."""
-        return read_crowdhuman(self, issues)
+        """Reads and verifies one split: full-body boxes (`fbox`), which may reach out of the image, as the benchmark has them.
+
+        What is tagged `mask`, or marked `ignore`, is a crowd: a region, or a person nobody has to find.
+
+        Raises:
+            DataError: a line is malformed, or an image is missing or damaged.
+        """
+        builder = Builder()
+        records: dict[str, tuple[str, str, list[Any]]] = {}  # id -> where, file name, gtboxes
+        images = Folder(self.image_dir)
+        for number, line in enumerate(read_text(self.odgt_file, limit=MAX_JSON_BYTES).split("\n"), start=1):
+            if not line.strip():
+                continue
+            where = f"line {number}"
+            try:
+                record = parse_json(line, f"{self.odgt_file}: {where}")
+            except DataError as error:
+                issues.unreadable(self.odgt_file, error)
+                continue
+            own = as_id(record.get("ID")) if isinstance(record, dict) else None
+            own = str(own) if isinstance(own, int) else own
+            boxes = record.get("gtboxes") if isinstance(record, dict) else None
+            if not isinstance(own, str) or not isinstance(boxes, list):
+                issues.error(self.odgt_file, f"{where}: {shorten(record)}, expected an ID and gtboxes")
+            elif inner_path(f"{own}.jpg") is None:
+                issues.error(
+                    self.odgt_file, f"{where}: ID {shorten(own)} is no name inside {self.image_dir}",
+                    "Give names without '..'.", kind="path leaves the folder",
+                )  # fmt: skip
+            elif own in records:
+                issues.error(self.odgt_file, f"{where}: ID {shorten(own)} is given twice, first in {records[own][0]}")
+            elif is_leftover(own):
+                issues.warn(f"{own}.jpg", "left out: not part of the data", kind="skipped file")
+            elif (name := images.find(f"{own}.jpg")) is None:
+                issues.error(
+                    self.image_dir / f"{own}.jpg", f"missing, though {where} of {self.odgt_file} lists it",
+                    "Unpack the images into Images/.", kind="missing image",
+                )  # fmt: skip
+            else:
+                records[own] = (where, name, boxes)
+        if not records:
+            issues.error(self.odgt_file, "lists no image", "Download the file again.", kind="unreadable file")
+        sizes = header_sizes([self.image_dir / name for _, name, _ in records.values()], issues)
+        for (own, (where, name, boxes)), size in zip(records.items(), sizes, strict=True):
+            if size is None:
+                continue
+            image = builder.add_image(own, name, height=size[0], width=size[1])
+            for position, item in enumerate(boxes):
+                _add(builder, image, item, f"{where}: gtboxes[{position}] of {own}", self.odgt_file, issues)
+        return builder.build(source=self.odgt_file, image_dir=self.image_dir, classes=CLASSES)
 
 
 def crowdhuman_places(root: Path) -> dict[str, CrowdHumanPlace]:
@@ -40,59 +87,6 @@ def crowdhuman_places(root: Path) -> dict[str, CrowdHumanPlace]:
         for file in files_in(root)
         if file.name.startswith(_PREFIX) and file.suffix == ".odgt"
     }
-
-
-def read_crowdhuman(place: CrowdHumanPlace, issues: Issues) -> Annotations:
-    """Reads and verifies one split: full-body boxes (`fbox`), which may reach out of the image, as the benchmark has them.
-
-    What is tagged `mask`, or marked `ignore`, is a crowd: a region, or a person nobody has to find.
-
-    Raises:
-        DataError: a line is malformed, or an image is missing or damaged.
-    """
-    builder = Builder()
-    records: dict[str, tuple[str, str, list[Any]]] = {}  # id -> where, file name, gtboxes
-    images = Folder(place.image_dir)
-    for number, line in enumerate(read_text(place.odgt_file, limit=MAX_JSON_BYTES).split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"line {number}"
-        try:
-            record = parse_json(line, f"{place.odgt_file}: {where}")
-        except DataError as error:
-            issues.unreadable(place.odgt_file, error)
-            continue
-        own = as_id(record.get("ID")) if isinstance(record, dict) else None
-        own = str(own) if isinstance(own, int) else own
-        boxes = record.get("gtboxes") if isinstance(record, dict) else None
-        if not isinstance(own, str) or not isinstance(boxes, list):
-            issues.error(place.odgt_file, f"{where}: {shorten(record)}, expected an ID and gtboxes")
-        elif inner_path(f"{own}.jpg") is None:
-            issues.error(
-                place.odgt_file, f"{where}: ID {shorten(own)} is no name inside {place.image_dir}",
-                "Give names without '..'.", kind="path leaves the folder",
-            )  # fmt: skip
-        elif own in records:
-            issues.error(place.odgt_file, f"{where}: ID {shorten(own)} is given twice, first in {records[own][0]}")
-        elif is_leftover(own):
-            issues.warn(f"{own}.jpg", "left out: not part of the data", kind="skipped file")
-        elif (name := images.find(f"{own}.jpg")) is None:
-            issues.error(
-                place.image_dir / f"{own}.jpg", f"missing, though {where} of {place.odgt_file} lists it",
-                "Unpack the images into Images/.", kind="missing image",
-            )  # fmt: skip
-        else:
-            records[own] = (where, name, boxes)
-    if not records:
-        issues.error(place.odgt_file, "lists no image", "Download the file again.", kind="unreadable file")
-    sizes = header_sizes([place.image_dir / name for _, name, _ in records.values()], issues)
-    for (own, (where, name, boxes)), size in zip(records.items(), sizes, strict=True):
-        if size is None:
-            continue
-        image = builder.add_image(own, name, height=size[0], width=size[1])
-        for position, item in enumerate(boxes):
-            _add(builder, image, item, f"{where}: gtboxes[{position}] of {own}", place.odgt_file, issues)
-    return builder.build(source=place.odgt_file, image_dir=place.image_dir, classes=CLASSES)
 
 
 def _add(builder: Builder, image: int, item: Any, where: str, path: Path, issues: Issues) -> None:

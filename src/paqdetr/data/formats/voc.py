@@ -1,4 +1,4 @@
-"""Pascal VOC: one XML file an image, and lists of the images of every split."""
+"""Pascal VOC: one XML file per image, and lists of the images of every split."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from xml.etree.ElementTree import Element, ElementTree, ParseError, SubElement, indent
+from xml.etree.ElementTree import Element, ElementTree, ParseError
 
 from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import fromstring
@@ -18,15 +18,16 @@ from paqdetr.data.files import (
     files_in,
     folder_in,
     folders_in,
+    header_sizes,
     inner_path,
     list_files,
     list_pictures,
+    meaning,
 )
-from paqdetr.data.formats.sizes import header_sizes
-from paqdetr.data.split_names import meaning
 from paqdetr.errors import DataError
 from paqdetr.files import read_bytes, read_text
 from paqdetr.images import IMAGE_EXTENSIONS, is_leftover
+from paqdetr.runtime.save import voc_document
 from paqdetr.structures import ClassTable
 from paqdetr.text import shorten
 from paqdetr.values import as_flag, is_coordinate
@@ -45,7 +46,7 @@ class VocPlace:
     """One split: the folders of images and XML files, and the list of its images (None: all there are).
 
     Attributes:
-        everything: the XML folders of all splits: VOC has no list of classes, so the classes are the names that occur.
+        all_xml_dirs: the XML folders of all splits: VOC has no list of classes, so the classes are the names that occur.
         but: a list of images that are not of this split, though `list_file` has them.
         bare: where there is no list: images without an XML file are of the split too.
     """
@@ -54,13 +55,33 @@ class VocPlace:
     image_dir: Path
     xml_dir: Path
     list_file: Path | None
-    everything: tuple[Path, ...]
+    all_xml_dirs: tuple[Path, ...]
     but: Path | None = None
     bare: bool = True
 
     def read(self, issues: Issues) -> Annotations:
-        """See `read_voc`."""
-        return read_voc(self, issues)
+        """Reads and verifies one split. Objects marked difficult are crowds: not trained on, and no mistake where found.
+
+        VOC counts pixels from 1 and includes the last: xmin 1, xmax 10 is a box of 10 pixels from the left edge.
+
+        Raises:
+            DataError: a list or an XML file is malformed, or an image is missing.
+        """
+        classes = _classes(self.all_xml_dirs)
+        label_of = {name: label for label, name in enumerate(classes.names)}
+        if not classes.names:
+            issues.error(self.xml_dir, "no XML file in it names an object", kind="class")
+        found = _images(self, issues)
+        headers = _header_sizes(found, self.image_dir, issues)
+        builder = Builder()
+        for name, xml in found.items():
+            size = _stated_size(xml, issues) or headers.get(name)
+            if size is None:
+                continue
+            image = builder.add_image(name, name, height=size[0], width=size[1])
+            for label, box, difficult in [] if xml.root is None else _objects(xml.path, xml.root, label_of, issues):
+                builder.add_box(image, label, box, crowd=difficult)
+        return builder.build(source=self.list_file or self.xml_dir, image_dir=self.image_dir, classes=classes)
 
 
 def voc_places(root: Path) -> dict[str, VocPlace]:
@@ -86,8 +107,8 @@ def voc_places(root: Path) -> dict[str, VocPlace]:
         if sources:
             raise _loose_files(root, sources)
         sources = {"all": (root, root)}
-    everything = tuple(xml for xml, _ in sources.values())
-    return {name: VocPlace(name, images, xml, None, everything) for name, (xml, images) in sources.items()}
+    all_xml_dirs = tuple(xml for xml, _ in sources.values())
+    return {name: VocPlace(name, images, xml, None, all_xml_dirs) for name, (xml, images) in sources.items()}
 
 
 def _is_mixed(folder: Path) -> bool:
@@ -159,31 +180,6 @@ def _own_folder(images: Path, xml: Path, split: str) -> tuple[Path, Path]:
     return images, xml
 
 
-def read_voc(place: VocPlace, issues: Issues) -> Annotations:
-    """Reads and verifies one split. Objects marked difficult are crowds: not trained on, and no mistake where found.
-
-    VOC counts pixels from 1 and includes the last: xmin 1, xmax 10 is a box of 10 pixels from the left edge.
-
-    Raises:
-        DataError: a list or an XML file is malformed, or an image is missing.
-    """
-    classes = _classes(place.everything)
-    label_of = {name: label for label, name in enumerate(classes.names)}
-    if not classes.names:
-        issues.error(place.xml_dir, "no XML file in it names an object", kind="class")
-    found = _images(place, issues)
-    headers = _header_sizes(found, place.image_dir, issues)
-    builder = Builder()
-    for name, xml in found.items():
-        size = _stated_size(xml, issues) or headers.get(name)
-        if size is None:
-            continue
-        image = builder.add_image(name, name, height=size[0], width=size[1])
-        for label, box, difficult in [] if xml.root is None else _objects(xml.path, xml.root, label_of, issues):
-            builder.add_box(image, label, box, crowd=difficult)
-    return builder.build(source=place.list_file or place.xml_dir, image_dir=place.image_dir, classes=classes)
-
-
 @dataclass(slots=True)
 class _Xml:
     path: Path
@@ -202,8 +198,7 @@ def _parse(path: Path) -> Element:
     except ParseError as error:
         line, column = error.position
         raise DataError(
-            f"{path}: no valid XML at line {line}, column {column + 1}: {str(error).split(':')[0]}",
-            "Export it again.",
+            f"{path}: no valid XML at line {line}, column {column + 1}: {str(error).split(':')[0]}", "Export it again."
         ) from None
     except DefusedXmlException:
         raise DataError(f"{path}: has a document type or entities, which is not allowed", "Remove them.") from None
@@ -406,19 +401,13 @@ def write_voc(root: Path, splits: dict[str, Annotations], place_image: Callable[
 
 
 def _document(annotations: Annotations, index: int, name: str) -> Element:
-    document = Element("annotation")
-    SubElement(document, "filename").text = Path(name).name
-    size = SubElement(document, "size")
     height, width = annotations.sizes[index].tolist()
-    for tag, value in (("width", width), ("height", height), ("depth", 3)):
-        SubElement(size, tag).text = str(value)
-    for row in range(annotations.starts[index], annotations.starts[index + 1]):
-        item = SubElement(document, "object")
-        SubElement(item, "name").text = annotations.classes.names[annotations.labels[row]]
-        SubElement(item, "difficult").text = str(int(annotations.crowd[row]))
-        x, y, w, h = annotations.boxes[row].tolist()
-        frame = SubElement(item, "bndbox")
-        for tag, value in (("xmin", x + 1), ("ymin", y + 1), ("xmax", x + w), ("ymax", y + h)):
-            SubElement(frame, tag).text = f"{value:.4f}".rstrip("0").rstrip(".")
-    indent(document)
-    return document
+    objects = [
+        (
+            annotations.classes.names[annotations.labels[row]],
+            {"difficult": int(annotations.crowd[row])},
+            annotations.boxes[row].tolist(),
+        )
+        for row in range(annotations.starts[index], annotations.starts[index + 1])
+    ]
+    return voc_document(name, (width, height), objects)

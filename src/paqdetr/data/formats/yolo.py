@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from paqdetr.data.annotations import DECIMALS, Annotations, Builder, Issues
-from paqdetr.data.files import Folder, inner_path, list_files, list_pictures
-from paqdetr.data.formats.sizes import header_sizes
-from paqdetr.data.split_names import USUAL, is_split
+from paqdetr.data.files import USUAL, Folder, header_sizes, inner_path, is_split, list_files, list_pictures
 from paqdetr.errors import DataError
 from paqdetr.files import read_text
 from paqdetr.images import is_leftover
@@ -37,8 +35,38 @@ class YoloPlace:
     entry: Any
 
     def read(self, issues: Issues) -> Annotations:
-        """See `read_yolo`."""
-        return read_yolo(self, issues)
+        """Reads and verifies one split. An image without a label file is one without objects; a polygon becomes the box around
+        it; of a pose the box is read.
+
+        Raises:
+            DataError: `data.yaml`, a list or a label file is malformed, or an image is missing or damaged.
+        """
+        content = load_yaml(self.yaml_file, text_only=True)
+        classes, keypoints = _classes(self.yaml_file, content), _keypoints(self.yaml_file, content)
+        images, image_dir = _images(self, issues)
+        names = [path.relative_to(image_dir).as_posix() for path in images]
+        builder = Builder()
+        roots = (self.root, self.yaml_file.parent, Path(image_dir.anchor))
+        base = next(root for root in roots if image_dir.is_relative_to(root))
+        files = Folder(base)
+        image_of: dict[Path, Path] = {}
+        for name, size in zip(names, header_sizes(images, issues), strict=True):
+            real = files.find(_label_file(image_dir / name, self.root).relative_to(base).as_posix())
+            first = image_dir / name if real is None else image_of.setdefault(base / real, image_dir / name)
+            if first != image_dir / name:
+                message = f"has the same label file as {first.name}, {real}"
+                issues.doubt(image_dir / name, message, kind="two images of one label file")
+            if size is None:
+                continue
+            height, width = size
+            image = builder.add_image(name, name, height=height, width=width)
+            rows = [] if real is None else _read_labels(base / real, len(classes), keypoints, issues)
+            for label, (x, y, w, h) in rows:
+                box = [x * width, y * height, w * width, h * height]
+                builder.add_box(image, label, [round(value, DECIMALS) for value in box])
+        if issues.collect and isinstance(self.entry, str) and _resolve(self, self.entry).is_dir():
+            _warn_of_unused(_label_file(image_dir / "x", self.root).parent, {*image_of}, issues)
+        return builder.build(source=self.yaml_file, image_dir=image_dir, classes=classes)
 
 
 def yolo_places(yaml_file: Path, *, named: bool) -> dict[str, YoloPlace]:
@@ -87,41 +115,6 @@ def _root(yaml_file: Path, path: Any, *, named: bool) -> Path:
         return folder
 
 
-def read_yolo(place: YoloPlace, issues: Issues) -> Annotations:
-    """Reads and verifies one split. An image without a label file is one without objects; a polygon becomes the box around it; of
-    a pose the box is read.
-
-    Raises:
-        DataError: `data.yaml`, a list or a label file is malformed, or an image is missing or damaged.
-    """
-    content = load_yaml(place.yaml_file, text_only=True)
-    classes, keypoints = _classes(place.yaml_file, content), _keypoints(place.yaml_file, content)
-    images, image_dir = _images(place, issues)
-    names = [path.relative_to(image_dir).as_posix() for path in images]
-    builder = Builder()
-    roots = (place.root, place.yaml_file.parent, Path(image_dir.anchor))
-    base = next(root for root in roots if image_dir.is_relative_to(root))
-    files = Folder(base)
-    image_of: dict[Path, Path] = {}
-    for name, size in zip(names, header_sizes(images, issues), strict=True):
-        real = files.find(_label_file(image_dir / name, place.root).relative_to(base).as_posix())
-        first = image_dir / name if real is None else image_of.setdefault(base / real, image_dir / name)
-        if first != image_dir / name:
-            message = f"has the same label file as {first.name}, {real}"
-            issues.doubt(image_dir / name, message, kind="two images of one label file")
-        if size is None:
-            continue
-        height, width = size
-        image = builder.add_image(name, name, height=height, width=width)
-        rows = [] if real is None else _read_labels(base / real, len(classes), keypoints, issues)
-        for label, (x, y, w, h) in rows:
-            box = [x * width, y * height, w * width, h * height]
-            builder.add_box(image, label, [round(value, DECIMALS) for value in box])
-    if issues.collect and isinstance(place.entry, str) and _resolve(place, place.entry).is_dir():
-        _warn_of_unused(_label_file(image_dir / "x", place.root).parent, {*image_of}, issues)
-    return builder.build(source=place.yaml_file, image_dir=image_dir, classes=classes)
-
-
 def _warn_of_unused(folder: Path, used: set[Path], issues: Issues) -> None:
     """Label files that no image has."""
     for name in list_files(folder, Issues(collect=True)) if folder.is_dir() else []:
@@ -147,8 +140,7 @@ def _classes(yaml_file: Path, content: dict[str, Any]) -> ClassTable:
     count = content.get("nc")
     if count not in (None, "") and _count(count) != len(names):
         raise DataError(
-            f"{yaml_file}: `nc` is {shorten(count)}, but `names` has {len(names)} classes",
-            "Correct one of them.",
+            f"{yaml_file}: `nc` is {shorten(count)}, but `names` has {len(names)} classes", "Correct one of them."
         )
     return ClassTable(tuple(range(len(names))), tuple(names))
 
@@ -196,8 +188,7 @@ def _images(place: YoloPlace, issues: Issues) -> tuple[list[Path], Path]:
             )
     if not images:
         raise DataError(
-            f"{place.yaml_file}: `{place.split}: {shorten(place.entry)}` holds no images",
-            "Put the images there.",
+            f"{place.yaml_file}: `{place.split}: {shorten(place.entry)}` holds no images", "Put the images there."
         )
     single = _resolve(place, entries[0]) if len(entries) == 1 else None
     folder = single if single is not None and single.is_dir() else _common_folder(images)

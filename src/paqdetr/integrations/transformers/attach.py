@@ -18,9 +18,9 @@ from paqdetr.integrations.transformers.settings import PaqSettings
 
 
 class OneToManyUntil(TrainerCallback):
-    """Several positives a box for the first part of a training, one for the rest: `Trainer(callbacks=[OneToManyUntil(0.5)])`.
+    """One-to-many assignment in the first part of a training alone: `Trainer(callbacks=[OneToManyUntil(0.5)])`.
 
-    A short training needs the rest to unlearn copies, since under one-to-many the last layer alone suppresses them.
+    A short training needs the rest to unlearn duplicates, since under one-to-many the last layer alone suppresses them.
 
     Args:
         share: of the training, in [0, 1].
@@ -100,7 +100,7 @@ def from_pretrained(path: str | Path, **options: Any) -> Any:
     """Load a detector that was saved by `save_pretrained` with PaQ attached, patterns included.
 
     A plain `from_pretrained` of transformers would build the model without PaQ and leave the tensors of the patterns out, which a
-    trained model does not survive; a log message says so with each load.
+    trained model does not survive; each load logs a message.
 
     Args:
         path: a folder or the name of a repository on the Hub.

@@ -30,7 +30,7 @@ class Host:
         padding: the decoder's argument that is True at valid tokens (B, S); None if the host ignores padding.
         criterion: name of the class that its loss function builds, and that matches.
         matcher_prefix: of the settings of the matching cost.
-        focal: whether classification is focal loss, so that varifocal can take its place in the layers with several positives.
+        focal: whether classification is focal loss, which varifocal loss can replace under one-to-many assignment.
     """
 
     content: str
@@ -46,7 +46,7 @@ class Host:
         return 1 if self.single_level else int(config.num_feature_levels)
 
     def num_queries(self, config: Any) -> int:
-        """Content queries an image, denoising queries left out."""
+        """Content queries per image, denoising queries left out."""
         if getattr(config, "two_stage", False):
             return int(config.two_stage_num_proposals)
         # DAB-DETR repeats its queries once for each of what it calls patterns.

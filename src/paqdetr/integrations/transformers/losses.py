@@ -102,12 +102,12 @@ class OneToManyCriterion(nn.Module):
         try:
             return match([Targets(row["class_labels"], row["boxes"]) for row in labels])
         except (NonFiniteError, ValueError):
-            # Ids are tensors on the device: only now is it worth waiting for them.
+            # Ids are tensors on the device: only now are they worth a GPU sync.
             return match([Targets(row["class_labels"], row["boxes"], _image_id(row)) for row in labels])
 
 
 class _Matcher(nn.Module):
-    """Pairs that are known for some layers' outputs, told by identity, and the host's matcher for all others."""
+    """Pairs that are known for some layers' outputs, known by identity, and the host's matcher for all others."""
 
     def __init__(self, host: nn.Module, chosen: dict[int, Indices]) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ class _Matcher(nn.Module):
 
 
 class _Classification:
-    """Varifocal loss for some layers' outputs, told by identity, and the host's classification loss for all others."""
+    """Varifocal loss for some layers' outputs, known by identity, and the host's classification loss for all others."""
 
     def __init__(self, host: Callable[..., dict[str, Tensor]], chosen: dict[int, Indices]) -> None:
         self.host = host

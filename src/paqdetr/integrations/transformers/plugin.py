@@ -13,6 +13,8 @@ from paqdetr.integrations.transformers.hosts import Host
 from paqdetr.integrations.transformers.losses import OneToManyCriterion, with_another
 from paqdetr.integrations.transformers.settings import PaqSettings
 from paqdetr.paq import Mixture, PatternQueries
+from paqdetr.paq.assignment import ASSIGNERS
+from paqdetr.values import from_settings
 
 
 class PaqPlugin(nn.Module):
@@ -45,26 +47,20 @@ class PaqPlugin(nn.Module):
         self._map_size: tuple[int, int] | None = None
         self._handles: list[Any] = []
         self.cost_weights = host.cost_weights(config) if self.one_to_many else None
-        self.assigner = None if self.cost_weights is None else settings.build_assigner(self.cost_weights)
+        self.assigner = None
+        if self.cost_weights is not None:
+            self.assigner = ASSIGNERS[settings.assigner](settings, self.cost_weights)
         self.queries = None
         self.register_parameter("gate", None)
         if settings.mode == "none":
             return
         dim = int(getattr(config, host.dim))
-        self.queries = PatternQueries(
-            host.num_queries(config),
-            settings.num_patterns,
-            dim,
-            host.num_levels(config),
-            settings.extractor,
-            settings.head,
-            None,
-            settings.temperature,
-            settings.gain,
-            settings.bias_std,
-            settings.pattern_std,
-            head_rank=settings.head_rank,
-            conv=settings.conv,
+        self.queries = from_settings(
+            PatternQueries,
+            settings,
+            num_queries=host.num_queries(config),
+            dim=dim,
+            num_levels=host.num_levels(config),
         )
         if settings.mode == "residual":
             self.gate = nn.Parameter(torch.full((dim,), float(settings.gate)))

@@ -1,0 +1,34 @@
+"""How many files of the package a training image and a key of the settings pass; see CONTRIBUTING.md."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from paqdetr.config import load_config
+
+pytestmark = pytest.mark.integration
+
+# What is behind the door of the attention kernels is left out: a library's inside.
+KERNELS = tuple(f"ops/{name}.py" for name in ("choice", "registered", "cpu", "numba_kernels", "simd", "threads"))
+
+
+def test_an_image_from_the_disk_to_the_loss(
+    script: Callable[[str], ModuleType], tiny_digits: Path, tiny_settings: dict[str, Any]
+) -> None:
+    config = load_config("paq_dino_nano", {**tiny_settings, "workers": 0})
+    files = script("tools/trace_files.py").disk_to_loss(config, tiny_digits)
+    assert {"data/loader.py", "images.py", "models/detector.py", "paq/assignment.py", "losses/criterion.py"} <= set(
+        files
+    )
+    assert len(set(files) - set(KERNELS)) <= 32, files
+
+
+def test_a_key_from_the_command_line_to_its_module(script: Callable[[str], ModuleType]) -> None:
+    files = script("tools/trace_files.py").key_to_module("model.num_patterns", "8", "paq/patterns.py")
+    assert files[-1] == "paq/patterns.py" and "config/model.py" in files
+    assert len(files) <= 9, files
