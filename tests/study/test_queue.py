@@ -369,7 +369,7 @@ def start_until(command: list[str], run: Run, *, step: int) -> subprocess.Popen[
     return process
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 def test_a_cluster_of_two_workers_of_which_one_is_killed(
     tmp_path: Path,
