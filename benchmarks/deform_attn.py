@@ -59,9 +59,7 @@ def main() -> None:
         parser.error("--clock cpu needs --threads 1")
     torch.set_num_threads(arguments.threads)
     report: dict[str, Any] = provenance(
-        threads=arguments.threads,
-        seed=arguments.seed,
-        packages=("paqdetr", "torch", "numba", "llvmlite", "numpy"),
+        threads=arguments.threads, seed=arguments.seed, packages=("paqdetr", "torch", "numba", "llvmlite", "numpy")
     )
     report |= {"heads": HEADS, "channels": CHANNELS, "points": POINTS, "batch": arguments.batch}
     report |= {"dtype": "float32", "clock": arguments.clock, "rounds": arguments.rounds}

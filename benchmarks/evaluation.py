@@ -60,10 +60,7 @@ def against_pycocotools(arguments: argparse.Namespace) -> dict[str, Any]:
     if abs(ours - theirs) > 1e-9:
         raise SystemExit(f"AP is {ours} and {theirs}: nothing is timed")
     times = interleave(
-        {
-            "pycocotools": lambda: pycocotools(truth, results),
-            "paqdetr": lambda: evaluate_detections(truth, results),
-        },
+        {"pycocotools": lambda: pycocotools(truth, results), "paqdetr": lambda: evaluate_detections(truth, results)},
         rounds=arguments.rounds,
         warmup=0,
         clock=time.process_time,
@@ -95,10 +92,7 @@ def coco_size() -> dict[str, Any]:
     def measured(name: str, call: Callable[[], Any]) -> Any:
         begun = time.process_time()
         found = call()
-        report["parts"][name] = {
-            "cpu_seconds": round(time.process_time() - begun, 1),
-            "peak_gb": peak_gb(),
-        }
+        report["parts"][name] = {"cpu_seconds": round(time.process_time() - begun, 1), "peak_gb": peak_gb()}
         print(name, report["parts"][name], flush=True)
         return found
 

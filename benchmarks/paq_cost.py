@@ -46,10 +46,7 @@ FORMS: dict[str, dict[str, Any]] = {
     f"{extractor}/{head}": {"extractor": extractor, "head": head}
     for extractor in ("fused", "pooled")
     for head in ("dense", "factorised")
-} | {
-    "query features": {"mixture_input": "query"},
-    "fused/dense and query features": {"mixture_input": "both"},
-}
+} | {"query features": {"mixture_input": "query"}, "fused/dense and query features": {"mixture_input": "both"}}
 # PaQ-DETR (arXiv 2603.06917), DINO with ResNet-50 at 800 x 1333; parameters in millions, GFLOPs, GB, images per second.
 PUBLISHED = {"parameters": [42.0, 43.8], "flops": [196, 205], "memory": [3.67, 4.15], "fps": [15.8, 15.4]}
 
@@ -108,12 +105,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     model = config.model
     forms: dict[str, PatternQueries] = {
         name: PatternQueries(
-            model.num_queries,
-            model.num_patterns,
-            model.dim,
-            model.num_levels,
-            head_rank=model.head_rank,
-            **settings,
+            model.num_queries, model.num_patterns, model.dim, model.num_levels, head_rank=model.head_rank, **settings
         )
         for name, settings in FORMS.items()
     }
@@ -144,10 +136,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     for name, form in forms.items():
         parameters = sum(p.numel() for p in form.parameters()) - static
         activations = saved_bytes(lambda form=form: mixed(form, *padded, model.num_heads).sum())
-        tokens, features = (
-            plain[0].values[:1],
-            query_features(plain[1], plain[0], num_heads=model.num_heads)[:1],
-        )
+        tokens, features = (plain[0].values[:1], query_features(plain[1], plain[0], num_heads=model.num_heads)[:1])
         form_flops = flops(form, tokens, plain[0].spatial_shapes, None, None, features)
         rows[name] = {
             "parameters_added": parameters,

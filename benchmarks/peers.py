@@ -145,14 +145,7 @@ def compare(
 
 
 def train(
-    name: str,
-    data: Path,
-    settings: dict[str, Any],
-    *,
-    minutes: float,
-    evaluations: int,
-    rate: float,
-    seed: int,
+    name: str, data: Path, settings: dict[str, Any], *, minutes: float, evaluations: int, rate: float, seed: int
 ) -> tuple[list[dict[str, float]], dict[str, Any]]:
     """Train for so many CPU minutes.
 

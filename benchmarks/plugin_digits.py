@@ -200,10 +200,7 @@ def train(variant: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def markdown(report: dict[str, Any]) -> str:
     """The table of docs/plugin.md."""
-    lines = [
-        "| RT-DETR | test AP | AP50 | AP after NMS | positives per box | mean gate |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = ["| RT-DETR | test AP | AP50 | AP after NMS | positives per box | mean gate |", "|---|---|---|---|---|---|"]
     for name, row in report["variants"].items():
         of_paq = [f"{row[key]:.{digits}f}" if key in row else "-" for key, digits in _OF_PAQ]
         figures = [f"{row[key]:.3f}" for key in ("AP", "AP50", "AP_nms")]

@@ -49,29 +49,19 @@ def main() -> None:
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """All variants in turns."""
     images = torch.randn(
-        arguments.batch_size,
-        3,
-        arguments.image_size,
-        arguments.image_size,
-        generator=torch.Generator().manual_seed(0),
+        arguments.batch_size, 3, arguments.image_size, arguments.image_size, generator=torch.Generator().manual_seed(0)
     )
     sides = {name: workload(name, images) for name in arguments.variants}
     for side in sides.values():
         side.model.eval()
     inference = interleave(
-        {name: side.infer for name, side in sides.items()},
-        rounds=arguments.rounds,
-        warmup=1,
-        clock=time.process_time,
+        {name: side.infer for name, side in sides.items()}, rounds=arguments.rounds, warmup=1, clock=time.process_time
     )
     for side in sides.values():
         side.model.train()
     kept = {name: side.saved() for name, side in sides.items()}
     steps = interleave(
-        {name: side.step for name, side in sides.items()},
-        rounds=arguments.rounds,
-        warmup=1,
-        clock=time.process_time,
+        {name: side.step for name, side in sides.items()}, rounds=arguments.rounds, warmup=1, clock=time.process_time
     )
     first = arguments.variants[0]
     return {

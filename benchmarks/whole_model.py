@@ -65,9 +65,7 @@ def main() -> None:
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Inference and training step of both, with what their attention takes and what they keep for backward."""
     report = provenance(
-        threads=arguments.threads,
-        seed=arguments.seed,
-        packages=("paqdetr", "torch", "transformers", "timm", "numba"),
+        threads=arguments.threads, seed=arguments.seed, packages=("paqdetr", "torch", "transformers", "timm", "numba")
     )
     torch.manual_seed(arguments.seed)
     theirs, ours = twins(arguments.form)

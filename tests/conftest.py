@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -150,3 +151,30 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def chromium() -> str:
+    """Where Chromium is; without it the tests skip, or fail if $PAQDETR_REQUIRE_CHROMIUM asks for it."""
+    named = os.environ.get("PAQDETR_CHROMIUM")
+    places = [named] if named else ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable"]
+    found = next((path for place in places if (path := shutil.which(place))), None)
+    if found is None:
+        reason = "needs Chromium: install it (apt-get install chromium), or name it in PAQDETR_CHROMIUM"
+        if os.environ.get("PAQDETR_REQUIRE_CHROMIUM"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return found
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """A running Chromium."""
+    place = chromium()
+    from playwright.sync_api import sync_playwright
+
+    quiet = ("quic", "background-networking", "component-update", "sync", "gpu")
+    arguments = ["--no-sandbox", "--no-first-run", *(f"--disable-{what}" for what in quiet)]
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=place, args=arguments)
+        yield running
+        running.close()

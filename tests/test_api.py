@@ -52,7 +52,7 @@ def test_every_name_is_there() -> None:
 def test_signatures() -> None:
     create = parameters(paqdetr.create_model)
     assert next(iter(create)) == "name" and "num_classes" in create
-    assert list(parameters(paqdetr.load)) == ["path", "device", "classes", "num_queries"]
+    assert list(parameters(paqdetr.load)) == ["path", "device", "classes", "num_queries", "threads"]
     assert parameters(paqdetr.list_models)["pattern"].default == "*"
     train = parameters(paqdetr.train)
     assert list(train)[:3] == ["model", "data", "output"]
@@ -61,7 +61,15 @@ def test_signatures() -> None:
     assert train["overrides"].kind is inspect.Parameter.VAR_KEYWORD
     evaluate = parameters(paqdetr.evaluate)
     assert list(evaluate)[:3] == ["model", "data", "split"] and evaluate["split"].default == "val"
-    assert list(parameters(paqdetr.Detector.predict)) == ["self", "images", "threshold", "batch_size"]
+    assert list(parameters(paqdetr.Detector.predict)) == [
+        "self",
+        "images",
+        "threshold",
+        "batch_size",
+        "nms",
+        "classes",
+        "tiles",
+    ]
     assert parameters(paqdetr.Detector.predict)["threshold"].default == 0.3
     assert list(parameters(paqdetr.Detector.forward))[:3] == ["self", "images", "padding_mask"]
 
@@ -86,27 +94,15 @@ def test_list_recipes() -> None:
     [
         (lambda m, d, f: m.predict(d, threshold=math.nan), paqdetr.ConfigError, "threshold: .*found nan"),
         (lambda m, d, f: m.predict(d, threshold=2), paqdetr.ConfigError, "threshold: .*from 0 to 1, found 2"),
-        (
-            lambda m, d, f: m.predict(d, batch_size=0),
-            paqdetr.ConfigError,
-            "batch_size: .*at least 1, found 0",
-        ),
+        (lambda m, d, f: m.predict(d, batch_size=0), paqdetr.ConfigError, "batch_size: .*at least 1, found 0"),
         (lambda m, d, f: m.predict(d, batch_size=-1), paqdetr.ConfigError, "batch_size: .*found -1"),
         (lambda m, d, f: m.predict(torch.zeros(3, 8, 8)), paqdetr.DataError, "an array, found torch.Tensor"),
-        (
-            lambda m, d, f: m.predict([torch.zeros(3, 8, 8)]),
-            paqdetr.DataError,
-            "an array, found torch.Tensor",
-        ),
+        (lambda m, d, f: m.predict([torch.zeros(3, 8, 8)]), paqdetr.DataError, "an array, found torch.Tensor"),
         (lambda m, d, f: paqdetr.evaluate(m, data=d, batch_size=0), paqdetr.ConfigError, "batch_size"),
         (lambda m, d, f: paqdetr.evaluate(m, data=d, batch_size=-1), paqdetr.ConfigError, "batch_size"),
         (lambda m, d, f: paqdetr.evaluate(3, data=d), paqdetr.ConfigError, "or a path, found int"),  # type: ignore[arg-type]
         (lambda m, d, f: paqdetr.evaluate(d, data=d), paqdetr.CheckpointError, "no checkpoint"),
-        (
-            lambda m, d, f: paqdetr.load(f, device="gpu"),
-            paqdetr.ConfigError,
-            "device 'gpu': it does not work here",
-        ),
+        (lambda m, d, f: paqdetr.load(f, device="gpu"), paqdetr.ConfigError, "device 'gpu': it does not work here"),
     ],
 )
 def test_arguments_that_cannot_be(

@@ -15,15 +15,9 @@ from torch import nn
 
 from paqdetr import checkpoint
 from paqdetr._version import __version__
-from paqdetr.checkpoint import (
-    load_tensors,
-    read_checkpoint,
-    read_header,
-    remove_leftovers,
-    write_checkpoint,
-    write_whole,
-)
+from paqdetr.checkpoint import load_tensors, read_checkpoint, read_header, write_checkpoint
 from paqdetr.errors import CheckpointError, StorageError
+from paqdetr.files import remove_leftovers, write_whole
 
 TENSORS = {
     "float": torch.tensor([[1.5, -0.0], [float("inf"), 1e-42]]),
@@ -167,10 +161,7 @@ def test_load_tensors() -> None:
     [
         ({"weight": torch.zeros(3, 2)}, "file: it is of another model: it lacks bias"),
         ({}, "it lacks weight, bias"),
-        (
-            {"weight": torch.zeros(3, 2), "bias": torch.zeros(3), "extra": torch.zeros(1)},
-            "it has unknown extra",
-        ),
+        ({"weight": torch.zeros(3, 2), "bias": torch.zeros(3), "extra": torch.zeros(1)}, "it has unknown extra"),
         (
             {"weight": torch.zeros(2, 2), "bias": torch.zeros(3)},
             "it has another shape for weight (2, 2) instead of (3, 2)",
@@ -183,10 +174,7 @@ def test_load_tensors() -> None:
             {"weight": torch.zeros(3, 2), "bias": torch.zeros(3, dtype=torch.bool)},
             "it has values of another type for bias (torch.bool",
         ),
-        (
-            {"weight": torch.zeros(3, 2, dtype=torch.complex64), "bias": torch.zeros(3)},
-            "another type for weight",
-        ),
+        ({"weight": torch.zeros(3, 2, dtype=torch.complex64), "bias": torch.zeros(3)}, "another type for weight"),
         ({"weight": torch.zeros(3, 2).to_sparse(), "bias": torch.zeros(3)}, "another type for weight"),
         ({"weight": torch.zeros(3, 2, device="meta"), "bias": torch.zeros(3)}, "another type for weight"),
     ],
@@ -228,7 +216,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from paqdetr.checkpoint import write_whole
+from paqdetr.files import write_whole
 
 def write(path):
     path.write_text("half")

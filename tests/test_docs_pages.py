@@ -21,7 +21,7 @@ from paqdetr.config import list_configs, load_config, parse_overrides
 
 REPO = Path(__file__).resolve().parents[1]
 PAGES = sorted([*(REPO / "docs").glob("*.md"), *(REPO / "docs").glob("*/README.md"), REPO / "README.md"])
-GUIDES = ("finetuning", "settings", "troubleshooting")
+GUIDES = ("finetuning", "predict", "settings", "troubleshooting")
 
 
 def text_of(page: Path) -> str:

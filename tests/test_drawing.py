@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -18,10 +15,7 @@ NAMES = {1: "cat", 7: "Straßenbahn", 90: "кошка"}
 def found(boxes: list, labels: list[int], scores: list[float] | None = None) -> Detections:
     given = scores or np.linspace(0.9, 0.3, len(boxes)).tolist()
     return Detections(
-        np.array(boxes, np.float32).reshape(-1, 4),
-        np.array(given, np.float32),
-        np.array(labels, np.int64),
-        NAMES,
+        np.array(boxes, np.float32).reshape(-1, 4), np.array(given, np.float32), np.array(labels, np.int64), NAMES
     )
 
 
@@ -121,14 +115,11 @@ def test_boxes_outside_and_without_area() -> None:
         assert drawn_detections(image, found([box], [7])).size == (100, 80)
 
 
-def test_no_advice_about_opencv() -> None:
-    code = (
-        "import numpy as np; from paqdetr.drawing import draw_boxes;"
-        "draw_boxes(np.zeros((50, 50, 3), np.uint8), [[5, 5, 30, 30]], [1], {})"
-    )
-    done = subprocess.run([sys.executable, "-W", "default", "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "OpenCV" not in done.stderr and done.stdout == ""
+def test_labels_move_apart() -> None:
+    canvas, box = np.zeros((300, 300, 3), np.uint8), [50, 100, 250, 200]
+    once = changed(canvas, draw_boxes(canvas, [box], [1], NAMES))
+    twice = changed(canvas, draw_boxes(canvas, [box, box], [1, 7], NAMES))
+    assert not once[205:].any() and twice[205:].any(), "the second label stands below the box"
 
 
 def test_detections_draw() -> None:

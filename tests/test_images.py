@@ -208,14 +208,7 @@ def test_list_images(tmp_path: Path) -> None:
     for name in ("b.PNG", "a.jpg", "c.txt", "d.webp", "e.gif", "f.avif", "g.jp2"):
         (tmp_path / name).touch()
     (tmp_path / "folder.jpg").mkdir()
-    assert [path.name for path in list_images(tmp_path)] == [
-        "a.jpg",
-        "b.PNG",
-        "d.webp",
-        "e.gif",
-        "f.avif",
-        "g.jp2",
-    ]
+    assert [path.name for path in list_images(tmp_path)] == ["a.jpg", "b.PNG", "d.webp", "e.gif", "f.avif", "g.jp2"]
     assert list_images(str(tmp_path / "a.jpg")) == [tmp_path / "a.jpg"]
     with pytest.raises(DataError, match=r"c\.txt"):
         list_images(tmp_path / "c.txt")
@@ -380,11 +373,7 @@ def test_postscript_is_not_run(tmp_path: Path) -> None:
         read_image(tmp_path / "a.png")
 
 
-@given(
-    st.binary(max_size=60),
-    st.integers(0, 400),
-    st.sampled_from(["PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"]),
-)
+@given(st.binary(max_size=60), st.integers(0, 400), st.sampled_from(["PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"]))
 @settings(max_examples=150, deadline=None)
 def test_damaged_files_raise_nothing_but_our_errors(
     tmp_path_factory: pytest.TempPathFactory, noise: bytes, place: int, form: str

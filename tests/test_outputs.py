@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from paqdetr.checkpoint import unfinished
 from paqdetr.errors import ConfigError, StorageError
+from paqdetr.files import unfinished
 from paqdetr.outputs import (
     RESULTS,
     made_by,
@@ -170,10 +170,7 @@ def test_a_folder_appears_whole(tmp_path: Path, there: bool) -> None:
     assert (output / "a.txt").read_text() == "a" and [path.name for path in tmp_path.iterdir()] == ["out"]
     (tmp_path / "other").mkdir()
     assert output.stat().st_mode == (tmp_path / "other").stat().st_mode  # as the umask says
-    with (
-        pytest.raises(StorageError, match=r"out: cannot be written \(Directory not empty\)"),
-        whole_folder(output),
-    ):
+    with pytest.raises(StorageError, match=r"out: cannot be written \(Directory not empty\)"), whole_folder(output):
         pass
     assert (output / "a.txt").read_text() == "a"
 
@@ -184,10 +181,7 @@ def test_a_folder_that_fails_is_gone(tmp_path: Path, replace: bool) -> None:
     if replace:
         output.mkdir()
         (output / "old.txt").write_text("old")
-    for error, expected in (
-        (KeyboardInterrupt(), KeyboardInterrupt),
-        (OSError(28, "No space"), StorageError),
-    ):
+    for error, expected in ((KeyboardInterrupt(), KeyboardInterrupt), (OSError(28, "No space"), StorageError)):
         with pytest.raises(expected), whole_folder(output, replace=replace) as fresh:
             (fresh / "a.txt").write_text("a")
             raise error

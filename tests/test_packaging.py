@@ -92,6 +92,10 @@ def test_package_version_attribute() -> None:
             "import paqdetr.paq, paqdetr.ops",
             {"timm", "accelerate", "matplotlib", "pydantic", "supervision", "typer", "rich", "yaml"} | {"numba"},
         ),
+        (
+            "import paqdetr.cli, paqdetr.serving.server, paqdetr.serving.ray_predict, paqdetr.loading",
+            {"torch", "timm", "matplotlib", "pydantic", "supervision", "scipy", "ray", "pyarrow"},
+        ),
     ],
 )
 def test_import_stays_light(statement: str, unwanted: set[str]) -> None:

@@ -24,18 +24,7 @@ def test_the_attention_benchmark_runs(
     monkeypatch.setattr(benchmark, "QUERIES", 5)
     monkeypatch.setattr(benchmark, "first_call", lambda: {"empty_cache_forward": 1.0})
     file = tmp_path / "out" / "x.json"
-    arguments = [
-        "--threads",
-        "1",
-        "--rounds",
-        "2",
-        "--clock",
-        "cpu",
-        "--images",
-        "64x48",
-        "--json",
-        str(file),
-    ]
+    arguments = ["--threads", "1", "--rounds", "2", "--clock", "cpu", "--images", "64x48", "--json", str(file)]
     monkeypatch.setattr(sys, "argv", ["benchmarks/deform_attn.py", *arguments])
     benchmark.main()
     report = json.loads(file.read_text())

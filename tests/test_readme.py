@@ -105,14 +105,7 @@ def test_quickstart_in_small(tmp_path: Path) -> None:
     small = ["DIGITS_ARGS=--train 8 --val 2 --test 2", f"QUICKSTART_ARGS={' '.join(FEWER_STEPS)}"]
     first = run(["make", "quickstart", *small], clone)
     assert first.returncode == 0, first.stdout + first.stderr
-    for name in (
-        "best.safetensors",
-        "config.yaml",
-        "metrics.jsonl",
-        "curves.png",
-        "predictions.png",
-        "test.json",
-    ):
+    for name in ("best.safetensors", "config.yaml", "metrics.jsonl", "curves.png", "predictions.png", "test.json"):
         assert (clone / "runs/quickstart" / name).is_file(), name
     before = (clone / "runs/quickstart/metrics.jsonl").read_bytes()
     second = run(["make", "quickstart", *small], clone)

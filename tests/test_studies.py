@@ -68,10 +68,7 @@ def test_the_first_lines_say_what_is_asked_and_how(file: Path) -> None:
 def test_three_and_six_layers_are_the_pilots_trainings_but_for_the_depth() -> None:
     pilot, depth = (load_study(FOLDER / f"{name}.yaml") for name in ("pilot", "pilot_depth"))
     for data in depth.data:
-        assert (depth.data[data].make, depth.data[data].epochs) == (
-            pilot.data[data].make,
-            pilot.data[data].epochs,
-        )
+        assert (depth.data[data].make, depth.data[data].epochs) == (pilot.data[data].make, pilot.data[data].epochs)
         for ours, its in (("layers3", "baseline"), ("paq_layers3", "both")):
             three = config_of(depth, data, ours)
             assert three == config_of(pilot, data, its) and three.model.decoder_layers == 3

@@ -60,35 +60,8 @@ def test_not_a_number_is_a_float() -> None:
 @pytest.mark.parametrize(
     "typed",
     [
-        *(
-            "12:30",
-            "x #1",
-            "a: b",
-            "# x",
-            "!!int abc",
-            "!x",
-            "&a",
-            "*a",
-            "- a",
-            "a\nb",
-            " a ",
-            "%TAG",
-            "@x",
-            "`x`",
-        ),
-        *(
-            "[1",
-            "{a",
-            '"a',
-            "'a'b",
-            "[old]/best.safetensors",
-            "[a]: b",
-            "'a': 'b'",
-            "2024-99-99",
-            "1_000",
-            "|",
-            ">",
-        ),
+        *("12:30", "x #1", "a: b", "# x", "!!int abc", "!x", "&a", "*a", "- a", "a\nb", " a ", "%TAG", "@x", "`x`"),
+        *("[1", "{a", '"a', "'a'b", "[old]/best.safetensors", "[a]: b", "'a': 'b'", "2024-99-99", "1_000", "|", ">"),
         *("a,b", "?", "\x1b[1m"),
     ],
 )
@@ -115,10 +88,7 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
 )
 REFUSED = {
     "tag of a type": ("a: 1\nb: !!int abc", "line 2, column 4: the tag tag:yaml.org,2002:int is not read"),
-    "tag that constructs": (
-        "!!python/object/apply:os.system [ls]",
-        "column 1: the tag tag:yaml.org,2002:python",
-    ),
+    "tag that constructs": ("!!python/object/apply:os.system [ls]", "column 1: the tag tag:yaml.org,2002:python"),
     "tag of a date": ("a: !!timestamp x", "line 1, column 4: the tag"),
     "tag of its own": ("[!x a]", "line 1, column 2: the tag !x is not read"),
     "tagged key": ("!!bool x: 1", "line 1, column 1: a key that is no text"),
@@ -170,11 +140,7 @@ def test_lists_on_a_command_line_are_refused_for_the_same(text: str) -> None:
 
 
 def test_aliases_are_read() -> None:
-    assert parse_yaml("a: &x [1, {b: 2}]\nc: *x\n&k d: *k", "x") == {
-        "a": [1, {"b": 2}],
-        "c": [1, {"b": 2}],
-        "d": "d",
-    }
+    assert parse_yaml("a: &x [1, {b: 2}]\nc: *x\n&k d: *k", "x") == {"a": [1, {"b": 2}], "c": [1, {"b": 2}], "d": "d"}
 
 
 @pytest.mark.parametrize(

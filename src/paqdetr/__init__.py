@@ -16,10 +16,12 @@ drop_missing_plot_backend()
 
 if TYPE_CHECKING:
     from paqdetr.analysis import Report, analyze
+    from paqdetr.deploy import export
     from paqdetr.errors import (
         CheckpointError,
         ConfigError,
         DataError,
+        ExportError,
         NonFiniteError,
         OutOfMemoryError,
         StorageError,
@@ -28,13 +30,17 @@ if TYPE_CHECKING:
     )
     from paqdetr.evaluation import evaluate
     from paqdetr.interrupt import TrainingInterrupted
-    from paqdetr.models import Detector, create_model, list_models, list_recipes, load
+    from paqdetr.loading import load
+    from paqdetr.models import Detector, create_model, list_models, list_recipes
     from paqdetr.runs import Run
+    from paqdetr.runtime import Predictor
     from paqdetr.structures import ClassTable, Detections, Targets
     from paqdetr.training import Callback, train
 
 # Where names live, from the ground up: an error needs no torch, and nothing is imported that the next would not need.
-_HOMES = ("errors", "interrupt", "structures", "models", "runs", "evaluation", "training", "analysis")
+_HOMES = (
+    "errors", "interrupt", "structures", "loading", "runtime", "models", "runs", "evaluation", "training", "analysis", "deploy",
+)  # fmt: skip
 
 __all__ = [
     "Callback",
@@ -44,8 +50,10 @@ __all__ = [
     "DataError",
     "Detections",
     "Detector",
+    "ExportError",
     "NonFiniteError",
     "OutOfMemoryError",
+    "Predictor",
     "Report",
     "Run",
     "StorageError",
@@ -57,6 +65,7 @@ __all__ = [
     "analyze",
     "create_model",
     "evaluate",
+    "export",
     "list_models",
     "list_recipes",
     "load",

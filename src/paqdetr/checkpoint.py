@@ -7,16 +7,12 @@ on its way is refused, whatever safetensors itself makes of it.
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import hashlib
 import json
 import os
 import re
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -25,13 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from paqdetr._version import __version__
-from paqdetr.errors import CheckpointError, StorageError
-from paqdetr.files import open_regular, parse_json
-from paqdetr.locks import Busy, held
+from paqdetr.errors import CheckpointError
+from paqdetr.files import open_regular, parse_json, write_whole
 from paqdetr.text import some
 
-# Unfinished files lie in folders of such names, each with a lock that its writer holds.
-_UNFINISHED = ".paqdetr-{}.tmp"
 _KEY = "paqdetr"
 _HASH = "sha256"
 
@@ -46,78 +39,15 @@ def write_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], header: Ma
     full = {**header, "version": __version__}
     # Inside the json: several entries of metadata would be written in no fixed order.
     metadata = {_KEY: json.dumps({**full, _HASH: _digest(json.dumps(full), content)})}
-    write_whole(Path(path), lambda temporary: save_file(content, temporary, metadata=metadata))
 
-
-def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file as `write_whole` does."""
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `path`, and move it there once it lies safely on the disk. Its permissions are those of any
-    new file (0666 less the umask), whatever `write` gives it.
-
-    Raises:
-        StorageError: any step of it fails; what was at `path` before is still there.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers_once(path.parent)
-        with unfinished(path) as temporary:
-            temporary.touch()
-            mode = temporary.stat().st_mode
-            write(temporary)
-            if temporary.stat().st_mode != mode:  # safetensors replaces the file by a private one
-                temporary.chmod(mode)
-            _flush(temporary)
-            temporary.replace(path)
-        _flush(path.parent)
-    except (OSError, SafetensorError) as error:
-        number = re.search(r"\(os error (\d+)\)", str(error))  # safetensors' own form
-        reason = getattr(error, "strerror", None) or (os.strerror(int(number[1])) if number else str(error))
-        raise StorageError(
-            f"{path}: cannot be written ({reason})", "check the disk's space and the folder's permissions"
-        ) from None
-
-
-@contextlib.contextmanager
-def unfinished(path: Path) -> Iterator[Path]:
-    """A place of the same name in a new hidden folder beside `path`, which is removed at the end."""
-    before, after = _UNFINISHED.split("{}")
-    while True:
-        folder = Path(mkdtemp(prefix=before, suffix=after, dir=path.parent))
+    def write(temporary: Path) -> None:
         try:
-            with (
-                contextlib.suppress(Busy),
-                held(folder / "lock"),
-            ):  # Busy: another process removes it as a leftover
-                yield folder / path.name
-                return
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            save_file(content, temporary, metadata=metadata)
+        except SafetensorError as error:
+            number = re.search(r"\(os error (\d+)\)", str(error))  # how safetensors says it
+            raise OSError(*((int(number[1]), os.strerror(int(number[1]))) if number else (str(error),))) from None
 
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove unfinished files of `write_whole` whose writers were killed; those of a living writer stay."""
-    for leftover in folder.glob(_UNFINISHED.format("*")):
-        with contextlib.suppress(Busy, OSError), held(leftover / "lock") as lock:
-            if lock is not None:  # without locks the writer may be alive
-                shutil.rmtree(leftover, ignore_errors=True)
-
-
-_remove_leftovers_once = functools.cache(remove_leftovers)
-
-
-def _flush(path: Path) -> None:
-    """fsync a file's content, or a folder's entries."""
-    if path.is_dir() and os.name == "nt":
-        return  # Windows opens no folders
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    write_whole(Path(path), write)
 
 
 def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
@@ -186,8 +116,7 @@ def _open(path: Path, tensors: bool = False) -> tuple[dict[str, Tensor], dict[st
     header = parse_json(metadata[_KEY], f"{path}: its paqdetr header", error=CheckpointError)
     if not isinstance(header, dict):
         raise CheckpointError(
-            f"{path}: its paqdetr header is a {type(header).__name__}, expected an object",
-            "copy or train it again",
+            f"{path}: its paqdetr header is a {type(header).__name__}, expected an object", "copy or train it again"
         )
     written = header.pop(_HASH, None)  # files of versions before it have none
     if tensors and written is not None and written != _digest(json.dumps(header), content):

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 from numpy.typing import ArrayLike
-from PIL import Image, ImageColor
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from paqdetr.images import read_image
 from paqdetr.text import printable
@@ -73,43 +72,63 @@ def tiled(rows: Sequence[Sequence[Image.Image]], *, gap: int, border: int = 0) -
 
 
 def font_path() -> Path:
-    """The DejaVu Sans inside matplotlib: Latin, Greek, Cyrillic; Pillow's own stops at Latin."""
-    return Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+    """The DejaVu Sans inside matplotlib: Latin, Greek, Cyrillic; Pillow's own stops at Latin. matplotlib is not imported, which
+    takes longer than drawing."""
+    spec = find_spec("matplotlib")
+    folder = Path(next(iter((spec and spec.submodule_search_locations) or [""])))
+    return folder / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
 
 
-def _draw(image: Image.Image | np.ndarray, boxes: ArrayLike, ids: np.ndarray, texts: list[str]) -> Image.Image:
+def _draw(image: Image.Image | np.ndarray, boxes: np.ndarray, ids: np.ndarray, texts: list[str]) -> Image.Image:
     """Draws in the order given: the last lies on top."""
-    picture, texts = read_image(image), list(map(printable, texts))
-    xyxy = np.asarray(boxes, dtype=np.float32).reshape(-1, 4).round()  # supervision would cut decimals off
-    if not len(xyxy):
-        return picture
-    sv = _supervision()
+    picture = read_image(image)
     side = (picture.width * picture.height) ** 0.5
-    found = sv.Detections(xyxy=xyxy, class_id=np.asarray(ids, dtype=int))
-    colours, text_colours = sv.ColorPalette.from_hex(list(PALETTE)), sv.ColorPalette.from_hex(_on(PALETTE))
-    picture = sv.BoxAnnotator(color=colours, thickness=max(2 if side >= 300 else 1, round(side / 400))).annotate(
-        picture, found
-    )
-    # The "rich" annotator takes a TrueType font: sharp at 10 pixels, and not bound to ASCII.
-    writer = sv.RichLabelAnnotator(
-        color=colours,
-        text_color=text_colours,
-        font_path=str(font_path()),
-        font_size=max(10, round(side / 60)),
-        text_padding=max(1, round(side / 400)),
-        smart_position=True,  # moves labels into the image and apart from each other
-    )
-    return writer.annotate(picture, found, labels=texts)
+    line, pad = max(2 if side >= 300 else 1, round(side / 400)), max(1, round(side / 400))
+    file, size = font_path(), max(10, round(side / 60))
+    font = ImageFont.truetype(str(file), size) if file.is_file() else ImageFont.load_default(size)
+    pen = ImageDraw.Draw(picture)
+    limit = [picture.width + line, picture.height + line] * 2
+    corners = np.nan_to_num(boxes).clip(-line, limit).round().astype(int)
+    colours = [PALETTE[category % len(PALETTE)] for category in ids.tolist()]
+    for box, colour in zip(corners.tolist(), colours, strict=True):
+        pen.rectangle([min(box[0], box[2]), min(box[1], box[3]), *box[2:]], outline=colour, width=line)
+    # Places are given to the best first, and its label is written last.
+    placed: list[_Label] = []
+    for box, colour, text in list(zip(corners.tolist(), colours, map(printable, texts), strict=True))[::-1]:
+        left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
+        wide, tall = int(right - left) + 2 * pad, int(bottom - top) + 2 * pad
+        x, y = _free_place(box, (wide, tall), picture.size, [label.area for label in placed])
+        placed.append(_Label((x, y, x + wide, y + tall), (x + pad - left, y + pad - top), text, colour))
+    for label in reversed(placed):
+        pen.rectangle(label.area, fill=label.colour)
+        pen.text(label.start, label.text, fill=_on(label.colour), font=font)
+    return picture
 
 
-def _on(colours: tuple[str, ...]) -> list[str]:
-    """Black or white, whichever is easier to read on each colour."""
-    return ["#000000" if ImageColor.getcolor(colour, "L") > 130 else "#FFFFFF" for colour in colours]  # type: ignore[operator]
+class _Label(NamedTuple):
+    """Text on a coloured ground: its area in pixels, and where the text starts."""
+
+    area: tuple[int, int, int, int]
+    start: tuple[float, float]
+    text: str
+    colour: str
 
 
-def _supervision() -> Any:
-    """supervision, without its advice to install OpenCV: its own drawing is all that is needed here."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="OpenCV", category=UserWarning)
-        import supervision
-    return supervision
+def _free_place(
+    box: list[int], size: tuple[int, int], image: tuple[int, int], taken: list[tuple[int, int, int, int]]
+) -> tuple[int, int]:
+    """Where a label goes: on its box, below it, or inside at the top, within the image; the first where no other one lies."""
+    places = []
+    for y in (box[1] - size[1], box[3], box[1]):
+        place = max(min(box[0], image[0] - size[0] - 1), 0), max(min(y, image[1] - size[1] - 1), 0)
+        places.append(place)
+        left, top, right, bottom = *place, place[0] + size[0], place[1] + size[1]
+        if all(right < other[0] or other[2] < left or bottom < other[1] or other[3] < top for other in taken):
+            return place
+    return places[0]
+
+
+def _on(colour: str) -> str:
+    """Black or white, whichever is easier to read on a colour."""
+    grey = ImageColor.getcolor(colour, "L")
+    return "black" if isinstance(grey, int) and grey > 130 else "white"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from importlib import import_module
+from types import ModuleType
+from typing import Any
 
 
 class UserError(Exception):
@@ -51,16 +54,21 @@ class NonFiniteError(UserError):
     """
 
     def __init__(
-        self,
-        message: str,
-        remedy: str,
-        *,
-        layers: Sequence[str] = (),
-        images: Sequence[int | str] = (),
+        self, message: str, remedy: str, *, layers: Sequence[str] = (), images: Sequence[int | str] = ()
     ) -> None:
         super().__init__(message, remedy)
         self.layers = tuple(layers)
         self.images = tuple(images)
+
+
+class ExportError(UserError):
+    """An exported model does not find what the model finds, or gains nothing; it was not written.
+
+    Attributes:
+        parity: the comparison that failed, a `paqdetr.deploy.parity.Parity`; None if it was another.
+    """
+
+    parity: Any = None
 
 
 class BackendError(UserError):
@@ -77,6 +85,18 @@ class WorkerError(UserError):
 
 class OutOfMemoryError(UserError):
     """A GPU, or the machine, has no room for what a model needs."""
+
+
+def import_extra(name: str, extra: str) -> ModuleType:
+    """A module that is, or needs, what an extra of this package installs.
+
+    Raises:
+        BackendError: it is not installed.
+    """
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise BackendError(f"{error.name or name} is not installed", f"pip install 'paqdetr[{extra}]'") from None
 
 
 def memory_error(

@@ -1,14 +1,21 @@
-"""Reads files that may come from anywhere: regular files alone, of limited size, as UTF-8 text or json."""
+"""Reads files that may come from anywhere: regular files alone, of limited size, as UTF-8 text or json. Writes files whole or not
+at all."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
+import shutil
 import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any, BinaryIO, cast
 
-from paqdetr.errors import DataError, UserError
+from paqdetr.errors import DataError, StorageError, UserError
+from paqdetr.locks import Busy, held
 from paqdetr.values import environment_integer
 
 MAX_JSON_BYTES = environment_integer("PAQDETR_MAX_JSON_GIB", 4, low=1, high=2**20) * 2**30
@@ -16,6 +23,9 @@ MAX_JSON_BYTES = environment_integer("PAQDETR_MAX_JSON_GIB", 4, low=1, high=2**2
 
 MAX_SIDE_BYTES = 2**26
 """The largest file with the annotations of one image, or with a list of images."""
+
+# Unfinished files lie in folders of such names, each with a lock that its writer holds.
+_UNFINISHED = ".paqdetr-{}.tmp"
 
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -136,3 +146,84 @@ def load_json(path: Path) -> dict[str, Any]:
             "A list is the form of results; name the ground truth.",
         )
     return content
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file as `write_whole` does."""
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a file beside `path`, and move it there once it lies safely on the disk: see `whole_file`."""
+    with whole_file(path) as temporary:
+        write(temporary)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """An empty file beside `path`, which is moved there at the end of the block, once it lies safely on the disk, and vanishes if
+    the block fails. Its permissions are those of any new file (0666 less the umask), whatever the block gives it.
+
+    Raises:
+        StorageError: any step of it fails; what was at `path` before is still there.
+    """
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers_once(path.parent)
+        with unfinished(path) as temporary:
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            yield temporary
+            if temporary.stat().st_mode != mode:  # safetensors replaces the file by a private one
+                temporary.chmod(mode)
+            _flush(temporary)
+            temporary.replace(path)
+        _flush(path.parent)
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError of the block into a StorageError about `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"{path}: cannot be written ({error.strerror or error})",
+            "check the disk's space and the folder's permissions",
+        ) from None
+
+
+@contextlib.contextmanager
+def unfinished(path: Path) -> Iterator[Path]:
+    """A place of the same name in a new hidden folder beside `path`, which is removed at the end."""
+    before, after = _UNFINISHED.split("{}")
+    while True:
+        folder = Path(mkdtemp(prefix=before, suffix=after, dir=path.parent))
+        try:
+            with contextlib.suppress(Busy), held(folder / "lock"):  # Busy: somebody just takes it for a leftover
+                yield folder / path.name
+                return
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove unfinished files of `write_whole` whose writers were killed; those of a living writer stay."""
+    for leftover in folder.glob(_UNFINISHED.format("*")):
+        with contextlib.suppress(Busy, OSError), held(leftover / "lock") as lock:
+            if lock is not None:  # without locks nobody knows whether the writer lives
+                shutil.rmtree(leftover, ignore_errors=True)
+
+
+_remove_leftovers_once = functools.cache(remove_leftovers)
+
+
+def _flush(path: Path) -> None:
+    """Have the disk take over a file's content, or a folder's entries."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no folders
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

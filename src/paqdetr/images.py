@@ -143,13 +143,13 @@ class ImageHeader:
     traits: frozenset[str]
 
 
-def read_header(source: str | Path) -> ImageHeader:
-    """Size and kind of an image file, without decoding it.
+def read_header(source: str | Path | bytes) -> ImageHeader:
+    """Size and kind of an image file, or of its content, without decoding it.
 
     Raises:
         DataError: the file is missing, no image, or its header is damaged.
     """
-    with _opened(Path(source)) as image:
+    with _opened(io.BytesIO(source) if isinstance(source, bytes) else Path(source)) as image:
         turn = _orientation(image)
         width, height = image.size
         if image.format == "TIFF":  # some versions of Pillow have turned the size already

@@ -1,7 +1,8 @@
 """What verbs write: whole or not at all, marked with the command that made it, and never over anything else.
 
-Every format has a place for the mark: the key `made_by` of a json object, `Software` of a PNG, the comment of a JPEG, the
-`generator` of an HTML page. COCO results are a list, which has none: they are known by the keys of their rows.
+Every format has a place for the mark: the key `made_by` of a json object, `Software` of a PNG, the comment of a JPEG or an mp4,
+the `generator` of an HTML page, the `database` of VOC's XML, the first line of YAML. COCO results, lines of json and YOLO's
+labels have none: they are known by the form of their rows.
 """
 
 from __future__ import annotations
@@ -18,19 +19,29 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from paqdetr._version import __version__
-from paqdetr.checkpoint import remove_leftovers, unfinished, write_whole
-from paqdetr.errors import ConfigError, StorageError
+from paqdetr.errors import ConfigError
+from paqdetr.files import remove_leftovers, storage_errors, unfinished, whole_file
 
 RESULTS = "COCO results"
 """What `made_by` calls a list of detections."""
 RESULT_KEYS = ("image_id", "file_name", "category_id", "category_name", "bbox", "score")
 """The keys of a row of results, in order."""
+LINE_KEYS = ("image", "frame", "time", "width", "height", "detections")
+"""The keys of a line of json on one image, in order: `frame` and `time` (seconds) are null unless it is of a video."""
 
 _HEAD = 4096
 _MARK = re.compile(
-    rb'(?:\A\{\s*"made_by": "|\A\x89PNG.*?Software\x00|\A\xff\xd8.*?\xff\xfe..|\A<!.*?content=")(paqdetr[ a-z]*) \d',
+    rb'(?:\A\{\s*"made_by": "|\A\x89PNG.*?Software\x00|\A\xff\xd8.*?\xff\xfe..|\A<!.*?content="|\A# made_by: '
+    rb"|\A<annotation>\s*<source>\s*<database>)(paqdetr[ a-z]*) \d",
     re.DOTALL,
 )
+# Of an mp4 the last bytes, where its metadata is.
+_VIDEO, _VIDEO_MARK = re.compile(rb"\A.{4}ftyp", re.DOTALL), re.compile(rb"(paqdetr[ a-z]*) \d[^\x00]*\Z")
+_LINE = re.compile(
+    rb'\A\{"image": "(?:[^"\\]|\\.)*", "frame": (?:null|\d+), "time": (?:null|[-+\d.e]+), '
+    rb'"width": \d+, "height": \d+, "detections": \['
+)
+_LABELS = re.compile(rb"\A(?:\d+(?: [01]\.\d{6}){5}\n)+\Z")
 
 
 def made_by(path: Path) -> str | None:
@@ -40,12 +51,16 @@ def made_by(path: Path) -> str | None:
     try:
         with path.open("rb") as file:
             head = file.read(_HEAD)
+            found = _MARK.match(head)
+            if found is None and _VIDEO.match(head):
+                file.seek(max(file.seek(0, os.SEEK_END) - _HEAD, 0))
+                found = _VIDEO_MARK.search(file.read())
     except OSError:
         return None
-    found = _MARK.match(head)
     if found is not None:
         return found[1].decode()
-    return RESULTS if _is_results(head) else None
+    whole_rows = head[: head.rfind(b"\n") + 1]
+    return RESULTS if _is_results(head) or _LINE.match(head) or _LABELS.match(whole_rows) else None
 
 
 def mark(maker: str) -> str:
@@ -153,19 +168,28 @@ def _is_stream(path: Path) -> bool:
     return special or (path.exists() and not path.is_file() and not path.is_dir())
 
 
-def write_output(path: Path, write: Callable[[Path], object], *, maker: str, overwrite: bool = False) -> None:
-    """Let `write` fill a file at `path`, whole or not at all; a link is followed, a device or a pipe written into.
+@contextmanager
+def output_file(path: Path, *, maker: str, overwrite: bool = False) -> Iterator[Path]:
+    """A place to write into, whose content is at `path` after the block, whole or not at all; a link is followed, a device or a
+    pipe written into.
 
     Raises:
         ConfigError: as `require_replaceable`.
         StorageError: it cannot be written; what was there before still is.
     """
     require_replaceable(path, maker, overwrite=overwrite)
-    if not _is_stream(path):
-        write_whole(path.resolve(), write)
-        return
-    with _storage_errors(path):
-        write(path)
+    if _is_stream(path):
+        with storage_errors(path):
+            yield path
+    else:
+        with whole_file(path.resolve()) as place:
+            yield place
+
+
+def write_output(path: Path, write: Callable[[Path], object], *, maker: str, overwrite: bool = False) -> None:
+    """Let `write` fill a file at `path`, as in the block of an `output_file`."""
+    with output_file(path, maker=maker, overwrite=overwrite) as place:
+        write(place)
 
 
 def write_json(
@@ -174,13 +198,37 @@ def write_json(
     """An object, with the mark as its first key, or COCO results (`maker` is `RESULTS`), a row a line.
 
     Raises:
-        as `write_output`.
+        as `output_file`.
     """
     if isinstance(content, Mapping):
-        text = json.dumps({"made_by": mark(maker), **content}, indent=1)
-    else:
-        text = "[" + ",".join("\n" + json.dumps(row) for row in content) + "\n" * bool(content) + "]"
-    write_output(path, lambda place: place.write_text(text + "\n", encoding="utf-8"), maker=maker, overwrite=overwrite)
+        text = json.dumps({"made_by": mark(maker), **content}, indent=1) + "\n"
+        write_output(path, lambda place: place.write_text(text, encoding="utf-8"), maker=maker, overwrite=overwrite)
+        return
+    with write_rows(path, overwrite=overwrite) as add:
+        for row in content:
+            add(row)
+
+
+@contextmanager
+def write_rows(path: Path, *, overwrite: bool = False) -> Iterator[Callable[[Mapping[str, Any]], object]]:
+    """COCO results, written a row at a time by the function that is given; at `path` after the block.
+
+    Raises:
+        as `output_file`.
+    """
+    between = ""
+
+    def add(row: Mapping[str, Any]) -> None:
+        nonlocal between
+        with storage_errors(path):
+            file.write(f"{between}\n{json.dumps(row)}")
+        between = ","
+
+    place_of = output_file(path, maker=RESULTS, overwrite=overwrite)
+    with place_of as place, storage_errors(path), place.open("w", encoding="utf-8") as file:
+        file.write("[")
+        yield add
+        file.write("\n" * bool(between) + "]\n")
 
 
 def write_picture(path: Path, picture: Image.Image, *, maker: str, overwrite: bool = False) -> None:
@@ -213,7 +261,7 @@ def whole_folder(output: Path, *, replace: bool = False) -> Iterator[Path]:
     output = output.resolve()
     within = output.is_dir() and (output.is_mount() or not os.access(output.parent, os.W_OK))
     base = output / output.name if within else output
-    with _storage_errors(output):
+    with storage_errors(output):
         base.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(base.parent)
         with unfinished(base) as fresh:
@@ -237,14 +285,3 @@ def whole_folder(output: Path, *, replace: bool = False) -> Iterator[Path]:
                 if aside.exists():
                     aside.rename(output)
                 raise
-
-
-@contextmanager
-def _storage_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(
-            f"{path}: cannot be written ({error.strerror or error})",
-            "check the disk's space and the folder's permissions",
-        ) from None

@@ -14,9 +14,9 @@ from typing import IO, Any
 
 import numpy as np
 
-from paqdetr.checkpoint import remove_leftovers, write_whole
 from paqdetr.config import Config, load_config
 from paqdetr.errors import ConfigError, DataError, StorageError
+from paqdetr.files import remove_leftovers, write_whole
 from paqdetr.locks import Busy, acquire
 from paqdetr.models import Detector, load
 from paqdetr.serialize import plain

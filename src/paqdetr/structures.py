@@ -8,12 +8,12 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # a program that runs an exported model has no torch
     import supervision
+    import torch
     from PIL.Image import Image
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +57,8 @@ class Detections:
         image_id: the data set's id, or the file name, or None.
         query_indices: (N,) int64 array: which query each box came from.
         file_name: of the image; None if it did not come from a file.
+        image: RGB, as it was predicted on, where a stream gives the detections; else None.
+        frame, time: of a video, from 0, and in seconds; else None.
     """
 
     boxes: np.ndarray
@@ -66,6 +68,9 @@ class Detections:
     image_id: int | str | None = None
     query_indices: np.ndarray | None = None
     file_name: str | None = None
+    image: Image | None = field(default=None, repr=False, compare=False)
+    frame: int | None = None
+    time: float | None = None
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -84,6 +89,23 @@ class Detections:
             labels=self.labels[chosen],
             query_indices=indices,
         )
+
+    def without_duplicates(self, iou_threshold: float) -> Detections:
+        """Class-wise non-maximum suppression: without every box that overlaps a better one of its own class by more than
+        `iou_threshold` in [0, 1]. What is left is best first; equal scores keep their order.
+        """
+        order = np.argsort(-self.scores, kind="stable")
+        boxes, labels = self.boxes[order].astype(np.float64).reshape(-1, 4), self.labels[order]
+        area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+        kept = np.ones(len(order), dtype=bool)
+        for i in range(len(order)):
+            if kept[i]:
+                rest = slice(i + 1, None)
+                corner = np.minimum(boxes[i, 2:], boxes[rest, 2:]) - np.maximum(boxes[i, :2], boxes[rest, :2])
+                shared = corner.clip(min=0).prod(1)
+                overlaps = shared > iou_threshold * (area[i] + area[rest] - shared)
+                kept[rest] &= ~(overlaps & (labels[rest] == labels[i]))
+        return self.rows(order[kept])
 
     def to_coco(self, *, rounded: bool = False) -> list[dict[str, Any]]:
         """COCO results: one dict per box with `image_id`, `file_name` (if known), `category_id`, `category_name`, `bbox` as
@@ -134,6 +156,21 @@ class Detections:
         from paqdetr.drawing import draw_boxes
 
         return draw_boxes(image, self.boxes, self.labels, self.names, self.scores)
+
+
+@dataclass(frozen=True, slots=True)
+class OperatingPoint:
+    """How a model's detections are best used, as its evaluation found.
+
+    Attributes:
+        threshold: the least score, in [0, 1], where F1 at IoU 0.5 is at its best; None if that is not known.
+        nms: the IoU over which a box gives way to a better one of its class; None where there is too little to gain.
+        duplicates_cost: AP after non-maximum suppression minus AP; None if it is not known.
+    """
+
+    threshold: float | None = None
+    nms: float | None = None
+    duplicates_cost: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,6 +90,12 @@ def require_threshold(threshold: float) -> None:
         raise ConfigError(f"threshold: expected a number from 0 to 1, found {threshold}", "scores lie in that range")
 
 
+def require_nms(nms: float | None) -> None:
+    """Raise ConfigError unless `nms` is None or an IoU in [0, 1]."""
+    if nms is not None and not 0 <= nms <= 1:
+        raise ConfigError(f"nms: expected an IoU from 0 to 1, found {nms}", "0.7 is usual, and 1 drops nothing")
+
+
 def require_batch_size(batch_size: int) -> None:
     """Raise ConfigError unless at least one image goes through at a time."""
     if batch_size < 1:

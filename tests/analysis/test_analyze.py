@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,28 +64,10 @@ def report(tmp_path_factory: pytest.TempPathFactory, tiny_digits: Path) -> Path:
 def test_everything_is_there_and_bounded(report: Path) -> None:
     page = (report / "index.html").read_text(encoding="utf-8")
     assert len(page.encode()) < 12 * 2**20 and {p.name for p in report.iterdir()} == {"index.html", "data"}
-    keys = (
-        "summary",
-        "classes",
-        "images",
-        "mistakes",
-        "confusion",
-        "calibration",
-        "layers",
-        "query-use",
-        "patterns",
-    )
+    keys = ("summary", "classes", "images", "mistakes", "confusion", "calibration", "layers", "query-use", "patterns")
     for key in (*keys, "inside", "training"):
         assert f'<section id="{key}"' in page, key
-    for name in (
-        "figures",
-        "classes",
-        "image_0",
-        "attention_0",
-        "refinement_0",
-        "proposals_0",
-        "training_ap",
-    ):
+    for name in ("figures", "classes", "image_0", "attention_0", "refinement_0", "proposals_0", "training_ap"):
         content = json.loads((report / f"data/{name}.json").read_text())
         assert content["caption"] and content["data"], name
     # What one model has and the other has not is said.
@@ -172,32 +153,6 @@ def test_a_split_without_objects(tiny_digits: Path, tmp_path: Path, kind: str) -
 
 
 # ------------------------------------------------------------------------------------------------ browser
-
-
-def chromium() -> str:
-    """Where Chromium is; without it the tests skip, or fail if $PAQDETR_REQUIRE_CHROMIUM asks for it."""
-    named = os.environ.get("PAQDETR_CHROMIUM")
-    places = [named] if named else ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable"]
-    found = next((path for place in places if (path := shutil.which(place))), None)
-    if found is None:
-        reason = "needs Chromium: install it (apt-get install chromium), or name it in PAQDETR_CHROMIUM"
-        if os.environ.get("PAQDETR_REQUIRE_CHROMIUM"):
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return found
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    place = chromium()
-    from playwright.sync_api import sync_playwright
-
-    quiet = ("quic", "background-networking", "component-update", "sync", "gpu")
-    arguments = ["--no-sandbox", "--no-first-run", *(f"--disable-{what}" for what in quiet)]
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=place, args=arguments)
-        yield running
-        running.close()
 
 
 @pytest.fixture(params=[(1280, "light"), (390, "dark")], ids=["desktop", "phone"])

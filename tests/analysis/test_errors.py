@@ -70,7 +70,7 @@ def test_one_and_two_result_sets() -> None:
     curves = two[0]
     assert part(curves, "f1").data.keys() == {"first", "second"}
     assert [column.heading for column in part(curves, "best_thresholds").columns] == [
-        *("class", "threshold A", "F1 A", "threshold B", "F1 B"),
+        *("class", "threshold A", "F1 A", "threshold B", "F1 B")
     ]
     rows = part(curves, "best_thresholds").rows
     assert [row["class"] for row in rows] == [*NAMES, "all together"]

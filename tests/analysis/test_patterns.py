@@ -272,14 +272,7 @@ def require_sound(section: Section) -> set[str]:
 def test_the_chapter_on_use(observed: Any, tiny_run: Run) -> None:
     paq, plain = (observed[name][0] for name in ("paq_dino_nano", "dn_detr_nano"))
     alone = require_sound(usage_section(Usage("static", plain)))
-    assert alone == {
-        "query_views",
-        "query_content",
-        "lorenz",
-        "use_by_index",
-        "index_and_rank",
-        "query_places",
-    }
+    assert alone == {"query_views", "query_content", "lorenz", "use_by_index", "index_and_rank", "query_places"}
     records = tiny_run.records("train")
     records = [
         row | {"positives_histogram": {"layer1": {"0": 0, "1": 3, "2": 1}, "layer2": {"0": 0, "1": 4}}}
@@ -307,14 +300,7 @@ def test_the_chapter_on_patterns(observed: Any, split: DetectionDataset) -> None
     section = pattern_section(studied[0], split, against=studied[1])
     names = require_sound(section)
     both = {"content_embedding", "content_embedding_against"}
-    mixes = {
-        "category_patterns",
-        "pattern_cosines",
-        "exciting_images",
-        "mixture_image",
-        "mixtures",
-        "one_mixture",
-    }
+    mixes = {"category_patterns", "pattern_cosines", "exciting_images", "mixture_image", "mixtures", "one_mixture"}
     assert names == both | mixes | {"pattern_meaning", "content_variance"}
     meaning = next(part for part in section.parts if part.name == "pattern_meaning")
     assert isinstance(meaning, Table) and len(meaning.rows) == 3 * 3 + 2 * 3

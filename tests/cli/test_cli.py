@@ -112,16 +112,7 @@ def test_eval_of_a_checkpoint(
     tmp_path: Path, tiny_run: Run, tiny_digits: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "deep" / "out.json"
-    arguments = [
-        "eval",
-        str(tiny_run.output),
-        "--data",
-        str(tiny_digits),
-        "--split",
-        "test",
-        "--json",
-        str(out),
-    ]
+    arguments = ["eval", str(tiny_run.output), "--data", str(tiny_digits), "--split", "test", "--json", str(out)]
     assert run([*arguments, "--batch-size", "2"]) == 0
     said = capsys.readouterr().out
     for words in ("AP75", "AR100", "AP after NMS", "by class", "paq_dino_nano on", "peak memory: "):

@@ -87,28 +87,11 @@ def verbs(
         "data convert": (["data", "convert", data, "DISK/yolo", "--to", "yolo"], "yolo"),
         "predict": (["predict", model, f"{data}/test", "--output", "DISK/drawn"], "drawn/000000.jpg"),
         "analyze": (
-            [
-                "analyze",
-                model,
-                "--data",
-                data,
-                "--output",
-                "DISK/report",
-                "--images",
-                "1",
-                "--resamples",
-                "10",
-            ],
+            ["analyze", model, "--data", data, "--output", "DISK/report", "--images", "1", "--resamples", "10"],
             "report",
         ),
-        "convert": (
-            ["convert", model, "--from", "paqdetr", "--output", "DISK/m.safetensors"],
-            "m.safetensors",
-        ),
-        "plan": (
-            ["plan", "paq_dino_nano", "--data", data, *quick, "--json", "DISK/plan.json"],
-            "plan.json",
-        ),
+        "convert": (["convert", model, "--from", "paqdetr", "--output", "DISK/m.safetensors"], "m.safetensors"),
+        "plan": (["plan", "paq_dino_nano", "--data", data, *quick, "--json", "DISK/plan.json"], "plan.json"),
         "study": (["study", str(folder / "study.yaml"), "--output", "DISK/study"], "study/study.yaml"),
     }
 

@@ -171,10 +171,7 @@ def check_of_training_without_boxes(w: World) -> list[str]:
     return ["data", "check", str(w.data), "--workers", "1"]
 
 
-@case(
-    "val.json: category 1 'zero' does not fit the model: the model calls 1 '0'",
-    "classes the model was trained on",
-)
+@case("val.json: category 1 'zero' does not fit the model: the model calls 1 '0'", "classes the model was trained on")
 def evaluation_on_other_classes(w: World) -> list[str]:
     w.edit("val", lambda content: content["categories"][0].update(name="zero"))
     return w.eval()

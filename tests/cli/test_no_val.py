@@ -73,16 +73,7 @@ def test_a_training_that_holds_out_images(
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    command = [
-        "train",
-        "paq_dino_nano",
-        *overrides,
-        "val_fraction=0.25",
-        "--data",
-        str(data),
-        "--device",
-        "cpu",
-    ]
+    command = ["train", "paq_dino_nano", *overrides, "val_fraction=0.25", "--data", str(data), "--device", "cpu"]
     assert run([*command, "--output", str(tmp_path / "run")]) == 0
     assert "val_fraction=0.25: 2 of 8 images validate" in caplog.text
     (record,) = Run(tmp_path / "run").records("eval")

@@ -6,12 +6,14 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -139,11 +141,7 @@ def test_what_a_verb_wrote_it_replaces(
     ("verb", "option"), [("predict", "--output"), ("analyze", "--output"), ("data convert", "DST")]
 )
 def test_a_folder_with_other_files_is_kept(
-    commands: dict[str, list[str]],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    verb: str,
-    option: str,
+    commands: dict[str, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str, option: str
 ) -> None:
     folder = tmp_path / "out"
     for name in ("index.html", "predictions.json", "data/notes.json"):
@@ -179,10 +177,7 @@ def test_two_options_with_one_file(
 
 
 def test_analyze_looks_at_its_folder_before_the_work(
-    commands: dict[str, list[str]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    commands: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from paqdetr import outputs
 
@@ -193,19 +188,22 @@ def test_analyze_looks_at_its_folder_before_the_work(
 
 
 def test_an_interrupted_predict_says_what_there_is(
-    commands: dict[str, list[str]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    commands: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def stop(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
+    from paqdetr.runtime.save import Saver
+
+    add = Saver.add
+
+    def stop(saver: Saver, *given: Any) -> None:
+        add(saver, *given)
+        if len(list((tmp_path / "out").glob("*.jpg"))) == 4:
+            raise KeyboardInterrupt
 
     arguments = [*commands["predict"], "--output", str(tmp_path / "out")]
     with monkeypatch.context() as patch:
-        patch.setattr("paqdetr.evaluation.predict.write_json", stop)
+        patch.setattr(Saver, "add", stop)
         assert run(arguments) == 130
-    assert f"interrupted: what is drawn is in {tmp_path / 'out'}" in capsys.readouterr().err
+    assert f"interrupted: what was written is in {tmp_path / 'out'}" in capsys.readouterr().err
     assert len(list((tmp_path / "out").iterdir())) == 4
     assert run(arguments) == 0
     assert len(list((tmp_path / "out").iterdir())) == 5
@@ -283,6 +281,31 @@ def test_a_killed_predict_is_repeated(commands: dict[str, list[str]], tiny_digit
     assert run(command) == 0
     assert made_by(out / "predictions.json") == RESULTS
     assert not list(out.glob(".*"))  # nothing half-written is left
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_video_that_is_stopped_by_a_signal_plays(
+    commands: dict[str, list[str]], tiny_digits: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    from paqdetr.runtime.video import VideoWriter, read_video
+
+    writer = VideoWriter(tmp_path / "clip.mp4")
+    with Image.open(tiny_digits / "val" / "000000.jpg") as picture:
+        for second in range(3000):
+            writer.add(picture, float(second))
+    writer.close()
+    out, told = tmp_path / "out", tmp_path / "told"
+    command = [*commands["predict"][:2], str(tmp_path / "clip.mp4"), "--output", str(out), "--save", "draw,jsonl"]
+    with told.open("w") as output:
+        process = subprocess.Popen([sys.executable, "-m", "paqdetr", *command], stderr=output)
+    end, lines = time.monotonic() + 300, out / "predictions.jsonl"
+    while not lines.exists() or lines.read_text().count("\n") < 20:
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert process.wait(60) == code and "interrupted: what was written is in" in told.read_text()
+    assert 20 <= len(list(read_video(out / "clip.mp4"))) < 3000
 
 
 @pytest.mark.integration

@@ -37,11 +37,7 @@ def written(tiny_run: Run, tiny_digits: Path, truth: Path, tmp_path_factory: pyt
         for image, number in images.items():
             best = next(row for row in rows if row["file_name"] == image)
             category = objects[number]["category_id"]
-            best |= {
-                "bbox": objects[number]["bbox"],
-                "category_id": category,
-                "category_name": names[category],
-            }
+            best |= {"bbox": objects[number]["bbox"], "category_id": category, "category_name": names[category]}
         file.write_text(json.dumps(rows))
     return {name: folder / name / "predictions.json" for name in ("ids", "names")}
 

@@ -45,11 +45,7 @@ def test_no_folder_for_temporary_files(tiny_digits: Path) -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which Linux has")
 @pytest.mark.parametrize(
     ("redirection", "code", "words"),
-    [
-        (">/dev/full", 2, "error: standard output: No space left on device"),
-        ("| head -1", 0, ""),
-        (">&-", 0, ""),
-    ],
+    [(">/dev/full", 2, "error: standard output: No space left on device"), ("| head -1", 0, ""), (">&-", 0, "")],
 )
 def test_results_that_cannot_be_printed(redirection: str, code: int, words: str) -> None:
     done = shell(f"{PROGRAM} config list {redirection}; exit ${{PIPESTATUS[0]}}")

@@ -53,14 +53,7 @@ def changed(first: Config, second: Config) -> dict[str, tuple[Any, Any]]:
 def test_what_comes_with_the_package() -> None:
     names = list_configs()
     assert names == sorted(names)
-    assert {
-        "dino_nano",
-        "paq_dino_nano",
-        "dino_r50",
-        "paq_dino_r50",
-        "dino_swin_l",
-        "paq_dino_swin_l",
-    } <= set(names)
+    assert {"dino_nano", "paq_dino_nano", "dino_r50", "paq_dino_r50", "dino_swin_l", "paq_dino_swin_l"} <= set(names)
     assert "paper" not in names  # presets are no models
 
 
@@ -73,13 +66,7 @@ def test_every_file_of_the_package_loads_and_comes_back_from_yaml(name: str, tmp
 
 def test_dino_nano_is_paq_dino_nano_without_paqs_lines() -> None:
     differences = changed(load_config("dino_nano"), load_config("paq_dino_nano"))
-    assert set(differences) <= {
-        "name",
-        "model.queries",
-        "model.pattern_std",
-        "loss.assigner",
-        "loss.one_to_many_until",
-    }
+    assert set(differences) <= {"name", "model.queries", "model.pattern_std", "loss.assigner", "loss.one_to_many_until"}
     assert differences["model.queries"] == ("static", "patterns")
     assert differences["loss.assigner"] == ("one_to_one", "quality_aware")
 
@@ -103,24 +90,14 @@ def test_the_host_is_dino() -> None:
     assert (loss.class_cost, loss.l1_cost, loss.giou_cost) == (2, 5, 2)
     assert loss.classification == "focal"
     assert (config.lr, config.backbone_lr, config.offsets_lr_scale) == (1e-4, 1e-5, 0.1)
-    assert (config.weight_decay, config.clip_norm, config.warmup_steps, config.epochs) == (
-        1e-4,
-        0.1,
-        1000,
-        12,
-    )
+    assert (config.weight_decay, config.clip_norm, config.warmup_steps, config.epochs) == (1e-4, 0.1, 1000, 12)
     assert config.image_size == (800, 1333)
 
 
 def test_preset_paper_is_the_literal_paper() -> None:
     config = load_config("paq_dino_nano", {"preset": "paper"})
     model, loss = config.model, config.loss
-    assert (model.extractor, model.extractor_conv, model.head, model.bias_std) == (
-        "fused",
-        "full",
-        "dense",
-        None,
-    )
+    assert (model.extractor, model.extractor_conv, model.head, model.bias_std) == ("fused", "full", "dense", None)
     assert (model.pattern_std, model.temperature, model.gain) == (1.0, 1.0, 1.0)
     assert (model.mixture_input, model.mixture, model.normalize_summary) == ("image", "replace", False)
     assert (loss.gamma, loss.top_k, loss.min_positives, loss.confidence) == (0.4, 4, 1, "max")
@@ -143,11 +120,7 @@ def test_preset_paper_needs_a_part_of_paq(name: str) -> None:
 
 
 def test_order_of_precedence(tmp_path: Path) -> None:
-    write(
-        tmp_path,
-        "below.yaml",
-        "base: paq_dino_nano\nepochs: 5\nlr: 1.0e-3\nmodel: {dim: 64, num_patterns: 20}\n",
-    )
+    write(tmp_path, "below.yaml", "base: paq_dino_nano\nepochs: 5\nlr: 1.0e-3\nmodel: {dim: 64, num_patterns: 20}\n")
     top = write(tmp_path, "top.yaml", "base: below.yaml\nepochs: 6\nmodel: {num_patterns: 30}\n")
     config = load_config(top, ["epochs=7"])
     assert config.name == "top"
@@ -240,11 +213,7 @@ def test_a_circle_of_bases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rela
         ({"image_size": 16}, "image_size=16: expected one number from 32", "config show"),
         ({"image_size": [900, 800]}, "image_size=[900, 800]: expected one number from 32", "config show"),
         ({"image_size": "big"}, "image_size='big'", "config show"),
-        (
-            {"augment.scale": [1.0, 0.5]},
-            "augment.scale=[1.0, 0.5]: expected 0.01 <= low <= high",
-            "config show",
-        ),
+        ({"augment.scale": [1.0, 0.5]}, "augment.scale=[1.0, 0.5]: expected 0.01 <= low <= high", "config show"),
         ({"augment.crop_size": [0.0, 0.5]}, "augment.crop_size=[0.0, 0.5]", "config show"),
         ({"model": 3}, "model=3", "config show"),
         ({"preset": "papr"}, "unknown preset 'papr'", "the only preset is 'paper'"),
@@ -319,10 +288,7 @@ def test_a_file_that_several_bases_name_is_read_once(tmp_path: Path, monkeypatch
         (b"base: dino_nano\n" + b"# x\n" * 2**15, "has 128 KiB, more than the 64 that are read"),
         (b"base: dino_nano\nepochs: 3\nepochs: 4\n", "line 3, column 1: the key 'epochs' stands there twice"),
         (b"base: dino_nano\nepochs: " + b"1" * 5000, "line 2, column 9: a number of more than 100 digits"),
-        (
-            b"base: dino_nano\ninit: 2024-99-99\nepochs: 010\n",
-            "epochs='010': Input should be a valid integer",
-        ),
+        (b"base: dino_nano\ninit: 2024-99-99\nepochs: 010\n", "epochs='010': Input should be a valid integer"),
     ],
     ids=range(7),
 )
@@ -333,10 +299,7 @@ def test_files_that_are_read_in_no_other_way(tmp_path: Path, content: bytes, mes
     assert message in caught.value.message and "\n" not in caught.value.message
 
 
-@given(
-    st.binary(max_size=60) | st.text(max_size=60).map(str.encode),
-    st.sampled_from([b"", b"base: dino_nano\n"]),
-)
+@given(st.binary(max_size=60) | st.text(max_size=60).map(str.encode), st.sampled_from([b"", b"base: dino_nano\n"]))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
 def test_any_file_is_a_config_or_one_line(tmp_path: Path, content: bytes, head: bytes) -> None:
     (tmp_path / "mine.yaml").write_bytes(head + content)
@@ -522,18 +485,12 @@ def test_published_figures_are_of_models() -> None:
             {"model.positions": "anchors", "model.class_agnostic_proposals": True},
             "class_agnostic_proposals=true needs positions=proposals",
         ),
-        (
-            {"model.positions": "anchors", "model.hybrid_queries": 5},
-            "hybrid_queries=5 needs positions=proposals",
-        ),
+        ({"model.positions": "anchors", "model.hybrid_queries": 5}, "hybrid_queries=5 needs positions=proposals"),
         (
             {"model.auxiliary_heads": ["atss"], "model.denoising": "none", "model.position_embedding": "fixed"},
             "auxiliary_heads=['atss'] needs position_embedding=refined",
         ),
-        (
-            {"model.auxiliary_heads": ["atss", "atss"]},
-            "auxiliary_heads=['atss', 'atss'] needs each head once",
-        ),
+        ({"model.auxiliary_heads": ["atss", "atss"]}, "auxiliary_heads=['atss', 'atss'] needs each head once"),
         (
             {
                 "model.positions": "points",
@@ -570,10 +527,7 @@ def test_every_whole_number_has_a_range() -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        (
-            "seed=9223372036854775808",
-            "seed=9223372036854775808: Input should be less than or equal to 4294967295",
-        ),
+        ("seed=9223372036854775808", "seed=9223372036854775808: Input should be less than or equal to 4294967295"),
         ("seed=-1", "greater than or equal to 0"),
         ("epochs=true", "epochs=True: Input should be a valid integer"),
         ("epochs='3'", "epochs='3': Input should be a valid integer"),

@@ -188,10 +188,7 @@ class Writer:
             self.norm(f"{name}.norm3", DIM)
 
     def listed_layers(
-        self,
-        prefix: str,
-        levels: int,
-        names: tuple[str, str, str] = ("attentions.0", "attentions.1", "ffns.0"),
+        self, prefix: str, levels: int, names: tuple[str, str, str] = ("attentions.0", "attentions.1", "ffns.0")
     ) -> None:
         """mmcv's layers: norms in a list, in the order of use; in the older ones attentions and feed-forward blocks too."""
         own, cross, ffn = names

@@ -90,12 +90,7 @@ PLACES: list[tuple[str, str, str, Callable[[Tensor], Tensor]]] = [
     ("dino", "transformer.enc_out_class_embed.weight", "start.head.class_head.weight", lambda x: x[SLOTS]),
     ("dino", "transformer.decoder.layers.1.norm2.bias", "decoder.layers.1.self_norm.bias", lambda x: x),
     ("dino", "transformer.decoder.layers.1.norm1.bias", "decoder.layers.1.cross_norm.bias", lambda x: x),
-    (
-        "dino",
-        "transformer.decoder.ref_point_head.layers.1.weight",
-        "decoder.position_head.2.weight",
-        lambda x: x,
-    ),
+    ("dino", "transformer.decoder.ref_point_head.layers.1.weight", "decoder.position_head.2.weight", lambda x: x),
     ("dino", "input_proj.3.0.weight", "neck.extra.0.0.weight", lambda x: x),
     ("dino unshared", "bbox_embed.2.layers.2.weight", "decoder.box_heads.2.4.weight", lambda x: x),
     (
@@ -108,31 +103,16 @@ PLACES: list[tuple[str, str, str, Callable[[Tensor], Tensor]]] = [
     ("dino 5scale swin", "backbone.0.norm0.weight", "backbone.norms.0.weight", lambda x: x),
     ("detrex dino", "label_enc.weight", "denoising.label_embed.weight", lambda x: x),
     ("detrex dino", "class_embed.3.weight", "start.head.class_head.weight", lambda x: x),
-    (
-        "detrex dino",
-        "backbone.res3.0.shortcut.norm.bias",
-        "backbone.body.layer2.0.downsample.1.bias",
-        lambda x: x,
-    ),
+    ("detrex dino", "backbone.res3.0.shortcut.norm.bias", "backbone.body.layer2.0.downsample.1.bias", lambda x: x),
     ("detrex dn", "label_encoder.weight", "denoising.label_embed.weight", lambda x: x[:80]),
-    (
-        "detrex dn newer",
-        "denoising_generator.label_encoder.weight",
-        "denoising.label_embed.weight",
-        lambda x: x[:80],
-    ),
+    ("detrex dn newer", "denoising_generator.label_encoder.weight", "denoising.label_embed.weight", lambda x: x[:80]),
     ("dn_detr", "label_enc.weight", "denoising.label_embed.weight", lambda x: x[SLOTS]),
     ("dn_detr", "refpoint_embed.weight", "start.boxes", lambda x: x),
     ("deformable one-stage", "query_embed.weight", "start.position", lambda x: x[:, :128]),
     ("deformable one-stage", "query_embed.weight", "query_source.table", lambda x: x[:, 128:]),
     ("deformable two-stage", "class_embed.3.weight", "start.head.class_head.weight", lambda x: x[:1]),
     ("deformable two-stage", "transformer.pos_trans.weight", "start.embed.0.weight", lambda x: x),
-    (
-        "relation",
-        "denoising_generator.label_encoder.weight",
-        "denoising.label_embed.weight",
-        lambda x: x[SLOTS],
-    ),
+    ("relation", "denoising_generator.label_encoder.weight", "denoising.label_embed.weight", lambda x: x[SLOTS]),
     ("relation", "neck.convs.3.1.bias", "neck.extra.0.1.bias", lambda x: x),
     (
         "relation",
@@ -344,11 +324,7 @@ def test_dinos_own_number_of_detections_wins(make_original: Make) -> None:
 
 def test_encoder_and_decoder_have_to_be_of_one_size(make_original: Make) -> None:
     original = make_original("dino")
-    for leaf, shape in (
-        ("linear1.weight", (64, 128)),
-        ("linear1.bias", (64,)),
-        ("linear2.weight", (128, 64)),
-    ):
+    for leaf, shape in (("linear1.weight", (64, 128)), ("linear1.bias", (64,)), ("linear2.weight", (128, 64))):
         for i in range(3):
             original.state[f"transformer.decoder.layers.{i}.{leaf}"] = torch.zeros(shape)
     with pytest.raises(CheckpointError, match=r"feed-forward block: 48 in encoder.*64 in decoder"):

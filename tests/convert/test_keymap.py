@@ -2,17 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from paqdetr.convert.keymap import (
-    FIRST_HALF,
-    SECOND_HALF,
-    apply_rules,
-    coverage,
-    drop,
-    move,
-    pack,
-    same,
-    split,
-)
+from paqdetr.convert.keymap import FIRST_HALF, SECOND_HALF, apply_rules, coverage, drop, move, pack, same, split
 from paqdetr.errors import CheckpointError
 
 RULES = (

@@ -94,13 +94,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "detrex dn": {"names": DETREX, "temperature": 10000, "offset": -0.5, "eps": 1e-3, "host": "dn"},
     "detrex dn newer": {"names": DETREX, "temperature": 10000, "offset": -0.5, "eps": 1e-3, "host": "dn"},
     **{
-        f"deformable {kind}": {
-            "names": OFFICIAL,
-            "temperature": 10000,
-            "offset": -0.5,
-            "eps": 1e-5,
-            "host": kind,
-        }
+        f"deformable {kind}": {"names": OFFICIAL, "temperature": 10000, "offset": -0.5, "eps": 1e-5, "host": kind}
         for kind in ("one-stage", "single scale", "refine", "two-stage")
     },
 }

@@ -204,18 +204,12 @@ def test_any_settings_beside_weights_fit_or_are_one_line(layout: Layout, data: s
 @pytest.mark.parametrize(
     ("hints", "message"),
     [
-        (
-            {"encoder_attention_heads": [8]},
-            r"x: encoder_attention_heads=\[8\]: Input should be a valid integer",
-        ),
+        ({"encoder_attention_heads": [8]}, r"x: encoder_attention_heads=\[8\]: Input should be a valid integer"),
         ({"encoder_attention_heads": None}, "x: encoder_attention_heads=None: Input"),
         ({"decoder_n_points": True}, "x: decoder_n_points=True: Input"),
         ({"dropout": "0.1"}, "x: dropout='0.1': Input should be a valid number"),
         ({"dropout": 2}, "x: dropout=2: Input should be less than 1"),
-        (
-            {"encoder_n_points": 10**9},
-            "x: encoder_n_points=1000000000: Input should be less than or equal to 256",
-        ),
+        ({"encoder_n_points": 10**9}, "x: encoder_n_points=1000000000: Input should be less than or equal to 256"),
         ({"encoder_n_points": 4, "decoder_n_points": 2}, "encoder_n_points=4 and decoder_n_points=2"),
     ],
 )

@@ -76,70 +76,25 @@ def without(key: str) -> Callable[[Path], None]:
 
 
 BOX, IMAGE, CLASS = "annotations/1", "images/1", "categories/1"
-row(
-    "coco",
-    "json_cut_short",
-    "train.json: no valid json at line 1, column 13",
-    text("train.json", '{"images": ['),
-)
+row("coco", "json_cut_short", "train.json: no valid json at line 1, column 13", text("train.json", '{"images": ['))
 row("coco", "json_that_is_empty", "no valid json at line 1, column 1", text("train.json", ""))
 row("coco", "json_in_another_encoding", "no UTF-8 text at byte 12", text("train.json", b'{"images": "\xe9"}'))
 row("coco", "json_of_results", "holds a list, expected images", text("train.json", "[]"))
 row("coco", "json_object_that_is_empty", "has no `categories`, found nothing", text("train.json", "{}"))
 row("coco", "json_nested_without_end", "the json is nested too deeply", text("train.json", "[" * 200_000))
-row(
-    "coco",
-    "json_with_an_endless_number",
-    "no usable json",
-    text("train.json", '{"images": ' + "9" * 9999 + "}"),
-)
-row(
-    "coco",
-    "json_larger_than_is_read",
-    "more than the 49 that are read",
-    text("train.json", " " * 70_000 + "{}"),
-)
+row("coco", "json_with_an_endless_number", "no usable json", text("train.json", '{"images": ' + "9" * 9999 + "}"))
+row("coco", "json_larger_than_is_read", "more than the 49 that are read", text("train.json", " " * 70_000 + "{}"))
 row("coco", "json_without_categories", "has no `categories`, found annotations, images", without("categories"))
 row("coco", "json_without_images", "has no `images`", without("images"))
 row("coco", "json_with_no_image", "`images` is empty", change("", images=[]))
 row("coco", "json_with_no_class", "`categories` is empty", change("", categories=[]))
-row(
-    "coco",
-    "annotations_that_are_no_list",
-    "`annotations` is a dict, expected a list",
-    change("", annotations={}),
-)
-row(
-    "coco",
-    "annotation_that_is_a_number",
-    "annotations[0] is 7, expected an object",
-    change("", annotations=[7]),
-)
-row(
-    "coco",
-    "box_of_an_unknown_image",
-    "belongs to image 99, which `images` does not list",
-    change(BOX, image_id=99),
-)
+row("coco", "annotations_that_are_no_list", "`annotations` is a dict, expected a list", change("", annotations={}))
+row("coco", "annotation_that_is_a_number", "annotations[0] is 7, expected an object", change("", annotations=[7]))
+row("coco", "box_of_an_unknown_image", "belongs to image 99, which `images` does not list", change(BOX, image_id=99))
 row("coco", "box_of_no_image", "belongs to image [1]", change(BOX, image_id=[1]))
-row(
-    "coco",
-    "box_of_an_unknown_class",
-    "image 1 has category_id 91, which `categories`",
-    change(BOX, category_id=91),
-)
-row(
-    "coco",
-    "box_whose_class_is_a_text",
-    "has category_id '2', which `categories`",
-    change(BOX, category_id="2"),
-)
-row(
-    "coco",
-    "box_of_three_numbers",
-    "has bbox [1, 2, 3], expected four finite numbers",
-    change(BOX, bbox=[1, 2, 3]),
-)
+row("coco", "box_of_an_unknown_class", "image 1 has category_id 91, which `categories`", change(BOX, category_id=91))
+row("coco", "box_whose_class_is_a_text", "has category_id '2', which `categories`", change(BOX, category_id="2"))
+row("coco", "box_of_three_numbers", "has bbox [1, 2, 3], expected four finite numbers", change(BOX, bbox=[1, 2, 3]))
 row("coco", "box_with_nan", "has bbox [1, 2, nan, 4]", change(BOX, bbox=[1, 2, float("nan"), 4]))
 row("coco", "box_that_is_infinite", "has bbox [1, 2, inf, 4]", change(BOX, bbox=[1, 2, float("inf"), 4]))
 row("coco", "box_no_float_can_hold", "expected four finite numbers", change(BOX, bbox=[1, 2, 10**400, 4]))
@@ -148,12 +103,7 @@ row("coco", "box_that_is_missing", "has bbox None", change(BOX, bbox=None))
 row("coco", "area_that_is_a_text", "has area 'big', expected a number", change(BOX, area="big"))
 row("coco", "image_id_given_twice", "image id 1 is given twice", change(IMAGE, id=1))
 row("coco", "image_without_an_id", "images[1] has id None", change(IMAGE, id=None))
-row(
-    "coco",
-    "image_without_a_name",
-    "image 2 has file_name None, expected a name",
-    change(IMAGE, file_name=None),
-)
+row("coco", "image_without_a_name", "image 2 has file_name None, expected a name", change(IMAGE, file_name=None))
 row("coco", "image_of_no_width", "image 2 has height 32 and width 0, expected pixels", change(IMAGE, width=0))
 row("coco", "image_whose_height_is_a_text", "image 2 has height '32'", change(IMAGE, height="32"))
 row("coco", "image_without_a_size", "image 2 has height None", change(IMAGE, height=None, width=None))
@@ -179,12 +129,7 @@ row(
 row("coco", "image_with_half_a_character", "which is no name inside", change(IMAGE, file_name="\ud800.png"))
 row("coco", "image_with_backslashes", "missing, though", change(IMAGE, file_name="sub\\b.png"))
 row("coco", "class_id_given_twice", "category id 1 is given twice", change(CLASS, id=1))
-row(
-    "coco",
-    "class_ids_of_two_kinds",
-    "some category ids are integers and some are texts",
-    change(CLASS, id="b"),
-)
+row("coco", "class_ids_of_two_kinds", "some category ids are integers and some are texts", change(CLASS, id="b"))
 row("coco", "class_without_a_name", "categories[1] is {'id': 2, 'name': None}", change(CLASS, name=None))
 
 
@@ -298,13 +243,7 @@ mode("image_in_grey", "train: 1 grey", lambda image: image.convert("L"))
 # ------------------------------------------------------------------------- boxes that training leaves out
 
 
-row(
-    "coco",
-    "box_without_area",
-    "box [3, 3, 0, 5] of class 'rider' has no area",
-    change(BOX, bbox=[3, 3, 0, 5]),
-    code=0,
-)
+row("coco", "box_without_area", "box [3, 3, 0, 5] of class 'rider' has no area", change(BOX, bbox=[3, 3, 0, 5]), code=0)
 row(
     "coco",
     "box_of_negative_size",
@@ -313,25 +252,10 @@ row(
 )
 row("coco", "area_below_0", "area -5, expected a number that is not below 0", change(BOX, area=-5))
 row("coco", "area_of_400_digits", "area 1000", change(BOX, area=10**400))
-row(
-    "coco",
-    "polygon_with_nan",
-    "segmentation [[1, 2, nan",
-    change(BOX, segmentation=[[1, 2, float("nan"), 4, 5, 6]]),
-)
-row(
-    "coco",
-    "polygon_past_a_double",
-    "segmentation [[1, 2, 1000",
-    change(BOX, segmentation=[[1, 2, 10**400, 4]]),
-)
+row("coco", "polygon_with_nan", "segmentation [[1, 2, nan", change(BOX, segmentation=[[1, 2, float("nan"), 4, 5, 6]]))
+row("coco", "polygon_past_a_double", "segmentation [[1, 2, 1000", change(BOX, segmentation=[[1, 2, 10**400, 4]]))
 row("coco", "polygon_of_words", "segmentation [['a'", change(BOX, segmentation=[["a", "b"]]))
-row(
-    "coco",
-    "run_length_code_without_counts",
-    "segmentation {'size'",
-    change(BOX, segmentation={"size": [1, 2]}),
-)
+row("coco", "run_length_code_without_counts", "segmentation {'size'", change(BOX, segmentation={"size": [1, 2]}))
 row("coco", "box_outside_its_image", "is outside the image of 32x24", change(BOX, bbox=[40, 3, 5, 5]), code=0)
 row(
     "coco",
@@ -382,28 +306,13 @@ row(
     text(XML, "<?xml version='1.0' encoding='klingon'?><annotation/>"),
 )
 row("voc", "object_without_a_box", "object 1 (person) has no <bndbox>", xml("bndbox>", "box>", 2))
-row(
-    "voc",
-    "box_with_a_text",
-    "object 1 (person) has <bndbox> ['left', '7'",
-    xml("<xmin>5</xmin>", "<xmin>left</xmin>"),
-)
+row("voc", "box_with_a_text", "object 1 (person) has <bndbox> ['left', '7'", xml("<xmin>5</xmin>", "<xmin>left</xmin>"))
 row("voc", "box_of_nan", "expected xmin, ymin, xmax and ymax", xml("<xmin>5</xmin>", "<xmin>NaN</xmin>"))
 row("voc", "box_without_a_side", "expected xmin, ymin, xmax and ymax", xml("<xmin>5</xmin>", ""))
 row("voc", "object_without_a_name", "object 1 has <name> ''", xml("<name>person</name>", ""))
-row(
-    "voc",
-    "size_of_zero",
-    "<size> has height '24' and width '0'",
-    xml("<width>32</width>", "<width>0</width>"),
-)
+row("voc", "size_of_zero", "<size> has height '24' and width '0'", xml("<width>32</width>", "<width>0</width>"))
 row("voc", "size_of_another_image", "a.png: is 32x24 pixels", xml("<width>32</width>", "<width>33</width>"))
-row(
-    "voc",
-    "list_that_leads_out",
-    "line 1: '../a' is no name inside",
-    text("ImageSets/Main/train.txt", "../a\n"),
-)
+row("voc", "list_that_leads_out", "line 1: '../a' is no name inside", text("ImageSets/Main/train.txt", "../a\n"))
 row(
     "voc",
     "list_with_an_unknown_image",
@@ -425,17 +334,9 @@ row(
 row("yolo", "class_below_zero", "line 1: the class is -1", text(LABELS, "-1 .5 .5 .1 .1"))
 row("yolo", "class_that_is_a_fraction", "line 1: the class is 0.5", text(LABELS, "0.5 .5 .5 .1 .1"))
 row(
-    "yolo",
-    "class_by_name",
-    "line 1: 'person .5 .5 .1 .1' is not a line of numbers",
-    text(LABELS, "person .5 .5 .1 .1"),
+    "yolo", "class_by_name", "line 1: 'person .5 .5 .1 .1' is not a line of numbers", text(LABELS, "person .5 .5 .1 .1")
 )
-row(
-    "yolo",
-    "label_in_pixels",
-    "is in pixels, expected shares of the image's sides",
-    text(LABELS, "0 16 12 10 8"),
-)
+row("yolo", "label_in_pixels", "is in pixels, expected shares of the image's sides", text(LABELS, "0 16 12 10 8"))
 row("yolo", "label_of_four_numbers", "4 numbers, expected 5", text(LABELS, "0 .5 .5 .1"))
 row("yolo", "label_with_a_score", "6 numbers, expected 5", text(LABELS, "0 .5 .5 .1 .1 .9"))
 row("yolo", "label_with_nan", "has numbers that are not finite", text(LABELS, "0 .5 .5 nan .1"))
@@ -455,17 +356,9 @@ row(
     "`names` has the keys ['0', '2'], expected 0 to 1",
     text(YAML, "train: images/train\nnames: {0: a, 2: b}"),
 )
+row("yolo", "classes_that_are_a_number", "`names` is '7', expected a list", text(YAML, "train: images/train\nnames: 7"))
 row(
-    "yolo",
-    "classes_that_are_a_number",
-    "`names` is '7', expected a list",
-    text(YAML, "train: images/train\nnames: 7"),
-)
-row(
-    "yolo",
-    "class_without_a_text",
-    "names[1] is '', expected a text",
-    text(YAML, "train: images/train\nnames:\n- a\n-"),
+    "yolo", "class_without_a_text", "names[1] is '', expected a text", text(YAML, "train: images/train\nnames:\n- a\n-")
 )
 row(
     "yolo",
@@ -475,25 +368,9 @@ row(
 )
 row("yolo", "folder_that_is_missing", "does not exist", text(YAML, "train: images/trian\nnames: [a, b]"))
 row("yolo", "folder_without_images", "holds no images", text(YAML, "train: labels\nnames: [a, b]"))
-row(
-    "yolo",
-    "folder_that_leads_out",
-    "`train` is '/etc', which is not inside",
-    text(YAML, "train: /etc\nnames: [a, b]"),
-)
-row(
-    "yolo",
-    "folder_that_leads_out_later",
-    "which is not inside",
-    text(YAML, "train: images/../../x\nnames: [a, b]"),
-)
-row(
-    "yolo",
-    "class_that_is_tagged",
-    "line 2, column 9: the tag",
-    text(YAML, "train: a\nnames: [!!bool x, b]"),
-    split="",
-)
+row("yolo", "folder_that_leads_out", "`train` is '/etc', which is not inside", text(YAML, "train: /etc\nnames: [a, b]"))
+row("yolo", "folder_that_leads_out_later", "which is not inside", text(YAML, "train: images/../../x\nnames: [a, b]"))
+row("yolo", "class_that_is_tagged", "line 2, column 9: the tag", text(YAML, "train: a\nnames: [!!bool x, b]"), split="")
 row(
     "yolo",
     "class_twice",
@@ -536,18 +413,8 @@ def objects(*items: Any) -> Callable[[Path], None]:
     return text(POLYGONS, json.dumps({"imgHeight": 24, "imgWidth": 32, "objects": list(items)}))
 
 
-row(
-    "cityscapes",
-    "polygons_cut_short",
-    "polygons.json: no valid json at line 1",
-    text(POLYGONS, '{"imgHeight"'),
-)
-row(
-    "cityscapes",
-    "polygons_without_a_size",
-    "has imgHeight None and imgWidth None",
-    text(POLYGONS, '{"objects": []}'),
-)
+row("cityscapes", "polygons_cut_short", "polygons.json: no valid json at line 1", text(POLYGONS, '{"imgHeight"'))
+row("cityscapes", "polygons_without_a_size", "has imgHeight None and imgWidth None", text(POLYGONS, '{"objects": []}'))
 row(
     "cityscapes",
     "polygons_without_objects",

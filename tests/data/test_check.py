@@ -69,11 +69,7 @@ def test_a_broken_data_set(tmp_path: Path) -> None:
     whole = (tmp_path / "train" / "5.png").read_bytes()
     (tmp_path / "train" / "5.png").write_bytes(whole[: len(whole) // 2])
     make_split(
-        tmp_path,
-        "val",
-        [image(1), image(2)],
-        [box(1, 1, 2, 0, 0, 9, 9), box(2, 2, 1, 0, 0, 9, 9)],
-        ["a", "x", "c"],
+        tmp_path, "val", [image(1), image(2)], [box(1, 1, 2, 0, 0, 9, 9), box(2, 2, 1, 0, 0, 9, 9)], ["a", "x", "c"]
     )
     shutil.copy(tmp_path / "train" / "1.png", tmp_path / "val" / "2.png")
     (tmp_path / "test").mkdir()
@@ -98,10 +94,7 @@ def test_a_broken_data_set(tmp_path: Path) -> None:
         ("2.png", "box [3, 3, 0, 2] of class 'b' has no area; training leaves it out"),
         ("1.png", "box [30, 5, 10, 5] of class 'b' is outside the image of 20x10; training leaves it out"),
         ("1.png", "box [15, 5, 10, 5] of class 'b' is 5 pixels over the edge of the image of 20x10"),
-        (
-            "1.png",
-            "box [1, 1, 5, 5] of class 'a' is there twice; training leaves one out, evaluation counts both",
-        ),
+        ("1.png", "box [1, 1, 5, 5] of class 'a' is there twice; training leaves one out, evaluation counts both"),
         ("train.json", "2 of 4 images have no boxes; right if nothing is in them"),
     ]
 
@@ -168,12 +161,7 @@ def test_the_report_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert train["boxes_per_class"] == {"a": 2, "b": 2} and train["traits"] == {"alpha": 1}
     sizes = train["box_sizes"]
     assert (sizes["small"], sizes["medium"], sizes["large"]) == (2, 1, 1)
-    assert {edge: count for edge, count in sizes["histogram"].items() if count} == {
-        "2": 1,
-        "4": 1,
-        "32": 1,
-        "64": 1,
-    }
+    assert {edge: count for edge, count in sizes["histogram"].items() if count} == {"2": 1, "4": 1, "32": 1, "64": 1}
     out = capsys.readouterr().out
     assert "1 alpha" in out and "2 to 4 px" in out and "8 to 16 px" in out and "128 to" not in out
 

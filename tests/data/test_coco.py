@@ -124,10 +124,7 @@ def changed(key: str, position: int, **values: object) -> dict[str, Any]:
     [
         ('{"images": [\n  oops]}', r"train\.json: no valid json at line 2, column 3"),
         ("[]", r"train\.json: holds a list"),
-        (
-            {k: v for k, v in CONTENT.items() if k != "categories"},
-            r"has no `categories`, found annotations, images",
-        ),
+        ({k: v for k, v in CONTENT.items() if k != "categories"}, r"has no `categories`, found annotations, images"),
         ({k: v for k, v in CONTENT.items() if k != "images"}, r"has no `images`"),
         ({**CONTENT, "images": []}, r"`images` is empty"),
         ({**CONTENT, "categories": []}, r"`categories` is empty"),

@@ -43,12 +43,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {"image_id": 5, "category_id": 90, "bbox": [4, 6, 10, 8], "area": 33.5},
             {"image_id": 5, "category_id": 0, "bbox": [20.25, 2.5, 8.125, 8]},
             {"image_id": 5, "category_id": 90, "bbox": [0, 0, 32, 24], "iscrowd": 1, "area": 600},
-            {
-                "image_id": "x/y",
-                "category_id": 7,
-                "bbox": [-2, 2, 10, 40],
-                "segmentation": [[1, 2, 3, 4, 5, 6]],
-            },
+            {"image_id": "x/y", "category_id": 7, "bbox": [-2, 2, 10, 40], "segmentation": [[1, 2, 3, 4, 5, 6]]},
             {"image_id": "x/y", "category_id": 7, "bbox": [3, 3, 9, 9]},
             {"image_id": "x/y", "category_id": 7, "bbox": [3, 3, 9, 9]},
             {"image_id": "x/y", "category_id": 7, "bbox": [50, 3, 9, 9]},
@@ -306,11 +301,7 @@ def test_a_folder_in_the_place_of_a_file(source: Path, tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------- read by other programs
 
 # File name -> (x, y, width, height, class) of its boxes, as every one of the five sources has them.
-EXPECTED = {
-    "a": [(4, 6, 10, 8, "person"), (20, 2, 8, 8, "rider")],
-    "b": [(2, 2, 10, 20, "person")],
-    "c": [],
-}
+EXPECTED = {"a": [(4, 6, 10, 8, "person"), (20, 2, 8, 8, "rider")], "b": [(2, 2, 10, 20, "person")], "c": []}
 
 
 @pytest.fixture(params=["coco", "voc", "yolo", "cityscapes", "crowdhuman"])

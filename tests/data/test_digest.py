@@ -72,10 +72,7 @@ def add_class(content: Content) -> None:
 
 CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a box moved": (changed_json("train", move_box), "train: 1 image with other boxes (000000.jpg)"),
-    "a box of another class": (
-        changed_json("train", relabel),
-        "train: 1 image with other boxes (000000.jpg)",
-    ),
+    "a box of another class": (changed_json("train", relabel), "train: 1 image with other boxes (000000.jpg)"),
     "an annotation dropped": (
         changed_json("val", lambda content: content["annotations"].pop()),
         "val: 1 image with other boxes (000003.jpg)",

@@ -263,11 +263,7 @@ def test_cityscapes_groups_are_crowds_and_other_classes_have_no_box(copy_of: Any
     assert boxes(train)["c"] == [("car", [0, 0, 10, 10])]
     assert train.classes.ids == (24, 25, 26, 27, 28, 31, 32, 33)
     rows = [a for a in train.ground_truth()["annotations"] if a["image_id"] == "c"]
-    assert [(a["category_id"], a["iscrowd"], a["area"]) for a in rows] == [
-        (26, 1, 50),
-        (26, 0, 50),
-        (33, 1, 50),
-    ]
+    assert [(a["category_id"], a["iscrowd"], a["area"]) for a in rows] == [(26, 1, 50), (26, 0, 50), (33, 1, 50)]
 
 
 def test_crowdhuman_ignored_people_and_masks_are_crowds(copy_of: Any) -> None:

@@ -46,12 +46,7 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> DetectionDataset:
         images.append({"id": 100 + i, "file_name": name, "width": width, "height": height})
         for j in range(i % 4):
             annotations.append(
-                {
-                    "id": len(annotations),
-                    "image_id": 100 + i,
-                    "category_id": 1 + j % 2,
-                    "bbox": [5 * j, 4, 20, 30],
-                }
+                {"id": len(annotations), "image_id": 100 + i, "category_id": 1 + j % 2, "bbox": [5 * j, 4, 20, 30]}
             )
     categories = [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}]
     content = {"images": images, "annotations": annotations, "categories": categories}

@@ -67,10 +67,7 @@ FAULTS = {
     "64 MB of /dev/shm": (SHM.format("64m"), "batches of 46 MB come through pipes"),
     "no room in /dev/shm": (SHM.format("4k"), "No space left on device): workers=0"),
     "read-only /dev/shm": (SHM.format("1m,ro"), "Read-only file system): workers=0"),
-    "no folder for temporary files any more": (
-        "export TMPDIR=$(mktemp -d)",
-        "No such file or directory",
-    ),
+    "no folder for temporary files any more": ("export TMPDIR=$(mktemp -d)", "No such file or directory"),
 }
 
 

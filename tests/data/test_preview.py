@@ -52,13 +52,6 @@ def test_the_command_shows_what_settings_do(tiny_data: dict[str, Path], tmp_path
 
 
 def test_a_setting_that_is_none(tiny_data: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = [
-        "data",
-        "preview",
-        str(tiny_data["coco"]),
-        "augment.mosaik=1",
-        "--output",
-        str(tmp_path / "p.png"),
-    ]
+    command = ["data", "preview", str(tiny_data["coco"]), "augment.mosaik=1", "--output", str(tmp_path / "p.png")]
     assert run(command) == 2
     assert "did you mean 'augment.mosaic'?" in capsys.readouterr().err

@@ -424,11 +424,7 @@ def test_of_a_pose_the_box_is_read(copy_of: Any, shape: str, line: str) -> None:
     [
         (None, "0 .5 .5 .1", "line 2: 4 numbers, expected 5 \\(box"),
         (None, "0 .5 .5 .1 .1 .9", "line 2: 6 numbers"),
-        (
-            None,
-            "0 .5 .5 .25 .5 .1 .1 2",
-            "line 2: 8 numbers.*an odd number from 7 on \\(polygon.*`kpt_shape`",
-        ),
+        (None, "0 .5 .5 .25 .5 .1 .1 2", "line 2: 8 numbers.*an odd number from 7 on \\(polygon.*`kpt_shape`"),
         ("[2, 3]", "0 .5 .5 .25 .5 .1 .1", "line 1: 7 numbers.*or 11 \\(pose"),
         ("[2, 2]", "9 .5 .5 .1 .1 .2", "line 1: 6 numbers.*or 9 \\(pose"),
         ("[4, 2]", "0 .1 .1 .9 .1 .9 .9", "line 1: 7 numbers.*beside which there are no polygons"),

@@ -259,11 +259,7 @@ CLASS = "{} of {} images have more than 100 boxes of one class (up to {})"
         ([{0: 60, 1: 60}], 119, [QUERIES.format(1, 1, 119, 120, "raise model.num_queries=119")]),
         ([{0: 60, 1: 60}], 120, []),
         ([{0: 150, 1: 200}, {2: 101}, {1: 3}], 900, [CLASS.format(2, 3, 200)]),
-        (
-            [{0: 400}],
-            20,
-            [QUERIES.format(1, 1, 20, 400, "raise model.num_queries=20"), CLASS.format(1, 1, 400)],
-        ),
+        ([{0: 400}], 20, [QUERIES.format(1, 1, 20, 400, "raise model.num_queries=20"), CLASS.format(1, 1, 400)]),
         ([], 10, []),
     ],
 )

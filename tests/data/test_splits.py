@@ -271,15 +271,9 @@ def test_ambiguous_layouts_are_an_error_that_helps(
     ("names", "expected"),
     [
         (["Train", "VAL", "Testing"], {"train": "Train", "val": "VAL", "test": "Testing"}),
-        (
-            ["my_train", "my-valid", "my.test.2"],
-            {"train": "my_train", "val": "my-valid", "test": "my.test.2"},
-        ),
+        (["my_train", "my-valid", "my.test.2"], {"train": "my_train", "val": "my-valid", "test": "my.test.2"}),
         (["train2017", "val2014", "val2017"], {"train": "train2017", "val": "val2017", "val2014": "val2014"}),
-        (
-            ["train", "train_aug", "minival"],
-            {"train": "train", "minival": "minival", "train_aug": "train_aug"},
-        ),
+        (["train", "train_aug", "minival"], {"train": "train", "minival": "minival", "train_aug": "train_aug"}),
         (["default"], {"train": "default"}),
         (["TrainVal", "test"], {"train": "TrainVal", "test": "test"}),
         (["trainval", "train"], {"train": "train", "trainval": "trainval"}),

@@ -22,11 +22,7 @@ def test_figures_by_hand(tiny_data: dict[str, Path]) -> None:
         np.array([[9 / 32, 10 / 24], [24 / 32, 6 / 24], [7 / 24, 12 / 32]]), abs=1e-9
     )
     figures = train.to_json()
-    assert figures["images_without_boxes"] == 1 and figures["box_sizes"] == {
-        "small": 3,
-        "medium": 0,
-        "large": 0,
-    }
+    assert figures["images_without_boxes"] == 1 and figures["box_sizes"] == {"small": 3, "medium": 0, "large": 0}
     assert figures["quantiles"]["boxes_per_image"][3] == 1
     assert list(stats) == ["train", "val"]
 

@@ -124,23 +124,12 @@ def test_images_without_boxes(split: DetectionDataset) -> None:
 
 def test_the_chapter_has_both_models_side_by_side() -> None:
     nan = float("nan")
-    ours = [
-        StageFigures("proposals", 0.5, 0.4, 0.1, 0.2, 3.0),
-        StageFigures("layer 1", 0.6, 0.7, 0.3, 0.35, 2.0),
-    ]
-    other = [
-        StageFigures("proposals", 0.4, 0.3, nan, nan, nan),
-        StageFigures("layer 1", 0.5, 0.6, 0.2, 0.2, 1.0),
-    ]
+    ours = [StageFigures("proposals", 0.5, 0.4, 0.1, 0.2, 3.0), StageFigures("layer 1", 0.6, 0.7, 0.3, 0.35, 2.0)]
+    other = [StageFigures("proposals", 0.4, 0.3, nan, nan, nan), StageFigures("layer 1", 0.5, 0.6, 0.2, 0.2, 1.0)]
     section = layer_section([("ours", ours), ("other", other)])
     figure, table = section.parts
     assert isinstance(figure, Figure) and figure.data["ours"][1]["copies"] == pytest.approx(0.05)
-    assert isinstance(table, Table) and [row["model"] for row in table.rows] == [
-        "ours",
-        "ours",
-        "other",
-        "other",
-    ]
+    assert isinstance(table, Table) and [row["model"] for row in table.rows] == ["ours", "ours", "other", "other"]
     assert table.rows[2]["AP"] is None and table.columns[0].key == "model"
     alone = layer_section([("ours", ours)])
     assert isinstance(alone.parts[1], Table) and alone.parts[1].columns[0].key == "stage"

@@ -119,11 +119,7 @@ def as_lists(pairs: Any) -> list[list[tuple[int, int]]]:
     return [list(zip(found.query_indices.tolist(), found.target_indices.tolist(), strict=True)) for found in pairs]
 
 
-def check_terms(
-    report: LossReport,
-    name: str,
-    expected: dict[str, float],
-) -> None:
+def check_terms(report: LossReport, name: str, expected: dict[str, float]) -> None:
     for kind, value in expected.items():
         assert report.terms[f"{name}/{kind}"].item() == pytest.approx(value, rel=1e-4, abs=1e-6), (name, kind)
 
@@ -160,9 +156,7 @@ def test_every_term_and_the_total(model: Detector, classification: Any, encoder_
     for layer in range(LAYERS):
         logits, boxes = output.denoised.logits[layer], output.denoised.boxes[layer]
         check_terms(
-            report,
-            f"denoising{layer + 1}",
-            expected_terms(logits, boxes, fixed, targets, 4 * 2, classification),
+            report, f"denoising{layer + 1}", expected_terms(logits, boxes, fixed, targets, 4 * 2, classification)
         )
 
     names = [f"layer{i + 1}" for i in range(LAYERS)] + ["encoder"]
@@ -261,13 +255,7 @@ def test_several_positives_begin_and_end(model: Detector) -> None:
     output = near_the_targets(run(model, targets), targets)
     criterion = build_criterion(LossConfig(**PAQ, encoder_assigner="quality_aware", one_to_many_from=0.25))
     always = build_criterion(LossConfig(**PAQ, encoder_assigner="quality_aware"))
-    assert [criterion.one_to_many(p) for p in (0.0, 0.249, 0.25, 0.499, 0.5)] == [
-        False,
-        False,
-        True,
-        True,
-        False,
-    ]
+    assert [criterion.one_to_many(p) for p in (0.0, 0.249, 0.25, 0.499, 0.5)] == [False, False, True, True, False]
     before, begun, after = (criterion(output, targets, progress=p) for p in (0.0, 0.25, 0.5))
     assert before.terms == after.terms and before.positives_per_box == [1.0] * LAYERS
     assert begun.terms == always(output, targets, progress=0.0).terms != before.terms
@@ -325,13 +313,7 @@ def test_settings_reach_the_assigner() -> None:
     assert isinstance(rule, QualityAwareAssigner) and isinstance(criterion.last, OneToOneAssigner)
     assert isinstance(criterion.encoder, OneToOneAssigner)
     assert rule.min_iou == 0.3
-    assert (rule.gamma, rule.top_k, rule.min_positives, rule.select, rule.confidence) == (
-        0.1,
-        7,
-        2,
-        "score",
-        "max",
-    )
+    assert (rule.gamma, rule.top_k, rule.min_positives, rule.select, rule.confidence) == (0.1, 7, 2, "score", "max")
     for weights in (criterion.cost_weights, rule.cost_weights, criterion.last.cost_weights):
         assert (weights.classification, weights.l1, weights.giou) == (1.0, 2.0, 3.0)
         assert (weights.alpha, weights.gamma) == (0.25, 2.0)

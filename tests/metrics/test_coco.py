@@ -270,8 +270,7 @@ NUMBERS = st.one_of(
         st.sampled_from(["score", "image_id", "category_id", "bbox"]), NUMBERS | st.lists(NUMBERS, max_size=5)
     ),
     ground=st.dictionaries(
-        st.sampled_from(["id", "image_id", "bbox", "area", "iscrowd"]),
-        NUMBERS | st.lists(NUMBERS, max_size=5),
+        st.sampled_from(["id", "image_id", "bbox", "area", "iscrowd"]), NUMBERS | st.lists(NUMBERS, max_size=5)
     ),
     height=NUMBERS,
 )
@@ -350,11 +349,7 @@ def test_images_are_found_by_file_name(name: str, image: int) -> None:
     expected = evaluate_detections(gt, [result(image, 1, A, 0.9)]).AP
     assert expected == pytest.approx(17 / 101)  # one object of six
     row = result(name, 1, A, 0.9)
-    for found in (
-        row,
-        row | {"image_id": None, "file_name": name},
-        row | {"image_id": 77, "file_name": name},
-    ):
+    for found in (row, row | {"image_id": None, "file_name": name}, row | {"image_id": 77, "file_name": name}):
         assert evaluate_detections(gt, [found]).AP == expected
     both = row | {"image_id": float(image), "file_name": name}  # pandas writes 1.0
     assert evaluate_detections(gt, [both]).AP == expected
@@ -472,8 +467,7 @@ def published_figures(folder: Path) -> dict[str, list[float]]:
 
 
 @pytest.mark.parametrize(
-    ("iou_type", "known"),
-    [("bbox", {"AP": 0.504581, "AP50": 0.696973, "AP75": 0.572982}), ("segm", {"AP": 0.319545})],
+    ("iou_type", "known"), [("bbox", {"AP": 0.504581, "AP50": 0.696973, "AP75": 0.572982}), ("segm", {"AP": 0.319545})]
 )
 def test_published_figures(shared_data: Callable[[str], Path], iou_type: Any, known: dict[str, float]) -> None:
     folder = shared_data("cocoeval_fixture")
@@ -499,12 +493,7 @@ def test_published_figures(shared_data: Callable[[str], Path], iou_type: Any, kn
 def test_suppression_by_class() -> None:
     boxes = np.array([[0, 0, 10, 10], [0, 0, 10, 9], [0, 0, 10, 9], [50, 50, 60, 60]], np.float32)
     found = Detections(
-        boxes,
-        np.array([0.5, 0.9, 0.8, 0.7], np.float32),
-        np.array([1, 1, 2, 1]),
-        {1: "cat"},
-        "x",
-        np.arange(4),
+        boxes, np.array([0.5, 0.9, 0.8, 0.7], np.float32), np.array([1, 1, 2, 1]), {1: "cat"}, "x", np.arange(4)
     )
     kept = non_maximum_suppression(found, 0.7)  # 0 overlaps 1 by .9 in the same class, 2 is of another class
     assert kept.query_indices is not None and kept.query_indices.tolist() == [1, 2, 3]

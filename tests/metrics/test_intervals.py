@@ -186,14 +186,7 @@ def test_progress_and_json(make_problem: Callable[..., Problem]) -> None:
     assert told == [(100, 300), (150, 300), (250, 300), (300, 300)]
     written = found.to_json()
     assert written["samples"] == 150 and written["figures"]["AP"]["superiority"] == 0.5
-    assert set(found.first.to_json()) == {
-        "figures",
-        "per_class",
-        "per_class_AP50",
-        "samples",
-        "seed",
-        "level",
-    }
+    assert set(found.first.to_json()) == {"figures", "per_class", "per_class_AP50", "samples", "seed", "level"}
 
 
 def test_mistakes(make_problem: Callable[..., Problem]) -> None:

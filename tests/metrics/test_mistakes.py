@@ -49,13 +49,7 @@ SPLITS = {
         {"classification": 1},
         {"classification": 0.75},
     ),
-    "place": (
-        truth((1, CAT, BOX)),
-        found((1, CAT, QUARTER, 0.9)),
-        0.0,
-        {"localisation": 1},
-        {"localisation": 1.0},
-    ),
+    "place": (truth((1, CAT, BOX)), found((1, CAT, QUARTER, 0.9)), 0.0, {"localisation": 1}, {"localisation": 1.0}),
     # The dog of image 1 is neither at the right place nor a dog, and stands above the true one.
     "both": (
         truth((1, CAT, BOX), (2, DOG, BOX)),
@@ -164,11 +158,7 @@ CONFUSIONS = {
     "right": (truth((1, CAT, BOX)), found((1, CAT, BOX, 0.9)), [[1, 0, 0], [0, 0, 0], [0, 0, 0]]),
     "class": (truth((1, CAT, BOX)), found((1, DOG, BOX, 0.9)), [[0, 1, 0], [0, 0, 0], [0, 0, 0]]),
     "place": (truth((1, CAT, BOX)), found((1, CAT, QUARTER, 0.9)), [[0, 0, 1], [0, 0, 0], [1, 0, 0]]),
-    "copy": (
-        truth((1, CAT, BOX)),
-        found((1, CAT, BOX, 0.9), (1, CAT, BOX, 0.8)),
-        [[1, 0, 0], [0, 0, 0], [1, 0, 0]],
-    ),
+    "copy": (truth((1, CAT, BOX)), found((1, CAT, BOX, 0.9), (1, CAT, BOX, 0.8)), [[1, 0, 0], [0, 0, 0], [1, 0, 0]]),
     "not confident": (truth((1, CAT, BOX)), found((1, CAT, BOX, 0.2)), [[0, 0, 1], [0, 0, 0], [0, 0, 0]]),
     # A wrong class with a better score does not take the object from the right one.
     "right one second": (

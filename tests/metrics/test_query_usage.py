@@ -56,10 +56,7 @@ def test_by_hand() -> None:
     scores = torch.tensor([[0.1, 0.45, 0.9], [0.2, 0.2, 0.35]])
     logits = torch.stack([torch.logit(scores), torch.full_like(scores, -9)], dim=-1)
     boxes = torch.tensor([[[0.2, 0.2, 0.1, 0.1], [0.5, 0.5, 0.2, 0.2], [0.8, 0.8, 0.1, 0.3]]]).repeat(2, 1, 1)
-    targets = [
-        Targets(torch.tensor([0, 0]), boxes[0, [2, 1]] + 0.01),
-        Targets(torch.tensor([0]), boxes[1, [2]] - 0.03),
-    ]
+    targets = [Targets(torch.tensor([0, 0]), boxes[0, [2, 1]] + 0.01), Targets(torch.tensor([0]), boxes[1, [2]] - 0.03)]
     weights = torch.tensor([[1.0, 0], [0.5, 0.5], [0.25, 0.75]]).expand(2, -1, -1)
     content = torch.tensor([[1.0, 0], [0, 2], [3, 0]]).expand(2, -1, -1)
     usage.update(logits, boxes, targets, weights, content=content)

@@ -42,13 +42,7 @@ def test_by_hand() -> None:
     assert own.largest_error == pytest.approx(0.05)
     written = own.to_json()
     assert json.loads(json.dumps(written, allow_nan=False)) == written
-    assert written["bins"][0] == {
-        "low": 0.0,
-        "high": 0.1,
-        "detections": 0,
-        "confidence": None,
-        "accuracy": None,
-    }
+    assert written["bins"][0] == {"low": 0.0, "high": 0.1, "detections": 0, "confidence": None, "accuracy": None}
 
 
 def test_localisation_counts_where_it_is_asked_for() -> None:

@@ -216,10 +216,7 @@ def test_resnet50_is_torchvisions(size: tuple[int, int]) -> None:
 
 @torch.no_grad()
 def test_output_norms_are_over_the_channels_of_each_map() -> None:
-    plain, normed = (
-        build("swin_tiny_patch4_window7_224"),
-        build("swin_tiny_patch4_window7_224", output_norm=True),
-    )
+    plain, normed = (build("swin_tiny_patch4_window7_224"), build("swin_tiny_patch4_window7_224", output_norm=True))
     normed.load_state_dict(plain.state_dict(), strict=False)
     plain.eval(), normed.eval()  # Swin drops paths at random in training
     images = torch.randn(1, 3, 64, 96)

@@ -59,11 +59,7 @@ def test_parameters_are_those_of_the_model(name: str) -> None:
 def test_known_costs_are_those_of_the_models(name: str) -> None:
     """If it fails: `python tools/docs.py count`."""
     known, cost = known_figures("costs"), cost_of(name)
-    assert known[name] == {
-        "parameters": cost.parameters,
-        "trainable": cost.trainable,
-        "flops": cost.flops,
-    }
+    assert known[name] == {"parameters": cost.parameters, "trainable": cost.trainable, "flops": cost.flops}
     assert sorted(known) == list_configs("model")
 
 

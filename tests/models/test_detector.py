@@ -161,11 +161,7 @@ def built(name: str, tiny_model: Callable, stir: Callable) -> Detector:
 @pytest.mark.parametrize("cells", [ROOMY, TIGHT], ids=["roomy", "tight"])
 @pytest.mark.parametrize("name", [*list_models("*_nano"), "dino_r50", "paq_dino_r50"])
 def test_padded_cells_change_nothing(
-    name: str,
-    cells: list[tuple[int, int]],
-    tiny_model: Callable,
-    make_tokens: Callable,
-    stir: Callable,
+    name: str, cells: list[tuple[int, int]], tiny_model: Callable, make_tokens: Callable, stir: Callable
 ) -> None:
     model = built(name, tiny_model, stir)
     levels = levels_of(model, cells)

@@ -27,11 +27,7 @@ GOOD: dict[str, Any] = {
 
 def test_a_good_header() -> None:
     config, classes, preprocessing = describe_checkpoint(GOOD, "x")
-    assert (config.model, config.name, config.image_size) == (
-        ModelConfig(num_classes=2),
-        "dino_nano",
-        (480, 800),
-    )
+    assert (config.model, config.name, config.image_size) == (ModelConfig(num_classes=2), "dino_nano", (480, 800))
     assert (classes.ids, classes.names) == ((7, -1), ("cat", "no"))
     assert preprocessing.normalization == Normalization((1, 2.5, 3), (4, 5, 6))
 
@@ -43,46 +39,22 @@ def test_a_good_header() -> None:
         (lambda h: h.pop("classes"), "its header lacks 'classes'"),
         (lambda h: h.pop("preprocessing"), "its header lacks 'preprocessing'"),
         (lambda h: h["preprocessing"].pop("normalization"), "its header lacks 'normalization'"),
-        (
-            lambda h: h.update(classes=[{"id": "x", "name": "cat"}]),
-            "its header is malformed: classes.0.id: Input",
-        ),
-        (
-            lambda h: h.update(classes=[{"id": 10**30, "name": "cat"}]),
-            "its header is malformed: classes.0.id: Input",
-        ),
-        (
-            lambda h: h.update(classes=[{"id": 1, "name": 2}]),
-            "its header is malformed: classes.0.name: Input",
-        ),
+        (lambda h: h.update(classes=[{"id": "x", "name": "cat"}]), "its header is malformed: classes.0.id: Input"),
+        (lambda h: h.update(classes=[{"id": 10**30, "name": "cat"}]), "its header is malformed: classes.0.id: Input"),
+        (lambda h: h.update(classes=[{"id": 1, "name": 2}]), "its header is malformed: classes.0.name: Input"),
         (lambda h: h.update(classes=[]), "its header is malformed: classes: List should have at least 1"),
         (lambda h: h.update(classes=h["classes"][:1] * 3), "classes: Value error, two classes have one id"),
         (lambda h: h.update(classes={}), "its header is malformed: classes"),
         (lambda h: h.update(preprocessing=None), "its header is malformed: preprocessing"),
         (lambda h: h["preprocessing"].update(image_size="big"), "its header is malformed: image_size"),
         (lambda h: h["preprocessing"].update(image_size=[800]), "its header is malformed: image_size"),
-        (
-            lambda h: h["preprocessing"].update(image_size=10**9),
-            "image_size=1000000000: expected one number from 32",
-        ),
+        (lambda h: h["preprocessing"].update(image_size=10**9), "image_size=1000000000: expected one number from 32"),
         (lambda h: h["preprocessing"].update(size_divisor=0), "its header is malformed: size_divisor: Input"),
-        (
-            lambda h: h["preprocessing"].update(size_divisor=True),
-            "its header is malformed: size_divisor: Input",
-        ),
-        (
-            lambda h: h["preprocessing"]["normalization"].update(std=None),
-            "malformed: normalization.std: Input",
-        ),
-        (
-            lambda h: h["preprocessing"]["normalization"].update(std=[1, 1, 0]),
-            "normalization.std.2: Input should be",
-        ),
+        (lambda h: h["preprocessing"].update(size_divisor=True), "its header is malformed: size_divisor: Input"),
+        (lambda h: h["preprocessing"]["normalization"].update(std=None), "malformed: normalization.std: Input"),
+        (lambda h: h["preprocessing"]["normalization"].update(std=[1, 1, 0]), "normalization.std.2: Input should be"),
         (lambda h: h["preprocessing"]["normalization"].update(mean=[1, 1]), "normalization.mean.2"),
-        (
-            lambda h: h["preprocessing"]["normalization"].update(mean=["a", 1, 1]),
-            "normalization.mean.0: Input",
-        ),
+        (lambda h: h["preprocessing"]["normalization"].update(mean=["a", 1, 1]), "normalization.mean.0: Input"),
         (lambda h: h.update(model=[]), "its header is malformed: model: Input should be a valid dictionary"),
         (lambda h: h.update(name=None), "its header is malformed: name: Input should be a valid string"),
         (lambda h: h["model"].update(backbone_strides=[]), "expected at least one stride"),

@@ -61,11 +61,7 @@ def test_every_parameter_has_a_gradient_in_every_step(
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "settings", "loss"), CASES, ids=IDS)
 def test_padded_cells_change_nothing(
-    name: str,
-    settings: dict[str, Any],
-    loss: dict[str, Any],
-    make_tokens: Callable,
-    stir: Callable,
+    name: str, settings: dict[str, Any], loss: dict[str, Any], make_tokens: Callable, stir: Callable
 ) -> None:
     model = stirred(create_model(name, **SMALL | settings), stir).eval()
     levels = [torch.randn(2, 32, h, w) for h, w in [(7, 5), (4, 3), (2, 2)]]
@@ -185,11 +181,7 @@ def test_options_are_off_in_the_paper() -> None:
     ("name", "overrides", "message"),
     [
         ("dino_nano", {"model.mixture": "residual"}, "mixture=residual needs queries=patterns"),
-        (
-            "dn_detr_nano",
-            {"model.distinct_proposals": 0.8},
-            "distinct_proposals=0.8 needs positions=proposals",
-        ),
+        ("dn_detr_nano", {"model.distinct_proposals": 0.8}, "distinct_proposals=0.8 needs positions=proposals"),
     ],
 )
 def test_options_need_their_host(name: str, overrides: dict[str, Any], message: str) -> None:

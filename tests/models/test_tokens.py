@@ -25,14 +25,7 @@ def test_layout_is_level_after_level_row_by_row() -> None:
     assert tokens.level_index.tolist() == [0] * 6 + [1]
     assert tokens.padding_mask is None
     assert tokens.valid_ratios.tolist() == [[[1, 1], [1, 1]]]
-    expected = [
-        [1 / 6, 1 / 4],
-        [3 / 6, 1 / 4],
-        [5 / 6, 1 / 4],
-        [1 / 6, 3 / 4],
-        [3 / 6, 3 / 4],
-        [5 / 6, 3 / 4],
-    ]
+    expected = [[1 / 6, 1 / 4], [3 / 6, 1 / 4], [5 / 6, 1 / 4], [1 / 6, 3 / 4], [3 / 6, 3 / 4], [5 / 6, 3 / 4]]
     assert tokens.centers[0].flatten().tolist() == pytest.approx([v for xy in expected for v in xy] + [0.5, 0.5])
 
 

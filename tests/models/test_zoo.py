@@ -227,11 +227,7 @@ def test_the_header_needs_nothing_but_json(saved: tuple[Detector, Path]) -> None
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(json.loads(file.read(length))["__metadata__"]["paqdetr"])
     assert header["name"] == model.name
-    assert header["classes"] == [
-        {"id": 90, "name": "cat"},
-        {"id": 3, "name": "dog"},
-        {"id": 17, "name": "häuschen"},
-    ]
+    assert header["classes"] == [{"id": 90, "name": "cat"}, {"id": 3, "name": "dog"}, {"id": 17, "name": "häuschen"}]
     assert ModelConfig.model_validate(header["model"]) == model.config
     assert header["preprocessing"]["image_size"] == [64, 128]
     assert header["metrics"] == {"AP": 0.25} and header["step"] == 7

@@ -144,11 +144,7 @@ def run(script: str = SCRIPT, **environment: str) -> subprocess.Popen[str]:
     variables = {name: value for name, value in os.environ.items() if name not in ("CC", "CXX")}
     variables |= {"PYTHONPATH": str(SRC), **environment}
     return subprocess.Popen(
-        [sys.executable, "-c", script],
-        env=variables,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        [sys.executable, "-c", script], env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
 
 

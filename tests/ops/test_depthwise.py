@@ -100,10 +100,7 @@ def test_torch_does_what_the_loop_is_not_made_for(what: str, monkeypatch: pytest
         x = x.contiguous(memory_format=torch.contiguous_format)
     if what == "no numba":
         monkeypatch.setattr(depthwise, "numba_missing", lambda: "it is not there")
-    with (
-        torch.set_grad_enabled(what != "no grad"),
-        torch.autocast("cpu", torch.bfloat16, enabled=what == "autocast"),
-    ):
+    with torch.set_grad_enabled(what != "no grad"), torch.autocast("cpu", torch.bfloat16, enabled=what == "autocast"):
         found = depthwise_conv2d(x, weight, bias, stride=1, padding=2, dilation=1)
         expected = F.conv2d(x, weight, bias, 1, 2, 1, 70)
     assert torch.equal(found, expected)

@@ -86,27 +86,11 @@ def test_paq_needs_four_libraries_and_what_they_need() -> None:
         for module, distributions in packages_distributions().items()
         if any(re.sub(r"[-_.]+", "-", name).lower() in there for name in distributions)
     } | {"paqdetr"}
-    assert not allowed & {
-        "timm",
-        "accelerate",
-        "pydantic",
-        "yaml",
-        "transformers",
-        "safetensors",
-        "matplotlib",
-    }
+    assert not allowed & {"timm", "accelerate", "pydantic", "yaml", "transformers", "safetensors", "matplotlib"}
     command = [sys.executable, "-c", SCRIPT, ",".join(sorted(allowed))]
     source = str(Path(paqdetr.__file__).parents[1])
     done = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     loaded = set(done.stdout.split())
     assert {"done", "paqdetr", "torch", "scipy"} <= loaded
-    assert not loaded & {
-        "timm",
-        "accelerate",
-        "pydantic",
-        "yaml",
-        "transformers",
-        "safetensors",
-        "supervision",
-    }
+    assert not loaded & {"timm", "accelerate", "pydantic", "yaml", "transformers", "safetensors", "supervision"}

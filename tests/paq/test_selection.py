@@ -24,13 +24,7 @@ def plain_select(scores: np.ndarray, claims: np.ndarray, cost: np.ndarray) -> di
 
 
 @settings(max_examples=50, deadline=None)
-@given(
-    st.integers(1, 30),
-    st.integers(0, 30),
-    st.integers(1, 8),
-    st.integers(0, 2**31),
-    st.sampled_from([2, 10**6]),
-)
+@given(st.integers(1, 30), st.integers(0, 30), st.integers(1, 8), st.integers(0, 2**31), st.sampled_from([2, 10**6]))
 def test_the_best_are_those_of_a_full_sort(n: int, boxes: int, top_k: int, seed: int, values: int) -> None:
     """With two values nearly all scores are tied."""
     rng = np.random.default_rng(seed)

@@ -24,11 +24,7 @@ def build(
 ) -> ContrastiveDenoising:
     """Content is the one-hot label, so that tests can read it back."""
     denoising = ContrastiveDenoising(
-        num_queries=num_queries,
-        num_classes=num_classes,
-        dim=num_classes,
-        label_noise=label_noise,
-        box_noise=box_noise,
+        num_queries=num_queries, num_classes=num_classes, dim=num_classes, label_noise=label_noise, box_noise=box_noise
     )
     with torch.no_grad():
         denoising.label_embed.weight.copy_(torch.eye(num_classes))

@@ -88,10 +88,7 @@ def test_denoising_losses_by_a_plain_loop(name: str) -> None:
         for b, target in enumerate(targets):
             for slot in range(len(layout)):
                 kind, place = slot // layout.boxes % layout.kinds, slot % layout.boxes
-                logits, box = (
-                    predicted.logits[layer, b, slot].double(),
-                    predicted.boxes[layer, b, slot].double(),
-                )
+                logits, box = (predicted.logits[layer, b, slot].double(), predicted.boxes[layer, b, slot].double())
                 goal = torch.zeros(5, dtype=torch.float64)
                 if place < len(target) and kind == 0:
                     goal[target.labels[place]] = 1

@@ -303,12 +303,7 @@ def in_this_process(arguments: list[str], **rest: Any) -> Ended:
 @pytest.mark.integration
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 def test_killed_in_the_middle_of_a_run(
-    tmp_path: Path,
-    file: Path,
-    tiny_digits: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    no_pictures: None,
-    one_thread: None,
+    tmp_path: Path, file: Path, tiny_digits: Path, monkeypatch: pytest.MonkeyPatch, no_pictures: None, one_thread: None
 ) -> None:
     """The power goes while the second of two runs trains; then a terminal is closed; then it comes to its end."""
     root = tiny_digits.parent
@@ -367,3 +362,29 @@ def start_until(command: list[str], run: Run, *, step: int) -> subprocess.Popen[
         assert time.monotonic() < deadline
         time.sleep(0.02)
     return process
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+def test_a_cluster_of_two_workers_of_which_one_is_killed(
+    tmp_path: Path, file: Path, tiny_digits: Path, monkeypatch: pytest.MonkeyPatch, no_pictures: None, one_thread: None
+) -> None:
+    """`study --ray`: the same results as one run after the other, though a worker dies while its run trains."""
+    pytest.importorskip("ray")
+    root = tiny_digits.parent
+    study, runs, places = planned(file, tmp_path / "straight", root)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"{MODULE}.run_child", in_this_process)
+        assert run_queue(study, runs, places).trained == 2
+    command = [sys.executable, "-m", "paqdetr", "study", str(file), "--output", str(tmp_path / "out")]
+    command += ["--data-root", str(root), "--ray", "local"]
+    process = start_until(command, Run(tmp_path / "out/runs/digits/other/seed0"), step=3)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    busy = [child for child in workers if child.name().startswith("ray::") and "run_queue" in " ".join(child.cmdline())]
+    busy[0].kill()
+    _, said = process.communicate(timeout=500)
+    assert process.returncode == 0, said
+    assert table(tmp_path / "out", file) == table(tmp_path / "straight", file)
+    for planned_run in runs:
+        [mine, its] = [read_result(p.result(planned_run.key)) for p in (Places(tmp_path / "out"), places)]
+        assert mine is not None and its is not None and mine.figures == its.figures and mine.curve == its.curve

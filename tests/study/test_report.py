@@ -189,10 +189,7 @@ def edited(change: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
         (lambda c: c["figures"]["last"].update(AP=10**400), "figures.last.AP: Input should be"),
         (lambda c: c["figures"]["last"].update(queries=None), "figures.last.queries: Input should be"),
         (lambda c: c["figures"]["last"].update(layers=[1]), "figures.last.layers.0: Input should be"),
-        (
-            lambda c: c["figures"]["last"]["layers"][0].pop("stage"),
-            "figures.last.layers.0.stage: Field required",
-        ),
+        (lambda c: c["figures"]["last"]["layers"][0].pop("stage"), "figures.last.layers.0.stage: Field required"),
         (lambda c: c["figures"]["last"].update(mistakes=[]), "figures.last.mistakes: Input should be"),
         (lambda c: c["replicates"].update(last=None), "replicates.last: Input should be"),
         (lambda c: c["replicates"]["last"].update(AP="x"), "replicates.last.AP: Input should be"),
@@ -267,11 +264,7 @@ def test_results_that_were_kept_are_read(file: Path) -> None:
 def test_json_says_everything(report: StudyReport, folder: Path) -> None:
     content = json.loads((folder / "study.json").read_text())
     outcomes = {(row["claim"], row["data"]): row["outcome"] for row in content["verdicts"]}
-    assert outcomes == {
-        ("patterns", "digits"): "undecided",
-        ("both", "digits"): "holds",
-        ("both", "fish-2"): "holds",
-    }
+    assert outcomes == {("patterns", "digits"): "undecided", ("both", "digits"): "holds", ("both", "fish-2"): "holds"}
     tables = content["tables"]
     assert [row["seeds"] for row in tables["figures_digits"]] == [4, 3, 4]
     baseline, _, both = tables["figures_digits"]

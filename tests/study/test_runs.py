@@ -133,13 +133,7 @@ def test_runs_made_with_other_settings_are_told_apart(tmp_path: Path) -> None:
 
 def test_a_result_keeps_what_was_asked_to_be_measured(tmp_path: Path) -> None:
     evaluate = {"split": "val", "checkpoints": ["best", "last"], "replicates": 60, "seed": 4}
-    values = {
-        "name": "x",
-        "base": "dino_nano",
-        "steps": 4,
-        "data": {"digits": {"make": {}}},
-        "evaluate": evaluate,
-    }
+    values = {"name": "x", "base": "dino_nano", "steps": 4, "data": {"digits": {"make": {}}}, "evaluate": evaluate}
     study, places = Study.model_validate(values | {"variants": {"baseline": {}}}), Places(tmp_path)
     run = plan_runs(study, file=tmp_path / "x.yaml", places=places, root=tmp_path)[0]
     measure = Job.of(study, run, places, device=None).measure

@@ -20,10 +20,7 @@ GOOD: dict[str, Any] = {
     "base": "dino_nano",
     "epochs": 2,
     "seeds": [0, 1],
-    "data": {
-        "digits": {"make": {"train": 8}},
-        "fish": {"folder": "fish", "steps": 10, "variants": ["baseline"]},
-    },
+    "data": {"digits": {"make": {"train": 8}}, "fish": {"folder": "fish", "steps": 10, "variants": ["baseline"]}},
     "variants": {
         "baseline": {},
         "new": {"base": "paq_dino_nano", "settings": {"model": {"num_patterns": 8}, "loss.gamma": 0.5}},

@@ -9,14 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from paqdetr.study.statistics import (
-    Estimate,
-    estimate,
-    holm,
-    pooled_variance,
-    shared_variance,
-    variance_bound,
-)
+from paqdetr.study.statistics import Estimate, estimate, holm, pooled_variance, shared_variance, variance_bound
 
 SIMULATIONS = 500
 IMAGES = 60
@@ -85,8 +78,7 @@ def over_both(values: np.ndarray, replicates: np.ndarray, rng: np.random.Generat
 
 
 @pytest.mark.parametrize(
-    ("method", "world"),
-    [(over_seeds, "images alone"), (over_images, "seeds alone"), (over_both, "seeds alone")],
+    ("method", "world"), [(over_seeds, "images alone"), (over_images, "seeds alone"), (over_both, "seeds alone")]
 )
 def test_simpler_intervals_do_not_cover(method: Callable[..., tuple[float, float]], world: str) -> None:
     """Each is blind to something, or has too little spread with three seeds."""

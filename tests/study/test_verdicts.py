@@ -37,11 +37,7 @@ def study(seeds: int = 3, **claims: dict[str, Any]) -> Study:
 def result(variant: str, seed: int, images: np.ndarray, *, kind: str = "a") -> RunResult:
     """A run whose AP is the mean of what its images say."""
     replicates = {"AP": images @ WEIGHTS, "AP_nms": images @ WEIGHTS + 0.05}
-    figures = {
-        "AP": float(images.mean()),
-        "AP_nms": float(images.mean()) + 0.05,
-        "queries": {"gini": 0.5 + seed / 10},
-    }
+    figures = {"AP": float(images.mean()), "AP_nms": float(images.mean()) + 0.05, "queries": {"gini": 0.5 + seed / 10}}
     return RunResult(
         RunKey("digits", variant, seed),
         None,

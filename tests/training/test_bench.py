@@ -41,10 +41,7 @@ def test_two_models_take_turns() -> None:
 
 @pytest.mark.parametrize(
     ("model", "against", "message"),
-    [
-        ("dino_nano", "dino_nano", "is the model itself"),
-        ("dino_nano", "dion_nano", "dino_nano"),
-    ],
+    [("dino_nano", "dino_nano", "is the model itself"), ("dino_nano", "dion_nano", "dino_nano")],
 )
 def test_what_cannot_be_compared(model: str, against: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -290,11 +290,7 @@ def test_an_image_of_another_size_than_stated(tmp_path: Path, model: Detector) -
 
 @pytest.mark.parametrize("readers", [0, 2])
 def test_images_that_cannot_be_read_count_as_images_without_detections(
-    tmp_path: Path,
-    model: Detector,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    readers: int,
+    tmp_path: Path, model: Detector, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, readers: int
 ) -> None:
     split = write(tmp_path)
     monkeypatch.setattr(MODULE, "detect_batch", cheat(split))

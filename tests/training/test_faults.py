@@ -31,14 +31,7 @@ Start = Callable[..., Any]  # the fixture of conftest.py
 @pytest.fixture(scope="module")
 def arguments(tiny_digits: Path, tiny_settings: dict[str, Any]) -> list[str]:
     """Four epochs of four steps, on two workers, saved after every other step."""
-    settings = {
-        **tiny_settings,
-        "batch_size": 2,
-        "epochs": 4,
-        "save_every_steps": 2,
-        "log_every": 1,
-        "workers": 2,
-    }
+    settings = {**tiny_settings, "batch_size": 2, "epochs": 4, "save_every_steps": 2, "log_every": 1, "workers": 2}
     pairs = [f"{key}={value}" for key, value in settings.items()]
     return ["train", "paq_dino_nano", *pairs, "--data", str(tiny_digits), "--device", "cpu"]
 
@@ -84,18 +77,8 @@ def require_same_end(one: Run, other: Run, *, records: bool = True) -> None:
 KILLS = {
     "in mid-epoch": ("killed_after_step", 7),
     "while the state is half written": ("killed_while_writing", "training_state.safetensors", 3, "half"),
-    "before the state is moved to its place": (
-        "killed_while_writing",
-        "training_state.safetensors",
-        7,
-        "whole",
-    ),
-    "after the state was moved to its place": (
-        "killed_while_writing",
-        "training_state.safetensors",
-        7,
-        "moved",
-    ),
+    "before the state is moved to its place": ("killed_while_writing", "training_state.safetensors", 7, "whole"),
+    "after the state was moved to its place": ("killed_while_writing", "training_state.safetensors", 7, "moved"),
     "between the checkpoint and the state": ("killed_while_writing", "last.safetensors", 2, "moved"),
 }
 
@@ -238,16 +221,7 @@ def test_output_that_nobody_takes_is_dropped(
     tmp_path: Path, arguments: list[str], redirection: tuple[str, str]
 ) -> None:
     run = Run(tmp_path / "run")
-    command = [
-        sys.executable,
-        "-m",
-        "paqdetr",
-        *arguments,
-        "epochs=1",
-        "workers=0",
-        "--output",
-        str(run.output),
-    ]
+    command = [sys.executable, "-m", "paqdetr", *arguments, "epochs=1", "workers=0", "--output", str(run.output)]
     shell = f"{shlex.join(command)} {redirection[1]}; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr

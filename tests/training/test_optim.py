@@ -51,10 +51,7 @@ def test_rate_and_decay_of_every_parameter(model: nn.Module) -> None:
         assert of[id(parameter)] == (rate, 0.0 if parameter.ndim == 1 else 0.05), name
         seen.add((kind, parameter.ndim == 1))
     # The backbone's norms are frozen, so it has no one-dimensional parameter here.
-    assert seen == {
-        ("backbone", False),
-        *((kind, flat) for kind in ("rest", "offsets") for flat in (True, False)),
-    }
+    assert seen == {("backbone", False), *((kind, flat) for kind in ("rest", "offsets") for flat in (True, False))}
 
 
 def test_a_bias_that_is_a_table_does_not_decay() -> None:

@@ -161,16 +161,7 @@ def test_a_training_with_the_largest_batch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     settings = [f"{key}={value}" for key, value in {**tiny_settings, "workers": 0, "max_steps": 1}.items()]
-    arguments = [
-        "train",
-        "paq_dino_nano",
-        *settings,
-        "--data",
-        str(tiny_digits),
-        "--device",
-        "cpu",
-        "--auto-batch",
-    ]
+    arguments = ["train", "paq_dino_nano", *settings, "--data", str(tiny_digits), "--device", "cpu", "--auto-batch"]
     monkeypatch.setattr(PEAKS, lambda *_, **__: [1, 2])
     assert run([*arguments, "--output", str(tmp_path / "run")]) == 0
     assert load_config(tmp_path / "run" / "config.yaml").batch_size == 8

@@ -174,15 +174,7 @@ def arguments(tiny_digits: Path, tiny_settings: dict[str, Any]) -> list[str]:
 def test_two_processes_are_killed_and_resumed(tmp_path: Path, arguments: list[str], start: Start) -> None:
     """torchrun trains without a stop; two processes die in the second epoch, and go on."""
     straight, halves = Run(tmp_path / "straight"), Run(tmp_path / "halves")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        "-m",
-        "paqdetr",
-    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "paqdetr"]
     done = subprocess.run(
         [*command, *arguments, "--output", str(straight.output)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},

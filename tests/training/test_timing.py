@@ -18,10 +18,4 @@ def test_interleaved_timing_counts_every_case_in_turn() -> None:
     assert told == [(1, 2), (2, 2)]
     assert seconds == {"a": [1, 1], "b": [2, 4]}
     compared = compare(seconds, against="b")
-    assert compared["a"] == {
-        "median_ms": 1e3,
-        "min_ms": 1e3,
-        "max_ms": 1e3,
-        "ratio": 3,
-        "ratio_of_fastest": 2,
-    }
+    assert compared["a"] == {"median_ms": 1e3, "min_ms": 1e3, "max_ms": 1e3, "ratio": 3, "ratio_of_fastest": 2}

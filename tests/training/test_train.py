@@ -269,11 +269,7 @@ def test_accumulated_batches_make_one_step(
 
 
 def test_a_training_without_progress_ends_early(
-    tmp_path: Path,
-    tiny_digits: Path,
-    tiny_settings: dict[str, Any],
-    no_pictures: None,
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, tiny_digits: Path, tiny_settings: dict[str, Any], no_pictures: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """AP .1 .3 .2 .3 .2: with patience 3 the fifth evaluation is the last."""
     figures = iter([0.1, 0.3, 0.2, 0.3, 0.2, 0.9])
@@ -348,11 +344,7 @@ def test_a_step_that_is_not_finite_is_left_out(
 
 
 def test_an_overflow_in_half_precision_has_no_norm_and_is_counted(
-    tmp_path: Path,
-    tiny_digits: Path,
-    tiny_settings: dict[str, Any],
-    no_pictures: None,
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, tiny_digits: Path, tiny_settings: dict[str, Any], no_pictures: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The gradient scaler of fp16 on the CPU: its first scale overflows, the next one does not."""
     build = MODULE.build_accelerator

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from paqdetr import checkpoint
+from paqdetr import checkpoint, files
 from paqdetr.cli import console, main
 from paqdetr.config import load_config
 from paqdetr.data.dataset import DetectionDataset, open_split
@@ -144,7 +144,7 @@ def killed_after_step(step: str, *arguments: str) -> None:
 def killed_while_writing(name: str, nth: str, where: str, *arguments: str) -> None:
     """The command line, until the n-th time that a file of this name is written: "half" of it lies beside its place, the
     "whole" of it, or it "moved" there a moment ago."""
-    write_whole, flush, count = checkpoint.write_whole, checkpoint._flush, 0
+    write_whole, flush, count = checkpoint.write_whole, files._flush, 0
 
     def until(path: Path, write: Any) -> None:
         nonlocal count
@@ -162,11 +162,11 @@ def killed_while_writing(name: str, nth: str, where: str, *arguments: str) -> No
 
         if path.name == name and count == int(nth):
             if where == "moved":
-                checkpoint._flush = die_at_folder
+                files._flush = die_at_folder
             else:
                 write_whole(path, die)
         write_whole(path, write)
-        checkpoint._flush = flush
+        files._flush = flush
 
     checkpoint.write_whole = until
     command_line(*arguments)

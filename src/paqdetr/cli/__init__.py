@@ -13,7 +13,23 @@ from collections.abc import Sequence
 
 import typer
 
-from paqdetr.cli import analyze, bench, config, convert, data, evaluate, models, plan, predict, study, train, version
+from paqdetr.cli import (
+    analyze,
+    bench,
+    config,
+    convert,
+    data,
+    evaluate,
+    export,
+    hub,
+    models,
+    plan,
+    predict,
+    serve,
+    study,
+    train,
+    version,
+)
 from paqdetr.cli.console import Ended, errors, finish_streams, make_streams_lossy, print_styled
 from paqdetr.errors import UserError, memory_error
 
@@ -30,6 +46,8 @@ app.command("train")(train.train)
 app.command("plan")(plan.plan)
 app.command("eval")(evaluate.evaluate)
 app.command("predict")(predict.predict)
+app.command("serve")(serve.serve)
+app.command("export")(export.export)
 app.command("analyze")(analyze.analyze)
 app.command("convert")(convert.convert)
 app.command("models")(models.models)
@@ -37,6 +55,7 @@ app.command("bench")(bench.bench)
 app.command("study")(study.study)
 app.add_typer(data.app, name="data")
 app.add_typer(config.app, name="config")
+app.add_typer(hub.app, name="hub")
 
 
 # What a disk says that is full, may not be written, or fails.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.table import Table
 
 from paqdetr.cli.console import Device, JsonFile, Model, OutputFiles, Overwrite, progress_bar, results, table
+from paqdetr.errors import ConfigError
 from paqdetr.values import MAX_BATCH
 
 
@@ -17,18 +20,36 @@ def bench(
     ] = None,
     *,
     against: Annotated[str | None, typer.Option(help="Another model to compare with.")] = None,
-    image_size: Annotated[int, typer.Option(min=64, max=8192, help="Side of the images, in pixels.")] = 640,
+    image_size: Annotated[
+        int | None, typer.Option(min=64, max=8192, help="Side of the images, in pixels; 640, or a file's own.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, max=MAX_BATCH, help="Images that go through together.")] = 1,
     rounds: Annotated[int, typer.Option(min=1, max=10_000, help="Calls that each median is of.")] = 5,
     device: Device = None,
     json_file: JsonFile = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Time a model on this machine: attention, inference and a training step, in turns with what it is compared with."""
+    """Time a model on this machine: attention, inference and a training step, in turns with what it is compared with.
+
+    Of a run's folder, a .safetensors file or an exported model: inference alone.
+    """
     from paqdetr.config import parse_overrides
     from paqdetr.training.bench import bench as measure
+    from paqdetr.training.bench import bench_files
 
     files = OutputFiles("paqdetr bench", overwrite=overwrite, json=json_file)
+    names = [model] if against is None else [model, against]
+    if any(map(_is_file, names)):
+        if settings:
+            raise ConfigError(f"{settings[0]}: a trained model has its own settings", "leave it out")
+        with progress_bar("bench") as progress:
+            timed = bench_files(
+                names, image_size=image_size, batch_size=batch_size, rounds=rounds, device=device, progress=progress
+            )
+        results.print(_files_table(timed, base=names[-1]))
+        files.write("json", timed)
+        return
+    image_size = image_size or 640
     with progress_bar("bench") as progress:
         found = measure(
             model,
@@ -64,6 +85,29 @@ def bench(
     ):
         results.print(line)
     files.write("json", found.to_json())
+
+
+def _is_file(model: str) -> bool:
+    """Whether it is a trained or exported model rather than the name of an architecture."""
+    from paqdetr.loading import is_exported
+
+    return is_exported(model) or model.endswith(".safetensors") or Path(model).is_dir()
+
+
+def _files_table(timed: dict[str, Any], *, base: str) -> Table:
+    batch, rounds, threads = timed["batch_size"], timed["rounds"], timed["machine"]["threads"]
+    table = Table(
+        title=f"Inference, batches of {batch}, {threads} threads. Milliseconds: median, fastest and slowest of {rounds}.",
+        title_justify="left",
+    )
+    for column in ("model", "run by", "size"):
+        table.add_column(column)
+    for column in ("median", "fastest", "slowest", "times faster"):
+        table.add_column(column, justify="right")
+    for name, row in timed["inference"].items():
+        size = "x".join(map(str, timed["image_size"][name]))
+        table.add_row(name, timed["engine"][name], size, *_columns(row, is_base=name == base))
+    return table
 
 
 def _columns(row: dict[str, Any], *, is_base: bool) -> list[str]:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -20,7 +20,13 @@ from rich.text import Text
 
 from paqdetr.errors import ConfigError
 from paqdetr.text import printable
-from paqdetr.values import MAX_BATCH, MAX_RESAMPLES, MAX_SEED
+from paqdetr.values import MAX_BATCH, MAX_RESAMPLES, MAX_SEED, require_nms
+
+if TYPE_CHECKING:
+    from paqdetr.runtime.tiles import Tiles
+
+if TYPE_CHECKING:
+    from paqdetr.runtime.predict import Predicts
 
 Model = Annotated[
     str, typer.Argument(help="A model or recipe (`paqdetr config list`), or a YAML file.", metavar="MODEL|CONFIG")
@@ -37,6 +43,17 @@ Data = Annotated[Path, typer.Option(help="Folder of the data set, or its data.ya
 Split = Annotated[str | None, typer.Option(help="train, val or test; val, or what there is instead, if not given.")]
 AutoBatch = Annotated[bool, typer.Option("--auto-batch", help="Take the largest batch that fits into memory.")]
 Resamples = Annotated[int, typer.Option(min=100, max=MAX_RESAMPLES, help="Resamples of the images behind an interval.")]
+Nms = Annotated[
+    str | None,
+    typer.Option(metavar="IOU|none", help="Drop boxes that overlap a better one of their class by more than this."),
+]
+TileSize = Annotated[
+    int | None, typer.Option("--tiles", metavar="PIXELS", help="Cut large images into tiles of this side.")
+]
+Overlap = Annotated[float | None, typer.Option(help="Of tiles, as a share of their side; 0.2 if not given.")]
+WithWhole = Annotated[
+    bool, typer.Option("--with-whole", help="With --tiles: detect in the whole image as well, for large objects.")
+]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
 
 
@@ -79,6 +96,50 @@ class OutputFiles:
 
         if name in self._paths:
             write_json(self._paths[name], content, maker=self._makers[name], overwrite=self._overwrite)
+
+
+def open_model(path: Path, device: str | None = None) -> Predicts:
+    """A checkpoint, the best of a run, or an exported model, for which torch is not imported.
+
+    Raises:
+        UserError: it cannot be read, or not run here.
+    """
+    from paqdetr.loading import is_exported, load
+
+    if is_exported(path):
+        return load(path, device=device or "cpu")
+    from paqdetr.environment import require_device
+
+    return load(path, device=str(require_device(device)))
+
+
+def parse_nms(text: str | None) -> float | None:
+    """The IoU of `--nms`: 1, which drops nothing, for "none"; None if it was not given.
+
+    Raises:
+        ConfigError: it is no number from 0 to 1.
+    """
+    try:
+        value = None if text is None else 1.0 if text.lower() == "none" else float(text)
+        require_nms(value)
+    except (ValueError, ConfigError):
+        raise ConfigError(f"--nms: expected an IoU from 0 to 1, or none, found {text}", "0.7 is usual") from None
+    return value
+
+
+def tiles_of(size: int | None, overlap: float | None, with_whole: bool) -> Tiles | None:
+    """What `--tiles`, `--overlap` and `--with-whole` say.
+
+    Raises:
+        ConfigError: one is out of its range, or is given without `--tiles`.
+    """
+    from paqdetr.runtime.tiles import Tiles
+
+    if size is not None:
+        return Tiles(size, 0.2 if overlap is None else overlap, with_whole)
+    if overlap is not None or with_whole:
+        raise ConfigError("--overlap and --with-whole are about tiles", "give --tiles 640 as well")
+    return None
 
 
 class _PlainConsole(Console):
@@ -245,13 +306,13 @@ def print_columns(rows: Sequence[Sequence[str]], *, right: Collection[int] = ())
 
 
 @contextmanager
-def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
+def progress_bar(what: str) -> Iterator[Callable[[int, int | None], None]]:
     """A bar on standard error; the function takes (done, total). Silent where nobody watches."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
         task = progress.add_task(what, total=None)
 
-        def update(done: int, total: int) -> None:
+        def update(done: int, total: int | None) -> None:
             progress.update(task, completed=done, total=total)
 
         yield update

@@ -11,16 +11,23 @@ import typer
 from paqdetr.cli.console import (
     BatchSize,
     Device,
+    Nms,
     OutputFiles,
+    Overlap,
     Overwrite,
     Resamples,
     Seed,
     Split,
+    TileSize,
+    WithWhole,
     note,
+    parse_nms,
     progress_bar,
     results,
+    tiles_of,
 )
 from paqdetr.errors import ConfigError
+from paqdetr.values import require_threshold
 
 if TYPE_CHECKING:
     from paqdetr.data.dataset import DetectionDataset
@@ -31,6 +38,8 @@ if TYPE_CHECKING:
     from paqdetr.metrics.intervals import FigureIntervals
     from paqdetr.metrics.matches import MatchTable
     from paqdetr.models.detector import Detector
+    from paqdetr.runtime import Predictor
+    from paqdetr.runtime.tiles import Tiles
 
 _Kind = Literal["bbox", "segm"]
 
@@ -48,6 +57,9 @@ class _Options:
     seed: int
     batch_size: int
     device: str | None
+    threshold: float = 0.0
+    nms: float | None = None
+    tiles: Tiles | None = None
 
     @property
     def where(self) -> str:
@@ -81,7 +93,7 @@ class _Found:
 
 def evaluate(
     checkpoint: Annotated[
-        Path | None, typer.Argument(help="A .safetensors file or a run's folder.", metavar="CHECKPOINT")
+        Path | None, typer.Argument(help="A run's folder, a .safetensors file, or an exported model.", metavar="MODEL")
     ] = None,
     *,
     data: Annotated[Path | None, typer.Option(help="Folder of the data set, or its data.yaml.")] = None,
@@ -112,6 +124,11 @@ def evaluate(
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
     batch_size: BatchSize = 4,
+    threshold: Annotated[float, typer.Option(help="Leave out what scores less: AP of what users see at it.")] = 0.0,
+    nms: Nms = None,
+    tiles: TileSize = None,
+    overlap: Overlap = None,
+    with_whole: WithWhole = False,
     overwrite: Overwrite = False,
     device: Device = None,
 ) -> None:
@@ -126,7 +143,13 @@ def evaluate(
         raise ConfigError("--results-out keeps the detections of a CHECKPOINT", "leave it out")
     files = OutputFiles("paqdetr eval", overwrite=overwrite, json=json_file, results_out=results_out)
     split = "" if data is None else split_to_evaluate(data, split)
-    options = _Options(data, split, annotations, kind, max_detections, resamples, seed, batch_size, device)
+    require_threshold(threshold)
+    cut, suppress = tiles_of(tiles, overlap, with_whole), parse_nms(nms)
+    if results_file is not None and (cut, suppress, threshold) != (None, None, 0):
+        raise ConfigError("--nms, --threshold and --tiles are about a CHECKPOINT", "leave them out")
+    options = _Options(
+        data, split, annotations, kind, max_detections, resamples, seed, batch_size, device, threshold, suppress, cut
+    )
     if compare is not None:
         written = _compare(compare, options)
     else:
@@ -182,19 +205,19 @@ def _of_checkpoint(checkpoint: Path, options: _Options) -> _Found | None:
     if found is None:
         return None
     title = f"{model.name} on {options.where}, {found.images_per_second:.1f} images/s"
-    return _Found(
-        title, found.figures, found.to_json(), options.truth(dataset), found.results, model.config.num_queries
-    )
+    config = getattr(model, "config", None)  # exported models have none
+    queries = None if config is None else config.num_queries
+    return _Found(title, found.figures, found.to_json(), options.truth(dataset), found.results, queries)
 
 
 def _detect(
     checkpoint: Path, dataset: DetectionDataset, processes: Processes, options: _Options
-) -> tuple[Detector, Evaluation | None]:
+) -> tuple[Detector | Predictor, Evaluation | None]:
     """The model, and what it finds; None in all processes but the main one."""
     from paqdetr.evaluation.evaluate import evaluate_together
-    from paqdetr.models import load
+    from paqdetr.loading import is_exported, load
 
-    model = load(checkpoint, device=str(processes.device))
+    model = load(checkpoint, device="cpu" if is_exported(checkpoint) else str(processes.device))
     with progress_bar(f"evaluate on {dataset.name}") as progress:
         found = evaluate_together(
             model,
@@ -203,6 +226,9 @@ def _detect(
             batch_size=options.batch_size,
             max_detections=options.max_detections,
             progress=progress if processes.main else None,
+            threshold=options.threshold,
+            nms=options.nms,
+            tiles=options.tiles,
         )
     return model, found
 
@@ -263,9 +289,10 @@ def _compare(pair: tuple[Path, Path], options: _Options) -> dict[str, Any] | Non
     """Print two result sets side by side; what goes into the json."""
     from paqdetr.cli.figures import class_comparison_table, comparison_table, verdict
     from paqdetr.distributed import Processes
+    from paqdetr.metrics.coco import is_shards
     from paqdetr.metrics.intervals import compare_results
 
-    models = [path for path in pair if path.suffix != ".json"]
+    models = [path for path in pair if path.suffix != ".json" and not is_shards(path)]
     if (options.data is None) == (options.annotations is None):
         raise ConfigError(
             "eval --compare needs the ground truth, once", "give --data, or --annotations if both are results"
@@ -306,12 +333,12 @@ def _tables(
 ) -> tuple[MatchTable, MatchTable] | None:
     """The matches of both; None in all processes but the main one."""
     from paqdetr.distributed import leave
-    from paqdetr.metrics.coco import read_results
+    from paqdetr.metrics.coco import is_shards, read_results
     from paqdetr.metrics.matches import MatchTable
 
     rows: list[list[dict[str, Any]]] = []
     for path in pair:
-        if path.suffix == ".json":
+        if path.suffix == ".json" or is_shards(path):
             rows.append(read_results(path))
             continue
         assert dataset is not None

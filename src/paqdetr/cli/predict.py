@@ -2,58 +2,216 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from paqdetr.cli.console import Checkpoint, Device, Ended, Overwrite, note, progress_bar, results
+from paqdetr.cli.console import (
+    BatchSize,
+    Device,
+    Ended,
+    Nms,
+    Overlap,
+    Overwrite,
+    TileSize,
+    WithWhole,
+    note,
+    open_model,
+    parse_nms,
+    progress_bar,
+    results,
+    tiles_of,
+)
 from paqdetr.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from paqdetr.runtime.sources import Source
 
 
 def predict(
-    checkpoint: Checkpoint,
-    sources: Annotated[list[Path], typer.Argument(help="Images and folders of images.", metavar="IMAGE|DIR")],
+    model: Annotated[
+        Path, typer.Argument(help="A run's folder, a .safetensors file, or an exported model.", metavar="MODEL")
+    ],
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help="Pictures, videos, folders, patterns, http addresses, rtsp://..., camera:0, or - for a list of them.",
+            metavar="SOURCE",
+        ),
+    ],
     *,
-    output: Annotated[Path, typer.Option(help="Folder for drawn images and predictions.json.")],
-    threshold: Annotated[float, typer.Option(help="The least score of a detection, from 0 to 1.")] = 0.3,
+    output: Annotated[str | None, typer.Option(help="Folder for the results; runs/predict-N if not given.")] = None,
+    save: Annotated[str, typer.Option(help="Some of draw,coco,yolo,voc,crops,jsonl.")] = "draw,coco",
+    threshold: Annotated[
+        float | None, typer.Option(help="The least score, from 0 to 1; that of the run's evaluation, else 0.3.")
+    ] = None,
+    nms: Nms = None,
+    classes: Annotated[str | None, typer.Option(help="Names of the only classes wanted, with commas.")] = None,
+    tiles: TileSize = None,
+    overlap: Overlap = None,
+    with_whole: WithWhole = False,
+    recursive: Annotated[bool, typer.Option("--recursive", help="Folders with all that is below them.")] = False,
+    every: Annotated[int, typer.Option(min=1, help="Of a video every so many frames.")] = 1,
+    max_frames: Annotated[int | None, typer.Option(min=1, help="The most frames of each video.")] = None,
+    batch_size: BatchSize = 1,
     annotations: Annotated[
         Path | None, typer.Option(help="COCO json with these images, whose image ids the results take.")
     ] = None,
     overwrite: Overwrite = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Detect on a Ray cluster (local starts one, auto is the one of this machine), into Parquet files.",
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="With --ray: models; as many as there is room for.")
+    ] = None,
+    shard_size: Annotated[int, typer.Option(min=1, help="With --ray: pictures of a Parquet file.")] = 1000,
     device: Device = None,
 ) -> None:
-    """Draw what a detector finds, and write it as COCO results."""
-    from paqdetr.environment import peak_memory, require_device
-    from paqdetr.evaluation import predict_folder
-    from paqdetr.models import load
+    """Detect in pictures and videos; draw what is found, and write it in other forms.
 
-    if not 0 <= threshold <= 1:  # a range of the option would call nan too large
+    Ctrl-C or SIGTERM ends it: what was written stays, and a video ends there and plays.
+    """
+    from paqdetr.runtime.predict import new_folder, predict_sources
+    from paqdetr.runtime.save import require_forms
+
+    if threshold is not None and not 0 <= threshold <= 1:  # a range of the option would call nan too large
         raise ConfigError(
             f"--threshold: expected a number from 0 to 1, found {threshold}",
             "`paqdetr predict --help` shows how it is used",
         )
-    model = load(checkpoint, device=str(require_device(device)))
+    suppress_over, cut = parse_nms(nms), tiles_of(tiles, overlap, with_whole)
+    wanted = None if classes is None else [name.strip() for name in classes.split(",")]
+    if ray is not None:
+        how = {"threshold": threshold, "nms": suppress_over, "classes": wanted, "tiles": cut}
+        given = {key: value for key, value in how.items() if value is not None}
+        return _on_ray(model, sources, output, ray, workers, shard_size, batch_size, device, given)
+    forms = [form.strip() for form in save.split(",")]
+    require_forms(forms)
+    detector: Any = open_model(model, device)
+    point = detector.operating_point
+    usual = [f"nms {point.nms:g}"] if nms is None and point.nms is not None else []
+    usual += [f"threshold {point.threshold:.2f}"] if threshold is None and point.threshold is not None else []
+    if usual:
+        results.print(f"{', '.join(usual)}: from the run's evaluation")
+    least = next(x for x in (threshold, point.threshold, 0.3) if x is not None)
+    image_id = None if annotations is None else _image_ids(annotations)
+    folder = new_folder() if output is None else Path(output)
     try:
-        with progress_bar("predict") as progress:
-            done = predict_folder(
-                model,
+        with progress_bar("predict") as progress, _sigterm_as_interrupt():
+            done = predict_sources(
+                detector,
                 sources,
-                output=output,
-                threshold=threshold,
-                annotations=annotations,
+                output=folder,
+                save=forms,
+                recursive=recursive,
+                every=every,
+                max_frames=max_frames,
+                batch_size=batch_size,
+                image_id=image_id,
                 overwrite=overwrite,
                 progress=progress,
+                threshold=threshold,
+                nms=suppress_over,
+                classes=wanted,
+                tiles=cut,
             )
-    except KeyboardInterrupt:
-        note(f"what is drawn is in {output}; the same command starts over there", "interrupted", "bold")
-        raise Ended(130) from None
-    count = sum(map(len, done.found.values()))
-    results.print(f"{count} objects over {threshold} in {len(done.found)} images: {done.output}, {done.results_file}")
-    results.print(f"peak memory: {peak_memory():.2f} GiB")
+    except KeyboardInterrupt as interrupt:
+        note(f"what was written is in {folder}; the same command starts over", "interrupted", "bold")
+        raise Ended(143 if interrupt.args else 130) from None
+    finally:
+        if output is None:
+            with suppress(OSError):
+                folder.rmdir()  # where nothing was written
+    results.print(f"{done.objects} objects over {least} in {done.images} images: {done.output}")
+    if "torch" in sys.modules:  # an exported model runs without
+        from paqdetr.environment import peak_memory
+
+        results.print(f"peak memory: {peak_memory():.2f} GiB")
     for reason in done.unreadable.values():
         note(reason, "left out")
     if done.unreadable:
         raise DataError(
             f"{len(done.unreadable)} images could not be read; the others are done", "replace or remove them"
         )
+
+
+def _on_ray(
+    model: Path,
+    sources: list[str],
+    output: str | None,
+    address: str,
+    workers: int | None,
+    shard_size: int,
+    batch_size: int,
+    device: str | None,
+    how: dict[str, Any],
+) -> None:
+    from paqdetr.serving.ray_predict import predict_on_ray
+
+    if output is None or len(sources) != 1:
+        raise ConfigError("--ray takes one SOURCE, a folder or a list of pictures, and an --output", "give both")
+    with progress_bar("shards") as progress:
+        done = predict_on_ray(
+            model,
+            sources[0],
+            output=output,
+            address=None if address == "local" else address,
+            workers=workers,
+            gpus=1 if device is not None and device.startswith("cuda") else 0,
+            shard_size=shard_size,
+            batch_size=batch_size,
+            progress=progress,
+            **how,
+        )
+    skipped = f", {done.skipped} shards were there" if done.skipped else ""
+    results.print(f"{done.objects} objects in {done.images} images: {done.output}{skipped}", soft_wrap=True)
+    for reason in list(done.unreadable.values())[:10]:
+        note(reason, "left out")
+    if done.failures:
+        results.print(f"{done.failures} images could not be read: the column `error` says why", soft_wrap=True)
+
+
+def _image_ids(annotations: Path) -> Callable[[Source], int | str]:
+    """The image ids of a COCO json, by path, relative name or file name."""
+    from paqdetr.metrics.coco import CocoRecords
+
+    records = CocoRecords.open(annotations, "bbox")
+
+    def image_id(source: Source) -> int | str:
+        names = (source.shown, source.name, source.name.rsplit("/", 1)[-1])
+        own = next((number for name in names if (number := records.image_called(name))), None)
+        if own is None:
+            raise DataError(
+                f"{annotations}: none of its {len(records.image_ids)} images is called {names[-1]}",
+                "give the json of these images, or leave --annotations out",
+            )
+        return records.image_ids[own - 1]
+
+    return image_id
+
+
+@contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM end the block as Ctrl-C does, so that files are closed."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt(number)
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # in no main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -35,6 +35,13 @@ def study(
     measured: Annotated[
         Path | None, typer.Option(help="With --plan: a folder with results of other studies, to know times from.")
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Train on a Ray cluster whose nodes share these folders: local starts one, auto is that of this machine.",
+        ),
+    ] = None,
     device: Device = None,
 ) -> None:
     """Compare variants over data sets and seeds: train what is missing, measure it, and say what the runs decide.
@@ -44,6 +51,8 @@ def study(
     from paqdetr.study.runs import Places, plan_runs
     from paqdetr.study.spec import load_study
 
+    if ray is not None:  # paths mean the same on every node
+        output, data_root = output.absolute(), data_root.absolute()
     loaded, places = load_study(file), Places(output)
     if report_only:
         return _report(loaded, file, places, data_root)
@@ -54,7 +63,7 @@ def study(
     elif plan:
         _plan(loaded, runs, places, measured)
     else:
-        _run(loaded, file, runs, places, data_root=data_root, resume=resume, retry=retry, device=device)
+        _run(loaded, file, runs, places, data_root=data_root, resume=resume, retry=retry, device=device, ray=ray)
 
 
 def _run(
@@ -67,12 +76,13 @@ def _run(
     resume: bool,
     retry: bool,
     device: str | None,
+    ray: str | None,
 ) -> None:
-    from paqdetr.checkpoint import write_text
     from paqdetr.cli.study_progress import QueueProgress
+    from paqdetr.files import write_text
     from paqdetr.outputs import require_free
     from paqdetr.study.datasets import prepare
-    from paqdetr.study.queue import StudyInterrupted, require_no_conflict, run_queue
+    from paqdetr.study.queue import StudyInterrupted, require_no_conflict, run_queue, run_queue_on_ray
 
     if places.study_file.exists() and not resume:
         raise ConfigError(
@@ -90,7 +100,11 @@ def _run(
             prepare(data, cache=places.data, root=data_root, progress=progress)
     try:
         with QueueProgress(study, runs) as events:
-            done = run_queue(study, runs, places, device=device, retry=retry, events=events)
+            if ray is None:
+                done = run_queue(study, runs, places, device=device, retry=retry, events=events)
+            else:
+                address = None if ray == "local" else ray
+                done = run_queue_on_ray(study, runs, places, address=address, device=device, retry=retry, events=events)
     except StudyInterrupted as stopped:
         raise interrupted("the state is saved", stopped.exit_code, resume=resume) from None
     for planned in done.failed:

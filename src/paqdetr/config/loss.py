@@ -25,20 +25,17 @@ def _assigner_among(*names: str) -> Callable[[Any], bool]:
 
 _TWO_STAGE = Needs("model.positions=proposals", lambda c: c.model.positions == "proposals")
 _SEVERAL_LAYERS = Needs(
-    "model.decoder_layers above 1, since the last layer is always one-to-one",
-    lambda c: c.model.decoder_layers > 1,
+    "model.decoder_layers above 1, since the last layer is always one-to-one", lambda c: c.model.decoder_layers > 1
 )
 _ONE_TO_MANY = Needs(
     "one-to-many assignment (loss.assigner or loss.encoder_assigner)",
     _assigner_among("quality_aware", "fixed_k", "simota"),
 )
 _COUNTED = Needs(
-    "loss.assigner or loss.encoder_assigner=quality_aware or simota",
-    _assigner_among("quality_aware", "simota"),
+    "loss.assigner or loss.encoder_assigner=quality_aware or simota", _assigner_among("quality_aware", "simota")
 )
 _ENCODER_COUNTED = Needs(
-    "loss.encoder_assigner=quality_aware or simota",
-    lambda c: c.loss.encoder_assigner in ("quality_aware", "simota"),
+    "loss.encoder_assigner=quality_aware or simota", lambda c: c.loss.encoder_assigner in ("quality_aware", "simota")
 )
 _QUALITY_AWARE = Needs("loss.assigner or loss.encoder_assigner=quality_aware", _assigner_among("quality_aware"))
 _VARIFOCAL = Needs("loss.classification=varifocal", lambda c: c.loss.classification == "varifocal")
@@ -115,9 +112,7 @@ class LossConfig(Section):
     l1_weight: float = Field(default=5.0, ge=0, description="of the L1 loss of boxes")
     giou_weight: float = Field(default=2.0, ge=0, description="of the GIoU loss of boxes")
     diversity_weight: Annotated[float, MIXED] = Field(
-        default=0.2,
-        ge=0,
-        description="of the diversity loss of patterns (beta of the paper); 0 switches it off",
+        default=0.2, ge=0, description="of the diversity loss of patterns (beta of the paper); 0 switches it off"
     )
     div_scale: Annotated[float, MIXED] = Field(default=1.0, ge=0, description="a further factor on the diversity loss")
     hybrid_weight: Annotated[float, HYBRID] = Field(

@@ -55,10 +55,7 @@ class ModelConfig(Section):
 
     # Transformer
     dim: int = Field(
-        default=256,
-        ge=8,
-        le=8192,
-        description="width of the transformer (d); a multiple of 4 and of num_heads",
+        default=256, ge=8, le=8192, description="width of the transformer (d); a multiple of 4 and of num_heads"
     )
     num_levels: int = Field(
         default=4,
@@ -193,9 +190,7 @@ class ModelConfig(Section):
         default=1.0, gt=0, description="of the softmax over patterns; lower is sharper"
     )
     gain: Annotated[float, _PATTERNS, Role.FREE, Role.QUERIES] = Field(
-        default=1.0,
-        ge=0,
-        description="factor on the head's initial weights; 0: mixtures start as static ones",
+        default=1.0, ge=0, description="factor on the head's initial weights; 0: mixtures start as static ones"
     )
     bias_std: Annotated[float | None, MIXED, Role.FREE, Role.QUERIES] = Field(
         default=2.0,
@@ -212,10 +207,7 @@ class ModelConfig(Section):
         description="noised boxes as further queries in training. contrastive: DINO's; plain: DN-DETR's",
     )
     denoising_queries: Annotated[
-        int,
-        Needs("model.denoising=contrastive", lambda c: c.model.denoising == "contrastive"),
-        Role.FREE,
-        Role.TARGET,
+        int, Needs("model.denoising=contrastive", lambda c: c.model.denoising == "contrastive"), Role.FREE, Role.TARGET
     ] = Field(default=100, ge=1, le=10_000, description="contrastive: about so many positives per image")
     denoising_groups: Annotated[
         int, Needs("model.denoising=plain", lambda c: c.model.denoising == "plain"), Role.FREE, Role.TARGET
@@ -288,8 +280,7 @@ class ModelConfig(Section):
     position_temperature: float = Field(default=20.0, gt=0, description="of the sine embedding of feature maps")
     position_offset: float = Field(default=0.0, ge=-0.5, le=0, description="-0.5 counts cells from their centres")
     refine_from: Literal["normed", "raw"] = Field(
-        default="normed",
-        description="`raw`: the next layer's boxes come from the output before the decoder's norm",
+        default="normed", description="`raw`: the next layer's boxes come from the output before the decoder's norm"
     )
     box_eps: float = Field(default=1e-5, gt=0, lt=0.5, description="boxes are kept so far from 0 and 1 in logits")
     report_eps: float | None = Field(

@@ -147,11 +147,7 @@ def convert_checkpoint(
 
 
 def _from_own(
-    source: str | Path,
-    model: str | None,
-    partial: bool,
-    given: Mapping[str, Any],
-    overrides: Mapping[str, Any],
+    source: str | Path, model: str | None, partial: bool, given: Mapping[str, Any], overrides: Mapping[str, Any]
 ) -> tuple[Detector, ConversionReport]:
     """A checkpoint of ours: names stay, and its header knows all settings."""
     file = find_checkpoint(source)
@@ -169,13 +165,7 @@ def _from_own(
 
 
 def _finish(
-    detector: Detector,
-    renamed: Renamed,
-    known: Mapping[str, Setting],
-    model: str | None,
-    *,
-    partial: bool,
-    where: str,
+    detector: Detector, renamed: Renamed, known: Mapping[str, Setting], model: str | None, *, partial: bool, where: str
 ) -> ConversionReport:
     """Fit the tensors to the model, fill it, and say what became of them."""
     config = detector.config
@@ -238,8 +228,7 @@ def _label_names(hints: Mapping[str, Any], where: str) -> dict[int, str] | None:
         return None
     if not all(row.isdecimal() and len(row) < 9 for row in map(str, labels)):
         raise CheckpointError(
-            f"{where}: id2label has the keys {shorten(list(labels))}, expected row numbers",
-            "correct config.json",
+            f"{where}: id2label has the keys {shorten(list(labels))}, expected row numbers", "correct config.json"
         )
     names = {int(row): str(name) for row, name in labels.items()}
     return None if all(name == f"LABEL_{row}" for row, name in names.items()) else names

@@ -16,13 +16,7 @@ def _settings(keys: Collection[str], hints: Mapping[str, Any]) -> dict[str, Any]
     if "transformer.decoder.norm.weight" in keys:
         refine = {"refine_from": "raw", "look_forward_twice": True}
         return {**common, **refine, "label_noise": 0.5, "box_noise": 1.0, "max_detections": 300}
-    return {
-        **common,
-        "look_forward_twice": False,
-        "label_noise": 0.2,
-        "box_noise": 0.4,
-        "max_detections": 100,
-    }
+    return {**common, "look_forward_twice": False, "label_noise": 0.2, "box_noise": 0.4, "max_detections": 100}
 
 
 DETREX = Layout(

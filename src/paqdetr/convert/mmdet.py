@@ -10,11 +10,7 @@ from paqdetr.convert.keymap import DAB_CONVENTIONS, KEEP_300, Layout, Rule, mlp,
 
 
 def listed_layers(
-    prefix: str,
-    *,
-    self_attention: str = "attentions.0",
-    cross_attention: str = "attentions.1",
-    ffn: str = "ffns.0",
+    prefix: str, *, self_attention: str = "attentions.0", cross_attention: str = "attentions.1", ffn: str = "ffns.0"
 ) -> tuple[Rule, ...]:
     """Layers of mmcv, whose norms are a list in the order of use: decoder norms 0, 1, 2 follow self-attention, cross-attention
     and feed-forward block. In mmdetection 2 and in detrex attentions and feed-forward blocks are lists as well."""

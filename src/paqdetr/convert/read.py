@@ -97,8 +97,7 @@ def _read_folder(folder: Path) -> SourceFile:
     config = folder / "config.json"
     if not config.is_file():
         raise CheckpointError(
-            f"{folder}: a folder without config.json",
-            "give a folder that transformers' save_pretrained wrote",
+            f"{folder}: a folder without config.json", "give a folder that transformers' save_pretrained wrote"
         )
     source = SourceFile(folder, {}, _read_json(config))
     for name in ("model.safetensors", "pytorch_model.bin"):
@@ -166,8 +165,7 @@ def _unpickle(path: Path) -> Any:
     except Exception as error:  # anything at all, where the bytes are not what torch expects
         first = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
         raise CheckpointError(
-            f"{path}: not a checkpoint that torch can read ({first})",
-            "download it again; it may be cut short",
+            f"{path}: not a checkpoint that torch can read ({first})", "download it again; it may be cut short"
         ) from None
 
 

@@ -443,8 +443,7 @@ def _hinted(layout: Layout, hints: Mapping[str, Any], where: str) -> dict[str, A
             )
         if problem := problem_of(ours, hints[theirs]):
             raise CheckpointError(
-                f"{where}: {theirs}={shorten(hints[theirs])}: {problem}",
-                "correct it, or download the file again",
+                f"{where}: {theirs}={shorten(hints[theirs])}: {problem}", "correct it, or download the file again"
             )
         values[ours] = (theirs, hints[theirs])
     return {ours: value for ours, (_, value) in values.items()}
@@ -456,8 +455,7 @@ def _from_shapes(tensors: Mapping[str, Tensor], *, heads: int, backbone: str | N
     def shape(key: str) -> tuple[int, ...]:
         if key not in tensors:
             raise CheckpointError(
-                f"{where}: no tensor for {key}",
-                "give a checkpoint of a whole detector, of the program you name",
+                f"{where}: no tensor for {key}", "give a checkpoint of a whole detector, of the program you name"
             )
         return tuple(tensors[key].shape)
 
@@ -558,8 +556,7 @@ def _agree(values: Mapping[str, int], what: str, where: str) -> int:
     if len(set(values.values())) > 1:
         found = ", ".join(f"{value} in {part}" for part, value in values.items())
         raise CheckpointError(
-            f"{where}: {what}: {found}; here encoder and decoder have the same",
-            "such a model cannot be built",
+            f"{where}: {what}: {found}; here encoder and decoder have the same", "such a model cannot be built"
         )
     return next(iter(values.values()))
 

@@ -7,21 +7,22 @@ computes the figures. No image is seen twice, and the figures do not depend on h
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL.Image import Image
-from torch import Tensor
 
 from paqdetr.data.dataset import DetectionDataset, open_split
 from paqdetr.data.read_ahead import read_ahead
 from paqdetr.distributed import Processes
 from paqdetr.environment import require_device
 from paqdetr.errors import ConfigError, DataError
+from paqdetr.loading import is_exported, load
 from paqdetr.metrics.coco import (
     MAX_DETECTIONS,
     CocoFigures,
@@ -29,15 +30,22 @@ from paqdetr.metrics.coco import (
     evaluate_detections,
     non_maximum_suppression,
 )
+from paqdetr.metrics.diagnosis import threshold_curves
+from paqdetr.metrics.matches import MatchTable
 from paqdetr.models.detector import Detector
-from paqdetr.models.files import load
 from paqdetr.models.inference import Observer, batched_by_size, detect_batch
 from paqdetr.models.outputs import DetectorOutput
-from paqdetr.structures import ClassTable, Detections
-from paqdetr.values import require_batch_size
+from paqdetr.runtime.predictor import Predictor, predict_in_batches
+from paqdetr.runtime.tiles import Tiles, predict_tiles
+from paqdetr.structures import ClassTable, Detections, OperatingPoint
+from paqdetr.values import require_batch_size, require_nms, require_threshold
 
 # Above this score a prediction counts as made, when predictions are counted.
 _CONFIDENT = 0.3
+# IoU of the suppression that shows what duplicates cost, and the least gain of AP for which it is recommended.
+_NMS, _WORTH_IT = 0.7, 0.005
+# No detection that scores less is of use, wherever F1 is at its best.
+_LEAST_USEFUL = 0.05
 # Threads that read pictures beside a GPU.
 _READERS = 4
 
@@ -53,6 +61,7 @@ class Evaluation:
         boxes_per_image: boxes to be found.
         images_per_second: reading, model and post-processing.
         results: COCO result dicts of the raw output, of the classes that the split has.
+        operating_point: the threshold and the suppression of duplicates that these figures recommend.
     """
 
     figures: CocoFigures
@@ -61,6 +70,7 @@ class Evaluation:
     boxes_per_image: float
     images_per_second: float
     results: list[dict[str, Any]]
+    operating_point: OperatingPoint = field(default_factory=OperatingPoint)
 
     def to_json(self) -> dict[str, Any]:
         """Figures by name, ready for json."""
@@ -76,7 +86,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: Detector | str | Path,
+    model: Detector | Predictor | str | Path,
     *,
     data: str | Path,
     split: str = "val",
@@ -84,47 +94,68 @@ def evaluate(
     max_detections: int = MAX_DETECTIONS,
     progress: Callable[[int, int], None] | None = None,
     observers: Sequence[Observer] = (),
+    threshold: float = 0.0,
+    nms: float | None = None,
+    tiles: Tiles | None = None,
 ) -> Evaluation:
     """Figures of a model on one split of a data set.
 
     Args:
-        model: a detector, or a checkpoint or run's folder, which goes to the best device there is; the classes of the
-            data must be among its own.
+        model: a detector, an exported model, or the path of either or of a run; a checkpoint goes to the best device there is.
+            The classes of the data must be among its own.
         data: the data set's folder.
         split: "train", "val" or "test".
         batch_size: images of one size that go through together; it changes no figure.
         max_detections: of one class that are looked at in an image (COCO's maxDets, 100): more where images have more objects.
         progress: called with (images done, images in all).
         observers: shown the raw outputs on the way, such as `paqdetr.metrics.QueryUsage`.
+        threshold: detections that score less are left out, which only lowers AP: what users get at this threshold.
+        nms: a box that overlaps a better one of its class by more than this IoU is left out; None: nothing is.
+        tiles: large images are cut into these.
 
     Raises:
         DataError: the split is missing or malformed, or has a class that the model has not.
         CheckpointError: the checkpoint cannot be read.
-        ConfigError: `model` is none of these, or a batch size or `max_detections` below 1.
+        ConfigError: `model` is none of these, a number out of its range, or tiles together with observers.
     """
     require_batch_size(batch_size)
+    require_threshold(threshold)
+    require_nms(nms)
+    if tiles is not None and observers:
+        raise ConfigError("tiles: observers look at the outputs for whole images", "leave one of the two out")
     counted_detections(max_detections)
     if isinstance(model, (str, Path)):
-        model = load(model, device=str(require_device(None)))
-    elif not isinstance(model, Detector):
+        model = load(model, device="cpu" if is_exported(model) else str(require_device(None)))
+    elif not isinstance(model, (Detector, Predictor)):
         raise ConfigError(
             f"model: expected a Detector or a path, found {type(model).__name__}",
             "give what paqdetr.load or create_model returns, or a checkpoint's path",
         )
     opened = open_split(data, split)
     return evaluate_split(
-        model, opened, batch_size=batch_size, max_detections=max_detections, progress=progress, observers=observers
+        model,
+        opened,
+        batch_size=batch_size,
+        max_detections=max_detections,
+        progress=progress,
+        observers=observers,
+        threshold=threshold,
+        nms=nms,
+        tiles=tiles,
     )
 
 
 def evaluate_split(
-    model: Detector,
+    model: Detector | Predictor,
     split: DetectionDataset,
     *,
     batch_size: int = 4,
     max_detections: int = MAX_DETECTIONS,
     progress: Callable[[int, int], None] | None = None,
     observers: Sequence[Observer] = (),
+    threshold: float = 0.0,
+    nms: float | None = None,
+    tiles: Tiles | None = None,
 ) -> Evaluation:
     """As `evaluate`, on a split that is open already."""
     found = evaluate_together(
@@ -135,13 +166,16 @@ def evaluate_split(
         max_detections=max_detections,
         progress=progress,
         observers=observers,
+        threshold=threshold,
+        nms=nms,
+        tiles=tiles,
     )
     assert found is not None
     return found
 
 
 def evaluate_together(
-    model: Detector,
+    model: Detector | Predictor,
     split: DetectionDataset,
     processes: Processes,
     *,
@@ -149,6 +183,9 @@ def evaluate_together(
     max_detections: int = MAX_DETECTIONS,
     progress: Callable[[int, int], None] | None = None,
     observers: Sequence[Observer] = (),
+    threshold: float = 0.0,
+    nms: float | None = None,
+    tiles: Tiles | None = None,
 ) -> Evaluation | None:
     """As `evaluate_split`, by several processes, each with the same model and observers. All have to call it.
 
@@ -168,6 +205,7 @@ def evaluate_together(
             processes=processes,
             observers=observers,
             at_least=max_detections if max_detections > MAX_DETECTIONS else 0,
+            tiles=tiles,
         ):
             detections.image_id, detections.file_name = split.image_ids[index], split.file_names[index]
             own.append((index, detections))
@@ -182,12 +220,25 @@ def evaluate_together(
     seconds = time.perf_counter() - started
     by_index = {index: detections for share in shares for index, detections in share}
     found = [by_index[index] for index in range(len(split))]
+    if nms is not None:
+        found = [non_maximum_suppression(detections, nms) for detections in found]
+    found = [detections.above(threshold) for detections in found]
     results = [row for detections in found for row in detections.to_coco()]
-    cleaned = [row for detections in found for row in non_maximum_suppression(detections).to_coco()]
+    cleaned = [row for detections in found for row in non_maximum_suppression(detections, _NMS).to_coco()]
     truth = split.ground_truth()
+    figures, figures_nms = (
+        evaluate_detections(truth, rows, max_detections=max_detections) for rows in (results, cleaned)
+    )
+    cost = figures_nms.AP - figures.AP
+    helps = cost >= _WORTH_IT
     return Evaluation(
-        figures=evaluate_detections(truth, results, max_detections=max_detections),
-        figures_nms=evaluate_detections(truth, cleaned, max_detections=max_detections),
+        figures=figures,
+        figures_nms=figures_nms,
+        operating_point=OperatingPoint(
+            threshold=_best_threshold(truth, cleaned if helps else results, max_detections),
+            nms=_NMS if helps else None,
+            duplicates_cost=None if math.isnan(cost) else round(cost, 6),
+        ),
         predictions_per_image=float(np.mean([(d.scores > _CONFIDENT).sum() for d in found])),
         boxes_per_image=float(np.mean([len(split.labels(i)) for i in range(len(split))])),
         images_per_second=len(found) / max(seconds, 1e-9),
@@ -195,8 +246,16 @@ def evaluate_together(
     )
 
 
+def _best_threshold(truth: dict[str, Any], rows: list[dict[str, Any]], max_detections: int) -> float | None:
+    """Where F1 over all classes is at its best; None where nothing right scores enough to be of use. Rows that score less change
+    no match of the others, and matching them takes most of the time."""
+    usable = [row for row in rows if row["score"] >= _LEAST_USEFUL]
+    best = threshold_curves(MatchTable.match(truth, usable, max_detections=max_detections)).best_threshold[-1]
+    return None if math.isnan(best) else math.floor(best * 1e4) / 1e4
+
+
 def detect_split(
-    model: Detector,
+    model: Detector | Predictor,
     split: DetectionDataset,
     *,
     batch_size: int,
@@ -204,6 +263,7 @@ def detect_split(
     observers: Sequence[Observer] = (),
     readers: int | None = None,
     at_least: int = 0,
+    tiles: Tiles | None = None,
 ) -> Iterator[tuple[int, Detections]]:
     """(index, detections) of every image, in batches of one size: what an image is batched with never matters. Of several
     processes each takes its share of the batches. Observers are shown the raw output of each batch.
@@ -216,6 +276,7 @@ def detect_split(
         readers: threads that read the pictures of coming batches meanwhile, each at most one batch ahead; they change no order
             and no figure. None: 4 beside a GPU, and none beside a model that needs the CPU itself.
         at_least: as of `detect_batch`.
+        tiles: images are cut into these; observers see nothing then.
 
     Raises:
         DataError: no image could be read.
@@ -226,7 +287,19 @@ def detect_split(
         batched_by_size(range(len(split)), lambda index: model.preprocessing.target_size(*sides[index]), batch_size)
     )
     if readers is None:
-        readers = 0 if next(model.parameters()).device.type == "cpu" else _READERS
+        readers = 0 if isinstance(model, Predictor) or next(model.parameters()).device.type == "cpu" else _READERS
+    if isinstance(model, Predictor) and observers:
+        raise ConfigError(
+            f"{model.where}: an exported model does not show what observers look at", "take its checkpoint"
+        )
+
+    def detect(
+        images: list[Any], sizes: list[tuple[int, int]], names: Sequence[int | str], **look: Any
+    ) -> Iterable[Detections]:
+        if isinstance(model, Predictor):
+            return model.detect(images, sizes, names=names)
+        return detect_batch(model, images, sizes, names=names, at_least=at_least, **look)
+
     unreadable: dict[int, str] = {}
 
     def picture_of(index: int) -> Image:
@@ -237,11 +310,25 @@ def detect_split(
             return split.image_or_blank(index)
         return split.of_stated_size(index, picture)
 
-    def read(chosen: list[int]) -> tuple[list[int], list[Tensor]]:
+    def kept(index: int, detections: Detections) -> np.ndarray:
+        return np.isin(detections.labels, split.classes.ids) & (index not in unreadable)
+
+    def read(chosen: list[int]) -> tuple[list[int], list[Any]]:
         return chosen, [model.preprocessing(picture_of(index)) for index in chosen]
 
+    def of_tiles(parts: list[Image], together: int) -> list[Detections]:
+        found = predict_in_batches(parts, model.preprocessing, detect, batch_size=together)
+        # Of many tiles the best alone: thousands that score next to nothing would be compared with each other.
+        most = np.arange(max(at_least, MAX_DETECTIONS))
+        return [one.rows(most[: len(one)]) for one in found] if len(found) > 1 else found
+
     own = batches[processes.index :: processes.count]
-    for chosen, images in read_ahead(own, read, threads=readers):
+    if tiles is not None:
+        indices = [index for chosen in own for index in chosen]
+        for index, picture in read_ahead(indices, lambda index: (index, picture_of(index)), threads=readers):
+            detections = predict_tiles(picture, tiles, of_tiles, batch_size=batch_size)
+            yield index, detections.rows(kept(index, detections))
+    for chosen, images in read_ahead([] if tiles is not None else own, read, threads=readers):
 
         def look(output: DetectorOutput, chosen: list[int] = chosen) -> None:
             device = output.pred_boxes.device
@@ -251,10 +338,9 @@ def detect_split(
 
         ids = [split.image_ids[index] for index in chosen]
         sizes = [(height, width) for height, width in (sides[index] for index in chosen)]
-        found = detect_batch(model, images, sizes, look=look if observers else None, names=ids, at_least=at_least)
+        found = detect(images, sizes, ids, **({"look": look} if observers else {}))
         for index, detections in zip(chosen, found, strict=True):
-            kept = np.isin(detections.labels, split.classes.ids) & (index not in unreadable)
-            yield index, detections.rows(kept)
+            yield index, detections.rows(kept(index, detections))
     if unreadable:
         first = unreadable[min(unreadable)]
         if len(unreadable) == sum(map(len, own)):

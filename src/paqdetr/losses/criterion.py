@@ -206,12 +206,7 @@ class Criterion:
         counts for nothing."""
         assigner = AlignedAssigner(self.config.hybrid_repeat, cost_weights=self.cost_weights)
         pairs = match_layers(
-            predicted.logits,
-            predicted.boxes,
-            targets,
-            [assigner] * len(names),
-            weights=self.cost_weights,
-            names=names,
+            predicted.logits, predicted.boxes, targets, [assigner] * len(names), weights=self.cost_weights, names=names
         )
         flat = FlatPairs.from_pairs(pairs, targets, predicted.logits.device)
         assert flat.weight is not None
@@ -263,12 +258,7 @@ class Criterion:
         return self.aux_weights[name]
 
     def _terms(
-        self,
-        names: list[str],
-        predicted: Decoded,
-        targets: Sequence[Targets],
-        pairs: list[list[Pairs]],
-        divisor: float,
+        self, names: list[str], predicted: Decoded, targets: Sequence[Targets], pairs: list[list[Pairs]], divisor: float
     ) -> Terms:
         """Weighted class, L1 and GIoU losses of each layer: 3 K scalars."""
         flat = FlatPairs.from_pairs(pairs, targets, predicted.logits.device)

@@ -424,12 +424,21 @@ def evaluate_detections(
     )
 
 
+def is_shards(path: Path) -> bool:
+    """Whether it is a Parquet file, or a folder of such."""
+    return path.suffix == ".parquet" or (path.is_dir() and any(path.glob("*.parquet")))
+
+
 def read_results(path: str | Path) -> list[dict[str, Any]]:
-    """The COCO results in a json file: a list with one dict a detection.
+    """The COCO results in a json file: a list with one dict a detection; or those in what `predict --ray` wrote.
 
     Raises:
         DataError: the file is missing, is not json, or holds something else than a list of objects.
     """
+    if is_shards(Path(path)):
+        from paqdetr.serving.ray_predict import read_shards
+
+        return read_shards(path)
     results = read_json(Path(path))
     if not isinstance(results, list) or not all(isinstance(result, dict) for result in results):
         raise DataError(

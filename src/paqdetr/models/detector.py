@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +15,14 @@ from torch import Tensor, nn
 
 from paqdetr.checkpoint import write_checkpoint
 from paqdetr.config import ModelConfig
+from paqdetr.errors import import_extra
 from paqdetr.images import ImageSource
 from paqdetr.models.auxiliary import AuxiliaryHeads
 from paqdetr.models.backbone import Backbone
 from paqdetr.models.decoder import Decoder, LayerHeads
 from paqdetr.models.denoising import Denoising
 from paqdetr.models.encoder import DeformableEncoder
-from paqdetr.models.inference import predict_images
+from paqdetr.models.inference import detect_batch
 from paqdetr.models.neck import Neck
 from paqdetr.models.outputs import Decoded, DetectorOutput
 from paqdetr.models.proposals import Initializer, ProposalStart, QueryInit, query_features
@@ -27,7 +31,10 @@ from paqdetr.models.tokens import Tokens
 from paqdetr.paq import Mixture
 from paqdetr.paq.targets import require_form, require_values
 from paqdetr.preprocessing import Preprocessing
-from paqdetr.structures import ClassTable, Detections, Targets
+from paqdetr.runtime.predict import stream
+from paqdetr.runtime.predictor import predict_images
+from paqdetr.runtime.tiles import Tiles
+from paqdetr.structures import ClassTable, Detections, OperatingPoint, Targets
 
 TRAINING_ONLY = ("hybrid_source.", "auxiliary.")
 """Beginnings of the names of parameters that nothing reads outside of training, but for those of denoising."""
@@ -41,6 +48,7 @@ class Detector(nn.Module):
         name: the model's name.
         classes: contiguous index -> the data set's category id and name.
         preprocessing: what an image goes through before the model sees it.
+        operating_point: the threshold and the suppression of duplicates that its evaluation recommends, if there was one.
     """
 
     def __init__(
@@ -63,6 +71,7 @@ class Detector(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.name, self.classes, self.preprocessing = config, name, classes, preprocessing
+        self.operating_point = OperatingPoint()
         self.backbone = backbone
         self.neck = neck
         self.encoder = encoder
@@ -103,10 +112,7 @@ class Detector(nn.Module):
         padding_mask = _checked_mask(padding_mask, images)
         maps = self.neck(self.backbone(images), padding_mask)
         return Tokens.from_maps(
-            maps,
-            padding_mask,
-            temperature=self.config.position_temperature,
-            offset=self.config.position_offset,
+            maps, padding_mask, temperature=self.config.position_temperature, offset=self.config.position_offset
         )
 
     def detect(self, features: Tokens, targets: Sequence[Targets] | None = None) -> DetectorOutput:
@@ -198,7 +204,14 @@ class Detector(nn.Module):
         return F.pad(content, (0, self.config.dim - self.config.content_dim))
 
     def predict(
-        self, images: ImageSource | Sequence[ImageSource], threshold: float = 0.3, batch_size: int = 1
+        self,
+        images: ImageSource | Iterable[ImageSource],
+        threshold: float | None = None,
+        batch_size: int = 1,
+        *,
+        nms: float | None = None,
+        classes: Collection[int | str] | None = None,
+        tiles: Tiles | int | None = None,
     ) -> list[Detections]:
         """Detections of one image or many, in the order given.
 
@@ -208,15 +221,36 @@ class Detector(nn.Module):
         Args:
             images: paths, bytes of image files, files opened as binary, PIL images or (H, W, 3) uint8 RGB arrays. EXIF turns are
                 applied.
-            threshold: the least score of a detection, in [0, 1].
+            threshold: the least score of a detection, in [0, 1]; None: that of `operating_point`, else 0.3.
             batch_size: images of one size that go through the model together; it never changes what is found.
+            nms: a box that overlaps a better one of its class by more than this IoU is dropped; None: that of
+                `operating_point`, else nothing is; 1 drops nothing.
+            classes: ids or names of the only classes that are wanted.
+            tiles: images are cut into tiles of this many pixels a side, or as a `Tiles` says, so that small objects of large
+                images are found; one that is not larger is predicted as it is.
 
         Raises:
             DataError: an image that cannot be read, by name.
             NonFiniteError: predictions that are NaN or infinite, with the images.
-            ConfigError: a threshold outside of [0, 1], a batch size below 1, or a model in a precision that its device has not.
+            ConfigError: an argument out of its range, a class that the model does not have, or a model in a precision that
+                its device has not.
         """
-        return predict_images(self, images, threshold=threshold, batch_size=batch_size)
+        return predict_images(
+            self,
+            images,
+            partial(detect_batch, self),
+            threshold=threshold,
+            nms=nms,
+            classes=classes,
+            batch_size=batch_size,
+            tiles=tiles,
+        )
+
+    def stream(
+        self, sources: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], **how: Any
+    ) -> Iterator[Detections]:
+        """Detections of pictures, folders, videos and cameras, one by one and lazily: see `paqdetr.runtime.predict.stream`."""
+        return stream(self, sources, **how)
 
     def save(self, path: str | Path, **extra: Any) -> None:
         """Write weights, config, classes and preprocessing as one safetensors file that `paqdetr.load` reads.
@@ -233,9 +267,54 @@ class Detector(nn.Module):
             "model": self.config.model_dump(mode="json"),
             "classes": [{"id": i, "name": name} for i, name in zip(self.classes.ids, self.classes.names, strict=True)],
             "preprocessing": self.preprocessing.to_dict(),
+            **({} if self.operating_point == OperatingPoint() else {"operating_point": asdict(self.operating_point)}),
             **extra,
         }
         write_checkpoint(path, self.state_dict(), header)
+
+    def save_pretrained(self, folder: str | Path, **how: Any) -> None:
+        """Write the folder of a model on the Hugging Face Hub: model.safetensors, config.json and a model card.
+
+        Args:
+            folder: made if absent.
+            how: arguments of huggingface_hub's `ModelHubMixin.save_pretrained`.
+
+        Raises:
+            BackendError: huggingface_hub is not installed.
+            StorageError: something cannot be written.
+        """
+        import_extra("paqdetr.models.hub", "hub").SharedDetector(self).save_pretrained(folder, **how)
+
+    def push_to_hub(self, repo: str, **how: Any) -> str:
+        """Upload the model to the Hub as "user/name"; the address of the commit.
+
+        Args:
+            how: arguments of `ModelHubMixin.push_to_hub`, such as `private=True`.
+
+        Raises:
+            BackendError: huggingface_hub is not installed.
+            ConfigError: nobody is logged in, or may write there.
+        """
+        hub = import_extra("paqdetr.models.hub", "hub")
+        with hub.hub_errors(repo):
+            return hub.SharedDetector(self).push_to_hub(repo, **how)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, device: str = "cpu", **how: Any) -> Detector:
+        """A model of the Hub, or of a folder that `save_pretrained` has written, in evaluation mode.
+
+        Args:
+            name: "user/name", or a folder.
+            device: where to put it.
+            how: arguments of `ModelHubMixin.from_pretrained`, such as `revision`.
+
+        Raises:
+            CheckpointError: there is none, or it is damaged.
+            BackendError: huggingface_hub is not installed.
+        """
+        hub = import_extra("paqdetr.models.hub", "hub")
+        with hub.hub_errors(str(name)):
+            return hub.SharedDetector.from_pretrained(str(name), device=device, **how).model
 
 
 def _checked_mask(mask: Tensor | None, images: Tensor) -> Tensor | None:

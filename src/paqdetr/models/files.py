@@ -18,13 +18,13 @@ from paqdetr.checkpoint import load_tensors, read_checkpoint
 from paqdetr.config import Config, ModelConfig, validate_config
 from paqdetr.config.section import Role
 from paqdetr.environment import require_device
-from paqdetr.errors import CheckpointError, ConfigError, memory_error
+from paqdetr.errors import CheckpointError, ConfigError, import_extra, memory_error
 from paqdetr.models.detector import Detector
 from paqdetr.models.zoo import build_model
 from paqdetr.paq.patterns import resized_rows
 from paqdetr.preprocessing import Preprocessing
 from paqdetr.serialize import fields_of
-from paqdetr.structures import ClassTable
+from paqdetr.structures import ClassTable, OperatingPoint
 from paqdetr.text import shorten, some
 
 # Tensors with one or several rows per class, and with one or several rows per query.
@@ -79,10 +79,7 @@ class ReshapeReport:
 
 
 def reshape(
-    model: Detector,
-    *,
-    classes: ClassTable | Sequence[str] | int | None = None,
-    num_queries: int | None = None,
+    model: Detector, *, classes: ClassTable | Sequence[str] | int | None = None, num_queries: int | None = None
 ) -> tuple[Detector, ReshapeReport]:
     """The same model with other classes, another number of queries, or both.
 
@@ -260,6 +257,12 @@ class _Class(BaseModel):
     name: str
 
 
+class _OperatingPoint(BaseModel):
+    threshold: float | None = Field(default=None, ge=0, le=1)
+    nms: float | None = Field(default=None, ge=0, le=1)
+    duplicates_cost: float | None = Field(default=None, ge=-1, le=1)
+
+
 class _Header(BaseModel):
     """What the header of a model's checkpoint holds, among other things."""
 
@@ -267,6 +270,7 @@ class _Header(BaseModel):
     model: dict[str, Any]
     classes: list[_Class] = Field(min_length=1)
     preprocessing: dict[str, Any]
+    operating_point: _OperatingPoint = _OperatingPoint()  # checkpoints of earlier versions have none
 
     @field_validator("classes")
     @classmethod
@@ -286,7 +290,7 @@ def load(
     """A model from a checkpoint, in evaluation mode.
 
     Args:
-        path: a .safetensors file, or a run's folder (its best.safetensors, else last.safetensors).
+        path: a .safetensors file, a run's folder (its best.safetensors, else last.safetensors), or `hf:user/name@revision`.
         device: where to put it.
         classes: other classes: a table, names, or how many. Rows of known names stay, the rest starts anew; a line in the log
             says which (`reshape_classes` returns it as a report).
@@ -314,6 +318,8 @@ def load(
             ) from None
         model.preprocessing = preprocessing
         load_tensors(model, tensors, str(file))
+        point = _OperatingPoint.model_validate(header.get("operating_point", {}))
+        model.operating_point = OperatingPoint(**point.model_dump())
         if classes is not None or num_queries is not None:
             model, report = reshape(model, classes=classes, num_queries=num_queries)
             _LOG.warning("%s: %s", file, report)
@@ -408,7 +414,9 @@ def describe_checkpoint(header: Mapping[str, Any], where: str) -> tuple[Config, 
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint that a path means: itself, or the best of a run's folder."""
+    """The checkpoint that a path means: itself, the best of a run's folder, or one of the Hub (`hf:user/name@revision`)."""
+    if str(path).startswith("hf:"):
+        return import_extra("paqdetr.models.hub", "hub").fetch(str(path))
     path = Path(path)
     if not path.is_dir():
         return path

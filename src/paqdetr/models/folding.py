@@ -7,7 +7,7 @@ forward and backward. Scaling the weights instead gives the same result and cost
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -54,12 +54,7 @@ class FoldedConv2d(nn.Module):
     def __init__(self, conv: nn.Conv2d, norm: FoldedNorm) -> None:
         super().__init__()
         self.weight, self.bias = conv.weight, conv.bias
-        self.stride, self.padding, self.dilation, self.groups = (
-            conv.stride,
-            conv.padding,
-            conv.dilation,
-            conv.groups,
-        )
+        self.stride, self.padding, self.dilation, self.groups = (conv.stride, conv.padding, conv.dilation, conv.groups)
         self.pads_same = isinstance(conv, Conv2dSame)
         self._is_depthwise = conv.groups == conv.in_channels == conv.out_channels > 1
         self._norm = (norm,)  # in a tuple: its tensors belong to its own place in the model
@@ -154,3 +149,18 @@ def _look_up(name: str, last_of: dict[int, tuple[str, Tensor]], follows: dict[st
             follows[name] = last_of[id(inputs[0])][0]
 
     return hook
+
+
+@torch.no_grad()
+def bake_folded_norms(model: nn.Module) -> None:
+    """Replace every `FoldedConv2d` by a plain convolution with the scaled weights, in place: an exported graph then holds the
+    weights themselves and no computation of them."""
+    for name, part in list(model.named_modules()):
+        if isinstance(part, FoldedConv2d):
+            weight, bias = part._folded()
+            outputs, inputs, *kernel = weight.shape
+            names = ("stride", "padding", "dilation", "groups")
+            how: dict[str, Any] = {"kernel_size": tuple(kernel), **{name: getattr(part, name) for name in names}}
+            baked = (Conv2dSame if part.pads_same else nn.Conv2d)(inputs * part.groups, outputs, **how)
+            baked.weight, baked.bias = nn.Parameter(weight.clone()), nn.Parameter(bias.clone())
+            model.set_submodule(name, baked)

@@ -6,10 +6,8 @@ score but for the last bit, they may change places.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -19,11 +17,9 @@ from torchvision.ops import box_convert
 
 from paqdetr.config import ModelConfig
 from paqdetr.errors import ConfigError, NonFiniteError, memory_error
-from paqdetr.images import ImageSource, read_image
 from paqdetr.models.outputs import BACKGROUND_LOGIT, DetectorOutput
 from paqdetr.preprocessing import Preprocessing, pad_images
 from paqdetr.structures import ClassTable, Detections, Targets
-from paqdetr.values import require_batch_size, require_threshold
 
 Self = TypeVar("Self")
 Entry = TypeVar("Entry")
@@ -61,35 +57,6 @@ class Observer(Protocol):
     def merge(self: Self, other: Self) -> None:
         """Take over what another process's copy has seen; called in the main process alone."""
         ...
-
-
-def predict_images(
-    model: ImageModel, images: ImageSource | Sequence[ImageSource], *, threshold: float, batch_size: int = 1
-) -> list[Detections]:
-    """See `Detector.predict`."""
-    require_threshold(threshold)
-    require_batch_size(batch_size)
-    # What is no collection of images is one image, or nothing that `read_image` knows: a number, a tensor.
-    one = isinstance(images, (str, bytes, bytearray, memoryview, np.ndarray, Tensor, Mapping)) or hasattr(
-        images, "read"
-    )
-    sources: list[Any] = list(images) if isinstance(images, Iterable) and not one else [images]
-    found: dict[int, Detections] = {}
-
-    def prepared() -> Iterator[tuple[int, Tensor, tuple[int, int]]]:
-        for index, source in enumerate(sources):
-            picture = read_image(source)
-            yield index, model.preprocessing(picture), (picture.height, picture.width)
-
-    for bucket in batched_by_size(prepared(), lambda entry: tuple(entry[1].shape), batch_size):
-        paths = [str(x) if isinstance(x := sources[entry[0]], (str, os.PathLike)) else None for entry in bucket]
-        names = [path or f"image {entry[0]}" for path, entry in zip(paths, bucket, strict=True)]
-        pixels, sizes = [entry[1] for entry in bucket], [entry[2] for entry in bucket]
-        batch = detect_batch(model, pixels, sizes, threshold=threshold, names=names)
-        for path, (index, *_), detections in zip(paths, bucket, batch, strict=True):
-            detections.image_id = detections.file_name = None if path is None else Path(path).name
-            found[index] = detections
-    return [found[index] for index in range(len(sources))]
 
 
 def batched_by_size(
@@ -139,13 +106,7 @@ def detect_batch(
         look(output)
     for image_logits, image_boxes, size in zip(logits, boxes, sizes, strict=True):
         yield postprocess(
-            image_logits,
-            image_boxes,
-            size,
-            model.classes,
-            model.config,
-            threshold=threshold,
-            at_least=at_least,
+            image_logits, image_boxes, size, model.classes, model.config, threshold=threshold, at_least=at_least
         )
 
 

@@ -31,10 +31,7 @@ class Neck(nn.Module):
         )
         extra = num_levels - len(in_channels)
         self.extra = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(in_channels[-1] if i == 0 else dim, dim, 3, stride=2, padding=1),
-                norm(groups, dim),
-            )
+            nn.Sequential(nn.Conv2d(in_channels[-1] if i == 0 else dim, dim, 3, stride=2, padding=1), norm(groups, dim))
             for i in range(extra)
         )
 

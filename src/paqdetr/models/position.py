@@ -9,11 +9,7 @@ from torch import Tensor
 
 
 def sine_map(
-    padding_mask: Tensor,
-    dim: int,
-    temperature: float,
-    offset: float = 0.0,
-    dtype: torch.dtype = torch.float32,
+    padding_mask: Tensor, dim: int, temperature: float, offset: float = 0.0, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Position of every cell, counted over valid cells and normalised to (0, 2 pi]; first y, then x.
 
@@ -56,8 +52,8 @@ def _sine(position: Tensor, dim: int, temperature: float) -> Tensor:
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
     """Logit of x in [0, 1], with x and 1 - x each held at eps or more."""
-    x = x.clamp(0, 1)
-    return x.clamp(min=eps).log() - (1 - x).clamp(min=eps).log()
+    # One clamp each, with float bounds: exporters to ONNX merge two in a row into an invalid node.
+    return x.clamp(eps, 1.0).log() - (1 - x).clamp(eps, 1.0).log()
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -52,11 +52,7 @@ class Proposals:
         """Those of the ranks first..end - 1."""
         rows = slice(first, end)
         return Proposals(
-            self.logits[:, rows],
-            self.boxes[:, rows],
-            self.indices[:, rows],
-            self.tokens[:, rows],
-            self.all_tokens,
+            self.logits[:, rows], self.boxes[:, rows], self.indices[:, rows], self.tokens[:, rows], self.all_tokens
         )
 
 
@@ -256,13 +252,7 @@ class ProposalStart(nn.Module):
     """
 
     def __init__(
-        self,
-        *,
-        head: ProposalHead,
-        num_queries: int,
-        dim: int,
-        fixed_position: bool,
-        with_content: bool,
+        self, *, head: ProposalHead, num_queries: int, dim: int, fixed_position: bool, with_content: bool
     ) -> None:
         super().__init__()
         self.head = head

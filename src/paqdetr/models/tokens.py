@@ -73,11 +73,12 @@ class Tokens:
         """From values (B, S, d) already laid out, and per-level masks (B, h, w), True at padding, or None."""
         batch, _, dim = values.shape
         dtype = torch.promote_types(values.dtype, torch.float32)
+        # Without padding all images have the same places: computed once, and a constant in an exported graph.
         levels = masks or [
-            torch.zeros(batch, height, width, dtype=torch.bool, device=values.device)
-            for height, width in spatial_shapes
+            torch.zeros(1, height, width, dtype=torch.bool, device=values.device) for height, width in spatial_shapes
         ]
-        ratios = torch.stack([_valid_ratio(mask, dtype) for mask in levels], dim=1)  # (B, L, 2)
+        ratios = torch.stack([_valid_ratio(mask, dtype) for mask in levels], dim=1)  # (B or 1, L, 2)
+        position = [sine_map(mask, dim, temperature, offset, dtype) for mask in levels]
         centers = [_centers(mask, dtype) for mask in levels]
         level_index = [
             torch.full((height * width,), level, device=values.device)
@@ -87,9 +88,9 @@ class Tokens:
             values=values,
             spatial_shapes=spatial_shapes,
             padding_mask=None if masks is None else torch.cat([mask.flatten(1) for mask in masks], dim=1),
-            position=torch.cat([sine_map(mask, dim, temperature, offset, dtype) for mask in levels], dim=1),
-            centers=torch.cat(centers, dim=1),
-            valid_ratios=ratios,
+            position=torch.cat(position, dim=1).expand(batch, -1, -1),
+            centers=torch.cat(centers, dim=1).expand(batch, -1, -1),
+            valid_ratios=ratios.expand(batch, -1, -1),
             level_index=torch.cat(level_index),
         )
 

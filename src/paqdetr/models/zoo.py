@@ -31,12 +31,7 @@ _CLASS_BIAS = -math.log((1 - 0.01) / 0.01)
 
 def init_weights(model: Detector) -> None:
     """Initialise every parameter outside the backbone and the query source: boxes start at their references."""
-    for part in (
-        model.encoder,
-        model.decoder.layers,
-        model.decoder.position_head,
-        model.decoder.position_scale,
-    ):
+    for part in (model.encoder, model.decoder.layers, model.decoder.position_head, model.decoder.position_scale):
         if part is not None:
             _xavier(part)
     for part in model.neck.modules():

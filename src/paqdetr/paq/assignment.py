@@ -326,11 +326,7 @@ def _solve_among(assigner: Assigner, image: MatchingCosts, counted: np.ndarray) 
 
 
 def solve_batch(
-    assigner: Assigner,
-    pred_logits: Tensor,
-    pred_boxes: Tensor,
-    targets: Sequence[Targets],
-    weights: CostWeights,
+    assigner: Assigner, pred_logits: Tensor, pred_boxes: Tensor, targets: Sequence[Targets], weights: CostWeights
 ) -> list[Pairs]:
     """Pairs of every image of one layer: what calling an assigner means. Shapes as in `QualityAwareAssigner.__call__`."""
     rows = matching_costs(pred_logits[None], pred_boxes[None], targets, weights=weights)[0]
@@ -465,8 +461,6 @@ ASSIGNERS: dict[str, Callable[[Any, CostWeights], Assigner]] = {
     "quality_aware": lambda settings, weights: settings.build(QualityAwareAssigner, cost_weights=weights),
     "fixed_k": lambda settings, weights: FixedKAssigner(settings.top_k, cost_weights=weights),
     "simota": lambda settings, weights: settings.build(
-        SimOTAAssigner,
-        select="cost" if settings.select == "score" else settings.select,
-        cost_weights=weights,
+        SimOTAAssigner, select="cost" if settings.select == "score" else settings.select, cost_weights=weights
     ),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from paqdetr.checkpoint import write_text
+from paqdetr.files import write_text
 from paqdetr.report.page import written
 from paqdetr.report.section import Figure, Section, Table
 

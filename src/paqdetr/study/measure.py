@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from paqdetr.checkpoint import write_text
 from paqdetr.config import load_config
 from paqdetr.data.dataset import DetectionDataset, open_split
 from paqdetr.environment import require_device
@@ -22,6 +21,7 @@ from paqdetr.errors import UserError
 from paqdetr.evaluation.content import ContentCollector
 from paqdetr.evaluation.evaluate import detect_split, require_same_classes
 from paqdetr.evaluation.layers import LayerCollector
+from paqdetr.files import write_text
 from paqdetr.metrics.coco import non_maximum_suppression
 from paqdetr.metrics.diagnosis import error_split
 from paqdetr.metrics.intervals import resample_images

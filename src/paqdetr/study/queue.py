@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from paqdetr.checkpoint import write_text
 from paqdetr.config import load_config
 from paqdetr.errors import ConfigError
+from paqdetr.files import write_text
 from paqdetr.interrupt import STOP_SIGNALS, StopRequest
 from paqdetr.locks import Busy, held
 from paqdetr.runs import Run, flat_settings
@@ -26,6 +26,9 @@ from paqdetr.study.spec import Study
 
 _POLL, _WAIT = 0.2, 2.0
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+
+# Seconds in which trainings of a cluster save their state when the study is stopped.
+_PATIENCE = 120.0
 
 
 class StudyInterrupted(KeyboardInterrupt):
@@ -189,6 +192,59 @@ def run_queue(
                 _sleep(queue.stop)
             waiting = busy
     return queue.done
+
+
+def run_queue_on_ray(
+    study: Study,
+    runs: Sequence[PlannedRun],
+    places: Places,
+    *,
+    address: str | None,
+    device: str | None = None,
+    retry: bool = False,
+    events: QueueEvents | None = None,
+) -> Done:
+    """As `run_queue`, with every run as a task of a Ray cluster: as many at a time as it has CPUs, or GPUs, for.
+
+    A task is a queue of one run, so that locks, states and results are the same: a task whose worker dies starts over, waits for
+    what it had begun, and goes on from its last state.
+
+    Args:
+        places: absolute, in a file system that all nodes share; likewise the folders of the runs' data.
+        address: as of `predict_on_ray`.
+        device: "cuda" asks the cluster for a GPU for every process of a training.
+
+    Raises:
+        as `run_queue`, and BackendError.
+    """
+    from paqdetr.serving.ray_predict import connect_ray, errors_of_workers
+
+    for planned in runs:
+        require_no_conflict(planned, places)
+    ray, done, listener = connect_ray(address), Done(), events or QueueEvents()
+    gpus = study.processes if device is not None and device.startswith("cuda") else 0
+    task = ray.remote(num_cpus=study.threads * study.processes, num_gpus=gpus, max_retries=3)(run_queue)
+    waiting = {task.remote(study, [planned], places, device=device, retry=retry): planned for planned in runs}
+    with StopRequest() as stop:
+        while waiting:
+            if stop.signal_number is not None:
+                for reference in waiting:
+                    ray.cancel(reference, recursive=False)
+                ray.wait(list(waiting), num_returns=len(waiting), timeout=_PATIENCE)
+                raise_if_stopped(stop)
+            for reference in ray.wait(list(waiting), timeout=_POLL)[0]:
+                planned = waiting.pop(reference)
+                with errors_of_workers():
+                    one: Done = ray.get(reference)
+                done.skipped += one.skipped
+                done.trained += one.trained
+                done.measured += one.measured
+                done.failed += one.failed
+                result = read_result(places.result(planned.key))
+                listener.on_begin(planned, "done", len(runs) - len(waiting), len(runs))
+                if result is not None and not one.skipped:
+                    listener.on_result(planned, result)
+    return done
 
 
 def require_no_conflict(planned: PlannedRun, places: Places) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from paqdetr.checkpoint import write_text
+from paqdetr.files import write_text
 from paqdetr.report.markdown import to_markdown, write_plots
 from paqdetr.report.page import Chapter, Heading, render, write_folder
 from paqdetr.report.plots import INK, bars, colour, legend, line, new_axes, new_grid, plot_part

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from paqdetr.checkpoint import write_text
 from paqdetr.config import Config, describe_idle, load_config
 from paqdetr.data.dataset import open_split
 from paqdetr.errors import ConfigError
-from paqdetr.files import MAX_SIDE_BYTES, read_json
+from paqdetr.files import MAX_SIDE_BYTES, read_json, write_text
 from paqdetr.runs import Run, changed_settings, flat_settings
 from paqdetr.study.datasets import folder_of, source_of, training_images
 from paqdetr.study.spec import Study

@@ -5,10 +5,12 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,10 +18,12 @@ from paqdetr.config import Config, load_config
 from paqdetr.data.loader import Batch
 from paqdetr.environment import machine, peak_memory, require_device
 from paqdetr.errors import ConfigError
+from paqdetr.loading import is_exported, load
 from paqdetr.losses import build_criterion
 from paqdetr.models import Detector
 from paqdetr.models.zoo import build_model
 from paqdetr.ops import choose_backend, ms_deform_attn
+from paqdetr.runtime import Predictor
 from paqdetr.serialize import Jsonable
 from paqdetr.structures import Targets
 from paqdetr.training.optim import MovingAverage, build_optimizer
@@ -204,6 +208,62 @@ def bench(
         peak_memory_gib=round(peak_memory(), 3),
         machine=machine(),
     )
+
+
+def bench_files(
+    files: Sequence[str],
+    *,
+    image_size: int | None = None,
+    batch_size: int = 1,
+    rounds: int = 5,
+    device: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Time trained and exported models on noise, in turns: the model alone, without reading and resizing of images.
+
+    Args:
+        files: what `paqdetr.load` reads. Times are held against the last one's.
+        image_size: side of the images of a checkpoint in pixels; that of the first exported model, else the checkpoint's own.
+            An exported model has its own size.
+        batch_size, rounds, progress: as of `bench`.
+        device: of checkpoints; exported models run on the CPU.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+        ConfigError: one file is given twice.
+    """
+    if len(set(files)) < len(files):
+        raise ConfigError(f"--against {files[-1]}: is the model itself", "name another one")
+    where = require_device(device)
+    models = {name: load(name, device="cpu" if is_exported(name) else str(where)) for name in files}
+    sizes = [(m.preprocessing.height, m.preprocessing.width) for m in models.values() if isinstance(m, Predictor)]
+    cases: dict[str, Callable[[], object]] = {}
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, model in models.items():
+        if isinstance(model, Predictor):
+            shapes[name] = (model.preprocessing.height, model.preprocessing.width)
+            noise = np.random.default_rng(0).integers(256, size=(batch_size, *shapes[name], 3), dtype=np.uint8)
+            cases[name] = partial(model.run, noise)
+        else:
+            own = (image_size, image_size) if image_size else model.preprocessing.target_size(640, 640)
+            shapes[name] = own if image_size or not sizes else sizes[0]
+            cases[name] = partial(_infer, model, torch.randn(batch_size, 3, *shapes[name], device=where))
+    seconds = interleave(cases, rounds=rounds, progress=progress)
+    return {
+        "inference": compare(seconds, against=files[-1]),
+        "image_size": {name: list(shape) for name, shape in shapes.items()},
+        "engine": {
+            name: m.engine.name if isinstance(m, Predictor) else f"torch, {where}" for name, m in models.items()
+        },
+        "batch_size": batch_size,
+        "rounds": rounds,
+        "machine": machine(),
+    }
+
+
+def _infer(model: Detector, images: Tensor) -> None:
+    with torch.inference_mode():
+        model(images).pred_boxes.cpu()  # which waits for a GPU
 
 
 class Workload:

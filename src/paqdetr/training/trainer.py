@@ -28,6 +28,7 @@ from paqdetr.models import Detector, load
 from paqdetr.models.files import model_to_train
 from paqdetr.ops import backends_run
 from paqdetr.runs import Run
+from paqdetr.structures import OperatingPoint
 from paqdetr.training.callbacks import Callback, Callbacks, TrainingPlan, start_trackers, track
 from paqdetr.training.curves import draw_predictions, training_curves
 from paqdetr.training.figures import Interval
@@ -241,6 +242,7 @@ class Trainer:
         epoch = self.position.epoch + 1
         averaged = cast(Detector, self.average.model)
         done = self.position.step >= self.total_steps
+        averaged.operating_point = OperatingPoint()  # that of an earlier epoch says nothing about these weights
         metrics: dict[str, Any] = {}
         if self.val_split is not None and (done or epoch % self.config.eval_every == 0):
             metrics = self._evaluate(averaged, self.val_split, epoch)
@@ -274,6 +276,7 @@ class Trainer:
         result = evaluate_together(model, split, self.processes, progress=progress)
         if result is None:
             return {}
+        model.operating_point = result.operating_point
         metrics = result.to_json()
         record = {"kind": "eval", "step": self.position.step, "epoch": epoch, "split": "val", **metrics}
         self._record(record)

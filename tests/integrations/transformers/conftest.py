@@ -58,11 +58,7 @@ def batch() -> dict[str, Any]:
 
 
 def _labels(classes: list[int], boxes: list[list[float]], image_id: int) -> dict[str, Tensor]:
-    return {
-        "class_labels": torch.tensor(classes),
-        "boxes": torch.tensor(boxes),
-        "image_id": torch.tensor([image_id]),
-    }
+    return {"class_labels": torch.tensor(classes), "boxes": torch.tensor(boxes), "image_id": torch.tensor([image_id])}
 
 
 def _make_host(kind: str, **settings: Any) -> Any:

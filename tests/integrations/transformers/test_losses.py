@@ -68,11 +68,7 @@ def test_intermediate_layers_have_more_positives(kind: str, make_host: Make, bat
 
 @pytest.mark.parametrize(
     ("settings", "least"),
-    [
-        (dict(assigner="fixed_k", top_k=3), 3),
-        (dict(assigner="simota", select="score"), 1),
-        (dict(select="score"), 1),
-    ],
+    [(dict(assigner="fixed_k", top_k=3), 3), (dict(assigner="simota", select="score"), 1), (dict(select="score"), 1)],
 )
 def test_other_rules(settings: dict[str, Any], least: int, make_host: Make, batch: Batch) -> None:
     model = attach(make_host("rt"), num_patterns=8, **settings)

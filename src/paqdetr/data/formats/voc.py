@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from xml.etree.ElementTree import Element, ElementTree, ParseError, SubElement, indent
+from xml.etree.ElementTree import Element, ElementTree, ParseError
 
 from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import fromstring
@@ -27,6 +27,7 @@ from paqdetr.data.files import (
 from paqdetr.errors import DataError
 from paqdetr.files import read_bytes, read_text
 from paqdetr.images import IMAGE_EXTENSIONS
+from paqdetr.runtime.save import voc_document
 from paqdetr.structures import ClassTable
 from paqdetr.text import shorten
 from paqdetr.values import as_flag, is_coordinate
@@ -393,19 +394,13 @@ def write_voc(root: Path, splits: dict[str, Annotations], place_image: Callable[
 
 
 def _document(annotations: Annotations, index: int, name: str) -> Element:
-    document = Element("annotation")
-    SubElement(document, "filename").text = Path(name).name
-    size = SubElement(document, "size")
     height, width = annotations.sizes[index].tolist()
-    for tag, value in (("width", width), ("height", height), ("depth", 3)):
-        SubElement(size, tag).text = str(value)
-    for row in range(annotations.starts[index], annotations.starts[index + 1]):
-        item = SubElement(document, "object")
-        SubElement(item, "name").text = annotations.classes.names[annotations.labels[row]]
-        SubElement(item, "difficult").text = str(int(annotations.crowd[row]))
-        x, y, w, h = annotations.boxes[row].tolist()
-        frame = SubElement(item, "bndbox")
-        for tag, value in (("xmin", x + 1), ("ymin", y + 1), ("xmax", x + w), ("ymax", y + h)):
-            SubElement(frame, tag).text = f"{value:.4f}".rstrip("0").rstrip(".")
-    indent(document)
-    return document
+    objects = [
+        (
+            annotations.classes.names[annotations.labels[row]],
+            {"difficult": int(annotations.crowd[row])},
+            annotations.boxes[row].tolist(),
+        )
+        for row in range(annotations.starts[index], annotations.starts[index + 1])
+    ]
+    return voc_document(name, (width, height), objects)

@@ -1,0 +1,97 @@
+"""An exported model in onnxruntime and OpenVINO beside torch with numba's attention, and transformers' Deformable DETR.
+
+    OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 python benchmarks/engines.py --json docs/results/engines.json
+
+One thread: paq_dino_nano at 320 px, random weights, in turns. Two threads: the better engine beside transformers' Deformable DETR
+R50 at 640 px, as somebody would take it who wants a detector of that family. Only the models are timed, on noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import compare, interleave, provenance
+
+from paqdetr.deploy import export
+from paqdetr.deploy.export import to_openvino
+from paqdetr.models import create_model
+from paqdetr.ops import use_backend
+from paqdetr.runtime import open_exported
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--size", type=int, default=320)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    model = create_model("paq_dino_nano", num_classes=80, image_size=arguments.size).eval()
+    noise = np.random.default_rng(0).integers(256, size=(1, arguments.size, arguments.size, 3), dtype=np.uint8)
+    with tempfile.TemporaryDirectory() as folder:
+        onnx, xml = Path(folder, "m.onnx"), Path(folder, "m.xml")
+        done = export(model, onnx)
+        to_openvino(onnx, xml, done.info)
+        files = {"onnxruntime": onnx, "openvino f32": xml}
+        found = {"one thread": _beside_numba(model, files, noise, arguments.rounds)}
+        found["two threads"] = _beside_transformers(files, noise, max(arguments.rounds // 3, 3))
+    packages = ("paqdetr", "torch", "numba", "onnxruntime", "openvino", "transformers")
+    content = {**provenance(threads=1, seed=0, packages=packages), "model": "paq_dino_nano", **found}
+    for title, rows in found.items():
+        print(title)
+        for name, row in rows.items():
+            print(
+                f"  {name:40} {row['median_ms']:8.1f} ms  {row['ratio']:.2f}x, fastest {row['ratio_of_fastest']:.2f}x"
+            )
+    if arguments.json:
+        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _beside_numba(model: Any, files: dict[str, Path], noise: np.ndarray, rounds: int) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    images = torch.stack(
+        [model.preprocessing.normalization(torch.from_numpy(image).permute(2, 0, 1)) for image in noise]
+    )
+
+    def run(backend: str) -> None:
+        with torch.inference_mode(), use_backend(backend):
+            model(images)
+
+    engines = {name: open_exported(file, threads=1) for name, file in files.items()}
+    cases = {
+        "torch, numba": lambda: run("numba"),
+        "torch, reference": lambda: run("reference"),
+        **{name: (lambda engine=engine: engine.run(noise)) for name, engine in engines.items()},
+    }
+    return compare(interleave(cases, rounds=rounds), against="torch, numba")
+
+
+def _beside_transformers(files: dict[str, Path], noise: np.ndarray, rounds: int) -> dict[str, Any]:
+    from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, ResNetConfig
+
+    torch.set_num_threads(2)
+    backbone = ResNetConfig(out_features=["stage2", "stage3", "stage4"])
+    config = DeformableDetrConfig(
+        use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, backbone_config=backbone
+    )
+    other = DeformableDetrForObjectDetection(config).eval()
+    pixels = torch.randn(1, 3, 640, 640)
+
+    def run() -> None:
+        with torch.inference_mode():
+            other(pixels)
+
+    name = "transformers, Deformable DETR R50, 640 px"
+    engines = {key: open_exported(file, threads=2) for key, file in files.items()}
+    cases = {name: run, **{key: (lambda engine=engine: engine.run(noise)) for key, engine in engines.items()}}
+    return compare(interleave(cases, rounds=rounds), against=name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""`paqdetr export`"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+from rich.table import Table
+
+from paqdetr.cli.console import JsonFile, OutputFiles, Overwrite, results
+from paqdetr.errors import ConfigError, ExportError
+
+if TYPE_CHECKING:
+    from paqdetr.deploy.parity import Parity
+
+
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A run's folder or a .safetensors file.", metavar="RUN")],
+    *,
+    format: Annotated[str, typer.Option(help="onnx, openvino, pt2 or torchscript.")] = "onnx",
+    output: Annotated[Path | None, typer.Option(help="The file to write; beside the checkpoint if not given.")] = None,
+    image_size: Annotated[
+        str | None, typer.Option(metavar="H,W", help="Images are stretched to it; the checkpoint's, as a square.")
+    ] = None,
+    batch: Annotated[str, typer.Option(help="Images of a call: a number, or dynamic.")] = "dynamic",
+    precision: Annotated[str, typer.Option(help="f32, f16 (half the file) or int8 (with --calibrate).")] = "f32",
+    calibrate: Annotated[
+        Path | None, typer.Option(help="A data set for the check's pictures, and for int8.", metavar="DATA")
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Least score, in the metadata; that of the run's evaluation.")
+    ] = None,
+    nms: Annotated[
+        float | None, typer.Option(min=0, max=1, help="IoU over which duplicates are dropped, in the metadata.")
+    ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="pixel_values to logits and pred_boxes, as in transformers.")
+    ] = False,
+    no_check: Annotated[bool, typer.Option("--no-check", help="Write the file without comparing it.")] = False,
+    attention: Annotated[str, typer.Option(help="grid_sample, or gather for TensorRT.")] = "grid_sample",
+    max_drop: Annotated[float, typer.Option(min=0, max=1, help="AP that int8 may lose.")] = 0.01,
+    slow: Annotated[bool, typer.Option("--slow", help="int8 with accuracy control.")] = False,
+    json_file: JsonFile = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a model for onnxruntime, OpenVINO or libtorch, and compare it with the run before it is kept."""
+    from paqdetr import deploy
+
+    if attention not in ("grid_sample", "gather"):
+        raise ConfigError(f"--attention: expected grid_sample or gather, found {attention!r}", "choose one of them")
+    files = OutputFiles("paqdetr export", overwrite=overwrite, json=json_file)
+    try:
+        done = deploy.export(
+            checkpoint,
+            output,
+            format=cast(Any, format),
+            image_size=_image_size(image_size),
+            batch=_batch(batch),
+            precision=cast(Any, precision),
+            calibrate=calibrate,
+            threshold=threshold,
+            nms=nms,
+            raw=raw,
+            check=not no_check,
+            attention=cast(Any, attention),
+            max_drop=max_drop,
+            slow=slow,
+            overwrite=overwrite,
+        )
+    except ExportError as error:
+        if error.parity is not None:
+            results.print(_table(error.parity))
+        raise
+    if done.parity is not None:
+        results.print(_table(done.parity))
+    for name, row in (done.quantization or {}).items():
+        if isinstance(row, dict):
+            results.print(f"{name}: AP {row['AP']:.3f}, AP50 {row['AP50']:.3f}, {row['ms']:.1f} ms", soft_wrap=True)
+    size = done.info.preprocessing
+    megabytes = done.to_json()["bytes"] / 1e6
+    checked = "" if done.report_file is None else f"; checked: {done.report_file}"
+    results.print(f"{done.file}: {size.height}x{size.width}, {megabytes:.1f} MB{checked}", soft_wrap=True)
+    files.write("json", done.to_json())
+
+
+def _image_size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    found = re.fullmatch(r"\s*(\d{1,5})\s*[,x]\s*(\d{1,5})\s*", text)
+    if found is None:
+        raise ConfigError(f"--image-size: expected H,W in pixels, found {text!r}", "write 640,640, height first")
+    return int(found[1]), int(found[2])
+
+
+def _batch(text: str) -> int | None:
+    if text == "dynamic":
+        return None
+    if not re.fullmatch(r"\d{1,4}", text):
+        raise ConfigError(
+            f"--batch: expected a number or dynamic, found {text!r}", "dynamic takes any number of images"
+        )
+    return int(text)
+
+
+def _table(parity: Parity) -> Table:
+    table = Table(
+        title=f"The file beside the model: IoU >= {parity.min_iou}, scores within {parity.max_score_difference}",
+        title_justify="left",
+    )
+    for column in ("image", "detections", "without partner", "least IoU", "score off by", "raw off by"):
+        table.add_column(column, justify="right")
+    for number, image in enumerate(parity.images, start=1):
+        raw = "" if image.raw_difference is None else f"{image.raw_difference:.1e}"
+        table.add_row(
+            str(number),
+            str(image.compared),
+            str(image.missing),
+            f"{image.min_iou:.5f}",
+            f"{image.max_score_difference:.1e}",
+            raw,
+        )
+    return table

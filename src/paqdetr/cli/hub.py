@@ -1,0 +1,157 @@
+"""`paqdetr hub`"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from paqdetr.cli.console import Overwrite, results
+from paqdetr.errors import ConfigError, import_extra
+
+app = typer.Typer(no_args_is_help=True, help="Share detectors on the Hugging Face Hub.", rich_markup_mode=None)
+_Checkpoint = Annotated[Path, typer.Argument(help="A .safetensors file or a run's folder.", metavar="CHECKPOINT")]
+_License = Annotated[str | None, typer.Option(help="Of the weights: apache-2.0, cc-by-4.0, ...")]
+_Evaluation = Annotated[Path | None, typer.Option(help="What `paqdetr eval --json` wrote: its figures and intervals.")]
+_Repo = Annotated[str, typer.Argument(help="On the Hub.", metavar="USER/NAME")]
+
+
+@app.command()
+def push(
+    checkpoint: _Checkpoint,
+    repo: _Repo,
+    *,
+    private: Annotated[bool, typer.Option("--private", help="For you alone, if it is new.")] = False,
+    exported: Annotated[list[Path] | None, typer.Option("--with", help="Exported models that go along.")] = None,
+    preview: Annotated[Path | None, typer.Option(help="A picture that is shown with detections drawn on it.")] = None,
+    license: _License = None,
+    evaluation: _Evaluation = None,
+) -> None:
+    """Upload a detector with its model card."""
+    hub = import_extra("paqdetr.models.hub", "hub")
+    name, revision = hub.split_address(repo)
+    if revision is not None:
+        raise ConfigError(f"{repo}: a revision cannot be written", "leave the @ and what follows out")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        header = _weights(checkpoint, folder)
+        hub.write_folder(folder, header, license=license, evaluation=_figures(evaluation), repo=name)
+        for file in exported or []:
+            for part in (file, file.with_suffix(".bin")) if file.suffix == ".xml" else (file,):
+                _copy(part, folder / f"model{part.suffix}")
+        if preview is not None:
+            from paqdetr.models import load
+
+            picture = load(folder / hub.WEIGHTS).predict(preview)[0].draw(_read(preview))
+            picture.thumbnail((1280, 1280))
+            picture.save(folder / "preview.jpg", quality=90)
+        results.print(hub.push(folder, name, private=private), soft_wrap=True)
+
+
+@app.command()
+def pull(
+    repo: _Repo, *, output: Annotated[Path, typer.Option(help="A .safetensors file.")], overwrite: Overwrite = False
+) -> None:
+    """Download a detector, of a revision if given: USER/NAME@REVISION."""
+    from paqdetr.checkpoint import read_checkpoint
+    from paqdetr.outputs import write_output
+
+    file = import_extra("paqdetr.models.hub", "hub").fetch(repo)
+    read_checkpoint(file)  # whole, and ours
+    write_output(output, lambda path: shutil.copyfile(file, path), maker="paqdetr hub", overwrite=overwrite)
+    results.print(str(output), soft_wrap=True)
+
+
+@app.command()
+def card(checkpoint: _Checkpoint, *, license: _License = None, evaluation: _Evaluation = None) -> None:
+    """Print the model card that `push` would upload."""
+    from paqdetr.checkpoint import read_header
+    from paqdetr.models.files import find_checkpoint
+
+    text = import_extra("paqdetr.models.hub", "hub").model_card(
+        read_header(find_checkpoint(checkpoint)), license=license, evaluation=_figures(evaluation)
+    )
+    results.print(text.rstrip(), soft_wrap=True)
+
+
+@app.command()
+def space(checkpoint: _Checkpoint, *, output: Annotated[Path, typer.Option(help="A new folder.")]) -> None:
+    """Write the folder of a Gradio Space, which shows the detector to visitors."""
+    from paqdetr.outputs import require_free, whole_folder
+
+    require_free(output)
+    with whole_folder(output) as folder:
+        header = _weights(checkpoint, folder)
+        (folder / "app.py").write_text(_APP, encoding="utf-8")
+        (folder / "requirements.txt").write_text("paqdetr\n", encoding="utf-8")
+        title = header["name"].replace("'", "")
+        (folder / "README.md").write_text(_SPACE.format(title=title), encoding="utf-8")
+    results.print(f"{output}: upload it with `hf upload USER/NAME {output} --repo-type space`", soft_wrap=True)
+
+
+_SPACE = """---
+title: '{title}'
+sdk: gradio
+sdk_version: 6.0.0
+app_file: app.py
+---
+
+A detector of paqdetr.
+"""
+
+_APP = """import gradio as gr
+import paqdetr
+
+model = paqdetr.load("model.safetensors")
+
+
+def detect(image, threshold):
+    if image is None:
+        return None, []
+    [found] = model.predict(image, threshold=threshold)
+    rows = [[found.names[int(label)], round(float(score), 3)] for label, score in zip(found.labels, found.scores)]
+    return found.draw(image), rows
+
+
+gr.Interface(
+    detect,
+    [gr.Image(type="pil", label="image"), gr.Slider(0.05, 1.0, 0.3, label="least score")],
+    [gr.Image(type="pil", label="detections"), gr.Dataframe(headers=["class", "score"])],
+    title=model.name,
+).launch()
+"""
+
+
+def _weights(checkpoint: Path, folder: Path) -> dict[str, Any]:
+    """Copy the weights into a folder; their header."""
+    from paqdetr.checkpoint import read_checkpoint
+    from paqdetr.models.files import find_checkpoint
+
+    file = find_checkpoint(checkpoint)
+    _, header = read_checkpoint(file)
+    _copy(file, folder / "model.safetensors")
+    return header
+
+
+def _copy(source: Path, target: Path) -> None:
+    if not source.is_file():
+        raise ConfigError(f"{source}: no such file", "check the path")
+    shutil.copyfile(source, target)
+
+
+def _figures(file: Path | None) -> dict[str, Any] | None:
+    from paqdetr.files import MAX_SIDE_BYTES, read_json
+
+    content = None if file is None else read_json(file, limit=MAX_SIDE_BYTES)
+    if content is not None and not isinstance((content or {}).get("AP"), float):
+        raise ConfigError(f"{file}: holds no figures", "give what `paqdetr eval --json` wrote")
+    return content
+
+
+def _read(path: Path) -> Any:
+    from paqdetr.images import read_image
+
+    return read_image(path)

@@ -1,0 +1,70 @@
+"""`paqdetr serve`"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from paqdetr.cli.console import Device, note, open_model, results
+from paqdetr.errors import BackendError, ConfigError
+
+
+def serve(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A .safetensors file, a run's folder, or an exported model.", metavar="MODEL")
+    ],
+    *,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 is every one of this machine.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes one that is free.")] = 8080,
+    max_batch: Annotated[int, typer.Option(help="Images that go through the model together.")] = 8,
+    max_wait_ms: Annotated[float, typer.Option(help="That the first of them waits for others.")] = 5.0,
+    queue: Annotated[int, typer.Option(help="Images that may wait; further ones are refused.")] = 64,
+    max_mb: Annotated[float, typer.Option(help="Of a request.")] = 20.0,
+    max_megapixels: Annotated[float, typer.Option(help="Of an image, read from its header.")] = 50.0,
+    timeout: Annotated[float, typer.Option(help="Seconds for a request to arrive, and for its answer.")] = 60.0,
+    api_key_env: Annotated[
+        str | None,
+        typer.Option(help="Environment variable with the key that requests need, or several with commas between them."),
+    ] = None,
+    device: Device = None,
+) -> None:
+    """Answer HTTP requests with detections, and show a page to try the model in a browser.
+
+    Ctrl-C or SIGTERM stops: requests that have begun are answered first, within 5 seconds.
+    """
+    try:
+        from paqdetr.serving.server import DetectionServer, Limits, listen
+        from paqdetr.serving.server import serve as run
+    except ModuleNotFoundError as error:
+        raise BackendError(f"{error.name} is not installed", "pip install 'paqdetr[serve]'") from None
+
+    limits = Limits(max_batch, max_wait_ms, queue, max_mb, max_megapixels, timeout)
+    keys = _keys(api_key_env)
+    with listen(host, port) as listener:
+        server = DetectionServer(open_model(checkpoint, device), limits=limits, keys=keys)
+
+        def announce() -> None:
+            shown = f"[{host}]" if ":" in host else host
+            results.print(f"serving {server.name} on http://{shown}:{listener.getsockname()[1]}", soft_wrap=True)
+            if not keys and host not in ("127.0.0.1", "localhost", "::1"):
+                note("anybody who reaches this address can use it; see --api-key-env")
+
+        run(server, listener, on_start=announce)
+    results.print("stopped")
+
+
+def _keys(variable: str | None) -> list[str]:
+    if variable is None:
+        return []
+    keys = [key.strip() for key in os.environ.get(variable, "").split(",") if key.strip()]
+    if not keys:
+        raise ConfigError(
+            f"--api-key-env: the environment variable {variable} is not set, or empty",
+            f"set it: {variable}=$(openssl rand -hex 16)",
+        )
+    return keys

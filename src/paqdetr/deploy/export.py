@@ -1,0 +1,370 @@
+"""From a trained detector to a file for another program, which is kept only if it finds what the detector finds."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch.export import ExportedProgram
+
+from paqdetr._version import __version__
+from paqdetr.data.dataset import DetectionDataset, open_split
+from paqdetr.data.layout import split_to_evaluate
+from paqdetr.deploy.graph import Attention, DeployedDetector, capture, fixed_size, require_exportable, trace
+from paqdetr.deploy.parity import IMAGES, Parity, compare_with_model, digits_pictures
+from paqdetr.errors import BackendError, ConfigError, ExportError
+from paqdetr.loading import open_any_exported
+from paqdetr.models import Detector
+from paqdetr.models import load as load_detector
+from paqdetr.models.files import find_checkpoint
+from paqdetr.outputs import require_replaceable, write_json, write_output
+from paqdetr.runtime import ExportInfo
+from paqdetr.runtime.engines import is_sealed, seal
+from paqdetr.runtime.info import FILE_ENTRY, KEY
+from paqdetr.runtime.predictor import DEFAULT_THRESHOLD
+
+Format = Literal["onnx", "openvino", "pt2", "torchscript"]
+Precision = Literal["f32", "f16", "int8"]
+
+ENDINGS: dict[str, str] = {"onnx": ".onnx", "openvino": ".xml", "pt2": ".pt2", "torchscript": ".torchscript"}
+_NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
+_MAKER = "paqdetr export"
+_OPSET = 18
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """What `export` wrote.
+
+    Attributes:
+        file: the model; an OpenVINO model has its weights beside it, in a .bin file of the same name.
+        report_file: the comparison with the model, as json; None if it was not checked.
+        info: what the file says about itself.
+        parity: the comparison on pictures; None if it was not checked, or in int8, which has a check of its own.
+        quantization: AP and milliseconds of the int8 model and of the float model; None in f32 and f16.
+    """
+
+    file: Path
+    report_file: Path | None
+    info: ExportInfo
+    parity: Parity | None
+    quantization: dict[str, Any] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Ready for json."""
+        parity = None if self.parity is None else self.parity.to_json()
+        return {
+            "file": str(self.file),
+            "bytes": sum(part.stat().st_size for part in _parts(self.file)),
+            "image_size": [self.info.preprocessing.height, self.info.preprocessing.width],
+            "precision": self.info.precision,
+            "source_sha256": self.info.source,
+            "versions": dict(self.info.versions),
+            "parity": parity,
+            "quantization": self.quantization,
+        }
+
+
+def export(
+    model: Detector | str | Path,
+    output: str | Path | None = None,
+    *,
+    format: Format = "onnx",
+    image_size: tuple[int, int] | None = None,
+    batch: int | None = None,
+    precision: Precision = "f32",
+    calibrate: str | Path | None = None,
+    threshold: float | None = None,
+    nms: float | None = None,
+    raw: bool = False,
+    check: bool = True,
+    attention: Attention = "grid_sample",
+    max_drop: float = 0.01,
+    slow: bool = False,
+    overwrite: bool = False,
+) -> Export:
+    """Write a detector for another program.
+
+    In goes `images`, (N, H, W, 3) uint8 RGB, stretched to one size; scaling and normalisation are in the graph. Out come `boxes`
+    (N, n, 4) xyxy in [0, 1], `scores` (N, n), best first, and `labels` (N, n) int64, indices into the classes of the metadata.
+
+    Args:
+        model: a detector, a .safetensors file or a run's folder.
+        output: the file; beside the checkpoint if not given.
+        format: "onnx" (opset 18), "openvino" (.xml and .bin), "pt2" (torch.export) or "torchscript" (deprecated in torch).
+        image_size: (height, width) in pixels that images are stretched to; by default the checkpoint's size, as a square.
+        batch: images of a call; None: any number.
+        precision: of the weights. "f16" halves the file, computation stays in float32. "int8" computes backbone and encoder in
+            8 bits, and needs `calibrate`.
+        calibrate: a data set: the comparison takes pictures of it, and int8 is calibrated on its training split and checked on
+            its validation split.
+        threshold, nms: what predictions keep, written into the metadata; None: as the model's `operating_point` says.
+        raw: `pixel_values` (N, 3, H, W), normalised, to `logits` and `pred_boxes`, named as in transformers.
+        check: compare the file with the model on 8 pictures, and keep it only if they agree.
+        attention: "gather" for TensorRT, whose GridSample is wrong.
+        max_drop: AP that int8 may lose.
+        slow: quantise in int8 with accuracy control, which leaves layers in float until the AP is within `max_drop`.
+        overwrite: replace files that something else has written.
+
+    Raises:
+        ExportError: the file does not find what the model finds; nothing is left behind.
+        ConfigError: an argument, or a model that cannot be exported.
+        BackendError: a package that is needed is not installed.
+        StorageError: a file cannot be written.
+    """
+    _require_arguments(format, precision, batch, raw=raw, calibrate=calibrate, max_drop=max_drop)
+    source, detector = "", model
+    if not isinstance(model, Detector):
+        checkpoint = find_checkpoint(model)
+        output = output or checkpoint.with_suffix(ENDINGS[format])
+        detector = load_detector(checkpoint)
+        source = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    if output is None:
+        raise ConfigError("output: a model that comes from no file needs one", "name the file to write")
+    assert isinstance(detector, Detector)
+    file = Path(output)
+    if file.suffix.lower() != ENDINGS[format]:
+        raise ConfigError(
+            f"{file}: a file in the format {format} ends in {ENDINGS[format]}",
+            f"name it {file.with_suffix(ENDINGS[format])}",
+        )
+    require_exportable(detector)
+    size = fixed_size(detector, image_size)
+    for part in _parts(file):
+        require_replaceable(part, _MAKER, overwrite=overwrite or is_sealed(file))
+    for package in _NEEDS.get(format, ()) + ("nncf",) * (precision == "int8"):
+        _require_package(package)
+    splits = _open_data(calibrate, quantized=precision == "int8")
+    point = detector.operating_point
+    threshold, nms = (point.threshold if threshold is None else threshold), (point.nms if nms is None else nms)
+    point = detector.operating_point
+    info = ExportInfo(
+        name=detector.name,
+        classes=detector.classes,
+        preprocessing=size,
+        raw=raw,
+        precision=precision,
+        max_detections=detector.config.max_detections,
+        clamp_boxes=detector.config.clamp_boxes,
+        threshold=point.threshold if threshold is None else threshold,
+        nms=point.nms if nms is None else nms,
+        source=source,
+        versions=_versions(format, precision),
+    )
+    was_training = detector.training
+    detector.eval()
+    try:
+        with tempfile.TemporaryDirectory(prefix="paqdetr-export-") as folder, _quietly():
+            made = Path(folder) / file.name
+            parity, quantization = None, None
+            if precision == "int8":
+                from paqdetr.deploy.quantize import quantize_checked
+
+                plain = Path(folder) / f"float{file.suffix}"
+                parts = _write(detector, plain, replace(info, precision="f32"), format, batch, attention)
+                quantization = quantize_checked(plain, made, info, splits, parts=parts, max_drop=max_drop, slow=slow)
+            else:
+                _write(detector, made, info, format, batch, attention)
+                if check:
+                    pictures = _pictures(splits[0] if splits else None)
+                    opened = open_any_exported(made)
+                    parity = compare_with_model(
+                        detector, opened, pictures, threshold=info.threshold or DEFAULT_THRESHOLD
+                    )
+                    _require_parity(parity, file)
+            for part in reversed(_parts(made)):  # the weights before the graph that names them
+                write_output(file.with_suffix(part.suffix), _copier(part), maker=_MAKER, overwrite=True)
+    finally:
+        detector.train(was_training)
+    report_file = file.with_name(f"{file.name}.report.json") if parity or quantization else None
+    done = Export(file, report_file, info, parity, quantization)
+    if report_file is not None:
+        write_json(report_file, done.to_json(), maker=_MAKER, overwrite=overwrite)
+    return done
+
+
+def _require_arguments(
+    format: str, precision: str, batch: int | None, *, raw: bool, calibrate: object, max_drop: float
+) -> None:
+    if format not in ENDINGS:
+        raise ConfigError(f"format: expected one of {', '.join(ENDINGS)}, found {format!r}", "onnx is the usual one")
+    if precision not in ("f32", "f16", "int8"):
+        raise ConfigError(f"precision: expected f32, f16 or int8, found {precision!r}", "f32 is the usual one")
+    if batch is not None and not 1 <= batch <= 1024:
+        raise ConfigError(f"batch: expected 1 to 1024 images, found {batch}", "leave it out for any number")
+    if precision != "f32" and format not in _NEEDS:
+        raise ConfigError(f"precision {precision} does not go with the format {format}", "choose onnx or openvino")
+    if precision == "int8" and raw:
+        raise ConfigError("precision int8 does not go with raw: its check needs detections", "leave one of them out")
+    if precision == "int8" and calibrate is None:
+        raise ConfigError(
+            "precision int8 needs images to calibrate on", "name a data set with calibrate (--calibrate DATA)"
+        )
+    if not 0 <= max_drop <= 1:
+        raise ConfigError(f"max_drop: expected AP from 0 to 1, found {max_drop}", "0.01 is usual")
+
+
+def _open_data(calibrate: str | Path | None, *, quantized: bool) -> list[DetectionDataset]:
+    """The split for pictures, and the one for AP where int8 needs it."""
+    if calibrate is None:
+        return []
+    held_out = open_split(calibrate, split_to_evaluate(calibrate, None))
+    return [open_split(calibrate, "train"), held_out] if quantized else [held_out]
+
+
+def _pictures(split: DetectionDataset | None) -> list[Image.Image]:
+    if split is None:
+        return digits_pictures()
+    count = min(IMAGES, len(split))
+    return [split.image(i * len(split) // count) for i in range(count)]
+
+
+def _require_parity(parity: Parity, file: Path) -> None:
+    if parity.passed:
+        return
+    compared, missing = (sum(getattr(image, key) for image in parity.images) for key in ("compared", "missing"))
+    raw = max((image.raw_difference or 0 for image in parity.images), default=0)
+    error = ExportError(
+        f"{file}: not written: it does not find what the model finds: {missing} of {compared} detections have no partner of "
+        f"their class with IoU >= {parity.min_iou} and a score within {parity.max_score_difference}"
+        + (f"; raw outputs are off by {raw:.2g}" if raw else ""),
+        "report it with the model's settings; --no-check writes the file all the same",
+    )
+    error.parity = parity
+    raise error
+
+
+def _write(
+    detector: Detector, file: Path, info: ExportInfo, format: Format, batch: int | None, attention: Attention
+) -> dict[str, str]:
+    """The model as a sealed file, unchecked. Returns the part of the model that each of its nodes is of, by the node's name."""
+    module = DeployedDetector(detector, raw=info.raw)
+    text = info.to_json()
+    if format == "torchscript":
+        torch.jit.save(trace(module, info.preprocessing, attention), str(file), _extra_files={FILE_ENTRY: text})
+        return {}
+    program = capture(module, info.preprocessing, batch, attention)
+    if format == "pt2":
+        torch.export.save(program, file, extra_files={FILE_ENTRY: text})
+        return {}
+    graph = file.with_suffix(".onnx")
+    parts = _write_onnx(program, module, graph, info)
+    if format == "openvino":
+        to_openvino(graph, file, info)
+        graph.unlink()
+    return parts
+
+
+def to_openvino(graph: Path, file: Path, info: ExportInfo) -> None:
+    """An exported .onnx file as a sealed .xml file with its .bin."""
+    import openvino
+
+    model = openvino.Core().read_model(str(graph))
+    model.set_rt_info(info.to_json(), ["model_info", KEY])
+    openvino.save_model(model, str(file), compress_to_fp16=info.precision == "f16")
+    seal(file)
+
+
+def _write_onnx(program: ExportedProgram, module: DeployedDetector, file: Path, info: ExportInfo) -> dict[str, str]:
+    import onnx
+
+    exported = torch.onnx.export(
+        program,
+        input_names=module.inputs,
+        output_names=module.outputs,
+        opset_version=_OPSET,
+        dynamo=True,
+        verbose=False,
+        external_data=False,
+    )
+    assert exported is not None
+    model = exported.model_proto
+    for node in model.graph.node:
+        scope = next((entry.value for entry in node.metadata_props if entry.key == "namespace"), "")
+        node.doc_string = next(reversed(re.findall(r"(?:^|/)(detector[\w.]*): ", scope)), "")
+        del node.metadata_props[:]  # lines and paths of our source
+    del model.graph.value_info[:]
+    for value in (*model.graph.input, *model.graph.output):
+        if value.type.tensor_type.shape.dim[0].dim_param:  # torch's own name for it, such as s34
+            value.type.tensor_type.shape.dim[0].dim_param = "batch"
+    model.producer_name, model.producer_version = _MAKER, __version__
+    if info.precision == "f16":
+        _halve_weights(model)
+    onnx.helper.set_model_props(model, {KEY: info.to_json()})
+    onnx.save(model, str(file))
+    seal(file)
+    return {node.name: node.doc_string for node in model.graph.node}
+
+
+def _halve_weights(model: Any) -> None:
+    """Store large weights in half precision. A cast in front of each keeps the computation in float32; engines do it once."""
+    import numpy as np
+    from onnx import TensorProto, helper, numpy_helper
+
+    for weight in list(model.graph.initializer):
+        if weight.data_type != TensorProto.FLOAT or np.prod(weight.dims) < 256:
+            continue
+        half = numpy_helper.to_array(weight).astype(np.float16)
+        if np.isfinite(half).all():
+            name = weight.name
+            weight.CopyFrom(numpy_helper.from_array(half, f"{name}_f16"))
+            model.graph.node.insert(0, helper.make_node("Cast", [f"{name}_f16"], [name], to=TensorProto.FLOAT))
+
+
+def _parts(file: Path) -> list[Path]:
+    """The files of an exported model."""
+    return [file, file.with_suffix(".bin")] if file.suffix.lower() == ".xml" else [file]
+
+
+def _copier(source: Path) -> Callable[[Path], object]:
+    return lambda place: shutil.copyfile(source, place)
+
+
+def _require_package(name: str) -> None:
+    try:
+        import_module(name)
+    except ImportError as error:
+        reason = "is not installed" if getattr(error, "name", None) == name else f"cannot be imported: {error}"
+        raise BackendError(f"{name} {reason}", "pip install 'paqdetr[export]'") from None
+
+
+def _versions(format: Format, precision: Precision) -> dict[str, str]:
+    packages = ["torch", *_NEEDS.get(format, ()), *(["nncf"] if precision == "int8" else [])]
+    found = {"paqdetr": __version__}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # a build that is not installed as a package
+            found[package] = str(getattr(import_module(package), "__version__", "unknown"))
+    return found
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without what exporters have to say about their own parts."""
+    # Whoever listens to all loggers gets torch's traces too, which take longer than the export.
+    names = ("onnxscript", "onnx_ir", "torch.onnx", "torch.export", "torch.__trace", "nncf")
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

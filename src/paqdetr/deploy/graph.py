@@ -1,0 +1,135 @@
+"""A detector as a graph of one image size: pixels in, detections out."""
+
+from __future__ import annotations
+
+import copy
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from paqdetr.errors import ConfigError
+from paqdetr.models import Detector
+from paqdetr.models.folding import bake_folded_norms
+from paqdetr.ops import use_backend
+from paqdetr.runtime import FixedSize
+
+Attention = Literal["grid_sample", "gather"]
+"""How deformable attention reads its samples: GridSample, the faster in onnxruntime and OpenVINO; or Gather alone, for TensorRT,
+which miscompiles GridSample (TensorRT issue 4813)."""
+
+MAX_BATCH = 1024
+
+
+class DeployedDetector(nn.Module):
+    """A copy of a detector for use elsewhere, in evaluation mode and float32 on the CPU.
+
+    Args:
+        model: the detector, which stays as it is.
+        raw: take normalised pixels and give the logits and boxes of all queries.
+    """
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(self, model: Detector, *, raw: bool = False) -> None:
+        super().__init__()
+        self.raw = raw
+        self.max_detections, self.clamp_boxes = model.config.max_detections, model.config.clamp_boxes
+        normalization = model.preprocessing.normalization
+        # Not called "mean": exporters name the outputs of nodes so.
+        self.register_buffer("pixel_mean", torch.tensor(normalization.mean))
+        self.register_buffer("pixel_std", torch.tensor(normalization.std))
+        self.detector = copy.deepcopy(model).float().cpu()
+        bake_folded_norms(self.detector)
+        self.eval().requires_grad_(False)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """(N, H, W, 3) uint8 RGB -> boxes (N, n, 4) xyxy in [0, 1], scores (N, n), best first, labels (N, n) int64 class indices.
+
+        Raw: (N, 3, H, W) float32 -> logits (N, q, C), boxes (N, q, 4) cxcywh in [0, 1].
+        """
+        if self.raw:
+            output = self.detector(images)
+            return output.pred_logits, output.pred_boxes
+        output = self.detector(((images.float() - self.pixel_mean) / self.pixel_std).permute(0, 3, 1, 2))
+        probabilities = output.pred_logits.sigmoid()
+        classes = probabilities.shape[2]
+        scores, best = probabilities.flatten(1).topk(min(self.max_detections, probabilities.shape[1] * classes))
+        queries = torch.div(best, classes, rounding_mode="floor")
+        boxes = output.pred_boxes.gather(1, queries[..., None].expand(-1, -1, 4))
+        half = boxes[..., 2:] * 0.5
+        corners = torch.cat([boxes[..., :2] - half, boxes[..., :2] + half], dim=-1)
+        return (corners.clamp(0.0, 1.0) if self.clamp_boxes else corners), scores, best - queries * classes
+
+    @property
+    def inputs(self) -> list[str]:
+        return ["pixel_values" if self.raw else "images"]
+
+    @property
+    def outputs(self) -> list[str]:
+        return ["logits", "pred_boxes"] if self.raw else ["boxes", "scores", "labels"]
+
+    def example(self, size: FixedSize, batch: int) -> Tensor:
+        """Images to trace with."""
+        if self.raw:
+            return torch.randn(batch, 3, size.height, size.width)
+        return torch.randint(256, (batch, size.height, size.width, 3), dtype=torch.uint8)
+
+
+def require_exportable(model: Detector) -> None:
+    """Raise ConfigError if a part of the model depends on the values it meets, which no graph can hold, naming the setting."""
+    for name in ("distinct_proposals", "distinct_queries"):
+        value = getattr(model.config, name)
+        if value is not None:
+            raise ConfigError(
+                f"model.{name}={value}: cannot be exported: it selects queries by non-maximum suppression, and how many are left "
+                "depends on the image",
+                f"train with model.{name}=null to export, or predict from the checkpoint",
+            )
+
+
+def fixed_size(model: Detector, image_size: tuple[int, int] | None) -> FixedSize:
+    """The one size of an exported graph: (height, width), or the square that the checkpoint's own setting means.
+
+    Raises:
+        ConfigError: sides that the model would have to pad.
+    """
+    own = model.preprocessing
+    step = max(own.size_divisor, own.pad_divisor)
+    if image_size is None:
+        side = own.image_size if isinstance(own.image_size, int) else own.image_size[0]
+        image_size = (side := -(-side // step) * step, side)
+    height, width = image_size
+    for side in image_size:
+        if not step <= side <= 2**14 or side % step:
+            nearest = max(round(min(side, 2**14) / step), 1) * step
+            raise ConfigError(
+                f"image size {height},{width}: expected multiples of {step}, the model's divisor",
+                f"{nearest} is the nearest to {side}",
+            )
+    return FixedSize(height, width, tuple(own.normalization.mean), tuple(own.normalization.std))
+
+
+def capture(
+    module: DeployedDetector, size: FixedSize, batch: int | None, attention: Attention = "grid_sample"
+) -> ExportedProgram:
+    """The module's computation for images of one size.
+
+    Args:
+        module: in float32 on the CPU.
+        size: of images.
+        batch: how many go through together; None: any number from 1 to `MAX_BATCH`.
+        attention: how it samples.
+    """
+    example = module.example(size, batch or 2)  # torch takes a 1 for a constant
+    shapes = None if batch else ({0: Dim("batch", min=1, max=MAX_BATCH)},)
+    with use_backend("gather" if attention == "gather" else "reference"), torch.no_grad():
+        return torch.export.export(module, (example,), dynamic_shapes=shapes)
+
+
+def trace(module: DeployedDetector, size: FixedSize, attention: Attention = "grid_sample") -> torch.jit.ScriptModule:
+    """The same as TorchScript, by tracing."""
+    with use_backend("gather" if attention == "gather" else "reference"), torch.no_grad():
+        return torch.jit.trace(module, (module.example(size, 2),), check_trace=False)  # pyright: ignore[reportReturnType]

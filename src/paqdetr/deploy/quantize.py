@@ -1,0 +1,173 @@
+"""Backbone and encoder in 8 bits, kept only if the AP stays and the latency falls."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from paqdetr.data.dataset import DetectionDataset
+from paqdetr.errors import ExportError
+from paqdetr.evaluation.evaluate import evaluate_split
+from paqdetr.runtime import ExportInfo, Predictor, open_exported
+from paqdetr.runtime.engines import Engine, seal
+from paqdetr.runtime.info import KEY
+
+CALIBRATION_IMAGES = 300
+MIN_SPEEDUP = 1.1
+"""How many times faster int8 has to be: a tenth less latency, rounded."""
+
+# In these parts small differences decide which of two queries finds an object: RT-DETR falls to an AP of 0 with its decoder in
+# 8 bits (ultralytics pull request 26191).
+_FLOAT_PARTS = ("detector.decoder", "detector.start", "detector.query_source")
+_ROUNDS = 30
+
+
+def quantize_checked(
+    plain: Path,
+    output: Path,
+    info: ExportInfo,
+    splits: Sequence[DetectionDataset],
+    *,
+    parts: Mapping[str, str],
+    max_drop: float,
+    slow: bool,
+) -> dict[str, Any]:
+    """Quantise an exported float model, and measure both.
+
+    Args:
+        plain: the float model, .onnx or .xml.
+        output: the file to write, of the same kind.
+        info: of the new file.
+        splits: to calibrate on, and to measure AP on.
+        parts: the part of the model that each node is of, by the node's name.
+        max_drop: AP that may be lost.
+        slow: with accuracy control: layers return to float until the AP is within `max_drop` (OpenVINO alone).
+
+    Returns:
+        AP, AP50 and milliseconds of "float" and "int8".
+
+    Raises:
+        ExportError: too much AP is lost, or too little time gained.
+    """
+    import nncf
+
+    train, held_out = splits
+    before = open_exported(plain)
+    images = [before.preprocessing(train.image(i))[None] for i in _spread(len(train), CALIBRATION_IMAGES)]
+    graph, name = _read(plain)
+    arguments: dict[str, Any] = {
+        "model_type": nncf.ModelType.TRANSFORMER,
+        "ignored_scope": nncf.IgnoredScope(names=_float_nodes(graph, parts), validate=False),
+        "subset_size": len(images),
+    }
+    calibration = nncf.Dataset(images, lambda image: {name: image})
+    if slow:
+
+        def score(compiled: Any, items: Iterable[Any]) -> tuple[float, None]:
+            for _ in items:  # the data set is that of `held_out`
+                pass
+            engine = Engine("nncf", before.engine.metadata, None, _runner(compiled))
+            return _figures(Predictor(engine), held_out)["AP"], None
+
+        quantized = nncf.quantize_with_accuracy_control(
+            graph,
+            calibration,
+            nncf.Dataset(images[:1], lambda image: {name: image}),
+            score,
+            max_drop=max_drop,
+            **arguments,
+        )
+    else:
+        quantized = nncf.quantize(graph, calibration, **arguments)
+    _save(quantized, output, info)
+    after = open_exported(output)
+    found = {"float": _figures(before, held_out), "int8": _figures(after, held_out)}
+    times = _milliseconds({"float": before, "int8": after}, images[0])
+    for key, value in times.items():
+        found[key]["ms"] = round(value, 2)
+    drop, speedup = found["float"]["AP"] - found["int8"]["AP"], times["float"] / times["int8"]
+    measured = (
+        f"AP {found['float']['AP']:.3f} -> {found['int8']['AP']:.3f}, {times['float']:.1f} -> {times['int8']:.1f} ms"
+    )
+    if not drop <= max_drop:
+        raise ExportError(
+            f"int8 is not written: it loses {drop:.3f} AP on {held_out.name}, more than {max_drop} ({measured})",
+            "keep f32 or f16, allow more with --max-drop, or try --slow",
+        )
+    if speedup < MIN_SPEEDUP:
+        raise ExportError(
+            f"int8 is not written: it is {speedup:.2f} times as fast, expected {MIN_SPEEDUP} ({measured})",
+            "keep f32, which loses no AP",
+        )
+    return {**found, "max_drop": max_drop, "calibration_images": len(images)}
+
+
+def _spread(count: int, wanted: int) -> list[int]:
+    """Up to `wanted` indices, evenly over `count`."""
+    return sorted({i * count // min(count, wanted) for i in range(min(count, wanted))})
+
+
+def _read(file: Path) -> tuple[Any, str]:
+    """The graph, and the name of its input."""
+    if file.suffix.lower() == ".onnx":
+        import onnx
+
+        model = onnx.load(str(file))
+        return model, model.graph.input[0].name
+    import openvino
+
+    model = openvino.Core().read_model(str(file))
+    return model, model.inputs[0].any_name
+
+
+def _float_nodes(graph: Any, parts: Mapping[str, str]) -> list[str]:
+    """Names of the nodes that stay in float. OpenVINO makes several of one, named NODE/PART."""
+    names = (
+        [node.name for node in graph.graph.node]
+        if hasattr(graph, "graph")
+        else [node.get_friendly_name() for node in graph.get_ordered_ops()]
+    )
+    return [name for name in names if parts.get(name.split("/")[0], "").startswith(_FLOAT_PARTS)]
+
+
+def _save(graph: Any, file: Path, info: ExportInfo) -> None:
+    if file.suffix.lower() == ".onnx":
+        import onnx
+
+        onnx.helper.set_model_props(graph, {KEY: info.to_json()})
+        onnx.save(graph, str(file))
+    else:
+        import openvino
+
+        graph.set_rt_info(info.to_json(), ["model_info", KEY])
+        openvino.save_model(graph, str(file), compress_to_fp16=False)
+    seal(file)
+
+
+def _runner(compiled: Any) -> Any:
+    def run(images: np.ndarray) -> dict[str, np.ndarray]:
+        found = compiled([images])
+        return {output.any_name: np.array(found[output]) for output in compiled.outputs}
+
+    return run
+
+
+def _figures(predictor: Predictor, split: DetectionDataset) -> dict[str, float]:
+    figures = evaluate_split(predictor, split).figures
+    return {"AP": round(figures.AP, 4), "AP50": round(figures.AP50, 4)}
+
+
+def _milliseconds(predictors: dict[str, Predictor], image: np.ndarray) -> dict[str, float]:
+    """Medians, measured in turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in predictors}
+    for _ in range(_ROUNDS):
+        for name, predictor in predictors.items():
+            started = time.perf_counter()
+            predictor.run(image)
+            seconds[name].append(time.perf_counter() - started)
+    return {name: 1e3 * median(values[2:]) for name, values in seconds.items()}

@@ -1,0 +1,191 @@
+"""Detectors on the Hugging Face Hub: a folder of `model.safetensors`, `config.json` (by which the Hub counts downloads) and a
+model card, and the way there and back. Nothing in such a folder is code, and nothing of it is executed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, ModelHubMixin, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from paqdetr.checkpoint import read_header
+from paqdetr.errors import CheckpointError, ConfigError
+from paqdetr.files import write_whole
+
+if TYPE_CHECKING:
+    from paqdetr.models.detector import Detector
+
+WEIGHTS = "model.safetensors"
+PREFIX = "hf:"
+"""What an address of the Hub begins with: `hf:user/name`, `hf:user/name@revision`."""
+_LOGIN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
+
+
+class SharedDetector(
+    ModelHubMixin, library_name="paqdetr", pipeline_tag="object-detection", tags=["object-detection", "detr"]
+):
+    """A detector as the Hub's mixin takes it. `Detector.from_pretrained` and the like are the way to it."""
+
+    def __init__(self, model: Detector) -> None:
+        self.model = model
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        self.model.save(save_directory / WEIGHTS)
+        header = read_header(save_directory / WEIGHTS)
+        write_folder(save_directory, header)
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, device: str = "cpu", **where: Any) -> SharedDetector:  # type: ignore[override]
+        from paqdetr.models.files import load
+
+        own = {key: where[key] for key in ("revision", "cache_dir", "force_download", "token", "local_files_only")}
+        path = Path(model_id)
+        return cls(load(path / WEIGHTS if path.is_dir() else hf_hub_download(model_id, WEIGHTS, **own), device=device))
+
+
+def write_folder(folder: Path, header: Mapping[str, Any], **about: Any) -> None:
+    """config.json and README.md beside weights; `about` goes to `model_card`."""
+    config = {"model_type": "paqdetr", **{key: header[key] for key in ("name", "model", "classes", "preprocessing")}}
+    for name, text in (("config.json", json.dumps(config, indent=1)), ("README.md", model_card(header, **about))):
+        write_whole(folder / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
+
+
+def model_card(
+    header: Mapping[str, Any],
+    *,
+    license: str | None = None,
+    evaluation: Mapping[str, Any] | None = None,
+    data: str = "validation data",
+    repo: str = "user/name",
+) -> str:
+    """The README of a model.
+
+    Args:
+        header: of its checkpoint.
+        license: of the weights, as the Hub abbreviates it: apache-2.0, cc-by-4.0, ...
+        evaluation: what `paqdetr eval --json` wrote, with `--intervals` if there are any; the metrics of the checkpoint if None.
+        data: what it was evaluated on.
+        repo: where it lies.
+    """
+    figures = evaluation or header.get("metrics") or {}
+    intervals = (figures.get("intervals") or {}).get("figures") or {}
+    rows = [
+        (key, figures[key], intervals.get(key)) for key in ("AP", "AP50", "AP75") if isinstance(figures.get(key), float)
+    ]
+    name = repo.rpartition("/")[2] if repo != "user/name" else str(header["name"])
+    results = [
+        EvalResult(
+            task_type="object-detection",
+            dataset_type="custom",
+            dataset_name=data,
+            metric_type=key,
+            metric_value=round(value, 4),
+            metric_args={k: i[k] for k in ("low", "high")} if i else None,
+        )
+        for key, value, i in rows
+    ]
+    card = ModelCardData(
+        library_name="paqdetr",
+        pipeline_tag="object-detection",
+        license=license,
+        tags=["object-detection", "detr", *([] if header["name"].find("paq") < 0 else ["paq-detr"])],
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
+    classes = [str(row["name"]).replace("|", "\\|") for row in header["classes"]]
+    shown = ", ".join(classes[:100]) + (f" and {len(classes) - 100} more" if len(classes) > 100 else "")
+    table = ["| figure | value | 95 % interval |", "|---|---|---|"]
+    table += [f"| {k} | {v:.3f} | {'' if not i else '{low:.3f} to {high:.3f}'.format(**i)} |" for k, v, i in rows]
+    parts = [
+        f"---\n{card.to_yaml()}\n---\n\n# {name}",
+        f"An object detector of the architecture `{header['name']}`, trained with paqdetr.",
+        f'```python\nimport paqdetr\n\nmodel = paqdetr.load("{PREFIX}{repo}")\n'
+        'for found in model.predict("photo.jpg"):\n    print(found.boxes, found.scores, found.labels)\n```',
+        *(["## Figures", f"On {data}:", "\n".join(table)] if rows else []),
+        f"## Classes\n\n{len(classes)}: {shown}",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def fetch(address: str, name: str = WEIGHTS) -> Path:
+    """A file of `hf:user/name@revision`, from the cache or the network.
+
+    Raises:
+        CheckpointError: there is no such model, file or revision, or it is not in the cache and there is no network.
+    """
+    repo, revision = split_address(address)
+    with hub_errors(repo):
+        return Path(hf_hub_download(repo, name, revision=revision))
+
+
+def split_address(address: str) -> tuple[str, str | None]:
+    """`hf:user/name@revision` -> "user/name" and the revision, None if there is none.
+
+    Raises:
+        ConfigError: it has another form.
+    """
+    found = re.fullmatch(r"(?:hf:)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", address)
+    if found is None:
+        raise ConfigError(f"{address}: not an address of the Hub", "write user/name, or user/name@revision")
+    return found[1], found[2]
+
+
+def push(folder: Path, repo: str, *, private: bool = False) -> str:
+    """Upload a folder as one commit; the address of the commit.
+
+    Raises:
+        CheckpointError: the Hub refuses it, or cannot be reached.
+        ConfigError: nobody is logged in.
+    """
+    with hub_errors(repo):
+        api = HfApi(library_name="paqdetr")
+        api.create_repo(repo, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload a detector of paqdetr"))
+
+
+@contextmanager
+def hub_errors(repo: str) -> Iterator[None]:
+    """Turn what the Hub's client raises into one line."""
+    try:
+        yield
+    except LocalTokenNotFoundError:
+        raise ConfigError(f"{repo}: nobody is logged in to the Hub", _LOGIN) from None
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+        what = "revision" if isinstance(error, RevisionNotFoundError) else "model, or a private one"
+        raise CheckpointError(
+            f"{repo}: the Hub has no such {what}", f"check the name; for a private one {_LOGIN}"
+        ) from None
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled):
+        raise CheckpointError(
+            f"{repo}: not in the cache, and the Hub cannot be reached",
+            "go online, and unset HF_HUB_OFFLINE if it is set",
+        ) from None
+    except EntryNotFoundError:
+        raise CheckpointError(
+            f"{repo}: has no {WEIGHTS}", "name a model that `paqdetr hub push` has uploaded"
+        ) from None
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", None)
+        if status in (401, 403):
+            raise ConfigError(f"{repo}: the Hub refuses the request ({status})", _LOGIN) from None
+        raise CheckpointError(f"{repo}: the Hub answers {status}: {str(error)[:200]}", "try again later") from None
+    except OSError as error:
+        raise CheckpointError(f"{repo}: the Hub cannot be reached ({str(error)[:200]})", "check the network") from None
+
+
+__all__ = ["SharedDetector", "ModelCard", "fetch", "hub_errors", "model_card", "push", "split_address", "write_folder"]

@@ -1,0 +1,188 @@
+"""The programs that run exported graphs on a CPU: onnxruntime and OpenVINO. And the seal that shows a damaged file."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from paqdetr.errors import BackendError, CheckpointError
+from paqdetr.files import open_regular
+from paqdetr.runtime.info import FILE_ENTRY, KEY
+
+_SEAL_KEY = f"{KEY}_sha256"
+# The last bytes of a file: a further entry of the ONNX message's metadata_props (field 14: key and value), or a comment of XML.
+_ENTRY = bytes([1 << 3 | 2, len(_SEAL_KEY)]) + _SEAL_KEY.encode() + bytes([2 << 3 | 2, 64])
+_SEALS = {
+    ".onnx": (bytes([14 << 3 | 2, len(_ENTRY) + 64]) + _ENTRY, b""),
+    ".xml": (f"<!-- {_SEAL_KEY} ".encode(), b" -->\n"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """An open graph.
+
+    Attributes:
+        name: of the program that runs it, with its version.
+        metadata: the json text that the file holds.
+        batch: images of a call, where the graph has a fixed number.
+        run: (N, H, W, 3) uint8, or (N, 3, H, W) float32 of a raw graph -> its outputs by name. Threads may call it at once.
+    """
+
+    name: str
+    metadata: str
+    batch: int | None
+    run: Callable[[np.ndarray], dict[str, np.ndarray]]
+
+
+def open_engine(path: Path, threads: int | None = None) -> Engine:
+    """An exported file, ready to run.
+
+    Args:
+        path: an .onnx file, or an .xml file with its .bin beside it.
+        threads: that work on one image; that of `OMP_NUM_THREADS`, else one for each core.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or from elsewhere.
+        BackendError: the program that runs it is not installed.
+    """
+    if threads is None:
+        said = os.environ.get("OMP_NUM_THREADS", "")
+        threads = int(said) if said.isascii() and said.isdigit() and len(said) < 5 else 0
+    opener = {".onnx": _open_onnx, ".xml": _open_openvino}[path.suffix.lower()]
+    content = _read(path)
+    _check_seal(path, content)
+    return opener(path, content, threads)
+
+
+def seal(path: Path) -> None:
+    """Append the SHA-256 of an exported file's content, of an .xml file's .bin as well."""
+    before, after = _SEALS[path.suffix.lower()]
+    digest = _digest(path, path.read_bytes())
+    with path.open("ab") as file:
+        file.write(before + digest + after)
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether a file is there and was written by `paqdetr export`; .pt2 and TorchScript archives by the extra file they hold."""
+    if not path.is_file():
+        return False
+    suffix = path.suffix.lower()
+    if suffix not in _SEALS:
+        return zipfile.is_zipfile(path) and any(name.endswith(FILE_ENTRY) for name in zipfile.ZipFile(path).namelist())
+    before, after = _SEALS[suffix]
+    return path.read_bytes()[-(len(before) + 64 + len(after)) :].startswith(before)
+
+
+def _check_seal(path: Path, content: bytes) -> None:
+    before, after = _SEALS[path.suffix.lower()]
+    start = content.rfind(before)
+    if start < 0:
+        return  # another program's, or rewritten by one: its metadata will show
+    if content[start + len(before) :] != _digest(path, content[:start]) + after:
+        raise CheckpointError(
+            f"{path}: damaged, or changed since its export (the SHA-256 at its end differs)",
+            "copy it again from where it came, or export the model again",
+        )
+
+
+def _digest(path: Path, content: bytes) -> bytes:
+    total = hashlib.sha256(content)
+    if path.suffix.lower() == ".xml":
+        total.update(_read(path.with_suffix(".bin")))
+    return total.hexdigest().encode()
+
+
+def _read(path: Path) -> bytes:
+    with open_regular(path, error=CheckpointError) as file:
+        try:
+            return file.read()
+        except OSError as problem:
+            raise CheckpointError(f"{path}: cannot be read: {problem.strerror}", "check the file") from None
+
+
+def _open_onnx(path: Path, content: bytes, threads: int) -> Engine:
+    program = _import("onnxruntime", "onnx")
+    options = program.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 4
+    try:
+        session = program.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # of classes that its C++ part makes
+        raise _unreadable(path, "ONNX", error) from None
+    outputs = [output.name for output in session.get_outputs()]
+    [*inputs] = session.get_inputs()
+    first = inputs[0]
+
+    def run(images: np.ndarray) -> dict[str, np.ndarray]:
+        return dict(zip(outputs, session.run(None, {first.name: images}), strict=True))
+
+    metadata = session.get_modelmeta().custom_metadata_map
+    batch = first.shape[0] if first.shape and isinstance(first.shape[0], int) else None
+    return Engine(f"onnxruntime {program.__version__}", _own(metadata, path, "an ONNX"), batch, run)
+
+
+def _open_openvino(path: Path, content: bytes, threads: int) -> Engine:
+    program = _import("openvino", "openvino")
+    core = program.Core()
+    # Its own choice is bfloat16 on some processors: other boxes, and others again on the next machine.
+    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    if threads:
+        settings["INFERENCE_NUM_THREADS"] = threads
+    try:
+        graph = core.read_model(str(path))
+        metadata = (
+            graph.get_rt_info(["model_info", KEY]).astype(str) if graph.has_rt_info(["model_info", KEY]) else None
+        )
+        compiled = core.compile_model(graph, "CPU", settings)
+    except Exception as error:
+        raise _unreadable(path, "OpenVINO", error) from None
+    local, outputs = threading.local(), [output.any_name for output in compiled.outputs]
+
+    def run(images: np.ndarray) -> dict[str, np.ndarray]:
+        if not hasattr(local, "request"):
+            local.request = compiled.create_infer_request()
+        found = local.request.infer([images])
+        return {name: np.array(found[i]) for i, name in enumerate(outputs)}
+
+    shape = compiled.inputs[0].partial_shape
+    batch = None if shape[0].is_dynamic else shape[0].get_length()
+    return Engine(
+        f"OpenVINO {program.__version__.split('-')[0]}",
+        _own({} if metadata is None else {KEY: metadata}, path, "an OpenVINO"),
+        batch,
+        run,
+    )
+
+
+def _import(name: str, extra: str) -> ModuleType:
+    try:
+        return import_module(name)
+    except ImportError as error:
+        reason = "is not installed" if getattr(error, "name", None) == name else f"cannot be imported: {error}"
+        raise BackendError(f"{name} {reason}", f"pip install 'paqdetr[{extra}]'") from None
+
+
+def _unreadable(path: Path, kind: str, error: Exception) -> CheckpointError:
+    reason = " ".join(str(error).split())[:200]
+    return CheckpointError(
+        f"{path}: not a readable {kind} model ({reason})", "copy it again, or export the model again"
+    )
+
+
+def _own(metadata: Mapping[str, str], path: Path, kind: str) -> str:
+    if KEY not in metadata:
+        raise CheckpointError(
+            f"{path}: {kind} model that paqdetr did not export: its metadata has no entry {KEY!r}",
+            "give a file that `paqdetr export` has written",
+        )
+    return metadata[KEY]

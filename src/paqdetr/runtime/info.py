@@ -1,0 +1,198 @@
+"""What an exported file says about itself, as one json text in its metadata."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from PIL.Image import Image, Resampling
+
+from paqdetr.errors import CheckpointError
+from paqdetr.files import parse_json
+from paqdetr.structures import ClassTable
+from paqdetr.text import shorten
+from paqdetr.values import is_coordinate
+
+KEY = "paqdetr"
+"""The entry of `metadata_props` (ONNX) or of `rt_info["model_info"]` (OpenVINO) that holds the json text."""
+FILE_ENTRY = "paqdetr.json"
+"""The extra file of .pt2 and TorchScript archives that holds it."""
+FORMAT = 1
+PRECISIONS = ("f32", "f16", "int8")
+_MAX_SIDE = 2**14
+
+
+@dataclass(frozen=True, slots=True)
+class FixedSize:
+    """The preprocessing of an exported model: every image is stretched to one size.
+
+    Attributes:
+        height, width: in pixels.
+        mean, std: of RGB pixels in [0, 255], which the graph takes off itself unless it was exported raw.
+    """
+
+    height: int
+    width: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def target_size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) after the resize, whatever the image's own."""
+        return self.height, self.width
+
+    def __call__(self, image: Image, size: tuple[int, int] | None = None) -> np.ndarray:
+        """RGB image -> (H, W, 3) uint8, bilinear with antialiasing."""
+        if image.size != (self.width, self.height):
+            image = image.resize((self.width, self.height), Resampling.BILINEAR)
+        return np.asarray(image, dtype=np.uint8)
+
+    def normalized(self, images: np.ndarray) -> np.ndarray:
+        """(N, H, W, 3) uint8 -> (N, 3, H, W) float32, as a raw graph takes them."""
+        scaled = (images.astype(np.float32) - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+        return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
+
+
+@dataclass(frozen=True, slots=True)
+class ExportInfo:
+    """What is needed to use an exported model.
+
+    Attributes:
+        name: of the model.
+        classes: index -> the data set's category id and name.
+        preprocessing: of images.
+        raw: the graph takes normalised pixels and gives logits and boxes of all queries.
+        precision: of the weights, "f32", "f16" or "int8".
+        max_detections: of an image.
+        clamp_boxes: boxes end at the image's border.
+        threshold: the score from which the model's evaluation would keep detections; None if it said nothing.
+        nms: the IoU over which duplicates are to be dropped; None if there are none to drop.
+        source: SHA-256 of the checkpoint, or "" if the model came from none.
+        versions: of the programs that made the file.
+    """
+
+    name: str
+    classes: ClassTable
+    preprocessing: FixedSize
+    raw: bool
+    precision: str
+    max_detections: int
+    clamp_boxes: bool
+    threshold: float | None = None
+    nms: float | None = None
+    source: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """The text for the file's metadata."""
+        size = self.preprocessing
+        content = {
+            "format": FORMAT,
+            "name": self.name,
+            "classes": [{"id": i, "name": name} for i, name in zip(self.classes.ids, self.classes.names, strict=True)],
+            "preprocessing": {
+                "height": size.height,
+                "width": size.width,
+                "resize": "stretch",
+                "filter": "bilinear, antialiased",
+                "color": "RGB",
+                "mean": size.mean,
+                "std": size.std,
+            },
+            "raw": self.raw,
+            "precision": self.precision,
+            "max_detections": self.max_detections,
+            "clamp_boxes": self.clamp_boxes,
+            "threshold": self.threshold,
+            "nms": self.nms,
+            "source_sha256": self.source,
+            "versions": dict(self.versions),
+        }
+        return json.dumps(content, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> ExportInfo:
+        """The inverse of `to_json`; `where` names the file in errors.
+
+        Raises:
+            CheckpointError: the text is malformed, or of a later format.
+        """
+        content = parse_json(text, f"{where}: its metadata", error=CheckpointError)
+        if isinstance(content, dict) and _is_count(content.get("format")) and content["format"] > FORMAT:
+            raise CheckpointError(
+                f"{where}: written in format {content['format']}, and this version reads up to {FORMAT}",
+                "use the version of paqdetr that exported it, or a later one",
+            )
+        take = _Reader(content, where)
+        size = _Reader(take("preprocessing", _is_object), where)
+        rows = [_Reader(row, where) for row in take("classes", lambda value: isinstance(value, list) and value != [])]
+        ids = tuple(row("id", lambda value: _is_int(value) and -(2**63) <= value < 2**63) for row in rows)
+        if len(set(ids)) < len(ids):
+            raise CheckpointError(f"{where}: its metadata gives two classes one id", "export the model again")
+        return cls(
+            name=take("name", _is_text),
+            classes=ClassTable(ids, tuple(row("name", _is_text) for row in rows)),
+            preprocessing=FixedSize(
+                height=size("height", _is_side),
+                width=size("width", _is_side),
+                mean=tuple(size("mean", _is_triple)),
+                std=tuple(size("std", lambda value: _is_triple(value) and min(value) > 0)),
+            ),
+            raw=take("raw", _is_flag),
+            precision=take("precision", lambda value: value in PRECISIONS),
+            max_detections=take("max_detections", _is_count),
+            clamp_boxes=take("clamp_boxes", _is_flag),
+            threshold=take("threshold", _is_share_or_none),
+            nms=take("nms", _is_share_or_none),
+            source=take("source_sha256", _is_text),
+            versions=take("versions", lambda value: _is_object(value) and all(map(_is_text, value.values()))),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """Values of an object, each checked as it is taken."""
+
+    content: Any
+    where: str
+
+    def __call__(self, key: str, fits: Callable[[Any], bool]) -> Any:
+        found = self.content.get(key, ...) if isinstance(self.content, dict) else ...
+        if found is ... or not fits(found):
+            what = "nothing" if found is ... else shorten(found)
+            raise CheckpointError(f"{self.where}: its metadata has {what} for {key!r}", "export the model again")
+        return found
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_count(value: Any) -> bool:
+    return _is_int(value) and 1 <= value < 2**31
+
+
+def _is_side(value: Any) -> bool:
+    return _is_int(value) and 1 <= value <= _MAX_SIDE
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_share_or_none(value: Any) -> bool:
+    return value is None or (is_coordinate(value) and 0 <= value <= 1)
+
+
+def _is_triple(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(map(is_coordinate, value))

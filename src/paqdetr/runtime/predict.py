@@ -1,0 +1,228 @@
+"""From sources to results on the disk, with any detector that has a `predict`."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+from paqdetr.errors import ConfigError, DataError
+from paqdetr.outputs import require_free
+from paqdetr.runtime.save import Saver, is_ours, require_forms
+from paqdetr.runtime.sources import Picture, Source, batches, list_sources, read_sources
+from paqdetr.runtime.tiles import Tiles
+from paqdetr.structures import ClassTable, Detections
+
+
+class Predicts(Protocol):
+    """A detector, whatever runs it."""
+
+    @property
+    def classes(self) -> ClassTable:
+        """From index to category id and name."""
+        ...
+
+    @property
+    def predict(self) -> Callable[..., list[Detections]]:
+        """See `Detector.predict`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """What `predict_sources` wrote.
+
+    Attributes:
+        output: the folder.
+        images: pictures and frames that were looked at.
+        objects: detections in them.
+        unreadable: sources that could not be read, with the reason.
+    """
+
+    output: Path
+    images: int
+    objects: int
+    unreadable: dict[Path | str, str]
+
+
+def stream(
+    model: Predicts,
+    sources: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    *,
+    recursive: bool = False,
+    every: int = 1,
+    max_frames: int | None = None,
+    batch_size: int = 1,
+    on_unreadable: Callable[[Source, DataError], object] | None = None,
+    **how: Any,
+) -> Iterator[Detections]:
+    """Detections of pictures and videos, one at a time and only as they are asked for, whatever the source.
+
+    Args:
+        model: a detector.
+        sources: one or many of: a file, a folder, a pattern such as `data/*.jpg`, `http://...`, a video, `rtsp://...`,
+            `camera:0`, and "-" for a list of these on standard input.
+        recursive: folders with all that is below them.
+        every: of a video every so many frames.
+        max_frames: the most of each video or live source, which goes on for ever otherwise.
+        batch_size: pictures, or frames of a file, that go through the model together. Of a live source the newest frame goes
+            alone, and those that arrive meanwhile are dropped.
+        on_unreadable: called with what cannot be read, which is then left out; None: an error.
+        how: threshold, nms, classes and tiles, as of `Detector.predict`.
+
+    Returns:
+        an iterator: each has `image`, `file_name`, and of a video `frame` and `time`.
+
+    Raises:
+        DataError: a source does not exist or cannot be read.
+        ConfigError: an argument is out of its range, or PyAV is missing.
+    """
+    given = [sources] if isinstance(sources, (str, os.PathLike)) else sources
+    listed = list_sources(given, recursive=recursive)
+    pictures = read_sources(listed, every=every, max_frames=max_frames, on_unreadable=on_unreadable)
+    return (detections for _, detections in _detect(model, pictures, batch_size, how))
+
+
+def _detect(
+    model: Predicts, pictures: Iterator[Picture], batch_size: int, how: dict[str, Any]
+) -> Iterator[tuple[Picture, Detections]]:
+    for group in batches(pictures, batch_size):
+        found = model.predict([picture.image for picture in group], batch_size=batch_size, **how)
+        for picture, detections in zip(group, found, strict=True):
+            name = picture.source.name
+            detections.file_name = name
+            detections.image_id = name if picture.frame is None else f"{name}#{picture.frame}"
+            detections.image, detections.frame, detections.time = picture.image, picture.frame, picture.time
+            yield picture, detections
+
+
+def predict_sources(
+    model: Predicts,
+    sources: Sequence[str | os.PathLike[str]],
+    *,
+    output: str | Path,
+    save: Sequence[str] = ("draw", "coco"),
+    recursive: bool = False,
+    every: int = 1,
+    max_frames: int | None = None,
+    batch_size: int = 1,
+    image_id: Callable[[Source], int | str] | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int, int | None], object] | None = None,
+    threshold: float | None = None,
+    nms: float | None = None,
+    classes: Collection[int | str] | None = None,
+    tiles: Tiles | None = None,
+) -> Predictions:
+    """Detect in pictures and videos, and write what is found as it comes.
+
+    What cannot be read is reported and left out; the others are still done. A call that was killed is repeated into the same
+    folder.
+
+    Args:
+        model: a detector.
+        sources: files, folders, patterns, addresses, cameras, "-": see `list_sources`.
+        output: a folder that is new, empty, or holds nothing but what an earlier call wrote, which is replaced.
+        save: what is written, of `paqdetr.runtime.save.FORMS`.
+        recursive: folders with all that is below them; results keep the relative paths.
+        every: of a video every so many frames.
+        max_frames: the most of each video.
+        batch_size: pictures, or frames of a file, that go through the model together.
+        image_id: of a source, for the results; its name if not given.
+        overwrite: other files may lie in `output`, and are replaced where they have the name of one that is written.
+        progress: called with (pictures done, pictures in all, None where nobody knows).
+        threshold, nms, classes, tiles: as of `Detector.predict`.
+
+    Raises:
+        DataError: a source is missing, a folder has no pictures, two share a name, one lies in `output`, or none could be read.
+        ConfigError: an argument is out of its range, or `output` holds other files.
+        StorageError: something cannot be written.
+    """
+    require_forms(save)
+    output = Path(output)
+    unreadable: dict[Path | str, str] = {}
+
+    def left_out(source: Source, error: DataError) -> None:
+        unreadable[source.address if isinstance(source.address, Path) else source.shown] = error.message
+
+    growing = "-" in map(str, sources)  # a list that is worked through while it is written
+    on_problem = left_out if growing else None
+    listed = list_sources(sources, recursive=recursive, leave_out=output, on_unreadable=on_problem)
+    listed = _without_collisions(listed, output, on_problem)
+    total, ids = None, {}
+    if not growing:
+        listed = list(listed)
+        total = len(listed) if all(source.kind in ("picture", "address") for source in listed) else None
+        ids = {} if image_id is None else {source.name: image_id(source) for source in listed}
+    require_free(
+        output,
+        lambda file: overwrite or is_ours(file, output),
+        remedy="choose another --output, or replace files of the same names with --overwrite",
+    )
+    images = objects = 0
+    pictures = read_sources(listed, every=every, max_frames=max_frames, on_unreadable=left_out)
+    how = {"threshold": threshold, "nms": nms, "classes": classes, "tiles": tiles}
+    found = _detect(model, pictures, batch_size, {key: value for key, value in how.items() if value is not None})
+    with Saver(output, save, model.classes, overwrite=overwrite) as saver:
+        for picture, detections in found:
+            if image_id is not None:
+                name = picture.source.name
+                detections.image_id = ids[name] if name in ids else image_id(picture.source)
+            saver.add(picture, detections)
+            images, objects = images + 1, objects + len(detections)
+            if progress is not None:
+                progress(images + len(unreadable), total)
+    if not images:
+        if not unreadable:
+            raise DataError("standard input: names no pictures", "write one path a line")
+        path, reason = next(iter(unreadable.items()))
+        raise DataError(f"none of {len(unreadable)} images could be read; the first: {reason}", f"look at {path}")
+    return Predictions(output, images, objects, unreadable)
+
+
+def new_folder(parent: Path = Path("runs")) -> Path:
+    """`runs/predict-N`, made with the first N that is free.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    for number in itertools.count(1):
+        try:
+            (parent / f"predict-{number}").mkdir(parents=True)
+            return parent / f"predict-{number}"
+        except FileExistsError:
+            if not parent.is_dir():
+                raise ConfigError(f"{parent}: a file is in the way", "choose an --output") from None
+        except OSError as error:
+            raise ConfigError(f"{parent}: cannot be written ({error.strerror})", "choose an --output") from None
+    raise AssertionError
+
+
+def _without_collisions(
+    sources: Iterable[Source], output: Path, on_problem: Callable[[Source, DataError], object] | None
+) -> Iterator[Source]:
+    """The sources, each once, without those that would be written to the place of another one, or lie where results go."""
+    taken: dict[tuple[bool, PurePosixPath], Source] = {}
+    for source in sources:
+        problem = None
+        if isinstance(source.address, Path) and source.address.resolve().is_relative_to(output.resolve()):
+            problem = DataError(
+                f"{source.shown}: lies in the output folder, where it would be drawn over", "choose another --output"
+            )
+        moving = source.kind in ("video", "live")
+        stem = PurePosixPath(source.name).with_suffix("")
+        other = taken.setdefault((moving, stem), source)
+        if other.address != source.address:
+            problem = DataError(
+                f"{source.shown} and {other.shown} would both be drawn to {stem}{'.mp4' if moving else '.jpg'}",
+                "predict them into two folders",
+            )
+        if problem is not None and on_problem is None:
+            raise problem
+        if problem is not None and on_problem is not None:
+            on_problem(source, problem)
+        elif other is source:
+            yield source

@@ -1,0 +1,268 @@
+"""What predictions are written as: drawn pictures and video, COCO results, YOLO and VOC labels, crops, lines of json."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import Any, TextIO
+from xml.etree.ElementTree import Element, SubElement, indent, tostring
+
+from paqdetr.errors import ConfigError, UserError
+from paqdetr.files import storage_errors
+from paqdetr.outputs import (
+    LINE_KEYS,
+    RESULTS,
+    made_by,
+    mark,
+    output_file,
+    require_replaceable,
+    write_output,
+    write_picture,
+    write_rows,
+)
+from paqdetr.runtime.sources import Picture, Source
+from paqdetr.runtime.video import VideoWriter
+from paqdetr.structures import ClassTable, Detections
+from paqdetr.text import did_you_mean, printable
+
+MAKER = "paqdetr predict"
+FORMS = ("draw", "coco", "yolo", "voc", "crops", "jsonl")
+"""What can be written, where NAME is the relative path of a picture without its ending, with `-000017` for a frame of a video.
+
+`draw` is NAME.jpg, NAME.mp4 of a video; `coco` is predictions.json; `yolo` is labels/NAME.txt, with the classes in
+labels/classes.yaml; `voc` is voc/NAME.xml; `crops` is crops/CLASS/NAME-1.jpg; `jsonl` is predictions.jsonl."""
+
+_COCO, _LINES, _CLASSES = "predictions.json", "predictions.jsonl", "labels/classes.yaml"
+
+
+def require_forms(forms: Sequence[str]) -> None:
+    """Raise ConfigError unless all are of `FORMS`, and there is one."""
+    for form in forms or [""]:
+        if form not in FORMS:
+            raise ConfigError(
+                f"save: expected some of {', '.join(FORMS)}, found {form!r}",
+                did_you_mean(form, FORMS, "draw,coco is usual"),
+            )
+
+
+def is_ours(file: Path, output: Path) -> bool:
+    """Whether a file in a folder with results is one that an earlier call wrote there."""
+    name = file.relative_to(output).as_posix()
+    lists = name in (_COCO, _LINES) or (name.startswith("labels/") and file.suffix == ".txt")
+    if lists and file.is_file() and file.stat().st_size == 0:
+        return name != _COCO
+    return made_by(file) == (RESULTS if lists else MAKER)
+
+
+class Saver:
+    """Writes the results of pictures one by one. Those of a picture are there at once, `predictions.json` and a video at
+    their end; a video that is interrupted ends there, and plays.
+
+    Args:
+        output: the folder, which is made when there is something to write.
+        forms: of `FORMS`.
+        classes: of the model, for YOLO's numbers.
+        overwrite: any file in the way is replaced.
+
+    Raises:
+        StorageError: something cannot be written.
+    """
+
+    def __init__(self, output: Path, forms: Sequence[str], classes: ClassTable, *, overwrite: bool = False) -> None:
+        require_forms(forms)
+        self.output, self._classes, self._overwrite = output, classes, overwrite
+        write = {"draw": self._draw, "yolo": self._yolo, "voc": self._voc, "crops": self._crops, "jsonl": self._line}
+        self._writes = [write[form] for form in dict.fromkeys(forms) if form != "coco"]
+        self._index = {category: index for index, category in enumerate(classes.ids)}
+        self._coco = _Held(write_rows, output / _COCO, overwrite=overwrite) if "coco" in forms else None
+        self._lines: TextIO | None = None
+        self._video: tuple[Source, _Held, VideoWriter] | None = None
+        self._live, self._named = False, False
+
+    def add(self, picture: Picture, detections: Detections) -> None:
+        """Write what was found in a picture."""
+        self._live |= picture.live
+        for write in self._writes:
+            write(picture, detections)
+        if self._coco is not None:
+            add_row = self._coco.open()
+            for row in detections.to_coco(rounded=True):
+                add_row(row)
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with contextlib.ExitStack() as stack:  # whatever fails, the others are closed
+            if self._lines is not None:
+                stack.callback(self._lines.close)
+            if self._coco is not None and (kind is None or self._live):  # a live source ends no other way
+                stack.callback(self._coco.close)
+            elif self._coco is not None:
+                stack.callback(self._coco.give_up)
+            with contextlib.suppress(*() if kind is None else (UserError, OSError)):
+                self._end_video()
+
+    def _place(self, picture: Picture, folder: str, ending: str) -> Path:
+        stem = PurePosixPath(picture.source.name).with_suffix("")
+        frame = "" if picture.frame is None else f"-{picture.frame:06d}"
+        return self.output / folder / f"{stem}{frame}{ending}"
+
+    def _draw(self, picture: Picture, detections: Detections) -> None:
+        drawn = detections.draw(picture.image)
+        if picture.time is None:
+            write_picture(self._place(picture, "", ".jpg"), drawn, maker=MAKER, overwrite=self._overwrite)
+            return
+        if self._video is None or self._video[0] is not picture.source:
+            self._end_video()
+            path = self.output / PurePosixPath(picture.source.name).with_suffix(".mp4")
+            held = _Held(output_file, path, maker=MAKER, overwrite=self._overwrite)
+            self._video = picture.source, held, VideoWriter(held.open(), comment=mark(MAKER))
+        with storage_errors(self._video[1].path):
+            self._video[2].add(drawn, picture.time)
+
+    def _end_video(self) -> None:
+        if self._video is not None:
+            (_, held, writer), self._video = self._video, None
+            try:
+                with storage_errors(held.path):
+                    writer.close()
+            except BaseException:
+                held.give_up()
+                raise
+            held.close()
+
+    def _yolo(self, picture: Picture, detections: Detections) -> None:
+        if not self._named:
+            lines = [f"  {number}: {json.dumps(name)}" for number, name in enumerate(self._classes.names)]
+            self._text(self.output / _CLASSES, "\n".join([f"# made_by: {mark(MAKER)}", "names:", *lines, ""]), MAKER)
+            self._named = True
+        size = [picture.image.width, picture.image.height]
+        corners = (detections.boxes.reshape(-1, 2, 2).astype(float) / size).clip(0, 1)
+        rows = [
+            f"{self._index[label]} " + " ".join(f"{value:.6f}" for value in (*(low + high) / 2, *(high - low), score))
+            for label, (low, high), score in zip(
+                detections.labels.tolist(), corners, detections.scores.tolist(), strict=True
+            )
+        ]
+        self._text(self._place(picture, "labels", ".txt"), "".join(f"{row}\n" for row in rows), RESULTS)
+
+    def _voc(self, picture: Picture, detections: Detections) -> None:
+        objects = [
+            (row["category_name"], {"difficult": 0, "confidence": row["score"]}, row["bbox"])
+            for row in detections.to_coco(rounded=True)
+        ]
+        document = voc_document(picture.source.name, picture.image.size, objects, database=mark(MAKER))
+        self._text(self._place(picture, "voc", ".xml"), tostring(document, encoding="unicode") + "\n", MAKER)
+
+    def _crops(self, picture: Picture, detections: Detections) -> None:
+        for number, (box, label) in enumerate(
+            zip(detections.boxes.tolist(), detections.labels.tolist(), strict=True), start=1
+        ):
+            left, top = max(int(box[0]), 0), max(int(box[1]), 0)
+            right, bottom = min(-int(-box[2] // 1), picture.image.width), min(-int(-box[3] // 1), picture.image.height)
+            if right > left and bottom > top:
+                name = re.sub(r"[^\w .+-]", "_", detections.names.get(label, str(label))).strip(". ") or str(label)
+                place = self._place(picture, f"crops/{name}", f"-{number}.jpg")
+                crop = picture.image.crop((left, top, right, bottom))
+                write_picture(place, crop, maker=MAKER, overwrite=self._overwrite)
+
+    def _line(self, picture: Picture, detections: Detections) -> None:
+        path = self.output / _LINES
+        rows = zip(
+            detections.boxes.astype(float).round(2).tolist(),
+            detections.scores.astype(float).round(5).tolist(),
+            detections.labels.tolist(),
+            strict=True,
+        )
+        found = [
+            {"box": box, "score": score, "label": detections.names.get(label, str(label)), "id": label}
+            for box, score, label in rows
+        ]
+        time = None if picture.time is None else round(picture.time, 6)
+        values = (picture.source.name, picture.frame, time, *picture.image.size, found)
+        with storage_errors(path):
+            if self._lines is None:
+                require_replaceable(path, RESULTS, overwrite=self._overwrite)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._lines = path.open("w", encoding="utf-8")
+            self._lines.write(json.dumps(dict(zip(LINE_KEYS, values, strict=True))) + "\n")
+            self._lines.flush()
+
+    def _text(self, path: Path, text: str, maker: str) -> None:
+        write_output(
+            path, lambda place: place.write_text(text, encoding="utf-8"), maker=maker, overwrite=self._overwrite
+        )
+
+
+class _Held:
+    """A context that stays open from one call to another."""
+
+    def __init__(self, make: Callable[..., AbstractContextManager[Any]], path: Path, **how: Any) -> None:
+        self.path = path
+        self._make = lambda: make(path, **how)
+        self._context: AbstractContextManager[Any] | None = None
+        self._value: Any = None
+
+    def open(self) -> Any:
+        if self._context is None:
+            self._context = self._make()
+            self._value = self._context.__enter__()
+        return self._value
+
+    def close(self) -> None:
+        if self._context is not None:
+            context, self._context = self._context, None
+            context.__exit__(None, None, None)
+
+    def give_up(self) -> None:
+        """Close it as where an error has come up, so that nothing is left of it."""
+        if self._context is not None:
+            context, self._context = self._context, None
+            with contextlib.suppress(_GaveUp):
+                context.__exit__(_GaveUp, _GaveUp(), None)
+
+
+class _GaveUp(Exception):
+    """A file is not going to be complete."""
+
+
+def voc_document(
+    name: str,
+    size: tuple[int, int],
+    objects: Iterable[tuple[str, Mapping[str, object], Sequence[float]]],
+    *,
+    database: str | None = None,
+) -> Element:
+    """The XML of Pascal VOC for one image.
+
+    Args:
+        name: of the image file; a path's last part is written.
+        size: (width, height) in pixels.
+        objects: class name, further tags with their values, and [x, y, width, height] in pixels from 0; VOC's begin at 1.
+        database: what the annotations come from.
+    """
+    document = Element("annotation")
+    if database is not None:
+        SubElement(SubElement(document, "source"), "database").text = database
+    SubElement(document, "filename").text = printable(PurePosixPath(name).name)
+    dimensions = SubElement(document, "size")
+    for tag, value in zip(("width", "height", "depth"), (*size, 3), strict=True):
+        SubElement(dimensions, tag).text = str(value)
+    for label, tags, (x, y, width, height) in objects:
+        item = SubElement(document, "object")
+        SubElement(item, "name").text = printable(label)
+        for tag, value in tags.items():
+            SubElement(item, tag).text = str(value)
+        frame = SubElement(item, "bndbox")
+        for tag, value in zip(("xmin", "ymin", "xmax", "ymax"), (x + 1, y + 1, x + width, y + height), strict=True):
+            SubElement(frame, tag).text = f"{value:.4f}".rstrip("0").rstrip(".")
+    indent(document)
+    return document

@@ -1,0 +1,296 @@
+"""Video in and out by PyAV: frames upright and with their own times, from files, cameras and network streams; H.264 that plays.
+
+PyAV and not OpenCV: it says how a frame is rotated, keeps variable frame times, and its wheel writes H.264 that browsers play.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from paqdetr.errors import ConfigError, DataError
+from paqdetr.files import open_regular
+
+_LOG = logging.getLogger(__name__)
+
+VIDEO_EXTENSIONS = frozenset(
+    {".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".ts", ".mts", ".wmv", ".flv"}
+)
+LIVE_SCHEMES = ("camera:", "rtsp://", "rtsps://", "rtmp://", "udp://", "srt://")
+
+# Seconds: to open a network stream, and to wait for more of it.
+_TIMEOUT = (15.0, 15.0)
+# Seconds between two attempts to reconnect: doubled from the first to the last.
+_FIRST_WAIT, _LAST_WAIT = 0.5, 30.0
+# Of a written video: ticks per second.
+_TICKS = 90_000
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One frame of a video.
+
+    Attributes:
+        image: RGB, upright.
+        index: its number from 0, in the order shown. Of a live source: of those that arrived, so that skipped frames leave gaps.
+        time: in seconds, as the file has it. Of a live source: since its first frame.
+    """
+
+    image: Image.Image
+    index: int
+    time: float
+
+
+def read_video(address: str | Path, *, every: int = 1) -> Iterator[Frame]:
+    """The frames of a video file or address, one at a time.
+
+    Args:
+        address: a file's path, or a URL.
+        every: every so many frames, beginning with the first.
+
+    Raises:
+        DataError: it cannot be read, or has no video. What is damaged in the middle is skipped, with a warning in the log.
+        ConfigError: PyAV is missing.
+    """
+    av = _pyav()
+    shown = public_address(str(address))
+    if isinstance(address, Path):
+        open_regular(address).close()
+        where, timeout = f"file:{address}", None  # else a name like `a:1.mp4` would be a protocol
+    else:
+        where, timeout = address, _TIMEOUT
+    index, now = -1, -math.inf
+    try:
+        with av.open(where, timeout=timeout, metadata_errors="replace") as container:
+            step = 1 / float(_video_stream(container, shown).average_rate or 25)
+            for index, frame in enumerate(_decoded(container, shown, threads="AUTO")):
+                now = (max(now, -step) + step) if frame.time is None else float(frame.time)
+                if index % every == 0:
+                    yield Frame(upright(frame), index, now)
+    except av.FFmpegError as error:
+        if index < 0:
+            raise _unreadable(shown, error) from None
+        _LOG.warning("%s: the video is damaged after frame %d: %s", shown, index, _reason(error))
+    if index < 0:
+        raise DataError(f"{shown}: has no frames", "check that it is a video and complete")
+
+
+def read_live(address: str, *, every: int = 1, patience: float = 600.0) -> Iterator[Frame]:
+    """The newest frame of a live source, as often as one is asked for; a thread reads and drops the others meanwhile.
+
+    Args:
+        address: `camera:0`, `rtsp://...`, or an http address of an MJPEG stream.
+        every: only every so many frames that arrive.
+        patience: a lost connection is tried again, at growing intervals, for so many seconds without a frame.
+
+    Raises:
+        DataError: it cannot be opened, or was lost for longer than `patience`.
+        ConfigError: PyAV is missing.
+    """
+    _pyav()
+    reader = _NewestFrame(address, every, patience)
+    reader.start()
+    try:
+        while True:
+            yield reader.take()
+    finally:
+        reader.stop()
+
+
+class _NewestFrame(threading.Thread):
+    """Reads a live source and keeps its newest frame alone."""
+
+    def __init__(self, address: str, every: int, patience: float) -> None:
+        super().__init__(name="paqdetr live source", daemon=True)
+        self._address, self._every, self._patience = address, every, patience
+        self._changed, self._stopped = threading.Condition(), threading.Event()
+        self._newest: tuple[Any, int, float] | None = None
+        self._failure: DataError | None = None
+        self._count, self._began = 0, 0.0
+
+    def take(self) -> Frame:
+        """Wait for the next frame."""
+        with self._changed:
+            while self._newest is None:
+                if self._failure is not None:
+                    raise self._failure
+                self._changed.wait(1.0)
+            (frame, index, now), self._newest = self._newest, None
+        return Frame(upright(frame), index, now)
+
+    def stop(self) -> None:
+        """End the thread; one that waits for the network ends when its wait does."""
+        self._stopped.set()
+        self.join(timeout=2.0)
+
+    def run(self) -> None:
+        shown, wait, lost = public_address(self._address), _FIRST_WAIT, None
+        while not self._stopped.is_set():
+            before, problem = self._count, "the stream ended"
+            try:
+                self._read()
+            except Exception as error:  # an error here must reach the caller: the thread has none
+                problem = error.message if isinstance(error, DataError) else _reason(error)
+            if self._stopped.is_set():
+                return
+            if self._count > before:
+                wait, lost = _FIRST_WAIT, None
+            lost = lost or time.monotonic()
+            if self._count == 0 or time.monotonic() - lost > self._patience:
+                with self._changed:
+                    self._failure = DataError(
+                        f"{shown}: {'no frame arrived' if self._count == 0 else 'the connection was lost'}: {problem}",
+                        "check the address, the network, and that no other program uses the camera",
+                    )
+                    self._changed.notify()
+                return
+            _LOG.warning("%s: %s; connecting again in %g s", shown, problem, wait)
+            self._stopped.wait(wait)
+            wait = min(2 * wait, _LAST_WAIT)
+
+    def _read(self) -> None:
+        with _open_live(self._address) as container:
+            for frame in _decoded(container, public_address(self._address), threads="SLICE"):
+                if self._stopped.is_set():
+                    return
+                now = time.monotonic()
+                self._began = self._began if self._count else now
+                index, self._count = self._count, self._count + 1
+                if index % self._every == 0:
+                    with self._changed:
+                        self._newest = frame, index, now - self._began
+                        self._changed.notify()
+
+
+def _open_live(address: str) -> Any:
+    av = _pyav()
+    kind, _, rest = address.partition(":")
+    if kind == "camera":
+        device, form = {"darwin": (rest, "avfoundation"), "win32": (f"video={rest}", "dshow")}.get(
+            sys.platform, (f"/dev/video{rest}" if rest.isdigit() else rest, "v4l2")
+        )
+        options = {"framerate": "30"} if form == "avfoundation" else {}
+        return av.open(device, format=form, options=options, timeout=_TIMEOUT)
+    options = {"fflags": "nobuffer", "fpsprobesize": "0"}  # no seconds of frames before the first is given
+    if kind in ("http", "https"):
+        return av.open(address, format="mpjpeg", options=options, timeout=_TIMEOUT)
+    if kind in ("rtsp", "rtsps"):
+        options["rtsp_transport"] = "tcp"  # lost packets of udp are grey blocks in the picture
+    return av.open(address, options=options, timeout=_TIMEOUT)
+
+
+def _video_stream(container: Any, shown: str) -> Any:
+    if not container.streams.video:
+        raise DataError(f"{shown}: has no video", "name a video file or a picture")
+    return container.streams.video[0]
+
+
+def _decoded(container: Any, shown: str, *, threads: str) -> Iterator[Any]:
+    """The decoded frames, without those that are damaged."""
+    av, damaged = _pyav(), 0
+    stream = _video_stream(container, shown)
+    stream.thread_type = threads
+    for packet in container.demux(stream):
+        try:
+            yield from packet.decode()
+        except av.error.InvalidDataError:
+            damaged += 1
+            if damaged == 1:
+                _LOG.warning("%s: damaged frames are skipped", shown)
+
+
+def upright(frame: Any) -> Image.Image:
+    """A decoded frame as RGB, turned and mirrored as its display matrix says, which PyAV leaves to the caller."""
+    pixels = frame.to_ndarray(format="rgb24")
+    matrix = next((bytes(data) for data in frame.side_data if data.type.name == "DISPLAYMATRIX"), None)
+    if matrix is not None:
+        # 3 x 3 in fixed point: a pixel (x, y) is shown at (a x + c y, b x + d y), x to the right and y down.
+        a, b, _, c, d, *_ = np.frombuffer(matrix, np.int32).tolist()
+        if abs(b) + abs(c) > abs(a) + abs(d):
+            pixels, across, down = pixels.swapaxes(0, 1), c, b
+        else:
+            across, down = a, d
+        pixels = pixels[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1]
+    return Image.fromarray(np.ascontiguousarray(pixels))
+
+
+class VideoWriter:
+    """H.264 in an mp4, with the frame times that it is given. Its size is that of the first frame, made even.
+
+    Args:
+        path: the file; it plays once `close` has been called.
+        comment: goes into the file's metadata.
+
+    Raises:
+        ConfigError: PyAV is missing.
+    """
+
+    def __init__(self, path: Path, *, comment: str = "") -> None:
+        self._av = _pyav()
+        self._container = self._av.open(f"file:{path}", "w", format="mp4")
+        self._container.metadata["comment"] = comment
+        self._stream: Any = None
+        self._last = -1
+
+    def add(self, image: Image.Image, seconds: float) -> None:
+        """Append a frame, shown from `seconds` on; a time that is not later than the last one's follows it at once."""
+        if self._stream is None:
+            self._stream = self._begin(image.width + image.width % 2, image.height + image.height % 2)
+        width, height = self._stream.width, self._stream.height
+        if (width - image.width, height - image.height) not in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            image = image.resize((width, height))  # a live source came back in another size
+        pixels = np.asarray(image)
+        room = ((0, height - image.height), (0, width - image.width), (0, 0))
+        frame = self._av.VideoFrame.from_ndarray(np.pad(pixels, room, mode="edge"), format="rgb24")
+        self._last = max(round(seconds * _TICKS), self._last + 1)
+        frame.pts, frame.time_base = self._last, Fraction(1, _TICKS)
+        self._container.mux(self._stream.encode(frame))
+
+    def _begin(self, width: int, height: int) -> Any:
+        # A short look-ahead: the encoder would hold some 40 frames, which are gigabytes at 4K.
+        options = {"preset": "veryfast", "crf": "21", "rc-lookahead": "8"}
+        stream = self._container.add_stream("libx264", rate=30, options=options)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.time_base = stream.codec_context.time_base = Fraction(1, _TICKS)
+        return stream
+
+    def close(self) -> None:
+        """Write what the encoder still holds and the index."""
+        if self._stream is not None:
+            self._container.mux(self._stream.encode())
+        self._container.close()
+
+
+def public_address(address: str) -> str:
+    """An address as it may be shown: without the user's name and password."""
+    return re.sub(r"(?<=://)[^/@]*@", "", address)
+
+
+def _pyav() -> Any:
+    try:
+        import av
+    except ImportError:
+        raise ConfigError(
+            "video and cameras need PyAV, which is not installed", "pip install 'paqdetr[video]'"
+        ) from None
+    return av
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def _unreadable(shown: str, error: Exception) -> DataError:
+    return DataError(f"{shown}: not a readable video: {_reason(error)}", "check that it is a video and complete")

@@ -1,0 +1,1 @@
+"""Models for many callers: an HTTP server with a page, and prediction over a Ray cluster. Nothing here needs torch."""

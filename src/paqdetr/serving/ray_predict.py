@@ -1,0 +1,417 @@
+"""Prediction over very many pictures on a Ray cluster: one model a worker, Parquet shards that appear whole, resumed by what is
+there. A shard is the detections in a fixed part of the list, so that no picture is lost or done twice, whichever workers die.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from PIL.Image import Image
+
+from paqdetr import errors
+from paqdetr._version import __version__
+from paqdetr.errors import BackendError, ConfigError, DataError, StorageError, import_extra
+from paqdetr.files import open_regular, write_whole
+from paqdetr.images import IMAGE_EXTENSIONS, is_leftover, read_image
+from paqdetr.structures import Detections
+
+PLAN = "plan.json"
+_COLUMNS = ("image", "path", "file_name")
+_USER_ERRORS = {kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.UserError)}
+
+
+@dataclass(frozen=True, slots=True)
+class RayPredictions:
+    """What `predict_on_ray` wrote.
+
+    Attributes:
+        output: folder of the shards, `part-000000.parquet` and so on.
+        images: pictures in them, those that could not be read included.
+        objects: detections.
+        skipped: shards that were there before.
+        unreadable: up to a hundred pictures that could not be read, with the reason.
+        failures: how many there are.
+    """
+
+    output: str
+    images: int
+    objects: int
+    skipped: int
+    unreadable: dict[str, str]
+    failures: int
+
+
+def predict_on_ray(
+    model: str | Path,
+    source: str | Path,
+    *,
+    output: str | Path,
+    address: str | None = None,
+    workers: int | None = None,
+    cpus: float = 1,
+    gpus: float = 0,
+    shard_size: int = 1000,
+    batch_size: int = 8,
+    progress: Callable[[int, int], object] | None = None,
+    **how: Any,
+) -> RayPredictions:
+    """Detect in all pictures of a source, in parallel, and write Parquet shards.
+
+    Args:
+        model: a checkpoint, a run's folder or an exported model, readable under this path on every node.
+        source: a folder with all that is below it, a text file with one path a line, or a Parquet file or folder with a column
+            `image`, `path` or `file_name`; local or any address that fsspec knows (`s3://bucket/folder`). So may be the paths.
+        output: a new or empty folder, or one of an earlier call with the same arguments, whose shards are kept.
+        address: of a cluster ("auto": the one that this machine belongs to); None starts one on this machine.
+        workers: processes with a model each; None: as many as the cluster has room for.
+        cpus, gpus: of each of them.
+        shard_size: pictures of a shard, which is what is done again if a worker dies.
+        batch_size: pictures that go through the model together.
+        progress: called with (shards done, shards in all).
+        how: arguments of `predict`, such as `threshold` and `nms`.
+
+    Raises:
+        DataError: the source is missing, or names no picture; or none could be read.
+        ConfigError: `output` holds other things, or was made with other arguments.
+        BackendError: Ray is not installed, or the cluster does not answer.
+    """
+    _import("ray.data")
+    files = _Files.at(str(output))
+    images = list_images_of(str(source))
+    plan = {
+        "model": _digest_of_file(Path(model)),
+        "images": len(images),
+        "list": hashlib.sha256("\n".join(images).encode("utf-8", "surrogateescape")).hexdigest(),
+        "shard_size": shard_size,
+        "how": {key: str(value) for key, value in sorted(how.items())},
+    }
+    _require_same_plan(files, plan)
+    groups = [images[start : start + shard_size] for start in range(0, len(images), shard_size)]
+    shards = {f"part-{number:06d}.parquet": group for number, group in enumerate(groups)}
+    done = set(files.names()) & shards.keys()
+    todo = [{"shard": name, "images": group} for name, group in shards.items() if name not in done]
+    if todo:
+        ray = connect_ray(address)
+        worker = _Worker(str(Path(model).absolute()), files.root, batch_size, how, "cuda" if gpus else "cpu")
+        room = int(ray.cluster_resources().get("CPU", 1) // max(cpus, 0.01)) or 1
+        size = max(1, min(workers or room, len(todo)))
+        rows = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
+            _Actor,
+            fn_constructor_args=(worker,),
+            batch_size=1,
+            num_cpus=cpus,
+            num_gpus=gpus,
+            compute=ray.data.ActorPoolStrategy(size=size),
+        )
+        with errors_of_workers():
+            for count, _ in enumerate(rows.iter_rows(), start=1):
+                if progress is not None:
+                    progress(len(done) + count, len(shards))
+    return _summary(files, list(shards), len(done))
+
+
+def list_images_of(source: str) -> list[str]:
+    """The pictures that a source of `predict_on_ray` names, each once; local paths are absolute.
+
+    Raises:
+        DataError: it is missing, or names none.
+    """
+    fsspec = _import("fsspec")
+    files, root = fsspec.core.url_to_fs(source)
+    try:
+        if files.isdir(root) and not any(name.endswith(".parquet") for name in files.ls(root, detail=False)):
+            inside = (path for path in files.find(root) if PurePosixPath(path).suffix.lower() in IMAGE_EXTENSIONS)
+            found = [
+                files.unstrip_protocol(path)
+                for path in sorted(inside)
+                if not is_leftover(path[len(root) :].lstrip("/"))
+            ]
+        elif not files.exists(root):
+            raise DataError(f"{source}: no such file or folder", "check the address")
+        else:
+            base = root if files.isdir(root) else root.rpartition("/")[0]
+            found = [_absolute(line, files.unstrip_protocol(base)) for line in _listed(files, root, source) if line]
+    except OSError as error:
+        raise DataError(
+            f"{source}: cannot be read: {error}", "check the address and what it takes to read it"
+        ) from None
+    found = list(dict.fromkeys(path.removeprefix("file://") for path in found))
+    if not found:
+        raise DataError(f"{source}: names no pictures", "name a folder with pictures, or a list of them")
+    return found
+
+
+def _listed(files: Any, root: str, source: str) -> list[str]:
+    if not files.isdir(root) and not root.endswith(".parquet"):
+        with files.open(root, "rb") as file:
+            try:
+                return [line.rstrip("\r") for line in file.read().decode("utf-8-sig").split("\n")]
+            except UnicodeDecodeError:
+                raise DataError(f"{source}: no UTF-8 text", "give a list with one path a line, or Parquet") from None
+    dataset = _import("pyarrow.dataset")
+    try:
+        table = dataset.dataset(root, filesystem=files, format="parquet")
+        column = next((name for name in _COLUMNS if name in table.schema.names), None)
+        if column is None:
+            raise DataError(
+                f"{source}: has the columns {', '.join(table.schema.names)[:200]}", f"call one {' or '.join(_COLUMNS)}"
+            )
+        return [str(value) for value in table.to_table(columns=[column])[column].to_pylist() if value is not None]
+    except ValueError as error:  # pyarrow's own are such
+        raise DataError(f"{source}: not readable as Parquet ({str(error)[:200]})", "write it again") from None
+
+
+def _absolute(line: str, base: str) -> str:
+    return line if "://" in line or line.startswith("/") else f"{base}/{line}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """The output folder, local or not."""
+
+    fs: Any
+    root: str
+
+    @classmethod
+    def at(cls, address: str) -> _Files:
+        fs, root = _import("fsspec").core.url_to_fs(address)
+        return cls(fs, fs.unstrip_protocol(root))
+
+    def names(self) -> list[str]:
+        if not self.fs.exists(self.root):
+            return []
+        return sorted(path.rstrip("/").rpartition("/")[2] for path in self.fs.ls(self.root, detail=False))
+
+    def read(self, name: str) -> bytes:
+        return self.fs.cat_file(f"{self.root}/{name}")
+
+    def write(self, name: str, content: bytes) -> None:
+        """Whole, or not at all: an object of a store appears when it is complete."""
+        if self.root.startswith("file://"):
+            write_whole(Path(self.root.removeprefix("file://"), name), lambda path: path.write_bytes(content))
+            return
+        try:
+            self.fs.pipe_file(f"{self.root}/{name}", content)
+        except OSError as error:
+            raise StorageError(
+                f"{self.root}/{name}: cannot be written ({error})", "check what it takes to write there"
+            ) from None
+
+
+def _require_same_plan(files: _Files, plan: dict[str, Any]) -> None:
+    """Write the plan, or check the one that is there."""
+    names = [name for name in files.names() if not name.startswith(".")]
+    if PLAN not in names:
+        if names:
+            raise ConfigError(
+                f"{files.root}: the folder holds other files, such as {names[0]}", "choose another --output"
+            )
+        files.write(PLAN, json.dumps({"made_by": f"paqdetr predict {__version__}", **plan}, indent=1).encode())
+        return
+    try:
+        found = json.loads(files.read(PLAN))
+        changed = next((key for key in plan if found.get(key) != plan[key]), None)
+    except (ValueError, AttributeError):
+        changed = PLAN
+    if changed is not None:
+        what = {"model": "another model", "how": "other settings"}.get(changed, f"another {changed}")
+        raise ConfigError(f"{files.root}: its shards were made with {what}", "choose another --output")
+
+
+def _digest_of_file(path: Path) -> str:
+    """SHA-256 of the model, so that no shard of another one stays."""
+    if path.is_dir():
+        path = next((path / name for name in ("best.safetensors", "last.safetensors") if (path / name).is_file()), path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such model", "name a checkpoint, a run's folder or an exported model")
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def connect_ray(address: str | None) -> Any:
+    """The module `ray`, connected to a cluster.
+
+    Args:
+        address: of the cluster, "auto" for the one that this machine belongs to; None starts one on this machine.
+
+    Raises:
+        BackendError: Ray is not installed, or the cluster does not answer.
+    """
+    _import("ray.data")
+    ray = _import("ray")
+    if not ray.is_initialized():
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
+        how: dict[str, Any] = {"address": address} if address else {"include_dashboard": False}
+        try:
+            ray.init(log_to_driver=False, logging_level="error", **how)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            reason = str(error)[:200]
+            raise BackendError(
+                f"--ray: no cluster answers at {address}: {reason}", "check it with `ray status`"
+            ) from None
+        ray.data.DataContext.get_current().enable_progress_bars = False
+    return ray
+
+
+@contextmanager
+def errors_of_workers() -> Iterator[None]:
+    """Raise what a worker raised as if it had happened here, if it is a UserError."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and type(cause) not in _USER_ERRORS:
+            cause = getattr(cause, "cause", None) or cause.__cause__
+        if cause is None:
+            raise
+        raise cause from None
+
+
+@dataclass(frozen=True, slots=True)
+class _Worker:
+    """What a worker is told."""
+
+    model: str
+    output: str
+    batch_size: int
+    how: dict[str, Any]
+    device: str
+
+
+class _Actor:
+    """One process with a model, which turns shards of the list into shards of detections."""
+
+    def __init__(self, worker: _Worker) -> None:
+        self.worker, self.files = worker, _Files.at(worker.output)
+        # By name: what loads checkpoints lies above this room, and is torch's.
+        self.model: Any = import_module("paqdetr.loading").load(worker.model, device=worker.device)
+        self.readers = ThreadPoolExecutor(4)
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
+        for name, images in zip(batch["shard"], batch["images"], strict=True):
+            if not self.files.fs.exists(f"{self.files.root}/{name}"):  # a worker that died may just have written it
+                self.files.write(str(name), shard_of(self._rows(list(images))))
+        return {"shard": list(map(str, batch["shard"]))}
+
+    def _rows(self, images: list[str]) -> Iterator[tuple[str, Image | str, Detections | None]]:
+        """Every picture, or why it cannot be read; the next ones are read while the model works."""
+        step = self.worker.batch_size
+        groups = [images[i : i + step] for i in range(0, len(images), step)]
+        pending = [[self.readers.submit(_read, name) for name in group] for group in groups[:1]]
+        for number, group in enumerate(groups):
+            if number + 1 < len(groups):
+                pending.append([self.readers.submit(_read, name) for name in groups[number + 1]])
+            read = [future.result() for future in pending.pop(0)]
+            good = [picture for picture in read if not isinstance(picture, str)]
+            found = iter(self.model.predict(good, batch_size=step, **self.worker.how) if good else [])
+            for name, picture in zip(group, read, strict=True):
+                yield name, picture, None if isinstance(picture, str) else next(found)
+
+
+def _read(address: str) -> Image | str:
+    """The picture, or why there is none."""
+    try:
+        if "://" not in address:
+            return read_image(address)
+        with _import("fsspec").open(address, "rb") as file:
+            return read_image(file.read())
+    except DataError as error:
+        return error.message
+    except Exception as error:  # stores have errors of their own
+        return f"{address}: {type(error).__name__}: {error}"[:500]
+
+
+def shard_of(rows: Iterator[tuple[str, Image | str, Detections | None]]) -> bytes:
+    """A Parquet file with a row a picture: image, width, height, boxes (xyxy in pixels), scores, labels (category ids), names,
+    and error, the reason why the picture could not be read (then width and height are null)."""
+    pa, parquet = _import("pyarrow"), _import("pyarrow.parquet")
+    numbers = pa.list_(pa.float32())
+    columns = {
+        "image": pa.string(),
+        "width": pa.int32(),
+        "height": pa.int32(),
+        "boxes": pa.list_(numbers),
+        "scores": numbers,
+    }
+    columns |= {"labels": pa.list_(pa.int64()), "names": pa.list_(pa.string()), "error": pa.string()}
+    schema = pa.schema(list(columns.items()))
+    written = []
+    for name, picture, found in rows:
+        row: dict[str, Any] = {"image": name, "boxes": [], "scores": [], "labels": [], "names": []}
+        if isinstance(picture, str) or found is None:
+            row["error"] = str(picture)
+        else:
+            row |= {"width": picture.width, "height": picture.height, "boxes": found.boxes.tolist()}
+            row |= {"scores": found.scores.tolist(), "labels": found.labels.tolist()}
+            row["names"] = [found.names.get(label, str(label)) for label in row["labels"]]
+        written.append(row)
+    buffer = io.BytesIO()
+    parquet.write_table(pa.Table.from_pylist(written, schema=schema), buffer)
+    return buffer.getvalue()
+
+
+def read_shards(path: str | Path) -> list[dict[str, Any]]:
+    """COCO results, as `Detections.to_coco` has them, of one shard or of a folder of them; the path of a picture is its id.
+
+    Raises:
+        DataError: there is none, or it is of another kind.
+        BackendError: pyarrow is not installed.
+    """
+    files = sorted(Path(path).glob("*.parquet")) if Path(path).is_dir() else [Path(path)]
+    rows: list[dict[str, Any]] = []
+    for file in files:
+        with open_regular(file) as opened:
+            try:
+                content = _import("pyarrow.parquet").read_table(
+                    opened, columns=["image", "boxes", "scores", "labels", "names"]
+                )
+                shard = content.to_pylist()
+                for row in shard:
+                    found = Detections(
+                        np.array(row["boxes"], np.float32).reshape(-1, 4),
+                        np.array(row["scores"], np.float32),
+                        np.array(row["labels"], np.int64),
+                        dict(zip(row["labels"], row["names"], strict=True)),
+                        image_id=row["image"],
+                    )
+                    rows += found.to_coco()
+            except (ValueError, TypeError, OSError) as error:  # pyarrow's own are such
+                reason = str(error)[:200]
+                raise DataError(
+                    f"{file}: not detections in Parquet ({reason})", "name what `predict --ray` wrote"
+                ) from None
+    return rows
+
+
+def _summary(files: _Files, names: Sequence[str], skipped: int) -> RayPredictions:
+    parquet = _import("pyarrow.parquet")
+    images = objects = failures = 0
+    unreadable: dict[str, str] = {}
+    for name in names:
+        table = parquet.read_table(io.BytesIO(files.read(name)), columns=["image", "scores", "error"])
+        images += len(table)
+        objects += len(table["scores"].combine_chunks().flatten())
+        bad = [row for row in table.drop(["scores"]).to_pylist() if row["error"] is not None]
+        failures += len(bad)
+        unreadable |= {row["image"]: row["error"] for row in bad[: 100 - len(unreadable)]}
+    if failures == images:
+        reason = next(iter(unreadable.values()), "")
+        raise DataError(
+            f"none of {images} images could be read; the first: {reason}", "remove the output, and try again"
+        )
+    return RayPredictions(files.root.removeprefix("file://"), images, objects, skipped, unreadable, failures)
+
+
+def _import(name: str) -> Any:
+    return import_extra(name, "ray")

@@ -1,0 +1,510 @@
+"""An HTTP server for one model: `POST /v1/detect`, a page to try it in a browser, health, metrics and limits."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import hmac
+import io
+import re
+import socket
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import uvicorn
+from PIL.Image import Image
+from starlette.applications import Starlette
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from paqdetr._version import __version__
+from paqdetr.errors import ConfigError, DataError, UserError
+from paqdetr.files import parse_json
+from paqdetr.images import read_header, read_image
+from paqdetr.interrupt import StopRequest
+from paqdetr.runtime.predict import Predicts
+from paqdetr.runtime.predictor import DEFAULT_THRESHOLD, class_ids
+from paqdetr.runtime.tiles import Tiles, predict_tiles
+from paqdetr.serving.batcher import Batcher, Closed, QueueFull
+from paqdetr.serving.openapi import PARAMETERS, openapi
+from paqdetr.structures import ClassTable, Detections
+
+_PAGE = Path(__file__).with_name("page.html")
+# Upper bounds of the histogram of seconds.
+_BOUNDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_MAX_TILES = 256
+_DRAIN = 5
+_HEADERS = {
+    b"x-content-type-options": b"nosniff",
+    b"cache-control": b"no-store",
+    b"content-security-policy": b"default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    b"img-src blob: data:; media-src blob:; connect-src 'self'; frame-ancestors 'none'; base-uri 'none'",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a server takes.
+
+    Attributes:
+        max_batch: images that go through the model together.
+        max_wait_ms: that the first of them waits for others.
+        queue: images that may wait; further ones are refused with 429.
+        max_mb: of a request, in 2**20 bytes.
+        max_megapixels: of an image, as its header says before anything is decoded. Images of four times as many pixels
+            together are in memory at a time.
+        timeout: seconds for a request to arrive, and for its answer.
+
+    Raises:
+        ConfigError: a value out of its range.
+    """
+
+    max_batch: int = 8
+    max_wait_ms: float = 5.0
+    queue: int = 64
+    max_mb: float = 20.0
+    max_megapixels: float = 50.0
+    timeout: float = 60.0
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            low = 0 if name == "max_wait_ms" else 1 if isinstance(value, int) else 0.001
+            if not low <= value <= 100_000:
+                raise ConfigError(f"{name}: expected a number from {low} to 100000, found {value}", "choose another")
+
+
+class Refusal(UserError):
+    """A request is not answered as it was meant.
+
+    Attributes:
+        status: of HTTP.
+        headers: of the answer.
+    """
+
+    def __init__(self, status: int, message: str, remedy: str, **headers: str) -> None:
+        super().__init__(message, remedy)
+        self.status = status
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How one request wants its image to be looked at: see `Detector.predict`. None: as the model has it."""
+
+    threshold: float | None = None
+    nms: float | None = None
+    classes: tuple[int, ...] | None = None
+    tiles: int | None = None
+
+    @classmethod
+    def of(cls, query: Sequence[tuple[str, str]], classes: ClassTable) -> Options:
+        """From the query of an address.
+
+        Raises:
+            ConfigError: a name that is unknown or given twice, a value out of its range, or a class that the model has not.
+        """
+        values: dict[str, Any] = {}
+        for name, text in query:
+            if name not in PARAMETERS or (name in values and name != "classes"):
+                problem = "unknown" if name not in PARAMETERS else "given twice"
+                raise ConfigError(f"query parameter {name[:80]!r}: {problem}", f"known are {', '.join(PARAMETERS)}")
+            if name == "classes":
+                wanted = [word.strip() for word in text.split(",") if word.strip()]
+                # A name of digits is the class of that name, if there is one.
+                ids = [int(w) if w not in classes.names and re.fullmatch(r"-?\d{1,18}", w) else w for w in wanted]
+                values[name] = values.get(name, ()) + tuple(map(int, class_ids(classes, ids)))
+                continue
+            schema = PARAMETERS[name]["schema"]
+            low, high = schema["minimum"], schema["maximum"]
+            try:
+                value = int(text) if schema["type"] == "integer" else float(text)
+            except ValueError:
+                value = float("nan")
+            if not low <= value <= high:
+                what = "a whole number" if schema["type"] == "integer" else "a number"
+                raise ConfigError(f"{name}: expected {what} from {low} to {high}, found {text[:80]!r}", "correct it")
+            values[name] = value
+        return cls(**values)
+
+
+class DetectionServer:
+    """The application, for `uvicorn` or any other ASGI server as `server.app`.
+
+    Args:
+        model: anything with `classes` and `predict(images, threshold=, nms=, batch_size=)`.
+        limits: what is taken.
+        keys: one of them has to come with every request for a detection, as `Authorization: Bearer KEY` or `X-API-Key: KEY`;
+            none are needed if empty.
+    """
+
+    def __init__(self, model: Predicts, *, limits: Limits | None = None, keys: Sequence[str] = ()) -> None:
+        self.model, self.limits, self._keys = model, limits or Limits(), tuple(key.encode() for key in keys)
+        self.name = str(getattr(model, "name", type(model).__name__))
+        self.batcher: Batcher[Options] = Batcher(
+            self._predict,
+            max_batch=self.limits.max_batch,
+            max_wait=self.limits.max_wait_ms / 1000,
+            max_queue=self.limits.queue,
+        )
+        self._stopping = False
+        self._pixels = 0
+        self._requests: dict[int, int] = {}
+        self._seconds, self._counts = 0.0, [0] * (len(_BOUNDS) + 1)
+        routes = [
+            Route("/", self._page),
+            Route("/v1/detect", self._detect, methods=["POST"]),
+            Route("/v1/model", self._model),
+            Route("/healthz", self._health),
+            Route("/readyz", self._ready),
+            Route("/metrics", self._metrics),
+            Route("/openapi.json", self._openapi),
+        ]
+        handlers: Mapping[Any, Any] = {UserError: _on_mistake, HTTPException: _on_http, Exception: _on_defect}
+        self.app: ASGIApp = self._outermost(Starlette(routes=routes, exception_handlers=handlers, lifespan=self._life))
+
+    def _outermost(self, app: ASGIApp) -> ASGIApp:
+        """Counts answers, and gives each its headers."""
+
+        async def call(scope: Scope, receive: Receive, send: Send) -> None:
+            async def noted(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    self._requests[message["status"]] = self._requests.get(message["status"], 0) + 1
+                    message["headers"] = [*message["headers"], *_HEADERS.items()]
+                await send(message)
+
+            await app(scope, receive, noted if scope["type"] == "http" else send)
+
+        return call
+
+    @asynccontextmanager
+    async def _life(self, app: Starlette) -> AsyncIterator[None]:
+        yield
+        self.stop()
+        self.batcher.close()
+
+    def stop(self) -> None:
+        """Say not ready from now on; requests that come are still answered."""
+        self._stopping = True
+
+    def _predict(self, images: Sequence[Image], options: Options) -> list[Detections]:
+        """In the model's thread."""
+        how = {k: v for k, v in (("threshold", options.threshold), ("nms", options.nms)) if v is not None}
+
+        def predict(parts: Sequence[Image], batch_size: int) -> list[Detections]:
+            found = self.model.predict(parts, batch_size=batch_size, **how)
+            return [_of_classes(detections, options.classes) for detections in found]
+
+        if options.tiles is None:
+            return predict(images, len(images))
+        tiles = Tiles(options.tiles)
+        return [predict_tiles(image, tiles, predict, batch_size=self.limits.max_batch) for image in images]
+
+    # ------------------------------------------------------------------------------------------ detection
+
+    async def _detect(self, request: Request) -> Response:
+        started = time.perf_counter()
+        self._require_key(request)
+        options = Options.of(request.query_params.multi_items(), self.model.classes)
+        try:
+            content = await asyncio.wait_for(self._content(request), self.limits.timeout)
+        except TimeoutError:
+            raise Refusal(408, "the request did not arrive in time", "send it faster, or a smaller image") from None
+        except ClientDisconnect:
+            return Response(status_code=400)  # which nobody reads
+        pixels = await self._require_size(content, options)
+        self._pixels += pixels
+        try:
+            image = await asyncio.to_thread(read_image, content)
+            detections = await self._answer(self._submit(image, options))
+            drawing = "image/jpeg" in request.headers.get("accept", "")
+            response = await asyncio.to_thread(_drawn, detections, image) if drawing else None
+        finally:
+            self._pixels -= pixels
+        seconds = time.perf_counter() - started
+        self._seconds += seconds
+        self._counts[sum(seconds > bound for bound in _BOUNDS)] += 1
+        return response or JSONResponse(
+            {
+                "model": self.name,
+                "image": {"width": image.width, "height": image.height},
+                "detections": _rows(detections),
+                "ms": round(seconds * 1000, 1),
+            }
+        )
+
+    def _require_key(self, request: Request) -> None:
+        if not self._keys:
+            return
+        scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
+        given = (bearer if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")).strip().encode()
+        if not any(hmac.compare_digest(given, key) for key in self._keys):
+            raise Refusal(
+                401,
+                "the request has no valid key",
+                "send the header `Authorization: Bearer KEY`",
+                WWW_Authenticate="Bearer",
+            )
+
+    async def _content(self, request: Request) -> bytes:
+        """The image file of a request: its body, a part of a form, or base64 in json."""
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind == "multipart/form-data":
+            parser = MultiPartParser(request.headers, self._body(request), max_files=1, max_fields=8)
+            try:
+                form = await parser.parse()
+            except (MultiPartException, KeyError, UnicodeDecodeError) as error:
+                raise DataError(f"the form cannot be read: {getattr(error, 'message', error)}", _FORM) from None
+            async with _closing(form):
+                file = form.get("file")
+                if not isinstance(file, UploadFile):
+                    raise DataError("the form has no file called 'file'", _FORM)
+                return await file.read()
+        body = b"".join([part async for part in self._body(request)])
+        return _from_json(body) if kind == "application/json" else body
+
+    async def _body(self, request: Request) -> AsyncGenerator[bytes, None]:
+        """What a request brings, piece by piece, up to the limit."""
+        limit = int(self.limits.max_mb * 2**20)
+        declared = request.headers.get("content-length", "")
+        size = int(declared) if declared.isdigit() and len(declared) < 20 else 0
+        refusal = Refusal(
+            413, f"the request has more than {self.limits.max_mb:g} MB", "send a smaller file", Connection="close"
+        )
+        if size > limit:
+            raise refusal
+        size = 0
+        async for part in request.stream():
+            size += len(part)
+            if size > limit:
+                raise refusal
+            yield part
+
+    async def _require_size(self, content: bytes, options: Options) -> int:
+        """Pixels of the image, by its header.
+
+        Raises:
+            DataError: it is no image.
+            Refusal: it has too many, or too many are in memory.
+        """
+        width, height = (await asyncio.to_thread(read_header, content)).size
+        limit = int(self.limits.max_megapixels * 1e6)
+        if width * height > limit:
+            raise Refusal(
+                413,
+                f"the image has {width}x{height} pixels, more than {self.limits.max_megapixels:g} million",
+                "make it smaller, or cut it into parts",
+            )
+        if options.tiles is not None and len(Tiles(options.tiles).windows(height, width)) > _MAX_TILES:
+            raise ConfigError(
+                f"tiles={options.tiles}: more than {_MAX_TILES} of an image of {width}x{height} pixels",
+                "take larger tiles",
+            )
+        if self._pixels + width * height > 4 * limit:
+            raise _busy()
+        return width * height
+
+    def _submit(self, image: Image, options: Options) -> Future[Detections]:
+        try:
+            return self.batcher.submit(image, options)
+        except QueueFull:
+            raise _busy() from None
+        except Closed:
+            raise Refusal(503, "the server is stopping", "try again", Retry_After="5") from None
+
+    async def _answer(self, found: Future[Detections]) -> Detections:
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(found), self.limits.timeout)
+        except TimeoutError:
+            raise Refusal(504, f"no answer within {self.limits.timeout:g} s", "try again, or a smaller image") from None
+        except DataError:
+            raise
+        except UserError as error:  # the model's fault, not the caller's
+            raise Refusal(500, error.message, error.remedy) from error
+
+    # ------------------------------------------------------------------------------------------ the rest
+
+    async def _page(self, request: Request) -> Response:
+        return HTMLResponse(_PAGE.read_text(encoding="utf-8"))
+
+    async def _model(self, request: Request) -> Response:
+        classes, point = self.model.classes, getattr(self.model, "operating_point", None)
+        threshold = getattr(point, "threshold", None)
+        return JSONResponse(
+            {
+                "name": self.name,
+                "classes": [{"id": i, "name": name} for i, name in zip(classes.ids, classes.names, strict=True)],
+                "threshold": DEFAULT_THRESHOLD if threshold is None else threshold,
+                "nms": getattr(point, "nms", None),
+                "engine": str(getattr(getattr(self.model, "engine", None), "name", "torch")),
+                "limits": asdict(self.limits),
+                "key": bool(self._keys),
+                "version": __version__,
+            }
+        )
+
+    async def _health(self, request: Request) -> Response:
+        since = self.batcher.busy_since
+        stuck = since is not None and time.monotonic() - since > self.limits.timeout
+        if self.batcher.alive and not stuck:
+            return PlainTextResponse("ok")
+        reason = (
+            f"a call of the model has taken over {self.limits.timeout:g} s" if stuck else "the model's thread ended"
+        )
+        return PlainTextResponse(reason, status_code=503)
+
+    async def _ready(self, request: Request) -> Response:
+        if self._stopping or not self.batcher.alive or self.batcher.waiting >= self.limits.queue:
+            return PlainTextResponse("stopping" if self._stopping else "busy", status_code=503)
+        return PlainTextResponse("ready")
+
+    async def _metrics(self, request: Request) -> Response:
+        rows = ["# TYPE paqdetr_requests_total counter"]
+        rows += [f'paqdetr_requests_total{{status="{s}"}} {n}' for s, n in sorted(self._requests.items())]
+        rows.append("# TYPE paqdetr_detect_seconds histogram")
+        for i, bound in enumerate((*map(str, _BOUNDS), "+Inf")):
+            rows.append(f'paqdetr_detect_seconds_bucket{{le="{bound}"}} {sum(self._counts[: i + 1])}')
+        rows.append(f"paqdetr_detect_seconds_sum {self._seconds:.6f}")
+        rows.append(f"paqdetr_detect_seconds_count {sum(self._counts)}")
+        for name, kind, value in (
+            ("batches_total", "counter", self.batcher.batches),
+            ("images_total", "counter", self.batcher.images),
+            ("queue_length", "gauge", self.batcher.waiting),
+            ("pixels_in_memory", "gauge", self._pixels),
+        ):
+            rows += [f"# TYPE paqdetr_{name} {kind}", f"paqdetr_{name} {value}"]
+        return PlainTextResponse("\n".join(rows) + "\n", media_type="text/plain; version=0.0.4")
+
+    async def _openapi(self, request: Request) -> Response:
+        return JSONResponse(openapi(key=bool(self._keys)))
+
+
+_FORM = "send the image as `file`, such as curl -F file=@photo.jpg"
+_JSON = 'send {"image": "BASE64"}, or the file itself as the body'
+
+
+@asynccontextmanager
+async def _closing(form: Any) -> AsyncIterator[None]:
+    try:
+        yield
+    finally:
+        await form.close()
+
+
+def _busy() -> Refusal:
+    return Refusal(429, "the server has as many images as it takes", "try again in a second", Retry_After="1")
+
+
+def _from_json(body: bytes) -> bytes:
+    content = parse_json(body.decode("utf-8", errors="replace"), "the request")
+    text = content.get("image") if isinstance(content, dict) else None
+    if not isinstance(text, str):
+        raise DataError("the request's json has no text called 'image'", _JSON)
+    try:
+        return base64.b64decode(re.sub(r"\Adata:[^,]{0,99},", "", text), validate=True)
+    except (binascii.Error, ValueError):
+        raise DataError("the request's 'image' is no base64", _JSON) from None
+
+
+def _of_classes(detections: Detections, ids: tuple[int, ...] | None) -> Detections:
+    if ids is None:
+        return detections
+    return detections.rows(np.isin(detections.labels, ids))
+
+
+def _rows(detections: Detections) -> list[dict[str, Any]]:
+    """Boxes to a thousandth of a pixel."""
+    return [
+        {
+            "box": [round(x, 3) for x in box],
+            "score": round(score, 6),
+            "label": detections.names.get(label, str(label)),
+            "id": label,
+        }
+        for box, score, label in zip(
+            detections.boxes.tolist(), detections.scores.tolist(), detections.labels.tolist(), strict=True
+        )
+    ]
+
+
+def _drawn(detections: Detections, image: Image) -> Response:
+    picture = detections.draw(image)
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=92)
+    return Response(buffer.getvalue(), media_type="image/jpeg")
+
+
+async def _on_mistake(request: Request, error: UserError) -> Response:
+    status, headers = (error.status, error.headers) if isinstance(error, Refusal) else (400, None)
+    return JSONResponse({"error": error.message, "help": error.remedy}, status, headers)
+
+
+async def _on_http(request: Request, error: HTTPException) -> Response:
+    return JSONResponse({"error": error.detail, "help": "/openapi.json lists what there is"}, error.status_code)
+
+
+async def _on_defect(request: Request, error: Exception) -> Response:
+    return JSONResponse({"error": "internal error", "help": "see the server's log"}, 500)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that connections come to.
+
+    Raises:
+        ConfigError: the address is not this machine's, or is taken.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        return listener
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"{host}:{port}: cannot be listened on ({reason})", "choose another --host or --port"
+        ) from None
+
+
+def serve(server: DetectionServer, listener: socket.socket, *, on_start: Callable[[], object] = lambda: None) -> None:
+    """Answer requests until SIGINT, SIGTERM or SIGHUP comes; those that have begun are finished first, within 5 seconds.
+
+    Args:
+        listener: of `listen`.
+        on_start: called before the first request is taken.
+
+    Raises:
+        UserError: of the model, which predicts once before the first request.
+    """
+    from PIL import Image
+
+    server.batcher.submit(Image.new("RGB", (64, 64), "gray"), Options()).result()
+    program = uvicorn.Server(
+        uvicorn.Config(
+            server.app,
+            log_level="warning",
+            timeout_graceful_shutdown=_DRAIN,
+            limit_concurrency=server.limits.queue * 4 + 64,
+            server_header=False,
+        )
+    )
+
+    def stop(name: str) -> None:
+        program.should_exit = True
+
+    # uvicorn raises the signal once more when it has finished: noted here, it ends nothing.
+    with StopRequest(stop), listener:
+        listener.listen(2048)
+        on_start()
+        program.run(sockets=[listener])

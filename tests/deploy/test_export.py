@@ -1,0 +1,252 @@
+"""Exports of tiny models with random weights: what is written, what is refused, and that a wrong file is not kept."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import paqdetr
+from paqdetr.cli import run
+from paqdetr.data.digits import make_digits
+from paqdetr.deploy import export
+from paqdetr.deploy.export import to_openvino
+from paqdetr.deploy.graph import DeployedDetector, fixed_size
+from paqdetr.deploy.parity import compare_with_model, digits_pictures
+from paqdetr.errors import ConfigError, ExportError
+from paqdetr.models import create_model, list_models
+from paqdetr.models.folding import FoldedConv2d
+from paqdetr.runtime import Predictor, open_exported
+from paqdetr.structures import OperatingPoint
+
+from .conftest import Exported, tiny
+
+for _package in ("onnx", "onnxscript", "onnxruntime", "openvino"):
+    pytest.importorskip(_package)
+
+
+def opened(file: Path) -> Predictor:
+    model = paqdetr.load(file)
+    assert isinstance(model, Predictor)
+    return model
+
+
+def test_baked_weights_compute_the_same() -> None:
+    model = tiny()
+    module = DeployedDetector(model)
+    assert not any(isinstance(part, FoldedConv2d) for part in module.modules())
+    assert any(isinstance(part, FoldedConv2d) for part in model.modules()), "the model itself stays as it is"
+    image = torch.randint(256, (1, 64, 64, 3), dtype=torch.uint8)
+    [own] = model.predict(image[0].numpy(), threshold=0)
+    with torch.no_grad():
+        boxes, scores, labels = (output[0].numpy() for output in module(image))
+    np.testing.assert_allclose(64 * boxes, own.boxes, atol=1e-3)
+    np.testing.assert_allclose(scores, own.scores, atol=1e-5)
+    assert labels.tolist() == own.labels.tolist()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"format": "tflite"}, "format: expected one of onnx"),
+        ({"precision": "f64"}, "precision: expected f32"),
+        ({"precision": "int8"}, "images to calibrate on"),
+        ({"precision": "f16", "format": "pt2"}, "does not go with the format pt2"),
+        ({"batch": 0}, "batch: expected 1 to 1024"),
+        ({"image_size": (100, 64)}, "multiples of 32"),
+        ({"image_size": (0, 64)}, "multiples of 32"),
+        ({"max_drop": 2.0}, "max_drop"),
+        ({"output": "model.pb"}, r"ends in \.onnx"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused_at_once(
+    arguments: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    arguments = {"output": tmp_path / "m.onnx", **arguments}
+    if arguments.get("format") == "pt2":
+        arguments["output"] = tmp_path / "m.pt2"
+    with pytest.raises(ConfigError, match=reason):
+        export(tiny(), **arguments)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("model", "setting"),
+    [({"distinct_proposals": 0.7}, r"distinct_proposals=0\.7"), ({"name": "ddq_detr_nano"}, r"distinct_\w+=0\.8")],
+)
+def test_a_model_that_no_graph_can_hold_is_refused_by_name(tmp_path: Path, model: dict, setting: str) -> None:
+    with pytest.raises(ConfigError, match=setting):
+        export(tiny(**model), tmp_path / "m.onnx")
+
+
+def test_files_of_others_are_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "m.onnx").write_bytes(b"of somebody else")
+    with pytest.raises(ConfigError, match=r"m\.onnx: the file exists"):
+        export(tiny(), tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize(
+    ("image_size", "expected"), [(320, (320, 320)), ((800, 1333), (800, 800)), (300, (320, 320))], ids=str
+)
+def test_the_size_is_the_square_of_the_checkpoint(image_size: Any, expected: tuple[int, int]) -> None:
+    model = tiny()
+    model.preprocessing = replace(model.preprocessing, image_size=image_size)
+    size = fixed_size(model, None)
+    assert (size.height, size.width) == expected
+    assert fixed_size(model, (64, 128)).target_size(1, 1) == (64, 128)
+
+
+@pytest.mark.integration
+def test_metadata_say_where_the_file_comes_from(exported: Exported) -> None:
+    import hashlib
+
+    import onnx
+
+    model = opened(exported.file)
+    assert model.info.source == hashlib.sha256(exported.checkpoint.read_bytes()).hexdigest()
+    assert {"paqdetr", "torch", "onnx"} <= model.info.versions.keys() and len(model.classes) == 10
+    graph = onnx.load(str(exported.file))
+    onnx.checker.check_model(graph)
+    assert [tuple(d.dim_param or d.dim_value for d in graph.graph.input[0].type.tensor_type.shape.dim)] == [
+        ("batch", 64, 64, 3)
+    ]
+    assert str(Path(paqdetr.__file__).parent) not in str(graph), "no paths of the machine that exported it"
+    report = json.loads(exported.file.with_name("tiny.onnx.report.json").read_text())
+    assert report["parity"]["passed"] and len(report["parity"]["images"]) == 8
+
+
+@pytest.mark.integration
+def test_batches_of_one_and_three_agree(exported: Exported) -> None:
+    model, pictures = opened(exported.file), digits_pictures(3, 64)
+    for one, three in zip(model.predict(pictures), model.predict(pictures, batch_size=3), strict=True):
+        np.testing.assert_allclose(one.scores, three.scores, atol=1e-5)
+        assert sorted(one.labels) == sorted(three.labels)
+
+
+@pytest.mark.integration
+def test_a_changed_weight_fails_the_comparison_and_leaves_no_file(exported: Exported, tmp_path: Path) -> None:
+    model = paqdetr.load(exported.checkpoint)
+    file, pictures = opened(exported.file), digits_pictures(2, 64)
+    assert compare_with_model(model, file, pictures, threshold=0.3).passed
+    with torch.no_grad():
+        model.decoder.box_heads[-1][-1].bias[0] += 0.3
+    assert not compare_with_model(model, file, pictures, threshold=0.3).passed
+
+
+@pytest.mark.integration
+def test_what_does_not_agree_is_not_kept(exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = tiny()
+    with torch.no_grad():
+        wrong.decoder.box_heads[-1][-1].bias[0] += 0.3
+    module = sys.modules["paqdetr.deploy.export"]  # its name in the package is the function's
+    monkeypatch.setattr(module, "DeployedDetector", lambda model, raw: DeployedDetector(wrong, raw=raw))
+    with pytest.raises(ExportError, match="does not find what the model finds") as caught:
+        export(exported.checkpoint, tmp_path / "m.torchscript", format="torchscript")
+    assert caught.value.parity is not None and not list(tmp_path.iterdir())
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("form", ["pt2", "torchscript"])
+def test_torch_formats(form: Any, tmp_path: Path) -> None:
+    model = tiny()
+    model.operating_point = OperatingPoint(threshold=0.45, nms=0.6)
+    done = export(model, tmp_path / f"m.{form}", format=form)
+    found = opened(done.file)
+    assert found.operating_point == model.operating_point and done.parity is not None and done.parity.passed
+    export(model, tmp_path / f"m.{form}", format=form, check=False)  # it may be replaced
+    (tmp_path / f"m.{form}").write_bytes(b"damaged")
+    with pytest.raises(paqdetr.CheckpointError, match="not a readable"):
+        opened(done.file)
+
+
+@pytest.mark.integration
+def test_raw_outputs_have_the_names_of_transformers(tmp_path: Path) -> None:
+    import onnxruntime
+
+    done = export(tiny(), tmp_path / "raw.onnx", raw=True, batch=2, attention="gather")
+    session = onnxruntime.InferenceSession(str(done.file))
+    assert [value.name for value in (*session.get_inputs(), *session.get_outputs())] == [
+        "pixel_values",
+        "logits",
+        "pred_boxes",
+    ]
+    assert session.get_inputs()[0].shape == [2, 3, 64, 64]
+    assert done.parity is not None and all((image.raw_difference or 1) < 1e-3 for image in done.parity.images)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("form", ["onnx", "openvino"])
+def test_f16_halves_the_file(form: Any, tmp_path: Path) -> None:
+    model = tiny("paq_deformable_detr_one_stage_nano")  # no proposals, whose ranks rounding would change
+    done = export(model, tmp_path / ("m.onnx" if form == "onnx" else "m.xml"), format=form, precision="f16")
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    assert done.to_json()["bytes"] < 2.6 * weights and opened(done.file).info.precision == "f16"
+
+
+@pytest.mark.integration
+def test_predict_runs_without_torch(exported: Exported, tmp_path: Path) -> None:
+    image = tmp_path / "digits.png"
+    digits_pictures(1, 64)[0].save(image)
+    arguments = ["predict", str(exported.file), str(image), "--output", str(tmp_path / "out"), "--threshold", "0"]
+    code = (
+        "import sys, time\nfrom paqdetr.cli import run\n"
+        f"print(run({arguments!r}), 'torch' in sys.modules, time.process_time())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={"OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(sys.path)},
+    )
+    code_, torch_, seconds = done.stdout.split()[-3:]
+    assert (code_, torch_) == ("0", "False"), done.stderr
+    assert float(seconds) < 1.5, "0.8 on a quiet machine"
+    assert json.loads((tmp_path / "out" / "predictions.json").read_text())
+
+
+@pytest.mark.integration
+def test_eval_and_bench_take_exported_models(exported: Exported, tmp_path: Path) -> None:
+    data = tmp_path / "digits"
+    make_digits(data, size=64, train=2, val=6, test=1, max_objects=4)  # of the file's size, so that nothing is resized
+    found = {}
+    for name, model in (("run", exported.checkpoint), ("file", exported.file)):
+        out = tmp_path / f"{name}.json"
+        assert run(["eval", str(model), "--data", str(data), "--json", str(out)]) == 0
+        found[name] = json.loads(out.read_text())
+    for figure in ("AP", "AP50", "AR100"):
+        assert found["file"][figure] == pytest.approx(found["run"][figure], abs=1e-3)
+    assert (
+        run(
+            [
+                "bench",
+                str(exported.file),
+                "--against",
+                str(exported.checkpoint),
+                "--rounds",
+                "2",
+                "--json",
+                str(tmp_path / "b.json"),
+            ]
+        )
+        == 0
+    )
+    assert json.loads((tmp_path / "b.json").read_text())["inference"][str(exported.file)]["median_ms"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list_models("*_nano"))
+def test_every_host_passes_in_both_engines(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = create_model(name, num_classes=10, image_size=128).eval()
+    done = export(model, tmp_path / "m.onnx")
+    assert done.parity is not None and done.parity.passed
+    to_openvino(done.file, tmp_path / "m.xml", done.info)
+    pictures = digits_pictures()
+    assert compare_with_model(model, open_exported(tmp_path / "m.xml"), pictures, threshold=0.3).passed

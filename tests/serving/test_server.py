@@ -1,0 +1,228 @@
+"""The server without a socket; tests/serving/test_serve_process.py has the real one."""
+
+from __future__ import annotations
+
+import base64
+import io
+import struct
+import time
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from PIL import Image
+from starlette.testclient import TestClient
+from stub import Stub, picture
+
+from paqdetr.cli import run
+from paqdetr.errors import ConfigError
+from paqdetr.serving.server import DetectionServer, Limits
+
+
+@pytest.fixture
+def client() -> Callable[..., TestClient]:
+    def make(model: Any = None, **how: Any) -> TestClient:
+        server = DetectionServer(model or Stub(), **how)
+        return TestClient(server.app, raise_server_exceptions=False)
+
+    return make
+
+
+def test_the_image_comes_as_body_form_or_base64(client: Callable[..., TestClient]) -> None:
+    stub, content = Stub(), picture(4, 10, 128)
+    calls = client(stub)
+    text = base64.b64encode(content).decode()
+    answers = [
+        calls.post("/v1/detect?threshold=0.3", content=content),
+        calls.post("/v1/detect?threshold=0.3", content=content, headers={"content-type": "image/png"}),
+        calls.post("/v1/detect?threshold=0.3", files={"file": ("a.png", content)}, data={"note": "x"}),
+        calls.post("/v1/detect?threshold=0.3", json={"image": text}),
+        calls.post("/v1/detect?threshold=0.3", json={"image": f"data:image/png;base64,{text}"}),
+    ]
+    wanted = {
+        "model": "stub",
+        "image": {"width": 160, "height": 130},
+        "detections": [
+            {"box": [10.5, 0.5, 50.5, 10.5], "score": 0.95, "label": "cat", "id": 3},
+            {"box": [10.5, 12.5, 50.5, 22.5], "score": 0.65, "label": "dog & <b>", "id": 7},
+            {"box": [10.5, 24.5, 50.5, 34.5], "score": 0.35, "label": "cat", "id": 3},
+        ],
+    }
+    for answer in answers:
+        assert answer.status_code == 200, answer.text
+        content = answer.json()
+        assert content.pop("ms") >= 0 and content == wanted
+    assert [how for _, how in stub.calls] == [{"batch_size": 1, "threshold": 0.3}] * 5
+
+
+def test_parameters_reach_the_model_or_filter_its_answer(client: Callable[..., TestClient]) -> None:
+    stub = Stub()
+    calls = client(stub)
+
+    def ids(query: str) -> list[int]:
+        answer = calls.post(f"/v1/detect?{query}", content=picture(4))
+        assert answer.status_code == 200, answer.text
+        return [row["id"] for row in answer.json()["detections"]]
+
+    assert ids("") == [3, 7]  # the model's own threshold, 0.5
+    assert ids("threshold=0&nms=0.7") == [3, 7, 3, 7]
+    assert stub.calls[-1] == (1, {"batch_size": 1, "threshold": 0.0, "nms": 0.7})
+    assert ids("threshold=0&classes=dog %26 <b>") == [7, 7]
+    assert ids("threshold=0&classes=3&classes=7") == [3, 7, 3, 7]
+    ids("tiles=64")
+    assert stub.calls[-1][0] > 1
+
+
+def test_the_drawing(client: Callable[..., TestClient]) -> None:
+    answer = client().post("/v1/detect", content=picture(1, 40), headers={"accept": "image/jpeg"})
+    image = Image.open(io.BytesIO(answer.content))
+    assert answer.headers["content-type"] == "image/jpeg" and image.size == (160, 130)
+    assert sum(abs(a - b) for a, b in zip(image.getpixel((40, 5)), (60, 70, 90), strict=True)) > 60  # type: ignore[arg-type]
+
+
+def bomb(width: int, height: int) -> bytes:
+    """The first pixels of a PNG that claims to be large."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    rows = zlib.compress(bytes(3 * min(width, 10**5) + 1))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("query", "content", "headers", "status", "said"),
+    [
+        ("", b"", {}, 400, "not an image"),
+        ("", b"ab", {}, 400, "not an image"),
+        ("", b"%PDF-1.4 of no use", {"content-type": "application/pdf"}, 400, "not an image"),
+        ("", picture(1)[:200], {}, 400, "does not decode"),
+        ("", bomb(10000, 10000), {}, 413, "10000x10000 pixels, more than 50 million"),
+        ("", bomb(2**31 - 1, 2**31 - 1), {}, 400, "too large"),
+        ("", b"x" * (2**20 + 1), {}, 413, "more than 1 MB"),
+        ("", b"{}", {"content-type": "application/json"}, 400, "no text called 'image'"),
+        ("", b'{"image": "@@"}', {"content-type": "application/json"}, 400, "no base64"),
+        ("", b"[" * 100_000, {"content-type": "application/json"}, 400, "nested too deeply"),
+        ("", b"\xff{", {"content-type": "application/json"}, 400, "no valid json"),
+        ("", b"x", {"content-type": "multipart/form-data"}, 400, "form cannot be read"),
+        ("", b"--b--\r\n", {"content-type": "multipart/form-data; boundary=b"}, 400, "no file called 'file'"),
+        ("?threshold=nan", picture(1), {}, 400, "threshold: expected a number from 0 to 1, found 'nan'"),
+        ("?nms=2", picture(1), {}, 400, "nms: expected a number from 0 to 1"),
+        ("?tiles=64.5", picture(1), {}, 400, "tiles: expected a whole number"),
+        ("?tiles=64", picture(1, size=(3000, 3000)), {}, 400, "more than 256 of an image"),
+        ("?tresh=0.3", picture(1), {}, 400, "'tresh': unknown"),
+        ("?nms=0.3&nms=0.4", picture(1), {}, 400, "given twice"),
+        ("?classes=cow", picture(1), {}, 400, "no class 'cow'"),
+        ("", picture(255), {}, 500, "internal error"),
+    ],
+)
+def test_what_cannot_be_answered_is_said_in_a_line(
+    client: Callable[..., TestClient], query: str, content: bytes, headers: dict[str, str], status: int, said: str
+) -> None:
+    answer = client(limits=Limits(max_mb=1)).post(f"/v1/detect{query}", content=content, headers=headers)
+    assert answer.status_code == status, answer.text
+    assert said in answer.json()["error"] and answer.json()["help"]
+
+
+def test_a_body_of_no_declared_length_ends_at_the_limit(client: Callable[..., TestClient]) -> None:
+    sent = []
+
+    def endless():
+        while len(sent) < 1000:
+            sent.append(1)
+            yield bytes(2**16)
+
+    assert client(limits=Limits(max_mb=1)).post("/v1/detect", content=endless()).status_code == 413
+
+
+def test_keys(client: Callable[..., TestClient]) -> None:
+    calls, content = client(keys=["one", "zwei-ü"]), picture(1)
+    for headers, status in (
+        ({}, 401),
+        ({"authorization": "Bearer two"}, 401),
+        ({"authorization": "Basic one"}, 401),
+        ({"x-api-key": ""}, 401),
+        ({"authorization": "Bearer one"}, 200),
+        ({"x-api-key": "one"}, 200),
+    ):
+        answer = calls.post("/v1/detect", content=content, headers=headers)
+        assert answer.status_code == status, headers
+    assert answer.json()["detections"]
+    assert [calls.get(path).status_code for path in ("/", "/healthz", "/readyz", "/v1/model")] == [200] * 4
+    assert calls.get("/v1/model").json()["key"] is True
+    assert calls.get("/openapi.json").json()["paths"]["/v1/detect"]["post"]["security"]
+
+
+def test_a_call_that_hangs_is_given_up_and_shows_in_health(client: Callable[..., TestClient]) -> None:
+    calls = client(Stub(delay=1.5), limits=Limits(timeout=0.1, queue=1, max_batch=1))
+    answer = calls.post("/v1/detect", content=picture(1))
+    assert answer.status_code == 504 and "no answer within 0.1 s" in answer.json()["error"]
+    assert calls.get("/healthz").status_code == 503
+    time.sleep(1.6)
+    assert calls.get("/healthz").text == "ok"
+
+
+def test_more_pixels_than_memory_has_room_for_have_to_come_again(client: Callable[..., TestClient]) -> None:
+    server = DetectionServer(Stub(), limits=Limits(max_megapixels=0.03))
+    calls = TestClient(server.app)
+    assert calls.post("/v1/detect", content=picture(1)).status_code == 200
+    server._pixels = 110_000  # as if others held them
+    answer = calls.post("/v1/detect", content=picture(1))
+    assert answer.status_code == 429 and answer.headers["retry-after"] == "1"
+    assert server._pixels == 110_000  # and what is refused holds none
+
+
+def test_model_metrics_and_description(client: Callable[..., TestClient]) -> None:
+    calls = client()
+    for content in (picture(1), b"ab"):
+        calls.post("/v1/detect", content=content)
+    about = calls.get("/v1/model").json()
+    assert about["classes"] == [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog & <b>"}]
+    assert about["threshold"] == 0.5 and about["nms"] is None and about["limits"]["queue"] == 64
+    lines = calls.get("/metrics").text.splitlines()
+    for line in (
+        'paqdetr_requests_total{status="200"} 2',
+        'paqdetr_requests_total{status="400"} 1',
+        'paqdetr_detect_seconds_bucket{le="+Inf"} 1',
+        "paqdetr_detect_seconds_count 1",
+        "paqdetr_images_total 1",
+    ):
+        assert line in lines
+    described = calls.get("/openapi.json").json()
+    assert set(described["paths"]) == {"/v1/detect", "/v1/model", "/healthz", "/readyz", "/metrics"}
+    assert calls.get("/nothing").status_code == 404 and calls.get("/v1/detect").json()["error"] == "Method Not Allowed"
+    assert "default-src 'none'" in calls.get("/").headers["content-security-policy"]
+
+
+def test_not_ready_once_it_stops() -> None:
+    server = DetectionServer(Stub())
+    with TestClient(server.app) as calls:
+        assert calls.get("/readyz").status_code == 200
+        server.stop()
+        assert (calls.get("/readyz").status_code, calls.get("/readyz").text) == (503, "stopping")
+    assert not server.batcher.alive
+
+
+@pytest.mark.parametrize("bad", [{"queue": 0}, {"max_mb": -1}, {"max_megapixels": float("nan")}, {"timeout": 0}])
+def test_limits_have_ranges(bad: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(bad))):
+        Limits(**bad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["m.onnx"], "m.onnx: no such file"),
+        (["m.safetensors"], "m.safetensors"),
+        (["m.onnx", "--api-key-env", "PAQDETR_NO_SUCH_KEY"], "PAQDETR_NO_SUCH_KEY is not set"),
+        (["m.onnx", "--queue", "0"], "queue: expected"),
+        (["m.onnx", "--host", "no.such.host.invalid"], "cannot be listened on"),
+    ],
+)
+def test_mistakes_end_before_anything_is_served(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["serve", *arguments, "--port", "0"]) == 2
+    assert said in capsys.readouterr().err
