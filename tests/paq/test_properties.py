@@ -130,18 +130,24 @@ def test_batch_mates_change_nothing(sizes: list[Size], other: list[Size], chosen
 
 @settings(max_examples=60)
 @given(sizes=pyramids(), chosen=settings_of_queries, seed=seeds, count=st.integers(1, 20), static=st.booleans())
-def test_resized_queries_are_rows_of_the_old_ones(
+def test_resized_queries_are_rows_of_the_old_ones_or_lie_between_two(
     sizes: list[Size], chosen: dict[str, Any], seed: int, count: int, static: bool
 ) -> None:
     queries: Any = make(sizes, seed, chosen)
     if static:
         queries = StaticMixtures(chosen["num_queries"], chosen["num_patterns"], DIM)
     tokens = random_tokens(sizes)
-    before = queries(tokens, sizes).content
+    before = queries(tokens, sizes)
     rows = queries.resize(count)
-    assert rows.tolist() == sorted(rows.tolist())
-    if count <= before.shape[1]:
-        assert len(set(rows.tolist())) == count
-    else:
-        assert set(rows.tolist()) == set(range(before.shape[1]))
-    torch.testing.assert_close(queries(tokens, sizes).content, before[:, rows], atol=1e-5, rtol=0)
+    after, old = queries(tokens, sizes), before.content.shape[1]
+    kept = rows[:old]
+    assert kept.tolist() == sorted(set(kept.tolist())) and len(kept) == min(count, old)
+    torch.testing.assert_close(after.content[:, : len(kept)], before.content[:, kept], atol=1e-5, rtol=0)
+    if count > old:  # logits between those of two neighbours
+        low = rows[old:]
+        logits = [torch.log(weights).double() for weights in (before.weights, after.weights)]
+        first, second, between = logits[0][:, low], logits[0][:, (low + 1).clamp(max=old - 1)], logits[1][:, old:]
+        way, done = (x - x.mean(2, keepdim=True) for x in (second - first, between - first))
+        share = (way * done).sum(2, keepdim=True) / (way * way).sum(2, keepdim=True).clamp(min=1e-12)
+        torch.testing.assert_close(done, share * way, atol=1e-3, rtol=0)
+        assert ((share > -1e-3) & (share < 1 + 1e-3)).all()

@@ -24,7 +24,7 @@ def item(width: int = 200, height: int = 150, scores: tuple[float, ...] = (0.9, 
     boxes = np.tile(np.array([[20, 40, 120, 110]], np.float32), (n, 1))
     detections = Detections(boxes, np.array(scores, np.float32), np.ones(n, np.int64), NAMES, "some_image.jpg")
     image = Image.new("RGB", (width, height), (40, 90, 160))
-    return image, detections, (boxes[:1], np.array([1]))
+    return image, detections, (boxes[:1], np.ones(len(boxes[:1]), np.int64))
 
 
 def train_record(step: int, **more: object) -> dict:
