@@ -1,7 +1,7 @@
 """Plants small mistakes in the package, one at a time, and reports which tests catch them.
 
     python tools/mutants.py check                                       does every mutant of mutants.txt fit the sources?
-    python tools/mutants.py run --json OUT [--tier unit|all] [--only NUMBER ...] [--checkout FOLDER]
+    python tools/mutants.py run --json OUT [--tier unit|all] [--only NUMBER ...] [--near] [--checkout FOLDER]
 
 A mutant is a snippet that stands exactly once in the package, and what replaces it; it is found wherever the file has gone and
 however it is wrapped, so that the same list serves before and after code is moved. Tests of the file's name run first, then
@@ -48,17 +48,17 @@ def find(old: str, source: Path) -> tuple[Path, re.Match[str]] | None:
     return found[0] if len(found) == 1 else None
 
 
-def steps(path: Path, tests: Path) -> list[list[str]]:
-    """Arguments of pytest: tests that are named like the file, then those of its room, then all."""
+def steps(path: Path, tests: Path, *, near: bool) -> list[list[str]]:
+    """Arguments of pytest: tests that are named like the file, then those of its room, then all, unless only near ones count."""
     named = sorted(str(test) for test in tests.rglob(f"test_{path.stem}*.py"))
     room = tests / path.parent.name
-    return [each for each in (named, [str(room)] if room.is_dir() else [], [str(tests)]) if each]
+    return [each for each in (named, [str(room)] if room.is_dir() else [], [] if near else [str(tests)]) if each]
 
 
-def caught(source: Path, checkout: Path, path: Path, marker: str) -> str | None:
+def caught(source: Path, checkout: Path, path: Path, marker: str, *, near: bool) -> str | None:
     """The first test that fails on the mutated source; None if all pass."""
     environment = {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
-    for tests in steps(path, checkout / "tests"):
+    for tests in steps(path, checkout / "tests", near=near):
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", marker, *tests]
         try:
             done = subprocess.run(
@@ -72,7 +72,7 @@ def caught(source: Path, checkout: Path, path: Path, marker: str) -> str | None:
     return None
 
 
-def plant(number: int, checkout: Path, tier: str) -> dict[str, Any]:
+def plant(number: int, checkout: Path, tier: str, *, near: bool) -> dict[str, Any]:
     """One mutant's row of the result."""
     old, new = MUTANTS[number - 1]
     package = checkout / "src" / "paqdetr"
@@ -89,7 +89,7 @@ def plant(number: int, checkout: Path, tier: str) -> dict[str, Any]:
         mutated = text[: match.start()] + new + text[match.end() :]
         (copy / path.relative_to(package)).write_text(mutated, encoding="utf-8")
         for name in ("unit", "integration") if tier == "all" else ("unit",):
-            row[name] = caught(Path(folder), checkout, path, TIERS[name])
+            row[name] = caught(Path(folder), checkout, path, TIERS[name], near=near)
             if row[name] is not None:
                 break
     return row
@@ -101,6 +101,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--tier", choices=["unit", "all"], default="all")
     parser.add_argument("--only", type=int, nargs="*")
+    parser.add_argument("--near", action="store_true", help="leave out tests of other rooms: minutes instead of hours")
     parser.add_argument("--checkout", type=Path, default=TOOLS.parent, help="of another commit")
     options = parser.parse_args()
     if options.verb == "check":
@@ -109,7 +110,7 @@ def main() -> None:
         sys.exit("\n".join(f"{n}: not exactly once: {old}" for n, old in lost) if lost else 0)
     rows = []
     for number in options.only or range(1, len(MUTANTS) + 1):
-        rows.append(plant(number, options.checkout.resolve(), options.tier))
+        rows.append(plant(number, options.checkout.resolve(), options.tier, near=options.near))
         print(json.dumps(rows[-1]), flush=True)
         if options.json:
             options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

@@ -181,6 +181,17 @@ def test_huge_finite_logits_are_no_error() -> None:
     assert np.isfinite(one(logits, boxes, targets_of([0, 1], [[0.5, 0.5, 0.1, 0.1]] * 2)).cost).all()
 
 
+def test_boxes_without_area_have_no_overlap_and_the_least_giou() -> None:
+    point, other, box = (
+        torch.tensor(values).view(4, 1) for values in ([0.5, 0.5, 0.0, 0.0], [0.2, 0.5, 0.0, 0.0], [0.5, 0.5, 0.2, 0.2])
+    )
+    for one_of, two in ((point, point), (point, other)):  # no union, and no hull with an area either
+        iou, giou = iou_and_giou(one_of, two)
+        assert iou.tolist() == [0.0] and giou.tolist() == [-1.0]
+    iou, giou = iou_and_giou(point, box)
+    assert iou.tolist() == [0.0] and giou.tolist() == [0.0]  # the hull is the box
+
+
 # --- all layers together
 
 
