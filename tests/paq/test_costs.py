@@ -182,9 +182,8 @@ def test_huge_finite_logits_are_no_error() -> None:
 
 
 def test_boxes_without_area_have_no_overlap_and_the_least_giou() -> None:
-    point, other, box = (
-        torch.tensor(values).view(4, 1) for values in ([0.5, 0.5, 0.0, 0.0], [0.2, 0.5, 0.0, 0.0], [0.5, 0.5, 0.2, 0.2])
-    )
+    sides = [0.5, 0.5, 0.0, 0.0], [0.2, 0.5, 0.0, 0.0], [0.5, 0.5, 0.2, 0.2]
+    point, other, box = (torch.tensor(values).view(4, 1) for values in sides)
     for one_of, two in ((point, point), (point, other)):  # no union, and no hull with an area either
         iou, giou = iou_and_giou(one_of, two)
         assert iou.tolist() == [0.0] and giou.tolist() == [-1.0]
