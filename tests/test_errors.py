@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 
-from paqdetr.errors import memory_error
+from paqdetr.errors import ConfigError, NonFiniteError, memory_error
 
 
 def test_a_gpus_complaint_is_told_in_short() -> None:
@@ -39,3 +40,9 @@ def test_torch_and_numpy_really_run_out(allocate: Callable[[int], object], amoun
 @pytest.mark.parametrize("error", [RuntimeError("shapes differ"), ValueError("out of memory"), KeyError(1)])
 def test_other_errors_are_left_alone(error: Exception) -> None:
     assert memory_error(error) is None
+
+
+@pytest.mark.parametrize("error", [ConfigError("here", "do that"), NonFiniteError("here", "do that", images=["a", 3])])
+def test_errors_cross_between_processes(error: ConfigError | NonFiniteError) -> None:
+    other = pickle.loads(pickle.dumps(error))
+    assert type(other) is type(error) and str(other) == "here (do that)" and vars(other) == vars(error)

@@ -25,7 +25,7 @@ class UserError(Exception):
     told_elsewhere = False
 
     def __init__(self, message: str, remedy: str) -> None:
-        super().__init__(message)
+        super().__init__(message, remedy)  # both, so that it can be pickled
         self.message = message
         self.remedy = remedy
 

@@ -219,7 +219,7 @@ def test_what_is_given_wins_over_what_the_file_says(make_original: Make) -> None
 def test_what_published_models_have_is_assumed_and_said(make_original: Make) -> None:
     original = make_original("deformable two-stage")
     torch.save(original.state, original.path)  # without arguments
-    with pytest.raises(CheckpointError, match=r"12 samples a level and width 128 do not divide into 8 heads"):
+    with pytest.raises(CheckpointError, match=r"12 samples per level and width 128 do not divide into 8 heads"):
         convert_checkpoint(original.path, origin="deformable_detr")
     _, report = convert_checkpoint(original.path, origin="deformable_detr", settings={"num_heads": HEADS})
     assert report.settings["num_queries"].value == 300

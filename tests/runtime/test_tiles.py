@@ -131,15 +131,15 @@ def test_small_objects_of_large_images_are_found_in_tiles() -> None:
 
 
 LARGE = """
-import resource, sys
 import numpy as np
 from PIL import Image
+from paqdetr.environment import peak_resident
 from paqdetr.models import create_model
 from paqdetr.runtime.tiles import Tiles
 model = create_model("paq_dino_nano", num_classes=10).eval()
 pixels = np.random.default_rng(0).integers(0, 255, (3000, 4000, 3), dtype=np.uint8)
 found = model.predict(Image.fromarray(pixels), threshold=0.0, tiles=Tiles(640, with_whole=True))[0]
-print(len(found), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+print(len(found), peak_resident() / 2**30)
 """
 
 

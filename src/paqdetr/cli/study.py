@@ -10,7 +10,6 @@ import typer
 
 from paqdetr.cli.console import Device, Ended, errors, interrupted, note, progress_bar, results, show, table
 from paqdetr.errors import ConfigError
-from paqdetr.files import read_text
 
 if TYPE_CHECKING:
     from paqdetr.study.report import StudyReport
@@ -79,7 +78,7 @@ def _run(
     ray: str | None,
 ) -> None:
     from paqdetr.cli.study_progress import QueueProgress
-    from paqdetr.files import write_text
+    from paqdetr.files import read_text, write_text
     from paqdetr.outputs import require_free
     from paqdetr.study.datasets import prepare
     from paqdetr.study.queue import StudyInterrupted, require_no_conflict, run_queue, run_queue_on_ray

@@ -18,7 +18,7 @@ from paqdetr.errors import ConfigError
 from paqdetr.structures import Detections
 
 # The least batch that tiles go through the model in, where the caller's own is smaller.
-_BATCH = 8
+_BATCH = 4
 # Two boxes are one object: by IoU of whole ones, by intersection over the smaller where one is cut off.
 _SAME, _COVERED = 0.5, 0.5
 # Parts of an object agree in their extent along the cut.
@@ -72,7 +72,7 @@ def predict_tiles(
         image: RGB.
         tiles: how it is cut.
         predict: (images, batch size) -> their detections. All tiles are given together.
-        batch_size: tiles that go through the model together; 8 at least.
+        batch_size: tiles that go through the model together; 4 at least.
     """
     windows = tiles.windows(image.height, image.width)
     if len(windows) == 1:
