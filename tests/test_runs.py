@@ -118,6 +118,14 @@ def test_how_images_are_loaded_may_change(tmp_path: Path) -> None:
     run.require_settings(changed(workers=3, cache_images=0.5))
 
 
+def test_what_changes_nothing_may_change(tmp_path: Path) -> None:
+    begun(tmp_path / "run").require_settings(
+        changed(**{"model.roi_samples": 64})
+    )  # without the heads that it belongs to
+    with pytest.raises(ConfigError, match="auxiliary_heads"):
+        begun(tmp_path / "other").require_settings(changed(**{"model.auxiliary_heads": ("atss",)}))
+
+
 def test_a_config_that_is_there_is_kept(tmp_path: Path) -> None:
     run = begun(tmp_path / "run")
     text = "# my notes\n" + run.config_file.read_text()

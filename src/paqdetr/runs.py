@@ -14,7 +14,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from paqdetr.config import Config, load_config
+from paqdetr.config import Config, idle_settings, load_config
 from paqdetr.errors import ConfigError, DataError, StorageError
 from paqdetr.files import remove_leftovers, write_whole
 from paqdetr.locks import Busy, acquire
@@ -162,8 +162,12 @@ class Run:
         """Raise ConfigError if the run, which has kept something, was started with other settings."""
         if not self.config_file.exists() or self.empty:
             return
-        before, after = flat_settings(load_config(self.config_file)), flat_settings(config)
-        for key in changed_settings(before, after):
+        started = load_config(self.config_file)
+        before, after = flat_settings(started), flat_settings(config)
+        changed = changed_settings(before, after)
+        # What changes nothing in either may differ: a setting that came later than the run, above all.
+        idle = idle_settings(started, changed).keys() & idle_settings(config, changed).keys()
+        for key in (key for key in changed if key not in idle):
             raise ConfigError(
                 f"{self.config_file}: the run was started with {key}={before[key]!r}, now it is {after[key]!r}",
                 "resume with the same settings, or start a new run with another --output",

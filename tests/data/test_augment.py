@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from paqdetr.config import AugmentConfig
-from paqdetr.data.augment import Augment, Augmented, spare_small
+from paqdetr.data.augment import Augment, Augmented, crop, spare_small
 from paqdetr.preprocessing import Normalization, Preprocessing
 
 PLAIN = Normalization(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
@@ -120,6 +120,14 @@ def test_images_without_boxes_are_cropped_too() -> None:
     torch.manual_seed(0)
     result = augment(size=64, crop=1.0, crop_size=(0.5, 0.5), flip=1.0)(pixels, boxes, np.zeros(0, np.int64), scale=1.0)
     assert result.boxes.shape == (0, 4) and result.labels.shape == (0,) and result.pixels.shape == (3, 64, 64)
+
+
+def test_a_crop_drops_boxes_of_which_less_than_a_fifth_is_left() -> None:
+    boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0], [0.0, 20.0, 10.0, 30.0], [40.0, 0.0, 50.0, 10.0]])
+    image = Augmented(torch.zeros(3, 40, 60, dtype=torch.uint8), boxes, torch.tensor([1, 2, 3]))
+    whole, left_out = crop(image, 0, 8, 40, 50), crop(image, 0, 9, 40, 50)  # a fifth and a tenth of the first two
+    assert whole.labels.tolist() == [1, 2, 3] and left_out.labels.tolist() == [3]
+    assert whole.boxes[0].tolist() == [0, 0, 2, 10] and left_out.boxes.tolist() == [[31, 0, 41, 10]]
 
 
 def test_a_crop_keeps_the_aspect() -> None:
