@@ -95,8 +95,10 @@ def import_extra(name: str, extra: str) -> ModuleType:
     """
     try:
         return import_module(name)
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise BackendError(f"{error.name or name} is not installed", f"pip install 'paqdetr[{extra}]'") from None
+    except ImportError as error:
+        raise BackendError(f"{name} cannot be imported: {error}", f"pip install 'paqdetr[{extra}]'") from None
 
 
 def memory_error(

@@ -8,14 +8,12 @@ import threading
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from paqdetr.errors import BackendError, CheckpointError
+from paqdetr.errors import CheckpointError, import_extra
 from paqdetr.files import open_regular
 from paqdetr.runtime.info import FILE_ENTRY, KEY
 
@@ -112,7 +110,7 @@ def _read(path: Path) -> bytes:
 
 
 def _open_onnx(path: Path, content: bytes, threads: int) -> Engine:
-    program = _import("onnxruntime", "onnx")
+    program = import_extra("onnxruntime", "onnx")
     options = program.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 4
     try:
@@ -132,7 +130,7 @@ def _open_onnx(path: Path, content: bytes, threads: int) -> Engine:
 
 
 def _open_openvino(path: Path, content: bytes, threads: int) -> Engine:
-    program = _import("openvino", "openvino")
+    program = import_extra("openvino", "openvino")
     core = program.Core()
     # Its own choice is bfloat16 on some processors: other boxes, and others again on the next machine.
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
@@ -162,14 +160,6 @@ def _open_openvino(path: Path, content: bytes, threads: int) -> Engine:
         batch,
         run,
     )
-
-
-def _import(name: str, extra: str) -> ModuleType:
-    try:
-        return import_module(name)
-    except ImportError as error:
-        reason = "is not installed" if getattr(error, "name", None) == name else f"cannot be imported: {error}"
-        raise BackendError(f"{name} {reason}", f"pip install 'paqdetr[{extra}]'") from None
 
 
 def _unreadable(path: Path, kind: str, error: Exception) -> CheckpointError:
