@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from paqdetr.training.bench import compare, interleave, summary
+from paqdetr.timing import compare, interleave, summary
 
 __all__ = ["compare", "interleave", "provenance", "summary"]
 

@@ -87,7 +87,7 @@ def key_to_module(key: str, value: str, module: str) -> list[str]:
     finally:
         sys.setprofile(None)
     built = [str(Path(name).relative_to(PACKAGE)) for name in reversed(stack) if Path(name).is_relative_to(PACKAGE)]
-    return list(dict.fromkeys(["cli/options.py", *files, *built]))
+    return list(dict.fromkeys(["cli/train.py", *files, *built]))
 
 
 def main() -> None:

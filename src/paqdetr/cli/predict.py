@@ -81,6 +81,7 @@ def predict(
     Ctrl-C or SIGTERM ends it: what was written stays, and a video ends there and plays.
     """
     from paqdetr.runtime.predict import new_folder, predict_sources
+    from paqdetr.runtime.predictor import DEFAULT_THRESHOLD
     from paqdetr.runtime.save import require_forms
 
     if threshold is not None and not 0 <= threshold <= 1:  # a range of the option would call nan too large
@@ -102,7 +103,7 @@ def predict(
     usual += [f"threshold {point.threshold:.2f}"] if threshold is None and point.threshold is not None else []
     if usual:
         results.print(f"{', '.join(usual)}: from the run's evaluation")
-    least = next(x for x in (threshold, point.threshold, 0.3) if x is not None)
+    least = next(x for x in (threshold, point.threshold, DEFAULT_THRESHOLD) if x is not None)
     image_id = None if annotations is None else _image_ids(annotations)
     folder = new_folder() if output is None else Path(output)
     try:

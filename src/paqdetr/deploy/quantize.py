@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -16,6 +15,7 @@ from paqdetr.evaluation.evaluate import evaluate_split
 from paqdetr.runtime import ExportInfo, Predictor, open_exported
 from paqdetr.runtime.engines import Engine, seal
 from paqdetr.runtime.info import KEY
+from paqdetr.timing import interleave
 
 CALIBRATION_IMAGES = 300
 MIN_SPEEDUP = 1.1
@@ -87,7 +87,8 @@ def quantize_checked(
     _save(quantized, output, info)
     after = open_exported(output)
     found = {"float": _figures(before, held_out), "int8": _figures(after, held_out)}
-    times = _milliseconds({"float": before, "int8": after}, images[0])
+    calls = {"float": lambda: before.run(images[0]), "int8": lambda: after.run(images[0])}
+    times = {key: 1e3 * median(seconds) for key, seconds in interleave(calls, rounds=_ROUNDS).items()}
     for key, value in times.items():
         found[key]["ms"] = round(value, 2)
     drop, speedup = found["float"]["AP"] - found["int8"]["AP"], times["float"] / times["int8"]
@@ -160,14 +161,3 @@ def _runner(compiled: Any) -> Any:
 def _figures(predictor: Predictor, split: DetectionDataset) -> dict[str, float]:
     figures = evaluate_split(predictor, split).figures
     return {"AP": round(figures.AP, 4), "AP50": round(figures.AP50, 4)}
-
-
-def _milliseconds(predictors: dict[str, Predictor], image: np.ndarray) -> dict[str, float]:
-    """Medians, measured in turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in predictors}
-    for _ in range(_ROUNDS):
-        for name, predictor in predictors.items():
-            started = time.perf_counter()
-            predictor.run(image)
-            seconds[name].append(time.perf_counter() - started)
-    return {name: 1e3 * median(values[2:]) for name, values in seconds.items()}

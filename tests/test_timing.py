@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from paqdetr.training.bench import compare, interleave
+from paqdetr.timing import compare, interleave
 
 
 def test_interleaved_timing_counts_every_case_in_turn() -> None:
