@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,8 +18,10 @@ from paqdetr.config import Config, idle_settings, load_config
 from paqdetr.errors import ConfigError, DataError, StorageError
 from paqdetr.files import remove_leftovers, write_whole
 from paqdetr.locks import Busy, acquire
-from paqdetr.models import Detector, load
 from paqdetr.serialize import plain
+
+if TYPE_CHECKING:
+    from paqdetr.models import Detector
 
 Record = dict[str, Any]
 """A line of metrics.jsonl."""
@@ -98,6 +100,8 @@ class Run:
 
     def model(self, *, device: str = "cpu") -> Detector:
         """The best checkpoint, loaded."""
+        from paqdetr.models import load
+
         return load(self.best, device=device)
 
     def write_config(self, config: Config) -> None:

@@ -126,13 +126,14 @@ def preview(
     """Draw training batches as a model gets them: augmented, padded (purple), with their boxes."""
     from paqdetr.config import load_config, parse_overrides
     from paqdetr.data.dataset import open_split
-    from paqdetr.data.preview import preview_batches
-    from paqdetr.models.zoo import preprocessing_of
 
     _require_png(output)
     OutputFiles("paqdetr data preview", overwrite=overwrite, output=output)
     config = load_config(model, {"workers": 0, **parse_overrides(settings or [])})
     opened = open_split(folder, split)
+    from paqdetr.data.preview import preview_batches
+    from paqdetr.models.zoo import preprocessing_of
+
     drawn = preview_batches(
         config, opened, preprocessing_of(config), output, batches=batches, epoch=epoch, overwrite=overwrite
     )

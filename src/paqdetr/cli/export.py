@@ -46,11 +46,19 @@ def export(
     overwrite: Overwrite = False,
 ) -> None:
     """Write a model for onnxruntime, OpenVINO or libtorch, and compare it with the run before it is kept."""
+    from paqdetr.checkpoint import find_described
+
+    for option, found, known in (
+        ("--format", format, ("onnx", "openvino", "pt2", "torchscript")),
+        ("--precision", precision, ("f32", "f16", "int8")),
+        ("--attention", attention, ("grid_sample", "gather")),
+    ):
+        if found not in known:
+            raise ConfigError(f"{option}: expected one of {', '.join(known)}, found {found!r}", "choose one of them")
+    files = OutputFiles("paqdetr export", overwrite=overwrite, json=json_file)
+    find_described(checkpoint)
     from paqdetr import deploy
 
-    if attention not in ("grid_sample", "gather"):
-        raise ConfigError(f"--attention: expected grid_sample or gather, found {attention!r}", "choose one of them")
-    files = OutputFiles("paqdetr export", overwrite=overwrite, json=json_file)
     try:
         done = deploy.export(
             checkpoint,

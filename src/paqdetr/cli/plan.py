@@ -40,8 +40,6 @@ def plan(
 ) -> None:
     """Say what a training will take before it starts: memory, time, disk. Nothing is kept of the steps it tries."""
     from paqdetr.config import describe_idle, load_config, parse_overrides
-    from paqdetr.distributed import Processes
-    from paqdetr.training.memory import largest_batch
     from paqdetr.training.setup import describe_data, open_splits, with_classes
 
     files = OutputFiles("paqdetr plan", overwrite=overwrite, json=json_file)
@@ -52,6 +50,9 @@ def plan(
         note(line)
     config = with_classes(config, train_split)
     if auto_batch:
+        from paqdetr.distributed import Processes
+        from paqdetr.training.memory import largest_batch
+
         size = largest_batch(config, train_split, Processes.join(device))
         config = config.model_copy(update={"batch_size": size})
     if overfit is not None:

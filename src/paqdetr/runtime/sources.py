@@ -108,6 +108,14 @@ def list_sources(
             yield from _listed(given, recursive, leave_out)
 
 
+def require_sources(sources: Iterable[str | os.PathLike[str]], *, recursive: bool = False) -> None:
+    """Raise DataError, as `list_sources` would, for the first that does not exist or has nothing to look at; those of standard
+    input are not looked at. Done before a model is loaded, which takes seconds."""
+    for given in sources:
+        if str(given) != "-":
+            next(_listed(given, recursive, None), None)
+
+
 def _listed(given: str | os.PathLike[str], recursive: bool, leave_out: Path | None) -> Iterator[Source]:
     text, path = os.fspath(given), Path(given)
     if text.startswith(LIVE_SCHEMES):
