@@ -26,7 +26,7 @@ def convert(
         list[str] | None,
         typer.Argument(
             help="What the file does not contain, such as num_heads=8 num_queries=300 classes=coco.",
-            metavar="KEY=VALUE",
+            metavar="FACT=VALUE",
         ),
     ] = None,
     *,

@@ -67,7 +67,12 @@ class _Line:
                 self._place(word, word, words)
             elif pair and self.takes_settings and self._setting(name) == name and not self._is_folder(name):
                 self.settings.append(word)
-            elif not pair or Path(word).exists() or not self._place(f"{name}=", name, [value]):
+            elif (
+                not pair
+                or "FACT=VALUE" in self.arguments
+                or Path(word).exists()
+                or not self._place(f"{name}=", name, [value])
+            ):
                 self.positionals.append(word)
         return True
 
@@ -77,7 +82,7 @@ class _Line:
     def _place(self, word: str, key: str, values: list[str]) -> bool:
         """Put the value of a word that the verb does not take where it belongs; whether there is such a place."""
         key = key.lower().replace("-", "_")
-        place = self._find(key)
+        place = self._find(word, key)
         if place is None:
             return False
         self.wrong.append(word)
@@ -99,14 +104,14 @@ class _Line:
             self.positionals.append(value or place)
         return True
 
-    def _find(self, key: str) -> str | None:
+    def _find(self, word: str, key: str) -> str | None:
         if (option := f"--{key.replace('_', '-')}") in self.options:
             return option
         for place in WORDS.get(key, "?").split("|"):
             known = place in ("", "*", "MODEL") or place.partition(" ")[0] in self.options or place in self.arguments
             if known or (self.takes_settings and "=" in place):
                 return place
-        setting = self._setting(key) if self.takes_settings else None
+        setting = self._setting(key) if self.takes_settings and word.startswith("--") else None
         return None if setting is None else f"{setting}="
 
     def _setting(self, key: str) -> str | None:

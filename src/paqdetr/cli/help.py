@@ -64,7 +64,7 @@ class Verbs(TyperGroup):
         Verb.format_options(self, ctx, formatter)  # type: ignore[arg-type]
 
 
-def find_command(context: typer.Context, words: list[str]) -> typer.Context:
+def _find_command(context: Any, words: list[str]) -> Any:
     """The context of a verb, such as ["data", "make"], below that of the program.
 
     Raises:
@@ -85,5 +85,5 @@ def show_help(
     ctx: typer.Context, words: Annotated[list[str] | None, typer.Argument(metavar="VERB", help="Such as train.")] = None
 ) -> None:
     """Show how a verb is used: the same as VERB --help."""
-    found = find_command(ctx.find_root(), words or [])
+    found = _find_command(ctx.find_root(), words or [])
     typer.echo(found.get_help())

@@ -44,7 +44,7 @@ WORDS = {
     "half": "--precision f16|--amp fp16", "int8": "--precision int8", "dtype": "--precision",
     "slice": "--tiles", "tile": "--tiles",
     "subset": "--split", "set": "--split", "ann_file": "--annotations", "annotation": "--annotations",
-    "gpu": "--device", "gpu_id": "--device", "gpus": "--device", "exist_ok": "--overwrite", "force": "--overwrite",
+    "gpu": "--device", "gpu_id": "--device", "gpus": "--device", "exist_ok": "--overwrite|*", "force": "--overwrite|",
     "last": "--resume", "auto_resume": "--resume", "resume_from": "--resume",
     # said here by the verb, or always done
     "task": "*", "mode": "*", "launcher": "*", "local_rank": "*", "num_gpus": "*", "optimizer": "*", "opt": "*",
