@@ -20,7 +20,7 @@ from paqdetr.files import remove_leftovers, write_whole
 from paqdetr.locks import Busy, acquire
 from paqdetr.serialize import plain
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # a run is looked at without torch
     from paqdetr.models import Detector
 
 Record = dict[str, Any]
@@ -85,6 +85,20 @@ class Run:
     def finished(self) -> bool:
         """Whether the training came to its end."""
         return bool(self.records(_ENDED))
+
+    @property
+    def status(self) -> str:
+        """How far the training has come, such as "unfinished: step 960 of 1400, epoch 2.74 of 4"."""
+        trained = self.records("train")
+        if not trained:
+            return "unfinished: no step was recorded"
+        last, config = trained[-1], load_config(self.config_file)
+        total = round(config.epochs * last["step"] / last["epoch"])
+        total = min(total, config.max_steps or total)
+        where = f"step {last['step']} of {total}, epoch {last['epoch']:g} of {config.epochs}"
+        ended = self.records(_ENDED)
+        stopped = f" ({ended[-1]['stopped']})" if ended and "stopped" in ended[-1] else ""
+        return f"{'finished' if ended else 'unfinished'}: {where}{stopped}"
 
     @property
     def metrics(self) -> dict[str, Any]:
