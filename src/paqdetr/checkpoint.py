@@ -138,8 +138,13 @@ def _open(path: Path, tensors: bool = False) -> tuple[dict[str, Tensor], dict[st
     return content, header
 
 
-def load_tensors(module: torch.nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Fill a module; every name and shape must agree. A module on the meta device takes over the tensors themselves.
+def load_tensors(
+    module: torch.nn.Module, tensors: Mapping[str, Tensor], where: str, *, assign: bool = False
+) -> None:
+    """Fill a module; every name and shape must agree.
+
+    Args:
+        assign: the module takes over the tensors themselves.
 
     Raises:
         CheckpointError: naming the first tensors that are missing, left over, of another shape or no weights.
@@ -168,7 +173,7 @@ def load_tensors(module: torch.nn.Module, tensors: Mapping[str, Tensor], where: 
                 f"{where}: it is of another model: it {problem} {some(keys)}",
                 "load it with the model and settings it was made with",
             )
-    if any(tensor.is_meta for tensor in own.values()):
+    if assign:
         module.load_state_dict({key: tensors[key].to(own[key].dtype) for key in own}, assign=True)
     else:
         module.load_state_dict(dict(tensors))

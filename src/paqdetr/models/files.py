@@ -24,6 +24,7 @@ from paqdetr.checkpoint import (
 from paqdetr.config import Config, ModelConfig
 from paqdetr.environment import require_device
 from paqdetr.errors import CheckpointError, ConfigError, memory_error
+from paqdetr.models.backbone import Uninitialised
 from paqdetr.models.detector import Detector
 from paqdetr.models.zoo import build_model
 from paqdetr.paq.patterns import resized_rows
@@ -247,7 +248,8 @@ def load(
         tensors, header = read_checkpoint(file)
         config, table, preprocessing = describe_checkpoint(header, str(file))
         try:
-            model = _build_to_fill(config, table)
+            with Uninitialised():
+                model = build_model(config, classes=table)
         except ConfigError as error:
             raise not_ours(header, str(file), error) from None
         except (RuntimeError, MemoryError) as error:
@@ -258,21 +260,12 @@ def load(
                 "load it on a larger one; if it is small, its header is damaged",
             ) from None
         model.preprocessing = preprocessing
-        load_tensors(model, tensors, str(file))
+        load_tensors(model, tensors, str(file), assign=True)
         model.operating_point = operating_point_of(header)
         if classes is not None or num_queries is not None:
             model, report = reshape(model, classes=classes, num_queries=num_queries)
             _LOG.warning("%s: %s", file, report)
         return model.to(target).eval()
-
-
-def _build_to_fill(config: Config, classes: ClassTable) -> Detector:
-    """A model without weights, on the meta device; with random ones where it has buffers that no file holds (timm's Swin)."""
-    with torch.device("meta"):
-        model = build_model(config, classes=classes)
-    if {name for name, _ in model.named_buffers()} <= model.state_dict().keys():
-        return model
-    return build_model(config, classes=classes)
 
 
 def model_to_train(
