@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial, wraps
+from functools import cache, partial, wraps
 from importlib import import_module
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec
@@ -33,7 +33,8 @@ def drop_missing_plot_backend() -> None:
         del os.environ["MPLBACKEND"]
 
 
-# torch's compiler takes 1.3 CPU seconds to import, nearly as much as torch itself. These import it for functions that are seldom called.
+# torch's compiler takes 1.3 CPU seconds to import, nearly as much as torch itself. These import it for functions that are
+# seldom called.
 _COMPILER, _HASTY = "torch._dynamo", ("torchvision", "torchvision.tv_tensors", "timm")
 
 
@@ -78,11 +79,12 @@ def _compiler_stands_in() -> Iterator[None]:
             return partial(disable, recursive=recursive, **how)
         plain: Callable[..., Any] = function
 
+        disabled = cache(lambda: compiler().disable(plain, recursive, **how))
+
         @wraps(plain)
         def call(*args: Any, **kwargs: Any) -> Any:
             # Nothing is being compiled before the compiler is imported.
-            known = _COMPILER in sys.modules
-            return (compiler().disable(plain, recursive, **how) if known else plain)(*args, **kwargs)
+            return (disabled() if _COMPILER in sys.modules else plain)(*args, **kwargs)
 
         return call
 

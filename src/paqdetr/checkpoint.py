@@ -138,9 +138,7 @@ def _open(path: Path, tensors: bool = False) -> tuple[dict[str, Tensor], dict[st
     return content, header
 
 
-def load_tensors(
-    module: torch.nn.Module, tensors: Mapping[str, Tensor], where: str, *, assign: bool = False
-) -> None:
+def load_tensors(module: torch.nn.Module, tensors: Mapping[str, Tensor], where: str, *, assign: bool = False) -> None:
     """Fill a module; every name and shape must agree.
 
     Args:

@@ -11,7 +11,7 @@ import numpy as np
 from PIL.Image import Image, Resampling
 from pydantic import Field, TypeAdapter
 
-from paqdetr.config import ResizeRule
+from paqdetr.config import Config, ResizeRule
 
 if TYPE_CHECKING:  # a checkpoint's header is read, and found wanting, before torch is imported
     from torch import Tensor
@@ -54,6 +54,12 @@ class Preprocessing:
     normalization: Normalization
     resize: ResizeRule = "detr"
     pad_divisor: Annotated[int, Field(ge=1, le=1024)] = 1
+
+    @classmethod
+    def of(cls, config: Config, normalization: Normalization) -> Preprocessing:
+        """What the settings do to an image."""
+        how = {name: getattr(config, name) for name in ("image_size", "size_divisor", "resize", "pad_divisor")}
+        return cls(normalization=normalization, **how)
 
     @property
     def rule(self) -> ResizeRule:

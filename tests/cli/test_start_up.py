@@ -18,6 +18,7 @@ from paqdetr.runs import Run
 
 pytestmark = pytest.mark.integration
 
+SOURCE = str(Path(paqdetr.__file__).parents[1])
 SLOW = ("torch", "torchvision", "timm", "accelerate", "numba", "transformers", "supervision", "sklearn")
 
 MISTAKES = {
@@ -101,11 +102,10 @@ def answers(tmp_path_factory: pytest.TempPathFactory, tiny_digits: Path, tiny_ru
     image = next((tiny_digits / "val").iterdir())
     commands = [*MISTAKES, *WITHOUT_TORCH]
     filled = [command.format(data=tiny_digits, run=tiny_run.output, image=image) for command in commands]
-    source = str(Path(paqdetr.__file__).parents[1])
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, json.dumps(SLOW), json.dumps(filled)],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": source},
+        env=os.environ | {"PYTHONPATH": SOURCE},
         capture_output=True,
         text=True,
         check=False,
@@ -125,6 +125,28 @@ def test_a_mistake_is_found_without_torch(answers: dict[str, tuple[int, str]], c
 def test_a_verb_without_tensors_needs_no_torch(answers: dict[str, tuple[int, str]], command: str) -> None:
     code, printed = answers[command]
     assert code == 0, printed
+
+
+# What predicting in one picture needs beside torch is timm, torchvision and numba. `torch._dynamo` is torch's compiler.
+IDLE = (
+    "torch._dynamo",
+    "accelerate",
+    "scipy.optimize",
+    "matplotlib",
+    "supervision",
+    "sklearn",
+    "hotcoco",
+    "transformers",
+)
+PREDICT = "import sys, paqdetr; print(len(paqdetr.load(sys.argv[1]).predict(sys.argv[2]))); print(*sys.modules)"
+
+
+def test_a_prediction_imports_no_more_than_it_needs(tiny_digits: Path, tiny_run: Run) -> None:
+    image = next((tiny_digits / "val").iterdir())
+    command = [sys.executable, "-c", PREDICT, str(tiny_run.output), str(image)]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": SOURCE}, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("1\n")
+    assert not set(IDLE) & set(done.stdout.split())
 
 
 def test_convert_knows_all_programs() -> None:

@@ -58,8 +58,8 @@ def pad_before_shift(body: nn.Module) -> None:
 
 _TF_LITE = "tf_efficientnet_lite"
 
-# (timm name, strides) -> whether it takes images of any size. Those here (as a test holds) need not be tried at every start, which
-# takes 1.3 seconds: torch imports its compiler for shapes alone.
+# (timm name, strides) -> whether it takes images of any size. Those below (held by a test) need not be tried at every start: for
+# shapes alone torch imports its compiler, which takes 1.3 seconds.
 _takes_any_size: dict[tuple[str, tuple[int, ...]], bool] = {
     ("tf_efficientnet_lite0", (8, 16, 32)): True,
     ("resnet50", (8, 16, 32)): True,
