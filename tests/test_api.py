@@ -213,7 +213,11 @@ def test_what_is_returned_is_shown_in_a_few_lines(tiny_run: Run, tiny_digits: Pa
     for shown, title, parts in (
         (model, "Detector paq_dino_nano", ["10: 0, 1, 2, 3", "long side 96", "20", "float32 on cpu"]),
         (tiny_run, f"Run {tiny_run.output}: finished", ["AP 0.", "best.safetensors", "steps"]),
-        (evaluation, f"Evaluation: AP {evaluation.figures.AP:.3f}", ["AP50, AP75", "duplicates cost", "images per second"]),
+        (
+            evaluation,
+            f"Evaluation: AP {evaluation.figures.AP:.3f}",
+            ["AP50, AP75", "duplicates cost", "images per second"],
+        ),
         (paqdetr.Run(tmp_path), f"Run {tmp_path}: no run", ["files"]),
     ):
         lines, page = repr(shown).splitlines(), shown._repr_html_()
