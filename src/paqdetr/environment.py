@@ -184,9 +184,9 @@ def peak_resident() -> int:
 
     try:
         # Not ru_maxrss, which a process inherits from the one that started it.
-        status = Path("/proc/self/status").read_text()
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
         return 1024 * int(status.partition("VmHWM:")[2].split()[0])
-    except OSError:
+    except (OSError, IndexError):  # no Linux, or one that does not say
         memory = psutil.Process().memory_info()
         return getattr(memory, "peak_wset", memory.rss)  # Windows alone knows a peak
 
@@ -200,8 +200,8 @@ def available_memory(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0]
     free = psutil.virtual_memory().available
     try:  # version 2 of control groups, which containers have
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8"))
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return free
     return min(free, max(limit - used, 0))

@@ -119,9 +119,9 @@ def test_crowds_and_areas_are_kept_for_evaluation(tmp_path: Path) -> None:
 
 
 def edit(path: Path, old: str, new: str) -> None:
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     assert old in text
-    path.write_text(text.replace(old, new))
+    path.write_text(text.replace(old, new), encoding="utf-8")
 
 
 def test_voc_difficult_objects_are_not_trained_on(copy_of: Any) -> None:

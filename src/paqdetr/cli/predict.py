@@ -82,7 +82,7 @@ def predict(
     from paqdetr.checkpoint import find_described
     from paqdetr.loading import is_exported
     from paqdetr.runtime.predict import new_folder, predict_sources, require_place
-    from paqdetr.runtime.predictor import DEFAULT_THRESHOLD, class_ids
+    from paqdetr.runtime.predictor import DEFAULT_THRESHOLD
     from paqdetr.runtime.save import require_forms
     from paqdetr.runtime.sources import require_sources
 
@@ -104,7 +104,7 @@ def predict(
         require_place(Path(output), overwrite=overwrite)
     image_id = None if annotations is None else _image_ids(annotations)
     if wanted is not None and not is_exported(model):
-        class_ids(find_described(model)[2], wanted)
+        find_described(model)[2].find(wanted)
     detector: Any = open_model(model, device)
     point = detector.operating_point
     usual = [f"nms {point.nms:g}"] if nms is None and point.nms is not None else []
