@@ -16,8 +16,6 @@
 import time
 from pathlib import Path
 
-from PIL import Image
-
 import paqdetr
 from paqdetr.data.digits import make_digits
 
@@ -32,7 +30,7 @@ run = paqdetr.train(
 # %% [markdown]
 # ## Detect
 #
-# `load` takes a run, a checkpoint or an exported file; all predict in the same way. Images are paths, PIL images or arrays; boxes come out in pixels of the image as it was given, with the category ids of your data.
+# `load` takes a run, a checkpoint or an exported file; all predict in the same way. Images are paths, folders, PIL images, arrays or tensors; boxes come out in pixels of the image as it was given, with the category ids of your data.
 #
 # Without a threshold the model's own is used: the one at which its last evaluation found the best balance of found and false.
 
@@ -40,12 +38,15 @@ run = paqdetr.train(
 model = paqdetr.load(run.best)
 pictures = sorted((data / "test").glob("*.jpg"))
 print("operating point:", model.operating_point)
-detections = model.predict(pictures[0])[0]
-for box, score, label in zip(detections.boxes.round(), detections.scores, detections.labels):
-    print(f"{detections.names[int(label)]:>3}  {score:.2f}  {box.tolist()}")
+detections = model(pictures[0])[0]
+print(detections)
+
+# %% [markdown]
+# Boxes, scores and labels are arrays; `detections[0].name` is one of them, `detections[detections.scores > 0.5]` and `detections["7"]` are some, and `to_coco`, `to_yolo`, `to_voc`, `to_pandas` and
+# `to_supervision` turn them into what other programs take.
 
 # %%
-detections.draw(Image.open(pictures[0])).resize((384, 384))
+detections.draw().resize((384, 384))
 
 # %% [markdown]
 # - A higher `threshold` means fewer false detections and more missed ones. Choose it on your validation split, by what each costs you.
@@ -53,7 +54,7 @@ detections.draw(Image.open(pictures[0])).resize((384, 384))
 # - `classes=["7"]` keeps some of the classes, and `tiles=640` cuts large images into tiles, for small objects.
 
 # %%
-sure = model.predict(pictures, threshold=0.5, nms=0.7, batch_size=4)
+sure = model(pictures, threshold=0.5, nms=0.7, batch_size=4)
 print(sum(map(len, sure)), "detections in", len(sure), "images")
 print(sure[0].to_coco(rounded=True)[:1])
 
@@ -70,7 +71,7 @@ print(export.file, f"{export.file.stat().st_size / 2**20:.0f} MiB; compared:", e
 
 # %%
 exported = paqdetr.load(export.file, threads=1)
-again = exported.predict(pictures, threshold=0.5, nms=0.7)
+again = exported(pictures, threshold=0.5, nms=0.7)
 print([len(one) for one in sure])
 print([len(one) for one in again])
 
