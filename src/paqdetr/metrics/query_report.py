@@ -57,9 +57,9 @@ class Spread:
         nearest to the counts (isotonic regression). None where the index is no rank."""
         if not self.ranked:
             return None
-        from sklearn.isotonic import isotonic_regression  # slow to import
+        from scipy.optimize import isotonic_regression
 
-        return gini(np.asarray(isotonic_regression(self.counts.astype(np.float64), increasing=False)))
+        return gini(isotonic_regression(self.counts.astype(np.float64), increasing=False).x)
 
     @property
     def unused(self) -> int:
