@@ -27,6 +27,14 @@ if TYPE_CHECKING:  # a program that runs an exported model has no torch
 # Rows of detections that are printed.
 _SHOWN = 20
 
+# What ultralytics, supervision, torchvision and transformers call it.
+_WORDS = {
+    "xyxy": "boxes", "bboxes": "boxes", "xywh": "to_coco(), under 'bbox'", "confidence": "scores", "conf": "scores",
+    "class_id": "labels", "cls": "labels", "classes": "labels", "pred_boxes": "boxes", "pred_classes": "labels",
+    "plot": "draw()", "show": "draw().show()", "save": "draw().save(path)", "orig_img": "image", "orig_shape": "size",
+    "path": "source", "df": "to_pandas()", "to_df": "to_pandas()", "pandas": "to_pandas()",
+}  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class Targets:
@@ -148,6 +156,13 @@ class Detections(Summary):
         if not isinstance(other, Detections):
             return NotImplemented
         return all(np.array_equal(getattr(self, f.name), getattr(other, f.name)) for f in fields(self) if f.compare)
+
+    def __getattr__(self, name: str) -> Any:
+        """What is not here, under the name that other programs have for it."""
+        own = _WORDS.get(name)
+        raise AttributeError(
+            f"Detections has no {name!r}" + (f"; here it is {own}" if own else ""), name=name, obj=self
+        )
 
     @property
     def class_names(self) -> list[str]:
@@ -417,7 +432,7 @@ class ClassTable:
             if category is None:
                 raise ConfigError(
                     f"classes: the model has no class {one!r}",
-                    did_you_mean(str(one), self.names, f"it has {len(self)} classes"),
+                    did_you_mean(str(one), self.names, f"it has {some(self.names, 10) or 'no classes'}"),
                 )
             found.append(category)
         return found
