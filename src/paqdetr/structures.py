@@ -16,7 +16,6 @@ from paqdetr.label_files import voc_document, yolo_line
 from paqdetr.text import Summary, did_you_mean, printable, shorten, some
 
 if TYPE_CHECKING:  # a program that runs an exported model has no torch
-    import pandas
     import supervision
     import torch
     from PIL.Image import Image
@@ -311,8 +310,8 @@ class Detections(Summary):
             ]
         )
 
-    def to_pandas(self) -> pandas.DataFrame:
-        """A table with a row for each box: `image_id`, `name`, `label`, `score`, and `x1`, `y1`, `x2`, `y2` in pixels. Those of
+    def to_pandas(self) -> Any:
+        """A `pandas.DataFrame` with a row for each box: `image_id`, `name`, `label`, `score`, and `x1`, `y1`, `x2`, `y2` in pixels. Those of
         several images go together with `pandas.concat`.
 
         Raises:
