@@ -264,5 +264,5 @@ def test_the_page_on_predict_runs(
     blocks = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "import paqdetr" in block]
     assert len(blocks) == 2
     for block in blocks:
-        exec(block.replace('["car"]', '["7"]'), {})
+        exec(block.replace('"car"', '"7"'), {})
     assert (tmp_path / "drawn.png").is_file()

@@ -311,8 +311,8 @@ class Detections(Summary):
         )
 
     def to_pandas(self) -> Any:
-        """A `pandas.DataFrame` with a row for each box: `image_id`, `name`, `label`, `score`, and `x1`, `y1`, `x2`, `y2` in pixels. Those of
-        several images go together with `pandas.concat`.
+        """A `pandas.DataFrame` with a row for each box: `image_id`, `name`, `label`, `score`, and `x1`, `y1`, `x2`, `y2` in
+        pixels. Those of several images go together with `pandas.concat`.
 
         Raises:
             BackendError: pandas is not installed.
