@@ -41,6 +41,11 @@ def test_import_is_lazy_and_complete() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.fixture(scope="module")
+def tiny_model(tiny_run: Run) -> paqdetr.Detector:
+    return tiny_run.model()
+
+
 def test_every_name_is_there() -> None:
     for name in paqdetr.__all__:
         assert getattr(paqdetr, name) is not None
@@ -129,10 +134,15 @@ def test_list_recipes() -> None:
     ],
 )
 def test_arguments_that_cannot_be(
-    call: Callable[..., object], kind: type[Exception], message: str, tiny_run: Run, tmp_path: Path
+    call: Callable[..., object],
+    kind: type[Exception],
+    message: str,
+    tiny_model: paqdetr.Detector,
+    tiny_run: Run,
+    tmp_path: Path,
 ) -> None:
     with pytest.raises(kind, match=message):
-        call(tiny_run.model(), tmp_path, tiny_run.best)
+        call(tiny_model, tmp_path, tiny_run.best)
 
 
 def test_evaluate_takes_a_path(tiny_run: Run, tiny_digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
