@@ -19,7 +19,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 from safetensors import SafetensorError, safe_open
 
 from paqdetr._version import __version__
-from paqdetr.config import Config, ModelConfig, validate_config
+from paqdetr.config import Config, ModelConfig, list_configs, validate_config
 from paqdetr.config.section import Role
 from paqdetr.errors import CheckpointError, ConfigError, import_extra
 from paqdetr.files import open_regular, parse_json, write_whole
@@ -250,6 +250,11 @@ def find_checkpoint(path: str | Path) -> Path:
     if str(path).startswith("hf:"):
         return import_extra("paqdetr.models.hub", "hub").fetch(str(path))
     path = Path(path)
+    if not path.exists() and str(path) in list_configs():
+        raise CheckpointError(
+            f"{path}: no such file, but the name of a model or recipe",
+            f"give a run's folder or a checkpoint; paqdetr.create_model({str(path)!r}) makes a model with random weights",
+        )
     if not path.is_dir():
         return path
     for name in ("best.safetensors", "last.safetensors"):
