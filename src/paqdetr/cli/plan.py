@@ -17,6 +17,7 @@ from paqdetr.cli.console import (
     Settings,
     facts_table,
     note,
+    progress_bar,
     results,
 )
 
@@ -74,13 +75,17 @@ def plan(
         return
     from paqdetr.training.plan import plan_training
 
-    found = plan_training(config, train_split, val_split, device=device, steps=steps)
+    with progress_bar("try a few steps") as progress:
+        found = plan_training(config, train_split, val_split, device=device, steps=steps, progress=progress)
+    parts = {name: value for name, value in found.memory.items() if name not in ("peak", "total", "available")}
     rows = {
         "images of a step": f"{found.step_images} (batch_size {config.batch_size}, accumulate {config.accumulate})",
         "steps": f"{found.epoch_steps} an epoch, {found.total_steps} in all",
         "parameters": f"{found.parameters / 1e6:.1f} M, {found.trainable / 1e6:.1f} M of them trained at lr {found.lr:.2e}",
         "memory": f"about {found.memory['total']:.2f} GiB of {found.memory['available']:.2f} free"
-        + ("" if found.fits else ": too much"),
+        + ("" if found.fits else ": too much")
+        + f"; its run will report about {found.memory['peak']:.2f}",
+        "made of": ", ".join(f"{name} {value:.2f}" for name, value in parts.items() if round(value, 2)),
         "a step": f"{found.step_seconds:.3f} s, mean of {found.measured_steps}",
         "an epoch": f"{_duration(found.epoch_seconds)}, "
         + (f"and {_duration(found.evaluation_seconds)} to evaluate" if val_split else "without evaluation"),
