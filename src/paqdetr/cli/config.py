@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from paqdetr.cli.console import Model, Settings, print_columns, results
+from paqdetr.cli.console import Model, Settings, print_columns, print_styled, results
 from paqdetr.errors import ConfigError
 
 app = typer.Typer(help="List models and recipes; show their settings.", no_args_is_help=True)
@@ -22,7 +22,7 @@ def list_names(pattern: Annotated[str, typer.Argument(help='Which ones, such as 
     if not models and not recipes:
         raise ConfigError(f"no model or recipe is called {pattern!r}", "`paqdetr config list` lists them all")
     for title, names in sorted(hosts_of(models + recipes).items()):
-        results.print(title)
+        print_styled(results, (title, "bold"))
         kinds = {name: "recipe" if name in recipes else "model" for name in names}
         print_columns([(f"  {name}", kind, describe_training(name)) for name, kind in kinds.items()])
 
