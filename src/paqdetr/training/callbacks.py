@@ -121,7 +121,7 @@ class NotebookProgress(Progress):
 
         super().on_start(plan)
         self._name, self._doing, self._shown = plan.config.name, "", 0.0
-        self._place = display(self, display_id=True)
+        self._place: Any = display(self, display_id=True)
 
     def on_step(self, step: int, loss: float) -> None:
         super().on_step(step, loss)

@@ -100,7 +100,7 @@ def plan_training(
         UserError: as a training would.
     """
     tried = in_own_process(_try_training, config, train_split, val_split, device, steps, progress=progress)
-    memory = tried.memory
+    memory = dict(tried.memory)
     own = sum(memory.values()) - memory["workers"] - (memory["cached images"] if tried.shares_images else 0)
     memory["peak"] = own
     memory["total"] = sum(memory.values()) - own if tried.device == "cpu" else own
