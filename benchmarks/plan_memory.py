@@ -77,7 +77,9 @@ def main() -> None:
     for number in chosen.cases:
         row = measure(CASES[number], chosen.data, chosen.steps)
         print(f"{number}: planned {row['planned']['peak']:.2f} GiB, took {row['peak_memory_gib']:.2f}", flush=True)
-        content = provenance(threads=1, seed=0, packages=packages) | {"rows": content["rows"] | {str(number): row}}
+        made = provenance(threads=1, seed=0, packages=packages)
+        row = {"command": made.pop("command")} | row
+        content = content | made | {"rows": content["rows"] | {str(number): row}}
         chosen.json.write_text(json.dumps(content, indent=1) + "\n")
 
 
