@@ -85,9 +85,8 @@ def test_readme(tmp_path: Path) -> None:
 
 
 def test_first_page(tmp_path: Path) -> None:
-    listed = commands(blocks("", START))
-    assert [words[1] for words in listed] == ["data", "data", "train", "eval", "predict", "analyze"]
-    execute(listed, tmp_path)
+    """Its Python; its commands are the README's, and tests/test_docs_pages.py reads them."""
+    execute(commands(blocks("", START))[:1], tmp_path)
     execute_python(START, tmp_path)
 
 
