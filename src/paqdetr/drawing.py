@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,9 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from PIL import Image, ImageColor, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont, features
 
-from paqdetr.images import read_image
+from paqdetr.images import ImageSource, read_image
 from paqdetr.text import printable
 
 # Okabe and Ito's colours, told apart with any colour vision.
@@ -26,18 +28,14 @@ PALETTE = (
 
 
 def draw_boxes(
-    image: Image.Image | np.ndarray,
-    boxes: ArrayLike,
-    labels: ArrayLike,
-    names: Mapping[int, str],
-    scores: ArrayLike | None = None,
+    image: ImageSource, boxes: ArrayLike, labels: ArrayLike, names: Mapping[int, str], scores: ArrayLike | None = None
 ) -> Image.Image:
     """Boxes drawn on a copy of an image, in the colour of their class: `name`, or `name 0.87` where there are scores.
 
     Lines and text grow with the image. The best detection is drawn last, so that its label stays readable.
 
     Args:
-        image: the PIL image (its EXIF turn is applied) or (H, W, 3) uint8 RGB array.
+        image: a path, a PIL image (its EXIF turn is applied), an array or another form that `read_image` takes.
         boxes: (N, 4) xyxy in pixels of the image.
         labels: (N,) integers: the data set's original category ids.
         names: category id -> name; an id without a name is shown as it is.
@@ -71,6 +69,16 @@ def tiled(rows: Sequence[Sequence[Image.Image]], *, gap: int, border: int = 0) -
     return sheet
 
 
+def data_uri(image: Image.Image, side: int) -> str:
+    """A picture as a `data:` address, at most `side` pixels long; WebP where Pillow can write it, else JPEG."""
+    picture = image.convert("RGB")
+    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+    kind = "webp" if features.check("webp") else "jpeg"
+    buffer = io.BytesIO()
+    picture.save(buffer, format=kind, quality=80)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
 def font_path() -> Path:
     """The DejaVu Sans inside matplotlib: Latin, Greek, Cyrillic; Pillow's own stops at Latin. matplotlib is not imported, which
     takes longer than drawing."""
@@ -79,7 +87,7 @@ def font_path() -> Path:
     return folder / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
 
 
-def _draw(image: Image.Image | np.ndarray, boxes: np.ndarray, ids: np.ndarray, texts: list[str]) -> Image.Image:
+def _draw(image: ImageSource, boxes: np.ndarray, ids: np.ndarray, texts: list[str]) -> Image.Image:
     """Draws in the order given: the last lies on top."""
     picture = read_image(image)
     side = (picture.width * picture.height) ** 0.5

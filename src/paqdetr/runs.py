@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,8 +18,11 @@ from paqdetr.config import Config, idle_settings, load_config
 from paqdetr.errors import ConfigError, DataError, StorageError
 from paqdetr.files import remove_leftovers, write_whole
 from paqdetr.locks import Busy, acquire
-from paqdetr.models import Detector, load
 from paqdetr.serialize import plain
+from paqdetr.text import Summary, figure
+
+if TYPE_CHECKING:  # a run is looked at without torch
+    from paqdetr.models import Detector
 
 Record = dict[str, Any]
 """A line of metrics.jsonl."""
@@ -31,8 +34,8 @@ _ENDED = "finished"
 FREE_SETTINGS = ("workers", "cache_images", "save_every_steps", "save_every_minutes", "trackers", "nan_policy")
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+@dataclass(frozen=True, slots=True, repr=False)
+class Run(Summary):
     """A training's output.
 
     Attributes:
@@ -85,6 +88,20 @@ class Run:
         return bool(self.records(_ENDED))
 
     @property
+    def status(self) -> str:
+        """How far the training has come, such as "unfinished: step 960 of 1400, epoch 2.74 of 4"."""
+        trained = self.records("train")
+        if not trained:
+            return "unfinished: no step was recorded"
+        last, config = trained[-1], load_config(self.config_file)
+        total = round(config.epochs * last["step"] / last["epoch"])
+        total = min(total, config.max_steps or total)
+        where = f"step {last['step']} of {total}, epoch {last['epoch']:g} of {config.epochs}"
+        ended = self.records(_ENDED)
+        stopped = f" ({ended[-1]['stopped']})" if ended and "stopped" in ended[-1] else ""
+        return f"{'finished' if ended else 'unfinished'}: {where}{stopped}"
+
+    @property
     def metrics(self) -> dict[str, Any]:
         """The evaluation record of the best epoch; empty if there was none."""
         rows = self.records("eval")
@@ -98,7 +115,32 @@ class Run:
 
     def model(self, *, device: str = "cpu") -> Detector:
         """The best checkpoint, loaded."""
+        from paqdetr.models import load
+
         return load(self.best, device=device)
+
+    def _summary(self) -> tuple[str, list[tuple[str, ...]]]:
+        steps, best = self.records("train"), self.metrics
+        state = "finished" if self.finished else "not finished" if self.config_file.exists() else "no run"
+        rows = [("best", f"AP {figure(best.get('AP'))}, AP50 {figure(best.get('AP50'))}, epoch {best.get('epoch')}")]
+        rows = rows if best else []
+        if steps:
+            rows.append(("trained", f"{steps[-1].get('epoch', 0):.4g} epochs, {steps[-1]['step']} steps"))
+        own = (self.best, self.last, self.config_file, self.metrics_file, self._curves)
+        files = [file.name for file in own if file.exists()]
+        return f"Run {self.output}: {state}", [*rows, ("files", ", ".join(files))]
+
+    @property
+    def _curves(self) -> Path:
+        return self.output / "curves.png"
+
+    def _picture(self) -> str | None:
+        from paqdetr.drawing import data_uri
+        from paqdetr.images import read_image
+
+        with suppress(DataError):
+            return data_uri(read_image(self._curves), 960)
+        return None
 
     def write_config(self, config: Config) -> None:
         """Write the settings, whole or not at all, unless they are there, or are others of a run that has kept something."""
