@@ -91,7 +91,8 @@ def analyze(
         against: another model, shown side by side, with paired intervals of the differences.
         images: how many of the best, of the worst and (with `against`) of the most different images are shown. The inside is
             shown for a third of it, at least one.
-        samples, seed: of the bootstrap.
+        samples: resamples of the bootstrap.
+        seed: of the resamples.
         batch_size: images that go through together; it changes no figure.
         device: where checkpoints are put; detectors stay where they are.
         progress: called with (stage, done, in all).
