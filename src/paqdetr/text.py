@@ -46,9 +46,18 @@ def literal(text: str) -> str:
 
 
 def did_you_mean(word: str, known: Sequence[str], otherwise: str, *, cutoff: float = 0.5) -> str:
-    """The known word that is nearest, as a question, or what to say if none is near."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
-    return f"did you mean {close[0]!r}?" if close else otherwise
+    """The known word that is nearest, whatever its case, as a question, or what to say if none is near."""
+    folded = {name.casefold(): name for name in reversed(known)}
+    close = difflib.get_close_matches(word.casefold(), folded, n=1, cutoff=cutoff)
+    return f"did you mean {folded[close[0]]!r}?" if close else otherwise
+
+
+def duration(seconds: float) -> str:
+    """Such as "40 s", "12 min" or "2 h 05 min"."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def figure(value: float | None) -> str:

@@ -31,6 +31,7 @@ from paqdetr.metrics.query_usage import BatchMatch, QueryUsage
 from paqdetr.models import Detector, load
 from paqdetr.report.page import Chapter, Heading, render, require_report_place, write_folder
 from paqdetr.report.section import Section
+from paqdetr.text import Summary, figure
 
 Made = Section | tuple[Section, ...] | None
 CHAPTERS: tuple[Callable[[Analysis], Made], ...] = (
@@ -50,8 +51,8 @@ CHAPTERS: tuple[Callable[[Analysis], Made], ...] = (
 """What the report shows, in order. A chapter is a section on all models, or one for each of them, or None."""
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
+@dataclass(frozen=True, slots=True, repr=False)
+class Report(Summary):
     """What `analyze` wrote.
 
     Attributes:
@@ -65,6 +66,10 @@ class Report:
     sections: tuple[Section, ...]
     figures: dict[str, Any]
     against: tuple[Section, ...] = ()
+
+    def _summary(self) -> tuple[str, list[tuple[str, ...]]]:
+        parts = [f"{key} {figure(self.figures.get(key))}" for key in ("AP", "AP50", "AP75")]
+        return f"Report: {self.page}", [("figures", ", ".join(parts))]
 
 
 def analyze(
