@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from paqdetr._version import __version__
 from paqdetr.config import Config, ModelConfig, list_configs, validate_config
-from paqdetr.config.section import Role
+from paqdetr.config.model import Role
 from paqdetr.errors import CheckpointError, ConfigError, import_extra
 from paqdetr.files import open_regular, parse_json, write_whole
 from paqdetr.preprocessing import Preprocessing

@@ -8,7 +8,18 @@ from typing import Annotated
 
 import typer
 
-from paqdetr.cli.console import BatchSize, Checkpoint, Data, Device, Seed, Split, progress_bar, results, show
+from paqdetr.cli.console import (
+    BatchSize,
+    Checkpoint,
+    Data,
+    Device,
+    Seed,
+    Split,
+    note_unfinished,
+    progress_bar,
+    results,
+    show,
+)
 from paqdetr.values import MAX_RESAMPLES
 
 
@@ -42,6 +53,9 @@ def analyze(
     open_split(data, split)
     from paqdetr.analysis import analyze as write_report  # takes seconds: after what a typo can be in
 
+    for path in (checkpoint, against):
+        if path is not None:
+            note_unfinished(path)
     with ExitStack() as stack:
         bars = {}
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 from rich.table import Table
 
-from paqdetr.cli.console import JsonFile, OutputFiles, Overwrite, results
+from paqdetr.cli.console import JsonFile, OutputFiles, Overwrite, note_unfinished, results
 from paqdetr.errors import ConfigError, ExportError
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def export(
             raise ConfigError(f"{option}: expected one of {', '.join(known)}, found {found!r}", "choose one of them")
     files = OutputFiles("paqdetr export", overwrite=overwrite, json=json_file)
     find_described(checkpoint)
+    note_unfinished(checkpoint)
     from paqdetr import deploy
 
     try:
