@@ -49,13 +49,11 @@ def analyze(
     for path in (checkpoint, against):
         if path is not None:
             require_model(path)
+            note_unfinished(path)
     split = split_to_evaluate(data, split)
     open_split(data, split)
     from paqdetr.analysis import analyze as write_report  # takes seconds: after what a typo can be in
 
-    for path in (checkpoint, against):
-        if path is not None:
-            note_unfinished(path)
     with ExitStack() as stack:
         bars = {}
 
