@@ -44,25 +44,8 @@ def test_help_is_quick_and_complete() -> None:
 
 
 @pytest.mark.integration
-def test_the_verbs_as_processes(tmp_path: Path, tiny_run: Run, tiny_digits: Path) -> None:
-    """`train` is run as a process by tests/training/test_resume.py."""
-    done = paqdetr("eval", tiny_run.best, "--data", tiny_digits, "--json", tmp_path / "out.json")
-    assert done.returncode == 0, done.stderr
-    assert "AP50" in done.stdout and json.loads((tmp_path / "out.json").read_text())["AP"] == tiny_run.metrics["AP"]
-
-    done = paqdetr("predict", tiny_run.output, tiny_digits / "test", "--output", tmp_path / "drawn")
-    assert done.returncode == 0, done.stderr
-    assert "in 4 images" in done.stdout and len(list((tmp_path / "drawn").glob("*.jpg"))) == 4
-
-    edition = ("--size", 64, "--train", 1, "--val", 1, "--test", 1, "--seed", 3)
-    done = paqdetr("data", "make", "digits", "--output", tmp_path / "digits", *edition)
-    assert done.returncode == 0 and "1 train, 1 val, 1 test images, seed 3" in done.stdout
-    done = paqdetr("data", "check", tmp_path / "digits")
-    assert done.returncode == 0 and "no errors" in done.stderr, done.stdout
-
-    done = paqdetr("models", "dino_nano")
-    assert done.returncode == 0 and "dino_nano" in done.stdout
-
+def test_a_mistake_of_a_process_is_no_traceback() -> None:
+    """Verbs that work are run as processes by tests/test_readme.py."""
     done = paqdetr("config", "show", "nonsense")
     assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
 

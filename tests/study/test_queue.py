@@ -231,6 +231,7 @@ def test_two_queues_share_the_runs(queue: Queue) -> None:
     assert children.started == ["train baseline seed0", *ALL[2:], "measure baseline seed0"]
 
 
+@pytest.mark.integration
 def test_a_run_that_somebody_trains_by_hand_is_waited_for(
     queue: Queue, file: Path, tmp_path: Path, tiny_digits: Path
 ) -> None:

@@ -18,10 +18,9 @@ from paqdetr.config import LossConfig, load_config
 from paqdetr.data.dataset import DetectionDataset
 from paqdetr.errors import ConfigError
 from paqdetr.losses.criterion import Criterion, build_criterion
-from paqdetr.models.attention import DeformableAttention
 from paqdetr.models.decoder import DecoderLayer
 from paqdetr.models.detector import Detector
-from paqdetr.models.encoder import EncoderLayer
+from paqdetr.models.encoder import DeformableAttention, EncoderLayer
 from paqdetr.models.outputs import DetectorOutput
 from paqdetr.models.queries import QueryGroup
 from paqdetr.models.tokens import Tokens

@@ -20,9 +20,8 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from paqdetr.config.loss import LossConfig
 from paqdetr.config.model import ModelConfig
-from paqdetr.config.schema import Config, known_fields
+from paqdetr.config.schema import Config, LossConfig, known_fields
 from paqdetr.config.words import setting_called
 from paqdetr.errors import ConfigError
 from paqdetr.files import read_text

@@ -9,8 +9,7 @@ from typing import Any
 
 from paqdetr.checkpoint import is_own, read_checkpoint
 from paqdetr.config import ModelConfig
-from paqdetr.config.model import problem_of
-from paqdetr.config.section import Role
+from paqdetr.config.model import Role, problem_of
 from paqdetr.convert.classes import class_slots
 from paqdetr.convert.co_detr import CO_DETR
 from paqdetr.convert.ddq import DDQ

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from paqdetr.checkpoint import load_tensors, read_checkpoint
 from paqdetr.config import Config, ModelConfig, list_configs, validate_config
-from paqdetr.config.section import Role
+from paqdetr.config.model import Role
 from paqdetr.environment import require_device
 from paqdetr.errors import CheckpointError, ConfigError, import_extra, memory_error
 from paqdetr.models.detector import Detector

@@ -10,17 +10,16 @@ from torch import Tensor, nn
 
 from paqdetr.config import Config, ModelConfig, list_configs, load_config
 from paqdetr.errors import ConfigError
-from paqdetr.models.attention import MLP, DeformableAttention
 from paqdetr.models.auxiliary import AuxiliaryHeads
 from paqdetr.models.auxiliary_heads import AtssHead, FasterRcnn
 from paqdetr.models.backbone import Backbone, normalization_of
 from paqdetr.models.decoder import Decoder, LayerHeads
 from paqdetr.models.denoising import ContrastiveDenoising, Denoising, PlainDenoising
 from paqdetr.models.detector import Detector
-from paqdetr.models.encoder import DeformableEncoder
-from paqdetr.models.neck import Neck
+from paqdetr.models.encoder import MLP, DeformableAttention, DeformableEncoder
 from paqdetr.models.proposals import Initializer, LearnedAnchors, LearnedPoints, ProposalHead, ProposalStart
 from paqdetr.models.queries import FeatureQueries, QuerySource, ResidualMixtures, StaticQueries
+from paqdetr.models.tokens import Neck
 from paqdetr.paq import PatternQueries, StaticMixtures
 from paqdetr.preprocessing import Preprocessing
 from paqdetr.structures import ClassTable
