@@ -348,7 +348,7 @@ def test_a_notebook_has_a_bar(plan: TrainingPlan, clock: list[float], monkeypatc
     assert shown[-1].endswith("8.0 images/s  evaluating image 8 of 40")
     progress.on_evaluation(EVALUATION)
     progress.on_end()
-    assert shown[-1].endswith("AP 0.250  8.0 images/s  6 min left")  # the evaluation is over
+    assert shown[-1].endswith("AP 0.250  8.0 images/s  5 min left")  # the evaluation is over
 
 
 @pytest.mark.parametrize("name", ["", "best.safetensors", "last.safetensors"])
