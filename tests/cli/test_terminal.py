@@ -348,7 +348,7 @@ def test_a_notebook_has_a_bar(plan: TrainingPlan, clock: list[float], monkeypatc
     assert shown[-1].endswith("8.0 images/s  evaluating image 8 of 40")
     progress.on_evaluation(EVALUATION)
     progress.on_end()
-    assert "AP 0.250" in shown[-1]
+    assert shown[-1].endswith("AP 0.250  8.0 images/s  5 min left")  # the evaluation is over
 
 
 @pytest.mark.parametrize("name", ["", "best.safetensors", "last.safetensors"])
@@ -357,11 +357,18 @@ def test_an_unfinished_run_is_named(name: str, tmp_path: Path, capsys: pytest.Ca
     run_folder.output.mkdir()
     note_unfinished(run_folder.output / name)  # not begun
     run_folder.write_config(load_config("dino_nano", {"epochs": 4}))
+    run_folder.append({"kind": "start", "step": 0})
+    note_unfinished(run_folder.output / name)
     run_folder.append({"kind": "train", "step": 30, "epoch": 1.5})
     note_unfinished(run_folder.output / name)
     run_folder.append({"kind": "finished", "step": 80})
     note_unfinished(run_folder.output / name)
     assert capsys.readouterr().err == (
+        f"note: {run_folder.output} is unfinished: no step was recorded; `paqdetr info {run_folder.output}` says how it goes on\n"
         f"note: {run_folder.output} is unfinished: step 30 of 80, epoch 1.5 of 4; `paqdetr info {run_folder.output}` says how "
         "it goes on\n"
     )
+    run_folder.config_file.write_text("no_such_setting: 1")
+    (run_folder.output / "metrics.jsonl").write_text('{"kind": "train", "step": 30, "epoch": null}\nhalf a li')
+    note_unfinished(run_folder.output / name)
+    assert capsys.readouterr().err.startswith(f"note: {run_folder.output} is unfinished: step 30; ")

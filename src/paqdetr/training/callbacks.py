@@ -132,6 +132,10 @@ class NotebookProgress(Progress):
         self._doing = f"evaluating image {done} of {total}"
         self._show()
 
+    def on_evaluation(self, record: dict[str, Any]) -> None:
+        super().on_evaluation(record)
+        self._doing = ""
+
     def on_end(self) -> None:
         self._show(at_once=True)
 
@@ -145,7 +149,7 @@ class NotebookProgress(Progress):
         return f'<progress value="{self.step}" max="{self.total}"></progress> {html.escape(repr(self))}'
 
     def __repr__(self) -> str:
-        left = "" if math.isnan(self.left) or self._doing else f"{duration(self.left)} left"
+        left = "" if math.isnan(self.left) or self.step >= self.total else f"{duration(self.left)} left"
         parts = (f"{self._name} {self.step}/{self.total}", self.figures, self._doing or left)
         return "  ".join(filter(None, parts))
 
