@@ -22,8 +22,9 @@ PACKAGE = REPO / "src" / "paqdetr"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 MAX_LINES = 600
 
-# Comes with builds of torch for CUDA, each of which fits one version of it alone.
-BUNDLED = {"triton"}
+# Imported only where something else brings it: builds of torch for CUDA, each of which fits one version of triton alone, and the
+# notebook that a training is shown in.
+BUNDLED = {"triton", "IPython"}
 
 # Module name -> name on the package index, where the two differ.
 DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
