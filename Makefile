@@ -90,7 +90,7 @@ $(BIN)/python:
 
 $(USER_STAMP): pyproject.toml src/paqdetr/_version.py | $(BIN)/python
 	@echo 'Installing paqdetr into .venv: PyTorch is large, the first time takes a few minutes.'
-	@$(PIP) -e .
+	@$(PIP) -e '.[digits,analyze]'
 	@touch $@
 
 $(DEV_STAMP): pyproject.toml src/paqdetr/_version.py | $(BIN)/python

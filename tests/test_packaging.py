@@ -22,8 +22,7 @@ PACKAGE = REPO / "src" / "paqdetr"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 MAX_LINES = 600
 
-# Imported only where something else brings it: builds of torch for CUDA, each of which fits one version of triton alone, and the
-# notebook that a training is shown in.
+# Triton comes with builds of torch for CUDA, each of which fits one version of it alone; IPython is there in a notebook.
 BUNDLED = {"triton", "IPython"}
 
 # Module name -> name on the package index, where the two differ.

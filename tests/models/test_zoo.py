@@ -12,12 +12,11 @@ import yaml
 from safetensors.torch import save_file
 
 import paqdetr
-from paqdetr.checkpoint import read_checkpoint, write_checkpoint
+from paqdetr.checkpoint import find_checkpoint, read_checkpoint, write_checkpoint
 from paqdetr.config import ModelConfig, load_config
 from paqdetr.errors import CheckpointError, ConfigError
 from paqdetr.models import Detector, create_model, list_models, load
 from paqdetr.models.denoising import ContrastiveDenoising, PlainDenoising
-from paqdetr.models.files import find_checkpoint
 from paqdetr.models.proposals import LearnedAnchors, LearnedPoints, ProposalStart
 from paqdetr.models.queries import FeatureQueries, StaticQueries
 from paqdetr.models.zoo import build_model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 import typer
@@ -24,7 +25,9 @@ def list_names(pattern: Annotated[str, typer.Argument(help='Which ones, such as 
     for title, names in sorted(hosts_of(models + recipes).items()):
         print_styled(results, (title, "bold"))
         kinds = {name: "recipe" if name in recipes else "model" for name in names}
-        print_columns([(f"  {name}", kind, describe_training(name)) for name, kind in kinds.items()])
+        # One line each: without what the title says already, and without details in brackets.
+        texts = [re.sub(r" \([^)]*\)", "", describe_training(name)).removeprefix(f"{title}, ") for name in names]
+        print_columns([(f"  {name}", kind, text) for (name, kind), text in zip(kinds.items(), texts, strict=True)])
 
 
 @app.command()

@@ -45,8 +45,6 @@ def plan(
     It takes a few real steps and evaluates a few images in another process, and keeps nothing of them.
     """
     from paqdetr.config import describe_idle, load_config, parse_overrides
-    from paqdetr.distributed import Processes
-    from paqdetr.training.memory import largest_batch
     from paqdetr.training.setup import describe_data, open_splits, with_classes
 
     files = OutputFiles("paqdetr plan", overwrite=overwrite, json=json_file)
@@ -57,6 +55,9 @@ def plan(
         note(line)
     config = with_classes(config, train_split)
     if auto_batch:
+        from paqdetr.distributed import Processes
+        from paqdetr.training.memory import largest_batch
+
         with progress_bar("find the largest batch"):
             size = largest_batch(config, train_split, Processes.join(device))
         config = config.model_copy(update={"batch_size": size})

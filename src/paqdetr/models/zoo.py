@@ -178,13 +178,7 @@ def _auxiliary_heads(config: ModelConfig) -> AuxiliaryHeads | None:
 
 def preprocessing_of(config: Config) -> Preprocessing:
     """What the settings do to an image."""
-    return Preprocessing(
-        config.image_size,
-        config.size_divisor,
-        normalization_of(config.model.backbone),
-        resize=config.resize,
-        pad_divisor=config.pad_divisor,
-    )
+    return Preprocessing.of(config, normalization_of(config.model.backbone))
 
 
 def list_models(pattern: str = "*") -> list[str]:

@@ -9,14 +9,15 @@ import sys
 import time
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
-
-from accelerate import Accelerator
+from typing import TYPE_CHECKING, Any
 
 from paqdetr.config import Config
 from paqdetr.errors import ConfigError
 from paqdetr.runs import Run, flat_settings
 from paqdetr.text import duration
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @dataclass(frozen=True, slots=True)
