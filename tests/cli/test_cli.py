@@ -303,16 +303,21 @@ def test_models_are_listed_whole_and_uncounted(
 def test_config_list(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("COLUMNS", "40")
     assert run(["config", "list"]) == 0
-    rows = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines()]
-    assert [row[0] for row in rows if row[1] == "recipe"] == list_recipes()
-    assert [row[0] for row in rows if row[1] == "model"] == list_models()
-    assert all(row[2].endswith(".") and "#" not in row[2] for row in rows)
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split(maxsplit=2) for line in lines if line.startswith("  ")]
+    assert sorted(row[0] for row in rows if row[1] == "recipe") == list_recipes()
+    assert sorted(row[0] for row in rows if row[1] == "model") == list_models()
+    assert all(row[2] and "#" not in row[2] for row in rows)
+    hosts = [line for line in lines if not line.startswith("  ")]
+    assert hosts == sorted(set(hosts)) and len(hosts) == 13
+    own = lines[lines.index("DINO, 4 levels") + 1 : lines.index("DINO, 5 levels")]
+    assert all("dino" in row or "digits_quickstart" in row for row in own) and "5scale" not in "".join(own)
 
     assert run(["config", "list", "digits_*"]) == 0
     said = capsys.readouterr().out
     assert (
-        said
-        == "digits_quickstart  recipe  What `make quickstart` trains: paq_dino_nano on digits, in minutes on two CPU cores.\n"
+        said == "DINO, 4 levels\n"
+        "  digits_quickstart  recipe  What `make quickstart` trains: paq_dino_nano on digits, in minutes on two CPU cores\n"
     )
     assert run(["config", "list", "yolo*"]) == 2
     assert "no model or recipe is called 'yolo*'" in capsys.readouterr().err

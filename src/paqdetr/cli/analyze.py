@@ -8,7 +8,18 @@ from typing import Annotated
 
 import typer
 
-from paqdetr.cli.console import BatchSize, Checkpoint, Data, Device, Seed, Split, progress_bar, results, show
+from paqdetr.cli.console import (
+    BatchSize,
+    Checkpoint,
+    Data,
+    Device,
+    Seed,
+    Split,
+    note_unfinished,
+    progress_bar,
+    results,
+    show,
+)
 from paqdetr.values import MAX_RESAMPLES
 
 
@@ -34,6 +45,9 @@ def analyze(
     from paqdetr.data.layout import split_to_evaluate
     from paqdetr.environment import require_device
 
+    for path in (checkpoint, against):
+        if path is not None:
+            note_unfinished(path)
     with ExitStack() as stack:
         bars = {}
 

@@ -131,9 +131,19 @@ def open_model(path: Path, device: str | None = None) -> Predicts:
 
     if is_exported(path):
         return load(path, device=device or "cpu")
+    note_unfinished(path)
     from paqdetr.environment import require_device
 
     return load(path, device=str(require_device(device)))
+
+
+def note_unfinished(path: Path) -> None:
+    """A note if a path is the folder of a run that has not come to its end, or a checkpoint in one."""
+    from paqdetr.runs import Run
+
+    run = Run(path if path.is_dir() else path.parent)
+    if run.config_file.is_file() and run.metrics_file.is_file() and not run.finished:
+        note(f"{run.output} is {run.status}; `paqdetr info {run.output}` says how it goes on")
 
 
 def parse_nms(text: str | None) -> float | None:

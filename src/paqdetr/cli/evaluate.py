@@ -22,6 +22,7 @@ from paqdetr.cli.console import (
     TileSize,
     WithWhole,
     note,
+    note_unfinished,
     parse_nms,
     progress_bar,
     results,
@@ -214,6 +215,8 @@ def _detect(
     from paqdetr.evaluation.evaluate import evaluate_together
     from paqdetr.loading import is_exported, load
 
+    if processes.main:
+        note_unfinished(checkpoint)
     model = load(checkpoint, device="cpu" if is_exported(checkpoint) else str(processes.device))
     with progress_bar(f"evaluate on {dataset.name}") as progress:
         found = evaluate_together(

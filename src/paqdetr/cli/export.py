@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 from rich.table import Table
 
-from paqdetr.cli.console import JsonFile, OutputFiles, Overwrite, results
+from paqdetr.cli.console import JsonFile, OutputFiles, Overwrite, note_unfinished, results
 from paqdetr.errors import ConfigError, ExportError
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def export(
     if attention not in ("grid_sample", "gather"):
         raise ConfigError(f"--attention: expected grid_sample or gather, found {attention!r}", "choose one of them")
     files = OutputFiles("paqdetr export", overwrite=overwrite, json=json_file)
+    note_unfinished(checkpoint)
     try:
         done = deploy.export(
             checkpoint,

@@ -13,7 +13,7 @@ from paqdetr.distributed import Processes
 from paqdetr.environment import describe_environment
 from paqdetr.errors import ConfigError, UserError
 from paqdetr.runs import Run
-from paqdetr.training.callbacks import Callback, require_trackers
+from paqdetr.training.callbacks import Callback, NotebookProgress, require_trackers
 from paqdetr.training.memory import with_largest_batch
 from paqdetr.training.setup import describe_data, open_splits, with_classes
 from paqdetr.training.trainer import Trainer
@@ -44,7 +44,7 @@ def train(
         accept_new_data: resume even if classes, boxes or images are not those that the run was started with.
         device: "cpu", "cuda", ...; the best there is if None.
         auto_batch: take the largest batch that fits into memory as `batch_size`; a resumption keeps the one found first.
-        callbacks: called at every step and evaluation.
+        callbacks: called at every step and evaluation. A notebook shows a bar of its own.
         settings: overrides with dotted keys, such as {"model.num_patterns": 32}.
         overrides: overrides of top-level settings, such as epochs=12.
 
@@ -88,7 +88,7 @@ def train(
             train_split,
             val_split,
             device=device,
-            callbacks=list(callbacks),
+            callbacks=[*callbacks, *([NotebookProgress()] if NotebookProgress.wanted() else [])],
             accept_new_data=accept_new_data,
         )
         processes.wait()  # the others have seen what there is
