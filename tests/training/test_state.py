@@ -21,11 +21,16 @@ RANDOM = [
 
 
 class Parts:
-    """A small model with the other things a state holds, after a few steps."""
+    """A small model with the other things a state holds, after a few steps; `layout` orders the weight's axes in memory."""
 
-    def __init__(self, *, width: int = 4, seed: int = 0, steps: int = 0) -> None:
+    def __init__(
+        self, *, width: int = 4, seed: int = 0, steps: int = 0, layout: tuple[int, ...] = (0, 1, 2, 3)
+    ) -> None:
         torch.manual_seed(seed)
-        self.model = nn.Sequential(nn.Conv2d(3, width, 3), nn.BatchNorm2d(width))
+        conv = nn.Conv2d(3, width, 3)
+        back = [layout.index(axis) for axis in range(4)]
+        conv.weight.data = conv.weight.data.permute(layout).contiguous().permute(back)
+        self.model = nn.Sequential(conv, nn.BatchNorm2d(width))
         self.average = MovingAverage(self.model, 0.9)
         self.optimizer = build_optimizer(self.model, CONFIG)
         self.step(steps)
@@ -53,9 +58,17 @@ class Parts:
         return load_state(path, model=self.model, average=self.average, optimizer=self.optimizer)
 
 
-def test_what_is_saved_comes_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param((0, 1, 2, 3), id="contiguous"),
+        pytest.param((0, 2, 3, 1), id="channels last"),
+        pytest.param((3, 1, 0, 2), id="another order"),
+    ],
+)
+def test_what_is_saved_comes_back(tmp_path: Path, layout: tuple[int, ...]) -> None:
     path = tmp_path / "state.safetensors"
-    one, other = Parts(steps=3), Parts(seed=1)
+    one, other = Parts(steps=3, layout=layout), Parts(seed=1, layout=layout)
     one.save(path)
     saved = other.load(path)
     assert saved.position == POSITION and saved.batches == 5

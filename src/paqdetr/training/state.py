@@ -169,6 +169,12 @@ def load_state(path: Path, *, model: nn.Module, average: MovingAverage, optimize
             state.setdefault(int(index), {}).update(entries)
         # Learning rates are the schedule's: they follow from the settings and the step.
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        # The file holds them contiguous. Fused AdamW on a CPU reads weight, gradient and moments in the order of memory: of a
+        # weight that is channels last, it would take the moments of other elements.
+        for parameter, entries in optimizer.state.items():
+            for key, value in entries.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    entries[key] = torch.empty_like(parameter).copy_(value)
         return SavedState(position, random, header["scaler"], int(header["batches"]), data)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
