@@ -16,7 +16,6 @@ from paqdetr.metrics.diagnosis import (
     Confusion,
     ErrorSplit,
     calibration,
-    confusion,
     error_split,
     precision_recall,
 )
@@ -213,7 +212,7 @@ def _mean(curves: np.ndarray) -> np.ndarray:
 
 def mistake_section(sets: Sequence[ResultSet]) -> Section:
     """The error split of TIDE: what AP50 would gain, and how many there are."""
-    every = [error_split(own.truth, own.results, iou_type=own.iou_type) for own in sets]
+    every = [own.mistakes for own in sets]
     confident = [
         error_split(own.truth, own.results, iou_type=own.iou_type, score_threshold=own.confident) for own in sets
     ]
@@ -232,14 +231,9 @@ def confusion_section(sets: Sequence[ResultSet]) -> Section:
         "what is left over is then matched whatever its class. The last column counts objects that nothing found, the last "
         "row detections of nothing."
     )
-    found = [
-        confusion(own.truth, own.results, iou_type=own.iou_type, score_threshold=own.confident, table=own.table)
-        for own in sets
-    ]
     parts: list[Figure | Table] = []
-    for place, (own, matrix) in enumerate(zip(sets, found, strict=True)):
-        parts.append(_matrix(own, matrix, labels(sets)[place], "ab"[place]))
-        parts.append(_confused(matrix, labels(sets)[place], "ab"[place]))
+    for own, label, key in zip(sets, labels(sets), "ab", strict=False):
+        parts += [_matrix(own, own.confusion, label, key), _confused(own.confusion, label, key)]
     return Section("confusion", "Confusion", lead, tuple(parts))
 
 
@@ -306,16 +300,21 @@ def _matrix(own: ResultSet, found: Confusion, name: str, key: str) -> Figure:
 
 def _confused(found: Confusion, name: str, key: str) -> Table:
     """The most frequent confusions of one class with another."""
+    columns = (
+        Column("object", "object", "text", lambda row: row[0]),
+        Column("detected", "detected as", "text", lambda row: row[1]),
+        Column("count", "count", "integer", lambda row: row[2]),
+        Column("share", "share of the objects", "percent", lambda row: row[2] / row[3]),
+    )
+    caption = f"{f'{name}. ' if name else ''}The classes most often taken for another."
+    return make_table(f"confused_{key}", caption, columns, confused_pairs(found))
+
+
+def confused_pairs(found: Confusion) -> list[tuple[str, str, int, int]]:
+    """(class of the object, class of the detection, count, objects of the class), the most frequent first."""
     wrong = found.matrix[:-1, :-1].copy()
     np.fill_diagonal(wrong, 0)
     order = np.argsort(-wrong, axis=None, kind="stable")[:_MOST_CONFUSED]
-    objects = found.matrix[:-1].sum(axis=1)
+    objects, names = found.matrix[:-1].sum(axis=1), found.class_names
     pairs = zip(*np.unravel_index(order, wrong.shape), strict=True)
-    columns = (
-        Column("object", "object", "text", lambda pair: found.class_names[pair[0]]),
-        Column("detected", "detected as", "text", lambda pair: found.class_names[pair[1]]),
-        Column("count", "count", "integer", lambda pair: wrong[pair]),
-        Column("share", "share of the objects", "percent", lambda pair: wrong[pair] / objects[pair[0]]),
-    )
-    caption = f"{f'{name}. ' if name else ''}The classes most often taken for another."
-    return make_table(f"confused_{key}", caption, columns, (pair for pair in pairs if wrong[pair]))
+    return [(names[i], names[j], int(wrong[i, j]), int(objects[i])) for i, j in pairs if wrong[i, j]]
