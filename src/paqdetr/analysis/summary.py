@@ -46,8 +46,9 @@ def findings_section(analysis: Analysis) -> Section:
     if isinstance(analysis.intervals, Comparison):
         parts.append(Findings("comparison", "Of B - A, on the same images.", compare(analysis.intervals)))
     for place, model in enumerate(analysis.models):
-        caption = f"{'AB'[place]}: {model.label}." if len(analysis.models) > 1 else "Costs do not add up."
-        parts.append(Findings(f"findings_{'ab'[place]}", caption, advice(facts_of(analysis, place))))
+        owner = "AB"[place] if len(analysis.models) > 1 else ""
+        caption = f"{model.label}. Costs do not add up."
+        parts.append(Findings(f"findings_{'ab'[place]}", caption, advice(facts_of(analysis, place)), owner))
     split = analysis.models[0].split
     where = f"on {len(split)} images of {split.name} with {int(analysis.models[0].table.positives[0].sum())} boxes"
     marked = zip(("A: ", "B: ") if analysis.models[1:] else ("",), _sides(analysis.intervals), strict=True)

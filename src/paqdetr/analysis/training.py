@@ -11,7 +11,7 @@ from paqdetr.report.curves import PANELS, draw_panel
 from paqdetr.report.section import Section
 from paqdetr.runs import read_metrics
 
-_SHOWN = ("ap", "loss", "lr")
+_SHOWN = ("ap", "loss")
 
 
 def training_section(runs: Sequence[tuple[str, Path | None]]) -> Section | None:

@@ -155,6 +155,7 @@ def _shown(part: Part | None, place: int) -> dict[str, Any] | None:
         shown["large"] = width is not None and float(width[1]) > _FITS_A_PHONE
     elif isinstance(part, Findings):
         kinds = [(kind, title, [item for item in part.items if item.kind == kind]) for kind, title in _GROUPS]
+        shown |= {"owner": part.owner, "wide": not part.owner}
         shown["groups"] = [group for group in kinds if group[2]]
     elif isinstance(part, Gallery):
         shown["filters"] = part.filters

@@ -86,11 +86,13 @@ class Findings:
     Attributes:
         name, caption: as of `Figure`.
         items: in the order in which each group is shown.
+        owner: "A" or "B" of the model that they are about, which then stands beside the other's; "" if they are about all.
     """
 
     name: str
     caption: str
     items: tuple[Finding, ...]
+    owner: str = ""
 
 
 @dataclass(frozen=True, slots=True)
