@@ -208,7 +208,7 @@ class Claim(Section):
     @property
     def bound(self) -> float:
         """What variant minus the other is claimed to exceed, or to lie below."""
-        return self.sign * self.threshold
+        return self.sign * self.threshold + 0.0  # and no -0
 
     @model_validator(mode="after")
     def _known_figure(self) -> Claim:
