@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,8 +18,10 @@ from paqdetr.config import Config, idle_settings, load_config
 from paqdetr.errors import ConfigError, DataError, StorageError
 from paqdetr.files import remove_leftovers, write_whole
 from paqdetr.locks import Busy, acquire
-from paqdetr.models import Detector, load
 from paqdetr.serialize import plain
+
+if TYPE_CHECKING:  # a run is looked at without torch
+    from paqdetr.models import Detector
 
 Record = dict[str, Any]
 """A line of metrics.jsonl."""
@@ -85,6 +87,20 @@ class Run:
         return bool(self.records(_ENDED))
 
     @property
+    def status(self) -> str:
+        """How far the training has come, such as "unfinished: step 960 of 1400, epoch 2.74 of 4"."""
+        trained = self.records("train")
+        if not trained:
+            return "unfinished: no step was recorded"
+        last, config = trained[-1], load_config(self.config_file)
+        total = round(config.epochs * last["step"] / last["epoch"])
+        total = min(total, config.max_steps or total)
+        where = f"step {last['step']} of {total}, epoch {last['epoch']:g} of {config.epochs}"
+        ended = self.records(_ENDED)
+        stopped = f" ({ended[-1]['stopped']})" if ended and "stopped" in ended[-1] else ""
+        return f"{'finished' if ended else 'unfinished'}: {where}{stopped}"
+
+    @property
     def metrics(self) -> dict[str, Any]:
         """The evaluation record of the best epoch; empty if there was none."""
         rows = self.records("eval")
@@ -98,6 +114,8 @@ class Run:
 
     def model(self, *, device: str = "cpu") -> Detector:
         """The best checkpoint, loaded."""
+        from paqdetr.models import load
+
         return load(self.best, device=device)
 
     def write_config(self, config: Config) -> None:

@@ -22,6 +22,7 @@ from paqdetr.cli import (
     evaluate,
     export,
     hub,
+    info,
     models,
     plan,
     predict,
@@ -31,31 +32,43 @@ from paqdetr.cli import (
     version,
 )
 from paqdetr.cli.console import Ended, errors, finish_streams, make_streams_lossy, print_styled
+from paqdetr.cli.habits import what_to_type
+from paqdetr.cli.help import Verb, Verbs, show_help
 from paqdetr.errors import UserError, memory_error
+
+
+class _AllVerbs(Verbs):
+    def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
+        return [name for verbs in _HEADINGS.values() for name in verbs]
+
 
 app = typer.Typer(
     name="paqdetr",
-    help="Train, evaluate and use DETR-family detectors with PaQ's pattern queries. --debug shows tracebacks.",
+    cls=_AllVerbs,
+    help="Train, evaluate and use DETR-family detectors with PaQ's pattern queries.",
+    epilog="`paqdetr VERB --help` shows how a verb is used; --debug shows tracebacks.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 app.callback()(version.options)
-app.command("train")(train.train)
-app.command("plan")(plan.plan)
-app.command("eval")(evaluate.evaluate)
-app.command("predict")(predict.predict)
-app.command("serve")(serve.serve)
-app.command("export")(export.export)
-app.command("analyze")(analyze.analyze)
-app.command("convert")(convert.convert)
-app.command("models")(models.models)
-app.command("bench")(bench.bench)
-app.command("study")(study.study)
-app.add_typer(data.app, name="data")
-app.add_typer(config.app, name="config")
-app.add_typer(hub.app, name="hub")
+_HEADINGS = {
+    "Data": {"data": data.app},
+    "Train": {"train": train.train, "plan": plan.plan, "study": study.study},
+    "Measure": {"eval": evaluate.evaluate, "analyze": analyze.analyze, "bench": bench.bench},
+    "Use": {"predict": predict.predict, "export": export.export, "serve": serve.serve},
+    "Exchange": {"convert": convert.convert, "hub": hub.app},
+    "Look up": {"models": models.models, "config": config.app, "info": info.info, "help": show_help},
+}
+for _heading, _verbs in _HEADINGS.items():
+    for _name, _verb in _verbs.items():
+        if isinstance(_verb, typer.Typer):
+            for _command in _verb.registered_commands:
+                _command.cls = Verb
+            app.add_typer(_verb, name=_name, cls=Verbs, rich_help_panel=_heading)
+        else:
+            app.command(_name, cls=Verb, rich_help_panel=_heading)(_verb)
 
 
 # What a disk says that is full, may not be written, or fails.
@@ -82,8 +95,11 @@ def run(argv: Sequence[str]) -> int:
     """
     debug, training = "--debug" in argv, _trains(argv)
     arguments = [argument for argument in argv if argument != "--debug"]
+    program = typer.main.get_command(app)
+    if (mistake := what_to_type(arguments, program)) is not None:
+        return _mistake(*mistake, debug=debug)
     try:
-        code = typer.main.get_command(app).main(arguments, prog_name="paqdetr", standalone_mode=False)
+        code = program.main(arguments, prog_name="paqdetr", standalone_mode=False)
         if code == 130:  # typer has caught Ctrl-C itself
             return _interrupted(training)
         return code if isinstance(code, int) else 0

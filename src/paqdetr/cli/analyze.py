@@ -29,7 +29,7 @@ def analyze(
     batch_size: BatchSize = 4,
     device: Device = None,
 ) -> None:
-    """Write one HTML page on what a detector does: figures, mistakes, images, use of queries, its inside."""
+    """Write one HTML page on what a detector does well and badly."""
     from paqdetr.analysis import analyze as write_report
     from paqdetr.data.layout import split_to_evaluate
     from paqdetr.environment import require_device

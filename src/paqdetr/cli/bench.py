@@ -8,16 +8,14 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from paqdetr.cli.console import Device, JsonFile, Model, OutputFiles, Overwrite, progress_bar, results, table
+from paqdetr.cli.console import Device, JsonFile, Model, OutputFiles, Overwrite, Settings, progress_bar, results, table
 from paqdetr.errors import ConfigError
 from paqdetr.values import MAX_BATCH
 
 
 def bench(
     model: Model,
-    settings: Annotated[
-        list[str] | None, typer.Argument(help="Settings of both models, such as model.dim=128.", metavar="KEY=VALUE")
-    ] = None,
+    settings: Settings = None,
     *,
     against: Annotated[str | None, typer.Option(help="Another model to compare with.")] = None,
     image_size: Annotated[
@@ -29,9 +27,9 @@ def bench(
     json_file: JsonFile = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Time a model on this machine: attention, inference and a training step, in turns with what it is compared with.
+    """Time a model: attention, inference and a training step.
 
-    Of a run's folder, a .safetensors file or an exported model: inference alone.
+    In turns with what it is compared with. Of a run's folder, a .safetensors file or an exported model: inference alone.
     """
     from paqdetr.config import parse_overrides
     from paqdetr.training.bench import bench as measure

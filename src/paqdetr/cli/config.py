@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
-from paqdetr.cli.console import print_columns, results
+from paqdetr.cli.console import Model, Settings, print_columns, results
 from paqdetr.errors import ConfigError
 
-app = typer.Typer(help="Look at settings.", no_args_is_help=True)
+app = typer.Typer(help="List models and recipes; show their settings.", no_args_is_help=True)
 
 
 @app.command("list")
@@ -26,10 +26,7 @@ def list_names(pattern: Annotated[str, typer.Argument(help='Which ones, such as 
 
 
 @app.command()
-def show(
-    model: Annotated[str, typer.Argument(help="A model or recipe, or a YAML file.", metavar="MODEL|CONFIG")],
-    settings: Annotated[list[str] | None, typer.Argument(help="Overrides.", metavar="KEY=VALUE")] = None,
-) -> None:
+def show(model: Model, settings: Settings = None) -> None:
     """Print every setting of a model and its training as resolved, as YAML that `train` takes."""
     from paqdetr.config import load_config
 

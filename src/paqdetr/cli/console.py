@@ -28,11 +28,34 @@ if TYPE_CHECKING:
 if TYPE_CHECKING:
     from paqdetr.runtime.predict import Predicts
 
+
+def complete_model(incomplete: str) -> list[str]:
+    """Names that a shell completes; none for a path, which the shell completes itself."""
+    from paqdetr.config import list_configs
+
+    return list_configs(pattern=f"{incomplete}*")
+
+
+def complete_setting(incomplete: str) -> list[str]:
+    """Keys that a shell completes."""
+    from paqdetr.config import known_keys
+
+    return [f"{key}=" for key in known_keys() if key.startswith(incomplete)]
+
+
 Model = Annotated[
-    str, typer.Argument(help="A model or recipe (`paqdetr config list`), or a YAML file.", metavar="MODEL|CONFIG")
+    str,
+    typer.Argument(
+        help="A model or recipe (`paqdetr config list`), or a YAML file.",
+        metavar="MODEL|CONFIG",
+        autocompletion=complete_model,
+    ),
 ]
 Settings = Annotated[
-    list[str] | None, typer.Argument(help="Settings, such as epochs=12 model.num_patterns=32.", metavar="KEY=VALUE")
+    list[str] | None,
+    typer.Argument(
+        help="Settings, such as epochs=12 model.num_patterns=32.", metavar="KEY=VALUE", autocompletion=complete_setting
+    ),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...: the best there is if not given.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist, whoever wrote them.")]
@@ -144,12 +167,16 @@ def tiles_of(size: int | None, overlap: float | None, with_whole: bool) -> Tiles
 
 class _PlainConsole(Console):
     """Prints text of files as it is: no markup, for which rich would take lists in brackets, and no terminal escapes. Text is
-    not wrapped; tables are as wide as the terminal."""
+    not wrapped, titles of tables neither, which rich would fold to the width of the table; tables fit the terminal."""
 
     def __init__(self, *, stderr: bool = False) -> None:
         super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False)
 
     def print(self, *objects: Any, **how: Any) -> None:
+        for one in objects:
+            if isinstance(one, Table) and one.title is not None:
+                self.print(one.title)
+                one.title = None
         how.setdefault("soft_wrap", not any(isinstance(one, Table) for one in objects))
         super().print(*objects, **how)
 

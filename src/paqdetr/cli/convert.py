@@ -26,7 +26,7 @@ def convert(
         list[str] | None,
         typer.Argument(
             help="What the file does not contain, such as num_heads=8 num_queries=300 classes=coco.",
-            metavar="KEY=VALUE",
+            metavar="FACT=VALUE",
         ),
     ] = None,
     *,
@@ -50,7 +50,7 @@ def convert(
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Turn weights of another program into a checkpoint, and say what became of each tensor."""
+    """Turn weights of another program into a checkpoint."""
     from paqdetr.config import load_config, parse_overrides
     from paqdetr.convert import convert_checkpoint
     from paqdetr.models import list_models

@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from paqdetr.cli.console import OutputFiles, Overwrite, Seed, errors, note, print_styled, progress_bar, results, table
+from paqdetr.cli.console import (
+    OutputFiles,
+    Overwrite,
+    Seed,
+    Settings,
+    errors,
+    note,
+    print_styled,
+    progress_bar,
+    results,
+    table,
+)
 from paqdetr.errors import ConfigError, DataError
 from paqdetr.values import MAX_WORKERS
 
@@ -38,7 +49,7 @@ def make(
     max_objects: Annotated[int, typer.Option(help="Most objects per image.")] = 12,
     workers: Annotated[int, typer.Option(min=1, max=MAX_WORKERS, help="Processes.")] = 1,
 ) -> None:
-    """Make a data set from what ships with the installed libraries; no download."""
+    """Make the data set of handwritten digits, without a download."""
     from paqdetr.data.digits import make_digits
 
     if name != "digits":
@@ -70,7 +81,10 @@ def check(
     show: Annotated[int, typer.Option(min=0, help="Findings of a kind that are printed; --json has all.")] = 10,
     overwrite: Overwrite = False,
 ) -> None:
-    """Read every image and annotation once and report what is wrong; exit 2 if training would fail."""
+    """Read every image and annotation, and report what is wrong.
+
+    Exit code 2 if training would fail.
+    """
     from paqdetr.data.check import check_dataset
 
     files = OutputFiles("paqdetr data check", overwrite=overwrite, json=json_file)
@@ -91,7 +105,7 @@ def stats(
     json_file: _Json = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Draw how many, how large, where and of what shape the boxes are; from the annotations alone."""
+    """Draw number, size, place and shape of boxes, from annotations."""
     from paqdetr.data.stats import dataset_stats, draw_stats
 
     _require_png(output)
@@ -112,9 +126,7 @@ def stats(
 @app.command()
 def preview(
     folder: _Data,
-    settings: Annotated[
-        list[str] | None, typer.Argument(help="Settings, such as augment.mosaic=0.5 batch_size=4.", metavar="KEY=VALUE")
-    ] = None,
+    settings: Settings = None,
     *,
     model: Annotated[str, typer.Option(help="The model, recipe or YAML file whose settings count.")] = "paq_dino_nano",
     output: Annotated[Path, typer.Option(help="PNG file to draw.")] = Path("preview.png"),
@@ -123,7 +135,10 @@ def preview(
     epoch: Annotated[int, typer.Option(min=0, max=1_000_000, help="Epoch whose first batches are shown.")] = 0,
     overwrite: Overwrite = False,
 ) -> None:
-    """Draw training batches as a model gets them: augmented, padded (purple), with their boxes."""
+    """Draw training batches as a model gets them.
+
+    Augmented, padded (purple), with their boxes.
+    """
     from paqdetr.config import load_config, parse_overrides
     from paqdetr.data.dataset import open_split
     from paqdetr.data.preview import preview_batches
@@ -147,7 +162,10 @@ def convert(
     to: Annotated[str, typer.Option(help="coco, voc or yolo")],
     link: Annotated[bool, typer.Option("--link", help="Hard links to the images instead of copies.")] = False,
 ) -> None:
-    """Write a data set as COCO, Pascal VOC or YOLO, and report what that format cannot hold."""
+    """Write a data set as COCO, Pascal VOC or YOLO.
+
+    What that format cannot hold is reported.
+    """
     from paqdetr.data.convert import convert_dataset
 
     with progress_bar("convert") as progress:
@@ -165,7 +183,10 @@ def split(
     seed: Annotated[int, typer.Option(min=0, help="Of the choice.")] = 0,
     link: Annotated[bool, typer.Option("--link", help="Hard links to the images instead of copies.")] = False,
 ) -> None:
-    """Write a data set as COCO with a val or test split cut out of train; near-duplicates stay together."""
+    """Write a data set as COCO with a val or test split cut from train.
+
+    Near-duplicates stay together.
+    """
     from paqdetr.data.split import split_dataset
 
     with progress_bar("split") as progress:

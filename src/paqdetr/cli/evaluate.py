@@ -11,6 +11,7 @@ import typer
 from paqdetr.cli.console import (
     BatchSize,
     Device,
+    JsonFile,
     Nms,
     OutputFiles,
     Overlap,
@@ -99,12 +100,12 @@ def evaluate(
     data: Annotated[Path | None, typer.Option(help="Folder of the data set, or its data.yaml.")] = None,
     split: Split = None,
     results_file: Annotated[
-        Path | None, typer.Option("--results", help="Instead of a checkpoint: COCO results of any detector.")
+        Path | None, typer.Option("--results", help="Instead of a model: COCO results of any detector.")
     ] = None,
     compare: Annotated[
         tuple[Path, Path] | None,
         typer.Option(
-            metavar="A B", help="Instead of a checkpoint: two of them, or two results files (.json), side by side."
+            metavar="A B", help="Instead of a model: two of them, or two results files (.json), side by side."
         ),
     ] = None,
     annotations: Annotated[
@@ -120,9 +121,9 @@ def evaluate(
         int, typer.Option(min=1, max=10_000, help="Of one class that count in an image; more for crowded images.")
     ] = 100,
     results_out: Annotated[
-        Path | None, typer.Option(help="Keep the checkpoint's detections in this file, as COCO results.")
+        Path | None, typer.Option(help="Keep the model's detections in this file, as COCO results.")
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
+    json_file: JsonFile = None,
     batch_size: BatchSize = 4,
     threshold: Annotated[float, typer.Option(help="Leave out what scores less: AP of what users see at it.")] = 0.0,
     nms: Nms = None,
@@ -132,7 +133,7 @@ def evaluate(
     overwrite: Overwrite = False,
     device: Device = None,
 ) -> None:
-    """Print the COCO figures of a checkpoint or of a results file, or compare two."""
+    """Print the COCO figures of a model or results file, or compare two."""
     from paqdetr.data.layout import split_to_evaluate
 
     _require_one(checkpoint, results_file, compare)
@@ -169,10 +170,6 @@ def evaluate(
         written = None if found is None else _print(found, options, intervals=intervals)
         if found is not None:
             files.write("results_out", found.rows)
-        if found is not None and checkpoint is not None:
-            from paqdetr.environment import peak_memory
-
-            results.print(f"peak memory: {peak_memory():.2f} GiB")
     if written is not None:  # None: another process prints and writes
         files.write("json", written)
 

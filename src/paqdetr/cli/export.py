@@ -22,7 +22,7 @@ def export(
     format: Annotated[str, typer.Option(help="onnx, openvino, pt2 or torchscript.")] = "onnx",
     output: Annotated[Path | None, typer.Option(help="The file to write; beside the checkpoint if not given.")] = None,
     image_size: Annotated[
-        str | None, typer.Option(metavar="H,W", help="Images are stretched to it; the checkpoint's, as a square.")
+        str | None, typer.Option(metavar="H,W|SIDE", help="Images are stretched to it; the checkpoint's, as a square.")
     ] = None,
     batch: Annotated[str, typer.Option(help="Images of a call: a number, or dynamic.")] = "dynamic",
     precision: Annotated[str, typer.Option(help="f32, f16 (half the file) or int8 (with --calibrate).")] = "f32",
@@ -45,7 +45,7 @@ def export(
     json_file: JsonFile = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write a model for onnxruntime, OpenVINO or libtorch, and compare it with the run before it is kept."""
+    """Write an ONNX, OpenVINO or torch file, compared with the run."""
     from paqdetr import deploy
 
     if attention not in ("grid_sample", "gather"):
@@ -88,10 +88,12 @@ def export(
 def _image_size(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
-    found = re.fullmatch(r"\s*(\d{1,5})\s*[,x]\s*(\d{1,5})\s*", text)
+    found = re.fullmatch(r"\s*(\d{1,5})\s*(?:[,x]\s*(\d{1,5})\s*)?", text)
     if found is None:
-        raise ConfigError(f"--image-size: expected H,W in pixels, found {text!r}", "write 640,640, height first")
-    return int(found[1]), int(found[2])
+        raise ConfigError(
+            f"--image-size: expected H,W or one number, in pixels, found {text!r}", "write 640,640, height first"
+        )
+    return int(found[1]), int(found[2] or found[1])
 
 
 def _batch(text: str) -> int | None:

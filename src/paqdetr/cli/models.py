@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
@@ -24,34 +25,36 @@ def models(
     ] = _HEIGHT,
     width: Annotated[int, typer.Option(min=32, max=16_384)] = _WIDTH,
 ) -> None:
-    """List models: parameters, FLOPs, the AP published for them, and what we measured."""
+    """List models: parameters, FLOPs, published and measured AP."""
     from paqdetr.config import known_figures, list_configs  # without torch, so at once
 
     names = list_configs("model", pattern)
     if not names:
         raise ConfigError(f"no model is called {pattern!r}", "`paqdetr models` lists them all")
-    published, measured = known_figures("published"), known_figures("measured")
     known = (height, width) == (_HEIGHT, _WIDTH)
     costs = known_figures("costs") if known else _count(names, height, width)
-    rows = [("model", "parameters", "trainable", "GFLOPs", "published", "measured")]
-    for name in names:
-        cost = costs[name]
-        figures = [f"{row['data']} {row['AP']:.3f}" for row in measured.get(name, [])]
-        rows.append(
-            (
-                name,
-                f"{cost['parameters'] / 1e6:.1f}M",
-                f"{cost['trainable'] / 1e6:.1f}M",
-                f"{cost['flops'] / 1e9:.1f}",
-                f"{published[name]:.1f}" if name in published else "-",
-                ", ".join(figures) or "-",
-            )
-        )
-    print_columns(rows, right=(1, 2, 3, 4))
+    figures = {name: figures_of(name, costs[name]) for name in names}
+    headings = next(iter(figures.values()))
+    print_columns([("model", *headings), *((name, *row.values()) for name, row in figures.items())], right=(1, 2, 3, 4))
     errors.print(
         f"FLOPs of one image of {height} x {width}, a multiply-add counted once. Published: AP on COCO val2017, 12 epochs, "
         "not ours. Measured: test AP here, one seed. `paqdetr config list` names recipes as well."
     )
+
+
+def figures_of(name: str, cost: Mapping[str, Any]) -> dict[str, str]:
+    """What is known of a model, by heading; `cost` is an entry of the known costs."""
+    from paqdetr.config import known_figures
+
+    published = known_figures("published").get(name)
+    measured = [f"{row['data']} {row['AP']:.3f}" for row in known_figures("measured").get(name, [])]
+    return {
+        "parameters": f"{cost['parameters'] / 1e6:.1f}M",
+        "trainable": f"{cost['trainable'] / 1e6:.1f}M",
+        "GFLOPs": f"{cost['flops'] / 1e9:.1f}",
+        "published": "-" if published is None else f"{published:.1f}",
+        "measured": ", ".join(measured) or "-",
+    }
 
 
 def _count(names: list[str], height: int, width: int) -> dict[str, dict[str, Any]]:

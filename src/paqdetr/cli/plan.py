@@ -38,7 +38,10 @@ def plan(
     json_file: JsonFile = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Say what a training will take before it starts: memory, time, disk. Nothing is kept of the steps it tries."""
+    """Say what a training will take: memory, time, disk.
+
+    It takes a few real steps and evaluates a few images in another process, and keeps nothing of them.
+    """
     from paqdetr.config import describe_idle, load_config, parse_overrides
     from paqdetr.distributed import Processes
     from paqdetr.training.memory import largest_batch

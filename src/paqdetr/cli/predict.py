@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -76,7 +75,7 @@ def predict(
     shard_size: Annotated[int, typer.Option(min=1, help="With --ray: pictures of a Parquet file.")] = 1000,
     device: Device = None,
 ) -> None:
-    """Detect in pictures and videos; draw what is found, and write it in other forms.
+    """Detect in pictures and videos; draw and write what is found.
 
     Ctrl-C or SIGTERM ends it: what was written stays, and a video ends there and plays.
     """
@@ -133,10 +132,6 @@ def predict(
             with suppress(OSError):
                 folder.rmdir()  # where nothing was written
     results.print(f"{done.objects} objects over {least} in {done.images} images: {done.output}")
-    if "torch" in sys.modules:  # an exported model runs without
-        from paqdetr.environment import peak_memory
-
-        results.print(f"peak memory: {peak_memory():.2f} GiB")
     for reason in done.unreadable.values():
         note(reason, "left out")
     if done.unreadable:

@@ -33,7 +33,7 @@ def serve(
     ] = None,
     device: Device = None,
 ) -> None:
-    """Answer HTTP requests with detections, and show a page to try the model in a browser.
+    """Answer HTTP requests with detections; its page tries the model.
 
     Ctrl-C or SIGTERM stops: requests that have begun are answered first, within 5 seconds.
     """

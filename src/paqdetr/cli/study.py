@@ -43,7 +43,9 @@ def study(
     ] = None,
     device: Device = None,
 ) -> None:
-    """Compare variants over data sets and seeds: train what is missing, measure it, and say what the runs decide.
+    """Train variants over data sets and seeds, and compare them.
+
+    What is there is not trained again; the report says what the runs decide.
 
     Ctrl-C or SIGTERM stops at the next step of the training in hand, with its state saved; --resume goes on.
     """

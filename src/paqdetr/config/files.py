@@ -23,6 +23,7 @@ from pydantic import ValidationError
 from paqdetr.config.loss import LossConfig
 from paqdetr.config.model import ModelConfig
 from paqdetr.config.schema import Config, known_fields
+from paqdetr.config.words import setting_called
 from paqdetr.errors import ConfigError
 from paqdetr.files import read_text
 from paqdetr.text import did_you_mean, shorten
@@ -117,6 +118,7 @@ def describe_config(name: str) -> str:
     return ", ".join(filter(None, (what, _part(size)["title"], training))) + "."
 
 
+@cache
 def known_figures(kind: Literal["published", "measured", "costs"]) -> dict[str, Any]:
     """Figures by model name: `published` AP on COCO val2017 after 12 epochs; `measured`, rows of data, AP, AP50 (test split);
     `costs`, the parameters, trainable parameters and FLOPs that `model_cost` counts for 800 x 1333 pixels."""
@@ -294,6 +296,8 @@ def _explain(error: ValidationError, where: str) -> ConfigError:
     key = ".".join(str(part) for part in first["loc"] if part not in ("int", "tuple[int, int]"))
     if first["type"] == "extra_forbidden":
         known = known_keys()
+        if (ours := setting_called(key)) is not None:
+            return ConfigError(f"{where}: unknown setting {key!r}", f"write {ours}= instead")
         leaf = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
         remedy = (
             f"did you mean {leaf[0]!r}?"

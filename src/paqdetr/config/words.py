@@ -1,0 +1,62 @@
+"""Words of ultralytics, rf-detr, detectron2, mmdetection, transformers and the DETR codes for what has another name here."""
+
+from __future__ import annotations
+
+WORDS = {
+    # where things are
+    "data": "DIR|SRC", "model": "MODEL", "arch": "MODEL",
+    "config": "MODEL", "config_file": "MODEL", "cfg": "MODEL", "model_name": "MODEL",
+    "model_name_or_path": "MODEL", "checkpoint": "init=|MODEL", "ckpt": "init=|MODEL", "weights": "init=|MODEL",
+    "load_from": "init=|MODEL", "model.weights": "init=|MODEL", "pretrain_weights": "init=|MODEL",
+    "source": "SOURCE", "input": "SOURCE", "image": "SOURCE", "images": "SOURCE", "image_path": "SOURCE",
+    "dataset": "--data", "data_dir": "--data", "data_path": "--data", "dataset_dir": "--data", "dataset_name": "--data",
+    "data_root": "--data", "coco_path": "--data", "dataset_file": "--data",
+    "output_dir": "--output", "out_dir": "--output", "out": "--output", "work_dir": "--output", "save_dir": "--output",
+    "project": "--output", "name": "--output", "outdir": "--output",
+    # training
+    "epoch": "epochs=", "num_epochs": "epochs=", "max_epochs": "epochs=", "num_train_epochs": "epochs=",
+    "max_iter": "max_steps=", "iters": "max_steps=", "steps": "max_steps=", "solver.max_iter": "max_steps=",
+    "batch": "--batch-size|batch_size=", "bs": "--batch-size|batch_size=", "batchsize": "--batch-size|batch_size=",
+    "batch_size": "--batch-size|--batch|batch_size=",
+    "per_device_train_batch_size": "batch_size=", "samples_per_gpu": "batch_size=", "train_batch_size": "batch_size=",
+    "solver.ims_per_batch": "batch_size=", "per_device_eval_batch_size": "--batch-size",
+    "imgsz": "--image-size|image_size=", "img_size": "--image-size|image_size=", "size": "--image-size|image_size=",
+    "img": "--image-size|image_size=|SOURCE", "resolution": "--image-size|image_size=", "input_size": "--image-size|image_size=",
+    "image_size": "--image-size|image_size=",
+    "lr0": "lr=", "learning_rate": "lr=", "base_lr": "lr=", "solver.base_lr": "lr=", "lr_backbone": "backbone_lr=",
+    "lr_encoder": "backbone_lr=", "lr_scheduler": "schedule=", "lr_scheduler_type": "schedule=", "cos_lr": "schedule=cosine",
+    "grad_accum_steps": "accumulate=", "gradient_accumulation_steps": "accumulate=", "accum": "accumulate=",
+    "clip_max_norm": "clip_norm=", "max_grad_norm": "clip_norm=", "clip_grad": "clip_norm=", "wd": "weight_decay=",
+    "num_workers": "workers=", "dataloader_num_workers": "workers=", "dataloader.num_workers": "workers=",
+    "hidden_dim": "model.dim=", "enc_layers": "model.encoder_layers=", "dec_layers": "model.decoder_layers=",
+    "nheads": "model.num_heads=", "queries": "model.num_queries=", "fliplr": "augment.flip=", "hsv": "augment.color=",
+    "cache": "cache_images=", "random_seed": "--seed", "fp16": "--amp fp16", "bf16": "--amp bf16",
+    "gradient_checkpointing": "checkpoint_activations=true", "use_checkpoint": "checkpoint_activations=true",
+    "auto_scale_lr": "lr_rule=linear", "sync_bn": "sync_batch_norm=true", "early_stopping": "patience=10",
+    "early_stopping_patience": "patience=", "ema": "ema_decay=0.9998", "use_ema": "ema_decay=0.9998",
+    "save_steps": "save_every_steps=", "logging_steps": "log_every=", "eval_interval": "eval_every=", "report_to": "trackers=",
+    # detections and exported files
+    "conf": "--threshold", "conf_thres": "--threshold", "confidence": "--threshold", "score_thr": "--threshold",
+    "confidence_threshold": "--threshold", "score_threshold": "--threshold", "box_threshold": "--threshold",
+    "iou": "--nms", "iou_thres": "--nms", "iou_threshold": "--nms", "nms_threshold": "--nms",
+    "max_det": "--max-detections", "max_dets": "--max-detections", "vid_stride": "--every", "stride": "--every",
+    "save_txt": "--save draw,yolo", "save_json": "--save draw,coco", "save_crop": "--save draw,crops",
+    "half": "--precision f16|--amp fp16", "int8": "--precision int8", "dtype": "--precision",
+    "slice": "--tiles", "tile": "--tiles",
+    "subset": "--split", "set": "--split", "ann_file": "--annotations", "annotation": "--annotations",
+    "gpu": "--device", "gpu_id": "--device", "gpus": "--device", "exist_ok": "--overwrite|*", "force": "--overwrite|",
+    "last": "--resume", "auto_resume": "--resume", "resume_from": "--resume",
+    # said here by the verb, or always done
+    "task": "*", "mode": "*", "launcher": "*", "local_rank": "*", "num_gpus": "*", "optimizer": "*", "opt": "*",
+    "pretrained": "*", "num_classes": "*", "nc": "*", "verbose": "*", "plots": "*", "val": "*", "simplify": "*", "opset": "*",
+    "dynamic": "*", "cfg_options": "", "opts": "", "do_train": "", "do_eval": "", "evaluate": "", "show": "", "save": "",
+}  # fmt: skip
+"""Options and keys of other programs, with _ for -, and the place of their value here: an option ("--data"), a setting ("lr="),
+the first argument (MODEL) or another one (SOURCE, DIR, SRC); of several with | between them the first that a verb has.
+"--amp fp16" and "schedule=cosine" stand for words that are on or off; "" leaves a word out, "*" its value as well."""
+
+
+def setting_called(word: str) -> str | None:
+    """What a key of another program is called among our settings, such as "batch_size" for "batch"."""
+    places = WORDS.get(word.lower().replace("-", "_"), "").split("|")
+    return next((place.rstrip("=") for place in places if "=" in place), None)

@@ -1,0 +1,271 @@
+"""What a terminal shows: help, words of other programs, completion, `info`, tables and the lines of a training."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from paqdetr import ConfigError
+from paqdetr.cli import app, run
+from paqdetr.cli.console import complete_model, complete_setting, results, table
+from paqdetr.cli.habits import VERBS, what_to_type
+from paqdetr.config import known_keys, load_config
+from paqdetr.config.words import WORDS
+from paqdetr.runs import Run
+
+PROGRAM: Any = typer.main.get_command(app)
+
+
+def leaves(command: Any = PROGRAM) -> list[Any]:
+    """Every verb."""
+    inner = getattr(command, "commands", None)
+    return [command] if inner is None else [leaf for one in inner.values() for leaf in leaves(one)]
+
+
+# --------------------------------------------------------------------------------------------------- help
+
+
+@pytest.mark.parametrize("columns", ["80", "120"])
+def test_help_names_every_verb_in_one_line(
+    columns: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    for arguments in (["--help"], ["data", "-h"], ["help", "hub"], ["config", "--help"]):
+        assert run(arguments) == 0
+        said = capsys.readouterr().out
+        assert "..." not in said.partition("Options:")[0].partition("\n")[2]
+        assert all(len(line) <= int(columns) for line in said.splitlines())
+    assert run(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    headings = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
+    assert headings == [f"{name}:" for name in ("Data", "Train", "Measure", "Use", "Exchange", "Look up", "Options")]
+    for name, command in PROGRAM.commands.items():
+        sentence = command.get_short_help_str(200)
+        assert [line for line in lines if line.split() == [name, *sentence.split()]], name
+
+
+def test_options_of_a_long_verb_are_in_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["help", "eval"]) == 0
+    said = capsys.readouterr().out
+    groups = {part.partition(":\n")[0]: part.partition(":\n")[2] for part in said.split("\n\n")[2:]}
+    assert list(groups) == ["Arguments", "Data", "Figures", "Detections", "Output", "Machine", "Options"]
+    assert "--split TEXT" in groups["Data"] and "--json PATH" in groups["Output"] and "--help" in groups["Options"]
+    assert run(["eval", "--help"]) == 0 and capsys.readouterr().out == said
+    assert run(["bench", "--help"]) == 0
+    assert "Machine:" not in capsys.readouterr().out  # few options need no groups
+    assert run(["help", "data", "mak"]) == 2
+    assert capsys.readouterr().err == "error: `paqdetr data` has no verb 'mak'\nhelp: did you mean 'make'?\n"
+
+
+# -------------------------------------------------------------------------------- words of other programs
+
+
+@pytest.mark.parametrize(
+    ("typed", "wanted"),
+    [
+        # ultralytics
+        ("val model=runs/x data=d", "eval runs/x --data d"),
+        ("val", "eval MODEL --data DIR"),
+        ("test runs/x --data d", "eval runs/x --split test --data d"),
+        ("detect a.jpg --weights runs/x --conf 0.4", "predict runs/x a.jpg --threshold 0.4"),
+        (
+            "detect train data=d model=dino_nano epochs=3 imgsz=320 batch=8 device=0",
+            "train dino_nano --data d --device 0 --output DIR epochs=3 image_size=320 batch_size=8",
+        ),
+        (
+            "task=detect mode=train model=dino_nano data=d project=runs name=first exist_ok=True",
+            "train dino_nano --data d --output runs/first",
+        ),
+        ("predict model=runs/x source=a.jpg save_txt=True iou=0.5", "predict runs/x a.jpg --save draw,yolo --nms 0.5"),
+        (
+            "export model=runs/x format=onnx half=True imgsz=640",
+            "export runs/x --format onnx --precision f16 --image-size 640",
+        ),
+        ("export runs/x half=False", "export runs/x"),
+        ("benchmark model=dino_nano imgsz=320", "bench dino_nano --image-size 320"),
+        ("checks", "data check DIR"),
+        ("settings", "config show 'MODEL|CONFIG'"),
+        ("version", "--version"),
+        # rf-detr, DETR, detectron2, mmdetection, transformers
+        (
+            "train dino_nano --dataset-dir d --output-dir o --epochs 10 --grad-accum-steps 4 --early-stopping",
+            "train dino_nano --data d --output o epochs=10 accumulate=4 patience=10",
+        ),
+        (
+            "train dino_nano --coco_path d --output_dir o --lr_backbone 1e-5 --num_queries 50 --clip_max_norm 0.1",
+            "train dino_nano --data d --output o backbone_lr=1e-5 model.num_queries=50 clip_norm=0.1",
+        ),
+        (
+            "train --config-file x.yaml --num-gpus 8 SOLVER.BASE_LR 0.001 MODEL.WEIGHTS x.safetensors",
+            "train x.yaml --data DIR --output DIR lr=0.001 init=x.safetensors",
+        ),
+        (
+            "train cfg.yaml --data d --work-dir o --cfg-options lr=1 --auto-scale-lr",
+            "train cfg.yaml --data d --output o lr=1 lr_rule=linear",
+        ),
+        (
+            "train --model_name_or_path dino_nano --per_device_train_batch_size 8 --num_train_epochs 3 --fp16",
+            "train dino_nano --amp fp16 --data DIR --output DIR batch_size=8 epochs=3",
+        ),
+        # of no program in particular
+        (
+            "train dino_nano --data d --output o --epochs 3 --batch 8 --imgsz 320 --lr 1e-4",
+            "train dino_nano --data d --output o epochs=3 batch_size=8 image_size=320 lr=1e-4",
+        ),
+        ("train --model dino_nano --data d --output o --resume", "train dino_nano --data d --output o --resume"),
+        ("fit dino_nano --data 'my data'", "train dino_nano --data 'my data' --output DIR"),
+        ("plan dino_nano --data d --dropout 0.1", "plan dino_nano --data d model.dropout=0.1"),
+        ("data check --data d", "data check d"),
+        ("analyze runs/x data=d --out r", "analyze runs/x --data d --output r"),
+        ("eval --compare a b --data d --conf 0.3", "eval --compare a b --data d --threshold 0.3"),
+        ("eval runs/x data=d batch=4", "eval runs/x --data d --batch-size 4"),
+        ("info model=dino_nano", "info dino_nano"),
+        ("hub upload runs/x", "hub push runs/x USER/NAME"),
+    ],
+)
+def test_words_of_other_programs(typed: str, wanted: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(shlex.split(typed)) == 2
+    error, remedy = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: `paqdetr") and " has no " in error
+    assert remedy.replace("MODEL|CONFIG", "'MODEL|CONFIG'") == f"help: type: paqdetr {wanted}"
+    if "DIR" not in wanted and "USER" not in wanted and "MODEL" not in wanted:  # it is what the verb takes
+        assert what_to_type(shlex.split(wanted), PROGRAM) is None
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "train dino_nano --data d --output o epochs=3 name=mine seed=1 model.dropout=0.1 --amp bf16 --resume",
+        "train dino_nano --data d --output o bacth=3",  # the settings say what is near
+        "eval runs/lr=0.1/best.safetensors --data=d --nms 0.5",
+        "eval runs/x --data d --thresold 0.3",
+        "trian dino_nano",
+        "predict runs/x a.jpg model",
+        "data make digits --output d --size 64",
+        "convert x.pth --from dino --output y.safetensors num_heads=8 classes=coco",
+        "--version",
+        "",
+    ],
+)
+def test_other_lines_are_left_alone(typed: str) -> None:
+    assert what_to_type(shlex.split(typed), PROGRAM) is None
+
+
+def test_every_setting_is_taken_as_it_is() -> None:
+    words = [f"{key}=1" for key in known_keys()]
+    assert what_to_type(["train", "dino_nano", "--data", "d", "--output", "o", *words], PROGRAM) is None
+
+
+def test_a_file_with_an_equals_sign_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert what_to_type(["predict", "m.onnx", "source=a.jpg"], PROGRAM) is not None
+    (tmp_path / "source=a.jpg").touch()
+    assert what_to_type(["predict", "m.onnx", "source=a.jpg"], PROGRAM) is None
+
+
+def test_the_tables_lead_to_what_there_is() -> None:
+    options = {name for leaf in leaves() for param in leaf.params for name in param.opts}
+    arguments = {param.metavar for leaf in leaves() for param in leaf.params}
+    for word, places in WORDS.items():
+        for place in places.split("|"):
+            option, key = place.partition(" ")[0], place.partition("=")[0]
+            assert place in ("", "*") or option in options or place in arguments or key in known_keys(), word
+    for words in VERBS.values():
+        command = PROGRAM
+        for word in words.partition(" --")[0].split():
+            command = command.commands[word] if word != "--version" else None
+
+
+def test_settings_of_other_programs_in_python() -> None:
+    for word, ours in {"batch": "batch_size", "imgsz": "image_size", "lr0": "lr", "learning_rate": "lr"}.items():
+        with pytest.raises(ConfigError) as caught:
+            load_config("dino_nano", {word: 1})
+        assert caught.value.remedy == f"write {ours}= instead"
+
+
+# ---------------------------------------------------------------------------------------------- completion
+
+
+def test_what_a_shell_completes() -> None:
+    assert complete_model("dino_r50_2") == ["dino_r50_24e"]
+    assert complete_model("runs/") == []  # the shell's own: paths
+    assert complete_setting("model.num_q") == ["model.num_queries="]
+
+
+@pytest.mark.integration
+def test_completion_needs_no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "_PAQDETR_COMPLETE": "complete_bash",
+        "COMP_WORDS": "paqdetr train dn_d",
+        "COMP_CWORD": "2",
+    }.items():
+        monkeypatch.setenv(name, value)
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "paqdetr"], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.splitlines()[0] == "dn_detr_nano" and "torch" not in done.stderr
+    monkeypatch.delenv("_PAQDETR_COMPLETE")
+    shown = subprocess.run(
+        [sys.executable, "-m", "paqdetr", "--show-completion", "bash"], capture_output=True, text=True, check=True
+    )
+    assert "complete -o default -F _paqdetr_completion paqdetr" in shown.stdout
+
+
+# ---------------------------------------------------------------------------------------------------- info
+
+
+def test_info_of_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["info", "dino_r50"]) == 0
+    title, *rows = capsys.readouterr().out.splitlines()
+    assert title == "dino_r50: DINO, 4 levels, ResNet-50, 12 epochs of COCO."
+    assert "parameters     47.7M" in rows and any("49.0 AP on COCO val2017" in row for row in rows)
+    assert any(
+        row.startswith("train it") and row.endswith("paqdetr train dino_r50 --data DIR --output DIR") for row in rows
+    )
+    assert run(["info", "dino_r51"]) == 2
+    assert "did you mean 'dino_r50'?" in capsys.readouterr().err
+
+
+def test_info_of_a_run_and_its_file(tmp_path: Path, tiny_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["info", str(tiny_run.output)]) == 0
+    said = capsys.readouterr().out
+    steps = tiny_run.records("train")[-1]["step"]
+    assert f"{tiny_run.output}: finished: step {steps} of {steps}" in said
+    assert f"AP {tiny_run.metrics['AP']:.3f}" in said and f"paqdetr export {tiny_run.output}" in said
+
+    copy = Run(Path(shutil.copytree(tiny_run.output, tmp_path / "run")))
+    lines = [line for line in copy.metrics_file.read_text().splitlines() if json.loads(line)["kind"] != "finished"]
+    copy.metrics_file.write_text("\n".join(lines) + "\n")
+    began = json.loads(copy.environment_file.read_text())
+    began[-1]["command"] = "paqdetr train dino_nano --data d --output run"
+    copy.environment_file.write_text(json.dumps(began))
+    assert run(["info", str(copy.output)]) == 0
+    said = capsys.readouterr().out
+    assert "unfinished: step" in said and "paqdetr train dino_nano --data d --output run --resume" in said
+
+    assert run(["info", str(copy.best)]) == 0
+    said = capsys.readouterr().out
+    assert "checkpoint of paq_dino_nano" in said and "init=" in said and "10: 0, 1, 2" in said
+    for wrong, word in ((copy.state_file, "not a model"), (tmp_path, "no run"), (tmp_path / "x", "no such file")):
+        assert run(["info", str(wrong)]) == 2
+        assert word in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------------- tables
+
+
+def test_titles_are_not_folded_to_their_table(capsys: pytest.CaptureFixture[str]) -> None:
+    title = "a title of many words that says on what data and with which settings " * 2
+    made = table(title, ("a",), ("b",))
+    made.add_row("1", "2")
+    results.print(made)
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first == title and set(second) <= set("┏━┳┓+-")
