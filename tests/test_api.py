@@ -96,8 +96,8 @@ def test_list_recipes() -> None:
         (lambda m, d, f: m.predict(d, threshold=2), paqdetr.ConfigError, "threshold: .*from 0 to 1, found 2"),
         (lambda m, d, f: m.predict(d, batch_size=0), paqdetr.ConfigError, "batch_size: .*at least 1, found 0"),
         (lambda m, d, f: m.predict(d, batch_size=-1), paqdetr.ConfigError, "batch_size: .*found -1"),
-        (lambda m, d, f: m.predict(torch.zeros(3, 8, 8)), paqdetr.DataError, "an array, found torch.Tensor"),
-        (lambda m, d, f: m.predict([torch.zeros(3, 8, 8)]), paqdetr.DataError, "an array, found torch.Tensor"),
+        (lambda m, d, f: m.predict(torch.zeros(8, 8, 3)), paqdetr.DataError, r"a tensor of shape \(8, 8, 3\)"),
+        (lambda m, d, f: m.predict(f), paqdetr.DataError, "not an image in a known format"),
         (lambda m, d, f: paqdetr.evaluate(m, data=d, batch_size=0), paqdetr.ConfigError, "batch_size"),
         (lambda m, d, f: paqdetr.evaluate(m, data=d, batch_size=-1), paqdetr.ConfigError, "batch_size"),
         (lambda m, d, f: paqdetr.evaluate(3, data=d), paqdetr.ConfigError, "or a path, found int"),  # type: ignore[arg-type]
@@ -204,3 +204,24 @@ def test_detections(tiny_run: Run, tiny_digits: Path) -> None:
         before = np.asarray(opened)
         drawn = some.draw(opened)
     assert drawn.size == (96, 96) and np.abs(np.asarray(drawn, int) - before).mean() > 0.5
+
+
+def test_what_is_returned_is_shown_in_a_few_lines(tiny_run: Run, tiny_digits: Path, tmp_path: Path) -> None:
+    """In a terminal and as HTML: the title, and the figures that are asked for first."""
+    model = tiny_run.model()
+    evaluation = paqdetr.evaluate(model, data=tiny_digits)
+    for shown, title, parts in (
+        (model, "Detector paq_dino_nano", ["10: 0, 1, 2, 3", "long side 96", "20", "float32 on cpu"]),
+        (tiny_run, f"Run {tiny_run.output}: finished", ["AP 0.", "best.safetensors", "steps"]),
+        (
+            evaluation,
+            f"Evaluation: AP {evaluation.figures.AP:.3f}",
+            ["AP50, AP75", "duplicates cost", "images per second"],
+        ),
+        (paqdetr.Run(tmp_path), f"Run {tmp_path}: no run", ["files"]),
+    ):
+        lines, page = repr(shown).splitlines(), shown._repr_html_()
+        assert lines[0] == title and 2 <= len(lines) <= 9 and max(map(len, lines[1:])) < 120
+        assert f"<b>{title}</b>" in page
+        for part in parts:
+            assert part in repr(shown) and part in page

@@ -166,17 +166,6 @@ def test_deep_images_become_eight_bits(tmp_path: Path) -> None:
     assert pixels(Image.fromarray(floats))[0, :, 0].tolist() == [0, 0, 51, 255, 0]
 
 
-def test_arrays() -> None:
-    rgb = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
-    np.testing.assert_array_equal(pixels(rgb), rgb)
-    np.testing.assert_array_equal(pixels(rgb[:, ::-1]), rgb[:, ::-1])
-    for grey in (rgb[..., 0], rgb[..., :1]):
-        np.testing.assert_array_equal(pixels(grey), np.repeat(rgb[..., :1], 3, axis=2))
-    for wrong in (rgb.astype(np.float32), rgb[None], rgb[..., :2], rgb[:0]):
-        with pytest.raises(DataError, match="expected"):
-            read_image(wrong)
-
-
 def test_the_result_is_independent_of_its_source(colours: Image.Image) -> None:
     read_image(colours).putpixel((0, 0), (1, 2, 3))
     assert colours.getpixel((0, 0)) == (255, 0, 0)

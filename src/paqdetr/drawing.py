@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -10,9 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from PIL import Image, ImageColor, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont, features
 
-from paqdetr.images import read_image
+from paqdetr.images import ImageSource, read_image
 from paqdetr.text import printable
 
 # Okabe and Ito's colours, told apart with any colour vision.
@@ -31,11 +33,7 @@ _RIM, _GREY = "#00000096", "#757575"
 
 
 def draw_boxes(
-    image: Image.Image | np.ndarray,
-    boxes: ArrayLike,
-    labels: ArrayLike,
-    names: Mapping[int, str],
-    scores: ArrayLike | None = None,
+    image: ImageSource, boxes: ArrayLike, labels: ArrayLike, names: Mapping[int, str], scores: ArrayLike | None = None
 ) -> Image.Image:
     """Boxes drawn on a copy of an image, in the colour of their class: `name`, or `name 0.87` where there are scores.
 
@@ -43,7 +41,7 @@ def draw_boxes(
     each other, a key to the colours in a corner names the classes and counts them.
 
     Args:
-        image: the PIL image (its EXIF turn is applied) or (H, W, 3) uint8 RGB array.
+        image: a path, a PIL image (its EXIF turn is applied), an array or another form that `read_image` takes.
         boxes: (N, 4) xyxy in pixels of the image.
         labels: (N,) integers: the data set's original category ids.
         names: category id -> name; an id without a name is shown as it is.
@@ -93,6 +91,16 @@ def _class_colours(ids: np.ndarray) -> dict[int, str]:
         own = mark(category)
         found[category] = own if own in free or not free else free[0]
     return found
+
+
+def data_uri(image: Image.Image, side: int) -> str:
+    """A picture as a `data:` address, at most `side` pixels long; WebP where Pillow can write it, else JPEG."""
+    picture = image.convert("RGB")
+    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+    kind = "webp" if features.check("webp") else "jpeg"
+    buffer = io.BytesIO()
+    picture.save(buffer, format=kind, quality=80)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def font_path() -> Path:

@@ -87,18 +87,19 @@ class OutOfMemoryError(UserError):
     """A GPU, or the machine, has no room for what a model needs."""
 
 
-def import_extra(name: str, extra: str) -> ModuleType:
-    """A module that is, or needs, what an extra of this package installs.
+def import_extra(name: str, extra: str | None = None) -> ModuleType:
+    """A module that is, or needs, what an extra of this package installs; None: a package that no extra has.
 
     Raises:
         BackendError: it is not installed.
     """
+    remedy = f"pip install {name}" if extra is None else f"pip install 'paqdetr[{extra}]'"
     try:
         return import_module(name)
     except ModuleNotFoundError as error:
-        raise BackendError(f"{error.name or name} is not installed", f"pip install 'paqdetr[{extra}]'") from None
+        raise BackendError(f"{error.name or name} is not installed", remedy) from None
     except ImportError as error:
-        raise BackendError(f"{name} cannot be imported: {error}", f"pip install 'paqdetr[{extra}]'") from None
+        raise BackendError(f"{name} cannot be imported: {error}", remedy) from None
 
 
 def memory_error(

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -16,6 +16,9 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from paqdetr.errors import DataError
 from paqdetr.files import open_regular
 from paqdetr.values import environment_integer
+
+if TYPE_CHECKING:  # a program that runs an exported model has no torch
+    from torch import Tensor
 
 IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
 
@@ -45,19 +48,21 @@ _UPRIGHT = {
 # Where Pillow looks for the orientation.
 _EXIF = ("exif", "xmp", "Raw profile type exif", "XML:com.adobe.xmp")
 
-_ARRAY_REMEDY = "Pass uint8 RGB of shape (height, width, 3), or grey of shape (height, width)."
+_ARRAY_REMEDY = "Pass (height, width, 3) RGB, (height, width, 4) RGBA or (height, width) grey."
+_ROUNDING = 1e-3  # floats of a picture that was resized may leave 0..1 by so much
 
 
-ImageSource = str | os.PathLike[str] | bytes | BinaryIO | Image.Image | np.ndarray
-"""What can be read as a picture: a path, a file's content, a file opened as binary, a PIL image, an array."""
+ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | BinaryIO | Image.Image | np.ndarray | Tensor"
+"""What can be read as a picture: a path, a file's content, a file opened as binary, a PIL image, an array, a tensor."""
 
 
 def read_image(source: ImageSource) -> Image.Image:
     """The picture as 8-bit RGB with its EXIF orientation applied.
 
     Args:
-        source: a path, the bytes of an image file, a file opened as binary, a PIL image, or a uint8 array: (H, W, 3) RGB,
-            (H, W) or (H, W, 1) grey.
+        source: a path, the bytes of an image file, a file opened as binary, a PIL image, an array or a tensor.
+            An array is (H, W, 3) RGB, (H, W, 4) RGBA, or (H, W) or (H, W, 1) grey; a tensor (C, H, W) with these channels, or
+            (H, W), on any device. Values: uint8; uint16, divided by 257; float from 0 to 1; bool, black and white.
 
     Returns:
         A PIL image of mode "RGB", independent of the source. Other modes are converted thus: grey, 1 bit,
@@ -68,10 +73,8 @@ def read_image(source: ImageSource) -> Image.Image:
 
     Raises:
         DataError: the file is missing, no image, damaged or cut short, of more than `MAX_PIXELS` pixels, or the array has
-            another form.
+            another shape, dtype or range: floats up to 255, or normalised ones, and integers of other sizes.
     """
-    if isinstance(source, np.ndarray):
-        return _from_array(source)
     if isinstance(source, Image.Image):
         name = getattr(source, "filename", "") or "the given image"
         try:
@@ -83,14 +86,17 @@ def read_image(source: ImageSource) -> Image.Image:
     elif isinstance(source, (bytes, bytearray, memoryview)):
         file = io.BytesIO(source)
     elif hasattr(source, "read") and not isinstance(source, io.TextIOBase):
-        file = source
+        file = source  # type: ignore[assignment]
+    elif hasattr(source, "permute"):
+        return _from_tensor(source)
+    elif hasattr(source, "__array__"):
+        return _from_array(np.asarray(source))
     else:
         kind = type(source)
         found = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
         raise DataError(
-            f"an image: expected a path, bytes, a binary file, a PIL image or an array, found {found}",
-            f"{_ARRAY_REMEDY} A tensor of (3, height, width) becomes one by .permute(1, 2, 0).numpy(); "
-            'files are opened with open(path, "rb").',
+            f"an image: expected a path, bytes, a binary file, a PIL image, an array or a tensor, found {found}",
+            f'{_ARRAY_REMEDY} Files are opened with open(path, "rb").',
         )
     with _opened(file) as image:
         return _to_rgb(_upright(image))
@@ -261,14 +267,55 @@ def _undecodable(name: object, error: Exception) -> DataError:
     return DataError(f"{name}: the image does not decode: {error}", "Replace or remove the file.")
 
 
+def _from_tensor(tensor: Any) -> Image.Image:
+    shape = tuple(tensor.shape)
+    if tensor.ndim == 3 and shape[0] in (1, 3, 4):
+        tensor = tensor.permute(1, 2, 0)
+    elif tensor.ndim != 2:
+        last = tensor.ndim == 3 and shape[2] in (1, 3, 4)
+        raise DataError(
+            f"a tensor of shape {shape} and {tensor.dtype}: expected (C, H, W) with 1, 3 or 4 channels, or (H, W)",
+            "Use .permute(2, 0, 1) where channels are last." if last else "Pass the tensor of one RGB image.",
+        )
+    values = tensor.detach().cpu()
+    return _from_array((values.float() if values.is_floating_point() else values).numpy())
+
+
 def _from_array(array: np.ndarray) -> Image.Image:
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[..., 0]
-    if array.dtype != np.uint8:
-        raise DataError(f"an image array has dtype {array.dtype}, expected uint8", _ARRAY_REMEDY)
-    if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)) or 0 in array.shape:
-        raise DataError(f"an image array has shape {array.shape}, expected (H, W, 3) or (H, W)", _ARRAY_REMEDY)
-    return Image.fromarray(np.ascontiguousarray(array)).convert("RGB")
+    shape = array.shape
+    if array.ndim not in (2, 3) or 0 in shape or (array.ndim == 3 and shape[2] not in (1, 3, 4)):
+        first = array.ndim == 3 and shape[0] in (1, 3, 4)
+        raise DataError(
+            f"an array of shape {shape} and {array.dtype}: expected (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)",
+            "Use .transpose(1, 2, 0) where channels are first." if first else _ARRAY_REMEDY,
+        )
+    values = np.ascontiguousarray(_eight_bits(array[..., 0] if shape[2:] == (1,) else array))
+    return _to_rgb(Image.fromarray(values))
+
+
+def _eight_bits(array: np.ndarray) -> np.ndarray:
+    """The values of an array as uint8; see `read_image`."""
+    kind, found = array.dtype.kind, f"an array of shape {array.shape} and {array.dtype}"
+    if array.dtype == np.uint8:
+        return array
+    if kind == "b":
+        return array * np.uint8(255)
+    if kind == "u" and array.dtype.itemsize == 2:
+        return np.rint(array / np.float32(257)).astype(np.uint8)
+    if kind == "f":
+        low, high = array.min(), array.max()
+        if -_ROUNDING <= low and high <= 1 + _ROUNDING:
+            return np.rint(array.astype(np.float32).clip(0, 1) * 255).astype(np.uint8)
+        remedy = "Pass the picture as it was before it was normalised."
+        if low >= 0 and 1 < high <= 255:
+            remedy = "Divide by 255, or use .astype('uint8')."
+        elif not np.isfinite([low, high]).all():
+            remedy = "Replace what is not finite."
+        raise DataError(f"{found} has values from {low:g} to {high:g}: expected floats from 0 to 1", remedy)
+    raise DataError(
+        f"{found}: expected uint8, uint16, bool, or floats from 0 to 1",
+        "Use .astype('uint8') if its values are 0 to 255.",
+    )
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -19,6 +19,7 @@ from paqdetr.errors import ConfigError, DataError, StorageError
 from paqdetr.files import remove_leftovers, write_whole
 from paqdetr.locks import Busy, acquire
 from paqdetr.serialize import plain
+from paqdetr.text import Summary, figure
 
 if TYPE_CHECKING:  # a run is looked at without torch
     from paqdetr.models import Detector
@@ -33,8 +34,8 @@ _ENDED = "finished"
 FREE_SETTINGS = ("workers", "cache_images", "save_every_steps", "save_every_minutes", "trackers", "nan_policy")
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+@dataclass(frozen=True, slots=True, repr=False)
+class Run(Summary):
     """A training's output.
 
     Attributes:
@@ -117,6 +118,29 @@ class Run:
         from paqdetr.models import load
 
         return load(self.best, device=device)
+
+    def _summary(self) -> tuple[str, list[tuple[str, ...]]]:
+        steps, best = self.records("train"), self.metrics
+        state = "finished" if self.finished else "not finished" if self.config_file.exists() else "no run"
+        rows = [("best", f"AP {figure(best.get('AP'))}, AP50 {figure(best.get('AP50'))}, epoch {best.get('epoch')}")]
+        rows = rows if best else []
+        if steps:
+            rows.append(("trained", f"{steps[-1].get('epoch', 0):.4g} epochs, {steps[-1]['step']} steps"))
+        own = (self.best, self.last, self.config_file, self.metrics_file, self._curves)
+        files = [file.name for file in own if file.exists()]
+        return f"Run {self.output}: {state}", [*rows, ("files", ", ".join(files))]
+
+    @property
+    def _curves(self) -> Path:
+        return self.output / "curves.png"
+
+    def _picture(self) -> str | None:
+        from paqdetr.drawing import data_uri
+        from paqdetr.images import read_image
+
+        with suppress(DataError):
+            return data_uri(read_image(self._curves), 960)
+        return None
 
     def write_config(self, config: Config) -> None:
         """Write the settings, whole or not at all, unless they are there, or are others of a run that has kept something."""

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
+from xml.etree.ElementTree import tostring
 
 import numpy as np
 
+from paqdetr.errors import ConfigError, DataError, import_extra
+from paqdetr.label_files import voc_document, yolo_line
+from paqdetr.text import Summary, did_you_mean, printable, shorten, some
+
 if TYPE_CHECKING:  # a program that runs an exported model has no torch
+    import pandas
     import supervision
     import torch
     from PIL.Image import Image
     from torch import Tensor
+
+    from paqdetr.images import ImageSource
+
+# Rows of detections that are printed.
+_SHOWN = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,19 +57,34 @@ class Targets:
         return Targets(self.labels.pin_memory(), self.boxes.pin_memory(), self.image_id, self.size)
 
 
-@dataclass(slots=True)
-class Detections:
-    """What was found in one image, best first.
+class Detection(NamedTuple):
+    """One of the `Detections` of an image, in plain numbers."""
+
+    box: tuple[float, float, float, float]
+    """Left, top, right, bottom in pixels."""
+    score: float
+    label: int
+    """The data set's original category id."""
+    name: str
+
+
+@dataclass(slots=True, repr=False)
+class Detections(Summary):
+    """What was found in one image, best first: a sequence of `Detection`, and arrays of the same length.
+
+    `detections[0]` and iteration give a `Detection`; everything else in brackets gives `Detections`: a slice, a mask such as
+    `detections[detections.scores > 0.5]`, positions, and names of classes such as `detections["cat"]`.
 
     Attributes:
         boxes: (N, 4) float32 array, xyxy in pixels of the image as it was given (EXIF turn applied).
         scores: (N,) float32 array in [0, 1].
         labels: (N,) int64 array, the data set's original category ids.
-        names: category id -> category name.
+        names: category id -> category name, of all classes that the model has.
         image_id: the data set's id, or the file name, or None.
         query_indices: (N,) int64 array: which query each box came from.
         file_name: of the image; None if it did not come from a file.
-        image: RGB, as it was predicted on, where a stream gives the detections; else None.
+        size: (height, width) of the image in pixels; None if unknown.
+        source: what was predicted on, which `image` reads again: a path, a picture, an array; None if unknown.
         frame, time: of a video, from 0, and in seconds; else None.
     """
 
@@ -68,19 +95,91 @@ class Detections:
     image_id: int | str | None = None
     query_indices: np.ndarray | None = None
     file_name: str | None = None
-    image: Image | None = field(default=None, repr=False, compare=False)
+    size: tuple[int, int] | None = None
+    source: ImageSource | None = field(default=None, compare=False)
     frame: int | None = None
     time: float | None = None
 
     def __len__(self) -> int:
         return len(self.scores)
 
+    def __iter__(self) -> Iterator[Detection]:
+        columns = (self.boxes.reshape(-1, 4).tolist(), self.scores.tolist(), self.labels.tolist(), self.class_names)
+        for box, score, label, name in zip(*columns, strict=True):
+            yield Detection(tuple(box), score, label, name)
+
+    @overload
+    def __getitem__(self, key: int | np.integer) -> Detection: ...
+    @overload
+    def __getitem__(
+        self, key: str | slice | np.ndarray | Sequence[int] | Sequence[bool] | Sequence[str]
+    ) -> Detections: ...
+    def __getitem__(self, key: Any) -> Detection | Detections:
+        """One detection by its position, or some of them, with everything that belongs to the image.
+
+        Args:
+            key: a position; or a slice, a (N,) bool mask, positions, a class name, or a list of names.
+
+        Raises:
+            IndexError: a position that is not there, or a mask of another length.
+            ConfigError: a class that the model does not have.
+        """
+        if isinstance(key, str):
+            return self.of(key)
+        if isinstance(key, slice):
+            return self._rows(key)
+        chosen = np.asarray(key)
+        if chosen.ndim == 1 and chosen.dtype.kind == "U":
+            return self.of(*chosen.tolist())
+        if chosen.ndim == 0 and chosen.dtype.kind in "iu":
+            if not -len(self) <= chosen < len(self):
+                raise IndexError(f"detections: position {chosen} does not exist, there are {len(self)}")
+            return next(iter(self._rows([int(chosen)])))
+        if chosen.ndim == 1 and not len(chosen):
+            chosen = chosen.astype(bool if len(self) == 0 else int)
+        if chosen.ndim != 1 or chosen.dtype.kind not in "biu" or (chosen.dtype == bool and len(chosen) != len(self)):
+            raise IndexError(
+                f"detections: found {shorten(key)} in brackets, expected a position, a slice, positions, a class name, or a mask "
+                f"of {len(self)} bool"
+            )
+        return self._rows(chosen)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Detections):
+            return NotImplemented
+        return all(np.array_equal(getattr(self, f.name), getattr(other, f.name)) for f in fields(self) if f.compare)
+
+    @property
+    def class_names(self) -> list[str]:
+        """The name of every box; a class without one shows its id."""
+        return [self.names.get(label, str(label)) for label in self.labels.tolist()]
+
+    @property
+    def image(self) -> Image | None:
+        """The picture that was predicted on, RGB and upright, read again where it is a file; None if unknown.
+
+        Raises:
+            DataError: it cannot be read any more.
+        """
+        from paqdetr.images import read_image
+
+        return None if self.source is None else read_image(self.source)
+
+    def of(self, *classes: int | str) -> Detections:
+        """Only those of these classes, by name or by category id.
+
+        Raises:
+            ConfigError: a class that the model does not have.
+        """
+        names = {**dict(zip(self.labels.tolist(), self.class_names, strict=True)), **self.names}
+        wanted = ClassTable(tuple(names), tuple(names.values())).find(classes)
+        return self._rows(np.isin(self.labels, wanted))
+
     def above(self, threshold: float) -> Detections:
         """Only what scores at least `threshold`."""
-        return self.rows(self.scores >= threshold)
+        return self._rows(self.scores >= threshold)
 
-    def rows(self, chosen: np.ndarray) -> Detections:
-        """Some of them, by position or by mask; everything about the image comes along."""
+    def _rows(self, chosen: slice | np.ndarray | list[int]) -> Detections:
         indices = None if self.query_indices is None else self.query_indices[chosen]
         return replace(
             self,
@@ -105,7 +204,7 @@ class Detections:
                 shared = corner.clip(min=0).prod(1)
                 overlaps = shared > iou_threshold * (area[i] + area[rest] - shared)
                 kept[rest] &= ~(overlaps & (labels[rest] == labels[i]))
-        return self.rows(order[kept])
+        return self._rows(order[kept])
 
     def to_coco(self, *, rounded: bool = False) -> list[dict[str, Any]]:
         """COCO results: one dict per box with `image_id`, `file_name` (if known), `category_id`, `category_name`, `bbox` as
@@ -122,16 +221,48 @@ class Detections:
         image: dict[str, Any] = {"image_id": self.image_id}
         if self.file_name is not None:
             image["file_name"] = self.file_name
-        return [
-            {
-                **image,
-                "category_id": label,
-                "category_name": self.names.get(label, str(label)),
-                "bbox": box,
-                "score": score,
-            }
-            for box, label, score in zip(boxes.tolist(), self.labels.tolist(), scores.tolist(), strict=True)
+        columns = (self.labels.tolist(), self.class_names, boxes.tolist(), scores.tolist())
+        keys = ("category_id", "category_name", "bbox", "score")
+        return [{**image, **dict(zip(keys, row, strict=True))} for row in zip(*columns, strict=True)]
+
+    def to_yolo(self, *, scores: bool = False) -> str:
+        """The text of a YOLO label file: a line for each box with class, centre and sides as shares of the image, cut off at its
+        border. Classes are numbered from 0 in the order of `names`.
+
+        Args:
+            scores: with a sixth number, as predictions have; labels to train on have none.
+
+        Raises:
+            DataError: `size` is unknown, or a label is not among `names`.
+        """
+        height, width = self._known_size
+        numbers = {category: number for number, category in enumerate(self.names)}
+        if unknown := set(self.labels.tolist()) - numbers.keys():
+            raise DataError(
+                f"detections: label {min(unknown)} is not among `names`, so it has no number in YOLO's order",
+                "set `names` to the category ids and names of all classes",
+            )
+        corners = self.boxes.reshape(-1, 2, 2).astype(float).clip(0, [width, height])
+        boxes = np.concatenate([corners[:, 0], corners[:, 1] - corners[:, 0]], axis=1)
+        rows = zip(self.labels.tolist(), boxes.tolist(), self.scores.tolist(), strict=True)
+        return "".join(yolo_line(numbers[i], box, (height, width), s if scores else None) for i, box, s in rows)
+
+    def to_voc(self, *, database: str | None = None) -> str:
+        """The XML of Pascal VOC, with a `confidence` for each object; boxes to a hundredth of a pixel.
+
+        Args:
+            database: what is written as the source of the annotations.
+
+        Raises:
+            DataError: `size` is unknown.
+        """
+        height, width = self._known_size
+        objects = [
+            (row["category_name"], {"difficult": 0, "confidence": row["score"]}, row["bbox"])
+            for row in self.to_coco(rounded=True)
         ]
+        document = voc_document(self.file_name or "", (width, height), objects, database=database)
+        return tostring(document, encoding="unicode") + "\n"
 
     def to_supervision(self) -> supervision.Detections:
         """The same as `supervision.Detections`, names under `data["class_name"]`."""
@@ -139,23 +270,94 @@ class Detections:
             warnings.simplefilter("ignore")  # its advice on OpenCV, which this package does not need
             import supervision
 
-        names = np.array([self.names.get(int(label), str(label)) for label in self.labels], dtype=object)
         return supervision.Detections(
             xyxy=self.boxes.astype(np.float32).reshape(-1, 4),
             confidence=self.scores.astype(np.float32),
             class_id=self.labels.astype(int),
-            data={"class_name": names},
+            data={"class_name": np.array(self.class_names, dtype=object)},
         )
 
-    def draw(self, image: Image | np.ndarray) -> Image:
+    def to_fiftyone(self) -> Any:
+        """The same as `fiftyone.Detections`, a label field of a `fiftyone.Sample`.
+
+        Raises:
+            BackendError: fiftyone is not installed.
+            DataError: `size` is unknown.
+        """
+        fiftyone, (height, width) = import_extra("fiftyone"), self._known_size
+        return fiftyone.Detections(
+            detections=[
+                fiftyone.Detection(
+                    label=name,
+                    bounding_box=[left / width, top / height, (right - left) / width, (bottom - top) / height],
+                    confidence=score,
+                )
+                for (left, top, right, bottom), score, _, name in self
+            ]
+        )
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """A table with a row for each box: `image_id`, `name`, `label`, `score`, and `x1`, `y1`, `x2`, `y2` in pixels. Those of
+        several images go together with `pandas.concat`.
+
+        Raises:
+            BackendError: pandas is not installed.
+        """
+        boxes = dict(zip(("x1", "y1", "x2", "y2"), self.boxes.reshape(-1, 4).T, strict=True))
+        columns = {
+            "image_id": self.image_id,
+            "name": self.class_names,
+            "label": self.labels,
+            "score": self.scores,
+            **boxes,
+        }
+        return import_extra("pandas").DataFrame(columns, index=range(len(self)))
+
+    def draw(self, image: ImageSource | None = None) -> Image:
         """The image with boxes, names and scores drawn on a copy of it.
 
         Args:
-            image: the PIL image or (H, W, 3) uint8 RGB array that was predicted on.
+            image: what was predicted on, in any form that `predict` takes; None: `source`.
+
+        Raises:
+            DataError: there is no image, or it cannot be read.
         """
         from paqdetr.drawing import draw_boxes
 
+        image = self.source if image is None else image
+        if image is None:
+            raise DataError("detections: the picture is not known", "pass it: detections.draw(image)")
         return draw_boxes(image, self.boxes, self.labels, self.names, self.scores)
+
+    @property
+    def _known_size(self) -> tuple[int, int]:
+        if self.size is None:
+            raise DataError("detections: the size of the image is not known", "set detections.size to (height, width)")
+        return self.size
+
+    def __repr__(self) -> str:
+        counts = [f"{printable(name)} ({count})" for name, count in Counter(self.class_names).most_common()]
+        where = self.file_name if self.image_id is None else self.image_id
+        title = f"{len(self)}" + (f" in {printable(str(where))}" if where is not None else "")
+        return f"Detections({title}{': ' if counts else ''}{some(counts, 5)})"
+
+    __str__ = Summary.__repr__
+
+    def _summary(self) -> tuple[str, list[tuple[str, ...]]]:
+        rows = [
+            (name, f"{score:.2f}", "[" + ", ".join(f"{x:.1f}" for x in box) + "]")
+            for box, score, _, name in self[:_SHOWN]
+        ]
+        more = [("...", f"{len(self) - _SHOWN} more", "")] if len(self) > _SHOWN else []
+        return repr(self), rows + more
+
+    def _picture(self) -> str | None:
+        from paqdetr.drawing import data_uri
+
+        try:
+            return None if self.source is None else data_uri(self.draw(), 640)
+        except DataError:  # the file is gone
+            return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +373,14 @@ class OperatingPoint:
     threshold: float | None = None
     nms: float | None = None
     duplicates_cost: float | None = None
+
+    @property
+    def shown(self) -> str:
+        """For people."""
+        if self.threshold is None and self.nms is None:
+            return "not evaluated yet"
+        parts = {"threshold": self.threshold, "nms": self.nms}
+        return ", ".join(f"{name} {value:.2f}" for name, value in parts.items() if value is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +403,24 @@ class ClassTable:
         """From COCO `categories`, in ascending order of id."""
         ordered = sorted(categories, key=lambda category: category["id"])
         return cls(tuple(int(c["id"]) for c in ordered), tuple(str(c["name"]) for c in ordered))
+
+    def find(self, wanted: Collection[int | str]) -> list[int]:
+        """Ids of classes given by id or name.
+
+        Raises:
+            ConfigError: a class that is not in the table.
+        """
+        names: dict[str, int] = {name: i for i, name in zip(reversed(self.ids), reversed(self.names), strict=True)}
+        found = []
+        for one in [wanted] if isinstance(wanted, str) else wanted:
+            category = names.get(one) if isinstance(one, str) else one if one in self.ids else None
+            if category is None:
+                raise ConfigError(
+                    f"classes: the model has no class {one!r}",
+                    did_you_mean(str(one), self.names, f"it has {len(self)} classes"),
+                )
+            found.append(category)
+        return found
 
     def misfit(self, other: ClassTable) -> tuple[int, str, str | None] | None:
         """The first class of another table that is not in this one under the same id and name: its id and name, and what this

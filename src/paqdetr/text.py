@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import unicodedata
 from collections.abc import Sequence
+from html import escape
 
 # Joiners of letters and emoji belong to words; the other format characters turn the direction of a line, or hide.
 _JOINERS = "\u200c\u200d"
@@ -48,3 +49,36 @@ def did_you_mean(word: str, known: Sequence[str], otherwise: str, *, cutoff: flo
     """The known word that is nearest, as a question, or what to say if none is near."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
     return f"did you mean {close[0]!r}?" if close else otherwise
+
+
+def figure(value: float | None) -> str:
+    """An AP or another share with three decimals, a dash where nothing defines it."""
+    return "-" if value is None or value != value else f"{value:.3f}"
+
+
+class Summary:
+    """`repr` in a few lines, and the same as a table in a notebook, below a picture if there is one."""
+
+    __slots__ = ()
+
+    def _summary(self) -> tuple[str, list[tuple[str, ...]]]:
+        """A title, and the cells of rows of one length."""
+        raise NotImplementedError
+
+    def _picture(self) -> str | None:
+        """The address of a picture, or its content as a `data:` one."""
+        return None
+
+    def __repr__(self) -> str:
+        title, rows = self._summary()
+        cells = [[printable(cell) for cell in row] for row in rows]
+        wide = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, wide)).rstrip() for row in cells]
+        return "\n".join([title, *(f"  {line}" for line in lines)])
+
+    def _repr_html_(self) -> str:
+        title, rows = self._summary()
+        picture = self._picture()
+        shown = "" if picture is None else f'<img src="{picture}" style="max-width: 100%" alt="">'
+        cells = "".join(f"<tr>{''.join(f'<td>{escape(printable(c))}</td>' for c in row)}</tr>" for row in rows)
+        return f"<div>{shown}<div><b>{escape(title)}</b></div><table>{cells}</table></div>"

@@ -157,7 +157,7 @@ def test_predictions_begin_from_the_operating_point(
     model: Detector, tiny_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def twice(*given: Any, **how: Any) -> list[Detections]:
-        return [one.rows(np.repeat(np.arange(len(one)), 2)) for one in detect_batch(*given, **how)]
+        return [one[np.repeat(np.arange(len(one)), 2)] for one in detect_batch(*given, **how)]
 
     monkeypatch.setattr("paqdetr.models.detector.detect_batch", twice)
     picture = tiny_digits / "val" / "000000.jpg"

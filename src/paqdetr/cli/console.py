@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import math
 import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from paqdetr.errors import ConfigError
+from paqdetr.text import figure as show  # noqa: F401  for the other files here
 from paqdetr.text import printable
 from paqdetr.values import MAX_BATCH, MAX_RESAMPLES, MAX_SEED, require_nms
 
@@ -343,8 +343,3 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int | None], None]]:
             progress.update(task, completed=done, total=total)
 
         yield update
-
-
-def show(value: float | None) -> str:
-    """A figure in [0, 1], or a dash where nothing defines it."""
-    return "-" if value is None or math.isnan(value) else f"{value:.3f}"

@@ -38,6 +38,7 @@ from paqdetr.models.outputs import DetectorOutput
 from paqdetr.runtime.predictor import Predictor, predict_in_batches
 from paqdetr.runtime.tiles import Tiles, predict_tiles
 from paqdetr.structures import ClassTable, Detections, OperatingPoint
+from paqdetr.text import Summary, figure
 from paqdetr.values import require_batch_size, require_nms, require_threshold
 
 # Above this score a prediction counts as made, when predictions are counted.
@@ -50,8 +51,8 @@ _LEAST_USEFUL = 0.05
 _READERS = 4
 
 
-@dataclass(frozen=True, slots=True)
-class Evaluation:
+@dataclass(frozen=True, slots=True, repr=False)
+class Evaluation(Summary):
     """What an evaluation found.
 
     Attributes:
@@ -71,6 +72,25 @@ class Evaluation:
     images_per_second: float
     results: list[dict[str, Any]]
     operating_point: OperatingPoint = field(default_factory=OperatingPoint)
+
+    def _summary(self) -> tuple[str, list[tuple[str, ...]]]:
+        f, point = self.figures, self.operating_point
+        classes = sorted((ap, name) for name, ap in f.per_class.items() if not math.isnan(ap))
+        rows = [
+            ("AP50, AP75", f"{figure(f.AP50)}, {figure(f.AP75)}"),
+            ("AP of small, medium, large", ", ".join(map(figure, (f.APs, f.APm, f.APl)))),
+            (f"AP with nms {_NMS}", f"{figure(self.figures_nms.AP)} (duplicates cost {figure(point.duplicates_cost)})"),
+            (
+                "predictions over 0.3 per image",
+                f"{self.predictions_per_image:.1f}, to be found {self.boxes_per_image:.1f}",
+            ),
+            ("recommended", point.shown),
+            ("images per second", f"{self.images_per_second:.1f}"),
+        ]
+        if classes:
+            (low, worst), (high, best) = classes[0], classes[-1]
+            rows.insert(2, (f"AP of {len(classes)} classes", f"{figure(low)} ({worst}) to {figure(high)} ({best})"))
+        return f"Evaluation: AP {figure(f.AP)}", rows
 
     def to_json(self) -> dict[str, Any]:
         """Figures by name, ready for json."""
@@ -320,14 +340,14 @@ def detect_split(
         found = predict_in_batches(parts, model.preprocessing, detect, batch_size=together)
         # Of many tiles the best alone: thousands that score next to nothing would be compared with each other.
         most = np.arange(max(at_least, MAX_DETECTIONS))
-        return [one.rows(most[: len(one)]) for one in found] if len(found) > 1 else found
+        return [one[most[: len(one)]] for one in found] if len(found) > 1 else found
 
     own = batches[processes.index :: processes.count]
     if tiles is not None:
         indices = [index for chosen in own for index in chosen]
         for index, picture in read_ahead(indices, lambda index: (index, picture_of(index)), threads=readers):
             detections = predict_tiles(picture, tiles, of_tiles, batch_size=batch_size)
-            yield index, detections.rows(kept(index, detections))
+            yield index, detections[kept(index, detections)]
     for chosen, images in read_ahead([] if tiles is not None else own, read, threads=readers):
 
         def look(output: DetectorOutput, chosen: list[int] = chosen) -> None:
@@ -340,7 +360,7 @@ def detect_split(
         sizes = [(height, width) for height, width in (sides[index] for index in chosen)]
         found = detect(images, sizes, ids, **({"look": look} if observers else {}))
         for index, detections in zip(chosen, found, strict=True):
-            yield index, detections.rows(kept(index, detections))
+            yield index, detections[kept(index, detections)]
     if unreadable:
         first = unreadable[min(unreadable)]
         if len(unreadable) == sum(map(len, own)):

@@ -467,7 +467,7 @@ def non_maximum_suppression(detections: Detections, iou_threshold: float = 0.7) 
         torch.as_tensor(detections.labels, dtype=torch.int64),
         iou_threshold,
     ).numpy()
-    return detections.rows(keep)
+    return detections[keep]
 
 
 def _mean(values: np.ndarray) -> float:

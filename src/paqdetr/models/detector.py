@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ from torch import Tensor, nn
 from paqdetr.checkpoint import write_checkpoint
 from paqdetr.config import ModelConfig
 from paqdetr.errors import import_extra
-from paqdetr.images import ImageSource
 from paqdetr.models.auxiliary import AuxiliaryHeads
 from paqdetr.models.backbone import Backbone
 from paqdetr.models.decoder import Decoder, LayerHeads
@@ -31,17 +28,19 @@ from paqdetr.models.tokens import Tokens
 from paqdetr.paq import Mixture
 from paqdetr.paq.targets import require_form, require_values
 from paqdetr.preprocessing import Preprocessing
-from paqdetr.runtime.predict import stream
-from paqdetr.runtime.predictor import predict_images
-from paqdetr.runtime.tiles import Tiles
+from paqdetr.runtime.predictor import PredictMixin
 from paqdetr.structures import ClassTable, Detections, OperatingPoint, Targets
+from paqdetr.text import Summary, some
 
 TRAINING_ONLY = ("hybrid_source.", "auxiliary.")
 """Beginnings of the names of parameters that nothing reads outside of training, but for those of denoising."""
 
 
-class Detector(nn.Module):
+class Detector(PredictMixin, Summary, nn.Module):
     """A DETR with deformable attention, put together from parts; `create_model` builds one by name.
+
+    `model("photo.jpg")` is `model.predict("photo.jpg")`, and so with everything that `predict` takes; a batch of normalised
+    images as a tensor goes through `forward`, as in any module. `torch.nn.Module.__repr__(model)` lists the layers.
 
     Attributes:
         config: the architecture.
@@ -83,6 +82,12 @@ class Detector(nn.Module):
         self.hybrid_heads = hybrid_heads
         self.auxiliary = auxiliary
 
+    def __call__(self, images: Any, *args: Any, **how: Any) -> Any:
+        """`forward` of a batch as a tensor, `predict` of anything else."""
+        if isinstance(images, Tensor):
+            return super().__call__(images, *args, **how)
+        return self.predict(images, *args, **how)
+
     def forward(
         self, images: Tensor, padding_mask: Tensor | None = None, targets: Sequence[Targets] | None = None
     ) -> DetectorOutput:
@@ -95,8 +100,8 @@ class Detector(nn.Module):
             targets: of the B images, for denoising in training; ignored in evaluation mode.
 
         Raises:
-            ValueError: a mask of another shape or dtype, or targets that are not what `Targets` says. On a CPU also a mask that
-                begins with padding, and values of targets; those on a GPU are looked at where they are matched.
+            ValueError: images or a mask of another shape or dtype, or targets that are not what `Targets` says. On a CPU also a
+                mask that begins with padding, and values of targets; those on a GPU are looked at where they are matched.
         """
         if (
             self.training and targets is not None and self.denoising is not None
@@ -109,6 +114,11 @@ class Detector(nn.Module):
 
     def extract(self, images: Tensor, padding_mask: Tensor | None = None) -> Tokens:
         """Backbone and neck: (B, 3, H, W) -> tokens of all levels. Arguments and errors are those of `forward`."""
+        if images.ndim != 4:
+            raise ValueError(
+                f"images: expected a normalised batch (B, 3, H, W), found {tuple(images.shape)}; "
+                "model.predict(image) takes a picture as a tensor (C, H, W) with values from 0 to 1, or uint8"
+            )
         padding_mask = _checked_mask(padding_mask, images)
         maps = self.neck(self.backbone(images), padding_mask)
         return Tokens.from_maps(
@@ -203,54 +213,29 @@ class Detector(nn.Module):
         """With DN-DETR's indicator channel, 0 for "no denoising query", where the host has one: (B, n, d)."""
         return F.pad(content, (0, self.config.dim - self.config.content_dim))
 
-    def predict(
+    def _detect_pixels(
         self,
-        images: ImageSource | Iterable[ImageSource],
-        threshold: float | None = None,
-        batch_size: int = 1,
+        pixels: Sequence[Tensor],
+        sizes: Sequence[tuple[int, int]],
         *,
-        nms: float | None = None,
-        classes: Collection[int | str] | None = None,
-        tiles: Tiles | int | None = None,
-    ) -> list[Detections]:
-        """Detections of one image or many, in the order given.
-
-        Threads may share a model. It is in evaluation mode while any of them predicts, and in its former mode afterwards; call
-        `eval()` before they start where its mode is changed elsewhere too.
-
-        Args:
-            images: paths, bytes of image files, files opened as binary, PIL images or (H, W, 3) uint8 RGB arrays. EXIF turns are
-                applied.
-            threshold: the least score of a detection, in [0, 1]; None: that of `operating_point`, else 0.3.
-            batch_size: images of one size that go through the model together; it never changes what is found.
-            nms: a box that overlaps a better one of its class by more than this IoU is dropped; None: that of
-                `operating_point`, else nothing is; 1 drops nothing.
-            classes: ids or names of the only classes that are wanted.
-            tiles: images are cut into tiles of this many pixels a side, or as a `Tiles` says, so that small objects of large
-                images are found; one that is not larger is predicted as it is.
-
-        Raises:
-            DataError: an image that cannot be read, by name.
-            NonFiniteError: predictions that are NaN or infinite, with the images.
-            ConfigError: an argument out of its range, a class that the model does not have, or a model in a precision that
-                its device has not.
-        """
-        return predict_images(
-            self,
-            images,
-            partial(detect_batch, self),
-            threshold=threshold,
-            nms=nms,
-            classes=classes,
-            batch_size=batch_size,
-            tiles=tiles,
-        )
-
-    def stream(
-        self, sources: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], **how: Any
+        threshold: float = 0.0,
+        names: Sequence[int | str] = (),
     ) -> Iterator[Detections]:
-        """Detections of pictures, folders, videos and cameras, one by one and lazily: see `paqdetr.runtime.predict.stream`."""
-        return stream(self, sources, **how)
+        return detect_batch(self, pixels, sizes, threshold=threshold, names=names)
+
+    def _summary(self) -> tuple[str, list[tuple[str, ...]]]:
+        first, size = next(self.parameters()), self.preprocessing.image_size
+        weights = sum(parameter.numel() for parameter in self.parameters()) / 1e6
+        return f"Detector {self.name}", [
+            ("classes", f"{len(self.classes)}: {some(self.classes.names, 8)}"),
+            (
+                "images",
+                f"long side {size}" if isinstance(size, int) else "short side {}, long side at most {}".format(*size),
+            ),
+            ("queries", f"{self.config.num_queries}"),
+            ("weights", f"{weights:.1f} M, {str(first.dtype).removeprefix('torch.')} on {first.device}"),
+            ("evaluation", self.operating_point.shown),
+        ]
 
     def save(self, path: str | Path, **extra: Any) -> None:
         """Write weights, config, classes and preprocessing as one safetensors file that `paqdetr.load` reads.

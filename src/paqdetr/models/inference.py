@@ -149,6 +149,7 @@ def postprocess(
         labels=np.asarray(classes.ids, dtype=np.int64)[labels.numpy()],
         names=classes.id_to_name,
         query_indices=queries.numpy(),
+        size=(height, width),
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import json
 import math
 import re
@@ -16,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
-from PIL import features
-from PIL.Image import Image, Resampling
 
 from paqdetr._version import __version__
+from paqdetr.drawing import data_uri
 from paqdetr.outputs import made_by, require_free, whole_folder
 from paqdetr.report.section import Column, Figure, Findings, Gallery, Part, Section, Slides, Table
 from paqdetr.serialize import plain
@@ -150,7 +148,7 @@ def _shown(part: Part | None, place: int) -> dict[str, Any] | None:
         "file": data_file(part, place),
     }
     if isinstance(part, Figure):
-        shown["uri"] = _uri("svg+xml", part.svg.encode())
+        shown["uri"] = f"data:image/svg+xml;base64,{base64.b64encode(part.svg.encode()).decode()}"
         width = re.search(r'<svg [^>]*?\bwidth="([\d.]+)', part.svg)
         shown["large"] = width is not None and float(width[1]) > _FITS_A_PHONE
     elif isinstance(part, Findings):
@@ -164,7 +162,7 @@ def _shown(part: Part | None, place: int) -> dict[str, Any] | None:
                 "title": tile.title,
                 "path": tile.path,
                 "short": "/".join(Path(tile.path).parts[-2:]),
-                "uri": _encode(tile.image, _TILE_SIDE),
+                "uri": data_uri(tile.image, _TILE_SIDE),
                 "width": tile.image.width,
                 "height": tile.image.height,
                 "tags": json.dumps(sorted(tile.tags)),
@@ -180,26 +178,12 @@ def _shown(part: Part | None, place: int) -> dict[str, Any] | None:
         ]
     elif isinstance(part, Slides):
         shown["slides"] = [
-            {"label": label, "uri": _encode(image), "width": image.width, "height": image.height}
+            {"label": label, "uri": data_uri(image, _PICTURE_SIDE), "width": image.width, "height": image.height}
             for label, image in zip(part.labels, part.images, strict=True)
         ]
     else:
-        shown |= {"uri": _encode(part.image), "width": part.image.width, "height": part.image.height}
+        shown |= {"uri": data_uri(part.image, _PICTURE_SIDE), "width": part.image.width, "height": part.image.height}
     return shown
-
-
-def _encode(image: Image, side: int = _PICTURE_SIDE) -> str:
-    """A picture as a data URI, at most `side` pixels long; WebP where Pillow can write it, else JPEG."""
-    picture = image.convert("RGB")
-    picture.thumbnail((side, side), Resampling.LANCZOS)
-    kind = "webp" if features.check("webp") else "jpeg"
-    buffer = io.BytesIO()
-    picture.save(buffer, format=kind, quality=80)
-    return _uri(kind, buffer.getvalue())
-
-
-def _uri(kind: str, content: bytes) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def data_file(part: Part, place: int) -> str | None:

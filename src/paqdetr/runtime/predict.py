@@ -95,7 +95,8 @@ def _detect(
             name = picture.source.name
             detections.file_name = name
             detections.image_id = name if picture.frame is None else f"{name}#{picture.frame}"
-            detections.image, detections.frame, detections.time = picture.image, picture.frame, picture.time
+            detections.source, detections.size = picture.image, (picture.image.height, picture.image.width)
+            detections.frame, detections.time = picture.frame, picture.time
             yield picture, detections
 
 

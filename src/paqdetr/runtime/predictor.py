@@ -5,21 +5,22 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from PIL.Image import Image
 
-from paqdetr.errors import CheckpointError, ConfigError, NonFiniteError
+from paqdetr.errors import CheckpointError, DataError, NonFiniteError
 from paqdetr.images import ImageSource, read_image
 from paqdetr.runtime.engines import Engine, open_engine
 from paqdetr.runtime.info import ExportInfo, FixedSize
 from paqdetr.runtime.predict import stream
+from paqdetr.runtime.sources import Source, list_source, read_source
 from paqdetr.runtime.tiles import Tiles, predict_tiles
 from paqdetr.structures import ClassTable, Detections, OperatingPoint
-from paqdetr.text import did_you_mean
+from paqdetr.text import Summary, some
 from paqdetr.values import require_batch_size, require_nms, require_threshold
 
 DEFAULT_THRESHOLD = 0.3
@@ -32,7 +33,167 @@ _OUTPUTS = {False: ("boxes", "scores", "labels"), True: ("logits", "pred_boxes")
 _Pixels = TypeVar("_Pixels")
 
 
-class Predictor:
+class Detects(Protocol):
+    """What `PredictMixin` has to know of a detector."""
+
+    @property
+    def classes(self) -> ClassTable: ...
+    @property
+    def operating_point(self) -> OperatingPoint: ...
+    @property
+    def preprocessing(self) -> Callable[[Image], Any]: ...
+    @property
+    def predict(self) -> Callable[..., list[Detections]]: ...
+    def _detect_pixels(
+        self,
+        pixels: Sequence[Any],
+        sizes: Sequence[tuple[int, int]],
+        *,
+        threshold: float = 0.0,
+        names: Sequence[int | str] = (),
+    ) -> Iterable[Detections]: ...
+
+
+class PredictMixin:
+    """`predict`, `stream` and `names`, which a `Detector` and an exported model have in common."""
+
+    def predict(
+        self: Detects,
+        images: ImageSource | Iterable[ImageSource],
+        threshold: float | None = None,
+        batch_size: int = 1,
+        *,
+        nms: float | None = None,
+        classes: Collection[int | str] | None = None,
+        tiles: Tiles | int | None = None,
+    ) -> list[Detections]:
+        """Detections of one image or many, in the order given; always a list. `model(images)` is the same.
+
+        Threads may share a model. A `Detector` is in evaluation mode while any of them predicts, and in its former mode
+        afterwards; call `eval()` before they start where its mode is changed elsewhere too.
+
+        Args:
+            images: one of these, or a list or other iterable of any of them:
+
+                - a path (str or pathlib), a folder, a pattern such as `data/*.jpg`, or an http address;
+                - a PIL image of any mode; the content of an image file as bytes; a file opened as binary;
+                - an array (H, W, 3) RGB, (H, W, 4) RGBA, (H, W) or (H, W, 1) grey: uint8, uint16, float from 0 to 1, or bool;
+                - a tensor (C, H, W) or (H, W), with the same channels and values, on any device.
+
+                An array or tensor with four dimensions is that many images. EXIF turns are applied, transparency is put on
+                white, uint16 is divided by 257. OpenCV's arrays are BGR: turn them with `[..., ::-1]`.
+            threshold: the least score of a detection, in [0, 1]; None: that of `operating_point`, else 0.3.
+            batch_size: images of one size that go through the model together; it never changes what is found.
+            nms: a box that overlaps a better one of its class by more than this IoU is dropped; None: that of
+                `operating_point`, else nothing is; 1 drops nothing.
+            classes: ids or names of the only classes that are wanted.
+            tiles: images are cut into tiles of this many pixels a side, or as a `Tiles` says, so that small objects of large
+                images are found; one that is not larger is predicted as it is.
+
+        Raises:
+            DataError: an image that cannot be read, by its name or its place in the list.
+            NonFiniteError: predictions that are NaN or infinite, with the images.
+            ConfigError: an argument out of its range, a class that the model does not have, or a model in a precision that
+                its device has not.
+        """
+        point = self.operating_point
+        least = next(x for x in (threshold, point.threshold, DEFAULT_THRESHOLD) if x is not None)
+        overlap = point.nms if nms is None else nms
+        require_threshold(least)
+        require_nms(overlap)
+        require_batch_size(batch_size)
+        wanted = None if classes is None else self.classes.find(classes)
+        given = _listed(images)
+        pictures = (one.read() for one in given)
+
+        def cleaned(detections: Detections) -> Detections:
+            if wanted is not None:
+                detections = detections[np.isin(detections.labels, wanted)]
+            return detections if overlap is None or overlap == 1 else detections.without_duplicates(overlap)
+
+        def found(pixels: Sequence[Any], sizes: Sequence[tuple[int, int]], names: Sequence[str]) -> list[Detections]:
+            return list(map(cleaned, self._detect_pixels(pixels, sizes, threshold=least, names=names)))
+
+        def of_parts(parts: list[Image], together: int) -> list[Detections]:
+            return predict_in_batches(parts, self.preprocessing, found, batch_size=together)
+
+        if tiles is None:
+            names = [one.shown for one in given]
+            results = predict_in_batches(pictures, self.preprocessing, found, batch_size=batch_size, names=names)
+        else:
+            cut = Tiles(tiles) if isinstance(tiles, int) else tiles
+            results = [cleaned(predict_tiles(image, cut, of_parts, batch_size=batch_size)) for image in pictures]
+        for one, detections in zip(given, results, strict=True):
+            detections.image_id = detections.file_name = one.name
+            detections.source = one.source
+        return results
+
+    def stream(
+        self: Detects, sources: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], **how: Any
+    ) -> Iterator[Detections]:
+        """Detections of pictures, folders, videos and cameras, one by one and lazily: see `paqdetr.runtime.predict.stream`."""
+        return stream(self, sources, **how)
+
+    @property
+    def names(self: Detects) -> dict[int, str]:
+        """Category id -> name of the classes."""
+        return self.classes.id_to_name
+
+
+@dataclass(slots=True)
+class _Given:
+    """An image that was given to `predict`.
+
+    Attributes:
+        source: what is read; in the end what can be read again.
+        shown: in errors.
+        name: of its file.
+        before: what errors begin with.
+    """
+
+    source: Any
+    shown: str
+    name: str | None = None
+    before: str = ""
+
+    def read(self) -> Image:
+        if isinstance(self.source, Source):
+            picture = next(read_source(self.source))
+            if picture.frame is not None:
+                raise _is_video(self.source)
+            self.source = self.source.address if self.source.kind == "picture" else picture.image
+            return picture.image
+        try:
+            image = read_image(self.source)
+        except DataError as error:
+            raise DataError(f"{self.before}{error.message}", error.remedy) from error.__cause__
+        if hasattr(self.source, "read"):
+            self.source = image  # a file is closed by then
+        return image
+
+
+def _listed(images: ImageSource | Iterable[ImageSource]) -> list[_Given]:
+    """Every image, and where it comes from. What is no collection of images is one image, or nothing that `read_image` knows."""
+    dimensions = getattr(images, "ndim", None)
+    one = isinstance(images, (str, bytes, bytearray, memoryview, Mapping)) or hasattr(images, "read")
+    several = isinstance(images, Iterable) and not one and dimensions in (None, 4)
+    given: list[_Given] = []
+    for place, image in enumerate(images if several else [images]):  # type: ignore[arg-type]
+        if not isinstance(image, (str, os.PathLike)):
+            given.append(_Given(image, f"image {place}", before=f"image {place}: " if several else ""))
+            continue
+        for source in list_source(image):
+            if source.kind in ("video", "live"):
+                raise _is_video(source)
+            given.append(_Given(source, source.shown, source.name))
+    return given
+
+
+def _is_video(source: Source) -> DataError:
+    return DataError(f"{source.shown}: a video, expected pictures", "loop over model.stream(...), which takes videos")
+
+
+class Predictor(PredictMixin, Summary):
     """An exported model. It is used as a `Detector` is, and needs no torch.
 
     Attributes:
@@ -49,6 +210,10 @@ class Predictor:
         self.where = where
         self.name = self.info.name
 
+    def __call__(self, images: ImageSource | Iterable[ImageSource], **how: Any) -> list[Detections]:
+        """The same as `predict`."""
+        return self.predict(images, **how)
+
     @property
     def classes(self) -> ClassTable:
         return self.info.classes
@@ -61,42 +226,14 @@ class Predictor:
     def preprocessing(self) -> FixedSize:
         return self.info.preprocessing
 
-    def predict(
-        self,
-        images: ImageSource | Iterable[ImageSource],
-        *,
-        threshold: float | None = None,
-        nms: float | None = None,
-        classes: Collection[int | str] | None = None,
-        batch_size: int = 1,
-        tiles: Tiles | int | None = None,
-    ) -> list[Detections]:
-        """Detections of one image or many, in the order given. Threads may share a predictor.
-
-        Args:
-            images: paths, bytes of image files, files opened as binary, PIL images or (H, W, 3) uint8 RGB arrays. EXIF turns
-                are applied.
-            threshold: the least score of a detection, in [0, 1]; None: the model's own, else 0.3.
-            nms: boxes that overlap a better one of their class by more than this IoU are dropped; None: the model's own, else
-                none are; 1 drops none.
-            classes: ids or names of the only classes that are wanted.
-            batch_size: images that go through the model together.
-            tiles: large images are cut into tiles of this many pixels a side, or as a `Tiles` says.
-
-        Raises:
-            DataError: an image that cannot be read, by name.
-            NonFiniteError: predictions that are NaN or infinite, with the images.
-            ConfigError: a number out of its range, or a class that the model does not have.
-        """
-        return predict_images(
-            self, images, self.detect, threshold=threshold, nms=nms, classes=classes, batch_size=batch_size, tiles=tiles
-        )
-
-    def stream(
-        self, sources: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], **how: Any
-    ) -> Iterator[Detections]:
-        """Detections of pictures, folders, videos and cameras, one by one: see `paqdetr.runtime.predict.stream`."""
-        return stream(self, sources, **how)
+    def _summary(self) -> tuple[str, list[tuple[str, ...]]]:
+        size, info = self.preprocessing, self.info
+        return f"{self.name}, exported: {self.where}", [
+            ("classes", f"{len(self.classes)}: {some(self.classes.names, 8)}"),
+            ("images", f"stretched to {size.width}x{size.height}"),
+            ("runs with", f"{self.engine.name}, weights {info.precision}"),
+            ("evaluation", self.operating_point.shown),
+        ]
 
     def detect(
         self,
@@ -134,9 +271,12 @@ class Predictor:
                     scores=scores[keep],
                     labels=np.asarray(self.classes.ids, dtype=np.int64)[labels[keep]],
                     names=self.classes.id_to_name,
+                    size=(height, width),
                 )
             )
         return found
+
+    _detect_pixels = detect
 
     def run(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The graph on (N, H, W, 3) uint8: boxes (N, n, 4) xyxy in [0, 1], scores (N, n), best first, labels (N, n), class
@@ -194,130 +334,34 @@ def open_exported(path: str | Path, *, threads: int | None = None) -> Predictor:
     return Predictor(open_engine(path, threads), str(path))
 
 
-def class_ids(table: ClassTable, wanted: Collection[int | str]) -> list[int]:
-    """Ids of classes given by id or name.
-
-    Raises:
-        ConfigError: a class that is not in the table.
-    """
-    names: dict[str, int] = {name: i for i, name in zip(reversed(table.ids), reversed(table.names), strict=True)}
-    found = []
-    for one in [wanted] if isinstance(wanted, str) else wanted:
-        category = names.get(one) if isinstance(one, str) else one if one in table.ids else None
-        if category is None:
-            raise ConfigError(
-                f"classes: the model has no class {one!r}",
-                did_you_mean(str(one), table.names, f"it has {len(table)} classes"),
-            )
-        found.append(category)
-    return found
-
-
-class Classifies(Protocol):
-    """What `predict_images` has to know of a detector."""
-
-    @property
-    def classes(self) -> ClassTable: ...
-    @property
-    def operating_point(self) -> OperatingPoint: ...
-    @property
-    def preprocessing(self) -> Callable[[Image], Any]: ...
-
-
-def predict_images(
-    model: Classifies,
-    images: ImageSource | Iterable[ImageSource],
-    detect: Callable[..., Iterable[Detections]],
-    *,
-    threshold: float | None = None,
-    nms: float | None = None,
-    classes: Collection[int | str] | None = None,
-    batch_size: int = 1,
-    tiles: Tiles | int | None = None,
-) -> list[Detections]:
-    """What `predict` of a detector does, whatever runs it.
-
-    Args:
-        model: with its classes, preprocessing and operating point.
-        images: one or many, as of `Predictor.predict`, as the others are.
-        detect: called with pixels, sizes, threshold and names, as `Predictor.detect` is.
-
-    Raises:
-        as of `Predictor.predict`.
-    """
-    point = model.operating_point
-    least = next(x for x in (threshold, point.threshold, DEFAULT_THRESHOLD) if x is not None)
-    overlap = point.nms if nms is None else nms
-    require_threshold(least)
-    require_nms(overlap)
-    wanted = None if classes is None else class_ids(model.classes, classes)
-
-    def cleaned(detections: Detections) -> Detections:
-        if wanted is not None:
-            detections = detections.rows(np.isin(detections.labels, wanted))
-        return detections if overlap is None or overlap == 1 else detections.without_duplicates(overlap)
-
-    def found(pixels: Sequence[Any], sizes: Sequence[tuple[int, int]], names: Sequence[str]) -> list[Detections]:
-        return list(map(cleaned, detect(pixels, sizes, threshold=least, names=names)))
-
-    if tiles is None:
-        return predict_in_batches(images, model.preprocessing, found, batch_size=batch_size)
-    require_batch_size(batch_size)
-    cut = Tiles(tiles) if isinstance(tiles, int) else tiles
-
-    def of_parts(parts: list[Image], together: int) -> list[Detections]:
-        return predict_in_batches(parts, model.preprocessing, found, batch_size=together)
-
-    results = []
-    for source in as_list(images):
-        detections = cleaned(predict_tiles(read_image(source), cut, of_parts, batch_size=batch_size))
-        name = Path(source).name if isinstance(source, (str, os.PathLike)) else None
-        results.append(replace(detections, image_id=name, file_name=name))
-    return results
-
-
-def as_list(images: ImageSource | Iterable[ImageSource]) -> list[Any]:
-    """One image or many as a list. What is no collection of images is one image, or nothing that `read_image` knows: a number,
-    a tensor."""
-    one = (
-        isinstance(images, (str, bytes, bytearray, memoryview, Mapping))
-        or hasattr(images, "read")
-        or hasattr(images, "ndim")
-    )
-    return list(images) if isinstance(images, Iterable) and not one else [images]
-
-
 def predict_in_batches(
-    images: ImageSource | Iterable[ImageSource],
+    pictures: Iterable[Image],
     prepare: Callable[[Image], _Pixels],
     detect: Callable[[list[_Pixels], list[tuple[int, int]], list[str]], Iterable[Detections]],
     *,
     batch_size: int,
+    names: Sequence[str] = (),
 ) -> list[Detections]:
-    """Read images, put those of one shape together, and bring what is found into the order given.
+    """Put images of one shape together, and bring what is found into the order given.
 
     Args:
-        images: one or many, as of `Predictor.predict`.
+        pictures: RGB each; read one by one if they are lazy.
         prepare: RGB image -> an array or tensor, with a `shape`.
         detect: at most `batch_size` of them, the (height, width) of their originals, and their names for errors -> detections.
         batch_size: at least 1.
+        names: of all pictures, for errors; their places if there are none.
     """
     require_batch_size(batch_size)
-    sources = as_list(images)
     found: dict[int, Detections] = {}
     buckets: dict[Hashable, list[tuple[int, _Pixels, tuple[int, int]]]] = defaultdict(list)
 
     def run(bucket: list[tuple[int, _Pixels, tuple[int, int]]]) -> None:
         indices, pixels, sizes = (list(column) for column in zip(*bucket, strict=True))
-        paths = [str(x) if isinstance(x := sources[i], (str, os.PathLike)) else None for i in indices]
-        names = [path or f"image {i}" for path, i in zip(paths, indices, strict=True)]
-        for i, path, detections in zip(indices, paths, detect(pixels, sizes, names), strict=True):
-            detections.image_id = detections.file_name = None if path is None else Path(path).name
-            found[i] = detections
+        shown = [names[i] if names else f"image {i}" for i, _, _ in bucket]
+        found.update(zip(indices, detect(pixels, sizes, shown), strict=True))
         bucket.clear()
 
-    for i, source in enumerate(sources):
-        picture = read_image(source)
+    for i, picture in enumerate(pictures):
         pixels = prepare(picture)
         bucket = buckets[tuple(getattr(pixels, "shape", ()))]
         bucket.append((i, pixels, (picture.height, picture.width)))
@@ -325,4 +369,4 @@ def predict_in_batches(
             run(bucket)
     for bucket in filter(None, buckets.values()):
         run(bucket)
-    return [found[i] for i in range(len(sources))]
+    return [found[i] for i in range(len(found))]

@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, TextIO
-from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from paqdetr.errors import ConfigError, UserError
 from paqdetr.files import storage_errors
@@ -28,7 +27,7 @@ from paqdetr.outputs import (
 from paqdetr.runtime.sources import Picture, Source
 from paqdetr.runtime.video import VideoWriter
 from paqdetr.structures import ClassTable, Detections
-from paqdetr.text import did_you_mean, printable
+from paqdetr.text import did_you_mean
 
 MAKER = "paqdetr predict"
 FORMS = ("draw", "coco", "yolo", "voc", "crops", "jsonl")
@@ -78,7 +77,6 @@ class Saver:
         self.output, self._classes, self._overwrite = output, classes, overwrite
         write = {"draw": self._draw, "yolo": self._yolo, "voc": self._voc, "crops": self._crops, "jsonl": self._line}
         self._writes = [write[form] for form in dict.fromkeys(forms) if form != "coco"]
-        self._index = {category: index for index, category in enumerate(classes.ids)}
         self._coco = _Held(write_rows, output / _COCO, overwrite=overwrite) if "coco" in forms else None
         self._lines: TextIO | None = None
         self._video: tuple[Source, _Held, VideoWriter] | None = None
@@ -144,47 +142,26 @@ class Saver:
             lines = [f"  {number}: {json.dumps(name)}" for number, name in enumerate(self._classes.names)]
             self._text(self.output / _CLASSES, "\n".join([f"# made_by: {mark(MAKER)}", "names:", *lines, ""]), MAKER)
             self._named = True
-        size = [picture.image.width, picture.image.height]
-        corners = (detections.boxes.reshape(-1, 2, 2).astype(float) / size).clip(0, 1)
-        rows = [
-            f"{self._index[label]} " + " ".join(f"{value:.6f}" for value in (*(low + high) / 2, *(high - low), score))
-            for label, (low, high), score in zip(
-                detections.labels.tolist(), corners, detections.scores.tolist(), strict=True
-            )
-        ]
-        self._text(self._place(picture, "labels", ".txt"), "".join(f"{row}\n" for row in rows), RESULTS)
+        self._text(self._place(picture, "labels", ".txt"), detections.to_yolo(scores=True), RESULTS)
 
     def _voc(self, picture: Picture, detections: Detections) -> None:
-        objects = [
-            (row["category_name"], {"difficult": 0, "confidence": row["score"]}, row["bbox"])
-            for row in detections.to_coco(rounded=True)
-        ]
-        document = voc_document(picture.source.name, picture.image.size, objects, database=mark(MAKER))
-        self._text(self._place(picture, "voc", ".xml"), tostring(document, encoding="unicode") + "\n", MAKER)
+        self._text(self._place(picture, "voc", ".xml"), detections.to_voc(database=mark(MAKER)), MAKER)
 
     def _crops(self, picture: Picture, detections: Detections) -> None:
-        for number, (box, label) in enumerate(
-            zip(detections.boxes.tolist(), detections.labels.tolist(), strict=True), start=1
-        ):
-            left, top = max(int(box[0]), 0), max(int(box[1]), 0)
-            right, bottom = min(-int(-box[2] // 1), picture.image.width), min(-int(-box[3] // 1), picture.image.height)
+        for number, ((left, top, right, bottom), _, label, name) in enumerate(detections, start=1):
+            left, top = max(int(left), 0), max(int(top), 0)
+            right, bottom = min(-int(-right // 1), picture.image.width), min(-int(-bottom // 1), picture.image.height)
             if right > left and bottom > top:
-                name = re.sub(r"[^\w .+-]", "_", detections.names.get(label, str(label))).strip(". ") or str(label)
+                name = re.sub(r"[^\w .+-]", "_", name).strip(". ") or str(label)
                 place = self._place(picture, f"crops/{name}", f"-{number}.jpg")
                 crop = picture.image.crop((left, top, right, bottom))
                 write_picture(place, crop, maker=MAKER, overwrite=self._overwrite)
 
     def _line(self, picture: Picture, detections: Detections) -> None:
         path = self.output / _LINES
-        rows = zip(
-            detections.boxes.astype(float).round(2).tolist(),
-            detections.scores.astype(float).round(5).tolist(),
-            detections.labels.tolist(),
-            strict=True,
-        )
         found = [
-            {"box": box, "score": score, "label": detections.names.get(label, str(label)), "id": label}
-            for box, score, label in rows
+            {"box": [round(x, 2) for x in box], "score": round(score, 5), "label": name, "id": label}
+            for box, score, label, name in detections
         ]
         time = None if picture.time is None else round(picture.time, 6)
         values = (picture.source.name, picture.frame, time, *picture.image.size, found)
@@ -232,37 +209,3 @@ class _Held:
 
 class _GaveUp(Exception):
     """A file is not going to be complete."""
-
-
-def voc_document(
-    name: str,
-    size: tuple[int, int],
-    objects: Iterable[tuple[str, Mapping[str, object], Sequence[float]]],
-    *,
-    database: str | None = None,
-) -> Element:
-    """The XML of Pascal VOC for one image.
-
-    Args:
-        name: of the image file; a path's last part is written.
-        size: (width, height) in pixels.
-        objects: class name, further tags with their values, and [x, y, width, height] in pixels from 0; VOC's begin at 1.
-        database: what the annotations come from.
-    """
-    document = Element("annotation")
-    if database is not None:
-        SubElement(SubElement(document, "source"), "database").text = database
-    SubElement(document, "filename").text = printable(PurePosixPath(name).name)
-    dimensions = SubElement(document, "size")
-    for tag, value in zip(("width", "height", "depth"), (*size, 3), strict=True):
-        SubElement(dimensions, tag).text = str(value)
-    for label, tags, (x, y, width, height) in objects:
-        item = SubElement(document, "object")
-        SubElement(item, "name").text = printable(label)
-        for tag, value in tags.items():
-            SubElement(item, tag).text = str(value)
-        frame = SubElement(item, "bndbox")
-        for tag, value in zip(("xmin", "ymin", "xmax", "ymax"), (x + 1, y + 1, x + width, y + height), strict=True):
-            SubElement(frame, tag).text = f"{value:.4f}".rstrip("0").rstrip(".")
-    indent(document)
-    return document

@@ -96,7 +96,7 @@ def list_sources(
             lines = (line.rstrip("\r\n") for line in sys.stdin)
             for line in filter(None, lines):
                 try:
-                    for source in _listed(line, recursive, leave_out):
+                    for source in list_source(line, recursive=recursive, leave_out=leave_out):
                         # A list names files of many folders: relative paths are kept.
                         keep = source.address == Path(line) and not Path(line).is_absolute()
                         yield replace(source, name=_relative(line)) if keep else source
@@ -105,11 +105,16 @@ def list_sources(
                         raise
                     on_unreadable(Source(line, line, "picture"), error)
         else:
-            yield from _listed(given, recursive, leave_out)
+            yield from list_source(given, recursive=recursive, leave_out=leave_out)
 
 
-def _listed(given: str | os.PathLike[str], recursive: bool, leave_out: Path | None) -> Iterator[Source]:
+def list_source(
+    given: str | os.PathLike[str], *, recursive: bool = False, leave_out: Path | None = None
+) -> Iterator[Source]:
+    """As `list_sources`, of one of them; "-" is a file of this name."""
     text, path = os.fspath(given), Path(given)
+    if not text:
+        raise DataError("the path of a picture is empty", "name a file, a folder or a pattern")
     if text.startswith(LIVE_SCHEMES):
         shown = re.sub(r"\W+", "-", public_address(text.split("?")[0]), flags=re.ASCII).strip("-")
         yield Source(text, shown, "live")

@@ -112,8 +112,10 @@ def merge_tiles(
     boxes, scores, labels = boxes[kept], scores[kept], labels[kept]
     owners, cut = owners[kept], cut[kept]
     chosen = _distinct(boxes, scores, labels, owners, cut.any(1))
-    merged = replace(parts[0], boxes=boxes.astype(np.float32), scores=scores, labels=labels, query_indices=None)
-    return merged.rows(chosen[np.argsort(-scores[chosen], kind="stable")])
+    merged = replace(
+        parts[0], boxes=boxes.astype(np.float32), scores=scores, labels=labels, query_indices=None, size=size
+    )
+    return merged[chosen[np.argsort(-scores[chosen], kind="stable")]]
 
 
 def _join(

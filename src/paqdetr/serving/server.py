@@ -35,7 +35,7 @@ from paqdetr.files import parse_json
 from paqdetr.images import read_header, read_image
 from paqdetr.interrupt import StopRequest
 from paqdetr.runtime.predict import Predicts
-from paqdetr.runtime.predictor import DEFAULT_THRESHOLD, class_ids
+from paqdetr.runtime.predictor import DEFAULT_THRESHOLD
 from paqdetr.runtime.tiles import Tiles, predict_tiles
 from paqdetr.serving.batcher import Batcher, Closed, QueueFull
 from paqdetr.serving.openapi import PARAMETERS, openapi
@@ -124,7 +124,7 @@ class Options:
                 wanted = [word.strip() for word in text.split(",") if word.strip()]
                 # A name of digits is the class of that name, if there is one.
                 ids = [int(w) if w not in classes.names and re.fullmatch(r"-?\d{1,18}", w) else w for w in wanted]
-                values[name] = values.get(name, ()) + tuple(map(int, class_ids(classes, ids)))
+                values[name] = values.get(name, ()) + tuple(map(int, classes.find(ids)))
                 continue
             schema = PARAMETERS[name]["schema"]
             low, high = schema["minimum"], schema["maximum"]
@@ -420,21 +420,14 @@ def _from_json(body: bytes) -> bytes:
 def _of_classes(detections: Detections, ids: tuple[int, ...] | None) -> Detections:
     if ids is None:
         return detections
-    return detections.rows(np.isin(detections.labels, ids))
+    return detections[np.isin(detections.labels, ids)]
 
 
 def _rows(detections: Detections) -> list[dict[str, Any]]:
     """Boxes to a thousandth of a pixel."""
     return [
-        {
-            "box": [round(x, 3) for x in box],
-            "score": round(score, 6),
-            "label": detections.names.get(label, str(label)),
-            "id": label,
-        }
-        for box, score, label in zip(
-            detections.boxes.tolist(), detections.scores.tolist(), detections.labels.tolist(), strict=True
-        )
+        {"box": [round(x, 3) for x in box], "score": round(score, 6), "label": name, "id": label}
+        for box, score, label, name in detections
     ]
 
 

@@ -27,7 +27,7 @@ from paqdetr.data.files import (
 from paqdetr.errors import DataError
 from paqdetr.files import read_bytes, read_text
 from paqdetr.images import IMAGE_EXTENSIONS
-from paqdetr.runtime.save import voc_document
+from paqdetr.label_files import voc_document
 from paqdetr.structures import ClassTable
 from paqdetr.text import shorten
 from paqdetr.values import as_flag, is_coordinate

@@ -12,6 +12,7 @@ from paqdetr.data.annotations import DECIMALS, Annotations, Builder, Issues
 from paqdetr.data.files import USUAL, Folder, header_sizes, inner_path, is_split, list_files, list_pictures, listed_name
 from paqdetr.errors import DataError
 from paqdetr.files import read_text
+from paqdetr.label_files import yolo_line
 from paqdetr.structures import ClassTable
 from paqdetr.text import shorten
 from paqdetr.values import as_id
@@ -336,16 +337,11 @@ def write_yolo(root: Path, splits: dict[str, Annotations], place_image: Callable
                     "label file",
                     "Rename one of them.",
                 )
-            lines = [_line(part, row, index) for row in range(starts[index], starts[index + 1])]
+            (height, width), rows = part.sizes[index].tolist(), slice(starts[index], starts[index + 1])
+            found = zip(part.labels[rows].tolist(), part.boxes[rows].tolist(), strict=True)
+            lines = [yolo_line(label, box, (height, width)) for label, box in found]
             labels.write_text("".join(lines), encoding="utf-8")
     # No `path`: other programs would look for it in a folder of theirs, and without it beside this file.
     content: dict[str, Any] = {split: f"images/{split}" for split in splits}
     content["names"] = dict(enumerate(next(iter(splits.values())).classes.names))
     (root / "data.yaml").write_text(dump_yaml(content), encoding="utf-8")
-
-
-def _line(annotations: Annotations, row: int, index: int) -> str:
-    height, width = annotations.sizes[index].tolist()
-    x, y, w, h = annotations.boxes[row].tolist()
-    shares = ((x + w / 2) / width, (y + h / 2) / height, w / width, h / height)
-    return f"{annotations.labels[row]} {' '.join(f'{share:.10g}' for share in shares)}\n"
