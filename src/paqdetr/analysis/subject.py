@@ -174,7 +174,7 @@ class Analysis:
         return make(*tables, samples=self.samples, seed=self.seed, progress=self.stage("intervals"))
 
     @cached_property
-    def stages(self) -> list[list[StageFigures]]:
+    def stages(self) -> list[tuple[StageFigures, ...]]:
         """What each stage of each model finds."""
         return [one.layers.figures(one.split) for one in self.models]
 
