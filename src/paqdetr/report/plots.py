@@ -255,7 +255,9 @@ def legend(axes: Axes, *, outside: bool = False, columns: int = 3) -> None:
     if not outside:
         assert isinstance(axes.figure, Figure)
         below = ScaledTranslation(0, -(33 if axes.get_xlabel() else 19) / 72, axes.figure.dpi_scale_trans)
-        columns = min(columns, max(1, int(axes.figure.get_figwidth() * 14 / (max(map(len, names)) + 5))))
+        spec = axes.get_subplotspec()
+        width = axes.figure.get_figwidth() / (1 if spec is None else spec.get_gridspec().ncols)
+        columns = min(columns, max(1, int(width * 14 / (max(map(len, names)) + 6))))
         places = {"bbox_to_anchor": (0.0, 0.0), "bbox_transform": axes.transAxes + below, "ncols": columns}
         places |= {"loc": "upper left", "borderaxespad": 0.0}
     with style():
