@@ -56,8 +56,9 @@ test-slow: $(DEV_STAMP) ## the tests that train for minutes
 readme: $(DEV_STAMP) ## run the commands the documentation shows
 	$(PYTEST) -m readme tests/test_readme.py $(PYTEST_ARGS)
 
-docs: $(DEV_STAMP) ## write every generated table of the documentation anew
+docs: $(DEV_STAMP) ## write every generated table anew, and build the site: build/site/index.html
 	$(BIN)/python tools/docs.py
+	$(BIN)/zensical build --strict --clean
 
 lint: $(DEV_STAMP) ## ruff: rules and formatting
 	$(BIN)/ruff check .

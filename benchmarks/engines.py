@@ -20,6 +20,7 @@ from common import compare, interleave, provenance
 
 from paqdetr.deploy import export
 from paqdetr.deploy.export import to_openvino
+from paqdetr.deploy.graph import DeployedDetector
 from paqdetr.models import create_model
 from paqdetr.ops import use_backend
 from paqdetr.runtime import open_exported
@@ -55,13 +56,11 @@ def main() -> None:
 
 def _beside_numba(model: Any, files: dict[str, Path], noise: np.ndarray, rounds: int) -> dict[str, Any]:
     torch.set_num_threads(1)
-    images = torch.stack(
-        [model.preprocessing.normalization(torch.from_numpy(image).permute(2, 0, 1)) for image in noise]
-    )
+    module, images = DeployedDetector(model), torch.from_numpy(noise)  # the same input and output as the files
 
     def run(backend: str) -> None:
         with torch.inference_mode(), use_backend(backend):
-            model(images)
+            module(images)
 
     engines = {name: open_exported(file, threads=1) for name, file in files.items()}
     cases = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 import subprocess
 import sys
 import warnings
@@ -38,6 +39,11 @@ def test_import_is_lazy_and_complete() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tiny_run: Run) -> paqdetr.Detector:
+    return tiny_run.model()
 
 
 def test_every_name_is_there() -> None:
@@ -103,13 +109,40 @@ def test_list_recipes() -> None:
         (lambda m, d, f: paqdetr.evaluate(3, data=d), paqdetr.ConfigError, "or a path, found int"),  # type: ignore[arg-type]
         (lambda m, d, f: paqdetr.evaluate(d, data=d), paqdetr.CheckpointError, "no checkpoint"),
         (lambda m, d, f: paqdetr.load(f, device="gpu"), paqdetr.ConfigError, "device 'gpu': it does not work here"),
+        (
+            lambda m, d, f: paqdetr.load("dino_nano"),
+            paqdetr.CheckpointError,
+            r"name of a model .*create_model\('dino_nano'\)",
+        ),
+        (lambda m, d, f: paqdetr.create_model("DINO-Nano"), paqdetr.ConfigError, "did you mean 'dino_nano'"),
+        (
+            lambda m, d, f: paqdetr.train(m, data=d, output=d),
+            paqdetr.ConfigError,
+            r"a name .*found a Detector \(.*init=",
+        ),  # type: ignore[arg-type]
+        (lambda m, d, f: m.train(data=d, epochs=3), paqdetr.ConfigError, r"paqdetr\.train\('paq_dino_nano', data="),
+        (lambda m, d, f: m.train(str(d)), paqdetr.ConfigError, r"paqdetr\.train"),
+        (lambda m, d, f: paqdetr.Predictor(f), paqdetr.ConfigError, r"paqdetr\.load\(path\)"),
+        (
+            lambda m, d, f: m.predict(np.zeros((8, 8)), classes=["cat"]),
+            paqdetr.ConfigError,
+            r"no class 'cat' \(it has 0, 1, 2",
+        ),
+        (lambda m, d, f: m.predict(np.zeros((8, 8)))[0].xyxy, AttributeError, "no 'xyxy'; here it is boxes"),
+        (lambda m, d, f: m.predict(np.zeros((8, 8)))[0].speed, AttributeError, "Detections has no 'speed'$"),
+        (lambda m, d, f: paqdetr.Run(str(d / "x")).model(), paqdetr.CheckpointError, "best.safetensors: no such file"),
     ],
 )
 def test_arguments_that_cannot_be(
-    call: Callable[..., object], kind: type[Exception], message: str, tiny_run: Run, tmp_path: Path
+    call: Callable[..., object],
+    kind: type[Exception],
+    message: str,
+    tiny_model: paqdetr.Detector,
+    tiny_run: Run,
+    tmp_path: Path,
 ) -> None:
     with pytest.raises(kind, match=message):
-        call(tiny_run.model(), tmp_path, tiny_run.best)
+        call(tiny_model, tmp_path, tiny_run.best)
 
 
 def test_evaluate_takes_a_path(tiny_run: Run, tiny_digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,3 +258,21 @@ def test_what_is_returned_is_shown_in_a_few_lines(tiny_run: Run, tiny_digits: Pa
         assert f"<b>{title}</b>" in page
         for part in parts:
             assert part in repr(shown) and part in page
+
+
+def test_the_page_on_predict_runs(
+    tiny_run: Run, tiny_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Python of docs/predict.md but for videos, on a model of digits."""
+    page = (Path(__file__).parents[1] / "docs" / "predict.md").read_text(encoding="utf-8")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "first").symlink_to(tiny_run.output)
+    with Image.open(tiny_digits / "val" / "000000.jpg") as picture:
+        for name in ("photo.jpg", "a.jpg", "b.jpg", "aerial.tif"):
+            picture.save(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    blocks = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "import paqdetr" in block]
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(block.replace('"car"', '"7"'), {})
+    assert (tmp_path / "drawn.png").is_file()

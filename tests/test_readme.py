@@ -1,5 +1,5 @@
-"""The commands and Python blocks of the README, and the walk through fine-tuning, run as they stand, in order, in an empty
-folder; only the amount of work is cut.
+"""The commands and Python blocks of the README and of docs/start.md, and the walk through fine-tuning, run as they stand, in
+order, in an empty folder; only the amount of work is cut.
 
 `make readme` runs this. Trainings get a few steps on small pictures, the data set a few images: what is tested is that the
 words work.
@@ -18,6 +18,7 @@ import pytest
 
 REPO = Path(__file__).resolve().parents[1]
 README = (REPO / "README.md").read_text(encoding="utf-8")
+START = (REPO / "docs" / "start.md").read_text(encoding="utf-8")
 FINETUNING = (REPO / "docs" / "finetuning.md").read_text(encoding="utf-8")
 FEWER_STEPS = ["max_steps=3", "image_size=96", "log_every=1"]
 FEWER_IMAGES = {"--train": "8", "--val": "2", "--test": "2"}
@@ -51,33 +52,54 @@ def run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
 
 
-def test_commands_and_python_blocks(tmp_path: Path) -> None:
-    listed = commands()
-    assert [words[1] for words in listed] == ["data", "data", "train", "eval", "predict", "analyze"]
+def execute(listed: list[list[str]], folder: Path) -> str:
+    """All of them, with less to do; what they said."""
+    said = ""
     for words in listed:
-        done = run([sys.executable, "-m", *shortened(words)], tmp_path)
+        done = run([sys.executable, "-m", *shortened(words)], folder)
         assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
-    assert (tmp_path / "runs/first/test.json").is_file()
-    assert any((tmp_path / "runs/first/drawn").glob("*.jpg"))
-    assert (tmp_path / "runs/report/index.html").is_file()
+        said += done.stdout + done.stderr
+    return said
 
-    train_block, paq_block = blocks("python")
-    settings = '"max_steps": 3, "image_size": 96, "log_every": 1'
-    cut = train_block.replace("epochs=2)", f"epochs=2, settings={{{settings}}})")
-    assert cut != train_block
-    for script in (cut, paq_block):
-        done = run([sys.executable, "-c", script], tmp_path)
-        assert done.returncode == 0, f"{script}\n{done.stdout}\n{done.stderr}"
+
+def execute_python(page: str, folder: Path) -> None:
+    """The one Python block of a page, its training cut."""
+    (block,) = blocks("python", page)
+    small = 'epochs=1, **{"image_size": 96}, settings={"max_steps": 3, "log_every": 1, '
+    cut = re.sub(r"epochs=\d+(, settings=\{|(?=\)))", lambda match: small + ("" if match[1] else "}"), block)
+    assert cut != block
+    done = run([sys.executable, "-c", cut], folder)
+    assert done.returncode == 0, f"{cut}\n{done.stdout}\n{done.stderr}"
+
+
+def test_readme(tmp_path: Path) -> None:
+    first, *rest = commands()
+    assert [words[1] for words in (first, *rest)] == ["data", "data", "train", "eval", "predict", "analyze", "export"]
+    execute([first], tmp_path)
+    execute_python(README, tmp_path)
+    execute(rest, tmp_path)
+    assert (tmp_path / "runs/mine/test.json").is_file()
+    assert any((tmp_path / "runs/mine/drawn").glob("*.jpg"))
+    assert (tmp_path / "runs/report/index.html").is_file()
+    assert (tmp_path / "runs/mine.onnx").is_file()
+
+
+def test_first_page(tmp_path: Path) -> None:
+    listed = commands(blocks("", START))
+    assert [words[1] for words in listed] == ["data", "data", "train", "eval", "predict", "analyze"]
+    execute(listed, tmp_path)
+    execute_python(START, tmp_path)
+
+
+def test_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 120
+    assert (REPO / "docs/assets/attention.jpg").stat().st_size < 120_000
 
 
 def test_walk_through_finetuning(tmp_path: Path) -> None:
     listed = commands(blocks("", FINETUNING)[:1])
     assert [words[1] for words in listed] == ["data", "data", "train", "train", "eval"]
-    for words in listed:
-        done = run([sys.executable, "-m", *shortened(words)], tmp_path)
-        assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
-        if "init=runs/base" in words:
-            assert "init runs/base: 10 of 10 classes known by name" in done.stdout + done.stderr
+    assert "init runs/base: 10 of 10 classes known by name" in execute(listed, tmp_path)
     assert (tmp_path / "runs/tuned/best.safetensors").is_file()
 
 

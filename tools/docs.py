@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import fault_campaign
+import jupytext
 import performance_tables
 import run_tables
 import settings_tables
@@ -32,6 +33,7 @@ from paqdetr.models.cost import model_cost
 
 REPO = Path(__file__).resolve().parents[1]
 RESULTS = REPO / "docs" / "results"
+NOTEBOOKS = REPO / "docs" / "notebooks"
 COSTS = Path(paqdetr.__file__).parent / "configs" / "costs.yaml"
 _PLACE = re.compile(r"<!-- (\w+)((?: \S+)*) -->\n(.*?)\n?<!-- end of \1\2 -->", re.DOTALL)
 _START = re.compile(r"<!-- (?!end of)(\w+(?: \S+)*) -->")
@@ -51,6 +53,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "study": study_tables.table,
     "performance": performance_tables.table,
     "results": run_tables.table,
+    "headline": run_tables.headline,
     "peers": lambda folder: peers.table(peers.collect(RESULTS / folder)),
     "paq_cost": lambda name: paq_cost.markdown(_kept(f"paq_cost/{name}.json")),
     "plugin_digits": lambda: plugin_digits.markdown(_kept("plugin_digits.json")),
@@ -80,9 +83,24 @@ def write(page: str, name: str = "page") -> str:
 
 def generated() -> dict[Path, str]:
     """Every file that is generated, or holds a table that is -> its content made anew."""
-    pages = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
+    pages = [REPO / "README.md", *sorted((REPO / "docs").rglob("*.md"))]
     found = {page: write(page.read_text(encoding="utf-8"), page.name) for page in pages}
-    return found | {run_tables.MEASURED: run_tables.measured()}
+    found |= {script.with_suffix(".md"): notebook_page(script) for script in sorted(NOTEBOOKS.glob("*.py"))}
+    return found | {run_tables.MEASURED: run_tables.measured(), run_tables.BADGES: run_tables.badges()}
+
+
+def notebook_page(script: Path) -> str:
+    """The notebook as a page: its text, and its code in blocks."""
+    notebook = jupytext.read(script, fmt="py:percent")
+    cells = [
+        cell.source if cell.cell_type == "markdown" else f"```python\n{cell.source}\n```" for cell in notebook.cells
+    ]
+    title, *rest = cells
+    note = (
+        f"*A notebook: [{script.name}]({script.name}). Open it in Jupyter (with jupytext) or VS Code, or make an .ipynb of it: "
+        f"`jupytext --to ipynb {script.name}`. It runs as it stands, on a CPU.*"
+    )
+    return "\n\n".join([title, note, *rest]) + "\n"
 
 
 def count_models() -> None:
@@ -108,7 +126,11 @@ def main(arguments: list[str]) -> int:
         case _:
             raise SystemExit(__doc__)
     check = arguments == ["--check"]
-    changed = {file: text for file, text in generated().items() if file.read_text(encoding="utf-8") != text}
+    changed = {
+        file: text
+        for file, text in generated().items()
+        if not file.is_file() or file.read_text(encoding="utf-8") != text
+    }
     for file, text in changed.items():
         print(file.relative_to(REPO), "is old: run `make docs`" if check else "is written anew")
         if not check:

@@ -1,4 +1,4 @@
-"""The table of the README and the list that `paqdetr models` shows, from finished runs that are kept in docs/results.
+"""The tables of kept results, in the README and in docs/results, the README's badges, and the list that `paqdetr models` shows.
 
 A run is taken in with a test.json beside its checkpoint (`paqdetr eval RUN --split test --json RUN/test.json`). Kept are
 settings, figures and the log, not weights; every number of the tables is read from there.
@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import tomllib
 from pathlib import Path
 
 import yaml
+from study_tables import kept_report
+
+from paqdetr import __version__
+from paqdetr.models import list_models
 
 REPO = Path(__file__).resolve().parents[1]
 RESULTS = REPO / "docs" / "results"
@@ -27,13 +32,81 @@ def take_in(name: str, run: Path, commands: str) -> None:
 
 
 def table() -> str:
-    """Markdown rows of everything in docs/results."""
+    """Markdown rows of every run in docs/results; for the page there."""
     lines = [
         "| data | model | input | test AP | AP50 | AP after NMS | training | peak memory | machine |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [_row(folder) for folder in sorted(RESULTS.iterdir()) if (folder / "test.json").is_file()]
     return "\n".join(lines)
+
+
+def headline() -> str:
+    """The four numbers of the README."""
+    tables = {name: table.rows for name, table in kept_report("pilot").tables.items()}
+    (host,) = (row for row in tables["figures_digits"] if row["variant"] == "baseline")
+    (cost,) = (row for row in tables["cost"] if (row["data"], row["variant"]) == ("digits", "baseline"))
+    (queries,) = (row for row in tables["queries_digits"] if row["variant"] == "baseline")
+    paq = {row["data"]: row for row in tables["verdicts"] if row["claim"] == "PaQ raises AP."}
+    speed = json.loads((RESULTS / "performance" / "whole_model.json").read_text(encoding="utf-8"))
+    watching = json.loads((RESULTS / "query_usage_cost.json").read_text(encoding="utf-8"))
+    gains = [
+        f"{row['effect']:+.3f} AP on {data} (95 % interval {row['low']:+.3f} to {row['high']:+.3f}, {row['seeds']} seeds)"
+        for data, row in paq.items()
+    ]
+    verdict = " and ".join(sorted({row["verdict"] for row in paq.values()}))
+    rows = [
+        (
+            "`dino_nano` trained on one CPU core",
+            f"**{host['AP']:.2f}** AP ± {host['spread']:.2f} over {host['seeds']} seeds after {cost['cpu_minutes']:.0f} CPU "
+            f"minutes, on images of small digits in clutter that it had not seen; {host['AP_nms']:.2f} with NMS",
+            "[study](docs/study.md)",
+        ),
+        (
+            "Deformable DETR, ResNet-50, beside transformers' on a CPU",
+            f"**{speed['inference']['paqdetr']['ratio']:.1f}** times as fast in inference, "
+            f"{speed['training_step']['paqdetr']['ratio']:.1f} times in training; the same outputs to "
+            f"{speed['largest_difference_of_outputs']:.0e}",
+            "[performance](docs/performance.md#whole-model)",
+        ),
+        (
+            "how unevenly the queries of that `dino_nano` are used",
+            f"Gini coefficient **{queries['gini_positives']:.2f}** of the matches by query, where their rank order alone gives "
+            f"{queries['by_rank_positives']:.2f}; to watch it costs {watching['evaluation']['percent']:.0f} % of an evaluation",
+            "[queries](docs/queries.md)",
+        ),
+        ("PaQ over the same DINO", f"**{verdict}**: {', '.join(gains)}", "[study](docs/study.md)"),
+    ]
+    lines = ["| what | measured here | more |", "|---|---|---|"]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+BADGES = REPO / "docs" / "assets" / "badges.svg"
+
+
+def badges() -> str:
+    """SVG: what the project's own files say of it."""
+    project = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    facts = [
+        ("version", __version__),
+        ("Python", project["requires-python"].removeprefix(">=") + "+"),
+        ("models", str(len(list_models()))),
+        ("licence", project["license"]),
+    ]
+    parts, left = [], 0
+    for name, value in facts:
+        first, second = 7 * len(name) + 12, 7 * len(value) + 12
+        for x, width, colour, text in ((left, first, "#444", name), (left + first, second, "#0a6aa8", value)):
+            parts.append(f'<rect x="{x}" width="{width}" height="20" fill="{colour}"/>')
+            parts.append(f'<text x="{x + 6}" y="14" textLength="{width - 12}">{text}</text>')
+        left += first + second + 6
+    words = ", ".join(f"{name} {value}" for name, value in facts)
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{left}" height="20" role="img" aria-label="{words}"'
+    return (
+        f'{head} font-family="Verdana,DejaVu Sans,sans-serif" font-size="11" fill="#fff">\n'
+        + "\n".join(parts)
+        + "\n</svg>\n"
+    )
 
 
 def measured() -> str:
@@ -63,7 +136,7 @@ def _row(folder: Path) -> str:
     start = next(record for record in records if record["kind"] == "start")
     finished = next(record for record in records if record["kind"] == "finished")
     cells = [
-        f"[{folder.name}](docs/results/{folder.name})",
+        f"[{folder.name}]({folder.name}/commands.txt)",
         config["name"],
         str(config["image_size"]),
         f"{figures['AP']:.3f}",

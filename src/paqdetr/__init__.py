@@ -28,13 +28,13 @@ if TYPE_CHECKING:
         UserError,
         WorkerError,
     )
-    from paqdetr.evaluation import evaluate
+    from paqdetr.evaluation import Evaluation, evaluate
     from paqdetr.interrupt import TrainingInterrupted
     from paqdetr.loading import load
     from paqdetr.models import Detector, create_model, list_models, list_recipes
     from paqdetr.runs import Run
     from paqdetr.runtime import Predictor
-    from paqdetr.structures import ClassTable, Detections, Targets
+    from paqdetr.structures import ClassTable, Detection, Detections, Targets
     from paqdetr.training import Callback, train
 
 # Where names live, from the ground up: an error needs no torch, and nothing is imported that the next would not need.
@@ -48,8 +48,10 @@ __all__ = [
     "ClassTable",
     "ConfigError",
     "DataError",
+    "Detection",
     "Detections",
     "Detector",
+    "Evaluation",
     "ExportError",
     "NonFiniteError",
     "OutOfMemoryError",

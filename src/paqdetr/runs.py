@@ -45,6 +45,9 @@ class Run(Summary):
 
     output: Path
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "output", Path(self.output))  # a text is one, too
+
     @property
     def config_file(self) -> Path:
         """Settings as resolved."""

@@ -16,7 +16,6 @@ from paqdetr.label_files import voc_document, yolo_line
 from paqdetr.text import Summary, did_you_mean, printable, shorten, some
 
 if TYPE_CHECKING:  # a program that runs an exported model has no torch
-    import pandas
     import supervision
     import torch
     from PIL.Image import Image
@@ -26,6 +25,14 @@ if TYPE_CHECKING:  # a program that runs an exported model has no torch
 
 # Rows of detections that are printed.
 _SHOWN = 20
+
+# What ultralytics, supervision, torchvision and transformers call it.
+_WORDS = {
+    "xyxy": "boxes", "bboxes": "boxes", "xywh": "to_coco(), under 'bbox'", "confidence": "scores", "conf": "scores",
+    "class_id": "labels", "cls": "labels", "classes": "labels", "pred_boxes": "boxes", "pred_classes": "labels",
+    "plot": "draw()", "show": "draw().show()", "save": "draw().save(path)", "orig_img": "image", "orig_shape": "size",
+    "path": "source", "df": "to_pandas()", "to_df": "to_pandas()", "pandas": "to_pandas()",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +155,13 @@ class Detections(Summary):
         if not isinstance(other, Detections):
             return NotImplemented
         return all(np.array_equal(getattr(self, f.name), getattr(other, f.name)) for f in fields(self) if f.compare)
+
+    def __getattr__(self, name: str) -> Any:
+        """What is not here, under the name that other programs have for it."""
+        own = _WORDS.get(name)
+        raise AttributeError(
+            f"Detections has no {name!r}" + (f"; here it is {own}" if own else ""), name=name, obj=self
+        )
 
     @property
     def class_names(self) -> list[str]:
@@ -296,9 +310,9 @@ class Detections(Summary):
             ]
         )
 
-    def to_pandas(self) -> pandas.DataFrame:
-        """A table with a row for each box: `image_id`, `name`, `label`, `score`, and `x1`, `y1`, `x2`, `y2` in pixels. Those of
-        several images go together with `pandas.concat`.
+    def to_pandas(self) -> Any:
+        """A `pandas.DataFrame` with a row for each box: `image_id`, `name`, `label`, `score`, and `x1`, `y1`, `x2`, `y2` in
+        pixels. Those of several images go together with `pandas.concat`.
 
         Raises:
             BackendError: pandas is not installed.
@@ -417,7 +431,7 @@ class ClassTable:
             if category is None:
                 raise ConfigError(
                     f"classes: the model has no class {one!r}",
-                    did_you_mean(str(one), self.names, f"it has {len(self)} classes"),
+                    did_you_mean(str(one), self.names, f"it has {some(self.names, 10) or 'no classes'}"),
                 )
             found.append(category)
         return found

@@ -46,9 +46,10 @@ def literal(text: str) -> str:
 
 
 def did_you_mean(word: str, known: Sequence[str], otherwise: str, *, cutoff: float = 0.5) -> str:
-    """The known word that is nearest, as a question, or what to say if none is near."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
-    return f"did you mean {close[0]!r}?" if close else otherwise
+    """The known word that is nearest, whatever its case, as a question, or what to say if none is near."""
+    folded = {name.casefold(): name for name in reversed(known)}
+    close = difflib.get_close_matches(word.casefold(), folded, n=1, cutoff=cutoff)
+    return f"did you mean {folded[close[0]]!r}?" if close else otherwise
 
 
 def figure(value: float | None) -> str:

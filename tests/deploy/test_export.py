@@ -28,7 +28,8 @@ from paqdetr.structures import OperatingPoint
 
 from .conftest import Exported, tiny
 
-for _package in ("onnx", "onnxscript", "onnxruntime", "openvino"):
+onnx, openvino = pytest.importorskip("onnx"), pytest.importorskip("openvino")
+for _package in ("onnxscript", "onnxruntime", "nncf"):
     pytest.importorskip(_package)
 
 
@@ -240,13 +241,77 @@ def test_eval_and_bench_take_exported_models(exported: Exported, tmp_path: Path)
     assert json.loads((tmp_path / "b.json").read_text())["inference"][str(exported.file)]["median_ms"] > 0
 
 
+@pytest.fixture(scope="module")
+def small_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_digits(tmp_path_factory.mktemp("int8") / "digits", size=64, train=6, val=4, test=1, max_objects=4)
+
+
+@pytest.mark.parametrize(
+    ("form", "slow"),
+    [
+        pytest.param("onnx", False, marks=pytest.mark.integration),
+        pytest.param("openvino", False, marks=pytest.mark.slow),
+        pytest.param("openvino", True, marks=pytest.mark.slow),
+    ],
+)
+def test_int8_is_kept_within_its_limits(
+    form: Any, slow: bool, exported: Exported, small_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("paqdetr.deploy.quantize.MIN_SPEEDUP", 0)  # a model this small gains nothing
+    file = tmp_path / ("m.onnx" if form == "onnx" else "m.xml")
+    done = export(exported.checkpoint, file, format=form, precision="int8", calibrate=small_digits, slow=slow)
+    assert opened(file).info.precision == "int8" and done.quantization is not None
+    evaluation = paqdetr.evaluate(opened(file), data=small_digits, split="val")
+    assert evaluation.figures.AP == pytest.approx(done.quantization["int8"]["AP"], abs=1e-4)
+    part_of = {node.name: node.doc_string for node in onnx.load(exported.file).graph.node}
+    quantized = [part_of.get(name, "") for name in quantized_nodes(file)]
+    assert sum(part.startswith("detector.backbone") for part in quantized) > 20
+    assert not any(part.startswith("detector.decoder") for part in quantized)
+
+
+def quantized_nodes(file: Path) -> list[str]:
+    """Names of the nodes whose weights are in 8 bits."""
+    if file.suffix == ".onnx":
+        nodes = onnx.load(file).graph.node
+        eighths = {name for node in nodes if node.op_type == "DequantizeLinear" for name in node.output}
+        return [node.name for node in nodes if len(node.input) > 1 and node.input[1] in eighths]
+    operations = openvino.Core().read_model(file).get_ops()
+    return [op.get_friendly_name().split("/")[0] for op in operations if op.get_type_name() == "FakeQuantize"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list_models("*_nano"))
+@pytest.mark.parametrize(
+    ("figures", "speedup", "reason"),
+    [([0.5, 0.5], 1e6, "times as fast, expected"), ([0.5, 0.4], 0.0, "loses 0.100 AP on val, more than 0.01")],
+)
+def test_int8_that_gains_nothing_or_loses_much_is_not_kept(
+    figures: list[float],
+    speedup: float,
+    reason: str,
+    exported: Exported,
+    small_digits: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = iter(figures)
+    monkeypatch.setattr("paqdetr.deploy.quantize.MIN_SPEEDUP", speedup)
+    monkeypatch.setattr("paqdetr.deploy.quantize._figures", lambda *_: {"AP": next(found), "AP50": 0.0})
+    with pytest.raises(ExportError, match=reason):
+        export(exported.checkpoint, tmp_path / "m.onnx", precision="int8", calibrate=small_digits)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in list_models("*_nano") if "ddq" not in name])
 def test_every_host_passes_in_both_engines(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = create_model(name, num_classes=10, image_size=128).eval()
     done = export(model, tmp_path / "m.onnx")
     assert done.parity is not None and done.parity.passed
     to_openvino(done.file, tmp_path / "m.xml", done.info)
-    pictures = digits_pictures()
-    assert compare_with_model(model, open_exported(tmp_path / "m.xml"), pictures, threshold=0.3).passed
+    xml = open_exported(tmp_path / "m.xml")
+    assert compare_with_model(model, xml, digits_pictures(), threshold=0.3).passed
+    pictures = digits_pictures(3, 128)
+    for engine in (xml, open_exported(done.file)):
+        for one, three in zip(engine.predict(pictures), engine.predict(pictures, batch_size=3), strict=True):
+            np.testing.assert_allclose(one.scores, three.scores, atol=1e-5)

@@ -31,6 +31,7 @@ from paqdetr.metrics.query_usage import BatchMatch, QueryUsage
 from paqdetr.models import Detector, load
 from paqdetr.report.page import Chapter, Heading, render, require_report_place, write_folder
 from paqdetr.report.section import Section
+from paqdetr.text import Summary, figure
 
 Made = Section | tuple[Section, ...] | None
 CHAPTERS: tuple[Callable[[Analysis], Made], ...] = (
@@ -57,8 +58,8 @@ RESEARCH: tuple[Callable[[Analysis], Made], ...] = (
 _FOLD = "How queries are used"
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
+@dataclass(frozen=True, slots=True, repr=False)
+class Report(Summary):
     """What `analyze` wrote.
 
     Attributes:
@@ -72,6 +73,10 @@ class Report:
     sections: tuple[Section, ...]
     figures: dict[str, Any]
     against: tuple[Section, ...] = ()
+
+    def _summary(self) -> tuple[str, list[tuple[str, ...]]]:
+        parts = [f"{key} {figure(self.figures.get(key))}" for key in ("AP", "AP50", "AP75")]
+        return f"Report: {self.page}", [("figures", ", ".join(parts))]
 
 
 def analyze(
@@ -98,7 +103,8 @@ def analyze(
         against: another model, shown side by side, with paired intervals of the differences: B - A, this one minus `model`.
         images: how many images the gallery shows: the worst, some of every class and kind of mistake, and the best. The inside
             is shown for a twelfth of it, at least one.
-        samples, seed: of the bootstrap.
+        samples: resamples of the bootstrap.
+        seed: of the resamples.
         batch_size: images that go through together; it changes no figure.
         device: where checkpoints are put; detectors stay where they are.
         progress: called with (stage, done, in all).

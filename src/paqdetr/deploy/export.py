@@ -111,7 +111,8 @@ def export(
             8 bits, and needs `calibrate`.
         calibrate: a data set: the comparison takes pictures of it, and int8 is calibrated on its training split and checked on
             its validation split.
-        threshold, nms: what predictions keep, written into the metadata; None: as the model's `operating_point` says.
+        threshold: the least score that predictions keep, written into the metadata; None: that of the model's `operating_point`.
+        nms: IoU over which they drop duplicates, likewise.
         raw: `pixel_values` (N, 3, H, W), normalised, to `logits` and `pred_boxes`, named as in transformers.
         check: compare the file with the model on 8 pictures, and keep it only if they agree.
         attention: "gather" for TensorRT, whose GridSample is wrong.

@@ -39,8 +39,8 @@ class DeployedDetector(nn.Module):
         self.max_detections, self.clamp_boxes = model.config.max_detections, model.config.clamp_boxes
         normalization = model.preprocessing.normalization
         # Not called "mean": exporters name the outputs of nodes so.
-        self.register_buffer("pixel_mean", torch.tensor(normalization.mean))
-        self.register_buffer("pixel_std", torch.tensor(normalization.std))
+        self.register_buffer("pixel_mean", torch.tensor(normalization.mean)[:, None, None])
+        self.register_buffer("pixel_std", torch.tensor(normalization.std)[:, None, None])
         self.detector = copy.deepcopy(model).float().cpu()
         bake_folded_norms(self.detector)
         self.eval().requires_grad_(False)
@@ -53,7 +53,8 @@ class DeployedDetector(nn.Module):
         if self.raw:
             output = self.detector(images)
             return output.pred_logits, output.pred_boxes
-        output = self.detector(((images.float() - self.pixel_mean) / self.pixel_std).permute(0, 3, 1, 2))
+        # Channels first: onnxruntime takes ten times as long to subtract three numbers from a last axis of three.
+        output = self.detector((images.permute(0, 3, 1, 2).float() - self.pixel_mean) / self.pixel_std)
         probabilities = output.pred_logits.sigmoid()
         classes = probabilities.shape[2]
         scores, best = probabilities.flatten(1).topk(min(self.max_detections, probabilities.shape[1] * classes))

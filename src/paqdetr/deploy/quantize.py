@@ -65,6 +65,13 @@ def quantize_checked(
         "ignored_scope": nncf.IgnoredScope(names=_float_nodes(graph, parts), validate=False),
         "subset_size": len(images),
     }
+    if plain.suffix.lower() == ".onnx":  # onnxruntime has no kernels for activations with a scale for each channel
+        from nncf.quantization.advanced_parameters import QuantizationParameters
+
+        per_tensor = QuantizationParameters(per_channel=False)
+        arguments["advanced_parameters"] = nncf.AdvancedQuantizationParameters(
+            activations_quantization_params=per_tensor
+        )
     calibration = nncf.Dataset(images, lambda image: {name: image})
     if slow:
 

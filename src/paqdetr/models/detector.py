@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from paqdetr.checkpoint import write_checkpoint
 from paqdetr.config import ModelConfig
-from paqdetr.errors import import_extra
+from paqdetr.errors import ConfigError, import_extra
 from paqdetr.models.auxiliary import AuxiliaryHeads
 from paqdetr.models.backbone import Backbone
 from paqdetr.models.decoder import Decoder, LayerHeads
@@ -87,6 +87,24 @@ class Detector(PredictMixin, Summary, nn.Module):
         if isinstance(images, Tensor):
             return super().__call__(images, *args, **how)
         return self.predict(images, *args, **how)
+
+    def train(self, mode: bool = True, **other: object) -> Self:
+        """Training mode, or evaluation mode if `mode` is false, as of any module; `paqdetr.train` trains.
+
+        Raises:
+            ConfigError: it was called to train the model.
+        """
+        if other or not isinstance(mode, bool):
+            raise ConfigError(
+                "Detector.train sets the mode of the layers; it takes no data and no settings",
+                f"paqdetr.train({self.name!r}, data=..., output=..., init=CHECKPOINT) trains",
+            )
+        return super().train(mode)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
 
     def forward(
         self, images: Tensor, padding_mask: Tensor | None = None, targets: Sequence[Targets] | None = None

@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 from torch import Tensor
 
 from paqdetr.checkpoint import load_tensors, read_checkpoint
-from paqdetr.config import Config, ModelConfig, validate_config
+from paqdetr.config import Config, ModelConfig, list_configs, validate_config
 from paqdetr.config.section import Role
 from paqdetr.environment import require_device
 from paqdetr.errors import CheckpointError, ConfigError, import_extra, memory_error
@@ -418,6 +418,11 @@ def find_checkpoint(path: str | Path) -> Path:
     if str(path).startswith("hf:"):
         return import_extra("paqdetr.models.hub", "hub").fetch(str(path))
     path = Path(path)
+    if not path.exists() and str(path) in list_configs():
+        raise CheckpointError(
+            f"{path}: no such file, but the name of a model or recipe",
+            f"give a run's folder or a checkpoint; paqdetr.create_model({str(path)!r}) makes a model with random weights",
+        )
     if not path.is_dir():
         return path
     for name in ("best.safetensors", "last.safetensors"):

@@ -306,7 +306,7 @@ def match_layers(
     """Pairs of every layer and image, each layer by its own assigner, with one transfer to the host.
 
     Shapes as in `matching_costs`; `assigners` has K entries; `counted` is (K, B, n) bool, the queries that take part (None: all).
-    Returns [layer][image] -> Pairs on the CPU.
+    Returns Pairs on the CPU, a list of images for each layer.
     """
     rows = matching_costs(pred_logits, pred_boxes, targets, weights=weights, names=names)
     if counted is None:
@@ -378,7 +378,8 @@ class AlignedAssigner:
 
     Args:
         k: positives of a box.
-        alpha, beta: exponents of probability and IoU.
+        alpha: exponent of the probability.
+        beta: exponent of the IoU.
         cost_weights: of the matching cost.
     """
 

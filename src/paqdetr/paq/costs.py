@@ -69,7 +69,7 @@ def matching_costs(
         names: of the K layers, for errors; "layer1", "layer2", ... by default.
 
     Returns:
-        [layer][image] -> MatchingCosts.
+        MatchingCosts, a list of images for each layer.
 
     Raises:
         ValueError: targets that are not what `Targets` says, naming the image and the remedy. Their values cross to the host with

@@ -141,6 +141,12 @@ def _open_openvino(path: Path, content: bytes, threads: int) -> Engine:
         metadata = (
             graph.get_rt_info(["model_info", KEY]).astype(str) if graph.has_rt_info(["model_info", KEY]) else None
         )
+        shape = graph.inputs[0].partial_shape
+        batch = None if shape[0].is_dynamic else shape[0].get_length()
+        if batch is None:
+            # Compiled for any batch it takes a fifth to a half longer; and on a CPU a batch is not faster than its images.
+            shape[0] = 1
+            graph.reshape(shape)
         compiled = core.compile_model(graph, "CPU", settings)
     except Exception as error:
         raise _unreadable(path, "OpenVINO", error) from None
@@ -149,11 +155,10 @@ def _open_openvino(path: Path, content: bytes, threads: int) -> Engine:
     def run(images: np.ndarray) -> dict[str, np.ndarray]:
         if not hasattr(local, "request"):
             local.request = compiled.create_infer_request()
-        found = local.request.infer([images])
-        return {name: np.array(found[i]) for i, name in enumerate(outputs)}
+        parts = [images] if batch else [images[i : i + 1] for i in range(len(images))]
+        found = [[np.array(values) for values in local.request.infer([part]).values()] for part in parts]
+        return {name: np.concatenate(values) for name, values in zip(outputs, zip(*found, strict=True), strict=True)}
 
-    shape = compiled.inputs[0].partial_shape
-    batch = None if shape[0].is_dynamic else shape[0].get_length()
     return Engine(
         f"OpenVINO {program.__version__.split('-')[0]}",
         _own({} if metadata is None else {KEY: metadata}, path, "an OpenVINO"),

@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from PIL.Image import Image
 
-from paqdetr.errors import CheckpointError, DataError, NonFiniteError
+from paqdetr.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from paqdetr.images import ImageSource, read_image
 from paqdetr.runtime.engines import Engine, open_engine
 from paqdetr.runtime.info import ExportInfo, FixedSize
@@ -20,7 +20,7 @@ from paqdetr.runtime.predict import stream
 from paqdetr.runtime.sources import Source, list_source, read_source
 from paqdetr.runtime.tiles import Tiles, predict_tiles
 from paqdetr.structures import ClassTable, Detections, OperatingPoint
-from paqdetr.text import Summary, some
+from paqdetr.text import Summary, shorten, some
 from paqdetr.values import require_batch_size, require_nms, require_threshold
 
 DEFAULT_THRESHOLD = 0.3
@@ -205,6 +205,10 @@ class Predictor(PredictMixin, Summary):
     """
 
     def __init__(self, engine: Engine, where: str = "the model") -> None:
+        if not isinstance(engine, Engine):
+            raise ConfigError(
+                f"Predictor: expected an Engine, found {shorten(engine)}", "paqdetr.load(path) opens a file"
+            )
         self.engine = engine
         self.info = ExportInfo.from_json(engine.metadata, where)
         self.where = where

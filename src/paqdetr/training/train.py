@@ -58,6 +58,11 @@ def train(
             "a process that the script has started runs the script again, and would train too",
             "put the call below `if __name__ == '__main__':`",
         )
+    if not isinstance(model, (str, Path)):
+        raise ConfigError(
+            f"model: expected a name or a YAML file, found a {type(model).__name__}",
+            "save it, and give its file as init=: train('dino_nano', init='model.safetensors', ...)",
+        )
     given = {**(settings or {}), **overrides}
     config = load_config(model, given)
     train_split, val_split = open_splits(data, config)
