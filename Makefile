@@ -14,7 +14,8 @@ DEV_STAMP := .venv/.installed-dev
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 # Two to four processes; one file stays in one process, so what its tests share is made once.
 PYTEST := $(BIN)/python -m pytest -q
-PARALLEL := -n logical --maxprocesses=4 --dist loadfile
+WORKERS := -n logical --maxprocesses=4
+PARALLEL := $(WORKERS) --dist loadfile
 
 # The small edition of the digits that quickstart trains on, and where its run goes.
 DIGITS := data/digits-small
@@ -54,7 +55,7 @@ test-slow: $(DEV_STAMP) ## the tests that train for minutes
 	$(PYTEST) -m slow -o faulthandler_timeout=7200 $(PYTEST_ARGS)
 
 readme: $(DEV_STAMP) ## run the commands the documentation shows
-	$(PYTEST) -m readme tests/test_readme.py $(PYTEST_ARGS)
+	$(PYTEST) -m readme tests/test_readme.py $(WORKERS) $(PYTEST_ARGS)
 
 docs: $(DEV_STAMP) ## write every generated table anew, and build the site: build/site/index.html
 	$(BIN)/python tools/docs.py
@@ -89,7 +90,7 @@ $(BIN)/python:
 
 $(USER_STAMP): pyproject.toml src/paqdetr/_version.py | $(BIN)/python
 	@echo 'Installing paqdetr into .venv: PyTorch is large, the first time takes a few minutes.'
-	@$(PIP) -e .
+	@$(PIP) -e '.[digits,analyze]'
 	@touch $@
 
 $(DEV_STAMP): pyproject.toml src/paqdetr/_version.py | $(BIN)/python

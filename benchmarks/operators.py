@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from common import compare, interleave, provenance
 
-from paqdetr.models.attention import softmax
+from paqdetr.models.encoder import softmax
 from paqdetr.ops.depthwise import weight_gradient
 
 # kernel, channels, side: layers of EfficientNet-Lite0 at strides 16 and 32. Its 3x3 layers are left to torch.

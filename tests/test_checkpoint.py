@@ -13,7 +13,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from paqdetr import checkpoint
 from paqdetr._version import __version__
 from paqdetr.checkpoint import load_tensors, read_checkpoint, read_header, write_checkpoint
 from paqdetr.errors import CheckpointError, StorageError
@@ -64,7 +63,7 @@ def test_a_failed_write_leaves_the_old_file(file: Path, monkeypatch: pytest.Monk
         path.write_bytes(before[:100])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", half)
+    monkeypatch.setattr("safetensors.torch.save_file", half)
     with pytest.raises(StorageError, match=r"safetensors: cannot be written \(No space left on device\)"):
         write_checkpoint(file, {"other": torch.zeros(2)}, {})
     assert file.read_bytes() == before

@@ -39,7 +39,7 @@ PICTURE = Image.new("RGB", (64, 48), "red")
 def foreign(path: Path) -> None:
     """A file of the same kind, from another program."""
     if path.suffix == ".json":
-        path.write_text('{"made_by": "somebody", "images": []}')
+        path.write_text('{"made_by": "somebody", "images": []}', encoding="utf-8")
     else:
         PICTURE.save(path, comment=b"paqdetr is a fine program", format="JPEG")
 
@@ -148,7 +148,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
     path.write_text("before")
 
     def fail(place: Path) -> None:
-        place.write_text("half")
+        place.write_text("half", encoding="utf-8")
         raise OSError(28, "No space left on device")
 
     with pytest.raises(StorageError, match=r"out\.txt: cannot be written \(No space left on device\)"):

@@ -22,8 +22,8 @@ PACKAGE = REPO / "src" / "paqdetr"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 MAX_LINES = 600
 
-# Comes with builds of torch for CUDA, each of which fits one version of it alone.
-BUNDLED = {"triton"}
+# Triton comes with builds of torch for CUDA, each of which fits one version of it alone; IPython is there in a notebook.
+BUNDLED = {"triton", "IPython"}
 
 # Module name -> name on the package index, where the two differ.
 DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}

@@ -53,3 +53,22 @@ def test_nothing_is_said_once_torch_has_been_read(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "torch", sys)  # any module: what counts is that it is there
     calm_idle_threads()
     assert "GOMP_SPINCOUNT" not in os.environ
+
+
+# `is_compile_supported` and `wrap` are what torchvision takes from the compiler, or hides from it.
+COMPILER = """
+import sys
+import paqdetr, timm, torch, torchvision.tv_tensors as tv
+from torchvision.ops.roi_align import is_compile_supported
+print("torch._dynamo" in sys.modules)
+box = tv.BoundingBoxes([[0, 0, 2, 2]], format="XYXY", canvas_size=(4, 4))
+print(type(tv.wrap(torch.ones(1, 4), like=box)).__name__, "torch._dynamo" in sys.modules)
+print(is_compile_supported("cpu") is sys.modules["torch._dynamo.utils"].is_compile_supported("cpu"))
+print(type(tv.wrap(torch.ones(1, 4), like=box)).__name__, torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)).item())
+"""
+
+
+@pytest.mark.integration
+def test_the_compiler_is_imported_when_it_is_used() -> None:
+    done = subprocess.run([sys.executable, "-c", COMPILER], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:4] == ["False", "BoundingBoxes False", "True", "BoundingBoxes 2.0"]

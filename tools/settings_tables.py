@@ -13,7 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from paqdetr.config import Config, load_config
-from paqdetr.config.section import Section
+from paqdetr.config.model import Section
 
 # The model whose differences from the defaults the page shows beside them.
 EXAMPLE = "paq_dino_nano"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from paqdetr.config import load_config
-from paqdetr.report.markdown import to_table
+from paqdetr.report.page import to_table
 from paqdetr.report.section import Column, make_table
 from paqdetr.study.costs import Forecast, forecast, gflops, gpu_hours
 from paqdetr.study.report import StudyReport, study_report

@@ -13,17 +13,23 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from pydantic import BaseModel, Field, ValidationError, field_validator
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from paqdetr._version import __version__
-from paqdetr.errors import CheckpointError
+from paqdetr.config import Config, ModelConfig, list_configs, validate_config
+from paqdetr.config.model import Role
+from paqdetr.errors import CheckpointError, ConfigError, import_extra
 from paqdetr.files import open_regular, parse_json, write_whole
-from paqdetr.text import some
+from paqdetr.preprocessing import Preprocessing
+from paqdetr.structures import ClassTable, OperatingPoint
+from paqdetr.text import shorten, some
+
+if TYPE_CHECKING:  # a header is read, and found wanting, before torch is imported
+    import torch
+    from torch import Tensor
 
 _KEY = "paqdetr"
 _HASH = "sha256"
@@ -35,6 +41,8 @@ def write_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], header: Ma
     Raises:
         StorageError: it cannot be written; what was at `path` before is still there.
     """
+    from safetensors.torch import save_file
+
     content = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     full = {**header, "version": __version__}
     # Inside the json: several entries of metadata would be written in no fixed order.
@@ -52,6 +60,8 @@ def write_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], header: Ma
 
 def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of the header's json and of all tensors: names, types, shapes and bytes."""
+    import torch
+
     total = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -86,7 +96,7 @@ def is_own(path: Path) -> bool:
     if path.suffix != ".safetensors" or not path.is_file():
         return False
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="np") as file:
             return _KEY in (file.metadata() or {})
     except (SafetensorError, OSError):
         return False
@@ -97,7 +107,8 @@ def _open(path: Path, tensors: bool = False) -> tuple[dict[str, Tensor], dict[st
         raise CheckpointError(f"{path}: a pickle, which this program does not open", "give a .safetensors file")
     try:
         # Opened first: safetensors calls a file that may not be read missing, and would wait for a pipe.
-        with open_regular(path, error=CheckpointError), safe_open(path, framework="pt") as file:
+        kind = "pt" if tensors else "np"
+        with open_regular(path, error=CheckpointError), safe_open(path, framework=kind) as file:
             metadata = file.metadata() or {}
             content: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()} if tensors else {}  # noqa: SIM118
     except (
@@ -127,8 +138,11 @@ def _open(path: Path, tensors: bool = False) -> tuple[dict[str, Tensor], dict[st
     return content, header
 
 
-def load_tensors(module: torch.nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Fill a module; every name and shape must agree. A module on the meta device takes over the tensors themselves.
+def load_tensors(module: torch.nn.Module, tensors: Mapping[str, Tensor], where: str, *, assign: bool = False) -> None:
+    """Fill a module; every name and shape must agree.
+
+    Args:
+        assign: the module takes over the tensors themselves.
 
     Raises:
         CheckpointError: naming the first tensors that are missing, left over, of another shape or no weights.
@@ -157,7 +171,7 @@ def load_tensors(module: torch.nn.Module, tensors: Mapping[str, Tensor], where: 
                 f"{where}: it is of another model: it {problem} {some(keys)}",
                 "load it with the model and settings it was made with",
             )
-    if any(tensor.is_meta for tensor in own.values()):
+    if assign:
         module.load_state_dict({key: tensors[key].to(own[key].dtype) for key in own}, assign=True)
     else:
         module.load_state_dict(dict(tensors))
@@ -165,5 +179,138 @@ def load_tensors(module: torch.nn.Module, tensors: Mapping[str, Tensor], where: 
 
 def _same_kind(given: Tensor, own: Tensor) -> bool:
     """Whether its values can be taken over: weights may have another precision, but are no whole or complex numbers."""
+    import torch
+
     plain = given.layout is torch.strided and not given.is_quantized and given.device.type != "meta"
     return plain and (given.is_floating_point() == own.is_floating_point()) and not given.is_complex()
+
+
+class _Class(BaseModel):
+    id: int = Field(ge=-(2**63), lt=2**63)
+    name: str
+
+
+class _OperatingPoint(BaseModel):
+    threshold: float | None = Field(default=None, ge=0, le=1)
+    nms: float | None = Field(default=None, ge=0, le=1)
+    duplicates_cost: float | None = Field(default=None, ge=-1, le=1)
+
+
+class _Header(BaseModel):
+    """What the header of a model's checkpoint holds, among other things."""
+
+    name: str
+    model: dict[str, Any]
+    classes: list[_Class] = Field(min_length=1)
+    preprocessing: dict[str, Any]
+    operating_point: _OperatingPoint = _OperatingPoint()  # checkpoints of earlier versions have none
+
+    @field_validator("classes")
+    @classmethod
+    def _distinct(cls, value: list[_Class]) -> list[_Class]:
+        if len({row.id for row in value}) < len(value):
+            raise ValueError("two classes have one id")
+        return value
+
+
+def describe_checkpoint(header: Mapping[str, Any], where: str) -> tuple[Config, ClassTable, Preprocessing]:
+    """What a checkpoint's header says: settings of the model, classes, preprocessing.
+
+    Raises:
+        CheckpointError: it lacks something or is malformed; `where` names the file.
+    """
+    try:
+        found = _Header.model_validate(header, strict=True)
+        preprocessing = Preprocessing.from_dict(found.preprocessing)
+        # In the order of the file: position is the class index.
+        classes = ClassTable(tuple(row.id for row in found.classes), tuple(row.name for row in found.classes))
+        values = {"name": found.name, "model": found.model, **preprocessing.settings()}
+        return validate_config(values, where), classes, preprocessing
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        missing = first["type"] == "missing"
+        raise CheckpointError(
+            f"{where}: its header lacks {key!r}"
+            if missing
+            else f"{where}: its header is malformed: {key}: {first['msg']}",
+            "give a file that paqdetr's `save` or a run has written",
+        ) from None
+    except ConfigError as error:
+        raise not_ours(header, where, error) from None
+
+
+def operating_point_of(header: Mapping[str, Any]) -> OperatingPoint:
+    """What a header, which `describe_checkpoint` has accepted, says of it."""
+    return OperatingPoint(**_OperatingPoint.model_validate(header.get("operating_point", {})).model_dump())
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint that a path means: itself, the best of a run's folder, or one of the Hub (`hf:user/name@revision`)."""
+    if str(path).startswith("hf:"):
+        return import_extra("paqdetr.models.hub", "hub").fetch(str(path))
+    path = Path(path)
+    if not path.exists() and str(path) in list_configs():
+        raise CheckpointError(
+            f"{path}: no such file, but the name of a model or recipe",
+            f"give a run's folder or a checkpoint; paqdetr.create_model({str(path)!r}) makes a model with random weights",
+        )
+    if not path.is_dir():
+        return path
+    for name in ("best.safetensors", "last.safetensors"):
+        if (path / name).is_file():
+            return path / name
+    raise CheckpointError(f"{path}: the folder has no checkpoint", "give a run's folder or a .safetensors file")
+
+
+def find_described(path: str | Path) -> tuple[Path, Config, ClassTable]:
+    """The checkpoint that a path means, with the settings and classes in its header; no tensor is read.
+
+    Raises:
+        CheckpointError: as `read_header` and `describe_checkpoint`.
+    """
+    file = find_checkpoint(path)
+    return file, *describe_checkpoint(read_header(file), str(file))[:2]
+
+
+def not_ours(header: Mapping[str, Any], where: str, error: ConfigError) -> CheckpointError:
+    """The error for a header that describes no model of this version."""
+    return CheckpointError(
+        f"{where}: its header describes no model that this version can build ({error.message})",
+        f"load it with the version that wrote it, {shorten(header.get('version'))}",
+    )
+
+
+def require_same_settings(old: ModelConfig, new: ModelConfig, where: str) -> None:
+    """Weights mean what they meant only under the settings they were made with.
+
+    Args:
+        old: of the checkpoint.
+        new: of the model to be filled.
+        where: the checkpoint, for errors.
+
+    Raises:
+        CheckpointError: a setting that matters differs; the remedy says how to set it.
+    """
+    overrides = settings_to_add(old, new)
+    if not overrides:
+        return
+    keys = [override.split("=")[0].removeprefix("model.") for override in overrides]
+    found = ", ".join(f"{key} {getattr(old, key)!r} instead of {getattr(new, key)!r}" for key in keys)
+    if "queries" in keys:
+        remedy = "paqdetr convert CHECKPOINT --from paqdetr --as MODEL gives it the queries of another model first"
+    else:
+        remedy = f"add {' '.join(overrides)}"
+    raise CheckpointError(f"{where}: its weights were made with {found}", remedy)
+
+
+def settings_to_add(old: ModelConfig, new: ModelConfig) -> list[str]:
+    """Overrides of `new` that give it what `old`'s weights need."""
+    before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
+    free = ModelConfig.with_role(Role.FREE)
+    different = [key for key in before if before[key] != after[key] and key not in free]
+    return [f"model.{key}={_yaml(before[key])}" for key in different]
+
+
+def _yaml(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))

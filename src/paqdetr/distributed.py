@@ -135,11 +135,6 @@ class Processes:
             self.sum([0.0])
 
 
-def this_is_main() -> bool:
-    """Whether this process may print, before and after processes know each other."""
-    return environment_integer("RANK", 0, low=0) == 0
-
-
 def leave() -> None:
     """Part from the other processes, at the end of a program."""
     if dist.is_available() and dist.is_initialized():

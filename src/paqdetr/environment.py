@@ -10,15 +10,30 @@ import sys
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
-
-import psutil
-import torch
+from typing import TYPE_CHECKING, Any
 
 from paqdetr._version import __version__
 from paqdetr.errors import ConfigError
-from paqdetr.ops import choose_backend
 from paqdetr.values import environment_integer
+
+if TYPE_CHECKING:
+    import torch
+
+
+_KINDS = ("cpu", "cuda", "mps", "xpu")
+
+
+def require_known_device(name: str | None) -> str | None:
+    """The name of a device that there is somewhere, or None; torch, which knows those that are here, is not asked.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name is not None and name.partition(":")[0] not in _KINDS:
+        raise ConfigError(
+            f"device {name!r}: it does not work here, nor anywhere; there are {', '.join(_KINDS)}", "use --device cpu"
+        )
+    return name
 
 
 def require_device(name: str | None) -> torch.device:
@@ -27,6 +42,8 @@ def require_device(name: str | None) -> torch.device:
     Raises:
         ConfigError: torch knows no such device, or it does not work on this machine; the message names those that do.
     """
+    import torch
+
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     there = usable_devices()
@@ -45,8 +62,10 @@ def require_device(name: str | None) -> torch.device:
 
 def usable_devices() -> list[str]:
     """Kinds of devices that work on this machine."""
-    others = {"cuda": torch.cuda, "mps": torch.backends.mps, "xpu": torch.xpu}
-    return ["cpu", *(kind for kind, module in others.items() if module.is_available())]
+    import torch
+
+    modules = {"cuda": torch.cuda, "mps": torch.backends.mps, "xpu": torch.xpu}
+    return [kind for kind in _KINDS if kind == "cpu" or modules[kind].is_available()]
 
 
 _PACKAGES = ("torch", "torchvision", "timm", "accelerate", "numpy", "scipy", "safetensors", "hotcoco", "pillow")
@@ -54,6 +73,8 @@ _PACKAGES = ("torch", "torchvision", "timm", "accelerate", "numpy", "scipy", "sa
 
 def describe_environment() -> dict[str, Any]:
     """Command, versions, git commit of the working directory (None outside a repository) and machine, ready for json."""
+    import torch
+
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command_line(),
@@ -68,6 +89,10 @@ def describe_environment() -> dict[str, Any]:
 
 def describe_start(device: torch.device, processes: int) -> dict[str, Any]:
     """What the "start" record of metrics.jsonl says: enough to judge its times by."""
+    import torch
+
+    from paqdetr.ops import choose_backend
+
     return {
         "version": __version__,
         "torch": torch.__version__,
@@ -81,6 +106,9 @@ def describe_start(device: torch.device, processes: int) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """Processor, memory and devices."""
+    import psutil
+    import torch
+
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
@@ -90,6 +118,11 @@ def machine() -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "cuda": torch.version.cuda,
     }
+
+
+def this_is_main() -> bool:
+    """Whether this process may print, before and after processes know each other."""
+    return environment_integer("RANK", 0, low=0) == 0
 
 
 def command_line() -> str:
@@ -138,6 +171,8 @@ def _processor() -> str:
 
 def peak_memory() -> float:
     """Peak memory of the process in GiB; on a GPU, of the device."""
+    import torch
+
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return peak_resident() / 2**30
@@ -145,23 +180,28 @@ def peak_memory() -> float:
 
 def peak_resident() -> int:
     """The most bytes of the machine's memory that this process has had."""
+    import psutil
+
     try:
         # Not ru_maxrss, which a process inherits from the one that started it.
-        status = Path("/proc/self/status").read_text()
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
         return 1024 * int(status.partition("VmHWM:")[2].split()[0])
-    except OSError:
+    except (OSError, IndexError):  # no Linux, or one that does not say
         memory = psutil.Process().memory_info()
         return getattr(memory, "peak_wset", memory.rss)  # Windows alone knows a peak
 
 
 def available_memory(device: torch.device) -> int:
     """Bytes that are free: of the GPU, or of the machine within the limit of the container."""
+    import psutil
+    import torch
+
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = psutil.virtual_memory().available
     try:  # version 2 of control groups, which containers have
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8"))
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return free
     return min(free, max(limit - used, 0))

@@ -28,6 +28,23 @@ def is_exported(path: str | Path) -> bool:
     return Path(path).suffix.lower() in EXPORTED + _BY_TORCH
 
 
+def require_model(path: str | Path) -> Path:
+    """Find what is wrong with a model's file before torch is imported, which takes seconds; tensors are not read.
+
+    Returns:
+        the file that is meant.
+
+    Raises:
+        CheckpointError: it is missing, or of another kind.
+    """
+    if not is_exported(path):
+        from paqdetr.checkpoint import find_described
+
+        return find_described(path)[0]
+    open_regular(Path(path), error=CheckpointError).close()
+    return Path(path)
+
+
 def load(
     path: str | Path,
     *,
@@ -65,9 +82,10 @@ def load(
         return open_any_exported(path, threads=threads)
     if threads is not None:
         raise ConfigError("threads: of exported models alone", "call torch.set_num_threads for a checkpoint")
+    file = require_model(path)
     from paqdetr.models import load as load_detector
 
-    return load_detector(path, device=device, classes=classes, num_queries=num_queries)
+    return load_detector(file, device=device, classes=classes, num_queries=num_queries)
 
 
 def open_any_exported(path: str | Path, *, threads: int | None = None) -> Predictor:

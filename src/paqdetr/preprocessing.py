@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
-import torch
-import torchvision.transforms.v2.functional as TF
 from PIL.Image import Image, Resampling
 from pydantic import Field, TypeAdapter
-from torch import Tensor
 
-from paqdetr.config import ResizeRule
+from paqdetr.config import Config, ResizeRule
+
+if TYPE_CHECKING:  # a checkpoint's header is read, and found wanting, before torch is imported
+    from torch import Tensor
 
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -29,6 +29,8 @@ class Normalization:
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """(3, H, W) uint8 -> (3, H, W) float32."""
+        import torch
+
         mean = torch.tensor(self.mean)[:, None, None]
         return (pixels.float() - mean) / torch.tensor(self.std)[:, None, None]
 
@@ -52,6 +54,12 @@ class Preprocessing:
     normalization: Normalization
     resize: ResizeRule = "detr"
     pad_divisor: Annotated[int, Field(ge=1, le=1024)] = 1
+
+    @classmethod
+    def of(cls, config: Config, normalization: Normalization) -> Preprocessing:
+        """What the settings do to an image."""
+        how = {name: getattr(config, name) for name in ("image_size", "size_divisor", "resize", "pad_divisor")}
+        return cls(normalization=normalization, **how)
 
     @property
     def rule(self) -> ResizeRule:
@@ -122,9 +130,9 @@ def _program_size(rule: ResizeRule, height: int, width: int, short: int, longest
     """
     low, high = min(height, width), max(height, width)
     if rule == "relation_detr":  # in float32, so that some sides are a pixel short
-        sides = torch.tensor([height, width])
-        zoom = torch.minimum(short / sides.min(), longest / sides.max())
-        tall, wide = (sides * zoom).long().tolist()
+        sides = np.array([height, width], dtype=np.float32)
+        zoom = np.minimum(np.float32(short) / sides.min(), np.float32(longest) / sides.max())
+        tall, wide = (sides * zoom).astype(int).tolist()
         return max(tall, 1), max(wide, 1)
     if rule == "detectron2":
         zoom = short / low
@@ -145,11 +153,15 @@ def _program_size(rule: ResizeRule, height: int, width: int, short: int, longest
 
 def to_pixels(image: Image) -> Tensor:
     """RGB image -> (3, H, W) uint8."""
+    import torch
+
     return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).contiguous()
 
 
 def resize(pixels: Tensor, height: int, width: int) -> Tensor:
     """(3, h, w) uint8 -> (3, height, width) uint8, bilinear with antialiasing."""
+    import torchvision.transforms.v2.functional as TF
+
     return TF.resize(pixels, [height, width], antialias=True)
 
 
@@ -163,6 +175,8 @@ def pad_images(images: Sequence[Tensor], divisor: int = 1) -> tuple[Tensor, Tens
     Returns:
         (B, 3, H, W), zero at padding; and (B, H, W) bool, True at padding, None if there is none.
     """
+    import torch
+
     height, width = (max(int(image.shape[axis]) for image in images) for axis in (1, 2))
     height, width = (-(-side // divisor) * divisor for side in (height, width))
     batch = images[0].new_zeros(len(images), 3, height, width)

@@ -93,14 +93,15 @@ class Run(Summary):
     @property
     def status(self) -> str:
         """How far the training has come, such as "unfinished: step 960 of 1400, epoch 2.74 of 4"."""
-        trained = self.records("train")
-        if not trained:
-            return "unfinished: no step was recorded"
-        last, config = trained[-1], load_config(self.config_file)
-        total = round(config.epochs * last["step"] / last["epoch"])
-        total = min(total, config.max_steps or total)
-        where = f"step {last['step']} of {total}, epoch {last['epoch']:g} of {config.epochs}"
-        ended = self.records(_ENDED)
+        records = self.records()
+        steps, epochs = (series(records, key)[1] for key in ("step", "epoch"))
+        where = f"step {steps[-1]:.0f}" if len(steps) and steps[-1] > 0 else "no step was recorded"
+        with suppress(ConfigError):  # of a version that has other settings
+            config = load_config(self.config_file)
+            if len(epochs) and epochs[-1] > 0:
+                total = round(config.epochs * steps[-1] / epochs[-1])
+                where += f" of {min(total, config.max_steps or total)}, epoch {epochs[-1]:g} of {config.epochs}"
+        ended = [record for record in records if record.get("kind") == _ENDED]
         stopped = f" ({ended[-1]['stopped']})" if ended and "stopped" in ended[-1] else ""
         return f"{'finished' if ended else 'unfinished'}: {where}{stopped}"
 

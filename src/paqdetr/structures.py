@@ -282,9 +282,9 @@ class Detections(Summary):
         """The same as `supervision.Detections`, names under `data["class_name"]`."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # its advice on OpenCV, which this package does not need
-            import supervision
+            module = import_extra("supervision", "supervision")
 
-        return supervision.Detections(
+        return module.Detections(
             xyxy=self.boxes.astype(np.float32).reshape(-1, 4),
             confidence=self.scores.astype(np.float32),
             class_id=self.labels.astype(int),

@@ -52,6 +52,14 @@ def did_you_mean(word: str, known: Sequence[str], otherwise: str, *, cutoff: flo
     return f"did you mean {folded[close[0]]!r}?" if close else otherwise
 
 
+def duration(seconds: float) -> str:
+    """Such as "40 s", "12 min" or "2 h 05 min"."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
 def figure(value: float | None) -> str:
     """An AP or another share with three decimals, a dash where nothing defines it."""
     return "-" if value is None or value != value else f"{value:.3f}"

@@ -17,7 +17,7 @@ from paqdetr.models.zoo import build_model
 TINY = {
     "image_size": 96,
     "pretrained_backbone": False,
-    "model.backbone": "resnet18",
+    "model.backbone": "test_resnet",
     "model.num_classes": 5,
     "model.dim": 32,
     "model.num_heads": 4,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from paqdetr.analysis.gradients import content_gradients
+from paqdetr.analysis.usage import content_gradients
 from paqdetr.config import LossConfig
 from paqdetr.data.dataset import DetectionDataset, open_split
 from paqdetr.data.loader import plain_batch

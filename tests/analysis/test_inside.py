@@ -87,7 +87,7 @@ def test_places_and_weights_are_those_computed_by_hand(
 def test_what_is_recorded_is_what_reached_the_kernel(
     tiny_model: Build, picture: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import paqdetr.models.attention as module
+    import paqdetr.models.encoder as module
 
     seen: list[tuple[Tensor, Tensor]] = []
     kernel = module.ms_deform_attn

@@ -44,25 +44,8 @@ def test_help_is_quick_and_complete() -> None:
 
 
 @pytest.mark.integration
-def test_the_verbs_as_processes(tmp_path: Path, tiny_run: Run, tiny_digits: Path) -> None:
-    """`train` is run as a process by tests/training/test_resume.py."""
-    done = paqdetr("eval", tiny_run.best, "--data", tiny_digits, "--json", tmp_path / "out.json")
-    assert done.returncode == 0, done.stderr
-    assert "AP50" in done.stdout and json.loads((tmp_path / "out.json").read_text())["AP"] == tiny_run.metrics["AP"]
-
-    done = paqdetr("predict", tiny_run.output, tiny_digits / "test", "--output", tmp_path / "drawn")
-    assert done.returncode == 0, done.stderr
-    assert "in 4 images" in done.stdout and len(list((tmp_path / "drawn").glob("*.jpg"))) == 4
-
-    edition = ("--size", 64, "--train", 1, "--val", 1, "--test", 1, "--seed", 3)
-    done = paqdetr("data", "make", "digits", "--output", tmp_path / "digits", *edition)
-    assert done.returncode == 0 and "1 train, 1 val, 1 test images, seed 3" in done.stdout
-    done = paqdetr("data", "check", tmp_path / "digits")
-    assert done.returncode == 0 and "no errors" in done.stderr, done.stdout
-
-    done = paqdetr("models", "dino_nano")
-    assert done.returncode == 0 and "dino_nano" in done.stdout
-
+def test_a_mistake_of_a_process_is_no_traceback() -> None:
+    """Verbs that work are run as processes by tests/test_readme.py."""
     done = paqdetr("config", "show", "nonsense")
     assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
 
@@ -303,16 +286,21 @@ def test_models_are_listed_whole_and_uncounted(
 def test_config_list(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("COLUMNS", "40")
     assert run(["config", "list"]) == 0
-    rows = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines()]
-    assert [row[0] for row in rows if row[1] == "recipe"] == list_recipes()
-    assert [row[0] for row in rows if row[1] == "model"] == list_models()
-    assert all(row[2].endswith(".") and "#" not in row[2] for row in rows)
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split(maxsplit=2) for line in lines if line.startswith("  ")]
+    assert sorted(row[0] for row in rows if row[1] == "recipe") == list_recipes()
+    assert sorted(row[0] for row in rows if row[1] == "model") == list_models()
+    assert all(row[2] and "#" not in row[2] for row in rows)
+    hosts = [line for line in lines if not line.startswith("  ")]
+    assert hosts == sorted(set(hosts)) and len(hosts) == 13
+    own = lines[lines.index("DINO, 4 levels") + 1 : lines.index("DINO, 5 levels")]
+    assert all("dino" in row or "digits_quickstart" in row for row in own) and "5scale" not in "".join(own)
 
     assert run(["config", "list", "digits_*"]) == 0
     said = capsys.readouterr().out
     assert (
-        said
-        == "digits_quickstart  recipe  What `make quickstart` trains: paq_dino_nano on digits, in minutes on two CPU cores.\n"
+        said == "DINO, 4 levels\n"
+        "  digits_quickstart  recipe  What `make quickstart` trains: paq_dino_nano on digits, in minutes on two CPU cores\n"
     )
     assert run(["config", "list", "yolo*"]) == 2
     assert "no model or recipe is called 'yolo*'" in capsys.readouterr().err

@@ -60,7 +60,7 @@ def verbs(
     truth, model, data = str(tiny_digits / "val.json"), str(tiny_run.best), str(tiny_digits)
     rows = [
         {key: row[key] for key in ("image_id", "category_id", "bbox")} | {"score": 0.5}
-        for row in json.loads(Path(truth).read_text())["annotations"]
+        for row in json.loads(Path(truth).read_text(encoding="utf-8"))["annotations"]
     ]
     (folder / "results.json").write_text(json.dumps(rows))
     study = {

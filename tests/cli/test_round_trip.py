@@ -28,9 +28,9 @@ def written(tiny_run: Run, tiny_digits: Path, truth: Path, tmp_path_factory: pyt
     assert run([*arguments, "--output", str(folder / "ids"), "--annotations", str(truth)]) == 0
     assert run([*arguments, "--output", str(folder / "names")]) == 0
     # The model has hardly learnt: one detection of each image is put where an object is, so that the figures are not all zero.
-    objects = {row["image_id"]: row for row in json.loads(truth.read_text())["annotations"]}
-    names = {row["id"]: row["name"] for row in json.loads(truth.read_text())["categories"]}
-    images = {row["file_name"]: row["id"] for row in json.loads(truth.read_text())["images"]}
+    objects = {row["image_id"]: row for row in json.loads(truth.read_text(encoding="utf-8"))["annotations"]}
+    names = {row["id"]: row["name"] for row in json.loads(truth.read_text(encoding="utf-8"))["categories"]}
+    images = {row["file_name"]: row["id"] for row in json.loads(truth.read_text(encoding="utf-8"))["images"]}
     for name in ("ids", "names"):
         file = folder / name / "predictions.json"
         rows = json.loads(file.read_text())

@@ -87,12 +87,12 @@ def test_the_report_of_what_is_there(study: Path, tmp_path: Path, capsys: pytest
 def test_mistakes(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "out"
     output.mkdir()
-    (output / "study.yaml").write_text(study.read_text())
+    (output / "study.yaml").write_text(study.read_text(encoding="utf-8"))
     assert run(["study", str(study), "--output", str(output)]) == 2
     said = capsys.readouterr().err
     assert "there is a study already" in said and "--resume" in said
     assert run(["study", str(tmp_path / "no.yaml"), "--output", str(output)]) == 2
     assert "no such study" in capsys.readouterr().err
-    study.write_text(yaml.safe_dump(VALUES | {"data": {"fish": {"folder": "fish"}}}))
+    study.write_text(yaml.safe_dump(VALUES | {"data": {"fish": {"folder": "fish"}}}), encoding="utf-8")
     assert run(["study", str(study), "--output", str(output), "--resume"]) == 2
     assert "no such data folder" in capsys.readouterr().err

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,11 +16,13 @@ import typer
 
 from paqdetr import ConfigError
 from paqdetr.cli import app, run
-from paqdetr.cli.console import complete_model, complete_setting, results, table
+from paqdetr.cli.console import complete_model, complete_setting, note_unfinished, results, table
 from paqdetr.cli.habits import VERBS, what_to_type
+from paqdetr.cli.progress import TrainingProgress
 from paqdetr.config import known_keys, load_config
 from paqdetr.config.words import WORDS
 from paqdetr.runs import Run
+from paqdetr.training.callbacks import NotebookProgress, TrainingPlan
 
 PROGRAM: Any = typer.main.get_command(app)
 
@@ -269,3 +272,103 @@ def test_titles_are_not_folded_to_their_table(capsys: pytest.CaptureFixture[str]
     results.print(made)
     first, second, *_ = capsys.readouterr().out.splitlines()
     assert first == title and set(second) <= set("┏━┳┓+-")
+
+
+# ---------------------------------------------------------------------------------------------- a training
+
+
+RECORD = {
+    "kind": "train", "step": 20, "epoch": 0.5, "loss": 6.5, "loss_class": 1.25, "loss_giou": 2.0, "lr": 1e-3,
+    "images_per_second": 8.0, "positives_per_box": [2.0, 1.0],
+}  # fmt: skip
+EVALUATION = {
+    "kind": "eval", "epoch": 1, "split": "val", "AP": 0.25, "AP50": 0.5, "AP_nms": 0.3, "predictions_per_image": 4.0,
+    "boxes_per_image": 5.0,
+}  # fmt: skip
+
+
+@pytest.fixture
+def plan() -> TrainingPlan:
+    config = load_config("dino_nano", {"epochs": 2})
+    return TrainingPlan(config, first_step=10, total_steps=80, images=160, device="cpu", step_images=4)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [100.0]
+    monkeypatch.setattr("paqdetr.training.callbacks.time.monotonic", lambda: now[0])
+    return now
+
+
+def test_lines_of_a_log(plan: TrainingPlan, clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    progress = TrainingProgress()
+    progress.on_start(plan)
+    clock[0] += 50  # ten steps since it was resumed: 60 are left
+    progress.on_step(20, 6.5)
+    progress.on_record(RECORD)
+    progress.on_evaluation(EVALUATION)
+    progress.on_end()
+    first, step, evaluation = capsys.readouterr().err.splitlines()
+    assert first == "dino_nano: 160 images, 80 steps of 4 on cpu, resumed at step 10"
+    assert step == (
+        "step 20/80  epoch 0.50/2  loss 6.500 (class 1.250, giou 2.000)  lr 1.00e-03  8.0 images/s  5 min left  "
+        "positives per box by layer 2.00 1.00"
+    )
+    assert evaluation.startswith("epoch 1: val AP 0.250, AP50 0.500, AP after NMS 0.300")
+
+
+def test_a_notebook_has_a_bar(plan: TrainingPlan, clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+
+    def display(what: Any, *, display_id: bool) -> Any:
+        shown.append(what._repr_html_())
+        return SimpleNamespace(update=lambda again: shown.append(again._repr_html_()))
+
+    assert not NotebookProgress.wanted()
+    shell = SimpleNamespace(kernel=object())
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(display=display))  # type: ignore[arg-type]
+    assert NotebookProgress.wanted()
+    shell.kernel = None  # IPython in a terminal
+    assert not NotebookProgress.wanted()
+
+    progress = NotebookProgress()
+    progress.on_start(plan)
+    for step in range(11, 21):
+        clock[0] += 5
+        progress.on_step(step, 6.5)
+        progress.on_step(step, 6.5)  # at once again: not shown
+    progress.on_record(RECORD)
+    progress.on_evaluation_progress(1, 40)
+    assert len(shown) == 11
+    assert shown[0].startswith('<progress value="10" max="80"></progress> dino_nano 10/80')
+    assert shown[-1] == '<progress value="20" max="80"></progress> dino_nano 20/80  loss  6.500  5 min left'
+    clock[0] += 1
+    progress.on_evaluation_progress(8, 40)
+    assert shown[-1].endswith("8.0 images/s  evaluating image 8 of 40")
+    progress.on_evaluation(EVALUATION)
+    progress.on_end()
+    assert shown[-1].endswith("AP 0.250  8.0 images/s  5 min left")  # the evaluation is over
+
+
+@pytest.mark.parametrize("name", ["", "best.safetensors", "last.safetensors"])
+def test_an_unfinished_run_is_named(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_folder = Run(tmp_path / "run")
+    run_folder.output.mkdir()
+    note_unfinished(run_folder.output / name)  # not begun
+    run_folder.write_config(load_config("dino_nano", {"epochs": 4}))
+    run_folder.append({"kind": "start", "step": 0})
+    note_unfinished(run_folder.output / name)
+    run_folder.append({"kind": "train", "step": 30, "epoch": 1.5})
+    note_unfinished(run_folder.output / name)
+    run_folder.append({"kind": "finished", "step": 80})
+    note_unfinished(run_folder.output / name)
+    assert capsys.readouterr().err == (
+        f"note: {run_folder.output} is unfinished: no step was recorded; `paqdetr info {run_folder.output}` says how it goes on\n"
+        f"note: {run_folder.output} is unfinished: step 30 of 80, epoch 1.5 of 4; `paqdetr info {run_folder.output}` says how "
+        "it goes on\n"
+    )
+    run_folder.config_file.write_text("no_such_setting: 1")
+    (run_folder.output / "metrics.jsonl").write_text('{"kind": "train", "step": 30, "epoch": null}\nhalf a li')
+    note_unfinished(run_folder.output / name)
+    assert capsys.readouterr().err.startswith(f"note: {run_folder.output} is unfinished: step 30; ")

@@ -11,8 +11,8 @@ import torch
 
 from paqdetr.cli import run
 from paqdetr.config import Config, idle_settings, load_config
+from paqdetr.config.model import Needs
 from paqdetr.config.schema import known_fields
-from paqdetr.config.section import Needs
 from paqdetr.errors import ConfigError
 from paqdetr.losses import build_criterion
 from paqdetr.models.zoo import build_model

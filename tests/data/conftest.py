@@ -33,7 +33,7 @@ def picture(path: Path, width: int, height: int) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(content), encoding="utf-8")
 
 
 def coco(root: Path) -> None:

@@ -33,7 +33,7 @@ CONTENT: dict[str, Any] = {
 
 def write(annotations: Path, images: Path, content: object = CONTENT) -> None:
     annotations.parent.mkdir(parents=True, exist_ok=True)
-    annotations.write_text(content if isinstance(content, str) else json.dumps(content))
+    annotations.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
     (images / "sub").mkdir(parents=True, exist_ok=True)
     for entry in CONTENT["images"]:
         Image.new("RGB", (int(entry["width"]), entry["height"])).save(images / entry["file_name"])

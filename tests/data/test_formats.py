@@ -119,9 +119,9 @@ def test_crowds_and_areas_are_kept_for_evaluation(tmp_path: Path) -> None:
 
 
 def edit(path: Path, old: str, new: str) -> None:
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     assert old in text
-    path.write_text(text.replace(old, new))
+    path.write_text(text.replace(old, new), encoding="utf-8")
 
 
 def test_voc_difficult_objects_are_not_trained_on(copy_of: Any) -> None:
@@ -321,3 +321,46 @@ def test_yaml_of_other_programs_is_no_data_set(copy_of: Any) -> None:
     assert find_layout(root).format == "voc"
     (root / "aquarium.yaml").write_text("names: [person, rider]\ntrain: JPEGImages\n")
     assert find_layout(root).format == "yolo"
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_newlines_of_windows(tiny_data: dict[str, Path], copy_of: Any, form: str) -> None:
+    root = copy_of(form)
+    for path in root.rglob("*"):
+        if path.suffix in (".json", ".xml", ".txt", ".yaml", ".odgt"):
+            path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    for split in ("train", "val"):
+        assert boxes(open_split(root, split)) == boxes(open_split(tiny_data[form], split))
+
+
+def slashes_in_coco(root: Path) -> None:
+    content = json.loads((root / "train.json").read_text(encoding="utf-8"))
+    (root / "train" / "sub").mkdir()
+    for image in content["images"]:
+        (root / "train" / image["file_name"]).rename(root / "train" / "sub" / image["file_name"])
+        image["file_name"] = f"sub\\{image['file_name']}"
+    (root / "train.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def slashes_in_yolo_list(root: Path) -> None:
+    names = (f".\\images\\train\\{path.name}" for path in (root / "images" / "train").iterdir())
+    (root / "train.txt").write_text("\r\n".join(names), encoding="utf-8")
+    (root / "data.yaml").write_text("train: train.txt\nval: images/val\nnames: [person, rider]\n", encoding="utf-8")
+
+
+def a_backslash_in_a_name(root: Path) -> None:
+    content = json.loads((root / "train.json").read_text(encoding="utf-8"))
+    for image in content["images"]:
+        (root / "train" / image["file_name"]).rename(root / "train" / f"x\\{image['file_name']}")
+        image["file_name"] = f"x\\{image['file_name']}"
+    (root / "train.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("form", "change"), [("coco", slashes_in_coco), ("yolo", slashes_in_yolo_list), ("coco", a_backslash_in_a_name)]
+)
+def test_paths_of_windows(tiny_data: dict[str, Path], copy_of: Any, form: str, change: Any) -> None:
+    root = copy_of(form)
+    change(root)
+    found = {name.rpartition("\\")[2]: own for name, own in boxes(open_split(root, "train")).items()}
+    assert found == boxes(open_split(tiny_data[form], "train"))

@@ -59,9 +59,9 @@ def box_counts(root: Path) -> dict[str, int]:
 
 
 def edit(path: Path, old: str, new: str, count: int = 1) -> None:
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     assert old in text
-    path.write_text(text.replace(old, new, count))
+    path.write_text(text.replace(old, new, count), encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------ file names

@@ -38,7 +38,7 @@ def coco(file: Path, images: Path, stems: list[str], *, prefix: str = "") -> Non
         "categories": [{"id": 1, "name": "cat"}],
     }
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(content))
+    file.write_text(json.dumps(content), encoding="utf-8")
 
 
 def voc(xml: Path, images: Path, stems: list[str]) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.ops import box_convert, box_iou, generalized_box_iou
 
-from paqdetr.losses.boxes import FlatPairs, box_losses
+from paqdetr.losses.criterion import FlatPairs, box_losses
 from paqdetr.paq import Pairs
 from paqdetr.structures import Targets
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from paqdetr.config import LossConfig
 from paqdetr.losses import Criterion, build_criterion
-from paqdetr.losses.boxes import FlatPairs, box_losses
+from paqdetr.losses.criterion import FlatPairs, box_losses
 from paqdetr.models.outputs import Decoded, DetectorOutput
 from paqdetr.paq import Assigner, MatchingCosts, Mixture, Pairs
 from paqdetr.structures import Targets

@@ -16,7 +16,7 @@ from paqdetr.models.zoo import build_model
 
 # Four levels, six plus six layers made two plus three: `dino_r50` at the size of a test.
 TINY = {
-    "model.backbone": "resnet18",
+    "model.backbone": "test_resnet",
     "model.num_classes": 5,
     "model.dim": 32,
     "model.num_heads": 4,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from paqdetr.models.attention import MLP, DeformableAttention, FeedForward, softmax
+from paqdetr.models.encoder import MLP, DeformableAttention, FeedForward, softmax
 
 SHAPES = [(3, 4), (2, 2)]
 

@@ -439,7 +439,7 @@ def test_their_loss_is_quality_focal_over_positives_and_background(make_targets:
 
 def tiny(name: str = "co_dino_r50", **changes: Any) -> Detector:
     torch.manual_seed(0)
-    options: dict[str, Any] = dict(num_classes=5, backbone="resnet18", dim=32, num_heads=4, ffn_dim=64)
+    options: dict[str, Any] = dict(num_classes=5, backbone="test_resnet", dim=32, num_heads=4, ffn_dim=64)
     options |= dict(encoder_layers=1, decoder_layers=3, num_queries=20, denoising_queries=6)
     return create_model(name, **options | changes).train()
 

@@ -275,3 +275,11 @@ def test_how_pixels_are_normalised() -> None:
     assert imagenet.mean == pytest.approx((123.675, 116.28, 103.53))
     assert imagenet.std == pytest.approx((58.395, 57.12, 57.375))
     assert normalization_of("swin_large_patch4_window12_384.ms_in22k").mean == pytest.approx(imagenet.mean)
+
+
+@pytest.mark.parametrize(("name", "strides"), module._takes_any_size)
+def test_sizes_that_are_known_beforehand(name: str, strides: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    known = module._takes_any_size[name, strides]
+    monkeypatch.setattr(module, "_takes_any_size", {})
+    body = timm.create_model(name, features_only=True, out_indices=(2, 3, 4))
+    assert module._gives_maps_of_any_size(body, name, strides) == known

@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from paqdetr.models.decoder import Decoded, Decoder
-from paqdetr.models.position import sine_boxes
 from paqdetr.models.queries import QueryGroup
-from paqdetr.models.tokens import Tokens
+from paqdetr.models.tokens import Tokens, sine_boxes
 
 LEVELS = [(4, 6), (2, 3)]
 

@@ -40,8 +40,8 @@ def with_zero_gradient(model: nn.Module) -> list[str]:
 
 
 @pytest.mark.parametrize("name", list_models("*_nano"))
-def test_a_training_step_gives_every_parameter_a_gradient(name: str, make_targets: Callable, stir: Callable) -> None:
-    model = create_model(name, num_classes=5, num_queries=30)
+def test_training_steps_give_every_parameter_a_gradient(name: str, make_targets: Callable, stir: Callable) -> None:
+    model = create_model(name, num_classes=5, num_queries=30, backbone="test_resnet")
     for part in model.children():
         if part is not model.backbone:
             stir(part)
@@ -57,12 +57,8 @@ def test_a_training_step_gives_every_parameter_a_gradient(name: str, make_target
     assert without_gradient(model) == []
     # ATSS scales the boxes of each level, and not every level has a positive.
     assert [key for key in with_zero_gradient(model) if not key.startswith("auxiliary.heads.atss.scales.")] == []
-
-
-@pytest.mark.parametrize("name", list_models("*_nano"))
-def test_a_batch_without_boxes_gives_every_parameter_a_gradient(name: str, make_targets: Callable) -> None:
-    model = create_model(name, num_classes=5, num_queries=30)
-    step(model, make_targets(0, 0), 128)
+    model.zero_grad()
+    step(model, make_targets(0, 0), 128)  # a batch without boxes
     assert without_gradient(model) == []
 
 
@@ -148,7 +144,7 @@ def difference(found: DetectorOutput, expected: DetectorOutput) -> float:
 
 def built(name: str, tiny_model: Callable, stir: Callable) -> Detector:
     if "nano" in name:
-        model = create_model(name, num_classes=5, backbone="resnet18", frozen_stride=0).eval()
+        model = create_model(name, num_classes=5, backbone="test_resnet", frozen_stride=0, dim=32, ffn_dim=64).eval()
     else:
         model = tiny_model(name).eval()
     for part in model.children():

@@ -16,14 +16,12 @@ from torchvision.ops import box_convert, box_iou
 from paqdetr.config import load_config
 from paqdetr.errors import ConfigError
 from paqdetr.models import Detector, create_model
-from paqdetr.models.decoder import Decoder
+from paqdetr.models.decoder import Decoder, PositionRelation
 from paqdetr.models.encoder import DeformableEncoder
 from paqdetr.models.files import reshape
 from paqdetr.models.outputs import BACKGROUND_LOGIT
-from paqdetr.models.position import sine_boxes
 from paqdetr.models.queries import QueryGroup
-from paqdetr.models.relation import PositionRelation
-from paqdetr.models.tokens import Tokens
+from paqdetr.models.tokens import Tokens, sine_boxes
 
 HEADS, DIM = 2, 8
 

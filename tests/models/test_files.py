@@ -19,7 +19,7 @@ from paqdetr.models.zoo import build_model
 from paqdetr.structures import ClassTable
 
 SMALL = {
-    "backbone": "resnet18",
+    "backbone": "test_resnet",
     "dim": 32,
     "ffn_dim": 16,
     "encoder_layers": 1,
@@ -153,7 +153,7 @@ def test_norms_that_are_trained_keep_their_counters(checkpoint: Path) -> None:
 def test_a_training_starts_from_init_instead_of_imagenet(checkpoint: Path) -> None:
     small = {f"model.{key}": value for key, value in SMALL.items()}
     config = load_config("dino_nano", {**small, "init": str(checkpoint), "model.num_classes": 3})
-    assert config.pretrained_backbone  # resnet18 has no weights here: reaching for them would fail
+    assert config.pretrained_backbone  # test_resnet has no weights here: reaching for them would fail
     model, report = model_to_train(config, NEW)
     assert report is not None and report.new_classes == ("bird",)
     assert model.classes == NEW

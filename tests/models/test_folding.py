@@ -50,10 +50,10 @@ def test_same_names_same_features_same_gradients(name: str) -> None:
 
 
 def test_weights_are_those_that_were_saved() -> None:
-    plain, folded = pair("resnet18")
+    plain, folded = pair("test_resnet")
     for (key, a), (_, b) in zip(plain.state_dict().items(), folded.state_dict().items(), strict=True):
         assert torch.equal(a, b), key
-    other, _ = pair("resnet18")
+    other, _ = pair("test_resnet")
     folded.load_state_dict(other.state_dict())
     images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     with torch.no_grad():
@@ -62,14 +62,14 @@ def test_weights_are_those_that_were_saved() -> None:
 
 @pytest.mark.parametrize("tensor", ["weight", "running_mean", "bias"])
 def test_what_is_kept_follows_a_change(tensor: str) -> None:
-    plain, folded = pair("resnet18")
+    plain, folded = pair("test_resnet")
     images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     with torch.inference_mode():
         before = folded(images)[-1]
         assert torch.equal(folded(images)[-1], before)
     for body in (plain, folded):
         with torch.no_grad():
-            key = "conv1.weight" if tensor == "weight" else f"bn1.{tensor}"
+            key = "layer1.0.conv1.weight" if tensor == "weight" else f"layer1.0.bn1.{tensor}"
             body.state_dict(keep_vars=True)[key].add_(0.3)
     with torch.inference_mode():
         after = folded(images)[-1]
@@ -79,7 +79,7 @@ def test_what_is_kept_follows_a_change(tensor: str) -> None:
 
 def test_kept_weights_serve_a_training_afterwards() -> None:
     """Frozen convolutions keep what inference mode has computed; autograd must be able to save it."""
-    _, folded = pair("resnet18")
+    _, folded = pair("test_resnet")
     for part in (folded.conv1, folded.layer1):
         part.requires_grad_(False)
     images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
@@ -93,17 +93,17 @@ def test_kept_weights_serve_a_training_afterwards() -> None:
 def test_bodies_made_in_inference_mode() -> None:
     images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     with torch.inference_mode():
-        plain, folded = pair("resnet18")
+        plain, folded = pair("test_resnet")
         for _ in range(2):
             assert (folded(images)[-1] - plain(images)[-1]).abs().max() < 1e-9
             for body in (plain, folded):
-                body.state_dict()["conv1.weight"].mul_(1.5)
+                body.state_dict()["layer1.0.conv1.weight"].mul_(1.5)
     with torch.no_grad():
         assert (folded(images)[-1] - plain(images)[-1]).abs().max() < 1e-9
 
 
 def test_copies_are_independent() -> None:
-    _, folded = pair("resnet18")
+    _, folded = pair("test_resnet")
     images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     with torch.no_grad():
         before = folded(images)[-1]
@@ -129,7 +129,7 @@ def test_nothing_to_fold() -> None:
 
 
 def test_half_precision() -> None:
-    plain, folded = pair("resnet18")
+    plain, folded = pair("test_resnet")
     images = torch.randn(1, 3, 64, 64)
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
         found, expected = folded.float()(images)[-1], plain.float()(images)[-1]

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from paqdetr.checkpoint import describe_checkpoint
 from paqdetr.config import ModelConfig
 from paqdetr.errors import CheckpointError
-from paqdetr.models.files import describe_checkpoint
 from paqdetr.preprocessing import Normalization, Preprocessing
 
 GOOD: dict[str, Any] = {

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from paqdetr.models import list_models
-from paqdetr.models.attention import DeformableAttention
+from paqdetr.models.encoder import DeformableAttention
 
 
 @pytest.mark.parametrize("name", [name for name in list_models("*_r50") if "5scale" not in name])

@@ -20,7 +20,7 @@ from paqdetr.models.queries import QuerySource, ResidualMixtures, StaticQueries
 from paqdetr.paq import PatternQueries, StaticMixtures
 
 SMALL: dict[str, Any] = dict(
-    num_classes=5, backbone="resnet18", dim=32, num_heads=4, ffn_dim=64, encoder_layers=1, num_queries=20
+    num_classes=5, backbone="test_resnet", dim=32, num_heads=4, ffn_dim=64, encoder_layers=1, num_queries=20
 )
 # name, model settings, loss settings
 CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [

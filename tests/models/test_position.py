@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paqdetr.models.position import at_least_float32, inverse_sigmoid, sine_boxes, sine_map, sine_proposals
+from paqdetr.models.tokens import at_least_float32, inverse_sigmoid, sine_boxes, sine_map, sine_proposals
 
 
 def slow_sine(position: float, dim: int, temperature: float) -> list[float]:

@@ -16,7 +16,7 @@ from paqdetr.structures import ClassTable
 HOSTS = [name for name in list_models("*_nano") if not name.startswith("paq_")]
 NANO = [*HOSTS, "paq_dino_nano", "paq_dn_detr_nano", "paq_deformable_detr_nano"]
 SMALL = {
-    "backbone": "resnet18",
+    "backbone": "test_resnet",
     "dim": 32,
     "ffn_dim": 16,
     "encoder_layers": 1,

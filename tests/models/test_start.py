@@ -6,9 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from paqdetr.models.position import sine_proposals
 from paqdetr.models.proposals import LearnedAnchors, LearnedPoints, ProposalHead, ProposalStart
-from paqdetr.models.tokens import Tokens
+from paqdetr.models.tokens import Tokens, sine_proposals
 
 
 @pytest.fixture

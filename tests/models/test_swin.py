@@ -7,16 +7,22 @@ from torchvision.models.swin_transformer import SwinTransformer
 
 from paqdetr.models.backbone import BUILD_OPTIONS, pad_before_shift
 
-STAGES = (2, 2, 6, 2)
+STAGES, WIDTH = (2, 2, 2, 2), 24
+
+
+def small_swin() -> nn.Module:
+    """Swin-T, narrower and with fewer blocks."""
+    options = {"features_only": True, "embed_dim": WIDTH, "depths": STAGES}
+    return timm.create_model("swin_tiny_patch4_window7_224", **options, **BUILD_OPTIONS).eval()
 
 
 def test_features_equal_those_of_torchvision_on_any_size() -> None:
     # torchvision pads before it shifts, as the detection code does.
     torch.manual_seed(0)
-    theirs = SwinTransformer([4, 4], 96, list(STAGES), [3, 6, 12, 24], [7, 7]).eval()
+    theirs = SwinTransformer([4, 4], WIDTH, list(STAGES), [3, 6, 12, 24], [7, 7]).eval()
     for parameter in theirs.parameters():  # biases and tables that are zero would prove little
         nn.init.normal_(parameter, std=0.05)
-    ours = timm.create_model("swin_tiny_patch4_window7_224", features_only=True, **BUILD_OPTIONS).eval()
+    ours = small_swin()
     ours.load_state_dict(_timm_names(theirs.state_dict()))
     pad_before_shift(ours)
     images = torch.randn(2, 3, 268, 332)  # stages of 67 x 83, 34 x 42, 17 x 21, 9 x 11: no multiple of 7 but one
@@ -40,7 +46,7 @@ def test_timms_own_order_of_steps_differs() -> None:
 
 
 def test_sides_that_are_no_multiple_of_4_are_padded_at_the_right_and_the_bottom() -> None:
-    body = timm.create_model("swin_tiny_patch4_window7_224", features_only=True, **BUILD_OPTIONS).eval()
+    body = small_swin()
     pad_before_shift(body)
     images = torch.randn(1, 3, 133, 118)
     with torch.no_grad():
@@ -50,7 +56,7 @@ def test_sides_that_are_no_multiple_of_4_are_padded_at_the_right_and_the_bottom(
 
 @pytest.mark.parametrize("stage", [0, 3])
 def test_every_second_block_shifts_in_every_stage(stage: int) -> None:
-    body = timm.create_model("swin_tiny_patch4_window7_224", features_only=True, **BUILD_OPTIONS)
+    body = small_swin()
     pad_before_shift(body)
     blocks = body.get_submodule(f"layers_{stage}").blocks  # type: ignore[union-attr]
     assert [block.shift_size for block in blocks][:2] == [(0, 0), (3, 3)]  # type: ignore[union-attr]

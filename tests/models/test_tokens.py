@@ -7,9 +7,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from paqdetr.models.attention import DeformableAttention
-from paqdetr.models.neck import Neck, downsample_mask
-from paqdetr.models.tokens import Tokens
+from paqdetr.models.encoder import DeformableAttention
+from paqdetr.models.tokens import Neck, Tokens, downsample_mask
 from paqdetr.paq import PatternQueries
 
 

@@ -22,7 +22,7 @@ pytestmark = [
 INTERPRETED = """
 import torch
 from paqdetr.ops import cuda, registered
-from paqdetr.ops.reference import ms_deform_attn_reference
+from paqdetr.ops.deform_attn import ms_deform_attn_reference
 
 registered.KERNELS["cpu"] = cuda  # the interpreter runs on a CPU
 PYRAMIDS = [[(4, 5), (2, 3)], [(1, 1)], [(3, 1), (1, 7), (1, 1)]]

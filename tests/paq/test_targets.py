@@ -11,8 +11,7 @@ from torch import Tensor
 
 from paqdetr.errors import NonFiniteError
 from paqdetr.paq import OneToOneAssigner, QualityAwareAssigner, Targets
-from paqdetr.paq.costs import matching_costs
-from paqdetr.paq.targets import require_form, require_values
+from paqdetr.paq.costs import matching_costs, require_form, require_values
 
 BOX = [0.5, 0.5, 0.2, 0.2]
 GOOD = Targets(torch.tensor([0]), torch.tensor([BOX]), "good.jpg")

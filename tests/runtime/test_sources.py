@@ -63,7 +63,7 @@ def test_what_a_source_holds(tree: Path, given: str, recursive: bool, names: lis
 @pytest.mark.parametrize("given", ["empty", "none.png", "*.gif", "in/notes.txt", "nowhere/*.png"])
 def test_what_holds_nothing(tree: Path, given: str) -> None:
     if given == "in/notes.txt":
-        Path(given).write_text("notes")
+        Path(given).write_text("notes", encoding="utf-8")
     with pytest.raises(DataError, match=given.replace("*", r"\*")):
         list(list_sources([given]))
 

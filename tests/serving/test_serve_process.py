@@ -212,7 +212,7 @@ def test_a_visitor_uploads_slides_filters_and_downloads(page: Any, tmp_path: Pat
     with page.expect_download() as download:
         page.locator("#save").press("Enter")
     assert download.value.suggested_filename == "street.json"
-    written = json.loads(Path(download.value.path()).read_text())
+    written = json.loads(Path(download.value.path()).read_text(encoding="utf-8"))
     assert written["image"] == {"width": 160, "height": 130} and len(written["detections"]) == 10
     assert [url for url in page.asked[requests:] if not url.startswith("blob:")] == []
 

@@ -72,7 +72,7 @@ class Children:
         self.inside(name)
         code = self.ends.get(name, 0)
         log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_text("error: loss is NaN\nhelp: lower lr\n" if code == 2 else "")
+        log.write_text("error: loss is NaN\nhelp: lower lr\n" if code == 2 else "", encoding="utf-8")
         if code == 0:
             self._leave(step, arguments)
         return Ended(code, 1.0, 0.5)
@@ -83,7 +83,7 @@ class Children:
             run.output.mkdir(parents=True, exist_ok=True)
             run.append({"kind": "finished"})
         else:
-            job = json.loads(Path(arguments[1]).read_text())
+            job = json.loads(Path(arguments[1]).read_text(encoding="utf-8"))
             found = Job.from_json(job)
             figures = {name: {"AP": 0.5, "AP_nms": 0.5} for name in found.measure["checkpoints"]}
             result = RunResult(
@@ -95,7 +95,7 @@ class Children:
                 figures=figures,
                 cost={"seconds": 1.0, "step_seconds": 0.5, "gflops": 1.0},
             )
-            Path(job["result"]).write_text(result.to_text())
+            Path(job["result"]).write_text(result.to_text(), encoding="utf-8")
 
 
 @pytest.fixture
@@ -128,8 +128,8 @@ def test_what_is_there_is_not_made_again(queue: Queue) -> None:
 def test_a_new_measurement_needs_no_new_training(queue: Queue, file: Path) -> None:
     children, go = queue
     go()
-    values = yaml.safe_load(file.read_text())
-    file.write_text(yaml.safe_dump(values | {"evaluate": {"replicates": 60}}))
+    values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    file.write_text(yaml.safe_dump(values | {"evaluate": {"replicates": 60}}), encoding="utf-8")
     children.started.clear()
     assert go().measured == 2 and children.started == ["measure baseline seed0", "measure other seed0"]
 
@@ -153,8 +153,8 @@ def test_a_failed_run_is_kept_with_its_reason_and_the_others_go_on(queue: Queue,
 def test_a_measurement_that_fails_leaves_the_result_that_is_there(queue: Queue, file: Path) -> None:
     children, go = queue
     go()
-    values = yaml.safe_load(file.read_text())
-    file.write_text(yaml.safe_dump(values | {"evaluate": {"replicates": 60}}))
+    values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    file.write_text(yaml.safe_dump(values | {"evaluate": {"replicates": 60}}), encoding="utf-8")
     children.ends["measure baseline seed0"] = 2
     done = go()
     assert [run.key.variant for run in done.failed] == ["baseline"] and done.measured == 1
@@ -180,9 +180,9 @@ def test_a_run_that_failed_can_be_mended_by_other_settings(queue: Queue, file: P
     children, go = queue
     children.ends["train other seed0"] = 2
     go()
-    values = yaml.safe_load(file.read_text())
+    values = yaml.safe_load(file.read_text(encoding="utf-8"))
     values["variants"]["other"]["settings"]["loss.gamma"] = 0.3
-    file.write_text(yaml.safe_dump(values))
+    file.write_text(yaml.safe_dump(values), encoding="utf-8")
     children.ends.clear()
     done = go(retry=True)
     assert done.failed == [] and done.trained == 1
@@ -231,6 +231,7 @@ def test_two_queues_share_the_runs(queue: Queue) -> None:
     assert children.started == ["train baseline seed0", *ALL[2:], "measure baseline seed0"]
 
 
+@pytest.mark.integration
 def test_a_run_that_somebody_trains_by_hand_is_waited_for(
     queue: Queue, file: Path, tmp_path: Path, tiny_digits: Path
 ) -> None:
@@ -260,9 +261,9 @@ def test_a_run_that_somebody_trains_by_hand_is_waited_for(
 def test_changed_settings_are_refused_before_anything_runs(queue: Queue, file: Path) -> None:
     children, go = queue
     go()
-    values = yaml.safe_load(file.read_text())
+    values = yaml.safe_load(file.read_text(encoding="utf-8"))
     values["variants"]["other"]["settings"]["loss.gamma"] = 0.3
-    file.write_text(yaml.safe_dump(values))
+    file.write_text(yaml.safe_dump(values), encoding="utf-8")
     children.started.clear()
     with pytest.raises(
         ConfigError, match=r"other/seed0\.json: was made with loss\.gamma=0\.2, the study now says 0\.3"

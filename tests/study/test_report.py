@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from paqdetr.errors import DataError
-from paqdetr.report.markdown import to_table
+from paqdetr.report.page import to_table
 from paqdetr.report.section import Column, make_table
 from paqdetr.study.report import StudyReport, _facts, _mean_curve, write_report
 from paqdetr.study.results import RunResult, read_result, read_results

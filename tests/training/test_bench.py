@@ -6,6 +6,7 @@ from paqdetr.errors import ConfigError
 from paqdetr.training.bench import bench
 
 TINY = {
+    "model.backbone": "test_resnet",
     "model.dim": 32,
     "model.ffn_dim": 32,
     "model.num_queries": 10,

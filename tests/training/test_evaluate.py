@@ -30,7 +30,7 @@ from paqdetr.runs import Run
 from paqdetr.structures import ClassTable, Detections, Targets
 
 # The package's attribute of this name is the function.
-MODULE = importlib.import_module("paqdetr.evaluation.evaluate")
+MODULE = importlib.import_module("paqdetr.models.inference")
 CATEGORIES = [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}]
 
 

@@ -44,12 +44,14 @@ def train_record(step: int, **more: object) -> dict:
 
 
 def write(path: Path, records: list[dict], tail: str = "") -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records) + tail)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records) + tail, encoding="utf-8")
     return path
 
 
 def titles(svg: Path) -> str:
-    return " ".join(re.findall(r"<!-- (.*?) -->", svg.read_text()))  # matplotlib notes each text in a comment
+    return " ".join(
+        re.findall(r"<!-- (.*?) -->", svg.read_text(encoding="utf-8"))
+    )  # matplotlib notes each text in a comment
 
 
 # ------------------------------------------------------------------------------------------ contact sheet

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from paqdetr.environment import available_memory
 from paqdetr.errors import ConfigError
 from paqdetr.models.zoo import build_model
 from paqdetr.training.memory import largest_batch, peaks_of_steps, worst_batch
-from paqdetr.training.plan import Overfit, overfit_one_batch, plan_training
+from paqdetr.training.plan import Overfit, _Tried, overfit_one_batch, plan_training
 from paqdetr.training.setup import with_classes
 
 pytestmark = pytest.mark.integration
@@ -31,10 +32,21 @@ def config(tiny_digits: Path, tiny_settings: dict[str, Any]) -> Config:
 
 
 def test_a_plan_adds_up(config: Config, tiny_digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("paqdetr.training.plan.peaks_of_steps", lambda *_, **__: [2**30])
+    def in_this_process(call: Any, *arguments: object, progress: Any) -> Any:
+        return call(*arguments, progress)
+
+    monkeypatch.setattr("paqdetr.training.plan.in_own_process", in_this_process)
+    peaks = iter((0.5, 0.75, 2.0, 2.25))  # before, with the model, after the steps, after the evaluation
+    monkeypatch.setattr("paqdetr.training.plan.peak_memory", lambda: next(peaks))
+    reports: list[tuple[int, int]] = []
     train_split, val_split = (open_split(tiny_digits, name) for name in ("train", "val"))
     settings = config.model_copy(update={"eval_every": 2, "accumulate": 2, "lr_rule": "linear"})
-    plan = plan_training(settings, train_split, val_split, device="cpu", steps=3)
+    plan = plan_training(
+        settings, train_split, val_split, device="cpu", steps=3, progress=lambda *done: reports.append(done)
+    )
+    assert reports == [
+        (n, 11) for n in range(1, 12)
+    ]  # two steps warm up, three are timed, two are the largest; four images
     assert (plan.images, plan.batches, plan.step_images) == (8, 4, 4)
     assert (plan.epoch_steps, plan.total_steps, plan.measured_steps) == (2, 6, 3)
     assert plan.lr == pytest.approx(config.lr * 4 / 16)
@@ -43,12 +55,34 @@ def test_a_plan_adds_up(config: Config, tiny_digits: Path, monkeypatch: pytest.M
     # epochs 2 and 3 are evaluated
     expected = 6 * plan.step_seconds + 2 * plan.evaluation_seconds
     assert plan.total_seconds == pytest.approx(expected, abs=0.2)
-    parts = [plan.memory[name] for name in ("weights", "gradients", "optimizer", "activations")]
-    assert plan.memory["total"] == 1 == pytest.approx(sum(parts), abs=0.003) and plan.fits
+    cached = 8 * 3 * 96 * 96 / 2**30  # of which the steps have decoded all
+    parts = {
+        "process": 0.5,
+        "model": 0.25,
+        "step": 1.25 - cached,
+        "evaluation": 0.25,
+        "cached images": cached,
+        "workers": 0,
+    }
+    assert {name: plan.memory[name] for name in parts} == pytest.approx(parts, abs=0.001)
+    assert plan.memory["peak"] == plan.memory["total"] == 2.25 and plan.fits
     model = build_model(config)
     assert plan.parameters == sum(p.numel() for p in model.parameters())
     assert 0 < plan.trainable < plan.parameters  # the stem of the backbone is frozen
     json.dumps(plan.to_json(), allow_nan=False)
+
+
+def test_memory_beside_the_training_process(config: Config, tiny_digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers decode images into memory that they share; an evaluation of many images keeps their detections."""
+    train_split, val_split = (open_split(tiny_digits, name) for name in ("train", "val"))
+    monkeypatch.setattr("paqdetr.training.plan.in_own_process", lambda *_, **__: tried)
+    memory = {"process": 0.5, "model": 0.25, "step": 1.0, "evaluation": 0.25, "cached images": 3.0, "workers": 1.0}
+    tried = _Tried("cpu", 4, 4, 12, 10, 5, [1.0], 2.0, memory, shares_images=True, disk=2**30)
+    plan = plan_training(config, train_split, val_split)
+    assert (plan.memory["peak"], plan.memory["total"], plan.total_seconds) == (2.0, 6.0, 12 + 3 * 2.0)
+    tried = dataclasses.replace(tried, shares_images=False, memory={**memory, "workers": 0.0})
+    plan = plan_training(config, train_split, val_split)
+    assert (plan.memory["peak"], plan.memory["total"]) == (5.0, 5.0)
 
 
 @pytest.mark.integration

@@ -513,7 +513,8 @@ def test_twenty_steps_reproduce_stored_losses(
         eval_every=10,
         workers=0,
         callbacks=[listener],
-        settings=tiny_settings,
+        pretrained_backbone=True,
+        settings={**tiny_settings, "model.backbone": "tf_efficientnet_lite0"},
     )
     losses = [loss for _, loss in listener.of("step")]
     assert len(losses) == 20

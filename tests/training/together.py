@@ -55,7 +55,7 @@ def gradients(job: dict[str, Any], split: DetectionDataset) -> None:
         found = {name: p.grad for name, p in train.model.named_parameters() if p.requires_grad}
         assert all(grad is not None for grad in found.values())
         save_file({name: grad.contiguous() for name, grad in found.items()}, job["gradients"])
-        Path(job["answer"]).write_text(json.dumps({"loss": step.loss}))
+        Path(job["answer"]).write_text(json.dumps({"loss": step.loss}), encoding="utf-8")
 
 
 def evaluation(job: dict[str, Any], split: DetectionDataset) -> None:
@@ -67,7 +67,7 @@ def evaluation(job: dict[str, Any], split: DetectionDataset) -> None:
     if found is not None:
         figures = {key: value for key, value in found.to_json().items() if key != "images_per_second"}
         answer = {"figures": figures, "results": found.results, "usage": usage.report().to_json()}
-        Path(job["answer"]).write_text(json.dumps(answer))
+        Path(job["answer"]).write_text(json.dumps(answer), encoding="utf-8")
 
 
 def accidents(job: dict[str, Any], split: DetectionDataset) -> None:
@@ -103,12 +103,12 @@ def accidents(job: dict[str, Any], split: DetectionDataset) -> None:
         told = train.processes.gather((error.message, error.told_elsewhere))
         answer["raised"] = told
     if train.processes.main:
-        Path(job["answer"]).write_text(json.dumps(answer))
+        Path(job["answer"]).write_text(json.dumps(answer), encoding="utf-8")
 
 
 def jobs(file: str) -> None:
     """A json list of jobs, one after the other in the same processes."""
-    for job in json.loads(Path(file).read_text()):
+    for job in json.loads(Path(file).read_text(encoding="utf-8")):
         split = open_split(job["data"], "train")
         {"gradients": gradients, "evaluation": evaluation, "accidents": accidents}[job["what"]](job, split)
 
@@ -187,7 +187,7 @@ def run(place: tuple[int, int, int, str, str], work: str, *arguments: str) -> No
     rank, count, port, out, err = place
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), number)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+    sys.stdout, sys.stderr = (open(n, "w", encoding="utf-8", closefd=False) for n in (1, 2))  # noqa: SIM115
     console.errors.file, console.results.file = sys.stderr, sys.stdout
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}

@@ -21,7 +21,7 @@ from paqdetr.analysis.summary import class_section, findings_section, summary_se
 from paqdetr.analysis.training import training_section
 from paqdetr.analysis.usage import usage_chapter
 from paqdetr.data.dataset import DetectionDataset, open_split
-from paqdetr.errors import ConfigError, DataError
+from paqdetr.errors import ConfigError, DataError, import_extra
 from paqdetr.evaluation.content import ContentCollector
 from paqdetr.evaluation.evaluate import evaluate_split, require_same_classes
 from paqdetr.evaluation.layers import LayerCollector
@@ -114,6 +114,7 @@ def analyze(
     """
     if images < 1 or samples < 1:
         raise ConfigError(f"images={images}, samples={samples}: expected at least 1 of each", "give more")
+    import_extra("sklearn", "analyze")  # now, not after the evaluation
     output = Path(output)
     require_report_place(output)
     chosen = [model] if against is None else [model, against]

@@ -19,10 +19,9 @@ from paqdetr.data.dataset import DetectionDataset
 from paqdetr.drawing import Canvas, mark
 from paqdetr.errors import ConfigError
 from paqdetr.losses.criterion import Criterion, build_criterion
-from paqdetr.models.attention import DeformableAttention
 from paqdetr.models.decoder import DecoderLayer
 from paqdetr.models.detector import Detector
-from paqdetr.models.encoder import EncoderLayer
+from paqdetr.models.encoder import DeformableAttention, EncoderLayer
 from paqdetr.models.outputs import DetectorOutput
 from paqdetr.models.queries import QueryGroup
 from paqdetr.models.tokens import Tokens

@@ -128,9 +128,9 @@ def run(argv: Sequence[str]) -> int:
             return _mistake(
                 f"{error.filename}: {error.strerror}", "check the path, its permissions and the disk", debug=debug
             )
-        if isinstance(error, OSError) and "No usable temporary directory" in str(error):
+        if isinstance(error, OSError) and "temporary directory" in str(error):
             return _mistake(
-                f"there is no writable folder for temporary files: {error.strerror}",
+                f"there is no writable folder for temporary files: {error.strerror or error}",
                 "set the environment variable TMPDIR to a folder with some room",
                 debug=debug,
             )

@@ -8,7 +8,18 @@ from typing import Annotated
 
 import typer
 
-from paqdetr.cli.console import BatchSize, Checkpoint, Data, Device, Seed, Split, progress_bar, results, show
+from paqdetr.cli.console import (
+    BatchSize,
+    Checkpoint,
+    Data,
+    Device,
+    Seed,
+    Split,
+    note_unfinished,
+    progress_bar,
+    results,
+    show,
+)
 from paqdetr.values import MAX_RESAMPLES
 
 
@@ -30,9 +41,18 @@ def analyze(
     device: Device = None,
 ) -> None:
     """Write one HTML page on what a detector does well and badly."""
-    from paqdetr.analysis import analyze as write_report
+    from paqdetr.data.dataset import open_split
     from paqdetr.data.layout import split_to_evaluate
     from paqdetr.environment import require_device
+    from paqdetr.loading import require_model
+
+    for path in (checkpoint, against):
+        if path is not None:
+            require_model(path)
+            note_unfinished(path)
+    split = split_to_evaluate(data, split)
+    open_split(data, split)
+    from paqdetr.analysis import analyze as write_report  # takes seconds: after what a typo can be in
 
     with ExitStack() as stack:
         bars = {}
@@ -48,7 +68,7 @@ def analyze(
             checkpoint,
             data=data,
             output=output,
-            split=split_to_evaluate(data, split),
+            split=split,
             against=against,
             images=images,
             samples=resamples,

@@ -31,15 +31,18 @@ def bench(
 
     In turns with what it is compared with. Of a run's folder, a .safetensors file or an exported model: inference alone.
     """
-    from paqdetr.config import parse_overrides
-    from paqdetr.training.bench import bench as measure
-    from paqdetr.training.bench import bench_files
+    from paqdetr.config import load_config, parse_overrides
+    from paqdetr.loading import require_model
 
     files = OutputFiles("paqdetr bench", overwrite=overwrite, json=json_file)
     names = [model] if against is None else [model, against]
     if any(map(_is_file, names)):
         if settings:
             raise ConfigError(f"{settings[0]}: a trained model has its own settings", "leave it out")
+        for name in filter(_is_file, names):
+            require_model(name)
+        from paqdetr.training.bench import bench_files
+
         with progress_bar("bench") as progress:
             timed = bench_files(
                 names, image_size=image_size, batch_size=batch_size, rounds=rounds, device=device, progress=progress
@@ -47,7 +50,11 @@ def bench(
         results.print(_files_table(timed, base=names[-1]))
         files.write("json", timed)
         return
-    image_size = image_size or 640
+    image_size, overrides = image_size or 640, parse_overrides(settings or [])
+    for name in names:
+        load_config(name, overrides)
+    from paqdetr.training.bench import bench as measure
+
     with progress_bar("bench") as progress:
         found = measure(
             model,
@@ -57,7 +64,7 @@ def bench(
             device=device,
             rounds=rounds,
             progress=progress,
-            settings=parse_overrides(settings or []),
+            settings=overrides,
         )
     images = f"{batch_size} image{'s' * (batch_size > 1)} of {image_size}x{image_size}"
     count = found.machine["threads"]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 import typer
 
-from paqdetr.cli.console import Model, Settings, print_columns, results
+from paqdetr.cli.console import Model, Settings, print_columns, print_styled, results
 from paqdetr.errors import ConfigError
 
 app = typer.Typer(help="List models and recipes; show their settings.", no_args_is_help=True)
@@ -15,14 +16,18 @@ app = typer.Typer(help="List models and recipes; show their settings.", no_args_
 @app.command("list")
 def list_names(pattern: Annotated[str, typer.Argument(help='Which ones, such as "*_finetune".')] = "*") -> None:
     """List what `train` takes: models, and recipes that train one for a certain purpose."""
-    from paqdetr.config import describe_config, list_configs
+    from paqdetr.config import list_configs
+    from paqdetr.config.files import describe_training, hosts_of
 
-    names = [(name, "recipe") for name in list_configs("recipe", pattern)]
-    names += [(name, "model") for name in list_configs("model", pattern)]
-    rows = [(name, kind, describe_config(name)) for name, kind in names]
-    if not rows:
+    models, recipes = list_configs("model", pattern), list_configs("recipe", pattern)
+    if not models and not recipes:
         raise ConfigError(f"no model or recipe is called {pattern!r}", "`paqdetr config list` lists them all")
-    print_columns(rows)
+    for title, names in sorted(hosts_of(models + recipes).items()):
+        print_styled(results, (title, "bold"))
+        kinds = {name: "recipe" if name in recipes else "model" for name in names}
+        # One line each: without what the title says already, and without details in brackets.
+        texts = [re.sub(r" \([^)]*\)", "", describe_training(name)).removeprefix(f"{title}, ") for name in names]
+        print_columns([(f"  {name}", kind, text) for (name, kind), text in zip(kinds.items(), texts, strict=True)])
 
 
 @app.command()

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from paqdetr.environment import require_known_device
 from paqdetr.errors import ConfigError
 from paqdetr.text import figure as show  # noqa: F401  for the other files here
 from paqdetr.text import printable
@@ -57,7 +58,9 @@ Settings = Annotated[
         help="Settings, such as epochs=12 model.num_patterns=32.", metavar="KEY=VALUE", autocompletion=complete_setting
     ),
 ]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...: the best there is if not given.")]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, ...: the best there is if not given.", callback=require_known_device)
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist, whoever wrote them.")]
 Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of all random draws.")]
 BatchSize = Annotated[int, typer.Option(min=1, max=MAX_BATCH, help="It changes the speed, never a figure.")]
@@ -127,13 +130,24 @@ def open_model(path: Path, device: str | None = None) -> Predicts:
     Raises:
         UserError: it cannot be read, or not run here.
     """
-    from paqdetr.loading import is_exported, load
+    from paqdetr.loading import is_exported, load, require_model
 
+    require_model(path)
     if is_exported(path):
         return load(path, device=device or "cpu")
+    note_unfinished(path)
     from paqdetr.environment import require_device
 
     return load(path, device=str(require_device(device)))
+
+
+def note_unfinished(path: Path) -> None:
+    """A note if a path is the folder of a run that has not come to its end, or a checkpoint in one."""
+    from paqdetr.runs import Run
+
+    run = Run(path if path.is_dir() else path.parent)
+    if run.config_file.is_file() and run.metrics_file.is_file() and not run.finished:
+        note(f"{run.output} is {run.status}; `paqdetr info {run.output}` says how it goes on")
 
 
 def parse_nms(text: str | None) -> float | None:

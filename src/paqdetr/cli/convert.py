@@ -12,10 +12,16 @@ import typer
 from rich.table import Table
 
 from paqdetr.cli.console import OutputFiles, Overwrite, note, results, table
-from paqdetr.errors import ConfigError
+from paqdetr.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from paqdetr.convert import ConversionReport
+
+# The keys of `paqdetr.convert.LAYOUTS`, for which torch is needed, and our own.
+_ORIGINS = (
+    *("dino", "detrex", "dn_detr", "deformable_detr", "relation_detr", "mmdet_dino", "co_detr", "ddq", "transformers"),
+    "paqdetr",
+)
 
 
 def convert(
@@ -30,13 +36,7 @@ def convert(
         ),
     ] = None,
     *,
-    origin: Annotated[
-        str,
-        typer.Option(
-            "--from",
-            help="dino, detrex, dn_detr, deformable_detr, relation_detr, mmdet_dino, co_detr, ddq, transformers or paqdetr.",
-        ),
-    ],
+    origin: Annotated[str, typer.Option("--from", help=f"{', '.join(_ORIGINS[:-1])} or {_ORIGINS[-1]}.")],
     output: Annotated[Path, typer.Option(help="The checkpoint to write, .safetensors.")],
     model: Annotated[
         str | None,
@@ -51,11 +51,13 @@ def convert(
     overwrite: Overwrite = False,
 ) -> None:
     """Turn weights of another program into a checkpoint."""
-    from paqdetr.config import load_config, parse_overrides
-    from paqdetr.convert import convert_checkpoint
-    from paqdetr.models import list_models
-    from paqdetr.models.files import settings_to_add
+    from paqdetr.checkpoint import settings_to_add
+    from paqdetr.config import list_configs, load_config, parse_overrides
+    from paqdetr.files import open_regular
 
+    if origin not in _ORIGINS:
+        raise ConfigError(f"--from {origin}: no such program", f"choose among {', '.join(_ORIGINS)}")
+    overrides = parse_overrides(settings or [])
     if output.suffix != ".safetensors":
         raise ConfigError(f"--output {output}: checkpoints are .safetensors", "change the ending")
     if output.exists() and not overwrite:  # an earlier conversion too: somebody may be training from it
@@ -64,9 +66,11 @@ def convert(
             "choose another, or replace it with --overwrite",
         )
     files = OutputFiles("paqdetr convert", overwrite=overwrite, output=output, json=json_file)
-    detector, report = convert_checkpoint(
-        source, origin=origin, model=model, partial=partial, settings=parse_overrides(settings or [])
-    )
+    if not source.is_dir():
+        open_regular(source, error=CheckpointError).close()
+    from paqdetr.convert import convert_checkpoint  # takes seconds: after what a typo can be in
+
+    detector, report = convert_checkpoint(source, origin=origin, model=model, partial=partial, settings=overrides)
     detector.save(output, converted={"origin": report.origin, "source": report.source, **report.counts()})
     results.print(f"{report.source} ({report.origin}) as {report.model}")
     results.print(_tensors(report))
@@ -78,7 +82,7 @@ def convert(
         note(line)
     results.print(f"checkpoint: {output}")
     files.write("json", report.to_dict())
-    if report.model in list_models():
+    if report.model in list_configs("model"):
         config = load_config(report.model)
         extra = settings_to_add(detector.config, config.model)
         images = detector.preprocessing

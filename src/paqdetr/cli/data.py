@@ -141,16 +141,17 @@ def preview(
     """
     from paqdetr.config import load_config, parse_overrides
     from paqdetr.data.dataset import open_split
-    from paqdetr.data.preview import preview_batches
-    from paqdetr.models.zoo import preprocessing_of
 
     _require_png(output)
     OutputFiles("paqdetr data preview", overwrite=overwrite, output=output)
     config = load_config(model, {"workers": 0, **parse_overrides(settings or [])})
     opened = open_split(folder, split)
-    drawn = preview_batches(
-        config, opened, preprocessing_of(config), output, batches=batches, epoch=epoch, overwrite=overwrite
-    )
+    from paqdetr.data.preview import preview_batches
+    from paqdetr.preprocessing import Normalization, Preprocessing
+
+    # Pixels are drawn as they were: how a backbone wants them is not asked of timm, which takes seconds to import.
+    preprocessing = Preprocessing.of(config, Normalization((0, 0, 0), (1, 1, 1)))
+    drawn = preview_batches(config, opened, preprocessing, output, batches=batches, epoch=epoch, overwrite=overwrite)
     results.print(f"drawn: {drawn}")
 
 

@@ -22,6 +22,7 @@ from paqdetr.cli.console import (
     TileSize,
     WithWhole,
     note,
+    note_unfinished,
     parse_nms,
     progress_bar,
     results,
@@ -193,10 +194,14 @@ def _require_one(checkpoint: Path | None, results_file: Path | None, compare: tu
 
 
 def _of_checkpoint(checkpoint: Path, options: _Options) -> _Found | None:
+    from paqdetr.loading import require_model
+
+    require_model(checkpoint)
+    dataset = options.dataset()
+    assert dataset is not None
     from paqdetr.distributed import Processes, leave
 
-    processes, dataset = Processes.join(options.device), options.dataset()
-    assert dataset is not None
+    processes = Processes.join(options.device)
     model, found = _detect(checkpoint, dataset, processes, options)
     leave()
     if found is None:
@@ -214,6 +219,8 @@ def _detect(
     from paqdetr.evaluation.evaluate import evaluate_together
     from paqdetr.loading import is_exported, load
 
+    if processes.main:
+        note_unfinished(checkpoint)
     model = load(checkpoint, device="cpu" if is_exported(checkpoint) else str(processes.device))
     with progress_bar(f"evaluate on {dataset.name}") as progress:
         found = evaluate_together(
@@ -285,7 +292,7 @@ def _counted(options: _Options) -> str:
 def _compare(pair: tuple[Path, Path], options: _Options) -> dict[str, Any] | None:
     """Print two result sets side by side; what goes into the json."""
     from paqdetr.cli.figures import class_comparison_table, comparison_table
-    from paqdetr.distributed import Processes
+    from paqdetr.loading import require_model
     from paqdetr.metrics.coco import is_shards
     from paqdetr.metrics.intervals import compare_results
 
@@ -298,9 +305,11 @@ def _compare(pair: tuple[Path, Path], options: _Options) -> dict[str, Any] | Non
         raise ConfigError(f"{models[0]}: a checkpoint needs --data", "name the data set's folder")
     if models and options.kind != "bbox":
         raise ConfigError("--iou-type segm compares results files", "give two of them")
-    processes, dataset = Processes.join(options.device), options.dataset()
+    for path in models:
+        require_model(path)
+    dataset = options.dataset()
     truth = options.truth(dataset)
-    tables = _tables(pair, truth, dataset, processes, options)
+    tables = _tables(pair, truth, dataset, options)
     if tables is None:
         return None
     with progress_bar("resample the images") as progress:
@@ -322,30 +331,27 @@ def _compare(pair: tuple[Path, Path], options: _Options) -> dict[str, Any] | Non
 
 
 def _tables(
-    pair: tuple[Path, Path],
-    truth: CocoRecords,
-    dataset: DetectionDataset | None,
-    processes: Processes,
-    options: _Options,
+    pair: tuple[Path, Path], truth: CocoRecords, dataset: DetectionDataset | None, options: _Options
 ) -> tuple[MatchTable, MatchTable] | None:
     """The matches of both; None in all processes but the main one."""
-    from paqdetr.distributed import leave
+    from paqdetr.environment import this_is_main
     from paqdetr.metrics.coco import is_shards, read_results
     from paqdetr.metrics.matches import MatchTable
 
-    rows: list[list[dict[str, Any]]] = []
-    for path in pair:
-        if path.suffix == ".json" or is_shards(path):
-            rows.append(read_results(path))
-            continue
-        assert dataset is not None
-        _, found = _detect(path, dataset, processes, options)
-        rows.append([] if found is None else found.results)
-    leave()
-    if not processes.main:
+    read = {path: read_results(path) for path in pair if path.suffix == ".json" or is_shards(path)}
+    if len(read) < len(set(pair)):
+        from paqdetr.distributed import Processes, leave
+
+        processes = Processes.join(options.device)
+        for path in (path for path in pair if path not in read):
+            assert dataset is not None
+            _, found = _detect(path, dataset, processes, options)
+            read[path] = [] if found is None else found.results
+        leave()
+    if not this_is_main():
         return None
     first, second = (
-        MatchTable.match(truth, own, options.kind, source=str(path), max_detections=options.max_detections)
-        for own, path in zip(rows, pair, strict=True)
+        MatchTable.match(truth, read[path], options.kind, source=str(path), max_detections=options.max_detections)
+        for path in pair
     )
     return first, second

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 from rich.table import Table
 
-from paqdetr.cli.console import JsonFile, OutputFiles, Overwrite, results
+from paqdetr.cli.console import JsonFile, OutputFiles, Overwrite, note_unfinished, results
 from paqdetr.errors import ConfigError, ExportError
 
 if TYPE_CHECKING:
@@ -46,11 +46,20 @@ def export(
     overwrite: Overwrite = False,
 ) -> None:
     """Write an ONNX, OpenVINO or torch file, compared with the run."""
+    from paqdetr.checkpoint import find_described
+
+    for option, found, known in (
+        ("--format", format, ("onnx", "openvino", "pt2", "torchscript")),
+        ("--precision", precision, ("f32", "f16", "int8")),
+        ("--attention", attention, ("grid_sample", "gather")),
+    ):
+        if found not in known:
+            raise ConfigError(f"{option}: expected one of {', '.join(known)}, found {found!r}", "choose one of them")
+    files = OutputFiles("paqdetr export", overwrite=overwrite, json=json_file)
+    find_described(checkpoint)
+    note_unfinished(checkpoint)
     from paqdetr import deploy
 
-    if attention not in ("grid_sample", "gather"):
-        raise ConfigError(f"--attention: expected grid_sample or gather, found {attention!r}", "choose one of them")
-    files = OutputFiles("paqdetr export", overwrite=overwrite, json=json_file)
     try:
         done = deploy.export(
             checkpoint,

@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from paqdetr.config.words import WORDS
-
 # Verbs of ultralytics, rf-detr, detectron2, mmdetection, transformers and others.
 VERBS = {
     "val": "eval", "validate": "eval", "validation": "eval", "evaluate": "eval", "evaluation": "eval",
@@ -53,6 +51,8 @@ class _Line:
 
     def read(self, words: list[str]) -> bool:
         """Sort all words; whether each of them has a place."""
+        from paqdetr.config.words import WORDS  # settings need pydantic, and an exported model runs without
+
         while words:
             word = words.pop(0)
             name, equals, value = word.partition("=")
@@ -105,6 +105,8 @@ class _Line:
         return True
 
     def _find(self, word: str, key: str) -> str | None:
+        from paqdetr.config.words import WORDS
+
         if (option := f"--{key.replace('_', '-')}") in self.options:
             return option
         for place in WORDS.get(key, "?").split("|"):

@@ -31,6 +31,9 @@ def push(
     evaluation: _Evaluation = None,
 ) -> None:
     """Upload a detector with its model card."""
+    from paqdetr.checkpoint import find_described
+
+    find_described(checkpoint)
     hub = import_extra("paqdetr.models.hub", "hub")
     name, revision = hub.split_address(repo)
     if revision is not None:
@@ -68,12 +71,10 @@ def pull(
 @app.command()
 def card(checkpoint: _Checkpoint, *, license: _License = None, evaluation: _Evaluation = None) -> None:
     """Print the model card that `push` would upload."""
-    from paqdetr.checkpoint import read_header
-    from paqdetr.models.files import find_checkpoint
+    from paqdetr.checkpoint import find_checkpoint, read_header
 
-    text = import_extra("paqdetr.models.hub", "hub").model_card(
-        read_header(find_checkpoint(checkpoint)), license=license, evaluation=_figures(evaluation)
-    )
+    header, figures = read_header(find_checkpoint(checkpoint)), _figures(evaluation)
+    text = import_extra("paqdetr.models.hub", "hub").model_card(header, license=license, evaluation=figures)
     results.print(text.rstrip(), soft_wrap=True)
 
 
@@ -127,8 +128,7 @@ gr.Interface(
 
 def _weights(checkpoint: Path, folder: Path) -> dict[str, Any]:
     """Copy the weights into a folder; their header."""
-    from paqdetr.checkpoint import read_checkpoint
-    from paqdetr.models.files import find_checkpoint
+    from paqdetr.checkpoint import find_checkpoint, read_checkpoint
 
     file = find_checkpoint(checkpoint)
     _, header = read_checkpoint(file)

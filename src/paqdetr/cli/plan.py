@@ -17,8 +17,10 @@ from paqdetr.cli.console import (
     Settings,
     facts_table,
     note,
+    progress_bar,
     results,
 )
+from paqdetr.text import duration
 
 
 def plan(
@@ -43,8 +45,6 @@ def plan(
     It takes a few real steps and evaluates a few images in another process, and keeps nothing of them.
     """
     from paqdetr.config import describe_idle, load_config, parse_overrides
-    from paqdetr.distributed import Processes
-    from paqdetr.training.memory import largest_batch
     from paqdetr.training.setup import describe_data, open_splits, with_classes
 
     files = OutputFiles("paqdetr plan", overwrite=overwrite, json=json_file)
@@ -55,7 +55,11 @@ def plan(
         note(line)
     config = with_classes(config, train_split)
     if auto_batch:
-        size = largest_batch(config, train_split, Processes.join(device))
+        from paqdetr.distributed import Processes
+        from paqdetr.training.memory import largest_batch
+
+        with progress_bar("find the largest batch"):
+            size = largest_batch(config, train_split, Processes.join(device))
         config = config.model_copy(update={"batch_size": size})
     if overfit is not None:
         from paqdetr.training.plan import overfit_one_batch
@@ -74,25 +78,21 @@ def plan(
         return
     from paqdetr.training.plan import plan_training
 
-    found = plan_training(config, train_split, val_split, device=device, steps=steps)
+    with progress_bar("try a few steps") as progress:
+        found = plan_training(config, train_split, val_split, device=device, steps=steps, progress=progress)
+    parts = {name: value for name, value in found.memory.items() if name not in ("peak", "total", "available")}
     rows = {
         "images of a step": f"{found.step_images} (batch_size {config.batch_size}, accumulate {config.accumulate})",
         "steps": f"{found.epoch_steps} an epoch, {found.total_steps} in all",
         "parameters": f"{found.parameters / 1e6:.1f} M, {found.trainable / 1e6:.1f} M of them trained at lr {found.lr:.2e}",
         "memory": f"about {found.memory['total']:.2f} GiB of {found.memory['available']:.2f} free"
         + ("" if found.fits else ": too much"),
+        "made of": ", ".join(f"{name} {value:.2f}" for name, value in parts.items() if round(value, 2)),
         "a step": f"{found.step_seconds:.3f} s, mean of {found.measured_steps}",
-        "an epoch": f"{_duration(found.epoch_seconds)}, "
-        + (f"and {_duration(found.evaluation_seconds)} to evaluate" if val_split else "without evaluation"),
-        "in all": _duration(found.total_seconds),
+        "an epoch": f"{duration(found.epoch_seconds)}, "
+        + (f"and {duration(found.evaluation_seconds)} to evaluate" if val_split else "without evaluation"),
+        "in all": duration(found.total_seconds),
         "disk": f"{found.disk:.2f} GiB",
     }
     results.print(facts_table(f"{config.name} on {data}, {found.device}", rows))
     files.write("json", found.to_json() | {"batch_size": config.batch_size})
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -79,9 +79,12 @@ def predict(
 
     Ctrl-C or SIGTERM ends it: what was written stays, and a video ends there and plays.
     """
-    from paqdetr.runtime.predict import new_folder, predict_sources
+    from paqdetr.checkpoint import find_described
+    from paqdetr.loading import is_exported
+    from paqdetr.runtime.predict import new_folder, predict_sources, require_place
     from paqdetr.runtime.predictor import DEFAULT_THRESHOLD
     from paqdetr.runtime.save import require_forms
+    from paqdetr.runtime.sources import require_sources
 
     if threshold is not None and not 0 <= threshold <= 1:  # a range of the option would call nan too large
         raise ConfigError(
@@ -96,6 +99,12 @@ def predict(
         return _on_ray(model, sources, output, ray, workers, shard_size, batch_size, device, given)
     forms = [form.strip() for form in save.split(",")]
     require_forms(forms)
+    require_sources(sources, recursive=recursive)
+    if output is not None:
+        require_place(Path(output), overwrite=overwrite)
+    image_id = None if annotations is None else _image_ids(annotations)
+    if wanted is not None and not is_exported(model):
+        find_described(model)[2].find(wanted)
     detector: Any = open_model(model, device)
     point = detector.operating_point
     usual = [f"nms {point.nms:g}"] if nms is None and point.nms is not None else []
@@ -103,7 +112,6 @@ def predict(
     if usual:
         results.print(f"{', '.join(usual)}: from the run's evaluation")
     least = next(x for x in (threshold, point.threshold, DEFAULT_THRESHOLD) if x is not None)
-    image_id = None if annotations is None else _image_ids(annotations)
     folder = new_folder() if output is None else Path(output)
     try:
         with progress_bar("predict") as progress, _sigterm_as_interrupt():

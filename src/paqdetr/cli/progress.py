@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
 
 from paqdetr.cli.console import errors, print_styled, show
-from paqdetr.training.callbacks import Callback, TrainingPlan
+from paqdetr.text import duration
+from paqdetr.training.callbacks import Progress, TrainingPlan
 
 
-class TrainingProgress(Callback):
+class TrainingProgress(Progress):
     """A live bar on a terminal; a line for every record and evaluation in a log."""
 
     def __init__(self) -> None:
-        self._bar = Progress(
+        super().__init__()
+        self._bar = Bars(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
@@ -26,11 +29,10 @@ class TrainingProgress(Callback):
             disable=not errors.is_terminal,
         )
         self._train = self._eval = None
-        self._ap = ""
-        self._speed = ""
 
     def on_start(self, plan: TrainingPlan) -> None:
-        config = plan.config
+        super().on_start(plan)
+        config, self._epochs = plan.config, plan.config.epochs
         done = f", resumed at step {plan.first_step}" if plan.first_step else ""
         what = f": {plan.images} images, {plan.total_steps} steps of {plan.step_images} on {plan.device}{done}"
         print_styled(errors, (config.name, "bold"), what)
@@ -38,20 +40,26 @@ class TrainingProgress(Callback):
         self._train = self._bar.add_task("train", total=plan.total_steps, completed=plan.first_step, figures="")
 
     def on_step(self, step: int, loss: float) -> None:
+        super().on_step(step, loss)
         if self._train is not None:
-            self._bar.update(self._train, completed=step, figures=f"loss {loss:6.3f}{self._ap}{self._speed}")
+            self._bar.update(self._train, completed=step, figures=self.figures)
 
     def on_record(self, record: dict[str, Any]) -> None:
-        self._speed = f"  {record['images_per_second']:.1f} images/s"
+        super().on_record(record)
         if errors.is_terminal:
             return
-        positives = ""
+        losses = {key.removeprefix("loss_"): value for key, value in record.items() if key.startswith("loss_")}
+        parts = [
+            f"step {record['step']}/{self.total}",
+            f"epoch {record['epoch']:.2f}/{self._epochs}",
+            f"loss {record['loss']:.3f} ({', '.join(f'{key} {value:.3f}' for key, value in losses.items())})",
+            f"lr {record['lr']:.2e}",
+            f"{record['images_per_second']:.1f} images/s",
+            f"{duration(self.left)} left",
+        ]
         if "positives_per_box" in record:
-            positives = "  positives per box by layer " + " ".join(f"{k:.2f}" for k in record["positives_per_box"])
-        errors.print(
-            f"step {record['step']}  epoch {record['epoch']:.2f}  loss {record['loss']:.3f}  "
-            f"lr {record['lr']:.2e}  {record['images_per_second']:.1f} images/s{positives}"
-        )
+            parts.append("positives per box by layer " + " ".join(f"{k:.2f}" for k in record["positives_per_box"]))
+        errors.print("  ".join(parts))
 
     def on_skip(self, record: dict[str, Any]) -> None:
         errors.print(f"step {record['step']} left out: {record['reason']}")
@@ -66,10 +74,10 @@ class TrainingProgress(Callback):
         self._bar.update(self._eval, completed=done)
 
     def on_evaluation(self, record: dict[str, Any]) -> None:
+        super().on_evaluation(record)
         if self._eval is not None:
             self._bar.remove_task(self._eval)
             self._eval = None
-        self._ap = f"  AP {show(record['AP'])}"
         errors.print(
             f"epoch {record['epoch']}: {record['split']} AP {show(record['AP'])}, AP50 {show(record['AP50'])}, "
             f"AP after NMS {show(record['AP_nms'])}, {record['predictions_per_image']:.1f} predictions over 0.3 "

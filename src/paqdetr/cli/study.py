@@ -10,6 +10,7 @@ import typer
 
 from paqdetr.cli.console import Device, Ended, errors, interrupted, note, progress_bar, results, show, table
 from paqdetr.errors import ConfigError
+from paqdetr.text import duration
 
 if TYPE_CHECKING:
     from paqdetr.study.report import StudyReport
@@ -175,6 +176,4 @@ def _signed(value: float | None) -> str:
 
 
 def _hours(seconds: float | None) -> str:
-    if seconds is None:
-        return "?"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    return "?" if seconds is None else duration(seconds)

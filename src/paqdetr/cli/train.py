@@ -44,7 +44,7 @@ def train(
     """
     from paqdetr.cli.progress import TrainingProgress
     from paqdetr.config import parse_overrides
-    from paqdetr.distributed import leave, this_is_main
+    from paqdetr.environment import this_is_main
     from paqdetr.interrupt import TrainingInterrupted
     from paqdetr.training import train as run_training
 
@@ -66,6 +66,8 @@ def train(
         if this_is_main():
             raise interrupted(f"saved at step {stopped.step}", stopped.exit_code, resume=resume) from None
         raise Ended(stopped.exit_code) from None
+    from paqdetr.distributed import leave
+
     leave()
     if not this_is_main():
         return

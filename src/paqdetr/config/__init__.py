@@ -1,4 +1,4 @@
-"""Settings: `schema` says what there is, with `model` and `loss` beside it; `files` where it is read from."""
+"""Settings: `schema` says what there is, with `model` beside it; `files` where it is read from."""
 
 from paqdetr.config.files import (
     describe_config,
@@ -10,9 +10,8 @@ from paqdetr.config.files import (
     retired_keys,
     validate_config,
 )
-from paqdetr.config.loss import LossConfig
 from paqdetr.config.model import ModelConfig
-from paqdetr.config.schema import AugmentConfig, Config, ResizeRule, describe_idle, idle_settings
+from paqdetr.config.schema import AugmentConfig, Config, LossConfig, ResizeRule, describe_idle, idle_settings
 
 __all__ = [
     "AugmentConfig",

@@ -20,9 +20,8 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from paqdetr.config.loss import LossConfig
 from paqdetr.config.model import ModelConfig
-from paqdetr.config.schema import Config, known_fields
+from paqdetr.config.schema import Config, LossConfig, known_fields
 from paqdetr.config.words import setting_called
 from paqdetr.errors import ConfigError
 from paqdetr.files import read_text
@@ -111,11 +110,31 @@ def describe_config(name: str) -> str:
     """
     if name in _files("recipes"):
         return _files("recipes")[name].read_text(encoding="utf-8").partition("\n")[0].removeprefix("#").strip()
+    model, _ = _parse(name)
+    host, _, *paq = _models()[model]
+    return f"{_part(host)['title']}{' with PaQ' if paq else ''}, {describe_training(name)}."
+
+
+def describe_training(name: str) -> str:
+    """What sets a model or recipe apart from others of its host: its size, and what it is trained on."""
+    if name in _files("recipes"):
+        return describe_config(name).removesuffix(".")
     model, recipe = _parse(name)
-    host, size, *paq = _models()[model]
+    size = _models()[model][1]
     training = _part(recipe)["title"] if recipe else _part(size).get("training")
-    what = _part(host)["title"] + (" with PaQ" if paq else "")
-    return ", ".join(filter(None, (what, _part(size)["title"], training))) + "."
+    return ", ".join(filter(None, (_part(size)["title"], training)))
+
+
+def hosts_of(names: Iterable[str]) -> dict[str, list[str]]:
+    """Title of each host -> those of the models and recipes that are built on it, in their order."""
+    hosts: dict[str, list[str]] = {}
+    for name in names:
+        model: Any = name
+        while model in _files("recipes"):
+            base = _settings_of(model)["base"]
+            model = base if isinstance(base, str) else base[0]
+        hosts.setdefault(_part(_models()[_parse(model)[0]][0])["title"], []).append(name)
+    return hosts
 
 
 @cache

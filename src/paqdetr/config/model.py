@@ -1,13 +1,84 @@
-"""Settings of the architecture, and which of them go together."""
+"""Settings of the architecture, and which of them go together; before them, what every group of settings has in common."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
-from paqdetr.config.section import Needs, Role, Section, lists_are_tuples
+Made = TypeVar("Made")
+
+
+def lists_are_tuples(value: Any) -> Any:
+    """Sequences of settings are tuples; YAML and json know lists alone."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """At a field: what the setting needs to have an effect.
+
+    Attributes:
+        text: the settings that would do, such as "model.queries=patterns".
+        holds: whether a `Config` has them.
+    """
+
+    text: str
+    holds: Callable[[Any], bool]
+
+
+class Role(Enum):
+    """At a field of a model: what another value of the setting means for weights."""
+
+    FREE = "a training may start from weights that were made with another value: a size that is changed on the way, an initial "
+    "value that the weights replace, or what acts in training or on detections alone"
+    QUERIES = "part of the source of content queries, which a conversion takes from the model it converts to"
+    TARGET = "something else that a conversion takes from the model it converts to"
+    HOST = "decides which host it is: weights made with another value are another host's"
+
+
+class Section(BaseModel):
+    """Settings that refuse unknown keys, changes, and values of another type: `true` is no number and "3" is none.
+
+    Attributes:
+        retired: settings that older versions had -> the value at which they did nothing. Old files may still carry them so.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
+    retired: ClassVar[Mapping[str, Any]] = {}
+
+    _lists = field_validator("*", mode="before")(lists_are_tuples)
+
+    def build(self, make: Callable[..., Made], **given: Any) -> Made:
+        """`make(...)`, where each argument that is not given is the setting of the same name, if there is one.
+
+        So a setting is written down where it is declared and where it is used, and nowhere between.
+        """
+        names = inspect.signature(make).parameters.keys() - given.keys()
+        return make(**{name: getattr(self, name) for name in names if hasattr(self, name)}, **given)
+
+    @classmethod
+    def with_role(cls, *roles: Role) -> tuple[str, ...]:
+        """The settings whose fields say one of these."""
+        return tuple(key for key, field in cls.model_fields.items() if any(role in field.metadata for role in roles))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_retired(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        for key in cls.retired.keys() & values.keys():
+            if values[key] != cls.retired[key]:
+                raise ValueError(
+                    f"{key}={values[key]!r} was removed; the last commit that has it is 170e1a7 "
+                    "(docs/decisions/0016-remedies-as-settings.md)"
+                )
+        return {key: value for key, value in values.items() if key not in cls.retired}
+
 
 MIXED = Needs("model.queries=patterns or static_mixture", lambda c: c.model.queries in ("patterns", "static_mixture"))
 _PATTERNS = Needs("model.queries=patterns", lambda c: c.model.queries == "patterns")
@@ -20,7 +91,7 @@ _STATIC_CONTENT = Needs(
     lambda c: c.model.queries == "static" or c.model.mixture == "residual",
 )
 HYBRID = Needs("model.hybrid_queries or model.hybrid_ratio above 0", lambda c: c.model.num_hybrid > 0)
-_AUXILIARY = Needs("model.auxiliary_heads not empty", lambda c: bool(c.model.auxiliary_heads))
+AUXILIARY = Needs("model.auxiliary_heads not empty", lambda c: bool(c.model.auxiliary_heads))
 _DENOISING = Needs("model.denoising=plain or contrastive", lambda c: c.model.denoising != "none")
 
 
@@ -258,7 +329,7 @@ class ModelConfig(Section):
         description="proposals an image that the second stage of Faster R-CNN learns from; the first keeps twice as many, "
         "1000 at most",
     )
-    customised_queries: Annotated[int, _AUXILIARY, Role.FREE, Role.TARGET] = Field(
+    customised_queries: Annotated[int, AUXILIARY, Role.FREE, Role.TARGET] = Field(
         default=300,
         ge=0,
         le=10_000,

@@ -7,10 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from paqdetr.checkpoint import is_own, read_checkpoint
+from paqdetr.checkpoint import describe_checkpoint, find_checkpoint, is_own, read_checkpoint
 from paqdetr.config import ModelConfig
-from paqdetr.config.model import problem_of
-from paqdetr.config.section import Role
+from paqdetr.config.model import Role, problem_of
 from paqdetr.convert.classes import class_slots
 from paqdetr.convert.co_detr import CO_DETR
 from paqdetr.convert.ddq import DDQ
@@ -40,7 +39,6 @@ from paqdetr.convert.target import (
 from paqdetr.convert.transformers import TRANSFORMERS
 from paqdetr.errors import CheckpointError, ConfigError
 from paqdetr.models import Detector
-from paqdetr.models.files import describe_checkpoint, find_checkpoint
 from paqdetr.models.zoo import build_model
 from paqdetr.text import shorten, some
 

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from paqdetr.config import Config, ModelConfig, list_configs, load_config, validate_config
-from paqdetr.config.model import problem_of
-from paqdetr.config.section import Role
+from paqdetr.config.model import Role, problem_of
 from paqdetr.convert.backbones import backbone_name
 from paqdetr.convert.classes import ClassSlots
 from paqdetr.convert.keymap import Layout, Renamed

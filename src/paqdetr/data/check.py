@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from scipy.fft import dctn
 
 from paqdetr.data.annotations import Annotations, Issues, Problem
 from paqdetr.data.layout import Format, find_layout
@@ -46,6 +45,8 @@ class Fingerprint:
 
 def fingerprint(image: Image.Image) -> Fingerprint:
     """Of an RGB picture."""
+    from scipy.fft import dctn
+
     grey = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.LANCZOS), dtype=np.float64)
     small = grey.reshape(16, 2, 16, 2).mean(axis=(1, 3)).reshape(-1)
     small = small - small.mean()

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
-from torchvision.ops import box_convert
 
 from paqdetr.data.annotations import Annotations, Issues
 from paqdetr.data.formats.coco import read_coco, to_coco
@@ -17,6 +14,9 @@ from paqdetr.data.layout import find_split
 from paqdetr.errors import DataError
 from paqdetr.images import read_image
 from paqdetr.structures import ClassTable, Targets
+
+if TYPE_CHECKING:  # a data set is read, and found wanting, before torch is imported
+    from torch import Tensor
 
 
 class DetectionDataset:
@@ -124,6 +124,9 @@ class DetectionDataset:
             classes: a model's, whose contiguous indices the labels are to be, since a split may have fewer classes than the
                 model; the split's own if None.
         """
+        import torch
+        from torchvision.ops import box_convert
+
         size: tuple[int, int] = tuple(self.sizes[index].tolist())
         if boxes is None or labels is None:
             boxes, labels = torch.from_numpy(self.boxes(index)), torch.from_numpy(self.labels(index))

@@ -34,7 +34,8 @@ def inner_path(name: str) -> str | None:
 
 
 def listed_name(name: str, issues: Issues, *, source: Path, what: str, folder: Path) -> str | None:
-    """The plain form of a name that a file lists; None for a leftover, and where it leads out of the folder.
+    """The plain form of a name that a file lists; None for a leftover, and where it leads out of the folder. Backslashes, as
+    Windows writes them, part folders unless a file is called so.
 
     Args:
         source: the file that lists it.
@@ -44,6 +45,8 @@ def listed_name(name: str, issues: Issues, *, source: Path, what: str, folder: P
     Raises:
         DataError: it leads out, unless issues are collected.
     """
+    if "\\" in name and not os.path.lexists(folder / name):
+        name = name.replace("\\", "/")
     plain = inner_path(name)
     if plain is None:
         remedy = "Give names relative to that folder, without '..'."

@@ -93,6 +93,11 @@ class PixelCache:
         return int(self._ready.sum())
 
     @property
+    def capacity(self) -> int:
+        """Bytes of the images that it will have in the end."""
+        return int((self._sizes.prod(axis=1) * 3)[self._starts >= 0].sum())
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the images in it."""
         return int((self._sizes.prod(axis=1) * 3)[self._ready > 0].sum())
@@ -366,7 +371,7 @@ class TrainingLoader:
             # Of its own: each start of workers draws a number, which must not change the training's noise.
             generator=torch.Generator(),
         )
-        self._batches = batches
+        self.images, self._batches = images, batches
         self._warned = False
 
     def __len__(self) -> int:

@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from paqdetr.data.annotations import Annotations, Issues
 from paqdetr.data.check import ImageFacts, inspect_all, similar
@@ -132,6 +130,9 @@ def divide(
 
 def duplicate_groups(facts: Sequence[ImageFacts]) -> np.ndarray:
     """(N,) int: images that are the same or look the same, directly or through others, have the same number."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
     pairs = [(first, second) for first, second, _ in similar([fact.print for fact in facts])]
     first_with: dict[bytes, int] = {}
     pairs += [(first_with.setdefault(fact.digest, index), index) for index, fact in enumerate(facts)]

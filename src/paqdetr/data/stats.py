@@ -6,18 +6,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from paqdetr.data.annotations import Annotations, Issues
 from paqdetr.data.layout import find_layout
 from paqdetr.drawing import PALETTE
 from paqdetr.outputs import mark, write_output
 from paqdetr.text import literal
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # Sides of COCO's small and medium boxes: sqrt(area) below 32, below 96.
 SMALL, MEDIUM = 32.0, 96.0
@@ -199,6 +199,9 @@ def draw_stats(
         ConfigError: the file exists and is no such sheet.
         StorageError: it cannot be written.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     names = next(iter(stats.values())).annotations.classes.names
     rows = min(len(names), _MOST_CLASSES)
     figure = Figure(figsize=(15, max(8.0, 4.5 + 0.22 * rows)), layout="constrained")

@@ -21,6 +21,7 @@ from PIL import Image
 from torch.export import ExportedProgram
 
 from paqdetr._version import __version__
+from paqdetr.checkpoint import find_checkpoint
 from paqdetr.data.dataset import DetectionDataset, open_split
 from paqdetr.data.layout import split_to_evaluate
 from paqdetr.deploy.graph import Attention, DeployedDetector, capture, fixed_size, require_exportable, trace
@@ -29,7 +30,6 @@ from paqdetr.errors import BackendError, ConfigError, ExportError
 from paqdetr.loading import open_any_exported
 from paqdetr.models import Detector
 from paqdetr.models import load as load_detector
-from paqdetr.models.files import find_checkpoint
 from paqdetr.outputs import require_replaceable, write_json, write_output
 from paqdetr.runtime import ExportInfo
 from paqdetr.runtime.engines import is_sealed, seal

@@ -12,17 +12,16 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL.Image import Image
 
 from paqdetr.data.dataset import DetectionDataset, open_split
 from paqdetr.data.read_ahead import read_ahead
-from paqdetr.distributed import Processes
 from paqdetr.environment import require_device
 from paqdetr.errors import ConfigError, DataError
-from paqdetr.loading import is_exported, load
+from paqdetr.loading import is_exported, load, require_model
 from paqdetr.metrics.coco import (
     MAX_DETECTIONS,
     CocoFigures,
@@ -32,14 +31,17 @@ from paqdetr.metrics.coco import (
 )
 from paqdetr.metrics.diagnosis import threshold_curves
 from paqdetr.metrics.matches import MatchTable
-from paqdetr.models.detector import Detector
-from paqdetr.models.inference import Observer, batched_by_size, detect_batch
-from paqdetr.models.outputs import DetectorOutput
 from paqdetr.runtime.predictor import Predictor, predict_in_batches
 from paqdetr.runtime.tiles import Tiles, predict_tiles
 from paqdetr.structures import ClassTable, Detections, OperatingPoint
 from paqdetr.text import Summary, figure
 from paqdetr.values import require_batch_size, require_nms, require_threshold
+
+if TYPE_CHECKING:  # what a call has wrong is found before torch is imported
+    from paqdetr.distributed import Processes
+    from paqdetr.models.detector import Detector
+    from paqdetr.models.inference import Observer
+    from paqdetr.models.outputs import DetectorOutput
 
 # Above this score a prediction counts as made, when predictions are counted.
 _CONFIDENT = 0.3
@@ -145,13 +147,18 @@ def evaluate(
         raise ConfigError("tiles: observers look at the outputs for whole images", "leave one of the two out")
     counted_detections(max_detections)
     if isinstance(model, (str, Path)):
-        model = load(model, device="cpu" if is_exported(model) else str(require_device(None)))
-    elif not isinstance(model, (Detector, Predictor)):
-        raise ConfigError(
-            f"model: expected a Detector or a path, found {type(model).__name__}",
-            "give what paqdetr.load or create_model returns, or a checkpoint's path",
-        )
+        require_model(model)
+    elif not isinstance(model, Predictor):
+        from paqdetr.models.detector import Detector
+
+        if not isinstance(model, Detector):
+            raise ConfigError(
+                f"model: expected a Detector or a path, found {type(model).__name__}",
+                "give what paqdetr.load or create_model returns, or a checkpoint's path",
+            )
     opened = open_split(data, split)
+    if isinstance(model, (str, Path)):
+        model = load(model, device="cpu" if is_exported(model) else str(require_device(None)))
     return evaluate_split(
         model,
         opened,
@@ -178,6 +185,8 @@ def evaluate_split(
     tiles: Tiles | None = None,
 ) -> Evaluation:
     """As `evaluate`, on a split that is open already."""
+    from paqdetr.distributed import Processes
+
     found = evaluate_together(
         model,
         split,
@@ -301,6 +310,9 @@ def detect_split(
     Raises:
         DataError: no image could be read.
     """
+    from paqdetr.distributed import Processes
+    from paqdetr.models.inference import batched_by_size, detect_batch
+
     processes = processes or Processes()
     sides = split.sizes.tolist()
     batches = list(

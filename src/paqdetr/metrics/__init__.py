@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from paqdetr.metrics.coco import FIGURE_NAMES, CocoFigures, evaluate_detections, non_maximum_suppression, read_results
 from paqdetr.metrics.diagnosis import (
     Calibration,
@@ -25,7 +27,9 @@ from paqdetr.metrics.intervals import (
 )
 from paqdetr.metrics.matches import MatchTable
 from paqdetr.metrics.query_report import PatternUse, Places, QueryUsageReport, Spread, chance_gini, gini, lorenz_curve
-from paqdetr.metrics.query_usage import QueryUsage
+
+if TYPE_CHECKING:
+    from paqdetr.metrics.query_usage import QueryUsage
 
 __all__ = [
     "FIGURE_NAMES",
@@ -59,3 +63,12 @@ __all__ = [
     "resample_images",
     "threshold_curves",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`QueryUsage` looks at tensors; what compares boxes needs no torch."""
+    if name != "QueryUsage":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from paqdetr.metrics.query_usage import QueryUsage
+
+    return QueryUsage

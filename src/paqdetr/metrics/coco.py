@@ -11,8 +11,6 @@ from typing import Any, Literal
 
 import hotcoco
 import numpy as np
-import torch
-from torchvision.ops import batched_nms
 
 from paqdetr.errors import ConfigError, DataError
 from paqdetr.files import read_json
@@ -460,6 +458,9 @@ def non_maximum_suppression(detections: Detections, iou_threshold: float = 0.7) 
     Returns:
         What is left, best first; names, image id and query indices come along.
     """
+    import torch
+    from torchvision.ops import batched_nms
+
     # float64: batched_nms moves classes apart by multiples of the image size, which eats float32's last bits.
     keep = batched_nms(
         torch.as_tensor(detections.boxes, dtype=torch.float64).reshape(-1, 4),

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike
-from scipy.special import bdtr
 
 from paqdetr.serialize import Jsonable, fields_of, plain
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SPREAD_FIGURES = ("threshold", "gini", "chance", "by_rank", "per_image", "unused", "half")
 
@@ -56,9 +57,9 @@ class Spread:
         nearest to the counts (isotonic regression). None where the index is no rank."""
         if not self.ranked:
             return None
-        from sklearn.isotonic import isotonic_regression  # slow to import
+        from scipy.optimize import isotonic_regression
 
-        return gini(np.asarray(isotonic_regression(self.counts.astype(np.float64), increasing=False)))
+        return gini(isotonic_regression(self.counts.astype(np.float64), increasing=False).x)
 
     @property
     def unused(self) -> int:
@@ -211,7 +212,7 @@ class QueryUsageReport(Jsonable):
         return rows
 
 
-def gini(counts: ArrayLike | torch.Tensor) -> float:
+def gini(counts: ArrayLike | Tensor) -> float:
     """The Gini coefficient of how often each query was used: 2 sum_i i x_(i) / (n sum_i x_(i)) - (n + 1) / n, x ascending.
 
     Args:
@@ -232,7 +233,7 @@ def gini(counts: ArrayLike | torch.Tensor) -> float:
     return float(max(value, 0.0))  # equal counts may come out at -1e-16
 
 
-def lorenz_curve(counts: ArrayLike | torch.Tensor, *, points: int = 101) -> tuple[np.ndarray, np.ndarray]:
+def lorenz_curve(counts: ArrayLike | Tensor, *, points: int = 101) -> tuple[np.ndarray, np.ndarray]:
     """The Lorenz curve: which share of all use the least used share of the queries makes up.
 
     One minus twice the area under it is the Gini coefficient: exactly with points = n + 1, and up to 1 / points otherwise.
@@ -273,6 +274,8 @@ def chance_gini(*, num_queries: int, images: int, per_image: float) -> float:
     Returns:
         A float in [0, 1); 0 where nothing is used.
     """
+    from scipy.special import bdtr
+
     share = per_image / num_queries
     if not 0 <= share <= 1:
         raise ValueError(f"per_image: expected 0 to {num_queries}, found {per_image}")
@@ -286,9 +289,10 @@ def chance_gini(*, num_queries: int, images: int, per_image: float) -> float:
     return float((below * (1 - below)).sum() / mean * (num_queries - 1) / num_queries)
 
 
-def _ascending(counts: ArrayLike | torch.Tensor) -> np.ndarray:
+def _ascending(counts: ArrayLike | Tensor) -> np.ndarray:
     """(n,) float64, sorted and scaled to a largest value of 1, or all zero."""
-    values = counts.detach().cpu().double().numpy() if isinstance(counts, torch.Tensor) else counts
+    # A tensor, wherever it is; nothing else has `detach`.
+    values = counts if (detach := getattr(counts, "detach", None)) is None else detach().cpu().double().numpy()
     x = np.sort(np.asarray(values, dtype=np.float64), axis=None)
     shape = np.shape(values)
     if len(shape) != 1 or not x.size:

@@ -172,7 +172,7 @@ class QueryUsage:
         Args:
             activations_per_image: how many queries an image is to activate in view (b): give two models the same number to
                 compare them. By default as many as there are boxes in an image.
-            gradients: view (d), of `paqdetr.analysis.gradients.content_gradients`.
+            gradients: view (d), of `paqdetr.analysis.usage.content_gradients`.
             dead_share: a pattern with less than this share of an equal share of the mass is called dead.
 
         Raises:

@@ -13,10 +13,8 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert
 
 from paqdetr.models.auxiliary_heads import BACKGROUND, AtssHead, FasterRcnn, Maps, Samples, Truth
-from paqdetr.models.neck import norm_groups
-from paqdetr.models.position import sine_proposals
 from paqdetr.models.queries import QueryGroup
-from paqdetr.models.tokens import Tokens
+from paqdetr.models.tokens import Tokens, norm_groups, sine_proposals
 from paqdetr.paq import Pairs
 from paqdetr.structures import Targets
 

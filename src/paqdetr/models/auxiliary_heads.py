@@ -20,9 +20,8 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, con
 from torchvision.ops import box_iou, generalized_box_iou_loss, roi_align
 from torchvision.ops.poolers import LevelMapper
 
-from paqdetr.models.attention import MLP
-from paqdetr.models.neck import norm_groups
-from paqdetr.models.position import at_least_float32
+from paqdetr.models.encoder import MLP
+from paqdetr.models.tokens import at_least_float32, norm_groups
 from paqdetr.paq import focal_loss
 
 # What `Matcher` says of a candidate that has no box: it is background, or overlaps one too much for that and is left out.

@@ -13,6 +13,7 @@ from timm.layers import PatchEmbed, freeze_batch_norm_2d
 from timm.models.swin_transformer import SwinTransformerBlock, window_partition, window_reverse
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 
 from paqdetr.errors import ConfigError
 from paqdetr.models.folding import fold_frozen_norms
@@ -57,8 +58,12 @@ def pad_before_shift(body: nn.Module) -> None:
 
 _TF_LITE = "tf_efficientnet_lite"
 
-# (timm name, strides) -> whether it takes images of any size.
-_takes_any_size: dict[tuple[str, tuple[int, ...]], bool] = {}
+# (timm name, strides) -> whether it takes images of any size. Those below (held by a test) need not be tried at every start: for
+# shapes alone torch imports its compiler, which takes 1.3 seconds.
+_takes_any_size: dict[tuple[str, tuple[int, ...]], bool] = {
+    ("tf_efficientnet_lite0", (8, 16, 32)): True,
+    ("resnet50", (8, 16, 32)): True,
+}
 
 
 class Backbone(nn.Module):
@@ -193,6 +198,16 @@ def _create_features(name: str, strides: tuple[int, ...]) -> tuple[nn.Module, li
             f"backbone {name!r} gives no features of strides {strides} ({_first_line(error)})",
             "choose model.backbone_strides among those of its feature_info, or another backbone",
         ) from error
+
+
+class Uninitialised(TorchFunctionMode):
+    """Leaves out what `torch.nn.init` does, for a model that takes over the tensors of a file: memory that is never written takes
+    neither time nor room. On the meta device torch would need its compiler, which takes 1.3 seconds to import."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return args[0] if args else next(iter(kwargs.values()))
+        return function(*args, **(kwargs or {}))
 
 
 def _gives_maps_of_any_size(body: nn.Module, name: str, strides: tuple[int, ...]) -> bool:

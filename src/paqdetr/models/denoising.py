@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from paqdetr.models.position import inverse_sigmoid
+from paqdetr.models.tokens import inverse_sigmoid
 from paqdetr.structures import Targets
 
 # The published codes of DN-DETR and DINO pass noised boxes through the logit: none of their numbers comes nearer to 0 or 1.

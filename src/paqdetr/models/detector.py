@@ -20,13 +20,12 @@ from paqdetr.models.decoder import Decoder, LayerHeads
 from paqdetr.models.denoising import Denoising
 from paqdetr.models.encoder import DeformableEncoder
 from paqdetr.models.inference import detect_batch
-from paqdetr.models.neck import Neck
 from paqdetr.models.outputs import Decoded, DetectorOutput
 from paqdetr.models.proposals import Initializer, ProposalStart, QueryInit, query_features
 from paqdetr.models.queries import FeatureQueries, QueryGroup, QuerySource, StaticQueries, attention_mask
-from paqdetr.models.tokens import Tokens
+from paqdetr.models.tokens import Neck, Tokens
 from paqdetr.paq import Mixture
-from paqdetr.paq.targets import require_form, require_values
+from paqdetr.paq.costs import require_form, require_values
 from paqdetr.preprocessing import Preprocessing
 from paqdetr.runtime.predictor import PredictMixin
 from paqdetr.structures import ClassTable, Detections, OperatingPoint, Targets

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -11,21 +10,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, Field, ValidationError, field_validator
 from torch import Tensor
 
-from paqdetr.checkpoint import load_tensors, read_checkpoint
-from paqdetr.config import Config, ModelConfig, list_configs, validate_config
-from paqdetr.config.section import Role
+from paqdetr.checkpoint import (
+    describe_checkpoint,
+    find_checkpoint,
+    load_tensors,
+    not_ours,
+    operating_point_of,
+    read_checkpoint,
+    require_same_settings,
+)
+from paqdetr.config import Config, ModelConfig
 from paqdetr.environment import require_device
-from paqdetr.errors import CheckpointError, ConfigError, import_extra, memory_error
+from paqdetr.errors import CheckpointError, ConfigError, memory_error
+from paqdetr.models.backbone import Uninitialised
 from paqdetr.models.detector import Detector
 from paqdetr.models.zoo import build_model
 from paqdetr.paq.patterns import resized_rows
-from paqdetr.preprocessing import Preprocessing
 from paqdetr.serialize import fields_of
-from paqdetr.structures import ClassTable, OperatingPoint
-from paqdetr.text import shorten, some
+from paqdetr.structures import ClassTable
+from paqdetr.text import some
 
 # Tensors with one or several rows per class, and with one or several rows per query.
 _CLASS_ROWS = re.compile(
@@ -214,70 +219,7 @@ def with_training_parts(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]
     return kept | {key: own[key] for key in own if key.startswith("auxiliary.") and key not in tensors}
 
 
-def require_same_settings(old: ModelConfig, new: ModelConfig, where: str) -> None:
-    """Weights mean what they meant only under the settings they were made with.
-
-    Args:
-        old: of the checkpoint.
-        new: of the model to be filled.
-        where: the checkpoint, for errors.
-
-    Raises:
-        CheckpointError: a setting that matters differs; the remedy says how to set it.
-    """
-    overrides = settings_to_add(old, new)
-    if not overrides:
-        return
-    keys = [override.split("=")[0].removeprefix("model.") for override in overrides]
-    found = ", ".join(f"{key} {getattr(old, key)!r} instead of {getattr(new, key)!r}" for key in keys)
-    if "queries" in keys:
-        remedy = "paqdetr convert CHECKPOINT --from paqdetr --as MODEL gives it the queries of another model first"
-    else:
-        remedy = f"add {' '.join(overrides)}"
-    raise CheckpointError(f"{where}: its weights were made with {found}", remedy)
-
-
-def settings_to_add(old: ModelConfig, new: ModelConfig) -> list[str]:
-    """Overrides of `new` that give it what `old`'s weights need."""
-    before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
-    free = ModelConfig.with_role(Role.FREE)
-    different = [key for key in before if before[key] != after[key] and key not in free]
-    return [f"model.{key}={_yaml(before[key])}" for key in different]
-
-
-def _yaml(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
-
-
 _LOG = logging.getLogger(__name__)
-
-
-class _Class(BaseModel):
-    id: int = Field(ge=-(2**63), lt=2**63)
-    name: str
-
-
-class _OperatingPoint(BaseModel):
-    threshold: float | None = Field(default=None, ge=0, le=1)
-    nms: float | None = Field(default=None, ge=0, le=1)
-    duplicates_cost: float | None = Field(default=None, ge=-1, le=1)
-
-
-class _Header(BaseModel):
-    """What the header of a model's checkpoint holds, among other things."""
-
-    name: str
-    model: dict[str, Any]
-    classes: list[_Class] = Field(min_length=1)
-    preprocessing: dict[str, Any]
-    operating_point: _OperatingPoint = _OperatingPoint()  # checkpoints of earlier versions have none
-
-    @field_validator("classes")
-    @classmethod
-    def _distinct(cls, value: list[_Class]) -> list[_Class]:
-        if len({row.id for row in value}) < len(value):
-            raise ValueError("two classes have one id")
-        return value
 
 
 def load(
@@ -306,9 +248,10 @@ def load(
         tensors, header = read_checkpoint(file)
         config, table, preprocessing = describe_checkpoint(header, str(file))
         try:
-            model = _build_to_fill(config, table)
+            with Uninitialised():
+                model = build_model(config, classes=table)
         except ConfigError as error:
-            raise _not_ours(header, str(file), error) from None
+            raise not_ours(header, str(file), error) from None
         except (RuntimeError, MemoryError) as error:
             if memory_error(error) is None:
                 raise
@@ -317,22 +260,12 @@ def load(
                 "load it on a larger one; if it is small, its header is damaged",
             ) from None
         model.preprocessing = preprocessing
-        load_tensors(model, tensors, str(file))
-        point = _OperatingPoint.model_validate(header.get("operating_point", {}))
-        model.operating_point = OperatingPoint(**point.model_dump())
+        load_tensors(model, tensors, str(file), assign=True)
+        model.operating_point = operating_point_of(header)
         if classes is not None or num_queries is not None:
             model, report = reshape(model, classes=classes, num_queries=num_queries)
             _LOG.warning("%s: %s", file, report)
         return model.to(target).eval()
-
-
-def _build_to_fill(config: Config, classes: ClassTable) -> Detector:
-    """A model without weights, on the meta device; with random ones where it has buffers that no file holds (timm's Swin)."""
-    with torch.device("meta"):
-        model = build_model(config, classes=classes)
-    if {name for name, _ in model.named_buffers()} <= model.state_dict().keys():
-        return model
-    return build_model(config, classes=classes)
 
 
 def model_to_train(
@@ -384,55 +317,3 @@ def start_from(model: Detector, path: str | Path) -> ReshapeReport:
     )
     load_tensors(model, tensors, str(file))
     return report
-
-
-def describe_checkpoint(header: Mapping[str, Any], where: str) -> tuple[Config, ClassTable, Preprocessing]:
-    """What a checkpoint's header says: settings of the model, classes, preprocessing.
-
-    Raises:
-        CheckpointError: it lacks something or is malformed; `where` names the file.
-    """
-    try:
-        found = _Header.model_validate(header, strict=True)
-        preprocessing = Preprocessing.from_dict(found.preprocessing)
-        # In the order of the file: position is the class index.
-        classes = ClassTable(tuple(row.id for row in found.classes), tuple(row.name for row in found.classes))
-        values = {"name": found.name, "model": found.model, **preprocessing.settings()}
-        return validate_config(values, where), classes, preprocessing
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        missing = first["type"] == "missing"
-        raise CheckpointError(
-            f"{where}: its header lacks {key!r}"
-            if missing
-            else f"{where}: its header is malformed: {key}: {first['msg']}",
-            "give a file that paqdetr's `save` or a run has written",
-        ) from None
-    except ConfigError as error:
-        raise _not_ours(header, where, error) from None
-
-
-def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint that a path means: itself, the best of a run's folder, or one of the Hub (`hf:user/name@revision`)."""
-    if str(path).startswith("hf:"):
-        return import_extra("paqdetr.models.hub", "hub").fetch(str(path))
-    path = Path(path)
-    if not path.exists() and str(path) in list_configs():
-        raise CheckpointError(
-            f"{path}: no such file, but the name of a model or recipe",
-            f"give a run's folder or a checkpoint; paqdetr.create_model({str(path)!r}) makes a model with random weights",
-        )
-    if not path.is_dir():
-        return path
-    for name in ("best.safetensors", "last.safetensors"):
-        if (path / name).is_file():
-            return path / name
-    raise CheckpointError(f"{path}: the folder has no checkpoint", "give a run's folder or a .safetensors file")
-
-
-def _not_ours(header: Mapping[str, Any], where: str, error: ConfigError) -> CheckpointError:
-    return CheckpointError(
-        f"{where}: its header describes no model that this version can build ({error.message})",
-        f"load it with the version that wrote it, {shorten(header.get('version'))}",
-    )

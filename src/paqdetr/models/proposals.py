@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import box_convert, nms
 
-from paqdetr.models.attention import MLP
-from paqdetr.models.position import at_least_float32, inverse_sigmoid, sine_proposals
-from paqdetr.models.tokens import Tokens
+from paqdetr.models.encoder import MLP
+from paqdetr.models.tokens import Tokens, at_least_float32, inverse_sigmoid, sine_proposals
 from paqdetr.ops import ms_deform_attn
 
 

@@ -1,18 +1,80 @@
-"""Feature maps laid out as one sequence, with what is needed to find a token's place again.
+"""From backbone maps to tokens: levels of one width, laid out as one sequence, with what is needed to find a token's place again.
 
 The valid cells of a level are a rectangle that begins at its first cell: padding lies right and below.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from paqdetr.models.neck import downsample_mask
-from paqdetr.models.position import sine_map
+from paqdetr.paq.extractor import MaskedGroupNorm
+
+
+class Neck(nn.Module):
+    """1x1 convolution and GroupNorm on every backbone map; further levels by stride-2 convolutions.
+
+    Args:
+        in_channels: of the backbone's maps, finest first.
+        dim: width of every level.
+        num_levels: at least as many as there are maps; the rest is made from the coarsest map.
+        masked_norm: norms and stride-2 convolutions leave padded cells out, so that equal maps give equal levels whatever the
+            padding. The published codes do not; without padding both are the same.
+    """
+
+    def __init__(self, *, in_channels: Sequence[int], dim: int, num_levels: int, masked_norm: bool = False) -> None:
+        super().__init__()
+        self.masked_norm = masked_norm
+        norm = MaskedGroupNorm if masked_norm else nn.GroupNorm
+        groups = norm_groups(dim)
+        self.lateral = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(channels, dim, 1), norm(groups, dim)) for channels in in_channels
+        )
+        extra = num_levels - len(in_channels)
+        self.extra = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(in_channels[-1] if i == 0 else dim, dim, 3, stride=2, padding=1), norm(groups, dim))
+            for i in range(extra)
+        )
+
+    def forward(self, maps: Sequence[Tensor], padding_mask: Tensor | None = None) -> list[Tensor]:
+        """Per stride (B, c, h, w) -> per level (B, dim, h, w).
+
+        Args:
+            maps: of the backbone, finest first.
+            padding_mask: (B, H, W) bool of the images, True at padding; None if there is none. Read with `masked_norm` alone;
+                padded cells are zero then.
+        """
+        mask = padding_mask if self.masked_norm else None
+        levels = [_project(part, x, mask) for part, x in zip(self.lateral, maps, strict=True)]
+        for i, downsample in enumerate(self.extra):
+            levels.append(_project(downsample, maps[-1] if i == 0 else levels[-1], mask))
+        return levels
+
+
+def norm_groups(dim: int) -> int:
+    """32 groups at the usual widths; of four channels at least, as one alone on a level of 1 x 1 is normed to a constant."""
+    return next((n for n in (32, 16, 8, 4, 2) if dim % n == 0 and dim // n >= 4), 1)
+
+
+def _project(part: nn.Module, x: Tensor, padding_mask: Tensor | None) -> Tensor:
+    """Convolution and norm, which see no padded cell where a mask is given."""
+    if padding_mask is None:
+        return part(x)
+    conv, norm = part.children()
+    # Zero is what a 3x3 convolution finds beyond the border of an image without padding.
+    x = conv(x.masked_fill(downsample_mask(padding_mask, x.shape[-2:])[:, None], 0.0))
+    padded = downsample_mask(padding_mask, x.shape[-2:])[:, None]  # (B, 1, h, w)
+    return norm(x, ~padded).masked_fill(padded, 0.0)
+
+
+def downsample_mask(padding_mask: Tensor, size: Sequence[int]) -> Tensor:
+    """(B, H, W) bool at image resolution -> (B, h, w) bool at a level's, True at padding."""
+    return F.interpolate(padding_mask[:, None].float(), size=tuple(size), mode="nearest")[:, 0].bool()
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,3 +178,56 @@ def _centers(mask: Tensor, dtype: torch.dtype) -> Tensor:
     valid = ~mask
     counts = torch.stack([valid[:, 0].sum(1), valid[:, :, 0].sum(1)], dim=-1)  # (B, 2)
     return grid / counts[:, None].clamp(min=1)
+
+
+def sine_map(
+    padding_mask: Tensor, dim: int, temperature: float, offset: float = 0.0, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Position of every cell, counted over valid cells and normalised to (0, 2 pi]; first y, then x.
+
+    Args:
+        padding_mask: (B, h, w) bool, True at padding.
+        dim: channels, divisible by 4.
+        temperature: ratio of the longest to the shortest wavelength.
+        offset: added to the count: 0 as in DETR and DINO, where the first cell is 1; -0.5 as in Deformable DETR.
+        dtype: of the result.
+
+    Returns:
+        (B, h * w, dim).
+    """
+    valid = (~padding_mask).to(dtype)
+    parts = []
+    for axis in (1, 2):
+        count = valid.cumsum(axis)
+        last = count.narrow(axis, count.shape[axis] - 1, 1)
+        parts.append(_sine((count + offset) / (last + 1e-6), dim // 2, temperature))
+    return torch.cat(parts, dim=-1).flatten(1, 2)
+
+
+def sine_boxes(boxes: Tensor, dim: int, temperature: float = 10000.0) -> Tensor:
+    """(..., 4) cxcywh in [0, 1] -> (..., 4 * dim): embeddings of cy, cx, w, h in the order of DAB-DETR and DINO."""
+    center_x, center_y, width, height = boxes.unbind(-1)
+    return _sine(torch.stack([center_y, center_x, width, height], dim=-1), dim, temperature).flatten(-2)
+
+
+def sine_proposals(boxes: Tensor, dim: int, temperature: float = 10000.0) -> Tensor:
+    """(..., 4) cxcywh in [0, 1] -> (..., 4 * dim): embeddings of cx, cy, w, h in the order of Deformable DETR's proposals."""
+    return _sine(boxes, dim, temperature).flatten(-2)
+
+
+def _sine(position: Tensor, dim: int, temperature: float) -> Tensor:
+    """(...) in [0, 1] -> (..., dim), sine and cosine in turn."""
+    exponent = 2 * torch.div(torch.arange(dim, device=position.device), 2, rounding_mode="floor") / dim
+    angle = position.unsqueeze(-1) * 2 * math.pi / temperature ** exponent.to(position.dtype)
+    return torch.stack([angle[..., 0::2].sin(), angle[..., 1::2].cos()], dim=-1).flatten(-2)
+
+
+def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
+    """Logit of x in [0, 1], with x and 1 - x each held at eps or more."""
+    # One clamp each, with float bounds: exporters to ONNX merge two in a row into an invalid node.
+    return x.clamp(eps, 1.0).log() - (1 - x).clamp(eps, 1.0).log()
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Boxes and places are computed in float32 whatever autocast does, or in float64 where the model is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -10,17 +10,16 @@ from torch import Tensor, nn
 
 from paqdetr.config import Config, ModelConfig, list_configs, load_config
 from paqdetr.errors import ConfigError
-from paqdetr.models.attention import MLP, DeformableAttention
 from paqdetr.models.auxiliary import AuxiliaryHeads
 from paqdetr.models.auxiliary_heads import AtssHead, FasterRcnn
 from paqdetr.models.backbone import Backbone, normalization_of
 from paqdetr.models.decoder import Decoder, LayerHeads
 from paqdetr.models.denoising import ContrastiveDenoising, Denoising, PlainDenoising
 from paqdetr.models.detector import Detector
-from paqdetr.models.encoder import DeformableEncoder
-from paqdetr.models.neck import Neck
+from paqdetr.models.encoder import MLP, DeformableAttention, DeformableEncoder
 from paqdetr.models.proposals import Initializer, LearnedAnchors, LearnedPoints, ProposalHead, ProposalStart
 from paqdetr.models.queries import FeatureQueries, QuerySource, ResidualMixtures, StaticQueries
+from paqdetr.models.tokens import Neck
 from paqdetr.paq import PatternQueries, StaticMixtures
 from paqdetr.preprocessing import Preprocessing
 from paqdetr.structures import ClassTable
@@ -179,13 +178,7 @@ def _auxiliary_heads(config: ModelConfig) -> AuxiliaryHeads | None:
 
 def preprocessing_of(config: Config) -> Preprocessing:
     """What the settings do to an image."""
-    return Preprocessing(
-        config.image_size,
-        config.size_divisor,
-        normalization_of(config.model.backbone),
-        resize=config.resize,
-        pad_divisor=config.pad_divisor,
-    )
+    return Preprocessing.of(config, normalization_of(config.model.backbone))
 
 
 def list_models(pattern: str = "*") -> list[str]:

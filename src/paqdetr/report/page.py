@@ -1,4 +1,4 @@
-"""Sections in, one HTML page out that needs nothing else (no network, no other file), and the folder it is written to."""
+"""Sections in; out comes Markdown, or one HTML page that needs nothing else (no network, no other file) and its folder."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from jinja2 import Environment, StrictUndefined
 
 from paqdetr._version import __version__
 from paqdetr.drawing import data_uri
+from paqdetr.files import write_text
 from paqdetr.outputs import made_by, require_free, whole_folder
 from paqdetr.report.section import Column, Figure, Findings, Gallery, Part, Section, Slides, Table
 from paqdetr.serialize import plain
@@ -262,3 +263,42 @@ def write_folder(output: Path, page: str, chapters: Sequence[Chapter]) -> None:
 
 def _rows(part: Table | Findings) -> list[dict[str, Any]]:
     return list(part.rows) if isinstance(part, Table) else [asdict(item) for item in part.items]
+
+
+def to_markdown(title: str, facts: Sequence[tuple[str, str]], sections: Sequence[Section], *, plots: str) -> str:
+    """A page with the tables in full, and plots as images.
+
+    Args:
+        facts: (what, value), under the title.
+        plots: the folder of the SVG files, relative to the page.
+    """
+    blocks = [f"# {title}", "\n".join(f"- {what}: {value}" for what, value in facts)]
+    for section in sections:
+        blocks += [f"## {section.title}", section.lead]
+        for part in section.parts:
+            if isinstance(part, Table):
+                blocks += [to_table(part), part.caption]
+            elif isinstance(part, Figure):
+                blocks += [f"![{part.caption}]({plots}/{part.name}.svg)", part.caption]
+    return "\n\n".join(blocks) + "\n"
+
+
+def to_table(table: Table) -> str:
+    """A Markdown table."""
+    columns = table.columns
+    lines = [[column.heading for column in columns]]
+    lines.append(["---" if column.kind == "text" else "---:" for column in columns])
+    lines += [[_cell(written(row.get(column.key), column)) for column in columns] for row in table.rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def write_plots(sections: Sequence[Section], folder: Path) -> None:
+    """Every plot as an SVG file of its own."""
+    for section in sections:
+        for part in section.parts:
+            if isinstance(part, Figure):
+                write_text(folder / f"{part.name}.svg", part.svg)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")

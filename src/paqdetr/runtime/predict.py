@@ -158,11 +158,7 @@ def predict_sources(
         listed = list(listed)
         total = len(listed) if all(source.kind in ("picture", "address") for source in listed) else None
         ids = {} if image_id is None else {source.name: image_id(source) for source in listed}
-    require_free(
-        output,
-        lambda file: overwrite or is_ours(file, output),
-        remedy="choose another --output, or replace files of the same names with --overwrite",
-    )
+    require_place(output, overwrite=overwrite)
     images = objects = 0
     pictures = read_sources(listed, every=every, max_frames=max_frames, on_unreadable=left_out)
     how = {"threshold": threshold, "nms": nms, "classes": classes, "tiles": tiles}
@@ -182,6 +178,15 @@ def predict_sources(
         path, reason = next(iter(unreadable.items()))
         raise DataError(f"none of {len(unreadable)} images could be read; the first: {reason}", f"look at {path}")
     return Predictions(output, images, objects, unreadable)
+
+
+def require_place(output: Path, *, overwrite: bool = False) -> None:
+    """Raise ConfigError unless results can be written to a folder: see `predict_sources`."""
+    require_free(
+        output,
+        lambda file: overwrite or is_ours(file, output),
+        remedy="choose another --output, or replace files of the same names with --overwrite",
+    )
 
 
 def new_folder(parent: Path = Path("runs")) -> Path:

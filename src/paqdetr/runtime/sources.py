@@ -108,6 +108,14 @@ def list_sources(
             yield from list_source(given, recursive=recursive, leave_out=leave_out)
 
 
+def require_sources(sources: Iterable[str | os.PathLike[str]], *, recursive: bool = False) -> None:
+    """Raise DataError, as `list_sources` would, for the first that does not exist or has nothing to look at; those of standard
+    input are not looked at. Done before a model is loaded, which takes seconds."""
+    for given in sources:
+        if str(given) != "-":
+            next(list_source(given, recursive=recursive), None)
+
+
 def list_source(
     given: str | os.PathLike[str], *, recursive: bool = False, leave_out: Path | None = None
 ) -> Iterator[Source]:

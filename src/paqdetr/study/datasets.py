@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,13 +93,21 @@ def _cut(source: Path, folder: Path, fold: int, folds: int) -> None:
         for name in ("train", "val"):
             (partial / name).mkdir()
             for origin, split in splits.items():
-                (partial / name / f"from_{origin}").symlink_to(split.image_dir.resolve(), target_is_directory=True)
+                _link(partial / name / f"from_{origin}", split.image_dir.resolve())
             inside = chosen if name == "val" else {image["id"] for image in pool["images"]} - chosen
             _write(partial / f"{name}.json", _only(pool, inside))
         if "test" in available_splits(source):
             test = open_split(source, "test")
-            (partial / "test").symlink_to(test.image_dir.resolve(), target_is_directory=True)
+            _link(partial / "test", test.image_dir.resolve())
             _write(partial / "test.json", test.ground_truth())
+
+
+def _link(place: Path, folder: Path) -> None:
+    """Show a folder at another place; a copy of it where links are for administrators alone, as on Windows."""
+    try:
+        place.symlink_to(folder, target_is_directory=True)
+    except (OSError, NotImplementedError):
+        shutil.copytree(folder, place)
 
 
 def _pool(splits: dict[str, DetectionDataset]) -> dict[str, Any]:

@@ -103,7 +103,8 @@ def run_child(
             while child.poll() is None:
                 if stop.signal_number is not None and not handed_on:
                     handed_on = True
-                    child.send_signal(stop.signal_number)
+                    if os.name != "nt":  # where Ctrl-C reaches the child by itself, and no signal can be sent
+                        child.send_signal(stop.signal_number)
                 watch()
                 time.sleep(_POLL)
         except BaseException:  # a second Ctrl-C, a defect: no child goes on without the queue

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from paqdetr.files import write_text
-from paqdetr.report.markdown import to_markdown, write_plots
-from paqdetr.report.page import Chapter, Heading, render, write_folder
+from paqdetr.report.page import Chapter, Heading, render, to_markdown, write_folder, write_plots
 from paqdetr.report.plots import INK, bars, colour, legend, line, new_axes, new_grid, plot_part
 from paqdetr.report.section import Figure, Part, Section, Table
 from paqdetr.study.results import RunResult, read_results

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from paqdetr.config import known_keys, retired_keys
-from paqdetr.config.section import Section, lists_are_tuples
+from paqdetr.config.model import Section, lists_are_tuples
 from paqdetr.errors import ConfigError
 from paqdetr.text import did_you_mean
 from paqdetr.values import MAX_RESAMPLES, MAX_SEED

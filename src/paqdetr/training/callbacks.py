@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import html
+import math
+import sys
+import time
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
-
-from accelerate import Accelerator
+from typing import TYPE_CHECKING, Any
 
 from paqdetr.config import Config
 from paqdetr.errors import ConfigError
 from paqdetr.runs import Run, flat_settings
+from paqdetr.text import duration
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +67,92 @@ class Callback:
 
     def on_end(self) -> None:
         """After the last step, or when the training fails."""
+
+
+class Progress(Callback):
+    """How far a training is, for callbacks that show it."""
+
+    def __init__(self) -> None:
+        self.step = self.total = self._first = 0
+        self.loss, self.ap = math.nan, None
+        self.record: dict[str, Any] = {}
+        self._began = time.monotonic()
+
+    def on_start(self, plan: TrainingPlan) -> None:
+        self.step = self._first = plan.first_step
+        self.total, self._began = plan.total_steps, time.monotonic()
+
+    def on_step(self, step: int, loss: float) -> None:
+        self.step, self.loss = step, loss
+
+    def on_record(self, record: dict[str, Any]) -> None:
+        self.record = record
+
+    def on_evaluation(self, record: dict[str, Any]) -> None:
+        self.ap = record["AP"]
+
+    @property
+    def left(self) -> float:
+        """Seconds to the end, evaluations included, if it goes on as until now."""
+        done = self.step - self._first
+        return (time.monotonic() - self._began) / done * (self.total - self.step) if done else math.nan
+
+    @property
+    def figures(self) -> str:
+        """Loss, AP and speed."""
+        parts = [f"loss {self.loss:6.3f}"]
+        parts += [] if self.ap is None else [f"AP {self.ap:.3f}"]
+        parts += [f"{self.record['images_per_second']:.1f} images/s"] if self.record else []
+        return "  ".join(parts)
+
+
+class NotebookProgress(Progress):
+    """A bar below the cell of a notebook that trains."""
+
+    _PAUSE = 0.5  # seconds between two pictures of it
+
+    @staticmethod
+    def wanted() -> bool:
+        """Whether this process is the kernel of a notebook."""
+        shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+        return getattr(shell, "kernel", None) is not None
+
+    def on_start(self, plan: TrainingPlan) -> None:
+        from IPython.display import display  # pyright: ignore[reportMissingImports]
+
+        super().on_start(plan)
+        self._name, self._doing, self._shown = plan.config.name, "", 0.0
+        self._place: Any = display(self, display_id=True)
+
+    def on_step(self, step: int, loss: float) -> None:
+        super().on_step(step, loss)
+        self._doing = ""
+        self._show()
+
+    def on_evaluation_progress(self, done: int, total: int) -> None:
+        self._doing = f"evaluating image {done} of {total}"
+        self._show()
+
+    def on_evaluation(self, record: dict[str, Any]) -> None:
+        super().on_evaluation(record)
+        self._doing = ""
+
+    def on_end(self) -> None:
+        self._show(at_once=True)
+
+    def _show(self, *, at_once: bool = False) -> None:
+        now = time.monotonic()
+        if at_once or now - self._shown > self._PAUSE:
+            self._shown = now
+            self._place.update(self)
+
+    def _repr_html_(self) -> str:
+        return f'<progress value="{self.step}" max="{self.total}"></progress> {html.escape(repr(self))}'
+
+    def __repr__(self) -> str:
+        left = "" if math.isnan(self.left) or self.step >= self.total else f"{duration(self.left)} left"
+        parts = (f"{self._name} {self.step}/{self.total}", self.figures, self._doing or left)
+        return "  ".join(filter(None, parts))
 
 
 class Callbacks(list[Callback]):

@@ -6,7 +6,10 @@ import contextlib
 import pickle
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
+from subprocess import PIPE
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +26,9 @@ from paqdetr.preprocessing import Preprocessing
 from paqdetr.runs import Run
 from paqdetr.training.bench import Workload, noise_batch
 
+Result = TypeVar("Result")
+Progress = Callable[[int, int], None]
+_LESS = "choose a smaller batch_size, image_size or model, or checkpoint_activations=true"
 # Of what is free on a CPU, and of all that a GPU has: the rest is for fragments, and for other programs.
 _USABLE = {"cpu": 0.8, "cuda": 0.92}
 _LARGEST = 512
@@ -44,49 +50,88 @@ def peaks_of_steps(
 ) -> list[int]:
     """The most bytes that a process has which trains two steps on the worst batch, for ascending numbers of images.
 
-    A process of its own takes the steps: memory of this one, once asked for, would not come back.
-
     Raises:
         OutOfMemoryError: the steps do not fit into memory.
     """
-    made = subprocess.run(
-        [sys.executable, "-c", "from paqdetr.training.memory import _measure; _measure()"],
-        input=pickle.dumps((config, split, list(sizes), torch.device(device))),
-        capture_output=True,
-    )
-    if made.returncode in (-9, 137):  # the system's answer to a process that takes too much
-        raise OutOfMemoryError(
-            f"a training step of {max(sizes)} images does not fit into the memory of {device}",
-            "choose a smaller batch_size, image_size or model, or checkpoint_activations=true",
-        )
-    if made.returncode != 0:
-        raise RuntimeError(
-            f"measuring a training step ended with {made.returncode}: {made.stderr.decode(errors='replace')}"
-        )
-    result = pickle.loads(made.stdout)
-    if isinstance(result, Exception):
-        raise result
-    return result
+    return in_own_process(_peaks, config, split, list(sizes), torch.device(device))
 
 
-def _measure() -> None:
-    """The process of `peaks_of_steps`: arguments through stdin, peaks or what the user did wrong through stdout."""
-    config, split, sizes, device = pickle.load(sys.stdin.buffer)
+def _peaks(
+    config: Config, split: DetectionDataset, sizes: list[int], device: torch.device, progress: Progress
+) -> list[int]:
     peaks: list[int] = []
-    result: list[int] | UserError = peaks
+    for done, size in enumerate(sizes, start=1):
+        _take_steps(config, split, size, device)
+        peaks.append(torch.cuda.max_memory_reserved(device) if device.type == "cuda" else peak_resident())
+        progress(done, len(sizes))
+    return peaks
+
+
+def in_own_process(
+    call: Callable[..., Result], config: Config, *arguments: object, progress: Progress = lambda done, total: None
+) -> Result:
+    """What a function returns that tries a training. A process of its own runs it: memory of this one, once asked for, would not
+    come back.
+
+    Args:
+        call: of a module. Its last argument is its own `progress`.
+        config: its first argument.
+        progress: called here with what the function reports.
+
+    Raises:
+        OutOfMemoryError: what it does needs more memory than there is.
+        UserError: as it does.
+    """
+    command = [sys.executable, "-c", "from paqdetr.training.memory import _serve; _serve()"]
+    with tempfile.TemporaryFile() as log, subprocess.Popen(command, stdin=PIPE, stdout=PIPE, stderr=log) as process:
+        assert process.stdin is not None and process.stdout is not None
+        answer = None
+        try:
+            with process.stdin:
+                pickle.dump((call, config, *arguments), process.stdin)
+            while answer is None:
+                content = pickle.load(process.stdout)
+                if isinstance(content, tuple):
+                    progress(*content)
+                else:
+                    answer = content
+        except (EOFError, BrokenPipeError):
+            code = process.wait()
+            if code in (-9, 137):  # the system's answer to a process that takes too much
+                raise OutOfMemoryError(
+                    f"a training with batch_size={config.batch_size} does not fit into memory", _LESS
+                ) from None
+            log.seek(0)
+            raise RuntimeError(f"trying a training ended with {code}: {log.read().decode(errors='replace')}") from None
+        except BaseException:  # Ctrl-C above all
+            process.kill()
+            raise
+    if isinstance(answer[0], Exception):
+        raise answer[0]
+    return answer[0]
+
+
+def _serve() -> None:
+    """The process of `in_own_process`. What to call comes through stdin; through stdout go pickles: (done, total) as often as it
+    likes, and at last a list of one, what it returned or what the user did wrong."""
+    call, *arguments = pickle.load(sys.stdin.buffer)
+    out = sys.stdout.buffer
+
+    def send(message: object) -> None:
+        pickle.dump(message, out)
+        out.flush()
+
+    result: object
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            for size in sizes:
-                _take_steps(config, split, size, device)
-                on_gpu = device.type == "cuda"
-                peaks.append(torch.cuda.max_memory_reserved(device) if on_gpu else peak_resident())
+            result = call(*arguments, lambda done, total: send((done, total)))
     except UserError as error:
         result = error
     except Exception as error:
         if (lacking := memory_error(error)) is None:
             raise
         result = lacking
-    sys.stdout.buffer.write(pickle.dumps(result))
+    send([result])
 
 
 def _take_steps(config: Config, split: DetectionDataset, size: int, device: torch.device) -> None:

@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
+import psutil
 import torch
 from torchvision.ops import box_convert, box_iou
 
 from paqdetr.config import Config
 from paqdetr.data.dataset import DetectionDataset
 from paqdetr.data.loader import Batch, plain_batch
-from paqdetr.environment import available_memory
+from paqdetr.environment import available_memory, peak_memory
 from paqdetr.errors import DataError
-from paqdetr.evaluation.evaluate import detect_split
+from paqdetr.evaluation.evaluate import evaluate_split
 from paqdetr.models import Detector
 from paqdetr.runs import Run
 from paqdetr.serialize import Jsonable, fields_of
-from paqdetr.training.memory import peaks_of_steps
+from paqdetr.training.memory import Progress, in_own_process, worst_batch
 from paqdetr.training.optim import lr_scale
 from paqdetr.training.trainer import Trainer
 
-_WARM_UP = 2
-_EVALUATED = 8
+# Steps that come before those that are timed, and steps on a batch of the largest images.
+_WARM_UP, _WORST = 2, 2
+_EVALUATED = 16
+# A detection in the rows of an evaluation, and in those without duplicates: 44 MiB for 30,000 of them.
+_ROW_BYTES = 1600
 # Of a box that counts as found.
 _IOU, _SCORE = 0.5, 0.3
 
@@ -42,8 +49,11 @@ class Plan(Jsonable):
         epoch_steps, total_steps: optimiser steps.
         lr: of the transformer, after the rule for other batch sizes.
         parameters, trainable: numbers of them.
-        memory: GiB by what it is for: "weights" of the model and its average, "gradients", "optimizer", "activations" and all
-            else; their "total", measured in a process that trains on a batch of the largest images; and "available".
+        memory: GiB by what it is for, measured in a process that trains, on a batch of the largest images too, and
+            evaluates a few: what the "process" has before, "model" with its average, "step" with gradients and optimiser,
+            "evaluation" beyond that, grown to the whole split; "cached images" when all are decoded; "workers" that load them.
+            Of these the training process has its "peak", which its run will report; "total" is all on the device that trains,
+            and "available" there.
         fits: whether the total is less than what is available.
         measured_steps: after the warm-up.
         step_seconds: mean of the measured ones, loading included.
@@ -77,60 +87,131 @@ def plan_training(
     *,
     device: str | None = None,
     steps: int = 5,
+    progress: Progress = lambda done, total: None,
 ) -> Plan:
     """Train a few steps, throw them away, and extrapolate to the whole recipe in one process.
 
     Args:
         config: with the number of classes of the data.
         steps: to measure, after two that warm up.
+        progress: called with (steps and images done, all of them).
 
     Raises:
         UserError: as a training would.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        quiet = config.model_copy(update={"trackers": ()})
-        trainer = Trainer(quiet, Run(Path(folder)), train_split, None, device=device, callbacks=[])
-        seconds = _time_steps(trainer, steps)
-        evaluation = 0.0 if val_split is None else _time_evaluation(trainer, val_split)
-    device_used = trainer.accelerator.device
-    (total,) = peaks_of_steps(config, train_split, [config.batch_size], device=device_used)
-    weights = sum(tensor.nbytes for tensor in trainer.model.state_dict().values())
-    gradients = sum(p.nbytes for p in trainer.model.parameters() if p.requires_grad)
-    gib = {
-        "weights": 2 * weights,
-        "gradients": gradients,
-        "optimizer": 2 * gradients,
-        "activations": total - 2 * weights - 3 * gradients,
-        "total": total,
-        "available": available_memory(device_used),
-    }
-    step_seconds = sum(seconds) / len(seconds)
-    epochs = trainer.total_steps / trainer.epoch_steps
+    tried = in_own_process(_try_training, config, train_split, val_split, device, steps, progress=progress)
+    memory = dict(tried.memory)
+    own = sum(memory.values()) - memory["workers"] - (memory["cached images"] if tried.shares_images else 0)
+    memory["peak"] = own
+    memory["total"] = sum(memory.values()) - own if tried.device == "cpu" else own
+    memory["available"] = available_memory(torch.device(tried.device)) / 2**30
+    epochs = tried.total_steps / tried.epoch_steps
     evaluations = 0 if val_split is None else math.ceil(math.ceil(epochs) / config.eval_every)
+    step_seconds = sum(tried.step_seconds) / len(tried.step_seconds)
     return Plan(
-        device=str(device_used),
+        device=tried.device,
         images=len(train_split),
-        batches=len(trainer.batches),
+        batches=tried.batches,
         step_images=config.batch_size * config.accumulate,
-        epoch_steps=trainer.epoch_steps,
-        total_steps=trainer.total_steps,
+        epoch_steps=tried.epoch_steps,
+        total_steps=tried.total_steps,
         lr=config.lr * lr_scale(config),
-        parameters=sum(p.numel() for p in trainer.model.parameters()),
-        trainable=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-        memory={name: round(value / 2**30, 3) for name, value in gib.items()},
-        fits=gib["total"] < gib["available"],
-        measured_steps=len(seconds),
+        parameters=tried.parameters,
+        trainable=tried.trainable,
+        memory={name: round(value, 3) for name, value in memory.items()},
+        fits=memory["total"] < memory["available"],
+        measured_steps=len(tried.step_seconds),
         step_seconds=round(step_seconds, 4),
-        epoch_seconds=round(step_seconds * trainer.epoch_steps, 1),
-        evaluation_seconds=round(evaluation, 1),
-        total_seconds=round(step_seconds * trainer.total_steps + evaluation * evaluations, 1),
-        # best, last, and the state with weights, average and two moments; a file is written beside the one it replaces
-        disk=round((6 * weights + 4 * gradients) / 2**30, 3),
+        epoch_seconds=round(step_seconds * tried.epoch_steps, 1),
+        evaluation_seconds=round(tried.evaluation_seconds, 1),
+        total_seconds=round(step_seconds * tried.total_steps + tried.evaluation_seconds * evaluations, 1),
+        disk=round(tried.disk / 2**30, 3),
     )
 
 
-def _time_steps(trainer: Trainer, count: int) -> list[float]:
-    """Seconds of single optimiser steps; a short epoch is begun again."""
+@dataclass(frozen=True, slots=True)
+class _Tried:
+    """What `_try_training` has measured; memory in GiB."""
+
+    device: str
+    batches: int
+    epoch_steps: int
+    total_steps: int
+    parameters: int
+    trainable: int
+    step_seconds: list[float]
+    evaluation_seconds: float
+    memory: dict[str, float]
+    shares_images: bool
+    disk: int
+
+
+def _try_training(
+    config: Config,
+    train_split: DetectionDataset,
+    val_split: DetectionDataset | None,
+    device: str | None,
+    steps: int,
+    progress: Progress,
+) -> _Tried:
+    """A few steps and a short evaluation, as a training does them."""
+    some = 0 if val_split is None else min(_EVALUATED, len(val_split))
+    total = _WARM_UP + steps + _WORST + some
+    counted = itertools.count(1)
+
+    def advance() -> None:
+        progress(next(counted), total)
+
+    process = peak_memory()
+    with tempfile.TemporaryDirectory() as folder:
+        quiet = config.model_copy(update={"trackers": ()})
+        trainer = Trainer(quiet, Run(Path(folder)), train_split, None, device=device, callbacks=[])
+    model, images = peak_memory(), trainer.loader.images
+    seconds, workers = _time_steps(trainer, steps, advance)
+    worst = worst_batch(config, train_split, trainer.model.preprocessing, config.batch_size)
+    worst = worst.to(trainer.accelerator.device)
+    for _ in range(_WORST):
+        trainer.step([worst] * config.accumulate, boxes=float(sum(map(len, worst.targets))), progress=0.0)
+        advance()
+    shares = trainer.config.workers > 0
+    decoded = 0 if shares or trainer.accelerator.device.type != "cpu" else images.cache.nbytes / 2**30
+    step, evaluation, evaluation_seconds = peak_memory(), 0.0, 0.0
+    if val_split is not None:
+        started = time.perf_counter()
+        part = DetectionDataset(val_split.annotations.with_images(np.arange(some)), name=val_split.name)
+        found = evaluate_split(cast(Detector, trainer.average.model), part, progress=lambda *_: advance())
+        evaluation_seconds = (time.perf_counter() - started) / len(part) * len(val_split)
+        rows = len(found.results) / len(part) * (len(val_split) - len(part))
+        evaluation = (
+            peak_memory() - step + (rows * _ROW_BYTES / 2**30 if trainer.accelerator.device.type == "cpu" else 0)
+        )
+    weights = sum(tensor.nbytes for tensor in trainer.model.state_dict().values())
+    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    return _Tried(
+        device=str(trainer.accelerator.device),
+        batches=len(trainer.batches),
+        epoch_steps=trainer.epoch_steps,
+        total_steps=trainer.total_steps,
+        parameters=sum(parameter.numel() for parameter in trainer.model.parameters()),
+        trainable=sum(parameter.numel() for parameter in trained),
+        step_seconds=seconds,
+        evaluation_seconds=evaluation_seconds,
+        memory={
+            "process": process,
+            "model": model - process,
+            "step": step - model - decoded,
+            "evaluation": evaluation,
+            "cached images": images.cache.capacity / 2**30,
+            "workers": workers,
+        },
+        shares_images=shares or trainer.accelerator.device.type != "cpu",
+        # best, last, and the state with weights, average and two moments; a file is written beside the one it replaces
+        disk=6 * weights + 4 * sum(parameter.nbytes for parameter in trained),
+    )
+
+
+def _time_steps(trainer: Trainer, count: int, advance: Callable[[], None]) -> tuple[list[float], float]:
+    """Seconds of single optimiser steps, where a short epoch is begun again; and the GiB that only its workers have."""
     seconds: list[float] = []
     trainer.wrapped.train()
     accumulate = min(trainer.config.accumulate, len(trainer.batches))
@@ -143,22 +224,22 @@ def _time_steps(trainer: Trainer, count: int) -> list[float]:
                 trainer.step(batches, boxes=boxes, progress=0.0)
                 trainer.average.update(trainer.model)
                 seconds.append(time.perf_counter() - started)
+                advance()
                 if len(seconds) == _WARM_UP + count:
                     break
             trainer.batches.epoch += 1
+        workers = sum(map(_own_memory, psutil.Process().children())) / 2**30
     finally:
         trainer.loader.close()
-    return seconds[_WARM_UP:]
+    return seconds[_WARM_UP:], workers
 
 
-def _time_evaluation(trainer: Trainer, split: DetectionDataset) -> float:
-    """Seconds for the whole split, from its first images."""
-    some = min(_EVALUATED, len(split))
-    found = detect_split(trainer.model, split, batch_size=4)
-    next(found)  # the first one pays for what is made once
-    started = time.perf_counter()
-    done = sum(1 for _ in zip(range(some - 1), found, strict=False))
-    return (time.perf_counter() - started) / max(done, 1) * len(split)
+def _own_memory(process: psutil.Process) -> int:
+    """Bytes that a process shares with no other, such as the decoded images."""
+    try:
+        return process.memory_full_info().uss
+    except psutil.Error:
+        return 0
 
 
 @dataclass(frozen=True, slots=True)

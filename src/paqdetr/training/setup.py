@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
-
-import torch
-from timm.layers import convert_sync_batchnorm
-from torch.nn.modules.batchnorm import _BatchNorm
+from typing import TYPE_CHECKING, cast
 
 from paqdetr.config import Config
 from paqdetr.data.dataset import DetectionDataset, open_split
@@ -15,7 +11,11 @@ from paqdetr.data.layout import available_splits
 from paqdetr.data.split import hold_out
 from paqdetr.data.stats import describe_crowding
 from paqdetr.errors import ConfigError, DataError
-from paqdetr.models import Detector
+
+if TYPE_CHECKING:  # settings and data are found wanting before torch is imported
+    import torch
+
+    from paqdetr.models import Detector
 
 
 def open_splits(data: str | Path, config: Config) -> tuple[DetectionDataset, DetectionDataset | None]:
@@ -102,6 +102,8 @@ def ready_to_train(model: Detector, config: Config, device: torch.device) -> Det
     Raises:
         ConfigError: `sync_batch_norm`, and it has no batch norm that trains.
     """
+    import torch
+
     if config.sync_batch_norm:
         model = synchronise_norms(model)
     model.checkpoint_activations(config.checkpoint_activations)
@@ -117,6 +119,9 @@ def synchronise_norms(model: Detector) -> Detector:
     Raises:
         ConfigError: it has none that train.
     """
+    from timm.layers import convert_sync_batchnorm
+    from torch.nn.modules.batchnorm import _BatchNorm
+
     if not any(isinstance(part, _BatchNorm) and part.training for part in model.train().modules()):
         raise ConfigError(
             "sync_batch_norm=True: the model has no batch norm that trains",

@@ -6,17 +6,17 @@ import logging
 from collections.abc import Mapping, Sequence
 from multiprocessing import current_process
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
+from paqdetr.checkpoint import find_described, require_same_settings
 from paqdetr.config import describe_idle, load_config
-from paqdetr.distributed import Processes
 from paqdetr.environment import describe_environment
 from paqdetr.errors import ConfigError, UserError
 from paqdetr.runs import Run
-from paqdetr.training.callbacks import Callback, require_trackers
-from paqdetr.training.memory import with_largest_batch
+from paqdetr.training.callbacks import Callback, NotebookProgress, require_trackers
 from paqdetr.training.setup import describe_data, open_splits, with_classes
-from paqdetr.training.trainer import Trainer
+from paqdetr.values import environment_integer
 
 
 def train(
@@ -44,7 +44,7 @@ def train(
         accept_new_data: resume even if classes, boxes or images are not those that the run was started with.
         device: "cpu", "cuda", ...; the best there is if None.
         auto_batch: take the largest batch that fits into memory as `batch_size`; a resumption keeps the one found first.
-        callbacks: called at every step and evaluation.
+        callbacks: called at every step and evaluation. A notebook shows a bar of its own.
         settings: overrides with dotted keys, such as {"model.num_patterns": 32}.
         overrides: overrides of top-level settings, such as epochs=12.
 
@@ -70,8 +70,20 @@ def train(
     require_trackers(config.trackers)
     if accept_new_data and not resume:
         raise ConfigError("accept_new_data is for a resumption", "resume too, or leave accept_new_data out")
-    processes = Processes.join(device)
     run, held, was_there = Run(Path(output)), None, Path(output).exists()
+    if environment_integer("WORLD_SIZE", 1, low=1) == 1:  # of several processes one alone looks, below
+        run.require_place(resume=resume)
+    if config.init is not None and not run.state_file.is_file():
+        file, made_with, _ = find_described(config.init)
+        require_same_settings(made_with.model, config.model, str(file))
+
+    gettempdir()  # fails where there is none, as torch and matplotlib would in the middle of their import
+    # Torch takes seconds to import: not before everything that a typo can be in was looked at.
+    from paqdetr.distributed import Processes
+    from paqdetr.training.memory import with_largest_batch
+    from paqdetr.training.trainer import Trainer
+
+    processes = Processes.join(device)
     try:
         with processes.agreeing():
             run.require_place(resume=resume)
@@ -88,7 +100,7 @@ def train(
             train_split,
             val_split,
             device=device,
-            callbacks=list(callbacks),
+            callbacks=[*callbacks, *([NotebookProgress()] if NotebookProgress.wanted() else [])],
             accept_new_data=accept_new_data,
         )
         processes.wait()  # the others have seen what there is

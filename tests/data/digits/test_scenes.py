@@ -126,6 +126,6 @@ def test_specs_out_of_range(wrong: dict) -> None:
 
 
 def test_too_many_objects_for_one_image() -> None:
-    spec = SceneSpec(size=64, min_objects=60, max_objects=60, min_scale=0.6, max_scale=0.6)
-    with pytest.raises(ConfigError, match=r"60 objects of 0\.6"):
+    spec = SceneSpec(size=64, min_objects=15, max_objects=15, min_scale=0.6, max_scale=0.6)
+    with pytest.raises(ConfigError, match=r"15 objects of 0\.6"):
         compose_scene(spec, seed=0, split="train", index=0)

@@ -12,6 +12,8 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+from paqdetr.errors import import_extra
+
 SPLITS = ("train", "val", "test")
 
 # Shares of every class's handwritten digits, in the order of SPLITS.
@@ -30,9 +32,7 @@ _FIELD_MARGIN = 2
 @cache
 def _scans() -> tuple[np.ndarray, np.ndarray]:
     """(1797, 8, 8) uint8 scans with values 0..16, and their (1797,) int64 digits."""
-    from sklearn.datasets import load_digits
-
-    flat, digits = load_digits(return_X_y=True)
+    flat, digits = import_extra("sklearn.datasets", "digits").load_digits(return_X_y=True)
     return np.asarray(flat, dtype=np.uint8).reshape(-1, 8, 8), np.asarray(digits, dtype=np.int64)
 
 
@@ -97,10 +97,9 @@ def ink_mask(rng: np.random.Generator, index: int, *, longest: float, max_rotati
 
 @cache
 def _photo_bands(split: str) -> tuple[Image.Image, ...]:
-    from sklearn.datasets import load_sample_image
-
+    load = import_extra("sklearn.datasets", "digits").load_sample_image
     first, last = PHOTO_BANDS[split]
-    photos = [Image.fromarray(load_sample_image(name)) for name in ("china.jpg", "flower.jpg")]
+    photos = [Image.fromarray(load(name)) for name in ("china.jpg", "flower.jpg")]
     return tuple(photo.crop((first, 0, last, photo.height)) for photo in photos)
 
 

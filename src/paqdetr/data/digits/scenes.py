@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageFilter
-from scipy import ndimage
 
 from paqdetr.data.digits.glyphs import SPLITS, clutter, glyphs_of, ink_mask, photo_patch, polygon_mask
 from paqdetr.errors import ConfigError
@@ -305,6 +304,8 @@ class _Painter:
         x0, y0, x1, y1 = self.extents[digit]
         ink = self.owner[y0:y1, x0:x1] == digit
         if self.seen[digit] < self.ink[digit]:
+            from scipy import ndimage
+
             pieces = np.zeros(ink.shape, dtype=np.int32)
             ndimage.label(ink, structure=np.ones((3, 3), dtype=int), output=pieces)
             sizes = np.bincount(pieces.ravel())

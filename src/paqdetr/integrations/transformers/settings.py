@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import ValidationError, model_validator
 
 from paqdetr.config import LossConfig, ModelConfig
-from paqdetr.config.section import Section
+from paqdetr.config.model import Section
 from paqdetr.errors import ConfigError
 from paqdetr.text import did_you_mean
 
