@@ -20,7 +20,7 @@ from IPython.display import Markdown
 
 import paqdetr
 from paqdetr.data.digits import make_digits
-from paqdetr.report.markdown import to_table
+from paqdetr.report.page import to_table
 
 data = Path("data/sixty")
 if not data.exists():

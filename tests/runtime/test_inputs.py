@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given
@@ -132,6 +133,17 @@ def test_every_form_gives_the_same_detections(predictor: Predictor) -> None:
         assert found.image is not None and (np.asarray(found.image) == np.asarray(right.image)).all(), name
 
 
+def test_an_exported_model_is_shown_in_a_few_lines(predictor: Predictor) -> None:
+    assert repr(predictor).splitlines() == [
+        "rows, exported: rows.onnx",
+        "  classes     2: cat, dog",
+        "  images      stretched to 16x12",
+        "  runs with   numpy, weights f32",
+        "  evaluation  not evaluated yet",
+    ]
+    assert "<b>rows, exported: rows.onnx</b>" in predictor._repr_html_() and predictor.names == {3: "cat", 7: "dog"}
+
+
 def test_a_detector_takes_the_same_forms() -> None:
     from paqdetr.models import create_model
 
@@ -157,6 +169,9 @@ def test_paths_folders_and_patterns(predictor: Predictor, tmp_path: Path) -> Non
         (tmp_path, ["a.png", "b.png"]),
         (f"{tmp_path}/*.png", ["a.png", "b.png"]),
         (tmp_path / "**" / "*.png", ["a.png", "b.png", "deep/c.png"]),
+        (np.array([f"{tmp_path}/a.png", f"{tmp_path}/b.png"]), ["a.png", "b.png"]),
+        (pd.Series([f"{tmp_path}/a.png"]), ["a.png"]),
+        (pd.Series([tmp_path / "a.png"]), ["a.png"]),
         ([COLOUR, f"{tmp_path}/a*", tmp_path / "deep"], [None, "a.png", "c.png"]),
     ):
         found = predictor.predict(source, threshold=0.0)

@@ -89,7 +89,8 @@ class CocoRecords:
             DataError: an annotation is malformed.
         """
         annotations = self._truth["annotations"]
-        names = [f"{self._source}: annotation {a.get('id', f'number {i}')}" for i, a in enumerate(annotations)]
+        called = [shorten(a["id"]) if "id" in a else f"number {i}" for i, a in enumerate(annotations)]
+        names = [f"{self._source}: annotation {name}" for name in called]
         records = self._rewrite(annotations, names)
         for number, (record, annotation, name) in enumerate(zip(records, annotations, names, strict=True), start=1):
             # Numbered from 1 whatever their own ids: COCO's rules read the id 0 as "not matched".

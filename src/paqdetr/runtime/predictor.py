@@ -174,9 +174,10 @@ class _Given:
 
 def _listed(images: ImageSource | Iterable[ImageSource]) -> list[_Given]:
     """Every image, and where it comes from. What is no collection of images is one image, or nothing that `read_image` knows."""
-    dimensions = getattr(images, "ndim", None)
+    dimensions, kind = getattr(images, "ndim", None), getattr(getattr(images, "dtype", None), "kind", "")
     one = isinstance(images, (str, bytes, bytearray, memoryview, Mapping)) or hasattr(images, "read")
-    several = isinstance(images, Iterable) and not one and dimensions in (None, 4)
+    column = dimensions == 1 and kind in ("O", "U", "T")  # of paths, in an array or a table
+    several = isinstance(images, Iterable) and not one and (dimensions in (None, 4) or column)
     given: list[_Given] = []
     for place, image in enumerate(images if several else [images]):  # type: ignore[arg-type]
         if not isinstance(image, (str, os.PathLike)):
