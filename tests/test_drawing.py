@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageColor
 
-from paqdetr.drawing import draw_boxes
+from paqdetr.drawing import PALETTE, Canvas, draw_boxes, mark
 from paqdetr.structures import Detections
 
 NAMES = {1: "cat", 7: "Straßenbahn", 90: "кошка"}
@@ -125,3 +125,85 @@ def test_labels_move_apart() -> None:
 def test_detections_draw() -> None:
     image, detections = Image.new("RGB", (100, 80)), found([[10, 30, 60, 70]], [1])
     assert detections.draw(image).tobytes() == drawn_detections(image, detections).tobytes()
+
+
+# ----------------------------------------------------------------------------------------- many boxes, labels
+
+
+def close(pixel: np.ndarray, colour: str) -> bool:
+    return bool((np.abs(pixel.astype(int) - ImageColor.getrgb(colour)) < 40).all())
+
+
+def label_areas(drawn: np.ndarray, colour: str) -> int:
+    return int((np.abs(drawn.astype(int) - ImageColor.getrgb(colour)).max(-1) < 3).sum())
+
+
+@pytest.mark.parametrize("count", [1, 3, 10, 11, 15, 60])
+def test_more_than_ten_boxes_have_a_key_in_place_of_labels(count: int) -> None:
+    """Apart from each other, so that all labels would find a place."""
+    canvas = np.full((800, 800, 3), 128, np.uint8)
+    places = np.arange(count)
+    boxes = np.stack(
+        [100 * (places % 8), 60 + 90 * (places // 8), 100 * (places % 8) + 60, 100 + 90 * (places // 8)], 1
+    )
+    drawn = np.asarray(draw_boxes(canvas, boxes, [1] * count, NAMES))
+    colour = ImageColor.getrgb(mark(1))
+    inked = np.abs(drawn.astype(int) - colour).max(-1) < 3
+    labelled = [inked[y0 - 12 : y0 - 3, x0 + 4 : x0 + 20].any() for x0, y0 in boxes[:, :2]]
+    if count <= 10:
+        assert all(labelled) and not (drawn > 250).all(-1).any()
+    else:
+        assert not any(labelled)
+        assert (drawn[-25:] > 200).all(-1).sum() > 200 or (drawn[:25] > 200).all(-1).sum() > 200, "the key"
+
+
+def test_the_key_stands_where_it_hides_no_box() -> None:
+    canvas = np.full((600, 600, 3), 128, np.uint8)
+    boxes = [[10 * i, 10 * j, 10 * i + 200, 10 * j + 200] for i in range(6) for j in range(3)]  # at the top left
+    boxes += [[500, 450, 599, 599], [450, 0, 599, 100]]
+    drawn = np.asarray(draw_boxes(canvas, boxes, [1] * 18 + [7, 90], NAMES))
+    assert (drawn[520:, :60] > 200).all(-1).sum() > 500, "at the bottom left"
+    assert not (drawn[:50, :60] > 200).all(-1).any()
+
+
+def test_labels_never_lie_on_each_other() -> None:
+    """Two colours at one place: both labels are whole. Nine at one place in a small picture: a key takes over."""
+    canvas = Canvas(Image.new("RGB", (200, 100), "#808080"))
+    for number in range(2):
+        canvas.box([0.1, 0.4, 0.5, 0.8], mark(number), label="word", key="word")
+    drawn = np.asarray(canvas.picture())
+    assert all(label_areas(drawn, mark(number)) > 150 for number in range(2))
+    canvas = Canvas(Image.new("RGB", (60, 40), "#808080"))
+    for number in range(9):
+        canvas.box([0.1, 0.4, 0.5, 0.8], mark(number), label="a word", key="word")
+    assert (np.asarray(canvas.picture()) > 200).all(-1).any()
+
+
+def test_classes_of_one_colour_differ_within_a_picture() -> None:
+    ids = [0, len(PALETTE)]  # the same place in the palette
+    drawn = np.asarray(draw_boxes(np.zeros((300, 300, 3), np.uint8), [[20, 50, 80, 90], [120, 50, 180, 90]], ids, {}))
+    assert drawn[90, 50].tolist() != drawn[90, 150].tolist()
+
+
+@pytest.mark.parametrize("smooth", [False, True])
+def test_marks_are_where_they_should_be(smooth: bool) -> None:
+    canvas = Canvas(Image.new("RGB", (50, 25), "#808080"), size=200, smooth=smooth)
+    canvas.box([0.25, 0.2, 0.75, 0.8], mark(0), width=4)
+    canvas.dots([[0.5, 0.5], [2.0, 2.0]], mark(1), radii=[6, 6])
+    canvas.label([0.9, 0.0], "beyond the edge", mark(3))
+    picture = canvas.picture()
+    assert picture.size == (200, 100) and picture.mode == "RGB"
+    drawn = np.asarray(picture)
+    for x, y in ((51, 50), (148, 50), (100, 21), (100, 78)):
+        assert close(drawn[y, x], mark(0)), (x, y)
+    assert close(drawn[50, 100], mark(1))
+    assert drawn[50, 70].tolist() == [128, 128, 128]
+    assert close(drawn[2, 195], mark(3)), "a label is moved into the picture"
+    assert mark(len(PALETTE)) == mark(0)
+
+
+@pytest.mark.parametrize("side", [1, 3000])
+def test_pictures_of_any_size_are_drawn_on(side: int) -> None:
+    canvas = Canvas(Image.new("RGB", (side, 1)), size=64)
+    canvas.box([-1, -1, 2, 2], mark(0), dashed=True, label="word", key="word")
+    assert max(canvas.picture().size) == 64

@@ -12,9 +12,8 @@ import numpy as np
 
 import paqdetr
 from paqdetr.analysis.inside import look_inside
-from paqdetr.drawing import tiled
+from paqdetr.drawing import Canvas, mark, tiled
 from paqdetr.images import read_image
-from paqdetr.report.overlay import Overlay, mark
 
 REPO = Path(__file__).resolve().parents[1]
 SIDE, SHOWN = 560, 5
@@ -27,18 +26,18 @@ def main(checkpoint: str, image: str, output: str = str(REPO / "docs" / "assets"
     picture = read_image(image)
     detections = model.predict(picture, threshold=0.5, nms=0.5)[0]
     size = np.array(picture.size * 2, dtype=float)
-    found, looked = Overlay(picture, size=SIDE), Overlay(picture, size=SIDE, dim=0.45)
+    found, looked = Canvas(picture, size=SIDE, smooth=True), Canvas(picture, size=SIDE, smooth=True, dim=0.45)
     assert detections.query_indices is not None
     queries = detections.query_indices[:SHOWN].tolist()
     sampling = look_inside(model, picture, chosen=queries).decoder[-1]
     for place, box in reversed(list(enumerate(detections.boxes / size))):
         label = int(detections.labels[place])
-        found.box(box, mark(label), width=2.5)
-        found.label(box[:2], f"{detections.names[label]}  {detections.scores[place]:.2f}", mark(label))
+        text = f"{detections.names[label]}  {detections.scores[place]:.2f}"
+        found.box(box, mark(label), label=text, width=1.2)
         if place < len(queries):
             weights = sampling.weights[place].reshape(-1)
             radii = np.maximum(9.0 * np.sqrt(weights / weights.max()), 1.0)
-            looked.box(box, mark(label), width=2.0, dashed=True)
+            looked.box(box, mark(label), dashed=True)
             looked.dots(sampling.locations[place].reshape(-1, 2), mark(label), radii=radii, strength=0.8)
     sheet = tiled([[found.picture(), looked.picture()]], gap=12)
     sheet.save(output, quality=78, optimize=True, progressive=True)

@@ -54,6 +54,15 @@ def show(name):
 show("figures")
 
 # %% [markdown]
+# ## What it says first
+#
+# The page begins with what the model does well and badly, what costs most before the rest, each line with advice.
+
+# %%
+for finding in parts["findings_a"].items:
+    print(f"{finding.kind}: {finding.text}", f"\n  -> {finding.advice}" if finding.advice else "")
+
+# %% [markdown]
 # ## What costs AP?
 #
 # - **Duplicates**: AP after NMS less AP. Much of it in short trainings. Train longer; until then, predict with `nms=`.
@@ -68,7 +77,7 @@ show("mistake_counts")
 # %% [markdown]
 # ## Which images?
 #
-# The page shows the worst images first. Look there for objects that nobody annotated, for wrong labels, and for what the training data never had, before you touch a setting: most of what
+# The page shows the worst images first, in a gallery that filters by class and by kind of mistake. Look there for objects that nobody annotated, for wrong labels, and for what the training data never had, before you touch a setting: most of what
 # looks like a weakness of the model is one of the data.
 #
 # ## Inside

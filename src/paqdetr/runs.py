@@ -342,17 +342,6 @@ def series(records: Sequence[Record], key: str, x: str = "step") -> Points:
     return _points([(record.get(x), record.get(key)) for record in records])
 
 
-def positives_by_layer(records: Sequence[Record]) -> dict[str, Points]:
-    """Mean positives of a box in each decoder layer that has any: "layer 1", ..."""
-    rows = [r for r in records if isinstance(r.get("positives_per_box"), list)]
-    count = max((len(r["positives_per_box"]) for r in rows), default=0)
-    layers = {
-        f"layer {layer + 1}": _points([(r["step"], (r["positives_per_box"] + [None] * count)[layer]) for r in rows])
-        for layer in range(count)
-    }
-    return {name: points for name, points in layers.items() if len(points[0])}
-
-
 def _points(rows: Sequence[tuple[Any, Any]]) -> Points:
     array = np.array([row for row in rows if all(map(_finite, row))], dtype=float).reshape(-1, 2)
     return array[:, 0], array[:, 1]

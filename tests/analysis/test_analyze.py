@@ -49,14 +49,15 @@ def report(tmp_path_factory: pytest.TempPathFactory, tiny_digits: Path) -> Path:
     untrained("dino_nano", tiny_digits).save(str(folder / "other.safetensors"))
     records = [
         {"kind": "train", "step": step, "epoch": step / 10, "loss": 9.0 - step / 5, "lr": 1e-3, "mixture_entropy": 0.5,
+         "loss_class": 3.0 - step / 10, "loss_l1": 1.0, "loss_giou": 1.0, "positives_gini": 0.3,
          "query_cosine": 0.2, "positives_per_box": [1.9, 1.8, 1.0]}
         for step in range(1, 21)
     ]  # fmt: skip
-    records.append({"kind": "eval", "step": 20, "epoch": 2, "split": "val", "AP": 0.25, "AP50": 0.5})
+    records.append({"kind": "eval", "step": 20, "epoch": 2, "split": "val", "AP": 0.25, "AP50": 0.5, "loss": 4.0})
     lines = "".join(json.dumps(record) + "\n" for record in records)
     (folder / "run/metrics.jsonl").write_text(lines)
     command = ["analyze", folder / "run", "--against", folder / "other.safetensors", "--data", tiny_digits]
-    command += ["--output", folder / "report", "--images", 1, "--resamples", 20]
+    command += ["--output", folder / "report", "--images", 4, "--resamples", 20]
     assert run(list(map(str, command))) == 0
     return folder / "report"
 
@@ -64,10 +65,23 @@ def report(tmp_path_factory: pytest.TempPathFactory, tiny_digits: Path) -> Path:
 def test_everything_is_there_and_bounded(report: Path) -> None:
     page = (report / "index.html").read_text(encoding="utf-8")
     assert len(page.encode()) < 12 * 2**20 and {p.name for p in report.iterdir()} == {"index.html", "data"}
-    keys = ("summary", "classes", "images", "mistakes", "confusion", "calibration", "layers", "query-use", "patterns")
-    for key in (*keys, "inside", "training"):
-        assert f'<section id="{key}"' in page, key
-    for name in ("figures", "classes", "image_0", "attention_0", "refinement_0", "proposals_0", "training_ap"):
+    open_ones, folded = page.split('<details id="fold-2">')
+    for key in (
+        "findings",
+        "images",
+        "summary",
+        "classes",
+        "mistakes",
+        "confusion",
+        "curves",
+        "calibration",
+        "training",
+    ):
+        assert f'<section id="{key}"' in open_ones, key
+    for key in ("layers", "query-use", "patterns", "inside"):
+        assert f'<section id="{key}"' in folded, key
+    names = ("findings_a", "findings_b", "comparison", "figures", "classes", "images", "training_ap", "training_loss")
+    for name in (*names, "attention_0", "refinement_0", "proposals_0"):
         content = json.loads((report / f"data/{name}.json").read_text())
         assert content["caption"] and content["data"], name
     # What one model has and the other has not is said.
@@ -83,6 +97,7 @@ def test_figures_are_those_of_the_evaluation(report: Path, tiny_digits: Path, tm
     for row in rows:
         value = getattr(expected, row["figure"])
         assert row["a"] is None if value != value else row["a"] == pytest.approx(value, abs=1e-9)
+        assert row["difference"] is None if value != value else row["difference"] == pytest.approx(row["b"] - row["a"])
 
     # A model in memory, of a host with neither proposals nor patterns, on data without a training split.
     (tmp_path / "data").mkdir()
@@ -179,9 +194,66 @@ def column(page: Any, number: int) -> list[str]:
     )
 
 
-def test_a_reader_sorts_slides_and_switches_the_theme(page: Any) -> None:
-    # Nothing reaches beyond the window; wide tables scroll by themselves.
+def test_a_reader_filters_and_enlarges_pictures(page: Any) -> None:
+    tiles = page.locator(".tile:visible")
+    everything, first = tiles.count(), page.locator(".tile").first
+    assert everything == 4 and page.locator(".filters output").inner_text() == "4 of 4 pictures"
+    kind, name = page.locator(".filters select").nth(1), page.locator(".filters select").nth(0)
+    kind.select_option("missed")
+    missed = tiles.count()
+    assert 0 < missed <= 4 and page.locator(".filters output").inner_text() == f"{missed} of 4 pictures"
+    chosen = name.locator("option").nth(1).get_attribute("value")
+    name.select_option(chosen)
+    expected = page.locator(".tile").evaluate_all(
+        "(all, c) => all.filter((t) => JSON.parse(t.dataset.tags).some(([a, b]) => a === c && b === 'missed')).length",
+        chosen,
+    )
+    assert tiles.count() == expected <= missed
+    name.select_option("")
+    kind.select_option("")
+
+    box = page.locator("#lightbox")
+    assert box.is_hidden()
+    first.locator("button").focus()
+    page.keyboard.press("Enter")
+    words = [box.locator("p").inner_text()]
+    path = first.locator(".path").get_attribute("data-path")
+    assert box.is_visible() and path in words[0] and Path(path).is_file()
+    page.wait_for_function("document.querySelector('#lightbox img').naturalWidth > 0")
+    assert box.locator("img").evaluate("i => i.getBoundingClientRect().right <= innerWidth")
+    for _ in range(4):
+        page.keyboard.press("ArrowRight")
+        words.append(box.locator("p").inner_text())
+    assert len(set(words[:4])) == 4 and words[4] == words[0], "around, back to the first"
+    page.keyboard.press("ArrowLeft")
+    assert box.locator("p").inner_text() == words[3]
+    page.keyboard.press("Escape")
+    assert box.is_hidden()
+    assert page.evaluate("document.activeElement.closest('.tile') === document.querySelectorAll('.tile')[3]")
+
+
+def test_what_a_person_needs_is_short_and_research_is_folded(page: Any) -> None:
+    width = page.viewport_size["width"]
+    if width > 1000:
+        page.set_viewport_size({"width": 1200, "height": 800})
+        assert page.evaluate("document.documentElement.scrollHeight") <= 8000
+        sides = page.locator("#curves .parts > *").evaluate_all("all => all.map((e) => e.getBoundingClientRect().left)")
+        assert len(set(sides)) == 2, "two columns"
+    assert page.locator("#layers").is_hidden()
+    page.locator("nav a", has_text="How queries are used").click()
+    page.wait_for_selector("#layers", state="visible")
+    # Nothing reaches beyond the window, unfolded either; wide tables scroll by themselves.
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    advice = page.locator("#findings")
+    assert "B - A" in advice.inner_text() and "`" not in advice.inner_text()
+    link = advice.locator("li a").first
+    target = link.get_attribute("href")
+    link.click()
+    assert page.locator(target).is_visible()
+
+
+def test_a_reader_sorts_slides_and_switches_the_theme(page: Any) -> None:
+    page.locator("summary").click()
 
     boxes = page.locator("#a-classes thead button", has_text="boxes")
     boxes.click()
@@ -220,6 +292,8 @@ def test_a_reader_sorts_slides_and_switches_the_theme(page: Any) -> None:
 
 
 def test_printed_every_layer_is_there(page: Any) -> None:
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
     page.emulate_media(media="print")
+    assert page.locator("#lightbox").is_hidden() and page.locator(".filters").is_hidden()
     assert page.locator("#a-attention_0 .slide:visible").count() == 3
     assert page.locator("nav").is_hidden() and page.locator("#theme").is_hidden()

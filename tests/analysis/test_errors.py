@@ -75,7 +75,8 @@ def test_one_and_two_result_sets() -> None:
     rows = part(curves, "best_thresholds").rows
     assert [row["class"] for row in rows] == [*NAMES, "all together"]
     assert rows[-1]["a_f1"] == pytest.approx(one.curves.best_f1[-1]) and rows[-1]["a_threshold"] == one.confident
-    assert part(two[3], "calibration").rows[0]["b_n"] == sum(r["score"] >= 0.05 for r in results[::2])
+    right = part(two[3], "reliability").data["second"]["right at IoU .50"]
+    assert sum(row["detections"] for row in right["bins"]) == sum(r["score"] >= 0.05 for r in results[::2])
 
 
 def test_mistakes_and_confusion_are_those_of_the_metrics() -> None:

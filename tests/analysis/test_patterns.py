@@ -300,7 +300,7 @@ def test_the_chapter_on_patterns(observed: Any, split: DetectionDataset) -> None
     section = pattern_section(studied[0], split, against=studied[1])
     names = require_sound(section)
     both = {"content_embedding", "content_embedding_against"}
-    mixes = {"category_patterns", "pattern_cosines", "exciting_images", "mixture_image", "mixtures", "one_mixture"}
+    mixes = {"category_patterns", "pattern_cosines", "exciting_images", "mixture_image", "mixtures"}
     assert names == both | mixes | {"pattern_meaning", "content_variance"}
     meaning = next(part for part in section.parts if part.name == "pattern_meaning")
     assert isinstance(meaning, Table) and len(meaning.rows) == 3 * 3 + 2 * 3

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageColor
 
-from paqdetr.analysis.examples import _choice, draw_outcome
+from paqdetr.analysis.examples import choose, marks_of, tags, wrong_kinds
 from paqdetr.analysis.subject import Outcome, outcome, run_folder
 from paqdetr.analysis.training import training_section
+from paqdetr.metrics.diagnosis import error_split
 from paqdetr.metrics.matches import MatchTable
-from paqdetr.report.overlay import MARKS, Overlay, mark
 from paqdetr.report.section import Figure
 
 
@@ -46,18 +46,59 @@ def test_right_wrong_and_missed_by_image() -> None:
     assert found.missed.tolist() == [1, 0, 0] and found.f1.tolist() == [0.5, 1.0, 1.0]
 
 
+def subject(truth: dict[str, Any], results: list[dict[str, Any]], ids: tuple[int, ...]) -> Any:
+    table = MatchTable.match(truth, results)
+    split, evaluation = SimpleNamespace(image_ids=ids), SimpleNamespace(results=results)
+    return SimpleNamespace(table=table, split=split, truth=truth, evaluation=evaluation)
+
+
 def test_images_whose_ids_are_not_in_order() -> None:
-    """As in COCO's own files: counts and drawings are those of the split's image, wherever the table has it."""
+    """As in COCO's own files: counts and marks are those of the split's image, wherever the table has it."""
     truth, results = truth_and_results()
     truth["images"].reverse()
     table = MatchTable.match(truth, results)
     assert outcome(table, 0.5, (3, 2, 1)).right.tolist() == [0, 0, 1]
-    blank = Image.new("RGB", (100, 100), "white")
-    split = SimpleNamespace(image_ids=(3, 2, 1), image_or_blank=lambda _: blank.copy())
-    evaluation = SimpleNamespace(results=results)
-    subject: Any = SimpleNamespace(table=table, split=split, truth=truth, evaluation=evaluation)
-    empty, busy = (np.asarray(draw_outcome(subject, index, 0.5)) for index in (0, 2))
-    assert (empty == 255).all() and not (busy == 255).all()
+    empty, crowd, busy = marks_of(subject(truth, results, (3, 2, 1)), 0.5, {1: "cat", 2: "dog"})
+    assert empty == crowd == []
+    assert [(mark.kind, mark.name, mark.score) for mark in busy] == [
+        ("missed", "dog", None), ("background", "cat", 0.6), ("", "cat", 0.9),
+    ]  # fmt: skip
+    assert tags(busy) == {
+        ("dog", ""), ("dog", "missed"), ("", "missed"), ("cat", ""), ("cat", "background"), ("", "background"),
+    }  # fmt: skip
+
+
+# A cat at [0, 0, 10, 10] and a dog at [50, 50, 10, 10], both found already.
+@pytest.mark.parametrize(
+    ("category", "bbox", "kind", "about"),
+    [
+        (1, [0, 0, 10, 8], "duplicate", 1),
+        (1, [0, 0, 10, 3], "localisation", 1),  # IoU .3
+        (1, [0, 0, 10, 0.5], "background", None),  # .05
+        (1, [50, 50, 10, 9], "classification", 2),
+        (1, [50, 50, 10, 4], "both", 2),
+        (2, [20, 20, 5, 5], "background", None),
+        (3, [0, 0, 10, 10], "classification", 1),
+    ],
+)
+def test_the_kind_of_a_mistake(category: int, bbox: list[float], kind: str, about: int | None) -> None:
+    truth = truth_and_results()[0]["annotations"][:2]
+    assert list(wrong_kinds([{"category_id": category, "bbox": bbox}], truth)) == [(kind, about)]
+    assert list(wrong_kinds([{"category_id": category, "bbox": bbox}], [])) == [("background", None)]
+
+
+def test_kinds_are_counted_as_in_the_error_split() -> None:
+    truth, _ = truth_and_results()
+    boxes = np.random.default_rng(0).uniform([0, 0, 4, 4], [60, 60, 30, 30], (200, 4)).round(1).tolist()
+    results = [
+        {"image_id": 1 + 2 * (i % 2), "category_id": 1 + i // 2 % 2, "bbox": box, "score": round(0.9 - i / 500, 3)}
+        for i, box in enumerate(boxes)
+    ]
+    found = marks_of(subject(truth, results, (1, 2, 3)), 0.0, {1: "cat", 2: "dog"})
+    counts = Counter(mark.kind for own in found for mark in own)
+    expected = error_split(truth, results).counts
+    wrong = ("classification", "localisation", "both", "duplicate", "background")
+    assert {kind: counts[kind] for kind in wrong} == {kind: expected[kind] for kind in wrong}
 
 
 def test_each_image_is_shown_once_and_empty_ones_are_not_the_best() -> None:
@@ -66,65 +107,32 @@ def test_each_image_is_shown_once_and_empty_ones_are_not_the_best() -> None:
 
     first = made([0, 3, 1, 0, 2], [0, 0, 1, 4, 0], [0, 0, 1, 2, 1])
     second = made([0, 1, 1, 1, 3], [0, 2, 1, 0, 0], [0, 2, 1, 1, 0])
-    assert _choice([first], 1) == [("Best", 1), ("Worst", 3)]
-    shown = _choice([first, second], 1)
-    assert shown == [("Best", 1), ("Worst", 3), ("B ahead", 4)]
-    everything = _choice([first], 9)
-    assert sorted(index for _, index in everything) == [0, 1, 2, 3, 4]
-
-
-def close(pixel: tuple[int, ...], colour: str) -> bool:
-    return max(abs(a - b) for a, b in zip(pixel, ImageColor.getrgb(colour), strict=True)) < 40
-
-
-def test_marks_are_where_they_should_be() -> None:
-    overlay = Overlay(Image.new("RGB", (50, 25), "#808080"), size=200)
-    overlay.box([0.25, 0.2, 0.75, 0.8], mark(0), width=4)
-    overlay.dots([[0.5, 0.5], [2.0, 2.0]], mark(1), radii=[6, 6])
-    overlay.label([0.9, 0.0], "beyond the edge", mark(3))
-    picture = overlay.picture()
-    assert picture.size == (200, 100) and picture.mode == "RGB"
-    for place in ((50, 50), (149, 50), (100, 20), (100, 79)):
-        assert close(picture.getpixel(place), mark(0)), place  # type: ignore[arg-type]
-    assert close(picture.getpixel((100, 50)), mark(1))  # type: ignore[arg-type]
-    assert picture.getpixel((70, 50)) == (128, 128, 128)
-    assert close(picture.getpixel((198, 2)), mark(3)), "a label is moved into the picture"  # type: ignore[arg-type]
-    assert mark(len(MARKS)) == mark(0)
-
-
-def test_labels_move_apart() -> None:
-    overlay = Overlay(Image.new("RGB", (200, 100), "#808080"), size=200)
-    overlay.label([0.1, 0.5], "one", MARKS[0])
-    overlay.label([0.1, 0.5], "two", MARKS[1])
-    picture = np.asarray(overlay.picture())
-    for colour in MARKS[:2]:
-        assert (np.abs(picture.astype(int) - ImageColor.getrgb(colour)).max(-1) < 3).sum() > 100
+    plain: list[frozenset[Any]] = [frozenset()] * 5
+    assert choose([first], plain, 1) == [3]
+    assert choose([first], plain, 2) == [3, 1], "the worst, and the best"
+    assert choose([first, second], plain, 3)[:2] == [3, 1], "the worst, and where the two differ most"
+    assert sorted(choose([first], plain, 9)) == [0, 1, 2, 3, 4]
+    rare = [*plain[:4], frozenset({("axolotl", "missed")})]
+    assert choose([first], rare, 4) == [3, 2, 4, 1], "what no other image shows, before the best"
 
 
 def test_curves_are_the_runs(tmp_path: Path) -> None:
     assert run_folder(None) is None and run_folder(tmp_path / "x.safetensors") is None
     assert training_section([("a", None)]) is None
     rows = [
-        {"kind": "train", "step": 1, "loss": 4.0, "positives_per_box": [2.0, 1.0]},
-        {"kind": "train", "step": 2, "loss": 0.0, "positives_per_box": [3.0, 1.0]},  # no place on a log scale
-        {"kind": "train", "step": 3, "loss": 2.0, "positives_per_box": [float("nan"), 1.0]},
-        {"kind": "eval", "step": 3, "AP": 0.25},
+        {"kind": "train", "step": 1, "epoch": 0.5, "loss_class": 1.0, "loss_l1": 1.0, "loss_giou": 2.0},
+        {"kind": "train", "step": 2, "epoch": 1.0, "loss_class": float("nan"), "loss_l1": 1.0, "loss_giou": 2.0},
+        {"kind": "train", "step": 3, "epoch": 1.5, "loss_class": 0.5, "loss_l1": 0.5, "loss_giou": 1.0},
+        {"kind": "eval", "step": 3, "epoch": 2, "AP": 0.25, "loss": 1.75},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert run_folder(tmp_path) == run_folder(tmp_path / "best.safetensors") == tmp_path
     section = training_section([("a", None), ("b", tmp_path)])
     assert section is not None and "a: its checkpoint lies in no run folder" in section.lead
     parts = {part.name: part for part in section.parts}
-    assert set(parts) == {"training_ap", "training_loss", "training_positives"}
-    loss, positives = parts["training_loss"], parts["training_positives"]
-    assert isinstance(loss, Figure) and isinstance(positives, Figure)
-    assert loss.data["b"]["step"].tolist() == [1, 3] and loss.data["b"]["value"].tolist() == [4, 2]
-    assert positives.data["b"]["layer 1"]["value"].tolist() == [2, 3]
-    assert "#e69f00" in loss.svg and "#0072b2" not in loss.svg  # b is orange, alone too
-
-
-@pytest.mark.parametrize("side", [1, 3000])
-def test_pictures_of_any_size_are_drawn_on(side: int) -> None:
-    overlay = Overlay(Image.new("RGB", (side, 1)), size=64)
-    overlay.box([-1, -1, 2, 2], mark(0), dashed=True)
-    assert max(overlay.picture().size) == 64
+    assert set(parts) == {"training_ap", "training_loss"}
+    loss = parts["training_loss"]
+    assert isinstance(loss, Figure)
+    assert loss.data["b"]["training"]["epoch"].tolist() == [0.5, 1.5]
+    assert loss.data["b"]["training"]["value"].tolist() == [4, 2]
+    assert loss.data["b"]["validation"]["value"].tolist() == [1.75]

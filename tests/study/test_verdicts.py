@@ -100,8 +100,9 @@ def test_planted_effects_are_found_with_their_sign() -> None:
         "duplicates": "undecided",
     }
     effects = {name: verdict.effect.mean for name, verdict in found.items() if verdict.effect}
-    assert effects["better"] == pytest.approx(0.1, abs=0.03) == effects["worse"]
-    assert effects["against"] == pytest.approx(effects["better"] + effects["worse"])
+    assert effects["better"] == pytest.approx(0.1, abs=0.03) == -effects["worse"], "variant minus the other, always"
+    assert effects["worse"] == effects["wrong"]
+    assert effects["against"] == pytest.approx(effects["better"] - effects["worse"])
     assert effects["duplicates"] == pytest.approx(0)
 
 

@@ -108,19 +108,20 @@ def test_curves_of_a_whole_run(tmp_path: Path) -> None:
         more = {"positives_per_box": [1.9, 1.7, 1.0], "mixture_entropy": 0.8, "query_cosine": 0.3}
         records.append(train_record(step, **more, loss_diversity=0.0))
         if step % 100 == 0:
-            figures = {"AP": step / 1000, "AP50": step / 600, "APs": None}
+            figures = {"AP": step / 1000, "AP50": step / 600, "APs": None, "loss": 3 - step / 400}
             records.append({"kind": "eval", "step": step, "epoch": step / 100, "split": "val", **figures})
     path = write(tmp_path / "metrics.jsonl", records)
     training_curves(path, tmp_path / "plots" / "curves.svg")
     text = titles(tmp_path / "plots" / "curves.svg")
     for part in ("Average precision", "AP50 val", "0.400", "Training loss", "GIoU", "layer 3 (last)"):
         assert part in text, part
-    for part in ("Learning rate", "entropy / log m", "cosine", "images per second", "epoch", "step"):
+    for part in ("Learning rate", "entropy / log m", "cosine", "images per second", "epoch", "validation"):
         assert part in text, part
     assert "diversity" not in text, "a term that is 0 throughout has no line on a log scale"
     training_curves(path, tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as image:
-        assert image.width > 1500 and np.asarray(image.convert("L")).std() > 5
+        assert image.size == (1419, 1089), "nine panels in three columns"
+        assert np.asarray(image.convert("L")).std() > 5
 
 
 def test_absent_figures_have_no_panel(tmp_path: Path) -> None:

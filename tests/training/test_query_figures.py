@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,21 @@ from paqdetr.data.loader import plain_batch
 from paqdetr.distributed import Processes
 from paqdetr.losses import build_criterion
 from paqdetr.metrics import gini
+from paqdetr.models.outputs import Decoded, DetectorOutput
 from paqdetr.models.zoo import build_model
 from paqdetr.paq import Mixture, Pairs
 from paqdetr.runs import Run
+from paqdetr.structures import Targets
 from paqdetr.training import train
-from paqdetr.training.figures import Interval, QuerySums, batch_use, mixture_figures, to_host, watch_gradients
+from paqdetr.training.figures import (
+    Interval,
+    QuerySums,
+    ValidationLoss,
+    batch_use,
+    mixture_figures,
+    to_host,
+    watch_gradients,
+)
 from paqdetr.training.setup import with_classes
 
 
@@ -181,3 +192,34 @@ def test_other_kinds_of_runs(
     row = run.records("train")[0]
     assert row["gradient_gini"] > 0 and row["positives_gini"] > 0
     assert ("pattern_gini" in row) == ("pattern_cosine" in row) == ("amp" in more)
+
+
+@pytest.mark.parametrize("assigner", ["one_to_one", "quality_aware"])
+def test_the_validation_loss_is_the_criterions_however_images_are_batched(assigner: str) -> None:
+    """Three images, the last without boxes: in one batch, one by one, and by two processes, whose sums travel pickled."""
+    config = load_config("paq_dino_nano", {"loss.assigner": assigner, "loss.one_to_many_from": 0.0})
+    criterion, generator = build_criterion(config.loss), torch.Generator().manual_seed(0)
+    logits, boxes = torch.randn(2, 3, 9, 4, generator=generator), torch.rand(2, 3, 9, 4, generator=generator) / 4 + 0.3
+    targets = [
+        Targets(torch.arange(n) % 4, torch.rand(n, 4, generator=generator) / 4 + 0.3, None, (64, 64)) for n in (3, 1, 0)
+    ]
+
+    def part(images: slice) -> tuple[Any, list[Targets]]:
+        own = Decoded(logits[:, images], boxes[:, images])
+        content = Mixture(content=torch.zeros(1, 9, 2), weights=None)
+        return DetectorOutput(own.logits[-1], own.boxes[-1], own, None, content), targets[images]
+
+    together, single, other = (ValidationLoss(criterion, 0.1) for _ in range(3))
+    together.see(*part(slice(0, 3)), indices=[0, 1, 2])
+    single.see(*part(slice(0, 1)), indices=[0])
+    other.see(*part(slice(1, 2)), indices=[1])
+    other.see(*part(slice(2, 3)), indices=[2])
+    single.merge(pickle.loads(pickle.dumps(other)))
+    expected = criterion(*part(slice(0, 3)), progress=0.1)
+    found = together.means()
+    assert found["loss"] == pytest.approx(float(expected.total), rel=1e-5)
+    assert found["loss"] == pytest.approx(sum(value for name, value in found.items() if name != "loss"), abs=1e-5)
+    assert single.means() == pytest.approx(found, rel=1e-5)
+    nothing = ValidationLoss(criterion, 0.1)
+    nothing.see(*part(slice(2, 3)), indices=[2])
+    assert nothing.means() == {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,12 @@ import torch
 
 from paqdetr._version import __version__
 from paqdetr.analysis.errors import calibration_section, confusion_section, curve_section, mistake_section
-from paqdetr.analysis.examples import example_sections
+from paqdetr.analysis.examples import example_section
 from paqdetr.analysis.inside import inside_sections
 from paqdetr.analysis.layers import layer_section
 from paqdetr.analysis.patterns import pattern_chapter
 from paqdetr.analysis.subject import Analysis, ModelUnderTest, Progress, ResultSet, has_boxes
-from paqdetr.analysis.summary import class_section, summary_section
+from paqdetr.analysis.summary import class_section, findings_section, summary_section
 from paqdetr.analysis.training import training_section
 from paqdetr.analysis.usage import usage_chapter
 from paqdetr.data.dataset import DetectionDataset, open_split
@@ -35,20 +35,27 @@ from paqdetr.text import Summary, figure
 
 Made = Section | tuple[Section, ...] | None
 CHAPTERS: tuple[Callable[[Analysis], Made], ...] = (
+    findings_section,
+    example_section,
     summary_section,
     class_section,
-    example_sections,
-    lambda analysis: curve_section(analysis.results),
     lambda analysis: mistake_section(analysis.results),
     lambda analysis: confusion_section(analysis.results),
+    lambda analysis: curve_section(analysis.results),
     lambda analysis: calibration_section(analysis.results),
-    lambda analysis: layer_section([(one.label, one.layers.figures(one.split)) for one in analysis.models]),
-    usage_chapter,
-    pattern_chapter,
-    inside_sections,
     lambda analysis: training_section([(one.label, one.run) for one in analysis.models]),
 )
 """What the report shows, in order. A chapter is a section on all models, or one for each of them, or None."""
+RESEARCH: tuple[Callable[[Analysis], Made], ...] = (
+    lambda analysis: layer_section(
+        [(one.label, own) for one, own in zip(analysis.models, analysis.stages, strict=True)]
+    ),
+    usage_chapter,
+    pattern_chapter,
+    inside_sections,
+)
+"""Chapters that are folded away at first."""
+_FOLD = "How queries are used"
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -79,7 +86,7 @@ def analyze(
     output: str | Path,
     split: str = "val",
     against: Detector | str | Path | None = None,
-    images: int = 6,
+    images: int = 24,
     samples: int = SAMPLES,
     seed: int = 0,
     batch_size: int = 4,
@@ -93,9 +100,9 @@ def analyze(
         data: the data set's folder.
         output: a folder that is new, empty, or holds an earlier report, which is replaced. It is written whole or not at all.
         split: "train", "val" or "test".
-        against: another model, shown side by side, with paired intervals of the differences.
-        images: how many of the best, of the worst and (with `against`) of the most different images are shown. The inside is
-            shown for a third of it, at least one.
+        against: another model, shown side by side, with paired intervals of the differences: B - A, this one minus `model`.
+        images: how many images the gallery shows: the worst, some of every class and kind of mistake, and the best. The inside
+            is shown for a twelfth of it, at least one.
         samples: resamples of the bootstrap.
         seed: of the resamples.
         batch_size: images that go through together; it changes no figure.
@@ -135,8 +142,13 @@ def analyze(
         for detector, source, label in zip(detectors, chosen, _labels(chosen, detectors), strict=True)
     ]
     analysis = Analysis(models, Path(data), images, samples, seed, report_progress)
-    made = [found for chapter in CHAPTERS if (found := chapter(analysis)) is not None]
-    chapters = [Chapter((found,) if isinstance(found, Section) else found) for found in made]
+    made = [(found, chapter in RESEARCH) for chapter in CHAPTERS + RESEARCH if (found := chapter(analysis)) is not None]
+    chapters = [
+        Chapter(
+            tuple(replace(one, fold=_FOLD if folded else "") for one in ([own] if isinstance(own, Section) else own))
+        )
+        for own, folded in made
+    ]
     write_folder(output, render(_heading(models, Path(data), split), chapters), chapters)
     return Report(
         page=output / "index.html",

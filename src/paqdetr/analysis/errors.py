@@ -10,16 +10,7 @@ from typing import Any
 import numpy as np
 
 from paqdetr.analysis.subject import COLOURS, ResultSet, labels, marks
-from paqdetr.metrics.diagnosis import (
-    MISTAKES,
-    Calibration,
-    Confusion,
-    ErrorSplit,
-    calibration,
-    confusion,
-    error_split,
-    precision_recall,
-)
+from paqdetr.metrics.diagnosis import MISTAKES, Confusion, ErrorSplit, calibration, error_split, precision_recall
 from paqdetr.metrics.matches import RECALLS
 from paqdetr.report import plots
 from paqdetr.report.section import Column, Figure, Section, Table, make_table
@@ -72,7 +63,7 @@ def calibration_section(sets: Sequence[ResultSet]) -> Section:
         f"the diagonal. Only detections that score {_SCORED:g} or more count: nearly all of a DETR's score less, rightly, and "
         "would hide the rest."
     )
-    return Section("calibration", "Calibration", lead, (_reliability(sets), _calibration_table(sets)))
+    return Section("calibration", "Calibration", lead, (_reliability(sets),))
 
 
 # ------------------------------------------------------------------------------------------------- curves
@@ -103,15 +94,15 @@ def _classes_precision_recall(sets: Sequence[ResultSet]) -> Figure | None:
     chosen = [int(c) for c in np.argsort(-objects, kind="stable")[:_MOST_LINES] if objects[c]]
     if not chosen:
         return None
-    panels = plots.new_grid(len(sets), 1, height=3.2 * len(sets), titles=labels(sets), x="recall", y="precision")
+    panels = plots.new_grid(1, len(sets), height=3.4, titles=labels(sets), x="recall", y="precision")
     data: dict[str, Any] = {"recall": RECALLS.tolist()}
     for own, axes in zip(sets, panels, strict=True):
         curves = precision_recall(own.table, 0.5)
         for place, c in enumerate(chosen):
             plots.line(axes, RECALLS, curves[c], label=table.class_names[c], colour=plots.colour(place))
         axes.set(xlim=(0, 1), ylim=(0, 1.02))
-        plots.legend(axes, outside=True)
         data[own.label] = {name: plain(row) for name, row in zip(table.class_names, curves, strict=True)}
+    plots.legend(panels[-1], outside=True)
     which = "each class" if len(chosen) == len(table.class_names) else f"the {len(chosen)} classes with most objects"
     caption = f"Precision against recall of {which}, at IoU .50."
     return plots.plot_part(panels[0], name="precision_recall_classes", caption=caption, data=data)
@@ -167,6 +158,7 @@ def _reliability(sets: Sequence[ResultSet]) -> Figure:
     titles = ["found, at IoU .50", "and how well, IoU .50 to .95"]
     panels = plots.new_grid(1, 2, height=3.2, titles=titles, x="score", y="accuracy")
     data: dict[str, Any] = {}
+    errors: list[str] = []
     for (iou, what), axes in zip(_KINDS, panels, strict=True):
         axes.plot([0, 1], [0, 1], ":", color=plots.MUTED, linewidth=1)
         for own, name, colour in zip(sets, labels(sets), COLOURS, strict=False):
@@ -174,34 +166,15 @@ def _reliability(sets: Sequence[ResultSet]) -> Figure:
             filled = found.counts > 0
             plots.line(axes, found.confidence[filled], found.accuracy[filled], label=name, colour=colour, marker="o")
             data.setdefault(own.label, {})[what] = found.to_json()
+            errors.append(f"{name} {found.error:.3f} {what}".strip())
         axes.set(xlim=(0, 1), ylim=(0, 1.02))
     plots.legend(panels[0])
     caption = (
         "Left: the share of detections that found an object. Right: the mean share of the ten IoU thresholds at which they "
         "did, so that a score on the diagonal also says how well the box fits. Ten bins of the score; a bin of few detections "
-        "is uncertain."
+        f"is uncertain. Expected calibration error: {'; '.join(errors)}."
     )
     return plots.plot_part(panels[0], name="reliability", caption=caption, data=data)
-
-
-def _calibration_table(sets: Sequence[ResultSet]) -> Table:
-    names = ("all together", *sets[0].table.class_names)
-    columns = [Column("class", "class", "text", lambda place: names[place])]
-    for (key, mark), own in zip(marks(sets), sets, strict=True):
-        found, fits = ([_of_class(own, iou, place) for place in range(len(names))] for iou, _ in _KINDS)
-        columns += [
-            Column(f"{key}_n", f"detections{mark}", "integer", lambda place, of=found: of[place].counts.sum()),
-            Column(f"{key}_found", f"error{mark}", value=lambda place, of=found: of[place].error),
-            Column(f"{key}_fits", f"with fit{mark}", value=lambda place, of=fits: of[place].error),
-        ]
-    caption = "Expected calibration error, 0 at best: of being right at IoU .50, and of how well the box fits."
-    return make_table("calibration", caption, columns, range(len(names)))
-
-
-def _of_class(own: ResultSet, iou: float | None, place: int) -> Calibration:
-    """Of all classes together at place 0, then of each."""
-    chosen = place - 1 if place else None
-    return calibration(own.table, iou_threshold=iou, score_threshold=_SCORED, class_index=chosen)
 
 
 def _mean(curves: np.ndarray) -> np.ndarray:
@@ -213,7 +186,7 @@ def _mean(curves: np.ndarray) -> np.ndarray:
 
 def mistake_section(sets: Sequence[ResultSet]) -> Section:
     """The error split of TIDE: what AP50 would gain, and how many there are."""
-    every = [error_split(own.truth, own.results, iou_type=own.iou_type) for own in sets]
+    every = [own.mistakes for own in sets]
     confident = [
         error_split(own.truth, own.results, iou_type=own.iou_type, score_threshold=own.confident) for own in sets
     ]
@@ -232,14 +205,9 @@ def confusion_section(sets: Sequence[ResultSet]) -> Section:
         "what is left over is then matched whatever its class. The last column counts objects that nothing found, the last "
         "row detections of nothing."
     )
-    found = [
-        confusion(own.truth, own.results, iou_type=own.iou_type, score_threshold=own.confident, table=own.table)
-        for own in sets
-    ]
     parts: list[Figure | Table] = []
-    for place, (own, matrix) in enumerate(zip(sets, found, strict=True)):
-        parts.append(_matrix(own, matrix, labels(sets)[place], "ab"[place]))
-        parts.append(_confused(matrix, labels(sets)[place], "ab"[place]))
+    for own, label, key in zip(sets, labels(sets), "ab", strict=False):
+        parts += [_matrix(own, own.confusion, label, key), _confused(own.confusion, label, key)]
     return Section("confusion", "Confusion", lead, tuple(parts))
 
 
@@ -306,16 +274,21 @@ def _matrix(own: ResultSet, found: Confusion, name: str, key: str) -> Figure:
 
 def _confused(found: Confusion, name: str, key: str) -> Table:
     """The most frequent confusions of one class with another."""
+    columns = (
+        Column("object", "object", "text", lambda row: row[0]),
+        Column("detected", "detected as", "text", lambda row: row[1]),
+        Column("count", "count", "integer", lambda row: row[2]),
+        Column("share", "share of the objects", "percent", lambda row: row[2] / row[3]),
+    )
+    caption = f"{f'{name}. ' if name else ''}The classes most often taken for another."
+    return make_table(f"confused_{key}", caption, columns, confused_pairs(found))
+
+
+def confused_pairs(found: Confusion) -> list[tuple[str, str, int, int]]:
+    """(class of the object, class of the detection, count, objects of the class), the most frequent first."""
     wrong = found.matrix[:-1, :-1].copy()
     np.fill_diagonal(wrong, 0)
     order = np.argsort(-wrong, axis=None, kind="stable")[:_MOST_CONFUSED]
-    objects = found.matrix[:-1].sum(axis=1)
+    objects, names = found.matrix[:-1].sum(axis=1), found.class_names
     pairs = zip(*np.unravel_index(order, wrong.shape), strict=True)
-    columns = (
-        Column("object", "object", "text", lambda pair: found.class_names[pair[0]]),
-        Column("detected", "detected as", "text", lambda pair: found.class_names[pair[1]]),
-        Column("count", "count", "integer", lambda pair: wrong[pair]),
-        Column("share", "share of the objects", "percent", lambda pair: wrong[pair] / objects[pair[0]]),
-    )
-    caption = f"{f'{name}. ' if name else ''}The classes most often taken for another."
-    return make_table(f"confused_{key}", caption, columns, (pair for pair in pairs if wrong[pair]))
+    return [(names[i], names[j], int(wrong[i, j]), int(objects[i])) for i, j in pairs if wrong[i, j]]

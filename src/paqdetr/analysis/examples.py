@@ -1,101 +1,183 @@
-"""The best and the worst images: what was found, what was wrong, what was missed."""
+"""A gallery of images: what was found, what was wrong and how, what was missed."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import torch
 from PIL.Image import Image
+from torchvision.ops import box_iou
 
 from paqdetr.analysis.subject import Analysis, ModelUnderTest, Outcome
-from paqdetr.report.overlay import Overlay
-from paqdetr.report.plots import GREEN, ORANGE, PINK
-from paqdetr.report.section import Picture, Section
+from paqdetr.drawing import GREEN, ORANGE, PINK, RED, SKY, YELLOW, Canvas, captioned, tiled
+from paqdetr.report.section import Gallery, Section, Tile
 
-_LEGEND = "Green: found. Orange, with a cross: wrong. Pink, dashed: missed."
-
-
-def example_sections(analysis: Analysis) -> tuple[Section, ...]:
-    """One section per model, with the same images: the best, the worst and, of two models, those where they differ most."""
-    models, outcomes, progress = analysis.models, analysis.outcomes, analysis.stage("best and worst images")
-    chosen = _choice(outcomes, analysis.images)
-    sections = []
-    for place, (model, found) in enumerate(zip(models, outcomes, strict=True)):
-        parts = []
-        for done, (group, index) in enumerate(chosen, start=place * len(chosen) + 1):
-            name = model.split.file_names[index]
-            caption = (
-                f"{group}: {name}. F1 {found.f1[index]:.2f}: {found.right[index]} found, {found.wrong[index]} wrong, "
-                f"{found.missed[index]} missed."
-            )
-            data = {"file": name, "image_id": model.split.image_ids[index]}
-            data |= {kind: getattr(found, kind)[index] for kind in ("f1", "right", "wrong", "missed")}
-            image = draw_outcome(model, index, found.threshold)
-            parts.append(Picture(f"image_{len(parts)}", caption, image, data))
-            progress(done, len(chosen) * len(models))
-        sections.append(Section("images", "Images", _lead(outcomes), tuple(parts)))
-    return tuple(sections)
+KINDS = {
+    "classification": "wrong class",
+    "localisation": "loose box",
+    "both": "wrong class and loose box",
+    "duplicate": "duplicate",
+    "background": "background",
+    "missed": "missed",
+}
+"""Kinds of mistakes of `ErrorSplit`, as the gallery calls them."""
+_COLOURS = dict(zip(("", *KINDS), (GREEN, RED, ORANGE, "#EE3377", SKY, YELLOW, PINK), strict=True))
+_FOREGROUND, _BACKGROUND = 0.5, 0.1
 
 
-def _lead(outcomes: Sequence[Outcome]) -> str:
-    two = len(outcomes) > 1
-    thresholds = " for A and ".join(f"{o.threshold:.2f}" for o in outcomes) + (" for B" if two else "")
-    return (
-        f"Where F1 is best and worst{', for A' if two else ''}. Shown is what scores at least {thresholds}: there F1 over the "
-        "whole split is at its best. A detection is right if it has the class of an object and an IoU of at least 0.5 with "
-        f"it. {_LEGEND}"
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """Something in an image: a detection that is right (`kind` "") or wrong, or a missed object; xyxy in pixels, class names."""
+
+    kind: str
+    box: np.ndarray
+    name: str
+    score: float | None = None
+    object: str | None = None  # what a wrong detection lies on
+
+
+def example_section(analysis: Analysis) -> Section:
+    """The worst images, some for every class and kind of mistake, and the best; those of two models side by side."""
+    models, outcomes = analysis.models, analysis.outcomes
+    ids = [{row["id"]: row["name"] for row in models[0].truth["categories"]}] * len(models)
+    marks = [marks_of(one, found.threshold, names) for one, found, names in zip(models, outcomes, ids, strict=True)]
+    chosen = choose(outcomes, [tags(own) for own in marks[0]], analysis.images)
+    done, tiles, data = analysis.stage("images"), [], []
+    for number, index in enumerate(chosen, start=1):
+        split = models[0].split
+        picture = split.image_or_blank(index)
+        drawn = [draw_marks(picture, own[index]) for own in marks]
+        title = "; ".join(
+            f"{letter}{found.right[index]} found, {found.wrong[index]} wrong, {found.missed[index]} missed"
+            for letter, found in zip(("A: ", "B: ") if models[1:] else ("",), outcomes, strict=True)
+        )
+        image = drawn[0]
+        if len(drawn) > 1:
+            image = tiled([[captioned(one, letter) for one, letter in zip(drawn, "AB", strict=True)]], gap=6)
+        found_by = frozenset().union(*(tags(own[index]) for own in marks))
+        tiles.append(Tile(image, title, str(split.path(index)), found_by))
+        data.append(
+            {"file": split.file_names[index], "image_id": split.image_ids[index], "title": title}
+            | {"mistakes": Counter(KINDS[mark.kind] for mark in marks[0][index] if mark.kind)}
+        )
+        done(number, len(chosen))
+    thresholds = " for A and ".join(f"{o.threshold:.2f}" for o in outcomes) + (" for B" if models[1:] else "")
+    lead = (
+        f"The worst images first, then some of every class and kind of mistake, then the best. Shown is what scores at least "
+        f"{thresholds}, where F1 is best. Green: found (its class, IoU 0.5 or more). Pink, dashed: missed. Other colours: "
+        "mistakes, named on the box or in a key. Click to enlarge; the arrow keys turn to the next."
     )
+    used = {tag for tile in tiles for tag in tile.tags}
+    classes = [name for name in ids[0].values() if (name, "") in used]
+    kinds = [kind for kind in KINDS.values() if ("", kind) in used]
+    caption = f"{len(tiles)} of {len(models[0].split)} images of {models[0].split.name}."
+    filters = (("class", tuple(dict.fromkeys(classes))), ("mistake", tuple(kinds)))
+    return Section("images", "Images", lead, (Gallery("images", caption, filters, tuple(tiles), data),))
 
 
-def _choice(outcomes: Sequence[Outcome], images: int) -> list[tuple[str, int]]:
-    """(group, index), no image twice: the last groups get what the first leave."""
+def tags(marks: Sequence[Mark]) -> frozenset[tuple[str, str]]:
+    """What an image is found by: its classes, its kinds of mistakes, and both together; a wrong detection counts for its own
+    class and for that of the object."""
+    found: set[tuple[str, str]] = set()
+    for mark in marks:
+        kinds = {"", KINDS[mark.kind]} if mark.kind else {""}
+        names = {"", mark.name, mark.object or ""}
+        found |= {(name, kind) for name in names for kind in kinds}
+    return frozenset(found - {("", "")})
+
+
+def choose(outcomes: Sequence[Outcome], found_by: Sequence[frozenset[Any]], images: int) -> list[int]:
+    """Images, none twice: half of them the worst (of two models, those of the greatest difference as well), then what has the
+    most tags that no image before has, then the best."""
     first = outcomes[0]
-    objects = first.right + first.missed
-    errors = first.wrong + first.missed
-    rankings = {
-        "Worst": np.lexsort((-errors, first.f1)),
-        "Best": np.lexsort((-objects, -np.where(objects > 0, first.f1, -1.0))),
-    }
+    objects, errors = first.right + first.missed, first.wrong + first.missed
+    worst = np.lexsort((-errors, first.f1)).tolist()
+    best = np.lexsort((-objects, -np.where(objects > 0, first.f1, -1.0))).tolist()
     if len(outcomes) > 1:
-        gain = first.f1 - outcomes[1].f1
-        rankings["A ahead"] = np.argsort(-gain, kind="stable")[: int((gain > 0).sum())]
-        rankings["B ahead"] = np.argsort(gain, kind="stable")[: int((gain < 0).sum())]
-    taken: set[int] = set()
-    groups: dict[str, list[int]] = {}
-    for group, ranking in rankings.items():
-        groups[group] = [index for index in ranking.tolist() if index not in taken][:images]
-        taken.update(groups[group])
-    order = [name for name in ("Best", "Worst", "A ahead", "B ahead") if name in groups]
-    return [(group, index) for group in order for index in groups[group]]
+        apart = np.argsort(-np.abs(first.f1 - outcomes[1].f1), kind="stable").tolist()
+        worst = list(dict.fromkeys(index for pair in zip(worst, apart, strict=True) for index in pair))
+    taken = [index for index in worst if errors[index] or len(outcomes) > 1][: -(-images // 2)]
+    covered = {tag for index in taken for tag in found_by[index]}
+    left = [index for index in range(len(found_by)) if index not in taken]
+    while left and len(taken) < images - max(images // 6, 1):
+        index = max(left, key=lambda one: (len(found_by[one] - covered), first.f1[one] - one * 1e-9))
+        if not found_by[index] - covered:
+            break
+        taken.append(index)
+        left.remove(index)
+        covered |= found_by[index]
+    taken += [index for index in best if index not in taken][: images - len(taken)]
+    return taken
 
 
-def draw_outcome(model: ModelUnderTest, index: int, threshold: float) -> Image:
-    """The image of the split with detections that are right and wrong, and objects that were missed."""
-    table, t = model.table, model.table.threshold_index(0.5)
-    image_id = model.split.image_ids[index]
-    picture = model.split.image_or_blank(index)
-    scale = np.array([picture.width, picture.height] * 2, dtype=float)
-    overlay = Overlay(picture)
-    position = table.image_ids.index(image_id)  # not the index: tables sort whole numbers, files need not
-    own = np.flatnonzero((table.images == position) & (table.scores >= threshold) & ~table.ignored[0, t])
-    own = own[np.argsort(table.scores[own])]  # the surest lies on top
-    right = table.true_positive[0, t, own]
-    found = set(table.matches[t, own[right]].tolist())
-    names = {row["id"]: row["name"] for row in model.truth["categories"]}
+def marks_of(model: ModelUnderTest, threshold: float, names: dict[Any, str]) -> list[list[Mark]]:
+    """What to mark in each image of the split: missed objects, then detections by rising score."""
+    table, t = model.table, model.table.threshold_index(_FOREGROUND)
+    places = {own: place for place, own in enumerate(table.image_ids)}  # tables sort whole numbers, files need not
+    objects: dict[Any, list[tuple[int, dict[str, Any]]]] = {}
     for number, row in enumerate(model.truth["annotations"]):
-        if row["image_id"] != image_id or row.get("iscrowd") or number in found:
-            continue
-        box = _corners(row["bbox"]) / scale
-        overlay.box(box, PINK, width=2.5, dashed=True)
-        overlay.label(box[:2], f"missed {names[row['category_id']]}", PINK)
-    for place, good in zip(own.tolist(), right.tolist(), strict=True):
-        row = model.evaluation.results[int(table.detections[place])]
-        box = _corners(row["bbox"]) / scale
-        colour = GREEN if good else ORANGE
-        overlay.box(box, colour, width=2.5)
-        cross = "" if good else " \N{BALLOT X}"
-        overlay.label(box[:2], f"{names[row['category_id']]} {row['score']:.2f}{cross}", colour)
-    return overlay.picture()
+        if not row.get("iscrowd"):
+            objects.setdefault(row["image_id"], []).append((number, row))
+    shown = np.flatnonzero((table.scores >= threshold) & ~table.ignored[0, t])
+    shown = shown[np.argsort(table.scores[shown], kind="stable")]
+    found = []
+    for image_id in model.split.image_ids:
+        own = shown[table.images[shown] == places[image_id]]
+        right = table.true_positive[0, t, own]
+        matched = set(table.matches[t, own[right]].tolist())
+        rows = [model.evaluation.results[int(table.detections[place])] for place in own.tolist()]
+        truth = objects.get(image_id, [])
+        marks = [
+            Mark("missed", _corners(row["bbox"]), names[row["category_id"]])
+            for number, row in truth
+            if number not in matched
+        ]
+        wrong = wrong_kinds([row for row, good in zip(rows, right, strict=True) if not good], [row for _, row in truth])
+        for row, good in zip(rows, right.tolist(), strict=True):
+            kind, on = ("", None) if good else next(wrong)
+            on = None if on is None else names[on]
+            marks.append(Mark(kind, _corners(row["bbox"]), names[row["category_id"]], row["score"], on))
+        found.append(marks)
+    return found
+
+
+def wrong_kinds(rows: Sequence[dict[str, Any]], truth: Sequence[dict[str, Any]]) -> Any:
+    """(kind of mistake, category of the object that it is about or None) of detections that are wrong, by TIDE's rules, as
+    `ErrorSplit` counts them."""
+    boxes, objects = (
+        torch.tensor(np.array([_corners(row["bbox"]) for row in given]).reshape(-1, 4)) for given in (rows, truth)
+    )
+    categories = np.array([row["category_id"] for row in truth])
+    for row, overlaps in zip(rows, box_iou(boxes, objects).numpy(), strict=True):
+        own = categories == row["category_id"]
+        same, other = overlaps[own].max(initial=0), overlaps[~own].max(initial=0)
+        about = categories[int(overlaps.argmax())] if len(overlaps) else None
+        if _BACKGROUND <= same < _FOREGROUND:
+            yield "localisation", row["category_id"]
+        elif other >= _FOREGROUND:
+            yield "classification", categories[int(np.where(own, -1, overlaps).argmax())]
+        elif same >= _FOREGROUND:
+            yield "duplicate", row["category_id"]
+        elif max(same, other) < _BACKGROUND:
+            yield "background", None
+        else:
+            yield "both", about
+
+
+def draw_marks(picture: Image, marks: Sequence[Mark]) -> Image:
+    """The image with what is right and wrong in it."""
+    canvas = Canvas(picture, size=960)
+    scale = np.array([picture.width, picture.height] * 2, dtype=float)
+    for mark in marks:
+        key = KINDS[mark.kind] if mark.kind else "found"
+        words = (mark.name, "" if mark.score is None else f"{mark.score:.2f}", key if mark.kind else "")
+        label = " ".join(word for word in words if word)
+        canvas.box(mark.box / scale, _COLOURS[mark.kind], label=label, key=key, width=2.5, dashed=mark.kind == "missed")
+    return canvas.picture()
 
 
 def _corners(bbox: Sequence[float]) -> np.ndarray:

@@ -16,6 +16,7 @@ from torchvision.ops import box_convert, box_iou
 from paqdetr.analysis.subject import Analysis, ModelUnderTest
 from paqdetr.config import LossConfig, load_config
 from paqdetr.data.dataset import DetectionDataset
+from paqdetr.drawing import Canvas, mark
 from paqdetr.errors import ConfigError
 from paqdetr.losses.criterion import Criterion, build_criterion
 from paqdetr.models.decoder import DecoderLayer
@@ -27,7 +28,6 @@ from paqdetr.models.tokens import Tokens
 from paqdetr.paq import QualityAwareAssigner
 from paqdetr.paq.costs import matching_costs
 from paqdetr.preprocessing import pad_images
-from paqdetr.report.overlay import Overlay, mark
 from paqdetr.report.section import Column, Part, Picture, Section, Slides, make_table
 from paqdetr.structures import Targets
 
@@ -368,35 +368,34 @@ def _views(inside: Inside, targets: Targets, model: ModelUnderTest, number: int)
 
 
 def _attention(inside: Inside, layer: int, said: Sequence[str]) -> Image.Image:
-    overlay = Overlay(inside.picture, dim=0.35)
+    canvas = _canvas(inside, 0.35)
     for place in range(len(inside.chosen)):
-        _dots(overlay, inside.decoder[layer], place, mark(place))
+        _dots(canvas, inside.decoder[layer], place, mark(place))
     for place, query in enumerate(inside.chosen):
         came = inside.boxes[layer - 1, query] if layer else inside.start[query]
         if len(came) == 4:
-            overlay.box(_corners(came), mark(place), width=2.5)
-            overlay.label(_corners(came)[:2], said[place], mark(place))
+            canvas.box(_corners(came), mark(place), label=said[place], width=1.2)
         else:
-            overlay.dots(came, mark(place), radii=6.0)
-            overlay.label(came, said[place], mark(place))
-    return overlay.picture()
+            canvas.dots(came, mark(place), radii=6.0)
+            canvas.label(came, said[place], mark(place))
+    return canvas.picture()
 
 
 def _encoder(inside: Inside, sampling: Sampling) -> Image.Image:
-    overlay = Overlay(inside.picture, dim=0.35)
+    canvas = _canvas(inside, 0.35)
     for place, query in enumerate(inside.chosen):
-        _dots(overlay, sampling, place, mark(place))
-        overlay.label(inside.boxes[-1, query, :2], "token", mark(place))
-    return overlay.picture()
+        _dots(canvas, sampling, place, mark(place))
+        canvas.label(inside.boxes[-1, query, :2], "token", mark(place))
+    return canvas.picture()
 
 
-def _dots(overlay: Overlay, sampling: Sampling, place: int, colour: str) -> None:
+def _dots(canvas: Canvas, sampling: Sampling, place: int, colour: str) -> None:
     """The points of all heads and levels; the area of a disc goes with the weight."""
     points = sampling.locations[place].reshape(-1, 2)
     weights = sampling.weights[place].reshape(-1)
     order = np.argsort(-weights, kind="stable")  # small ones on top
     radii = 9.0 * np.sqrt(weights[order] / max(float(weights.max()), 1e-9))
-    overlay.dots(points[order], colour, radii=np.maximum(radii, 0.8), strength=0.75)
+    canvas.dots(points[order], colour, radii=np.maximum(radii, 0.8), strength=0.75)
 
 
 def _refinement(inside: Inside, targets: Targets, names: Sequence[str], number: int) -> Slides:
@@ -405,19 +404,17 @@ def _refinement(inside: Inside, targets: Targets, names: Sequence[str], number: 
     labels = ["start", *(f"layer {k + 1}" for k in range(len(inside.boxes)))]
     images = []
     for step in range(len(labels)):
-        overlay = Overlay(inside.picture)
-        _truth(overlay, targets)
+        canvas = _canvas(inside, 0.0)
+        _truth(canvas, targets)
         for place, query in enumerate(queries[::-1]):
             colour = mark(len(queries) - 1 - place)
             box = inside.boxes[step - 1, query] if step else inside.start[query]
             if len(box) == 2:
-                overlay.dots(box, colour, radii=5.0)
+                canvas.dots(box, colour, radii=5.0)
                 continue
-            overlay.box(_corners(box), colour, width=2.2)
-            if step:
-                said = f"{names[inside.labels[step - 1, query]]} {inside.scores[step - 1, query]:.2f}"
-                overlay.label(_corners(box)[:2], said, colour)
-        images.append(overlay.picture())
+            said = f"{names[inside.labels[step - 1, query]]} {inside.scores[step - 1, query]:.2f}" if step else ""
+            canvas.box(_corners(box), colour, label=said, width=1.2)
+        images.append(canvas.picture())
     learned = "learned points" if inside.start.shape[-1] == 2 else "learned boxes"
     start = learned if inside.proposals is None or learned == "learned points" else "proposals"
     data = {
@@ -437,14 +434,14 @@ def _refinement(inside: Inside, targets: Targets, names: Sequence[str], number: 
 def _proposals(inside: Inside, number: int) -> Picture:
     assert inside.proposals is not None and inside.proposal_scores is not None
     count = min(_PROPOSALS, len(inside.proposals))
-    overlay = Overlay(inside.picture, dim=0.25)
+    canvas = _canvas(inside, 0.25)
     for place in range(count - 1, -1, -1):  # the best on top
         best = place < 10
-        colour, width, strength = (mark(0), 2.2, 1.0) if best else (mark(1), 1.2, 0.55)
-        overlay.box(_corners(inside.proposals[place]), colour, width=width, strength=strength)
+        colour, width, strength = (mark(0), 1.2, 1.0) if best else (mark(1), 0.5, 0.55)
+        canvas.box(_corners(inside.proposals[place]), colour, width=width, strength=strength)
     caption = f"What the encoder proposes: the best {count} of {len(inside.proposals)} boxes, the ten best in orange."
     data = {"boxes": inside.proposals[:count], "scores": inside.proposal_scores[:count]}
-    return Picture(f"proposals_{number}", caption, overlay.picture(), data)
+    return Picture(f"proposals_{number}", caption, canvas.picture(), data)
 
 
 # --------------------------------------------------------------------------------------------- learning
@@ -498,19 +495,23 @@ def _title(layer: LayerPositives, layers: int) -> str:
 
 
 def _positives_picture(inside: Inside, targets: Targets, layer: LayerPositives) -> Image.Image:
-    overlay = Overlay(inside.picture, dim=0.15)
+    canvas = _canvas(inside, 0.15)
     counts = np.bincount(layer.target, minlength=len(targets))
     for query, target in zip(layer.query, layer.target, strict=True):
-        overlay.box(_corners(inside.boxes[layer.layer - 1, query]), mark(int(target)), width=1.5)
+        canvas.box(_corners(inside.boxes[layer.layer - 1, query]), mark(int(target)), width=0.8)
     for number, box in enumerate(targets.boxes.numpy()):
-        overlay.box(_corners(box), mark(number), width=3.2, dashed=True)
-        overlay.label(_corners(box)[:2], f"{number + 1}: {counts[number]}", mark(number))
-    return overlay.picture()
+        label = f"{number + 1}: {counts[number]}"
+        canvas.box(_corners(box), mark(number), label=label, width=1.6, dashed=True)
+    return canvas.picture()
 
 
-def _truth(overlay: Overlay, targets: Targets) -> None:
+def _canvas(inside: Inside, dim: float) -> Canvas:
+    return Canvas(inside.picture, size=640, dim=dim, smooth=True)
+
+
+def _truth(canvas: Canvas, targets: Targets) -> None:
     for box in targets.boxes.numpy():
-        overlay.box(_corners(box), _TRUTH, width=1.5, dashed=True)
+        canvas.box(_corners(box), _TRUTH, width=0.8, dashed=True)
 
 
 def _corners(box: np.ndarray) -> np.ndarray:

@@ -7,20 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering
 from scipy.spatial.distance import pdist
 
 from paqdetr.analysis.semantics import SHUFFLES, Semantics, semantics
 from paqdetr.analysis.subject import Analysis
 from paqdetr.data.dataset import DetectionDataset
-from paqdetr.drawing import font_path
+from paqdetr.drawing import Canvas, captioned, mark, tiled
 from paqdetr.evaluation.content import ContentStudy, Samples
-from paqdetr.report.overlay import Overlay, mark
-from paqdetr.report.plots import GREY, PALETTE, bars, colour, heat_map, legend, new_axes, new_grid, plot_part
+from paqdetr.report.plots import GREY, PALETTE, colour, heat_map, legend, new_axes, new_grid, plot_part
 from paqdetr.report.section import Column, Part, Picture, Section, make_table
 from paqdetr.serialize import plain
-from paqdetr.text import literal, printable
+from paqdetr.text import literal
 
 # Rows that differ: fewer make no map; for fewer than the second number t-SNE is computed exactly.
 _LEAST_DIFFERENT, _FEW = 8, 200
@@ -312,24 +310,13 @@ def _exciting_images(model: ContentReport, split: DetectionDataset, suffix: str)
     found = exciting_images(model.study)
     if not found:
         return None
-    cell, bar, left = 150, 18, 92
-    width = left + max(len(images) for _, images in found) * (cell + 6)
-    sheet = Image.new("RGB", (width, len(found) * (cell + bar + 6)), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.truetype(font_path(), 12)
-    for row, (pattern, images) in enumerate(found):
-        top = row * (cell + bar + 6)
-        pen.text((4, top + cell // 2), f"pattern {pattern}", fill="#222222", font=font)
-        for column, (index, ratio) in enumerate(images):
+    rows = []
+    for pattern, images in found:
+        rows.append([])
+        for index, ratio in images:
             picture = split.image_or_blank(index)
-            picture.thumbnail((cell, cell))
-            x = left + column * (cell + 6)
-            sheet.paste(picture, (x + (cell - picture.width) // 2, top + (cell - picture.height) // 2))
-            pen.text(
-                (x + 2, top + cell + 2),
-                printable(f"{split.image_ids[index]}: {ratio:.3f} x")[-24:],
-                fill="#222222",
-                font=font,
-            )
+            picture.thumbnail((150, 150))
+            rows[-1].append(captioned(picture, f"pattern {pattern}, {split.image_ids[index]}: {ratio:.2f} x"))
     caption = (
         "The images that excite a pattern most, for the patterns whose weight depends most on the image; "
         "below each how much more of the pattern its queries hold than those of a mean image."
@@ -338,7 +325,7 @@ def _exciting_images(model: ContentReport, split: DetectionDataset, suffix: str)
         {"pattern": pattern, "images": [[str(split.image_ids[i]), round(ratio, 4)] for i, ratio in images]}
         for pattern, images in found
     ]
-    return Picture(name=f"exciting_images{suffix}", caption=caption, image=sheet, data=data)
+    return Picture(name=f"exciting_images{suffix}", caption=caption, image=tiled(rows, gap=6), data=data)
 
 
 def _one_image(model: ContentReport, split: DetectionDataset, suffix: str) -> list[Part | None]:
@@ -353,11 +340,10 @@ def _one_image(model: ContentReport, split: DetectionDataset, suffix: str) -> li
     own = own.rows(np.argsort(own.categories, kind="stable")[:12])
     assert own.weights is not None
     names = [study.classes.names[c] for c in own.categories]
-    overlay = Overlay(split.image_or_blank(chosen), size=560, dim=0.15)
+    canvas = Canvas(split.image_or_blank(chosen), size=640, dim=0.15, smooth=True)
     for number, (box, name) in enumerate(zip(own.boxes, names, strict=True)):
         x, y, w, h = box.tolist()
-        overlay.box([x - w / 2, y - h / 2, x + w / 2, y + h / 2], mark(number))
-        overlay.label((x - w / 2, y - h / 2), f"{number + 1} {name}", mark(number))
+        canvas.box([x - w / 2, y - h / 2, x + w / 2, y + h / 2], mark(number), label=f"{number + 1} {name}")
     ident = str(split.image_ids[chosen])
     lift = own.weights / np.maximum(samples.weights.mean(0), 1e-12)
     top = np.argsort(-own.weights.max(0), kind="stable")[:16]
@@ -374,37 +360,10 @@ def _one_image(model: ContentReport, split: DetectionDataset, suffix: str) -> li
         "over_mean": plain(lift, 6),
     }
     caption = f"Boxes of image {ident} whose queries are taken apart below."
-    picture = Picture(name=f"mixture_image{suffix}", caption=caption, image=overlay.picture())
+    picture = Picture(name=f"mixture_image{suffix}", caption=caption, image=canvas.picture())
     caption = "What these queries were mixed from: weights of the patterns that are largest in any of them."
     mixed = plot_part(axes, name=f"mixtures{suffix}", caption=caption, data=data)
-    return [picture, mixed, _one_query(own, names, model, suffix)]
-
-
-def _one_query(own: Samples, names: list[str], model: ContentReport, suffix: str) -> Part:
-    """The query of the least even mixture: its largest weights as bars, beside those of its index in a mean image."""
-    weights, mean = own.weights, model.study.index_weights
-    assert weights is not None and mean is not None
-    which = int(weights.max(1).argmax())
-    top = np.argsort(-weights[which], kind="stable")[:10]
-    axes = new_axes(
-        width=5.6, height=3.4, title=f"{model.name}: query {own.queries[which]}, {names[which]}", x="weight"
-    )
-    labels = [f"pattern {pattern}" for pattern in top]
-    bars(axes, labels, weights[which, top], label="in this image", series=(0, 2), form="")
-    index = mean[own.queries[which], top]
-    bars(axes, labels, index, label="mean of this index", colour=GREY, series=(1, 2), form="")
-    legend(axes)
-    caption = (
-        f"Query {own.queries[which]}, number {which + 1} in the picture: its ten largest weights, and what a "
-        "query of this index holds in a mean image. Where the two agree, the image changes little."
-    )
-    data = {
-        "query": int(own.queries[which]),
-        "patterns": top.tolist(),
-        "weights": plain(weights[which, top], 6),
-        "mean": plain(index, 6),
-    }
-    return plot_part(axes, name=f"one_mixture{suffix}", caption=caption, data=data)
+    return [picture, mixed]
 
 
 def _telling_image(samples: Samples) -> int:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from paqdetr.data.check import inspect_all
 from paqdetr.data.dataset import DetectionDataset, open_split
 from paqdetr.data.layout import available_splits
+from paqdetr.data.split import duplicate_groups
 from paqdetr.evaluation.content import ContentCollector
 from paqdetr.evaluation.evaluate import Evaluation
-from paqdetr.evaluation.layers import LayerCollector
+from paqdetr.evaluation.layers import LayerCollector, StageFigures
 from paqdetr.metrics import QueryUsage
 from paqdetr.metrics.coco import IouType
-from paqdetr.metrics.diagnosis import ThresholdCurves, threshold_curves
+from paqdetr.metrics.diagnosis import Confusion, ErrorSplit, ThresholdCurves, confusion, error_split, threshold_curves
 from paqdetr.metrics.intervals import Comparison, FigureIntervals, compare_results, figure_intervals
 from paqdetr.metrics.matches import MatchTable
 from paqdetr.models import Detector
@@ -25,6 +27,7 @@ from paqdetr.report.plots import BLUE, ORANGE
 
 # Where nothing is found there is no best threshold.
 _CONFIDENT = 0.3
+_MOST_COMPARED = 4000  # images, of which some 100 a second are read
 COLOURS = (BLUE, ORANGE)
 """Of the first model and of the second."""
 
@@ -32,7 +35,7 @@ Progress = Callable[[str, int, int], None]
 """Called with (stage, done, in all)."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ResultSet:
     """Detections of any detector, matched.
 
@@ -42,7 +45,6 @@ class ResultSet:
         results: COCO results.
         table: their matches.
         iou_type: "bbox" or "segm".
-        curves: F1 and the like at IoU .5.
     """
 
     label: str
@@ -50,10 +52,23 @@ class ResultSet:
     results: Sequence[dict[str, Any]]
     table: MatchTable
     iou_type: IouType = "bbox"
-    curves: ThresholdCurves = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "curves", threshold_curves(self.table))
+    @cached_property
+    def curves(self) -> ThresholdCurves:
+        """F1 and the like at IoU .5."""
+        return threshold_curves(self.table)
+
+    @cached_property
+    def mistakes(self) -> ErrorSplit:
+        """Of all detections."""
+        return error_split(self.truth, self.results, iou_type=self.iou_type)
+
+    @cached_property
+    def confusion(self) -> Confusion:
+        """Of those that score enough."""
+        return confusion(
+            self.truth, self.results, iou_type=self.iou_type, score_threshold=self.confident, table=self.table
+        )
 
     @property
     def confident(self) -> float:
@@ -149,15 +164,36 @@ class Analysis:
     @property
     def few(self) -> int:
         """How many images are shown in detail."""
-        return max(1, self.images // 3)
+        return max(1, self.images // 12)
 
     @cached_property
     def intervals(self) -> FigureIntervals | Comparison:
-        """Of the one model, or of both with their difference: `compare_results` was asked for B first, so that it is A - B."""
-        tables, options = [one.table for one in self.models], {"samples": self.samples, "seed": self.seed}
-        if len(tables) > 1:
-            return compare_results(tables[1], tables[0], **options, progress=self.stage("intervals"))
-        return figure_intervals(tables[0], **options, progress=self.stage("intervals"))
+        """Of the one model, or of both with their difference, B - A."""
+        make = compare_results if self.models[1:] else figure_intervals
+        tables = [one.table for one in self.models]
+        return make(*tables, samples=self.samples, seed=self.seed, progress=self.stage("intervals"))
+
+    @cached_property
+    def stages(self) -> list[tuple[StageFigures, ...]]:
+        """What each stage of each model finds."""
+        return [one.layers.figures(one.split) for one in self.models]
+
+    @cached_property
+    def near_duplicates(self) -> np.ndarray | None:
+        """(I,) bool: images of the split, in the order of tables, that look like one of the training split; None if there is no
+        other split to compare with, or images are so many that it would take minutes."""
+        split, training = self.models[0].split, self.training
+        if training is None or split.name == "train" or len(split) + len(training) > _MOST_COMPARED:
+            return None
+        paths = [own.path(index) for own in (training, split) for index in range(len(own))]
+        facts, progress = [], self.stage("near-duplicates")
+        for fact in inspect_all(paths):
+            facts.append(fact)
+            progress(len(facts), len(paths))
+        groups = duplicate_groups(facts)
+        alike = np.isin(groups[len(training) :], groups[: len(training)])
+        by_id = dict(zip(split.image_ids, alike.tolist(), strict=True))
+        return np.array([by_id[own] for own in self.models[0].table.image_ids])
 
     @cached_property
     def outcomes(self) -> list[Outcome]:

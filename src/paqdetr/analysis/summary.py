@@ -1,16 +1,26 @@
-"""The figures of one model or two, with intervals, over all and by class."""
+"""What one model or two do well and badly, and their figures with intervals, over all and by class."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from paqdetr.analysis.subject import COLOURS, Analysis, ModelUnderTest, marks
+import numpy as np
+
+from paqdetr.analysis.advice import ClassFacts, Duplicates, Facts, TrainingFacts, advice, compare
+from paqdetr.analysis.errors import confused_pairs
+from paqdetr.analysis.subject import Analysis, ModelUnderTest, marks
+from paqdetr.config import load_config
+from paqdetr.data.stats import describe_crowding
+from paqdetr.errors import ConfigError
 from paqdetr.metrics.coco import FIGURE_NAMES
+from paqdetr.metrics.diagnosis import calibration
 from paqdetr.metrics.intervals import Comparison, Difference, FigureIntervals, Interval
-from paqdetr.report import plots
-from paqdetr.report.section import Column, Figure, Section, Table, make_table
+from paqdetr.metrics.matches import AREAS
+from paqdetr.report.section import Column, Findings, Section, Table, make_table
+from paqdetr.runs import read_metrics, series
+from paqdetr.runtime.predictor import DEFAULT_THRESHOLD
 
 _MEANING = {
     "AP": "mean over IoU .50 to .95 and classes",
@@ -26,11 +36,116 @@ _MEANING = {
     "ARm": "of medium objects",
     "ARl": "of large objects",
 }
-_MOST_BARS = 30
+
+_SURE = 0.3  # detections whose scores are taken at their word
+
+
+def findings_section(analysis: Analysis) -> Section:
+    """What each model does well and badly, with advice; of two models first what they differ in."""
+    parts = []
+    if isinstance(analysis.intervals, Comparison):
+        parts.append(Findings("comparison", "Of B - A, on the same images.", compare(analysis.intervals)))
+    for place, model in enumerate(analysis.models):
+        owner = "AB"[place] if len(analysis.models) > 1 else ""
+        caption = f"{model.label}. Costs do not add up."
+        parts.append(Findings(f"findings_{'ab'[place]}", caption, advice(facts_of(analysis, place)), owner))
+    split = analysis.models[0].split
+    where = f"on {len(split)} images of {split.name} with {int(analysis.models[0].table.positives[0].sum())} boxes"
+    marked = zip(("A: ", "B: ") if analysis.models[1:] else ("",), _sides(analysis.intervals), strict=True)
+    ap = "; ".join(
+        f"{letter}AP {own.figures['AP'].value:.3f} ({_range(own.figures['AP'].low, own.figures['AP'].high)}), "
+        f"AP50 {own.figures['AP50'].value:.3f}"
+        for letter, own in marked
+    )
+    lead = f"{ap} {where}. Each line follows from figures below; what costs most stands first."
+    return Section("findings", "At a glance", lead, tuple(parts))
+
+
+def facts_of(analysis: Analysis, place: int) -> Facts:
+    """The figures that advice on a model is derived from."""
+    model, results, outcome = analysis.models[place], analysis.results[place], analysis.outcomes[place]
+    intervals, table = _sides(analysis.intervals)[place], results.table
+    boxes = table.positives.sum(axis=(1, 2)).tolist()
+    reliable = calibration(table, score_threshold=_SURE)
+    share = reliable.counts / max(reliable.counts.sum(), 1)
+    right, wrong, missed = (int(own.sum()) for own in (outcome.right, outcome.wrong, outcome.missed))
+    point = model.model.operating_point
+    default = DEFAULT_THRESHOLD if point.threshold is None else point.threshold
+    per_class, training = table.positives[0].sum(axis=1).tolist(), _training_boxes(analysis)
+    return Facts(
+        split=model.split.name,
+        images=len(model.split),
+        boxes=boxes[0],
+        ap=intervals.figures["AP"],
+        sizes={
+            name: (intervals.figures[f"AP{name[0]}"].value, count)
+            for name, count in zip(AREAS[1:], boxes[1:], strict=True)
+        },
+        duplicates_cost=model.evaluation.figures_nms.AP - model.evaluation.figures.AP,
+        removes_duplicates=point.nms is not None,
+        gains=results.mistakes.gains,
+        confused=confused_pairs(results.confusion),
+        classes=[
+            ClassFacts(name, intervals.per_class[name].value, count, None if training is None else training.get(own, 0))
+            for name, count, own in zip(table.class_names, per_class, table.category_ids, strict=True)
+        ],
+        threshold=outcome.threshold,
+        f1=float(results.curves.best_f1[-1]),
+        precision=right / max(right + wrong, 1),
+        recall=right / max(right + missed, 1),
+        default_threshold=default,
+        default_f1=math.nan if point.nms is not None else float(results.curves.f1[-1][round(100 * default)]),
+        calibration_error=reliable.error,
+        confidence=float(np.nansum(share * reliable.confidence)),
+        accuracy=float(np.nansum(share * reliable.accuracy)),
+        covered=analysis.stages[place][-1].found,
+        image_size=model.model.preprocessing.image_size,
+        near_duplicates=_near_duplicates(analysis, model),
+        training=None if model.run is None else _training(model.run),
+        crowding=describe_crowding(model.split.annotations, queries=model.model.config.num_queries),
+    )
+
+
+def _training_boxes(analysis: Analysis) -> dict[int | str, int] | None:
+    """Boxes of each category in the training split."""
+    if analysis.training is None:
+        return None
+    own = analysis.training.annotations
+    counts = np.bincount(own.labels[~own.crowd], minlength=len(own.classes)).tolist()
+    return dict(zip(own.classes.ids, counts, strict=True))
+
+
+def _near_duplicates(analysis: Analysis, model: ModelUnderTest) -> Duplicates | None:
+    alike = analysis.near_duplicates
+    if alike is None:
+        return None
+    weights = np.stack([np.ones(len(alike), np.int32), ~alike])
+    ap, without = model.table.figures(weights.astype(np.int32)).figures["AP"].tolist()
+    return Duplicates(int(alike.sum()), ap, without)
+
+
+def _training(run: Path) -> TrainingFacts | None:
+    """How the run of a checkpoint went; None if its settings cannot be read."""
+    try:
+        config = load_config(run / "config.yaml")
+    except ConfigError:
+        return None
+    records = read_metrics(run / "metrics.jsonl")
+    evaluations = [record for record in records if record.get("kind") == "eval"]
+    ap, loss = (
+        list(zip(*(own.tolist() for own in series(evaluations, key, "epoch")), strict=True)) for key in ("AP", "loss")
+    )
+    return TrainingFacts(
+        epochs=config.epochs,
+        done=max((float(record["epoch"]) for record in records if "epoch" in record), default=0.0),
+        finished=records[-1].get("kind") == "finished",
+        ap=ap,
+        loss=loss,
+    )
 
 
 def summary_section(analysis: Analysis) -> Section:
-    """The twelve COCO figures with their intervals, and what is beside them. Differences are model minus against."""
+    """The twelve COCO figures with their intervals, and what is beside them. Differences are B - A."""
     models, found = analysis.models, analysis.intervals
     level = f"{100 * found.level:g} %"
     lead = (
@@ -39,19 +154,19 @@ def summary_section(analysis: Analysis) -> Section:
     )
     if isinstance(found, Comparison):
         lead += (
-            " A minus B is resampled in pairs, the same images for both; where its interval holds 0, these images do not "
-            f"decide which of the two is better. {_verdict(found.figures['AP'], level)}"
+            " B minus A is resampled in pairs, the same images for both; where its interval holds 0, these images do not "
+            "decide which of the two is better."
         )
     names = ["A", "B"] if len(models) > 1 else [models[0].label]
     columns = [Column("figure", "figure", "text", str)]
     for key, name, side in zip("ab", names, _sides(found), strict=False):
         columns += _interval_columns(key, name, level, lambda figure, of=side: of.figures[figure])
     if isinstance(found, Comparison):
-        columns += _interval_columns("difference", "A - B", level, found.figures.__getitem__)
+        columns += _interval_columns("difference", "B - A", level, found.figures.__getitem__)
     columns.append(Column("meaning", "meaning", "text", _MEANING.get))
     caption = f"COCO figures with {level} intervals from {found.samples} resamples of the images, seed {found.seed}."
     table = make_table("figures", caption, columns, FIGURE_NAMES)
-    return Section("summary", "Summary", lead, (_figure_bars(models, found, level), table, *_beside(models)))
+    return Section("summary", "Figures", lead, (table, _beside(models)))
 
 
 def class_section(analysis: Analysis) -> Section:
@@ -70,19 +185,19 @@ def class_section(analysis: Analysis) -> Section:
         columns += _interval_columns(key, f"AP{mark}", level, lambda name, of=side: of.per_class[name])
         columns.append(Column(f"{key}_50", f"AP50{mark}", value=lambda name, of=side: of.per_class_AP50[name].value))
     if isinstance(found, Comparison):
-        columns += _interval_columns("difference", "A - B", level, found.per_class.__getitem__)
+        columns += _interval_columns("difference", "B - A", level, found.per_class.__getitem__)
     caption = f"AP by class with {level} intervals. A heading sorts; numbers begin with the largest."
     lead = "A class with few boxes has a wide interval: look at that before at its AP."
     table = make_table("classes", caption, columns, places)
-    return Section("classes", "Classes", lead, (table, *_class_bars(models, found)))
+    return Section("classes", "Classes", lead, (table,))
 
 
 # -------------------------------------------------------------------------------------------------- parts
 
 
 def _sides(found: FigureIntervals | Comparison) -> list[FigureIntervals]:
-    """A, and B if there is one: `compare_results` was asked for B first."""
-    return [found.second, found.first] if isinstance(found, Comparison) else [found]
+    """A, and B if there is one."""
+    return [found.first, found.second] if isinstance(found, Comparison) else [found]
 
 
 def _interval_columns(
@@ -100,55 +215,11 @@ def _interval_columns(
     ]
 
 
-def _bars(
-    models: Sequence[ModelUnderTest],
-    name: str,
-    caption: str,
-    x: str,
-    rows: Sequence[str],
-    sides: Sequence[Mapping[str, Interval]],
-    form: str,
-) -> Figure:
-    """Figures as bars with their intervals, those of two models beside each other."""
-    axes = plots.new_axes(height=0.65 + 0.25 * len(rows) * len(sides), x=x)
-    data = {}
-    for place, (model, side) in enumerate(zip(models, sides, strict=True)):
-        own = [side[row] for row in rows]
-        plots.bars(
-            axes, rows, [i.value for i in own], label=f"{'AB'[place]}: {model.label}", colour=COLOURS[place],
-            low=[i.low for i in own], high=[i.high for i in own], series=(place, len(sides)), form=form,
-        )  # fmt: skip
-        data[model.label] = {row: interval.to_json() for row, interval in zip(rows, own, strict=True)}
-    if len(sides) > 1:
-        plots.legend(axes, above=True, columns=2)
-    return plots.plot_part(axes, name=name, caption=caption, data=data)
-
-
-def _figure_bars(models: Sequence[ModelUnderTest], found: FigureIntervals | Comparison, level: str) -> Figure:
-    rows = [name for name in FIGURE_NAMES if name not in ("AR1", "AR10")]
-    caption = f"COCO figures with {level} bootstrap intervals over images."
-    sides = [side.figures for side in _sides(found)]
-    return _bars(models, "figures_bars", caption, "figure, 0 to 1", rows, sides, "{:.3f}")
-
-
-def _class_bars(models: Sequence[ModelUnderTest], found: FigureIntervals | Comparison) -> tuple[Figure, ...]:
-    """A plot, unless there are so many classes that the table reads better."""
-    sides = [side.per_class for side in _sides(found)]
-    values = {name: own.value for name, own in sides[0].items() if not math.isnan(own.value)}
-    if not values or len(values) > _MOST_BARS:
-        return ()
-    rows = sorted(values, key=lambda name: -values[name])
-    caption = "AP by class with its interval, best first."
-    return (_bars(models, "classes_bars", caption, "AP", rows, sides, "{:.2f}"),)
-
-
-def _beside(models: Sequence[ModelUnderTest]) -> tuple[Table, Table]:
+def _beside(models: Sequence[ModelUnderTest]) -> Table:
     """What the twelve figures do not say: (what, key, meaning)."""
-    duplicates = (
+    rows = (
         ("AP after NMS", "AP_nms", "class-wise NMS at IoU 0.7; the gain over AP is the cost of duplicates"),
         ("AP50 after NMS", "AP50_nms", "likewise"),
-    )
-    amounts = (
         ("predictions per image", "predictions_per_image", "that score over 0.3"),
         ("boxes per image", "boxes_per_image", "to be found"),
         (
@@ -157,36 +228,17 @@ def _beside(models: Sequence[ModelUnderTest]) -> tuple[Table, Table]:
             "reading, model and post-processing, on this machine as busy as it was",
         ),
     )
-    found = [model.evaluation.to_json() for model in models]
     names = ["A", "B"] if len(models) > 1 else [models[0].label]
-
-    def table(
-        name: str, caption: str, kind: Literal["figure", "amount"], rows: Sequence[tuple[str, str, str]]
-    ) -> Table:
-        columns = (
-            Column("what", "what", "text", lambda row: row[0]),
-            *(
-                Column(key, label, kind, lambda row, of=own: of[row[1]])
-                for key, label, own in zip("ab", names, found, strict=False)
-            ),
-            Column("meaning", "meaning", "text", lambda row: row[2]),
-        )
-        return make_table(name, caption, columns, rows)
-
-    return (
-        table("copies", "What duplicate detections of one object cost.", "figure", duplicates),
-        table("amounts", "Confidence and speed.", "amount", amounts),
+    found = [model.evaluation.to_json() for model in models]
+    columns = (
+        Column("what", "what", "text", lambda row: row[0]),
+        *(
+            Column(key, label, value=lambda row, of=own: of[row[1]])
+            for key, label, own in zip("ab", names, found, strict=False)
+        ),
+        Column("meaning", "meaning", "text", lambda row: row[2]),
     )
-
-
-def _verdict(own: Difference, level: str) -> str:
-    """What the comparison of AP comes to, in a sentence."""
-    if math.isnan(own.value):
-        return "There is nothing to compare: the ground truth has no objects."
-    where = f"AP of A - B is {own.value:+.3f}, {level} interval {_range(own.low, own.high, sign=True)}"
-    if own.decided:
-        return f"Here {'A' if own.value > 0 else 'B'} is better: {where}."
-    return f"Here they do not: {where}."
+    return make_table("beside", "Duplicates, confidence and speed.", columns, rows)
 
 
 def _range(low: float, high: float, *, sign: bool = False) -> str | None:

@@ -27,6 +27,7 @@ from paqdetr.report.plots import (
     MUTED,
     ORANGE,
     PINK,
+    SKY,
     heat_map,
     legend,
     line,
@@ -78,7 +79,7 @@ def usage_chapter(analysis: Analysis) -> Section:
                 one.model,
                 analysis.training,
                 criterion=build_criterion(settings),
-                images=4 * analysis.images,
+                images=analysis.images,
                 progress=analysis.stage(f"gradients {one.label}"),
             )
         records = [] if one.run is None else read_metrics(one.run / "metrics.jsonl")
@@ -308,6 +309,7 @@ def _gini_over_training(models: Sequence[Usage]) -> Part | None:
         ("gradient_gini", "gradient at content queries", ORANGE),
         ("pattern_gini", "weight of patterns", GREEN),
         ("query_cosine", "cosine of queries (no Gini)", PINK),
+        ("mixture_entropy", "entropy of mixtures (no Gini)", SKY),
     )
     shown = [m for m in models if any("positives_gini" in row for row in m.records)]
     if not shown:

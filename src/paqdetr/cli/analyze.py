@@ -32,7 +32,7 @@ def analyze(
     against: Annotated[
         Path | None, typer.Option(help="Another checkpoint or run's folder, shown side by side.")
     ] = None,
-    images: Annotated[int, typer.Option(min=1, max=1000, help="Best images shown, and worst ones.")] = 6,
+    images: Annotated[int, typer.Option(min=1, max=1000, help="Images of the gallery, the worst first.")] = 24,
     resamples: Annotated[
         int, typer.Option(min=1, max=MAX_RESAMPLES, help="Resamples behind the intervals, shufflings behind the tests.")
     ] = 1000,

@@ -291,7 +291,7 @@ def _counted(options: _Options) -> str:
 
 def _compare(pair: tuple[Path, Path], options: _Options) -> dict[str, Any] | None:
     """Print two result sets side by side; what goes into the json."""
-    from paqdetr.cli.figures import class_comparison_table, comparison_table, verdict
+    from paqdetr.cli.figures import class_comparison_table, comparison_table
     from paqdetr.loading import require_model
     from paqdetr.metrics.coco import is_shards
     from paqdetr.metrics.intervals import compare_results
@@ -318,14 +318,14 @@ def _compare(pair: tuple[Path, Path], options: _Options) -> dict[str, Any] | Non
     results.print(f"A: {pair[0]}\nB: {pair[1]}")
     results.print(comparison_table(found, title))
     results.print(class_comparison_table(found))
-    results.print(verdict(found))
+    results.print(found.verdict())
     results.print(f"Over {found.samples} resamples of the images; another training seed would move both as well.")
     _warn_of_crowding(truth, None, options)
     return {
         "A": {"source": str(pair[0]), **found.first.to_json()},
         "B": {"source": str(pair[1]), **found.second.to_json()},
         "difference": found.to_json(),
-        "verdict": verdict(found),
+        "verdict": found.verdict(),
         "max_detections": options.max_detections,
     }
 

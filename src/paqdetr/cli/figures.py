@@ -56,21 +56,6 @@ def class_comparison_table(found: Comparison) -> Table:
     return made
 
 
-def verdict(found: Comparison) -> str:
-    """What the comparison of AP comes to, in a sentence."""
-    own, percent = found.figures["AP"], f"{found.level:.0%}".replace("%", " %")
-    if math.isnan(own.value):
-        return "Nothing to compare: the ground truth has no objects."
-    if math.isnan(own.low):
-        return f"Not decided: AP of B - A is {own.value:+.3f}, and all objects lie in one image."
-    where = f"AP of B - A is {own.value:+.3f}, {percent} interval {_signed(own)}"
-    if own.value == own.low == own.high == 0:
-        return f"A and B are equally good: {where}."
-    if own.decided:
-        return f"{'B' if own.value > 0 else 'A'} is better: {where}."
-    return f"Not decided on these images: {where}, which holds 0."
-
-
 def _interval_headings(intervals: FigureIntervals | None) -> tuple[str, ...]:
     return () if intervals is None else (f"{intervals.level:.0%} interval".replace("%", " %"),)
 

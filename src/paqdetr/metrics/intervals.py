@@ -106,6 +106,20 @@ class Comparison:
     seed: int
     level: float
 
+    def verdict(self) -> str:
+        """What the comparison of AP comes to, in a sentence; A is the first, B the second."""
+        own, percent = self.figures["AP"], f"{self.level:.0%}".replace("%", " %")
+        if math.isnan(own.value):
+            return "Nothing to compare: the ground truth has no objects."
+        if math.isnan(own.low):
+            return f"Not decided: AP of B - A is {own.value:+.3f}, and all objects lie in one image."
+        where = f"AP of B - A is {own.value:+.3f}, {percent} interval {own.low:+.3f} to {own.high:+.3f}"
+        if own.value == own.low == own.high == 0:
+            return f"A and B are equally good: {where}."
+        if own.decided:
+            return f"{'B' if own.value > 0 else 'A'} is better: {where}."
+        return f"Not decided on these images: {where}, which holds 0."
+
     def to_json(self) -> dict[str, Any]:
         """The differences, ready for json; `first` and `second` write themselves."""
         return {key: value for key, value in fields_of(self).items() if key not in ("first", "second")}

@@ -8,8 +8,9 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import resources
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,17 @@ from paqdetr._version import __version__
 from paqdetr.drawing import data_uri
 from paqdetr.files import write_text
 from paqdetr.outputs import made_by, require_free, whole_folder
-from paqdetr.report.section import Column, Figure, Part, Section, Slides, Table
+from paqdetr.report.section import Column, Figure, Findings, Gallery, Part, Section, Slides, Table
 from paqdetr.serialize import plain
 from paqdetr.text import printable
 
 GENERATOR = "paqdetr analyze"
 # Points: a wider plot is not shrunk to a phone's width, which would make its text too small, but scrolls.
 _FITS_A_PHONE = 450
-_PICTURE_SIDE = 640  # pixels
+_PICTURE_SIDE, _TILE_SIDE = 640, 960  # pixels
+# A table of more columns takes the whole width of the page.
+_FITS_A_HALF = 6
+_GROUPS = (("bad", "What costs most"), ("good", "What it does well"), ("note", "Good to know"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +80,7 @@ def render(heading: Heading, chapters: Sequence[Chapter]) -> str:
             "own_leads": own,
             "paired": len(chapter.sections) > 1,
             "rows": [[_shown(part, place) for place, part in enumerate(row)] for row in chapter.rows()],
+            "fold": chapter.sections[0].fold,
         }
         for chapter in chapters
         for shared, own in (_leads(chapter.sections),)
@@ -84,7 +89,7 @@ def render(heading: Heading, chapters: Sequence[Chapter]) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return _template().render(
         heading=heading,
-        chapters=shown,
+        folds=[(fold, list(own)) for fold, own in groupby(shown, key=lambda chapter: chapter["fold"])],
         style=_resource("report.css"),
         script=script,
         script_hash=digest,
@@ -147,7 +152,26 @@ def _shown(part: Part | None, place: int) -> dict[str, Any] | None:
         shown["uri"] = f"data:image/svg+xml;base64,{base64.b64encode(part.svg.encode()).decode()}"
         width = re.search(r'<svg [^>]*?\bwidth="([\d.]+)', part.svg)
         shown["large"] = width is not None and float(width[1]) > _FITS_A_PHONE
+    elif isinstance(part, Findings):
+        kinds = [(kind, title, [item for item in part.items if item.kind == kind]) for kind, title in _GROUPS]
+        shown |= {"owner": part.owner, "wide": not part.owner}
+        shown["groups"] = [group for group in kinds if group[2]]
+    elif isinstance(part, Gallery):
+        shown["filters"] = part.filters
+        shown["tiles"] = [
+            {
+                "title": tile.title,
+                "path": tile.path,
+                "short": "/".join(Path(tile.path).parts[-2:]),
+                "uri": data_uri(tile.image, _TILE_SIDE),
+                "width": tile.image.width,
+                "height": tile.image.height,
+                "tags": json.dumps(sorted(tile.tags)),
+            }
+            for tile in part.tiles
+        ]
     elif isinstance(part, Table):
+        shown["wide"] = len(part.columns) > _FITS_A_HALF
         shown["columns"] = part.columns
         shown["rows"] = [
             [{"text": written(row.get(c.key), c), "value": _sorted_by(row.get(c.key))} for c in part.columns]
@@ -165,7 +189,7 @@ def _shown(part: Part | None, place: int) -> dict[str, Any] | None:
 
 def data_file(part: Part, place: int) -> str | None:
     """Where the numbers behind a part are written, in the report's folder; None if it has none."""
-    if not isinstance(part, Table) and part.data is None:
+    if not isinstance(part, (Table, Findings)) and part.data is None:
         return None
     return f"data/{part.name}.json" if place == 0 else f"data/against/{part.name}.json"
 
@@ -232,9 +256,13 @@ def write_folder(output: Path, page: str, chapters: Sequence[Chapter]) -> None:
                     if name is None:
                         continue
                     (new / name).parent.mkdir(exist_ok=True)
-                    data = {"rows": list(part.rows)} if isinstance(part, Table) else part.data
+                    data = {"rows": _rows(part)} if isinstance(part, (Table, Findings)) else part.data
                     text = json.dumps({"caption": part.caption, "data": plain(data)}, indent=1)
                     (new / name).write_text(text, encoding="utf-8")
+
+
+def _rows(part: Table | Findings) -> list[dict[str, Any]]:
+    return list(part.rows) if isinstance(part, Table) else [asdict(item) for item in part.items]
 
 
 def to_markdown(title: str, facts: Sequence[tuple[str, str]], sections: Sequence[Section], *, plots: str) -> str:

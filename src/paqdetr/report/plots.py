@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.transforms import ScaledTranslation
 from numpy.typing import ArrayLike
 
 from paqdetr.drawing import BLUE, GREEN, ORANGE, PINK, RED, SKY
@@ -246,19 +246,22 @@ def heat_map(
             )  # fmt: skip
 
 
-def legend(axes: Axes, *, outside: bool = False, above: bool = False, columns: int = 1) -> None:
-    """The legend, where it hides least; `outside` puts it right of the plot, `above` in rows over it. Nothing if nothing has a
-    label."""
+def legend(axes: Axes, *, outside: bool = False, columns: int = 3) -> None:
+    """The legend below the plot, where it hides no value; `outside` puts it right of it. Nothing if nothing has a label."""
     handles, names = axes.get_legend_handles_labels()
     if not handles:
         return
-    places: dict[str, Any] = {"loc": "best"}
-    if outside:
-        places = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
-    if above:
-        places = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0)}
+    places: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
+    if not outside:
+        assert isinstance(axes.figure, Figure)
+        below = ScaledTranslation(0, -(33 if axes.get_xlabel() else 19) / 72, axes.figure.dpi_scale_trans)
+        spec = axes.get_subplotspec()
+        width = axes.figure.get_figwidth() / (1 if spec is None else spec.get_gridspec().ncols)
+        columns = min(columns, max(1, int(width * 14 / (max(map(len, names)) + 6))))
+        places = {"bbox_to_anchor": (0.0, 0.0), "bbox_transform": axes.transAxes + below, "ncols": columns}
+        places |= {"loc": "upper left", "borderaxespad": 0.0}
     with style():
-        axes.legend(handles, names, ncols=columns, **places)
+        axes.legend(handles, names, **places)
 
 
 def _short(name: str, most: int = 24) -> str:
@@ -276,9 +279,3 @@ def smoothed(values: np.ndarray) -> np.ndarray:
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(ends - smoothing_window(values), 0)
     return (total[ends] - total[starts]) / (ends - starts)
-
-
-def thin(steps: np.ndarray, values: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Every n-th point: more than a plot has pixels only make its file heavy."""
-    stride = math.ceil(len(steps) / most) or 1
-    return steps[::stride], values[::stride]

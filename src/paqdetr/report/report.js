@@ -1,5 +1,5 @@
 "use strict";
-// Sorts tables, moves sliders, switches the theme. Without it everything is still there to be read.
+// Filters and enlarges pictures, sorts tables, moves sliders, switches the theme. Without it everything is still there to be read.
 document.documentElement.classList.add("js");
 
 for (const table of document.querySelectorAll("table")) {
@@ -21,6 +21,52 @@ for (const table of document.querySelectorAll("table")) {
     table.tBodies[0].append(...rows);
   }));
 }
+
+for (const gallery of document.querySelectorAll(".gallery")) {
+  const filters = [...gallery.querySelectorAll("select")];
+  const tiles = [...gallery.querySelectorAll(".tile")];
+  const filter = () => {
+    const wanted = JSON.stringify(filters.map((one) => one.value));
+    const any = filters.every((one) => one.value === "");
+    for (const tile of tiles) tile.hidden = !any && !JSON.parse(tile.dataset.tags).some((tag) => JSON.stringify(tag) === wanted);
+    const shown = tiles.filter((tile) => !tile.hidden).length;
+    gallery.querySelector("output").textContent = `${shown} of ${tiles.length} pictures`;
+  };
+  filters.forEach((one) => one.addEventListener("change", filter));
+  gallery.querySelector("form").addEventListener("submit", (event) => event.preventDefault());
+  tiles.forEach((tile) => tile.querySelector("button").addEventListener("click", () => { enlarge(tile); lightbox.showModal(); }));
+  filter(); // what the browser has kept from before a reload
+}
+
+const lightbox = document.getElementById("lightbox");
+let enlarged = null;
+function enlarge(tile) {
+  enlarged = tile;
+  lightbox.querySelector("img")?.remove();
+  lightbox.prepend(tile.querySelector("img").cloneNode());
+  lightbox.querySelector("p").textContent = [...tile.querySelectorAll("p")].map((p) => p.dataset.path || p.textContent).join(" \u2013 ");
+}
+function step(by) {
+  if (!by) { lightbox.close(); return; }
+  const shown = [...enlarged.parentElement.children].filter((tile) => !tile.hidden);
+  enlarge(shown[(shown.indexOf(enlarged) + by + shown.length) % shown.length]);
+}
+lightbox.addEventListener("click", (event) => {
+  const button = event.target.closest("[data-step]");
+  if (button) step(+button.dataset.step);
+  else if (event.target === lightbox) lightbox.close(); // beside the picture
+});
+lightbox.addEventListener("keydown", (event) => {
+  const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+  if (by) { step(by); event.preventDefault(); }
+});
+lightbox.addEventListener("close", () => enlarged.querySelector("button").focus());
+
+// What a link leads to, and what is printed, is unfolded.
+const unfold = () => document.getElementById(location.hash.slice(1))?.closest("details")?.setAttribute("open", "");
+addEventListener("hashchange", unfold);
+unfold();
+addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((one) => { one.open = true; }));
 
 const sliders = [...document.querySelectorAll(".slides")];
 function turn(figure, place) {

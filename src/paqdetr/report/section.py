@@ -61,6 +61,75 @@ class Slides:
 
 
 @dataclass(frozen=True, slots=True)
+class Finding:
+    """A sentence for the reader, derived from figures.
+
+    Attributes:
+        kind: what it is: a strength, a weakness, or neither.
+        text: what was found, with its figures.
+        advice: what to do about it, as a sentence; "" if nothing is to be done.
+        where: key of the section that shows more; "" if there is none.
+        cost: AP that it costs, about; weaknesses are listed by it.
+    """
+
+    kind: Literal["good", "bad", "note"]
+    text: str
+    advice: str = ""
+    where: str = ""
+    cost: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """Findings in three groups: strengths, weaknesses, notes.
+
+    Attributes:
+        name, caption: as of `Figure`.
+        items: in the order in which each group is shown.
+        owner: "A" or "B" of the model that they are about, which then stands beside the other's; "" if they are about all.
+    """
+
+    name: str
+    caption: str
+    items: tuple[Finding, ...]
+    owner: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A picture of a gallery.
+
+    Attributes:
+        image: RGB.
+        title: a few words, such as the counts.
+        path: of the file that is shown.
+        tags: what it is found by: a value of each of the gallery's filters, "" for any.
+    """
+
+    image: Image
+    title: str
+    path: str
+    tags: frozenset[tuple[str, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Gallery:
+    """Pictures in a grid, which enlarge, and filters that choose among them.
+
+    Attributes:
+        name, caption, data: as of `Figure`.
+        filters: (what, its values) of each filter.
+        tiles: in the order they are shown.
+    """
+
+    name: str
+    caption: str
+    filters: tuple[tuple[str, tuple[str, ...]], ...]
+    tiles: tuple[Tile, ...]
+    data: Any = None
+
+
+@dataclass(frozen=True, slots=True)
 class Column:
     """A column of a table: all that is known of it, in one place.
 
@@ -99,7 +168,7 @@ class Table:
     rows: tuple[dict[str, Any], ...]
 
 
-Part = Figure | Picture | Slides | Table
+Part = Figure | Picture | Slides | Table | Findings | Gallery
 
 
 def make_table(
@@ -134,9 +203,11 @@ class Section:
         title: a few words.
         lead: what the reader learns here and how to read it, in plain sentences.
         parts: in the order they are shown.
+        fold: title of what is folded away at first, together with the sections beside it that have the same; "" if open.
     """
 
     key: str
     title: str
     lead: str
     parts: tuple[Part, ...] = field(default=())
+    fold: str = ""

@@ -139,10 +139,11 @@ def _claims(runs: Runs, decided: Sequence[Verdict]) -> list[Section]:
     parts: list[Part] = [verdict_table(runs, decided)]
     shown = [verdict for verdict in decided if verdict.effect is not None and verdict.effect.seeds > 1]
     if shown:
-        parts.append(_forest(shown))
+        parts.append(_forest(runs, shown))
     lead = (
-        "A claim holds if its whole effect lies above the threshold, does not hold if it lies below, and is undecided if the "
-        "threshold is inside the interval: then the runs are too few, or the effect too small, to decide. Computed, not written."
+        "A claim holds if the whole interval lies on its side of the threshold, does not hold if it lies on the other, and is "
+        "undecided if the threshold is inside the interval: then the runs are too few, or the effect too small, to decide. "
+        "Computed, not written."
     )
     return [Section("verdicts", "Verdicts", lead, tuple(parts))]
 
@@ -196,14 +197,17 @@ CHAPTERS: tuple[_Maker, ...] = (_claims, _data_sets, _planning, _cost, _all_runs
 # ------------------------------------------------------------------------------------------------ plots
 
 
-def _forest(decided: Sequence[Verdict]) -> Figure:
-    names = [f"{verdict.claim}, {verdict.data}" for verdict in decided]
+def _forest(runs: Runs, decided: Sequence[Verdict]) -> Figure:
+    signs = [" <" if runs.study.claims[verdict.claim].sign < 0 else "" for verdict in decided]
+    names = [f"{verdict.claim}{sign}, {verdict.data}" for verdict, sign in zip(decided, signs, strict=True)]
     effects = [verdict.effect for verdict in decided if verdict.effect is not None]
-    axes = new_axes(height=0.8 + 0.36 * len(names), x="effect, in the direction of the claim")
+    axes = new_axes(height=0.8 + 0.36 * len(names), x="difference: variant minus the other")
     low, high = zip(*(effect.interval for effect in effects), strict=True)
     bars(axes, names, [e.mean for e in effects], low=low, high=high, form="{:+.3f}")
     axes.axvline(0, color=INK, linewidth=0.8)
-    caption = "Effects with their intervals; what lies right of zero speaks for the claim."
+    caption = (
+        "Variant minus the other, with intervals. For a claim marked with <, what lies left of zero speaks for it."
+    )
     return plot_part(axes, name="effects", caption=caption, data=[verdict.to_json() for verdict in decided])
 
 

@@ -200,6 +200,16 @@ class Claim(Section):
     data: tuple[str, ...] | None = None
     published: Published | None = None
 
+    @property
+    def sign(self) -> int:
+        """1 if variant minus the other is claimed to be above zero, -1 if below."""
+        return 1 if self.direction == "higher" else -1
+
+    @property
+    def bound(self) -> float:
+        """What variant minus the other is claimed to exceed, or to lie below."""
+        return self.sign * self.threshold + 0.0  # and no -0
+
     @model_validator(mode="after")
     def _known_figure(self) -> Claim:
         if self.figure not in (*CLAIMED, "copies") and not self.figure.startswith("queries."):

@@ -43,19 +43,24 @@ def verdict_table(runs: Runs, decided: Sequence[Verdict]) -> Table:
         Column("data", "data", "text"),
         Column("figure", "figure", "text", lambda v: claims[v.claim].figure),
         Column("verdict", "verdict", "text", lambda v: v.outcome),
-        Column("effect", "effect", value=effect(lambda e: e.mean)),
-        Column("low", "from", value=effect(lambda e: e.interval[0])),
-        Column("high", "to", value=effect(lambda e: e.interval[1])),
-        Column("threshold", "over"),
+        Column("effect", "difference", "difference", value=effect(lambda e: e.mean)),
+        Column("low", "from", "difference", value=effect(lambda e: e.interval[0])),
+        Column("high", "to", "difference", value=effect(lambda e: e.interval[1])),
+        Column("threshold", "claimed", "text", lambda v: f"{'<' if claims[v.claim].sign < 0 else '>'} {v.threshold:g}"),
         Column("p", "p", value=lambda v: v.effect and round(v.p, 4)),
         Column("smallest", "detectable (80 % power)", value=effect(Estimate.smallest_effect)),
         Column("seeds", "seeds", "integer", lambda v: v.effect.seeds if v.effect else 0),
-        Column("published", "published", value=lambda v: (p := claims[v.claim].published) and p.effect),
+        Column(
+            "published",
+            "published",
+            "difference",
+            lambda v: (p := claims[v.claim].published) and claims[v.claim].sign * p.effect,
+        ),
         Column("note", "note", "text", _note),
     )
     caption = (
-        f"Effect of each claim with its {1 - level:.0%} interval, paired by seed and by image. p is adjusted for all "
-        f"{len(decided)} claims (Holm). Detectable: the minimum effect that so many seeds on these images detect with a "
+        f"Difference: variant minus the other, with its {1 - level:.0%} interval, paired by seed and by image. p is adjusted for "
+        f"all {len(decided)} claims (Holm). Detectable: the minimum effect that so many seeds on these images detect with a "
         "power of 80 %."
     )
     return _table("verdicts", caption, columns, decided)
@@ -96,16 +101,16 @@ def figure_table(runs: Runs, data: str) -> Table:
         Column("AP", "AP", value=lambda v: ap[v].mean),
         Column("spread", "\N{PLUS-MINUS SIGN} seeds", value=lambda v: ap[v].spread),
         Column("AP50", "AP50", value=mean("AP50")),
-        Column("difference", "to baseline", value=lambda v: to_base[v].mean if v in to_base else None),
-        Column("low", "from", value=lambda v: to_base[v].interval[0] if v in to_base else None),
-        Column("high", "to", value=lambda v: to_base[v].interval[1] if v in to_base else None),
+        Column("difference", "to baseline", "difference", value=lambda v: to_base[v].mean if v in to_base else None),
+        Column("low", "from", "difference", value=lambda v: to_base[v].interval[0] if v in to_base else None),
+        Column("high", "to", "difference", value=lambda v: to_base[v].interval[1] if v in to_base else None),
         Column("AP_nms", "AP, NMS", value=mean("AP_nms")),
         Column("copies", "duplicates", value=mean("duplicates")),
         Column("predictions", "predictions", value=mean("predictions_per_image")),
         Column("boxes", "boxes", value=mean("boxes_per_image")),
     )
     caption = (
-        f"{data}, {study.split_of(data)}: means over seeds. The difference in AP is to {base}, paired, with its "
+        f"{data}, {study.split_of(data)}: means over seeds. To baseline: AP minus that of {base}, paired, with its "
         f"{1 - study.level:.0%} interval. Duplicates: what AP gains by non-maximum suppression. Predictions: those that score "
         "over 0.3, per image; boxes: ground truth, per image."
     )

@@ -28,11 +28,11 @@ class Verdict:
         claim: its name.
         data: where it was decided.
         against: the variant that is compared with.
-        effect: variant minus the other, signed so that the claim says "positive".
-        threshold: that the effect is claimed to exceed.
+        effect: variant minus the other.
+        threshold: that the effect is claimed to exceed, or of a claim that says "lower", to lie below.
         p: of the effect being just the threshold, adjusted for all claims of the study together (Holm).
-        outcome: `holds` if p is below the study's level and the effect above the threshold; `does not hold` if below; undecided
-            otherwise.
+        outcome: `holds` if p is below the study's level and the effect on the claimed side of the threshold; `does not hold` if
+            on the other; undecided otherwise.
         over_images: whether images were resampled; else the interval is one over seeds alone.
         missing: seeds that both variants are to have and that are not run, have failed, or lack the figure.
     """
@@ -140,9 +140,11 @@ def verdicts(runs: Runs) -> list[Verdict]:
     """Of every claim on every data set where it is to be decided, in the study's order."""
     study = runs.study
     places = [(name, claim, data) for name, claim in study.claims.items() for data in study.data_of(claim)]
-    effects = [_effect(runs, claim, data) for _, claim, data in places]
+    effects = [
+        runs.difference(data, claim.variant, claim.against or study.baseline, claim.figure) for _, claim, data in places
+    ]
     raw = [
-        1.0 if effect is None else effect.p_value(claim.threshold)
+        1.0 if effect is None else effect.p_value(claim.bound)
         for (_, claim, _), effect in zip(places, effects, strict=True)
     ]
     return [
@@ -151,9 +153,9 @@ def verdicts(runs: Runs) -> list[Verdict]:
             data=data,
             against=claim.against or study.baseline,
             effect=effect,
-            threshold=claim.threshold,
+            threshold=claim.bound,
             p=p,
-            outcome=_outcome(effect, claim.threshold, p, study.level),
+            outcome=_outcome(effect, claim, p, study.level),
             over_images=effect is not None and effect.images is not None,
             missing=_missing(runs, claim, data),
         )
@@ -161,17 +163,10 @@ def verdicts(runs: Runs) -> list[Verdict]:
     ]
 
 
-def _outcome(effect: Estimate | None, threshold: float, p: float, level: float) -> Outcome:
+def _outcome(effect: Estimate | None, claim: Claim, p: float, level: float) -> Outcome:
     if effect is None or p >= level:
         return "undecided"
-    return "holds" if effect.mean > threshold else "does not hold"
-
-
-def _effect(runs: Runs, claim: Claim, data: str) -> Estimate | None:
-    """Signed so that the claim says: more than the threshold."""
-    pair = (claim.variant, claim.against or runs.study.baseline)
-    first, second = pair if claim.direction == "higher" else pair[::-1]
-    return runs.difference(data, first, second, claim.figure)
+    return "holds" if claim.sign * (effect.mean - claim.bound) > 0 else "does not hold"
 
 
 def _missing(runs: Runs, claim: Claim, data: str) -> tuple[int, ...]:

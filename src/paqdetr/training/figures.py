@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from paqdetr.distributed import Processes
+from paqdetr.losses.criterion import Criterion
 from paqdetr.metrics.query_report import chance_gini, count_dead, gini
 from paqdetr.metrics.query_usage import query_cosine, row_entropy
 from paqdetr.models.outputs import DetectorOutput
 from paqdetr.paq import Pairs
+from paqdetr.structures import Targets
 
 # Boxes with this many positives and more are counted together.
 _MOST = 16
@@ -221,3 +223,43 @@ def grouped(terms: Mapping[str, float]) -> dict[str, float]:
         group = kind if place.startswith("layer") else place.rstrip("0123456789")
         sums[f"loss_{group}"] = sums.get(f"loss_{group}", 0.0) + value
     return sums
+
+
+class ValidationLoss:
+    """An observer of an evaluation: the loss of the decoder's layers, on all images together. Denoising, proposals and other
+    losses of training mode are left out.
+
+    Args:
+        criterion: of the training.
+        progress: share of the training that is done, in [0, 1], which decides on one-to-many assignment.
+    """
+
+    def __init__(self, criterion: Criterion, progress: float) -> None:
+        self._criterion, self._progress = criterion, progress
+        self._sums: dict[str, float] = {}
+        self._boxes = 0
+
+    def see(self, output: DetectorOutput, targets: Sequence[Targets], indices: Sequence[int]) -> None:
+        """Take in a batch."""
+        report = self._criterion(replace(output, proposals=None), targets, progress=self._progress, num_boxes=1.0)
+        for name, value in grouped(
+            dict(zip(report.terms, torch.stack([*report.terms.values()]).tolist(), strict=True))
+        ).items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        self._boxes += sum(map(len, targets))
+
+    def merge(self, other: ValidationLoss) -> None:
+        """Take over what another process has seen."""
+        for name, value in other._sums.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        self._boxes += other._boxes
+
+    def means(self) -> dict[str, float]:
+        """Per box: "loss" and its terms, as training records have them; empty without boxes."""
+        if not self._boxes:
+            return {}
+        terms = {name: round(value / self._boxes, 6) for name, value in self._sums.items()}
+        return {"loss": round(sum(self._sums.values()) / self._boxes, 6)} | terms
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_criterion": None}

@@ -31,7 +31,7 @@ from paqdetr.runs import Run
 from paqdetr.structures import OperatingPoint
 from paqdetr.training.callbacks import Callback, Callbacks, TrainingPlan, start_trackers, track
 from paqdetr.training.curves import draw_predictions, training_curves
-from paqdetr.training.figures import Interval
+from paqdetr.training.figures import Interval, ValidationLoss
 from paqdetr.training.optim import MovingAverage, build_optimizer, build_schedule, lr_factor, lr_scale
 from paqdetr.training.setup import ready_to_train
 from paqdetr.training.state import Position, load_state, random_state, restore_random_state, save_state
@@ -273,12 +273,20 @@ class Trainer:
 
         # Weights are equal everywhere; running statistics of norms that train are each process's own.
         self.processes.copy_from_main(model.buffers())
-        result = evaluate_together(model, split, self.processes, progress=progress)
+        losses = ValidationLoss(self.step.criterion, self.position.step / self.total_steps)
+        result = evaluate_together(model, split, self.processes, progress=progress, observers=[losses])
         if result is None:
             return {}
         model.operating_point = result.operating_point
         metrics = result.to_json()
-        record = {"kind": "eval", "step": self.position.step, "epoch": epoch, "split": "val", **metrics}
+        record = {
+            "kind": "eval",
+            "step": self.position.step,
+            "epoch": epoch,
+            "split": "val",
+            **metrics,
+            **losses.means(),
+        }
         self._record(record)
         self.events.emit("on_evaluation", record)
         return metrics
