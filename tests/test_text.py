@@ -101,11 +101,11 @@ def test_in_plots(nasty: tuple[str, str]) -> None:
         assert sum(found.strip() == shown for found in texts) == count
 
 
-@pytest.mark.parametrize("name", ["a$_$b", "$$", r"$\frac{$\x1b\n", "a\udcff"])
+@pytest.mark.parametrize("name", ["a$_$b", "$$", r"$\frac{$\x1b\n", "a\udcff"], ids=ascii)
 def test_a_run_in_a_folder_of_any_name(tmp_path: Path, name: str) -> None:
     folder = tmp_path / name
     folder.mkdir()
-    (folder / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": 2}\n')
+    (folder / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "epoch": 0.5, "loss": 2}\n')
     training_curves(folder / "metrics.jsonl", tmp_path / "curves.png")
     assert Image.open(tmp_path / "curves.png").width > 300
 
