@@ -129,9 +129,10 @@ def _program_size(rule: ResizeRule, height: int, width: int, short: int, longest
     models/detectors/base_detector.py (`EvalResize`) of xiuqhou/Relation-DETR 7047657.
     """
     low, high = min(height, width), max(height, width)
-    if rule == "relation_detr":  # in float32, so that some sides are a pixel short
+    if rule == "relation_detr":  # in float32, so that some sides are a pixel short; torch multiplies by the reciprocal
         sides = np.array([height, width], dtype=np.float32)
-        zoom = np.minimum(np.float32(short) / sides.min(), np.float32(longest) / sides.max())
+        reciprocals = np.float32(1) / sides
+        zoom = np.minimum(np.float32(short) * reciprocals.max(), np.float32(longest) * reciprocals.min())
         tall, wide = (sides * zoom).astype(int).tolist()
         return max(tall, 1), max(wide, 1)
     if rule == "detectron2":

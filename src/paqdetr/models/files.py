@@ -248,7 +248,7 @@ def load(
         tensors, header = read_checkpoint(file)
         config, table, preprocessing = describe_checkpoint(header, str(file))
         try:
-            with Uninitialised():
+            with Uninitialised(), torch.random.fork_rng(devices=[]):
                 model = build_model(config, classes=table)
         except ConfigError as error:
             raise not_ours(header, str(file), error) from None

@@ -128,4 +128,4 @@ def synchronise_norms(model: Detector) -> Detector:
             "leave it out, or train the backbone's with model.freeze_backbone_norm=false",
         )
     # timm's knows norms that have an activation inside.
-    return cast(Detector, convert_sync_batchnorm(model))
+    return cast("Detector", convert_sync_batchnorm(model))
