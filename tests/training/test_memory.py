@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from paqdetr.cli import run
 from paqdetr.runs import Run
@@ -44,10 +45,11 @@ def test_a_training_that_runs_out_says_what_helps_and_goes_on(
 
 
 def test_a_command_that_trains_nothing_says_it_too(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_run: Run
 ) -> None:
     from paqdetr import models
 
     monkeypatch.setattr(models, "load", lambda *args, **kwargs: torch.empty(10**15))
-    assert run(["predict", "run", str(tmp_path), "--output", str(tmp_path / "out")]) == 2
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    assert run(["predict", str(tiny_run.output), str(tmp_path), "--output", str(tmp_path / "out")]) == 2
     assert "help: take smaller images or batches, or a smaller model" in capsys.readouterr().err

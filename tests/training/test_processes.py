@@ -43,7 +43,7 @@ def truth(tmp_path_factory: pytest.TempPathFactory, tiny_digits: Path, tiny_sett
     split = open_split(tiny_digits, "train")
     config = with_classes(load_config("paq_dino_nano", {**tiny_settings, **PLAIN}), split)
     torch.manual_seed(config.seed)
-    model = build_model(config, classes=split.classes, pretrained_backbone=True).eval()
+    model = build_model(config, classes=split.classes, pretrained_backbone=config.pretrained_backbone).eval()
     content = json.loads(split.annotation_file.read_text())
     content["annotations"] = []
     for index, detections in detect_split(model, split, batch_size=1):

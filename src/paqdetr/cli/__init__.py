@@ -96,9 +96,9 @@ def run(argv: Sequence[str]) -> int:
     debug, training = "--debug" in argv, _trains(argv)
     arguments = [argument for argument in argv if argument != "--debug"]
     program = typer.main.get_command(app)
-    if (mistake := what_to_type(arguments, program)) is not None:
-        return _mistake(*mistake, debug=debug)
     try:
+        if (mistake := what_to_type(arguments, program)) is not None:
+            return _mistake(*mistake, debug=debug)
         code = program.main(arguments, prog_name="paqdetr", standalone_mode=False)
         if code == 130:  # typer has caught Ctrl-C itself
             return _interrupted(training)
