@@ -50,7 +50,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(arguments.rounds):
             for name, command in commands.items():
-                rows[name].append(measure(command, folder))
+                mistaken = "MISSPELT" in name or "no such" in name
+                rows[name].append(measure(command, folder, 2 if mistaken else 0))
     found = {
         name: {"cpu_s": round(statistics.median(cpu for cpu, _ in each), 2), "gib": round(max(g for _, g in each), 2)}
         for name, each in rows.items()
@@ -62,12 +63,13 @@ def main() -> None:
     arguments.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def measure(command: list[str], folder: str) -> tuple[float, float]:
-    """CPU seconds and the most memory of a command, in GiB."""
+def measure(command: list[str], folder: str, code: int) -> tuple[float, float]:
+    """CPU seconds and the most memory, in GiB, of a command that has to end with this exit code."""
     null = subprocess.DEVNULL
     child = subprocess.Popen(command, cwd=folder, stdin=null, stdout=null, stderr=null)
     _, status, used = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)
+    assert child.returncode == code, (command, child.returncode)
     unit = 2**30 if sys.platform == "darwin" else 2**20
     return used.ru_utime + used.ru_stime, used.ru_maxrss / unit
 

@@ -35,7 +35,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 # The same examples in every run, and no deadline: a first call may warm up a library, on a busy machine.
 # `--hypothesis-profile=explore` looks for new examples.
-settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=50)
+settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.register_profile("explore", deadline=None, max_examples=1000)
 settings.load_profile("repeatable")
 

@@ -25,7 +25,7 @@ def test_it_runs(folder: Path, name: str) -> None:
         pytest.importorskip("onnxscript")
     notebook: Any = jupytext.read(NOTEBOOKS / f"{name}.py", fmt="py:percent")
     nbclient.NotebookClient(
-        notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": folder}}
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": folder}}
     ).execute()
     said = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert said and not [output for output in said if output.output_type == "error"]

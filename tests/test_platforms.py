@@ -32,11 +32,18 @@ NAMES = {
 
 
 def unguarded(code: str) -> list[str]:
-    """What of the above `code` uses outside of an `if`, a conditional expression and a `try`."""
+    """What of the above `code` uses outside of a branch that asks for it, or a `try` that does without."""
     found: list[str] = []
 
+    def guards(node: ast.AST) -> bool:
+        if isinstance(node, ast.If | ast.IfExp):
+            return any(word in ast.unparse(node.test) for word in ("hasattr", "platform", "os.name", "is not None"))
+        caught = {word for part in node.handlers for word in ("ImportError", "AttributeError", "OSError")
+                  if word in ast.unparse(part)} if isinstance(node, ast.Try) else ()  # fmt: skip
+        return bool(caught)
+
     def visit(node: ast.AST) -> None:
-        if isinstance(node, ast.If | ast.IfExp | ast.Try):
+        if guards(node):
             return
         if isinstance(node, ast.Import):
             found.extend(alias.name for alias in node.names if alias.name in MODULES)
@@ -61,6 +68,8 @@ def unguarded(code: str) -> list[str]:
         ("def stop(): os.killpg(1, signal.SIGKILL)", ["killpg", "SIGKILL"]),
         ("try:\n    import fcntl\nexcept ImportError:\n    fcntl = None", []),
         ("if hasattr(os, 'fork'):\n    os.fork()", []),
+        ("if wanted:\n    os.fork()", ["fork"]),
+        ("try:\n    os.fork()\nfinally:\n    pass", ["fork"]),
     ],
 )
 def test_the_rule(code: str, found: list[str]) -> None:

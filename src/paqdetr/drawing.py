@@ -6,6 +6,7 @@ import base64
 import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,10 +56,11 @@ def draw_boxes(
     corners = np.asarray(boxes, dtype=np.float64).reshape(-1, 4) / ([picture.width, picture.height] * 2)
     colours = _class_colours(ids)
     canvas = Canvas(picture)
-    order = np.arange(len(ids)) if scores is None else np.argsort(np.asarray(scores), kind="stable")
+    scores = None if scores is None else np.asarray(scores)
+    order = np.arange(len(ids)) if scores is None else np.argsort(scores, kind="stable")
     for i in order.tolist():
         name = str(names.get(int(ids[i]), ids[i]))
-        text = name if scores is None else f"{name} {np.asarray(scores)[i]:.2f}"
+        text = name if scores is None else f"{name} {scores[i]:.2f}"
         canvas.box(corners[i], colours[int(ids[i])], label=text, key=name)
     return canvas.picture()
 
@@ -285,6 +287,7 @@ def captioned(picture: Image.Image, text: str) -> Image.Image:
     return framed
 
 
+@cache
 def _font(size: int) -> Any:
     file = font_path()
     return ImageFont.truetype(str(file), size) if file.is_file() else ImageFont.load_default(size)

@@ -31,7 +31,8 @@ def require_known_device(name: str | None) -> str | None:
     """
     if name is not None and name.partition(":")[0] not in _KINDS:
         raise ConfigError(
-            f"device {name!r}: it does not work here, nor anywhere; there are {', '.join(_KINDS)}", "use --device cpu"
+            f"device {name!r}: there is no such kind; expected {', '.join(_KINDS)}, or such as cuda:0",
+            "use --device cpu",
         )
     return name
 
@@ -169,13 +170,11 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def peak_memory() -> float:
-    """Peak memory of the process in GiB; on a GPU, of the device."""
+def peak_memory(device: torch.device) -> float:
+    """Peak memory of the process in GiB; on a GPU, what it has reserved there."""
     import torch
 
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return peak_resident() / 2**30
+    return (torch.cuda.max_memory_reserved(device) if device.type == "cuda" else peak_resident()) / 2**30
 
 
 def peak_resident() -> int:

@@ -124,12 +124,10 @@ class Run(Summary):
         return load(self.best, device=device)
 
     def _summary(self) -> tuple[str, list[tuple[str, ...]]]:
-        steps, best = self.records("train"), self.metrics
-        state = "finished" if self.finished else "not finished" if self.config_file.exists() else "no run"
+        best = self.metrics
+        state = self.status if self.config_file.exists() else "no run"
         rows = [("best", f"AP {figure(best.get('AP'))}, AP50 {figure(best.get('AP50'))}, epoch {best.get('epoch')}")]
         rows = rows if best else []
-        if steps:
-            rows.append(("trained", f"{steps[-1].get('epoch', 0):.4g} epochs, {steps[-1]['step']} steps"))
         own = (self.best, self.last, self.config_file, self.metrics_file, self._curves)
         files = [file.name for file in own if file.exists()]
         return f"Run {self.output}: {state}", [*rows, ("files", ", ".join(files))]

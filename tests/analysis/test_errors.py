@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from paqdetr.analysis.errors import confusion_section, diagnosis_sections, mistake_section
+from paqdetr.analysis.errors import calibration_section, confusion_section, curve_section, mistake_section
 from paqdetr.analysis.subject import ResultSet
 from paqdetr.metrics.diagnosis import MISTAKES, confusion, error_split
 from paqdetr.metrics.matches import MatchTable
@@ -45,6 +45,10 @@ def part(section: Section, name: str) -> Any:
     return next(one for one in section.parts if one.name == name)
 
 
+def sections_of(sets: list[ResultSet]) -> tuple[Section, ...]:
+    return tuple(make(sets) for make in (curve_section, mistake_section, confusion_section, calibration_section))
+
+
 def check(sections: tuple[Section, ...]) -> None:
     """What every report asks of sections."""
     parts = [one for section in sections for one in section.parts]
@@ -64,8 +68,8 @@ def check(sections: tuple[Section, ...]) -> None:
 def test_one_and_two_result_sets() -> None:
     truth, results = problem()
     one = judged("first", truth, results)
-    check(diagnosis_sections([one]))
-    two = diagnosis_sections([one, judged("second", truth, results[::2])])
+    check(sections_of([one]))
+    two = sections_of([one, judged("second", truth, results[::2])])
     check(two)
     curves = two[0]
     assert part(curves, "f1").data.keys() == {"first", "second"}
@@ -114,5 +118,5 @@ def test_many_classes() -> None:
 
 def test_nothing_found_and_nothing_to_find() -> None:
     truth, results = problem()
-    check(diagnosis_sections([judged("nothing found", truth, [])]))
-    check(diagnosis_sections([judged("nothing there", truth | {"annotations": []}, results)]))
+    check(sections_of([judged("nothing found", truth, [])]))
+    check(sections_of([judged("nothing there", truth | {"annotations": []}, results)]))

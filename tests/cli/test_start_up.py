@@ -19,7 +19,7 @@ from paqdetr.runs import Run
 pytestmark = pytest.mark.integration
 
 SOURCE = str(Path(paqdetr.__file__).parents[1])
-SLOW = ("torch", "torchvision", "timm", "accelerate", "numba", "transformers", "supervision", "sklearn")
+SLOW = ("torch", "torchvision", "timm", "accelerate", "numba", "transformers", "supervision", "sklearn", "wandb")
 
 MISTAKES = {
     "train dino_nanoo --data {data} --output new": "unknown model or recipe 'dino_nanoo'",
@@ -33,7 +33,7 @@ MISTAKES = {
     "train dino_nano --data {data} --output new trackers=[wandb]": "trackers: 'wandb' is not installed",
     "train dino_nano --data {data} --output {run}": "there is a run already",
     "train dino_nano --data {data} --output {data}": "the folder holds other files and no run",
-    "train dino_nano --data {data} --output new --device cdua": "device 'cdua': it does not work here",
+    "train dino_nano --data {data} --output new --device cdua": "device 'cdua': there is no such kind",
     "plan dino_nanoo --data {data}": "unknown model or recipe 'dino_nanoo'",
     "plan dino_nano --data nowhere": "nowhere: no such data folder",
     "eval missing.safetensors --data {data}": "missing.safetensors: no such file",

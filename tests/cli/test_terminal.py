@@ -20,7 +20,7 @@ from paqdetr.cli.console import complete_model, complete_setting, note_unfinishe
 from paqdetr.cli.habits import VERBS, what_to_type
 from paqdetr.cli.progress import TrainingProgress
 from paqdetr.config import known_keys, load_config
-from paqdetr.config.words import WORDS
+from paqdetr.other_programs import WORDS
 from paqdetr.runs import Run
 from paqdetr.training.callbacks import NotebookProgress, TrainingPlan
 

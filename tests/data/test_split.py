@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -45,6 +45,7 @@ def with_digests(monkeypatch: pytest.MonkeyPatch, digests: list[int]) -> None:
     monkeypatch.setattr(split_module, "inspect_all", lambda paths: iter(facts))
 
 
+@settings(max_examples=100)
 @given(
     groups=st.lists(st.integers(0, 12), min_size=2, max_size=40),
     val=st.floats(0.01, 0.5),

@@ -29,7 +29,7 @@ from paqdetr.structures import OperatingPoint
 from .conftest import Exported, tiny
 
 onnx, openvino = pytest.importorskip("onnx"), pytest.importorskip("openvino")
-for _package in ("onnxscript", "onnxruntime", "nncf"):
+for _package in ("onnxscript", "onnxruntime"):
     pytest.importorskip(_package)
 
 
@@ -243,6 +243,7 @@ def test_eval_and_bench_take_exported_models(exported: Exported, tmp_path: Path)
 
 @pytest.fixture(scope="module")
 def small_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("nncf")
     return make_digits(tmp_path_factory.mktemp("int8") / "digits", size=64, train=6, val=4, test=1, max_objects=4)
 
 

@@ -181,6 +181,7 @@ def test_equals_the_reference(rule: dict, seed: int, queries: int, boxes: int, c
     assert solve(assigner, logits, predicted, target) == reference.pairs()
 
 
+@settings(max_examples=200)
 @given(rule=rules, **problems)
 def test_promises(rule: dict, seed: int, queries: int, boxes: int, closeness: float) -> None:
     logits, predicted, target = scene(seed, queries, boxes, closeness)
@@ -203,6 +204,7 @@ def test_promises(rule: dict, seed: int, queries: int, boxes: int, closeness: fl
         assert [found[j] for j in range(boxes)] == claims
 
 
+@settings(max_examples=150)
 @given(rule=rules, order=st.randoms(use_true_random=False), **problems)
 def test_order_of_truth_does_not_matter(
     rule: dict, order: Any, seed: int, queries: int, boxes: int, closeness: float
@@ -217,6 +219,7 @@ def test_order_of_truth_does_not_matter(
     assert before == {(i, shuffled[j]) for i, j in as_set(assigner.solve(moved))}
 
 
+@settings(max_examples=100)
 @given(
     seed=st.integers(0, 2**31),
     shape=st.sampled_from([(3, 1), (4, 2), (5, 2), (6, 2), (6, 3), (7, 3), (2, 3), (3, 4)]),
@@ -243,6 +246,7 @@ def test_hungarian_with_repeated_columns_is_the_cheapest_of_all(
     assert sum(cost[i][j] for i, j in found) == pytest.approx(cheapest, abs=1e-9)
 
 
+@settings(max_examples=100)
 @given(**problems)
 def test_one_to_one_is_scipy_on_the_plain_cost(seed: int, queries: int, boxes: int, closeness: float) -> None:
     logits, predicted, target = scene(seed, queries, boxes, closeness)

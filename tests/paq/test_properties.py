@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -62,6 +62,7 @@ def embed(tokens: Tensor, sizes: list[Size], outer: list[Size], corners: list[Si
     return torch.cat(found)[None], torch.cat(masks)[None]
 
 
+@settings(max_examples=60)
 @given(sizes=pyramids(), chosen=settings_of_queries, seed=seeds)
 def test_rows_are_convex_and_images_are_told_apart(sizes: list[Size], chosen: dict[str, Any], seed: int) -> None:
     queries = make(sizes, seed, chosen)
@@ -73,6 +74,7 @@ def test_rows_are_convex_and_images_are_told_apart(sizes: list[Size], chosen: di
     assert not torch.equal(mix.weights[0], mix.weights[1])
 
 
+@settings(max_examples=60)
 @given(sizes=pyramids(), chosen=settings_of_queries, seed=seeds, query=seeds)
 def test_the_loss_of_one_query_teaches_every_pattern(
     sizes: list[Size], chosen: dict[str, Any], seed: int, query: int
@@ -84,6 +86,7 @@ def test_the_loss_of_one_query_teaches_every_pattern(
     assert (gradient.abs().amax(1) > 0).all()
 
 
+@settings(max_examples=60)
 @given(sizes=pyramids(), chosen=settings_of_queries, seed=seeds)
 def test_every_level_counts(sizes: list[Size], chosen: dict[str, Any], seed: int) -> None:
     """In float64 and for the sum of random multiples: a single weight may be saturated."""
@@ -96,6 +99,7 @@ def test_every_level_counts(sizes: list[Size], chosen: dict[str, Any], seed: int
         assert level.abs().amax() > 0
 
 
+@settings(max_examples=80)
 @given(data=st.data(), sizes=pyramids(), chosen=settings_of_queries, seed=seeds)
 def test_padding_on_any_side_changes_nothing(data: Any, sizes: list[Size], chosen: dict[str, Any], seed: int) -> None:
     queries = make(sizes, seed, chosen)
@@ -109,6 +113,7 @@ def test_padding_on_any_side_changes_nothing(data: Any, sizes: list[Size], chose
     torch.testing.assert_close(found.content, expected.content, atol=1e-4, rtol=0)
 
 
+@settings(max_examples=60)
 @given(sizes=pyramids(), other=pyramids(), chosen=settings_of_queries, seed=seeds)
 def test_batch_mates_change_nothing(sizes: list[Size], other: list[Size], chosen: dict[str, Any], seed: int) -> None:
     other = (other + other[-1:] * len(sizes))[: len(sizes)]
@@ -123,6 +128,7 @@ def test_batch_mates_change_nothing(sizes: list[Size], other: list[Size], chosen
     torch.testing.assert_close(together[1:], queries(mate, other).content, atol=1e-4, rtol=0)
 
 
+@settings(max_examples=60)
 @given(sizes=pyramids(), chosen=settings_of_queries, seed=seeds, count=st.integers(1, 20), static=st.booleans())
 def test_resized_queries_are_rows_of_the_old_ones_or_lie_between_two(
     sizes: list[Size], chosen: dict[str, Any], seed: int, count: int, static: bool

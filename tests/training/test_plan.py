@@ -37,7 +37,7 @@ def test_a_plan_adds_up(config: Config, tiny_digits: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr("paqdetr.training.plan.in_own_process", in_this_process)
     peaks = iter((0.5, 0.75, 2.0, 2.25))  # before, with the model, after the steps, after the evaluation
-    monkeypatch.setattr("paqdetr.training.plan.peak_memory", lambda: next(peaks))
+    monkeypatch.setattr("paqdetr.training.plan.peak_memory", lambda _: next(peaks))
     reports: list[tuple[int, int]] = []
     train_split, val_split = (open_split(tiny_digits, name) for name in ("train", "val"))
     settings = config.model_copy(update={"eval_every": 2, "accumulate": 2, "lr_rule": "linear"})
@@ -77,10 +77,10 @@ def test_memory_beside_the_training_process(config: Config, tiny_digits: Path, m
     train_split, val_split = (open_split(tiny_digits, name) for name in ("train", "val"))
     monkeypatch.setattr("paqdetr.training.plan.in_own_process", lambda *_, **__: tried)
     memory = {"process": 0.5, "model": 0.25, "step": 1.0, "evaluation": 0.25, "cached images": 3.0, "workers": 1.0}
-    tried = _Tried("cpu", 4, 4, 12, 10, 5, [1.0], 2.0, memory, shares_images=True, disk=2**30)
+    tried = _Tried("cpu", 4, 4, 12, 10, 5, [1.0], 2.0, memory, images_apart=True, disk=2**30)
     plan = plan_training(config, train_split, val_split)
     assert (plan.memory["peak"], plan.memory["total"], plan.total_seconds) == (2.0, 6.0, 12 + 3 * 2.0)
-    tried = dataclasses.replace(tried, shares_images=False, memory={**memory, "workers": 0.0})
+    tried = dataclasses.replace(tried, images_apart=False, memory={**memory, "workers": 0.0})
     plan = plan_training(config, train_split, val_split)
     assert (plan.memory["peak"], plan.memory["total"]) == (5.0, 5.0)
 

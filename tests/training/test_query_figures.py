@@ -209,17 +209,17 @@ def test_the_validation_loss_is_the_criterions_however_images_are_batched(assign
         content = Mixture(content=torch.zeros(1, 9, 2), weights=None)
         return DetectorOutput(own.logits[-1], own.boxes[-1], own, None, content), targets[images]
 
-    together, single, other = (ValidationLoss(criterion, 0.1) for _ in range(3))
+    together, single, other = (ValidationLoss(criterion) for _ in range(3))
     together.see(*part(slice(0, 3)), indices=[0, 1, 2])
     single.see(*part(slice(0, 1)), indices=[0])
     other.see(*part(slice(1, 2)), indices=[1])
     other.see(*part(slice(2, 3)), indices=[2])
     single.merge(pickle.loads(pickle.dumps(other)))
-    expected = criterion(*part(slice(0, 3)), progress=0.1)
+    expected = criterion(*part(slice(0, 3)), progress=1.0)  # one-to-one in every layer
     found = together.means()
     assert found["loss"] == pytest.approx(float(expected.total), rel=1e-5)
     assert found["loss"] == pytest.approx(sum(value for name, value in found.items() if name != "loss"), abs=1e-5)
     assert single.means() == pytest.approx(found, rel=1e-5)
-    nothing = ValidationLoss(criterion, 0.1)
+    nothing = ValidationLoss(criterion)
     nothing.see(*part(slice(2, 3)), indices=[2])
     assert nothing.means() == {}

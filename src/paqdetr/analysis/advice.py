@@ -1,4 +1,4 @@
-"""What a model does well and badly, in words with advice: every sentence follows from figures that the report shows."""
+"""What a model does well and badly, in words with advice: every sentence follows from figures, none from another sentence."""
 
 from __future__ import annotations
 
@@ -23,11 +23,10 @@ class ClassFacts:
 
 @dataclass(frozen=True, slots=True)
 class Duplicates:
-    """Images of the split that have a near-duplicate in the training split, and AP of all images and of the others."""
+    """Images of the split that have a near-duplicate in the training split, and AP of the others, NaN if it is the same."""
 
     images: int
-    ap: float
-    ap_without: float
+    ap_without: float = math.nan
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,13 +99,14 @@ class Facts:
 
 # AP from which a cost is worth a line, and from which a mistake is.
 _COST, _GAIN = 0.005, 0.02
-_NOTHING = 0.05  # AP below which only one advice helps
+_NOTHING = 0.05  # AP below which kinds of mistakes say nothing yet
 _FEW_BOXES, _FEW_IN_SPLIT = 30, 10
 
 
 def advice(facts: Facts) -> tuple[Finding, ...]:
     """Strengths, weaknesses (the costliest first) and notes."""
-    found = [finding for rule in RULES for finding in rule(facts)]
+    rules = RULES if facts.ap.value >= _NOTHING else (_overall, _training, _near_duplicates, _crowding)
+    found = [finding for rule in rules for finding in rule(facts)]
     return tuple(sorted(found, key=lambda finding: -finding.cost))
 
 
@@ -171,7 +171,9 @@ def _training(facts: Facts) -> Iterator[Finding]:
             yield Finding(
                 "bad",
                 f"AP still rose when the training ended, by {gain:.3f} in the last {recent} of {len(values)} evaluations.",
-                f"Train longer, such as epochs={2 * own.epochs}.",
+                "Train longer: raise max_steps."
+                if own.done < own.epochs
+                else f"Train longer, such as epochs={2 * own.epochs}.",
                 "training",
                 gain,
             )
@@ -184,10 +186,10 @@ def _training(facts: Facts) -> Iterator[Finding]:
                 "training",
                 values[best] - values[-1],
             )
-        elif abs(gain) < 0.005:
-            yield Finding(
-                "good", f"The training has converged: AP moved by {abs(gain):.3f} at its end.", where="training"
-            )
+        moved = max(values[-recent - 1 :]) - min(values[-recent - 1 :])
+        if moved < 0.005 and facts.ap.value >= _NOTHING:
+            text = f"The training has converged: AP moved by {moved:.3f} over its last {recent + 1} evaluations."
+            yield Finding("good", text, where="training")
     if len(own.loss) > 2:
         epoch, least = min(own.loss, key=lambda point: point[1])
         last = own.loss[-1][1]
@@ -216,7 +218,7 @@ def _duplicates(facts: Facts) -> Iterator[Finding]:
             "summary",
             cost,
         )
-    elif facts.ap.value >= _NOTHING and not math.isnan(cost):
+    elif not math.isnan(cost):
         yield Finding(
             "good", f"Few duplicates: non-maximum suppression would gain {max(cost, 0):.3f} AP.", where="summary"
         )
@@ -239,7 +241,7 @@ def _confusion(facts: Facts) -> Iterator[Finding]:
             "bad", f"Wrong classes cost {gain:.3f} AP50, spread over many pairs of classes.",
             "Train longer, and add examples of the classes with the lowest AP.", "confusion", gain,
         )  # fmt: skip
-    elif gain < 0.01 and len(facts.classes) > 1 and facts.ap.value >= _NOTHING:
+    elif gain < 0.01 and len(facts.classes) > 1:
         yield Finding("good", f"Classes are told apart: wrong ones cost {gain:.3f} AP50.", where="confusion")
 
 
@@ -253,7 +255,7 @@ def _boxes(facts: Facts) -> Iterator[Finding]:
             "mistakes",
             gain,
         )
-    elif gain < 0.01 and facts.ap.value >= _NOTHING:
+    elif gain < 0.01:
         yield Finding("good", f"Boxes fit: loose ones cost {gain:.3f} AP50.", where="mistakes")
 
 
@@ -289,7 +291,7 @@ def _missed(facts: Facts) -> Iterator[Finding]:
 def _sizes(facts: Facts) -> Iterator[Finding]:
     known = {name: value for name, (value, boxes) in facts.sizes.items() if boxes >= _FEW_IN_SPLIT and value == value}
     small = known.pop("small", math.nan)
-    if math.isnan(small) or not known or facts.ap.value < _NOTHING:
+    if math.isnan(small) or not known:
         return
     best = max(known, key=known.__getitem__)
     share = facts.sizes["small"][1] / max(facts.boxes, 1)
@@ -302,10 +304,9 @@ def _sizes(facts: Facts) -> Iterator[Finding]:
             "summary",
             share * (known[best] - small),
         )
-    else:
-        yield Finding(
-            "good", f"Small objects are found nearly as well as {best} ones: AP {small:.3f} and {known[best]:.3f}."
-        )
+    elif small >= 0.9 * known[best]:
+        text = f"Small objects are found nearly as well as {best} ones: AP {small:.3f} and {known[best]:.3f}."
+        yield Finding("good", text, where="summary")
 
 
 def _classes(facts: Facts) -> Iterator[Finding]:
@@ -329,15 +330,14 @@ def _classes(facts: Facts) -> Iterator[Finding]:
         remedy = "Collect more images of them; every class counts alike in AP."
         yield Finding("bad", f"Too few examples in train of {listed(few)}.", remedy, "classes", cost)
     weak = [one for one in known if one.ap < 0.5 * facts.ap.value and one not in few]
-    if weak and facts.ap.value >= _NOTHING:
+    if weak:
         weak.sort(key=lambda one: one.ap)
         cost = sum(facts.ap.value - one.ap for one in weak) / len(known)
         remedy = (
             "Choose the class over the pictures below: its mistakes say whether labels, size or likeness are to blame."
         )
-        yield Finding(
-            "bad", f"The weakest classes, not for lack of examples: {listed(weak, False)}.", remedy, "classes", cost
-        )
+        why = ", not for lack of examples" if counts else ""
+        yield Finding("bad", f"The weakest classes{why}: {listed(weak, bool(counts))}.", remedy, "classes", cost)
     strong = [one for one in known if one.ap >= 0.5 and one.ap > facts.ap.value and one.boxes >= _FEW_IN_SPLIT]
     if strong and len(known) > 1:
         strong.sort(key=lambda one: -one.ap)
@@ -352,7 +352,7 @@ def _classes(facts: Facts) -> Iterator[Finding]:
 
 
 def _threshold(facts: Facts) -> Iterator[Finding]:
-    if math.isnan(facts.f1) or facts.ap.value < _NOTHING:
+    if math.isnan(facts.f1):
         return
     chosen = f"At a score of {facts.threshold:.2f} {facts.precision:.0%} of the detections are right and {facts.recall:.0%} of "
     chosen += f"the objects are found (F1 {facts.f1:.3f})."
@@ -380,10 +380,9 @@ def _calibration(facts: Facts) -> Iterator[Finding]:
             "Take thresholds from F1 by class, not from what a score seems to mean.",
             "calibration",
         )
-    elif error < 0.05 and facts.ap.value >= _NOTHING:
-        yield Finding(
-            "good", f"Scores can be read as probabilities: their mean error is {error:.3f}.", where="calibration"
-        )
+    elif error < 0.05:
+        text = f"Scores over 0.3 can be read as probabilities: their mean error is {error:.3f}."
+        yield Finding("good", text, where="calibration")
 
 
 def _near_duplicates(facts: Facts) -> Iterator[Finding]:
@@ -393,12 +392,12 @@ def _near_duplicates(facts: Facts) -> Iterator[Finding]:
     if own.images:
         yield Finding(
             "bad",
-            f"{own.images} of {facts.images} images of {facts.split} have a near-duplicate in train: AP {own.ap:.3f}, "
+            f"{own.images} of {facts.images} images of {facts.split} have a near-duplicate in train: AP {facts.ap.value:.3f}, "
             f"{own.ap_without:.3f} without them.",
             "`paqdetr data check` lists them; `paqdetr data split` keeps near-duplicates together.",
-            cost=max(own.ap - own.ap_without, 0.01) if own.ap_without == own.ap_without else 0.01,
+            cost=max(0.01, facts.ap.value - own.ap_without),
         )
-    elif facts.split != "train":
+    else:
         yield Finding("good", f"No image of {facts.split} has a near-duplicate in train.")
 
 

@@ -35,15 +35,6 @@ _MEANING = {
 }
 
 
-def diagnosis_sections(sets: Sequence[ResultSet]) -> tuple[Section, ...]:
-    """Curves, mistakes, confusion and calibration.
-
-    Args:
-        sets: one result set, or two on the same ground truth, which are then shown side by side.
-    """
-    return curve_section(sets), mistake_section(sets), confusion_section(sets), calibration_section(sets)
-
-
 def curve_section(sets: Sequence[ResultSet]) -> Section:
     """Precision against recall, F1 against the threshold, and the best threshold of every class."""
     lead = (

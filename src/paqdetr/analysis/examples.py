@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,14 +43,14 @@ class Mark:
 def example_section(analysis: Analysis) -> Section:
     """The worst images, some for every class and kind of mistake, and the best; those of two models side by side."""
     models, outcomes = analysis.models, analysis.outcomes
-    ids = [{row["id"]: row["name"] for row in models[0].truth["categories"]}] * len(models)
-    marks = [marks_of(one, found.threshold, names) for one, found, names in zip(models, outcomes, ids, strict=True)]
+    names = {row["id"]: row["name"] for row in models[0].truth["categories"]}
+    marks = [marks_of(one, found.threshold, names) for one, found in zip(models, outcomes, strict=True)]
     chosen = choose(outcomes, [tags(own) for own in marks[0]], analysis.images)
     done, tiles, data = analysis.stage("images"), [], []
     for number, index in enumerate(chosen, start=1):
         split = models[0].split
         picture = split.image_or_blank(index)
-        drawn = [draw_marks(picture, own[index]) for own in marks]
+        drawn = [draw_marks(picture, own[index], size=960 if len(marks) == 1 else 640) for own in marks]
         title = "; ".join(
             f"{letter}{found.right[index]} found, {found.wrong[index]} wrong, {found.missed[index]} missed"
             for letter, found in zip(("A: ", "B: ") if models[1:] else ("",), outcomes, strict=True)
@@ -72,7 +72,7 @@ def example_section(analysis: Analysis) -> Section:
         "mistakes, named on the box or in a key. Click to enlarge; the arrow keys turn to the next."
     )
     used = {tag for tile in tiles for tag in tile.tags}
-    classes = [name for name in ids[0].values() if (name, "") in used]
+    classes = [name for name in names.values() if (name, "") in used]
     kinds = [kind for kind in KINDS.values() if ("", kind) in used]
     caption = f"{len(tiles)} of {len(models[0].split)} images of {models[0].split.name}."
     filters = (("class", tuple(dict.fromkeys(classes))), ("mistake", tuple(kinds)))
@@ -145,7 +145,7 @@ def marks_of(model: ModelUnderTest, threshold: float, names: dict[Any, str]) -> 
     return found
 
 
-def wrong_kinds(rows: Sequence[dict[str, Any]], truth: Sequence[dict[str, Any]]) -> Any:
+def wrong_kinds(rows: Sequence[dict[str, Any]], truth: Sequence[dict[str, Any]]) -> Iterator[tuple[str, Any]]:
     """(kind of mistake, category of the object that it is about or None) of detections that are wrong, by TIDE's rules, as
     `ErrorSplit` counts them."""
     boxes, objects = (
@@ -168,9 +168,9 @@ def wrong_kinds(rows: Sequence[dict[str, Any]], truth: Sequence[dict[str, Any]])
             yield "both", about
 
 
-def draw_marks(picture: Image, marks: Sequence[Mark]) -> Image:
-    """The image with what is right and wrong in it."""
-    canvas = Canvas(picture, size=960)
+def draw_marks(picture: Image, marks: Sequence[Mark], *, size: int) -> Image:
+    """The image with what is right and wrong in it, its longer side `size` pixels."""
+    canvas = Canvas(picture, size=size)
     scale = np.array([picture.width, picture.height] * 2, dtype=float)
     for mark in marks:
         key = KINDS[mark.kind] if mark.kind else "found"

@@ -37,7 +37,7 @@ _MEANING = {
     "ARl": "of large objects",
 }
 
-_SURE = 0.3  # detections whose scores are taken at their word
+_SURE = 0.3  # detections whose scores are taken at their word; many low ones would hide that these are wrong
 
 
 def findings_section(analysis: Analysis) -> Section:
@@ -119,9 +119,8 @@ def _near_duplicates(analysis: Analysis, model: ModelUnderTest) -> Duplicates | 
     alike = analysis.near_duplicates
     if alike is None:
         return None
-    weights = np.stack([np.ones(len(alike), np.int32), ~alike])
-    ap, without = model.table.figures(weights.astype(np.int32)).figures["AP"].tolist()
-    return Duplicates(int(alike.sum()), ap, without)
+    without = model.table.figures((~alike)[None].astype(np.int32)).figures["AP"].item() if alike.any() else math.nan
+    return Duplicates(int(alike.sum()), without)
 
 
 def _training(run: Path) -> TrainingFacts | None:

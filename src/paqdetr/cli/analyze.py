@@ -41,8 +41,7 @@ def analyze(
     device: Device = None,
 ) -> None:
     """Write one HTML page on what a detector does well and badly."""
-    from paqdetr.data.dataset import open_split
-    from paqdetr.data.layout import split_to_evaluate
+    from paqdetr.data.layout import find_split, split_to_evaluate
     from paqdetr.environment import require_device
     from paqdetr.loading import require_model
 
@@ -51,7 +50,7 @@ def analyze(
             require_model(path)
             note_unfinished(path)
     split = split_to_evaluate(data, split)
-    open_split(data, split)
+    find_split(data, split)
     from paqdetr.analysis import analyze as write_report  # takes seconds: after what a typo can be in
 
     with ExitStack() as stack:

@@ -132,13 +132,13 @@ def open_model(path: Path, device: str | None = None) -> Predicts:
     """
     from paqdetr.loading import is_exported, load, require_model
 
-    require_model(path)
-    if is_exported(path):
-        return load(path, device=device or "cpu")
+    file = require_model(path)
+    if is_exported(file):
+        return load(file, device=device or "cpu")
     note_unfinished(path)
     from paqdetr.environment import require_device
 
-    return load(path, device=str(require_device(device)))
+    return load(file, device=str(require_device(device)))
 
 
 def note_unfinished(path: Path) -> None:
@@ -190,7 +190,7 @@ class _PlainConsole(Console):
         for one in objects:
             if isinstance(one, Table) and one.title is not None:
                 self.print(one.title)
-                one.title = None
+                one.title = None  # tables are made to be printed once
         how.setdefault("soft_wrap", not any(isinstance(one, Table) for one in objects))
         super().print(*objects, **how)
 

@@ -56,13 +56,13 @@ def export(
         if found not in known:
             raise ConfigError(f"{option}: expected one of {', '.join(known)}, found {found!r}", "choose one of them")
     files = OutputFiles("paqdetr export", overwrite=overwrite, json=json_file)
-    find_described(checkpoint)
+    file = find_described(checkpoint)[0]
     note_unfinished(checkpoint)
     from paqdetr import deploy
 
     try:
         done = deploy.export(
-            checkpoint,
+            file,
             output,
             format=cast(Any, format),
             image_size=_image_size(image_size),

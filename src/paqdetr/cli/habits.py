@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from paqdetr.other_programs import WORDS
+
 # Verbs of ultralytics, rf-detr, detectron2, mmdetection, transformers and others.
 VERBS = {
     "val": "eval", "validate": "eval", "validation": "eval", "evaluate": "eval", "evaluation": "eval",
@@ -51,8 +53,6 @@ class _Line:
 
     def read(self, words: list[str]) -> bool:
         """Sort all words; whether each of them has a place."""
-        from paqdetr.config.words import WORDS  # settings need pydantic, and an exported model runs without
-
         while words:
             word = words.pop(0)
             name, equals, value = word.partition("=")
@@ -63,7 +63,7 @@ class _Line:
             elif word.startswith("--"):
                 if not self._place(name, name[2:], [value] if equals else words):
                     return False
-            elif word.isupper() and word.lower() in WORDS:  # SOLVER.BASE_LR 0.001
+            elif word.isupper() and "." in word and words and word.lower() in WORDS:  # SOLVER.BASE_LR 0.001
                 self._place(word, word, words)
             elif pair and self.takes_settings and self._setting(name) == name and not self._is_folder(name):
                 self.settings.append(word)
@@ -105,8 +105,6 @@ class _Line:
         return True
 
     def _find(self, word: str, key: str) -> str | None:
-        from paqdetr.config.words import WORDS
-
         if (option := f"--{key.replace('_', '-')}") in self.options:
             return option
         for place in WORDS.get(key, "?").split("|"):
@@ -118,7 +116,7 @@ class _Line:
 
     def _setting(self, key: str) -> str | None:
         """The dotted name of a setting."""
-        from paqdetr.config import known_keys
+        from paqdetr.config import known_keys  # needs pydantic, and an exported model runs without
 
         return next((name for name in known_keys() if key in (name, name.rpartition(".")[2])), None)
 

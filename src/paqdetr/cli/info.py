@@ -29,9 +29,10 @@ def info(
     ],
 ) -> None:
     """Show what a model, a run or a model file is."""
+    from paqdetr.checkpoint import find_checkpoint
     from paqdetr.loading import is_exported
 
-    path = Path(what)
+    path = find_checkpoint(what) if what.startswith("hf:") else Path(what)
     if path.is_dir():
         title, facts = _of_run(path)
     elif is_exported(path):
@@ -101,16 +102,16 @@ def _of_run(folder: Path) -> tuple[str, dict[str, str]]:
 
 
 def _of_checkpoint(path: Path) -> tuple[str, dict[str, str]]:
-    from paqdetr.checkpoint import read_header
+    from paqdetr.checkpoint import describe_checkpoint, read_header
 
     header = read_header(path)
     if "name" not in header:
         raise ConfigError(f"{path}: the state of a training, not a model", "name the run's folder")
-    size = header["preprocessing"].get("image_size")
+    config, classes, _ = describe_checkpoint(header, str(path))
     return f"{path}: checkpoint of {header['name']}, {path.stat().st_size / 1e6:.1f} MB", {
-        "classes": _classes([str(row["name"]) for row in header["classes"]]),
-        "queries": str(header["model"].get("num_queries", "")),
-        "image size": "" if size is None else _size(size),
+        "classes": _classes(list(classes.names)),
+        "queries": str(config.model.num_queries),
+        "image size": _size(config.image_size),
         "trained": f"{header['step']} steps, {header['epoch']} epochs" if header.get("epoch") else "",
         "validation": _figures(header["metrics"]) if header.get("metrics") else "",
         "written by": f"paqdetr {header.get('version', '?')}",

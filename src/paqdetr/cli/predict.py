@@ -79,7 +79,6 @@ def predict(
 
     Ctrl-C or SIGTERM ends it: what was written stays, and a video ends there and plays.
     """
-    from paqdetr.checkpoint import find_described
     from paqdetr.loading import is_exported
     from paqdetr.runtime.predict import new_folder, predict_sources, require_place
     from paqdetr.runtime.predictor import DEFAULT_THRESHOLD
@@ -104,6 +103,8 @@ def predict(
         require_place(Path(output), overwrite=overwrite)
     image_id = None if annotations is None else _image_ids(annotations)
     if wanted is not None and not is_exported(model):
+        from paqdetr.checkpoint import find_described  # needs pydantic, and an exported model runs without
+
         find_described(model)[2].find(wanted)
     detector: Any = open_model(model, device)
     point = detector.operating_point

@@ -22,9 +22,9 @@ from pydantic import ValidationError
 
 from paqdetr.config.model import ModelConfig
 from paqdetr.config.schema import Config, LossConfig, known_fields
-from paqdetr.config.words import setting_called
 from paqdetr.errors import ConfigError
 from paqdetr.files import read_text
+from paqdetr.other_programs import setting_to_write
 from paqdetr.text import did_you_mean, shorten
 from paqdetr.yaml_files import as_mapping, parse_value, parse_yaml
 
@@ -315,8 +315,8 @@ def _explain(error: ValidationError, where: str) -> ConfigError:
     key = ".".join(str(part) for part in first["loc"] if part not in ("int", "tuple[int, int]"))
     if first["type"] == "extra_forbidden":
         known = known_keys()
-        if (ours := setting_called(key)) is not None:
-            return ConfigError(f"{where}: unknown setting {key!r}", f"write {ours}= instead")
+        if (ours := setting_to_write(key)) is not None:
+            return ConfigError(f"{where}: unknown setting {key!r}", f"write {ours} instead")
         leaf = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
         remedy = (
             f"did you mean {leaf[0]!r}?"

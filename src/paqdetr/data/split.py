@@ -135,7 +135,9 @@ def duplicate_groups(facts: Sequence[ImageFacts]) -> np.ndarray:
 
     pairs = [(first, second) for first, second, _ in similar([fact.print for fact in facts])]
     first_with: dict[bytes, int] = {}
-    pairs += [(first_with.setdefault(fact.digest, index), index) for index, fact in enumerate(facts)]
+    pairs += [
+        (first_with.setdefault(fact.digest, index), index) for index, fact in enumerate(facts) if fact.error is None
+    ]
     rows, columns = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
     graph = coo_array((np.ones(len(rows)), (rows, columns)), shape=(len(facts),) * 2)
     return connected_components(graph, directed=False)[1]

@@ -147,7 +147,7 @@ def evaluate(
         raise ConfigError("tiles: observers look at the outputs for whole images", "leave one of the two out")
     counted_detections(max_detections)
     if isinstance(model, (str, Path)):
-        require_model(model)
+        model = require_model(model)
     elif not isinstance(model, Predictor):
         from paqdetr.models.detector import Detector
 

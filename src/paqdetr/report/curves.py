@@ -11,8 +11,21 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from paqdetr.report.plots import BLUE, GREEN, GREY, INK, ORANGE, PINK, RED, SKY, legend, line, ramp, smoothed
-from paqdetr.report.plots import smoothing_window as window
+from paqdetr.report.plots import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    PINK,
+    RED,
+    SKY,
+    legend,
+    line,
+    ramp,
+    smoothed,
+    smoothing_window,
+)
 
 Record = dict[str, Any]
 Points = tuple[np.ndarray, np.ndarray]
@@ -34,7 +47,7 @@ class Curve:
         rows = [
             (record.get("epoch"), *(record.get(key) for key in keys))
             for record in records
-            if record["kind"] == self.kind
+            if record.get("kind") == self.kind
         ]
         finite = [row for row in rows if all(isinstance(v, (int, float)) and math.isfinite(v) for v in row)]
         values = np.array(finite, dtype=float).reshape(-1, 1 + len(keys))
@@ -52,6 +65,7 @@ class Panel:
         curves: of a run, from its records.
         log: a logarithmic axis; else it begins at zero if `zero`.
         smooth: lines from step to step are running means.
+        best: the highest value is written beside its point, and the axis is at least so long that noise near 0 looks flat.
     """
 
     name: str
@@ -62,6 +76,7 @@ class Panel:
     log: bool = False
     zero: bool = False
     smooth: bool = True
+    best: bool = False
 
     def of(self, records: Sequence[Record]) -> list[tuple[str, str, Points]]:
         """(label, colour, points) of each curve that has any."""
@@ -92,13 +107,14 @@ PANELS: Mapping[str, Panel] = {
     for panel in (
         Panel(
             "ap", "Average precision (best value marked)", "AP", "After each evaluation.",
-            (Curve("AP50 val", "AP50", SKY, "eval"), Curve("AP val", "AP", BLUE, "eval")), zero=True,
+            (Curve("AP50 val", "AP50", SKY, "eval"), Curve("AP val", "AP", BLUE, "eval")),
+            zero=True, best=True,
         ),
         Panel(
             "loss", "Loss of training and validation", "loss",
             "Of the decoder's layers, which are what both have: in training under augmentation, and in validation of the "
-            "averaged weights. Where the validation loss rises while the other falls, the model overfits; where training "
-            "falls all at once, one-to-many assignment may have ended.",
+            "averaged weights, where every layer is matched one-to-one. Where the validation loss rises while the other falls, "
+            "the model overfits; where training falls all at once, one-to-many assignment may have ended.",
             (Curve("training", _DECODER, BLUE), Curve("validation", "loss", ORANGE, "eval")),
         ),
         Panel("total", "Training loss, all terms", "loss", "", (Curve("", "loss"),)),
@@ -148,14 +164,14 @@ def draw_panel(
             own = shade if len(runs) == 1 else colour
             name = " ".join(word for word in (run if len(runs) > 1 else "", label) if word)
             dash = "-" if len(runs) == 1 else ("-", "--", ":", "-.")[place % 4]
-            dense = len(values) > 1 and panel.smooth and window(values) > 1
+            dense = len(values) > 1 and panel.smooth and smoothing_window(values) > 1
             stride = -(-len(values) // _MOST_POINTS)
             if dense and raw:
                 axes.plot(epochs[::stride], values[::stride], color=own, alpha=0.25, linewidth=0.7)
             shown = smoothed(values) if panel.smooth else values
             mark = "o" if len(values) <= 40 and not dense else ""
             line(axes, epochs[::stride], shown[::stride], label=name, colour=own, dash=dash, marker=mark)
-            if panel.name == "ap":
+            if panel.best:
                 best = int(np.argmax(values))
                 place_of = {
                     "xytext": (0, 5),
@@ -176,6 +192,6 @@ def draw_panel(
     else:
         axes.yaxis.set_major_formatter("{x:g}")  # no offset or power of ten above the axis
     if panel.zero:
-        axes.set_ylim(0, max(1.12 * axes.get_ylim()[1], 0.05 if panel.name == "ap" else 1e-12))
+        axes.set_ylim(0, max(1.12 * axes.get_ylim()[1], 0.05 if panel.best else 1e-12))
     legend(axes)
     return data

@@ -27,7 +27,7 @@ from paqdetr.text import printable
 GENERATOR = "paqdetr analyze"
 # Points: a wider plot is not shrunk to a phone's width, which would make its text too small, but scrolls.
 _FITS_A_PHONE = 450
-_PICTURE_SIDE, _TILE_SIDE = 640, 960  # pixels
+_PICTURE_SIDE = 640  # pixels
 # A table of more columns takes the whole width of the page.
 _FITS_A_HALF = 6
 _GROUPS = (("bad", "What costs most"), ("good", "What it does well"), ("note", "Good to know"))
@@ -163,7 +163,7 @@ def _shown(part: Part | None, place: int) -> dict[str, Any] | None:
                 "title": tile.title,
                 "path": tile.path,
                 "short": "/".join(Path(tile.path).parts[-2:]),
-                "uri": data_uri(tile.image, _TILE_SIDE),
+                "uri": data_uri(tile.image, max(tile.image.size)),  # drawn in the size that is shown
                 "width": tile.image.width,
                 "height": tile.image.height,
                 "tags": json.dumps(sorted(tile.tags)),

@@ -143,7 +143,7 @@ def bench(
             for name, found in (("inference", used), ("training_step", trained))
         },
         saved_mib={name: round(side.saved() / 2**20, 1) for name, side in sides.items()},
-        peak_memory_gib=round(peak_memory(), 3),
+        peak_memory_gib=round(peak_memory(where), 3),
         machine=machine(),
     )
 

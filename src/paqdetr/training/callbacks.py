@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from paqdetr.config import Config
 from paqdetr.errors import ConfigError
 from paqdetr.runs import Run, flat_settings
-from paqdetr.text import duration
+from paqdetr.text import duration, figure
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -101,7 +101,7 @@ class Progress(Callback):
     def figures(self) -> str:
         """Loss, AP and speed."""
         parts = [f"loss {self.loss:6.3f}"]
-        parts += [] if self.ap is None else [f"AP {self.ap:.3f}"]
+        parts += [] if self.ap is None else [f"AP {figure(self.ap)}"]
         parts += [f"{self.record['images_per_second']:.1f} images/s"] if self.record else []
         return "  ".join(parts)
 
@@ -110,6 +110,7 @@ class NotebookProgress(Progress):
     """A bar below the cell of a notebook that trains."""
 
     _PAUSE = 0.5  # seconds between two pictures of it
+    _name, _doing, _shown = "", "", 0.0
 
     @staticmethod
     def wanted() -> bool:
@@ -121,7 +122,7 @@ class NotebookProgress(Progress):
         from IPython.display import display  # pyright: ignore[reportMissingImports]
 
         super().on_start(plan)
-        self._name, self._doing, self._shown = plan.config.name, "", 0.0
+        self._name = plan.config.name
         self._place: Any = display(self, display_id=True)
 
     def on_step(self, step: int, loss: float) -> None:

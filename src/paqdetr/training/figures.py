@@ -227,21 +227,17 @@ def grouped(terms: Mapping[str, float]) -> dict[str, float]:
 
 class ValidationLoss:
     """An observer of an evaluation: the loss of the decoder's layers, on all images together. Denoising, proposals and other
-    losses of training mode are left out.
-
-    Args:
-        criterion: of the training.
-        progress: share of the training that is done, in [0, 1], which decides on one-to-many assignment.
+    losses of training mode are left out, and every layer is matched one-to-one, so that the values of a training compare.
     """
 
-    def __init__(self, criterion: Criterion, progress: float) -> None:
-        self._criterion, self._progress = criterion, progress
+    def __init__(self, criterion: Criterion) -> None:
+        self._criterion = criterion
         self._sums: dict[str, float] = {}
         self._boxes = 0
 
     def see(self, output: DetectorOutput, targets: Sequence[Targets], indices: Sequence[int]) -> None:
         """Take in a batch."""
-        report = self._criterion(replace(output, proposals=None), targets, progress=self._progress, num_boxes=1.0)
+        report = self._criterion(replace(output, proposals=None), targets, progress=1.0, num_boxes=1.0)
         for name, value in grouped(
             dict(zip(report.terms, torch.stack([*report.terms.values()]).tolist(), strict=True))
         ).items():

@@ -45,24 +45,20 @@ def worst_batch(config: Config, split: DetectionDataset, preprocessing: Preproce
     return noise_batch(size, height, width, boxes=boxes, num_classes=len(split.classes))
 
 
-def peaks_of_steps(
-    config: Config, split: DetectionDataset, sizes: Sequence[int], *, device: torch.device | str = "cpu"
-) -> list[int]:
-    """The most bytes that a process has which trains two steps on the worst batch, for ascending numbers of images.
+def peaks_of_steps(config: Config, split: DetectionDataset, sizes: Sequence[int]) -> list[int]:
+    """The most bytes that a process has which trains two steps on the worst batch, on the CPU, for ascending numbers of images.
 
     Raises:
         OutOfMemoryError: the steps do not fit into memory.
     """
-    return in_own_process(_peaks, config, split, list(sizes), torch.device(device))
+    return in_own_process(_peaks, config, split, list(sizes))
 
 
-def _peaks(
-    config: Config, split: DetectionDataset, sizes: list[int], device: torch.device, progress: Progress
-) -> list[int]:
+def _peaks(config: Config, split: DetectionDataset, sizes: list[int], progress: Progress) -> list[int]:
     peaks: list[int] = []
     for done, size in enumerate(sizes, start=1):
-        _take_steps(config, split, size, device)
-        peaks.append(torch.cuda.max_memory_reserved(device) if device.type == "cuda" else peak_resident())
+        _take_steps(config, split, size, torch.device("cpu"))
+        peaks.append(peak_resident())
         progress(done, len(sizes))
     return peaks
 

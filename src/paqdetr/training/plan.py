@@ -19,12 +19,13 @@ from torchvision.ops import box_convert, box_iou
 from paqdetr.config import Config
 from paqdetr.data.dataset import DetectionDataset
 from paqdetr.data.loader import Batch, plain_batch
-from paqdetr.environment import available_memory, peak_memory
+from paqdetr.environment import available_memory, peak_memory, require_device
 from paqdetr.errors import DataError
 from paqdetr.evaluation.evaluate import evaluate_split
 from paqdetr.models import Detector
 from paqdetr.runs import Run
 from paqdetr.serialize import Jsonable, fields_of
+from paqdetr.training.figures import ValidationLoss
 from paqdetr.training.memory import Progress, in_own_process, worst_batch
 from paqdetr.training.optim import lr_scale
 from paqdetr.training.trainer import Trainer
@@ -100,10 +101,9 @@ def plan_training(
         UserError: as a training would.
     """
     tried = in_own_process(_try_training, config, train_split, val_split, device, steps, progress=progress)
-    memory = dict(tried.memory)
-    own = sum(memory.values()) - memory["workers"] - (memory["cached images"] if tried.shares_images else 0)
-    memory["peak"] = own
-    memory["total"] = sum(memory.values()) - own if tried.device == "cpu" else own
+    memory, parts = dict(tried.memory), sum(tried.memory.values())
+    memory["peak"] = parts - memory["workers"] - (memory["cached images"] if tried.images_apart else 0)
+    memory["total"] = parts if tried.device == "cpu" else memory["peak"]
     memory["available"] = available_memory(torch.device(tried.device)) / 2**30
     epochs = tried.total_steps / tried.epoch_steps
     evaluations = 0 if val_split is None else math.ceil(math.ceil(epochs) / config.eval_every)
@@ -131,7 +131,7 @@ def plan_training(
 
 @dataclass(frozen=True, slots=True)
 class _Tried:
-    """What `_try_training` has measured; memory in GiB."""
+    """What `_try_training` has measured; memory in GiB. `images_apart`: decoded images are no part of the peak."""
 
     device: str
     batches: int
@@ -142,7 +142,7 @@ class _Tried:
     step_seconds: list[float]
     evaluation_seconds: float
     memory: dict[str, float]
-    shares_images: bool
+    images_apart: bool
     disk: int
 
 
@@ -162,33 +162,40 @@ def _try_training(
     def advance() -> None:
         progress(next(counted), total)
 
-    process = peak_memory()
+    place = require_device(device)
+    process = peak_memory(place)
     with tempfile.TemporaryDirectory() as folder:
         quiet = config.model_copy(update={"trackers": ()})
         trainer = Trainer(quiet, Run(Path(folder)), train_split, None, device=device, callbacks=[])
-    model, images = peak_memory(), trainer.loader.images
+    model, images = peak_memory(place), trainer.loader.images
     seconds, workers = _time_steps(trainer, steps, advance)
-    worst = worst_batch(config, train_split, trainer.model.preprocessing, config.batch_size)
-    worst = worst.to(trainer.accelerator.device)
+    worst = worst_batch(config, train_split, trainer.model.preprocessing, config.batch_size).to(place)
     for _ in range(_WORST):
         trainer.step([worst] * config.accumulate, boxes=float(sum(map(len, worst.targets))), progress=0.0)
         advance()
-    shares = trainer.config.workers > 0
-    decoded = 0 if shares or trainer.accelerator.device.type != "cpu" else images.cache.nbytes / 2**30
-    step, evaluation, evaluation_seconds = peak_memory(), 0.0, 0.0
+    apart = trainer.config.workers > 0 or place.type != "cpu"
+    decoded = 0 if apart else images.cache.nbytes / 2**30
+    step, evaluation, evaluation_seconds = peak_memory(place), 0.0, 0.0
     if val_split is not None:
+        first, part = (
+            DetectionDataset(val_split.annotations.with_images(np.arange(count)), name=val_split.name)
+            for count in (1, some)
+        )
+        evaluate_split(cast(Detector, trainer.average.model), first)  # pays for what is made once
         started = time.perf_counter()
-        part = DetectionDataset(val_split.annotations.with_images(np.arange(some)), name=val_split.name)
-        found = evaluate_split(cast(Detector, trainer.average.model), part, progress=lambda *_: advance())
+        found = evaluate_split(
+            cast(Detector, trainer.average.model),
+            part,
+            observers=[ValidationLoss(trainer.step.criterion)],
+            progress=lambda *_: advance(),
+        )
         evaluation_seconds = (time.perf_counter() - started) / len(part) * len(val_split)
         rows = len(found.results) / len(part) * (len(val_split) - len(part))
-        evaluation = (
-            peak_memory() - step + (rows * _ROW_BYTES / 2**30 if trainer.accelerator.device.type == "cpu" else 0)
-        )
+        evaluation = peak_memory(place) - step + (rows * _ROW_BYTES / 2**30 if place.type == "cpu" else 0)
     weights = sum(tensor.nbytes for tensor in trainer.model.state_dict().values())
     trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
     return _Tried(
-        device=str(trainer.accelerator.device),
+        device=str(place),
         batches=len(trainer.batches),
         epoch_steps=trainer.epoch_steps,
         total_steps=trainer.total_steps,
@@ -204,7 +211,7 @@ def _try_training(
             "cached images": images.cache.capacity / 2**30,
             "workers": workers,
         },
-        shares_images=shares or trainer.accelerator.device.type != "cpu",
+        images_apart=apart,
         # best, last, and the state with weights, average and two moments; a file is written beside the one it replaces
         disk=6 * weights + 4 * sum(parameter.nbytes for parameter in trained),
     )

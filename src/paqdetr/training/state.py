@@ -174,7 +174,7 @@ def load_state(path: Path, *, model: nn.Module, average: MovingAverage, optimize
         for parameter, entries in optimizer.state.items():
             for key, value in entries.items():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    entries[key] = torch.empty_like(parameter).copy_(value)
+                    entries[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         return SavedState(position, random, header["scaler"], int(header["batches"]), data)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(

@@ -73,9 +73,9 @@ def train(
     run, held, was_there = Run(Path(output)), None, Path(output).exists()
     if environment_integer("WORLD_SIZE", 1, low=1) == 1:  # of several processes one alone looks, below
         run.require_place(resume=resume)
-    if config.init is not None and not run.state_file.is_file():
-        file, made_with, _ = find_described(config.init)
-        require_same_settings(made_with.model, config.model, str(file))
+        if config.init is not None and not run.state_file.is_file():
+            file, made_with, _ = find_described(config.init)
+            require_same_settings(made_with.model, config.model, str(file))
 
     gettempdir()  # fails where there is none, as torch and matplotlib would in the middle of their import
     # Torch takes seconds to import: not before everything that a typo can be in was looked at.

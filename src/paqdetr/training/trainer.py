@@ -273,7 +273,7 @@ class Trainer:
 
         # Weights are equal everywhere; running statistics of norms that train are each process's own.
         self.processes.copy_from_main(model.buffers())
-        losses = ValidationLoss(self.step.criterion, self.position.step / self.total_steps)
+        losses = ValidationLoss(self.step.criterion)
         result = evaluate_together(model, split, self.processes, progress=progress, observers=[losses])
         if result is None:
             return {}
@@ -367,7 +367,7 @@ class Trainer:
             "step": self.position.step,
             "epoch": self.position.epoch,
             "seconds": round(self.position.seconds, 1),
-            "peak_memory_gib": round(peak_memory(), 3),
+            "peak_memory_gib": round(peak_memory(self.accelerator.device), 3),
             "attention": list(backends_run()),
         }
         if self.position.step < self.total_steps:

@@ -56,7 +56,7 @@ the first argument (MODEL) or another one (SOURCE, DIR, SRC); of several with | 
 "--amp fp16" and "schedule=cosine" stand for words that are on or off; "" leaves a word out, "*" its value as well."""
 
 
-def setting_called(word: str) -> str | None:
-    """What a key of another program is called among our settings, such as "batch_size" for "batch"."""
+def setting_to_write(word: str) -> str | None:
+    """What is written among our settings for a key of another program: "batch_size=" for "batch"; with its value for a switch."""
     places = WORDS.get(word.lower().replace("-", "_"), "").split("|")
-    return next((place.rstrip("=") for place in places if "=" in place), None)
+    return next((place for place in places if "=" in place), None)
