@@ -8,7 +8,7 @@
 # %% [markdown]
 # # Take it into use
 #
-# A trained detector, in a program: which detections to trust, what to write, and a file that runs without torch, twice as fast on a CPU.
+# A trained detector, in a program: which detections to trust, what to write, and a file that runs without torch and faster ([how much](../deploy.md)).
 #
 # The detector is the one of [train on your own data](train_your_data.md): 60 images and a minute of training, so expect its detections to be poor, and everything around them to work.
 

@@ -121,7 +121,7 @@ def look_inside(model: Detector, picture: Image.Image, *, chosen: Sequence[int] 
         chosen: queries whose sampling is kept; by default the surest ones that are not of the same place.
         most: of these, so many.
     """
-    device = next(model.parameters()).device
+    device = model.device
     images, mask = pad_images([model.preprocessing(picture)], model.preprocessing.pad_divisor)
     was_training, calls = model.training, _Calls()
     watched = [module for module in model.modules() if isinstance(module, DeformableAttention)] + [model.decoder]

@@ -387,7 +387,7 @@ def content_gradients(
             f"{split.annotation_file}: no image to take gradients of", "take another split, or images=1 or more"
         )
     chosen = [place * len(split) // count for place in range(count)]
-    device = next(model.parameters()).device
+    device = model.device
     total = torch.zeros(model.config.num_queries, dtype=torch.float64)
     modes = {module: module.training for module in model.modules()}
     ranked = False

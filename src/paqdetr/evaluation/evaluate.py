@@ -319,7 +319,7 @@ def detect_split(
         batched_by_size(range(len(split)), lambda index: model.preprocessing.target_size(*sides[index]), batch_size)
     )
     if readers is None:
-        readers = 0 if isinstance(model, Predictor) or next(model.parameters()).device.type == "cpu" else _READERS
+        readers = 0 if isinstance(model, Predictor) or model.device.type == "cpu" else _READERS
     if isinstance(model, Predictor) and observers:
         raise ConfigError(
             f"{model.where}: an exported model does not show what observers look at", "take its checkpoint"

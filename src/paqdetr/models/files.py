@@ -32,6 +32,8 @@ from paqdetr.serialize import fields_of
 from paqdetr.structures import ClassTable
 from paqdetr.text import some
 
+_LOG = logging.getLogger(__name__)
+
 # Tensors with one or several rows per class, and with one or several rows per query.
 _CLASS_ROWS = re.compile(
     r"(decoder|hybrid_heads)\.class_heads\.\d+\.(weight|bias)|start\.head\.(hybrid_)?class_head\.(weight|bias)|"
@@ -217,9 +219,6 @@ def with_training_parts(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]
     """Tensors of a file without auxiliary heads that the model has not, and with the start of those that the file has not."""
     kept = {key: value for key, value in tensors.items() if key in own or not key.startswith("auxiliary.")}
     return kept | {key: own[key] for key in own if key.startswith("auxiliary.") and key not in tensors}
-
-
-_LOG = logging.getLogger(__name__)
 
 
 def load(

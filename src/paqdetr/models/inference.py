@@ -96,7 +96,7 @@ def detect_batch(
     Raises:
         NonFiniteError: a prediction is NaN or infinite, naming the images.
     """
-    device = next(model.parameters()).device
+    device = model.device
     batch, mask = pad_images(images, model.preprocessing.pad_divisor)
     with _evaluating(model), torch.inference_mode(), _in_precision_of(model) as dtype:
         output = model(batch.to(device, dtype), None if mask is None else mask.to(device))

@@ -144,7 +144,7 @@ def _open_openvino(path: Path, content: bytes, threads: int) -> Engine:
         shape = graph.inputs[0].partial_shape
         batch = None if shape[0].is_dynamic else shape[0].get_length()
         if batch is None:
-            # Compiled for any batch it takes a fifth to a half longer; and on a CPU a batch is not faster than its images.
+            # Compiled for any batch it takes longer; and with one thread a batch of eight was not faster than its images.
             shape[0] = 1
             graph.reshape(shape)
         compiled = core.compile_model(graph, "CPU", settings)
