@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from paqdetr._threads import quick_imports
 from paqdetr.environment import require_known_device
 from paqdetr.errors import ConfigError
 from paqdetr.text import figure as show  # noqa: F401  for the other files here
@@ -138,7 +139,8 @@ def open_model(path: Path, device: str | None = None) -> Predicts:
     note_unfinished(path)
     from paqdetr.environment import require_device
 
-    return load(file, device=str(require_device(device)))
+    with quick_imports():
+        return load(file, device=str(require_device(device)))
 
 
 def note_unfinished(path: Path) -> None:
