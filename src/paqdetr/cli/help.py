@@ -13,7 +13,7 @@ from paqdetr.text import did_you_mean
 
 # Options by the heading that they stand under in a verb with many of them; others stand under "Options".
 _HEADINGS = {
-    "Data": "data split results compare annotations calibrate recursive every max-frames",
+    "Data": "data split results compare annotations calibrate recursive every max-frames buffer",
     "Detections": "threshold nms classes max-detections tiles overlap with-whole",
     "Figures": "iou-type intervals resamples",
     "Graph": "image-size batch raw attention precision max-drop slow",

@@ -57,6 +57,9 @@ def predict(
     recursive: Annotated[bool, typer.Option("--recursive", help="Folders with all that is below them.")] = False,
     every: Annotated[int, typer.Option(min=1, help="Of a video every so many frames.")] = 1,
     max_frames: Annotated[int | None, typer.Option(min=1, help="The most frames of each video.")] = None,
+    buffer: Annotated[
+        bool, typer.Option("--buffer", help="All frames of a live source, not the newest; results may fall behind.")
+    ] = False,
     batch_size: BatchSize = 1,
     annotations: Annotated[
         Path | None, typer.Option(help="COCO json with these images, whose image ids the results take.")
@@ -124,6 +127,7 @@ def predict(
                 recursive=recursive,
                 every=every,
                 max_frames=max_frames,
+                buffer=buffer,
                 batch_size=batch_size,
                 image_id=image_id,
                 overwrite=overwrite,

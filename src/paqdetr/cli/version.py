@@ -13,21 +13,16 @@ def _print_versions(wanted: bool) -> None:
     if not wanted:
         return
     import platform
-    from importlib.metadata import PackageNotFoundError, version
 
     import torch
 
     from paqdetr._version import __version__
-    from paqdetr.environment import require_device
+    from paqdetr.environment import package_version, require_device
 
     device = require_device(None)
     name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
     rows = [("paqdetr", __version__), ("Python", platform.python_version()), ("torch", torch.__version__)]
-    for package in ("torchvision", "numba"):
-        try:
-            rows.append((package, version(package)))
-        except PackageNotFoundError:
-            rows.append((package, "not installed"))
+    rows += [(package, package_version(package) or "not installed") for package in ("torchvision", "numba")]
     rows.append(("device", f"{device}{name}"))
     for row in rows:
         results.print(" ".join(row))

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from paqdetr.data.dataset import DetectionDataset
+from paqdetr.deploy.graph import save_graph
 from paqdetr.errors import ExportError
 from paqdetr.evaluation.evaluate import evaluate_split
 from paqdetr.runtime import ExportInfo, Predictor, open_exported
-from paqdetr.runtime.engines import Engine, seal
-from paqdetr.runtime.info import KEY
+from paqdetr.runtime.engines import Engine
 from paqdetr.timing import interleave
 
 CALIBRATION_IMAGES = 300
@@ -91,7 +91,7 @@ def quantize_checked(
         )
     else:
         quantized = nncf.quantize(graph, calibration, **arguments)
-    _save(quantized, output, info)
+    save_graph(quantized, output, info)
     after = open_exported(output)
     found = {"float": _figures(before, held_out), "int8": _figures(after, held_out)}
     calls = {"float": lambda: before.run(images[0]), "int8": lambda: after.run(images[0])}
@@ -141,20 +141,6 @@ def _float_nodes(graph: Any, parts: Mapping[str, str]) -> list[str]:
         else [node.get_friendly_name() for node in graph.get_ordered_ops()]
     )
     return [name for name in names if parts.get(name.split("/")[0], "").startswith(_FLOAT_PARTS)]
-
-
-def _save(graph: Any, file: Path, info: ExportInfo) -> None:
-    if file.suffix.lower() == ".onnx":
-        import onnx
-
-        onnx.helper.set_model_props(graph, {KEY: info.to_json()})
-        onnx.save(graph, str(file))
-    else:
-        import openvino
-
-        graph.set_rt_info(info.to_json(), ["model_info", KEY])
-        openvino.save_model(graph, str(file), compress_to_fp16=False)
-    seal(file)
 
 
 def _runner(compiled: Any) -> Any:

@@ -55,6 +55,7 @@ def stream(
     recursive: bool = False,
     every: int = 1,
     max_frames: int | None = None,
+    buffer: bool = False,
     batch_size: int = 1,
     on_unreadable: Callable[[Source, DataError], object] | None = None,
     **how: Any,
@@ -68,8 +69,8 @@ def stream(
         recursive: folders with all that is below them.
         every: of a video every so many frames.
         max_frames: the most of each video or live source, which goes on for ever otherwise.
-        batch_size: pictures, or frames of a file, that go through the model together. Of a live source the newest frame goes
-            alone, and those that arrive meanwhile are dropped.
+        buffer: of a live source all frames; otherwise those that arrive while the model is busy are dropped.
+        batch_size: pictures, or frames of a file, that go through the model together. Those of a live source go alone.
         on_unreadable: called with what cannot be read, which is then left out; None: an error.
         how: threshold, nms, classes and tiles, as of `Detector.predict`.
 
@@ -78,11 +79,12 @@ def stream(
 
     Raises:
         DataError: a source does not exist or cannot be read.
-        ConfigError: an argument is out of its range, or PyAV is missing.
+        ConfigError: an argument is out of its range.
+        BackendError: PyAV is not installed.
     """
     given = [sources] if isinstance(sources, (str, os.PathLike)) else sources
     listed = list_sources(given, recursive=recursive)
-    pictures = read_sources(listed, every=every, max_frames=max_frames, on_unreadable=on_unreadable)
+    pictures = read_sources(listed, every=every, max_frames=max_frames, buffer=buffer, on_unreadable=on_unreadable)
     return (detections for _, detections in _detect(model, pictures, batch_size, how))
 
 
@@ -109,6 +111,7 @@ def predict_sources(
     recursive: bool = False,
     every: int = 1,
     max_frames: int | None = None,
+    buffer: bool = False,
     batch_size: int = 1,
     image_id: Callable[[Source], int | str] | None = None,
     overwrite: bool = False,
@@ -131,6 +134,7 @@ def predict_sources(
         recursive: folders with all that is below them; results keep the relative paths.
         every: of a video every so many frames.
         max_frames: the most of each video.
+        buffer: of a live source all frames, as of `stream`.
         batch_size: pictures, or frames of a file, that go through the model together.
         image_id: of a source, for the results; its name if not given.
         overwrite: other files may lie in `output`, and are replaced where they have the name of one that is written.
@@ -160,7 +164,7 @@ def predict_sources(
         ids = {} if image_id is None else {source.name: image_id(source) for source in listed}
     require_place(output, overwrite=overwrite)
     images = objects = 0
-    pictures = read_sources(listed, every=every, max_frames=max_frames, on_unreadable=left_out)
+    pictures = read_sources(listed, every=every, max_frames=max_frames, buffer=buffer, on_unreadable=left_out)
     how = {"threshold": threshold, "nms": nms, "classes": classes, "tiles": tiles}
     found = _detect(model, pictures, batch_size, {key: value for key, value in how.items() if value is not None})
     with Saver(output, save, model.classes, overwrite=overwrite) as saver:

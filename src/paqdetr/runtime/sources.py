@@ -185,12 +185,13 @@ def _relative(name: str | Path) -> str:
     return "/".join(part for part in Path(name).parts if part not in ("..", "/") and not part.endswith((":", ":\\")))
 
 
-def read_source(source: Source, *, every: int = 1) -> Iterator[Picture]:
+def read_source(source: Source, *, every: int = 1, buffer: bool = False) -> Iterator[Picture]:
     """The pictures of one source, each read when it is asked for.
 
     Args:
         source: of `list_sources`.
         every: of a video every so many frames, beginning with the first.
+        buffer: of a live source all frames, in place of the newest.
 
     Raises:
         DataError: it cannot be read, is too large, or its address does not answer.
@@ -208,7 +209,8 @@ def read_source(source: Source, *, every: int = 1) -> Iterator[Picture]:
     if kind == "picture":
         yield Picture(source, read_image(address))
     elif kind == "live":
-        yield from (Picture(source, f.image, f.index, f.time, live=True) for f in read_live(str(address), every=every))
+        frames = read_live(str(address), every=every, buffer=buffer)
+        yield from (Picture(source, f.image, f.index, f.time, live=True) for f in frames)
     else:
         yield from (Picture(source, f.image, f.index, f.time) for f in read_video(address, every=every))
 
@@ -254,13 +256,14 @@ def read_sources(
     *,
     every: int = 1,
     max_frames: int | None = None,
+    buffer: bool = False,
     on_unreadable: Callable[[Source, DataError], object] | None = None,
 ) -> Iterator[Picture]:
     """The pictures of many sources, lazily.
 
     Args:
         sources: of `list_sources`.
-        every: as of `read_source`.
+        every, buffer: as of `read_source`.
         max_frames: the most that are given of each video or live source.
         on_unreadable: called with what cannot be read, which is then left out; None: an error.
 
@@ -272,7 +275,7 @@ def read_sources(
         if value is not None and value < 1:
             raise ConfigError(f"{name}: expected at least 1, found {value}", "it counts the frames of a video")
     for source in sources:
-        pictures = read_source(source, every=every)
+        pictures = read_source(source, every=every, buffer=buffer)
         try:
             yield from itertools.islice(pictures, max_frames)
         except DataError as error:

@@ -103,12 +103,11 @@ def predict_on_ray(
     todo = [{"shard": name, "images": group} for name, group in shards.items() if name not in done]
     if todo:
         ray = connect_ray(address)
-        worker = _Worker(str(Path(model).absolute()), files.root, batch_size, how, "cuda" if gpus else "cpu")
         room = int(ray.cluster_resources().get("CPU", 1) // max(cpus, 0.01)) or 1
         size = max(1, min(workers or room, len(todo)))
         rows = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
             _Actor,
-            fn_constructor_args=(worker,),
+            fn_constructor_args=(str(Path(model).absolute()), files.root, batch_size, "cuda" if gpus else "cpu", how),
             batch_size=1,
             num_cpus=cpus,
             num_gpus=gpus,
@@ -278,24 +277,13 @@ def errors_of_workers() -> Iterator[None]:
         raise cause from None
 
 
-@dataclass(frozen=True, slots=True)
-class _Worker:
-    """What a worker is told."""
-
-    model: str
-    output: str
-    batch_size: int
-    how: dict[str, Any]
-    device: str
-
-
 class _Actor:
     """One process with a model, which turns shards of the list into shards of detections."""
 
-    def __init__(self, worker: _Worker) -> None:
-        self.worker, self.files = worker, _Files.at(worker.output)
+    def __init__(self, model: str, output: str, batch_size: int, device: str, how: dict[str, Any]) -> None:
+        self.files, self.batch_size, self.how = _Files.at(output), batch_size, how
         # By name: what loads checkpoints lies above this room, and is torch's.
-        self.model: Any = import_module("paqdetr.loading").load(worker.model, device=worker.device)
+        self.model: Any = import_module("paqdetr.loading").load(model, device=device)
         self.readers = ThreadPoolExecutor(4)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
@@ -306,15 +294,13 @@ class _Actor:
 
     def _rows(self, images: list[str]) -> Iterator[tuple[str, Image | str, Detections | None]]:
         """Every picture, or why it cannot be read; the next ones are read while the model works."""
-        step = self.worker.batch_size
+        step = self.batch_size
         groups = [images[i : i + step] for i in range(0, len(images), step)]
-        pending = [[self.readers.submit(_read, name) for name in group] for group in groups[:1]]
-        for number, group in enumerate(groups):
-            if number + 1 < len(groups):
-                pending.append([self.readers.submit(_read, name) for name in groups[number + 1]])
-            read = [future.result() for future in pending.pop(0)]
+        pending: list[Any] = []
+        for group, following in zip([[], *groups], [*groups, []], strict=True):
+            read, pending = [one.result() for one in pending], [self.readers.submit(_read, name) for name in following]
             good = [picture for picture in read if not isinstance(picture, str)]
-            found = iter(self.model.predict(good, batch_size=step, **self.worker.how) if good else [])
+            found = iter(self.model.predict(good, batch_size=step, **self.how) if good else [])
             for name, picture in zip(group, read, strict=True):
                 yield name, picture, None if isinstance(picture, str) else next(found)
 
@@ -336,16 +322,9 @@ def shard_of(rows: Iterator[tuple[str, Image | str, Detections | None]]) -> byte
     """A Parquet file with a row a picture: image, width, height, boxes (xyxy in pixels), scores, labels (category ids), names,
     and error, the reason why the picture could not be read (then width and height are null)."""
     pa, parquet = _import("pyarrow"), _import("pyarrow.parquet")
-    numbers = pa.list_(pa.float32())
-    columns = {
-        "image": pa.string(),
-        "width": pa.int32(),
-        "height": pa.int32(),
-        "boxes": pa.list_(numbers),
-        "scores": numbers,
-    }
-    columns |= {"labels": pa.list_(pa.int64()), "names": pa.list_(pa.string()), "error": pa.string()}
-    schema = pa.schema(list(columns.items()))
+    text, whole, numbers = pa.string(), pa.int32(), pa.list_(pa.float32())
+    columns = {"image": text, "width": whole, "height": whole, "boxes": pa.list_(numbers), "scores": numbers}
+    columns |= {"labels": pa.list_(pa.int64()), "names": pa.list_(text), "error": text}
     written = []
     for name, picture, found in rows:
         row: dict[str, Any] = {"image": name, "boxes": [], "scores": [], "labels": [], "names": []}
@@ -357,7 +336,7 @@ def shard_of(rows: Iterator[tuple[str, Image | str, Detections | None]]) -> byte
             row["names"] = [found.names.get(label, str(label)) for label in row["labels"]]
         written.append(row)
     buffer = io.BytesIO()
-    parquet.write_table(pa.Table.from_pylist(written, schema=schema), buffer)
+    parquet.write_table(pa.Table.from_pylist(written, schema=pa.schema(columns)), buffer)
     return buffer.getvalue()
 
 

@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import uvicorn
 from PIL.Image import Image
 from starlette.applications import Starlette
@@ -36,7 +35,7 @@ from paqdetr.images import read_header, read_image
 from paqdetr.interrupt import StopRequest
 from paqdetr.runtime.predict import Predicts
 from paqdetr.runtime.predictor import DEFAULT_THRESHOLD
-from paqdetr.runtime.tiles import Tiles, predict_tiles
+from paqdetr.runtime.tiles import Tiles
 from paqdetr.serving.batcher import Batcher, Closed, QueueFull
 from paqdetr.serving.openapi import PARAMETERS, openapi
 from paqdetr.structures import ClassTable, Detections
@@ -143,7 +142,7 @@ class DetectionServer:
     """The application, for `uvicorn` or any other ASGI server as `server.app`.
 
     Args:
-        model: anything with `classes` and `predict(images, threshold=, nms=, batch_size=)`.
+        model: anything with `classes` and `predict(images, threshold=, nms=, classes=, tiles=, batch_size=)`.
         limits: what is taken.
         keys: one of them has to come with every request for a detection, as `Authorization: Bearer KEY` or `X-API-Key: KEY`;
             none are needed if empty.
@@ -200,16 +199,8 @@ class DetectionServer:
 
     def _predict(self, images: Sequence[Image], options: Options) -> list[Detections]:
         """In the model's thread."""
-        how = {k: v for k, v in (("threshold", options.threshold), ("nms", options.nms)) if v is not None}
-
-        def predict(parts: Sequence[Image], batch_size: int) -> list[Detections]:
-            found = self.model.predict(parts, batch_size=batch_size, **how)
-            return [_of_classes(detections, options.classes) for detections in found]
-
-        if options.tiles is None:
-            return predict(images, len(images))
-        tiles = Tiles(options.tiles)
-        return [predict_tiles(image, tiles, predict, batch_size=self.limits.max_batch) for image in images]
+        how = {name: value for name, value in asdict(options).items() if value is not None}
+        return self.model.predict(images, batch_size=self.limits.max_batch, **how)
 
     # ------------------------------------------------------------------------------------------ detection
 
@@ -415,12 +406,6 @@ def _from_json(body: bytes) -> bytes:
         return base64.b64decode(re.sub(r"\Adata:[^,]{0,99},", "", text), validate=True)
     except (binascii.Error, ValueError):
         raise DataError("the request's 'image' is no base64", _JSON) from None
-
-
-def _of_classes(detections: Detections, ids: tuple[int, ...] | None) -> Detections:
-    if ids is None:
-        return detections
-    return detections[np.isin(detections.labels, ids)]
 
 
 def _rows(detections: Detections) -> list[dict[str, Any]]:
