@@ -8,9 +8,10 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ from paqdetr.data.dataset import DetectionDataset, open_split
 from paqdetr.data.layout import split_to_evaluate
 from paqdetr.deploy.graph import Attention, DeployedDetector, capture, fixed_size, require_exportable, save_graph, trace
 from paqdetr.deploy.parity import IMAGES, Parity, compare_with_model, digits_pictures
+from paqdetr.deploy.quantize import quantize_checked, spread
 from paqdetr.environment import package_version
 from paqdetr.errors import ConfigError, ExportError, import_extra
 from paqdetr.loading import open_any_exported
@@ -163,31 +165,21 @@ def export(
         source=source,
         versions={"paqdetr": __version__, **{name: package_version(name) or "unknown" for name in ("torch", *needed)}},
     )
-    was_training = detector.training
-    detector.eval()
-    try:
-        with tempfile.TemporaryDirectory(prefix="paqdetr-export-") as folder, _quietly():
-            made = Path(folder) / file.name
-            parity, quantization = None, None
-            if precision == "int8":
-                from paqdetr.deploy.quantize import quantize_checked
-
-                plain = Path(folder) / f"float{file.suffix}"
-                parts = _write(detector, plain, replace(info, precision="f32"), format, batch, attention)
-                quantization = quantize_checked(plain, made, info, splits, parts=parts, max_drop=max_drop, slow=slow)
-            else:
-                _write(detector, made, info, format, batch, attention)
-                if check:
-                    pictures = _pictures(splits[0] if splits else None)
-                    opened = open_any_exported(made)
-                    parity = compare_with_model(
-                        detector, opened, pictures, threshold=info.threshold or DEFAULT_THRESHOLD
-                    )
-                    _require_parity(parity, file)
-            for part in reversed(_parts(made)):  # the weights before the graph that names them
-                write_output(file.with_suffix(part.suffix), _copier(part), maker=_MAKER, overwrite=True)
-    finally:
-        detector.train(was_training)
+    parity, quantization = None, None
+    with tempfile.TemporaryDirectory(prefix="paqdetr-export-") as folder, _quietly():
+        made = Path(folder) / file.name
+        if precision == "int8":
+            plain = Path(folder) / f"float{file.suffix}"
+            parts = _write(detector, plain, replace(info, precision="f32"), format, batch, attention)
+            quantization = quantize_checked(plain, made, info, splits, parts=parts, max_drop=max_drop, slow=slow)
+        else:
+            _write(detector, made, info, format, batch, attention)
+            if check:
+                pictures, least = _pictures(splits[0] if splits else None), info.threshold or DEFAULT_THRESHOLD
+                parity = compare_with_model(detector, open_any_exported(made), pictures, threshold=least)
+                _require_parity(parity, file)
+        for part in reversed(_parts(made)):  # the weights before the graph that names them
+            write_output(file.with_suffix(part.suffix), partial(shutil.copyfile, part), maker=_MAKER, overwrite=True)
     report_file = file.with_name(f"{file.name}.report.json") if parity or quantization else None
     done = Export(file, report_file, info, parity, quantization)
     if report_file is not None:
@@ -227,8 +219,7 @@ def _open_data(calibrate: str | Path | None, *, quantized: bool) -> list[Detecti
 def _pictures(split: DetectionDataset | None) -> list[Image.Image]:
     if split is None:
         return digits_pictures()
-    count = min(IMAGES, len(split))
-    return [split.image(i * len(split) // count) for i in range(count)]
+    return [split.image(i) for i in spread(len(split), IMAGES)]
 
 
 def _require_parity(parity: Parity, file: Path) -> None:
@@ -319,10 +310,6 @@ def _halve_weights(model: Any) -> None:
 def _parts(file: Path) -> list[Path]:
     """The files of an exported model."""
     return [file, file.with_suffix(".bin")] if file.suffix.lower() == ".xml" else [file]
-
-
-def _copier(source: Path) -> Callable[[Path], object]:
-    return lambda place: shutil.copyfile(source, place)
 
 
 @contextmanager

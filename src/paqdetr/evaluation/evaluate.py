@@ -31,7 +31,7 @@ from paqdetr.metrics.coco import (
 )
 from paqdetr.metrics.diagnosis import threshold_curves
 from paqdetr.metrics.matches import MatchTable
-from paqdetr.runtime.predictor import Predictor, predict_in_batches
+from paqdetr.runtime.predictor import Predictor, batched_by_size, predict_in_batches
 from paqdetr.runtime.tiles import Tiles, predict_tiles
 from paqdetr.structures import ClassTable, Detections, OperatingPoint
 from paqdetr.text import Summary, figure
@@ -311,7 +311,7 @@ def detect_split(
         DataError: no image could be read.
     """
     from paqdetr.distributed import Processes
-    from paqdetr.models.inference import batched_by_size, detect_batch
+    from paqdetr.models.inference import detect_batch
 
     processes = processes or Processes()
     sides = split.sizes.tolist()

@@ -84,7 +84,8 @@ def read_video(address: str | Path, *, every: int = 1) -> Iterator[Frame]:
                     yield Frame(upright(frame), index, now)
     except av.FFmpegError as error:
         if index < 0:
-            raise _unreadable(shown, error) from None
+            problem = f"{shown}: not a readable video: {_reason(error)}"
+            raise DataError(problem, "check that it is a video and complete") from None
         _LOG.warning("%s: the video is damaged after frame %d: %s", shown, index, _reason(error))
     if index < 0:
         raise DataError(f"{shown}: has no frames", "check that it is a video and complete")
@@ -289,7 +290,3 @@ def public_address(address: str) -> str:
 
 def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
-
-
-def _unreadable(shown: str, error: Exception) -> DataError:
-    return DataError(f"{shown}: not a readable video: {_reason(error)}", "check that it is a video and complete")

@@ -126,53 +126,44 @@ def list_images_of(source: str) -> list[str]:
     Raises:
         DataError: it is missing, or names none.
     """
-    fsspec = _import("fsspec")
-    files, root = fsspec.core.url_to_fs(source)
+    files, root = _import("fsspec").core.url_to_fs(source)
     try:
-        if files.isdir(root) and not any(name.endswith(".parquet") for name in files.ls(root, detail=False)):
-            inside = (path for path in files.find(root) if PurePosixPath(path).suffix.lower() in IMAGE_EXTENSIONS)
-            found = [
-                files.unstrip_protocol(path)
-                for path in sorted(inside)
-                if not is_leftover(path[len(root) :].lstrip("/"))
-            ]
-        elif not files.exists(root):
+        if not files.exists(root):
             raise DataError(f"{source}: no such file or folder", "check the address")
+        folder = files.isdir(root)
+        if root.endswith(".parquet") or (folder and any(map(_is_parquet, files.ls(root, detail=False)))):
+            lines = _column(_import("pyarrow.dataset").dataset(root, filesystem=files, format="parquet"), source)
+        elif folder:
+            inside = (path for path in files.find(root) if PurePosixPath(path).suffix.lower() in IMAGE_EXTENSIONS)
+            wanted = (path for path in sorted(inside) if not is_leftover(path[len(root) :].lstrip("/")))
+            lines = [files.unstrip_protocol(path) for path in wanted]
         else:
-            base = root if files.isdir(root) else root.rpartition("/")[0]
-            found = [_absolute(line, files.unstrip_protocol(base)) for line in _listed(files, root, source) if line]
+            lines = [line.rstrip("\r") for line in files.cat_file(root).decode("utf-8-sig").split("\n")]
+    except UnicodeDecodeError:
+        raise DataError(f"{source}: no UTF-8 text", "give a list with one path a line, or Parquet") from None
+    except ValueError as error:  # pyarrow's own are such
+        raise DataError(f"{source}: not readable as Parquet ({str(error)[:200]})", "write it again") from None
     except OSError as error:
-        raise DataError(
-            f"{source}: cannot be read: {error}", "check the address and what it takes to read it"
-        ) from None
-    found = list(dict.fromkeys(path.removeprefix("file://") for path in found))
+        remedy = "check the address and what it takes to read it"
+        raise DataError(f"{source}: cannot be read: {error}", remedy) from None
+    base = files.unstrip_protocol(root if folder else root.rpartition("/")[0])
+    paths = (line if "://" in line or line.startswith("/") else f"{base}/{line}" for line in lines if line)
+    found = list(dict.fromkeys(path.removeprefix("file://") for path in paths))
     if not found:
         raise DataError(f"{source}: names no pictures", "name a folder with pictures, or a list of them")
     return found
 
 
-def _listed(files: Any, root: str, source: str) -> list[str]:
-    if not files.isdir(root) and not root.endswith(".parquet"):
-        with files.open(root, "rb") as file:
-            try:
-                return [line.rstrip("\r") for line in file.read().decode("utf-8-sig").split("\n")]
-            except UnicodeDecodeError:
-                raise DataError(f"{source}: no UTF-8 text", "give a list with one path a line, or Parquet") from None
-    dataset = _import("pyarrow.dataset")
-    try:
-        table = dataset.dataset(root, filesystem=files, format="parquet")
-        column = next((name for name in _COLUMNS if name in table.schema.names), None)
-        if column is None:
-            raise DataError(
-                f"{source}: has the columns {', '.join(table.schema.names)[:200]}", f"call one {' or '.join(_COLUMNS)}"
-            )
-        return [str(value) for value in table.to_table(columns=[column])[column].to_pylist() if value is not None]
-    except ValueError as error:  # pyarrow's own are such
-        raise DataError(f"{source}: not readable as Parquet ({str(error)[:200]})", "write it again") from None
+def _is_parquet(path: str) -> bool:
+    return path.endswith(".parquet")
 
 
-def _absolute(line: str, base: str) -> str:
-    return line if "://" in line or line.startswith("/") else f"{base}/{line}"
+def _column(table: Any, source: str) -> list[str | None]:
+    names = table.schema.names
+    column = next((name for name in _COLUMNS if name in names), None)
+    if column is None:
+        raise DataError(f"{source}: has the columns {', '.join(names)[:200]}", f"call one {' or '.join(_COLUMNS)}")
+    return [None if value is None else str(value) for value in table.to_table(columns=[column])[column].to_pylist()]
 
 
 @dataclass(frozen=True, slots=True)

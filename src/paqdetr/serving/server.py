@@ -10,7 +10,7 @@ import io
 import re
 import socket
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
@@ -22,7 +22,6 @@ from PIL.Image import Image
 from starlette.applications import Starlette
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
-from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
@@ -250,37 +249,38 @@ class DetectionServer:
 
     async def _content(self, request: Request) -> bytes:
         """The image file of a request: its body, a part of a form, or base64 in json."""
+        request = Request(request.scope, self._limited(request.receive, request.headers.get("content-length", "")))
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind == "multipart/form-data":
-            parser = MultiPartParser(request.headers, self._body(request), max_files=1, max_fields=8)
-            try:
-                form = await parser.parse()
-            except (MultiPartException, KeyError, UnicodeDecodeError) as error:
-                raise DataError(f"the form cannot be read: {getattr(error, 'message', error)}", _FORM) from None
-            async with _closing(form):
+        if kind == "application/json":
+            return _from_json(await request.body())
+        if kind != "multipart/form-data":
+            return await request.body()
+        try:
+            async with request.form(max_files=1, max_fields=8) as form:
                 file = form.get("file")
-                if not isinstance(file, UploadFile):
-                    raise DataError("the form has no file called 'file'", _FORM)
-                return await file.read()
-        body = b"".join([part async for part in self._body(request)])
-        return _from_json(body) if kind == "application/json" else body
+                if isinstance(file, UploadFile):
+                    return await file.read()
+        except (HTTPException, KeyError, UnicodeDecodeError) as error:
+            raise DataError(f"the form cannot be read: {getattr(error, 'detail', error)}", _FORM) from None
+        raise DataError("the form has no file called 'file'", _FORM)
 
-    async def _body(self, request: Request) -> AsyncGenerator[bytes, None]:
+    def _limited(self, receive: Receive, declared: str) -> Receive:
         """What a request brings, piece by piece, up to the limit."""
-        limit = int(self.limits.max_mb * 2**20)
-        declared = request.headers.get("content-length", "")
-        size = int(declared) if declared.isdigit() and len(declared) < 20 else 0
-        refusal = Refusal(
-            413, f"the request has more than {self.limits.max_mb:g} MB", "send a smaller file", Connection="close"
-        )
-        if size > limit:
+        left = int(self.limits.max_mb * 2**20)
+        what = f"the request has more than {self.limits.max_mb:g} MB"
+        refusal = Refusal(413, what, "send a smaller file", Connection="close")
+        if declared.isdigit() and int(declared[:20]) > left:
             raise refusal
-        size = 0
-        async for part in request.stream():
-            size += len(part)
-            if size > limit:
+
+        async def limited() -> Message:
+            nonlocal left
+            message = await receive()
+            left -= len(message.get("body", b""))
+            if left < 0:
                 raise refusal
-            yield part
+            return message
+
+        return limited
 
     async def _require_size(self, content: bytes, options: Options) -> int:
         """Pixels of the image, by its header.
@@ -383,14 +383,6 @@ class DetectionServer:
 
 _FORM = "send the image as `file`, such as curl -F file=@photo.jpg"
 _JSON = 'send {"image": "BASE64"}, or the file itself as the body'
-
-
-@asynccontextmanager
-async def _closing(form: Any) -> AsyncIterator[None]:
-    try:
-        yield
-    finally:
-        await form.close()
 
 
 def _busy() -> Refusal:
