@@ -56,7 +56,7 @@ def _table(models: Sequence[Stages]) -> Table:
         Column("found", "found", "percent"),
         Column("AP", "AP"),
         Column("AP_nms", "AP, NMS"),
-        Column("copies", "duplicates", "difference"),
+        Column("duplicates", "duplicates", "difference"),
         Column("predictions_per_image", "predictions", "amount"),
     )
     if len(models) > 1:
