@@ -247,10 +247,13 @@ def test_a_buffered_source_loses_no_frame(monkeypatch: pytest.MonkeyPatch, caplo
     """Of a stream over TCP that is read slowly, with few frames in memory, and breaks off twice."""
     monkeypatch.setattr(video, "_FIRST_WAIT", 0.05)
     monkeypatch.setattr(video, "_BUFFERED", 4)
-    sender, numbers = TcpSender(40, 3), []
+    sender, numbers, times = TcpSender(40, 3), [], []
     for detections in stream(Patches(delay=0.01), sender.url, buffer=True, max_frames=120):
         assert detections.image is not None
         numbers.append(number_of(detections.image, scale=5))
+        times.append(detections.time)
+    steps = np.diff(times)
+    assert steps.min() > 0 and np.delete(steps, [39, 79]) == pytest.approx(1 / 30, abs=1e-3)  # of each connection
     assert numbers == list(range(120)) and caplog.text.count("connecting again") >= 2
 
 

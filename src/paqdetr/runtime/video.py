@@ -48,7 +48,8 @@ class Frame:
     Attributes:
         image: RGB, upright.
         index: its number from 0, in the order shown. Of a live source: of those that arrived, so that skipped frames leave gaps.
-        time: in seconds, as the file has it. Of a live source: since its first frame.
+        time: in seconds, as the file has it. Of a live source: since its first frame, by when it arrived, or with `buffer` by the
+            times that the source gives.
     """
 
     image: Image.Image
@@ -169,17 +170,21 @@ class _LiveReader(threading.Thread):
 
     def _read(self) -> None:
         with _open_live(self._address, buffer=self._buffer) as container:
+            start = None
             for frame in _decoded(container, public_address(self._address), threads="SLICE"):
                 if self._stopped.is_set():
                     return
-                now = time.monotonic()
-                self._began = self._began if self._count else now
+                self._began = self._began if self._count else time.monotonic()
+                now = time.monotonic() - self._began
+                if self._buffer and frame.time is not None:  # one that had to wait arrives late
+                    start = now - frame.time if start is None else start
+                    now = start + frame.time
                 index, self._count = self._count, self._count + 1
                 if index % self._every == 0:
                     with self._changed:
                         while self._buffer and len(self._frames) == _BUFFERED and not self._stopped.is_set():
                             self._changed.wait(1.0)
-                        self._frames.append((frame, index, now - self._began))
+                        self._frames.append((frame, index, now))
                         self._changed.notify()
 
 
