@@ -12,6 +12,8 @@ from paqdetr.cli.console import Device, JsonFile, Model, OutputFiles, Overwrite,
 from paqdetr.errors import ConfigError
 from paqdetr.values import MAX_BATCH
 
+_TIMES = ("median", "fastest", "slowest", "times faster")
+
 
 def bench(
     model: Model,
@@ -70,7 +72,7 @@ def bench(
     count = found.machine["threads"]
     threads = f", {count} thread{'s' * (count > 1)}" if found.device == "cpu" else ""
     title = f"{model}, {images}, {found.device}{threads}. Milliseconds: median, fastest and slowest of {rounds}."
-    made = table(title, ("part", "of"), ("median", "fastest", "slowest", "times faster"))
+    made = table(title, ("part", "of"), _TIMES)
     parts = {
         "attention": (found.attention, "reference"),  # forward and backward
         "inference": (found.inference, against or model),
@@ -101,18 +103,12 @@ def _is_file(model: str) -> bool:
 
 def _files_table(timed: dict[str, Any], *, base: str) -> Table:
     batch, rounds, threads = timed["batch_size"], timed["rounds"], timed["machine"]["threads"]
-    table = Table(
-        title=f"Inference, batches of {batch}, {threads} threads. Milliseconds: median, fastest and slowest of {rounds}.",
-        title_justify="left",
-    )
-    for column in ("model", "run by", "size"):
-        table.add_column(column)
-    for column in ("median", "fastest", "slowest", "times faster"):
-        table.add_column(column, justify="right")
+    title = f"Inference, batches of {batch}, {threads} threads. Milliseconds: median, fastest and slowest of {rounds}."
+    made = table(title, ("model", "run by", "size"), _TIMES)
     for name, row in timed["inference"].items():
         size = "x".join(map(str, timed["image_size"][name]))
-        table.add_row(name, timed["engine"][name], size, *_columns(row, is_base=name == base))
-    return table
+        made.add_row(name, timed["engine"][name], size, *_columns(row, is_base=name == base))
+    return made
 
 
 def _columns(row: dict[str, Any], *, is_base: bool) -> list[str]:

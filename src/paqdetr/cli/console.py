@@ -8,26 +8,32 @@ import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
 from paqdetr.environment import require_known_device
 from paqdetr.errors import ConfigError
-from paqdetr.text import figure as show  # noqa: F401  for the other files here
 from paqdetr.text import printable
 from paqdetr.values import MAX_BATCH, MAX_RESAMPLES, MAX_SEED, require_nms
 
 if TYPE_CHECKING:
-    from paqdetr.runtime.tiles import Tiles
-
-if TYPE_CHECKING:
     from paqdetr.runtime.predict import Predicts
+    from paqdetr.runtime.tiles import Tiles
 
 
 def complete_model(incomplete: str) -> list[str]:
@@ -44,6 +50,14 @@ def complete_setting(incomplete: str) -> list[str]:
     return [f"{key}=" for key in known_keys() if key.startswith(incomplete)]
 
 
+def option_under(heading: str) -> Callable[..., Any]:
+    """`typer.Option` for options that stand under a heading in the help of a verb with many of them."""
+    return partial(typer.Option, rich_help_panel=heading)
+
+
+data_option, detection_option, figure_option = map(option_under, ("Data", "Detections", "Figures"))
+output_option, machine_option = option_under("Output"), option_under("Machine")
+
 Model = Annotated[
     str,
     typer.Argument(
@@ -59,28 +73,30 @@ Settings = Annotated[
     ),
 ]
 Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda, ...: the best there is if not given.", callback=require_known_device)
+    str | None, machine_option(help="cpu, cuda, ...: the best there is if not given.", callback=require_known_device)
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist, whoever wrote them.")]
+Overwrite = Annotated[bool, output_option("--overwrite", help="Replace files that exist, whoever wrote them.")]
 Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of all random draws.")]
-BatchSize = Annotated[int, typer.Option(min=1, max=MAX_BATCH, help="It changes the speed, never a figure.")]
+BatchSize = Annotated[int, machine_option(min=1, max=MAX_BATCH, help="It changes the speed, never a figure.")]
 Checkpoint = Annotated[Path, typer.Argument(help="A .safetensors file or a run's folder.", metavar="CHECKPOINT")]
-Data = Annotated[Path, typer.Option(help="Folder of the data set, or its data.yaml.")]
-Split = Annotated[str | None, typer.Option(help="train, val or test; val, or what there is instead, if not given.")]
+Data = Annotated[Path, data_option(help="Folder of the data set, or its data.yaml.")]
+Split = Annotated[str | None, data_option(help="train, val or test; val, or what there is instead, if not given.")]
 AutoBatch = Annotated[bool, typer.Option("--auto-batch", help="Take the largest batch that fits into memory.")]
-Resamples = Annotated[int, typer.Option(min=100, max=MAX_RESAMPLES, help="Resamples of the images behind an interval.")]
+Resamples = Annotated[
+    int, figure_option(min=100, max=MAX_RESAMPLES, help="Resamples of the images behind an interval.")
+]
 Nms = Annotated[
     str | None,
-    typer.Option(metavar="IOU|none", help="Drop boxes that overlap a better one of their class by more than this."),
+    detection_option(metavar="IOU|none", help="Drop boxes that overlap a better one of their class by more than this."),
 ]
 TileSize = Annotated[
-    int | None, typer.Option("--tiles", metavar="PIXELS", help="Cut large images into tiles of this side.")
+    int | None, detection_option("--tiles", metavar="PIXELS", help="Cut large images into tiles of this side.")
 ]
-Overlap = Annotated[float | None, typer.Option(help="Of tiles, as a share of their side; 0.2 if not given.")]
+Overlap = Annotated[float | None, detection_option(help="Of tiles, as a share of their side; 0.2 if not given.")]
 WithWhole = Annotated[
-    bool, typer.Option("--with-whole", help="With --tiles: detect in the whole image as well, for large objects.")
+    bool, detection_option("--with-whole", help="With --tiles: detect in the whole image as well, for large objects.")
 ]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
+JsonFile = Annotated[Path | None, output_option("--json", help="Write the figures to this file.")]
 
 
 class OutputFiles:
@@ -344,6 +360,13 @@ def print_columns(rows: Sequence[Sequence[str]], *, right: Collection[int] = ())
             for index, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         results.print("  ".join(cells).rstrip())
+
+
+def live_bars(*more: ProgressColumn) -> Progress:
+    """Bars on standard error, each with a field `figures`, and with more columns at their end. Silent where nobody watches."""
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
+    figures = TextColumn("{task.fields[figures]}")
+    return Progress(*columns, figures, TimeElapsedColumn(), *more, console=errors, disable=not errors.is_terminal)
 
 
 @contextmanager

@@ -15,7 +15,9 @@ from paqdetr.cli.console import (
     Seed,
     Settings,
     errors,
+    machine_option,
     note,
+    output_option,
     print_styled,
     progress_bar,
     results,
@@ -39,7 +41,7 @@ _Json = Annotated[Path | None, typer.Option("--json", help="Write everything to 
 def make(
     name: Annotated[str, typer.Argument(help="digits", metavar="NAME")],
     *,
-    output: Annotated[Path, typer.Option(help="Folder to make.")],
+    output: Annotated[Path, output_option(help="Folder to make.")],
     seed: Seed = 0,
     size: Annotated[int, typer.Option(help="Side of the images in pixels.")] = 320,
     train: Annotated[int, typer.Option(min=1, max=10**7, help="Training images.")] = 1600,
@@ -47,7 +49,7 @@ def make(
     test: Annotated[int, typer.Option(min=1, max=10**7, help="Test images.")] = 1000,
     min_objects: Annotated[int, typer.Option(help="Fewest objects per image.")] = 3,
     max_objects: Annotated[int, typer.Option(help="Most objects per image.")] = 12,
-    workers: Annotated[int, typer.Option(min=1, max=MAX_WORKERS, help="Processes.")] = 1,
+    workers: Annotated[int, machine_option(min=1, max=MAX_WORKERS, help="Processes.")] = 1,
 ) -> None:
     """Make the data set of handwritten digits, without a download."""
     from paqdetr.data.digits import make_digits

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from paqdetr.cli.console import complete_model, print_columns, results, show
+from paqdetr.cli.console import complete_model, print_columns, results
 from paqdetr.errors import ConfigError
+from paqdetr.text import figure, some
 
 _UNITS = {
     "GFLOPs": " for one image of 800 x 1333",
@@ -139,12 +140,10 @@ def _of_exported(path: Path) -> tuple[str, dict[str, str]]:
 
 def _figures(metrics: dict[str, Any]) -> str:
     labels = {"AP": "AP", "AP50": "AP50", "AP_nms": "AP after NMS"}
-    return ", ".join(f"{label} {show(metrics[key])}" for key, label in labels.items() if key in metrics)
+    return ", ".join(f"{label} {figure(metrics[key])}" for key, label in labels.items() if key in metrics)
 
 
 def _classes(names: list[str]) -> str:
-    from paqdetr.text import some
-
     return f"{len(names)}: {some(names, 12)}"
 
 

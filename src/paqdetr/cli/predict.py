@@ -19,8 +19,12 @@ from paqdetr.cli.console import (
     Overwrite,
     TileSize,
     WithWhole,
+    data_option,
+    detection_option,
+    machine_option,
     note,
     open_model,
+    output_option,
     parse_nms,
     progress_bar,
     results,
@@ -44,35 +48,35 @@ def predict(
         ),
     ],
     *,
-    output: Annotated[str | None, typer.Option(help="Folder for the results; runs/predict-N if not given.")] = None,
-    save: Annotated[str, typer.Option(help="Some of draw,coco,yolo,voc,crops,jsonl.")] = "draw,coco",
+    output: Annotated[str | None, output_option(help="Folder for the results; runs/predict-N if not given.")] = None,
+    save: Annotated[str, output_option(help="Some of draw,coco,yolo,voc,crops,jsonl.")] = "draw,coco",
     threshold: Annotated[
-        float | None, typer.Option(help="The least score, from 0 to 1; that of the run's evaluation, else 0.3.")
+        float | None, detection_option(help="The least score, from 0 to 1; that of the run's evaluation, else 0.3.")
     ] = None,
     nms: Nms = None,
-    classes: Annotated[str | None, typer.Option(help="Names of the only classes wanted, with commas.")] = None,
+    classes: Annotated[str | None, detection_option(help="Names of the only classes wanted, with commas.")] = None,
     tiles: TileSize = None,
     overlap: Overlap = None,
     with_whole: WithWhole = False,
-    recursive: Annotated[bool, typer.Option("--recursive", help="Folders with all that is below them.")] = False,
-    every: Annotated[int, typer.Option(min=1, help="Of a video every so many frames.")] = 1,
-    max_frames: Annotated[int | None, typer.Option(min=1, help="The most frames of each video.")] = None,
+    recursive: Annotated[bool, data_option("--recursive", help="Folders with all that is below them.")] = False,
+    every: Annotated[int, data_option(min=1, help="Of a video every so many frames.")] = 1,
+    max_frames: Annotated[int | None, data_option(min=1, help="The most frames of each video.")] = None,
     batch_size: BatchSize = 1,
     annotations: Annotated[
-        Path | None, typer.Option(help="COCO json with these images, whose image ids the results take.")
+        Path | None, data_option(help="COCO json with these images, whose image ids the results take.")
     ] = None,
     overwrite: Overwrite = False,
     ray: Annotated[
         str | None,
-        typer.Option(
+        machine_option(
             metavar="ADDRESS",
             help="Detect on a Ray cluster (local starts one, auto is the one of this machine), into Parquet files.",
         ),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="With --ray: models; as many as there is room for.")
+        int | None, machine_option(min=1, help="With --ray: models; as many as there is room for.")
     ] = None,
-    shard_size: Annotated[int, typer.Option(min=1, help="With --ray: pictures of a Parquet file.")] = 1000,
+    shard_size: Annotated[int, machine_option(min=1, help="With --ray: pictures of a Parquet file.")] = 1000,
     device: Device = None,
 ) -> None:
     """Detect in pictures and videos; draw and write what is found.

@@ -8,20 +8,71 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from paqdetr.cli.console import Device, Ended, errors, interrupted, note, progress_bar, results, show, table
+from paqdetr.cli.console import (
+    Device,
+    Ended,
+    errors,
+    interrupted,
+    live_bars,
+    machine_option,
+    note,
+    output_option,
+    progress_bar,
+    results,
+    table,
+)
 from paqdetr.errors import ConfigError
-from paqdetr.text import duration
+from paqdetr.text import duration, figure
 
 if TYPE_CHECKING:
     from paqdetr.study.report import StudyReport
+    from paqdetr.study.results import RunResult
     from paqdetr.study.runs import Places, PlannedRun
     from paqdetr.study.spec import Study
+
+
+class QueueProgress:
+    """What a queue shows: two live bars on a terminal, over the runs and over the steps of the one in hand; a line for each run
+    in a log. Its methods are those of `QueueEvents`."""
+
+    def __init__(self, study: Study, runs: list[PlannedRun]) -> None:
+        self._checkpoint: str = study.evaluate.checkpoints[0]
+        self._bars = live_bars()
+        self._all = self._bars.add_task(study.name, total=len(runs), figures="")
+        self._one = self._bars.add_task("", total=1, figures="", visible=False)
+
+    def __enter__(self) -> QueueProgress:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bars.stop()
+
+    def on_begin(self, planned: PlannedRun, step: str, number: int, total: int) -> None:
+        self._bars.update(self._all, completed=number - 1)
+        self._bars.reset(self._one, description=f"{step} {planned.key}", total=planned.steps, visible=step == "train")
+        if not errors.is_terminal:
+            errors.print(f"{number} of {total}: {step} {planned.key}")
+
+    def on_progress(self, planned: PlannedRun, step: int, ap: float | None) -> None:
+        self._bars.update(self._one, completed=step, figures="" if ap is None else f"AP {figure(ap)}")
+
+    def on_result(self, planned: PlannedRun, result: RunResult) -> None:
+        self._bars.update(self._one, visible=False)
+        if result.failed is not None:
+            errors.print(f"{planned.key}: failed: {result.failed}")
+            return
+        figures = result.figures[self._checkpoint]
+        errors.print(f"{planned.key}: AP {figure(figures['AP'])}, after NMS {figure(figures['AP_nms'])}")
+
+    def on_wait(self, planned: PlannedRun) -> None:
+        self._bars.update(self._one, description=f"waiting for another process: {planned.key}", visible=True)
 
 
 def study(
     file: Annotated[Path, typer.Argument(help="What is compared: a YAML file.", metavar="STUDY.yaml")],
     *,
-    output: Annotated[Path, typer.Option(help="Folder of the study; made if absent.")],
+    output: Annotated[Path, output_option(help="Folder of the study; made if absent.")],
     resume: Annotated[bool, typer.Option("--resume", help="Continue a study that was stopped, or start it.")] = False,
     data_root: Annotated[Path, typer.Option(help="What data folders of the file are relative to.")] = Path(),
     plan: Annotated[bool, typer.Option("--plan", help="List the runs and what they will take; run none.")] = False,
@@ -37,7 +88,7 @@ def study(
     ] = None,
     ray: Annotated[
         str | None,
-        typer.Option(
+        machine_option(
             metavar="ADDRESS",
             help="Train on a Ray cluster whose nodes share these folders: local starts one, auto is that of this machine.",
         ),
@@ -80,7 +131,6 @@ def _run(
     device: str | None,
     ray: str | None,
 ) -> None:
-    from paqdetr.cli.study_progress import QueueProgress
     from paqdetr.files import read_text, write_text
     from paqdetr.outputs import require_free
     from paqdetr.study.datasets import prepare
@@ -142,13 +192,13 @@ def _print(report: StudyReport) -> None:
         made = table(f"{name}, {study.split_of(name)}", ("variant",), headings)
         for row in figures.rows:
             interval = "-" if row["low"] is None else f"{row['low']:+.3f} to {row['high']:+.3f}"
-            numbers = (show(row["AP"]), show(row["spread"]), show(row["AP_nms"]), _signed(row["difference"]))
+            numbers = (figure(row["AP"]), figure(row["spread"]), figure(row["AP_nms"]), _signed(row["difference"]))
             made.add_row(row["variant"], str(row["seeds"]), *numbers, interval)
         results.print(made)
     if report.verdicts:
         made = table("claims", ("claim", "data", "verdict"), ("effect", "p", "detectable (80 % power)"))
         for row in tables["verdicts"].rows:
-            numbers = (_signed(row["effect"]), show(row["p"]), show(row["smallest"]))
+            numbers = (_signed(row["effect"]), figure(row["p"]), figure(row["smallest"]))
             made.add_row(row["claim"], row["data"], row["verdict"], *numbers)
         results.print(made)
 

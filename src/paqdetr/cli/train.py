@@ -17,9 +17,10 @@ from paqdetr.cli.console import (
     errors,
     facts_table,
     interrupted,
+    output_option,
     results,
-    show,
 )
+from paqdetr.text import figure
 from paqdetr.values import MAX_SEED
 
 
@@ -28,7 +29,7 @@ def train(
     settings: Settings = None,
     *,
     data: Data,
-    output: Annotated[Path, typer.Option(help="Folder of the run; made if absent.")],
+    output: Annotated[Path, output_option(help="Folder of the run; made if absent.")],
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run, or start it.")] = False,
     accept_new_data: Annotated[
         bool, typer.Option("--accept-new-data", help="With --resume: even if the data have changed.")
@@ -74,8 +75,8 @@ def train(
     best = run.metrics
     facts = {}
     if best:
-        facts[f"validation AP (epoch {best.get('epoch')})"] = show(best.get("AP"))
-        facts |= {"AP50": show(best.get("AP50")), "AP after NMS": show(best.get("AP_nms"))}
+        facts[f"validation AP (epoch {best.get('epoch')})"] = figure(best.get("AP"))
+        facts |= {"AP50": figure(best.get("AP50")), "AP after NMS": figure(best.get("AP_nms"))}
     else:
         facts["validation AP"] = "none: no val split"
     finished = run.records("finished")[-1]

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 from paqdetr.config import load_config
 from paqdetr.errors import ConfigError
@@ -130,8 +130,8 @@ def last_words(log: Path, ended: Ended) -> str:
     return (errors or printed or [f"exit code {code}"])[-1][:500]
 
 
-class QueueEvents:
-    """Callbacks of a queue; every method may be overridden."""
+class QueueEvents(Protocol):
+    """What a queue calls as it goes along. A class that is derived from it need not have every method."""
 
     def on_begin(self, planned: PlannedRun, step: str, number: int, total: int) -> None:
         """A step, "train" or "measure", of the run with this number begins."""
@@ -144,6 +144,10 @@ class QueueEvents:
 
     def on_wait(self, planned: PlannedRun) -> None:
         """What remains is being done by other processes."""
+
+
+class _Unheard(QueueEvents):
+    """For a queue to which nobody listens."""
 
 
 @dataclass(slots=True)
@@ -183,7 +187,7 @@ def run_queue(
     """
     for planned in runs:
         require_no_conflict(planned, places)
-    queue = _Queue(study, places, device, retry, events or QueueEvents(), len(runs))
+    queue = _Queue(study, places, device, retry, events or _Unheard(), len(runs))
     waiting = list(enumerate(runs, start=1))
     with StopRequest() as queue.stop:
         while waiting:
@@ -222,7 +226,7 @@ def run_queue_on_ray(
 
     for planned in runs:
         require_no_conflict(planned, places)
-    ray, done, listener = connect_ray(address), Done(), events or QueueEvents()
+    ray, done, listener = connect_ray(address), Done(), events or _Unheard()
     gpus = study.processes if device is not None and device.startswith("cuda") else 0
     task = ray.remote(num_cpus=study.threads * study.processes, num_gpus=gpus, max_retries=3)(run_queue)
     waiting = {task.remote(study, [planned], places, device=device, retry=retry): planned for planned in runs}
