@@ -80,7 +80,7 @@ def _table(models: Sequence[Stages]) -> Table:
         Column("found", "found", "percent"),
         Column("AP", "AP"),
         Column("AP_nms", "AP, NMS"),
-        Column("copies", "duplicates", "difference"),
+        Column("duplicates", "duplicates", "difference"),
         Column("predictions_per_image", "predictions", "amount"),
     )
     rows = [{"model": model, **one.to_json()} for model, stages in models for one in stages]

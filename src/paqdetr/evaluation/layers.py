@@ -44,13 +44,13 @@ class StageFigures:
     predictions_per_image: float
 
     @property
-    def copies(self) -> float:
+    def duplicates(self) -> float:
         """What duplicates cost: AP after removing them, less AP."""
         return self.AP_nms - self.AP
 
     def to_json(self) -> dict[str, Any]:
-        """Figures by name, with `copies`, to six digits; None where a figure is NaN."""
-        return fields_of(self, 6) | {"copies": json_number(self.copies, 6)}
+        """Figures by name, with `duplicates`, to six digits; None where a figure is NaN."""
+        return fields_of(self, 6) | {"duplicates": json_number(self.duplicates, 6)}
 
 
 @dataclass(slots=True)

@@ -20,7 +20,7 @@ from paqdetr.values import MAX_SEED
 
 FORMAT = 1
 DUPLICATES = ("duplicates", "copies")
-"""What claims call AP_nms - AP; `copies` in older study files."""
+"""What claims call AP_nms - AP; `copies` in older study files and results."""
 # Replicates are kept as whole multiples of it, five digits of an AP, and as null where they are NaN.
 UNIT = 1e-5
 
@@ -217,6 +217,9 @@ def read_result(path: Path) -> RunResult | None:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise DataError(f"{path}: is no result of a run: {where}: {first['msg']}", remedy) from None
+    for stage in [stage for found in content["figures"].values() for stage in found.get("layers", ())]:
+        if "copies" in stage:
+            stage["duplicates"] = stage.pop("copies")
     return RunResult(
         key=RunKey(stored.data, stored.variant, stored.seed),
         replicates={

@@ -105,7 +105,7 @@ def figure_table(runs: Runs, data: str) -> Table:
         Column("low", "from", "difference", value=lambda v: to_base[v].interval[0] if v in to_base else None),
         Column("high", "to", "difference", value=lambda v: to_base[v].interval[1] if v in to_base else None),
         Column("AP_nms", "AP, NMS", value=mean("AP_nms")),
-        Column("copies", "duplicates", value=mean("duplicates")),
+        Column("duplicates", "duplicates", value=mean("duplicates")),
         Column("predictions", "predictions", value=mean("predictions_per_image")),
         Column("boxes", "boxes", value=mean("boxes_per_image")),
     )
@@ -156,7 +156,7 @@ def layer_table(runs: Runs, data: str) -> Table:
         Column("found", "found"),
         Column("AP", "AP"),
         Column("AP_nms", "AP, NMS"),
-        Column("copies", "duplicates"),
+        Column("duplicates", "duplicates"),
         Column("predictions_per_image", "predictions"),
     )
     caption = (
