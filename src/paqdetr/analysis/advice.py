@@ -43,8 +43,8 @@ class TrainingFacts:
     epochs: int
     done: float
     finished: bool
-    ap: Sequence[tuple[float, float]] = ()
-    loss: Sequence[tuple[float, float]] = ()
+    ap: Sequence[Sequence[float]] = ()
+    loss: Sequence[Sequence[float]] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -452,5 +452,5 @@ def _corners(box: np.ndarray) -> np.ndarray:
     return np.concatenate([box[:2] - box[2:] / 2, box[:2] + box[2:] / 2])
 
 
-def _layers(of: Sequence[object]) -> tuple[str, ...]:
+def _layers(of: Sized) -> tuple[str, ...]:
     return tuple(f"layer {number}" for number in range(1, len(of) + 1))

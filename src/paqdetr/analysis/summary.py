@@ -16,8 +16,8 @@ from paqdetr.metrics.diagnosis import calibration
 from paqdetr.metrics.intervals import Comparison, Difference, FigureIntervals, Interval
 from paqdetr.metrics.matches import AREAS
 from paqdetr.report.section import Column, Findings, Section, Table, make_table
-from paqdetr.runs import series
 from paqdetr.runtime.predictor import DEFAULT_THRESHOLD
+from paqdetr.serialize import finite_rows
 
 _MEANING = {
     "AP": "mean over IoU .50 to .95 and classes",
@@ -126,9 +126,7 @@ def _training(model: ModelUnderTest) -> TrainingFacts | None:
     if not records or config is None:
         return None
     evaluations = [record for record in records if record.get("kind") == "eval"]
-    ap, loss = (
-        list(zip(*(own.tolist() for own in series(evaluations, key, "epoch")), strict=True)) for key in ("AP", "loss")
-    )
+    ap, loss = (finite_rows(evaluations, ("epoch", key)).tolist() for key in ("AP", "loss"))
     return TrainingFacts(
         epochs=config.epochs,
         done=max((float(record["epoch"]) for record in records if "epoch" in record), default=0.0),

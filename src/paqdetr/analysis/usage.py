@@ -22,7 +22,7 @@ from paqdetr.preprocessing import pad_images
 from paqdetr.report import plots
 from paqdetr.report.section import Column, Part, Section, make_table
 from paqdetr.runs import Record
-from paqdetr.serialize import plain
+from paqdetr.serialize import finite_rows, plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,11 +288,10 @@ def _gini_over_training(models: Sequence[Usage]) -> Part | None:
     data: dict[str, Any] = {}
     for axes, model in zip(panels, shown, strict=True):
         for key, label, shade in known:
-            points = [(r["step"], r[key]) for r in model.records if isinstance(r.get(key), (int, float))]
-            if points:
-                x, y = np.array(points, dtype=float).T
-                plots.line(axes, x, y, label=label, colour=shade, dash=":" if shade == plots.GREY else "-")
-                data.setdefault(model.name, {})[key] = [[int(step), value] for step, value in points]
+            points = finite_rows(model.records, ("step", key))
+            if len(points):
+                plots.line(axes, *points.T, label=label, colour=shade, dash=":" if shade == plots.GREY else "-")
+                data.setdefault(model.name, {})[key] = [[int(step), value] for step, value in points.tolist()]
         low = min(0.0, axes.get_ylim()[0])
         axes.set_ylim(low, 1)
     plots.legend(panels[-1])

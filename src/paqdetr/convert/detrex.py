@@ -6,17 +6,26 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from paqdetr.convert.backbones import detectron2_resnet, swin
-from paqdetr.convert.keymap import DAB_CONVENTIONS, DEFORMABLE_MAP, Layout, heads, mlp, move, proposal_projection
+from paqdetr.convert.keymap import (
+    DEFORMABLE_MAP,
+    DINO_CONVENTIONS,
+    DN_CONVENTIONS,
+    KEEP_100,
+    KEEP_300,
+    Layout,
+    heads,
+    mlp,
+    move,
+    proposal_projection,
+)
 from paqdetr.convert.mmdet import channel_mapper, listed_layers
 
 
 def _settings(keys: Collection[str], hints: Mapping[str, Any]) -> dict[str, Any]:
     """DINO has a norm behind its decoder; DN-Deformable-DETR scales positions."""
-    common = {**DAB_CONVENTIONS, **DEFORMABLE_MAP, "clamp_boxes": True}
-    if "transformer.decoder.norm.weight" in keys:
-        refine = {"refine_from": "raw", "look_forward_twice": True}
-        return {**common, **refine, "label_noise": 0.5, "box_noise": 1.0, "max_detections": 300}
-    return {**common, "look_forward_twice": False, "label_noise": 0.2, "box_noise": 0.4, "max_detections": 100}
+    dino = "transformer.decoder.norm.weight" in keys
+    own = DINO_CONVENTIONS | KEEP_300 if dino else DN_CONVENTIONS | KEEP_100
+    return own | DEFORMABLE_MAP | {"clamp_boxes": True}
 
 
 DETREX = Layout(

@@ -314,10 +314,38 @@ def mlp(source: str, target: str) -> Rule:
     return move(f"{source}.layers.{{k}}.{{p}}", f"{target}.{{2k}}.{{p}}")
 
 
-LEVELS = (move("input_proj.{i}.0.{p}", "level.{i}.0.{p}"), move("input_proj.{i}.1.{p}", "level.{i}.1.{p}"))
+def original_rules(*backbones: Rule) -> tuple[Rule, ...]:
+    """What Deformable DETR's code and its descendants share: backbone, levels, layers of encoder and decoder, heads."""
+    return (
+        *backbones,
+        move("input_proj.{i}.0.{p}", "level.{i}.0.{p}"),
+        move("input_proj.{i}.1.{p}", "level.{i}.1.{p}"),
+        move("transformer.level_embed", "encoder.level_embed"),
+        *encoder_and_decoder("transformer."),
+        *heads(),
+    )
+
+
+# Arguments of their command lines.
+ORIGINAL_HINTS = {
+    "nheads": "num_heads",
+    "enc_n_points": "num_points",
+    "dec_n_points": "num_points",
+    "dropout": "dropout",
+    "num_queries": "num_queries",
+}
 
 # Positions of boxes as DAB-DETR's descendants make them: on the padded image, clamped at 1e-3.
 DAB_CONVENTIONS: dict[str, Any] = {"padded_positions": True, "box_eps": 1e-3}
+# And what DINO's do with boxes and with the noise of denoising.
+DINO_CONVENTIONS = DAB_CONVENTIONS | {
+    "refine_from": "raw",
+    "look_forward_twice": True,
+    "label_noise": 0.5,
+    "box_noise": 1.0,
+}
+DN_CONVENTIONS = DAB_CONVENTIONS | {"look_forward_twice": False, "label_noise": 0.2, "box_noise": 0.4}
+DINO_MAP: dict[str, Any] = {"position_temperature": 20.0, "position_offset": 0.0}
 DEFORMABLE_MAP: dict[str, Any] = {"position_temperature": 10000.0, "position_offset": -0.5}
 # Detections: so many of an image, boxes as predicted. Only detectron2 cuts them off at the border.
 KEEP_300: dict[str, Any] = {"max_detections": 300, "clamp_boxes": False}

@@ -266,16 +266,3 @@ def legend(axes: Axes, *, outside: bool = False, columns: int = 3) -> None:
 
 def _short(name: str, most: int = 24) -> str:
     return name if len(name) <= most else f"{name[: most - 1]}…"
-
-
-def smoothing_window(values: np.ndarray) -> int:
-    """A fiftieth of the curve."""
-    return max(1, len(values) // 50)
-
-
-def smoothed(values: np.ndarray) -> np.ndarray:
-    """Mean of the values of the last window, of fewer at the start."""
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(ends - smoothing_window(values), 0)
-    return (total[ends] - total[starts]) / (ends - starts)

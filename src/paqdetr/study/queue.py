@@ -15,9 +15,8 @@ from typing import IO, Any, Protocol
 
 from paqdetr.config import load_config
 from paqdetr.errors import ConfigError
-from paqdetr.files import write_text
+from paqdetr.files import Busy, held, write_text
 from paqdetr.interrupt import STOP_SIGNALS, StopRequest
-from paqdetr.locks import Busy, held
 from paqdetr.runs import Run, flat_settings
 from paqdetr.study.measure import Job
 from paqdetr.study.results import RunResult, read_result
