@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 from scipy.sparse import csr_array
 
 from paqdetr.evaluation.content import ContentStudy
-from paqdetr.serialize import fields_of
+from paqdetr.serialize import Jsonable
 
 # Contents whose cosines differ by less are as near.
 _AS_NEAR = 1e-6
@@ -23,7 +23,7 @@ SHUFFLES = ("all", "image", "index")
 
 
 @dataclass(frozen=True, slots=True)
-class Shuffled:
+class Shuffled(Jsonable):
     """A statistic with its labels shuffled many times.
 
     Attributes:
@@ -31,14 +31,11 @@ class Shuffled:
         p: share of values, the true one among them, that are at least the true one: small if shuffling destroys something.
     """
 
+    json_digits: ClassVar = 6
     mean: float
     low: float
     high: float
     p: float
-
-    def to_json(self) -> dict[str, float]:
-        """Ready for json."""
-        return fields_of(self, 6)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +56,6 @@ class Measure:
     shuffled: dict[str, Shuffled]
     twin: float
 
-    def to_json(self) -> dict[str, Any]:
-        """Ready for json."""
-        return fields_of(self, 6)
-
 
 @dataclass(frozen=True, slots=True)
 class Semantics:
@@ -79,10 +72,6 @@ class Semantics:
     categories: int
     permutations: int
     measures: tuple[Measure, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Ready for json."""
-        return fields_of(self)
 
 
 Statistic = Callable[[np.ndarray], float]

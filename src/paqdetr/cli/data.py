@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Make, check, look at and convert data sets.", no_args_is_help=True)
 
 _Data = Annotated[Path, typer.Argument(help="Folder of the data set, or its data.yaml.", metavar="DIR")]
+_Source = Annotated[Path, typer.Argument(help="Folder of the data set, or its data.yaml.", metavar="SRC")]
+_Target = Annotated[Path, typer.Argument(help="Folder to make; nothing is overwritten.", metavar="DST")]
+_Link = Annotated[bool, typer.Option("--link", help="Hard links to the images instead of copies.")]
 _COLOURS = {"error": "red", "warning": "yellow"}
 _Json = Annotated[Path | None, typer.Option("--json", help="Write everything to this json file too.")]
 
@@ -159,11 +162,7 @@ def preview(
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="Folder of the data set, or its data.yaml.", metavar="SRC")],
-    target: Annotated[Path, typer.Argument(help="Folder to make; nothing is overwritten.", metavar="DST")],
-    *,
-    to: Annotated[str, typer.Option(help="coco, voc or yolo")],
-    link: Annotated[bool, typer.Option("--link", help="Hard links to the images instead of copies.")] = False,
+    source: _Source, target: _Target, *, to: Annotated[str, typer.Option(help="coco, voc or yolo")], link: _Link = False
 ) -> None:
     """Write a data set as COCO, Pascal VOC or YOLO.
 
@@ -178,13 +177,13 @@ def convert(
 
 @app.command()
 def split(
-    source: Annotated[Path, typer.Argument(help="Folder of the data set, or its data.yaml.", metavar="SRC")],
-    target: Annotated[Path, typer.Argument(help="Folder to make; nothing is overwritten.", metavar="DST")],
+    source: _Source,
+    target: _Target,
     *,
     val: Annotated[float, typer.Option(help="Share of the training images that becomes val.")] = 0.1,
     test: Annotated[float, typer.Option(help="Share of the training images that becomes test.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Of the choice.")] = 0,
-    link: Annotated[bool, typer.Option("--link", help="Hard links to the images instead of copies.")] = False,
+    link: _Link = False,
 ) -> None:
     """Write a data set as COCO with a val or test split cut from train.
 

@@ -113,24 +113,9 @@ def study(
     if commands:
         for planned in runs:
             results.print(planned.command(places.run(planned.key), device=device))
-    elif plan:
-        _plan(loaded, runs, places, measured)
-    else:
-        _run(loaded, file, runs, places, data_root=data_root, resume=resume, retry=retry, device=device, ray=ray)
-
-
-def _run(
-    study: Study,
-    file: Path,
-    runs: list[PlannedRun],
-    places: Places,
-    *,
-    data_root: Path,
-    resume: bool,
-    retry: bool,
-    device: str | None,
-    ray: str | None,
-) -> None:
+        return None
+    if plan:
+        return _plan(loaded, runs, places, measured)
     from paqdetr.files import read_text, write_text
     from paqdetr.outputs import require_free
     from paqdetr.study.datasets import prepare
@@ -147,21 +132,23 @@ def _run(
     for planned in runs:
         require_no_conflict(planned, places)
     write_text(places.study_file, read_text(file))
-    for name, data in study.data.items():
+    for name, data in loaded.data.items():
         with progress_bar(f"prepare {name}") as progress:
             prepare(data, cache=places.data, root=data_root, progress=progress)
     try:
-        with QueueProgress(study, runs) as events:
+        with QueueProgress(loaded, runs) as events:
             if ray is None:
-                done = run_queue(study, runs, places, device=device, retry=retry, events=events)
+                done = run_queue(loaded, runs, places, device=device, retry=retry, events=events)
             else:
                 address = None if ray == "local" else ray
-                done = run_queue_on_ray(study, runs, places, address=address, device=device, retry=retry, events=events)
+                done = run_queue_on_ray(
+                    loaded, runs, places, address=address, device=device, retry=retry, events=events
+                )
     except StudyInterrupted as stopped:
         raise interrupted("the state is saved", stopped.exit_code, resume=resume) from None
     for planned in done.failed:
         errors.print(f"failed: {planned.key}; see {places.log(planned.key)}")
-    _report(study, file, places, data_root)
+    _report(loaded, file, places, data_root)
     if done.failed:
         note("correct the cause, then continue with --resume --retry", "help", "bold")
         raise Ended(2)

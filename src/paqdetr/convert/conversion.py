@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,6 @@ from paqdetr.convert.mmdet import MMDET_DINO
 from paqdetr.convert.read import SourceFile, read_source
 from paqdetr.convert.relation_detr import RELATION_DETR
 from paqdetr.convert.target import (
-    ConversionReport,
-    Origin,
     Setting,
     class_rows,
     fill_model,
@@ -40,7 +38,63 @@ from paqdetr.convert.transformers import TRANSFORMERS
 from paqdetr.errors import CheckpointError, ConfigError
 from paqdetr.models import Detector
 from paqdetr.models.zoo import build_model
+from paqdetr.serialize import fields_of
 from paqdetr.text import shorten, some
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a tensor of the model comes from.
+
+    Attributes:
+        sources: the file's tensors it was made of.
+        note: how, where it is more than another name.
+    """
+
+    sources: tuple[str, ...]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """Every tensor of the file is in `kept`, `renamed` (among the sources) or `dropped`; every tensor of the model is in `kept`,
+    `renamed` or `fresh`.
+
+    Attributes:
+        source: the file or folder.
+        origin: the program it is of.
+        model: the name of the model it became.
+        settings: of the model, with their origins.
+        kept: tensors that keep their name.
+        renamed: our name -> what it was made of.
+        dropped: the file's name -> why it is not used.
+        fresh: our name -> why it starts anew.
+        notes: what else a user should know.
+    """
+
+    source: str
+    origin: str
+    model: str
+    settings: Mapping[str, Setting]
+    kept: tuple[str, ...] = ()
+    renamed: Mapping[str, Origin] = field(default_factory=dict)
+    dropped: Mapping[str, str] = field(default_factory=dict)
+    fresh: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def used(self) -> set[str]:
+        """The file's tensors that the model holds."""
+        return set(self.kept) | {source for origin in self.renamed.values() for source in origin.sources}
+
+    def counts(self) -> dict[str, int]:
+        """How many tensors of each kind."""
+        return {kind: len(getattr(self, kind)) for kind in ("kept", "renamed", "dropped", "fresh")}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for json."""
+        return fields_of(self)
+
 
 LAYOUTS: dict[str, Layout] = {
     "dino": DINO,
