@@ -7,8 +7,8 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from itertools import groupby
 from pathlib import Path
@@ -72,22 +72,22 @@ def render(heading: Heading, chapters: Sequence[Chapter]) -> str:
         ValueError: two parts of one model share a name, or a name is not fit to be one.
     """
     _require_names(chapters)
-    shown = [
-        {
-            "key": chapter.sections[0].key,
-            "title": chapter.sections[0].title,
-            "lead": shared,
-            "own_leads": own,
-            "paired": len(chapter.sections) > 1,
-            "rows": [[_shown(part, place) for place, part in enumerate(row)] for row in chapter.rows()],
-            "fold": chapter.sections[0].fold,
-        }
-        for chapter in chapters
-        for shared, own in (_leads(chapter.sections),)
-    ]
+    shown = []
+    for chapter in chapters:
+        first, (shared, own) = chapter.sections[0], _leads(chapter.sections)
+        rows = [[_shown(part, place) for place, part in enumerate(row)] for row in chapter.rows()]
+        shown.append({"key": first.key, "title": first.title, "fold": first.fold, "lead": shared, "own_leads": own})
+        shown[-1] |= {"paired": len(chapter.sections) > 1, "rows": rows}
     script = _resource("report.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return _template().render(
+    environment = Environment(
+        autoescape=True,
+        finalize=lambda value: printable(value) if type(value) is str else value,  # not what is marked safe
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.from_string(_resource("report.html.j2")).render(
         heading=heading,
         folds=[(fold, list(own)) for fold, own in groupby(shown, key=lambda chapter: chapter["fold"])],
         style=_resource("report.css"),
@@ -99,18 +99,20 @@ def render(heading: Heading, chapters: Sequence[Chapter]) -> str:
 
 def _require_names(chapters: Sequence[Chapter]) -> None:
     seen: set[tuple[int, str]] = set()
-    everything = [
-        (place, part)
-        for chapter in chapters
-        for place, section in enumerate(chapter.sections)
-        for part in section.parts
-    ]
-    for place, part in everything:
+    for place, part in _parts(chapters):
         if not part.name.isidentifier() or not part.name.isascii():
             raise ValueError(f"{part.name!r}: expected letters, digits and underscores")
         if (place, part.name) in seen:
             raise ValueError(f"{part.name!r}: two parts of one model have this name")
         seen.add((place, part.name))
+
+
+def _parts(chapters: Sequence[Chapter]) -> Iterator[tuple[int, Part]]:
+    """(0, or 1 for those of the second model, part)."""
+    for chapter in chapters:
+        for place, section in enumerate(chapter.sections):
+            for part in section.parts:
+                yield place, part
 
 
 def _leads(sections: Sequence[Section]) -> tuple[str, list[str]]:
@@ -120,17 +122,6 @@ def _leads(sections: Sequence[Section]) -> tuple[str, list[str]]:
     while all(len(own) > shared and own[shared] == sentences[0][shared] for own in sentences):
         shared += 1
     return " ".join(sentences[0][:shared]), [" ".join(own[shared:]) for own in sentences]
-
-
-def _template() -> Any:
-    environment = Environment(
-        autoescape=True,
-        finalize=lambda value: printable(value) if type(value) is str else value,  # not what is marked safe
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.from_string(_resource("report.html.j2"))
 
 
 def _resource(name: str) -> str:
@@ -189,7 +180,7 @@ def _shown(part: Part | None, place: int) -> dict[str, Any] | None:
 
 def data_file(part: Part, place: int) -> str | None:
     """Where the numbers behind a part are written, in the report's folder; None if it has none."""
-    if not isinstance(part, (Table, Findings)) and part.data is None:
+    if part.data is None:
         return None
     return f"data/{part.name}.json" if place == 0 else f"data/against/{part.name}.json"
 
@@ -249,20 +240,12 @@ def write_folder(output: Path, page: str, chapters: Sequence[Chapter]) -> None:
     with whole_folder(output, replace=True) as new:
         (new / "data").mkdir()
         (new / "index.html").write_text(page, encoding="utf-8")
-        for chapter in chapters:
-            for place, section in enumerate(chapter.sections):
-                for part in section.parts:
-                    name = data_file(part, place)
-                    if name is None:
-                        continue
-                    (new / name).parent.mkdir(exist_ok=True)
-                    data = {"rows": _rows(part)} if isinstance(part, (Table, Findings)) else part.data
-                    text = json.dumps({"caption": part.caption, "data": plain(data)}, indent=1)
-                    (new / name).write_text(text, encoding="utf-8")
-
-
-def _rows(part: Table | Findings) -> list[dict[str, Any]]:
-    return list(part.rows) if isinstance(part, Table) else [asdict(item) for item in part.items]
+        for place, part in _parts(chapters):
+            if (name := data_file(part, place)) is None:
+                continue
+            (new / name).parent.mkdir(exist_ok=True)
+            text = json.dumps({"caption": part.caption, "data": plain(part.data)}, indent=1)
+            (new / name).write_text(text, encoding="utf-8")
 
 
 def to_markdown(title: str, facts: Sequence[tuple[str, str]], sections: Sequence[Section], *, plots: str) -> str:

@@ -94,6 +94,10 @@ class Findings:
     items: tuple[Finding, ...]
     owner: str = ""
 
+    @property
+    def data(self) -> dict[str, Any]:
+        return {"rows": self.items}
+
 
 @dataclass(frozen=True, slots=True)
 class Tile:
@@ -166,6 +170,10 @@ class Table:
     caption: str
     columns: tuple[Column, ...]
     rows: tuple[dict[str, Any], ...]
+
+    @property
+    def data(self) -> dict[str, Any]:
+        return {"rows": self.rows}
 
 
 Part = Figure | Picture | Slides | Table | Findings | Gallery

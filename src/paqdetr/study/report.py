@@ -109,25 +109,22 @@ def _facts(runs: Runs, command: str) -> list[tuple[str, str]]:
     facts.append(("training time", f"{seconds / 3600:.1f} h in all, {study.threads} threads per run"))
     measured = f"{', '.join(study.evaluate.checkpoints)}, {study.evaluate.replicates} resamples of the images"
     facts.append(("measured", measured))
-    for what, keys in (
-        ("processor", ("machine", "processor")),
-        ("cores", ("machine", "cores")),
-        ("paqdetr", ("paqdetr",)),
-        ("commit", ("git",)),
-        ("Python", ("python",)),
-        ("torch", ("packages", "torch")),
-    ):
-        values = {str(value) for run in runs.done if (value := _provenance(run, *keys))}
-        if values:
-            facts.append((what, ", ".join(sorted(values))))
-    return facts
-
-
-def _provenance(run: RunResult, *keys: str) -> Any:
-    found: Any = run.provenance
-    for key in keys:
-        found = found.get(key) if isinstance(found, dict) else None
-    return found["commit"][:10] + (" (changed)" if found["changed"] else "") if keys == ("git",) and found else found
+    found: dict[str, set[str]] = {}
+    for run in runs.done:
+        own = run.provenance
+        machine, git, packages = (
+            part if isinstance(part := own.get(key), dict) else {} for key in ("machine", "git", "packages")
+        )
+        for what, value in (
+            ("processor", machine.get("processor")),
+            ("cores", machine.get("cores")),
+            ("paqdetr", own.get("paqdetr")),
+            ("commit", git and git["commit"][:10] + (" (changed)" if git["changed"] else "")),
+            ("Python", own.get("python")),
+            ("torch", packages.get("torch")),
+        ):
+            found.setdefault(what, set()).update([str(value)] if value else [])
+    return facts + [(what, ", ".join(sorted(values))) for what, values in found.items() if values]
 
 
 # ------------------------------------------------------------------------------------------------ chapters
@@ -182,32 +179,29 @@ def _planning(runs: Runs, decided: Sequence[Verdict]) -> list[Section]:
     return [Section("planning", "Seeds that are needed", lead, tuple(parts))]
 
 
-def _cost(runs: Runs, decided: Sequence[Verdict]) -> list[Section]:
-    return [Section("cost", "Cost", "What a training takes, and what the model does.", (cost_table(runs),))]
-
-
-def _all_runs(runs: Runs, decided: Sequence[Verdict]) -> list[Section]:
-    return [Section("runs", "Runs", "Every run, those that failed among them.", (run_table(runs),))]
-
-
-_Maker = Callable[[Runs, Sequence[Verdict]], list[Section]]
-CHAPTERS: tuple[_Maker, ...] = (_claims, _data_sets, _planning, _cost, _all_runs)
+CHAPTERS: tuple[Callable[[Runs, Sequence[Verdict]], list[Section]], ...] = (
+    _claims,
+    _data_sets,
+    _planning,
+    lambda runs, decided: [
+        Section("cost", "Cost", "What a training takes, and what the model does.", (cost_table(runs),))
+    ],
+    lambda runs, decided: [Section("runs", "Runs", "Every run, those that failed among them.", (run_table(runs),))],
+)
 
 
 # ------------------------------------------------------------------------------------------------ plots
 
 
 def _forest(runs: Runs, decided: Sequence[Verdict]) -> Figure:
-    signs = [" <" if runs.study.claims[verdict.claim].sign < 0 else "" for verdict in decided]
-    names = [f"{verdict.claim}{sign}, {verdict.data}" for verdict, sign in zip(decided, signs, strict=True)]
+    lower = {name for name, claim in runs.study.claims.items() if claim.sign < 0}
+    names = [f"{own.claim}{' <' if own.claim in lower else ''}, {own.data}" for own in decided]
     effects = [verdict.effect for verdict in decided if verdict.effect is not None]
     axes = new_axes(height=0.8 + 0.36 * len(names), x="difference: variant minus the other")
     low, high = zip(*(effect.interval for effect in effects), strict=True)
     bars(axes, names, [e.mean for e in effects], low=low, high=high, form="{:+.3f}")
     axes.axvline(0, color=INK, linewidth=0.8)
-    caption = (
-        "Variant minus the other, with intervals. For a claim marked with <, what lies left of zero speaks for it."
-    )
+    caption = "Variant minus the other, with intervals. For a claim marked with <, values left of zero support it."
     return plot_part(axes, name="effects", caption=caption, data=[verdict.to_json() for verdict in decided])
 
 

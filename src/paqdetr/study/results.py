@@ -35,7 +35,7 @@ class RunResult:
         settings: flat, as resolved.
         measure: what was measured: split, checkpoints, replicates, seed. Another wish means to measure again.
         images: of the split, and a hash of their ids: figures of runs with the same hash are of the same images.
-        figures: checkpoint -> name -> value in [0, 1], or a number an image; `per_class`, `queries` and `mistakes` are dicts,
+        figures: checkpoint -> name -> value in [0, 1], or a number per image; `per_class`, `queries` and `mistakes` are dicts,
             `layers` is a list of `StageFigures.to_json`.
         replicates: checkpoint -> name -> (R,) float64, the figure of each resample of the images, NaN where nothing defines it.
             The r-th resample is the same in all results with the same images and `measure`.
