@@ -238,7 +238,7 @@ def inside_sections(analysis: Analysis) -> tuple[Section, ...]:
 
 
 def _with_few_boxes(split: DetectionDataset, count: int) -> list[int]:
-    """Images with several boxes, but no more than can be told apart."""
+    """Images with several boxes, but not too many to distinguish."""
     boxes = np.array([len(split.labels(index)) for index in range(len(split))])
     fit = np.flatnonzero((boxes > 0) & (boxes <= _MOST_BOXES))
     if not len(fit):
@@ -293,13 +293,13 @@ def _inside_section(
 
 
 def _views(inside: Inside, targets: Targets, names: Sequence[str], number: int) -> list[Part]:
-    said = [f"{names[inside.labels[-1, q]]} {inside.scores[-1, q]:.2f}" for q in inside.chosen]
+    labels = [f"{names[inside.labels[-1, q]]} {inside.scores[-1, q]:.2f}" for q in inside.chosen]
     parts: list[Part] = [
         Slides(
             f"attention_{number}",
-            f"Decoder: where the queries that found {', '.join(said)} look. Boxes are those they come with into the layer.",
+            f"Decoder: where the queries that found {', '.join(labels)} look. Boxes are those they come with into the layer.",
             _layers(inside.decoder),
-            tuple(_attention(inside, k, said) for k in range(len(inside.decoder))),
+            tuple(_attention(inside, k, labels) for k in range(len(inside.decoder))),
             {"queries": inside.chosen, "layers": plain(inside.decoder, 4)},
         ),
         _refinement(inside, targets, names, number),
@@ -321,17 +321,17 @@ def _views(inside: Inside, targets: Targets, names: Sequence[str], number: int) 
     return parts
 
 
-def _attention(inside: Inside, layer: int, said: Sequence[str]) -> Image.Image:
+def _attention(inside: Inside, layer: int, labels: Sequence[str]) -> Image.Image:
     canvas = _canvas(inside, 0.35)
     for place in range(len(inside.chosen)):
         _dots(canvas, inside.decoder[layer], place, mark(place))
     for place, query in enumerate(inside.chosen):
         came = inside.boxes[layer - 1, query] if layer else inside.start[query]
         if len(came) == 4:
-            canvas.box(_corners(came), mark(place), label=said[place], width=1.2)
+            canvas.box(_corners(came), mark(place), label=labels[place], width=1.2)
         else:
             canvas.dots(came, mark(place), radii=6.0)
-            canvas.label(came, said[place], mark(place))
+            canvas.label(came, labels[place], mark(place))
     return canvas.picture()
 
 
@@ -367,8 +367,8 @@ def _refinement(inside: Inside, targets: Targets, names: Sequence[str], number: 
             if len(box) == 2:
                 canvas.dots(box, colour, radii=5.0)
                 continue
-            said = f"{names[inside.labels[step - 1, query]]} {inside.scores[step - 1, query]:.2f}" if step else ""
-            canvas.box(_corners(box), colour, label=said, width=1.2)
+            label = f"{names[inside.labels[step - 1, query]]} {inside.scores[step - 1, query]:.2f}" if step else ""
+            canvas.box(_corners(box), colour, label=label, width=1.2)
         images.append(canvas.picture())
     learned = "learned points" if inside.start.shape[-1] == 2 else "learned boxes"
     start = learned if inside.proposals is None or learned == "learned points" else "proposals"

@@ -358,7 +358,7 @@ def _one_image(model: ContentReport, split: DetectionDataset) -> list[Part | Non
 
 
 def _telling_image(samples: Samples) -> int:
-    """The image with the most categories, of these the one with the fewest boxes: much to tell apart, little clutter."""
+    """The image with the most categories, of these the one with the fewest boxes: many to distinguish, little clutter."""
     images = np.unique(samples.images)
     kinds = [len(np.unique(samples.categories[samples.images == image])) for image in images]
     boxes = [int((samples.images == image).sum()) for image in images]

@@ -65,7 +65,7 @@ class Semantics:
         samples: matched queries that were looked at.
         categories: that occur among them.
         permutations: of each shuffling.
-        measures: of `Measure`; empty if there are fewer than two categories or images, which nothing can be told from.
+        measures: of `Measure`; empty if there are fewer than two categories or images, of which nothing follows.
     """
 
     samples: int

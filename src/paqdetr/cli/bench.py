@@ -23,8 +23,8 @@ def bench(
     image_size: Annotated[
         int | None, typer.Option(min=64, max=8192, help="Side of the images, in pixels; 640, or a file's own.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, max=MAX_BATCH, help="Images that go through together.")] = 1,
-    rounds: Annotated[int, typer.Option(min=1, max=10_000, help="Calls that each median is of.")] = 5,
+    batch_size: Annotated[int, typer.Option(min=1, max=MAX_BATCH, help="Images per forward pass.")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, max=10_000, help="Timed calls per median.")] = 5,
     device: Device = None,
     json_file: JsonFile = None,
     overwrite: Overwrite = False,

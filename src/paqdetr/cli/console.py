@@ -73,18 +73,17 @@ Settings = Annotated[
     ),
 ]
 Device = Annotated[
-    str | None, machine_option(help="cpu, cuda, ...: the best there is if not given.", callback=require_known_device)
+    str | None,
+    machine_option(help="cpu, cuda, ...; a GPU, if there is one, if not given.", callback=require_known_device),
 ]
 Overwrite = Annotated[bool, output_option("--overwrite", help="Replace files that exist, whoever wrote them.")]
-Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of all random draws.")]
-BatchSize = Annotated[int, machine_option(min=1, max=MAX_BATCH, help="It changes the speed, never a figure.")]
+Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Random seed.")]
+BatchSize = Annotated[int, machine_option(min=1, max=MAX_BATCH, help="Images per forward pass; it changes no figure.")]
 Checkpoint = Annotated[Path, typer.Argument(help="A .safetensors file or a run's folder.", metavar="CHECKPOINT")]
 Data = Annotated[Path, data_option(help="Folder of the data set, or its data.yaml.")]
-Split = Annotated[str | None, data_option(help="train, val or test; val, or what there is instead, if not given.")]
+Split = Annotated[str | None, data_option(help="train, val or test; if not given val, or else the split there is.")]
 AutoBatch = Annotated[bool, typer.Option("--auto-batch", help="Take the largest batch that fits into memory.")]
-Resamples = Annotated[
-    int, figure_option(min=100, max=MAX_RESAMPLES, help="Resamples of the images behind an interval.")
-]
+Resamples = Annotated[int, figure_option(min=100, max=MAX_RESAMPLES, help="Bootstrap resamples of the images.")]
 Nms = Annotated[
     str | None,
     detection_option(metavar="IOU|none", help="Drop boxes that overlap a better one of their class by more than this."),
@@ -92,7 +91,9 @@ Nms = Annotated[
 TileSize = Annotated[
     int | None, detection_option("--tiles", metavar="PIXELS", help="Cut large images into tiles of this side.")
 ]
-Overlap = Annotated[float | None, detection_option(help="Of tiles, as a share of their side; 0.2 if not given.")]
+Overlap = Annotated[
+    float | None, detection_option(help="Overlap of tiles, as a share of their side; 0.2 if not given.")
+]
 WithWhole = Annotated[
     bool, detection_option("--with-whole", help="With --tiles: detect in the whole image as well, for large objects.")
 ]
@@ -226,7 +227,7 @@ class _PlainFormatter(logging.Formatter):
 
 
 class Ended(Exception):
-    """A verb has said what there is to say, and ends the program with this exit code."""
+    """A verb has reported its outcome, and ends the program with this exit code."""
 
     def __init__(self, code: int) -> None:
         super().__init__(code)

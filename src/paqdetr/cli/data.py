@@ -83,7 +83,7 @@ def check(
     workers: Annotated[
         int | None, typer.Option(min=1, max=MAX_WORKERS, help="Threads that decode; the number of cores if not given.")
     ] = None,
-    show: Annotated[int, typer.Option(min=0, help="Findings of a kind that are printed; --json has all.")] = 10,
+    show: Annotated[int, typer.Option(min=0, help="Findings per kind that are printed; --json has all.")] = 10,
     overwrite: Overwrite = False,
 ) -> None:
     """Read every image and annotation, and report what is wrong.
@@ -136,7 +136,7 @@ def preview(
     model: Annotated[str, typer.Option(help="The model, recipe or YAML file whose settings count.")] = "paq_dino_nano",
     output: Annotated[Path, typer.Option(help="PNG file to draw.")] = Path("preview.png"),
     split: Annotated[str, typer.Option(help="Split to show.")] = "train",
-    batches: Annotated[int, typer.Option(min=1, max=100, help="Batches, one a row.")] = 3,
+    batches: Annotated[int, typer.Option(min=1, max=100, help="Batches, one per row.")] = 3,
     epoch: Annotated[int, typer.Option(min=0, max=1_000_000, help="Epoch whose first batches are shown.")] = 0,
     overwrite: Overwrite = False,
 ) -> None:
@@ -182,7 +182,7 @@ def split(
     *,
     val: Annotated[float, typer.Option(help="Share of the training images that becomes val.")] = 0.1,
     test: Annotated[float, typer.Option(help="Share of the training images that becomes test.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the choice.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed.")] = 0,
     link: _Link = False,
 ) -> None:
     """Write a data set as COCO with a val or test split cut from train.

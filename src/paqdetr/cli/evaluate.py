@@ -128,19 +128,22 @@ def evaluate(
     ] = None,
     iou_type: Annotated[str, figure_option(help="bbox or segm; segm with results alone.")] = "bbox",
     intervals: Annotated[
-        bool, figure_option("--intervals", help="Say how far each figure depends on the choice of images.")
+        bool, figure_option("--intervals", help="Bootstrap interval of each figure, over the images.")
     ] = False,
     resamples: Resamples = 1000,
     seed: Seed = 0,
     max_detections: Annotated[
-        int, detection_option(min=1, max=10_000, help="Of one class that count in an image; more for crowded images.")
+        int,
+        detection_option(
+            min=1, max=10_000, help="Detections per class and image that count; raise it for crowded images."
+        ),
     ] = 100,
     results_out: Annotated[
         Path | None, output_option(help="Keep the model's detections in this file, as COCO results.")
     ] = None,
     json_file: JsonFile = None,
     batch_size: BatchSize = 4,
-    threshold: Annotated[float, detection_option(help="Leave out what scores less: AP of what users see at it.")] = 0.0,
+    threshold: Annotated[float, detection_option(help="Score threshold; AP is that of the detections above it.")] = 0.0,
     nms: Nms = None,
     tiles: TileSize = None,
     overlap: Overlap = None,

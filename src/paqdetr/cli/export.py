@@ -44,7 +44,10 @@ def export(
         Path | None, data_option(help="A data set for the check's pictures, and for int8.", metavar="DATA")
     ] = None,
     threshold: Annotated[
-        float | None, detection_option(min=0, max=1, help="Least score, in the metadata; that of the run's evaluation.")
+        float | None,
+        detection_option(
+            min=0, max=1, help="Score threshold in the metadata; that of the run's evaluation if not given."
+        ),
     ] = None,
     nms: Annotated[
         float | None, detection_option(min=0, max=1, help="IoU over which duplicates are dropped, in the metadata.")

@@ -23,7 +23,7 @@ def push(
     checkpoint: Checkpoint,
     repo: _Repo,
     *,
-    private: Annotated[bool, typer.Option("--private", help="For you alone, if it is new.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Create it as a private repository.")] = False,
     exported: Annotated[list[Path] | None, typer.Option("--with", help="Exported models that go along.")] = None,
     preview: Annotated[Path | None, typer.Option(help="A picture that is shown with detections drawn on it.")] = None,
     license: _License = None,

@@ -22,7 +22,9 @@ def models(
     height: Annotated[
         int,
         typer.Option(
-            min=32, max=16_384, help="Of the image whose FLOPs are shown, in pixels; another size is counted, slowly."
+            min=32,
+            max=16_384,
+            help="Height of the image whose FLOPs are shown, in pixels; other sizes are counted, slowly.",
         ),
     ] = _HEIGHT,
     width: Annotated[int, typer.Option(min=32, max=16_384)] = _WIDTH,

@@ -51,16 +51,16 @@ def predict(
     output: Annotated[str | None, output_option(help="Folder for the results; runs/predict-N if not given.")] = None,
     save: Annotated[str, output_option(help="Some of draw,coco,yolo,voc,crops,jsonl.")] = "draw,coco",
     threshold: Annotated[
-        float | None, detection_option(help="The least score, from 0 to 1; that of the run's evaluation, else 0.3.")
+        float | None, detection_option(help="Score threshold; if not given that of the run's evaluation, else 0.3.")
     ] = None,
     nms: Nms = None,
-    classes: Annotated[str | None, detection_option(help="Names of the only classes wanted, with commas.")] = None,
+    classes: Annotated[str | None, detection_option(help="Names of the classes to keep, separated by commas.")] = None,
     tiles: TileSize = None,
     overlap: Overlap = None,
     with_whole: WithWhole = False,
-    recursive: Annotated[bool, data_option("--recursive", help="Folders with all that is below them.")] = False,
-    every: Annotated[int, data_option(min=1, help="Of a video every so many frames.")] = 1,
-    max_frames: Annotated[int | None, data_option(min=1, help="The most frames of each video.")] = None,
+    recursive: Annotated[bool, data_option("--recursive", help="Search folders recursively.")] = False,
+    every: Annotated[int, data_option(min=1, help="Use every N-th frame of a video.")] = 1,
+    max_frames: Annotated[int | None, data_option(min=1, help="Frames per video at most.")] = None,
     batch_size: BatchSize = 1,
     annotations: Annotated[
         Path | None, data_option(help="COCO json with these images, whose image ids the results take.")

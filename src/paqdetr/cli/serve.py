@@ -23,11 +23,11 @@ def serve(
         str, machine_option(help="Address to listen on; 0.0.0.0 is every one of this machine.")
     ] = "127.0.0.1",
     port: Annotated[int, machine_option(min=0, max=65535, help="0 takes one that is free.")] = 8080,
-    max_batch: Annotated[int, limit_option(help="Images that go through the model together.")] = 8,
-    max_wait_ms: Annotated[float, limit_option(help="That the first of them waits for others.")] = 5.0,
-    queue: Annotated[int, limit_option(help="Images that may wait; further ones are refused.")] = 64,
-    max_mb: Annotated[float, limit_option(help="Of a request.")] = 20.0,
-    max_megapixels: Annotated[float, limit_option(help="Of an image, read from its header.")] = 50.0,
+    max_batch: Annotated[int, limit_option(help="Images per batch at most.")] = 8,
+    max_wait_ms: Annotated[float, limit_option(help="Longest wait for a batch to fill.")] = 5.0,
+    queue: Annotated[int, limit_option(help="Images that may queue; further ones are refused.")] = 64,
+    max_mb: Annotated[float, limit_option(help="Size of a request.")] = 20.0,
+    max_megapixels: Annotated[float, limit_option(help="Size of an image, read from its header.")] = 50.0,
     timeout: Annotated[float, limit_option(help="Seconds for a request to arrive, and for its answer.")] = 60.0,
     api_key_env: Annotated[
         str | None,

@@ -82,7 +82,7 @@ def study(
     report_only: Annotated[
         bool, typer.Option("--report-only", help="Write the report of what is there; run nothing.")
     ] = False,
-    retry: Annotated[bool, typer.Option("--retry", help="Run those that failed before once more.")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Run failed runs again.")] = False,
     measured: Annotated[
         Path | None, typer.Option(help="With --plan: a folder with results of other studies, to know times from.")
     ] = None,

@@ -219,7 +219,7 @@ def settle_heads(renamed: Renamed, *, layers: int, must_share: bool, where: str)
     Args:
         renamed: after `settle_names`; changed in place.
         layers: of the decoder.
-        must_share: the code has one head for all layers, so copies that differ are an error.
+        must_share: the code has one head for all layers, so heads that differ are an error.
         where: the file, for errors.
 
     Returns:

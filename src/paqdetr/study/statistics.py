@@ -1,4 +1,4 @@
-"""What a handful of seeds on one test set say about a figure: an interval that counts both, and what it could have seen.
+"""What a handful of seeds on one test set say about a figure: an interval that counts both, and what it could have detected.
 
 A difference between two variants has two sources of chance. Another seed would give another difference, and so would another
 test set. Seeds are few (2 to 10), images are shared by all seeds, and neither a t-interval over seeds (blind to the
@@ -32,7 +32,7 @@ from scipy.special import stdtrit
 from paqdetr.serialize import json_number
 
 POWER = 0.8
-"""How often an effect is to be seen that is called visible."""
+"""How often an effect that is called detectable is to be detected."""
 
 _MOST_SEEDS = 200
 _QUADRATURE = 400
@@ -101,7 +101,7 @@ class Estimate:
         return replace(self, values=(self.mean,) * count)
 
     def power(self, effect: float) -> float:
-        """How often a true effect of this size (away from 0, in one direction) is seen: 0 lies below the whole interval.
+        """How often a true effect of this size (away from 0, in one direction) is detected: 0 lies below the whole interval.
 
         S^2 is taken to be as it was found; its chance in a repetition is integrated over.
         """
@@ -116,7 +116,7 @@ class Estimate:
         return float(stats.norm.sf((half - effect) / self.standard_error).mean())
 
     def smallest_effect(self, power: float = POWER) -> float:
-        """The effect that so many seeds on these images see with this power; NaN with a single seed."""
+        """The effect that so many seeds on these images detect with this power; NaN with a single seed."""
         error = self.standard_error
         if math.isnan(error):
             return math.nan
@@ -127,7 +127,7 @@ class Estimate:
         return float(found)  # type: ignore[arg-type]
 
     def seeds_needed(self, effect: float, power: float = POWER) -> int | None:
-        """The fewest seeds with which this effect is seen; None if the images alone stand in the way of it.
+        """The fewest seeds with which this effect is detected; None if the images alone stand in the way of it.
 
         Raises:
             ValueError: there is a single seed, so that nothing is known of others.
