@@ -12,8 +12,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 from paqdetr.config import Config, idle_settings, load_config
 from paqdetr.errors import ConfigError, DataError, StorageError
-from paqdetr.files import Busy, acquire, remove_leftovers, write_whole
-from paqdetr.serialize import finite_rows, plain
+from paqdetr.files import Busy, acquire, remove_leftovers, write_text
+from paqdetr.serialize import finite_rows, flattened, plain
 from paqdetr.text import Summary, figure
 
 if TYPE_CHECKING:  # a run is looked at without torch
@@ -132,8 +132,7 @@ class Run(Summary):
     def write_config(self, config: Config) -> None:
         """Write the settings, whole or not at all, unless they are there, or are others of a run that has kept something."""
         if not self.config_file.exists() or (self.empty and not self._has(config)):
-            text = config.to_yaml()
-            write_whole(self.config_file, lambda path: path.write_text(text, encoding="utf-8"))
+            write_text(self.config_file, config.to_yaml())
 
     def _has(self, config: Config) -> bool:
         with suppress(ConfigError):
@@ -147,8 +146,7 @@ class Run(Summary):
         except (FileNotFoundError, ValueError):
             entries = []
         entries = entries if isinstance(entries, list) else []  # damaged: of use to a reader alone
-        text = json.dumps([*entries, entry], indent=1) + "\n"
-        write_whole(self.environment_file, lambda path: path.write_text(text, encoding="utf-8"))
+        write_text(self.environment_file, json.dumps([*entries, entry], indent=1) + "\n")
 
     def append(self, record: dict[str, Any]) -> None:
         """Add a record to metrics.jsonl, null in place of a number that is NaN or infinite.
@@ -289,7 +287,7 @@ def best_evaluation(records: Sequence[Record]) -> Record:
 
 def flat_settings(config: Config) -> dict[str, Any]:
     """Every setting by its dotted key, as json values."""
-    return _flat(config.model_dump(mode="json"))
+    return flattened(config.model_dump(mode="json"))
 
 
 def changed_settings(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
@@ -299,13 +297,6 @@ def changed_settings(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> lis
         for key, value in wanted.items()
         if key in found and key not in FREE_SETTINGS and plain(found[key]) != plain(value)
     ]
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def read_metrics(path: Path) -> list[Record]:

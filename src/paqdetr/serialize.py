@@ -48,6 +48,14 @@ def plain(value: Any, digits: int | None = None) -> Any:
     return json_number(value, digits) if isinstance(value, float) else value
 
 
+def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
 class Jsonable:
     """A dataclass whose `to_json` gives its fields by name, as `plain` has them, numbers to `json_digits` decimals if set."""
 

@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, Validati
 from paqdetr.config import known_keys, retired_keys
 from paqdetr.config.model import Section, lists_are_tuples
 from paqdetr.errors import ConfigError
+from paqdetr.serialize import flattened
 from paqdetr.text import did_you_mean
 from paqdetr.values import MAX_RESAMPLES, MAX_SEED
 from paqdetr.yaml_files import load_yaml
@@ -43,16 +44,6 @@ CLAIMED = (
 AP_nms - AP; and predictions that score over 0.3. Query-use views come on top as `queries.NAME`, whatever the runs have."""
 
 
-def _flat(value: Any, prefix: str = "") -> Any:
-    """Nested settings by their dotted keys: both forms mean the same."""
-    if not isinstance(value, Mapping):
-        return value
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        flat |= _flat(inner, f"{prefix}{key}.") if isinstance(inner, Mapping) else {f"{prefix}{key}": inner}
-    return flat
-
-
 def _known(settings: dict[str, Any]) -> dict[str, Any]:
     known, retired = known_keys(), retired_keys()  # kept studies have retired keys; a run with one is refused
     for key in settings:
@@ -77,7 +68,9 @@ def _distinct(seeds: tuple[int, ...]) -> tuple[int, ...]:
     return seeds
 
 
-Settings = Annotated[dict[str, Any], BeforeValidator(_flat), AfterValidator(_known)]
+# Nested settings and dotted keys mean the same.
+_Flat = BeforeValidator(lambda value: flattened(value) if isinstance(value, Mapping) else value)
+Settings = Annotated[dict[str, Any], _Flat, AfterValidator(_known)]
 Seeds = Annotated[
     tuple[Annotated[int, Field(ge=0, le=MAX_SEED)], ...],
     Field(min_length=1, max_length=1000),
