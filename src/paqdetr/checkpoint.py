@@ -300,8 +300,6 @@ def settings_to_add(old: ModelConfig, new: ModelConfig) -> list[str]:
     before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
     free = ModelConfig.with_role(Role.FREE)
     different = [key for key in before if before[key] != after[key] and key not in free]
-    return [f"model.{key}={_yaml(before[key])}" for key in different]
-
-
-def _yaml(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+    values = {key: before[key] for key in different}
+    texts = {key: v if isinstance(v, str) else json.dumps(v, separators=(",", ":")) for key, v in values.items()}
+    return [f"model.{key}={text}" for key, text in texts.items()]

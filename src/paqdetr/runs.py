@@ -131,13 +131,11 @@ class Run(Summary):
 
     def write_config(self, config: Config) -> None:
         """Write the settings, whole or not at all, unless they are there, or are others of a run that has kept something."""
-        if not self.config_file.exists() or (self.empty and not self._has(config)):
-            write_text(self.config_file, config.to_yaml())
-
-    def _has(self, config: Config) -> bool:
-        with suppress(ConfigError):
-            return load_config(self.config_file) == config
-        return False
+        if self.config_file.exists():
+            with suppress(ConfigError):
+                if not self.empty or load_config(self.config_file) == config:
+                    return
+        write_text(self.config_file, config.to_yaml())
 
     def add_environment(self, entry: dict[str, Any]) -> None:
         """Note what this start or resumption runs with."""

@@ -10,11 +10,11 @@ import numpy as np
 from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering
 from scipy.spatial.distance import pdist
 
-from paqdetr.analysis.semantics import SHUFFLES, Semantics, semantics
+from paqdetr.analysis.semantics import SHUFFLES, Semantics, semantics, unit_rows
 from paqdetr.analysis.subject import Analysis, model_column
 from paqdetr.data.dataset import DetectionDataset
 from paqdetr.drawing import Canvas, captioned, mark, tiled
-from paqdetr.evaluation.content import ContentStudy, Samples
+from paqdetr.evaluation.content import ContentStudy
 from paqdetr.report.plots import GREY, PALETTE, colour, heat_map, legend, new_axes, new_grid, plot_part
 from paqdetr.report.section import Column, Part, Picture, Section, make_table
 from paqdetr.serialize import plain
@@ -35,7 +35,7 @@ def cluster_order(rows: np.ndarray) -> np.ndarray:
 
 def pattern_cosines(patterns: np.ndarray) -> np.ndarray:
     """(m, m) cosines of (m, d) patterns."""
-    unit = patterns / np.maximum(np.linalg.norm(patterns, axis=1, keepdims=True), 1e-12)
+    unit = unit_rows(patterns)
     return unit @ unit.T
 
 
@@ -325,7 +325,10 @@ def _one_image(model: ContentReport, split: DetectionDataset) -> list[Part | Non
     samples = study.samples
     if samples.weights is None or not len(samples):
         return []
-    chosen = _telling_image(samples)
+    # Of the images with the most categories the one with the fewest boxes: many to distinguish, little clutter.
+    images = np.unique(samples.images).tolist()
+    kinds = [samples.categories[samples.images == image] for image in images]
+    chosen = min(zip(images, kinds, strict=True), key=lambda one: (-len(np.unique(one[1])), len(one[1])))[0]
     own = samples.rows(samples.images == chosen)
     assert own.weights is not None
     own = own.rows(np.argsort(own.categories, kind="stable")[:12])
@@ -355,11 +358,3 @@ def _one_image(model: ContentReport, split: DetectionDataset) -> list[Part | Non
     caption = "What these queries were mixed from: weights of the patterns that are largest in any of them."
     mixed = plot_part(axes, name="mixtures", caption=caption, data=data)
     return [picture, mixed]
-
-
-def _telling_image(samples: Samples) -> int:
-    """The image with the most categories, of these the one with the fewest boxes: many to distinguish, little clutter."""
-    images = np.unique(samples.images)
-    kinds = [len(np.unique(samples.categories[samples.images == image])) for image in images]
-    boxes = [int((samples.images == image).sum()) for image in images]
-    return int(images[np.lexsort((np.asarray(boxes), -np.asarray(kinds)))[0]])

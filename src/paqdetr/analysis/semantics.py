@@ -167,7 +167,7 @@ def clusters(content: np.ndarray, count: int, *, seed: int = 0) -> np.ndarray:
     """(P,) k-means clusters of (P, d) content by direction, at most `count` and never more than there are different rows."""
     from sklearn.cluster import KMeans
 
-    unit = _unit(content)
+    unit = unit_rows(content)
     count = min(count, len(np.unique(unit.round(6), axis=0)))
     return KMeans(count, n_init=4, random_state=seed).fit_predict(unit)  # pyright: ignore[reportArgumentType]
 
@@ -188,7 +188,7 @@ def purity(content: np.ndarray, images: np.ndarray, labels: np.ndarray) -> Stati
 
 def neighbours(content: np.ndarray, images: np.ndarray) -> csr_array:
     """(P, P), row i: the nearest of other images, each with an equal share of 1."""
-    unit, size = _unit(content), 512
+    unit, size = unit_rows(content), 512
     rows, columns, shares = [], [], []
     for start in range(0, len(unit), size):
         cosine = unit[start : start + size] @ unit.T
@@ -202,7 +202,8 @@ def neighbours(content: np.ndarray, images: np.ndarray) -> csr_array:
     return csr_array((np.concatenate(shares), places), shape=(len(unit), len(unit)))
 
 
-def _unit(content: np.ndarray) -> np.ndarray:
+def unit_rows(content: np.ndarray) -> np.ndarray:
+    """(N, d) rows at length 1, in float64."""
     values = content.astype(np.float64)
     return values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-12)
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from paqdetr.cli.console import Device, JsonFile, Model, OutputFiles, Overwrite, Settings, progress_bar, results, table
 from paqdetr.errors import ConfigError
@@ -49,7 +48,13 @@ def bench(
             timed = bench_files(
                 names, image_size=image_size, batch_size=batch_size, rounds=rounds, device=device, progress=progress
             )
-        results.print(_files_table(timed, base=names[-1]))
+        threads = timed["machine"]["threads"]
+        title = f"Inference, batches of {batch_size}, {threads} threads. Milliseconds: median, fastest and slowest of {rounds}."
+        made = table(title, ("model", "run by", "size"), _TIMES)
+        for name, row in timed["inference"].items():
+            size = "x".join(map(str, timed["image_size"][name]))
+            made.add_row(name, timed["engine"][name], size, *_columns(row, is_base=name == names[-1]))
+        results.print(made)
         files.write("json", timed)
         return
     image_size, overrides = image_size or 640, parse_overrides(settings or [])
@@ -99,16 +104,6 @@ def _is_file(model: str) -> bool:
     from paqdetr.loading import is_exported
 
     return is_exported(model) or model.endswith(".safetensors") or Path(model).is_dir()
-
-
-def _files_table(timed: dict[str, Any], *, base: str) -> Table:
-    batch, rounds, threads = timed["batch_size"], timed["rounds"], timed["machine"]["threads"]
-    title = f"Inference, batches of {batch}, {threads} threads. Milliseconds: median, fastest and slowest of {rounds}."
-    made = table(title, ("model", "run by", "size"), _TIMES)
-    for name, row in timed["inference"].items():
-        size = "x".join(map(str, timed["image_size"][name]))
-        made.add_row(name, timed["engine"][name], size, *_columns(row, is_base=name == base))
-    return made
 
 
 def _columns(row: dict[str, Any], *, is_base: bool) -> list[str]:

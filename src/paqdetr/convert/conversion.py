@@ -224,15 +224,16 @@ def _finish(
     fit_heads(renamed, config)
     fit_queries(renamed, config, known["queries"].value)
     fresh = fill_model(detector, renamed, config, known, partial=partial, where=where)
+    settings = {}
+    for key in ModelConfig.model_fields:
+        if key in known or (model is not None and key in ModelConfig.with_role(Role.QUERIES)):
+            setting = Setting(getattr(config, key), f"model {model}" if model else "default")
+            settings[key] = known[key] if key in known and known[key].value == setting.value else setting
     return ConversionReport(
         source=where,
         origin=OWN,
         model=detector.name,
-        settings={
-            key: Setting(getattr(config, key), _origin(key, config, known, model))
-            for key in ModelConfig.model_fields
-            if key in known or (model is not None and key in ModelConfig.with_role(Role.QUERIES))
-        },
+        settings=settings,
         kept=tuple(key for key, names in renamed.sources.items() if names == (key,)),
         renamed={
             key: Origin(names, renamed.notes.get(key, "")) for key, names in renamed.sources.items() if names != (key,)
@@ -284,9 +285,3 @@ def _label_names(hints: Mapping[str, Any], where: str) -> dict[int, str] | None:
         )
     names = {int(row): str(name) for row, name in labels.items()}
     return None if all(name == f"LABEL_{row}" for row, name in names.items()) else names
-
-
-def _origin(key: str, config: ModelConfig, known: Mapping[str, Setting], model: str | None) -> str:
-    if key in known and known[key].value == getattr(config, key):
-        return known[key].known_from
-    return f"model {model}" if model else "default"

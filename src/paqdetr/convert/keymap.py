@@ -167,7 +167,11 @@ def apply_rules(rules: Iterable[Rule], tensors: Mapping[str, Tensor], *, where: 
         while rule is not None and match is not None and rule.twin is not None:
             twin = _fill(rule.twin, match)
             if twin in tensors:
-                _require_equal(key, tensor, twin, tensors[twin], where)
+                if tensor.shape != tensors[twin].shape or not torch.equal(tensor, tensors[twin]):
+                    raise CheckpointError(
+                        f"{where}: {key} and {twin} are two names of one tensor, but hold different values",
+                        "the file was edited or is damaged; use the one its program wrote",
+                    )
                 result.dropped[key] = f"the same tensor as {twin}, verified equal"
                 rule = None
                 break
@@ -219,14 +223,6 @@ def _fill(template: str, match: re.Match[str]) -> str:
         return str(_ARITHMETIC[name](int(groups[name.strip("2+-1")])))
 
     return re.sub(r"\{([\w+-]+)\}", value, template)
-
-
-def _require_equal(key: str, tensor: Tensor, twin: str, other: Tensor, where: str) -> None:
-    if tensor.shape != other.shape or not torch.equal(tensor, other):
-        raise CheckpointError(
-            f"{where}: {key} and {twin} are two names of one tensor, but hold different values",
-            "the file was edited or is damaged; use the one its program wrote",
-        )
 
 
 def _assemble(result: Renamed, target: str, slot: dict[tuple[int, int], tuple[str, Tensor]], where: str) -> None:

@@ -165,7 +165,11 @@ def _shown(part: Part | None, place: int) -> dict[str, Any] | None:
         shown["wide"] = len(part.columns) > _FITS_A_HALF
         shown["columns"] = part.columns
         shown["rows"] = [
-            [{"text": written(row.get(c.key), c), "value": _sorted_by(row.get(c.key))} for c in part.columns]
+            [
+                {"text": written(v, c), "value": "" if _missing(v) else str(v)}
+                for c in part.columns
+                for v in (row.get(c.key),)
+            ]
             for row in part.rows
         ]
     elif isinstance(part, Slides):
@@ -185,9 +189,13 @@ def data_file(part: Part, place: int) -> str | None:
     return f"data/{part.name}.json" if place == 0 else f"data/against/{part.name}.json"
 
 
+def _missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and not math.isfinite(value))
+
+
 def written(value: Any, column: Column) -> str:
     """A value as a table shows it."""
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+    if _missing(value):
         return "\N{EN DASH}"
     if column.kind == "text":
         return str(value)
@@ -203,12 +211,6 @@ def written(value: Any, column: Column) -> str:
     if column.kind == "difference":
         return f"{number:+.3f}"
     return f"{number:.3f}" if abs(number) < 10 else f"{number:.4g}"
-
-
-def _sorted_by(value: Any) -> str:
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return ""
-    return str(value)
 
 
 def require_report_place(output: Path) -> None:
@@ -271,7 +273,9 @@ def to_table(table: Table) -> str:
     columns = table.columns
     lines = [[column.heading for column in columns]]
     lines.append(["---" if column.kind == "text" else "---:" for column in columns])
-    lines += [[_cell(written(row.get(column.key), column)) for column in columns] for row in table.rows]
+    for row in table.rows:
+        cells = (written(row.get(column.key), column) for column in columns)
+        lines.append([cell.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ") for cell in cells])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -281,7 +285,3 @@ def write_plots(sections: Sequence[Section], folder: Path) -> None:
         for part in section.parts:
             if isinstance(part, Figure):
                 write_text(folder / f"{part.name}.svg", part.svg)
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")

@@ -193,7 +193,10 @@ def run_queue(
             busy = [(number, planned) for number, planned in waiting if not queue.attempt(planned, number)]
             if busy:
                 queue.events.on_wait(busy[0][1])
-                _sleep(queue.stop)
+                end = time.monotonic() + _WAIT
+                while time.monotonic() < end:
+                    raise_if_stopped(queue.stop)
+                    time.sleep(0.1)
             waiting = busy
     return queue.done
 
@@ -378,10 +381,3 @@ def _note_cost(run: Run, ended: Ended, threads: int) -> None:
         row = {"seconds": round(ended.seconds, 1), "cpu_seconds": ended.cpu_seconds, "threads": threads}
         with (run.output / "sessions.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-
-
-def _sleep(stop: StopRequest) -> None:
-    end = time.monotonic() + _WAIT
-    while time.monotonic() < end:
-        raise_if_stopped(stop)
-        time.sleep(0.1)

@@ -119,7 +119,11 @@ class Runs:
         chosen = self.checkpoint
         if its is not None:
             for one, other in zip(mine, its, strict=True):
-                _require_same_images(one, other)
+                if one.images != other.images or one.measure != other.measure:
+                    raise DataError(
+                        f"{one.key} and {other.key}: were measured on other images or resamples",
+                        "measure them again: `paqdetr study --resume` with the data of both",
+                    )
         values = _numbers([run.figure(figure, chosen) for run in mine])
         replicates = _stacked([run.replicate(figure, chosen) for run in mine])
         if its is not None:
@@ -154,14 +158,6 @@ def verdicts(runs: Runs) -> list[Verdict]:
         missing = tuple(sorted(wanted - there))
         found.append(Verdict(name, data, against, effect, claim.bound, p, outcome, over_images, missing))
     return found
-
-
-def _require_same_images(one: RunResult, other: RunResult) -> None:
-    if one.images != other.images or one.measure != other.measure:
-        raise DataError(
-            f"{one.key} and {other.key}: were measured on other images or resamples",
-            "measure them again: `paqdetr study --resume` with the data of both",
-        )
 
 
 def _require_same_measure(study: Study, result: RunResult) -> None:
