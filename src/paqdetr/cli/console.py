@@ -12,17 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import rich.progress as bars
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
@@ -363,18 +355,25 @@ def print_columns(rows: Sequence[Sequence[str]], *, right: Collection[int] = ())
         results.print("  ".join(cells).rstrip())
 
 
-def live_bars(*more: ProgressColumn) -> Progress:
+def live_bars(*more: bars.ProgressColumn) -> bars.Progress:
     """Bars on standard error, each with a field `figures`, and with more columns at their end. Silent where nobody watches."""
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
-    figures = TextColumn("{task.fields[figures]}")
-    return Progress(*columns, figures, TimeElapsedColumn(), *more, console=errors, disable=not errors.is_terminal)
+    columns = (bars.TextColumn("{task.description}"), bars.BarColumn(bar_width=24), bars.MofNCompleteColumn())
+    figures = bars.TextColumn("{task.fields[figures]}")
+    return bars.Progress(
+        *columns, figures, bars.TimeElapsedColumn(), *more, console=errors, disable=not errors.is_terminal
+    )
 
 
 @contextmanager
 def progress_bar(what: str) -> Iterator[Callable[[int, int | None], None]]:
     """A bar on standard error; the function takes (done, total). Silent where nobody watches."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
+    columns = (
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        bars.TimeRemainingColumn(),
+    )
+    with bars.Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
         task = progress.add_task(what, total=None)
 
         def update(done: int, total: int | None) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from paqdetr.checkpoint import describe_checkpoint, find_checkpoint, is_own, read_checkpoint
 from paqdetr.config import ModelConfig
 from paqdetr.config.model import Role, problem_of
+from paqdetr.convert import target
 from paqdetr.convert.classes import class_slots
 from paqdetr.convert.co_detr import CO_DETR
 from paqdetr.convert.ddq import DDQ
@@ -21,19 +22,7 @@ from paqdetr.convert.keymap import Layout, Renamed, apply_rules, coverage
 from paqdetr.convert.mmdet import MMDET_DINO
 from paqdetr.convert.read import SourceFile, read_source
 from paqdetr.convert.relation_detr import RELATION_DETR
-from paqdetr.convert.target import (
-    Setting,
-    class_rows,
-    fill_model,
-    fit_heads,
-    fit_queries,
-    infer_settings,
-    settle_classes,
-    settle_heads,
-    settle_names,
-    settle_scale,
-    target_config,
-)
+from paqdetr.convert.target import Setting
 from paqdetr.convert.transformers import TRANSFORMERS
 from paqdetr.errors import CheckpointError, ConfigError
 from paqdetr.models import Detector
@@ -164,29 +153,22 @@ def convert_checkpoint(
     renamed = apply_rules(layout.rules, file.tensors, where=where)
     if renamed.unknown and (not partial or not renamed.tensors):
         raise _unknown(renamed, file, origin, where)
-    settle_names(renamed, layout, where=where)
-    known = infer_settings(renamed, layout, file.hints, given, where=where)
-    settle_scale(renamed, layers=known["decoder_layers"].value)
-    shared = settle_heads(
-        renamed,
-        layers=known["decoder_layers"].value,
-        must_share=not known.get("box_refinement", Setting(True, "")).value,
-        where=where,
-    )
+    target.settle_names(renamed, layout)
+    known = target.infer_settings(renamed, layout, file.hints, given)
+    layers, refined = known["decoder_layers"].value, known.get("box_refinement", Setting(True, "")).value
+    target.settle_scale(renamed, layers=layers)
+    shared = target.settle_heads(renamed, layers=layers, must_share=not refined)
     known.setdefault("share_heads", Setting(shared, "tensors"))
-    slots = class_slots(
-        class_rows(renamed.tensors, where=where),
-        given=None if classes is None else str(classes),
-        names=_label_names(file.hints, where),
-        where=where,
-    )
+    wanted = None if classes is None else str(classes)
+    rows, names = target.class_rows(renamed), _label_names(file.hints, where)
+    slots = class_slots(rows, given=wanted, names=names, where=where)
     agnostic = bool(known.get("class_agnostic_proposals", Setting(False, "")).value)
-    settle_classes(renamed, slots, agnostic=agnostic)
+    target.settle_classes(renamed, slots, agnostic=agnostic)
     known["num_classes"] = Setting(len(slots.table), slots.note)
 
-    config = target_config(known, model, given, {**layout.preprocessing, **overrides}, where)
+    config = target.target_config(known, model, given, {**layout.preprocessing, **overrides}, where)
     detector = build_model(config, classes=slots.table)
-    report = _finish(detector, renamed, known, model, partial=partial, where=where)
+    report = _finish(detector, renamed, known, model, partial=partial)
     labels = report.renamed.get("denoising.label_embed.weight")
     if labels is not None and "start anew" in labels.note:
         file.notes.append(f"labels of denoising: {labels.note}")
@@ -209,28 +191,28 @@ def _from_own(
     known = {key: Setting(getattr(old.model, key), "header of the file") for key in ModelConfig.model_fields}
     known |= {key: Setting(value, "given") for key, value in given.items()}
     sizes = preprocessing.settings() | dict(overrides)
-    config = target_config(known, model, given, sizes, where, name=old.name)
+    config = target.target_config(known, model, given, sizes, where, name=old.name)
     detector = build_model(config, classes=table)
-    renamed = Renamed(tensors=dict(tensors), sources={key: (key,) for key in tensors})
-    report = _finish(detector, renamed, known, model, partial=partial, where=where)
+    renamed = Renamed(tensors=dict(tensors), sources={key: (key,) for key in tensors}, where=where)
+    report = _finish(detector, renamed, known, model, partial=partial)
     return detector.eval(), report
 
 
 def _finish(
-    detector: Detector, renamed: Renamed, known: Mapping[str, Setting], model: str | None, *, partial: bool, where: str
+    detector: Detector, renamed: Renamed, known: Mapping[str, Setting], model: str | None, *, partial: bool
 ) -> ConversionReport:
-    """Fit the tensors to the model, fill it, and say what became of them."""
+    """Fit the tensors to the model, fill it, and account for them."""
     config = detector.config
-    fit_heads(renamed, config)
-    fit_queries(renamed, config, known["queries"].value)
-    fresh = fill_model(detector, renamed, config, known, partial=partial, where=where)
+    target.fit_heads(renamed, config)
+    target.fit_queries(renamed, config, known["queries"].value)
+    fresh = target.fill_model(detector, renamed, known, partial=partial)
     settings = {}
     for key in ModelConfig.model_fields:
         if key in known or (model is not None and key in ModelConfig.with_role(Role.QUERIES)):
             setting = Setting(getattr(config, key), f"model {model}" if model else "default")
             settings[key] = known[key] if key in known and known[key].value == setting.value else setting
     return ConversionReport(
-        source=where,
+        source=renamed.where,
         origin=OWN,
         model=detector.name,
         settings=settings,

@@ -107,6 +107,7 @@ class Renamed:
         notes: our name -> how, where it was more than renaming.
         dropped: source -> why.
         unknown: sources that no rule knows.
+        where: the file, for errors.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -114,6 +115,7 @@ class Renamed:
     notes: dict[str, str] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
+    where: str = ""
 
     @property
     def all_sources(self) -> set[str]:
@@ -159,7 +161,7 @@ def apply_rules(rules: Iterable[Rule], tensors: Mapping[str, Tensor], *, where: 
             ours is made of several sources and some are missing.
     """
     rules = tuple(rules)
-    result = Renamed()
+    result = Renamed(where=where)
     parts: dict[str, dict[tuple[int, int], tuple[str, Tensor]]] = {}
     for key, tensor in tensors.items():
         rule, match = _find(rules, key)
@@ -196,7 +198,7 @@ def apply_rules(rules: Iterable[Rule], tensors: Mapping[str, Tensor], *, where: 
             if piece.take is not None:
                 result.notes[target] = piece.take.name
     for target, slot in parts.items():
-        _assemble(result, target, slot, where)
+        _assemble(result, target, slot)
     return result
 
 
@@ -225,14 +227,14 @@ def _fill(template: str, match: re.Match[str]) -> str:
     return re.sub(r"\{([\w+-]+)\}", value, template)
 
 
-def _assemble(result: Renamed, target: str, slot: dict[tuple[int, int], tuple[str, Tensor]], where: str) -> None:
+def _assemble(result: Renamed, target: str, slot: dict[tuple[int, int], tuple[str, Tensor]]) -> None:
     """One of ours from its parts, all of which have to be there."""
     ordered = sorted(slot.items())
     count = ordered[0][0][1]
     if len(ordered) != count:
         names = ", ".join(key for _, (key, _) in ordered)
         raise CheckpointError(
-            f"{where}: {target} is made of {count} tensors, and only {names} is there",
+            f"{result.where}: {target} is made of {count} tensors, and only {names} is there",
             "the file is incomplete; use the one its program wrote",
         )
     result.sources[target] = tuple(key for _, (key, _) in ordered)

@@ -129,21 +129,13 @@ def fit_queries(renamed: Renamed, config: ModelConfig, kind: str) -> None:
             renamed.change(key, half, note)
 
 
-def fill_model(
-    detector: Detector,
-    renamed: Renamed,
-    config: ModelConfig,
-    known: Mapping[str, Setting],
-    *,
-    partial: bool,
-    where: str,
-) -> dict[str, str]:
+def fill_model(detector: Detector, renamed: Renamed, known: Mapping[str, Setting], *, partial: bool) -> dict[str, str]:
     """Put the tensors into the model.
 
     Returns:
         tensors of the model that start anew, and why.
     """
-    own = detector.state_dict()
+    own, queries = detector.state_dict(), detector.config.queries
     fresh: dict[str, str] = {}
     missing, misfit = [], []
     for key, value in own.items():
@@ -155,8 +147,8 @@ def fill_model(
             fresh[key] = f"the file has shape {tuple(tensor.shape)}"
         elif key.endswith("num_batches_tracked"):
             fresh[key] = "a counter that frozen norms do not keep"
-        elif key.startswith("query_source.") and config.queries != known["queries"].value:
-            fresh[key] = f"{config.queries} instead of the file's {known['queries'].value} queries"
+        elif key.startswith("query_source.") and queries != known["queries"].value:
+            fresh[key] = f"{queries} instead of the file's {known['queries'].value} queries"
         elif key.startswith(TRAINING_ONLY):
             fresh[key] = "a part of training alone that the file does not have"
         else:
@@ -169,7 +161,7 @@ def fill_model(
     for problem, keys in problems.items():
         if keys and not partial:
             raise CheckpointError(
-                f"{where}: for a {detector.name} it {problem} {some(keys)}",
+                f"{renamed.where}: for a {detector.name} it {problem} {some(keys)}",
                 "correct the settings given, or start those parts anew with --partial",
             )
     for key in [*left, *(key for key in fresh if key in renamed.tensors)]:
@@ -186,7 +178,7 @@ def fill_model(
 _HEADS = ("class_head", "box_head")
 
 
-def settle_names(renamed: Renamed, layout: Layout, *, where: str) -> None:
+def settle_names(renamed: Renamed, layout: Layout) -> None:
     """Give levels, stage norms and heads their final names, in place.
 
     Raises:
@@ -203,7 +195,7 @@ def settle_names(renamed: Renamed, layout: Layout, *, where: str) -> None:
         dense = "hybrid_heads.class_heads.0.weight" in renamed.tensors
         if found and max(found) > layers + dense:
             raise CheckpointError(
-                f"{where}: {layers} decoder layers, but {max(found) + 1} heads ({kind})",
+                f"{renamed.where}: {layers} decoder layers, but {max(found) + 1} heads ({kind})",
                 "the file is incomplete or of a variant that cannot be built",
             )
         for key in [key for key in renamed.tensors if key.startswith(f"{kind}.")]:
@@ -213,14 +205,13 @@ def settle_names(renamed: Renamed, layout: Layout, *, where: str) -> None:
             renamed.rename(key, f"{home}.{rest}")
 
 
-def settle_heads(renamed: Renamed, *, layers: int, must_share: bool, where: str) -> bool:
+def settle_heads(renamed: Renamed, *, layers: int, must_share: bool) -> bool:
     """Find out whether decoder layers share their heads, and keep one copy if they do.
 
     Args:
         renamed: after `settle_names`; changed in place.
         layers: of the decoder.
         must_share: the code has one head for all layers, so heads that differ are an error.
-        where: the file, for errors.
 
     Returns:
         whether class and box heads are both shared.
@@ -233,8 +224,8 @@ def settle_heads(renamed: Renamed, *, layers: int, must_share: bool, where: str)
         different = [index for index in indices[1:] if not _equal(first, _below(renamed.tensors, f"{home}.{index}."))]
         if must_share and different:
             raise CheckpointError(
-                f"{where}: its {len(indices)} {kind}s are one and the same in its program, but number {different[0]} differs "
-                "from number 0",
+                f"{renamed.where}: its {len(indices)} {kind}s are one and the same in its program, but number {different[0]} "
+                "differs from number 0",
                 "the file was edited or is damaged; use the one its program wrote",
             )
         shared[kind] = not different
@@ -261,7 +252,7 @@ def settle_scale(renamed: Renamed, *, layers: int) -> None:
 
 
 def infer_settings(
-    renamed: Renamed, layout: Layout, hints: Mapping[str, Any], given: Mapping[str, Any], *, where: str
+    renamed: Renamed, layout: Layout, hints: Mapping[str, Any], given: Mapping[str, Any]
 ) -> dict[str, Setting]:
     """Settings of the model that the tensors are of, each with its origin.
 
@@ -270,6 +261,7 @@ def infer_settings(
     Raises:
         CheckpointError: shapes contradict one another, or the file's arguments name something that we cannot build.
     """
+    where = renamed.where
     _require(layout, hints, where)
     settings = {
         key: Setting(value, f"code of {layout.title}")
@@ -325,12 +317,12 @@ def settle_classes(renamed: Renamed, slots: ClassSlots, *, agnostic: bool) -> No
             renamed.change(key, tensor[index].clone(), note)
 
 
-def class_rows(tensors: Mapping[str, Tensor], *, where: str) -> int:
+def class_rows(renamed: Renamed) -> int:
     """Rows of the class heads."""
     key = "decoder.class_heads.0.weight"
-    if key not in tensors:
-        raise CheckpointError(f"{where}: no class head", "give a checkpoint of a whole detector")
-    return tensors[key].shape[0]
+    if key not in renamed.tensors:
+        raise CheckpointError(f"{renamed.where}: no class head", "give a checkpoint of a whole detector")
+    return renamed.tensors[key].shape[0]
 
 
 def _settle_levels(renamed: Renamed, layout: Layout) -> None:
