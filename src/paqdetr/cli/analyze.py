@@ -8,40 +8,29 @@ from typing import Annotated
 
 import typer
 
-from paqdetr.cli.console import (
-    BatchSize,
-    Checkpoint,
-    Data,
-    Device,
-    Seed,
-    Split,
-    figure_option,
-    note_unfinished,
-    output_option,
-    progress_bar,
-    results,
-)
+from paqdetr.cli import options
+from paqdetr.cli.console import note_unfinished, progress_bar, results
 from paqdetr.text import figure
 from paqdetr.values import MAX_RESAMPLES
 
 
 def analyze(
-    checkpoint: Checkpoint,
+    checkpoint: options.Checkpoint,
     *,
-    data: Data,
-    output: Annotated[Path, output_option(help="Folder for the report; an earlier report is replaced.")],
-    split: Split = None,
+    data: options.Data,
+    output: Annotated[Path, options.output(help="Folder for the report; an earlier report is replaced.")],
+    split: options.Split = None,
     against: Annotated[
         Path | None, typer.Option(help="Another checkpoint or run's folder, shown side by side.")
     ] = None,
     images: Annotated[int, typer.Option(min=1, max=1000, help="Images of the gallery, the worst first.")] = 24,
     resamples: Annotated[
         int,
-        figure_option(min=1, max=MAX_RESAMPLES, help="Resamples behind the intervals, shufflings behind the tests."),
+        options.figures(min=1, max=MAX_RESAMPLES, help="Resamples behind the intervals, shufflings behind the tests."),
     ] = 1000,
-    seed: Seed = 0,
-    batch_size: BatchSize = 4,
-    device: Device = None,
+    seed: options.Seed = 0,
+    batch_size: options.BatchSize = 4,
+    device: options.Device = None,
 ) -> None:
     """Write one HTML page on what a detector does well and badly."""
     from paqdetr.data.layout import find_split, split_to_evaluate

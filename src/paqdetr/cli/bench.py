@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from paqdetr.cli.console import Device, JsonFile, Model, OutputFiles, Overwrite, Settings, progress_bar, results, table
+from paqdetr.cli import options
+from paqdetr.cli.console import OutputFiles, progress_bar, results, table
 from paqdetr.errors import ConfigError
 from paqdetr.values import MAX_BATCH
 
@@ -15,8 +16,8 @@ _TIMES = ("median", "fastest", "slowest", "times faster")
 
 
 def bench(
-    model: Model,
-    settings: Settings = None,
+    model: options.Model,
+    settings: options.Settings = None,
     *,
     against: Annotated[str | None, typer.Option(help="Another model to compare with.")] = None,
     image_size: Annotated[
@@ -24,9 +25,9 @@ def bench(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, max=MAX_BATCH, help="Images per forward pass.")] = 1,
     rounds: Annotated[int, typer.Option(min=1, max=10_000, help="Timed calls per median.")] = 5,
-    device: Device = None,
-    json_file: JsonFile = None,
-    overwrite: Overwrite = False,
+    device: options.Device = None,
+    json_file: options.JsonFile = None,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Time a model: attention, inference and a training step.
 

@@ -1,4 +1,4 @@
-"""What all verbs share: options, output files, and the consoles (results to standard output, the rest to standard error)."""
+"""What all verbs share: output files, and the consoles (results to standard output, the rest to standard error)."""
 
 from __future__ import annotations
 
@@ -8,88 +8,19 @@ import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import rich.progress as bars
-import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from paqdetr.environment import require_known_device
 from paqdetr.errors import ConfigError
 from paqdetr.text import printable
-from paqdetr.values import MAX_BATCH, MAX_RESAMPLES, MAX_SEED, require_nms
 
 if TYPE_CHECKING:
     from paqdetr.runtime.predict import Predicts
-    from paqdetr.runtime.tiles import Tiles
-
-
-def complete_model(incomplete: str) -> list[str]:
-    """Names that a shell completes; none for a path, which the shell completes itself."""
-    from paqdetr.config import list_configs
-
-    return list_configs(pattern=f"{incomplete}*")
-
-
-def complete_setting(incomplete: str) -> list[str]:
-    """Keys that a shell completes."""
-    from paqdetr.config import known_keys
-
-    return [f"{key}=" for key in known_keys() if key.startswith(incomplete)]
-
-
-def option_under(heading: str) -> Callable[..., Any]:
-    """`typer.Option` for options that stand under a heading in the help of a verb with many of them."""
-    return partial(typer.Option, rich_help_panel=heading)
-
-
-data_option, detection_option, figure_option = map(option_under, ("Data", "Detections", "Figures"))
-output_option, machine_option = option_under("Output"), option_under("Machine")
-
-Model = Annotated[
-    str,
-    typer.Argument(
-        help="A model or recipe (`paqdetr config list`), or a YAML file.",
-        metavar="MODEL|CONFIG",
-        autocompletion=complete_model,
-    ),
-]
-Settings = Annotated[
-    list[str] | None,
-    typer.Argument(
-        help="Settings, such as epochs=12 model.num_patterns=32.", metavar="KEY=VALUE", autocompletion=complete_setting
-    ),
-]
-Device = Annotated[
-    str | None,
-    machine_option(help="cpu, cuda, ...; a GPU, if there is one, if not given.", callback=require_known_device),
-]
-Overwrite = Annotated[bool, output_option("--overwrite", help="Replace files that exist, whoever wrote them.")]
-Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Random seed.")]
-BatchSize = Annotated[int, machine_option(min=1, max=MAX_BATCH, help="Images per forward pass; it changes no figure.")]
-Checkpoint = Annotated[Path, typer.Argument(help="A .safetensors file or a run's folder.", metavar="CHECKPOINT")]
-Data = Annotated[Path, data_option(help="Folder of the data set, or its data.yaml.")]
-Split = Annotated[str | None, data_option(help="train, val or test; if not given val, or else the split there is.")]
-AutoBatch = Annotated[bool, typer.Option("--auto-batch", help="Take the largest batch that fits into memory.")]
-Resamples = Annotated[int, figure_option(min=100, max=MAX_RESAMPLES, help="Bootstrap resamples of the images.")]
-Nms = Annotated[
-    str | None,
-    detection_option(metavar="IOU|none", help="Drop boxes that overlap a better one of their class by more than this."),
-]
-TileSize = Annotated[
-    int | None, detection_option("--tiles", metavar="PIXELS", help="Cut large images into tiles of this side.")
-]
-Overlap = Annotated[
-    float | None, detection_option(help="Overlap of tiles, as a share of their side; 0.2 if not given.")
-]
-WithWhole = Annotated[
-    bool, detection_option("--with-whole", help="With --tiles: detect in the whole image as well, for large objects.")
-]
-JsonFile = Annotated[Path | None, output_option("--json", help="Write the figures to this file.")]
 
 
 class OutputFiles:
@@ -157,35 +88,6 @@ def note_unfinished(path: Path) -> None:
     run = Run(path if path.is_dir() else path.parent)
     if run.config_file.is_file() and run.metrics_file.is_file() and not run.finished:
         note(f"{run.output} is {run.status}; `paqdetr info {run.output}` says how it goes on")
-
-
-def parse_nms(text: str | None) -> float | None:
-    """The IoU of `--nms`: 1, which drops nothing, for "none"; None if it was not given.
-
-    Raises:
-        ConfigError: it is no number from 0 to 1.
-    """
-    try:
-        value = None if text is None else 1.0 if text.lower() == "none" else float(text)
-        require_nms(value)
-    except (ValueError, ConfigError):
-        raise ConfigError(f"--nms: expected an IoU from 0 to 1, or none, found {text}", "0.7 is usual") from None
-    return value
-
-
-def tiles_of(size: int | None, overlap: float | None, with_whole: bool) -> Tiles | None:
-    """What `--tiles`, `--overlap` and `--with-whole` say.
-
-    Raises:
-        ConfigError: one is out of its range, or is given without `--tiles`.
-    """
-    from paqdetr.runtime.tiles import Tiles
-
-    if size is not None:
-        return Tiles(size, 0.2 if overlap is None else overlap, with_whole)
-    if overlap is not None or with_whole:
-        raise ConfigError("--overlap and --with-whole are about tiles", "give --tiles 640 as well")
-    return None
 
 
 class _PlainConsole(Console):

@@ -9,31 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from paqdetr.cli.console import (
-    BatchSize,
-    Device,
-    JsonFile,
-    Nms,
-    OutputFiles,
-    Overlap,
-    Overwrite,
-    Resamples,
-    Seed,
-    Split,
-    TileSize,
-    WithWhole,
-    data_option,
-    detection_option,
-    figure_option,
-    note,
-    note_unfinished,
-    output_option,
-    parse_nms,
-    progress_bar,
-    results,
-    table,
-    tiles_of,
-)
+from paqdetr.cli import options
+from paqdetr.cli.console import OutputFiles, note, note_unfinished, progress_bar, results, table
 from paqdetr.errors import ConfigError
 from paqdetr.text import figure
 from paqdetr.values import require_threshold
@@ -54,7 +31,7 @@ _Kind = Literal["bbox", "segm"]
 
 
 @dataclass(frozen=True, slots=True)
-class _Options:
+class _Task:
     """What holds for every result set: the ground truth, and how results are compared with it."""
 
     data: Path | None
@@ -114,42 +91,46 @@ def evaluate(
         Path | None, typer.Argument(help="A run's folder, a .safetensors file, or an exported model.", metavar="MODEL")
     ] = None,
     *,
-    data: Annotated[Path | None, data_option(help="Folder of the data set, or its data.yaml.")] = None,
-    split: Split = None,
+    data: Annotated[Path | None, options.data(help="Folder of the data set, or its data.yaml.")] = None,
+    split: options.Split = None,
     results_file: Annotated[
-        Path | None, data_option("--results", help="Instead of a model: COCO results of any detector.")
+        Path | None, options.data("--results", help="Instead of a model: COCO results of any detector.")
     ] = None,
     compare: Annotated[
         tuple[Path, Path] | None,
-        data_option(metavar="A B", help="Instead of a model: two of them, or two results files (.json), side by side."),
+        options.data(
+            metavar="A B", help="Instead of a model: two of them, or two results files (.json), side by side."
+        ),
     ] = None,
     annotations: Annotated[
-        Path | None, data_option(help="Ground truth of results, a COCO json; or give --data.")
+        Path | None, options.data(help="Ground truth of results, a COCO json; or give --data.")
     ] = None,
-    iou_type: Annotated[str, figure_option(help="bbox or segm; segm with results alone.")] = "bbox",
+    iou_type: Annotated[str, options.figures(help="bbox or segm; segm with results alone.")] = "bbox",
     intervals: Annotated[
-        bool, figure_option("--intervals", help="Bootstrap interval of each figure, over the images.")
+        bool, options.figures("--intervals", help="Bootstrap interval of each figure, over the images.")
     ] = False,
-    resamples: Resamples = 1000,
-    seed: Seed = 0,
+    resamples: options.Resamples = 1000,
+    seed: options.Seed = 0,
     max_detections: Annotated[
         int,
-        detection_option(
+        options.detections(
             min=1, max=10_000, help="Detections per class and image that count; raise it for crowded images."
         ),
     ] = 100,
     results_out: Annotated[
-        Path | None, output_option(help="Keep the model's detections in this file, as COCO results.")
+        Path | None, options.output(help="Keep the model's detections in this file, as COCO results.")
     ] = None,
-    json_file: JsonFile = None,
-    batch_size: BatchSize = 4,
-    threshold: Annotated[float, detection_option(help="Score threshold; AP is that of the detections above it.")] = 0.0,
-    nms: Nms = None,
-    tiles: TileSize = None,
-    overlap: Overlap = None,
-    with_whole: WithWhole = False,
-    overwrite: Overwrite = False,
-    device: Device = None,
+    json_file: options.JsonFile = None,
+    batch_size: options.BatchSize = 4,
+    threshold: Annotated[
+        float, options.detections(help="Score threshold; AP is that of the detections above it.")
+    ] = 0.0,
+    nms: options.Nms = None,
+    tiles: options.TileSize = None,
+    overlap: options.Overlap = None,
+    with_whole: options.WithWhole = False,
+    overwrite: options.Overwrite = False,
+    device: options.Device = None,
 ) -> None:
     """Print the COCO figures of a model or results file, or compare two."""
     from paqdetr.data.layout import split_to_evaluate
@@ -163,26 +144,26 @@ def evaluate(
     files = OutputFiles("paqdetr eval", overwrite=overwrite, json=json_file, results_out=results_out)
     split = "" if data is None else split_to_evaluate(data, split)
     require_threshold(threshold)
-    cut, suppress = tiles_of(tiles, overlap, with_whole), parse_nms(nms)
+    cut, suppress = options.tiles_of(tiles, overlap, with_whole), options.parse_nms(nms)
     if results_file is not None and (cut, suppress, threshold) != (None, None, 0):
         raise ConfigError("--nms, --threshold and --tiles are about a CHECKPOINT", "leave them out")
-    options = _Options(
+    task = _Task(
         data, split, annotations, kind, max_detections, resamples, seed, batch_size, device, threshold, suppress, cut
     )
     if compare is not None:
-        written = _compare(compare, options)
+        written = _compare(compare, task)
     else:
         if checkpoint is not None:
             if data is None:
                 raise ConfigError("eval CHECKPOINT needs --data", "name the data set's folder")
             if kind != "bbox" or annotations is not None:
                 raise ConfigError("--iou-type and --annotations go with --results", "leave them out")
-            found = _of_checkpoint(checkpoint, options)
+            found = _of_checkpoint(checkpoint, task)
         else:
             assert results_file is not None
-            options.require_truth("--results", "give --annotations, or --data and --split")
-            found = _of_results(results_file, options)
-        written = None if found is None else _print(found, options, intervals=intervals)
+            task.require_truth("--results", "give --annotations, or --data and --split")
+            found = _of_results(results_file, task)
+        written = None if found is None else _print(found, task, intervals=intervals)
         if found is not None:
             files.write("results_out", found.rows)
     if written is not None:  # None: another process prints and writes
@@ -207,26 +188,26 @@ def _require_one(checkpoint: Path | None, results_file: Path | None, compare: tu
         )
 
 
-def _of_checkpoint(checkpoint: Path, options: _Options) -> _Found | None:
+def _of_checkpoint(checkpoint: Path, task: _Task) -> _Found | None:
     from paqdetr.loading import require_model
 
     file = require_model(checkpoint)
-    dataset = options.dataset()
+    dataset = task.dataset()
     assert dataset is not None
     from paqdetr.distributed import Processes, leave
 
-    model, found = _detect(file, dataset, Processes.join(options.device), options)
+    model, found = _detect(file, dataset, Processes.join(task.device), task)
     leave()
     if found is None:
         return None
-    title = f"{model.name} on {options.where}, {found.images_per_second:.1f} images/s"
+    title = f"{model.name} on {task.where}, {found.images_per_second:.1f} images/s"
     config = getattr(model, "config", None)  # exported models have none
     queries = None if config is None else config.num_queries
-    return _Found(title, found.figures, found.to_json(), options.truth(dataset), found.results, queries)
+    return _Found(title, found.figures, found.to_json(), task.truth(dataset), found.results, queries)
 
 
 def _detect(
-    file: Path, dataset: DetectionDataset, processes: Processes, options: _Options
+    file: Path, dataset: DetectionDataset, processes: Processes, task: _Task
 ) -> tuple[Detector | Predictor, Evaluation | None]:
     """The model, and what it finds; None in all processes but the main one."""
     from paqdetr.evaluation.evaluate import evaluate_together
@@ -240,28 +221,28 @@ def _detect(
             model,
             dataset,
             processes,
-            batch_size=options.batch_size,
-            max_detections=options.max_detections,
+            batch_size=task.batch_size,
+            max_detections=task.max_detections,
             progress=progress if processes.main else None,
-            threshold=options.threshold,
-            nms=options.nms,
-            tiles=options.tiles,
+            threshold=task.threshold,
+            nms=task.nms,
+            tiles=task.tiles,
         )
     return model, found
 
 
-def _of_results(results_file: Path, options: _Options) -> _Found:
+def _of_results(results_file: Path, task: _Task) -> _Found:
     from paqdetr.metrics.coco import evaluate_detections, read_results
 
-    truth, rows = options.truth(options.dataset()), read_results(results_file)
+    truth, rows = task.truth(task.dataset()), read_results(results_file)
     figures = evaluate_detections(
-        truth, rows, iou_type=options.kind, source=str(results_file), max_detections=options.max_detections
+        truth, rows, iou_type=task.kind, source=str(results_file), max_detections=task.max_detections
     )
-    title = f"{results_file} against {options.where}, {options.kind}"
+    title = f"{results_file} against {task.where}, {task.kind}"
     return _Found(title, figures, figures.to_json(), truth, rows)
 
 
-def _print(found: _Found, options: _Options, *, intervals: bool) -> dict[str, Any]:
+def _print(found: _Found, task: _Task, *, intervals: bool) -> dict[str, Any]:
     """Print the figures, with their intervals if these are asked for; what goes into the json."""
     from paqdetr.metrics.coco import FIGURE_NAMES
     from paqdetr.metrics.intervals import figure_intervals
@@ -269,21 +250,17 @@ def _print(found: _Found, options: _Options, *, intervals: bool) -> dict[str, An
     from paqdetr.serialize import plain
 
     figures, drawn, headings = found.figures, None, ()
-    written = {
-        **found.written,
-        "per_class_AP50": plain(figures.per_class_AP50),
-        "max_detections": options.max_detections,
-    }
+    written = {**found.written, "per_class_AP50": plain(figures.per_class_AP50), "max_detections": task.max_detections}
     if intervals:
-        matches = MatchTable.match(found.truth, found.rows, options.kind, max_detections=options.max_detections)
+        matches = MatchTable.match(found.truth, found.rows, task.kind, max_detections=task.max_detections)
         with progress_bar("resample the images") as progress:
-            drawn = figure_intervals(matches, samples=options.resamples, seed=options.seed, progress=progress)
+            drawn = figure_intervals(matches, samples=task.resamples, seed=task.seed, progress=progress)
         written["intervals"], headings = drawn.to_json(), (_interval_heading(drawn.level),)
 
     def interval(kind: str, name: str) -> tuple[str, ...]:
         return () if drawn is None else (_range(getattr(drawn, kind)[name], ""),)
 
-    made = table(found.title + options.counted, ("figure",), ("value", *headings), no_wrap=True)
+    made = table(found.title + task.counted, ("figure",), ("value", *headings), no_wrap=True)
     for name in FIGURE_NAMES:
         made.add_row(name, figure(getattr(figures, name)), *interval("figures", name))
     for key, label in (("AP_nms", "AP after NMS"), ("AP50_nms", "AP50 after NMS")):
@@ -295,7 +272,7 @@ def _print(found: _Found, options: _Options, *, intervals: bool) -> dict[str, An
         own = (figure(value), *interval("per_class", name))
         made.add_row(name, *own, figure(figures.per_class_AP50[name]), *interval("per_class_AP50", name))
     results.print(made)
-    _warn_of_crowding(found.truth, found.queries, options)
+    _warn_of_crowding(found.truth, found.queries, task)
     return written
 
 
@@ -307,37 +284,37 @@ def _range(of: Interval | Difference, sign: str) -> str:
     return "-" if math.isnan(of.low) else f"{of.low:{sign}.3f} to {of.high:{sign}.3f}"
 
 
-def _warn_of_crowding(truth: CocoRecords, queries: int | None, options: _Options) -> None:
+def _warn_of_crowding(truth: CocoRecords, queries: int | None, task: _Task) -> None:
     from paqdetr.data.stats import crowding_sentences
 
     owners, labels = truth.objects().T
     images = len(truth.image_ids)
-    for sentence in crowding_sentences(owners, labels, images, queries=queries, max_detections=options.max_detections):
+    for sentence in crowding_sentences(owners, labels, images, queries=queries, max_detections=task.max_detections):
         note(sentence)
 
 
-def _compare(pair: tuple[Path, Path], options: _Options) -> dict[str, Any] | None:
+def _compare(pair: tuple[Path, Path], task: _Task) -> dict[str, Any] | None:
     """Print two result sets side by side; what goes into the json."""
     from paqdetr.loading import require_model
     from paqdetr.metrics.coco import is_shards
     from paqdetr.metrics.intervals import compare_results
 
     models = [path for path in pair if path.suffix != ".json" and not is_shards(path)]
-    options.require_truth("--compare", "give --data, or --annotations if both are results")
-    if models and options.data is None:
+    task.require_truth("--compare", "give --data, or --annotations if both are results")
+    if models and task.data is None:
         raise ConfigError(f"{models[0]}: a checkpoint needs --data", "name the data set's folder")
-    if models and options.kind != "bbox":
+    if models and task.kind != "bbox":
         raise ConfigError("--iou-type segm compares results files", "give two of them")
     files = {path: require_model(path) for path in models}
-    dataset = options.dataset()
-    truth = options.truth(dataset)
-    tables = _tables(pair, files, truth, dataset, options)
+    dataset = task.dataset()
+    truth = task.truth(dataset)
+    tables = _tables(pair, files, truth, dataset, task)
     if tables is None:
         return None
     with progress_bar("resample the images") as progress:
-        found = compare_results(*tables, samples=options.resamples, seed=options.seed, progress=progress)
+        found = compare_results(*tables, samples=task.resamples, seed=task.seed, progress=progress)
     results.print(f"A: {pair[0]}\nB: {pair[1]}")
-    title = f"on {options.where}, {options.kind}, {len(tables[0].image_ids)} images{options.counted}"
+    title = f"on {task.where}, {task.kind}, {len(tables[0].image_ids)} images{task.counted}"
     for heading, of, kind in ((title, "figure", "figures"), ("AP by class", "class", "per_class")):
         headings = ("A", "B", "B - A", _interval_heading(found.level), "B better")
         made = table(heading, (of,), headings, no_wrap=True)
@@ -348,21 +325,17 @@ def _compare(pair: tuple[Path, Path], options: _Options) -> dict[str, Any] | Non
         results.print(made)
     results.print(found.verdict())
     results.print(f"Over {found.samples} resamples of the images; another training seed would move both as well.")
-    _warn_of_crowding(truth, None, options)
+    _warn_of_crowding(truth, None, task)
     sides = zip("AB", pair, (found.first, found.second), strict=True)
     return {letter: {"source": str(path), **own.to_json()} for letter, path, own in sides} | {
         "difference": found.to_json(),
         "verdict": found.verdict(),
-        "max_detections": options.max_detections,
+        "max_detections": task.max_detections,
     }
 
 
 def _tables(
-    pair: tuple[Path, Path],
-    models: dict[Path, Path],
-    truth: CocoRecords,
-    dataset: DetectionDataset | None,
-    options: _Options,
+    pair: tuple[Path, Path], models: dict[Path, Path], truth: CocoRecords, dataset: DetectionDataset | None, task: _Task
 ) -> list[MatchTable] | None:
     """The matches of both; None in all processes but the main one. `models` has the file of each that is no results file."""
     from paqdetr.environment import this_is_main
@@ -373,15 +346,15 @@ def _tables(
     if models:
         from paqdetr.distributed import Processes, leave
 
-        processes = Processes.join(options.device)
+        processes = Processes.join(task.device)
         for path, file in models.items():
             assert dataset is not None
-            _, found = _detect(file, dataset, processes, options)
+            _, found = _detect(file, dataset, processes, task)
             read[path] = [] if found is None else found.results
         leave()
     if not this_is_main():
         return None
     return [
-        MatchTable.match(truth, read[path], options.kind, source=str(path), max_detections=options.max_detections)
+        MatchTable.match(truth, read[path], task.kind, source=str(path), max_detections=task.max_detections)
         for path in pair
     ]

@@ -9,58 +9,50 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 from rich.table import Table
 
-from paqdetr.cli.console import (
-    JsonFile,
-    OutputFiles,
-    Overwrite,
-    data_option,
-    detection_option,
-    note_unfinished,
-    option_under,
-    output_option,
-    results,
-    table,
-)
+from paqdetr.cli import options
+from paqdetr.cli.console import OutputFiles, note_unfinished, results, table
 from paqdetr.errors import ConfigError, ExportError
 
 if TYPE_CHECKING:
     from paqdetr.deploy.parity import Parity
 
 
-graph_option = option_under("Graph")
+graph_option = options.under("Graph")
 
 
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="A run's folder or a .safetensors file.", metavar="RUN")],
     *,
-    format: Annotated[str, output_option(help="onnx, openvino, pt2 or torchscript.")] = "onnx",
-    output: Annotated[Path | None, output_option(help="The file to write; beside the checkpoint if not given.")] = None,
+    format: Annotated[str, options.output(help="onnx, openvino, pt2 or torchscript.")] = "onnx",
+    output: Annotated[
+        Path | None, options.output(help="The file to write; beside the checkpoint if not given.")
+    ] = None,
     image_size: Annotated[
         str | None, graph_option(metavar="H,W|SIDE", help="Images are stretched to it; the checkpoint's, as a square.")
     ] = None,
     batch: Annotated[str, graph_option(help="Images of a call: a number, or dynamic.")] = "dynamic",
     precision: Annotated[str, graph_option(help="f32, f16 (half the file) or int8 (with --calibrate).")] = "f32",
     calibrate: Annotated[
-        Path | None, data_option(help="A data set for the check's pictures, and for int8.", metavar="DATA")
+        Path | None, options.data(help="A data set for the check's pictures, and for int8.", metavar="DATA")
     ] = None,
     threshold: Annotated[
         float | None,
-        detection_option(
+        options.detections(
             min=0, max=1, help="Score threshold in the metadata; that of the run's evaluation if not given."
         ),
     ] = None,
     nms: Annotated[
-        float | None, detection_option(min=0, max=1, help="IoU over which duplicates are dropped, in the metadata.")
+        float | None, options.detections(min=0, max=1, help="IoU over which duplicates are dropped, in the metadata.")
     ] = None,
     raw: Annotated[
         bool, graph_option("--raw", help="pixel_values to logits and pred_boxes, as in transformers.")
     ] = False,
-    no_check: Annotated[bool, output_option("--no-check", help="Write the file without comparing it.")] = False,
+    no_check: Annotated[bool, options.output("--no-check", help="Write the file without comparing it.")] = False,
     attention: Annotated[str, graph_option(help="grid_sample, or gather for TensorRT.")] = "grid_sample",
     max_drop: Annotated[float, graph_option(min=0, max=1, help="AP that int8 may lose.")] = 0.01,
     slow: Annotated[bool, graph_option("--slow", help="int8 with accuracy control.")] = False,
-    json_file: JsonFile = None,
-    overwrite: Overwrite = False,
+    json_file: options.JsonFile = None,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Write an ONNX, OpenVINO or torch file, compared with the run."""
     from paqdetr.checkpoint import find_described

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from paqdetr.cli.console import Checkpoint, Overwrite, results
+from paqdetr.cli import options
+from paqdetr.cli.console import results
 from paqdetr.errors import ConfigError, import_extra
 
 app = typer.Typer(no_args_is_help=True, help="Share detectors on the Hugging Face Hub.", rich_markup_mode=None)
@@ -20,7 +21,7 @@ _Repo = Annotated[str, typer.Argument(help="On the Hub.", metavar="USER/NAME")]
 
 @app.command()
 def push(
-    checkpoint: Checkpoint,
+    checkpoint: options.Checkpoint,
     repo: _Repo,
     *,
     private: Annotated[bool, typer.Option("--private", help="Create it as a private repository.")] = False,
@@ -55,7 +56,10 @@ def push(
 
 @app.command()
 def pull(
-    repo: _Repo, *, output: Annotated[Path, typer.Option(help="A .safetensors file.")], overwrite: Overwrite = False
+    repo: _Repo,
+    *,
+    output: Annotated[Path, typer.Option(help="A .safetensors file.")],
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Download a detector, of a revision if given: USER/NAME@REVISION."""
     from paqdetr.checkpoint import read_checkpoint
@@ -68,7 +72,7 @@ def pull(
 
 
 @app.command()
-def card(checkpoint: Checkpoint, *, license: _License = None, evaluation: _Evaluation = None) -> None:
+def card(checkpoint: options.Checkpoint, *, license: _License = None, evaluation: _Evaluation = None) -> None:
     """Print the model card that `push` would upload."""
     from paqdetr.checkpoint import find_checkpoint, read_header
 
@@ -78,7 +82,7 @@ def card(checkpoint: Checkpoint, *, license: _License = None, evaluation: _Evalu
 
 
 @app.command()
-def space(checkpoint: Checkpoint, *, output: Annotated[Path, typer.Option(help="A new folder.")]) -> None:
+def space(checkpoint: options.Checkpoint, *, output: Annotated[Path, typer.Option(help="A new folder.")]) -> None:
     """Write the folder of a Gradio Space, which shows the detector to visitors."""
     from paqdetr.outputs import require_free, whole_folder
 

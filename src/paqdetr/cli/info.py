@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from paqdetr.cli.console import complete_model, print_columns, results
+from paqdetr.cli import options
+from paqdetr.cli.console import print_columns, results
 from paqdetr.errors import ConfigError
 from paqdetr.text import figure, some
 
@@ -25,7 +26,7 @@ def info(
         typer.Argument(
             help="A model or recipe, a run's folder, or a model file.",
             metavar="MODEL|RUN|FILE",
-            autocompletion=complete_model,
+            autocompletion=options.complete_model,
         ),
     ],
 ) -> None:

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from paqdetr.cli.console import Model, Settings, errors, print_columns, print_styled, progress_bar, results
+from paqdetr.cli import options
+from paqdetr.cli.console import errors, print_columns, print_styled, progress_bar, results
 from paqdetr.errors import ConfigError
 
 config = typer.Typer(help="List models and recipes; show their settings.", no_args_is_help=True)
@@ -93,7 +94,7 @@ def list_names(pattern: Annotated[str, typer.Argument(help='Which ones, such as 
 
 
 @config.command()
-def show(model: Model, settings: Settings = None) -> None:
+def show(model: options.Model, settings: options.Settings = None) -> None:
     """Print every setting of a model and its training as resolved, as YAML that `train` takes."""
     from paqdetr.config import load_config
 

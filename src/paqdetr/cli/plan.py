@@ -7,38 +7,25 @@ from typing import Annotated
 
 import typer
 
-from paqdetr.cli.console import (
-    AutoBatch,
-    Device,
-    Ended,
-    JsonFile,
-    Model,
-    OutputFiles,
-    Overwrite,
-    Settings,
-    errors,
-    facts_table,
-    note,
-    progress_bar,
-    results,
-)
+from paqdetr.cli import options
+from paqdetr.cli.console import Ended, OutputFiles, errors, facts_table, note, progress_bar, results
 from paqdetr.text import duration
 
 
 def plan(
-    model: Model,
-    settings: Settings = None,
+    model: options.Model,
+    settings: options.Settings = None,
     *,
     data: Annotated[Path, typer.Option(help="Folder of the data set.")],
-    device: Device = None,
+    device: options.Device = None,
     steps: Annotated[int, typer.Option(min=1, max=10_000, help="Steps to measure.")] = 5,
-    auto_batch: AutoBatch = False,
+    auto_batch: options.AutoBatch = False,
     overfit: Annotated[
         int | None,
         typer.Option(min=1, max=1_000_000, help="Instead: train so many steps on one batch, and see if it is learnt."),
     ] = None,
-    json_file: JsonFile = None,
-    overwrite: Overwrite = False,
+    json_file: options.JsonFile = None,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Estimate what a training will take: memory, time, disk.
 

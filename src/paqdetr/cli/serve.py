@@ -8,10 +8,11 @@ from typing import Annotated
 
 import typer
 
-from paqdetr.cli.console import Device, machine_option, note, open_model, option_under, results
+from paqdetr.cli import options
+from paqdetr.cli.console import note, open_model, results
 from paqdetr.errors import BackendError, ConfigError
 
-limit_option = option_under("Limits")
+limit_option = options.under("Limits")
 
 
 def serve(
@@ -20,9 +21,9 @@ def serve(
     ],
     *,
     host: Annotated[
-        str, machine_option(help="Address to listen on; 0.0.0.0 is every one of this machine.")
+        str, options.machine(help="Address to listen on; 0.0.0.0 is every one of this machine.")
     ] = "127.0.0.1",
-    port: Annotated[int, machine_option(min=0, max=65535, help="0 takes one that is free.")] = 8080,
+    port: Annotated[int, options.machine(min=0, max=65535, help="0 takes one that is free.")] = 8080,
     max_batch: Annotated[int, limit_option(help="Images per batch at most.")] = 8,
     max_wait_ms: Annotated[float, limit_option(help="Longest wait for a batch to fill.")] = 5.0,
     queue: Annotated[int, limit_option(help="Images that may queue; further ones are refused.")] = 64,
@@ -31,11 +32,11 @@ def serve(
     timeout: Annotated[float, limit_option(help="Seconds for a request to arrive, and for its answer.")] = 60.0,
     api_key_env: Annotated[
         str | None,
-        machine_option(
+        options.machine(
             help="Environment variable with the key that requests need, or several with commas between them."
         ),
     ] = None,
-    device: Device = None,
+    device: options.Device = None,
 ) -> None:
     """Answer HTTP requests with detections; its page tries the model.
 

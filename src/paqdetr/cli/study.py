@@ -8,19 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from paqdetr.cli.console import (
-    Device,
-    Ended,
-    errors,
-    interrupted,
-    live_bars,
-    machine_option,
-    note,
-    output_option,
-    progress_bar,
-    results,
-    table,
-)
+from paqdetr.cli import options
+from paqdetr.cli.console import Ended, errors, interrupted, live_bars, note, progress_bar, results, table
 from paqdetr.errors import ConfigError
 from paqdetr.text import duration, figure
 
@@ -72,7 +61,7 @@ class QueueProgress:
 def study(
     file: Annotated[Path, typer.Argument(help="What is compared: a YAML file.", metavar="STUDY.yaml")],
     *,
-    output: Annotated[Path, output_option(help="Folder of the study; made if absent.")],
+    output: Annotated[Path, options.output(help="Folder of the study; made if absent.")],
     resume: Annotated[bool, typer.Option("--resume", help="Continue a study that was stopped, or start it.")] = False,
     data_root: Annotated[Path, typer.Option(help="What data folders of the file are relative to.")] = Path(),
     plan: Annotated[bool, typer.Option("--plan", help="List the runs and what they will take; run none.")] = False,
@@ -88,12 +77,12 @@ def study(
     ] = None,
     ray: Annotated[
         str | None,
-        machine_option(
+        options.machine(
             metavar="ADDRESS",
             help="Train on a Ray cluster whose nodes share these folders: local starts one, auto is that of this machine.",
         ),
     ] = None,
-    device: Device = None,
+    device: options.Device = None,
 ) -> None:
     """Train variants over data sets and seeds, and compare them.
 
