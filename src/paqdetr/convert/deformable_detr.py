@@ -7,9 +7,8 @@ from typing import Any
 
 from paqdetr.convert.backbones import resnet
 from paqdetr.convert.keymap import (
-    DEFORMABLE_MAP,
+    DEFORMABLE_CODE,
     FIRST_HALF,
-    KEEP_100,
     ORIGINAL_HINTS,
     SECOND_HALF,
     Layout,
@@ -23,10 +22,7 @@ from paqdetr.convert.keymap import (
 def _settings(keys: Collection[str], hints: Mapping[str, Any]) -> dict[str, Any]:
     """The decoder knows the box heads if, and only if, it refines."""
     return {
-        **DEFORMABLE_MAP,
-        **KEEP_100,
-        "box_eps": 1e-5,
-        "look_forward_twice": False,
+        **DEFORMABLE_CODE,
         "box_refinement": any(key.startswith("transformer.decoder.bbox_embed.") for key in keys),
         "class_agnostic_proposals": "transformer.enc_output.weight" in keys,
     }

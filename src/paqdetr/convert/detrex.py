@@ -6,25 +6,13 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from paqdetr.convert.backbones import detectron2_resnet, swin
-from paqdetr.convert.keymap import (
-    DEFORMABLE_MAP,
-    DINO_CONVENTIONS,
-    DN_CONVENTIONS,
-    KEEP_100,
-    KEEP_300,
-    Layout,
-    heads,
-    mlp,
-    move,
-    proposal_projection,
-)
+from paqdetr.convert.keymap import DEFORMABLE_MAP, DINO_CODE, DN_CODE, Layout, heads, mlp, move, proposal_projection
 from paqdetr.convert.mmdet import channel_mapper, listed_layers
 
 
 def _settings(keys: Collection[str], hints: Mapping[str, Any]) -> dict[str, Any]:
     """DINO has a norm behind its decoder; DN-Deformable-DETR scales positions."""
-    dino = "transformer.decoder.norm.weight" in keys
-    own = DINO_CONVENTIONS | KEEP_300 if dino else DN_CONVENTIONS | KEEP_100
+    own = DINO_CODE if "transformer.decoder.norm.weight" in keys else DN_CODE
     return own | DEFORMABLE_MAP | {"clamp_boxes": True}
 
 

@@ -6,22 +6,12 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from paqdetr.convert.backbones import resnet, swin
-from paqdetr.convert.keymap import (
-    DINO_CONVENTIONS,
-    DINO_MAP,
-    KEEP_300,
-    ORIGINAL_HINTS,
-    Layout,
-    mlp,
-    move,
-    original_rules,
-    proposal_projection,
-)
+from paqdetr.convert.keymap import DINO_CODE, ORIGINAL_HINTS, Layout, mlp, move, original_rules, proposal_projection
 
 
 def _settings(keys: Collection[str], hints: Mapping[str, Any]) -> dict[str, Any]:
     forward = not hints.get("use_detached_boxes_dec_out", False)
-    return DINO_CONVENTIONS | DINO_MAP | KEEP_300 | {"look_forward_twice": forward}
+    return DINO_CODE | {"look_forward_twice": forward}
 
 
 DINO = Layout(

@@ -6,20 +6,11 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from paqdetr.convert.backbones import resnet
-from paqdetr.convert.keymap import (
-    DEFORMABLE_MAP,
-    DN_CONVENTIONS,
-    KEEP_100,
-    ORIGINAL_HINTS,
-    Layout,
-    mlp,
-    move,
-    original_rules,
-)
+from paqdetr.convert.keymap import DN_CODE, ORIGINAL_HINTS, Layout, mlp, move, original_rules
 
 
 def _settings(keys: Collection[str], hints: Mapping[str, Any]) -> dict[str, Any]:
-    return DN_CONVENTIONS | DEFORMABLE_MAP | KEEP_100
+    return DN_CODE
 
 
 DN_DETR = Layout(

@@ -333,18 +333,23 @@ ORIGINAL_HINTS = {
     "num_queries": "num_queries",
 }
 
-# Positions of boxes as DAB-DETR's descendants make them: on the padded image, clamped at 1e-3.
-DAB_CONVENTIONS: dict[str, Any] = {"padded_positions": True, "box_eps": 1e-3}
-# And what DINO's do with boxes and with the noise of denoising.
-DINO_CONVENTIONS = DAB_CONVENTIONS | {
+# What the code of a program implies: how positions are made of boxes, how boxes are refined, the noise of denoising, and how
+# many detections of an image are kept. Only detectron2 cuts boxes off at the border.
+DEFORMABLE_MAP: dict[str, Any] = {"position_temperature": 10000.0, "position_offset": -0.5}
+DEFORMABLE_CODE = DEFORMABLE_MAP | {
+    "box_eps": 1e-5,
+    "look_forward_twice": False,
+    "max_detections": 100,
+    "clamp_boxes": False,
+}
+# DAB-DETR's descendants: positions on the padded image, boxes clamped at 1e-3.
+DN_CODE = DEFORMABLE_CODE | {"padded_positions": True, "box_eps": 1e-3, "label_noise": 0.2, "box_noise": 0.4}
+DINO_CODE = DN_CODE | {
+    "position_temperature": 20.0,
+    "position_offset": 0.0,
     "refine_from": "raw",
     "look_forward_twice": True,
     "label_noise": 0.5,
     "box_noise": 1.0,
+    "max_detections": 300,
 }
-DN_CONVENTIONS = DAB_CONVENTIONS | {"look_forward_twice": False, "label_noise": 0.2, "box_noise": 0.4}
-DINO_MAP: dict[str, Any] = {"position_temperature": 20.0, "position_offset": 0.0}
-DEFORMABLE_MAP: dict[str, Any] = {"position_temperature": 10000.0, "position_offset": -0.5}
-# Detections: so many of an image, boxes as predicted. Only detectron2 cuts them off at the border.
-KEEP_300: dict[str, Any] = {"max_detections": 300, "clamp_boxes": False}
-KEEP_100: dict[str, Any] = {"max_detections": 100, "clamp_boxes": False}

@@ -8,8 +8,7 @@ from typing import Any
 from paqdetr.convert.backbones import resnet, torchvision_swin
 from paqdetr.convert.keymap import (
     DEFORMABLE_MAP,
-    DINO_CONVENTIONS,
-    KEEP_300,
+    DINO_CODE,
     Layout,
     Take,
     drop,
@@ -27,7 +26,7 @@ _AS_MATRIX = Take("a convolution of 1 x 1 as a matrix", lambda tensor: tensor.fl
 def _settings(keys: Collection[str], hints: Mapping[str, Any]) -> dict[str, Any]:
     hybrid = any(key.startswith("transformer.hybrid_class_head.") for key in keys)
     queries = {"hybrid_ratio": 0.0, "hybrid_heads": "encoder" if hybrid else "shared"}
-    return DINO_CONVENTIONS | KEEP_300 | DEFORMABLE_MAP | queries
+    return DINO_CODE | DEFORMABLE_MAP | queries
 
 
 RELATION_DETR = Layout(
