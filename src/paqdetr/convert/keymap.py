@@ -297,13 +297,13 @@ def proposal_projection(prefix: str) -> tuple[Rule, ...]:
     )
 
 
-def heads(prefix: str = "", decoder: str = "transformer.decoder.") -> tuple[Rule, ...]:
+def heads(decoder: str = "transformer.decoder.") -> tuple[Rule, ...]:
     """Heads in a list, which the decoder knows under a second name."""
     return (
-        same(f"{decoder}class_embed.{{rest}}", f"{prefix}class_embed.{{rest}}"),
-        same(f"{decoder}bbox_embed.{{rest}}", f"{prefix}bbox_embed.{{rest}}"),
-        move(f"{prefix}class_embed.{{i}}.{{p}}", "class_head.{i}.{p}"),
-        move(f"{prefix}bbox_embed.{{i}}.layers.{{k}}.{{p}}", "box_head.{i}.{2k}.{p}"),
+        same(f"{decoder}class_embed.{{rest}}", "class_embed.{rest}"),
+        same(f"{decoder}bbox_embed.{{rest}}", "bbox_embed.{rest}"),
+        move("class_embed.{i}.{p}", "class_head.{i}.{p}"),
+        move("bbox_embed.{i}.layers.{k}.{p}", "box_head.{i}.{2k}.{p}"),
     )
 
 
