@@ -210,8 +210,8 @@ def test_the_loss_is_the_runs_if_there_is_one(tiny_model: Build, tmp_path: Path)
     model = tiny_model("paq_dino_r50")
 
     def loss(checkpoint: Path | None) -> tuple[LossConfig, str]:
-        rest: list[Any] = [None] * (len(fields(ModelUnderTest)) - 3)
-        return ModelUnderTest("paq", model, checkpoint, *rest).loss
+        rest: dict[str, Any] = dict.fromkeys(field.name for field in fields(ModelUnderTest))
+        return ModelUnderTest(**rest | {"model": model, "checkpoint": checkpoint}).loss
 
     by_name = load_config("paq_dino_r50").loss, "the settings of paq_dino_r50"
     assert loss(tmp_path / "x.safetensors") == loss(None) == by_name

@@ -50,8 +50,7 @@ def test_right_wrong_and_missed_by_image() -> None:
 
 def subject(truth: dict[str, Any], results: list[dict[str, Any]], ids: tuple[int, ...]) -> Any:
     table = MatchTable.match(truth, results)
-    split, evaluation = SimpleNamespace(image_ids=ids), SimpleNamespace(results=results)
-    return SimpleNamespace(table=table, split=split, truth=truth, evaluation=evaluation)
+    return SimpleNamespace(table=table, split=SimpleNamespace(image_ids=ids), truth=truth, results=results)
 
 
 def test_images_whose_ids_are_not_in_order() -> None:
@@ -120,8 +119,8 @@ def test_each_image_is_shown_once_and_empty_ones_are_not_the_best() -> None:
 
 def test_curves_are_the_runs(tmp_path: Path) -> None:
     def records(checkpoint: Path | None) -> list[Record]:
-        rest: list[Any] = [None] * (len(fields(ModelUnderTest)) - 3)
-        return ModelUnderTest("a", rest[0], checkpoint, *rest).records
+        rest: dict[str, Any] = dict.fromkeys(field.name for field in fields(ModelUnderTest))
+        return ModelUnderTest(**rest | {"checkpoint": checkpoint}).records
 
     assert records(None) == records(tmp_path / "x.safetensors") == []
     assert training_section([("a", [])]) is None

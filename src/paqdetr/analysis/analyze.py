@@ -16,7 +16,7 @@ from paqdetr.analysis.errors import calibration_section, confusion_section, curv
 from paqdetr.analysis.examples import example_section
 from paqdetr.analysis.inside import inside_sections
 from paqdetr.analysis.patterns import pattern_chapter
-from paqdetr.analysis.subject import Analysis, ModelUnderTest, Progress, ResultSet, has_boxes
+from paqdetr.analysis.subject import Analysis, ModelUnderTest, Progress, has_boxes
 from paqdetr.analysis.summary import class_section, findings_section, summary_section
 from paqdetr.analysis.usage import usage_chapter
 from paqdetr.data.dataset import DetectionDataset, open_split
@@ -38,10 +38,10 @@ CHAPTERS: tuple[Callable[[Analysis], Made], ...] = (
     example_section,
     summary_section,
     class_section,
-    lambda analysis: mistake_section(analysis.results),
-    lambda analysis: confusion_section(analysis.results),
-    lambda analysis: curve_section(analysis.results),
-    lambda analysis: calibration_section(analysis.results),
+    lambda analysis: mistake_section(analysis.models),
+    lambda analysis: confusion_section(analysis.models),
+    lambda analysis: curve_section(analysis.models),
+    lambda analysis: calibration_section(analysis.models),
     lambda analysis: training_section([(one.label, one.records) for one in analysis.models]),
 )
 """What the report shows, in order. A chapter is a section on all models, or one for each of them, or None."""
@@ -176,9 +176,19 @@ def _observe(
         progress=lambda done, total: progress(f"evaluate {label}", done, total),
         observers=[usage, content, layers],
     )
-    results = ResultSet(label, truth, found.results, MatchTable.match(truth, found.results))
-    checkpoint = None if isinstance(source, Detector) else Path(source)
-    return ModelUnderTest(label, detector, checkpoint, split, truth, found, results, usage, content, layers)
+    return ModelUnderTest(
+        label=label,
+        truth=truth,
+        results=found.results,
+        table=MatchTable.match(truth, found.results),
+        model=detector,
+        checkpoint=None if isinstance(source, Detector) else Path(source),
+        split=split,
+        evaluation=found,
+        usage=usage,
+        content=content,
+        layers=layers,
+    )
 
 
 def _labels(sources: Sequence[Detector | str | Path], detectors: Sequence[Detector]) -> list[str]:

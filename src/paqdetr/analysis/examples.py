@@ -129,7 +129,7 @@ def marks_of(model: ModelUnderTest, threshold: float, names: dict[Any, str]) -> 
         own = shown[table.images[shown] == places[image_id]]
         right = table.true_positive[0, t, own]
         matched = set(table.matches[t, own[right]].tolist())
-        rows = [model.evaluation.results[int(table.detections[place])] for place in own.tolist()]
+        rows = [model.results[int(table.detections[place])] for place in own.tolist()]
         truth = objects.get(image_id, [])
         marks = [
             Mark("missed", _corners(row["bbox"]), names[row["category_id"]])

@@ -99,36 +99,26 @@ def model_column(models: Sequence[Any]) -> list[Column]:
     return [Column("model", "model", "text")] if len(models) > 1 else []
 
 
-@dataclass(frozen=True)
-class ModelUnderTest:
+@dataclass(frozen=True, kw_only=True)
+class ModelUnderTest(ResultSet):
     """A model and what was observed in one pass over a split.
 
     Attributes:
-        label: what the report calls it.
         model: the detector.
         checkpoint: where it was read from, a file or a run's folder; None if it came as an object.
         split: the images.
-        truth: their ground truth, a COCO json.
         evaluation: of the model on the split.
-        results: its detections and how they were matched.
         usage, content, layers: the observers of the evaluation.
     """
 
-    label: str
+    truth: dict[str, Any]
     model: Detector
     checkpoint: Path | None
     split: DetectionDataset
-    truth: dict[str, Any]
     evaluation: Evaluation
-    results: ResultSet
     usage: QueryUsage
     content: ContentCollector
     layers: LayerCollector
-
-    @property
-    def table(self) -> MatchTable:
-        """How its detections were matched."""
-        return self.results.table
 
     @cached_property
     def stages(self) -> tuple[StageFigures, ...]:
@@ -138,7 +128,7 @@ class ModelUnderTest:
     @cached_property
     def outcome(self) -> Outcome:
         """What it got right in each image, where its F1 is best."""
-        return outcome(self.table, self.results.confident or _CONFIDENT, self.split.image_ids)
+        return outcome(self.table, self.confident or _CONFIDENT, self.split.image_ids)
 
     @cached_property
     def records(self) -> list[Record]:
@@ -196,11 +186,6 @@ class Analysis:
     def stage(self, name: str) -> Callable[[int, int], None]:
         """The progress of one stage."""
         return lambda done, total: self.progress(name, done, total)
-
-    @property
-    def results(self) -> list[ResultSet]:
-        """Of each model."""
-        return [one.results for one in self.models]
 
     @property
     def few(self) -> int:

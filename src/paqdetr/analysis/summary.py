@@ -61,7 +61,7 @@ def findings_section(analysis: Analysis) -> Section:
 
 def facts_of(analysis: Analysis, model: ModelUnderTest, intervals: FigureIntervals) -> Facts:
     """The figures that advice on a model is derived from."""
-    results, outcome, table, point = model.results, model.outcome, model.table, model.model.operating_point
+    outcome, table, point = model.outcome, model.table, model.model.operating_point
     boxes = table.positives.sum(axis=(1, 2)).tolist()
     reliable = calibration(table, score_threshold=_SURE)
     share = reliable.counts / max(reliable.counts.sum(), 1)
@@ -80,18 +80,18 @@ def facts_of(analysis: Analysis, model: ModelUnderTest, intervals: FigureInterva
         },
         duplicates_cost=model.evaluation.figures_nms.AP - model.evaluation.figures.AP,
         removes_duplicates=point.nms is not None,
-        gains=results.mistakes.gains,
-        confused=confused_pairs(results.confusion),
+        gains=model.mistakes.gains,
+        confused=confused_pairs(model.confusion),
         classes=[
             ClassFacts(name, intervals.per_class[name].value, count, None if training is None else training.get(own, 0))
             for name, count, own in zip(table.class_names, per_class, table.category_ids, strict=True)
         ],
         threshold=outcome.threshold,
-        f1=float(results.curves.best_f1[-1]),
+        f1=float(model.curves.best_f1[-1]),
         precision=right / max(right + wrong, 1),
         recall=right / max(right + missed, 1),
         default_threshold=default,
-        default_f1=math.nan if point.nms is not None else float(results.curves.f1[-1][round(100 * default)]),
+        default_f1=math.nan if point.nms is not None else float(model.curves.f1[-1][round(100 * default)]),
         calibration_error=reliable.error,
         confidence=float(np.nansum(share * reliable.confidence)),
         accuracy=float(np.nansum(share * reliable.accuracy)),
