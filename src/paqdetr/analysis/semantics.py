@@ -39,7 +39,7 @@ class Shuffled(Jsonable):
 
 
 @dataclass(frozen=True, slots=True)
-class Measure:
+class Measure(Jsonable):
     """One number for how much content has to do with categories.
 
     Attributes:
@@ -51,6 +51,7 @@ class Measure:
         twin: of the static twin, every query with the mean content of its index.
     """
 
+    json_digits: ClassVar = 6
     name: str
     value: float
     shuffled: dict[str, Shuffled]
@@ -58,7 +59,7 @@ class Measure:
 
 
 @dataclass(frozen=True, slots=True)
-class Semantics:
+class Semantics(Jsonable):
     """Whether content clusters by category.
 
     Attributes:
