@@ -17,11 +17,13 @@ from paqdetr.data.dataset import DetectionDataset, open_split
 from paqdetr.data.loader import (
     Batch,
     Failure,
+    ImageLoader,
+    Images,
     SampleKey,
     TrainingBatches,
     TrainingImages,
-    TrainingLoader,
     collate,
+    collate_in_place,
     plain_batch,
     training_loader,
 )
@@ -262,8 +264,8 @@ def broken_without(split: DetectionDataset, number: int) -> DetectionDataset:
 
 def test_a_failure_stands_for_its_batch() -> None:
     good = (torch.zeros(3, 32, 32), Targets(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4)))
-    failure = Failure(DataError, "what", "remedy")
-    assert collate([good, failure, good]) is failure
+    failure, images = Failure(DataError, "what", "remedy"), Images[Batch]()
+    assert collate_in_place(images, [good, failure, good]) is failure
 
 
 # ------------------------------------------------------------------------------------- workers and mosaic
@@ -276,7 +278,7 @@ def test_spawned_workers_change_no_batch(split: DetectionDataset) -> None:
     expected = epoch(settings(workers=0, **{"augment.mosaic": 0.5}), split)
     images = TrainingImages(split=split, augment=Augment(config.augment, PREPROCESSING), cache_gib=0.1)
     _, batches = training_loader(config, split, PREPROCESSING)
-    require_equal(expected, list(TrainingLoader(images, batches, workers=2, start_method="spawn")))
+    require_equal(expected, list(ImageLoader(images, batches, workers=2, start_method="spawn")))
 
 
 def test_workers_share_the_cache(split: DetectionDataset) -> None:
@@ -284,7 +286,7 @@ def test_workers_share_the_cache(split: DetectionDataset) -> None:
         pytest.skip("this platform does not fork")
     images = TrainingImages(split=split, augment=Augment(AugmentConfig(), PREPROCESSING), cache_gib=0.1)
     _, batches = training_loader(settings(), split, PREPROCESSING)
-    loader = TrainingLoader(images, batches, workers=2, start_method="fork")
+    loader = ImageLoader(images, batches, workers=2, start_method="fork")
     seen = {target.image_id for batch in loader for target in batch.targets}
     assert len(images.cache) == len(seen) == 9  # decoded by the workers, and here too
 

@@ -448,28 +448,8 @@ def read_results(path: str | Path) -> list[dict[str, Any]]:
 
 
 def non_maximum_suppression(detections: Detections, iou_threshold: float = 0.7) -> Detections:
-    """Drop every box that overlaps a better one of its own class by more than `iou_threshold`.
-
-    A DETR needs none; AP with and without it shows what duplicate boxes cost.
-
-    Args:
-        detections: of one image.
-        iou_threshold: in [0, 1].
-
-    Returns:
-        What is left, best first; names, image id and query indices come along.
-    """
-    import torch
-    from torchvision.ops import batched_nms
-
-    # float64: batched_nms moves classes apart by multiples of the image size, which eats float32's last bits.
-    keep = batched_nms(
-        torch.as_tensor(detections.boxes, dtype=torch.float64).reshape(-1, 4),
-        torch.as_tensor(detections.scores, dtype=torch.float64),
-        torch.as_tensor(detections.labels, dtype=torch.int64),
-        iou_threshold,
-    ).numpy()
-    return detections[keep]
+    """`Detections.without_duplicates`. A DETR needs none; AP with and without it shows what duplicate boxes cost."""
+    return detections.without_duplicates(iou_threshold)
 
 
 def _mean(values: np.ndarray) -> float:
