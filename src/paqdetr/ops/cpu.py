@@ -134,19 +134,20 @@ def _levels(shapes: tuple[tuple[int, int], ...], heads: int, points: int, dtype:
 
 
 def _kernel(name: str, dtype: torch.dtype, channels: int) -> Callable[..., None]:
+    from paqdetr.ops import numba_kernels
+
+    number = "float64" if dtype == torch.float64 else "float32"
+    return compiled(getattr(numba_kernels, f"compile_{name}"), number, channels)
+
+
+def compiled(compile_kernel: Callable[..., Callable[..., None]], *arguments: Any) -> Callable[..., None]:
+    """A kernel, compiled once in a process, or from numba's cache on disk where there is one."""
     with _compiling:  # two threads would compile the same twice
-        return _compiled(name, "float64" if dtype == torch.float64 else "float32", channels)
+        return _compiled(compile_kernel, *arguments)
 
 
 @functools.cache
-def _compiled(name: str, dtype: str, channels: int) -> Callable[..., None]:
-    from paqdetr.ops import numba_kernels
-
-    return compile_cached(getattr(numba_kernels, f"compile_{name}"), dtype, channels)
-
-
-def compile_cached(compile_kernel: Callable[..., Callable[..., None]], *arguments: Any) -> Callable[..., None]:
-    """A kernel, from numba's cache on disk where there is one."""
+def _compiled(compile_kernel: Callable[..., Callable[..., None]], *arguments: Any) -> Callable[..., None]:
     try:
         return compile_kernel(*arguments, cache=True)
     except RuntimeError as error:
