@@ -225,7 +225,7 @@ class Detections(Summary):
         """Class-wise non-maximum suppression: without every box that overlaps a better one of its own class by more than
         `iou_threshold` in [0, 1]. What is left is best first; equal scores keep their order.
         """
-        from hotcoco.mask import bbox_iou  # torchvision's function would need torch
+        import hotcoco  # torchvision's function would need torch
 
         order = np.argsort(-self.scores, kind="stable")
         boxes, labels = self.boxes[order].astype(np.float64).reshape(-1, 4), self.labels[order]
@@ -233,7 +233,7 @@ class Detections(Summary):
         kept = np.ones(len(order), dtype=bool)
         for start in range(0, len(order), _NMS_ROWS):
             rows, rest = slice(start, start + _NMS_ROWS), boxes[start:]
-            same = bbox_iou(boxes[rows], rest, np.zeros(len(rest), dtype=bool)) > iou_threshold
+            same = hotcoco.mask.bbox_iou(boxes[rows], rest, np.zeros(len(rest), dtype=bool)) > iou_threshold
             same &= labels[rows, None] == labels[start:]
             for i in np.flatnonzero(np.count_nonzero(same, axis=1) > 1):  # more than itself
                 if kept[start + i]:

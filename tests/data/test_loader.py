@@ -264,7 +264,7 @@ def broken_without(split: DetectionDataset, number: int) -> DetectionDataset:
 
 def test_a_failure_stands_for_its_batch() -> None:
     good = (torch.zeros(3, 32, 32), Targets(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4)))
-    failure, images = Failure(DataError, "what", "remedy"), Images[Batch]()
+    failure, images = Failure(DataError, "what", "remedy"), Images()
     assert collate_in_place(images, [good, failure, good]) is failure
 
 

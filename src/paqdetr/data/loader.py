@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.util import get_temp_dir
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -169,10 +169,7 @@ class SampleKey:
     scale: float
 
 
-Batched = TypeVar("Batched", "Batch", "Pictures")
-
-
-class Images(Dataset[Any], Generic[Batched]):
+class Images(Dataset[Any]):
     """Images by a key, and how they are put together; a `Failure` in place of one that raises a `UserError`."""
 
     def __getitem__(self, key: Any) -> Any:
@@ -185,8 +182,8 @@ class Images(Dataset[Any], Generic[Batched]):
         """The image of a key."""
         raise NotImplementedError
 
-    def collate(self, samples: Sequence[Any]) -> Batched:
-        """One batch of them."""
+    def collate(self, samples: Sequence[Any]) -> Any:
+        """One batch of them, which has `share_memory`."""
         raise NotImplementedError
 
 
@@ -212,7 +209,7 @@ class Pictures:
         return self
 
 
-class SplitImages(Images[Pictures]):
+class SplitImages(Images):
     """Images of a split by their index, without augmentation. In place of one that cannot be read comes a grey one.
 
     Args:
@@ -242,7 +239,7 @@ class SplitImages(Images[Pictures]):
         return Pictures(indices, images, {i: reason for i, reason in zip(indices, reasons, strict=True) if reason})
 
 
-class TrainingImages(Images[Batch]):
+class TrainingImages(Images):
     """Augmented images of a split by `SampleKey`; decoded pixels stay in memory while the budget lasts.
 
     Args:
@@ -395,13 +392,13 @@ class Pickled:
     reason: str
 
 
-def collate_in_place(images: Images[Batched], samples: Sequence[Any]) -> Batched | Failure:
+def collate_in_place(images: Images, samples: Sequence[Any]) -> Any:
     """One batch of samples; the first failure if there is one."""
     failure = next((sample for sample in samples if isinstance(sample, Failure)), None)
     return images.collate(samples) if failure is None else failure
 
 
-def collate_for_parent(images: Images[Batched], samples: Sequence[Any]) -> Batched | Failure | Pickled:
+def collate_for_parent(images: Images, samples: Sequence[Any]) -> Any:
     """As `collate_in_place`, in a worker process: in shared memory, or pickled where that is too small (64 MB in a container).
     Left to torch, a batch that does not fit would be lost without an error, and the training would wait for it."""
     batch = collate_in_place(images, samples)
@@ -412,7 +409,7 @@ def collate_for_parent(images: Images[Batched], samples: Sequence[Any]) -> Batch
         return Pickled(pickle.dumps(batch), str(error))
 
 
-class ImageLoader(Generic[Batched]):
+class ImageLoader:
     """Iterates over batches, those of one epoch in training; an error of a sample stops it.
 
     Args:
@@ -423,12 +420,7 @@ class ImageLoader(Generic[Batched]):
     """
 
     def __init__(
-        self,
-        images: Images[Batched],
-        batches: Iterable[Sequence[Any]],
-        *,
-        workers: int,
-        start_method: str | None = None,
+        self, images: Images, batches: Iterable[Sequence[Any]], *, workers: int, start_method: str | None = None
     ) -> None:
         if workers and (reason := _no_semaphores(workers)) is not None:
             _LOG.warning("/dev/shm, which worker processes need, cannot be used (%s): workers=0", reason)
@@ -452,7 +444,7 @@ class ImageLoader(Generic[Batched]):
     def __len__(self) -> int:
         return len(self._loader)
 
-    def __iter__(self) -> Iterator[Batched]:
+    def __iter__(self) -> Iterator[Any]:
         """Raises UserError where a sample does, WorkerError where a worker dies, hangs, or cannot be started."""
         try:
             with _signals_held_back():
@@ -461,23 +453,18 @@ class ImageLoader(Generic[Batched]):
             raise WorkerError(
                 f"the processes that load images cannot be started: {error}", "set workers=0, or fewer of them"
             ) from None
-        while True:
-            try:
-                batch = next(batches, None)
-            except RuntimeError as error:
-                known = worker_error(error)
-                if known is None:
-                    raise
-                raise known from error
-            if batch is None:
-                return
-            if isinstance(batch, Pickled):
-                batch = self._unpickled(batch)
-            if isinstance(batch, Failure):
-                raise batch.kind(batch.message, batch.remedy)
-            yield batch
+        try:
+            for batch in batches:
+                opened = self._unpickled(batch) if isinstance(batch, Pickled) else batch
+                if isinstance(opened, Failure):
+                    raise opened.kind(opened.message, opened.remedy)
+                yield opened
+        except RuntimeError as error:
+            if (known := worker_error(error)) is None:
+                raise
+            raise known from error
 
-    def _unpickled(self, pickled: Pickled) -> Batched:
+    def _unpickled(self, pickled: Pickled) -> Any:
         if not self._warned:
             self._warned = True
             _LOG.warning(
@@ -509,7 +496,7 @@ def _no_semaphores(workers: int) -> str | None:
 
 def training_loader(
     config: Config, split: DetectionDataset, preprocessing: Preprocessing, *, rank: int = 0, world_size: int = 1
-) -> tuple[ImageLoader[Batch], TrainingBatches]:
+) -> tuple[ImageLoader, TrainingBatches]:
     """The loader of a training, and its sampler, whose `epoch` is to be set before each pass."""
     sampler = TrainingBatches(
         sizes=split.sizes,

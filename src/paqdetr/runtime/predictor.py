@@ -375,6 +375,6 @@ def predict_in_batches(
     prepared = ((i, prepare(picture), (picture.height, picture.width)) for i, picture in enumerate(pictures))
     for batch in batched_by_size(prepared, lambda entry: tuple(getattr(entry[1], "shape", ())), batch_size):
         indices, pixels, sizes = (list(column) for column in zip(*batch, strict=True))
-        shown = [names[i] if names else f"image {i}" for i in indices]
+        shown = [names[i] if names else f"image {i}" for i, _, _ in batch]
         found.update(zip(indices, detect(pixels, sizes, shown), strict=True))
     return [found[i] for i in range(len(found))]

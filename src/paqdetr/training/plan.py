@@ -18,7 +18,7 @@ from torchvision.ops import box_convert, box_iou
 
 from paqdetr.config import Config
 from paqdetr.data.dataset import DetectionDataset
-from paqdetr.data.loader import Batch, plain_batch
+from paqdetr.data.loader import Batch, TrainingImages, plain_batch
 from paqdetr.environment import available_memory, peak_memory, require_device
 from paqdetr.errors import DataError
 from paqdetr.evaluation.evaluate import evaluate_split
@@ -127,7 +127,7 @@ def _try_training(
     with tempfile.TemporaryDirectory() as folder:
         quiet = config.model_copy(update={"trackers": ()})
         trainer = Trainer(quiet, Run(Path(folder)), train_split, None, device=device, callbacks=[])
-    model, images = peak_memory(place), trainer.loader.images
+    model, images = peak_memory(place), cast(TrainingImages, trainer.loader.images)
     seconds, workers = _time_steps(trainer, steps, advance)
     worst = worst_batch(config, train_split, trainer.model.preprocessing, config.batch_size).to(place)
     for _ in range(_WORST):
