@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -27,7 +29,7 @@ from paqdetr.data.loader import (
     plain_batch,
     training_loader,
 )
-from paqdetr.errors import DataError
+from paqdetr.errors import DataError, WorkerError
 from paqdetr.preprocessing import Normalization, Preprocessing
 from paqdetr.structures import Targets
 
@@ -269,6 +271,20 @@ def test_a_failure_stands_for_its_batch() -> None:
 
 
 # ------------------------------------------------------------------------------------- workers and mosaic
+
+
+class Killed(Images):
+    """Images whose reading ends the process, as the system ends one that takes too much memory."""
+
+    def sample(self, key: int) -> int:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return key
+
+
+def test_a_worker_that_dies_is_named() -> None:
+    loader = ImageLoader(Killed(), [[0]], workers=1)
+    with pytest.raises(WorkerError, match="a process that loads images died: DataLoader worker"):
+        list(loader)
 
 
 @pytest.mark.integration
