@@ -26,6 +26,7 @@ from paqdetr.loading import is_exported, load, require_model
 from paqdetr.metrics.coco import (
     MAX_DETECTIONS,
     CocoFigures,
+    CocoRecords,
     counted_detections,
     evaluate_detections,
     non_maximum_suppression,
@@ -236,7 +237,7 @@ def evaluate_together(
     found = [detections.above(threshold) for detections in found]
     results = [row for detections in found for row in detections.to_coco()]
     cleaned = [row for detections in found for row in non_maximum_suppression(detections, _NMS).to_coco()]
-    truth = split.ground_truth()
+    truth = CocoRecords.open(split.ground_truth(), "bbox")
     figures, figures_nms = (
         evaluate_detections(truth, rows, max_detections=max_detections) for rows in (results, cleaned)
     )
@@ -257,7 +258,7 @@ def evaluate_together(
     )
 
 
-def _best_threshold(truth: dict[str, Any], rows: list[dict[str, Any]], max_detections: int) -> float | None:
+def _best_threshold(truth: CocoRecords, rows: list[dict[str, Any]], max_detections: int) -> float | None:
     """Where F1 over all classes is at its best; None where nothing right scores enough to be of use. Rows that score less change
     no match of the others, and matching them takes most of the time."""
     usable = [row for row in rows if row["score"] >= _LEAST_USEFUL]

@@ -22,7 +22,7 @@ _ROUNDING = 1e-6
 
 
 def linear_sum_assignment(cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """scipy's, imported when somebody trains: it takes 0.3 seconds."""
+    """scipy's, imported at the first call: it takes 0.3 seconds."""
     from scipy.optimize import linear_sum_assignment as solve
 
     return solve(cost)
