@@ -106,7 +106,7 @@ def run(argv: Sequence[str]) -> int:
     except Ended as ended:
         return ended.code
     except UserError as error:
-        if error.told_elsewhere:  # by another of several processes
+        if error.reported_elsewhere:  # by another of several processes
             return 2
         return _mistake(error.message, error.remedy, debug=debug)
     except Exception as error:
