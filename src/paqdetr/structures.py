@@ -25,6 +25,8 @@ if TYPE_CHECKING:  # a program that runs an exported model has no torch
 
 # Rows of detections that are printed.
 _SHOWN = 20
+# Boxes whose overlaps with all that score less are computed at once.
+_NMS_ROWS = 64
 
 # What ultralytics, supervision, torchvision and transformers call it.
 _WORDS = {
@@ -44,12 +46,28 @@ class Targets:
         boxes: (G, 4) float, cxcywh, normalised by the image's own width and height (padding left out), in [0, 1].
         image_id: the data set's own id of the image, for error messages and evaluation; None if there is none.
         size: (height, width) of the image in the file in pixels, before any transform; None if unknown.
+
+    Raises:
+        ValueError: another dtype or shape, naming the image. Values are checked where targets are matched.
     """
 
     labels: Tensor
     boxes: Tensor
     image_id: int | str | None = None
     size: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        labels, boxes = self.labels, self.boxes
+        where = "the targets" if self.image_id is None else f"image {self.image_id!r}"
+        if str(labels.dtype) != "torch.int64" or labels.ndim != 1:
+            raise ValueError(
+                f"labels of {where} are {labels.dtype} of shape {tuple(labels.shape)}: give int64 of shape (G,)"
+            )
+        if not boxes.is_floating_point() or tuple(boxes.shape) != (len(labels), 4):
+            raise ValueError(
+                f"boxes of {where} are {boxes.dtype} of shape {tuple(boxes.shape)}:"
+                f" give floats of shape ({len(labels)}, 4), one row for each label"
+            )
 
     def __len__(self) -> int:
         return self.labels.shape[0]
@@ -207,17 +225,19 @@ class Detections(Summary):
         """Class-wise non-maximum suppression: without every box that overlaps a better one of its own class by more than
         `iou_threshold` in [0, 1]. What is left is best first; equal scores keep their order.
         """
+        import hotcoco  # torchvision's function would need torch
+
         order = np.argsort(-self.scores, kind="stable")
         boxes, labels = self.boxes[order].astype(np.float64).reshape(-1, 4), self.labels[order]
-        area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+        boxes[:, 2:] -= boxes[:, :2]
         kept = np.ones(len(order), dtype=bool)
-        for i in range(len(order)):
-            if kept[i]:
-                rest = slice(i + 1, None)
-                corner = np.minimum(boxes[i, 2:], boxes[rest, 2:]) - np.maximum(boxes[i, :2], boxes[rest, :2])
-                shared = corner.clip(min=0).prod(1)
-                overlaps = shared > iou_threshold * (area[i] + area[rest] - shared)
-                kept[rest] &= ~(overlaps & (labels[rest] == labels[i]))
+        for start in range(0, len(order), _NMS_ROWS):
+            rows, rest = slice(start, start + _NMS_ROWS), boxes[start:]
+            same = hotcoco.mask.bbox_iou(boxes[rows], rest, np.zeros(len(rest), dtype=bool)) > iou_threshold
+            same &= labels[rows, None] == labels[start:]
+            for i in np.flatnonzero(np.count_nonzero(same, axis=1) > 1):  # more than itself
+                if kept[start + i]:
+                    kept[start + i + 1 :] &= ~same[i, i + 1 :]
         return self._rows(order[kept])
 
     def to_coco(self, *, rounded: bool = False) -> list[dict[str, Any]]:

@@ -6,9 +6,9 @@ score but for the last bit, they may change places.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -18,24 +18,13 @@ from torchvision.ops import box_convert
 from paqdetr.config import ModelConfig
 from paqdetr.errors import ConfigError, NonFiniteError, memory_error
 from paqdetr.models.outputs import BACKGROUND_LOGIT, DetectorOutput
-from paqdetr.preprocessing import Preprocessing, pad_images
+from paqdetr.preprocessing import pad_images
 from paqdetr.structures import ClassTable, Detections, Targets
 
+if TYPE_CHECKING:
+    from paqdetr.models.detector import Detector
+
 Self = TypeVar("Self")
-Entry = TypeVar("Entry")
-
-
-class ImageModel(Protocol):
-    """What turns pixels into detections: a `Detector`, or what behaves like one."""
-
-    config: ModelConfig
-    classes: ClassTable
-    preprocessing: Preprocessing
-    training: bool
-
-    def __call__(self, images: Tensor, padding_mask: Tensor | None = None, /) -> DetectorOutput: ...
-    def parameters(self) -> Iterator[torch.nn.Parameter]: ...
-    def train(self, mode: bool = True, /) -> Any: ...
 
 
 class Observer(Protocol):
@@ -59,22 +48,8 @@ class Observer(Protocol):
         ...
 
 
-def batched_by_size(
-    entries: Iterable[Entry], size_of: Callable[[Entry], Hashable], batch_size: int
-) -> Iterator[list[Entry]]:
-    """Batches of entries of one size each; full ones as soon as they are, the others at the end."""
-    buckets: dict[Hashable, list[Entry]] = {}
-    for entry in entries:
-        size = size_of(entry)
-        bucket = buckets.setdefault(size, [])
-        bucket.append(entry)
-        if len(bucket) == batch_size:
-            yield buckets.pop(size)
-    yield from buckets.values()
-
-
 def detect_batch(
-    model: ImageModel,
+    model: Detector,
     images: Sequence[Tensor],
     sizes: Sequence[tuple[int, int]],
     *,
@@ -166,7 +141,7 @@ def _require_finite(logits: Tensor, boxes: Tensor, names: Sequence[int | str]) -
 
 
 @contextmanager
-def _in_precision_of(model: ImageModel) -> Iterator[torch.dtype]:
+def _in_precision_of(model: Detector) -> Iterator[torch.dtype]:
     """The dtype that the model takes images in. Boxes are float32 inside a model of half precision: autocast brings the two
     together.
 
@@ -192,7 +167,7 @@ def _in_precision_of(model: ImageModel) -> Iterator[torch.dtype]:
 
 
 @contextmanager
-def _evaluating(model: ImageModel) -> Iterator[None]:
+def _evaluating(model: Detector) -> Iterator[None]:
     """Evaluation mode inside. A model that is in it already is left alone: threads may share such a model."""
     was_training = model.training
     if was_training:

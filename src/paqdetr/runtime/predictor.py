@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ EXPORTED = (".onnx", ".xml")
 
 _OUTPUTS = {False: ("boxes", "scores", "labels"), True: ("logits", "pred_boxes")}
 _Pixels = TypeVar("_Pixels")
+_Entry = TypeVar("_Entry")
 
 
 class Detects(Protocol):
@@ -339,6 +339,20 @@ def open_exported(path: str | Path, *, threads: int | None = None) -> Predictor:
     return Predictor(open_engine(path, threads), str(path))
 
 
+def batched_by_size(
+    entries: Iterable[_Entry], size_of: Callable[[_Entry], Hashable], batch_size: int
+) -> Iterator[list[_Entry]]:
+    """Batches of entries of one size each; full ones as soon as they are, the others at the end."""
+    buckets: dict[Hashable, list[_Entry]] = {}
+    for entry in entries:
+        size = size_of(entry)
+        bucket = buckets.setdefault(size, [])
+        bucket.append(entry)
+        if len(bucket) == batch_size:
+            yield buckets.pop(size)
+    yield from buckets.values()
+
+
 def predict_in_batches(
     pictures: Iterable[Image],
     prepare: Callable[[Image], _Pixels],
@@ -358,20 +372,9 @@ def predict_in_batches(
     """
     require_batch_size(batch_size)
     found: dict[int, Detections] = {}
-    buckets: dict[Hashable, list[tuple[int, _Pixels, tuple[int, int]]]] = defaultdict(list)
-
-    def run(bucket: list[tuple[int, _Pixels, tuple[int, int]]]) -> None:
-        indices, pixels, sizes = (list(column) for column in zip(*bucket, strict=True))
-        shown = [names[i] if names else f"image {i}" for i, _, _ in bucket]
+    prepared = ((i, prepare(picture), (picture.height, picture.width)) for i, picture in enumerate(pictures))
+    for batch in batched_by_size(prepared, lambda entry: tuple(getattr(entry[1], "shape", ())), batch_size):
+        indices, pixels, sizes = (list(column) for column in zip(*batch, strict=True))
+        shown = [names[i] if names else f"image {i}" for i, _, _ in batch]
         found.update(zip(indices, detect(pixels, sizes, shown), strict=True))
-        bucket.clear()
-
-    for i, picture in enumerate(pictures):
-        pixels = prepare(picture)
-        bucket = buckets[tuple(getattr(pixels, "shape", ()))]
-        bucket.append((i, pixels, (picture.height, picture.width)))
-        if len(bucket) == batch_size:
-            run(bucket)
-    for bucket in filter(None, buckets.values()):
-        run(bucket)
     return [found[i] for i in range(len(found))]
