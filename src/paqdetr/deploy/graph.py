@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +13,7 @@ from paqdetr.models import Detector
 from paqdetr.models.folding import bake_folded_norms
 from paqdetr.ops import use_backend
 from paqdetr.runtime import FixedSize
-
-Attention = Literal["grid_sample", "gather"]
-"""How deformable attention reads its samples: GridSample, the faster in onnxruntime and OpenVINO; or Gather alone, for TensorRT,
-which miscompiles GridSample (TensorRT issue 4813)."""
+from paqdetr.runtime.info import Attention
 
 MAX_BATCH = 1024
 
