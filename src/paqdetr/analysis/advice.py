@@ -171,10 +171,10 @@ def _training(facts: Facts) -> Iterator[Finding]:
         recent, last = max(1, len(values) // 4), values[-1]
         gain = max(values) - max(values[:-recent])
         if gain >= 0.01 and last >= max(values) - 0.002:
-            longer = "raise max_steps" if own.done < own.epochs else f"such as epochs={2 * own.epochs}"
+            longer = ": raise max_steps" if own.done < own.epochs else f", such as epochs={2 * own.epochs}"
             yield _bad(
                 f"AP still rose when the training ended, by {gain:.3f} in the last {recent} of {len(values)} evaluations.",
-                f"Train longer: {longer}.",
+                f"Train longer{longer}.",
                 "training",
                 cost=gain,
             )

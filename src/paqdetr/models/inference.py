@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -18,13 +18,25 @@ from torchvision.ops import box_convert
 from paqdetr.config import ModelConfig
 from paqdetr.errors import ConfigError, NonFiniteError, memory_error
 from paqdetr.models.outputs import BACKGROUND_LOGIT, DetectorOutput
-from paqdetr.preprocessing import pad_images
+from paqdetr.preprocessing import Preprocessing, pad_images
 from paqdetr.structures import ClassTable, Detections, Targets
 
-if TYPE_CHECKING:
-    from paqdetr.models.detector import Detector
-
 Self = TypeVar("Self")
+
+
+class ImageModel(Protocol):
+    """What turns pixels into detections: a `Detector`, or what behaves like one."""
+
+    config: ModelConfig
+    classes: ClassTable
+    preprocessing: Preprocessing
+    training: bool
+
+    @property
+    def device(self) -> torch.device: ...
+    def __call__(self, images: Tensor, padding_mask: Tensor | None = None, /) -> DetectorOutput: ...
+    def parameters(self) -> Iterator[torch.nn.Parameter]: ...
+    def train(self, mode: bool = True, /) -> Any: ...
 
 
 class Observer(Protocol):
@@ -49,7 +61,7 @@ class Observer(Protocol):
 
 
 def detect_batch(
-    model: Detector,
+    model: ImageModel,
     images: Sequence[Tensor],
     sizes: Sequence[tuple[int, int]],
     *,
@@ -141,7 +153,7 @@ def _require_finite(logits: Tensor, boxes: Tensor, names: Sequence[int | str]) -
 
 
 @contextmanager
-def _in_precision_of(model: Detector) -> Iterator[torch.dtype]:
+def _in_precision_of(model: ImageModel) -> Iterator[torch.dtype]:
     """The dtype that the model takes images in. Boxes are float32 inside a model of half precision: autocast brings the two
     together.
 
@@ -167,7 +179,7 @@ def _in_precision_of(model: Detector) -> Iterator[torch.dtype]:
 
 
 @contextmanager
-def _evaluating(model: Detector) -> Iterator[None]:
+def _evaluating(model: ImageModel) -> Iterator[None]:
     """Evaluation mode inside. A model that is in it already is left alone: threads may share such a model."""
     was_training = model.training
     if was_training:
