@@ -140,9 +140,9 @@ def test_a_trained_model_finds_more_in_tiles(script: Callable[[str], ModuleType]
     from paqdetr.data.dataset import open_split
     from paqdetr.data.digits import make_digits
 
-    data = make_digits(tmp_path / "digits", size=160, train=400, val=60, test=1, max_objects=6)
-    settings = {"image_size": 160, "batch_size": 4}
-    run = paqdetr.train("dino_nano", data=data, output=tmp_path / "run", device="cpu", epochs=5, settings=settings)
+    data = make_digits(tmp_path / "digits", train=1400, val=100, test=1)
+    settings = {"image_size": 192, "model.num_queries": 60}
+    run = paqdetr.train("dino_nano", data=data, output=tmp_path / "run", device="cpu", epochs=2, settings=settings)
     measure = script("benchmarks/tiles.py").measure
     found = measure(paqdetr.load(run.output), open_split(data, "val"), tmp_path / "pasted")
     assert found["tiles"]["AP"] > found["without tiles"]["AP"] + 0.05

@@ -253,7 +253,7 @@ def test_a_buffered_source_loses_no_frame(monkeypatch: pytest.MonkeyPatch, caplo
         numbers.append(number_of(detections.image, scale=5))
         times.append(detections.time)
     steps = np.diff(times)
-    assert steps.min() > 0 and np.delete(steps, [39, 79]) == pytest.approx(1 / 30, abs=1e-3)  # of each connection
+    assert steps.min() >= 0 and np.delete(steps, [39, 79]) == pytest.approx(1 / 30, abs=1e-3)  # of each connection
     assert numbers == list(range(120)) and caplog.text.count("connecting again") >= 2
 
 

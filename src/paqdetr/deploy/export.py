@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image
@@ -23,7 +23,7 @@ from paqdetr._version import __version__
 from paqdetr.checkpoint import find_checkpoint
 from paqdetr.data.dataset import DetectionDataset, open_split
 from paqdetr.data.layout import split_to_evaluate
-from paqdetr.deploy.graph import Attention, DeployedDetector, capture, fixed_size, require_exportable, save_graph, trace
+from paqdetr.deploy.graph import DeployedDetector, capture, fixed_size, require_exportable, save_graph, trace
 from paqdetr.deploy.parity import IMAGES, Parity, compare_with_model, digits_pictures
 from paqdetr.deploy.quantize import quantize_checked, spread
 from paqdetr.environment import package_version
@@ -34,11 +34,8 @@ from paqdetr.models import load as load_detector
 from paqdetr.outputs import require_replaceable, write_json, write_output
 from paqdetr.runtime import ExportInfo
 from paqdetr.runtime.engines import is_sealed
-from paqdetr.runtime.info import FILE_ENTRY
+from paqdetr.runtime.info import FILE_ENTRY, Attention, Format, Precision, require_choices
 from paqdetr.runtime.predictor import DEFAULT_THRESHOLD
-
-Format = Literal["onnx", "openvino", "pt2", "torchscript"]
-Precision = Literal["f32", "f16", "int8"]
 
 ENDINGS: dict[str, str] = {"onnx": ".onnx", "openvino": ".xml", "pt2": ".pt2", "torchscript": ".torchscript"}
 _NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
@@ -127,6 +124,7 @@ def export(
         BackendError: a package that is needed is not installed.
         StorageError: a file cannot be written.
     """
+    require_choices(format=format, precision=precision, attention=attention)
     _require_arguments(format, precision, batch, raw=raw, calibrate=calibrate, max_drop=max_drop)
     source, detector = "", model
     if not isinstance(model, Detector):
@@ -190,10 +188,6 @@ def export(
 def _require_arguments(
     format: str, precision: str, batch: int | None, *, raw: bool, calibrate: object, max_drop: float
 ) -> None:
-    if format not in ENDINGS:
-        raise ConfigError(f"format: expected one of {', '.join(ENDINGS)}, found {format!r}", "onnx is the usual one")
-    if precision not in ("f32", "f16", "int8"):
-        raise ConfigError(f"precision: expected f32, f16 or int8, found {precision!r}", "f32 is the usual one")
     if batch is not None and not 1 <= batch <= 1024:
         raise ConfigError(f"batch: expected 1 to 1024 images, found {batch}", "leave it out for any number")
     if precision != "f32" and format not in _NEEDS:

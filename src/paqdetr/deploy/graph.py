@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,7 @@ from paqdetr.models.folding import bake_folded_norms
 from paqdetr.ops import use_backend
 from paqdetr.runtime import ExportInfo, FixedSize
 from paqdetr.runtime.engines import seal
-from paqdetr.runtime.info import KEY
-
-Attention = Literal["grid_sample", "gather"]
-"""How deformable attention reads its samples: GridSample, the faster in onnxruntime and OpenVINO; or Gather alone, for TensorRT,
-which miscompiles GridSample (TensorRT issue 4813)."""
+from paqdetr.runtime.info import KEY, Attention
 
 MAX_BATCH = 1024
 

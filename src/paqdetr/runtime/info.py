@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from PIL.Image import Image, Resampling
 
-from paqdetr.errors import CheckpointError
+from paqdetr.errors import CheckpointError, ConfigError
 from paqdetr.files import parse_json
 from paqdetr.structures import ClassTable
 from paqdetr.text import shorten
@@ -21,8 +21,25 @@ KEY = "paqdetr"
 FILE_ENTRY = "paqdetr.json"
 """The extra file of .pt2 and TorchScript archives that holds it."""
 FORMAT = 1
-PRECISIONS = ("f32", "f16", "int8")
+Format = Literal["onnx", "openvino", "pt2", "torchscript"]
+Precision = Literal["f32", "f16", "int8"]
+Attention = Literal["grid_sample", "gather"]
+"""How deformable attention reads its samples: GridSample, the faster in onnxruntime and OpenVINO; or Gather alone, for TensorRT,
+which miscompiles GridSample (TensorRT issue 4813)."""
 _MAX_SIDE = 2**14
+
+
+def require_choices(*, format: str, precision: str, attention: str) -> None:
+    """Raise ConfigError unless these are a format, a precision and an attention that an export can have."""
+    for name, found, known in (
+        ("format", format, get_args(Format)),
+        ("precision", precision, get_args(Precision)),
+        ("attention", attention, get_args(Attention)),
+    ):
+        if found not in known:
+            raise ConfigError(
+                f"{name}: expected one of {', '.join(known)}, found {found!r}", f"{known[0]} is the usual one"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +194,7 @@ def _is_triple(value: Any) -> bool:
 # Values that stand in the text as they are, and what each has to be.
 _PLAIN: dict[str, Callable[[Any], bool]] = {
     "raw": _is(bool),
-    "precision": lambda value: value in PRECISIONS,
+    "precision": lambda value: value in get_args(Precision),
     "max_detections": _is_count,
     "clamp_boxes": _is(bool),
     "threshold": _is_share_or_none,

@@ -324,6 +324,20 @@ def open_exported(path: str | Path, *, threads: int | None = None) -> Predictor:
     return Predictor(open_engine(path, threads), str(path))
 
 
+def batched_by_size(
+    entries: Iterable[_Entry], size_of: Callable[[_Entry], Hashable], batch_size: int
+) -> Iterator[list[_Entry]]:
+    """Batches of entries of one size each; full ones as soon as they are, the others at the end."""
+    buckets: dict[Hashable, list[_Entry]] = {}
+    for entry in entries:
+        size = size_of(entry)
+        bucket = buckets.setdefault(size, [])
+        bucket.append(entry)
+        if len(bucket) == batch_size:
+            yield buckets.pop(size)
+    yield from buckets.values()
+
+
 def predict_in_batches(
     pictures: Iterable[Image],
     prepare: Callable[[Image], _Pixels],
@@ -343,23 +357,9 @@ def predict_in_batches(
     """
     require_batch_size(batch_size)
     found: dict[int, Detections] = {}
-    entries = ((i, prepare(picture), (picture.height, picture.width)) for i, picture in enumerate(pictures))
-    for batch in batched_by_size(entries, lambda entry: tuple(getattr(entry[1], "shape", ())), batch_size):
+    prepared = ((i, prepare(picture), (picture.height, picture.width)) for i, picture in enumerate(pictures))
+    for batch in batched_by_size(prepared, lambda entry: tuple(getattr(entry[1], "shape", ())), batch_size):
         indices, pixels, sizes = (list(column) for column in zip(*batch, strict=True))
-        shown = [str(names[i]) if names else f"image {i}" for i in indices]
+        shown = [names[i] if names else f"image {i}" for i, _, _ in batch]
         found.update(zip(indices, detect(pixels, sizes, shown), strict=True))
     return [found[i] for i in range(len(found))]
-
-
-def batched_by_size(
-    entries: Iterable[_Entry], size_of: Callable[[_Entry], Hashable], batch_size: int
-) -> Iterator[list[_Entry]]:
-    """Batches of entries of one size each; full ones as soon as they are, the others at the end."""
-    buckets: dict[Hashable, list[_Entry]] = {}
-    for entry in entries:
-        size = size_of(entry)
-        bucket = buckets.setdefault(size, [])
-        bucket.append(entry)
-        if len(bucket) == batch_size:
-            yield buckets.pop(size)
-    yield from buckets.values()

@@ -125,7 +125,7 @@ class _LiveReader(threading.Thread):
         self._changed, self._stopped = threading.Condition(), threading.Event()
         self._frames: deque[tuple[Any, int, float]] = deque(maxlen=_BUFFERED if buffer else 1)
         self._failure: DataError | None = None
-        self._count, self._began = 0, 0.0
+        self._count, self._began, self._latest = 0, 0.0, 0.0
 
     def take(self) -> Frame:
         """Wait for the next frame."""
@@ -177,8 +177,9 @@ class _LiveReader(threading.Thread):
                 self._began = self._began if self._count else time.monotonic()
                 now = time.monotonic() - self._began
                 if self._buffer and frame.time is not None:  # one that had to wait arrives late
-                    start = now - frame.time if start is None else start
+                    start = max(now, self._latest) - frame.time if start is None else start
                     now = start + frame.time
+                self._latest = now
                 index, self._count = self._count, self._count + 1
                 if index % self._every == 0:
                     with self._changed:
