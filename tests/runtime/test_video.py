@@ -259,7 +259,7 @@ def test_a_buffered_source_loses_no_frame(monkeypatch: pytest.MonkeyPatch, caplo
 
 @pytest.mark.integration
 def test_an_unbuffered_source_drops_frames() -> None:
-    sender = TcpSender(200, 1)
+    sender = TcpSender(10**6, 1)  # until the reader leaves
     frames = list(itertools.islice(stream(Patches(delay=0.1), sender.url), 5))
     assert frames[-1].frame is not None and frames[-1].frame > 10
 
