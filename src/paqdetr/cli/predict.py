@@ -45,6 +45,9 @@ def predict(
     recursive: Annotated[bool, options.data("--recursive", help="Search folders recursively.")] = False,
     every: Annotated[int, options.data(min=1, help="Use every N-th frame of a video.")] = 1,
     max_frames: Annotated[int | None, options.data(min=1, help="Frames per video at most.")] = None,
+    buffer: Annotated[
+        bool, options.data("--buffer", help="Keep all frames of a live source, not only the newest; results may lag.")
+    ] = False,
     batch_size: options.BatchSize = 1,
     annotations: Annotated[
         Path | None, options.data(help="COCO json with these images, whose image ids the results take.")
@@ -112,6 +115,7 @@ def predict(
                 recursive=recursive,
                 every=every,
                 max_frames=max_frames,
+                buffer=buffer,
                 batch_size=batch_size,
                 image_id=image_id,
                 overwrite=overwrite,

@@ -14,11 +14,11 @@ from PIL.Image import Image
 from paqdetr.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from paqdetr.images import ImageSource, read_image
 from paqdetr.runtime.engines import Engine, open_engine
-from paqdetr.runtime.info import ExportInfo, FixedSize
-from paqdetr.runtime.predict import stream
+from paqdetr.runtime.info import ExportInfo
+from paqdetr.runtime.predict import Predicts, stream
 from paqdetr.runtime.sources import Source, list_source, read_source
 from paqdetr.runtime.tiles import Tiles, predict_tiles
-from paqdetr.structures import ClassTable, Detections, OperatingPoint
+from paqdetr.structures import Detections, OperatingPoint
 from paqdetr.text import Summary, shorten, some
 from paqdetr.values import require_batch_size, require_nms, require_threshold
 
@@ -33,17 +33,13 @@ _Pixels = TypeVar("_Pixels")
 _Entry = TypeVar("_Entry")
 
 
-class Detects(Protocol):
+class Detects(Predicts, Protocol):
     """What `PredictMixin` has to know of a detector."""
 
-    @property
-    def classes(self) -> ClassTable: ...
     @property
     def operating_point(self) -> OperatingPoint: ...
     @property
     def preprocessing(self) -> Callable[[Image], Any]: ...
-    @property
-    def predict(self) -> Callable[..., list[Detections]]: ...
     def _detect_pixels(
         self,
         pixels: Sequence[Any],
@@ -201,6 +197,7 @@ class Predictor(PredictMixin, Summary):
         name: of the model.
         classes: index -> the data set's category id and name.
         preprocessing: the one size that images are stretched to.
+        operating_point: threshold and IoU of the suppression, which `predict` begins from.
         info: what the file says about itself.
         engine: what runs it.
     """
@@ -210,26 +207,14 @@ class Predictor(PredictMixin, Summary):
             raise ConfigError(
                 f"Predictor: expected an Engine, found {shorten(engine)}", "paqdetr.load(path) opens a file"
             )
-        self.engine = engine
-        self.info = ExportInfo.from_json(engine.metadata, where)
-        self.where = where
-        self.name = self.info.name
+        self.engine, self.where = engine, where
+        self.info = info = ExportInfo.from_json(engine.metadata, where)
+        self.name, self.classes, self.preprocessing = info.name, info.classes, info.preprocessing
+        self.operating_point = OperatingPoint(threshold=info.threshold, nms=info.nms)
 
     def __call__(self, images: ImageSource | Iterable[ImageSource], **how: Any) -> list[Detections]:
         """The same as `predict`."""
         return self.predict(images, **how)
-
-    @property
-    def classes(self) -> ClassTable:
-        return self.info.classes
-
-    @property
-    def operating_point(self) -> OperatingPoint:
-        return OperatingPoint(threshold=self.info.threshold, nms=self.info.nms)
-
-    @property
-    def preprocessing(self) -> FixedSize:
-        return self.info.preprocessing
 
     def _summary(self) -> tuple[str, list[tuple[str, ...]]]:
         size, info = self.preprocessing, self.info
@@ -286,8 +271,8 @@ class Predictor(PredictMixin, Summary):
     def run(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The graph on (N, H, W, 3) uint8: boxes (N, n, 4) xyxy in [0, 1], scores (N, n), best first, labels (N, n), class
         indices."""
-        boxes, scores, labels = self._decoded(*self.outputs(images)) if self.info.raw else self.outputs(images)
-        return boxes, scores, labels
+        found = self.outputs(images)
+        return self._decoded(*found) if self.info.raw else found  # type: ignore[return-value]
 
     def outputs(self, images: np.ndarray) -> tuple[np.ndarray, ...]:
         """What the graph itself gives for (N, H, W, 3) uint8: boxes, scores and labels, or logits (N, q, C) and boxes (N, q, 4)
