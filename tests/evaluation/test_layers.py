@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from paqdetr.analysis.layers import layer_section
+from paqdetr.analysis.curves import layer_section
 from paqdetr.config import load_config
 from paqdetr.data.dataset import DetectionDataset, open_split
 from paqdetr.evaluation.evaluate import evaluate_split
@@ -68,8 +68,8 @@ def test_planted_predictions_have_the_figures_they_must_have(split: DetectionDat
     boxes = sum(len(split.targets(index)) for index in range(len(split)))
     assert [one.stage for one in (proposals, first, last)] == ["proposals", "layer 1", "layer 2"]
     assert proposals.best_iou == pytest.approx(0.5, abs=1e-4)
-    assert np.isnan(proposals.AP) and np.isnan(proposals.copies) and np.isnan(proposals.predictions_per_image)
-    assert (last.AP, last.AP_nms, last.copies) == (1, 1, 0) and last.best_iou == pytest.approx(1, abs=1e-5)
+    assert np.isnan(proposals.AP) and np.isnan(proposals.duplicates) and np.isnan(proposals.predictions_per_image)
+    assert (last.AP, last.AP_nms, last.duplicates) == (1, 1, 0) and last.best_iou == pytest.approx(1, abs=1e-5)
     assert last.found == 1 and last.predictions_per_image == pytest.approx(boxes / len(split))
     # The surer copy with IoU 0.82 takes what lies below .85; above, the right box counts. NMS leaves the surer one alone.
     assert (
@@ -78,7 +78,7 @@ def test_planted_predictions_have_the_figures_they_must_have(split: DetectionDat
     assert first.AP_nms < first.AP < 1
     assert proposals.to_json() == {
         "stage": "proposals", "best_iou": pytest.approx(0.5, abs=1e-4), "found": pytest.approx(proposals.found, abs=1e-6),
-        "AP": None, "AP_nms": None, "copies": None, "predictions_per_image": None,
+        "AP": None, "AP_nms": None, "duplicates": None, "predictions_per_image": None,
     }  # fmt: skip
 
 
@@ -128,7 +128,7 @@ def test_the_chapter_has_both_models_side_by_side() -> None:
     other = [StageFigures("proposals", 0.4, 0.3, nan, nan, nan), StageFigures("layer 1", 0.5, 0.6, 0.2, 0.2, 1.0)]
     section = layer_section([("ours", ours), ("other", other)])
     figure, table = section.parts
-    assert isinstance(figure, Figure) and figure.data["ours"][1]["copies"] == pytest.approx(0.05)
+    assert isinstance(figure, Figure) and figure.data["ours"][1]["duplicates"] == pytest.approx(0.05)
     assert isinstance(table, Table) and [row["model"] for row in table.rows] == ["ours", "ours", "other", "other"]
     assert table.rows[2]["AP"] is None and table.columns[0].key == "model"
     alone = layer_section([("ours", ours)])

@@ -66,8 +66,8 @@ def result(key: RunKey, images: np.ndarray) -> RunResult:
     }
     if key.seed:  # seed 0 was measured before there were such figures
         figures["layers"] = [
-            {"stage": "proposals", "best_iou": key.seed / 10, "AP": None, "AP_nms": None, "copies": None},
-            {"stage": "layer 1", "best_iou": 0.5, "AP": ap, "AP_nms": ap + 0.04, "copies": 0.04},
+            {"stage": "proposals", "best_iou": key.seed / 10, "AP": None, "AP_nms": None, "duplicates": None},
+            {"stage": "layer 1", "best_iou": 0.5, "AP": ap, "AP_nms": ap + 0.04, "duplicates": 0.04},
         ]
         figures["mistakes"] = {"duplicate": 0.01 * key.seed, "missed": 0.2}
     curve = [{"step": 50 * n, "AP": ap * n / 4, "AP_nms": ap * n / 4 + 0.02, "loss": 20.0 / n} for n in (1, 2, 3, 4)]
@@ -144,6 +144,9 @@ def test_a_result_is_read_as_it_was_written(tmp_path: Path) -> None:
         assert again.figure(name, "last") == pytest.approx(0.04)
     assert again.figure("queries.gini_positives", "last") == pytest.approx(0.41)
     assert again.figure("queries.nothing", "last") is None and again.figure("AP", "best") is None
+    file.write_text(found.to_text().replace('"duplicates":', '"copies":'))  # as earlier versions wrote it
+    earlier = read_result(file)
+    assert earlier is not None and earlier.figures == found.figures
 
 
 @pytest.mark.parametrize(
@@ -270,7 +273,7 @@ def test_json_says_everything(report: StudyReport, folder: Path) -> None:
     baseline, _, both = tables["figures_digits"]
     assert baseline["difference"] is None and both["low"] < both["difference"] < both["high"]
     assert both["difference"] == pytest.approx(both["AP"] - baseline["AP"], abs=1e-5)
-    assert both["copies"] == pytest.approx(0.04) and both["predictions"] == 9.5
+    assert both["duplicates"] == pytest.approx(0.04) and both["predictions"] == 9.5
     # The missing seed is left out of the pair, and said.
     verdict = next(row for row in tables["verdicts"] if row["data"] == "fish-2")
     assert verdict["seeds"] == 3 and verdict["note"] == "missing seeds 0"
@@ -307,7 +310,7 @@ def test_stages_and_mistakes_are_of_the_runs_that_have_them(report: StudyReport)
         ("baseline", "layer 1", 3),
     ]
     assert stages[0]["best_iou"] == pytest.approx(0.2) and stages[0]["AP"] is None
-    assert stages[1]["copies"] == pytest.approx(0.04)
+    assert stages[1]["duplicates"] == pytest.approx(0.04)
     patterns = report.tables["mistakes_digits"].rows[1]  # seed 3 failed
     assert (patterns["variant"], patterns["seeds"]) == ("patterns", 2)
     assert patterns["duplicate"] == pytest.approx(0.015) and patterns["missed"] == pytest.approx(0.2)

@@ -168,14 +168,11 @@ def _auxiliary_heads(config: ModelConfig) -> AuxiliaryHeads | None:
         return None
     from paqdetr.models.auxiliary import AuxiliaryHeads  # needs torchvision's models, which take long to import
 
-    strides = list(config.backbone_strides)
-    while len(strides) < config.num_levels:
-        strides.append(2 * strides[-1])
     return AuxiliaryHeads(
         names=config.auxiliary_heads,
         dim=config.dim,
         num_classes=config.num_classes,
-        strides=strides,
+        strides=config.level_strides,
         samples=config.roi_samples,
         queries=config.customised_queries,
     )

@@ -92,7 +92,7 @@ def _call(task: tuple[Callable[[tuple[int, ...]], None], tuple[int, ...]]) -> No
 
 
 def _spans(queries: int, points: int, threads: int) -> list[tuple[int, ...]]:
-    """Ranges of queries of `points` points each: a few a thread, unless they become too small."""
+    """Ranges of queries of `points` points each: a few per thread, unless they become too small."""
     most = threads * _TASKS_A_THREAD if threads > 1 else 1
     count = min(most, -(-queries * points // _POINTS_A_TASK))
     return list(pairwise(queries * i // count for i in range(count + 1)))
