@@ -20,7 +20,7 @@ from threading import Lock
 from typing import Any
 
 from paqdetr.errors import StorageError
-from paqdetr.files import write_whole
+from paqdetr.files import whole_file
 
 _HERE = Path(__file__).parent
 _compiling = Lock()
@@ -45,11 +45,11 @@ def _kernel(loops: str, name: str, *arguments: str | int) -> Callable[..., None]
         with suppress(OSError, ValueError):
             return _load((folder / file).read_bytes())
     compiled = getattr(import_module(f"paqdetr.ops.{loops}"), f"compile_{name}")(*arguments)
-    made = _object(compiled)
-    for folder in _folders() if made is not None else ():
-        with suppress(StorageError):
-            write_whole(folder / file, lambda temporary: temporary.write_bytes(made))
-            break
+    if made := _object(compiled):
+        for folder in _folders():
+            with suppress(StorageError), whole_file(folder / file) as temporary:
+                temporary.write_bytes(made)
+                break
     _alive.append(compiled)
     return _function(compiled.address, len(compiled.ctypes.argtypes))
 

@@ -54,12 +54,7 @@ def compile_weight_gradient(lanes: int) -> Any:
     """
     floats = types.CPointer(types.float32)
 
-    @numba.cfunc(
-        types.void(floats, floats, floats, *[types.int64] * 12),
-        error_model="numpy",
-        boundscheck=False,
-        forceinline=True,
-    )
+    @numba.cfunc(types.void(floats, floats, floats, *[types.int64] * 12), error_model="numpy", forceinline=True)
     def weight_gradient(
         x, gradient, out, first, batch, height, width, channels, high, wide, kernel_height, kernel_width,
         stride, padding, dilation,

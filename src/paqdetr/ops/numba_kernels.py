@@ -228,7 +228,7 @@ def _compile(dtype: str, arrays: int, numbers: int) -> Callable[[Callable[..., N
     """For functions of so many arrays of floats, so many whole numbers, and the scratch."""
     floats = types.CPointer(getattr(types, dtype))
     signature = types.void(*[floats] * arrays, *[types.int64] * numbers, types.CPointer(types.int32), floats)
-    return numba.cfunc(signature, error_model="numpy", boundscheck=False, forceinline=True)
+    return numba.cfunc(signature, error_model="numpy", forceinline=True)
 
 
 def compile_forward(dtype: str, channels: int) -> Any:
