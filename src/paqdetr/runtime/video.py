@@ -76,8 +76,10 @@ def read_video(address: str | Path, *, every: int = 1) -> Iterator[Frame]:
     else:
         where, timeout = address, _TIMEOUT
     index, now = -1, -math.inf
+    # From version 19 on, no metadata fail to be decoded.
+    lenient = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
     try:
-        with av.open(where, timeout=timeout, metadata_errors="replace") as container:
+        with av.open(where, timeout=timeout, **lenient) as container:
             step = 1 / float(_video_stream(container, shown).average_rate or 25)
             for index, frame in enumerate(_decoded(container, shown, threads="AUTO")):
                 now = (max(now, -step) + step) if frame.time is None else float(frame.time)
