@@ -232,10 +232,10 @@ def _decoded(container: Any, shown: str, *, threads: str) -> Iterator[Any]:
 def upright(frame: Any) -> Image.Image:
     """A decoded frame as RGB, turned and mirrored as its display matrix says, which PyAV leaves to the caller."""
     pixels = frame.to_ndarray(format="rgb24")
-    matrix = next((bytes(data) for data in frame.side_data if data.type.name == "DISPLAYMATRIX"), None)
+    matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is not None:
         # 3 x 3 in fixed point: a pixel (x, y) is shown at (a x + c y, b x + d y), x to the right and y down.
-        a, b, _, c, d, *_ = np.frombuffer(matrix, np.int32).tolist()
+        a, b, _, c, d, *_ = np.frombuffer(bytes(matrix), np.int32).tolist()
         if abs(b) + abs(c) > abs(a) + abs(d):
             pixels, across, down = pixels.swapaxes(0, 1), c, b
         else:
