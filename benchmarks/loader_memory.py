@@ -25,7 +25,7 @@ from paqdetr.config import load_config
 from paqdetr.data.annotations import Builder
 from paqdetr.data.augment import Augment
 from paqdetr.data.dataset import DetectionDataset
-from paqdetr.data.loader import TrainingImages, TrainingLoader, training_loader
+from paqdetr.data.loader import ImageLoader, TrainingImages, training_loader
 from paqdetr.preprocessing import Normalization, Preprocessing
 from paqdetr.structures import ClassTable
 
@@ -96,7 +96,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     config = load_config("paq_dino_nano", {"batch_size": 16, "image_size": SIDE, "augment.scale": [1, 1]})
     images = Constant(split=split, augment=Augment(config.augment, PREPROCESSING), cache_gib=0)
     _, batches = training_loader(config, split, PREPROCESSING)
-    loader = TrainingLoader(images, batches, workers=arguments.workers)
+    loader = ImageLoader(images, batches, workers=arguments.workers)
     known = {child.pid for child in psutil.Process().children(recursive=True)}
     epochs = []
     for batches.epoch in range(arguments.epochs):

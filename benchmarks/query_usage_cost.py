@@ -109,7 +109,8 @@ def training(arguments: argparse.Namespace) -> dict[str, Any]:
             elif step == arguments.steps:
                 started[1] = time.process_time()
 
-    originals = step.batch_use, step.mixture_figures, step.watch_gradients, figures.QuerySums
+    originals = step.batch_use, step.mixture_figures, step.watch_gradients
+    own = figures.Interval.add_use, figures.query_figures
     watch = step.watch_gradients
 
     def watch_gradients(content: torch.Tensor, into: torch.Tensor, *, scale: float = 1.0) -> None:
@@ -124,13 +125,9 @@ def training(arguments: argparse.Namespace) -> dict[str, Any]:
 
         watch(Content(), into, scale=scale)  # type: ignore[arg-type]
 
-    class Sums(figures.QuerySums):
-        add = timer.around(figures.QuerySums.add)
-        flat = timer.around(figures.QuerySums.flat)
-        figures = timer.around(figures.QuerySums.figures)
-
     step.batch_use, step.mixture_figures = timer.around(step.batch_use), timer.around(step.mixture_figures)
-    step.watch_gradients, figures.QuerySums = watch_gradients, Sums
+    step.watch_gradients = watch_gradients
+    figures.Interval.add_use, figures.query_figures = map(timer.around, own)
     try:
         with tempfile.TemporaryDirectory() as folder:
             run = paqdetr.train(
@@ -144,7 +141,8 @@ def training(arguments: argparse.Namespace) -> dict[str, Any]:
             )
             config = load_config(run.config_file)
     finally:
-        step.batch_use, step.mixture_figures, step.watch_gradients, figures.QuerySums = originals
+        step.batch_use, step.mixture_figures, step.watch_gradients = originals
+        figures.Interval.add_use, figures.query_figures = own
     steps, whole = arguments.steps - begin, started[1] - started[0]
     return {
         "steps": steps,

@@ -5,7 +5,7 @@ FROM python:3.13-slim
 RUN pip install --no-cache-dir torch torchvision
 WORKDIR /build
 COPY . .
-RUN pip install --no-cache-dir '.[export,serve,hub]'
+RUN pip install --no-cache-dir '.[export,serve,hub,video]'
 RUN useradd --uid 1000 --create-home --home-dir /app paqdetr
 USER 1000
 WORKDIR /app

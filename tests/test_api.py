@@ -245,7 +245,11 @@ def test_what_is_returned_is_shown_in_a_few_lines(tiny_run: Run, tiny_digits: Pa
     evaluation = paqdetr.evaluate(model, data=tiny_digits)
     for shown, title, parts in (
         (model, "Detector paq_dino_nano", ["10: 0, 1, 2, 3", "long side 96", "20", "float32 on cpu"]),
-        (tiny_run, f"Run {tiny_run.output}: finished", ["AP 0.", "best.safetensors", "steps"]),
+        (
+            tiny_run,
+            f"Run {tiny_run.output}: finished: step 4 of 4, epoch 2 of 2",
+            ["AP 0.", "best.safetensors", "curves.png"],
+        ),
         (
             evaluation,
             f"Evaluation: AP {evaluation.figures.AP:.3f}",

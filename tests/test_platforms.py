@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 
 import paqdetr
-from paqdetr import environment, interrupt, locks
+from paqdetr import environment, files, interrupt
 from paqdetr.study import datasets
 
 SOURCES = sorted(Path(paqdetr.__file__).parent.rglob("*.py"))
@@ -99,7 +99,7 @@ def anew(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_locks_keep_nobody_out_on_windows(windows: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    module = anew(locks, monkeypatch)
+    module = anew(files, monkeypatch)
     with module.held(tmp_path / "lock") as first, module.held(tmp_path / "lock") as second:
         assert first is None and second is None
 

@@ -62,3 +62,8 @@ def test_a_study_is_taken_in(pages: ModuleType, tmp_path: Path, monkeypatch: pyt
         pages.table("small", "verdict")
     pages.kept_study.cache_clear()
     pages.kept_report.cache_clear()
+
+
+def test_gpu_hours_by_hand(pages: ModuleType) -> None:
+    # 10^12 multiply-adds, twice, times three, a thousand images, twice, at 10^12 operations a second: 12,000 s.
+    assert pages.gpu_hours(gflops=1000, images=1000, epochs=2, tflops=1) == pytest.approx(12000 / 3600)

@@ -16,7 +16,7 @@ from typing import Any
 from paqdetr.config import load_config
 from paqdetr.report.page import to_table
 from paqdetr.report.section import Column, make_table
-from paqdetr.study.costs import Forecast, forecast, gflops, gpu_hours
+from paqdetr.study.costs import Forecast, forecast, gflops
 from paqdetr.study.report import StudyReport, study_report
 from paqdetr.study.results import read_results
 from paqdetr.study.runs import Places, plan_runs
@@ -169,6 +169,19 @@ def cut_table() -> str:
         Column("smallest", "smallest effect its seeds see"),
     )
     return to_table(make_table("cuts", "", columns, ranked))
+
+
+def gpu_hours(*, gflops: float, images: int, epochs: int, tflops: float) -> float:
+    """GPU hours of a training by arithmetic alone.
+
+    A multiply-add is counted once in `gflops` and is two operations; a backward pass takes twice a forward pass.
+
+    Args:
+        gflops: of one image, as `paqdetr models` shows them.
+        images: of an epoch.
+        tflops: 10^12 operations a second that the GPU sustains in such a training: a fraction of what it is sold with.
+    """
+    return 2 * 3 * gflops * 1e9 * images * epochs / (tflops * 1e12) / 3600
 
 
 def gpu_table() -> str:

@@ -19,9 +19,9 @@ _LOOKS = "10000"
 
 
 def calm_idle_threads() -> None:
-    """Let threads sleep sooner, unless the user has said otherwise. Torch reads it once, when it is imported."""
-    said = "GOMP_SPINCOUNT" in os.environ or "OMP_WAIT_POLICY" in os.environ
-    if not said and "torch" not in sys.modules:
+    """Let threads sleep sooner, unless the user has set it otherwise. Torch reads it once, when it is imported."""
+    chosen = "GOMP_SPINCOUNT" in os.environ or "OMP_WAIT_POLICY" in os.environ
+    if not chosen and "torch" not in sys.modules:
         os.environ["GOMP_SPINCOUNT"] = _LOOKS
 
 

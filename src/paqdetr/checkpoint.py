@@ -33,6 +33,8 @@ if TYPE_CHECKING:  # a header is read, and found wanting, before torch is import
 
 _KEY = "paqdetr"
 _HASH = "sha256"
+# The last of tensors of types unknown to torch.
+_UNREADABLE = (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError)
 
 
 def write_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
@@ -111,14 +113,7 @@ def _open(path: Path, tensors: bool = False) -> tuple[dict[str, Tensor], dict[st
         with open_regular(path, error=CheckpointError), safe_open(path, framework=kind) as file:
             metadata = file.metadata() or {}
             content: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()} if tensors else {}  # noqa: SIM118
-    except (
-        SafetensorError,
-        OSError,
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-    ) as error:  # of types unknown to torch
+    except _UNREADABLE as error:
         raise CheckpointError(f"{path}: not a readable safetensors file ({error})", "copy or train it again") from None
     if _KEY not in metadata:
         raise CheckpointError(
@@ -160,12 +155,8 @@ def load_tensors(module: torch.nn.Module, tensors: Mapping[str, Tensor], where: 
         for key in own
         if key in tensors and not _same_kind(tensors[key], own[key])
     ]
-    for problem, keys in (
-        ("lacks", missing),
-        ("has unknown", extra),
-        ("has another shape for", reshaped),
-        ("has values of another type for", other),
-    ):
+    problems = {"lacks": missing, "has unknown": extra, "has another shape for": reshaped}
+    for problem, keys in (problems | {"has values of another type for": other}).items():
         if keys:
             raise CheckpointError(
                 f"{where}: it is of another model: it {problem} {some(keys)}",
@@ -309,8 +300,6 @@ def settings_to_add(old: ModelConfig, new: ModelConfig) -> list[str]:
     before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
     free = ModelConfig.with_role(Role.FREE)
     different = [key for key in before if before[key] != after[key] and key not in free]
-    return [f"model.{key}={_yaml(before[key])}" for key in different]
-
-
-def _yaml(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+    values = {key: before[key] for key in different}
+    texts = {key: v if isinstance(v, str) else json.dumps(v, separators=(",", ":")) for key, v in values.items()}
+    return [f"model.{key}={text}" for key, text in texts.items()]

@@ -125,7 +125,7 @@ class Processes:
             first = next((found for found in errors if found is not None), None)
             error = None if first is None else first[0](first[1], first[2])
             if error is not None:
-                error.told_elsewhere = not self.main
+                error.reported_elsewhere = not self.main
         if error is not None:
             raise error
 

@@ -18,7 +18,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont, features
 from paqdetr.images import ImageSource, read_image
 from paqdetr.text import printable
 
-# Okabe and Ito's colours, told apart with any colour vision.
+# Okabe and Ito's colours, which differ for any colour vision.
 BLUE, ORANGE, GREEN, RED, PINK, SKY, YELLOW = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442",
 )  # fmt: skip

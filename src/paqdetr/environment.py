@@ -83,7 +83,7 @@ def describe_environment() -> dict[str, Any]:
         "git": _git(),
         "paqdetr": __version__,
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in _PACKAGES} | {"torch": torch.__version__},
+        "packages": {name: package_version(name) for name in _PACKAGES} | {"torch": torch.__version__},
         "machine": machine(),
     }
 
@@ -153,7 +153,8 @@ def _ask(*arguments: str) -> str | None:
     return done.stdout.strip()
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """Of an installed package; None if there is none."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -19,10 +19,10 @@ class UserError(Exception):
     The command line prints both and ends with exit code 2.
 
     Attributes:
-        told_elsewhere: several processes end with this error, and another one of them tells it.
+        reported_elsewhere: several processes end with this error, and another one of them reports it.
     """
 
-    told_elsewhere = False
+    reported_elsewhere = False
 
     def __init__(self, message: str, remedy: str) -> None:
         super().__init__(message, remedy)  # both, so that it can be pickled

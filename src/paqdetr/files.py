@@ -1,5 +1,6 @@
 """Reads files that may come from anywhere: regular files alone, of limited size, as UTF-8 text or json. Writes files whole or not
-at all."""
+at all. Locks files: at most one process trains in a folder, makes a data set, writes a file; the system releases a lock when its
+last holder ends, however it ends."""
 
 from __future__ import annotations
 
@@ -12,11 +13,17 @@ import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Any, BinaryIO, cast
+from typing import IO, Any, BinaryIO, cast
+from weakref import WeakSet
 
 from paqdetr.errors import DataError, StorageError, UserError
-from paqdetr.locks import Busy, held
 from paqdetr.values import environment_integer
+
+# `filelock` would not do: a study hands its lock on to the training that it starts, which takes the open file itself.
+try:
+    import fcntl
+except ImportError:  # Windows: nobody is kept out
+    fcntl = None
 
 MAX_JSON_BYTES = environment_integer("PAQDETR_MAX_JSON_GIB", 4, low=1, high=2**20) * 2**30
 """The largest annotation file that is read: ten times the size of that of COCO train2017."""
@@ -219,7 +226,7 @@ _remove_leftovers_once = functools.cache(remove_leftovers)
 
 
 def _flush(path: Path) -> None:
-    """Have the disk take over a file's content, or a folder's entries."""
+    """fsync a file's content, or a folder's entries."""
     if path.is_dir() and os.name == "nt":
         return  # Windows opens no folders
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
@@ -227,3 +234,76 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+# -------------------------------------------------------------------------------------------------- locks
+
+
+_held: WeakSet[IO[bytes]] = WeakSet()
+
+
+class Busy(Exception):
+    """Another process holds the lock."""
+
+
+def acquire(path: Path, *, wait: bool = False) -> IO[bytes] | None:
+    """Take a lock, held until the returned file is closed everywhere.
+
+    A process that is forked from this one closes its copy at once (those that load images must not keep a run locked whose
+    training was killed); one that is started with `subprocess` and `pass_fds` keeps it.
+
+    Args:
+        path: the lock file; made if absent, and never replaced. Only its holder may remove it.
+        wait: for the other process to let go.
+
+    Returns:
+        the open file; None where there are no such locks (Windows, some network file systems).
+
+    Raises:
+        Busy: another process holds it, and `wait` is off.
+        OSError: the file cannot be made.
+    """
+    if fcntl is None:
+        return None
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("ab")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            file.close()
+            raise Busy(str(path)) from None
+        except OSError:
+            file.close()
+            return None
+        if _is_at(file, path):
+            _held.add(file)
+            return file
+        file.close()  # its last holder has removed it in between: whoever comes next makes another
+
+
+@contextlib.contextmanager
+def held(path: Path, *, wait: bool = False) -> Iterator[IO[bytes] | None]:
+    """Hold a lock for as long as the block runs; see `acquire`."""
+    file = acquire(path, wait=wait)
+    try:
+        yield file
+    finally:
+        if file is not None:
+            file.close()
+
+
+def _is_at(file: IO[bytes], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _close_held() -> None:
+    for file in list(_held):
+        file.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_held)

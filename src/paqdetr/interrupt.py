@@ -77,13 +77,16 @@ class StopRequest:
         self._before = {}
 
 
+_GO_ON = "; `paqdetr train --resume` continues a training"
+
+
 def worker_error(error: RuntimeError | MemoryError) -> WorkerError | None:
     """What a user can do about torch's complaint that a worker died or hangs; None for any other error."""
     reason = str(error).strip().split("\n")[0]
     if "DataLoader timed out" in reason:
         return WorkerError(
             f"the processes that load images have loaded none for too long: {reason}",
-            "look at the disk or network that the images are on, then continue with --resume",
+            f"look at the disk or network that the images are on{_GO_ON}",
         )
     if "DataLoader worker" not in reason:
         return None
@@ -93,4 +96,4 @@ def worker_error(error: RuntimeError | MemoryError) -> WorkerError | None:
         remedy = "if a script of yours calls this, put the call below `if __name__ == '__main__':`"
     else:
         remedy = "often memory ran out: set workers or cache_images lower"
-    return WorkerError(f"a process that loads images died: {reason}", f"{remedy}; then continue with --resume")
+    return WorkerError(f"a process that loads images died: {reason}", f"{remedy}{_GO_ON}")

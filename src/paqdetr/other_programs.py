@@ -46,7 +46,7 @@ WORDS = {
     "subset": "--split", "set": "--split", "ann_file": "--annotations", "annotation": "--annotations",
     "gpu": "--device", "gpu_id": "--device", "gpus": "--device", "exist_ok": "--overwrite|*", "force": "--overwrite|",
     "last": "--resume", "auto_resume": "--resume", "resume_from": "--resume",
-    # said here by the verb, or always done
+    # part of the verb here, or always done
     "task": "*", "mode": "*", "launcher": "*", "local_rank": "*", "num_gpus": "*", "optimizer": "*", "opt": "*",
     "pretrained": "*", "num_classes": "*", "nc": "*", "verbose": "*", "plots": "*", "val": "*", "simplify": "*", "opset": "*",
     "dynamic": "*", "cfg_options": "", "opts": "", "do_train": "", "do_eval": "", "evaluate": "", "show": "", "save": "",

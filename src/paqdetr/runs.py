@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -12,13 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-import numpy as np
-
 from paqdetr.config import Config, idle_settings, load_config
 from paqdetr.errors import ConfigError, DataError, StorageError
-from paqdetr.files import remove_leftovers, write_whole
-from paqdetr.locks import Busy, acquire
-from paqdetr.serialize import plain
+from paqdetr.files import Busy, acquire, remove_leftovers, write_text
+from paqdetr.serialize import finite_rows, flattened, plain
 from paqdetr.text import Summary, figure
 
 if TYPE_CHECKING:  # a run is looked at without torch
@@ -26,8 +21,6 @@ if TYPE_CHECKING:  # a run is looked at without torch
 
 Record = dict[str, Any]
 """A line of metrics.jsonl."""
-Points = tuple[np.ndarray, np.ndarray]
-"""x and y, (P,) float64 each."""
 
 _ENDED = "finished"
 # What may differ when a run is continued: it changes neither weights nor figures.
@@ -93,23 +86,15 @@ class Run(Summary):
     @property
     def status(self) -> str:
         """How far the training has come, such as "unfinished: step 960 of 1400, epoch 2.74 of 4"."""
-        records = self.records()
-        steps, epochs = (series(records, key)[1] for key in ("step", "epoch"))
-        where = f"step {steps[-1]:.0f}" if len(steps) and steps[-1] > 0 else "no step was recorded"
+        config = None
         with suppress(ConfigError):  # of a version that has other settings
             config = load_config(self.config_file)
-            if len(epochs) and epochs[-1] > 0:
-                total = round(config.epochs * steps[-1] / epochs[-1])
-                where += f" of {min(total, config.max_steps or total)}, epoch {epochs[-1]:g} of {config.epochs}"
-        ended = [record for record in records if record.get("kind") == _ENDED]
-        stopped = f" ({ended[-1]['stopped']})" if ended and "stopped" in ended[-1] else ""
-        return f"{'finished' if ended else 'unfinished'}: {where}{stopped}"
+        return describe_status(self.records(), config)
 
     @property
     def metrics(self) -> dict[str, Any]:
         """The evaluation record of the best epoch; empty if there was none."""
-        rows = self.records("eval")
-        return max(rows, key=_ap) if rows else {}
+        return best_evaluation(self.records())
 
     @property
     def empty(self) -> bool:
@@ -146,14 +131,11 @@ class Run(Summary):
 
     def write_config(self, config: Config) -> None:
         """Write the settings, whole or not at all, unless they are there, or are others of a run that has kept something."""
-        if not self.config_file.exists() or (self.empty and not self._has(config)):
-            text = config.to_yaml()
-            write_whole(self.config_file, lambda path: path.write_text(text, encoding="utf-8"))
-
-    def _has(self, config: Config) -> bool:
-        with suppress(ConfigError):
-            return load_config(self.config_file) == config
-        return False
+        if self.config_file.exists():
+            with suppress(ConfigError):
+                if not self.empty or load_config(self.config_file) == config:
+                    return
+        write_text(self.config_file, config.to_yaml())
 
     def add_environment(self, entry: dict[str, Any]) -> None:
         """Note what this start or resumption runs with."""
@@ -162,8 +144,7 @@ class Run(Summary):
         except (FileNotFoundError, ValueError):
             entries = []
         entries = entries if isinstance(entries, list) else []  # damaged: of use to a reader alone
-        text = json.dumps([*entries, entry], indent=1) + "\n"
-        write_whole(self.environment_file, lambda path: path.write_text(text, encoding="utf-8"))
+        write_text(self.environment_file, json.dumps([*entries, entry], indent=1) + "\n")
 
     def append(self, record: dict[str, Any]) -> None:
         """Add a record to metrics.jsonl, null in place of a number that is NaN or infinite.
@@ -282,14 +263,29 @@ class Run(Summary):
                         file.write(b"\n")
 
 
-def _ap(row: dict[str, Any]) -> float:
-    ap = row.get("AP")
-    return float(ap) if isinstance(ap, (int, float)) else 0.0
+def describe_status(records: Sequence[Record], config: Config | None) -> str:
+    """How far a training with these records has come; without its settings as far as that is known."""
+    places = finite_rows(records, ("step", "epoch"))
+    steps = finite_rows(records, ("step",))[:, 0]
+    where = f"step {steps[-1]:.0f}" if len(steps) and steps[-1] > 0 else "no step was recorded"
+    if config is not None and len(places) and places[-1, 1] > 0:
+        total = round(config.epochs * places[-1, 0] / places[-1, 1])
+        where += f" of {min(total, config.max_steps or total)}, epoch {places[-1, 1]:g} of {config.epochs}"
+    ended = [record for record in records if record.get("kind") == _ENDED]
+    stopped = f" ({ended[-1]['stopped']})" if ended and "stopped" in ended[-1] else ""
+    return f"{'finished' if ended else 'unfinished'}: {where}{stopped}"
+
+
+def best_evaluation(records: Sequence[Record]) -> Record:
+    """The evaluation with the best AP, the first of equals; empty if there was none."""
+    rows = [record for record in records if record.get("kind") == "eval"]
+    scores = [row["AP"] if isinstance(row.get("AP"), int | float) else 0.0 for row in rows]
+    return rows[scores.index(max(scores))] if rows else {}
 
 
 def flat_settings(config: Config) -> dict[str, Any]:
     """Every setting by its dotted key, as json values."""
-    return _flat(config.model_dump(mode="json"))
+    return flattened(config.model_dump(mode="json"))
 
 
 def changed_settings(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
@@ -299,13 +295,6 @@ def changed_settings(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> lis
         for key, value in wanted.items()
         if key in found and key not in FREE_SETTINGS and plain(found[key]) != plain(value)
     ]
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def read_metrics(path: Path) -> list[Record]:
@@ -335,24 +324,10 @@ def read_metrics(path: Path) -> list[Record]:
     return records
 
 
-def series(records: Sequence[Record], key: str, x: str = "step") -> Points:
-    """The records that have both as finite numbers."""
-    return _points([(record.get(x), record.get(key)) for record in records])
-
-
-def _points(rows: Sequence[tuple[Any, Any]]) -> Points:
-    array = np.array([row for row in rows if all(map(_finite, row))], dtype=float).reshape(-1, 2)
-    return array[:, 0], array[:, 1]
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
-
 def json_lines(content: bytes) -> list[dict[str, Any]]:
     """The objects of a file with one json a line, without lines that a crash cut short or the disk has damaged."""
     rows = []
     for line in content.splitlines():
-        with contextlib.suppress(ValueError):
+        with suppress(ValueError):
             rows.append(json.loads(line))
     return [row for row in rows if isinstance(row, dict)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, ClassVar
 
@@ -15,6 +15,13 @@ def json_number(value: float | None, digits: int | None = None) -> float | None:
     if value is None or not math.isfinite(value):
         return None
     return float(value) if digits is None else round(float(value), digits)
+
+
+def finite_rows(records: Iterable[Mapping[str, Any]], keys: Sequence[str]) -> np.ndarray:
+    """(R, K) float64: the values under these keys, of the records that have all of them as finite numbers."""
+    rows = [[record.get(key) for key in keys] for record in records]
+    finite = [row for row in rows if all(isinstance(value, int | float) and math.isfinite(value) for value in row)]
+    return np.array(finite, dtype=float).reshape(-1, len(keys))
 
 
 def plain(value: Any, digits: int | None = None) -> Any:
@@ -39,6 +46,14 @@ def plain(value: Any, digits: int | None = None) -> Any:
     if isinstance(value, list | tuple):
         return [plain(item, digits) for item in value]
     return json_number(value, digits) if isinstance(value, float) else value
+
+
+def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
 
 
 class Jsonable:

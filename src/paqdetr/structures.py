@@ -25,6 +25,8 @@ if TYPE_CHECKING:  # a program that runs an exported model has no torch
 
 # Rows of detections that are printed.
 _SHOWN = 20
+# Boxes whose overlaps with others are computed at once: 50 MB at most where an image has 5000.
+_NMS_ROWS = 128
 
 # What ultralytics, supervision, torchvision and transformers call it.
 _WORDS = {
@@ -44,12 +46,28 @@ class Targets:
         boxes: (G, 4) float, cxcywh, normalised by the image's own width and height (padding left out), in [0, 1].
         image_id: the data set's own id of the image, for error messages and evaluation; None if there is none.
         size: (height, width) of the image in the file in pixels, before any transform; None if unknown.
+
+    Raises:
+        ValueError: another dtype or shape, naming the image. Values are checked where targets are matched.
     """
 
     labels: Tensor
     boxes: Tensor
     image_id: int | str | None = None
     size: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        labels, boxes = self.labels, self.boxes
+        where = "the targets" if self.image_id is None else f"image {self.image_id!r}"
+        if str(labels.dtype) != "torch.int64" or labels.ndim != 1:
+            raise ValueError(
+                f"labels of {where} are {labels.dtype} of shape {tuple(labels.shape)}: give int64 of shape (G,)"
+            )
+        if not boxes.is_floating_point() or tuple(boxes.shape) != (len(labels), 4):
+            raise ValueError(
+                f"boxes of {where} are {boxes.dtype} of shape {tuple(boxes.shape)}:"
+                f" give floats of shape ({len(labels)}, 4), one row for each label"
+            )
 
     def __len__(self) -> int:
         return self.labels.shape[0]
@@ -207,18 +225,25 @@ class Detections(Summary):
         """Class-wise non-maximum suppression: without every box that overlaps a better one of its own class by more than
         `iou_threshold` in [0, 1]. What is left is best first; equal scores keep their order.
         """
-        order = np.argsort(-self.scores, kind="stable")
-        boxes, labels = self.boxes[order].astype(np.float64).reshape(-1, 4), self.labels[order]
-        area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
-        kept = np.ones(len(order), dtype=bool)
-        for i in range(len(order)):
-            if kept[i]:
-                rest = slice(i + 1, None)
-                corner = np.minimum(boxes[i, 2:], boxes[rest, 2:]) - np.maximum(boxes[i, :2], boxes[rest, :2])
-                shared = corner.clip(min=0).prod(1)
-                overlaps = shared > iou_threshold * (area[i] + area[rest] - shared)
-                kept[rest] &= ~(overlaps & (labels[rest] == labels[i]))
-        return self._rows(order[kept])
+        order = np.lexsort((-self.scores, self.labels))  # class by class, the best first
+        labels, boxes = self.labels[order], self.boxes[order].astype(np.float64).reshape(-1, 4)
+        left, top, right, bottom = np.ascontiguousarray(boxes.T)
+        area, ends = (right - left) * (bottom - top), np.searchsorted(labels, labels, side="right")
+        kept = [True] * len(order)
+        for start in range(0, len(order), _NMS_ROWS):
+            rows = np.array([i for i in range(start, min(start + _NMS_ROWS, len(order))) if kept[i]], dtype=np.int64)
+            counts = ends[rows] - rows - 1  # boxes of the same class that score less
+            one = np.repeat(rows, counts)
+            other = one + 1 + np.arange(len(one)) - np.repeat(np.cumsum(counts) - counts, counts)
+            width = np.minimum(right[one], right[other]) - np.maximum(left[one], left[other])
+            height = np.minimum(bottom[one], bottom[other]) - np.maximum(top[one], top[other])
+            shared = width.clip(0) * height.clip(0)
+            with np.errstate(invalid="ignore"):  # two boxes without area
+                same = shared / (area[one] + area[other] - shared) > iou_threshold
+            for i, j in zip(one[same].tolist(), other[same].tolist(), strict=True):
+                kept[j] = kept[j] and not kept[i]
+        chosen = np.sort(order[kept])
+        return self._rows(chosen[np.argsort(-self.scores[chosen], kind="stable")])
 
     def to_coco(self, *, rounded: bool = False) -> list[dict[str, Any]]:
         """COCO results: one dict per box with `image_id`, `file_name` (if known), `category_id`, `category_name`, `bbox` as

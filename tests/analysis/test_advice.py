@@ -132,6 +132,13 @@ def test_what_costs_most_stands_first() -> None:
     )
 
 
+def test_costs_of_ap_and_of_ap50_have_one_order() -> None:
+    """At AP 0.4 and AP50 0.8 a gain of 0.16 AP50 stands for 0.08 AP, less than 0.1 AP."""
+    facts = replace(GOOD, duplicates_cost=0.1, gains=GAINS | {"missed": 0.16}, ap=Interval(0.4, 0.39, 0.41), ap50=0.8)
+    costs = {one.text.split()[0]: one.cost for one in advice(facts) if one.kind == "bad"}
+    assert list(costs) == ["Duplicate", "Missed"] and list(costs.values()) == pytest.approx([0.1, 0.08])
+
+
 def test_what_is_not_known_is_not_spoken_of() -> None:
     bare = Facts(split="test", images=100, boxes=100, ap=Interval(0.4, 0.37, 0.43))
     assert advice(bare) == ()
@@ -141,7 +148,7 @@ NUMBER = st.floats(0, 1) | st.just(math.nan)
 
 
 @given(
-    values=st.lists(NUMBER, min_size=20, max_size=20),
+    values=st.lists(NUMBER, min_size=21, max_size=21),
     counts=st.lists(st.integers(0, 500), min_size=8, max_size=8),
     curve=st.lists(st.floats(0, 1), max_size=12),
 )
@@ -153,8 +160,8 @@ def test_no_figures_stop_it_and_no_sentence_has_a_nan(
         split="val", images=next(n), boxes=next(n), ap=Interval(next(v), next(v), next(v)),
         sizes={name: (next(v), next(n)) for name in ("small", "medium", "large")}, duplicates_cost=next(v),
         gains={kind: next(v) for kind in GAINS}, classes=[ClassFacts("cat", next(v), next(n), next(n))],
-        threshold=0.5, precision=0.5, recall=0.5, f1=next(v), default_f1=next(v), calibration_error=next(v), confidence=0.5,
-        accuracy=0.5, covered=next(v), training=rising(*curve, loss=tuple(curve)),
+        threshold=0.5, precision=0.5, recall=0.5, ap50=next(v), f1=next(v), default_f1=next(v), calibration_error=next(v),
+        confidence=0.5, accuracy=0.5, covered=next(v), training=rising(*curve, loss=tuple(curve)),
     )  # fmt: skip
     for one in advice(facts):
         assert "nan" not in one.text and one.text[-1] in ".:" and not one.cost < 0

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import paqdetr
-from paqdetr.analysis.subject import training_split
+from paqdetr.analysis.subject import Analysis
 from paqdetr.cli import run
 from paqdetr.config import load_config
 from paqdetr.data.dataset import open_split
@@ -164,7 +164,8 @@ def test_a_split_without_objects(tiny_digits: Path, tmp_path: Path, kind: str) -
     with pytest.raises(DataError, match=r"val\.json: none of its 4 images has an object to be found \((0|\d\d) crowds"):
         paqdetr.analyze(untrained("dino_nano", tiny_digits), data=folder, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    assert training_split(folder) is None and training_split(tiny_digits) is not None
+    for data, there in ((folder, False), (tiny_digits, True)):
+        assert (Analysis((), data, 1, 1, 0, lambda stage, done, total: None).training is not None) == there
 
 
 # ------------------------------------------------------------------------------------------------ browser

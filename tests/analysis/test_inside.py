@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from paqdetr.analysis.inside import look_inside, loss_settings, positives
+from paqdetr.analysis.inside import look_inside, positives
+from paqdetr.analysis.subject import ModelUnderTest
 from paqdetr.config import LossConfig, load_config
 from paqdetr.losses.criterion import build_criterion
 from paqdetr.models import Detector
@@ -206,14 +208,19 @@ def test_s_iou_c_and_k_are_those_computed_by_hand(tiny_model: Build, picture: Im
 
 def test_the_loss_is_the_runs_if_there_is_one(tiny_model: Build, tmp_path: Path) -> None:
     model = tiny_model("paq_dino_r50")
-    assert loss_settings(model, tmp_path / "x.safetensors") == (
-        load_config("paq_dino_r50").loss,
-        "the settings of paq_dino_r50",
-    )
+
+    def loss(checkpoint: Path | None) -> tuple[LossConfig, str]:
+        rest: dict[str, Any] = dict.fromkeys(field.name for field in fields(ModelUnderTest))
+        return ModelUnderTest(**rest | {"model": model, "checkpoint": checkpoint}).loss
+
+    by_name = load_config("paq_dino_r50").loss, "the settings of paq_dino_r50"
+    assert loss(tmp_path / "x.safetensors") == loss(None) == by_name
     config = load_config("paq_dino_r50", {"loss.gamma": 0.7})
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     for place in (tmp_path, tmp_path / "best.safetensors"):
-        settings, source = loss_settings(model, place)
+        settings, source = loss(place)
         assert settings.gamma == 0.7 and "config.yaml" in source
+    (tmp_path / "config.yaml").write_text("no_such_setting: 1")  # of another version
+    assert loss(tmp_path) == by_name
     model.name = "something of my own"
-    assert loss_settings(model, tmp_path) == (LossConfig(), "the package's defaults")
+    assert loss(tmp_path) == (LossConfig(), "the package's defaults")

@@ -271,14 +271,14 @@ def require_sound(section: Section) -> set[str]:
 
 def test_the_chapter_on_use(observed: Any, tiny_run: Run) -> None:
     paq, plain = (observed[name][0] for name in ("paq_dino_nano", "dn_detr_nano"))
-    alone = require_sound(usage_section(Usage("static", plain)))
+    alone = require_sound(usage_section([Usage("static", plain)]))
     assert alone == {"query_views", "query_content", "lorenz", "use_by_index", "index_and_rank", "query_places"}
     records = tiny_run.records("train")
     records = [
         row | {"positives_histogram": {"layer1": {"0": 0, "1": 3, "2": 1}, "layer2": {"0": 0, "1": 4}}}
         for row in records
     ]
-    section = usage_section(Usage("paq", paq, records), against=Usage("static", plain))
+    section = usage_section([Usage("paq", paq, records), Usage("static", plain)])
     assert require_sound(section) == alone | {"positives_over_training", "gini_over_training"}
     views = section.parts[0]
     assert isinstance(views, Table)
@@ -297,7 +297,7 @@ def test_the_chapter_on_patterns(observed: Any, split: DetectionDataset) -> None
     studied = []
     for name, (_, study) in observed.items():
         studied.append(ContentReport(name, study, semantics(study, permutations=9)))
-    section = pattern_section(studied[0], split, against=studied[1])
+    section = pattern_section(studied, split)
     names = require_sound(section)
     both = {"content_embedding", "content_embedding_against"}
     mixes = {"category_patterns", "pattern_cosines", "exciting_images", "mixture_image", "mixtures"}

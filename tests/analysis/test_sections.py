@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,12 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from paqdetr.analysis.curves import training_section
 from paqdetr.analysis.examples import choose, marks_of, tags, wrong_kinds
-from paqdetr.analysis.subject import Outcome, outcome, run_folder
-from paqdetr.analysis.training import training_section
+from paqdetr.analysis.subject import ModelUnderTest, Outcome, outcome
 from paqdetr.metrics.diagnosis import error_split
 from paqdetr.metrics.matches import MatchTable
 from paqdetr.report.section import Figure
+from paqdetr.runs import Record
 
 
 def truth_and_results() -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -48,8 +50,7 @@ def test_right_wrong_and_missed_by_image() -> None:
 
 def subject(truth: dict[str, Any], results: list[dict[str, Any]], ids: tuple[int, ...]) -> Any:
     table = MatchTable.match(truth, results)
-    split, evaluation = SimpleNamespace(image_ids=ids), SimpleNamespace(results=results)
-    return SimpleNamespace(table=table, split=split, truth=truth, evaluation=evaluation)
+    return SimpleNamespace(table=table, split=SimpleNamespace(image_ids=ids), truth=truth, results=results)
 
 
 def test_images_whose_ids_are_not_in_order() -> None:
@@ -117,8 +118,12 @@ def test_each_image_is_shown_once_and_empty_ones_are_not_the_best() -> None:
 
 
 def test_curves_are_the_runs(tmp_path: Path) -> None:
-    assert run_folder(None) is None and run_folder(tmp_path / "x.safetensors") is None
-    assert training_section([("a", None)]) is None
+    def records(checkpoint: Path | None) -> list[Record]:
+        rest: dict[str, Any] = dict.fromkeys(field.name for field in fields(ModelUnderTest))
+        return ModelUnderTest(**rest | {"checkpoint": checkpoint}).records
+
+    assert records(None) == records(tmp_path / "x.safetensors") == []
+    assert training_section([("a", [])]) is None
     rows = [
         {"kind": "train", "step": 1, "epoch": 0.5, "loss_class": 1.0, "loss_l1": 1.0, "loss_giou": 2.0},
         {"kind": "train", "step": 2, "epoch": 1.0, "loss_class": float("nan"), "loss_l1": 1.0, "loss_giou": 2.0},
@@ -126,8 +131,8 @@ def test_curves_are_the_runs(tmp_path: Path) -> None:
         {"kind": "eval", "step": 3, "epoch": 2, "AP": 0.25, "loss": 1.75},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert run_folder(tmp_path) == run_folder(tmp_path / "best.safetensors") == tmp_path
-    section = training_section([("a", None), ("b", tmp_path)])
+    assert len(records(tmp_path)) == len(records(tmp_path / "best.safetensors")) == 4
+    section = training_section([("a", []), ("b", records(tmp_path))])
     assert section is not None and "a: its checkpoint lies in no run folder" in section.lead
     parts = {part.name: part for part in section.parts}
     assert set(parts) == {"training_ap", "training_loss"}

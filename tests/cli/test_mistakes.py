@@ -403,7 +403,7 @@ def broken_settings_file(w: World) -> list[str]:
     return w.train(model=str(w.file("broken.yaml", "model: [1, 2")))
 
 
-@case("device 'quantum': it does not work here", "--device cpu")
+@case("device 'quantum': there is no such kind; expected cpu, cuda, mps, xpu", "--device cpu")
 def unknown_device(w: World) -> list[str]:
     return w.train(device="quantum")
 

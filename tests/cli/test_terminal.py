@@ -16,8 +16,9 @@ import typer
 
 from paqdetr import ConfigError
 from paqdetr.cli import app, run
-from paqdetr.cli.console import complete_model, complete_setting, note_unfinished, results, table
+from paqdetr.cli.console import note_unfinished, results, table
 from paqdetr.cli.habits import VERBS, what_to_type
+from paqdetr.cli.options import complete_model, complete_setting
 from paqdetr.cli.progress import TrainingProgress
 from paqdetr.config import known_keys, load_config
 from paqdetr.other_programs import WORDS

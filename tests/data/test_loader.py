@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -17,15 +19,17 @@ from paqdetr.data.dataset import DetectionDataset, open_split
 from paqdetr.data.loader import (
     Batch,
     Failure,
+    ImageLoader,
+    Images,
     SampleKey,
     TrainingBatches,
     TrainingImages,
-    TrainingLoader,
     collate,
+    collate_in_place,
     plain_batch,
     training_loader,
 )
-from paqdetr.errors import DataError
+from paqdetr.errors import DataError, WorkerError
 from paqdetr.preprocessing import Normalization, Preprocessing
 from paqdetr.structures import Targets
 
@@ -262,11 +266,25 @@ def broken_without(split: DetectionDataset, number: int) -> DetectionDataset:
 
 def test_a_failure_stands_for_its_batch() -> None:
     good = (torch.zeros(3, 32, 32), Targets(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4)))
-    failure = Failure(DataError, "what", "remedy")
-    assert collate([good, failure, good]) is failure
+    failure, images = Failure(DataError, "what", "remedy"), Images()
+    assert collate_in_place(images, [good, failure, good]) is failure
 
 
 # ------------------------------------------------------------------------------------- workers and mosaic
+
+
+class Killed(Images):
+    """Images whose reading ends the process, as the system ends one that takes too much memory."""
+
+    def sample(self, key: int) -> int:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return key
+
+
+def test_a_worker_that_dies_is_named() -> None:
+    loader = ImageLoader(Killed(), [[0]], workers=1)
+    with pytest.raises(WorkerError, match="a process that loads images died: DataLoader worker"):
+        list(loader)
 
 
 @pytest.mark.integration
@@ -276,7 +294,7 @@ def test_spawned_workers_change_no_batch(split: DetectionDataset) -> None:
     expected = epoch(settings(workers=0, **{"augment.mosaic": 0.5}), split)
     images = TrainingImages(split=split, augment=Augment(config.augment, PREPROCESSING), cache_gib=0.1)
     _, batches = training_loader(config, split, PREPROCESSING)
-    require_equal(expected, list(TrainingLoader(images, batches, workers=2, start_method="spawn")))
+    require_equal(expected, list(ImageLoader(images, batches, workers=2, start_method="spawn")))
 
 
 def test_workers_share_the_cache(split: DetectionDataset) -> None:
@@ -284,7 +302,7 @@ def test_workers_share_the_cache(split: DetectionDataset) -> None:
         pytest.skip("this platform does not fork")
     images = TrainingImages(split=split, augment=Augment(AugmentConfig(), PREPROCESSING), cache_gib=0.1)
     _, batches = training_loader(settings(), split, PREPROCESSING)
-    loader = TrainingLoader(images, batches, workers=2, start_method="fork")
+    loader = ImageLoader(images, batches, workers=2, start_method="fork")
     seen = {target.image_id for batch in loader for target in batch.targets}
     assert len(images.cache) == len(seen) == 9  # decoded by the workers, and here too
 

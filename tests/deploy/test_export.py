@@ -57,7 +57,7 @@ def test_baked_weights_compute_the_same() -> None:
     ("arguments", "reason"),
     [
         ({"format": "tflite"}, "format: expected one of onnx"),
-        ({"precision": "f64"}, "precision: expected f32"),
+        ({"precision": "f64"}, "precision: expected one of f32"),
         ({"precision": "int8"}, "images to calibrate on"),
         ({"precision": "f16", "format": "pt2"}, "does not go with the format pt2"),
         ({"batch": 0}, "batch: expected 1 to 1024"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from paqdetr.analysis.layers import layer_section
+from paqdetr.analysis.curves import layer_section
 from paqdetr.config import load_config
 from paqdetr.data.dataset import DetectionDataset, open_split
 from paqdetr.evaluation.evaluate import evaluate_split

@@ -62,8 +62,9 @@ def test_a_mask_without_padding_that_is_kept_changes_nothing() -> None:
     values, shapes = torch.randn(2, 6 * 4 + 3 * 2, 8), [(6, 4), (3, 2)]
     empty = [torch.zeros(2, *shape, dtype=torch.bool) for shape in shapes]
     kept, none = (Tokens.from_values(values, shapes, masks, temperature=20) for masks in (empty, None))
-    for name in ("values", "position", "centers", "valid_ratios"):
+    for name in ("values", "centers", "valid_ratios"):
         assert torch.equal(getattr(kept, name), getattr(none, name)), name
+    assert none.position.shape == (1, 30, 8) and torch.equal(kept.position, none.position.expand(2, -1, -1))
     torch.manual_seed(1)
     queries = PatternQueries(num_queries=5, num_patterns=3, dim=8, num_levels=2).eval()
     attention = DeformableAttention(dim=8, num_heads=2, num_levels=2, num_points=2)

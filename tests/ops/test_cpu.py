@@ -176,9 +176,7 @@ def test_a_process_without_numba() -> None:
     assert output_of(run(script)).split()[0] == "reference"
 
 
-def test_nowhere_to_keep_what_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    from paqdetr.ops import numba_kernels
-
+def test_nowhere_to_keep_what_was_compiled() -> None:
     asked: list[bool] = []
 
     def refuse(dtype: str, channels: int, *, cache: bool) -> Any:
@@ -187,6 +185,5 @@ def test_nowhere_to_keep_what_was_compiled(monkeypatch: pytest.MonkeyPatch) -> N
             raise RuntimeError("cannot cache function 'forward': no locator available for file 'x.py'")
         return print
 
-    monkeypatch.setattr(numba_kernels, "compile_forward", refuse)
-    assert cpu._compiled.__wrapped__("forward", "float32", 8) is print
+    assert cpu.compiled(refuse, "float32", 8) is print
     assert asked == [True, False]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from paqdetr.errors import NonFiniteError
 from paqdetr.paq import OneToOneAssigner, QualityAwareAssigner, Targets
-from paqdetr.paq.costs import matching_costs, require_form, require_values
+from paqdetr.paq.costs import matching_costs, require_targets, require_values
 
 BOX = [0.5, 0.5, 0.2, 0.2]
 GOOD = Targets(torch.tensor([0]), torch.tensor([BOX]), "good.jpg")
@@ -22,11 +23,11 @@ def match(targets: Any) -> None:
     matching_costs(torch.randn(2, 2, 5, 3), torch.rand(2, 2, 5, 4), targets)
 
 
-def wrong(labels: Any, boxes: Any, image_id: str | None = "bad.jpg") -> list[Targets]:
-    return [GOOD, Targets(torch.as_tensor(labels), torch.as_tensor(boxes), image_id)]
+def wrong(labels: Any, boxes: Any, image_id: str | None = "bad.jpg") -> Callable[[], list[Targets]]:
+    return lambda: [GOOD, Targets(torch.as_tensor(labels), torch.as_tensor(boxes), image_id)]
 
 
-CASES: dict[str, tuple[Any, str]] = {
+CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "label too large": (wrong([1, 3], [BOX] * 2), r"image 'bad.jpg' hold 3, and there are 3 classes: .* 0 to 2"),
     "label negative": (wrong([-1], [BOX]), r"image 'bad.jpg' hold -1"),
     "no id": (wrong([7], [BOX], None), r"labels of batch position 1 hold 7"),
@@ -37,9 +38,9 @@ CASES: dict[str, tuple[Any, str]] = {
     "pixels": (wrong([0, 1], [BOX, [10.0, 20.0, 30.0, 40.0]]), r"\[10.0, 20.0, 30.0, 40.0\]: .* cxcywh in \[0, 1\]"),
     "NaN": (wrong([1], [[0.5, math.nan, 0.2, 0.2]]), r"boxes of image 'bad.jpg' hold \[0.5, nan"),
     "negative": (wrong([1], [[0.5, 0.5, -0.1, 0.2]]), r"boxes of image 'bad.jpg' hold"),
-    "too few": ([GOOD], "1 targets for 2 images"),
-    "too many": ([GOOD] * 3, "3 targets for 2 images"),
-    "dict": ([GOOD, {"labels": [], "boxes": []}], "batch position 1 is a dict: give paqdetr.paq.Targets"),
+    "too few": (lambda: [GOOD], "1 targets for 2 images"),
+    "too many": (lambda: [GOOD] * 3, "3 targets for 2 images"),
+    "dict": (lambda: [GOOD, {"labels": [], "boxes": []}], "batch position 1 is a dict: give paqdetr.paq.Targets"),
 }  # fmt: skip
 
 
@@ -47,7 +48,7 @@ CASES: dict[str, tuple[Any, str]] = {
 def test_what_is_wrong_is_named_with_its_remedy(case: str) -> None:
     targets, message = CASES[case]
     with pytest.raises(ValueError, match=message) as caught:
-        match(targets)
+        match(targets())
     assert ": give" in str(caught.value) or ": number them" in str(caught.value)
 
 
@@ -73,12 +74,12 @@ def test_a_wrong_target_is_told_before_a_broken_prediction() -> None:
 def test_of_another_device() -> None:
     elsewhere = Targets(torch.zeros(1, dtype=torch.int64, device="meta"), torch.zeros(1, 4, device="meta"), 7)
     with pytest.raises(ValueError, match=r"labels of image 7 are on meta, the predictions on cpu: move them with"):
-        require_form([elsewhere], batch=1, device=torch.device("cpu"))
-    require_form([elsewhere], batch=1)
+        require_targets([elsewhere], batch=1, device=torch.device("cpu"))
+    require_targets([elsewhere], batch=1)
 
 
 def test_all_that_is_good_passes() -> None:
-    require_form([GOOD, GOOD], batch=2, device=torch.device("cpu"))
+    require_targets([GOOD, GOOD], batch=2, device=torch.device("cpu"))
     require_values([GOOD, GOOD], num_classes=1)
 
 

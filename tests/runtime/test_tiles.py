@@ -3,6 +3,9 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -128,6 +131,21 @@ def test_small_objects_of_large_images_are_found_in_tiles() -> None:
             rows[name] += detections.to_coco()
     plain, tiled = (evaluate_detections(truth, rows[name]).AP for name in ("plain", "tiles"))
     assert tiled > plain + 0.05 and tiled == pytest.approx(1)
+
+
+@pytest.mark.slow
+def test_a_trained_model_finds_more_in_tiles(script: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    """Digits pasted together two by two, and a detector that was trained on single scenes."""
+    import paqdetr
+    from paqdetr.data.dataset import open_split
+    from paqdetr.data.digits import make_digits
+
+    data = make_digits(tmp_path / "digits", train=1400, val=100, test=1)
+    settings = {"image_size": 192, "model.num_queries": 60}
+    run = paqdetr.train("dino_nano", data=data, output=tmp_path / "run", device="cpu", epochs=2, settings=settings)
+    measure = script("benchmarks/tiles.py").measure
+    found = measure(paqdetr.load(run.output), open_split(data, "val"), tmp_path / "pasted")
+    assert found["tiles"]["AP"] > found["without tiles"]["AP"] + 0.05
 
 
 LARGE = """

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import io
+import itertools
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +17,7 @@ import pytest
 from patches import Patches, scene
 from PIL import Image
 
-from paqdetr.errors import ConfigError, DataError
+from paqdetr.errors import BackendError, DataError
 from paqdetr.runtime import video
 from paqdetr.runtime.predict import predict_sources, stream
 from paqdetr.runtime.video import VideoWriter, public_address, read_live, read_video
@@ -104,7 +107,7 @@ def test_without_pyav(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "av", None)
     (tmp_path / "a.mp4").touch()
     for begin in (lambda: next(read_video(tmp_path / "a.mp4")), lambda: next(read_live("camera:0"))):
-        with pytest.raises(ConfigError, match="need PyAV") as caught:
+        with pytest.raises(BackendError, match="av is not installed") as caught:
             begin()
         assert "paqdetr[video]" in caught.value.remedy
 
@@ -155,9 +158,7 @@ class _Mjpeg(BaseHTTPRequestHandler):
             while count < self.server.breaks:
                 number = len(self.server.sent)
                 buffer = io.BytesIO()
-                # The number as bits: sixteen patches of 8 pixels.
-                patches = [(8 * bit, 0, 8 * bit + 8, 8) for bit in range(16) if number >> bit & 1]
-                scene((128, 32), *patches, (0, 16, 128, 32)).save(buffer, "JPEG", quality=95)
+                numbered(number).save(buffer, "JPEG", quality=95)
                 head = f"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: {buffer.tell()}\r\n\r\n"
                 self.server.sent.append(time.monotonic())
                 self.wfile.write(head.encode() + buffer.getvalue() + b"\r\n")
@@ -170,8 +171,15 @@ class _Mjpeg(BaseHTTPRequestHandler):
         pass
 
 
-def number_of(image: Image.Image) -> int:
-    return sum(1 << bit for bit in range(16) if np.asarray(image)[4, 8 * bit + 4, 0] > 128)
+def numbered(number: int, scale: int = 1) -> Image.Image:
+    """The number as bits: sixteen patches of 8 pixels."""
+    patches = [(8 * bit, 0, 8 * bit + 8, 8) for bit in range(16) if number >> bit & 1]
+    picture = scene((128, 32), *patches, (0, 16, 128, 32))
+    return picture.resize((128 * scale, 32 * scale), Image.Resampling.NEAREST)
+
+
+def number_of(image: Image.Image, scale: int = 1) -> int:
+    return sum(1 << bit for bit in range(16) if np.asarray(image)[4 * scale, (8 * bit + 4) * scale, 0] > 128)
 
 
 @pytest.mark.integration
@@ -201,6 +209,59 @@ def test_a_lost_connection_is_made_again(monkeypatch: pytest.MonkeyPatch, caplog
         with pytest.raises(DataError, match="the connection was lost"):
             while True:
                 next(frames)
+
+
+class TcpSender(threading.Thread):
+    """Sends H.264 in MPEG-TS to whoever connects, as fast as it is read: `frames` in each of `connections`, numbered on."""
+
+    def __init__(self, frames: int, connections: int) -> None:
+        super().__init__(daemon=True)
+        self._frames, self._connections, self.sent = frames, connections, 0
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"tcp://127.0.0.1:{self._listener.getsockname()[1]}"
+        self.start()
+
+    def run(self) -> None:
+        import av
+
+        options = {"preset": "ultrafast", "tune": "zerolatency", "crf": "10", "g": "10"}
+        for _ in range(self._connections):
+            connection, _ = self._listener.accept()
+            with (
+                contextlib.suppress(OSError, av.FFmpegError),  # the reader has left
+                connection,
+                connection.makefile("wb") as file,
+                av.open(file, "w", format="mpegts") as container,
+            ):
+                stream = container.add_stream("libx264", rate=30, options=options)
+                stream.width, stream.height, stream.pix_fmt = 640, 160, "yuv420p"
+                for _ in range(self._frames):
+                    container.mux(stream.encode(av.VideoFrame.from_image(numbered(self.sent, scale=5))))
+                    self.sent += 1
+                container.mux(stream.encode())
+        self._listener.close()
+
+
+@pytest.mark.integration
+def test_a_buffered_source_loses_no_frame(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Of a stream over TCP that is read slowly, with few frames in memory, and breaks off twice."""
+    monkeypatch.setattr(video, "_FIRST_WAIT", 0.05)
+    monkeypatch.setattr(video, "_BUFFERED", 4)
+    sender, numbers, times = TcpSender(40, 3), [], []
+    for detections in stream(Patches(delay=0.01), sender.url, buffer=True, max_frames=120):
+        assert detections.image is not None
+        numbers.append(number_of(detections.image, scale=5))
+        times.append(detections.time)
+    steps = np.diff(times)
+    assert steps.min() >= 0 and np.delete(steps, [39, 79]) == pytest.approx(1 / 30, abs=1e-3)  # of each connection
+    assert numbers == list(range(120)) and caplog.text.count("connecting again") >= 2
+
+
+@pytest.mark.integration
+def test_an_unbuffered_source_drops_frames() -> None:
+    sender = TcpSender(10**6, 1)  # until the reader leaves
+    frames = list(itertools.islice(stream(Patches(delay=0.1), sender.url), 5))
+    assert frames[-1].frame is not None and frames[-1].frame > 10
 
 
 @pytest.mark.integration

@@ -34,7 +34,8 @@ class Stub:
     def predict(self, images: Sequence[Image.Image], **how: Any) -> list[Detections]:
         self.calls.append((len(images), how))
         time.sleep(self.delay)
-        return [self._one(image).above(how.get("threshold", self.operating_point.threshold)) for image in images]
+        found = [self._one(image).above(how.get("threshold", self.operating_point.threshold)) for image in images]
+        return [detections.of(*how["classes"]) for detections in found] if "classes" in how else found
 
     def _one(self, image: Image.Image) -> Detections:
         red, green, blue = image.getpixel((0, 0))  # type: ignore[misc]

@@ -46,6 +46,12 @@ def test_images_run_as_nobody_special_and_take_what_is_there(name: str) -> None:
         assert (REPO / word).is_file()
 
 
+@pytest.mark.parametrize("name", ["cpu", "gpu"])
+def test_images_with_torch_export_serve_push_and_read_videos(name: str) -> None:
+    installed = re.findall(r"^pip install .*'\.\[([\w,]+)\]'$", "\n".join(run_lines(name)), flags=re.M)
+    assert [set(extras.split(",")) for extras in installed] == [{"export", "serve", "hub", "video"}]
+
+
 @pytest.mark.integration
 def test_the_runtime_serves_without_torch(tmp_path: Path) -> None:
     """The RUN lines that install, into a folder that an interpreter with nothing else then uses."""

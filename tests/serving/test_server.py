@@ -53,7 +53,7 @@ def test_the_image_comes_as_body_form_or_base64(client: Callable[..., TestClient
         assert answer.status_code == 200, answer.text
         content = answer.json()
         assert content.pop("ms") >= 0 and content == wanted
-    assert [how for _, how in stub.calls] == [{"batch_size": 1, "threshold": 0.3}] * 5
+    assert [how for _, how in stub.calls] == [{"batch_size": 8, "threshold": 0.3}] * 5
 
 
 def test_parameters_reach_the_model_or_filter_its_answer(client: Callable[..., TestClient]) -> None:
@@ -67,11 +67,11 @@ def test_parameters_reach_the_model_or_filter_its_answer(client: Callable[..., T
 
     assert ids("") == [3, 7]  # the model's own threshold, 0.5
     assert ids("threshold=0&nms=0.7") == [3, 7, 3, 7]
-    assert stub.calls[-1] == (1, {"batch_size": 1, "threshold": 0.0, "nms": 0.7})
+    assert stub.calls[-1] == (1, {"batch_size": 8, "threshold": 0.0, "nms": 0.7})
     assert ids("threshold=0&classes=dog %26 <b>") == [7, 7]
     assert ids("threshold=0&classes=3&classes=7") == [3, 7, 3, 7]
     ids("tiles=64")
-    assert stub.calls[-1][0] > 1
+    assert stub.calls[-1] == (1, {"batch_size": 8, "tiles": 64})
 
 
 def test_the_drawing(client: Callable[..., TestClient]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from paqdetr.runs import flat_settings
-from paqdetr.study.costs import forecast, gflops, gpu_hours
+from paqdetr.study.costs import forecast, gflops
 from paqdetr.study.results import RunResult
 from paqdetr.study.runs import Places, PlannedRun, RunKey, plan_runs
 from paqdetr.study.spec import Study
@@ -55,8 +55,3 @@ def test_times_come_from_the_nearest_that_was_measured(tmp_path: Path, runs: lis
     other = replace(result, key=RunKey("digits", "new", 0), settings=result.settings | {"image_size": 64})
     again = {(row.data, row.variant): row for row in forecast(runs, places, [other])}
     assert again["digits", "new"].source == "this data"
-
-
-def test_gpu_hours_by_hand() -> None:
-    # 10^12 multiply-adds, twice, times three, a thousand images, twice, at 10^12 operations a second: 12,000 s.
-    assert gpu_hours(gflops=1000, images=1000, epochs=2, tflops=1) == pytest.approx(12000 / 3600)

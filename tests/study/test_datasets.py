@@ -8,7 +8,7 @@ import pytest
 
 from paqdetr.data.dataset import open_split
 from paqdetr.errors import DataError
-from paqdetr.locks import Busy, held
+from paqdetr.files import Busy, held
 from paqdetr.study.datasets import folder_of, prepare, training_images
 from paqdetr.study.spec import DataSet
 

@@ -30,7 +30,7 @@ def test_the_loss_of_a_curve_weighs_records_by_their_steps(tmp_path: Path) -> No
     run.append({"kind": "train", "step": 12, "loss": 6.0})
     run.append({"kind": "eval", "step": 12, "AP": None})
     run.append({"kind": "eval", "step": 13, "AP": 0.25})
-    rows = [(row["step"], row["AP"], row["loss"]) for row in learning_curve(run)]
+    rows = [(row["step"], row["AP"], row["loss"]) for row in learning_curve(run.records())]
     assert rows == [(10, 0.5, (4 * 2 + 7 + 3 * 1 + 2 * 4) / 10), (12, None, 6.0), (13, 0.25, None)]
 
 

@@ -153,7 +153,7 @@ def test_the_batch_size_changes_no_figure(
 def test_reading_ahead_changes_neither_order_nor_detections(
     split: DetectionDataset, model: Detector, one_thread: None
 ) -> None:
-    alone, helped = (list(detect_split(model, split, batch_size=2, readers=count)) for count in (0, 3))
+    alone, helped = (list(detect_split(model, split, batch_size=2, workers=count)) for count in (0, 2))
     assert [index for index, _ in alone] == [index for index, _ in helped] and len(alone) == 7
     for (_, mine), (_, its) in zip(alone, helped, strict=True):
         assert np.array_equal(mine.boxes, its.boxes) and np.array_equal(mine.scores, its.scores)
@@ -285,19 +285,19 @@ def test_an_image_of_another_size_than_stated(tmp_path: Path, model: Detector) -
     with pytest.raises(DataError, match=r"2\.png: is 100x100 pixels"):
         evaluate(model, data=tmp_path)
     with pytest.raises(DataError, match=r"2\.png: is 100x100 pixels"):
-        list(detect_split(model, split, batch_size=2, readers=2))
+        list(detect_split(model, split, batch_size=2, workers=2))
 
 
-@pytest.mark.parametrize("readers", [0, 2])
+@pytest.mark.parametrize("workers", [0, 2])
 def test_images_that_cannot_be_read_count_as_images_without_detections(
-    tmp_path: Path, model: Detector, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, readers: int
+    tmp_path: Path, model: Detector, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, workers: int
 ) -> None:
     split = write(tmp_path)
     monkeypatch.setattr(MODULE, "detect_batch", cheat(split))
     split.path(2).write_bytes(split.path(2).read_bytes()[:50])
     split.path(5).write_text("no picture")
     lost = len(split.labels(2)) + len(split.labels(5))
-    found = dict(detect_split(model, split, batch_size=3, readers=readers))
+    found = dict(detect_split(model, split, batch_size=3, workers=workers))
     assert len(found) == len(split) and sum(map(len, found.values())) == 13 - lost == 7
     (record,) = caplog.records
     assert record.message.startswith(

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from paqdetr.environment import available_memory
 from paqdetr.errors import ConfigError
 from paqdetr.models.zoo import build_model
 from paqdetr.training.memory import largest_batch, peaks_of_steps, worst_batch
-from paqdetr.training.plan import Overfit, _Tried, overfit_one_batch, plan_training
+from paqdetr.training.plan import Overfit, overfit_one_batch, plan_training, with_totals
 from paqdetr.training.setup import with_classes
 
 pytestmark = pytest.mark.integration
@@ -72,17 +71,17 @@ def test_a_plan_adds_up(config: Config, tiny_digits: Path, monkeypatch: pytest.M
     json.dumps(plan.to_json(), allow_nan=False)
 
 
-def test_memory_beside_the_training_process(config: Config, tiny_digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers decode images into memory that they share; an evaluation of many images keeps their detections."""
-    train_split, val_split = (open_split(tiny_digits, name) for name in ("train", "val"))
-    monkeypatch.setattr("paqdetr.training.plan.in_own_process", lambda *_, **__: tried)
-    memory = {"process": 0.5, "model": 0.25, "step": 1.0, "evaluation": 0.25, "cached images": 3.0, "workers": 1.0}
-    tried = _Tried("cpu", 4, 4, 12, 10, 5, [1.0], 2.0, memory, images_apart=True, disk=2**30)
-    plan = plan_training(config, train_split, val_split)
-    assert (plan.memory["peak"], plan.memory["total"], plan.total_seconds) == (2.0, 6.0, 12 + 3 * 2.0)
-    tried = dataclasses.replace(tried, images_apart=False, memory={**memory, "workers": 0.0})
-    plan = plan_training(config, train_split, val_split)
-    assert (plan.memory["peak"], plan.memory["total"]) == (5.0, 5.0)
+@pytest.mark.parametrize(
+    ("device", "workers", "apart", "peak", "total"),
+    [("cpu", 1.0, True, 2.0, 6.0), ("cpu", 0.0, False, 5.0, 5.0), ("cuda", 1.0, True, 2.0, 2.0)],
+)
+def test_memory_beside_the_training_process(
+    device: str, workers: float, apart: bool, peak: float, total: float
+) -> None:
+    """Workers decode images into memory that they share, which is the host's; a GPU has what the training has on it."""
+    memory = {"process": 0.5, "model": 0.25, "step": 1.0, "evaluation": 0.25, "cached images": 3.0, "workers": workers}
+    found = with_totals(memory, torch.device(device), images_apart=apart)
+    assert (found["peak"], found["total"]) == (peak, total)
 
 
 @pytest.mark.integration

@@ -268,7 +268,7 @@ def test_one_process_sends_nothing() -> None:
     error = DataError("a.jpg: missing", "copy it")
     with pytest.raises(DataError) as caught:
         alone.raise_together(error)
-    assert caught.value is error and not error.told_elsewhere
+    assert caught.value is error and not error.reported_elsewhere
 
 
 def test_norms_that_train_are_synchronised() -> None:

@@ -25,15 +25,7 @@ from paqdetr.paq import Mixture, Pairs
 from paqdetr.runs import Run
 from paqdetr.structures import Targets
 from paqdetr.training import train
-from paqdetr.training.figures import (
-    Interval,
-    QuerySums,
-    ValidationLoss,
-    batch_use,
-    mixture_figures,
-    to_host,
-    watch_gradients,
-)
+from paqdetr.training.figures import Interval, ValidationLoss, batch_use, mixture_figures, to_host, watch_gradients
 from paqdetr.training.setup import with_classes
 
 
@@ -116,9 +108,9 @@ def test_many_positives_are_counted_together() -> None:
         [20.0, 0.5],
         [2],
     )
-    sums = QuerySums()
-    sums.add(use)
-    figures = sums.figures(sums.flat(), images=1)
+    interval = Interval()
+    interval.add({}, [use], 1)
+    figures = interval.means(Processes())
     assert figures["positives_histogram"]["layer1"]["16"] == 2
     assert not {"gradient_gini", "pattern_gini", "dead_patterns"} & figures.keys(), "nothing was there"
 

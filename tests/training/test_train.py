@@ -363,9 +363,9 @@ def test_an_overflow_in_half_precision_has_no_norm_and_is_counted(
     assert read_header(run.state_file)["updates"] == 2, "the average takes in no step that was left out"
 
 
-def test_too_many_steps_left_out_in_a_row(
-    tmp_path: Path, tiny_digits: Path, tiny_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def infinite_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every class loss of a training is infinite."""
     build = MODULE.build_criterion
 
     def poisoned(config: Any) -> Any:
@@ -375,6 +375,12 @@ def test_too_many_steps_left_out_in_a_row(
         return criterion
 
     monkeypatch.setattr(MODULE, "build_criterion", poisoned)
+
+
+@pytest.mark.usefixtures("infinite_loss")
+def test_too_many_steps_left_out_in_a_row(
+    tmp_path: Path, tiny_digits: Path, tiny_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(MODULE, "_MOST_SKIPPED", 3)
     with pytest.raises(NonFiniteError, match="3 steps in a row were left out; the last because the loss became"):
         small(tiny_digits, tiny_settings, tmp_path / "run", epochs=9, nan_policy="skip-step")
@@ -461,18 +467,10 @@ def test_an_image_that_does_not_decode(
     assert not Run(tmp_path / "run").finished and not Run(tmp_path / "run").last.exists()
 
 
+@pytest.mark.usefixtures("infinite_loss")
 def test_a_loss_that_is_not_finite_names_the_images(
-    tmp_path: Path, tiny_digits: Path, tiny_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_digits: Path, tiny_settings: dict[str, Any]
 ) -> None:
-    build = MODULE.build_criterion
-
-    def poisoned(config: Any) -> Any:
-        criterion = build(config)
-        classify = criterion.classify
-        criterion.classify = lambda logits, goal: classify(logits, goal) * float("inf")
-        return criterion
-
-    monkeypatch.setattr(MODULE, "build_criterion", poisoned)
     with pytest.raises(NonFiniteError, match=r"the loss became (inf|nan) on images \[\d") as caught:
         train("paq_dino_nano", data=tiny_digits, output=tmp_path / "run", device="cpu", settings=tiny_settings)
     assert "learning rate" in caught.value.remedy

@@ -100,7 +100,7 @@ def accidents(job: dict[str, Any], split: DetectionDataset) -> None:
     try:
         step("NaN that ends it", broken if last else full)
     except NonFiniteError as error:
-        told = train.processes.gather((error.message, error.told_elsewhere))
+        told = train.processes.gather((error.message, error.reported_elsewhere))
         answer["raised"] = told
     if train.processes.main:
         Path(job["answer"]).write_text(json.dumps(answer), encoding="utf-8")

@@ -43,8 +43,8 @@ class TrainingFacts:
     epochs: int
     done: float
     finished: bool
-    ap: Sequence[tuple[float, float]] = ()
-    loss: Sequence[tuple[float, float]] = ()
+    ap: Sequence[Sequence[float]] = ()
+    loss: Sequence[Sequence[float]] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +55,7 @@ class Facts:
         split: its name.
         images, boxes: of the split.
         ap: with its interval over images.
+        ap50: at IoU 0.5.
         sizes: (AP, boxes) of "small", "medium" and "large" objects.
         duplicates_cost: AP after non-maximum suppression minus AP.
         removes_duplicates: whether `predict` suppresses them, as the checkpoint says.
@@ -75,6 +76,7 @@ class Facts:
     images: int
     boxes: int
     ap: Interval
+    ap50: float = math.nan
     sizes: Mapping[str, tuple[float, int]] = field(default_factory=dict)
     duplicates_cost: float = math.nan
     removes_duplicates: bool = False
@@ -96,8 +98,12 @@ class Facts:
     training: TrainingFacts | None = None
     crowding: Sequence[str] = ()
 
+    def in_ap(self, gain: float) -> float:
+        """A gain of AP50 in units of AP, by the ratio of the model's own two, so that costs of either kind have an order."""
+        return gain * self.ap.value / self.ap50 if self.ap.value > 0 and self.ap50 > 0 else gain
 
-# AP from which a cost is worth a line, and from which a mistake is.
+
+# AP from which duplicates are worth a line, and AP50 from which a kind of mistake is.
 _COST, _GAIN = 0.005, 0.02
 _NOTHING = 0.05  # AP below which kinds of mistakes say nothing yet
 _FEW_BOXES, _FEW_IN_SPLIT = 30, 10
@@ -133,12 +139,11 @@ def compare(found: Comparison) -> tuple[Finding, ...]:
 def _overall(facts: Facts) -> Iterator[Finding]:
     ap = facts.ap
     if ap.value < _NOTHING:
-        yield Finding(
-            "bad",
+        yield _bad(
             f"The model finds next to nothing: AP {ap.value:.3f}.",
             "Train longer, from pretrained weights; look at boxes and classes with `paqdetr data preview`.",
             "training" if facts.training else "summary",
-            1.0,
+            cost=1.0,
         )
     width = ap.high - ap.low
     if width > 0.1:
@@ -155,36 +160,31 @@ def _training(facts: Facts) -> Iterator[Finding]:
     if own is None:
         return
     if not own.finished and own.done < own.epochs:
-        yield Finding(
-            "bad",
+        yield _bad(
             f"The training is unfinished: {own.done:.1f} of {own.epochs} epochs.",
             "`paqdetr train --resume` goes on; the learning rate falls at the end, where much of the AP is gained.",
             "training",
-            0.5,
+            cost=0.5,
         )
     values = [value for _, value in own.ap]
-    recent = max(1, len(values) // 4)
-    before = max(values[:-recent], default=math.nan)
-    gain = max(values, default=math.nan) - before
     if own.finished and len(values) > 2:
-        if gain >= 0.01 and values[-1] >= max(values) - 0.002:
-            yield Finding(
-                "bad",
+        recent, last = max(1, len(values) // 4), values[-1]
+        gain = max(values) - max(values[:-recent])
+        if gain >= 0.01 and last >= max(values) - 0.002:
+            longer = ": raise max_steps" if own.done < own.epochs else f", such as epochs={2 * own.epochs}"
+            yield _bad(
                 f"AP still rose when the training ended, by {gain:.3f} in the last {recent} of {len(values)} evaluations.",
-                "Train longer: raise max_steps."
-                if own.done < own.epochs
-                else f"Train longer, such as epochs={2 * own.epochs}.",
+                f"Train longer{longer}.",
                 "training",
-                gain,
+                cost=gain,
             )
-        best = max(range(len(values)), key=values.__getitem__)
-        if values[best] - values[-1] >= 0.01:
-            yield Finding(
-                "bad",
-                f"AP fell from {values[best]:.3f} in epoch {own.ap[best][0]:g} to {values[-1]:.3f} at the end.",
+        epoch, best = max(own.ap, key=lambda point: point[1])
+        if best - last >= 0.01:
+            yield _bad(
+                f"AP fell from {best:.3f} in epoch {epoch:g} to {last:.3f} at the end.",
                 "best.safetensors keeps the best epoch; train shorter, or with more augmentation or data.",
                 "training",
-                values[best] - values[-1],
+                cost=best - last,
             )
         moved = max(values[-recent - 1 :]) - min(values[-recent - 1 :])
         if moved < 0.005 and facts.ap.value >= _NOTHING:
@@ -194,34 +194,25 @@ def _training(facts: Facts) -> Iterator[Finding]:
         epoch, least = min(own.loss, key=lambda point: point[1])
         last = own.loss[-1][1]
         if last > 1.05 * least > 0:
-            yield Finding(
-                "bad",
+            yield _bad(
                 f"Overfitting: the validation loss was lowest in epoch {epoch:g} and {last / least - 1:.0%} higher at the end.",
                 "More training images or stronger augmentation (augment.mosaic, augment.scale), or fewer epochs.",
                 "training",
-                0.01,
+                cost=0.01,
             )
 
 
 def _duplicates(facts: Facts) -> Iterator[Finding]:
     cost = facts.duplicates_cost
     if cost >= _COST:
-        yield Finding(
-            "bad",
-            f"Duplicate detections cost {cost:.3f} AP: several queries answer for one object.",
-            "Train longer: one-to-one matching suppresses them late. "
-            + (
-                "Until then `predict` removes them, as the checkpoint asks for."
-                if facts.removes_duplicates
-                else "Until then predict with `--nms 0.7` (`nms=0.7`)."
-            ),
-            "summary",
-            cost,
-        )
+        until = "Until then predict with `--nms 0.7` (`nms=0.7`)."
+        if facts.removes_duplicates:
+            until = "Until then `predict` removes them, as the checkpoint asks for."
+        text = f"Duplicate detections cost {cost:.3f} AP: several queries answer for one object."
+        yield _bad(text, f"Train longer: one-to-one matching suppresses them late. {until}", "summary", cost=cost)
     elif not math.isnan(cost):
-        yield Finding(
-            "good", f"Few duplicates: non-maximum suppression would gain {max(cost, 0):.3f} AP.", where="summary"
-        )
+        text = f"Few duplicates: non-maximum suppression would gain {max(cost, 0):.3f} AP."
+        yield Finding("good", text, where="summary")
 
 
 def _confusion(facts: Facts) -> Iterator[Finding]:
@@ -229,63 +220,48 @@ def _confusion(facts: Facts) -> Iterator[Finding]:
     often = [row for row in facts.confused if row[2] >= 3 and row[2] >= 0.05 * row[3]]
     if often and (gain >= _GAIN or often[0][2] >= 0.2 * often[0][3]):
         listed = some([f"{count} of {objects} {name!r} as {other!r}" for name, other, count, objects in often])
-        yield Finding(
-            "bad",
-            f"Confused classes cost {max(gain, 0):.3f} AP50: {listed}.",
-            "Compare their pictures below (mistake: wrong class): label them by one rule, add examples of both, or merge them.",
-            "confusion",
-            gain,
+        remedy = (
+            "Compare their pictures below (mistake: wrong class): label them by one rule, add examples of both, or merge "
+            "them."
         )
-    elif gain >= _GAIN:
-        yield Finding(
-            "bad", f"Wrong classes cost {gain:.3f} AP50, spread over many pairs of classes.",
-            "Train longer, and add examples of the classes with the lowest AP.", "confusion", gain,
-        )  # fmt: skip
-    elif gain < 0.01 and len(facts.classes) > 1:
-        yield Finding("good", f"Classes are told apart: wrong ones cost {gain:.3f} AP50.", where="confusion")
+        text = f"Confused classes cost {max(gain, 0):.3f} AP50: {listed}."
+        yield _bad(text, remedy, "confusion", cost=facts.in_ap(max(gain, 0)))
+    else:
+        yield from _mistake(
+            facts,
+            "classification",
+            "Wrong classes cost {:.3f} AP50, spread over many pairs of classes.",
+            "Train longer, and add examples of the classes with the lowest AP.",
+            "confusion",
+            good="Classes are told apart: wrong ones cost {:.3f} AP50." if len(facts.classes) > 1 else "",
+        )
 
 
 def _boxes(facts: Facts) -> Iterator[Finding]:
-    gain = facts.gains.get("localisation", math.nan)
-    if gain >= _GAIN:
-        yield Finding(
-            "bad",
-            f"Loose boxes cost {gain:.3f} AP50: the right class, with an IoU of .10 to .50.",
-            f"Train longer or with a larger image_size (now {facts.image_size}), and check that annotated boxes are tight.",
-            "mistakes",
-            gain,
-        )
-    elif gain < 0.01:
-        yield Finding("good", f"Boxes fit: loose ones cost {gain:.3f} AP50.", where="mistakes")
+    remedy = (
+        f"Train longer or with a larger image_size (now {facts.image_size}), and check that annotated boxes are tight."
+    )
+    bad = "Loose boxes cost {:.3f} AP50: the right class, with an IoU of .10 to .50."
+    good = "Boxes fit: loose ones cost {:.3f} AP50."
+    yield from _mistake(facts, "localisation", bad, remedy, "mistakes", good=good)
 
 
 def _background(facts: Facts) -> Iterator[Finding]:
-    gain = facts.gains.get("background", math.nan)
-    if gain >= _GAIN:
-        yield Finding(
-            "bad",
-            f"Detections where nothing is annotated cost {gain:.3f} AP50.",
-            "Look at them below (mistake: background): label what was forgotten, and add images without objects.",
-            "images",
-            gain,
-        )
+    remedy = "Look at them below (mistake: background): label what was forgotten, and add images without objects."
+    text = "Detections where nothing is annotated cost {:.3f} AP50."
+    yield from _mistake(facts, "background", text, remedy, "images")
 
 
 def _missed(facts: Facts) -> Iterator[Finding]:
-    gain = facts.gains.get("missed", math.nan)
-    if not gain >= _GAIN:
-        return
+    text = "Missed objects cost {:.3f} AP50, though queries' boxes reach most objects: their scores are too low."
     remedy = "Train longer, and add examples like those missed below (mistake: missed)."
     if facts.covered < 0.9:
-        text = f"Missed objects cost {gain:.3f} AP50: {1 - facts.covered:.0%} of the objects have no query's box near them."
-        remedy = (
-            f"A larger image_size (now {facts.image_size}) or more queries (model.num_queries) may reach them. {remedy}"
-        )
-    else:
         text = (
-            f"Missed objects cost {gain:.3f} AP50, though queries' boxes reach most objects: their scores are too low."
+            f"Missed objects cost {{:.3f}} AP50: {1 - facts.covered:.0%} of the objects have no query's box near them."
         )
-    yield Finding("bad", text, remedy, "images", gain)
+        larger = f"A larger image_size (now {facts.image_size}) or more queries (model.num_queries) may reach them."
+        remedy = f"{larger} {remedy}"
+    yield from _mistake(facts, "missed", text, remedy, "images")
 
 
 def _sizes(facts: Facts) -> Iterator[Finding]:
@@ -296,13 +272,12 @@ def _sizes(facts: Facts) -> Iterator[Finding]:
     best = max(known, key=known.__getitem__)
     share = facts.sizes["small"][1] / max(facts.boxes, 1)
     if small < 0.7 * known[best]:
-        yield Finding(
-            "bad",
+        yield _bad(
             f"Small objects (below 32 x 32 pixels, {share:.0%} of all) are found worse: AP {small:.3f}, {best} ones "
             f"{known[best]:.3f}.",
             f"Train with a larger image_size (now {facts.image_size}); on large images predict with `--tiles 640`.",
             "summary",
-            share * (known[best] - small),
+            cost=share * (known[best] - small),
         )
     elif small >= 0.9 * known[best]:
         text = f"Small objects are found nearly as well as {best} ones: AP {small:.3f} and {known[best]:.3f}."
@@ -314,9 +289,12 @@ def _classes(facts: Facts) -> Iterator[Finding]:
     counts = sorted(one.training_boxes for one in facts.classes if one.training_boxes is not None)
     median = counts[len(counts) // 2] if counts else 0
 
-    def listed(rows: Sequence[ClassFacts], training: bool = True) -> str:
-        count = [f"{one.training_boxes if training else one.boxes} boxes, " for one in rows]
-        return some([f"{one.name!r} ({boxes}AP {one.ap:.3f})" for one, boxes in zip(rows, count, strict=True)], 5)
+    def weakness(rows: Sequence[ClassFacts], text: str, remedy: str) -> Iterator[Finding]:
+        boxes = [one.training_boxes if counts else one.boxes for one in rows]
+        listed = some([f"{one.name!r} ({n} boxes, AP {one.ap:.3f})" for one, n in zip(rows, boxes, strict=True)], 5)
+        if rows:
+            cost = sum(facts.ap.value - one.ap for one in rows) / len(known)
+            yield _bad(f"{text} {listed}.", remedy, "classes", cost=cost)
 
     few = [
         one
@@ -325,45 +303,33 @@ def _classes(facts: Facts) -> Iterator[Finding]:
         and (one.training_boxes < _FEW_BOXES or one.training_boxes < median / 4)
         and one.ap < facts.ap.value
     ]
-    if few:
-        cost = sum(facts.ap.value - one.ap for one in few) / len(known)
-        remedy = "Collect more images of them; every class counts alike in AP."
-        yield Finding("bad", f"Too few examples in train of {listed(few)}.", remedy, "classes", cost)
-    weak = [one for one in known if one.ap < 0.5 * facts.ap.value and one not in few]
-    if weak:
-        weak.sort(key=lambda one: one.ap)
-        cost = sum(facts.ap.value - one.ap for one in weak) / len(known)
-        remedy = (
-            "Choose the class over the pictures below: its mistakes say whether labels, size or likeness are to blame."
-        )
-        why = ", not for lack of examples" if counts else ""
-        yield Finding("bad", f"The weakest classes{why}: {listed(weak, bool(counts))}.", remedy, "classes", cost)
+    weak = sorted((one for one in known if one.ap < 0.5 * facts.ap.value and one not in few), key=lambda one: one.ap)
+    remedy = "Collect more images of them; every class counts alike in AP."
+    yield from weakness(few, "Too few examples in train of", remedy)
+    why = ", not for lack of examples" if counts else ""
+    remedy = "Choose the class over the pictures below: its mistakes say whether labels, size or likeness are to blame."
+    yield from weakness(weak, f"The weakest classes{why}:", remedy)
     strong = [one for one in known if one.ap >= 0.5 and one.ap > facts.ap.value and one.boxes >= _FEW_IN_SPLIT]
     if strong and len(known) > 1:
         strong.sort(key=lambda one: -one.ap)
         best = some([f"{one.name!r} (AP {one.ap:.3f})" for one in strong])
         yield Finding("good", f"Best at {best}.", where="classes")
-    rare = [one.name for one in known if one.boxes < _FEW_IN_SPLIT]
-    if rare:
-        yield Finding(
-            "note", f"AP of {some([repr(name) for name in rare], 5)} rests on fewer than {_FEW_IN_SPLIT} boxes.",
-            f"Add images of them to {facts.split} before judging these classes.", "classes",
-        )  # fmt: skip
+    if rare := [repr(one.name) for one in known if one.boxes < _FEW_IN_SPLIT]:
+        text = f"AP of {some(rare, 5)} rests on fewer than {_FEW_IN_SPLIT} boxes."
+        yield Finding("note", text, f"Add images of them to {facts.split} before judging these classes.", "classes")
 
 
 def _threshold(facts: Facts) -> Iterator[Finding]:
     if math.isnan(facts.f1):
         return
-    chosen = f"At a score of {facts.threshold:.2f} {facts.precision:.0%} of the detections are right and {facts.recall:.0%} of "
-    chosen += f"the objects are found (F1 {facts.f1:.3f})."
-    lost = facts.f1 - facts.default_f1
-    if lost >= 0.02:
-        yield Finding(
-            "bad",
-            f"{chosen} At {facts.default_threshold:.2f}, where `predict` begins, F1 is {facts.default_f1:.3f}.",
-            f"Predict with `--threshold {facts.threshold:.2f}` (`threshold={facts.threshold:.2f}`).",
-            "curves",
-        )
+    chosen = (
+        f"At a score of {facts.threshold:.2f} {facts.precision:.0%} of the detections are right and {facts.recall:.0%} of the "
+        f"objects are found (F1 {facts.f1:.3f})."
+    )
+    if facts.f1 - facts.default_f1 >= 0.02:
+        text = f"{chosen} At {facts.default_threshold:.2f}, where `predict` begins, F1 is {facts.default_f1:.3f}."
+        how = f"Predict with `--threshold {facts.threshold:.2f}` (`threshold={facts.threshold:.2f}`)."
+        yield _bad(text, how, "curves")
     else:
         kind = "good" if min(facts.precision, facts.recall) >= 0.8 else "note"
         yield Finding(kind, chosen, where="curves")
@@ -390,8 +356,7 @@ def _near_duplicates(facts: Facts) -> Iterator[Finding]:
     if own is None:
         return
     if own.images:
-        yield Finding(
-            "bad",
+        yield _bad(
             f"{own.images} of {facts.images} images of {facts.split} have a near-duplicate in train: AP {facts.ap.value:.3f}, "
             f"{own.ap_without:.3f} without them.",
             "`paqdetr data check` lists them; `paqdetr data split` keeps near-duplicates together.",
@@ -403,7 +368,20 @@ def _near_duplicates(facts: Facts) -> Iterator[Finding]:
 
 def _crowding(facts: Facts) -> Iterator[Finding]:
     for sentence in facts.crowding:
-        yield Finding("bad", f"{sentence[:1].upper()}{sentence[1:]}.")
+        yield _bad(f"{sentence[:1].upper()}{sentence[1:]}.")
+
+
+def _bad(text: str, advice: str = "", where: str = "", *, cost: float = 0.0) -> Finding:
+    return Finding("bad", text, advice, where, cost)
+
+
+def _mistake(facts: Facts, kind: str, bad: str, remedy: str, where: str, *, good: str = "") -> Iterator[Finding]:
+    """A kind of mistake is a weakness if it costs much; if it costs next to nothing, `good` says so. Texts take the gain."""
+    gain = facts.gains.get(kind, math.nan)
+    if gain >= _GAIN:
+        yield _bad(bad.format(gain), remedy, where, cost=facts.in_ap(gain))
+    elif gain < 0.01 and good:
+        yield Finding("good", good.format(gain), where=where)
 
 
 RULES: tuple[Callable[[Facts], Iterator[Finding]], ...] = (

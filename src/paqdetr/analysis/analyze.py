@@ -11,14 +11,13 @@ from typing import Any
 import torch
 
 from paqdetr._version import __version__
+from paqdetr.analysis.curves import layer_section, training_section
 from paqdetr.analysis.errors import calibration_section, confusion_section, curve_section, mistake_section
 from paqdetr.analysis.examples import example_section
 from paqdetr.analysis.inside import inside_sections
-from paqdetr.analysis.layers import layer_section
 from paqdetr.analysis.patterns import pattern_chapter
-from paqdetr.analysis.subject import Analysis, ModelUnderTest, Progress, ResultSet, has_boxes
+from paqdetr.analysis.subject import Analysis, ModelUnderTest, Progress, has_boxes
 from paqdetr.analysis.summary import class_section, findings_section, summary_section
-from paqdetr.analysis.training import training_section
 from paqdetr.analysis.usage import usage_chapter
 from paqdetr.data.dataset import DetectionDataset, open_split
 from paqdetr.errors import ConfigError, DataError, import_extra
@@ -39,17 +38,15 @@ CHAPTERS: tuple[Callable[[Analysis], Made], ...] = (
     example_section,
     summary_section,
     class_section,
-    lambda analysis: mistake_section(analysis.results),
-    lambda analysis: confusion_section(analysis.results),
-    lambda analysis: curve_section(analysis.results),
-    lambda analysis: calibration_section(analysis.results),
-    lambda analysis: training_section([(one.label, one.run) for one in analysis.models]),
+    lambda analysis: mistake_section(analysis.models),
+    lambda analysis: confusion_section(analysis.models),
+    lambda analysis: curve_section(analysis.models),
+    lambda analysis: calibration_section(analysis.models),
+    lambda analysis: training_section([(one.label, one.records) for one in analysis.models]),
 )
 """What the report shows, in order. A chapter is a section on all models, or one for each of them, or None."""
 RESEARCH: tuple[Callable[[Analysis], Made], ...] = (
-    lambda analysis: layer_section(
-        [(one.label, own) for one, own in zip(analysis.models, analysis.stages, strict=True)]
-    ),
+    lambda analysis: layer_section([(one.label, one.stages) for one in analysis.models]),
     usage_chapter,
     pattern_chapter,
     inside_sections,
@@ -179,9 +176,19 @@ def _observe(
         progress=lambda done, total: progress(f"evaluate {label}", done, total),
         observers=[usage, content, layers],
     )
-    results = ResultSet(label, truth, found.results, MatchTable.match(truth, found.results))
-    checkpoint = None if isinstance(source, Detector) else Path(source)
-    return ModelUnderTest(label, detector, checkpoint, split, truth, found, results, usage, content, layers)
+    return ModelUnderTest(
+        label=label,
+        truth=truth,
+        results=found.results,
+        table=MatchTable.match(truth, found.results),
+        model=detector,
+        checkpoint=None if isinstance(source, Detector) else Path(source),
+        split=split,
+        evaluation=found,
+        usage=usage,
+        content=content,
+        layers=layers,
+    )
 
 
 def _labels(sources: Sequence[Detector | str | Path], detectors: Sequence[Detector]) -> list[str]:

@@ -211,12 +211,12 @@ def _gains(sets: Sequence[ResultSet], found: Sequence[ErrorSplit]) -> Figure:
         gains, series = [split.gains[kind] for kind in MISTAKES], (place, len(found))
         plots.bars(axes, list(MISTAKES), gains, label=name, colour=COLOURS[place], series=series, form="{:.3f}")
     plots.legend(axes)
-    said = [
+    texts = [
         f"{f'{name}: ' if name else ''}AP50 is {split.ap:.3f}; without false positives it would gain "
         f"{split.false_positives:.3f}, without objects missed {split.false_negatives:.3f}"
         for split, name in zip(found, labels(sets), strict=True)
     ]
-    caption = f"What AP50 would gain were one kind of mistake corrected. {'; '.join(said)}."
+    caption = f"What AP50 would gain were one kind of mistake corrected. {'; '.join(texts)}."
     data = {own.label: split.to_json() for own, split in zip(sets, found, strict=True)}
     return plots.plot_part(axes, name="mistakes", caption=caption, data=data)
 

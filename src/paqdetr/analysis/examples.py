@@ -42,7 +42,7 @@ class Mark:
 
 def example_section(analysis: Analysis) -> Section:
     """The worst images, some for every class and kind of mistake, and the best; those of two models side by side."""
-    models, outcomes = analysis.models, analysis.outcomes
+    models, outcomes = analysis.models, [one.outcome for one in analysis.models]
     names = {row["id"]: row["name"] for row in models[0].truth["categories"]}
     marks = [marks_of(one, found.threshold, names) for one, found in zip(models, outcomes, strict=True)]
     chosen = choose(outcomes, [tags(own) for own in marks[0]], analysis.images)
@@ -129,7 +129,7 @@ def marks_of(model: ModelUnderTest, threshold: float, names: dict[Any, str]) -> 
         own = shown[table.images[shown] == places[image_id]]
         right = table.true_positive[0, t, own]
         matched = set(table.matches[t, own[right]].tolist())
-        rows = [model.evaluation.results[int(table.detections[place])] for place in own.tolist()]
+        rows = [model.results[int(table.detections[place])] for place in own.tolist()]
         truth = objects.get(image_id, [])
         marks = [
             Mark("missed", _corners(row["bbox"]), names[row["category_id"]])

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -14,21 +13,19 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert, box_iou
 
 from paqdetr.analysis.subject import Analysis, ModelUnderTest
-from paqdetr.config import LossConfig, load_config
 from paqdetr.data.dataset import DetectionDataset
 from paqdetr.drawing import Canvas, mark
-from paqdetr.errors import ConfigError
 from paqdetr.losses.criterion import Criterion, build_criterion
 from paqdetr.models.decoder import DecoderLayer
 from paqdetr.models.detector import Detector
 from paqdetr.models.encoder import DeformableAttention, EncoderLayer
-from paqdetr.models.outputs import DetectorOutput
 from paqdetr.models.queries import QueryGroup
 from paqdetr.models.tokens import Tokens
-from paqdetr.paq import QualityAwareAssigner
+from paqdetr.paq.assignment import Qualities
 from paqdetr.paq.costs import matching_costs
 from paqdetr.preprocessing import pad_images
 from paqdetr.report.section import Column, Part, Picture, Section, Slides, make_table
+from paqdetr.serialize import plain
 from paqdetr.structures import Targets
 
 
@@ -108,10 +105,6 @@ class LayerPositives:
 # --------------------------------------------------------------------------------------------- recording
 
 
-_Calls = dict[nn.Module, tuple[Any, ...]]
-"""The arguments of each watched module's last call."""
-
-
 def look_inside(model: Detector, picture: Image.Image, *, chosen: Sequence[int] | None = None, most: int = 3) -> Inside:
     """Run a detector on one image, in evaluation mode, and keep what passes through it.
 
@@ -123,61 +116,41 @@ def look_inside(model: Detector, picture: Image.Image, *, chosen: Sequence[int] 
     """
     device = model.device
     images, mask = pad_images([model.preprocessing(picture)], model.preprocessing.pad_divisor)
-    was_training, calls = model.training, _Calls()
-    watched = [module for module in model.modules() if isinstance(module, DeformableAttention)] + [model.decoder]
-    handles = [module.register_forward_pre_hook(calls.__setitem__) for module in watched]
+    encoder = [layer.attention for layer in cast(Iterable[EncoderLayer], model.encoder.layers)]
+    decoder = [layer.cross_attention for layer in cast(Iterable[DecoderLayer], model.decoder.layers)]
+    was_training, calls = model.training, dict[nn.Module, tuple[Any, ...]]()  # the arguments of each module's last call
+    handles = [own.register_forward_pre_hook(calls.__setitem__) for own in (*encoder, *decoder, model.decoder)]
     model.eval()
     try:
         with torch.inference_mode():
             output = model(images.to(device), None if mask is None else mask.to(device))
-            return _kept(model, picture, output, calls, chosen, most)
+            queries, memory = cast(tuple[QueryGroup, Tokens], calls[model.decoder][:2])
+            logits, boxes = output.layers.logits[:, 0], output.layers.boxes[:, 0]
+            rows = _surest(logits[-1], boxes[-1], most) if chosen is None else torch.tensor(chosen, device=device)
+            levels = model.encoder.query_levels
+            tokens = _tokens_under(boxes[-1][rows, :2], memory, levels)
+            proposals = output.proposals
+            return Inside(
+                picture=picture,
+                logits=_array(logits),
+                boxes=_array(boxes),
+                start=_array(queries.reference[0]),
+                proposals=None if proposals is None else _array(proposals.boxes[0]),
+                proposal_scores=None if proposals is None else _array(proposals.logits[0].sigmoid().amax(-1)),
+                chosen=rows.cpu().numpy(),
+                decoder=tuple(_sampling(own, calls[own], rows, memory) for own in decoder),
+                encoder=tuple(_sampling(own, calls[own], tokens, memory) for own in encoder),
+                encoder_level=len(memory.spatial_shapes) - levels,
+            )
     finally:
         model.train(was_training)
         for handle in handles:
             handle.remove()
 
 
-def _kept(
-    model: Detector,
-    picture: Image.Image,
-    output: DetectorOutput,
-    calls: _Calls,
-    chosen: Sequence[int] | None,
-    most: int,
-) -> Inside:
-    queries, memory = cast(tuple[QueryGroup, Tokens], calls[model.decoder][:2])
-    logits, boxes = output.layers.logits[:, 0], output.layers.boxes[:, 0]
-    rows = (
-        _surest(logits[-1], boxes[-1], most) if chosen is None else torch.as_tensor(list(chosen), device=logits.device)
-    )
-    levels = model.encoder.query_levels
-    tokens = _tokens_under(boxes[-1][rows, :2], memory, levels)
-    proposals = output.proposals
-    return Inside(
-        picture=picture,
-        logits=_array(logits),
-        boxes=_array(boxes),
-        start=_array(queries.reference[0]),
-        proposals=None if proposals is None else _array(proposals.boxes[0]),
-        proposal_scores=None if proposals is None else _array(proposals.logits[0].sigmoid().amax(-1)),
-        chosen=rows.cpu().numpy(),
-        decoder=tuple(
-            _sampling(one.cross_attention, calls, rows, memory)
-            for one in model.decoder.layers
-            if isinstance(one, DecoderLayer)
-        ),
-        encoder=tuple(
-            _sampling(one.attention, calls, tokens, memory)
-            for one in model.encoder.layers
-            if isinstance(one, EncoderLayer)
-        ),
-        encoder_level=len(memory.spatial_shapes) - levels,
-    )
-
-
-def _sampling(attention: DeformableAttention, calls: _Calls, rows: Tensor, memory: Tokens) -> Sampling:
+def _sampling(attention: DeformableAttention, called_with: tuple[Any, ...], rows: Tensor, memory: Tokens) -> Sampling:
     """Of these queries; locations from the padded level to the image."""
-    query, reference, _, spatial_shapes, _ = calls[attention]
+    query, reference, _, spatial_shapes, _ = called_with
     locations, weights = attention.sampling(query[:1, rows], reference[:1, rows], spatial_shapes)
     ratios = memory.valid_ratios[0][:, None]  # (L, 1, 2)
     return Sampling(locations=_array(locations[0] / ratios), weights=_array(weights[0]))
@@ -213,23 +186,6 @@ def _array(tensor: Tensor) -> np.ndarray:
 # --------------------------------------------------------------------------------------------- positives
 
 
-def loss_settings(model: Detector, checkpoint: Path | None) -> tuple[LossConfig, str]:
-    """The loss a detector was trained with, as far as it is known, and where that is from.
-
-    A checkpoint does not say; the config.yaml of the run it lies in does, or else the settings its model's name stands for.
-    """
-    if checkpoint is not None:
-        folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-        if (folder / "config.yaml").is_file():
-            config = load_config(folder / "config.yaml")
-            if config.name == model.name:
-                return config.loss, "the run's config.yaml"
-    try:
-        return load_config(model.name).loss, f"the settings of {model.name}"
-    except ConfigError:
-        return LossConfig(), "the package's defaults"
-
-
 def positives(
     inside: Inside, targets: Targets, criterion: Criterion, *, progress: float | None = None
 ) -> list[LayerPositives]:
@@ -249,7 +205,8 @@ def positives(
         assigner = criterion.last if layer == len(rows) else middle
         pairs = assigner.solve(image)
         query, target = pairs.query_indices.numpy(), pairs.target_indices.numpy()
-        known = assigner.qualities(image) if isinstance(assigner, QualityAwareAssigner) else None
+        qualities = getattr(assigner, "qualities", None)  # what a rule goes by beside the cost, if it is to be shown
+        known: Qualities | None = None if qualities is None else qualities(image)
         confidence = image.class_confidence if known is None else known.confidence
         found.append(
             LayerPositives(
@@ -268,12 +225,11 @@ def positives(
 _PROPOSALS = 50  # shown of each image
 _BOXES = 8  # detections followed through the layers
 _MOST_BOXES = 8  # of a training image whose positives are shown
-_TRUTH = "#FFFFFF"
 
 
 def inside_sections(analysis: Analysis) -> tuple[Section, ...]:
     """A section per model: the images with most found objects, and one-to-many positives of some training images."""
-    images = np.argsort(-analysis.outcomes[0].right, kind="stable")[: analysis.few].tolist()
+    images = np.argsort(-analysis.models[0].outcome.right, kind="stable")[: analysis.few].tolist()
     training = analysis.training
     learning = None if training is None else (training, _with_few_boxes(training, analysis.few))
     return tuple(
@@ -282,7 +238,7 @@ def inside_sections(analysis: Analysis) -> tuple[Section, ...]:
 
 
 def _with_few_boxes(split: DetectionDataset, count: int) -> list[int]:
-    """Images with several boxes, but no more than can be told apart."""
+    """Images with several boxes, but not too many to distinguish."""
     boxes = np.array([len(split.labels(index)) for index in range(len(split))])
     fit = np.flatnonzero((boxes > 0) & (boxes <= _MOST_BOXES))
     if not len(fit):
@@ -297,29 +253,28 @@ def _inside_section(
     progress: Callable[[int, int], None],
 ) -> Section:
     """Positions of images in the model's split, and in a training split; without that no one-to-many positives are shown."""
-    settings, source = loss_settings(model.model, model.checkpoint)
+    settings, source = model.loss
     criterion, classes = build_criterion(settings), model.model.classes
     one_to_many = settings.assigner != "one_to_one" and settings.one_to_many_until > 0
-    pairs = training[1] if training is not None and one_to_many else ()
     parts: list[Part] = []
     without = []
-    for number, index in enumerate(images):
-        inside = look_inside(model.model, model.split.image_or_blank(index))
-        parts += _views(inside, model.split.targets(index, classes=classes), model, number)
-        progress(number + 1, len(images) + len(pairs))
-    for number, index in enumerate(pairs):
-        assert training is not None
-        split = training[0]
-        inside = look_inside(model.model, split.image_or_blank(index), most=1)
-        targets = split.targets(index, classes=classes)
-        parts += _learning(inside, targets, model, criterion, number, split.file_names[index])
-        progress(len(images) + number + 1, len(images) + len(pairs))
     if model.model.config.positions != "proposals":
         without.append("its queries start from learned places, so there are no encoder proposals")
     if not one_to_many:
         without.append(f"it was trained with one-to-one assignment in every layer ({source})")
     elif training is None:
         without.append("the data has no training split to show positives of")
+    learning, pairs = training if training is not None and one_to_many else (model.split, ())
+    total = len(images) + len(pairs)
+    for number, index in enumerate(images):
+        inside = look_inside(model.model, model.split.image_or_blank(index))
+        parts += _views(inside, model.split.targets(index, classes=classes), classes.names, number)
+        progress(number + 1, total)
+    for number, index in enumerate(pairs):
+        inside = look_inside(model.model, learning.image_or_blank(index), most=1)
+        targets = learning.targets(index, classes=classes)
+        parts += _learning(inside, targets, classes.names, criterion, number, learning.file_names[index])
+        progress(len(images) + number + 1, total)
     lead = (
         "One image on its way through the detector. The slider goes from layer to layer; colours mark queries. "
         "Points are where the query's attention samples the features, the larger the weightier."
@@ -337,16 +292,15 @@ def _inside_section(
 # --------------------------------------------------------------------------------------------- one image
 
 
-def _views(inside: Inside, targets: Targets, model: ModelUnderTest, number: int) -> list[Part]:
-    names = model.model.classes.names
-    said = [f"{names[inside.labels[-1, q]]} {inside.scores[-1, q]:.2f}" for q in inside.chosen]
+def _views(inside: Inside, targets: Targets, names: Sequence[str], number: int) -> list[Part]:
+    labels = [f"{names[inside.labels[-1, q]]} {inside.scores[-1, q]:.2f}" for q in inside.chosen]
     parts: list[Part] = [
         Slides(
             f"attention_{number}",
-            f"Decoder: where the queries that found {', '.join(said)} look. Boxes are those they come with into the layer.",
-            tuple(f"layer {k + 1}" for k in range(len(inside.decoder))),
-            tuple(_attention(inside, k, said) for k in range(len(inside.decoder))),
-            {"queries": inside.chosen, "layers": [_rounded(sampling) for sampling in inside.decoder]},
+            f"Decoder: where the queries that found {', '.join(labels)} look. Boxes are those they come with into the layer.",
+            _layers(inside.decoder),
+            tuple(_attention(inside, k, labels) for k in range(len(inside.decoder))),
+            {"queries": inside.chosen, "layers": plain(inside.decoder, 4)},
         ),
         _refinement(inside, targets, names, number),
     ]
@@ -359,25 +313,25 @@ def _views(inside: Inside, targets: Targets, model: ModelUnderTest, number: int)
                 f"encoder_{number}",
                 f"Encoder: where the tokens of level {level} (of {inside.encoder[0].weights.shape[2]}, 1 the finest) under the "
                 "centres of the same boxes look.",
-                tuple(f"layer {k + 1}" for k in range(len(inside.encoder))),
+                _layers(inside.encoder),
                 tuple(_encoder(inside, sampling) for sampling in inside.encoder),
-                {"layers": [_rounded(sampling) for sampling in inside.encoder]},
+                {"layers": plain(inside.encoder, 4)},  # four digits: a hundredth of a pixel
             )
         )
     return parts
 
 
-def _attention(inside: Inside, layer: int, said: Sequence[str]) -> Image.Image:
+def _attention(inside: Inside, layer: int, labels: Sequence[str]) -> Image.Image:
     canvas = _canvas(inside, 0.35)
     for place in range(len(inside.chosen)):
         _dots(canvas, inside.decoder[layer], place, mark(place))
     for place, query in enumerate(inside.chosen):
         came = inside.boxes[layer - 1, query] if layer else inside.start[query]
         if len(came) == 4:
-            canvas.box(_corners(came), mark(place), label=said[place], width=1.2)
+            canvas.box(_corners(came), mark(place), label=labels[place], width=1.2)
         else:
             canvas.dots(came, mark(place), radii=6.0)
-            canvas.label(came, said[place], mark(place))
+            canvas.label(came, labels[place], mark(place))
     return canvas.picture()
 
 
@@ -401,19 +355,20 @@ def _dots(canvas: Canvas, sampling: Sampling, place: int, colour: str) -> None:
 def _refinement(inside: Inside, targets: Targets, names: Sequence[str], number: int) -> Slides:
     """The surest detections followed back through the layers."""
     queries = np.argsort(-inside.scores[-1], kind="stable")[:_BOXES]
-    labels = ["start", *(f"layer {k + 1}" for k in range(len(inside.boxes)))]
+    labels = ("start", *_layers(inside.boxes))
     images = []
     for step in range(len(labels)):
         canvas = _canvas(inside, 0.0)
-        _truth(canvas, targets)
+        for box in targets.boxes.numpy():
+            canvas.box(_corners(box), "#FFFFFF", width=0.8, dashed=True)
         for place, query in enumerate(queries[::-1]):
             colour = mark(len(queries) - 1 - place)
             box = inside.boxes[step - 1, query] if step else inside.start[query]
             if len(box) == 2:
                 canvas.dots(box, colour, radii=5.0)
                 continue
-            said = f"{names[inside.labels[step - 1, query]]} {inside.scores[step - 1, query]:.2f}" if step else ""
-            canvas.box(_corners(box), colour, label=said, width=1.2)
+            label = f"{names[inside.labels[step - 1, query]]} {inside.scores[step - 1, query]:.2f}" if step else ""
+            canvas.box(_corners(box), colour, label=label, width=1.2)
         images.append(canvas.picture())
     learned = "learned points" if inside.start.shape[-1] == 2 else "learned boxes"
     start = learned if inside.proposals is None or learned == "learned points" else "proposals"
@@ -428,7 +383,7 @@ def _refinement(inside: Inside, targets: Targets, names: Sequence[str], number: 
         f"Boxes from the start ({start}) to the last layer, of the {len(queries)} surest detections. "
         "White, dashed: ground truth."
     )
-    return Slides(f"refinement_{number}", caption, tuple(labels), tuple(images), data)
+    return Slides(f"refinement_{number}", caption, labels, tuple(images), data)
 
 
 def _proposals(inside: Inside, number: int) -> Picture:
@@ -448,50 +403,33 @@ def _proposals(inside: Inside, number: int) -> Picture:
 
 
 def _learning(
-    inside: Inside, targets: Targets, model: ModelUnderTest, criterion: Criterion, number: int, file: str
+    inside: Inside, targets: Targets, names: Sequence[str], criterion: Criterion, number: int, file: str
 ) -> list[Part]:
     layers = positives(inside, targets, criterion)
-    names = model.model.classes.names
-    rows = [
-        {
-            "layer": layer.layer,
-            "box": target + 1,
-            "class": names[int(targets.labels[target])],
-            "query": layer.query[pair],
-            "iou": layer.iou[pair],
-            "c": layer.confidence[pair],
-            "s": None if layer.score is None else layer.score[pair],
-            "k": int((layer.target == target).sum()),
-        }
-        for layer in layers
-        for pair in np.lexsort((-layer.iou, layer.target))
-        for target in (layer.target[pair],)
-    ]
+    rows = [(layer, pair, layer.target[pair]) for layer in layers for pair in np.lexsort((-layer.iou, layer.target))]
     columns = (
-        Column("layer", "layer", "integer"),
-        Column("box", "box", "integer"),
-        Column("class", "class", "text"),
-        Column("query", "query", "integer"),
-        Column("iou", "IoU"),
-        Column("c", "c"),
-        Column("s", "s"),
-        Column("k", "k", "integer"),
+        Column("layer", "layer", "integer", lambda row: row[0].layer),
+        Column("box", "box", "integer", lambda row: row[2] + 1),
+        Column("class", "class", "text", lambda row: names[int(targets.labels[row[2]])]),
+        Column("query", "query", "integer", lambda row: row[0].query[row[1]]),
+        Column("iou", "IoU", value=lambda row: row[0].iou[row[1]]),
+        Column("c", "c", value=lambda row: row[0].confidence[row[1]]),
+        Column("s", "s", value=lambda row: None if row[0].score is None else row[0].score[row[1]]),
+        Column("k", "k", "integer", lambda row: (row[0].target == row[2]).sum()),
     )
     caption = "The same pairs: c is the query's confidence in the box's class, s = IoU - gamma c, k the number of its queries."
     return [
         Slides(
             f"positives_{number}",
             f"Queries that learn from each box of the training image {file}: thick, dashed, the box; thin, their predictions.",
-            tuple(_title(layer, len(layers)) for layer in layers),
+            tuple(
+                f"layer {layer.layer}{', one to one' if layer is layers[-1] else ''}: {len(layer.query)} positives"
+                for layer in layers
+            ),
             tuple(_positives_picture(inside, targets, layer) for layer in layers),
         ),
         make_table(f"pairs_{number}", caption, columns, rows),
     ]
-
-
-def _title(layer: LayerPositives, layers: int) -> str:
-    last = ", one to one" if layer.layer == layers else ""
-    return f"layer {layer.layer}{last}: {len(layer.query)} positives"
 
 
 def _positives_picture(inside: Inside, targets: Targets, layer: LayerPositives) -> Image.Image:
@@ -509,19 +447,10 @@ def _canvas(inside: Inside, dim: float) -> Canvas:
     return Canvas(inside.picture, size=640, dim=dim, smooth=True)
 
 
-def _truth(canvas: Canvas, targets: Targets) -> None:
-    for box in targets.boxes.numpy():
-        canvas.box(_corners(box), _TRUTH, width=0.8, dashed=True)
-
-
 def _corners(box: np.ndarray) -> np.ndarray:
     """cxcywh -> xyxy."""
     return np.concatenate([box[:2] - box[2:] / 2, box[:2] + box[2:] / 2])
 
 
-def _rounded(sampling: Sampling) -> dict[str, Any]:
-    """Four digits: a hundredth of a pixel."""
-    return {
-        "locations": np.round(sampling.locations.astype(float), 4),
-        "weights": np.round(sampling.weights.astype(float), 4),
-    }
+def _layers(of: Sized) -> tuple[str, ...]:
+    return tuple(f"layer {number}" for number in range(1, len(of) + 1))

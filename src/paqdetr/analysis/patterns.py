@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering
 from scipy.spatial.distance import pdist
 
-from paqdetr.analysis.semantics import SHUFFLES, Semantics, semantics
-from paqdetr.analysis.subject import Analysis
+from paqdetr.analysis.semantics import SHUFFLES, Semantics, semantics, unit_rows
+from paqdetr.analysis.subject import Analysis, model_column
 from paqdetr.data.dataset import DetectionDataset
 from paqdetr.drawing import Canvas, captioned, mark, tiled
-from paqdetr.evaluation.content import ContentStudy, Samples
+from paqdetr.evaluation.content import ContentStudy
 from paqdetr.report.plots import GREY, PALETTE, colour, heat_map, legend, new_axes, new_grid, plot_part
 from paqdetr.report.section import Column, Part, Picture, Section, make_table
 from paqdetr.serialize import plain
@@ -35,7 +35,7 @@ def cluster_order(rows: np.ndarray) -> np.ndarray:
 
 def pattern_cosines(patterns: np.ndarray) -> np.ndarray:
     """(m, m) cosines of (m, d) patterns."""
-    unit = patterns / np.maximum(np.linalg.norm(patterns, axis=1, keepdims=True), 1e-12)
+    unit = unit_rows(patterns)
     return unit @ unit.T
 
 
@@ -103,36 +103,30 @@ def pattern_chapter(analysis: Analysis) -> Section:
         measured = semantics(study, permutations=max(analysis.samples - 1, 19), seed=analysis.seed)
         found.append(ContentReport(one.label, study, measured))
     analysis.progress("patterns", len(found), len(found))
-    return pattern_section(
-        found[0], analysis.models[0].split, against=found[1] if found[1:] else None, seed=analysis.seed
-    )
+    return pattern_section(found, analysis.models[0].split, seed=analysis.seed)
 
 
-def pattern_section(
-    studied: ContentReport, split: DetectionDataset, *, against: ContentReport | None = None, seed: int = 0
-) -> Section:
+def pattern_section(models: Sequence[ContentReport], split: DetectionDataset, *, seed: int = 0) -> Section:
     """The chapter on patterns.
 
     Args:
-        studied: the model; of one without patterns there is less to show.
+        models: one, or two side by side, a static one for example; of one without patterns there is less to show.
         split: whose evaluation was observed, for its pictures.
-        against: another model beside it, a static one for example.
         seed: of the embeddings.
 
     Raises:
         DataError: an image cannot be read.
     """
-    models = [studied] if against is None else [studied, against]
-    parts: list[Part | None] = [_image_share(models), _meaning(models)]
-    for number, model in enumerate(models):
-        suffix = "" if number == 0 else "_against"
-        parts += [
-            _category_map(model, suffix),
-            _embedding(model, suffix, seed),
-            _cosines(model, suffix),
-            _exciting_images(model, split, suffix),
-            *_one_image(model, split, suffix),
+    parts = [_image_share(models), _meaning(models)]
+    for model, suffix in zip(models, ("", "_against"), strict=False):
+        own = [
+            _category_map(model),
+            _embedding(model, seed),
+            _cosines(model),
+            _exciting_images(model, split),
+            *_one_image(model, split),
         ]
+        parts += [replace(part, name=part.name + suffix) for part in own if part is not None]
     kept = tuple(part for part in parts if part is not None)
     return Section(key="patterns", title="Patterns and meaning", lead=_LEAD, parts=kept)
 
@@ -149,7 +143,7 @@ def _meaning(models: Sequence[ContentReport]) -> Part | None:
     if not tests:
         return None
     columns = (
-        *([Column("model", "model", "text")] if len(models) > 1 else []),
+        *model_column(models),
         Column("measure", "measure", "text"),
         Column("value", "value"),
         Column("twin", "static twin"),
@@ -192,7 +186,7 @@ def _image_share(models: Sequence[ContentReport]) -> Part:
 # ------------------------------------------------------------------------------------------------- plots
 
 
-def _category_map(model: ContentReport, suffix: str) -> Part | None:
+def _category_map(model: ContentReport) -> Part | None:
     """Categories by patterns, both in the order of a clustering."""
     study = model.study
     lift = study.category_lift()
@@ -221,11 +215,10 @@ def _category_map(model: ContentReport, suffix: str) -> Part | None:
         "mean_weights": plain(study.category_weights[np.ix_(rows, columns)], 6),
         "log2_lift": plain(values, 6),
     }
-    name = f"category_patterns{suffix}"
-    return plot_part(axes, name=name, caption=caption, data=data)
+    return plot_part(axes, name="category_patterns", caption=caption, data=data)
 
 
-def _embedding(model: ContentReport, suffix: str, seed: int) -> Part | None:
+def _embedding(model: ContentReport, seed: int) -> Part | None:
     """Matched content queries in two dimensions, by PCA and by t-SNE, coloured by category."""
     samples = model.study.samples
     if len(samples) > _EMBEDDED:
@@ -257,11 +250,10 @@ def _embedding(model: ContentReport, suffix: str, seed: int) -> Part | None:
         "numbers that decide are in the table above."
     )
     data = {"categories": [names[c] for c in samples.categories]} | {k: plain(v, 6) for k, v in places.items()}
-    name = f"content_embedding{suffix}"
-    return plot_part(plots[0], name=name, caption=caption, data=data)
+    return plot_part(plots[0], name="content_embedding", caption=caption, data=data)
 
 
-def _cosines(model: ContentReport, suffix: str) -> Part | None:
+def _cosines(model: ContentReport) -> Part | None:
     patterns = model.study.patterns
     if patterns is None:
         return None
@@ -278,8 +270,7 @@ def _cosines(model: ContentReport, suffix: str) -> Part | None:
         f"{others.mean():.3f}; random directions in {patterns.shape[1]} dimensions would have {random:.3f}."
     )
     data = {"patterns": order.tolist(), "cosine": plain(values, 6), "mean_absolute": round(float(others.mean()), 6)}
-    name = f"pattern_cosines{suffix}"
-    return plot_part(axes, name=name, caption=caption, data=data)
+    return plot_part(axes, name="pattern_cosines", caption=caption, data=data)
 
 
 # ---------------------------------------------------------------------------------------------- pictures
@@ -306,7 +297,7 @@ def exciting_images(
     return found
 
 
-def _exciting_images(model: ContentReport, split: DetectionDataset, suffix: str) -> Part | None:
+def _exciting_images(model: ContentReport, split: DetectionDataset) -> Part | None:
     found = exciting_images(model.study)
     if not found:
         return None
@@ -325,16 +316,19 @@ def _exciting_images(model: ContentReport, split: DetectionDataset, suffix: str)
         {"pattern": pattern, "images": [[str(split.image_ids[i]), round(ratio, 4)] for i, ratio in images]}
         for pattern, images in found
     ]
-    return Picture(name=f"exciting_images{suffix}", caption=caption, image=tiled(rows, gap=6), data=data)
+    return Picture(name="exciting_images", caption=caption, image=tiled(rows, gap=6), data=data)
 
 
-def _one_image(model: ContentReport, split: DetectionDataset, suffix: str) -> list[Part | None]:
+def _one_image(model: ContentReport, split: DetectionDataset) -> list[Part | None]:
     """The mixtures of one image's matched queries, and the picture they belong to."""
     study = model.study
     samples = study.samples
     if samples.weights is None or not len(samples):
         return []
-    chosen = _telling_image(samples)
+    # Of the images with the most categories the one with the fewest boxes: many to distinguish, little clutter.
+    images = np.unique(samples.images).tolist()
+    kinds = [samples.categories[samples.images == image] for image in images]
+    chosen = min(zip(images, kinds, strict=True), key=lambda one: (-len(np.unique(one[1])), len(one[1])))[0]
     own = samples.rows(samples.images == chosen)
     assert own.weights is not None
     own = own.rows(np.argsort(own.categories, kind="stable")[:12])
@@ -360,15 +354,7 @@ def _one_image(model: ContentReport, split: DetectionDataset, suffix: str) -> li
         "over_mean": plain(lift, 6),
     }
     caption = f"Boxes of image {ident} whose queries are taken apart below."
-    picture = Picture(name=f"mixture_image{suffix}", caption=caption, image=canvas.picture())
+    picture = Picture(name="mixture_image", caption=caption, image=canvas.picture())
     caption = "What these queries were mixed from: weights of the patterns that are largest in any of them."
-    mixed = plot_part(axes, name=f"mixtures{suffix}", caption=caption, data=data)
+    mixed = plot_part(axes, name="mixtures", caption=caption, data=data)
     return [picture, mixed]
-
-
-def _telling_image(samples: Samples) -> int:
-    """The image with the most categories, of these the one with the fewest boxes: much to tell apart, little clutter."""
-    images = np.unique(samples.images)
-    kinds = [len(np.unique(samples.categories[samples.images == image])) for image in images]
-    boxes = [int((samples.images == image).sum()) for image in images]
-    return int(images[np.lexsort((np.asarray(boxes), -np.asarray(kinds)))[0]])

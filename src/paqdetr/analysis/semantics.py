@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 from scipy.sparse import csr_array
 
 from paqdetr.evaluation.content import ContentStudy
-from paqdetr.serialize import fields_of
+from paqdetr.serialize import Jsonable
 
 # Contents whose cosines differ by less are as near.
 _AS_NEAR = 1e-6
@@ -23,7 +23,7 @@ SHUFFLES = ("all", "image", "index")
 
 
 @dataclass(frozen=True, slots=True)
-class Shuffled:
+class Shuffled(Jsonable):
     """A statistic with its labels shuffled many times.
 
     Attributes:
@@ -31,18 +31,15 @@ class Shuffled:
         p: share of values, the true one among them, that are at least the true one: small if shuffling destroys something.
     """
 
+    json_digits: ClassVar = 6
     mean: float
     low: float
     high: float
     p: float
 
-    def to_json(self) -> dict[str, float]:
-        """Ready for json."""
-        return fields_of(self, 6)
-
 
 @dataclass(frozen=True, slots=True)
-class Measure:
+class Measure(Jsonable):
     """One number for how much content has to do with categories.
 
     Attributes:
@@ -54,35 +51,28 @@ class Measure:
         twin: of the static twin, every query with the mean content of its index.
     """
 
+    json_digits: ClassVar = 6
     name: str
     value: float
     shuffled: dict[str, Shuffled]
     twin: float
 
-    def to_json(self) -> dict[str, Any]:
-        """Ready for json."""
-        return fields_of(self, 6)
-
 
 @dataclass(frozen=True, slots=True)
-class Semantics:
+class Semantics(Jsonable):
     """Whether content clusters by category.
 
     Attributes:
         samples: matched queries that were looked at.
         categories: that occur among them.
         permutations: of each shuffling.
-        measures: of `Measure`; empty if there are fewer than two categories or images, which nothing can be told from.
+        measures: of `Measure`; empty if there are fewer than two categories or images, of which nothing follows.
     """
 
     samples: int
     categories: int
     permutations: int
     measures: tuple[Measure, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Ready for json."""
-        return fields_of(self)
 
 
 Statistic = Callable[[np.ndarray], float]
@@ -178,7 +168,7 @@ def clusters(content: np.ndarray, count: int, *, seed: int = 0) -> np.ndarray:
     """(P,) k-means clusters of (P, d) content by direction, at most `count` and never more than there are different rows."""
     from sklearn.cluster import KMeans
 
-    unit = _unit(content)
+    unit = unit_rows(content)
     count = min(count, len(np.unique(unit.round(6), axis=0)))
     return KMeans(count, n_init=4, random_state=seed).fit_predict(unit)  # pyright: ignore[reportArgumentType]
 
@@ -199,7 +189,7 @@ def purity(content: np.ndarray, images: np.ndarray, labels: np.ndarray) -> Stati
 
 def neighbours(content: np.ndarray, images: np.ndarray) -> csr_array:
     """(P, P), row i: the nearest of other images, each with an equal share of 1."""
-    unit, size = _unit(content), 512
+    unit, size = unit_rows(content), 512
     rows, columns, shares = [], [], []
     for start in range(0, len(unit), size):
         cosine = unit[start : start + size] @ unit.T
@@ -213,7 +203,8 @@ def neighbours(content: np.ndarray, images: np.ndarray) -> csr_array:
     return csr_array((np.concatenate(shares), places), shape=(len(unit), len(unit)))
 
 
-def _unit(content: np.ndarray) -> np.ndarray:
+def unit_rows(content: np.ndarray) -> np.ndarray:
+    """(N, d) rows at length 1, in float64."""
     values = content.astype(np.float64)
     return values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-12)
 

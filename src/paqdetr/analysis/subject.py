@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from paqdetr.config import Config, LossConfig, load_config
 from paqdetr.data.check import inspect_all
 from paqdetr.data.dataset import DetectionDataset, open_split
 from paqdetr.data.layout import available_splits
 from paqdetr.data.split import duplicate_groups
+from paqdetr.errors import ConfigError
 from paqdetr.evaluation.content import ContentCollector
 from paqdetr.evaluation.evaluate import Evaluation
 from paqdetr.evaluation.layers import LayerCollector, StageFigures
@@ -24,6 +27,8 @@ from paqdetr.metrics.intervals import Comparison, FigureIntervals, compare_resul
 from paqdetr.metrics.matches import MatchTable
 from paqdetr.models import Detector
 from paqdetr.report.plots import BLUE, ORANGE
+from paqdetr.report.section import Column
+from paqdetr.runs import Record, read_metrics
 
 # Where nothing is found there is no best threshold.
 _CONFIDENT = 0.3
@@ -89,49 +94,75 @@ def marks(models: Sequence[Any]) -> list[tuple[str, str]]:
     return [("a", "")] if len(models) == 1 else [("a", " A"), ("b", " B")]
 
 
-@dataclass(frozen=True, slots=True)
-class ModelUnderTest:
+def model_column(models: Sequence[Any]) -> list[Column]:
+    """The column that says which of two models a row is about; none for one."""
+    return [Column("model", "model", "text")] if len(models) > 1 else []
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelUnderTest(ResultSet):
     """A model and what was observed in one pass over a split.
 
     Attributes:
-        label: what the report calls it.
         model: the detector.
         checkpoint: where it was read from, a file or a run's folder; None if it came as an object.
         split: the images.
-        truth: their ground truth, a COCO json.
         evaluation: of the model on the split.
-        results: its detections and how they were matched.
         usage, content, layers: the observers of the evaluation.
     """
 
-    label: str
+    truth: dict[str, Any]
     model: Detector
     checkpoint: Path | None
     split: DetectionDataset
-    truth: dict[str, Any]
     evaluation: Evaluation
-    results: ResultSet
     usage: QueryUsage
     content: ContentCollector
     layers: LayerCollector
 
-    @property
-    def table(self) -> MatchTable:
-        """How its detections were matched."""
-        return self.results.table
+    @cached_property
+    def stages(self) -> tuple[StageFigures, ...]:
+        """What each of its stages finds."""
+        return self.layers.figures(self.split)
 
-    @property
-    def run(self) -> Path | None:
-        """The folder of the run that its checkpoint lies in, if that has a metrics.jsonl."""
-        return run_folder(self.checkpoint)
+    @cached_property
+    def outcome(self) -> Outcome:
+        """What it got right in each image, where its F1 is best."""
+        return outcome(self.table, self.confident or _CONFIDENT, self.split.image_ids)
 
+    @cached_property
+    def records(self) -> list[Record]:
+        """Of the run that its checkpoint lies in; empty if it lies in none.
 
-def run_folder(checkpoint: Path | None) -> Path | None:
-    """The run that a checkpoint lies in, if it has a metrics.jsonl."""
-    if checkpoint is None:
+        Raises:
+            DataError: the run's metrics.jsonl cannot be read or has no record.
+        """
+        file = self._of_run("metrics.jsonl")
+        return [] if file is None else read_metrics(file)
+
+    @cached_property
+    def run_config(self) -> Config | None:
+        """The settings of that run; None if there is none, or this version cannot read them."""
+        file = self._of_run("config.yaml")
+        with suppress(ConfigError):
+            return None if file is None else load_config(file)
         return None
-    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    return folder if (folder / "metrics.jsonl").is_file() else None
+
+    @cached_property
+    def loss(self) -> tuple[LossConfig, str]:
+        """The loss that it was trained with, as far as it is known, and where that is from: a checkpoint does not say; the
+        settings of the run it lies in do, or else those that the model's name stands for."""
+        if self.run_config is not None and self.run_config.name == self.model.name:
+            return self.run_config.loss, "the run's config.yaml"
+        with suppress(ConfigError):
+            return load_config(self.model.name).loss, f"the settings of {self.model.name}"
+        return LossConfig(), "the package's defaults"
+
+    def _of_run(self, name: str) -> Path | None:
+        if self.checkpoint is None:
+            return None
+        file = (self.checkpoint if self.checkpoint.is_dir() else self.checkpoint.parent) / name
+        return file if file.is_file() else None
 
 
 @dataclass(frozen=True)
@@ -157,11 +188,6 @@ class Analysis:
         return lambda done, total: self.progress(name, done, total)
 
     @property
-    def results(self) -> list[ResultSet]:
-        """Of each model."""
-        return [one.results for one in self.models]
-
-    @property
     def few(self) -> int:
         """How many images are shown in detail."""
         return max(1, self.images // 12)
@@ -172,11 +198,6 @@ class Analysis:
         make = compare_results if self.models[1:] else figure_intervals
         tables = [one.table for one in self.models]
         return make(*tables, samples=self.samples, seed=self.seed, progress=self.stage("intervals"))
-
-    @cached_property
-    def stages(self) -> list[tuple[StageFigures, ...]]:
-        """What each stage of each model finds."""
-        return [one.layers.figures(one.split) for one in self.models]
 
     @cached_property
     def near_duplicates(self) -> np.ndarray | None:
@@ -196,23 +217,10 @@ class Analysis:
         return np.array([by_id[own] for own in self.models[0].table.image_ids])
 
     @cached_property
-    def outcomes(self) -> list[Outcome]:
-        """What each model got right in each image, where its F1 is best."""
-        image_ids = self.models[0].split.image_ids
-        return [outcome(own.table, own.confident or _CONFIDENT, image_ids) for own in self.results]
-
-    @cached_property
     def training(self) -> DetectionDataset | None:
         """The split that a model learns from; None if the data has none with boxes, which an analysis can do without."""
-        return training_split(self.data)
-
-
-def training_split(data: Path) -> DetectionDataset | None:
-    """The training split of a data set; None if there is none, or it has no boxes."""
-    if "train" not in available_splits(data):
-        return None
-    split = open_split(data, "train")
-    return split if has_boxes(split) else None
+        split = open_split(self.data, "train") if "train" in available_splits(self.data) else None
+        return split if split is not None and has_boxes(split) else None
 
 
 def has_boxes(split: DetectionDataset) -> bool:

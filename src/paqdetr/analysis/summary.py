@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 
 from paqdetr.analysis.advice import ClassFacts, Duplicates, Facts, TrainingFacts, advice, compare
 from paqdetr.analysis.errors import confused_pairs
 from paqdetr.analysis.subject import Analysis, ModelUnderTest, marks
-from paqdetr.config import load_config
 from paqdetr.data.stats import describe_crowding
-from paqdetr.errors import ConfigError
 from paqdetr.metrics.coco import FIGURE_NAMES
 from paqdetr.metrics.diagnosis import calibration
 from paqdetr.metrics.intervals import Comparison, Difference, FigureIntervals, Interval
 from paqdetr.metrics.matches import AREAS
 from paqdetr.report.section import Column, Findings, Section, Table, make_table
-from paqdetr.runs import read_metrics, series
 from paqdetr.runtime.predictor import DEFAULT_THRESHOLD
+from paqdetr.serialize import finite_rows
 
 _MEANING = {
     "AP": "mean over IoU .50 to .95 and classes",
@@ -45,31 +42,30 @@ def findings_section(analysis: Analysis) -> Section:
     parts = []
     if isinstance(analysis.intervals, Comparison):
         parts.append(Findings("comparison", "Of B - A, on the same images.", compare(analysis.intervals)))
-    for place, model in enumerate(analysis.models):
-        owner = "AB"[place] if len(analysis.models) > 1 else ""
+    ap = []
+    for letter, model, own in zip("AB", analysis.models, _sides(analysis.intervals), strict=False):
+        two = len(analysis.models) > 1
+        found = advice(facts_of(analysis, model, own))
         caption = f"{model.label}. Costs do not add up."
-        parts.append(Findings(f"findings_{'ab'[place]}", caption, advice(facts_of(analysis, place)), owner))
+        parts.append(Findings(f"findings_{letter.lower()}", caption, found, letter if two else ""))
+        figure = own.figures["AP"]
+        ap.append(
+            f"{letter + ': ' if two else ''}AP {figure.value:.3f} ({_range(figure.low, figure.high)}), "
+            f"AP50 {own.figures['AP50'].value:.3f}"
+        )
     split = analysis.models[0].split
     where = f"on {len(split)} images of {split.name} with {int(analysis.models[0].table.positives[0].sum())} boxes"
-    marked = zip(("A: ", "B: ") if analysis.models[1:] else ("",), _sides(analysis.intervals), strict=True)
-    ap = "; ".join(
-        f"{letter}AP {own.figures['AP'].value:.3f} ({_range(own.figures['AP'].low, own.figures['AP'].high)}), "
-        f"AP50 {own.figures['AP50'].value:.3f}"
-        for letter, own in marked
-    )
-    lead = f"{ap} {where}. Each line follows from figures below; what costs most stands first."
+    lead = f"{'; '.join(ap)} {where}. Each line follows from figures below; what costs most stands first."
     return Section("findings", "At a glance", lead, tuple(parts))
 
 
-def facts_of(analysis: Analysis, place: int) -> Facts:
+def facts_of(analysis: Analysis, model: ModelUnderTest, intervals: FigureIntervals) -> Facts:
     """The figures that advice on a model is derived from."""
-    model, results, outcome = analysis.models[place], analysis.results[place], analysis.outcomes[place]
-    intervals, table = _sides(analysis.intervals)[place], results.table
+    outcome, table, point = model.outcome, model.table, model.model.operating_point
     boxes = table.positives.sum(axis=(1, 2)).tolist()
     reliable = calibration(table, score_threshold=_SURE)
     share = reliable.counts / max(reliable.counts.sum(), 1)
     right, wrong, missed = (int(own.sum()) for own in (outcome.right, outcome.wrong, outcome.missed))
-    point = model.model.operating_point
     default = DEFAULT_THRESHOLD if point.threshold is None else point.threshold
     per_class, training = table.positives[0].sum(axis=1).tolist(), _training_boxes(analysis)
     return Facts(
@@ -77,31 +73,32 @@ def facts_of(analysis: Analysis, place: int) -> Facts:
         images=len(model.split),
         boxes=boxes[0],
         ap=intervals.figures["AP"],
+        ap50=intervals.figures["AP50"].value,
         sizes={
             name: (intervals.figures[f"AP{name[0]}"].value, count)
             for name, count in zip(AREAS[1:], boxes[1:], strict=True)
         },
         duplicates_cost=model.evaluation.figures_nms.AP - model.evaluation.figures.AP,
         removes_duplicates=point.nms is not None,
-        gains=results.mistakes.gains,
-        confused=confused_pairs(results.confusion),
+        gains=model.mistakes.gains,
+        confused=confused_pairs(model.confusion),
         classes=[
             ClassFacts(name, intervals.per_class[name].value, count, None if training is None else training.get(own, 0))
             for name, count, own in zip(table.class_names, per_class, table.category_ids, strict=True)
         ],
         threshold=outcome.threshold,
-        f1=float(results.curves.best_f1[-1]),
+        f1=float(model.curves.best_f1[-1]),
         precision=right / max(right + wrong, 1),
         recall=right / max(right + missed, 1),
         default_threshold=default,
-        default_f1=math.nan if point.nms is not None else float(results.curves.f1[-1][round(100 * default)]),
+        default_f1=math.nan if point.nms is not None else float(model.curves.f1[-1][round(100 * default)]),
         calibration_error=reliable.error,
         confidence=float(np.nansum(share * reliable.confidence)),
         accuracy=float(np.nansum(share * reliable.accuracy)),
-        covered=analysis.stages[place][-1].found,
+        covered=model.stages[-1].found,
         image_size=model.model.preprocessing.image_size,
         near_duplicates=_near_duplicates(analysis, model),
-        training=None if model.run is None else _training(model.run),
+        training=_training(model),
         crowding=describe_crowding(model.split.annotations, queries=model.model.config.num_queries),
     )
 
@@ -123,17 +120,13 @@ def _near_duplicates(analysis: Analysis, model: ModelUnderTest) -> Duplicates | 
     return Duplicates(int(alike.sum()), without)
 
 
-def _training(run: Path) -> TrainingFacts | None:
-    """How the run of a checkpoint went; None if its settings cannot be read."""
-    try:
-        config = load_config(run / "config.yaml")
-    except ConfigError:
+def _training(model: ModelUnderTest) -> TrainingFacts | None:
+    """How the run of a checkpoint went; None if there is none, or its settings cannot be read."""
+    records, config = model.records, model.run_config
+    if not records or config is None:
         return None
-    records = read_metrics(run / "metrics.jsonl")
     evaluations = [record for record in records if record.get("kind") == "eval"]
-    ap, loss = (
-        list(zip(*(own.tolist() for own in series(evaluations, key, "epoch")), strict=True)) for key in ("AP", "loss")
-    )
+    ap, loss = (finite_rows(evaluations, ("epoch", key)).tolist() for key in ("AP", "loss"))
     return TrainingFacts(
         epochs=config.epochs,
         done=max((float(record["epoch"]) for record in records if "epoch" in record), default=0.0),
@@ -216,16 +209,13 @@ def _interval_columns(
 
 def _beside(models: Sequence[ModelUnderTest]) -> Table:
     """What the twelve figures do not say: (what, key, meaning)."""
+    busy = "reading, model and post-processing, on this machine as busy as it was"
     rows = (
         ("AP after NMS", "AP_nms", "class-wise NMS at IoU 0.7; the gain over AP is the cost of duplicates"),
         ("AP50 after NMS", "AP50_nms", "likewise"),
         ("predictions per image", "predictions_per_image", "that score over 0.3"),
         ("boxes per image", "boxes_per_image", "to be found"),
-        (
-            "images per second",
-            "images_per_second",
-            "reading, model and post-processing, on this machine as busy as it was",
-        ),
+        ("images per second", "images_per_second", busy),
     )
     names = ["A", "B"] if len(models) > 1 else [models[0].label]
     found = [model.evaluation.to_json() for model in models]

@@ -11,8 +11,7 @@ import torch
 from matplotlib.axes import Axes
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from paqdetr.analysis.inside import loss_settings
-from paqdetr.analysis.subject import COLOURS, Analysis
+from paqdetr.analysis.subject import COLOURS, Analysis, model_column
 from paqdetr.data.dataset import DetectionDataset
 from paqdetr.errors import DataError
 from paqdetr.evaluation.evaluate import require_same_classes
@@ -20,26 +19,10 @@ from paqdetr.losses.criterion import Criterion, build_criterion
 from paqdetr.metrics import QueryUsageReport, Spread
 from paqdetr.models.detector import Detector
 from paqdetr.preprocessing import pad_images
-from paqdetr.report.plots import (
-    BLUE,
-    GREEN,
-    GREY,
-    MUTED,
-    ORANGE,
-    PINK,
-    SKY,
-    heat_map,
-    legend,
-    line,
-    new_grid,
-    plot_part,
-    ramp,
-)
+from paqdetr.report import plots
 from paqdetr.report.section import Column, Part, Section, make_table
-from paqdetr.runs import read_metrics
-from paqdetr.serialize import plain
-
-Record = dict[str, Any]
+from paqdetr.runs import Record
+from paqdetr.serialize import finite_rows, plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,36 +57,25 @@ def usage_chapter(analysis: Analysis) -> Section:
     for one in analysis.models:
         gradients = None
         if analysis.training is not None:
-            settings, _ = loss_settings(one.model, one.checkpoint)
             gradients = content_gradients(
                 one.model,
                 analysis.training,
-                criterion=build_criterion(settings),
+                criterion=build_criterion(one.loss[0]),
                 images=analysis.images,
                 progress=analysis.stage(f"gradients {one.label}"),
             )
-        records = [] if one.run is None else read_metrics(one.run / "metrics.jsonl")
-        found.append(Usage(one.label, one.usage.report(gradients=gradients), records))
-    return usage_section(found[0], against=found[1] if found[1:] else None)
+        found.append(Usage(one.label, one.usage.report(gradients=gradients), one.records))
+    return usage_section(found)
 
 
-def usage_section(usage: Usage, *, against: Usage | None = None) -> Section:
-    """The chapter on query use.
-
-    Args:
-        usage: the model.
-        against: another one beside it. View (b) of the two is comparable if both reports had the same target.
-    """
-    models = [usage] if against is None else [usage, against]
+def usage_section(models: Sequence[Usage]) -> Section:
+    """The chapter on query use of one model, or of two side by side: view (b) of them is comparable if both reports had the same
+    target."""
     makers = (
         _views, _content, _lorenz, _by_index, _ranks, _places, _positives_over_training, _gini_over_training,
     )  # fmt: skip
     parts = [part for make in makers if (part := make(models)) is not None]
     return Section(key="query-use", title="Use of queries", lead=_LEAD, parts=tuple(parts))
-
-
-def _model_column(models: Sequence[Usage]) -> list[Column]:
-    return [Column("model", "model", "text")] if len(models) > 1 else []
 
 
 def _views(models: Sequence[Usage]) -> Part:
@@ -113,7 +85,7 @@ def _views(models: Sequence[Usage]) -> Part:
         for row in model.report.rows()
     ]
     columns = (
-        *_model_column(models),
+        *model_column(models),
         Column("what", "view", "text"),
         Column("gini", "Gini"),
         Column("chance", "by chance"),
@@ -169,59 +141,57 @@ def _spreads(report: QueryUsageReport) -> dict[str, Spread]:
 def _lorenz(models: Sequence[Usage]) -> Part:
     views = [_spreads(model.report) for model in models]
     names = list(dict.fromkeys(name for view in views for name in view))
-    plots = _grid(names, x="share of queries, least used first", y="share of use")
+    panels = _grid(names, x="share of queries, least used first", y="share of use")
     data: dict[str, Any] = {}
-    for axes, name in zip(plots, names, strict=False):
-        line(axes, [0, 1], [0, 1], colour=GREY, dash=":")
-        for number, (model, view) in enumerate(zip(models, views, strict=True)):
+    for axes, name in zip(panels, names, strict=False):
+        plots.line(axes, [0, 1], [0, 1], colour=plots.GREY, dash=":")
+        for model, view, colour in zip(models, views, COLOURS, strict=False):
             if name in view:
                 shares, use = view[name].lorenz()
-                label = f"{model.name} {view[name].gini:.2f}"
-                line(axes, shares, use, colour=COLOURS[number], label=label)
+                plots.line(axes, shares, use, colour=colour, label=f"{model.name} {view[name].gini:.2f}")
                 data.setdefault(name, {})[model.name] = plain(np.stack([shares, use], axis=1), 6)
         axes.set(xlim=(0, 1), ylim=(0, 1))
-        legend(axes)
+        plots.legend(axes)
     caption = (
         "Lorenz curves: the share of all use that the least used share of the queries makes up. The dotted "
         "line is equal use; the further below it, the less even. The legend has the Gini coefficient."
     )
-    return plot_part(plots[0], name="lorenz", caption=caption, data=data)
+    return plots.plot_part(panels[0], name="lorenz", caption=caption, data=data)
 
 
 def _by_index(models: Sequence[Usage]) -> Part:
     views = [{k: v for k, v in _spreads(m.report).items() if not k.startswith("(e)")} for m in models]
     names = list(dict.fromkeys(name for view in views for name in view))
     ranked = any(model.report.ranked for model in models)
-    plots = _grid(names, x="index of the query" + (" = rank of its proposal" if ranked else ""), y="per image")
+    panels = _grid(names, x="index of the query" + (" = rank of its proposal" if ranked else ""), y="per image")
     data: dict[str, Any] = {}
-    for axes, name in zip(plots, names, strict=False):
-        for number, (model, view) in enumerate(zip(models, views, strict=True)):
-            if name not in view:
-                continue
-            values = view[name].counts / max(view[name].images, 1)
-            line(axes, np.arange(len(values)), values, colour=COLOURS[number], label=model.name)
-            data.setdefault(name, {})[model.name] = plain(values, 6)
+    for axes, name in zip(panels, names, strict=False):
+        for model, view, colour in zip(models, views, COLOURS, strict=False):
+            if name in view:
+                values = view[name].counts / max(view[name].images, 1)
+                plots.line(axes, np.arange(len(values)), values, colour=colour, label=model.name)
+                data.setdefault(name, {})[model.name] = plain(values, 6)
         axes.set_ylim(bottom=0)
         if len(models) > 1:
-            legend(axes)
+            plots.legend(axes)
     caption = "How often an image uses each query, or how much of a gradient it gives to it, by the query's index."
-    return plot_part(plots[0], name="use_by_index", caption=caption, data=data)
+    return plots.plot_part(panels[0], name="use_by_index", caption=caption, data=data)
 
 
 def _ranks(models: Sequence[Usage]) -> Part | None:
     shown = [(model, model.report.places) for model in models if model.report.places is not None]
     if not shown:
         return None
-    plots = new_grid(
+    panels = plots.new_grid(
         1, len(shown), height=3.4, x="rank of the score in its image", y="index of the query",
         titles=[model.name for model, _ in shown],
     )  # fmt: skip
     data = {}
-    for axes, (model, places) in zip(plots, shown, strict=True):
+    for axes, (model, places) in zip(panels, shown, strict=True):
         assert places is not None
         n, cells = model.report.num_queries, len(places.ranks)
         share = places.ranks / max(places.ranks.sum(), 1)
-        heat_map(axes, 100 * share, bar="% of matches", form="")
+        plots.heat_map(axes, 100 * share, bar="% of matches", form="")
         ticks = np.linspace(0, cells - 1, 5).round().astype(int)
         words = [str(int(tick) * n // cells) for tick in ticks]
         axes.set_xticks(ticks, words)
@@ -232,16 +202,16 @@ def _ranks(models: Sequence[Usage]) -> Part | None:
         "image. A detector that finds each object once, and first, has everything in the leftmost columns; a "
         "diagonal means that the order of the proposals is kept to the end."
     )
-    return plot_part(plots[0], name="index_and_rank", caption=caption, data=data)
+    return plots.plot_part(panels[0], name="index_and_rank", caption=caption, data=data)
 
 
 def _places(models: Sequence[Usage]) -> Part | None:
     shown = [m for m in models if m.report.places is not None and m.report.positives is not None]
     if not shown:
         return None
-    plots = new_grid(1, len(shown), height=3.6, titles=[m.name for m in shown], x="x", y="y")
+    panels = plots.new_grid(1, len(shown), height=3.6, titles=[m.name for m in shown], x="x", y="y")
     data = {}
-    for axes, model in zip(plots, shown, strict=True):
+    for axes, model in zip(panels, shown, strict=True):
         places, positives = model.report.places, model.report.positives
         assert places is not None and positives is not None
         used = positives.counts > 0
@@ -249,7 +219,7 @@ def _places(models: Sequence[Usage]) -> Part | None:
         # An area as large as the mean box would be on axes of two inches; the darker, the more often matched.
         area = np.clip(mean[:, 2] * mean[:, 3] * 144**2, 8, 4000)
         strength = 0.15 + 0.75 * counts / max(counts.max(initial=1), 1)
-        axes.scatter(mean[:, 0], mean[:, 1], s=area, alpha=strength, color=BLUE, linewidths=0)
+        axes.scatter(mean[:, 0], mean[:, 1], s=area, alpha=strength, color=plots.BLUE, linewidths=0)
         axes.set(xlim=(0, 1), ylim=(1, 0), aspect="equal")
         data[model.name] = {
             "mean": plain(places.mean, 6),
@@ -261,7 +231,7 @@ def _places(models: Sequence[Usage]) -> Part | None:
         "box, and strong colours are matched often. Queries that find boxes all over the image gather in the "
         "middle."
     )
-    return plot_part(plots[0], name="query_places", caption=caption, data=data)
+    return plots.plot_part(panels[0], name="query_places", caption=caption, data=data)
 
 
 def _positives_over_training(models: Sequence[Usage]) -> Part | None:
@@ -282,11 +252,11 @@ def _positives_over_training(models: Sequence[Usage]) -> Part | None:
         shares = counts / np.maximum(counts.sum(-1, keepdims=True), 1)
         kinds = [k for k in range(most + 1) if counts[..., k].any()]
         titles = [f"layer {name.removeprefix('layer')}" for name in layers]
-        plots = _grid(titles, x="step", y="share of boxes")
-        for place, (axes, shades) in enumerate(zip(plots, [ramp(len(kinds))] * len(titles), strict=False)):
+        panels = _grid(titles, x="step", y="share of boxes")
+        for place, (axes, shades) in enumerate(zip(panels, [plots.ramp(len(kinds))] * len(titles), strict=False)):
             axes.stackplot(steps, shares[:, place, kinds].T, labels=[f"{k}" for k in kinds], colors=shades, linewidth=0)
             axes.set(ylim=(0, 1), xlim=(steps.min(), max(steps.max(), steps.min() + 1)))
-        legend(plots[len(titles) - 1], outside=True)
+        plots.legend(panels[len(titles) - 1], outside=True)
         caption = (
             f"{model.name} in training: how many positives boxes have in the layers before the last, by share "
             "of the boxes. Quality-aware assignment gives a box as many as its good predictions deserve."
@@ -298,51 +268,50 @@ def _positives_over_training(models: Sequence[Usage]) -> Part | None:
             "layers": layers,
             "shares": plain(shares[..., kinds], 6),
         }
-        return plot_part(plots[0], name="positives_over_training", caption=caption, data=data)
+        return plots.plot_part(panels[0], name="positives_over_training", caption=caption, data=data)
     return None
 
 
 def _gini_over_training(models: Sequence[Usage]) -> Part | None:
     known = (
-        ("positives_gini", "matched in the last layer", BLUE),
-        ("positives_gini_chance", "the same by chance", GREY),
-        ("gradient_gini", "gradient at content queries", ORANGE),
-        ("pattern_gini", "weight of patterns", GREEN),
-        ("query_cosine", "cosine of queries (no Gini)", PINK),
-        ("mixture_entropy", "entropy of mixtures (no Gini)", SKY),
+        ("positives_gini", "matched in the last layer", plots.BLUE),
+        ("positives_gini_chance", "the same by chance", plots.GREY),
+        ("gradient_gini", "gradient at content queries", plots.ORANGE),
+        ("pattern_gini", "weight of patterns", plots.GREEN),
+        ("query_cosine", "cosine of queries (no Gini)", plots.PINK),
+        ("mixture_entropy", "entropy of mixtures (no Gini)", plots.SKY),
     )
     shown = [m for m in models if any("positives_gini" in row for row in m.records)]
     if not shown:
         return None
-    plots = new_grid(1, len(shown), titles=[m.name for m in shown], x="step", y="Gini coefficient", height=3.4)
+    panels = plots.new_grid(1, len(shown), titles=[m.name for m in shown], x="step", y="Gini coefficient", height=3.4)
     data: dict[str, Any] = {}
-    for axes, model in zip(plots, shown, strict=True):
+    for axes, model in zip(panels, shown, strict=True):
         for key, label, shade in known:
-            points = [(r["step"], r[key]) for r in model.records if isinstance(r.get(key), (int, float))]
-            if points:
-                x, y = np.array(points, dtype=float).T
-                line(axes, x, y, label=label, colour=shade, dash=":" if shade == GREY else "-")
-                data.setdefault(model.name, {})[key] = [[int(step), value] for step, value in points]
+            points = finite_rows(model.records, ("step", key))
+            if len(points):
+                plots.line(axes, *points.T, label=label, colour=shade, dash=":" if shade == plots.GREY else "-")
+                data.setdefault(model.name, {})[key] = [[int(step), value] for step, value in points.tolist()]
         low = min(0.0, axes.get_ylim()[0])
         axes.set_ylim(low, 1)
-    legend(plots[-1])
+    plots.legend(panels[-1])
     caption = (
         "The same in training, over the steps between two records. Few boxes make the coefficient of matches "
         "large by chance, which the dotted line shows."
     )
-    return plot_part(plots[0], name="gini_over_training", caption=caption, data=data)
+    return plots.plot_part(panels[0], name="gini_over_training", caption=caption, data=data)
 
 
 def _grid(titles: Sequence[str], *, x: str, y: str) -> list[Axes]:
     """Up to three plots in a row; places without a plot stay empty."""
     columns = min(len(titles), 3 if len(titles) != 4 else 2)
     rows = -(-len(titles) // columns)
-    plots = new_grid(rows, columns, width=7.0, height=2.5 * rows + 0.3, titles=titles, x=x, y=y)
-    for axes in plots[len(titles) :]:
+    panels = plots.new_grid(rows, columns, width=7.0, height=2.5 * rows + 0.3, titles=titles, x=x, y=y)
+    for axes in panels[len(titles) :]:
         axes.set_axis_off()
-    for axes in plots:
-        axes.tick_params(labelsize=8, colors=MUTED)
-    return plots
+    for axes in panels:
+        axes.tick_params(labelsize=8, colors=plots.MUTED)
+    return panels
 
 
 def content_gradients(
@@ -364,7 +333,7 @@ def content_gradients(
     Args:
         model: a detector; the classes of the split must be among its own.
         split: usually "train".
-        criterion: the loss the model was trained with: `build_criterion` of `paqdetr.analysis.inside.loss_settings`.
+        criterion: the loss the model was trained with: as of `build_criterion`.
         images: evenly spaced over the split; all if None.
         train_progress: share of the training at which the loss is taken, in [0, 1]; None: where one-to-many assignment begins, if
             it ever does.

@@ -10,13 +10,13 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import Annotated
 
 import typer
 
 from paqdetr.cli import (
     analyze,
     bench,
-    config,
     convert,
     data,
     evaluate,
@@ -29,9 +29,8 @@ from paqdetr.cli import (
     serve,
     study,
     train,
-    version,
 )
-from paqdetr.cli.console import Ended, errors, finish_streams, make_streams_lossy, print_styled
+from paqdetr.cli.console import Ended, errors, finish_streams, make_streams_lossy, print_styled, results
 from paqdetr.cli.habits import what_to_type
 from paqdetr.cli.help import Verb, Verbs, show_help
 from paqdetr.errors import UserError, memory_error
@@ -52,14 +51,54 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-app.callback()(version.options)
+
+
+def _print_versions(wanted: bool) -> None:
+    if not wanted:
+        return
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    from paqdetr._version import __version__
+    from paqdetr.environment import require_device
+
+    results.print(f"paqdetr {__version__}\nPython {platform.python_version()}\ntorch {torch.__version__}")
+    for package in ("torchvision", "numba"):
+        try:
+            results.print(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            results.print(f"{package} not installed")
+    device = require_device(None)
+    name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    results.print(f"device {device}{name}")
+    raise typer.Exit
+
+
+@app.callback()
+def _options(
+    *,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_print_versions,
+            is_eager=True,
+            help="Print the versions that matter, and the device that is used.",
+        ),
+    ] = False,
+) -> None:
+    """Options before the verb; each does its work in its own callback."""
+
+
 _HEADINGS = {
     "Data": {"data": data.app},
     "Train": {"train": train.train, "plan": plan.plan, "study": study.study},
     "Measure": {"eval": evaluate.evaluate, "analyze": analyze.analyze, "bench": bench.bench},
     "Use": {"predict": predict.predict, "export": export.export, "serve": serve.serve},
     "Exchange": {"convert": convert.convert, "hub": hub.app},
-    "Look up": {"models": models.models, "config": config.app, "info": info.info, "help": show_help},
+    "Look up": {"models": models.models, "config": models.config, "info": info.info, "help": show_help},
 }
 for _heading, _verbs in _HEADINGS.items():
     for _name, _verb in _verbs.items():
@@ -106,7 +145,7 @@ def run(argv: Sequence[str]) -> int:
     except Ended as ended:
         return ended.code
     except UserError as error:
-        if error.told_elsewhere:  # by another of several processes
+        if error.reported_elsewhere:  # by another of several processes
             return 2
         return _mistake(error.message, error.remedy, debug=debug)
     except Exception as error:

@@ -6,26 +6,28 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
-from paqdetr.cli.console import Device, JsonFile, Model, OutputFiles, Overwrite, Settings, progress_bar, results, table
+from paqdetr.cli import options
+from paqdetr.cli.console import OutputFiles, progress_bar, results, table
 from paqdetr.errors import ConfigError
 from paqdetr.values import MAX_BATCH
 
+_TIMES = ("median", "fastest", "slowest", "times faster")
+
 
 def bench(
-    model: Model,
-    settings: Settings = None,
+    model: options.Model,
+    settings: options.Settings = None,
     *,
     against: Annotated[str | None, typer.Option(help="Another model to compare with.")] = None,
     image_size: Annotated[
         int | None, typer.Option(min=64, max=8192, help="Side of the images, in pixels; 640, or a file's own.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, max=MAX_BATCH, help="Images that go through together.")] = 1,
-    rounds: Annotated[int, typer.Option(min=1, max=10_000, help="Calls that each median is of.")] = 5,
-    device: Device = None,
-    json_file: JsonFile = None,
-    overwrite: Overwrite = False,
+    batch_size: Annotated[int, typer.Option(min=1, max=MAX_BATCH, help="Images per forward pass.")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, max=10_000, help="Timed calls per median.")] = 5,
+    device: options.Device = None,
+    json_file: options.JsonFile = None,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Time a model: attention, inference and a training step.
 
@@ -47,7 +49,13 @@ def bench(
             timed = bench_files(
                 names, image_size=image_size, batch_size=batch_size, rounds=rounds, device=device, progress=progress
             )
-        results.print(_files_table(timed, base=names[-1]))
+        threads = timed["machine"]["threads"]
+        title = f"Inference, batches of {batch_size}, {threads} threads. Milliseconds: median, fastest and slowest of {rounds}."
+        made = table(title, ("model", "run by", "size"), _TIMES)
+        for name, row in timed["inference"].items():
+            size = "x".join(map(str, timed["image_size"][name]))
+            made.add_row(name, timed["engine"][name], size, *_columns(row, is_base=name == names[-1]))
+        results.print(made)
         files.write("json", timed)
         return
     image_size, overrides = image_size or 640, parse_overrides(settings or [])
@@ -70,7 +78,7 @@ def bench(
     count = found.machine["threads"]
     threads = f", {count} thread{'s' * (count > 1)}" if found.device == "cpu" else ""
     title = f"{model}, {images}, {found.device}{threads}. Milliseconds: median, fastest and slowest of {rounds}."
-    made = table(title, ("part", "of"), ("median", "fastest", "slowest", "times faster"))
+    made = table(title, ("part", "of"), _TIMES)
     parts = {
         "attention": (found.attention, "reference"),  # forward and backward
         "inference": (found.inference, against or model),
@@ -97,22 +105,6 @@ def _is_file(model: str) -> bool:
     from paqdetr.loading import is_exported
 
     return is_exported(model) or model.endswith(".safetensors") or Path(model).is_dir()
-
-
-def _files_table(timed: dict[str, Any], *, base: str) -> Table:
-    batch, rounds, threads = timed["batch_size"], timed["rounds"], timed["machine"]["threads"]
-    table = Table(
-        title=f"Inference, batches of {batch}, {threads} threads. Milliseconds: median, fastest and slowest of {rounds}.",
-        title_justify="left",
-    )
-    for column in ("model", "run by", "size"):
-        table.add_column(column)
-    for column in ("median", "fastest", "slowest", "times faster"):
-        table.add_column(column, justify="right")
-    for name, row in timed["inference"].items():
-        size = "x".join(map(str, timed["image_size"][name]))
-        table.add_row(name, timed["engine"][name], size, *_columns(row, is_base=name == base))
-    return table
 
 
 def _columns(row: dict[str, Any], *, is_base: bool) -> list[str]:

@@ -1,4 +1,4 @@
-"""What all verbs share: options, output files, and the consoles (results to standard output, the rest to standard error)."""
+"""What all verbs share: output files, and the consoles (results to standard output, the rest to standard error)."""
 
 from __future__ import annotations
 
@@ -9,78 +9,18 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
+import rich.progress as bars
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from paqdetr.environment import require_known_device
 from paqdetr.errors import ConfigError
-from paqdetr.text import figure as show  # noqa: F401  for the other files here
 from paqdetr.text import printable
-from paqdetr.values import MAX_BATCH, MAX_RESAMPLES, MAX_SEED, require_nms
-
-if TYPE_CHECKING:
-    from paqdetr.runtime.tiles import Tiles
 
 if TYPE_CHECKING:
     from paqdetr.runtime.predict import Predicts
-
-
-def complete_model(incomplete: str) -> list[str]:
-    """Names that a shell completes; none for a path, which the shell completes itself."""
-    from paqdetr.config import list_configs
-
-    return list_configs(pattern=f"{incomplete}*")
-
-
-def complete_setting(incomplete: str) -> list[str]:
-    """Keys that a shell completes."""
-    from paqdetr.config import known_keys
-
-    return [f"{key}=" for key in known_keys() if key.startswith(incomplete)]
-
-
-Model = Annotated[
-    str,
-    typer.Argument(
-        help="A model or recipe (`paqdetr config list`), or a YAML file.",
-        metavar="MODEL|CONFIG",
-        autocompletion=complete_model,
-    ),
-]
-Settings = Annotated[
-    list[str] | None,
-    typer.Argument(
-        help="Settings, such as epochs=12 model.num_patterns=32.", metavar="KEY=VALUE", autocompletion=complete_setting
-    ),
-]
-Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda, ...: the best there is if not given.", callback=require_known_device)
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist, whoever wrote them.")]
-Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of all random draws.")]
-BatchSize = Annotated[int, typer.Option(min=1, max=MAX_BATCH, help="It changes the speed, never a figure.")]
-Checkpoint = Annotated[Path, typer.Argument(help="A .safetensors file or a run's folder.", metavar="CHECKPOINT")]
-Data = Annotated[Path, typer.Option(help="Folder of the data set, or its data.yaml.")]
-Split = Annotated[str | None, typer.Option(help="train, val or test; val, or what there is instead, if not given.")]
-AutoBatch = Annotated[bool, typer.Option("--auto-batch", help="Take the largest batch that fits into memory.")]
-Resamples = Annotated[int, typer.Option(min=100, max=MAX_RESAMPLES, help="Resamples of the images behind an interval.")]
-Nms = Annotated[
-    str | None,
-    typer.Option(metavar="IOU|none", help="Drop boxes that overlap a better one of their class by more than this."),
-]
-TileSize = Annotated[
-    int | None, typer.Option("--tiles", metavar="PIXELS", help="Cut large images into tiles of this side.")
-]
-Overlap = Annotated[float | None, typer.Option(help="Of tiles, as a share of their side; 0.2 if not given.")]
-WithWhole = Annotated[
-    bool, typer.Option("--with-whole", help="With --tiles: detect in the whole image as well, for large objects.")
-]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
 
 
 class OutputFiles:
@@ -150,35 +90,6 @@ def note_unfinished(path: Path) -> None:
         note(f"{run.output} is {run.status}; `paqdetr info {run.output}` says how it goes on")
 
 
-def parse_nms(text: str | None) -> float | None:
-    """The IoU of `--nms`: 1, which drops nothing, for "none"; None if it was not given.
-
-    Raises:
-        ConfigError: it is no number from 0 to 1.
-    """
-    try:
-        value = None if text is None else 1.0 if text.lower() == "none" else float(text)
-        require_nms(value)
-    except (ValueError, ConfigError):
-        raise ConfigError(f"--nms: expected an IoU from 0 to 1, or none, found {text}", "0.7 is usual") from None
-    return value
-
-
-def tiles_of(size: int | None, overlap: float | None, with_whole: bool) -> Tiles | None:
-    """What `--tiles`, `--overlap` and `--with-whole` say.
-
-    Raises:
-        ConfigError: one is out of its range, or is given without `--tiles`.
-    """
-    from paqdetr.runtime.tiles import Tiles
-
-    if size is not None:
-        return Tiles(size, 0.2 if overlap is None else overlap, with_whole)
-    if overlap is not None or with_whole:
-        raise ConfigError("--overlap and --with-whole are about tiles", "give --tiles 640 as well")
-    return None
-
-
 class _PlainConsole(Console):
     """Prints text of files as it is: no markup, for which rich would take lists in brackets, and no terminal escapes. Text is
     not wrapped, titles of tables neither, which rich would fold to the width of the table; tables fit the terminal."""
@@ -210,7 +121,7 @@ class _PlainFormatter(logging.Formatter):
 
 
 class Ended(Exception):
-    """A verb has said what there is to say, and ends the program with this exit code."""
+    """A verb has reported its outcome, and ends the program with this exit code."""
 
     def __init__(self, code: int) -> None:
         super().__init__(code)
@@ -346,11 +257,25 @@ def print_columns(rows: Sequence[Sequence[str]], *, right: Collection[int] = ())
         results.print("  ".join(cells).rstrip())
 
 
+def live_bars(*more: bars.ProgressColumn) -> bars.Progress:
+    """Bars on standard error, each with a field `figures`, and with more columns at their end. Silent where nobody watches."""
+    columns = (bars.TextColumn("{task.description}"), bars.BarColumn(bar_width=24), bars.MofNCompleteColumn())
+    figures = bars.TextColumn("{task.fields[figures]}")
+    return bars.Progress(
+        *columns, figures, bars.TimeElapsedColumn(), *more, console=errors, disable=not errors.is_terminal
+    )
+
+
 @contextmanager
 def progress_bar(what: str) -> Iterator[Callable[[int, int | None], None]]:
     """A bar on standard error; the function takes (done, total). Silent where nobody watches."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
+    columns = (
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        bars.TimeRemainingColumn(),
+    )
+    with bars.Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
         task = progress.add_task(what, total=None)
 
         def update(done: int, total: int | None) -> None:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from paqdetr.cli.console import OutputFiles, Overwrite, note, results, table
+from paqdetr.cli import options
+from paqdetr.cli.console import OutputFiles, note, results, table
 from paqdetr.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def convert(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write what became of every tensor to this file.")
     ] = None,
-    overwrite: Overwrite = False,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Turn weights of another program into a checkpoint."""
     from paqdetr.checkpoint import settings_to_add

@@ -9,18 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from paqdetr.cli.console import (
-    OutputFiles,
-    Overwrite,
-    Seed,
-    Settings,
-    errors,
-    note,
-    print_styled,
-    progress_bar,
-    results,
-    table,
-)
+from paqdetr.cli import options
+from paqdetr.cli.console import OutputFiles, errors, note, print_styled, progress_bar, results, table
 from paqdetr.errors import ConfigError, DataError
 from paqdetr.values import MAX_WORKERS
 
@@ -31,6 +21,9 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Make, check, look at and convert data sets.", no_args_is_help=True)
 
 _Data = Annotated[Path, typer.Argument(help="Folder of the data set, or its data.yaml.", metavar="DIR")]
+_Source = Annotated[Path, typer.Argument(help="Folder of the data set, or its data.yaml.", metavar="SRC")]
+_Target = Annotated[Path, typer.Argument(help="Folder to make; nothing is overwritten.", metavar="DST")]
+_Link = Annotated[bool, typer.Option("--link", help="Hard links to the images instead of copies.")]
 _COLOURS = {"error": "red", "warning": "yellow"}
 _Json = Annotated[Path | None, typer.Option("--json", help="Write everything to this json file too.")]
 
@@ -39,15 +32,15 @@ _Json = Annotated[Path | None, typer.Option("--json", help="Write everything to 
 def make(
     name: Annotated[str, typer.Argument(help="digits", metavar="NAME")],
     *,
-    output: Annotated[Path, typer.Option(help="Folder to make.")],
-    seed: Seed = 0,
+    output: Annotated[Path, options.output(help="Folder to make.")],
+    seed: options.Seed = 0,
     size: Annotated[int, typer.Option(help="Side of the images in pixels.")] = 320,
     train: Annotated[int, typer.Option(min=1, max=10**7, help="Training images.")] = 1600,
     val: Annotated[int, typer.Option(min=1, max=10**7, help="Validation images.")] = 300,
     test: Annotated[int, typer.Option(min=1, max=10**7, help="Test images.")] = 1000,
     min_objects: Annotated[int, typer.Option(help="Fewest objects per image.")] = 3,
     max_objects: Annotated[int, typer.Option(help="Most objects per image.")] = 12,
-    workers: Annotated[int, typer.Option(min=1, max=MAX_WORKERS, help="Processes.")] = 1,
+    workers: Annotated[int, options.machine(min=1, max=MAX_WORKERS, help="Processes.")] = 1,
 ) -> None:
     """Make the data set of handwritten digits, without a download."""
     from paqdetr.data.digits import make_digits
@@ -78,8 +71,8 @@ def check(
     workers: Annotated[
         int | None, typer.Option(min=1, max=MAX_WORKERS, help="Threads that decode; the number of cores if not given.")
     ] = None,
-    show: Annotated[int, typer.Option(min=0, help="Findings of a kind that are printed; --json has all.")] = 10,
-    overwrite: Overwrite = False,
+    show: Annotated[int, typer.Option(min=0, help="Findings per kind that are printed; --json has all.")] = 10,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Read every image and annotation, and report what is wrong.
 
@@ -103,7 +96,7 @@ def stats(
     *,
     output: Annotated[Path, typer.Option(help="PNG file to draw.")] = Path("stats.png"),
     json_file: _Json = None,
-    overwrite: Overwrite = False,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Draw number, size, place and shape of boxes, from annotations."""
     from paqdetr.data.stats import dataset_stats, draw_stats
@@ -126,14 +119,14 @@ def stats(
 @app.command()
 def preview(
     folder: _Data,
-    settings: Settings = None,
+    settings: options.Settings = None,
     *,
     model: Annotated[str, typer.Option(help="The model, recipe or YAML file whose settings count.")] = "paq_dino_nano",
     output: Annotated[Path, typer.Option(help="PNG file to draw.")] = Path("preview.png"),
     split: Annotated[str, typer.Option(help="Split to show.")] = "train",
-    batches: Annotated[int, typer.Option(min=1, max=100, help="Batches, one a row.")] = 3,
+    batches: Annotated[int, typer.Option(min=1, max=100, help="Batches, one per row.")] = 3,
     epoch: Annotated[int, typer.Option(min=0, max=1_000_000, help="Epoch whose first batches are shown.")] = 0,
-    overwrite: Overwrite = False,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Draw training batches as a model gets them.
 
@@ -157,11 +150,7 @@ def preview(
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="Folder of the data set, or its data.yaml.", metavar="SRC")],
-    target: Annotated[Path, typer.Argument(help="Folder to make; nothing is overwritten.", metavar="DST")],
-    *,
-    to: Annotated[str, typer.Option(help="coco, voc or yolo")],
-    link: Annotated[bool, typer.Option("--link", help="Hard links to the images instead of copies.")] = False,
+    source: _Source, target: _Target, *, to: Annotated[str, typer.Option(help="coco, voc or yolo")], link: _Link = False
 ) -> None:
     """Write a data set as COCO, Pascal VOC or YOLO.
 
@@ -176,13 +165,13 @@ def convert(
 
 @app.command()
 def split(
-    source: Annotated[Path, typer.Argument(help="Folder of the data set, or its data.yaml.", metavar="SRC")],
-    target: Annotated[Path, typer.Argument(help="Folder to make; nothing is overwritten.", metavar="DST")],
+    source: _Source,
+    target: _Target,
     *,
     val: Annotated[float, typer.Option(help="Share of the training images that becomes val.")] = 0.1,
     test: Annotated[float, typer.Option(help="Share of the training images that becomes test.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the choice.")] = 0,
-    link: Annotated[bool, typer.Option("--link", help="Hard links to the images instead of copies.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed.")] = 0,
+    link: _Link = False,
 ) -> None:
     """Write a data set as COCO with a val or test split cut from train.
 

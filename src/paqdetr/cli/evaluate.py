@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from paqdetr.cli.console import (
-    BatchSize,
-    Device,
-    JsonFile,
-    Nms,
-    OutputFiles,
-    Overlap,
-    Overwrite,
-    Resamples,
-    Seed,
-    Split,
-    TileSize,
-    WithWhole,
-    note,
-    note_unfinished,
-    parse_nms,
-    progress_bar,
-    results,
-    tiles_of,
-)
+from paqdetr.cli import options
+from paqdetr.cli.console import OutputFiles, note, note_unfinished, progress_bar, results, table
 from paqdetr.errors import ConfigError
+from paqdetr.text import figure
 from paqdetr.values import require_threshold
 
 if TYPE_CHECKING:
@@ -37,7 +21,7 @@ if TYPE_CHECKING:
     from paqdetr.evaluation.evaluate import Evaluation
     from paqdetr.metrics import CocoFigures
     from paqdetr.metrics.coco import CocoRecords
-    from paqdetr.metrics.intervals import FigureIntervals
+    from paqdetr.metrics.intervals import Difference, Interval
     from paqdetr.metrics.matches import MatchTable
     from paqdetr.models.detector import Detector
     from paqdetr.runtime import Predictor
@@ -47,7 +31,7 @@ _Kind = Literal["bbox", "segm"]
 
 
 @dataclass(frozen=True, slots=True)
-class _Options:
+class _Task:
     """What holds for every result set: the ground truth, and how results are compared with it."""
 
     data: Path | None
@@ -66,6 +50,15 @@ class _Options:
     @property
     def where(self) -> str:
         return str(self.annotations) if self.data is None else f"{self.data} {self.split}"
+
+    @property
+    def counted(self) -> str:
+        """What a title says where more or fewer detections than COCO's 100 count."""
+        return "" if self.max_detections == 100 else f", {self.max_detections} detections in place of 100"
+
+    def require_truth(self, option: str, remedy: str) -> None:
+        if (self.data is None) == (self.annotations is None):
+            raise ConfigError(f"eval {option} needs the ground truth, once", remedy)
 
     def dataset(self) -> DetectionDataset | None:
         """None if there is but a file with annotations."""
@@ -98,41 +91,46 @@ def evaluate(
         Path | None, typer.Argument(help="A run's folder, a .safetensors file, or an exported model.", metavar="MODEL")
     ] = None,
     *,
-    data: Annotated[Path | None, typer.Option(help="Folder of the data set, or its data.yaml.")] = None,
-    split: Split = None,
+    data: Annotated[Path | None, options.data(help="Folder of the data set, or its data.yaml.")] = None,
+    split: options.Split = None,
     results_file: Annotated[
-        Path | None, typer.Option("--results", help="Instead of a model: COCO results of any detector.")
+        Path | None, options.data("--results", help="Instead of a model: COCO results of any detector.")
     ] = None,
     compare: Annotated[
         tuple[Path, Path] | None,
-        typer.Option(
+        options.data(
             metavar="A B", help="Instead of a model: two of them, or two results files (.json), side by side."
         ),
     ] = None,
     annotations: Annotated[
-        Path | None, typer.Option(help="Ground truth of results, a COCO json; or give --data.")
+        Path | None, options.data(help="Ground truth of results, a COCO json; or give --data.")
     ] = None,
-    iou_type: Annotated[str, typer.Option(help="bbox or segm; segm with results alone.")] = "bbox",
+    iou_type: Annotated[str, options.figures(help="bbox or segm; segm with results alone.")] = "bbox",
     intervals: Annotated[
-        bool, typer.Option("--intervals", help="Say how far each figure depends on the choice of images.")
+        bool, options.figures("--intervals", help="Bootstrap interval of each figure, over the images.")
     ] = False,
-    resamples: Resamples = 1000,
-    seed: Seed = 0,
+    resamples: options.Resamples = 1000,
+    seed: options.Seed = 0,
     max_detections: Annotated[
-        int, typer.Option(min=1, max=10_000, help="Of one class that count in an image; more for crowded images.")
+        int,
+        options.detections(
+            min=1, max=10_000, help="Detections per class and image that count; raise it for crowded images."
+        ),
     ] = 100,
     results_out: Annotated[
-        Path | None, typer.Option(help="Keep the model's detections in this file, as COCO results.")
+        Path | None, options.output(help="Keep the model's detections in this file, as COCO results.")
     ] = None,
-    json_file: JsonFile = None,
-    batch_size: BatchSize = 4,
-    threshold: Annotated[float, typer.Option(help="Leave out what scores less: AP of what users see at it.")] = 0.0,
-    nms: Nms = None,
-    tiles: TileSize = None,
-    overlap: Overlap = None,
-    with_whole: WithWhole = False,
-    overwrite: Overwrite = False,
-    device: Device = None,
+    json_file: options.JsonFile = None,
+    batch_size: options.BatchSize = 4,
+    threshold: Annotated[
+        float, options.detections(help="Score threshold; AP is that of the detections above it.")
+    ] = 0.0,
+    nms: options.Nms = None,
+    tiles: options.TileSize = None,
+    overlap: options.Overlap = None,
+    with_whole: options.WithWhole = False,
+    overwrite: options.Overwrite = False,
+    device: options.Device = None,
 ) -> None:
     """Print the COCO figures of a model or results file, or compare two."""
     from paqdetr.data.layout import split_to_evaluate
@@ -146,29 +144,26 @@ def evaluate(
     files = OutputFiles("paqdetr eval", overwrite=overwrite, json=json_file, results_out=results_out)
     split = "" if data is None else split_to_evaluate(data, split)
     require_threshold(threshold)
-    cut, suppress = tiles_of(tiles, overlap, with_whole), parse_nms(nms)
+    cut, suppress = options.tiles_of(tiles, overlap, with_whole), options.parse_nms(nms)
     if results_file is not None and (cut, suppress, threshold) != (None, None, 0):
         raise ConfigError("--nms, --threshold and --tiles are about a CHECKPOINT", "leave them out")
-    options = _Options(
+    task = _Task(
         data, split, annotations, kind, max_detections, resamples, seed, batch_size, device, threshold, suppress, cut
     )
     if compare is not None:
-        written = _compare(compare, options)
+        written = _compare(compare, task)
     else:
         if checkpoint is not None:
             if data is None:
                 raise ConfigError("eval CHECKPOINT needs --data", "name the data set's folder")
             if kind != "bbox" or annotations is not None:
                 raise ConfigError("--iou-type and --annotations go with --results", "leave them out")
-            found = _of_checkpoint(checkpoint, options)
+            found = _of_checkpoint(checkpoint, task)
         else:
             assert results_file is not None
-            if (data is None) == (annotations is None):
-                raise ConfigError(
-                    "eval --results needs the ground truth, once", "give --annotations, or --data and --split"
-                )
-            found = _of_results(results_file, options)
-        written = None if found is None else _print(found, options, intervals=intervals)
+            task.require_truth("--results", "give --annotations, or --data and --split")
+            found = _of_results(results_file, task)
+        written = None if found is None else _print(found, task, intervals=intervals)
         if found is not None:
             files.write("results_out", found.rows)
     if written is not None:  # None: another process prints and writes
@@ -193,165 +188,173 @@ def _require_one(checkpoint: Path | None, results_file: Path | None, compare: tu
         )
 
 
-def _of_checkpoint(checkpoint: Path, options: _Options) -> _Found | None:
+def _of_checkpoint(checkpoint: Path, task: _Task) -> _Found | None:
     from paqdetr.loading import require_model
 
-    require_model(checkpoint)
-    dataset = options.dataset()
+    file = require_model(checkpoint)
+    dataset = task.dataset()
     assert dataset is not None
     from paqdetr.distributed import Processes, leave
 
-    processes = Processes.join(options.device)
-    model, found = _detect(checkpoint, dataset, processes, options)
+    model, found = _detect(file, dataset, Processes.join(task.device), task)
     leave()
     if found is None:
         return None
-    title = f"{model.name} on {options.where}, {found.images_per_second:.1f} images/s"
+    title = f"{model.name} on {task.where}, {found.images_per_second:.1f} images/s"
     config = getattr(model, "config", None)  # exported models have none
     queries = None if config is None else config.num_queries
-    return _Found(title, found.figures, found.to_json(), options.truth(dataset), found.results, queries)
+    return _Found(title, found.figures, found.to_json(), task.truth(dataset), found.results, queries)
 
 
 def _detect(
-    checkpoint: Path, dataset: DetectionDataset, processes: Processes, options: _Options
+    file: Path, dataset: DetectionDataset, processes: Processes, task: _Task
 ) -> tuple[Detector | Predictor, Evaluation | None]:
     """The model, and what it finds; None in all processes but the main one."""
     from paqdetr.evaluation.evaluate import evaluate_together
     from paqdetr.loading import is_exported, load
 
     if processes.main:
-        note_unfinished(checkpoint)
-    model = load(checkpoint, device="cpu" if is_exported(checkpoint) else str(processes.device))
+        note_unfinished(file)
+    model = load(file, device="cpu" if is_exported(file) else str(processes.device))
     with progress_bar(f"evaluate on {dataset.name}") as progress:
         found = evaluate_together(
             model,
             dataset,
             processes,
-            batch_size=options.batch_size,
-            max_detections=options.max_detections,
+            batch_size=task.batch_size,
+            max_detections=task.max_detections,
             progress=progress if processes.main else None,
-            threshold=options.threshold,
-            nms=options.nms,
-            tiles=options.tiles,
+            threshold=task.threshold,
+            nms=task.nms,
+            tiles=task.tiles,
         )
     return model, found
 
 
-def _of_results(results_file: Path, options: _Options) -> _Found:
+def _of_results(results_file: Path, task: _Task) -> _Found:
     from paqdetr.metrics.coco import evaluate_detections, read_results
 
-    truth, rows = options.truth(options.dataset()), read_results(results_file)
+    truth, rows = task.truth(task.dataset()), read_results(results_file)
     figures = evaluate_detections(
-        truth, rows, iou_type=options.kind, source=str(results_file), max_detections=options.max_detections
+        truth, rows, iou_type=task.kind, source=str(results_file), max_detections=task.max_detections
     )
-    title = f"{results_file} against {options.where}, {options.kind}"
+    title = f"{results_file} against {task.where}, {task.kind}"
     return _Found(title, figures, figures.to_json(), truth, rows)
 
 
-def _print(found: _Found, options: _Options, *, intervals: bool) -> dict[str, Any]:
-    """Print the figures; what goes into the json."""
-    from paqdetr.cli.figures import classes_table, figures_table
+def _print(found: _Found, task: _Task, *, intervals: bool) -> dict[str, Any]:
+    """Print the figures, with their intervals if these are asked for; what goes into the json."""
+    from paqdetr.metrics.coco import FIGURE_NAMES
     from paqdetr.metrics.intervals import figure_intervals
     from paqdetr.metrics.matches import MatchTable
-    from paqdetr.serialize import json_number
+    from paqdetr.serialize import plain
 
-    drawn: FigureIntervals | None = None
-    ap50 = found.figures.per_class_AP50
-    written = {
-        **found.written,
-        "per_class_AP50": {name: json_number(value) for name, value in ap50.items()},
-        "max_detections": options.max_detections,
-    }
+    figures, drawn, headings = found.figures, None, ()
+    written = {**found.written, "per_class_AP50": plain(figures.per_class_AP50), "max_detections": task.max_detections}
     if intervals:
-        table = MatchTable.match(found.truth, found.rows, options.kind, max_detections=options.max_detections)
+        matches = MatchTable.match(found.truth, found.rows, task.kind, max_detections=task.max_detections)
         with progress_bar("resample the images") as progress:
-            drawn = figure_intervals(table, samples=options.resamples, seed=options.seed, progress=progress)
-        written["intervals"] = drawn.to_json()
-    labels = {"AP_nms": "AP after NMS", "AP50_nms": "AP50 after NMS"}
-    more = {label: written[key] for key, label in labels.items() if key in written}
-    results.print(figures_table(found.figures, found.title + _counted(options), more, drawn))
-    results.print(classes_table(found.figures, drawn))
-    _warn_of_crowding(found.truth, found.queries, options)
+            drawn = figure_intervals(matches, samples=task.resamples, seed=task.seed, progress=progress)
+        written["intervals"], headings = drawn.to_json(), (_interval_heading(drawn.level),)
+
+    def interval(kind: str, name: str) -> tuple[str, ...]:
+        return () if drawn is None else (_range(getattr(drawn, kind)[name], ""),)
+
+    made = table(found.title + task.counted, ("figure",), ("value", *headings), no_wrap=True)
+    for name in FIGURE_NAMES:
+        made.add_row(name, figure(getattr(figures, name)), *interval("figures", name))
+    for key, label in (("AP_nms", "AP after NMS"), ("AP50_nms", "AP50 after NMS")):
+        if key in written:
+            made.add_row(label, figure(written[key]))
+    results.print(made)
+    made = table("by class", ("class",), ("AP", *headings, "AP50", *headings), no_wrap=True)
+    for name, value in figures.per_class.items():
+        own = (figure(value), *interval("per_class", name))
+        made.add_row(name, *own, figure(figures.per_class_AP50[name]), *interval("per_class_AP50", name))
+    results.print(made)
+    _warn_of_crowding(found.truth, found.queries, task)
     return written
 
 
-def _warn_of_crowding(truth: CocoRecords, queries: int | None, options: _Options) -> None:
+def _interval_heading(level: float) -> str:
+    return f"{100 * level:.0f} % interval"
+
+
+def _range(of: Interval | Difference, sign: str) -> str:
+    return "-" if math.isnan(of.low) else f"{of.low:{sign}.3f} to {of.high:{sign}.3f}"
+
+
+def _warn_of_crowding(truth: CocoRecords, queries: int | None, task: _Task) -> None:
     from paqdetr.data.stats import crowding_sentences
 
     owners, labels = truth.objects().T
     images = len(truth.image_ids)
-    for sentence in crowding_sentences(owners, labels, images, queries=queries, max_detections=options.max_detections):
+    for sentence in crowding_sentences(owners, labels, images, queries=queries, max_detections=task.max_detections):
         note(sentence)
 
 
-def _counted(options: _Options) -> str:
-    """What the title says where more or fewer detections than COCO's 100 count."""
-    return "" if options.max_detections == 100 else f", {options.max_detections} detections in place of 100"
-
-
-def _compare(pair: tuple[Path, Path], options: _Options) -> dict[str, Any] | None:
+def _compare(pair: tuple[Path, Path], task: _Task) -> dict[str, Any] | None:
     """Print two result sets side by side; what goes into the json."""
-    from paqdetr.cli.figures import class_comparison_table, comparison_table
     from paqdetr.loading import require_model
     from paqdetr.metrics.coco import is_shards
     from paqdetr.metrics.intervals import compare_results
 
     models = [path for path in pair if path.suffix != ".json" and not is_shards(path)]
-    if (options.data is None) == (options.annotations is None):
-        raise ConfigError(
-            "eval --compare needs the ground truth, once", "give --data, or --annotations if both are results"
-        )
-    if models and options.data is None:
+    task.require_truth("--compare", "give --data, or --annotations if both are results")
+    if models and task.data is None:
         raise ConfigError(f"{models[0]}: a checkpoint needs --data", "name the data set's folder")
-    if models and options.kind != "bbox":
+    if models and task.kind != "bbox":
         raise ConfigError("--iou-type segm compares results files", "give two of them")
-    for path in models:
-        require_model(path)
-    dataset = options.dataset()
-    truth = options.truth(dataset)
-    tables = _tables(pair, truth, dataset, options)
+    files = {path: require_model(path) for path in models}
+    dataset = task.dataset()
+    truth = task.truth(dataset)
+    tables = _tables(pair, files, truth, dataset, task)
     if tables is None:
         return None
     with progress_bar("resample the images") as progress:
-        found = compare_results(*tables, samples=options.resamples, seed=options.seed, progress=progress)
-    title = f"on {options.where}, {options.kind}, {len(tables[0].image_ids)} images{_counted(options)}"
+        found = compare_results(*tables, samples=task.resamples, seed=task.seed, progress=progress)
     results.print(f"A: {pair[0]}\nB: {pair[1]}")
-    results.print(comparison_table(found, title))
-    results.print(class_comparison_table(found))
+    title = f"on {task.where}, {task.kind}, {len(tables[0].image_ids)} images{task.counted}"
+    for heading, of, kind in ((title, "figure", "figures"), ("AP by class", "class", "per_class")):
+        headings = ("A", "B", "B - A", _interval_heading(found.level), "B better")
+        made = table(heading, (of,), headings, no_wrap=True)
+        for name, own in getattr(found, kind).items():
+            values = [figure(getattr(side, kind)[name].value) for side in (found.first, found.second)]
+            better = "-" if math.isnan(own.low) else f"{100 * own.superiority:.1f} %"
+            made.add_row(name, *values, "-" if math.isnan(own.value) else f"{own.value:+.3f}", _range(own, "+"), better)
+        results.print(made)
     results.print(found.verdict())
     results.print(f"Over {found.samples} resamples of the images; another training seed would move both as well.")
-    _warn_of_crowding(truth, None, options)
-    return {
-        "A": {"source": str(pair[0]), **found.first.to_json()},
-        "B": {"source": str(pair[1]), **found.second.to_json()},
+    _warn_of_crowding(truth, None, task)
+    sides = zip("AB", pair, (found.first, found.second), strict=True)
+    return {letter: {"source": str(path), **own.to_json()} for letter, path, own in sides} | {
         "difference": found.to_json(),
         "verdict": found.verdict(),
-        "max_detections": options.max_detections,
+        "max_detections": task.max_detections,
     }
 
 
 def _tables(
-    pair: tuple[Path, Path], truth: CocoRecords, dataset: DetectionDataset | None, options: _Options
-) -> tuple[MatchTable, MatchTable] | None:
-    """The matches of both; None in all processes but the main one."""
+    pair: tuple[Path, Path], models: dict[Path, Path], truth: CocoRecords, dataset: DetectionDataset | None, task: _Task
+) -> list[MatchTable] | None:
+    """The matches of both; None in all processes but the main one. `models` has the file of each that is no results file."""
     from paqdetr.environment import this_is_main
-    from paqdetr.metrics.coco import is_shards, read_results
+    from paqdetr.metrics.coco import read_results
     from paqdetr.metrics.matches import MatchTable
 
-    read = {path: read_results(path) for path in pair if path.suffix == ".json" or is_shards(path)}
-    if len(read) < len(set(pair)):
+    read = {path: read_results(path) for path in pair if path not in models}
+    if models:
         from paqdetr.distributed import Processes, leave
 
-        processes = Processes.join(options.device)
-        for path in (path for path in pair if path not in read):
+        processes = Processes.join(task.device)
+        for path, file in models.items():
             assert dataset is not None
-            _, found = _detect(path, dataset, processes, options)
+            _, found = _detect(file, dataset, processes, task)
             read[path] = [] if found is None else found.results
         leave()
     if not this_is_main():
         return None
-    first, second = (
-        MatchTable.match(truth, read[path], options.kind, source=str(path), max_detections=options.max_detections)
+    return [
+        MatchTable.match(truth, read[path], task.kind, source=str(path), max_detections=task.max_detections)
         for path in pair
-    )
-    return first, second
+    ]

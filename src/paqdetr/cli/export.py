@@ -9,52 +9,56 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 from rich.table import Table
 
-from paqdetr.cli.console import JsonFile, OutputFiles, Overwrite, note_unfinished, results
+from paqdetr.cli import options
+from paqdetr.cli.console import OutputFiles, note_unfinished, results, table
 from paqdetr.errors import ConfigError, ExportError
 
 if TYPE_CHECKING:
     from paqdetr.deploy.parity import Parity
 
 
+graph_option = options.under("Graph")
+
+
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="A run's folder or a .safetensors file.", metavar="RUN")],
     *,
-    format: Annotated[str, typer.Option(help="onnx, openvino, pt2 or torchscript.")] = "onnx",
-    output: Annotated[Path | None, typer.Option(help="The file to write; beside the checkpoint if not given.")] = None,
-    image_size: Annotated[
-        str | None, typer.Option(metavar="H,W|SIDE", help="Images are stretched to it; the checkpoint's, as a square.")
+    format: Annotated[str, options.output(help="onnx, openvino, pt2 or torchscript.")] = "onnx",
+    output: Annotated[
+        Path | None, options.output(help="The file to write; beside the checkpoint if not given.")
     ] = None,
-    batch: Annotated[str, typer.Option(help="Images of a call: a number, or dynamic.")] = "dynamic",
-    precision: Annotated[str, typer.Option(help="f32, f16 (half the file) or int8 (with --calibrate).")] = "f32",
+    image_size: Annotated[
+        str | None, graph_option(metavar="H,W|SIDE", help="Images are stretched to it; the checkpoint's, as a square.")
+    ] = None,
+    batch: Annotated[str, graph_option(help="Images of a call: a number, or dynamic.")] = "dynamic",
+    precision: Annotated[str, graph_option(help="f32, f16 (half the file) or int8 (with --calibrate).")] = "f32",
     calibrate: Annotated[
-        Path | None, typer.Option(help="A data set for the check's pictures, and for int8.", metavar="DATA")
+        Path | None, options.data(help="A data set for the check's pictures, and for int8.", metavar="DATA")
     ] = None,
     threshold: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Least score, in the metadata; that of the run's evaluation.")
+        float | None,
+        options.detections(
+            min=0, max=1, help="Score threshold in the metadata; that of the run's evaluation if not given."
+        ),
     ] = None,
     nms: Annotated[
-        float | None, typer.Option(min=0, max=1, help="IoU over which duplicates are dropped, in the metadata.")
+        float | None, options.detections(min=0, max=1, help="IoU over which duplicates are dropped, in the metadata.")
     ] = None,
     raw: Annotated[
-        bool, typer.Option("--raw", help="pixel_values to logits and pred_boxes, as in transformers.")
+        bool, graph_option("--raw", help="pixel_values to logits and pred_boxes, as in transformers.")
     ] = False,
-    no_check: Annotated[bool, typer.Option("--no-check", help="Write the file without comparing it.")] = False,
-    attention: Annotated[str, typer.Option(help="grid_sample, or gather for TensorRT.")] = "grid_sample",
-    max_drop: Annotated[float, typer.Option(min=0, max=1, help="AP that int8 may lose.")] = 0.01,
-    slow: Annotated[bool, typer.Option("--slow", help="int8 with accuracy control.")] = False,
-    json_file: JsonFile = None,
-    overwrite: Overwrite = False,
+    no_check: Annotated[bool, options.output("--no-check", help="Write the file without comparing it.")] = False,
+    attention: Annotated[str, graph_option(help="grid_sample, or gather for TensorRT.")] = "grid_sample",
+    max_drop: Annotated[float, graph_option(min=0, max=1, help="AP that int8 may lose.")] = 0.01,
+    slow: Annotated[bool, graph_option("--slow", help="int8 with accuracy control.")] = False,
+    json_file: options.JsonFile = None,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Write an ONNX, OpenVINO or torch file, compared with the run."""
     from paqdetr.checkpoint import find_described
+    from paqdetr.runtime.info import require_choices
 
-    for option, found, known in (
-        ("--format", format, ("onnx", "openvino", "pt2", "torchscript")),
-        ("--precision", precision, ("f32", "f16", "int8")),
-        ("--attention", attention, ("grid_sample", "gather")),
-    ):
-        if found not in known:
-            raise ConfigError(f"{option}: expected one of {', '.join(known)}, found {found!r}", "choose one of them")
+    require_choices(format=format, precision=precision, attention=attention)
     files = OutputFiles("paqdetr export", overwrite=overwrite, json=json_file)
     file = find_described(checkpoint)[0]
     note_unfinished(checkpoint)
@@ -116,20 +120,11 @@ def _batch(text: str) -> int | None:
 
 
 def _table(parity: Parity) -> Table:
-    table = Table(
-        title=f"The file beside the model: IoU >= {parity.min_iou}, scores within {parity.max_score_difference}",
-        title_justify="left",
-    )
-    for column in ("image", "detections", "without partner", "least IoU", "score off by", "raw off by"):
-        table.add_column(column, justify="right")
+    title = f"The file beside the model: IoU >= {parity.min_iou}, scores within {parity.max_score_difference}"
+    headings = ("image", "detections", "without partner", "least IoU", "score off by", "raw off by")
+    made = table(title, (), headings)
     for number, image in enumerate(parity.images, start=1):
+        counts = (str(number), str(image.compared), str(image.missing))
         raw = "" if image.raw_difference is None else f"{image.raw_difference:.1e}"
-        table.add_row(
-            str(number),
-            str(image.compared),
-            str(image.missing),
-            f"{image.min_iou:.5f}",
-            f"{image.max_score_difference:.1e}",
-            raw,
-        )
-    return table
+        made.add_row(*counts, f"{image.min_iou:.5f}", f"{image.max_score_difference:.1e}", raw)
+    return made

@@ -141,11 +141,11 @@ def what_to_type(words: Sequence[str], program: Any) -> tuple[str, str] | None:
         wrong = path.pop(0)  # detect train
     while path and (known := getattr(command, "commands", None)) is not None:
         if path[0] not in known:
-            told = VERBS.get(path[0], "").split()
-            if told[: len(names)] != names or len(told) == len(names):
+            ours = VERBS.get(path[0], "").split()
+            if ours[: len(names)] != names or len(ours) == len(names):
                 return None
             wrong = wrong or path[0]
-            path[:1] = told[len(names) :]
+            path[:1] = ours[len(names) :]
         if path[0] not in known:  # --version
             return f"`paqdetr` has no verb {wrong}", f"type: paqdetr {path[0]}"
         command = known[path[0]]

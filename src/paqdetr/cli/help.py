@@ -11,18 +11,7 @@ from typer.core import TyperCommand, TyperGroup
 from paqdetr.errors import ConfigError
 from paqdetr.text import did_you_mean
 
-# Options by the heading that they stand under in a verb with many of them; others stand under "Options".
-_HEADINGS = {
-    "Data": "data split results compare annotations calibrate recursive every max-frames",
-    "Detections": "threshold nms classes max-detections tiles overlap with-whole",
-    "Figures": "iou-type intervals resamples",
-    "Graph": "image-size batch raw attention precision max-drop slow",
-    "Output": "output save format no-check results-out json overwrite",
-    "Limits": "max-batch max-wait-ms queue max-mb max-megapixels timeout",
-    "Machine": "batch-size device ray workers shard-size host port api-key-env",
-}
-_HEADING_OF = {f"--{option}": heading for heading, options in _HEADINGS.items() for option in options.split()}
-_MANY = 10
+_MANY = 10  # options and arguments of a verb, from which on they stand under headings
 # How typer writes types -> the usual words.
 _TYPES = {"<path>": "PATH", "<str>": "TEXT", "<int>": "N", "<int range>": "N", "<float>": "X", "<float range>": "X"}
 
@@ -35,7 +24,7 @@ def _write_sections(formatter: Any, rows: list[tuple[str, tuple[str, str]]]) -> 
 
 
 class Verb(TyperCommand):
-    """A verb whose options stand under headings if they are many."""
+    """A verb whose options stand under headings if they are many: each has its own as `rich_help_panel`."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         rows = []
@@ -43,7 +32,7 @@ class Verb(TyperCommand):
             if (record := param.get_help_record(ctx)) is None:
                 continue
             name, text = record
-            heading = "Options" if len(self.params) < _MANY else _HEADING_OF.get(param.opts[0], "Options")
+            heading = (len(self.params) >= _MANY and getattr(param, "rich_help_panel", None)) or "Options"
             if param.param_type_name == "argument":
                 heading, name = "Arguments", name.partition(" <")[0]
             name = re.sub("<[^>]+>", lambda found: _TYPES.get(found[0], found[0]), name)

@@ -9,11 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
-from paqdetr.cli.console import Overwrite, results
+from paqdetr.cli import options
+from paqdetr.cli.console import results
 from paqdetr.errors import ConfigError, import_extra
 
 app = typer.Typer(no_args_is_help=True, help="Share detectors on the Hugging Face Hub.", rich_markup_mode=None)
-_Checkpoint = Annotated[Path, typer.Argument(help="A .safetensors file or a run's folder.", metavar="CHECKPOINT")]
 _License = Annotated[str | None, typer.Option(help="Of the weights: apache-2.0, cc-by-4.0, ...")]
 _Evaluation = Annotated[Path | None, typer.Option(help="What `paqdetr eval --json` wrote: its figures and intervals.")]
 _Repo = Annotated[str, typer.Argument(help="On the Hub.", metavar="USER/NAME")]
@@ -21,10 +21,10 @@ _Repo = Annotated[str, typer.Argument(help="On the Hub.", metavar="USER/NAME")]
 
 @app.command()
 def push(
-    checkpoint: _Checkpoint,
+    checkpoint: options.Checkpoint,
     repo: _Repo,
     *,
-    private: Annotated[bool, typer.Option("--private", help="For you alone, if it is new.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Create it as a private repository.")] = False,
     exported: Annotated[list[Path] | None, typer.Option("--with", help="Exported models that go along.")] = None,
     preview: Annotated[Path | None, typer.Option(help="A picture that is shown with detections drawn on it.")] = None,
     license: _License = None,
@@ -48,7 +48,7 @@ def push(
         if preview is not None:
             from paqdetr.models import load
 
-            picture = load(folder / hub.WEIGHTS).predict(preview)[0].draw(_read(preview))
+            picture = load(folder / hub.WEIGHTS).predict(preview)[0].draw()
             picture.thumbnail((1280, 1280))
             picture.save(folder / "preview.jpg", quality=90)
         results.print(hub.push(folder, name, private=private), soft_wrap=True)
@@ -56,7 +56,10 @@ def push(
 
 @app.command()
 def pull(
-    repo: _Repo, *, output: Annotated[Path, typer.Option(help="A .safetensors file.")], overwrite: Overwrite = False
+    repo: _Repo,
+    *,
+    output: Annotated[Path, typer.Option(help="A .safetensors file.")],
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Download a detector, of a revision if given: USER/NAME@REVISION."""
     from paqdetr.checkpoint import read_checkpoint
@@ -69,7 +72,7 @@ def pull(
 
 
 @app.command()
-def card(checkpoint: _Checkpoint, *, license: _License = None, evaluation: _Evaluation = None) -> None:
+def card(checkpoint: options.Checkpoint, *, license: _License = None, evaluation: _Evaluation = None) -> None:
     """Print the model card that `push` would upload."""
     from paqdetr.checkpoint import find_checkpoint, read_header
 
@@ -79,7 +82,7 @@ def card(checkpoint: _Checkpoint, *, license: _License = None, evaluation: _Eval
 
 
 @app.command()
-def space(checkpoint: _Checkpoint, *, output: Annotated[Path, typer.Option(help="A new folder.")]) -> None:
+def space(checkpoint: options.Checkpoint, *, output: Annotated[Path, typer.Option(help="A new folder.")]) -> None:
     """Write the folder of a Gradio Space, which shows the detector to visitors."""
     from paqdetr.outputs import require_free, whole_folder
 
@@ -131,9 +134,8 @@ def _weights(checkpoint: Path, folder: Path) -> dict[str, Any]:
     from paqdetr.checkpoint import find_checkpoint, read_checkpoint
 
     file = find_checkpoint(checkpoint)
-    _, header = read_checkpoint(file)
     _copy(file, folder / "model.safetensors")
-    return header
+    return read_checkpoint(file)[1]
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -149,9 +151,3 @@ def _figures(file: Path | None) -> dict[str, Any] | None:
     if content is not None and not isinstance((content or {}).get("AP"), float):
         raise ConfigError(f"{file}: holds no figures", "give what `paqdetr eval --json` wrote")
     return content
-
-
-def _read(path: Path) -> Any:
-    from paqdetr.images import read_image
-
-    return read_image(path)

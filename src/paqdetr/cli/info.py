@@ -8,8 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from paqdetr.cli.console import complete_model, print_columns, results, show
+from paqdetr.cli import options
+from paqdetr.cli.console import print_columns, results
 from paqdetr.errors import ConfigError
+from paqdetr.text import figure, some
 
 _UNITS = {
     "GFLOPs": " for one image of 800 x 1333",
@@ -24,7 +26,7 @@ def info(
         typer.Argument(
             help="A model or recipe, a run's folder, or a model file.",
             metavar="MODEL|RUN|FILE",
-            autocompletion=complete_model,
+            autocompletion=options.complete_model,
         ),
     ],
 ) -> None:
@@ -71,20 +73,21 @@ def _of_model(name: str) -> tuple[str, dict[str, str]]:
 def _of_run(folder: Path) -> tuple[str, dict[str, str]]:
     from paqdetr.config import load_config
     from paqdetr.files import read_json
-    from paqdetr.runs import Run
+    from paqdetr.runs import Run, best_evaluation, describe_status
 
     run = Run(folder)
     if not run.config_file.is_file():
         raise ConfigError(
             f"{folder}: no run: it has no config.yaml", "`paqdetr data check` looks at data sets; name a run's folder"
         )
-    config, best, starts = load_config(run.config_file), run.metrics, run.records("start")
+    config, records = load_config(run.config_file), run.records()
+    of_kind = {record.get("kind"): record for record in records}  # the last of each
+    best, start, finished = best_evaluation(records), of_kind.get("start"), of_kind.get("finished")
     began = read_json(run.environment_file)[-1] if run.environment_file.is_file() else {}
-    finished = [*run.records("finished"), {}][0]
-    title, place = f"{folder}: {run.status}", shlex.quote(str(folder))
+    title, place = f"{folder}: {describe_status(records, config)}", shlex.quote(str(folder))
     facts = {
         "model": f"{config.name}, image size {_size(config.image_size)}",
-        "begun": f"{began.get('started', '?')}, on {starts[-1]['device']}" if starts else "",
+        "begun": f"{began.get('started', '?')}, on {start['device']}" if start else "",
         "best": f"epoch {best['epoch']}: {_figures(best)}" if best else "not evaluated yet",
         "took": f"{finished['seconds'] / 60:.1f} min, {finished['peak_memory_gib']:.2f} GiB" if finished else "",
         "checkpoints": ", ".join(path.name for path in (run.best, run.last) if path.is_file()) or "none yet",
@@ -139,12 +142,10 @@ def _of_exported(path: Path) -> tuple[str, dict[str, str]]:
 
 def _figures(metrics: dict[str, Any]) -> str:
     labels = {"AP": "AP", "AP50": "AP50", "AP_nms": "AP after NMS"}
-    return ", ".join(f"{label} {show(metrics[key])}" for key, label in labels.items() if key in metrics)
+    return ", ".join(f"{label} {figure(metrics[key])}" for key, label in labels.items() if key in metrics)
 
 
 def _classes(names: list[str]) -> str:
-    from paqdetr.text import some
-
     return f"{len(names)}: {some(names, 12)}"
 
 

@@ -1,15 +1,18 @@
-"""`paqdetr models`"""
+"""`paqdetr models` and `paqdetr config list | show`: what there is to train."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
 
-from paqdetr.cli.console import errors, print_columns, progress_bar
+from paqdetr.cli import options
+from paqdetr.cli.console import errors, print_columns, print_styled, progress_bar, results
 from paqdetr.errors import ConfigError
 
+config = typer.Typer(help="List models and recipes; show their settings.", no_args_is_help=True)
 # Of the image behind the costs that come with the package.
 _HEIGHT, _WIDTH = 800, 1333
 
@@ -20,7 +23,9 @@ def models(
     height: Annotated[
         int,
         typer.Option(
-            min=32, max=16_384, help="Of the image whose FLOPs are shown, in pixels; another size is counted, slowly."
+            min=32,
+            max=16_384,
+            help="Height of the image whose FLOPs are shown, in pixels; other sizes are counted, slowly.",
         ),
     ] = _HEIGHT,
     width: Annotated[int, typer.Option(min=32, max=16_384)] = _WIDTH,
@@ -72,3 +77,28 @@ def _count(names: list[str], height: int, width: int) -> dict[str, dict[str, Any
             costs[name] = asdict(model_cost(name, height=height, width=width))
             progress(done, len(names))
     return costs
+
+
+@config.command("list")
+def list_names(pattern: Annotated[str, typer.Argument(help='Which ones, such as "*_finetune".')] = "*") -> None:
+    """List what `train` takes: models, and recipes that train one for a certain purpose."""
+    from paqdetr.config import list_configs
+    from paqdetr.config.files import describe_training, hosts_of
+
+    models, recipes = list_configs("model", pattern), list_configs("recipe", pattern)
+    if not models and not recipes:
+        raise ConfigError(f"no model or recipe is called {pattern!r}", "`paqdetr config list` lists them all")
+    for title, names in sorted(hosts_of(models + recipes).items()):
+        print_styled(results, (title, "bold"))
+        kinds = {name: "recipe" if name in recipes else "model" for name in names}
+        # One line each: without what the title says already, and without details in brackets.
+        texts = [re.sub(r" \([^)]*\)", "", describe_training(name)).removeprefix(f"{title}, ") for name in names]
+        print_columns([(f"  {name}", kind, text) for (name, kind), text in zip(kinds.items(), texts, strict=True)])
+
+
+@config.command()
+def show(model: options.Model, settings: options.Settings = None) -> None:
+    """Print every setting of a model and its training as resolved, as YAML that `train` takes."""
+    from paqdetr.config import load_config
+
+    results.print(load_config(model, settings or []).to_yaml(), end="")

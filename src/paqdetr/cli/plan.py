@@ -7,40 +7,27 @@ from typing import Annotated
 
 import typer
 
-from paqdetr.cli.console import (
-    Device,
-    Ended,
-    JsonFile,
-    Model,
-    OutputFiles,
-    Overwrite,
-    Settings,
-    facts_table,
-    note,
-    progress_bar,
-    results,
-)
+from paqdetr.cli import options
+from paqdetr.cli.console import Ended, OutputFiles, errors, facts_table, note, progress_bar, results
 from paqdetr.text import duration
 
 
 def plan(
-    model: Model,
-    settings: Settings = None,
+    model: options.Model,
+    settings: options.Settings = None,
     *,
     data: Annotated[Path, typer.Option(help="Folder of the data set.")],
-    device: Device = None,
+    device: options.Device = None,
     steps: Annotated[int, typer.Option(min=1, max=10_000, help="Steps to measure.")] = 5,
-    auto_batch: Annotated[
-        bool, typer.Option("--auto-batch", help="Plan with the largest batch that fits into memory.")
-    ] = False,
+    auto_batch: options.AutoBatch = False,
     overfit: Annotated[
         int | None,
         typer.Option(min=1, max=1_000_000, help="Instead: train so many steps on one batch, and see if it is learnt."),
     ] = None,
-    json_file: JsonFile = None,
-    overwrite: Overwrite = False,
+    json_file: options.JsonFile = None,
+    overwrite: options.Overwrite = False,
 ) -> None:
-    """Say what a training will take: memory, time, disk.
+    """Estimate what a training will take: memory, time, disk.
 
     It takes a few real steps and evaluates a few images in another process, and keeps nothing of them.
     """
@@ -58,7 +45,7 @@ def plan(
         from paqdetr.distributed import Processes
         from paqdetr.training.memory import largest_batch
 
-        with progress_bar("find the largest batch"):
+        with errors.status("find the largest batch"):
             size = largest_batch(config, train_split, Processes.join(device))
         config = config.model_copy(update={"batch_size": size})
     if overfit is not None:

@@ -10,22 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from paqdetr.cli.console import (
-    BatchSize,
-    Device,
-    Ended,
-    Nms,
-    Overlap,
-    Overwrite,
-    TileSize,
-    WithWhole,
-    note,
-    open_model,
-    parse_nms,
-    progress_bar,
-    results,
-    tiles_of,
-)
+from paqdetr.cli import options
+from paqdetr.cli.console import Ended, note, open_model, progress_bar, results
 from paqdetr.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -44,36 +30,41 @@ def predict(
         ),
     ],
     *,
-    output: Annotated[str | None, typer.Option(help="Folder for the results; runs/predict-N if not given.")] = None,
-    save: Annotated[str, typer.Option(help="Some of draw,coco,yolo,voc,crops,jsonl.")] = "draw,coco",
+    output: Annotated[str | None, options.output(help="Folder for the results; runs/predict-N if not given.")] = None,
+    save: Annotated[str, options.output(help="Some of draw,coco,yolo,voc,crops,jsonl.")] = "draw,coco",
     threshold: Annotated[
-        float | None, typer.Option(help="The least score, from 0 to 1; that of the run's evaluation, else 0.3.")
+        float | None, options.detections(help="Score threshold; if not given that of the run's evaluation, else 0.3.")
     ] = None,
-    nms: Nms = None,
-    classes: Annotated[str | None, typer.Option(help="Names of the only classes wanted, with commas.")] = None,
-    tiles: TileSize = None,
-    overlap: Overlap = None,
-    with_whole: WithWhole = False,
-    recursive: Annotated[bool, typer.Option("--recursive", help="Folders with all that is below them.")] = False,
-    every: Annotated[int, typer.Option(min=1, help="Of a video every so many frames.")] = 1,
-    max_frames: Annotated[int | None, typer.Option(min=1, help="The most frames of each video.")] = None,
-    batch_size: BatchSize = 1,
+    nms: options.Nms = None,
+    classes: Annotated[
+        str | None, options.detections(help="Names of the classes to keep, separated by commas.")
+    ] = None,
+    tiles: options.TileSize = None,
+    overlap: options.Overlap = None,
+    with_whole: options.WithWhole = False,
+    recursive: Annotated[bool, options.data("--recursive", help="Search folders recursively.")] = False,
+    every: Annotated[int, options.data(min=1, help="Use every N-th frame of a video.")] = 1,
+    max_frames: Annotated[int | None, options.data(min=1, help="Frames per video at most.")] = None,
+    buffer: Annotated[
+        bool, options.data("--buffer", help="Keep all frames of a live source, not only the newest; results may lag.")
+    ] = False,
+    batch_size: options.BatchSize = 1,
     annotations: Annotated[
-        Path | None, typer.Option(help="COCO json with these images, whose image ids the results take.")
+        Path | None, options.data(help="COCO json with these images, whose image ids the results take.")
     ] = None,
-    overwrite: Overwrite = False,
+    overwrite: options.Overwrite = False,
     ray: Annotated[
         str | None,
-        typer.Option(
+        options.machine(
             metavar="ADDRESS",
             help="Detect on a Ray cluster (local starts one, auto is the one of this machine), into Parquet files.",
         ),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="With --ray: models; as many as there is room for.")
+        int | None, options.machine(min=1, help="With --ray: models; as many as there is room for.")
     ] = None,
-    shard_size: Annotated[int, typer.Option(min=1, help="With --ray: pictures of a Parquet file.")] = 1000,
-    device: Device = None,
+    shard_size: Annotated[int, options.machine(min=1, help="With --ray: pictures of a Parquet file.")] = 1000,
+    device: options.Device = None,
 ) -> None:
     """Detect in pictures and videos; draw and write what is found.
 
@@ -90,7 +81,7 @@ def predict(
             f"--threshold: expected a number from 0 to 1, found {threshold}",
             "`paqdetr predict --help` shows how it is used",
         )
-    suppress_over, cut = parse_nms(nms), tiles_of(tiles, overlap, with_whole)
+    suppress_over, cut = options.parse_nms(nms), options.tiles_of(tiles, overlap, with_whole)
     wanted = None if classes is None else [name.strip() for name in classes.split(",")]
     if ray is not None:
         how = {"threshold": threshold, "nms": suppress_over, "classes": wanted, "tiles": cut}
@@ -124,6 +115,7 @@ def predict(
                 recursive=recursive,
                 every=every,
                 max_frames=max_frames,
+                buffer=buffer,
                 batch_size=batch_size,
                 image_id=image_id,
                 overwrite=overwrite,

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as Bars
+from rich.progress import TextColumn, TimeRemainingColumn
 
-from paqdetr.cli.console import errors, print_styled, show
-from paqdetr.text import duration
+from paqdetr.cli.console import errors, live_bars, print_styled
+from paqdetr.text import duration, figure
 from paqdetr.training.callbacks import Progress, TrainingPlan
 
 
@@ -17,17 +16,7 @@ class TrainingProgress(Progress):
 
     def __init__(self) -> None:
         super().__init__()
-        self._bar = Bars(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=errors,
-            disable=not errors.is_terminal,
-        )
+        self._bar = live_bars(TextColumn("left"), TimeRemainingColumn())
         self._train = self._eval = None
 
     def on_start(self, plan: TrainingPlan) -> None:
@@ -79,8 +68,8 @@ class TrainingProgress(Progress):
             self._bar.remove_task(self._eval)
             self._eval = None
         errors.print(
-            f"epoch {record['epoch']}: {record['split']} AP {show(record['AP'])}, AP50 {show(record['AP50'])}, "
-            f"AP after NMS {show(record['AP_nms'])}, {record['predictions_per_image']:.1f} predictions over 0.3 "
+            f"epoch {record['epoch']}: {record['split']} AP {figure(record['AP'])}, AP50 {figure(record['AP50'])}, "
+            f"AP after NMS {figure(record['AP_nms'])}, {record['predictions_per_image']:.1f} predictions over 0.3 "
             f"for {record['boxes_per_image']:.1f} boxes per image"
         )
 

@@ -8,8 +8,11 @@ from typing import Annotated
 
 import typer
 
-from paqdetr.cli.console import Device, note, open_model, results
+from paqdetr.cli import options
+from paqdetr.cli.console import note, open_model, results
 from paqdetr.errors import BackendError, ConfigError
+
+limit_option = options.under("Limits")
 
 
 def serve(
@@ -18,20 +21,22 @@ def serve(
     ],
     *,
     host: Annotated[
-        str, typer.Option(help="Address to listen on; 0.0.0.0 is every one of this machine.")
+        str, options.machine(help="Address to listen on; 0.0.0.0 is every one of this machine.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes one that is free.")] = 8080,
-    max_batch: Annotated[int, typer.Option(help="Images that go through the model together.")] = 8,
-    max_wait_ms: Annotated[float, typer.Option(help="That the first of them waits for others.")] = 5.0,
-    queue: Annotated[int, typer.Option(help="Images that may wait; further ones are refused.")] = 64,
-    max_mb: Annotated[float, typer.Option(help="Of a request.")] = 20.0,
-    max_megapixels: Annotated[float, typer.Option(help="Of an image, read from its header.")] = 50.0,
-    timeout: Annotated[float, typer.Option(help="Seconds for a request to arrive, and for its answer.")] = 60.0,
+    port: Annotated[int, options.machine(min=0, max=65535, help="0 takes one that is free.")] = 8080,
+    max_batch: Annotated[int, limit_option(help="Images per batch at most.")] = 8,
+    max_wait_ms: Annotated[float, limit_option(help="Longest wait for a batch to fill.")] = 5.0,
+    queue: Annotated[int, limit_option(help="Images that may queue; further ones are refused.")] = 64,
+    max_mb: Annotated[float, limit_option(help="Size of a request.")] = 20.0,
+    max_megapixels: Annotated[float, limit_option(help="Size of an image, read from its header.")] = 50.0,
+    timeout: Annotated[float, limit_option(help="Seconds for a request to arrive, and for its answer.")] = 60.0,
     api_key_env: Annotated[
         str | None,
-        typer.Option(help="Environment variable with the key that requests need, or several with commas between them."),
+        options.machine(
+            help="Environment variable with the key that requests need, or several with commas between them."
+        ),
     ] = None,
-    device: Device = None,
+    device: options.Device = None,
 ) -> None:
     """Answer HTTP requests with detections; its page tries the model.
 

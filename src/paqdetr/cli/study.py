@@ -8,20 +8,60 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from paqdetr.cli.console import Device, Ended, errors, interrupted, note, progress_bar, results, show, table
+from paqdetr.cli import options
+from paqdetr.cli.console import Ended, errors, interrupted, live_bars, note, progress_bar, results, table
 from paqdetr.errors import ConfigError
-from paqdetr.text import duration
+from paqdetr.text import duration, figure
 
 if TYPE_CHECKING:
     from paqdetr.study.report import StudyReport
+    from paqdetr.study.results import RunResult
     from paqdetr.study.runs import Places, PlannedRun
     from paqdetr.study.spec import Study
+
+
+class QueueProgress:
+    """What a queue shows: two live bars on a terminal, over the runs and over the steps of the one in hand; a line for each run
+    in a log. Its methods are those of `QueueEvents`."""
+
+    def __init__(self, study: Study, runs: list[PlannedRun]) -> None:
+        self._checkpoint: str = study.evaluate.checkpoints[0]
+        self._bars = live_bars()
+        self._all = self._bars.add_task(study.name, total=len(runs), figures="")
+        self._one = self._bars.add_task("", total=1, figures="", visible=False)
+
+    def __enter__(self) -> QueueProgress:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bars.stop()
+
+    def on_begin(self, planned: PlannedRun, step: str, number: int, total: int) -> None:
+        self._bars.update(self._all, completed=number - 1)
+        self._bars.reset(self._one, description=f"{step} {planned.key}", total=planned.steps, visible=step == "train")
+        if not errors.is_terminal:
+            errors.print(f"{number} of {total}: {step} {planned.key}")
+
+    def on_progress(self, planned: PlannedRun, step: int, ap: float | None) -> None:
+        self._bars.update(self._one, completed=step, figures="" if ap is None else f"AP {figure(ap)}")
+
+    def on_result(self, planned: PlannedRun, result: RunResult) -> None:
+        self._bars.update(self._one, visible=False)
+        if result.failed is not None:
+            errors.print(f"{planned.key}: failed: {result.failed}")
+            return
+        figures = result.figures[self._checkpoint]
+        errors.print(f"{planned.key}: AP {figure(figures['AP'])}, after NMS {figure(figures['AP_nms'])}")
+
+    def on_wait(self, planned: PlannedRun) -> None:
+        self._bars.update(self._one, description=f"waiting for another process: {planned.key}", visible=True)
 
 
 def study(
     file: Annotated[Path, typer.Argument(help="What is compared: a YAML file.", metavar="STUDY.yaml")],
     *,
-    output: Annotated[Path, typer.Option(help="Folder of the study; made if absent.")],
+    output: Annotated[Path, options.output(help="Folder of the study; made if absent.")],
     resume: Annotated[bool, typer.Option("--resume", help="Continue a study that was stopped, or start it.")] = False,
     data_root: Annotated[Path, typer.Option(help="What data folders of the file are relative to.")] = Path(),
     plan: Annotated[bool, typer.Option("--plan", help="List the runs and what they will take; run none.")] = False,
@@ -31,18 +71,18 @@ def study(
     report_only: Annotated[
         bool, typer.Option("--report-only", help="Write the report of what is there; run nothing.")
     ] = False,
-    retry: Annotated[bool, typer.Option("--retry", help="Run those that failed before once more.")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Run failed runs again.")] = False,
     measured: Annotated[
         Path | None, typer.Option(help="With --plan: a folder with results of other studies, to know times from.")
     ] = None,
     ray: Annotated[
         str | None,
-        typer.Option(
+        options.machine(
             metavar="ADDRESS",
             help="Train on a Ray cluster whose nodes share these folders: local starts one, auto is that of this machine.",
         ),
     ] = None,
-    device: Device = None,
+    device: options.Device = None,
 ) -> None:
     """Train variants over data sets and seeds, and compare them.
 
@@ -62,25 +102,9 @@ def study(
     if commands:
         for planned in runs:
             results.print(planned.command(places.run(planned.key), device=device))
-    elif plan:
-        _plan(loaded, runs, places, measured)
-    else:
-        _run(loaded, file, runs, places, data_root=data_root, resume=resume, retry=retry, device=device, ray=ray)
-
-
-def _run(
-    study: Study,
-    file: Path,
-    runs: list[PlannedRun],
-    places: Places,
-    *,
-    data_root: Path,
-    resume: bool,
-    retry: bool,
-    device: str | None,
-    ray: str | None,
-) -> None:
-    from paqdetr.cli.study_progress import QueueProgress
+        return None
+    if plan:
+        return _plan(loaded, runs, places, measured)
     from paqdetr.files import read_text, write_text
     from paqdetr.outputs import require_free
     from paqdetr.study.datasets import prepare
@@ -97,21 +121,23 @@ def _run(
     for planned in runs:
         require_no_conflict(planned, places)
     write_text(places.study_file, read_text(file))
-    for name, data in study.data.items():
+    for name, data in loaded.data.items():
         with progress_bar(f"prepare {name}") as progress:
             prepare(data, cache=places.data, root=data_root, progress=progress)
     try:
-        with QueueProgress(study, runs) as events:
+        with QueueProgress(loaded, runs) as events:
             if ray is None:
-                done = run_queue(study, runs, places, device=device, retry=retry, events=events)
+                done = run_queue(loaded, runs, places, device=device, retry=retry, events=events)
             else:
                 address = None if ray == "local" else ray
-                done = run_queue_on_ray(study, runs, places, address=address, device=device, retry=retry, events=events)
+                done = run_queue_on_ray(
+                    loaded, runs, places, address=address, device=device, retry=retry, events=events
+                )
     except StudyInterrupted as stopped:
         raise interrupted("the state is saved", stopped.exit_code, resume=resume) from None
     for planned in done.failed:
         errors.print(f"failed: {planned.key}; see {places.log(planned.key)}")
-    _report(study, file, places, data_root)
+    _report(loaded, file, places, data_root)
     if done.failed:
         note("correct the cause, then continue with --resume --retry", "help", "bold")
         raise Ended(2)
@@ -142,13 +168,13 @@ def _print(report: StudyReport) -> None:
         made = table(f"{name}, {study.split_of(name)}", ("variant",), headings)
         for row in figures.rows:
             interval = "-" if row["low"] is None else f"{row['low']:+.3f} to {row['high']:+.3f}"
-            numbers = (show(row["AP"]), show(row["spread"]), show(row["AP_nms"]), _signed(row["difference"]))
+            numbers = (figure(row["AP"]), figure(row["spread"]), figure(row["AP_nms"]), _signed(row["difference"]))
             made.add_row(row["variant"], str(row["seeds"]), *numbers, interval)
         results.print(made)
     if report.verdicts:
         made = table("claims", ("claim", "data", "verdict"), ("effect", "p", "detectable (80 % power)"))
         for row in tables["verdicts"].rows:
-            numbers = (_signed(row["effect"]), show(row["p"]), show(row["smallest"]))
+            numbers = (_signed(row["effect"]), figure(row["p"]), figure(row["smallest"]))
             made.add_row(row["claim"], row["data"], row["verdict"], *numbers)
         results.print(made)
 

@@ -7,36 +7,26 @@ from typing import Annotated
 
 import typer
 
-from paqdetr.cli.console import (
-    AutoBatch,
-    Data,
-    Device,
-    Ended,
-    Model,
-    Settings,
-    errors,
-    facts_table,
-    interrupted,
-    results,
-    show,
-)
+from paqdetr.cli import options
+from paqdetr.cli.console import Ended, errors, facts_table, interrupted, results
+from paqdetr.text import figure
 from paqdetr.values import MAX_SEED
 
 
 def train(
-    model: Model,
-    settings: Settings = None,
+    model: options.Model,
+    settings: options.Settings = None,
     *,
-    data: Data,
-    output: Annotated[Path, typer.Option(help="Folder of the run; made if absent.")],
+    data: options.Data,
+    output: Annotated[Path, options.output(help="Folder of the run; made if absent.")],
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run, or start it.")] = False,
     accept_new_data: Annotated[
         bool, typer.Option("--accept-new-data", help="With --resume: even if the data have changed.")
     ] = False,
-    device: Device = None,
+    device: options.Device = None,
     seed: Annotated[int | None, typer.Option(min=0, max=MAX_SEED, help="Short for seed=N.")] = None,
     amp: Annotated[str | None, typer.Option(help="Short for amp=bf16|fp16|no.")] = None,
-    auto_batch: AutoBatch = False,
+    auto_batch: options.AutoBatch = False,
 ) -> None:
     """Train a detector and evaluate it on the validation split.
 
@@ -74,8 +64,8 @@ def train(
     best = run.metrics
     facts = {}
     if best:
-        facts[f"validation AP (epoch {best.get('epoch')})"] = show(best.get("AP"))
-        facts |= {"AP50": show(best.get("AP50")), "AP after NMS": show(best.get("AP_nms"))}
+        facts[f"validation AP (epoch {best.get('epoch')})"] = figure(best.get("AP"))
+        facts |= {"AP50": figure(best.get("AP50")), "AP after NMS": figure(best.get("AP_nms"))}
     else:
         facts["validation AP"] = "none: no val split"
     finished = run.records("finished")[-1]

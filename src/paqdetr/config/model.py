@@ -438,6 +438,12 @@ class ModelConfig(Section):
         return self.queries in ("features", "tokens") or (self.queries == "patterns" and self.mixture_input != "image")
 
     @property
+    def level_strides(self) -> list[int]:
+        """Pixels per cell of each level; those beyond the backbone's double from level to level."""
+        last, further = self.backbone_strides[-1], self.num_levels - len(self.backbone_strides)
+        return [*self.backbone_strides, *(last * 2**i for i in range(1, further + 1))]
+
+    @property
     def num_hybrid(self) -> int:
         """Queries of the second set, in training."""
         return self.hybrid_queries or int(self.hybrid_ratio * self.num_queries)

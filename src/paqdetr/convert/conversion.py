@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from paqdetr.checkpoint import describe_checkpoint, find_checkpoint, is_own, read_checkpoint
 from paqdetr.config import ModelConfig
 from paqdetr.config.model import Role, problem_of
+from paqdetr.convert import target
 from paqdetr.convert.classes import class_slots
 from paqdetr.convert.co_detr import CO_DETR
 from paqdetr.convert.ddq import DDQ
@@ -21,26 +22,68 @@ from paqdetr.convert.keymap import Layout, Renamed, apply_rules, coverage
 from paqdetr.convert.mmdet import MMDET_DINO
 from paqdetr.convert.read import SourceFile, read_source
 from paqdetr.convert.relation_detr import RELATION_DETR
-from paqdetr.convert.target import (
-    ConversionReport,
-    Origin,
-    Setting,
-    class_rows,
-    fill_model,
-    fit_heads,
-    fit_queries,
-    infer_settings,
-    settle_classes,
-    settle_heads,
-    settle_names,
-    settle_scale,
-    target_config,
-)
+from paqdetr.convert.target import Setting
 from paqdetr.convert.transformers import TRANSFORMERS
 from paqdetr.errors import CheckpointError, ConfigError
 from paqdetr.models import Detector
 from paqdetr.models.zoo import build_model
+from paqdetr.serialize import fields_of
 from paqdetr.text import shorten, some
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a tensor of the model comes from.
+
+    Attributes:
+        sources: the file's tensors it was made of.
+        note: how, where it is more than another name.
+    """
+
+    sources: tuple[str, ...]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """Every tensor of the file is in `kept`, `renamed` (among the sources) or `dropped`; every tensor of the model is in `kept`,
+    `renamed` or `fresh`.
+
+    Attributes:
+        source: the file or folder.
+        origin: the program it is of.
+        model: the name of the model it became.
+        settings: of the model, with their origins.
+        kept: tensors that keep their name.
+        renamed: our name -> what it was made of.
+        dropped: the file's name -> why it is not used.
+        fresh: our name -> why it starts anew.
+        notes: what else a user should know.
+    """
+
+    source: str
+    origin: str
+    model: str
+    settings: Mapping[str, Setting]
+    kept: tuple[str, ...] = ()
+    renamed: Mapping[str, Origin] = field(default_factory=dict)
+    dropped: Mapping[str, str] = field(default_factory=dict)
+    fresh: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def used(self) -> set[str]:
+        """The file's tensors that the model holds."""
+        return set(self.kept) | {source for origin in self.renamed.values() for source in origin.sources}
+
+    def counts(self) -> dict[str, int]:
+        """How many tensors of each kind."""
+        return {kind: len(getattr(self, kind)) for kind in ("kept", "renamed", "dropped", "fresh")}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for json."""
+        return fields_of(self)
+
 
 LAYOUTS: dict[str, Layout] = {
     "dino": DINO,
@@ -110,29 +153,22 @@ def convert_checkpoint(
     renamed = apply_rules(layout.rules, file.tensors, where=where)
     if renamed.unknown and (not partial or not renamed.tensors):
         raise _unknown(renamed, file, origin, where)
-    settle_names(renamed, layout, where=where)
-    known = infer_settings(renamed, layout, file.hints, given, where=where)
-    settle_scale(renamed, layers=known["decoder_layers"].value)
-    shared = settle_heads(
-        renamed,
-        layers=known["decoder_layers"].value,
-        must_share=not known.get("box_refinement", Setting(True, "")).value,
-        where=where,
-    )
+    target.settle_names(renamed, layout)
+    known = target.infer_settings(renamed, layout, file.hints, given)
+    layers, refined = known["decoder_layers"].value, known.get("box_refinement", Setting(True, "")).value
+    target.settle_scale(renamed, layers=layers)
+    shared = target.settle_heads(renamed, layers=layers, must_share=not refined)
     known.setdefault("share_heads", Setting(shared, "tensors"))
-    slots = class_slots(
-        class_rows(renamed.tensors, where=where),
-        given=None if classes is None else str(classes),
-        names=_label_names(file.hints, where),
-        where=where,
-    )
+    wanted = None if classes is None else str(classes)
+    rows, names = target.class_rows(renamed), _label_names(file.hints, where)
+    slots = class_slots(rows, given=wanted, names=names, where=where)
     agnostic = bool(known.get("class_agnostic_proposals", Setting(False, "")).value)
-    settle_classes(renamed, slots, agnostic=agnostic)
+    target.settle_classes(renamed, slots, agnostic=agnostic)
     known["num_classes"] = Setting(len(slots.table), slots.note)
 
-    config = target_config(known, model, given, {**layout.preprocessing, **overrides}, where)
+    config = target.target_config(known, model, given, {**layout.preprocessing, **overrides}, where)
     detector = build_model(config, classes=slots.table)
-    report = _finish(detector, renamed, known, model, partial=partial, where=where)
+    report = _finish(detector, renamed, known, model, partial=partial)
     labels = report.renamed.get("denoising.label_embed.weight")
     if labels is not None and "start anew" in labels.note:
         file.notes.append(f"labels of denoising: {labels.note}")
@@ -155,30 +191,31 @@ def _from_own(
     known = {key: Setting(getattr(old.model, key), "header of the file") for key in ModelConfig.model_fields}
     known |= {key: Setting(value, "given") for key, value in given.items()}
     sizes = preprocessing.settings() | dict(overrides)
-    config = target_config(known, model, given, sizes, where, name=old.name)
+    config = target.target_config(known, model, given, sizes, where, name=old.name)
     detector = build_model(config, classes=table)
-    renamed = Renamed(tensors=dict(tensors), sources={key: (key,) for key in tensors})
-    report = _finish(detector, renamed, known, model, partial=partial, where=where)
+    renamed = Renamed(tensors=dict(tensors), sources={key: (key,) for key in tensors}, where=where)
+    report = _finish(detector, renamed, known, model, partial=partial)
     return detector.eval(), report
 
 
 def _finish(
-    detector: Detector, renamed: Renamed, known: Mapping[str, Setting], model: str | None, *, partial: bool, where: str
+    detector: Detector, renamed: Renamed, known: Mapping[str, Setting], model: str | None, *, partial: bool
 ) -> ConversionReport:
-    """Fit the tensors to the model, fill it, and say what became of them."""
+    """Fit the tensors to the model, fill it, and account for them."""
     config = detector.config
-    fit_heads(renamed, config)
-    fit_queries(renamed, config, known["queries"].value)
-    fresh = fill_model(detector, renamed, config, known, partial=partial, where=where)
+    target.fit_heads(renamed, config)
+    target.fit_queries(renamed, config, known["queries"].value)
+    fresh = target.fill_model(detector, renamed, known, partial=partial)
+    settings = {}
+    for key in ModelConfig.model_fields:
+        if key in known or (model is not None and key in ModelConfig.with_role(Role.QUERIES)):
+            setting = Setting(getattr(config, key), f"model {model}" if model else "default")
+            settings[key] = known[key] if key in known and known[key].value == setting.value else setting
     return ConversionReport(
-        source=where,
+        source=renamed.where,
         origin=OWN,
         model=detector.name,
-        settings={
-            key: Setting(getattr(config, key), _origin(key, config, known, model))
-            for key in ModelConfig.model_fields
-            if key in known or (model is not None and key in ModelConfig.with_role(Role.QUERIES))
-        },
+        settings=settings,
         kept=tuple(key for key, names in renamed.sources.items() if names == (key,)),
         renamed={
             key: Origin(names, renamed.notes.get(key, "")) for key, names in renamed.sources.items() if names != (key,)
@@ -230,9 +267,3 @@ def _label_names(hints: Mapping[str, Any], where: str) -> dict[int, str] | None:
         )
     names = {int(row): str(name) for row, name in labels.items()}
     return None if all(name == f"LABEL_{row}" for row, name in names.items()) else names
-
-
-def _origin(key: str, config: ModelConfig, known: Mapping[str, Setting], model: str | None) -> str:
-    if key in known and known[key].value == getattr(config, key):
-        return known[key].known_from
-    return f"model {model}" if model else "default"

@@ -6,17 +6,14 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from paqdetr.convert.backbones import detectron2_resnet, swin
-from paqdetr.convert.keymap import DAB_CONVENTIONS, DEFORMABLE_MAP, Layout, heads, mlp, move, proposal_projection
+from paqdetr.convert.keymap import DEFORMABLE_MAP, DINO_CODE, DN_CODE, Layout, heads, mlp, move, proposal_projection
 from paqdetr.convert.mmdet import channel_mapper, listed_layers
 
 
 def _settings(keys: Collection[str], hints: Mapping[str, Any]) -> dict[str, Any]:
     """DINO has a norm behind its decoder; DN-Deformable-DETR scales positions."""
-    common = {**DAB_CONVENTIONS, **DEFORMABLE_MAP, "clamp_boxes": True}
-    if "transformer.decoder.norm.weight" in keys:
-        refine = {"refine_from": "raw", "look_forward_twice": True}
-        return {**common, **refine, "label_noise": 0.5, "box_noise": 1.0, "max_detections": 300}
-    return {**common, "look_forward_twice": False, "label_noise": 0.2, "box_noise": 0.4, "max_detections": 100}
+    own = DINO_CODE if "transformer.decoder.norm.weight" in keys else DN_CODE
+    return own | DEFORMABLE_MAP | {"clamp_boxes": True}
 
 
 DETREX = Layout(

@@ -6,56 +6,29 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from paqdetr.convert.backbones import resnet, swin
-from paqdetr.convert.keymap import (
-    DAB_CONVENTIONS,
-    KEEP_300,
-    LEVELS,
-    Layout,
-    encoder_and_decoder,
-    heads,
-    mlp,
-    move,
-    proposal_projection,
-)
+from paqdetr.convert.keymap import DINO_CODE, ORIGINAL_HINTS, Layout, mlp, move, original_rules, proposal_projection
 
 
 def _settings(keys: Collection[str], hints: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        **DAB_CONVENTIONS,
-        **KEEP_300,
-        "position_temperature": 20.0,
-        "position_offset": 0.0,
-        "refine_from": "raw",
-        "look_forward_twice": not hints.get("use_detached_boxes_dec_out", False),
-        "label_noise": 0.5,
-        "box_noise": 1.0,
-    }
+    forward = not hints.get("use_detached_boxes_dec_out", False)
+    return DINO_CODE | {"look_forward_twice": forward}
 
 
 DINO = Layout(
     title="IDEA-Research/DINO",
     rules=(
-        *resnet("backbone.0.body."),
-        *swin("backbone.0."),
-        *LEVELS,
-        move("transformer.level_embed", "encoder.level_embed"),
-        *encoder_and_decoder("transformer."),
+        *original_rules(*resnet("backbone.0.body."), *swin("backbone.0.")),
         *proposal_projection("transformer."),
         move("transformer.enc_out_class_embed.{p}", "start.head.class_head.{p}"),
         mlp("transformer.enc_out_bbox_embed", "start.head.box_head"),
         move("transformer.tgt_embed.weight", "query_source.table"),
         move("transformer.decoder.norm.{p}", "decoder.norm.{p}"),
         mlp("transformer.decoder.ref_point_head", "decoder.position_head"),
-        *heads(),
         move("label_enc.weight", "denoising.label_embed.weight"),
     ),
     settings=_settings,
     hints={
-        "nheads": "num_heads",
-        "enc_n_points": "num_points",
-        "dec_n_points": "num_points",
-        "dropout": "dropout",
-        "num_queries": "num_queries",
+        **ORIGINAL_HINTS,
         "pe_temperatureH": "position_temperature",
         "pe_temperatureW": "position_temperature",
         "dn_number": "denoising_queries",

@@ -107,6 +107,7 @@ class Renamed:
         notes: our name -> how, where it was more than renaming.
         dropped: source -> why.
         unknown: sources that no rule knows.
+        where: the file, for errors.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -114,6 +115,7 @@ class Renamed:
     notes: dict[str, str] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
+    where: str = ""
 
     @property
     def all_sources(self) -> set[str]:
@@ -159,7 +161,7 @@ def apply_rules(rules: Iterable[Rule], tensors: Mapping[str, Tensor], *, where: 
             ours is made of several sources and some are missing.
     """
     rules = tuple(rules)
-    result = Renamed()
+    result = Renamed(where=where)
     parts: dict[str, dict[tuple[int, int], tuple[str, Tensor]]] = {}
     for key, tensor in tensors.items():
         rule, match = _find(rules, key)
@@ -167,7 +169,11 @@ def apply_rules(rules: Iterable[Rule], tensors: Mapping[str, Tensor], *, where: 
         while rule is not None and match is not None and rule.twin is not None:
             twin = _fill(rule.twin, match)
             if twin in tensors:
-                _require_equal(key, tensor, twin, tensors[twin], where)
+                if tensor.shape != tensors[twin].shape or not torch.equal(tensor, tensors[twin]):
+                    raise CheckpointError(
+                        f"{where}: {key} and {twin} are two names of one tensor, but hold different values",
+                        "the file was edited or is damaged; use the one its program wrote",
+                    )
                 result.dropped[key] = f"the same tensor as {twin}, verified equal"
                 rule = None
                 break
@@ -192,7 +198,7 @@ def apply_rules(rules: Iterable[Rule], tensors: Mapping[str, Tensor], *, where: 
             if piece.take is not None:
                 result.notes[target] = piece.take.name
     for target, slot in parts.items():
-        _assemble(result, target, slot, where)
+        _assemble(result, target, slot)
     return result
 
 
@@ -221,22 +227,14 @@ def _fill(template: str, match: re.Match[str]) -> str:
     return re.sub(r"\{([\w+-]+)\}", value, template)
 
 
-def _require_equal(key: str, tensor: Tensor, twin: str, other: Tensor, where: str) -> None:
-    if tensor.shape != other.shape or not torch.equal(tensor, other):
-        raise CheckpointError(
-            f"{where}: {key} and {twin} are two names of one tensor, but hold different values",
-            "the file was edited or is damaged; use the one its program wrote",
-        )
-
-
-def _assemble(result: Renamed, target: str, slot: dict[tuple[int, int], tuple[str, Tensor]], where: str) -> None:
+def _assemble(result: Renamed, target: str, slot: dict[tuple[int, int], tuple[str, Tensor]]) -> None:
     """One of ours from its parts, all of which have to be there."""
     ordered = sorted(slot.items())
     count = ordered[0][0][1]
     if len(ordered) != count:
         names = ", ".join(key for _, (key, _) in ordered)
         raise CheckpointError(
-            f"{where}: {target} is made of {count} tensors, and only {names} is there",
+            f"{result.where}: {target} is made of {count} tensors, and only {names} is there",
             "the file is incomplete; use the one its program wrote",
         )
     result.sources[target] = tuple(key for _, (key, _) in ordered)
@@ -299,13 +297,13 @@ def proposal_projection(prefix: str) -> tuple[Rule, ...]:
     )
 
 
-def heads(prefix: str = "", decoder: str = "transformer.decoder.") -> tuple[Rule, ...]:
+def heads(decoder: str = "transformer.decoder.") -> tuple[Rule, ...]:
     """Heads in a list, which the decoder knows under a second name."""
     return (
-        same(f"{decoder}class_embed.{{rest}}", f"{prefix}class_embed.{{rest}}"),
-        same(f"{decoder}bbox_embed.{{rest}}", f"{prefix}bbox_embed.{{rest}}"),
-        move(f"{prefix}class_embed.{{i}}.{{p}}", "class_head.{i}.{p}"),
-        move(f"{prefix}bbox_embed.{{i}}.layers.{{k}}.{{p}}", "box_head.{i}.{2k}.{p}"),
+        same(f"{decoder}class_embed.{{rest}}", "class_embed.{rest}"),
+        same(f"{decoder}bbox_embed.{{rest}}", "bbox_embed.{rest}"),
+        move("class_embed.{i}.{p}", "class_head.{i}.{p}"),
+        move("bbox_embed.{i}.layers.{k}.{p}", "box_head.{i}.{2k}.{p}"),
     )
 
 
@@ -314,11 +312,44 @@ def mlp(source: str, target: str) -> Rule:
     return move(f"{source}.layers.{{k}}.{{p}}", f"{target}.{{2k}}.{{p}}")
 
 
-LEVELS = (move("input_proj.{i}.0.{p}", "level.{i}.0.{p}"), move("input_proj.{i}.1.{p}", "level.{i}.1.{p}"))
+def original_rules(*backbones: Rule) -> tuple[Rule, ...]:
+    """What Deformable DETR's code and its descendants share: backbone, levels, layers of encoder and decoder, heads."""
+    return (
+        *backbones,
+        move("input_proj.{i}.0.{p}", "level.{i}.0.{p}"),
+        move("input_proj.{i}.1.{p}", "level.{i}.1.{p}"),
+        move("transformer.level_embed", "encoder.level_embed"),
+        *encoder_and_decoder("transformer."),
+        *heads(),
+    )
 
-# Positions of boxes as DAB-DETR's descendants make them: on the padded image, clamped at 1e-3.
-DAB_CONVENTIONS: dict[str, Any] = {"padded_positions": True, "box_eps": 1e-3}
+
+# Arguments of their command lines.
+ORIGINAL_HINTS = {
+    "nheads": "num_heads",
+    "enc_n_points": "num_points",
+    "dec_n_points": "num_points",
+    "dropout": "dropout",
+    "num_queries": "num_queries",
+}
+
+# What the code of a program implies: how positions are made of boxes, how boxes are refined, the noise of denoising, and how
+# many detections of an image are kept. Only detectron2 cuts boxes off at the border.
 DEFORMABLE_MAP: dict[str, Any] = {"position_temperature": 10000.0, "position_offset": -0.5}
-# Detections: so many of an image, boxes as predicted. Only detectron2 cuts them off at the border.
-KEEP_300: dict[str, Any] = {"max_detections": 300, "clamp_boxes": False}
-KEEP_100: dict[str, Any] = {"max_detections": 100, "clamp_boxes": False}
+DEFORMABLE_CODE = DEFORMABLE_MAP | {
+    "box_eps": 1e-5,
+    "look_forward_twice": False,
+    "max_detections": 100,
+    "clamp_boxes": False,
+}
+# DAB-DETR's descendants: positions on the padded image, boxes clamped at 1e-3.
+DN_CODE = DEFORMABLE_CODE | {"padded_positions": True, "box_eps": 1e-3, "label_noise": 0.2, "box_noise": 0.4}
+DINO_CODE = DN_CODE | {
+    "position_temperature": 20.0,
+    "position_offset": 0.0,
+    "refine_from": "raw",
+    "look_forward_twice": True,
+    "label_noise": 0.5,
+    "box_noise": 1.0,
+    "max_detections": 300,
+}

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from paqdetr.convert.backbones import mmdet_swin, resnet
-from paqdetr.convert.keymap import DAB_CONVENTIONS, KEEP_300, Layout, Rule, mlp, move
+from paqdetr.convert.keymap import DINO_CODE, Layout, Rule, mlp, move
 
 
 def listed_layers(
@@ -70,17 +70,7 @@ MMDET_RULES = (
 
 def mmdet_settings(keys: Collection[str], hints: Mapping[str, Any]) -> dict[str, Any]:
     """What the code of mmdetection's DINO, and of what is built on it, implies."""
-    return {
-        **DAB_CONVENTIONS,
-        **KEEP_300,
-        "clamp_boxes": True,
-        "position_temperature": 20.0,
-        "position_offset": 0.0,
-        "refine_from": "raw",
-        "look_forward_twice": True,
-        "label_noise": 0.5,
-        "box_noise": 1.0,
-    }
+    return DINO_CODE | {"clamp_boxes": True}
 
 
 def dino_settings(keys: Collection[str], hints: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,9 +7,8 @@ from typing import Any
 
 from paqdetr.convert.backbones import resnet, torchvision_swin
 from paqdetr.convert.keymap import (
-    DAB_CONVENTIONS,
     DEFORMABLE_MAP,
-    KEEP_300,
+    DINO_CODE,
     Layout,
     Take,
     drop,
@@ -26,17 +25,8 @@ _AS_MATRIX = Take("a convolution of 1 x 1 as a matrix", lambda tensor: tensor.fl
 
 def _settings(keys: Collection[str], hints: Mapping[str, Any]) -> dict[str, Any]:
     hybrid = any(key.startswith("transformer.hybrid_class_head.") for key in keys)
-    return {
-        **DAB_CONVENTIONS,
-        **KEEP_300,
-        **DEFORMABLE_MAP,
-        "refine_from": "raw",
-        "look_forward_twice": True,
-        "label_noise": 0.5,
-        "box_noise": 1.0,
-        "hybrid_ratio": 0.0,
-        "hybrid_heads": "encoder" if hybrid else "shared",
-    }
+    queries = {"hybrid_ratio": 0.0, "hybrid_heads": "encoder" if hybrid else "shared"}
+    return DINO_CODE | DEFORMABLE_MAP | queries
 
 
 RELATION_DETR = Layout(

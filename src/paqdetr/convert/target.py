@@ -1,10 +1,10 @@
-"""From renamed tensors to the settings of a model and tensors that fit it, with a report of what became of each."""
+"""From renamed tensors to the settings of a model, and to tensors that fit it."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import timm
@@ -19,8 +19,15 @@ from paqdetr.convert.keymap import Layout, Renamed
 from paqdetr.errors import CheckpointError
 from paqdetr.models import Detector
 from paqdetr.models.detector import TRAINING_ONLY
-from paqdetr.serialize import fields_of
 from paqdetr.text import shorten, some
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A setting, and how it is known."""
+
+    value: Any
+    known_from: str
 
 
 def target_config(
@@ -43,10 +50,8 @@ def target_config(
     """
     values = {key: setting.value for key, setting in known.items() if key in ModelConfig.model_fields}
     name = model or name or _natural_name(values)
-    if name in list_configs() or name.endswith((".yaml", ".yml")):
-        base = load_config(name)
-    elif model is not None:
-        base = load_config(model)  # which says that there is no such model, and which is near
+    if model is not None or name in list_configs() or name.endswith((".yaml", ".yml")):
+        base = load_config(name)  # of an unknown model it raises which are near
     else:
         base = Config(name=name, model=ModelConfig(frozen_stride=0 if "swin" in values["backbone"] else 4))
     if model is not None:
@@ -124,21 +129,13 @@ def fit_queries(renamed: Renamed, config: ModelConfig, kind: str) -> None:
             renamed.change(key, half, note)
 
 
-def fill_model(
-    detector: Detector,
-    renamed: Renamed,
-    config: ModelConfig,
-    known: Mapping[str, Setting],
-    *,
-    partial: bool,
-    where: str,
-) -> dict[str, str]:
+def fill_model(detector: Detector, renamed: Renamed, known: Mapping[str, Setting], *, partial: bool) -> dict[str, str]:
     """Put the tensors into the model.
 
     Returns:
         tensors of the model that start anew, and why.
     """
-    own = detector.state_dict()
+    own, queries = detector.state_dict(), detector.config.queries
     fresh: dict[str, str] = {}
     missing, misfit = [], []
     for key, value in own.items():
@@ -150,8 +147,8 @@ def fill_model(
             fresh[key] = f"the file has shape {tuple(tensor.shape)}"
         elif key.endswith("num_batches_tracked"):
             fresh[key] = "a counter that frozen norms do not keep"
-        elif key.startswith("query_source.") and config.queries != known["queries"].value:
-            fresh[key] = f"{config.queries} instead of the file's {known['queries'].value} queries"
+        elif key.startswith("query_source.") and queries != known["queries"].value:
+            fresh[key] = f"{queries} instead of the file's {known['queries'].value} queries"
         elif key.startswith(TRAINING_ONLY):
             fresh[key] = "a part of training alone that the file does not have"
         else:
@@ -160,17 +157,13 @@ def fill_model(
     for key in [key for key in renamed.tensors if key not in own and key.startswith(TRAINING_ONLY)]:
         renamed.discard(key, f"a part of training alone that {detector.name} does not have")
     left = [key for key in renamed.tensors if key not in own]
-    if not partial:
-        for problem, keys in (
-            ("lacks", missing),
-            ("has other shapes for", misfit),
-            ("has tensors without a place:", left),
-        ):
-            if keys:
-                raise CheckpointError(
-                    f"{where}: for a {detector.name} it {problem} {some(keys)}",
-                    "correct the settings given, or start those parts anew with --partial",
-                )
+    problems = {"lacks": missing, "has other shapes for": misfit, "has tensors without a place:": left}
+    for problem, keys in problems.items():
+        if keys and not partial:
+            raise CheckpointError(
+                f"{renamed.where}: for a {detector.name} it {problem} {some(keys)}",
+                "correct the settings given, or start those parts anew with --partial",
+            )
     for key in [*left, *(key for key in fresh if key in renamed.tensors)]:
         renamed.discard(key, "no place in the model" if key in left else "another shape than the model's")
     for key in renamed.unknown:
@@ -182,77 +175,10 @@ def fill_model(
     return fresh
 
 
-@dataclass(frozen=True)
-class Origin:
-    """Where a tensor of the model comes from.
-
-    Attributes:
-        sources: the file's tensors it was made of.
-        note: how, where it is more than another name.
-    """
-
-    sources: tuple[str, ...]
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class ConversionReport:
-    """Every tensor of the file is in `kept`, `renamed` (among the sources) or `dropped`; every tensor of the model is in `kept`,
-    `renamed` or `fresh`.
-
-    Attributes:
-        source: the file or folder.
-        origin: the program it is of.
-        model: the name of the model it became.
-        settings: of the model, with their origins.
-        kept: tensors that keep their name.
-        renamed: our name -> what it was made of.
-        dropped: the file's name -> why it is not used.
-        fresh: our name -> why it starts anew.
-        notes: what else a user should know.
-    """
-
-    source: str
-    origin: str
-    model: str
-    settings: Mapping[str, Setting]
-    kept: tuple[str, ...] = ()
-    renamed: Mapping[str, Origin] = field(default_factory=dict)
-    dropped: Mapping[str, str] = field(default_factory=dict)
-    fresh: Mapping[str, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-    @property
-    def used(self) -> set[str]:
-        """The file's tensors that the model holds."""
-        return set(self.kept) | {source for origin in self.renamed.values() for source in origin.sources}
-
-    def counts(self) -> dict[str, int]:
-        """How many tensors of each kind."""
-        return {
-            "kept": len(self.kept),
-            "renamed": len(self.renamed),
-            "dropped": len(self.dropped),
-            "fresh": len(self.fresh),
-        }
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for json."""
-        return fields_of(self)
-
-
 _HEADS = ("class_head", "box_head")
 
 
-@dataclass(frozen=True)
-class Setting:
-    """A setting, and how it is known."""
-
-    value: Any
-    known_from: str
-
-
-def settle_names(renamed: Renamed, layout: Layout, *, where: str) -> None:
+def settle_names(renamed: Renamed, layout: Layout) -> None:
     """Give levels, stage norms and heads their final names, in place.
 
     Raises:
@@ -265,12 +191,11 @@ def settle_names(renamed: Renamed, layout: Layout, *, where: str) -> None:
     layers = len(_numbers(renamed.tensors, "decoder.layers"))
     for kind in _HEADS:
         found = _numbers(renamed.tensors, kind)
-        dense = (
-            "hybrid_heads.class_heads.0.weight" in renamed.tensors
-        )  # DDQ: one more for the proposals of dense queries
+        # DDQ has one more, for the proposals of dense queries.
+        dense = "hybrid_heads.class_heads.0.weight" in renamed.tensors
         if found and max(found) > layers + dense:
             raise CheckpointError(
-                f"{where}: {layers} decoder layers, but {max(found) + 1} heads ({kind})",
+                f"{renamed.where}: {layers} decoder layers, but {max(found) + 1} heads ({kind})",
                 "the file is incomplete or of a variant that cannot be built",
             )
         for key in [key for key in renamed.tensors if key.startswith(f"{kind}.")]:
@@ -280,14 +205,13 @@ def settle_names(renamed: Renamed, layout: Layout, *, where: str) -> None:
             renamed.rename(key, f"{home}.{rest}")
 
 
-def settle_heads(renamed: Renamed, *, layers: int, must_share: bool, where: str) -> bool:
+def settle_heads(renamed: Renamed, *, layers: int, must_share: bool) -> bool:
     """Find out whether decoder layers share their heads, and keep one copy if they do.
 
     Args:
         renamed: after `settle_names`; changed in place.
         layers: of the decoder.
-        must_share: the code has one head for all layers, so copies that differ are an error.
-        where: the file, for errors.
+        must_share: the code has one head for all layers, so heads that differ are an error.
 
     Returns:
         whether class and box heads are both shared.
@@ -300,8 +224,8 @@ def settle_heads(renamed: Renamed, *, layers: int, must_share: bool, where: str)
         different = [index for index in indices[1:] if not _equal(first, _below(renamed.tensors, f"{home}.{index}."))]
         if must_share and different:
             raise CheckpointError(
-                f"{where}: its {len(indices)} {kind}s are one and the same in its program, but number {different[0]} differs "
-                "from number 0",
+                f"{renamed.where}: its {len(indices)} {kind}s are one and the same in its program, but number {different[0]} "
+                "differs from number 0",
                 "the file was edited or is damaged; use the one its program wrote",
             )
         shared[kind] = not different
@@ -328,7 +252,7 @@ def settle_scale(renamed: Renamed, *, layers: int) -> None:
 
 
 def infer_settings(
-    renamed: Renamed, layout: Layout, hints: Mapping[str, Any], given: Mapping[str, Any], *, where: str
+    renamed: Renamed, layout: Layout, hints: Mapping[str, Any], given: Mapping[str, Any]
 ) -> dict[str, Setting]:
     """Settings of the model that the tensors are of, each with its origin.
 
@@ -337,6 +261,7 @@ def infer_settings(
     Raises:
         CheckpointError: shapes contradict one another, or the file's arguments name something that we cannot build.
     """
+    where = renamed.where
     _require(layout, hints, where)
     settings = {
         key: Setting(value, f"code of {layout.title}")
@@ -358,6 +283,12 @@ def infer_settings(
     return settings
 
 
+_CLASS_HEAD = re.compile(
+    r"((decoder|hybrid_heads)\.class_heads\.\d+|start\.head\.(hybrid_)?class_head|auxiliary\.heads\.\w+\.class_head)"
+    r"\.(weight|bias)"
+)
+
+
 def settle_classes(renamed: Renamed, slots: ClassSlots, *, agnostic: bool) -> None:
     """Keep the rows that are classes, in our order, in heads and in the labels of denoising; in place.
 
@@ -368,37 +299,30 @@ def settle_classes(renamed: Renamed, slots: ClassSlots, *, agnostic: bool) -> No
     """
     rows = torch.tensor(slots.rows)
     for key, tensor in list(renamed.tensors.items()):
-        if re.fullmatch(
-            r"((decoder|hybrid_heads)\.class_heads\.\d+|start\.head\.hybrid_class_head)\.(weight|bias)", key
-        ):
-            index, note = rows, f"{len(slots.rows)} of {slots.total} slots"
-        elif key.startswith("start.head.class_head."):
-            index, note = rows, f"{len(slots.rows)} of {slots.total} slots"
-            if agnostic:
-                index, note = torch.tensor([0]), "slot 0, by which proposals are ranked"
-        elif re.fullmatch(r"auxiliary\.heads\.\w+\.class_head\.(weight|bias)", key):
-            index, note = rows, f"{len(slots.rows)} of {slots.total} slots"
+        index, note = rows, f"{len(slots.rows)} of {slots.total} slots"
+        if agnostic and key.startswith("start.head.class_head."):
+            index, note = torch.tensor([0]), "slot 0, by which proposals are ranked"
         elif key.startswith("auxiliary.heads.faster_rcnn.box_head."):
-            index, note = (rows[:, None] * 4 + torch.arange(4)).flatten(), f"{len(slots.rows)} of {slots.total} slots"
+            index = (rows[:, None] * 4 + torch.arange(4)).flatten()
         elif key == "denoising.label_embed.weight":
-            index, note = rows, f"{len(slots.rows)} of {tensor.shape[0]} labels"
+            note = f"{len(slots.rows)} of {tensor.shape[0]} labels"
             if missing := [row for row in slots.rows if row >= len(tensor)]:
                 # The table is smaller than the class head (dn_labelbook_size); new rows as in a new model.
                 fresh = torch.randn(max(missing) + 1 - len(tensor), tensor.shape[1])
                 tensor = torch.cat([tensor, fresh.to(tensor)])
                 note = f"{len(slots.rows) - len(missing)} labels; {len(missing)} start anew, since the file has none for them"
-        else:
+        elif not _CLASS_HEAD.fullmatch(key):
             continue
         if index.tolist() != list(range(len(renamed.tensors[key]))):
             renamed.change(key, tensor[index].clone(), note)
 
 
-def class_rows(tensors: Mapping[str, Tensor], *, where: str) -> int:
+def class_rows(renamed: Renamed) -> int:
     """Rows of the class heads."""
     key = "decoder.class_heads.0.weight"
-    if key not in tensors:
-        raise CheckpointError(f"{where}: no class head", "give a checkpoint of a whole detector")
-    return tensors[key].shape[0]
+    if key not in renamed.tensors:
+        raise CheckpointError(f"{renamed.where}: no class head", "give a checkpoint of a whole detector")
+    return renamed.tensors[key].shape[0]
 
 
 def _settle_levels(renamed: Renamed, layout: Layout) -> None:
@@ -459,17 +383,12 @@ def _from_shapes(tensors: Mapping[str, Tensor], *, heads: int, backbone: str | N
         return tuple(tensors[key].shape)
 
     levels, dim = shape("encoder.level_embed")
-    samples = _agree(
-        {
-            part: shape(f"{part}.weight")[0] // levels
-            for part in (
-                "encoder.layers.0.attention.attention_weights",
-                "decoder.layers.0.cross_attention.attention_weights",
-            )
-        },
-        "samples of deformable attention",
-        where,
-    )
+    weights = ("encoder.layers.0.attention.attention_weights", "decoder.layers.0.cross_attention.attention_weights")
+    samples = {part: shape(f"{part}.weight")[0] // levels for part in weights}
+    samples = _agree(samples, "samples of deformable attention", where)
+    widths = {
+        f"{part}.layers.0.ffn": shape(f"{part}.layers.0.ffn.linear1.weight")[0] for part in ("encoder", "decoder")
+    }
     if samples % heads or dim % heads:
         raise CheckpointError(
             f"{where}: {samples} samples per level and width {dim} do not divide into {heads} heads",
@@ -484,14 +403,7 @@ def _from_shapes(tensors: Mapping[str, Tensor], *, heads: int, backbone: str | N
         "dim": dim,
         "num_levels": levels,
         "num_points": samples // heads,
-        "ffn_dim": _agree(
-            {
-                f"{part}.layers.0.ffn": shape(f"{part}.layers.0.ffn.linear1.weight")[0]
-                for part in ("encoder", "decoder")
-            },
-            "width of the feed-forward block",
-            where,
-        ),
+        "ffn_dim": _agree(widths, "width of the feed-forward block", where),
         "encoder_layers": len(_numbers(tensors, "encoder.layers")),
         "decoder_layers": len(_numbers(tensors, "decoder.layers")),
         "decoder_norm": "decoder.norm.weight" in tensors,

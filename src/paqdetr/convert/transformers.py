@@ -11,9 +11,8 @@ from typing import Any
 
 from paqdetr.convert.backbones import resnet
 from paqdetr.convert.keymap import (
-    DEFORMABLE_MAP,
+    DEFORMABLE_CODE,
     FIRST_HALF,
-    KEEP_100,
     SECOND_HALF,
     Layout,
     heads,
@@ -28,10 +27,7 @@ def _settings(keys: Collection[str], hints: Mapping[str, Any]) -> dict[str, Any]
     refined = any(key.startswith("model.decoder.bbox_embed.") for key in keys)
     two_stage = "model.enc_output.weight" in keys
     settings = {
-        **DEFORMABLE_MAP,
-        **KEEP_100,
-        "box_eps": 1e-5,
-        "look_forward_twice": False,
+        **DEFORMABLE_CODE,
         "box_refinement": bool(hints.get("with_box_refine", refined)),
         "class_agnostic_proposals": two_stage,
     }

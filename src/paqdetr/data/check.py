@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +17,6 @@ from PIL import Image
 
 from paqdetr.data.annotations import Annotations, Issues, Problem
 from paqdetr.data.layout import Format, find_layout
-from paqdetr.data.read_ahead import read_ahead
 from paqdetr.data.stats import BoxSizes, box_sides, describe_crowding
 from paqdetr.errors import DataError
 from paqdetr.images import read_header, read_image
@@ -129,6 +129,10 @@ def inspect(path: Path) -> ImageFacts:
     return ImageFacts(None, picture.size, traits, digest, fingerprint(picture))
 
 
+# Images that wait for a thread: those of a large split would take memory.
+_AT_ONCE = 1024
+
+
 def inspect_all(paths: Sequence[Path], *, workers: int | None = None) -> Iterator[ImageFacts]:
     """Facts of every image, in order.
 
@@ -137,7 +141,12 @@ def inspect_all(paths: Sequence[Path], *, workers: int | None = None) -> Iterato
             and need no `if __name__ == "__main__":` in the script that calls.
     """
     threads = (os.cpu_count() or 1) if workers is None else workers
-    return read_ahead(paths, inspect, threads=threads if threads > 1 else 0)
+    if threads < 2:
+        yield from map(inspect, paths)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        for start in range(0, len(paths), _AT_ONCE):
+            yield from pool.map(inspect, paths[start : start + _AT_ONCE])
 
 
 _BROKEN_EXIF = "broken exif"  # of `ImageHeader.traits`

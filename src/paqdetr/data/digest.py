@@ -121,7 +121,7 @@ def _size(split: DetectionDataset, index: int) -> int:
     try:
         return split.path(index).stat().st_size
     except OSError:
-        return -1  # whoever reads it says more
+        return -1  # reading it raises the error
 
 
 def _count(which: np.ndarray) -> str:

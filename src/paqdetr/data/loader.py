@@ -1,4 +1,7 @@
-"""Batches for training: every image is seeded by (seed, epoch, index), so that workers and resumption change nothing."""
+"""Batches of images for training and evaluation, read by worker processes if there are any.
+
+In training every image is seeded by (seed, epoch, index), so that workers and resumption change nothing.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import os
 import pickle
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,14 +21,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from paqdetr.config import Config
 from paqdetr.data.augment import Augment, Augmented, mosaic
 from paqdetr.data.dataset import DetectionDataset
-from paqdetr.errors import ConfigError, UserError, WorkerError
-from paqdetr.interrupt import STOP_SIGNALS
+from paqdetr.errors import ConfigError, DataError, UserError, WorkerError
+from paqdetr.interrupt import STOP_SIGNALS, worker_error
 from paqdetr.preprocessing import Preprocessing, pad_images, to_pixels
 from paqdetr.structures import Targets
 
@@ -165,8 +169,78 @@ class SampleKey:
     scale: float
 
 
-class TrainingImages(Dataset[tuple[Tensor, Targets] | Failure]):
-    """Augmented images of a split; decoded pixels stay in memory while the budget lasts.
+class Images(Dataset[Any]):
+    """Images by a key, and how they are put together; a `Failure` in place of one that raises a `UserError`."""
+
+    def __getitem__(self, key: Any) -> Any:
+        try:
+            return self.sample(key)
+        except UserError as error:
+            return Failure(type(error), error.message, error.remedy)
+
+    def sample(self, key: Any) -> Any:
+        """The image of a key."""
+        raise NotImplementedError
+
+    def collate(self, samples: Sequence[Any]) -> Any:
+        """One batch of them, which has `share_memory`."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True)
+class Pictures:
+    """A batch of an evaluation.
+
+    Attributes:
+        indices: in the split.
+        images: (3, H, W) float each, or what else `SplitImages` makes of them.
+        errors: index -> why the file cannot be read.
+    """
+
+    indices: list[int]
+    images: list[Any]
+    errors: dict[int, str]
+
+    def share_memory(self) -> Pictures:
+        """This batch, its tensors moved as in `Batch.share_memory`."""
+        for image in self.images:
+            if isinstance(image, Tensor):
+                image.share_memory_()
+        return self
+
+
+class SplitImages(Images):
+    """Images of a split by their index, without augmentation. In place of one that cannot be read comes a grey one.
+
+    Args:
+        prepare: what is made of a picture; the picture itself if None.
+    """
+
+    def __init__(self, split: DetectionDataset, prepare: Callable[[Image], Any] | None) -> None:
+        self.split, self.prepare = split, prepare
+
+    def sample(self, key: int) -> tuple[int, Any, str | None]:
+        """Index, image, and why it cannot be read.
+
+        Raises:
+            DataError: the image is of another size than the annotations state.
+        """
+        reason = None
+        try:
+            picture = self.split.image(key)
+        except DataError as error:
+            picture, reason = self.split.image_or_blank(key), error.message
+        picture = self.split.of_stated_size(key, picture)
+        return key, picture if self.prepare is None else self.prepare(picture), reason
+
+    def collate(self, samples: Sequence[tuple[int, Any, str | None]]) -> Pictures:
+        """One batch."""
+        indices, images, reasons = (list(column) for column in zip(*samples, strict=True))
+        return Pictures(indices, images, {i: reason for i, reason in zip(indices, reasons, strict=True) if reason})
+
+
+class TrainingImages(Images):
+    """Augmented images of a split by `SampleKey`; decoded pixels stay in memory while the budget lasts.
 
     Args:
         cache_gib: memory for decoded images in GiB, for all loading processes of a training process together.
@@ -179,11 +253,9 @@ class TrainingImages(Dataset[tuple[Tensor, Targets] | Failure]):
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, key: SampleKey) -> tuple[Tensor, Targets] | Failure:
-        try:
-            return self.sample(key)
-        except UserError as error:
-            return Failure(type(error), error.message, error.remedy)
+    def collate(self, samples: Sequence[tuple[Tensor, Targets]]) -> Batch:
+        """One padded batch."""
+        return collate(samples, self.augment.preprocessing.pad_divisor)
 
     def sample(self, key: SampleKey) -> tuple[Tensor, Targets]:
         """The image, changed as the key says, and its boxes.
@@ -301,22 +373,15 @@ def _signals_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def collate(samples: Sequence[tuple[Tensor, Targets] | Failure], pad_divisor: int = 1) -> Batch | Failure:
-    """Pad a list of samples into one batch; the first failure if there is one."""
-    good = []
-    for sample in samples:
-        if isinstance(sample, Failure):
-            return sample
-        good.append(sample)
-    images, mask = pad_images([image for image, _ in good], pad_divisor)
-    return Batch(images, mask, [targets for _, targets in good])
+def collate(samples: Sequence[tuple[Tensor, Targets]], pad_divisor: int = 1) -> Batch:
+    """Pad a list of samples into one batch."""
+    images, mask = pad_images([image for image, _ in samples], pad_divisor)
+    return Batch(images, mask, [targets for _, targets in samples])
 
 
 def plain_batch(split: DetectionDataset, preprocessing: Preprocessing, indices: Sequence[int]) -> Batch:
     """Images of a split as `predict` sees them, without augmentation, with their targets."""
-    batch = collate([(preprocessing(split.checked_image(index)), split.targets(index)) for index in indices])
-    assert isinstance(batch, Batch)
-    return batch
+    return collate([(preprocessing(split.checked_image(index)), split.targets(index)) for index in indices])
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,12 +392,16 @@ class Pickled:
     reason: str
 
 
-def collate_for_parent(
-    samples: Sequence[tuple[Tensor, Targets] | Failure], pad_divisor: int = 1
-) -> Batch | Failure | Pickled:
-    """As `collate`, in a worker process: in shared memory, or pickled where that is too small (64 MB in a container). Left to
-    torch, a batch that does not fit would be lost without an error, and the training would wait for it."""
-    batch = collate(samples, pad_divisor)
+def collate_in_place(images: Images, samples: Sequence[Any]) -> Any:
+    """One batch of samples; the first failure if there is one."""
+    failure = next((sample for sample in samples if isinstance(sample, Failure)), None)
+    return images.collate(samples) if failure is None else failure
+
+
+def collate_for_parent(images: Images, samples: Sequence[Any]) -> Any:
+    """As `collate_in_place`, in a worker process: in shared memory, or pickled where that is too small (64 MB in a container).
+    Left to torch, a batch that does not fit would be lost without an error, and the training would wait for it."""
+    batch = collate_in_place(images, samples)
     try:
         get_temp_dir()  # where the two processes meet to hand over shared memory
         return batch if isinstance(batch, Failure) else batch.share_memory()
@@ -340,30 +409,28 @@ def collate_for_parent(
         return Pickled(pickle.dumps(batch), str(error))
 
 
-class TrainingLoader:
-    """Iterates over the batches of one epoch; an image that cannot be read stops it with a DataError.
+class ImageLoader:
+    """Iterates over batches, those of one epoch in training; an error of a sample stops it.
 
     Args:
-        batches: the sampler, whose `epoch` is to be set before each pass.
+        batches: lists of keys of `images`; a sampler whose `epoch` is to be set before each pass, in training.
         workers: processes that load; 0 loads in this one, as where the system has no room for what processes share. It changes
             no batch.
         start_method: of the workers, such as "spawn"; the platform's own if None.
     """
 
     def __init__(
-        self, images: TrainingImages, batches: TrainingBatches, *, workers: int, start_method: str | None = None
+        self, images: Images, batches: Iterable[Sequence[Any]], *, workers: int, start_method: str | None = None
     ) -> None:
         if workers and (reason := _no_semaphores(workers)) is not None:
             _LOG.warning("/dev/shm, which worker processes need, cannot be used (%s): workers=0", reason)
             workers = 0
-        self._loader: DataLoader[Batch | Failure | Pickled] = DataLoader(
-            images,  # type: ignore[arg-type]
+        self._loader: DataLoader[Any] = DataLoader(
+            images,
             batch_sampler=batches,  # type: ignore[arg-type]
             multiprocessing_context=start_method if workers else None,
             num_workers=workers,
-            collate_fn=partial(
-                collate_for_parent if workers else collate, pad_divisor=images.augment.preprocessing.pad_divisor
-            ),
+            collate_fn=partial(collate_for_parent if workers else collate_in_place, images),
             persistent_workers=workers > 0,
             worker_init_fn=leave_signals_to_the_parent,
             pin_memory=torch.cuda.is_available(),
@@ -371,13 +438,14 @@ class TrainingLoader:
             # Of its own: each start of workers draws a number, which must not change the training's noise.
             generator=torch.Generator(),
         )
-        self.images, self._batches = images, batches
+        self.images = images
         self._warned = False
 
     def __len__(self) -> int:
-        return len(self._batches)
+        return len(self._loader)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Any]:
+        """Raises UserError where a sample does, WorkerError where a worker dies, hangs, or cannot be started."""
         try:
             with _signals_held_back():
                 batches = iter(self._loader)
@@ -385,14 +453,18 @@ class TrainingLoader:
             raise WorkerError(
                 f"the processes that load images cannot be started: {error}", "set workers=0, or fewer of them"
             ) from None
-        for batch in batches:
-            if isinstance(batch, Pickled):
-                batch = self._unpickled(batch)
-            if isinstance(batch, Failure):
-                raise batch.kind(batch.message, batch.remedy)
-            yield batch
+        try:
+            for batch in batches:
+                opened = self._unpickled(batch) if isinstance(batch, Pickled) else batch
+                if isinstance(opened, Failure):
+                    raise opened.kind(opened.message, opened.remedy)
+                yield opened
+        except RuntimeError as error:
+            if (known := worker_error(error)) is None:
+                raise
+            raise known from error
 
-    def _unpickled(self, pickled: Pickled) -> Batch:
+    def _unpickled(self, pickled: Pickled) -> Any:
         if not self._warned:
             self._warned = True
             _LOG.warning(
@@ -401,8 +473,8 @@ class TrainingLoader:
                 len(pickled.content) / 1e6,
                 pickled.reason,
             )
-        batch: Batch = pickle.loads(pickled.content)
-        return batch.pin_memory() if torch.cuda.is_available() else batch
+        batch = pickle.loads(pickled.content)
+        return batch.pin_memory() if isinstance(batch, Batch) and torch.cuda.is_available() else batch
 
     def close(self) -> None:
         """End the worker processes."""
@@ -424,7 +496,7 @@ def _no_semaphores(workers: int) -> str | None:
 
 def training_loader(
     config: Config, split: DetectionDataset, preprocessing: Preprocessing, *, rank: int = 0, world_size: int = 1
-) -> tuple[TrainingLoader, TrainingBatches]:
+) -> tuple[ImageLoader, TrainingBatches]:
     """The loader of a training, and its sampler, whose `epoch` is to be set before each pass."""
     sampler = TrainingBatches(
         sizes=split.sizes,
@@ -435,4 +507,4 @@ def training_loader(
         world_size=world_size,
     )
     images = TrainingImages(split=split, augment=Augment(config.augment, preprocessing), cache_gib=config.cache_images)
-    return TrainingLoader(images, sampler, workers=config.workers), sampler
+    return ImageLoader(images, sampler, workers=config.workers), sampler

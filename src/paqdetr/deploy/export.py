@@ -8,13 +8,12 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image
@@ -24,20 +23,19 @@ from paqdetr._version import __version__
 from paqdetr.checkpoint import find_checkpoint
 from paqdetr.data.dataset import DetectionDataset, open_split
 from paqdetr.data.layout import split_to_evaluate
-from paqdetr.deploy.graph import Attention, DeployedDetector, capture, fixed_size, require_exportable, trace
+from paqdetr.deploy.graph import DeployedDetector, capture, fixed_size, require_exportable, save_graph, trace
 from paqdetr.deploy.parity import IMAGES, Parity, compare_with_model, digits_pictures
-from paqdetr.errors import BackendError, ConfigError, ExportError
+from paqdetr.deploy.quantize import quantize_checked, spread
+from paqdetr.environment import package_version
+from paqdetr.errors import ConfigError, ExportError, import_extra
 from paqdetr.loading import open_any_exported
 from paqdetr.models import Detector
 from paqdetr.models import load as load_detector
 from paqdetr.outputs import require_replaceable, write_json, write_output
 from paqdetr.runtime import ExportInfo
-from paqdetr.runtime.engines import is_sealed, seal
-from paqdetr.runtime.info import FILE_ENTRY, KEY
+from paqdetr.runtime.engines import is_sealed
+from paqdetr.runtime.info import FILE_ENTRY, Attention, Format, Precision, require_choices
 from paqdetr.runtime.predictor import DEFAULT_THRESHOLD
-
-Format = Literal["onnx", "openvino", "pt2", "torchscript"]
-Precision = Literal["f32", "f16", "int8"]
 
 ENDINGS: dict[str, str] = {"onnx": ".onnx", "openvino": ".xml", "pt2": ".pt2", "torchscript": ".torchscript"}
 _NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
@@ -126,6 +124,7 @@ def export(
         BackendError: a package that is needed is not installed.
         StorageError: a file cannot be written.
     """
+    require_choices(format=format, precision=precision, attention=attention)
     _require_arguments(format, precision, batch, raw=raw, calibrate=calibrate, max_drop=max_drop)
     source, detector = "", model
     if not isinstance(model, Detector):
@@ -146,11 +145,10 @@ def export(
     size = fixed_size(detector, image_size)
     for part in _parts(file):
         require_replaceable(part, _MAKER, overwrite=overwrite or is_sealed(file))
-    for package in _NEEDS.get(format, ()) + ("nncf",) * (precision == "int8"):
-        _require_package(package)
+    needed = _NEEDS.get(format, ()) + ("nncf",) * (precision == "int8")
+    for package in needed:
+        import_extra(package, "export")
     splits = _open_data(calibrate, quantized=precision == "int8")
-    point = detector.operating_point
-    threshold, nms = (point.threshold if threshold is None else threshold), (point.nms if nms is None else nms)
     point = detector.operating_point
     info = ExportInfo(
         name=detector.name,
@@ -163,33 +161,23 @@ def export(
         threshold=point.threshold if threshold is None else threshold,
         nms=point.nms if nms is None else nms,
         source=source,
-        versions=_versions(format, precision),
+        versions={"paqdetr": __version__, **{name: package_version(name) or "unknown" for name in ("torch", *needed)}},
     )
-    was_training = detector.training
-    detector.eval()
-    try:
-        with tempfile.TemporaryDirectory(prefix="paqdetr-export-") as folder, _quietly():
-            made = Path(folder) / file.name
-            parity, quantization = None, None
-            if precision == "int8":
-                from paqdetr.deploy.quantize import quantize_checked
-
-                plain = Path(folder) / f"float{file.suffix}"
-                parts = _write(detector, plain, replace(info, precision="f32"), format, batch, attention)
-                quantization = quantize_checked(plain, made, info, splits, parts=parts, max_drop=max_drop, slow=slow)
-            else:
-                _write(detector, made, info, format, batch, attention)
-                if check:
-                    pictures = _pictures(splits[0] if splits else None)
-                    opened = open_any_exported(made)
-                    parity = compare_with_model(
-                        detector, opened, pictures, threshold=info.threshold or DEFAULT_THRESHOLD
-                    )
-                    _require_parity(parity, file)
-            for part in reversed(_parts(made)):  # the weights before the graph that names them
-                write_output(file.with_suffix(part.suffix), _copier(part), maker=_MAKER, overwrite=True)
-    finally:
-        detector.train(was_training)
+    parity, quantization = None, None
+    with tempfile.TemporaryDirectory(prefix="paqdetr-export-") as folder, _quietly():
+        made = Path(folder) / file.name
+        if precision == "int8":
+            plain = Path(folder) / f"float{file.suffix}"
+            parts = _write(detector, plain, replace(info, precision="f32"), format, batch, attention)
+            quantization = quantize_checked(plain, made, info, splits, parts=parts, max_drop=max_drop, slow=slow)
+        else:
+            _write(detector, made, info, format, batch, attention)
+            if check:
+                pictures, least = _pictures(splits[0] if splits else None), info.threshold or DEFAULT_THRESHOLD
+                parity = compare_with_model(detector, open_any_exported(made), pictures, threshold=least)
+                _require_parity(parity, file)
+        for part in reversed(_parts(made)):  # the weights before the graph that names them
+            write_output(file.with_suffix(part.suffix), partial(shutil.copyfile, part), maker=_MAKER, overwrite=True)
     report_file = file.with_name(f"{file.name}.report.json") if parity or quantization else None
     done = Export(file, report_file, info, parity, quantization)
     if report_file is not None:
@@ -200,10 +188,6 @@ def export(
 def _require_arguments(
     format: str, precision: str, batch: int | None, *, raw: bool, calibrate: object, max_drop: float
 ) -> None:
-    if format not in ENDINGS:
-        raise ConfigError(f"format: expected one of {', '.join(ENDINGS)}, found {format!r}", "onnx is the usual one")
-    if precision not in ("f32", "f16", "int8"):
-        raise ConfigError(f"precision: expected f32, f16 or int8, found {precision!r}", "f32 is the usual one")
     if batch is not None and not 1 <= batch <= 1024:
         raise ConfigError(f"batch: expected 1 to 1024 images, found {batch}", "leave it out for any number")
     if precision != "f32" and format not in _NEEDS:
@@ -229,8 +213,7 @@ def _open_data(calibrate: str | Path | None, *, quantized: bool) -> list[Detecti
 def _pictures(split: DetectionDataset | None) -> list[Image.Image]:
     if split is None:
         return digits_pictures()
-    count = min(IMAGES, len(split))
-    return [split.image(i * len(split) // count) for i in range(count)]
+    return [split.image(i) for i in spread(len(split), IMAGES)]
 
 
 def _require_parity(parity: Parity, file: Path) -> None:
@@ -273,15 +256,10 @@ def to_openvino(graph: Path, file: Path, info: ExportInfo) -> None:
     """An exported .onnx file as a sealed .xml file with its .bin."""
     import openvino
 
-    model = openvino.Core().read_model(str(graph))
-    model.set_rt_info(info.to_json(), ["model_info", KEY])
-    openvino.save_model(model, str(file), compress_to_fp16=info.precision == "f16")
-    seal(file)
+    save_graph(openvino.Core().read_model(str(graph)), file, info)
 
 
 def _write_onnx(program: ExportedProgram, module: DeployedDetector, file: Path, info: ExportInfo) -> dict[str, str]:
-    import onnx
-
     exported = torch.onnx.export(
         program,
         input_names=module.inputs,
@@ -304,9 +282,7 @@ def _write_onnx(program: ExportedProgram, module: DeployedDetector, file: Path, 
     model.producer_name, model.producer_version = _MAKER, __version__
     if info.precision == "f16":
         _halve_weights(model)
-    onnx.helper.set_model_props(model, {KEY: info.to_json()})
-    onnx.save(model, str(file))
-    seal(file)
+    save_graph(model, file, info)
     return {node.name: node.doc_string for node in model.graph.node}
 
 
@@ -328,29 +304,6 @@ def _halve_weights(model: Any) -> None:
 def _parts(file: Path) -> list[Path]:
     """The files of an exported model."""
     return [file, file.with_suffix(".bin")] if file.suffix.lower() == ".xml" else [file]
-
-
-def _copier(source: Path) -> Callable[[Path], object]:
-    return lambda place: shutil.copyfile(source, place)
-
-
-def _require_package(name: str) -> None:
-    try:
-        import_module(name)
-    except ImportError as error:
-        reason = "is not installed" if getattr(error, "name", None) == name else f"cannot be imported: {error}"
-        raise BackendError(f"{name} {reason}", "pip install 'paqdetr[export]'") from None
-
-
-def _versions(format: Format, precision: Precision) -> dict[str, str]:
-    packages = ["torch", *_NEEDS.get(format, ()), *(["nncf"] if precision == "int8" else [])]
-    found = {"paqdetr": __version__}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # a build that is not installed as a package
-            found[package] = str(getattr(import_module(package), "__version__", "unknown"))
-    return found
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import Literal
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +14,9 @@ from paqdetr.errors import ConfigError
 from paqdetr.models import Detector
 from paqdetr.models.folding import bake_folded_norms
 from paqdetr.ops import use_backend
-from paqdetr.runtime import FixedSize
-
-Attention = Literal["grid_sample", "gather"]
-"""How deformable attention reads its samples: GridSample, the faster in onnxruntime and OpenVINO; or Gather alone, for TensorRT,
-which miscompiles GridSample (TensorRT issue 4813)."""
+from paqdetr.runtime import ExportInfo, FixedSize
+from paqdetr.runtime.engines import seal
+from paqdetr.runtime.info import KEY, Attention
 
 MAX_BATCH = 1024
 
@@ -43,6 +42,7 @@ class DeployedDetector(nn.Module):
         self.register_buffer("pixel_std", torch.tensor(normalization.std)[:, None, None])
         self.detector = copy.deepcopy(model).float().cpu()
         bake_folded_norms(self.detector)
+        self.detector.decoder.last_only = True
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -134,3 +134,18 @@ def trace(module: DeployedDetector, size: FixedSize, attention: Attention = "gri
     """The same as TorchScript, by tracing."""
     with use_backend("gather" if attention == "gather" else "reference"), torch.no_grad():
         return torch.jit.trace(module, (module.example(size, 2),), check_trace=False)  # pyright: ignore[reportReturnType]
+
+
+def save_graph(graph: Any, file: Path, info: ExportInfo) -> None:
+    """Write an ONNX model (.onnx) or an OpenVINO model (.xml, with its weights in .bin) with its metadata, sealed."""
+    if file.suffix.lower() == ".onnx":
+        import onnx
+
+        onnx.helper.set_model_props(graph, {KEY: info.to_json()})
+        onnx.save(graph, str(file))
+    else:
+        import openvino
+
+        graph.set_rt_info(info.to_json(), ["model_info", KEY])
+        openvino.save_model(graph, str(file), compress_to_fp16=info.precision == "f16")
+    seal(file)

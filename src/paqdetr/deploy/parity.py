@@ -76,22 +76,14 @@ def compare_with_model(
     """
     size = exported.preprocessing
     limits = TOLERANCES.get(exported.info.precision, TOLERANCES["f32"])
-    found: list[ImageParity] = []
+    whole, found = (size.height, size.width), []
     for picture in pictures:
-        pixels = size(picture)
-        image = model.preprocessing(Image.fromarray(pixels), (size.height, size.width))
-        outputs: list[tuple[np.ndarray, np.ndarray]] = []
-        whole = (size.height, size.width)
-        [own] = detect_batch(
-            model,
-            [image],
-            [whole],
-            look=lambda output, outputs=outputs: outputs.append(
-                (output.pred_logits[0].float().cpu().numpy(), output.pred_boxes[0].float().cpu().numpy())
-            ),
-        )
+        pixels, seen, raw = size(picture), [], None
+        [own] = detect_batch(model, [model.preprocessing(Image.fromarray(pixels), whole)], [whole], look=seen.append)
         [other] = exported.detect([pixels], [whole])
-        raw = _raw_difference(exported.outputs(pixels[None]), *outputs[0]) if exported.info.raw else None
+        if exported.info.raw:
+            logits, boxes = (values[0].float().cpu().numpy() for values in (seen[0].pred_logits, seen[0].pred_boxes))
+            raw = _raw_difference(exported.outputs(pixels[None]), logits, boxes)
         found.append(_compared(own, other, threshold, *limits, raw))
     return Parity(*limits, tuple(found))
 

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from paqdetr.data.dataset import DetectionDataset
+from paqdetr.deploy.graph import save_graph
 from paqdetr.errors import ExportError
 from paqdetr.evaluation.evaluate import evaluate_split
 from paqdetr.runtime import ExportInfo, Predictor, open_exported
-from paqdetr.runtime.engines import Engine, seal
-from paqdetr.runtime.info import KEY
+from paqdetr.runtime.engines import Engine
 from paqdetr.timing import interleave
 
 CALIBRATION_IMAGES = 300
@@ -58,8 +58,8 @@ def quantize_checked(
 
     train, held_out = splits
     before = open_exported(plain)
-    images = [before.preprocessing(train.image(i))[None] for i in _spread(len(train), CALIBRATION_IMAGES)]
-    graph, name = _read(plain)
+    images = [before.preprocessing(train.image(i))[None] for i in spread(len(train), CALIBRATION_IMAGES)]
+    graph = _read(plain)
     arguments: dict[str, Any] = {
         "model_type": nncf.ModelType.TRANSFORMER,
         "ignored_scope": nncf.IgnoredScope(names=_float_nodes(graph, parts), validate=False),
@@ -72,26 +72,30 @@ def quantize_checked(
         arguments["advanced_parameters"] = nncf.AdvancedQuantizationParameters(
             activations_quantization_params=per_tensor
         )
-    calibration = nncf.Dataset(images, lambda image: {name: image})
+    calibration = nncf.Dataset(images, lambda image: {"images": image})
     if slow:
 
         def score(compiled: Any, items: Iterable[Any]) -> tuple[float, None]:
             for _ in items:  # the data set is that of `held_out`
                 pass
-            engine = Engine("nncf", before.engine.metadata, None, _runner(compiled))
-            return _figures(Predictor(engine), held_out)["AP"], None
+
+            def run(pixels: np.ndarray) -> dict[str, np.ndarray]:
+                found = compiled([pixels])
+                return {output.any_name: np.array(found[output]) for output in compiled.outputs}
+
+            return _figures(Predictor(Engine("nncf", before.engine.metadata, None, run)), held_out)["AP"], None
 
         quantized = nncf.quantize_with_accuracy_control(
             graph,
             calibration,
-            nncf.Dataset(images[:1], lambda image: {name: image}),
+            nncf.Dataset(images[:1], lambda image: {"images": image}),
             score,
             max_drop=max_drop,
             **arguments,
         )
     else:
         quantized = nncf.quantize(graph, calibration, **arguments)
-    _save(quantized, output, info)
+    save_graph(quantized, output, info)
     after = open_exported(output)
     found = {"float": _figures(before, held_out), "int8": _figures(after, held_out)}
     calls = {"float": lambda: before.run(images[0]), "int8": lambda: after.run(images[0])}
@@ -115,22 +119,20 @@ def quantize_checked(
     return {**found, "max_drop": max_drop, "calibration_images": len(images)}
 
 
-def _spread(count: int, wanted: int) -> list[int]:
+def spread(count: int, wanted: int) -> list[int]:
     """Up to `wanted` indices, evenly over `count`."""
     return sorted({i * count // min(count, wanted) for i in range(min(count, wanted))})
 
 
-def _read(file: Path) -> tuple[Any, str]:
-    """The graph, and the name of its input."""
+def _read(file: Path) -> Any:
+    """The graph of an .onnx or .xml file."""
     if file.suffix.lower() == ".onnx":
         import onnx
 
-        model = onnx.load(str(file))
-        return model, model.graph.input[0].name
+        return onnx.load(str(file))
     import openvino
 
-    model = openvino.Core().read_model(str(file))
-    return model, model.inputs[0].any_name
+    return openvino.Core().read_model(str(file))
 
 
 def _float_nodes(graph: Any, parts: Mapping[str, str]) -> list[str]:
@@ -141,28 +143,6 @@ def _float_nodes(graph: Any, parts: Mapping[str, str]) -> list[str]:
         else [node.get_friendly_name() for node in graph.get_ordered_ops()]
     )
     return [name for name in names if parts.get(name.split("/")[0], "").startswith(_FLOAT_PARTS)]
-
-
-def _save(graph: Any, file: Path, info: ExportInfo) -> None:
-    if file.suffix.lower() == ".onnx":
-        import onnx
-
-        onnx.helper.set_model_props(graph, {KEY: info.to_json()})
-        onnx.save(graph, str(file))
-    else:
-        import openvino
-
-        graph.set_rt_info(info.to_json(), ["model_info", KEY])
-        openvino.save_model(graph, str(file), compress_to_fp16=False)
-    seal(file)
-
-
-def _runner(compiled: Any) -> Any:
-    def run(images: np.ndarray) -> dict[str, np.ndarray]:
-        found = compiled([images])
-        return {output.any_name: np.array(found[output]) for output in compiled.outputs}
-
-    return run
 
 
 def _figures(predictor: Predictor, split: DetectionDataset) -> dict[str, float]:

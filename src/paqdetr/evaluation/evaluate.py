@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from multiprocessing import get_start_method
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,20 +20,20 @@ import numpy as np
 from PIL.Image import Image
 
 from paqdetr.data.dataset import DetectionDataset, open_split
-from paqdetr.data.read_ahead import read_ahead
 from paqdetr.environment import require_device
 from paqdetr.errors import ConfigError, DataError
 from paqdetr.loading import is_exported, load, require_model
 from paqdetr.metrics.coco import (
     MAX_DETECTIONS,
     CocoFigures,
+    CocoRecords,
     counted_detections,
     evaluate_detections,
     non_maximum_suppression,
 )
 from paqdetr.metrics.diagnosis import threshold_curves
 from paqdetr.metrics.matches import MatchTable
-from paqdetr.runtime.predictor import Predictor, predict_in_batches
+from paqdetr.runtime.predictor import Predictor, batched_by_size, predict_in_batches
 from paqdetr.runtime.tiles import Tiles, predict_tiles
 from paqdetr.structures import ClassTable, Detections, OperatingPoint
 from paqdetr.text import Summary, figure
@@ -49,8 +51,8 @@ _CONFIDENT = 0.3
 _NMS, _WORTH_IT = 0.7, 0.005
 # No detection that scores less is of use, wherever F1 is at its best.
 _LEAST_USEFUL = 0.05
-# Threads that read pictures beside a GPU.
-_READERS = 4
+# Processes that read pictures beside a GPU.
+_WORKERS = 4
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -172,33 +174,11 @@ def evaluate(
     )
 
 
-def evaluate_split(
-    model: Detector | Predictor,
-    split: DetectionDataset,
-    *,
-    batch_size: int = 4,
-    max_detections: int = MAX_DETECTIONS,
-    progress: Callable[[int, int], None] | None = None,
-    observers: Sequence[Observer] = (),
-    threshold: float = 0.0,
-    nms: float | None = None,
-    tiles: Tiles | None = None,
-) -> Evaluation:
-    """As `evaluate`, on a split that is open already."""
+def evaluate_split(model: Detector | Predictor, split: DetectionDataset, **how: Any) -> Evaluation:
+    """As `evaluate`, on a split that is open already; `how` are keywords of `evaluate_together`."""
     from paqdetr.distributed import Processes
 
-    found = evaluate_together(
-        model,
-        split,
-        Processes(),
-        batch_size=batch_size,
-        max_detections=max_detections,
-        progress=progress,
-        observers=observers,
-        threshold=threshold,
-        nms=nms,
-        tiles=tiles,
-    )
+    found = evaluate_together(model, split, Processes(), **how)
     assert found is not None
     return found
 
@@ -215,8 +195,10 @@ def evaluate_together(
     threshold: float = 0.0,
     nms: float | None = None,
     tiles: Tiles | None = None,
+    workers: int | None = None,
 ) -> Evaluation | None:
-    """As `evaluate_split`, by several processes, each with the same model and observers. All have to call it.
+    """As `evaluate_split`, by several processes, each with the same model and observers. All have to call it. `workers` are
+    those of `detect_split`.
 
     The main process's observers have seen everything afterwards, the others' their own share.
 
@@ -235,6 +217,7 @@ def evaluate_together(
             observers=observers,
             at_least=max_detections if max_detections > MAX_DETECTIONS else 0,
             tiles=tiles,
+            workers=workers,
         ):
             detections.image_id, detections.file_name = split.image_ids[index], split.file_names[index]
             own.append((index, detections))
@@ -254,7 +237,7 @@ def evaluate_together(
     found = [detections.above(threshold) for detections in found]
     results = [row for detections in found for row in detections.to_coco()]
     cleaned = [row for detections in found for row in non_maximum_suppression(detections, _NMS).to_coco()]
-    truth = split.ground_truth()
+    truth = CocoRecords.open(split.ground_truth(), "bbox")
     figures, figures_nms = (
         evaluate_detections(truth, rows, max_detections=max_detections) for rows in (results, cleaned)
     )
@@ -275,7 +258,7 @@ def evaluate_together(
     )
 
 
-def _best_threshold(truth: dict[str, Any], rows: list[dict[str, Any]], max_detections: int) -> float | None:
+def _best_threshold(truth: CocoRecords, rows: list[dict[str, Any]], max_detections: int) -> float | None:
     """Where F1 over all classes is at its best; None where nothing right scores enough to be of use. Rows that score less change
     no match of the others, and matching them takes most of the time."""
     usable = [row for row in rows if row["score"] >= _LEAST_USEFUL]
@@ -290,7 +273,7 @@ def detect_split(
     batch_size: int,
     processes: Processes | None = None,
     observers: Sequence[Observer] = (),
-    readers: int | None = None,
+    workers: int | None = None,
     at_least: int = 0,
     tiles: Tiles | None = None,
 ) -> Iterator[tuple[int, Detections]]:
@@ -302,24 +285,27 @@ def detect_split(
     is logged.
 
     Args:
-        readers: threads that read the pictures of coming batches meanwhile, each at most one batch ahead; they change no order
-            and no figure. None: 4 beside a GPU, and none beside a model that needs the CPU itself.
+        workers: processes that read the pictures of coming batches meanwhile; they change no order and no figure. None: up to 4
+            beside a GPU where processes are forked, and none elsewhere: those that are spawned import torch first, and want the
+            caller's script below `if __name__ == "__main__":`.
         at_least: as of `detect_batch`.
         tiles: images are cut into these; observers see nothing then.
 
     Raises:
         DataError: no image could be read.
     """
+    from paqdetr.data.loader import ImageLoader, SplitImages
     from paqdetr.distributed import Processes
-    from paqdetr.models.inference import batched_by_size, detect_batch
+    from paqdetr.models.inference import detect_batch
 
     processes = processes or Processes()
     sides = split.sizes.tolist()
     batches = list(
         batched_by_size(range(len(split)), lambda index: model.preprocessing.target_size(*sides[index]), batch_size)
     )
-    if readers is None:
-        readers = 0 if isinstance(model, Predictor) or model.device.type == "cpu" else _READERS
+    if workers is None:
+        on_host = isinstance(model, Predictor) or model.device.type == "cpu"
+        workers = 0 if on_host or get_start_method() != "fork" else min(_WORKERS, os.cpu_count() or 1)
     if isinstance(model, Predictor) and observers:
         raise ConfigError(
             f"{model.where}: an exported model does not show what observers look at", "take its checkpoint"
@@ -334,19 +320,8 @@ def detect_split(
 
     unreadable: dict[int, str] = {}
 
-    def picture_of(index: int) -> Image:
-        try:
-            picture = split.image(index)
-        except DataError as error:
-            unreadable[index] = error.message
-            return split.image_or_blank(index)
-        return split.of_stated_size(index, picture)
-
-    def kept(index: int, detections: Detections) -> np.ndarray:
-        return np.isin(detections.labels, split.classes.ids) & (index not in unreadable)
-
-    def read(chosen: list[int]) -> tuple[list[int], list[Any]]:
-        return chosen, [model.preprocessing(picture_of(index)) for index in chosen]
+    def kept(index: int, detections: Detections) -> Detections:
+        return detections[np.isin(detections.labels, split.classes.ids) & (index not in unreadable)]
 
     def of_tiles(parts: list[Image], together: int) -> list[Detections]:
         found = predict_in_batches(parts, model.preprocessing, detect, batch_size=together)
@@ -356,23 +331,29 @@ def detect_split(
 
     own = batches[processes.index :: processes.count]
     if tiles is not None:
-        indices = [index for chosen in own for index in chosen]
-        for index, picture in read_ahead(indices, lambda index: (index, picture_of(index)), threads=readers):
-            detections = predict_tiles(picture, tiles, of_tiles, batch_size=batch_size)
-            yield index, detections[kept(index, detections)]
-    for chosen, images in read_ahead([] if tiles is not None else own, read, threads=readers):
+        own = [[index] for chosen in own for index in chosen]
+    images = SplitImages(split, model.preprocessing if tiles is None else None)
+    loader = ImageLoader(images, own, workers=workers)
+    try:
+        for batch in loader:
+            unreadable |= batch.errors
+            if tiles is not None:
+                found = [predict_tiles(picture, tiles, of_tiles, batch_size=batch_size) for picture in batch.images]
+            else:
 
-        def look(output: DetectorOutput, chosen: list[int] = chosen) -> None:
-            device = output.pred_boxes.device
-            targets = [split.targets(index, classes=model.classes).to(device) for index in chosen]
-            for observer in observers:
-                observer.see(output, targets, chosen)
+                def look(output: DetectorOutput, indices: list[int] = batch.indices) -> None:
+                    device = output.pred_boxes.device
+                    targets = [split.targets(index, classes=model.classes).to(device) for index in indices]
+                    for observer in observers:
+                        observer.see(output, targets, indices)
 
-        ids = [split.image_ids[index] for index in chosen]
-        sizes = [(height, width) for height, width in (sides[index] for index in chosen)]
-        found = detect(images, sizes, ids, **({"look": look} if observers else {}))
-        for index, detections in zip(chosen, found, strict=True):
-            yield index, detections[kept(index, detections)]
+                ids = [split.image_ids[index] for index in batch.indices]
+                sizes = [(height, width) for height, width in (sides[index] for index in batch.indices)]
+                found = detect(batch.images, sizes, ids, **({"look": look} if observers else {}))
+            for index, detections in zip(batch.indices, found, strict=True):
+                yield index, kept(index, detections)
+    finally:
+        loader.close()
     if unreadable:
         first = unreadable[min(unreadable)]
         if len(unreadable) == sum(map(len, own)):

@@ -13,7 +13,7 @@ from torchvision.ops import box_convert, box_iou
 
 from paqdetr.config import ModelConfig
 from paqdetr.data.dataset import DetectionDataset
-from paqdetr.metrics.coco import evaluate_detections, non_maximum_suppression
+from paqdetr.metrics.coco import CocoRecords, evaluate_detections, non_maximum_suppression
 from paqdetr.models.inference import postprocess
 from paqdetr.models.outputs import DetectorOutput
 from paqdetr.serialize import fields_of, json_number
@@ -104,10 +104,10 @@ class LayerCollector:
             raise ValueError(
                 f"split: {len(split)} images, {len(self._seen)} were seen; expected the split of the evaluation"
             )
-        truth = split.ground_truth()
+        truth = CocoRecords.open(split.ground_truth(), "bbox")
         return tuple(self._stage(stage, split, truth) for stage in self._seen[0]) if len(split) else ()
 
-    def _stage(self, stage: str, split: DetectionDataset, truth: dict[str, Any]) -> StageFigures:
+    def _stage(self, stage: str, split: DetectionDataset, truth: CocoRecords) -> StageFigures:
         seen = [self._seen[index][stage] for index in range(len(split))]
         best = np.concatenate([one.best_iou for one in seen])
         found: list[Detections] = []

@@ -6,6 +6,7 @@ import math
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,11 +84,15 @@ class CocoRecords:
         return cls(ground_truth, source="the ground truth", masks=iou_type == "segm")
 
     def ground_truth(self) -> dict[str, Any]:
-        """The data set with new ids; `area` and `iscrowd` filled in where they are missing.
+        """The data set with new ids; `area` and `iscrowd` filled in where they are missing. Made once, and not to be changed.
 
         Raises:
             DataError: an annotation is malformed.
         """
+        return self._rewritten
+
+    @cached_property
+    def _rewritten(self) -> dict[str, Any]:
         annotations = self._truth["annotations"]
         called = [shorten(a["id"]) if "id" in a else f"number {i}" for i, a in enumerate(annotations)]
         names = [f"{self._source}: annotation {name}" for name in called]
@@ -405,11 +410,7 @@ def evaluate_detections(
         ConfigError: `iou_type` is something else, or `max_detections` is below 1.
     """
     records = CocoRecords.open(ground_truth, iou_type)
-    dataset = hotcoco.COCO(records.ground_truth())
-    detected = dataset.load_res(records.results(results, source))
-    evaluation = hotcoco.COCOeval(dataset, detected, iou_type)
-    evaluation.params.max_dets = counted_detections(max_detections)
-    evaluation.evaluate()
+    evaluation = evaluated(records.ground_truth(), records.results(results, source), iou_type, max_detections)
     evaluation.accumulate()
     evaluation.summary_lines()  # fills the figures; summarize() would do so too, but prints
     figures = {name: _or_nan(value) for name, value in evaluation.get_results().items() if name in FIGURE_NAMES}
@@ -421,6 +422,17 @@ def evaluate_detections(
         per_class={name: _mean(precision[:, :, k]) for k, name in enumerate(records.class_names)},
         per_class_AP50={name: _mean(precision[0, :, k]) for k, name in enumerate(records.class_names)},
     )
+
+
+def evaluated(
+    truth: dict[str, Any], results: list[dict[str, Any]], iou_type: str, max_detections: int = MAX_DETECTIONS
+) -> hotcoco.COCOeval:
+    """The library's evaluation of results, matched but not yet summed up; truth and results as `CocoRecords` has them."""
+    dataset = hotcoco.COCO(truth)
+    evaluation = hotcoco.COCOeval(dataset, dataset.load_res(results), iou_type)
+    evaluation.params.max_dets = counted_detections(max_detections)
+    evaluation.evaluate()
+    return evaluation
 
 
 def is_shards(path: Path) -> bool:
@@ -448,28 +460,8 @@ def read_results(path: str | Path) -> list[dict[str, Any]]:
 
 
 def non_maximum_suppression(detections: Detections, iou_threshold: float = 0.7) -> Detections:
-    """Drop every box that overlaps a better one of its own class by more than `iou_threshold`.
-
-    A DETR needs none; AP with and without it shows what duplicate boxes cost.
-
-    Args:
-        detections: of one image.
-        iou_threshold: in [0, 1].
-
-    Returns:
-        What is left, best first; names, image id and query indices come along.
-    """
-    import torch
-    from torchvision.ops import batched_nms
-
-    # float64: batched_nms moves classes apart by multiples of the image size, which eats float32's last bits.
-    keep = batched_nms(
-        torch.as_tensor(detections.boxes, dtype=torch.float64).reshape(-1, 4),
-        torch.as_tensor(detections.scores, dtype=torch.float64),
-        torch.as_tensor(detections.labels, dtype=torch.int64),
-        iou_threshold,
-    ).numpy()
-    return detections[keep]
+    """`Detections.without_duplicates`. A DETR needs none; AP with and without it shows what duplicate boxes cost."""
+    return detections.without_duplicates(iou_threshold)
 
 
 def _mean(values: np.ndarray) -> float:

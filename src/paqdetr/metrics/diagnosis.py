@@ -11,7 +11,7 @@ import hotcoco
 import numpy as np
 
 from paqdetr.errors import ConfigError, DataError
-from paqdetr.metrics.coco import CocoRecords, GroundTruth, IouType, Json
+from paqdetr.metrics.coco import CocoRecords, GroundTruth, IouType, Json, evaluated
 from paqdetr.metrics.matches import RECALLS, MatchTable, threshold_index
 from paqdetr.serialize import Jsonable, fields_of, json_number, plain
 
@@ -298,7 +298,7 @@ def error_split(
     records = CocoRecords.open(ground_truth, iou_type)
     rows = [row for row in records.results(results) if row["score"] >= score_threshold]
     truth = records.ground_truth()
-    found = _evaluated(truth, rows, iou_type).tide_errors(pos_thr=foreground, bg_thr=background)
+    found = evaluated(truth, rows, iou_type).tide_errors(pos_thr=foreground, bg_thr=background)
     objects = any(not annotation["iscrowd"] for annotation in truth["annotations"])
     return ErrorSplit(
         ap=float(found["ap_base"]) if objects else math.nan,
@@ -350,13 +350,6 @@ def confusion(
         if number not in matched and not annotation["iscrowd"]
     ]
     others = [rows[place] for place in table.detections[kept & ~right].tolist()]
-    rest = _evaluated(truth | {"annotations": left_over}, others, iou_type)
+    rest = evaluated(truth | {"annotations": left_over}, others, iou_type)
     matrix += rest.confusion_matrix(iou_thr=iou_threshold, max_det=len(others) + 1)["matrix"].astype(np.int64)
     return Confusion(table.class_names, matrix, iou_threshold, score_threshold)
-
-
-def _evaluated(truth: dict[str, Any], rows: list[dict[str, Any]], iou_type: IouType) -> hotcoco.COCOeval:
-    dataset = hotcoco.COCO(truth)
-    evaluation = hotcoco.COCOeval(dataset, dataset.load_res(rows), iou_type)
-    evaluation.evaluate()
-    return evaluation

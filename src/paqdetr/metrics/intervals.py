@@ -25,7 +25,7 @@ from paqdetr.serialize import Jsonable, fields_of
 from paqdetr.values import MAX_RESAMPLES, MAX_SEED
 
 SAMPLES = 1000
-"""Resamples of an interval if nobody says otherwise."""
+"""Resamples of an interval by default."""
 LEVEL = 0.95
 
 _AT_ONCE = 100

@@ -11,7 +11,7 @@ import hotcoco
 import numpy as np
 
 from paqdetr.errors import ConfigError
-from paqdetr.metrics.coco import MAX_DETECTIONS, CocoRecords, GroundTruth, IouType, Json, counted_detections
+from paqdetr.metrics.coco import MAX_DETECTIONS, CocoRecords, GroundTruth, IouType, Json, evaluated
 
 RECALLS = np.linspace(0.0, 1.0, 101)
 """Where COCO reads the precision."""
@@ -347,28 +347,20 @@ def _fill_in_matches(
     pairs = list(found)
     for start in range(0, len(pairs), _PAIRS_AT_ONCE):
         chosen = pairs[start : start + _PAIRS_AT_ONCE]
-        dataset = hotcoco.COCO(
-            {
-                "images": [dict(truth["images"][image - 1], id=n) for n, (image, _) in enumerate(chosen, start=1)],
-                "categories": [{"id": 1, "name": "object"}],
-                "annotations": [
-                    dict(own, image_id=n, category_id=1)
-                    for n, pair in enumerate(chosen, start=1)
-                    for own in objects[pair]
-                ],
-            }
-        )
+        objects_of_chosen = {
+            "images": [dict(truth["images"][image - 1], id=n) for n, (image, _) in enumerate(chosen, start=1)],
+            "categories": [{"id": 1, "name": "object"}],
+            "annotations": [
+                dict(own, image_id=n, category_id=1) for n, pair in enumerate(chosen, start=1) for own in objects[pair]
+            ],
+        }
         numbers = [number for pair in chosen for number in found[pair]]
-        detected = dataset.load_res(
-            [
-                dict(results[number], image_id=n, category_id=1)
-                for n, pair in enumerate(chosen, start=1)
-                for number in found[pair]
-            ]
-        )
-        evaluation = hotcoco.COCOeval(dataset, detected, iou_type)
-        evaluation.params.max_dets = counted_detections(max_detections)
-        evaluation.evaluate()
+        detected = [
+            dict(results[number], image_id=n, category_id=1)
+            for n, pair in enumerate(chosen, start=1)
+            for number in found[pair]
+        ]
+        evaluation = evaluated(objects_of_chosen, detected, iou_type, max_detections)
         areas = {tuple(limits): i for i, limits in enumerate(evaluation.params.area_rng)}
         for pair in evaluation.eval_imgs:
             assert pair is not None  # it has objects and detections

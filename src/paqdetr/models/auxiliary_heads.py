@@ -63,7 +63,7 @@ class Maps:
     Attributes:
         features: per level (B, d, h, w), zero at padding.
         valid: per level (B, h, w) bool, False at padding.
-        strides: pixels a cell, per level.
+        strides: pixels per cell, of each level.
     """
 
     features: list[Tensor]
@@ -89,7 +89,7 @@ def learned(samples: Sequence[Samples], truth: Sequence[Truth]) -> tuple[Tensor,
 
 
 class AtssHead(nn.Module):
-    """One anchor a cell, 8 cells wide; a box's positives are those of its nearest anchors that overlap it better than is usual.
+    """One anchor per cell, 8 cells wide; a box's positives are those of its nearest anchors that overlap it better than is usual.
 
     Args:
         levels: maps that it is applied to.
@@ -196,7 +196,7 @@ class FasterRcnn(nn.Module):
 
     Args:
         strides: of the maps, in pixels; the proposals are read from all but the last.
-        samples: proposals an image that the second stage learns from, a quarter of them positives at most. The first stage keeps
+        samples: proposals per image that the second stage learns from, a quarter of them positives at most. The first stage keeps
             eight times as many of each level before suppression and twice as many after it, 4000 and 1000 at most.
     """
 

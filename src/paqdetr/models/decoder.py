@@ -117,7 +117,12 @@ class Decoder(Recomputing):
             detected.
         distinct_restart: in an image whose first query has not left, all take part again, as in DDQ's code.
         relation: from layer 2 on, bias self-attention by how the boxes of the last layer lie to those of the one before.
+
+    Attributes:
+        last_only: predictions of the last layer alone are returned, K = 1, so that an exported graph computes no others.
     """
+
+    last_only: bool = False
 
     def __init__(
         self,
@@ -220,6 +225,8 @@ class Decoder(Recomputing):
                     first = queries.reference if queries.reference.shape[-1] == 4 else boxes[0]
                     bias = self.run(self.relation, boxes[i - 1] if i else first, boxes[i])
                 forbidden = self._mask(attention_mask, kept, bias)
+        if self.last_only:
+            logits, boxes, counted = logits[-1:], boxes[-1:], counted[-1:]
         if matching is None or self.distinct is None or not self.box_refinement:
             return Decoded(torch.stack(logits), torch.stack(boxes))
         taking_part = torch.stack(counted)  # (K, B, N)

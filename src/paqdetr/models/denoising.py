@@ -159,6 +159,8 @@ def _repeated(targets: Sequence[Targets], times: int, like: Tensor) -> tuple[Ten
     """Labels (B, N), boxes (B, N, 4) and whether there is one (B, N), each image's repeated `times` times; at least one slot."""
     device = like.device
     labels = pad_sequence([t.labels.to(device) for t in targets], batch_first=True)  # (B, G)
+    # A wrong label must not end a GPU's program before the matching can name it.
+    labels = labels.clamp(0, len(like) - 1)
     boxes = pad_sequence(
         [t.boxes.to(device, torch.promote_types(like.dtype, torch.float32)) for t in targets], batch_first=True
     )

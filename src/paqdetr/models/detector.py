@@ -25,7 +25,7 @@ from paqdetr.models.proposals import Initializer, ProposalStart, QueryInit, quer
 from paqdetr.models.queries import FeatureQueries, QueryGroup, QuerySource, StaticQueries, attention_mask
 from paqdetr.models.tokens import Neck, Tokens
 from paqdetr.paq import Mixture
-from paqdetr.paq.costs import require_form, require_values
+from paqdetr.paq.costs import require_targets
 from paqdetr.preprocessing import Preprocessing
 from paqdetr.runtime.predictor import PredictMixin
 from paqdetr.structures import ClassTable, Detections, OperatingPoint, Targets
@@ -117,15 +117,11 @@ class Detector(PredictMixin, Summary, nn.Module):
             targets: of the B images, for denoising in training; ignored in evaluation mode.
 
         Raises:
-            ValueError: images or a mask of another shape or dtype, or targets that are not what `Targets` says. On a CPU also a
-                mask that begins with padding, and values of targets; those on a GPU are looked at where they are matched.
+            ValueError: images or a mask of another shape or dtype, or not one target of each image; on a CPU also a mask that
+                begins with padding. Values of targets are checked by the criterion, where they are matched.
         """
-        if (
-            self.training and targets is not None and self.denoising is not None
-        ):  # others read no targets before the criterion
-            require_form(targets, batch=len(images))
-            if all(target.labels.device.type == target.boxes.device.type == "cpu" for target in targets):
-                require_values(targets, self.config.num_classes)
+        if self.training and targets is not None:
+            require_targets(targets, batch=len(images))
         features = self.extract(images, padding_mask)
         return self.detect(features, targets if self.training else None)
 

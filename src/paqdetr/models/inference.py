@@ -6,7 +6,7 @@ score but for the last bit, they may change places.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol, TypeVar
 
@@ -22,7 +22,6 @@ from paqdetr.preprocessing import Preprocessing, pad_images
 from paqdetr.structures import ClassTable, Detections, Targets
 
 Self = TypeVar("Self")
-Entry = TypeVar("Entry")
 
 
 class ImageModel(Protocol):
@@ -33,6 +32,8 @@ class ImageModel(Protocol):
     preprocessing: Preprocessing
     training: bool
 
+    @property
+    def device(self) -> torch.device: ...
     def __call__(self, images: Tensor, padding_mask: Tensor | None = None, /) -> DetectorOutput: ...
     def parameters(self) -> Iterator[torch.nn.Parameter]: ...
     def train(self, mode: bool = True, /) -> Any: ...
@@ -57,20 +58,6 @@ class Observer(Protocol):
     def merge(self: Self, other: Self) -> None:
         """Take over what another process's copy has seen; called in the main process alone."""
         ...
-
-
-def batched_by_size(
-    entries: Iterable[Entry], size_of: Callable[[Entry], Hashable], batch_size: int
-) -> Iterator[list[Entry]]:
-    """Batches of entries of one size each; full ones as soon as they are, the others at the end."""
-    buckets: dict[Hashable, list[Entry]] = {}
-    for entry in entries:
-        size = size_of(entry)
-        bucket = buckets.setdefault(size, [])
-        bucket.append(entry)
-        if len(bucket) == batch_size:
-            yield buckets.pop(size)
-    yield from buckets.values()
 
 
 def detect_batch(

@@ -85,7 +85,7 @@ class Tokens:
         values: (B, S, d).
         spatial_shapes: L pairs (height, width); S = sum of height * width.
         padding_mask: (B, S) bool, True at padding; None if no image of the batch has any.
-        position: (B, S, d) sine embedding.
+        position: (B, S, d) sine embedding; (1, S, d) without padding, where all images have the same.
         centers: (B, S, 2) xy of every cell's centre in [0, 1] of the image without its padding.
         valid_ratios: (B, L, 2) xy: which share of each level is image rather than padding.
         level_index: (S,) int64, the level of every token.
@@ -150,7 +150,7 @@ class Tokens:
             values=values,
             spatial_shapes=spatial_shapes,
             padding_mask=None if masks is None else torch.cat([mask.flatten(1) for mask in masks], dim=1),
-            position=torch.cat(position, dim=1).expand(batch, -1, -1),
+            position=torch.cat(position, dim=1),
             centers=torch.cat(centers, dim=1).expand(batch, -1, -1),
             valid_ratios=ratios.expand(batch, -1, -1),
             level_index=torch.cat(level_index),

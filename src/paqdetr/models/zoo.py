@@ -163,14 +163,11 @@ DENOISING: dict[str, Callable[[ModelConfig], Denoising | None]] = {
 def _auxiliary_heads(config: ModelConfig) -> AuxiliaryHeads | None:
     if not config.auxiliary_heads:
         return None
-    strides = list(config.backbone_strides)
-    while len(strides) < config.num_levels:
-        strides.append(2 * strides[-1])
     return AuxiliaryHeads(
         names=config.auxiliary_heads,
         dim=config.dim,
         num_classes=config.num_classes,
-        strides=strides,
+        strides=config.level_strides,
         samples=config.roi_samples,
         queries=config.customised_queries,
     )

@@ -94,7 +94,7 @@ def _call(task: tuple[Callable[[tuple[int, ...]], None], tuple[int, ...]]) -> No
 
 
 def _spans(queries: int, points: int, threads: int) -> list[tuple[int, ...]]:
-    """Ranges of queries of `points` points each: a few a thread, unless they become too small."""
+    """Ranges of queries of `points` points each: a few per thread, unless they become too small."""
     most = threads * _TASKS_A_THREAD if threads > 1 else 1
     count = min(most, -(-queries * points // _POINTS_A_TASK))
     return list(pairwise(queries * i // count for i in range(count + 1)))
@@ -134,19 +134,20 @@ def _levels(shapes: tuple[tuple[int, int], ...], heads: int, points: int, dtype:
 
 
 def _kernel(name: str, dtype: torch.dtype, channels: int) -> Callable[..., None]:
+    from paqdetr.ops import numba_kernels
+
+    number = "float64" if dtype == torch.float64 else "float32"
+    return compiled(getattr(numba_kernels, f"compile_{name}"), number, channels)
+
+
+def compiled(compile_kernel: Callable[..., Callable[..., None]], *arguments: Any) -> Callable[..., None]:
+    """A kernel, compiled once in a process, or from numba's cache on disk where there is one."""
     with _compiling:  # two threads would compile the same twice
-        return _compiled(name, "float64" if dtype == torch.float64 else "float32", channels)
+        return _compiled(compile_kernel, *arguments)
 
 
 @functools.cache
-def _compiled(name: str, dtype: str, channels: int) -> Callable[..., None]:
-    from paqdetr.ops import numba_kernels
-
-    return compile_cached(getattr(numba_kernels, f"compile_{name}"), dtype, channels)
-
-
-def compile_cached(compile_kernel: Callable[..., Callable[..., None]], *arguments: Any) -> Callable[..., None]:
-    """A kernel, from numba's cache on disk where there is one."""
+def _compiled(compile_kernel: Callable[..., Callable[..., None]], *arguments: Any) -> Callable[..., None]:
     try:
         return compile_kernel(*arguments, cache=True)
     except RuntimeError as error:

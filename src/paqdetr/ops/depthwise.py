@@ -6,9 +6,6 @@ the map are torch's own.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from threading import Lock
 from typing import Any
 
 import torch
@@ -17,11 +14,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from paqdetr.ops.choice import numba_missing
+from paqdetr.ops.cpu import compiled
 from paqdetr.ops.threads import for_each
 
 # torch is as fast with smaller ones.
 _LEAST_KERNEL = 4
-_compiling = Lock()
 
 
 def depthwise_conv2d(
@@ -81,6 +78,9 @@ def weight_gradient(
     x: Tensor, gradient: Tensor, kernel: tuple[int, int], stride: int, padding: int, dilation: int
 ) -> Tensor:
     """(B, C, H, W), (B, C, h, w) float32 on a CPU -> (C, 1, kh, kw)."""
+    from paqdetr.ops.numba_depthwise import LANES, compile_weight_gradient
+    from paqdetr.ops.simd import chunks
+
     batch, channels, height, width = x.shape
     high, wide = gradient.shape[-2:]
     rows, columns = kernel
@@ -90,33 +90,12 @@ def weight_gradient(
 
     def work(block: tuple[int, int]) -> None:
         first, lanes = block
-        _kernel(lanes)(*arrays, first, *sizes)
+        compiled(compile_weight_gradient, lanes)(*arrays, first, *sizes)
 
-    for_each(work, _blocks(channels), threads=torch.get_num_threads())
+    for_each(work, chunks(channels, LANES), threads=torch.get_num_threads())
     return out.view(rows, columns, channels, 1).permute(2, 3, 0, 1)
-
-
-def _blocks(channels: int) -> list[tuple[int, int]]:
-    """(first channel, how many) of blocks that cover all: as wide as may be, then the halves that fit."""
-    from paqdetr.ops.numba_depthwise import LANES
-    from paqdetr.ops.simd import chunks
-
-    return chunks(channels, LANES)
 
 
 def _flat(maps: Tensor) -> Any:
     """(B, C, H, W) -> numpy (B * H * W * C,)."""
     return maps.detach().permute(0, 2, 3, 1).contiguous().view(-1).numpy()
-
-
-def _kernel(lanes: int) -> Callable[..., None]:
-    with _compiling:  # two threads would compile the same twice
-        return _compiled(lanes)
-
-
-@functools.cache
-def _compiled(lanes: int) -> Callable[..., None]:
-    from paqdetr.ops.cpu import compile_cached
-    from paqdetr.ops.numba_depthwise import compile_weight_gradient
-
-    return compile_cached(compile_weight_gradient, lanes)

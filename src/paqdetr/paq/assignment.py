@@ -22,7 +22,7 @@ _ROUNDING = 1e-6
 
 
 def linear_sum_assignment(cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """scipy's, imported when somebody trains: it takes 0.3 seconds."""
+    """scipy's, imported at the first call: it takes 0.3 seconds."""
     from scipy.optimize import linear_sum_assignment as solve
 
     return solve(cost)
@@ -174,22 +174,40 @@ class Assigner(Protocol):
         ...
 
 
-class OneToOneAssigner:
-    """The Hungarian match of DETR: min(n, G) distinct pairs of least total cost."""
+class _Rule(Assigner):
+    """A rule that can be called by itself.
+
+    Args:
+        cost_weights: of the matching cost; the DETR family's by default.
+    """
 
     def __init__(self, *, cost_weights: CostWeights | None = None) -> None:
         self.cost_weights = cost_weights or CostWeights()
 
     def __call__(self, pred_logits: Tensor, pred_boxes: Tensor, targets: Sequence[Targets]) -> list[Pairs]:
-        """(B, n, C) logits, (B, n, 4) cxcywh in [0, 1], B targets -> pairs of every image."""
-        return solve_batch(self, pred_logits, pred_boxes, targets, self.cost_weights)
+        """Pairs of every image.
+
+        Args:
+            pred_logits: (B, n, C) float.
+            pred_boxes: (B, n, 4) cxcywh in [0, 1].
+            targets: B of them.
+
+        Raises:
+            ValueError: targets that are not what `Targets` says.
+            NonFiniteError: a prediction is NaN or infinite.
+        """
+        rows = matching_costs(pred_logits[None], pred_boxes[None], targets, weights=self.cost_weights)[0]
+        return [self.solve(image) for image in rows]
+
+
+class OneToOneAssigner(_Rule):
+    """The Hungarian match of DETR: min(n, G) distinct pairs of least total cost."""
 
     def solve(self, image: MatchingCosts) -> Pairs:
-        """Pairs of one image of one layer."""
         return to_pairs(*linear_sum_assignment(image.cost))
 
 
-class QualityAwareAssigner:
+class QualityAwareAssigner(_Rule):
     """PaQ's one-to-many assignment: every box gets as many queries as its good predictions deserve.
 
     Source: PaQ-DETR (arXiv 2603.06917). With s_ij = IoU_ij - gamma * c_i, box j gets
@@ -229,26 +247,9 @@ class QualityAwareAssigner:
             raise ValueError(f"gamma: expected a finite number, found {gamma}")
         if not 0 <= min_iou <= 1:
             raise ValueError(f"min_iou: expected a number in [0, 1], found {min_iou}")
-        self.gamma = gamma
-        self.min_iou = min_iou
-        self.top_k = top_k
-        self.min_positives = min_positives
-        self.select = select
-        self.confidence = confidence
-        self.cost_weights = cost_weights or CostWeights()
-
-    def __call__(self, pred_logits: Tensor, pred_boxes: Tensor, targets: Sequence[Targets]) -> list[Pairs]:
-        """Pairs of every image.
-
-        Args:
-            pred_logits: (B, n, C) float.
-            pred_boxes: (B, n, 4) cxcywh in [0, 1].
-            targets: B of them.
-
-        Raises:
-            NonFiniteError: a prediction is NaN or infinite.
-        """
-        return solve_batch(self, pred_logits, pred_boxes, targets, self.cost_weights)
+        super().__init__(cost_weights=cost_weights)
+        self.gamma, self.top_k, self.min_positives, self.min_iou = gamma, top_k, min_positives, min_iou
+        self.select, self.confidence = select, confidence
 
     def num_positives(self, pred_logits: Tensor, pred_boxes: Tensor, targets: Sequence[Targets]) -> list[Tensor]:
         """k_j of every box, how many queries it is to get: B tensors (G,) int64. Shapes as in the call.
@@ -259,7 +260,6 @@ class QualityAwareAssigner:
         return [torch.from_numpy(self.qualities(image).num_positives) for image in rows]
 
     def solve(self, image: MatchingCosts) -> Pairs:
-        """Pairs of one image of one layer."""
         num_queries, num_boxes = image.cost.shape
         if num_boxes == 0 or num_boxes > num_queries:
             return to_pairs(*linear_sum_assignment(image.cost))
@@ -331,21 +331,13 @@ def _solve_among(assigner: Assigner, image: MatchingCosts, counted: np.ndarray) 
     return replace(pairs, query_indices=torch.from_numpy(queries)[pairs.query_indices])
 
 
-def solve_batch(
-    assigner: Assigner, pred_logits: Tensor, pred_boxes: Tensor, targets: Sequence[Targets], weights: CostWeights
-) -> list[Pairs]:
-    """Pairs of every image of one layer: what calling an assigner means. Shapes as in `QualityAwareAssigner.__call__`."""
-    rows = matching_costs(pred_logits[None], pred_boxes[None], targets, weights=weights)[0]
-    return [assigner.solve(image) for image in rows]
-
-
 def to_pairs(rows: np.ndarray, columns: np.ndarray) -> Pairs:
     """Queries (P,) and boxes (P,) in any order -> pairs in the order of their queries."""
     order = np.argsort(rows, kind="stable")
     return Pairs(torch.from_numpy(rows[order].astype(np.int64)), torch.from_numpy(columns[order].astype(np.int64)))
 
 
-class FixedKAssigner:
+class FixedKAssigner(_Rule):
     """The same number of queries for every box: each box repeated k times, matched once.
 
     Source: the one-to-many branch of H-DETR (arXiv 2207.13080), without its own queries. Where k * G exceeds n // 2, k is
@@ -359,15 +351,10 @@ class FixedKAssigner:
     def __init__(self, k: int = 4, *, cost_weights: CostWeights | None = None) -> None:
         if k < 1:
             raise ValueError(f"k: expected at least 1, found {k}")
+        super().__init__(cost_weights=cost_weights)
         self.k = k
-        self.cost_weights = cost_weights or CostWeights()
-
-    def __call__(self, pred_logits: Tensor, pred_boxes: Tensor, targets: Sequence[Targets]) -> list[Pairs]:
-        """(B, n, C) logits, (B, n, 4) cxcywh in [0, 1], B targets -> pairs of every image."""
-        return solve_batch(self, pred_logits, pred_boxes, targets, self.cost_weights)
 
     def solve(self, image: MatchingCosts) -> Pairs:
-        """Pairs of one image of one layer."""
         num_queries, num_boxes = image.cost.shape
         if num_boxes == 0 or num_boxes > num_queries:
             return to_pairs(*linear_sum_assignment(image.cost))
@@ -375,7 +362,7 @@ class FixedKAssigner:
         return to_pairs(*select_by_hungarian(image.cost, np.full(num_boxes, k)))
 
 
-class AlignedAssigner:
+class AlignedAssigner(_Rule):
     """The same number of queries for every box, matched once, each a positive by how well it fits in class and place.
 
     Source: the auxiliary loss of DDQ (arXiv 2303.12776), after TOOD (arXiv 2108.07755). With a_ij = p_i^alpha * IoU_ij^beta, of
@@ -394,15 +381,10 @@ class AlignedAssigner:
     ) -> None:
         if k < 1:
             raise ValueError(f"k: expected at least 1, found {k}")
+        super().__init__(cost_weights=cost_weights)
         self.k, self.alpha, self.beta = k, alpha, beta
-        self.cost_weights = cost_weights or CostWeights()
-
-    def __call__(self, pred_logits: Tensor, pred_boxes: Tensor, targets: Sequence[Targets]) -> list[Pairs]:
-        """(B, n, C) logits, (B, n, 4) cxcywh in [0, 1], B targets -> pairs of every image."""
-        return solve_batch(self, pred_logits, pred_boxes, targets, self.cost_weights)
 
     def solve(self, image: MatchingCosts) -> Pairs:
-        """Pairs of one image of one layer."""
         num_queries, num_boxes = image.cost.shape
         k = max(min(self.k, num_queries // max(num_boxes, 1)), 1)
         rows, columns = select_by_hungarian(image.cost, np.full(num_boxes, k))
@@ -415,7 +397,7 @@ class AlignedAssigner:
         return replace(to_pairs(rows, columns), weights=torch.from_numpy(weights[np.argsort(rows, kind="stable")]))
 
 
-class SimOTAAssigner:
+class SimOTAAssigner(_Rule):
     """As many queries as the box has good predictions: k_j = max(floor(sum of its top_k largest IoU), min_positives).
 
     Source: YOLOX (arXiv 2107.08430), section 2.1, without its prior on centres. It differs from the quality-aware rule in that
@@ -441,17 +423,10 @@ class SimOTAAssigner:
             raise ValueError(f"expected 1 <= min_positives <= top_k, found {min_positives} and {top_k}")
         if select not in ("cost", "hungarian"):
             raise ValueError(f"select: expected 'cost' or 'hungarian', found {select!r}")
-        self.top_k = top_k
-        self.min_positives = min_positives
-        self.select = select
-        self.cost_weights = cost_weights or CostWeights()
-
-    def __call__(self, pred_logits: Tensor, pred_boxes: Tensor, targets: Sequence[Targets]) -> list[Pairs]:
-        """(B, n, C) logits, (B, n, 4) cxcywh in [0, 1], B targets -> pairs of every image."""
-        return solve_batch(self, pred_logits, pred_boxes, targets, self.cost_weights)
+        super().__init__(cost_weights=cost_weights)
+        self.top_k, self.min_positives, self.select = top_k, min_positives, select
 
     def solve(self, image: MatchingCosts) -> Pairs:
-        """Pairs of one image of one layer."""
         num_queries, num_boxes = image.cost.shape
         if num_boxes == 0 or num_boxes > num_queries:
             return to_pairs(*linear_sum_assignment(image.cost))

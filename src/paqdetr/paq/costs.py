@@ -19,16 +19,13 @@ from paqdetr.structures import Targets
 _TOLERANCE = 1e-3
 
 
-def require_form(targets: Sequence[Targets], *, batch: int, device: torch.device | None = None) -> None:
-    """Types, shapes and number of targets, without a GPU sync.
+def require_targets(targets: Sequence[Targets], *, batch: int, device: torch.device | None = None) -> None:
+    """Raise ValueError unless there are targets for each image, without a GPU sync.
 
     Args:
         targets: of a batch.
         batch: images in it.
         device: where they have to be; None: anywhere.
-
-    Raises:
-        ValueError: naming the image and what to do.
     """
     if len(targets) != batch:
         raise ValueError(
@@ -40,20 +37,10 @@ def require_form(targets: Sequence[Targets], *, batch: int, device: torch.device
                 f"target of batch position {position} is a {type(target).__name__}:"
                 " give paqdetr.paq.Targets(labels=..., boxes=...)"
             )
-        labels, boxes, where = target.labels, target.boxes, _name(target, position)
-        if labels.dtype != torch.int64 or labels.ndim != 1:
-            raise ValueError(
-                f"labels of {where} are {labels.dtype} of shape {tuple(labels.shape)}: give int64 of shape (G,)"
-            )
-        if not boxes.is_floating_point() or tuple(boxes.shape) != (len(labels), 4):
-            raise ValueError(
-                f"boxes of {where} are {boxes.dtype} of shape {tuple(boxes.shape)}:"
-                f" give floats of shape ({len(labels)}, 4), one row for each label"
-            )
-        for name, tensor in (("labels", labels), ("boxes", boxes)):
+        for name, tensor in (("labels", target.labels), ("boxes", target.boxes)):
             if device is not None and tensor.device != device:
                 raise ValueError(
-                    f"{name} of {where} are on {tensor.device}, the predictions on {device}:"
+                    f"{name} of {_name(target, position)} are on {tensor.device}, the predictions on {device}:"
                     f" move them with target.to({str(device)!r})"
                 )
 
@@ -157,7 +144,7 @@ def matching_costs(
     """
     weights = weights or CostWeights()
     layers, batch, _, num_classes = pred_logits.shape
-    require_form(targets, batch=batch, device=pred_boxes.device)
+    require_targets(targets, batch=batch, device=pred_boxes.device)
     counts = [len(target) for target in targets]
     with torch.no_grad():
         packed = torch.stack(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,21 +10,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from paqdetr.report.plots import (
-    BLUE,
-    GREEN,
-    GREY,
-    INK,
-    ORANGE,
-    PINK,
-    RED,
-    SKY,
-    legend,
-    line,
-    ramp,
-    smoothed,
-    smoothing_window,
-)
+from paqdetr.report.plots import BLUE, GREEN, GREY, INK, ORANGE, PINK, RED, SKY, legend, line, ramp
+from paqdetr.serialize import finite_rows
 
 Record = dict[str, Any]
 Points = tuple[np.ndarray, np.ndarray]
@@ -44,14 +30,8 @@ class Curve:
     def points(self, records: Sequence[Record]) -> Points:
         """(epochs, values), where both are finite numbers."""
         keys = (self.key,) if isinstance(self.key, str) else self.key
-        rows = [
-            (record.get("epoch"), *(record.get(key) for key in keys))
-            for record in records
-            if record.get("kind") == self.kind
-        ]
-        finite = [row for row in rows if all(isinstance(v, (int, float)) and math.isfinite(v) for v in row)]
-        values = np.array(finite, dtype=float).reshape(-1, 1 + len(keys))
-        return values[:, 0], values[:, 1:].sum(axis=1)
+        rows = finite_rows((own for own in records if own.get("kind") == self.kind), ("epoch", *keys))
+        return rows[:, 0], rows[:, 1:].sum(axis=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,3 +175,16 @@ def draw_panel(
         axes.set_ylim(0, max(1.12 * axes.get_ylim()[1], 0.05 if panel.best else 1e-12))
     legend(axes)
     return data
+
+
+def smoothing_window(values: np.ndarray) -> int:
+    """A fiftieth of the curve."""
+    return max(1, len(values) // 50)
+
+
+def smoothed(values: np.ndarray) -> np.ndarray:
+    """Mean of the values of the last window, of fewer at the start."""
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - smoothing_window(values), 0)
+    return (total[ends] - total[starts]) / (ends - starts)

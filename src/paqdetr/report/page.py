@@ -7,8 +7,8 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from itertools import groupby
 from pathlib import Path
@@ -72,22 +72,22 @@ def render(heading: Heading, chapters: Sequence[Chapter]) -> str:
         ValueError: two parts of one model share a name, or a name is not fit to be one.
     """
     _require_names(chapters)
-    shown = [
-        {
-            "key": chapter.sections[0].key,
-            "title": chapter.sections[0].title,
-            "lead": shared,
-            "own_leads": own,
-            "paired": len(chapter.sections) > 1,
-            "rows": [[_shown(part, place) for place, part in enumerate(row)] for row in chapter.rows()],
-            "fold": chapter.sections[0].fold,
-        }
-        for chapter in chapters
-        for shared, own in (_leads(chapter.sections),)
-    ]
+    shown = []
+    for chapter in chapters:
+        first, (shared, own) = chapter.sections[0], _leads(chapter.sections)
+        rows = [[_shown(part, place) for place, part in enumerate(row)] for row in chapter.rows()]
+        shown.append({"key": first.key, "title": first.title, "fold": first.fold, "lead": shared, "own_leads": own})
+        shown[-1] |= {"paired": len(chapter.sections) > 1, "rows": rows}
     script = _resource("report.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return _template().render(
+    environment = Environment(
+        autoescape=True,
+        finalize=lambda value: printable(value) if type(value) is str else value,  # not what is marked safe
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.from_string(_resource("report.html.j2")).render(
         heading=heading,
         folds=[(fold, list(own)) for fold, own in groupby(shown, key=lambda chapter: chapter["fold"])],
         style=_resource("report.css"),
@@ -99,18 +99,20 @@ def render(heading: Heading, chapters: Sequence[Chapter]) -> str:
 
 def _require_names(chapters: Sequence[Chapter]) -> None:
     seen: set[tuple[int, str]] = set()
-    everything = [
-        (place, part)
-        for chapter in chapters
-        for place, section in enumerate(chapter.sections)
-        for part in section.parts
-    ]
-    for place, part in everything:
+    for place, part in _parts(chapters):
         if not part.name.isidentifier() or not part.name.isascii():
             raise ValueError(f"{part.name!r}: expected letters, digits and underscores")
         if (place, part.name) in seen:
             raise ValueError(f"{part.name!r}: two parts of one model have this name")
         seen.add((place, part.name))
+
+
+def _parts(chapters: Sequence[Chapter]) -> Iterator[tuple[int, Part]]:
+    """(0, or 1 for those of the second model, part)."""
+    for chapter in chapters:
+        for place, section in enumerate(chapter.sections):
+            for part in section.parts:
+                yield place, part
 
 
 def _leads(sections: Sequence[Section]) -> tuple[str, list[str]]:
@@ -120,17 +122,6 @@ def _leads(sections: Sequence[Section]) -> tuple[str, list[str]]:
     while all(len(own) > shared and own[shared] == sentences[0][shared] for own in sentences):
         shared += 1
     return " ".join(sentences[0][:shared]), [" ".join(own[shared:]) for own in sentences]
-
-
-def _template() -> Any:
-    environment = Environment(
-        autoescape=True,
-        finalize=lambda value: printable(value) if type(value) is str else value,  # not what is marked safe
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.from_string(_resource("report.html.j2"))
 
 
 def _resource(name: str) -> str:
@@ -174,7 +165,11 @@ def _shown(part: Part | None, place: int) -> dict[str, Any] | None:
         shown["wide"] = len(part.columns) > _FITS_A_HALF
         shown["columns"] = part.columns
         shown["rows"] = [
-            [{"text": written(row.get(c.key), c), "value": _sorted_by(row.get(c.key))} for c in part.columns]
+            [
+                {"text": written(v, c), "value": "" if _missing(v) else str(v)}
+                for c in part.columns
+                for v in (row.get(c.key),)
+            ]
             for row in part.rows
         ]
     elif isinstance(part, Slides):
@@ -189,14 +184,18 @@ def _shown(part: Part | None, place: int) -> dict[str, Any] | None:
 
 def data_file(part: Part, place: int) -> str | None:
     """Where the numbers behind a part are written, in the report's folder; None if it has none."""
-    if not isinstance(part, (Table, Findings)) and part.data is None:
+    if part.data is None:
         return None
     return f"data/{part.name}.json" if place == 0 else f"data/against/{part.name}.json"
 
 
+def _missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and not math.isfinite(value))
+
+
 def written(value: Any, column: Column) -> str:
     """A value as a table shows it."""
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+    if _missing(value):
         return "\N{EN DASH}"
     if column.kind == "text":
         return str(value)
@@ -212,12 +211,6 @@ def written(value: Any, column: Column) -> str:
     if column.kind == "difference":
         return f"{number:+.3f}"
     return f"{number:.3f}" if abs(number) < 10 else f"{number:.4g}"
-
-
-def _sorted_by(value: Any) -> str:
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return ""
-    return str(value)
 
 
 def require_report_place(output: Path) -> None:
@@ -249,20 +242,12 @@ def write_folder(output: Path, page: str, chapters: Sequence[Chapter]) -> None:
     with whole_folder(output, replace=True) as new:
         (new / "data").mkdir()
         (new / "index.html").write_text(page, encoding="utf-8")
-        for chapter in chapters:
-            for place, section in enumerate(chapter.sections):
-                for part in section.parts:
-                    name = data_file(part, place)
-                    if name is None:
-                        continue
-                    (new / name).parent.mkdir(exist_ok=True)
-                    data = {"rows": _rows(part)} if isinstance(part, (Table, Findings)) else part.data
-                    text = json.dumps({"caption": part.caption, "data": plain(data)}, indent=1)
-                    (new / name).write_text(text, encoding="utf-8")
-
-
-def _rows(part: Table | Findings) -> list[dict[str, Any]]:
-    return list(part.rows) if isinstance(part, Table) else [asdict(item) for item in part.items]
+        for place, part in _parts(chapters):
+            if (name := data_file(part, place)) is None:
+                continue
+            (new / name).parent.mkdir(exist_ok=True)
+            text = json.dumps({"caption": part.caption, "data": plain(part.data)}, indent=1)
+            (new / name).write_text(text, encoding="utf-8")
 
 
 def to_markdown(title: str, facts: Sequence[tuple[str, str]], sections: Sequence[Section], *, plots: str) -> str:
@@ -288,7 +273,9 @@ def to_table(table: Table) -> str:
     columns = table.columns
     lines = [[column.heading for column in columns]]
     lines.append(["---" if column.kind == "text" else "---:" for column in columns])
-    lines += [[_cell(written(row.get(column.key), column)) for column in columns] for row in table.rows]
+    for row in table.rows:
+        cells = (written(row.get(column.key), column) for column in columns)
+        lines.append([cell.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ") for cell in cells])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -298,7 +285,3 @@ def write_plots(sections: Sequence[Section], folder: Path) -> None:
         for part in section.parts:
             if isinstance(part, Figure):
                 write_text(folder / f"{part.name}.svg", part.svg)
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")

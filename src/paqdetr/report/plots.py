@@ -229,7 +229,10 @@ def heat_map(
         if names is None:
             continue
         stride = -(-len(names) // most_labels)
-        axis.set_ticks(range(0, len(names), stride), [literal(_short(name)) for name in names[::stride]])
+        axis.set_ticks(
+            range(0, len(names), stride),
+            [literal(name if len(name) <= 24 else f"{name[:23]}…") for name in names[::stride]],
+        )
     if columns is not None and max(map(len, columns), default=0) > 3:
         axes.tick_params(axis="x", rotation=60 if len(columns) > 4 else 0)
         if len(columns) > 4:
@@ -262,20 +265,3 @@ def legend(axes: Axes, *, outside: bool = False, columns: int = 3) -> None:
         places |= {"loc": "upper left", "borderaxespad": 0.0}
     with style():
         axes.legend(handles, names, **places)
-
-
-def _short(name: str, most: int = 24) -> str:
-    return name if len(name) <= most else f"{name[: most - 1]}…"
-
-
-def smoothing_window(values: np.ndarray) -> int:
-    """A fiftieth of the curve."""
-    return max(1, len(values) // 50)
-
-
-def smoothed(values: np.ndarray) -> np.ndarray:
-    """Mean of the values of the last window, of fewer at the start."""
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(ends - smoothing_window(values), 0)
-    return (total[ends] - total[starts]) / (ends - starts)

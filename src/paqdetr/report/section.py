@@ -12,49 +12,52 @@ from paqdetr.serialize import plain
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
-    """A plot.
+class _Part:
+    """What all parts have.
 
     Attributes:
-        name: letters, digits and underscores, unique in a report; its numbers are written to data/<name>.json.
+        name: letters, digits and underscores, unique in a report; the numbers behind a part are written to data/<name>.json.
         caption: what is seen, in one or two plain sentences.
-        svg: the plot, an SVG document.
-        data: the numbers behind it, ready for json.
     """
 
     name: str
     caption: str
+
+
+@dataclass(frozen=True, slots=True)
+class Figure(_Part):
+    """A plot.
+
+    Attributes:
+        svg: the plot, an SVG document.
+        data: the numbers behind it, ready for json.
+    """
+
     svg: str
     data: Any
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class Picture(_Part):
     """A raster image, such as a photograph with boxes on it.
 
     Attributes:
-        name, caption, data: as of `Figure`.
         image: RGB.
     """
 
-    name: str
-    caption: str
     image: Image
     data: Any = None
 
 
 @dataclass(frozen=True, slots=True)
-class Slides:
+class Slides(_Part):
     """Pictures of one size behind a slider: decoder layers, queries.
 
     Attributes:
-        name, caption, data: as of `Figure`.
         labels: what the slider says at each, such as "layer 1".
         images: as many.
     """
 
-    name: str
-    caption: str
     labels: tuple[str, ...]
     images: tuple[Image, ...]
     data: Any = None
@@ -80,19 +83,20 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
-class Findings:
+class Findings(_Part):
     """Findings in three groups: strengths, weaknesses, notes.
 
     Attributes:
-        name, caption: as of `Figure`.
         items: in the order in which each group is shown.
         owner: "A" or "B" of the model that they are about, which then stands beside the other's; "" if they are about all.
     """
 
-    name: str
-    caption: str
     items: tuple[Finding, ...]
     owner: str = ""
+
+    @property
+    def data(self) -> dict[str, Any]:
+        return {"rows": self.items}
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,17 +117,14 @@ class Tile:
 
 
 @dataclass(frozen=True, slots=True)
-class Gallery:
+class Gallery(_Part):
     """Pictures in a grid, which enlarge, and filters that choose among them.
 
     Attributes:
-        name, caption, data: as of `Figure`.
         filters: (what, its values) of each filter.
         tiles: in the order they are shown.
     """
 
-    name: str
-    caption: str
     filters: tuple[tuple[str, tuple[str, ...]], ...]
     tiles: tuple[Tile, ...]
     data: Any = None
@@ -153,19 +154,20 @@ class Column:
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class Table(_Part):
     """A table that can be sorted by any column; None is shown as a dash.
 
     Attributes:
-        name, caption: as of `Figure`.
         columns: first to last.
         rows: values by column key, ready for json.
     """
 
-    name: str
-    caption: str
     columns: tuple[Column, ...]
     rows: tuple[dict[str, Any], ...]
+
+    @property
+    def data(self) -> dict[str, Any]:
+        return {"rows": self.rows}
 
 
 Part = Figure | Picture | Slides | Table | Findings | Gallery

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from paqdetr.errors import CheckpointError, import_extra
+from paqdetr.errors import BackendError, CheckpointError, import_extra
 from paqdetr.files import open_regular
 from paqdetr.runtime.info import FILE_ENTRY, KEY
 
@@ -57,10 +57,22 @@ def open_engine(path: Path, threads: int | None = None) -> Engine:
     if threads is None:
         said = os.environ.get("OMP_NUM_THREADS", "")
         threads = int(said) if said.isascii() and said.isdigit() and len(said) < 5 else 0
-    opener = {".onnx": _open_onnx, ".xml": _open_openvino}[path.suffix.lower()]
+    kind, opener = {".onnx": ("ONNX", _open_onnx), ".xml": ("OpenVINO", _open_openvino)}[path.suffix.lower()]
     content = _read(path)
     _check_seal(path, content)
-    return opener(path, content, threads)
+    try:
+        name, metadata, batch, run = opener(path, content, threads)
+    except BackendError:
+        raise
+    except Exception as error:  # of classes that their C++ parts make
+        problem = f"{path}: not a readable {kind} model ({' '.join(str(error).split())[:200]})"
+        raise CheckpointError(problem, "copy it again, or export the model again") from None
+    if KEY not in metadata:
+        raise CheckpointError(
+            f"{path}: an {kind} model that paqdetr did not export: its metadata has no entry {KEY!r}",
+            "give a file that `paqdetr export` has written",
+        )
+    return Engine(name, metadata[KEY], batch, run)
 
 
 def seal(path: Path) -> None:
@@ -109,47 +121,40 @@ def _read(path: Path) -> bytes:
             raise CheckpointError(f"{path}: cannot be read: {problem.strerror}", "check the file") from None
 
 
-def _open_onnx(path: Path, content: bytes, threads: int) -> Engine:
+_Run = Callable[[np.ndarray], dict[str, np.ndarray]]
+_Opened = tuple[str, Mapping[str, str], int | None, _Run]  # name, metadata, batch, run: of an `Engine`
+
+
+def _open_onnx(path: Path, content: bytes, threads: int) -> _Opened:
     program = import_extra("onnxruntime", "onnx")
     options = program.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 4
-    try:
-        session = program.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # of classes that its C++ part makes
-        raise _unreadable(path, "ONNX", error) from None
-    outputs = [output.name for output in session.get_outputs()]
-    [*inputs] = session.get_inputs()
-    first = inputs[0]
+    session = program.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    outputs, first = [output.name for output in session.get_outputs()], session.get_inputs()[0]
 
     def run(images: np.ndarray) -> dict[str, np.ndarray]:
         return dict(zip(outputs, session.run(None, {first.name: images}), strict=True))
 
-    metadata = session.get_modelmeta().custom_metadata_map
     batch = first.shape[0] if first.shape and isinstance(first.shape[0], int) else None
-    return Engine(f"onnxruntime {program.__version__}", _own(metadata, path, "an ONNX"), batch, run)
+    return f"onnxruntime {program.__version__}", session.get_modelmeta().custom_metadata_map, batch, run
 
 
-def _open_openvino(path: Path, content: bytes, threads: int) -> Engine:
+def _open_openvino(path: Path, content: bytes, threads: int) -> _Opened:
     program = import_extra("openvino", "openvino")
-    core = program.Core()
     # Its own choice is bfloat16 on some processors: other boxes, and others again on the next machine.
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
     if threads:
         settings["INFERENCE_NUM_THREADS"] = threads
-    try:
-        graph = core.read_model(str(path))
-        metadata = (
-            graph.get_rt_info(["model_info", KEY]).astype(str) if graph.has_rt_info(["model_info", KEY]) else None
-        )
-        shape = graph.inputs[0].partial_shape
-        batch = None if shape[0].is_dynamic else shape[0].get_length()
-        if batch is None:
-            # Compiled for any batch it takes longer; and with one thread a batch of eight was not faster than its images.
-            shape[0] = 1
-            graph.reshape(shape)
-        compiled = core.compile_model(graph, "CPU", settings)
-    except Exception as error:
-        raise _unreadable(path, "OpenVINO", error) from None
+    core, entry = program.Core(), ["model_info", KEY]
+    graph = core.read_model(str(path))
+    metadata = {KEY: graph.get_rt_info(entry).astype(str)} if graph.has_rt_info(entry) else {}
+    shape = graph.inputs[0].partial_shape
+    batch = None if shape[0].is_dynamic else shape[0].get_length()
+    if batch is None:
+        # Compiled for any batch it takes longer; and with one thread a batch of eight was not faster than its images.
+        shape[0] = 1
+        graph.reshape(shape)
+    compiled = core.compile_model(graph, "CPU", settings)
     local, outputs = threading.local(), [output.any_name for output in compiled.outputs]
 
     def run(images: np.ndarray) -> dict[str, np.ndarray]:
@@ -159,25 +164,4 @@ def _open_openvino(path: Path, content: bytes, threads: int) -> Engine:
         found = [[np.array(values) for values in local.request.infer([part]).values()] for part in parts]
         return {name: np.concatenate(values) for name, values in zip(outputs, zip(*found, strict=True), strict=True)}
 
-    return Engine(
-        f"OpenVINO {program.__version__.split('-')[0]}",
-        _own({} if metadata is None else {KEY: metadata}, path, "an OpenVINO"),
-        batch,
-        run,
-    )
-
-
-def _unreadable(path: Path, kind: str, error: Exception) -> CheckpointError:
-    reason = " ".join(str(error).split())[:200]
-    return CheckpointError(
-        f"{path}: not a readable {kind} model ({reason})", "copy it again, or export the model again"
-    )
-
-
-def _own(metadata: Mapping[str, str], path: Path, kind: str) -> str:
-    if KEY not in metadata:
-        raise CheckpointError(
-            f"{path}: {kind} model that paqdetr did not export: its metadata has no entry {KEY!r}",
-            "give a file that `paqdetr export` has written",
-        )
-    return metadata[KEY]
+    return f"OpenVINO {program.__version__.split('-')[0]}", metadata, batch, run

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from PIL.Image import Image, Resampling
 
-from paqdetr.errors import CheckpointError
+from paqdetr.errors import CheckpointError, ConfigError
 from paqdetr.files import parse_json
 from paqdetr.structures import ClassTable
 from paqdetr.text import shorten
@@ -21,8 +21,25 @@ KEY = "paqdetr"
 FILE_ENTRY = "paqdetr.json"
 """The extra file of .pt2 and TorchScript archives that holds it."""
 FORMAT = 1
-PRECISIONS = ("f32", "f16", "int8")
+Format = Literal["onnx", "openvino", "pt2", "torchscript"]
+Precision = Literal["f32", "f16", "int8"]
+Attention = Literal["grid_sample", "gather"]
+"""How deformable attention reads its samples: GridSample, the faster in onnxruntime and OpenVINO; or Gather alone, for TensorRT,
+which miscompiles GridSample (TensorRT issue 4813)."""
 _MAX_SIDE = 2**14
+
+
+def require_choices(*, format: str, precision: str, attention: str) -> None:
+    """Raise ConfigError unless these are a format, a precision and an attention that an export can have."""
+    for name, found, known in (
+        ("format", format, get_args(Format)),
+        ("precision", precision, get_args(Precision)),
+        ("attention", attention, get_args(Attention)),
+    ):
+        if found not in known:
+            raise ConfigError(
+                f"{name}: expected one of {', '.join(known)}, found {found!r}", f"{known[0]} is the usual one"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,26 +104,15 @@ class ExportInfo:
 
     def to_json(self) -> str:
         """The text for the file's metadata."""
-        size = self.preprocessing
         content = {
             "format": FORMAT,
             "name": self.name,
             "classes": [{"id": i, "name": name} for i, name in zip(self.classes.ids, self.classes.names, strict=True)],
             "preprocessing": {
-                "height": size.height,
-                "width": size.width,
-                "resize": "stretch",
-                "filter": "bilinear, antialiased",
-                "color": "RGB",
-                "mean": size.mean,
-                "std": size.std,
+                **_PICTURES,
+                **{key: getattr(self.preprocessing, key) for key in ("height", "width", "mean", "std")},
             },
-            "raw": self.raw,
-            "precision": self.precision,
-            "max_detections": self.max_detections,
-            "clamp_boxes": self.clamp_boxes,
-            "threshold": self.threshold,
-            "nms": self.nms,
+            **{key: getattr(self, key) for key in _PLAIN},
             "source_sha256": self.source,
             "versions": dict(self.versions),
         }
@@ -126,28 +132,23 @@ class ExportInfo:
                 "use the version of paqdetr that exported it, or a later one",
             )
         take = _Reader(content, where)
-        size = _Reader(take("preprocessing", _is_object), where)
+        size = _Reader(take("preprocessing", _is(dict)), where)
         rows = [_Reader(row, where) for row in take("classes", lambda value: isinstance(value, list) and value != [])]
         ids = tuple(row("id", lambda value: _is_int(value) and -(2**63) <= value < 2**63) for row in rows)
         if len(set(ids)) < len(ids):
             raise CheckpointError(f"{where}: its metadata gives two classes one id", "export the model again")
         return cls(
-            name=take("name", _is_text),
-            classes=ClassTable(ids, tuple(row("name", _is_text) for row in rows)),
+            name=take("name", _is(str)),
+            classes=ClassTable(ids, tuple(row("name", _is(str)) for row in rows)),
             preprocessing=FixedSize(
                 height=size("height", _is_side),
                 width=size("width", _is_side),
                 mean=tuple(size("mean", _is_triple)),
                 std=tuple(size("std", lambda value: _is_triple(value) and min(value) > 0)),
             ),
-            raw=take("raw", _is_flag),
-            precision=take("precision", lambda value: value in PRECISIONS),
-            max_detections=take("max_detections", _is_count),
-            clamp_boxes=take("clamp_boxes", _is_flag),
-            threshold=take("threshold", _is_share_or_none),
-            nms=take("nms", _is_share_or_none),
-            source=take("source_sha256", _is_text),
-            versions=take("versions", lambda value: _is_object(value) and all(map(_is_text, value.values()))),
+            source=take("source_sha256", _is(str)),
+            versions=take("versions", lambda value: _is(dict)(value) and all(map(_is(str), value.values()))),
+            **{key: take(key, fits) for key, fits in _PLAIN.items()},
         )
 
 
@@ -166,6 +167,10 @@ class _Reader:
         return found
 
 
+def _is(kind: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, kind)
+
+
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -178,21 +183,22 @@ def _is_side(value: Any) -> bool:
     return _is_int(value) and 1 <= value <= _MAX_SIDE
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_flag(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-def _is_object(value: Any) -> bool:
-    return isinstance(value, dict)
-
-
 def _is_share_or_none(value: Any) -> bool:
     return value is None or (is_coordinate(value) and 0 <= value <= 1)
 
 
 def _is_triple(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 3 and all(map(is_coordinate, value))
+
+
+# Values that stand in the text as they are, and what each has to be.
+_PLAIN: dict[str, Callable[[Any], bool]] = {
+    "raw": _is(bool),
+    "precision": lambda value: value in get_args(Precision),
+    "max_detections": _is_count,
+    "clamp_boxes": _is(bool),
+    "threshold": _is_share_or_none,
+    "nms": _is_share_or_none,
+}
+# How a program that reads the file has to prepare pictures.
+_PICTURES = {"resize": "stretch", "filter": "bilinear, antialiased", "color": "RGB"}

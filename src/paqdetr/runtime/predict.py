@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
@@ -12,23 +12,17 @@ from typing import Any, Protocol
 from paqdetr.errors import ConfigError, DataError
 from paqdetr.outputs import require_free
 from paqdetr.runtime.save import Saver, is_ours, require_forms
-from paqdetr.runtime.sources import Picture, Source, batches, list_sources, read_sources
-from paqdetr.runtime.tiles import Tiles
+from paqdetr.runtime.sources import OnUnreadable, Picture, Source, batches, list_sources, read_sources, refuse
 from paqdetr.structures import ClassTable, Detections
 
 
 class Predicts(Protocol):
-    """A detector, whatever runs it."""
+    """A detector, whatever runs it: see `Detector`."""
 
     @property
-    def classes(self) -> ClassTable:
-        """From index to category id and name."""
-        ...
-
+    def classes(self) -> ClassTable: ...
     @property
-    def predict(self) -> Callable[..., list[Detections]]:
-        """See `Detector.predict`."""
-        ...
+    def predict(self) -> Callable[..., list[Detections]]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +49,9 @@ def stream(
     recursive: bool = False,
     every: int = 1,
     max_frames: int | None = None,
+    buffer: bool = False,
     batch_size: int = 1,
-    on_unreadable: Callable[[Source, DataError], object] | None = None,
+    on_unreadable: OnUnreadable = refuse,
     **how: Any,
 ) -> Iterator[Detections]:
     """Detections of pictures and videos, one at a time and only as they are asked for, whatever the source.
@@ -68,9 +63,9 @@ def stream(
         recursive: folders with all that is below them.
         every: of a video every so many frames.
         max_frames: the most of each video or live source, which goes on for ever otherwise.
-        batch_size: pictures, or frames of a file, that go through the model together. Of a live source the newest frame goes
-            alone, and those that arrive meanwhile are dropped.
-        on_unreadable: called with what cannot be read, which is then left out; None: an error.
+        buffer: of a live source all frames; otherwise those that arrive while the model is busy are dropped.
+        batch_size: pictures, or frames of a file, that go through the model together. Those of a live source go alone.
+        on_unreadable: called with what cannot be read, which is then left out; by default an error.
         how: threshold, nms, classes and tiles, as of `Detector.predict`.
 
     Returns:
@@ -78,11 +73,12 @@ def stream(
 
     Raises:
         DataError: a source does not exist or cannot be read.
-        ConfigError: an argument is out of its range, or PyAV is missing.
+        ConfigError: an argument is out of its range.
+        BackendError: PyAV is not installed.
     """
     given = [sources] if isinstance(sources, (str, os.PathLike)) else sources
     listed = list_sources(given, recursive=recursive)
-    pictures = read_sources(listed, every=every, max_frames=max_frames, on_unreadable=on_unreadable)
+    pictures = read_sources(listed, every=every, max_frames=max_frames, buffer=buffer, on_unreadable=on_unreadable)
     return (detections for _, detections in _detect(model, pictures, batch_size, how))
 
 
@@ -109,14 +105,12 @@ def predict_sources(
     recursive: bool = False,
     every: int = 1,
     max_frames: int | None = None,
+    buffer: bool = False,
     batch_size: int = 1,
     image_id: Callable[[Source], int | str] | None = None,
     overwrite: bool = False,
     progress: Callable[[int, int | None], object] | None = None,
-    threshold: float | None = None,
-    nms: float | None = None,
-    classes: Collection[int | str] | None = None,
-    tiles: Tiles | None = None,
+    **how: Any,
 ) -> Predictions:
     """Detect in pictures and videos, and write what is found as it comes.
 
@@ -128,14 +122,11 @@ def predict_sources(
         sources: files, folders, patterns, addresses, cameras, "-": see `list_sources`.
         output: a folder that is new, empty, or holds nothing but what an earlier call wrote, which is replaced.
         save: what is written, of `paqdetr.runtime.save.FORMS`.
-        recursive: folders with all that is below them; results keep the relative paths.
-        every: of a video every so many frames.
-        max_frames: the most of each video.
-        batch_size: pictures, or frames of a file, that go through the model together.
+        recursive, every, max_frames, buffer, batch_size: as of `stream`; results keep the paths below a folder.
         image_id: of a source, for the results; its name if not given.
         overwrite: other files may lie in `output`, and are replaced where they have the name of one that is written.
         progress: called with (pictures done, pictures in all, None where nobody knows).
-        threshold, nms, classes, tiles: as of `Detector.predict`.
+        how: threshold, nms, classes and tiles, as of `Detector.predict`.
 
     Raises:
         DataError: a source is missing, a folder has no pictures, two share a name, one lies in `output`, or none could be read.
@@ -150,7 +141,7 @@ def predict_sources(
         unreadable[source.address if isinstance(source.address, Path) else source.shown] = error.message
 
     growing = "-" in map(str, sources)  # a list that is worked through while it is written
-    on_problem = left_out if growing else None
+    on_problem = left_out if growing else refuse
     listed = list_sources(sources, recursive=recursive, leave_out=output, on_unreadable=on_problem)
     listed = _without_collisions(listed, output, on_problem)
     total, ids = None, {}
@@ -160,8 +151,7 @@ def predict_sources(
         ids = {} if image_id is None else {source.name: image_id(source) for source in listed}
     require_place(output, overwrite=overwrite)
     images = objects = 0
-    pictures = read_sources(listed, every=every, max_frames=max_frames, on_unreadable=left_out)
-    how = {"threshold": threshold, "nms": nms, "classes": classes, "tiles": tiles}
+    pictures = read_sources(listed, every=every, max_frames=max_frames, buffer=buffer, on_unreadable=left_out)
     found = _detect(model, pictures, batch_size, {key: value for key, value in how.items() if value is not None})
     with Saver(output, save, model.classes, overwrite=overwrite) as saver:
         for picture, detections in found:
@@ -196,39 +186,29 @@ def new_folder(parent: Path = Path("runs")) -> Path:
         ConfigError: it cannot be made.
     """
     for number in itertools.count(1):
+        folder = parent / f"predict-{number}"
         try:
-            (parent / f"predict-{number}").mkdir(parents=True)
-            return parent / f"predict-{number}"
-        except FileExistsError:
-            if not parent.is_dir():
-                raise ConfigError(f"{parent}: a file is in the way", "choose an --output") from None
+            folder.mkdir(parents=True)
+            return folder
         except OSError as error:
-            raise ConfigError(f"{parent}: cannot be written ({error.strerror})", "choose an --output") from None
+            if not folder.exists():
+                raise ConfigError(f"{parent}: cannot be written ({error.strerror})", "choose an --output") from None
     raise AssertionError
 
 
-def _without_collisions(
-    sources: Iterable[Source], output: Path, on_problem: Callable[[Source, DataError], object] | None
-) -> Iterator[Source]:
+def _without_collisions(sources: Iterable[Source], output: Path, on_problem: OnUnreadable) -> Iterator[Source]:
     """The sources, each once, without those that would be written to the place of another one, or lie where results go."""
-    taken: dict[tuple[bool, PurePosixPath], Source] = {}
+    taken: dict[tuple[str, PurePosixPath], Source] = {}
     for source in sources:
         problem = None
         if isinstance(source.address, Path) and source.address.resolve().is_relative_to(output.resolve()):
-            problem = DataError(
-                f"{source.shown}: lies in the output folder, where it would be drawn over", "choose another --output"
-            )
-        moving = source.kind in ("video", "live")
+            problem = "lies in the output folder, where it would be drawn over", "choose another --output"
+        ending = ".mp4" if source.kind in ("video", "live") else ".jpg"
         stem = PurePosixPath(source.name).with_suffix("")
-        other = taken.setdefault((moving, stem), source)
+        other = taken.setdefault((ending, stem), source)
         if other.address != source.address:
-            problem = DataError(
-                f"{source.shown} and {other.shown} would both be drawn to {stem}{'.mp4' if moving else '.jpg'}",
-                "predict them into two folders",
-            )
-        if problem is not None and on_problem is None:
-            raise problem
-        if problem is not None and on_problem is not None:
-            on_problem(source, problem)
+            problem = f"and {other.shown} would both be drawn to {stem}{ending}", "predict them into two folders"
+        if problem is not None:
+            on_problem(source, DataError(f"{source.shown}: {problem[0]}", problem[1]))
         elif other is source:
             yield source

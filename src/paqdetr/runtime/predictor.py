@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,11 @@ from PIL.Image import Image
 from paqdetr.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from paqdetr.images import ImageSource, read_image
 from paqdetr.runtime.engines import Engine, open_engine
-from paqdetr.runtime.info import ExportInfo, FixedSize
-from paqdetr.runtime.predict import stream
+from paqdetr.runtime.info import ExportInfo
+from paqdetr.runtime.predict import Predicts, stream
 from paqdetr.runtime.sources import Source, list_source, read_source
 from paqdetr.runtime.tiles import Tiles, predict_tiles
-from paqdetr.structures import ClassTable, Detections, OperatingPoint
+from paqdetr.structures import Detections, OperatingPoint
 from paqdetr.text import Summary, shorten, some
 from paqdetr.values import require_batch_size, require_nms, require_threshold
 
@@ -31,19 +30,16 @@ EXPORTED = (".onnx", ".xml")
 
 _OUTPUTS = {False: ("boxes", "scores", "labels"), True: ("logits", "pred_boxes")}
 _Pixels = TypeVar("_Pixels")
+_Entry = TypeVar("_Entry")
 
 
-class Detects(Protocol):
+class Detects(Predicts, Protocol):
     """What `PredictMixin` has to know of a detector."""
 
-    @property
-    def classes(self) -> ClassTable: ...
     @property
     def operating_point(self) -> OperatingPoint: ...
     @property
     def preprocessing(self) -> Callable[[Image], Any]: ...
-    @property
-    def predict(self) -> Callable[..., list[Detections]]: ...
     def _detect_pixels(
         self,
         pixels: Sequence[Any],
@@ -201,6 +197,7 @@ class Predictor(PredictMixin, Summary):
         name: of the model.
         classes: index -> the data set's category id and name.
         preprocessing: the one size that images are stretched to.
+        operating_point: threshold and IoU of the suppression, which `predict` begins from.
         info: what the file says about itself.
         engine: what runs it.
     """
@@ -210,26 +207,14 @@ class Predictor(PredictMixin, Summary):
             raise ConfigError(
                 f"Predictor: expected an Engine, found {shorten(engine)}", "paqdetr.load(path) opens a file"
             )
-        self.engine = engine
-        self.info = ExportInfo.from_json(engine.metadata, where)
-        self.where = where
-        self.name = self.info.name
+        self.engine, self.where = engine, where
+        self.info = info = ExportInfo.from_json(engine.metadata, where)
+        self.name, self.classes, self.preprocessing = info.name, info.classes, info.preprocessing
+        self.operating_point = OperatingPoint(threshold=info.threshold, nms=info.nms)
 
     def __call__(self, images: ImageSource | Iterable[ImageSource], **how: Any) -> list[Detections]:
         """The same as `predict`."""
         return self.predict(images, **how)
-
-    @property
-    def classes(self) -> ClassTable:
-        return self.info.classes
-
-    @property
-    def operating_point(self) -> OperatingPoint:
-        return OperatingPoint(threshold=self.info.threshold, nms=self.info.nms)
-
-    @property
-    def preprocessing(self) -> FixedSize:
-        return self.info.preprocessing
 
     def _summary(self) -> tuple[str, list[tuple[str, ...]]]:
         size, info = self.preprocessing, self.info
@@ -286,8 +271,8 @@ class Predictor(PredictMixin, Summary):
     def run(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The graph on (N, H, W, 3) uint8: boxes (N, n, 4) xyxy in [0, 1], scores (N, n), best first, labels (N, n), class
         indices."""
-        boxes, scores, labels = self._decoded(*self.outputs(images)) if self.info.raw else self.outputs(images)
-        return boxes, scores, labels
+        found = self.outputs(images)
+        return self._decoded(*found) if self.info.raw else found  # type: ignore[return-value]
 
     def outputs(self, images: np.ndarray) -> tuple[np.ndarray, ...]:
         """What the graph itself gives for (N, H, W, 3) uint8: boxes, scores and labels, or logits (N, q, C) and boxes (N, q, 4)
@@ -339,6 +324,20 @@ def open_exported(path: str | Path, *, threads: int | None = None) -> Predictor:
     return Predictor(open_engine(path, threads), str(path))
 
 
+def batched_by_size(
+    entries: Iterable[_Entry], size_of: Callable[[_Entry], Hashable], batch_size: int
+) -> Iterator[list[_Entry]]:
+    """Batches of entries of one size each; full ones as soon as they are, the others at the end."""
+    buckets: dict[Hashable, list[_Entry]] = {}
+    for entry in entries:
+        size = size_of(entry)
+        bucket = buckets.setdefault(size, [])
+        bucket.append(entry)
+        if len(bucket) == batch_size:
+            yield buckets.pop(size)
+    yield from buckets.values()
+
+
 def predict_in_batches(
     pictures: Iterable[Image],
     prepare: Callable[[Image], _Pixels],
@@ -358,20 +357,9 @@ def predict_in_batches(
     """
     require_batch_size(batch_size)
     found: dict[int, Detections] = {}
-    buckets: dict[Hashable, list[tuple[int, _Pixels, tuple[int, int]]]] = defaultdict(list)
-
-    def run(bucket: list[tuple[int, _Pixels, tuple[int, int]]]) -> None:
-        indices, pixels, sizes = (list(column) for column in zip(*bucket, strict=True))
-        shown = [names[i] if names else f"image {i}" for i, _, _ in bucket]
+    prepared = ((i, prepare(picture), (picture.height, picture.width)) for i, picture in enumerate(pictures))
+    for batch in batched_by_size(prepared, lambda entry: tuple(getattr(entry[1], "shape", ())), batch_size):
+        indices, pixels, sizes = (list(column) for column in zip(*batch, strict=True))
+        shown = [names[i] if names else f"image {i}" for i, _, _ in batch]
         found.update(zip(indices, detect(pixels, sizes, shown), strict=True))
-        bucket.clear()
-
-    for i, picture in enumerate(pictures):
-        pixels = prepare(picture)
-        bucket = buckets[tuple(getattr(pixels, "shape", ()))]
-        bucket.append((i, pixels, (picture.height, picture.width)))
-        if len(bucket) == batch_size:
-            run(bucket)
-    for bucket in filter(None, buckets.values()):
-        run(bucket)
     return [found[i] for i in range(len(found))]

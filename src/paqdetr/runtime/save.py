@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import Any, TextIO
 
 from paqdetr.errors import ConfigError, UserError
 from paqdetr.files import storage_errors
@@ -77,9 +75,9 @@ class Saver:
         self.output, self._classes, self._overwrite = output, classes, overwrite
         write = {"draw": self._draw, "yolo": self._yolo, "voc": self._voc, "crops": self._crops, "jsonl": self._line}
         self._writes = [write[form] for form in dict.fromkeys(forms) if form != "coco"]
-        self._coco = _Held(write_rows, output / _COCO, overwrite=overwrite) if "coco" in forms else None
-        self._lines: TextIO | None = None
-        self._video: tuple[Source, _Held, VideoWriter] | None = None
+        self._coco, self._add_row = "coco" in forms, None
+        self._results, self._lines = contextlib.ExitStack(), None
+        self._video: tuple[Source, Path, contextlib.ExitStack, VideoWriter] | None = None
         self._live, self._named = False, False
 
     def add(self, picture: Picture, detections: Detections) -> None:
@@ -87,10 +85,11 @@ class Saver:
         self._live |= picture.live
         for write in self._writes:
             write(picture, detections)
-        if self._coco is not None:
-            add_row = self._coco.open()
+        if self._coco:
+            if self._add_row is None:
+                self._add_row = self._results.enter_context(write_rows(self.output / _COCO, overwrite=self._overwrite))
             for row in detections.to_coco(rounded=True):
-                add_row(row)
+                self._add_row(row)
 
     def __enter__(self) -> Saver:
         return self
@@ -98,13 +97,12 @@ class Saver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # Of results that are not complete nothing is left; a live source ends no other way.
+        why = None if kind is None or self._live else GeneratorExit()
         with contextlib.ExitStack() as stack:  # whatever fails, the others are closed
             if self._lines is not None:
                 stack.callback(self._lines.close)
-            if self._coco is not None and (kind is None or self._live):  # a live source ends no other way
-                stack.callback(self._coco.close)
-            elif self._coco is not None:
-                stack.callback(self._coco.give_up)
+            stack.callback(self._results.__exit__, type(why) if why else None, why, None)
             with contextlib.suppress(*() if kind is None else (UserError, OSError)):
                 self._end_video()
 
@@ -121,21 +119,18 @@ class Saver:
         if self._video is None or self._video[0] is not picture.source:
             self._end_video()
             path = self.output / PurePosixPath(picture.source.name).with_suffix(".mp4")
-            held = _Held(output_file, path, maker=MAKER, overwrite=self._overwrite)
-            self._video = picture.source, held, VideoWriter(held.open(), comment=mark(MAKER))
-        with storage_errors(self._video[1].path):
-            self._video[2].add(drawn, picture.time)
+            with contextlib.ExitStack() as stack:
+                place = stack.enter_context(output_file(path, maker=MAKER, overwrite=self._overwrite))
+                writer = stack.enter_context(contextlib.closing(VideoWriter(place, comment=mark(MAKER))))
+                self._video = picture.source, path, stack.pop_all(), writer
+        with storage_errors(self._video[1]):
+            self._video[3].add(drawn, picture.time)
 
     def _end_video(self) -> None:
         if self._video is not None:
-            (_, held, writer), self._video = self._video, None
-            try:
-                with storage_errors(held.path):
-                    writer.close()
-            except BaseException:
-                held.give_up()
-                raise
-            held.close()
+            (_, path, stack, _), self._video = self._video, None
+            with storage_errors(path):
+                stack.close()
 
     def _yolo(self, picture: Picture, detections: Detections) -> None:
         if not self._named:
@@ -177,35 +172,3 @@ class Saver:
         write_output(
             path, lambda place: place.write_text(text, encoding="utf-8"), maker=maker, overwrite=self._overwrite
         )
-
-
-class _Held:
-    """A context that stays open from one call to another."""
-
-    def __init__(self, make: Callable[..., AbstractContextManager[Any]], path: Path, **how: Any) -> None:
-        self.path = path
-        self._make = lambda: make(path, **how)
-        self._context: AbstractContextManager[Any] | None = None
-        self._value: Any = None
-
-    def open(self) -> Any:
-        if self._context is None:
-            self._context = self._make()
-            self._value = self._context.__enter__()
-        return self._value
-
-    def close(self) -> None:
-        if self._context is not None:
-            context, self._context = self._context, None
-            context.__exit__(None, None, None)
-
-    def give_up(self) -> None:
-        """Close it as where an error has come up, so that nothing is left of it."""
-        if self._context is not None:
-            context, self._context = self._context, None
-            with contextlib.suppress(_GaveUp):
-                context.__exit__(_GaveUp, _GaveUp(), None)
-
-
-class _GaveUp(Exception):
-    """A file is not going to be complete."""

@@ -15,7 +15,7 @@ import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 from PIL import Image
 
@@ -72,12 +72,20 @@ class Picture:
     live: bool = False
 
 
+OnUnreadable = Callable[[Source, DataError], object]
+
+
+def refuse(source: Source, error: DataError) -> NoReturn:
+    """What happens where a source cannot be read, if nobody wants it left out."""
+    raise error
+
+
 def list_sources(
     sources: Iterable[str | os.PathLike[str]],
     *,
     recursive: bool = False,
     leave_out: Path | None = None,
-    on_unreadable: Callable[[Source, DataError], object] | None = None,
+    on_unreadable: OnUnreadable = refuse,
 ) -> Iterator[Source]:
     """What the given sources hold, in their order; folders in order of name. Lines of standard input come as they are written.
 
@@ -86,7 +94,7 @@ def list_sources(
             `camera:0`, and `-` for a list of all of these on standard input, one a line.
         recursive: folders with all that is below them; names keep the path below the folder. Hidden folders are left out.
         leave_out: a folder that is not looked into: results of an earlier call.
-        on_unreadable: called with lines of standard input that name nothing, which are then left out; None: an error.
+        on_unreadable: called with lines of standard input that name nothing, which are then left out; by default an error.
 
     Raises:
         DataError: one does not exist, or is of another kind; a folder or pattern without pictures and videos.
@@ -101,8 +109,6 @@ def list_sources(
                         keep = source.address == Path(line) and not Path(line).is_absolute()
                         yield replace(source, name=_relative(line)) if keep else source
                 except DataError as error:
-                    if on_unreadable is None:
-                        raise
                     on_unreadable(Source(line, line, "picture"), error)
         else:
             yield from list_source(given, recursive=recursive, leave_out=leave_out)
@@ -185,12 +191,13 @@ def _relative(name: str | Path) -> str:
     return "/".join(part for part in Path(name).parts if part not in ("..", "/") and not part.endswith((":", ":\\")))
 
 
-def read_source(source: Source, *, every: int = 1) -> Iterator[Picture]:
+def read_source(source: Source, *, every: int = 1, buffer: bool = False) -> Iterator[Picture]:
     """The pictures of one source, each read when it is asked for.
 
     Args:
         source: of `list_sources`.
         every: of a video every so many frames, beginning with the first.
+        buffer: of a live source all frames, in place of the newest.
 
     Raises:
         DataError: it cannot be read, is too large, or its address does not answer.
@@ -207,10 +214,10 @@ def read_source(source: Source, *, every: int = 1) -> Iterator[Picture]:
         kind = content
     if kind == "picture":
         yield Picture(source, read_image(address))
-    elif kind == "live":
-        yield from (Picture(source, f.image, f.index, f.time, live=True) for f in read_live(str(address), every=every))
-    else:
-        yield from (Picture(source, f.image, f.index, f.time) for f in read_video(address, every=every))
+        return
+    live = kind == "live"
+    frames = read_live(str(address), every=every, buffer=buffer) if live else read_video(address, every=every)
+    yield from (Picture(source, frame.image, frame.index, frame.time, live) for frame in frames)
 
 
 def _fetch(url: str) -> bytes | Literal["video", "live"]:
@@ -254,15 +261,16 @@ def read_sources(
     *,
     every: int = 1,
     max_frames: int | None = None,
-    on_unreadable: Callable[[Source, DataError], object] | None = None,
+    buffer: bool = False,
+    on_unreadable: OnUnreadable = refuse,
 ) -> Iterator[Picture]:
     """The pictures of many sources, lazily.
 
     Args:
         sources: of `list_sources`.
-        every: as of `read_source`.
+        every, buffer: as of `read_source`.
         max_frames: the most that are given of each video or live source.
-        on_unreadable: called with what cannot be read, which is then left out; None: an error.
+        on_unreadable: called with what cannot be read, which is then left out; by default an error.
 
     Raises:
         DataError: as `read_source`, unless `on_unreadable` is given.
@@ -272,12 +280,10 @@ def read_sources(
         if value is not None and value < 1:
             raise ConfigError(f"{name}: expected at least 1, found {value}", "it counts the frames of a video")
     for source in sources:
-        pictures = read_source(source, every=every)
+        pictures = read_source(source, every=every, buffer=buffer)
         try:
             yield from itertools.islice(pictures, max_frames)
         except DataError as error:
-            if on_unreadable is None:
-                raise
             on_unreadable(source, error)
         finally:
             pictures.close()  # type: ignore[attr-defined]  # a reader thread ends now, not when Python finds the time

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 from PIL.Image import Image
@@ -17,6 +18,7 @@ from PIL.Image import Image
 from paqdetr.errors import ConfigError
 from paqdetr.structures import Detections
 
+_A: TypeAlias = np.ndarray
 # The least batch that tiles go through the model in, where the caller's own is smaller.
 _BATCH = 4
 # Two boxes are one object: by IoU of whole ones, by intersection over the smaller where one is cut off.
@@ -112,22 +114,18 @@ def merge_tiles(
     boxes, scores, labels = boxes[kept], scores[kept], labels[kept]
     owners, cut = owners[kept], cut[kept]
     chosen = _distinct(boxes, scores, labels, owners, cut.any(1))
-    merged = replace(
-        parts[0], boxes=boxes.astype(np.float32), scores=scores, labels=labels, query_indices=None, size=size
-    )
-    return merged[chosen[np.argsort(-scores[chosen], kind="stable")]]
+    found = {"boxes": boxes.astype(np.float32), "scores": scores, "labels": labels, "query_indices": None, "size": size}
+    return replace(parts[0], **found)[chosen[np.argsort(-scores[chosen], kind="stable")]]
 
 
-def _join(
-    axis: int,  # 0: parts beside each other, 1: one above the other
-    boxes: np.ndarray,  # (N, 4), changed in place, as all of the following are
-    scores: np.ndarray,
-    labels: np.ndarray,
-    bounds: np.ndarray,  # (N, 4) of the tiles; of a joined box, of both
-    cut: np.ndarray,  # (N, 4)
-    kept: np.ndarray,  # (N,)
-) -> None:
-    """Join the two parts of an object that is cut through at facing edges of two tiles, where both parts fill the overlap."""
+def _join(axis: int, boxes: _A, scores: _A, labels: _A, bounds: _A, cut: _A, kept: _A) -> None:
+    """Join the two parts of an object that is cut through at facing edges of two tiles, where both parts fill the overlap.
+
+    Args:
+        axis: 0 for parts beside each other, 1 for one above the other.
+        boxes, scores, labels, cut, kept: of `merge_tiles`, changed in place, as all of these are.
+        bounds: (N, 4) of the tiles; of a joined box, of both.
+    """
     low, high = axis, axis + 2
     across = [1 - axis, 3 - axis]
     for first in np.argsort(bounds[:, low], kind="stable"):
@@ -138,9 +136,8 @@ def _join(
             others &= bounds[:, high] > bounds[first, high]
             begin = np.maximum(boxes[:, across[0]], boxes[first, across[0]])
             end = np.minimum(boxes[:, across[1]], boxes[first, across[1]])
-            both = np.maximum(boxes[:, across[1]], boxes[first, across[1]]) - np.minimum(
-                boxes[:, across[0]], boxes[first, across[0]]
-            )
+            both = np.maximum(boxes[:, across[1]], boxes[first, across[1]])
+            both -= np.minimum(boxes[:, across[0]], boxes[first, across[0]])
             alike = np.where(others & (both > 0), (end - begin) / np.maximum(both, 1e-9), 0.0)
             # Through all of the overlap: each begins, or ends, beyond the other tile's edge.
             alike[boxes[first, low] > bounds[:, low]] = 0
@@ -156,9 +153,7 @@ def _join(
             cut[first, across] |= cut[other, across]
 
 
-def _distinct(
-    boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, owners: np.ndarray, cut: np.ndarray
-) -> np.ndarray:
+def _distinct(boxes: _A, scores: _A, labels: _A, owners: _A, cut: _A) -> _A:
     """Positions of what is left where boxes of different tiles show one object: whole ones first, then by score."""
     area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
     order = np.lexsort((-scores, cut))

@@ -11,6 +11,7 @@ import re
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from paqdetr.errors import ConfigError, DataError
+from paqdetr.errors import DataError, import_extra
 from paqdetr.files import open_regular
 
 _LOG = logging.getLogger(__name__)
@@ -28,12 +29,14 @@ _LOG = logging.getLogger(__name__)
 VIDEO_EXTENSIONS = frozenset(
     {".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".ts", ".mts", ".wmv", ".flv"}
 )
-LIVE_SCHEMES = ("camera:", "rtsp://", "rtsps://", "rtmp://", "udp://", "srt://")
+LIVE_SCHEMES = ("camera:", "rtsp://", "rtsps://", "rtmp://", "tcp://", "udp://", "srt://")
 
 # Seconds: to open a network stream, and to wait for more of it.
 _TIMEOUT = (15.0, 15.0)
 # Seconds between two attempts to reconnect: doubled from the first to the last.
 _FIRST_WAIT, _LAST_WAIT = 0.5, 30.0
+# Frames that wait where all are wanted: at 1920 x 1080 pixels some 200 MB.
+_BUFFERED = 64
 # Of a written video: ticks per second.
 _TICKS = 90_000
 
@@ -45,7 +48,8 @@ class Frame:
     Attributes:
         image: RGB, upright.
         index: its number from 0, in the order shown. Of a live source: of those that arrived, so that skipped frames leave gaps.
-        time: in seconds, as the file has it. Of a live source: since its first frame.
+        time: in seconds, as the file has it. Of a live source: since its first frame, by when it arrived, or with `buffer` by the
+            times that the source gives.
     """
 
     image: Image.Image
@@ -62,9 +66,9 @@ def read_video(address: str | Path, *, every: int = 1) -> Iterator[Frame]:
 
     Raises:
         DataError: it cannot be read, or has no video. What is damaged in the middle is skipped, with a warning in the log.
-        ConfigError: PyAV is missing.
+        BackendError: PyAV is not installed.
     """
-    av = _pyav()
+    av = import_extra("av", "video")
     shown = public_address(str(address))
     if isinstance(address, Path):
         open_regular(address).close()
@@ -81,26 +85,29 @@ def read_video(address: str | Path, *, every: int = 1) -> Iterator[Frame]:
                     yield Frame(upright(frame), index, now)
     except av.FFmpegError as error:
         if index < 0:
-            raise _unreadable(shown, error) from None
+            problem = f"{shown}: not a readable video: {_reason(error)}"
+            raise DataError(problem, "check that it is a video and complete") from None
         _LOG.warning("%s: the video is damaged after frame %d: %s", shown, index, _reason(error))
     if index < 0:
         raise DataError(f"{shown}: has no frames", "check that it is a video and complete")
 
 
-def read_live(address: str, *, every: int = 1, patience: float = 600.0) -> Iterator[Frame]:
+def read_live(address: str, *, every: int = 1, buffer: bool = False, patience: float = 600.0) -> Iterator[Frame]:
     """The newest frame of a live source, as often as one is asked for; a thread reads and drops the others meanwhile.
 
     Args:
         address: `camera:0`, `rtsp://...`, or an http address of an MJPEG stream.
         every: only every so many frames that arrive.
+        buffer: all of them, in order. Where 64 wait for a slower reader, no more is read from the source until one is taken: a
+            sender over TCP waits, others lose frames.
         patience: a lost connection is tried again, at growing intervals, for so many seconds without a frame.
 
     Raises:
         DataError: it cannot be opened, or was lost for longer than `patience`.
-        ConfigError: PyAV is missing.
+        BackendError: PyAV is not installed.
     """
-    _pyav()
-    reader = _NewestFrame(address, every, patience)
+    import_extra("av", "video")
+    reader = _LiveReader(address, every, patience, buffer=buffer)
     reader.start()
     try:
         while True:
@@ -109,25 +116,26 @@ def read_live(address: str, *, every: int = 1, patience: float = 600.0) -> Itera
         reader.stop()
 
 
-class _NewestFrame(threading.Thread):
-    """Reads a live source and keeps its newest frame alone."""
+class _LiveReader(threading.Thread):
+    """Reads a live source and keeps its newest frame alone, or with `buffer` those that are not taken yet."""
 
-    def __init__(self, address: str, every: int, patience: float) -> None:
+    def __init__(self, address: str, every: int, patience: float, *, buffer: bool) -> None:
         super().__init__(name="paqdetr live source", daemon=True)
-        self._address, self._every, self._patience = address, every, patience
+        self._address, self._every, self._patience, self._buffer = address, every, patience, buffer
         self._changed, self._stopped = threading.Condition(), threading.Event()
-        self._newest: tuple[Any, int, float] | None = None
+        self._frames: deque[tuple[Any, int, float]] = deque(maxlen=_BUFFERED if buffer else 1)
         self._failure: DataError | None = None
-        self._count, self._began = 0, 0.0
+        self._count, self._began, self._latest = 0, 0.0, 0.0
 
     def take(self) -> Frame:
         """Wait for the next frame."""
         with self._changed:
-            while self._newest is None:
+            while not self._frames:
                 if self._failure is not None:
                     raise self._failure
                 self._changed.wait(1.0)
-            (frame, index, now), self._newest = self._newest, None
+            frame, index, now = self._frames.popleft()
+            self._changed.notify()
         return Frame(upright(frame), index, now)
 
     def stop(self) -> None:
@@ -161,21 +169,28 @@ class _NewestFrame(threading.Thread):
             wait = min(2 * wait, _LAST_WAIT)
 
     def _read(self) -> None:
-        with _open_live(self._address) as container:
+        with _open_live(self._address, buffer=self._buffer) as container:
+            start = None
             for frame in _decoded(container, public_address(self._address), threads="SLICE"):
                 if self._stopped.is_set():
                     return
-                now = time.monotonic()
-                self._began = self._began if self._count else now
+                self._began = self._began if self._count else time.monotonic()
+                now = time.monotonic() - self._began
+                if self._buffer and frame.time is not None:  # one that had to wait arrives late
+                    start = max(now, self._latest) - frame.time if start is None else start
+                    now = start + frame.time
+                self._latest = now
                 index, self._count = self._count, self._count + 1
                 if index % self._every == 0:
                     with self._changed:
-                        self._newest = frame, index, now - self._began
+                        while self._buffer and len(self._frames) == _BUFFERED and not self._stopped.is_set():
+                            self._changed.wait(1.0)
+                        self._frames.append((frame, index, now))
                         self._changed.notify()
 
 
-def _open_live(address: str) -> Any:
-    av = _pyav()
+def _open_live(address: str, *, buffer: bool) -> Any:
+    av = import_extra("av", "video")
     kind, _, rest = address.partition(":")
     if kind == "camera":
         device, form = {"darwin": (rest, "avfoundation"), "win32": (f"video={rest}", "dshow")}.get(
@@ -183,7 +198,8 @@ def _open_live(address: str) -> Any:
         )
         options = {"framerate": "30"} if form == "avfoundation" else {}
         return av.open(device, format=form, options=options, timeout=_TIMEOUT)
-    options = {"fflags": "nobuffer", "fpsprobesize": "0"}  # no seconds of frames before the first is given
+    # Without: seconds of frames before the first is given. With: those that tell its format apart are lost.
+    options = {} if buffer else {"fflags": "nobuffer", "fpsprobesize": "0"}
     if kind in ("http", "https"):
         return av.open(address, format="mpjpeg", options=options, timeout=_TIMEOUT)
     if kind in ("rtsp", "rtsps"):
@@ -199,7 +215,7 @@ def _video_stream(container: Any, shown: str) -> Any:
 
 def _decoded(container: Any, shown: str, *, threads: str) -> Iterator[Any]:
     """The decoded frames, without those that are damaged."""
-    av, damaged = _pyav(), 0
+    av, damaged = import_extra("av", "video"), 0
     stream = _video_stream(container, shown)
     stream.thread_type = threads
     for packet in container.demux(stream):
@@ -234,11 +250,11 @@ class VideoWriter:
         comment: goes into the file's metadata.
 
     Raises:
-        ConfigError: PyAV is missing.
+        BackendError: PyAV is not installed.
     """
 
     def __init__(self, path: Path, *, comment: str = "") -> None:
-        self._av = _pyav()
+        self._av = import_extra("av", "video")
         self._container = self._av.open(f"file:{path}", "w", format="mp4")
         self._container.metadata["comment"] = comment
         self._stream: Any = None
@@ -278,19 +294,5 @@ def public_address(address: str) -> str:
     return re.sub(r"(?<=://)[^/@]*@", "", address)
 
 
-def _pyav() -> Any:
-    try:
-        import av
-    except ImportError:
-        raise ConfigError(
-            "video and cameras need PyAV, which is not installed", "pip install 'paqdetr[video]'"
-        ) from None
-    return av
-
-
 def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
-
-
-def _unreadable(shown: str, error: Exception) -> DataError:
-    return DataError(f"{shown}: not a readable video: {_reason(error)}", "check that it is a video and complete")

@@ -6,24 +6,15 @@ from typing import Any
 
 from paqdetr._version import __version__
 
-PARAMETERS: dict[str, dict[str, Any]] = {
-    "threshold": {
-        "description": "The least score of a detection; the model's own if absent.",
-        "schema": {"type": "number", "minimum": 0, "maximum": 1},
-    },
-    "nms": {
-        "description": "Boxes that overlap a better one of their class by more than this IoU are dropped.",
-        "schema": {"type": "number", "minimum": 0, "maximum": 1},
-    },
-    "classes": {
-        "description": "Names or ids of the only classes that are wanted, with commas between them.",
-        "schema": {"type": "string"},
-    },
-    "tiles": {
-        "description": "Cut the image into tiles of this side in pixels, for small objects in large images.",
-        "schema": {"type": "integer", "minimum": 64, "maximum": 16384},
-    },
+_SHARE: dict[str, Any] = {"type": "number", "minimum": 0, "maximum": 1}
+_SIDE: dict[str, Any] = {"type": "integer", "minimum": 64, "maximum": 16384}
+_ABOUT: dict[str, tuple[str, dict[str, Any]]] = {
+    "threshold": ("The least score of a detection; the model's own if absent.", _SHARE),
+    "nms": ("Boxes that overlap a better one of their class by more than this IoU are dropped.", _SHARE),
+    "classes": ("Names or ids of the only classes that are wanted, with commas between them.", {"type": "string"}),
+    "tiles": ("Cut the image into tiles of this side in pixels, for small objects in large images.", _SIDE),
 }
+PARAMETERS = {name: {"description": text, "schema": schema} for name, (text, schema) in _ABOUT.items()}
 """Query parameters of `/v1/detect`."""
 
 _TEXT, _NUMBER, _INTEGER = ({"type": kind} for kind in ("string", "number", "integer"))
@@ -42,6 +33,16 @@ _ERRORS = {
     "503": "the server stops",
     "504": "no answer in time",
 }
+_KEYS = {
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+}
+_OTHERS = {
+    "/v1/model": "Name, classes, threshold and limits",
+    "/healthz": "200 while the model answers",
+    "/readyz": "200 while requests are taken",
+    "/metrics": "Counters in the text format of Prometheus",
+}
 
 
 def openapi(*, key: bool) -> dict[str, Any]:
@@ -52,14 +53,10 @@ def openapi(*, key: bool) -> dict[str, Any]:
     """
     image = {"schema": {**_TEXT, "format": "binary"}}
     fault = {"application/json": {"schema": _object({"error": _TEXT, "help": _TEXT})}}
-    answer = _object(
-        {
-            "model": _TEXT,
-            "image": _object({"width": _INTEGER, "height": _INTEGER}),
-            "detections": {"type": "array", "items": _object(_DETECTION)},
-            "ms": {**_NUMBER, "description": "from the request to its answer"},
-        }
-    )
+    size = _object({"width": _INTEGER, "height": _INTEGER})
+    found = {"type": "array", "items": _object(_DETECTION)}
+    spent = {**_NUMBER, "description": "from the request to its answer"}
+    answer = _object({"model": _TEXT, "image": size, "detections": found, "ms": spent})
     detect = {
         "summary": "Detect the objects of one image",
         "parameters": [{"name": name, "in": "query", **about} for name, about in PARAMETERS.items()],
@@ -80,12 +77,6 @@ def openapi(*, key: bool) -> dict[str, Any]:
         },
         **({"security": [{"bearer": []}, {"header": []}]} if key else {}),
     }
-    others = {
-        "/v1/model": "Name, classes, threshold and limits",
-        "/healthz": "200 while the model answers",
-        "/readyz": "200 while requests are taken",
-        "/metrics": "Counters in the text format of Prometheus",
-    }
     return {
         "openapi": "3.1.0",
         "info": {"title": "paqdetr", "version": __version__},
@@ -93,15 +84,10 @@ def openapi(*, key: bool) -> dict[str, Any]:
             "/v1/detect": {"post": detect},
             **{
                 path: {"get": {"summary": text, "responses": {"200": {"description": text}}}}
-                for path, text in others.items()
+                for path, text in _OTHERS.items()
             },
         },
-        "components": {
-            "securitySchemes": {
-                "bearer": {"type": "http", "scheme": "bearer"},
-                "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
-            }
-        },
+        "components": {"securitySchemes": _KEYS},
     }
 
 

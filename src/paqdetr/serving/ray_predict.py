@@ -103,12 +103,11 @@ def predict_on_ray(
     todo = [{"shard": name, "images": group} for name, group in shards.items() if name not in done]
     if todo:
         ray = connect_ray(address)
-        worker = _Worker(str(Path(model).absolute()), files.root, batch_size, how, "cuda" if gpus else "cpu")
         room = int(ray.cluster_resources().get("CPU", 1) // max(cpus, 0.01)) or 1
         size = max(1, min(workers or room, len(todo)))
         rows = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
             _Actor,
-            fn_constructor_args=(worker,),
+            fn_constructor_args=(str(Path(model).absolute()), files.root, batch_size, "cuda" if gpus else "cpu", how),
             batch_size=1,
             num_cpus=cpus,
             num_gpus=gpus,
@@ -127,53 +126,44 @@ def list_images_of(source: str) -> list[str]:
     Raises:
         DataError: it is missing, or names none.
     """
-    fsspec = _import("fsspec")
-    files, root = fsspec.core.url_to_fs(source)
+    files, root = _import("fsspec").core.url_to_fs(source)
     try:
-        if files.isdir(root) and not any(name.endswith(".parquet") for name in files.ls(root, detail=False)):
-            inside = (path for path in files.find(root) if PurePosixPath(path).suffix.lower() in IMAGE_EXTENSIONS)
-            found = [
-                files.unstrip_protocol(path)
-                for path in sorted(inside)
-                if not is_leftover(path[len(root) :].lstrip("/"))
-            ]
-        elif not files.exists(root):
+        if not files.exists(root):
             raise DataError(f"{source}: no such file or folder", "check the address")
+        folder = files.isdir(root)
+        if root.endswith(".parquet") or (folder and any(map(_is_parquet, files.ls(root, detail=False)))):
+            lines = _column(_import("pyarrow.dataset").dataset(root, filesystem=files, format="parquet"), source)
+        elif folder:
+            inside = (path for path in files.find(root) if PurePosixPath(path).suffix.lower() in IMAGE_EXTENSIONS)
+            wanted = (path for path in sorted(inside) if not is_leftover(path[len(root) :].lstrip("/")))
+            lines = [files.unstrip_protocol(path) for path in wanted]
         else:
-            base = root if files.isdir(root) else root.rpartition("/")[0]
-            found = [_absolute(line, files.unstrip_protocol(base)) for line in _listed(files, root, source) if line]
+            lines = [line.rstrip("\r") for line in files.cat_file(root).decode("utf-8-sig").split("\n")]
+    except UnicodeDecodeError:
+        raise DataError(f"{source}: no UTF-8 text", "give a list with one path a line, or Parquet") from None
+    except ValueError as error:  # pyarrow's own are such
+        raise DataError(f"{source}: not readable as Parquet ({str(error)[:200]})", "write it again") from None
     except OSError as error:
-        raise DataError(
-            f"{source}: cannot be read: {error}", "check the address and what it takes to read it"
-        ) from None
-    found = list(dict.fromkeys(path.removeprefix("file://") for path in found))
+        remedy = "check the address and what it takes to read it"
+        raise DataError(f"{source}: cannot be read: {error}", remedy) from None
+    base = files.unstrip_protocol(root if folder else root.rpartition("/")[0])
+    paths = (line if "://" in line or line.startswith("/") else f"{base}/{line}" for line in lines if line)
+    found = list(dict.fromkeys(path.removeprefix("file://") for path in paths))
     if not found:
         raise DataError(f"{source}: names no pictures", "name a folder with pictures, or a list of them")
     return found
 
 
-def _listed(files: Any, root: str, source: str) -> list[str]:
-    if not files.isdir(root) and not root.endswith(".parquet"):
-        with files.open(root, "rb") as file:
-            try:
-                return [line.rstrip("\r") for line in file.read().decode("utf-8-sig").split("\n")]
-            except UnicodeDecodeError:
-                raise DataError(f"{source}: no UTF-8 text", "give a list with one path a line, or Parquet") from None
-    dataset = _import("pyarrow.dataset")
-    try:
-        table = dataset.dataset(root, filesystem=files, format="parquet")
-        column = next((name for name in _COLUMNS if name in table.schema.names), None)
-        if column is None:
-            raise DataError(
-                f"{source}: has the columns {', '.join(table.schema.names)[:200]}", f"call one {' or '.join(_COLUMNS)}"
-            )
-        return [str(value) for value in table.to_table(columns=[column])[column].to_pylist() if value is not None]
-    except ValueError as error:  # pyarrow's own are such
-        raise DataError(f"{source}: not readable as Parquet ({str(error)[:200]})", "write it again") from None
+def _is_parquet(path: str) -> bool:
+    return path.endswith(".parquet")
 
 
-def _absolute(line: str, base: str) -> str:
-    return line if "://" in line or line.startswith("/") else f"{base}/{line}"
+def _column(table: Any, source: str) -> list[str | None]:
+    names = table.schema.names
+    column = next((name for name in _COLUMNS if name in names), None)
+    if column is None:
+        raise DataError(f"{source}: has the columns {', '.join(names)[:200]}", f"call one {' or '.join(_COLUMNS)}")
+    return [None if value is None else str(value) for value in table.to_table(columns=[column])[column].to_pylist()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,24 +268,13 @@ def errors_of_workers() -> Iterator[None]:
         raise cause from None
 
 
-@dataclass(frozen=True, slots=True)
-class _Worker:
-    """What a worker is told."""
-
-    model: str
-    output: str
-    batch_size: int
-    how: dict[str, Any]
-    device: str
-
-
 class _Actor:
     """One process with a model, which turns shards of the list into shards of detections."""
 
-    def __init__(self, worker: _Worker) -> None:
-        self.worker, self.files = worker, _Files.at(worker.output)
+    def __init__(self, model: str, output: str, batch_size: int, device: str, how: dict[str, Any]) -> None:
+        self.files, self.batch_size, self.how = _Files.at(output), batch_size, how
         # By name: what loads checkpoints lies above this room, and is torch's.
-        self.model: Any = import_module("paqdetr.loading").load(worker.model, device=worker.device)
+        self.model: Any = import_module("paqdetr.loading").load(model, device=device)
         self.readers = ThreadPoolExecutor(4)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
@@ -306,15 +285,13 @@ class _Actor:
 
     def _rows(self, images: list[str]) -> Iterator[tuple[str, Image | str, Detections | None]]:
         """Every picture, or why it cannot be read; the next ones are read while the model works."""
-        step = self.worker.batch_size
+        step = self.batch_size
         groups = [images[i : i + step] for i in range(0, len(images), step)]
-        pending = [[self.readers.submit(_read, name) for name in group] for group in groups[:1]]
-        for number, group in enumerate(groups):
-            if number + 1 < len(groups):
-                pending.append([self.readers.submit(_read, name) for name in groups[number + 1]])
-            read = [future.result() for future in pending.pop(0)]
+        pending: list[Any] = []
+        for group, following in zip([[], *groups], [*groups, []], strict=True):
+            read, pending = [one.result() for one in pending], [self.readers.submit(_read, name) for name in following]
             good = [picture for picture in read if not isinstance(picture, str)]
-            found = iter(self.model.predict(good, batch_size=step, **self.worker.how) if good else [])
+            found = iter(self.model.predict(good, batch_size=step, **self.how) if good else [])
             for name, picture in zip(group, read, strict=True):
                 yield name, picture, None if isinstance(picture, str) else next(found)
 
@@ -336,16 +313,9 @@ def shard_of(rows: Iterator[tuple[str, Image | str, Detections | None]]) -> byte
     """A Parquet file with a row a picture: image, width, height, boxes (xyxy in pixels), scores, labels (category ids), names,
     and error, the reason why the picture could not be read (then width and height are null)."""
     pa, parquet = _import("pyarrow"), _import("pyarrow.parquet")
-    numbers = pa.list_(pa.float32())
-    columns = {
-        "image": pa.string(),
-        "width": pa.int32(),
-        "height": pa.int32(),
-        "boxes": pa.list_(numbers),
-        "scores": numbers,
-    }
-    columns |= {"labels": pa.list_(pa.int64()), "names": pa.list_(pa.string()), "error": pa.string()}
-    schema = pa.schema(list(columns.items()))
+    text, whole, numbers = pa.string(), pa.int32(), pa.list_(pa.float32())
+    columns = {"image": text, "width": whole, "height": whole, "boxes": pa.list_(numbers), "scores": numbers}
+    columns |= {"labels": pa.list_(pa.int64()), "names": pa.list_(text), "error": text}
     written = []
     for name, picture, found in rows:
         row: dict[str, Any] = {"image": name, "boxes": [], "scores": [], "labels": [], "names": []}
@@ -357,7 +327,7 @@ def shard_of(rows: Iterator[tuple[str, Image | str, Detections | None]]) -> byte
             row["names"] = [found.names.get(label, str(label)) for label in row["labels"]]
         written.append(row)
     buffer = io.BytesIO()
-    parquet.write_table(pa.Table.from_pylist(written, schema=schema), buffer)
+    parquet.write_table(pa.Table.from_pylist(written, schema=pa.schema(columns)), buffer)
     return buffer.getvalue()
 
 

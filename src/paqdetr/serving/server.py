@@ -10,20 +10,18 @@ import io
 import re
 import socket
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import uvicorn
 from PIL.Image import Image
 from starlette.applications import Starlette
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
-from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
@@ -36,7 +34,7 @@ from paqdetr.images import read_header, read_image
 from paqdetr.interrupt import StopRequest
 from paqdetr.runtime.predict import Predicts
 from paqdetr.runtime.predictor import DEFAULT_THRESHOLD
-from paqdetr.runtime.tiles import Tiles, predict_tiles
+from paqdetr.runtime.tiles import Tiles
 from paqdetr.serving.batcher import Batcher, Closed, QueueFull
 from paqdetr.serving.openapi import PARAMETERS, openapi
 from paqdetr.structures import ClassTable, Detections
@@ -143,7 +141,7 @@ class DetectionServer:
     """The application, for `uvicorn` or any other ASGI server as `server.app`.
 
     Args:
-        model: anything with `classes` and `predict(images, threshold=, nms=, batch_size=)`.
+        model: anything with `classes` and `predict(images, threshold=, nms=, classes=, tiles=, batch_size=)`.
         limits: what is taken.
         keys: one of them has to come with every request for a detection, as `Authorization: Bearer KEY` or `X-API-Key: KEY`;
             none are needed if empty.
@@ -200,16 +198,8 @@ class DetectionServer:
 
     def _predict(self, images: Sequence[Image], options: Options) -> list[Detections]:
         """In the model's thread."""
-        how = {k: v for k, v in (("threshold", options.threshold), ("nms", options.nms)) if v is not None}
-
-        def predict(parts: Sequence[Image], batch_size: int) -> list[Detections]:
-            found = self.model.predict(parts, batch_size=batch_size, **how)
-            return [_of_classes(detections, options.classes) for detections in found]
-
-        if options.tiles is None:
-            return predict(images, len(images))
-        tiles = Tiles(options.tiles)
-        return [predict_tiles(image, tiles, predict, batch_size=self.limits.max_batch) for image in images]
+        how = {name: value for name, value in asdict(options).items() if value is not None}
+        return self.model.predict(images, batch_size=self.limits.max_batch, **how)
 
     # ------------------------------------------------------------------------------------------ detection
 
@@ -259,37 +249,38 @@ class DetectionServer:
 
     async def _content(self, request: Request) -> bytes:
         """The image file of a request: its body, a part of a form, or base64 in json."""
+        request = Request(request.scope, self._limited(request.receive, request.headers.get("content-length", "")))
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind == "multipart/form-data":
-            parser = MultiPartParser(request.headers, self._body(request), max_files=1, max_fields=8)
-            try:
-                form = await parser.parse()
-            except (MultiPartException, KeyError, UnicodeDecodeError) as error:
-                raise DataError(f"the form cannot be read: {getattr(error, 'message', error)}", _FORM) from None
-            async with _closing(form):
+        if kind == "application/json":
+            return _from_json(await request.body())
+        if kind != "multipart/form-data":
+            return await request.body()
+        try:
+            async with request.form(max_files=1, max_fields=8) as form:
                 file = form.get("file")
-                if not isinstance(file, UploadFile):
-                    raise DataError("the form has no file called 'file'", _FORM)
-                return await file.read()
-        body = b"".join([part async for part in self._body(request)])
-        return _from_json(body) if kind == "application/json" else body
+                if isinstance(file, UploadFile):
+                    return await file.read()
+        except (HTTPException, KeyError, UnicodeDecodeError) as error:
+            raise DataError(f"the form cannot be read: {getattr(error, 'detail', error)}", _FORM) from None
+        raise DataError("the form has no file called 'file'", _FORM)
 
-    async def _body(self, request: Request) -> AsyncGenerator[bytes, None]:
+    def _limited(self, receive: Receive, declared: str) -> Receive:
         """What a request brings, piece by piece, up to the limit."""
-        limit = int(self.limits.max_mb * 2**20)
-        declared = request.headers.get("content-length", "")
-        size = int(declared) if declared.isdigit() and len(declared) < 20 else 0
-        refusal = Refusal(
-            413, f"the request has more than {self.limits.max_mb:g} MB", "send a smaller file", Connection="close"
-        )
-        if size > limit:
+        left = int(self.limits.max_mb * 2**20)
+        what = f"the request has more than {self.limits.max_mb:g} MB"
+        refusal = Refusal(413, what, "send a smaller file", Connection="close")
+        if declared.isdigit() and int(declared[:20]) > left:
             raise refusal
-        size = 0
-        async for part in request.stream():
-            size += len(part)
-            if size > limit:
+
+        async def limited() -> Message:
+            nonlocal left
+            message = await receive()
+            left -= len(message.get("body", b""))
+            if left < 0:
                 raise refusal
-            yield part
+            return message
+
+        return limited
 
     async def _require_size(self, content: bytes, options: Options) -> int:
         """Pixels of the image, by its header.
@@ -394,14 +385,6 @@ _FORM = "send the image as `file`, such as curl -F file=@photo.jpg"
 _JSON = 'send {"image": "BASE64"}, or the file itself as the body'
 
 
-@asynccontextmanager
-async def _closing(form: Any) -> AsyncIterator[None]:
-    try:
-        yield
-    finally:
-        await form.close()
-
-
 def _busy() -> Refusal:
     return Refusal(429, "the server has as many images as it takes", "try again in a second", Retry_After="1")
 
@@ -415,12 +398,6 @@ def _from_json(body: bytes) -> bytes:
         return base64.b64decode(re.sub(r"\Adata:[^,]{0,99},", "", text), validate=True)
     except (binascii.Error, ValueError):
         raise DataError("the request's 'image' is no base64", _JSON) from None
-
-
-def _of_classes(detections: Detections, ids: tuple[int, ...] | None) -> Detections:
-    if ids is None:
-        return detections
-    return detections[np.isin(detections.labels, ids)]
 
 
 def _rows(detections: Detections) -> list[dict[str, Any]]:

@@ -106,19 +106,6 @@ def _gflops(text: str, height: int, width: int) -> float:
         return model_cost(str(file), height=height, width=width).flops / 1e9
 
 
-def gpu_hours(*, gflops: float, images: int, epochs: int, tflops: float) -> float:
-    """GPU hours of a training by arithmetic alone.
-
-    A multiply-add is counted once in `gflops` and is two operations; a backward pass takes twice a forward pass.
-
-    Args:
-        gflops: of one image, as `paqdetr models` shows them.
-        images: of an epoch.
-        tflops: 10^12 operations a second that the GPU sustains in such a training: a fraction of what it is sold with.
-    """
-    return 2 * 3 * gflops * 1e9 * images * epochs / (tflops * 1e12) / 3600
-
-
 def _alike(result: RunResult, config: Config) -> bool:
     """Whether a step has as many images of one size: data sets of one name may differ between studies."""
     size = config.model_dump(mode="json")["image_size"]

@@ -15,7 +15,7 @@ from paqdetr.data.dataset import DetectionDataset, open_split
 from paqdetr.data.digits import make_digits
 from paqdetr.data.layout import available_splits
 from paqdetr.errors import DataError
-from paqdetr.locks import held
+from paqdetr.files import held
 from paqdetr.outputs import whole_folder
 from paqdetr.study.spec import DataSet
 

@@ -1,7 +1,7 @@
-"""`python -m paqdetr.study.launch ...`: torchrun, which then says how its processes ended.
+"""`python -m paqdetr.study.launch ...`: torchrun, which then returns how its processes ended.
 
-torchrun itself ends with 1 whatever happened, and a training that was asked to stop, and has saved its state, could not be told
-from one that failed.
+torchrun itself ends with 1 whatever happened, and a training that was asked to stop, and has saved its state, would look like one
+that failed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str]) -> int:
         run.main(list(arguments))
     except SignalException as error:
         return 128 + int(error.sigval)
-    except ChildFailedError as error:  # the process has told its reason
+    except ChildFailedError as error:  # the process has reported its reason
         _, failure = error.get_first_failure()
         return failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
     return 0

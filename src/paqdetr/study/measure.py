@@ -30,8 +30,8 @@ from paqdetr.metrics.query_report import QueryUsageReport, Spread
 from paqdetr.metrics.query_usage import BatchMatch, QueryUsage
 from paqdetr.models import Detector, load
 from paqdetr.models.cost import model_cost
-from paqdetr.runs import Run, flat_settings
-from paqdetr.serialize import json_number
+from paqdetr.runs import Record, Run, flat_settings
+from paqdetr.serialize import json_number, plain
 from paqdetr.structures import Detections
 from paqdetr.study.results import RunResult
 from paqdetr.study.runs import Places, PlannedRun, RunKey, read_source
@@ -40,6 +40,8 @@ from paqdetr.study.spec import Study
 # Raised whenever a figure would come out otherwise than before. A figure that is new is a dash where it was not measured.
 _VERSION = 1
 _CONFIDENT = 0.3
+# What a training ran with: of its last session.
+_PROVENANCE = ("started", "git", "paqdetr", "python", "packages", "machine")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +110,7 @@ def measure_run(job: Job) -> RunResult:
             model, split, replicates=wanted["replicates"], seed=wanted["seed"]
         )
     assert model is not None
+    records, sessions = run.records(), json.loads(run.environment_file.read_text(encoding="utf-8"))
     return RunResult(
         key=job.key,
         failed=None,
@@ -116,9 +119,13 @@ def measure_run(job: Job) -> RunResult:
         images={"count": len(split), "hash": _hash(split)},
         figures=figures,
         replicates=replicates,
-        curve=learning_curve(run),
-        cost=cost_of(run, model, split),
-        provenance=provenance_of(run) | {"source": job.source},
+        curve=learning_curve(records),
+        cost=cost_of(run, records, model, split) | {"cpu_seconds": _cpu_seconds(run, len(sessions))},
+        provenance={
+            "sessions": len(sessions),
+            **{name: sessions[-1].get(name) for name in _PROVENANCE},
+            "source": job.source,
+        },
     )
 
 
@@ -140,20 +147,12 @@ def measure_model(
         detections.image_id = split.image_ids[index]
         found.append(detections)
     figures, values = measure_detections(split, found, replicates=replicates, seed=seed)
-    views = query_views(usage.report())
-    views |= {name: json_number(share, 6) for name, share in content.shares.items()}
+    rows = [row for detections in found for row in detections.to_coco()]
     return figures | {
-        "queries": views,
+        "queries": plain(query_views(usage.report()) | content.shares, 6),
         "layers": [stage.to_json() for stage in layers.figures(split)],
-        "mistakes": _mistakes(split, found),
+        "mistakes": plain(error_split(split.ground_truth(), rows).gains, 6),
     }, values
-
-
-def _mistakes(split: DetectionDataset, found: Sequence[Detections]) -> dict[str, float | None]:
-    """What AP50 would gain were one kind of mistake mended."""
-    results = [row for detections in found for row in detections.to_coco()]
-    gains = error_split(split.ground_truth(), results).gains
-    return {kind: json_number(gain, 6) for kind, gain in gains.items()}
 
 
 def measure_detections(
@@ -192,9 +191,8 @@ def _figures(table: MatchTable, weights: np.ndarray) -> tuple[dict[str, Any], di
     """The COCO figures of a result set, and AP and AP50 of each resample of the images, NaN where a resample holds no object;
     weights (R, I)."""
     whole = table.figures()
-    figures: dict[str, Any] = {name: json_number(values[0], 6) for name, values in whole.figures.items()}
-    classes = zip(table.class_names, whole.per_class[0], strict=True)
-    figures["per_class"] = {name: json_number(value, 6) for name, value in classes}
+    figures: dict[str, Any] = plain({name: values[0] for name, values in whole.figures.items()}, 6)
+    figures["per_class"] = plain(dict(zip(table.class_names, whole.per_class[0], strict=True)), 6)
     precision = table.average_precision(weights, areas=(0,))[:, 0]  # (R, C, T)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # the mean of nothing is NaN, and meant so
@@ -220,15 +218,15 @@ def query_views(report: QueryUsageReport) -> dict[str, Any]:
     if report.patterns is not None:
         views["gini_patterns"], views["entropy"] = report.patterns.gini, report.patterns.entropy
         views["dead_patterns"], views["patterns"] = report.patterns.dead, len(report.patterns.mass)
-    return {name: json_number(value, 6) for name, value in views.items() if value is not None}
+    return {name: value for name, value in views.items() if value is not None}
 
 
-def learning_curve(run: Run) -> list[dict[str, Any]]:
+def learning_curve(records: Sequence[Record]) -> list[dict[str, Any]]:
     """The evaluations of a training on its validation split, each with the mean loss since the one before."""
     curve: list[dict[str, Any]] = []
     # A record's means are over the steps since the one before, of either kind.
     losses, steps, last = 0.0, 0, 0
-    for record in run.records():
+    for record in records:
         if record.get("kind") == "train":
             losses += record["loss"] * (record["step"] - last)
             steps += record["step"] - last
@@ -241,9 +239,9 @@ def learning_curve(run: Run) -> list[dict[str, Any]]:
     return curve
 
 
-def cost_of(run: Run, model: Detector, split: DetectionDataset) -> dict[str, Any]:
+def cost_of(run: Run, records: Sequence[Record], model: Detector, split: DetectionDataset) -> dict[str, Any]:
     """What the training took, and what the model takes. FLOPs are of one image of the split's commonest size."""
-    finished, start = run.records("finished")[-1], run.records("start")[-1]
+    finished, start = ([row for row in records if row.get("kind") == kind][-1] for kind in ("finished", "start"))
     sizes = Counter(model.preprocessing.target_size(*size) for size in split.sizes.tolist())
     height, width = sizes.most_common(1)[0][0]
     size = model_cost(str(run.config_file), height=height, width=width)
@@ -251,7 +249,6 @@ def cost_of(run: Run, model: Detector, split: DetectionDataset) -> dict[str, Any
         "steps": finished["step"],
         "seconds": finished["seconds"],
         "step_seconds": round(finished["seconds"] / max(finished["step"], 1), 4),
-        "cpu_seconds": _cpu_seconds(run),
         "peak_memory_gib": finished["peak_memory_gib"],
         "parameters": size.parameters,
         "trainable": size.trainable,
@@ -263,7 +260,7 @@ def cost_of(run: Run, model: Detector, split: DetectionDataset) -> dict[str, Any
     }
 
 
-def _cpu_seconds(run: Run) -> float | None:
+def _cpu_seconds(run: Run, sessions: int) -> float | None:
     """Of all sessions of the training, its evaluations among them; None unless every one of them was counted."""
     file = run.output / "sessions.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
@@ -271,17 +268,8 @@ def _cpu_seconds(run: Run) -> float | None:
         rows = [json.loads(line) for line in lines]
     except ValueError:  # a line that was cut when the disk was full
         return None
-    starts = len(json.loads(run.environment_file.read_text(encoding="utf-8")))
     times = [row["cpu_seconds"] for row in rows]
-    return None if len(rows) != starts or None in times else round(sum(times), 1)
-
-
-def provenance_of(run: Run) -> dict[str, Any]:
-    """What the training ran with: of its last session, and how many there were."""
-    sessions = json.loads(run.environment_file.read_text(encoding="utf-8"))
-    last = sessions[-1]
-    kept = ("started", "git", "paqdetr", "python", "packages", "machine")
-    return {"sessions": len(sessions)} | {name: last.get(name) for name in kept}
+    return None if len(rows) != sessions or None in times else round(sum(times), 1)
 
 
 def _hash(split: DetectionDataset) -> str:

@@ -11,13 +11,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 from paqdetr.config import load_config
 from paqdetr.errors import ConfigError
-from paqdetr.files import write_text
+from paqdetr.files import Busy, held, write_text
 from paqdetr.interrupt import STOP_SIGNALS, StopRequest
-from paqdetr.locks import Busy, held
 from paqdetr.runs import Run, flat_settings
 from paqdetr.study.measure import Job
 from paqdetr.study.results import RunResult, read_result
@@ -130,8 +129,8 @@ def last_words(log: Path, ended: Ended) -> str:
     return (errors or printed or [f"exit code {code}"])[-1][:500]
 
 
-class QueueEvents:
-    """Callbacks of a queue; every method may be overridden."""
+class QueueEvents(Protocol):
+    """What a queue calls as it goes along. A class that is derived from it need not have every method."""
 
     def on_begin(self, planned: PlannedRun, step: str, number: int, total: int) -> None:
         """A step, "train" or "measure", of the run with this number begins."""
@@ -144,6 +143,10 @@ class QueueEvents:
 
     def on_wait(self, planned: PlannedRun) -> None:
         """What remains is being done by other processes."""
+
+
+class _Unheard(QueueEvents):
+    """For a queue to which nobody listens."""
 
 
 @dataclass(slots=True)
@@ -183,14 +186,17 @@ def run_queue(
     """
     for planned in runs:
         require_no_conflict(planned, places)
-    queue = _Queue(study, places, device, retry, events or QueueEvents(), len(runs))
+    queue = _Queue(study, places, device, retry, events or _Unheard(), len(runs))
     waiting = list(enumerate(runs, start=1))
     with StopRequest() as queue.stop:
         while waiting:
             busy = [(number, planned) for number, planned in waiting if not queue.attempt(planned, number)]
             if busy:
                 queue.events.on_wait(busy[0][1])
-                _sleep(queue.stop)
+                end = time.monotonic() + _WAIT
+                while time.monotonic() < end:
+                    raise_if_stopped(queue.stop)
+                    time.sleep(0.1)
             waiting = busy
     return queue.done
 
@@ -222,7 +228,7 @@ def run_queue_on_ray(
 
     for planned in runs:
         require_no_conflict(planned, places)
-    ray, done, listener = connect_ray(address), Done(), events or QueueEvents()
+    ray, done, listener = connect_ray(address), Done(), events or _Unheard()
     gpus = study.processes if device is not None and device.startswith("cuda") else 0
     task = ray.remote(num_cpus=study.threads * study.processes, num_gpus=gpus, max_retries=3)(run_queue)
     waiting = {task.remote(study, [planned], places, device=device, retry=retry): planned for planned in runs}
@@ -375,10 +381,3 @@ def _note_cost(run: Run, ended: Ended, threads: int) -> None:
         row = {"seconds": round(ended.seconds, 1), "cpu_seconds": ended.cpu_seconds, "threads": threads}
         with (run.output / "sessions.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-
-
-def _sleep(stop: StopRequest) -> None:
-    end = time.monotonic() + _WAIT
-    while time.monotonic() < end:
-        raise_if_stopped(stop)
-        time.sleep(0.1)

@@ -12,21 +12,9 @@ from paqdetr.files import write_text
 from paqdetr.report.page import Chapter, Heading, render, to_markdown, write_folder, write_plots
 from paqdetr.report.plots import INK, bars, colour, legend, line, new_axes, new_grid, plot_part
 from paqdetr.report.section import Figure, Part, Section, Table
+from paqdetr.study import tables
 from paqdetr.study.results import RunResult, read_results
 from paqdetr.study.spec import Study
-from paqdetr.study.tables import (
-    SEED_COUNTS,
-    SETTLED,
-    cost_table,
-    figure_table,
-    identifier,
-    layer_table,
-    mistake_table,
-    planning_table,
-    query_table,
-    run_table,
-    verdict_table,
-)
 from paqdetr.study.verdicts import Runs, Verdict, verdicts
 
 _MOST_LINES = 7
@@ -109,25 +97,22 @@ def _facts(runs: Runs, command: str) -> list[tuple[str, str]]:
     facts.append(("training time", f"{seconds / 3600:.1f} h in all, {study.threads} threads per run"))
     measured = f"{', '.join(study.evaluate.checkpoints)}, {study.evaluate.replicates} resamples of the images"
     facts.append(("measured", measured))
-    for what, keys in (
-        ("processor", ("machine", "processor")),
-        ("cores", ("machine", "cores")),
-        ("paqdetr", ("paqdetr",)),
-        ("commit", ("git",)),
-        ("Python", ("python",)),
-        ("torch", ("packages", "torch")),
-    ):
-        values = {str(value) for run in runs.done if (value := _provenance(run, *keys))}
-        if values:
-            facts.append((what, ", ".join(sorted(values))))
-    return facts
-
-
-def _provenance(run: RunResult, *keys: str) -> Any:
-    found: Any = run.provenance
-    for key in keys:
-        found = found.get(key) if isinstance(found, dict) else None
-    return found["commit"][:10] + (" (changed)" if found["changed"] else "") if keys == ("git",) and found else found
+    found: dict[str, set[str]] = {}
+    for run in runs.done:
+        own = run.provenance
+        machine, git, packages = (
+            part if isinstance(part := own.get(key), dict) else {} for key in ("machine", "git", "packages")
+        )
+        for what, value in (
+            ("processor", machine.get("processor")),
+            ("cores", machine.get("cores")),
+            ("paqdetr", own.get("paqdetr")),
+            ("commit", git and git["commit"][:10] + (" (changed)" if git["changed"] else "")),
+            ("Python", own.get("python")),
+            ("torch", packages.get("torch")),
+        ):
+            found.setdefault(what, set()).update([str(value)] if value else [])
+    return facts + [(what, ", ".join(sorted(values))) for what, values in found.items() if values]
 
 
 # ------------------------------------------------------------------------------------------------ chapters
@@ -136,7 +121,7 @@ def _provenance(run: RunResult, *keys: str) -> Any:
 def _claims(runs: Runs, decided: Sequence[Verdict]) -> list[Section]:
     if not runs.study.claims:
         return []
-    parts: list[Part] = [verdict_table(runs, decided)]
+    parts: list[Part] = [tables.verdict_table(runs, decided)]
     shown = [verdict for verdict in decided if verdict.effect is not None and verdict.effect.seeds > 1]
     if shown:
         parts.append(_forest(runs, shown))
@@ -152,27 +137,29 @@ def _data_sets(runs: Runs, decided: Sequence[Verdict]) -> list[Section]:
     """One for each data set that has a run."""
     found = []
     for name, data in runs.study.data.items():
-        figures = figure_table(runs, name)
+        figures = tables.figure_table(runs, name)
         if not figures.rows:
             continue
-        more = [table(runs, name) for table in (query_table, layer_table, mistake_table)]
+        more = [table(runs, name) for table in (tables.query_table, tables.layer_table, tables.mistake_table)]
         parts = [figures, _curves(runs, name), *(table for table in more if table.rows)]
         lead = f"{data.about}. " if data.about else ""
         lead += "What each variant reaches, and how it gets there."
-        found.append(Section(identifier("data", name), name, lead, tuple(part for part in parts if part is not None)))
+        found.append(
+            Section(tables.identifier("data", name), name, lead, tuple(part for part in parts if part is not None))
+        )
     return found
 
 
 def _planning(runs: Runs, decided: Sequence[Verdict]) -> list[Section]:
-    table = planning_table(runs)
+    table = tables.planning_table(runs)
     parts: list[Part] = [table]
     usable = [row for row in table.rows if row["seed_error"] is not None]
     if usable:
         axes = new_axes(x="seeds", y="minimum detectable effect on AP")
         for number, row in enumerate(usable):
-            effects = [row[f"n{count}"] for count in SEED_COUNTS]
-            line(axes, SEED_COUNTS, effects, label=row["data"], colour=colour(number), marker="o")
-        axes.axhline(SETTLED, color=INK, linewidth=0.8, linestyle=":")
+            effects = [row[f"n{count}"] for count in tables.SEED_COUNTS]
+            line(axes, tables.SEED_COUNTS, effects, label=row["data"], colour=colour(number), marker="o")
+        axes.axhline(tables.SETTLED, color=INK, linewidth=0.8, linestyle=":")
         axes.set_ylim(bottom=0)
         if len(usable) > 1:
             legend(axes)
@@ -182,32 +169,31 @@ def _planning(runs: Runs, decided: Sequence[Verdict]) -> list[Section]:
     return [Section("planning", "Seeds that are needed", lead, tuple(parts))]
 
 
-def _cost(runs: Runs, decided: Sequence[Verdict]) -> list[Section]:
-    return [Section("cost", "Cost", "What a training takes, and what the model does.", (cost_table(runs),))]
-
-
-def _all_runs(runs: Runs, decided: Sequence[Verdict]) -> list[Section]:
-    return [Section("runs", "Runs", "Every run, those that failed among them.", (run_table(runs),))]
-
-
-_Maker = Callable[[Runs, Sequence[Verdict]], list[Section]]
-CHAPTERS: tuple[_Maker, ...] = (_claims, _data_sets, _planning, _cost, _all_runs)
+CHAPTERS: tuple[Callable[[Runs, Sequence[Verdict]], list[Section]], ...] = (
+    _claims,
+    _data_sets,
+    _planning,
+    lambda runs, decided: [
+        Section("cost", "Cost", "What a training takes, and what the model does.", (tables.cost_table(runs),))
+    ],
+    lambda runs, decided: [
+        Section("runs", "Runs", "Every run, those that failed among them.", (tables.run_table(runs),))
+    ],
+)
 
 
 # ------------------------------------------------------------------------------------------------ plots
 
 
 def _forest(runs: Runs, decided: Sequence[Verdict]) -> Figure:
-    signs = [" <" if runs.study.claims[verdict.claim].sign < 0 else "" for verdict in decided]
-    names = [f"{verdict.claim}{sign}, {verdict.data}" for verdict, sign in zip(decided, signs, strict=True)]
+    lower = {name for name, claim in runs.study.claims.items() if claim.sign < 0}
+    names = [f"{own.claim}{' <' if own.claim in lower else ''}, {own.data}" for own in decided]
     effects = [verdict.effect for verdict in decided if verdict.effect is not None]
     axes = new_axes(height=0.8 + 0.36 * len(names), x="difference: variant minus the other")
     low, high = zip(*(effect.interval for effect in effects), strict=True)
     bars(axes, names, [e.mean for e in effects], low=low, high=high, form="{:+.3f}")
     axes.axvline(0, color=INK, linewidth=0.8)
-    caption = (
-        "Variant minus the other, with intervals. For a claim marked with <, what lies left of zero speaks for it."
-    )
+    caption = "Variant minus the other, with intervals. For a claim marked with <, values left of zero support it."
     return plot_part(axes, name="effects", caption=caption, data=[verdict.to_json() for verdict in decided])
 
 
@@ -228,7 +214,7 @@ def _curves(runs: Runs, data: str) -> Figure | None:
         return None
     legend(grid[0])
     caption = f"{data}: learning curves on the validation split; means, and bands from the worst to the best seed."
-    return plot_part(grid[0], name=identifier("curves", data), caption=caption, data=numbers)
+    return plot_part(grid[0], name=tables.identifier("curves", data), caption=caption, data=numbers)
 
 
 def _mean_curve(curves: Sequence[Sequence[dict[str, Any]]], figure: str) -> list[tuple[int, float, float, float]]:

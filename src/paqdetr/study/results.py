@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +23,8 @@ DUPLICATES = ("duplicates", "copies")
 """What claims call AP_nms - AP; `copies` in older study files and results."""
 # Replicates are kept as whole multiples of it, five digits of an AP, and as null where they are NaN.
 UNIT = 1e-5
+# What a file holds as json has it, in this order.
+_AS_IT_IS = ("failed", "measure", "images", "figures", "cost", "provenance", "settings", "curve")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +37,7 @@ class RunResult:
         settings: flat, as resolved.
         measure: what was measured: split, checkpoints, replicates, seed. Another wish means to measure again.
         images: of the split, and a hash of their ids: figures of runs with the same hash are of the same images.
-        figures: checkpoint -> name -> value in [0, 1], or a number an image; `per_class`, `queries` and `mistakes` are dicts,
+        figures: checkpoint -> name -> value in [0, 1], or a number per image; `per_class`, `queries` and `mistakes` are dicts,
             `layers` is a list of `StageFigures.to_json`.
         replicates: checkpoint -> name -> (R,) float64, the figure of each resample of the images, NaN where nothing defines it.
             The r-th resample is the same in all results with the same images and `measure`.
@@ -74,24 +76,13 @@ class RunResult:
 
     def to_text(self) -> str:
         """Compact json, a line for each part, so that versions of it can be compared."""
-        whole = {
-            checkpoint: {name: _whole(values) for name, values in named.items()}
+        parts = {"format": FORMAT, **asdict(self.key)} | {name: getattr(self, name) for name in _AS_IT_IS}
+        parts["replicates"] = {
+            checkpoint: {
+                name: [None if math.isnan(value) else round(value / UNIT) for value in values.tolist()]
+                for name, values in named.items()
+            }
             for checkpoint, named in self.replicates.items()
-        }
-        parts: dict[str, Any] = {
-            "format": FORMAT,
-            "data": self.key.data,
-            "variant": self.key.variant,
-            "seed": self.key.seed,
-            "failed": self.failed,
-            "measure": self.measure,
-            "images": self.images,
-            "figures": self.figures,
-            "cost": self.cost,
-            "provenance": self.provenance,
-            "settings": self.settings,
-            "curve": self.curve,
-            "replicates": whole,
         }
         lines = [f"{json.dumps(key)}:{json.dumps(value, separators=(',', ':'))}" for key, value in parts.items()]
         return "{" + ",\n".join(lines) + "}\n"
@@ -226,10 +217,7 @@ def read_result(path: Path) -> RunResult | None:
             checkpoint: {name: np.array(values, np.float64) * UNIT for name, values in named.items()}
             for checkpoint, named in stored.replicates.items()
         },
-        **{
-            name: content[name]
-            for name in ("failed", "settings", "measure", "images", "figures", "curve", "cost", "provenance")
-        },
+        **{name: content[name] for name in _AS_IT_IS},
     )
 
 
@@ -242,7 +230,3 @@ def read_results(folder: Path) -> list[RunResult]:
     files: Iterable[Path] = sorted(folder.rglob("seed*.json"))
     found = [result for result in map(read_result, files) if result is not None]
     return sorted(found, key=lambda result: result.key)
-
-
-def _whole(values: np.ndarray) -> list[int | None]:
-    return [None if math.isnan(value) else round(value / UNIT) for value in values.tolist()]

@@ -166,7 +166,7 @@ class _DataPlan:
     @classmethod
     def of(cls, study: Study, name: str, variant: str | None, *, file: Path, root: Path) -> _DataPlan:
         data = study.data[name]
-        config = _layered(study, name, None, file)
+        config = _layered(study, name, None, file)[2]
         images = training_images(data, root=root)
         batches = max(images // (config.batch_size * study.processes), 1)
         epoch_steps = -(-batches // config.accumulate)
@@ -197,15 +197,20 @@ def _planned(
 ) -> PlannedRun:
     spec = study.data[key.data]
     fold = turn % spec.folds if spec.folds else None
-    settings = _settings(study, key.data, key.variant) | data.budget | {"seed": key.seed}
-    base = _base(study.variants[key.variant].base or study.base, file)
-    _layered(study, key.data, key.variant, file)  # names the layer if something is wrong
+    base, layers, _ = _layered(study, key.data, key.variant, file)
+    settings = layers | data.budget | {"seed": key.seed}
     config = load_config(base, settings)
     for idle in describe_idle(config, study.variants[key.variant].settings):
         raise ConfigError(
             f"{file}: variants.{key.variant}.settings, on {key.data}: {idle}", "leave it out, or add what it needs"
         )
-    _require_alike(config, data.alike, f"{file}: variants.{key.variant}: {base}")
+    for name, value in data.alike.items():  # settings of a study's file cannot differ: it was checked for them
+        if getattr(config, name) != value:
+            raise ConfigError(
+                f"{file}: variants.{key.variant}: {base}: has {name}={getattr(config, name)}, but {value} is what all runs on "
+                "these data are to have",
+                f"take {name} out of the base, so that all variants see equally many images",
+            )
     if data.classes is not None:
         model = config.model.model_copy(update={"num_classes": data.classes})
         config = config.model_copy(update={"model": model})
@@ -222,52 +227,30 @@ def _planned(
     )
 
 
-def _settings(study: Study, data: str, variant: str | None) -> dict[str, Any]:
-    own = study.variants[variant].settings if variant else {}
-    return {**study.settings, **study.data[data].settings, **own}
-
-
-def _require_alike(config: Config, alike: Mapping[str, Any], where: str) -> None:
-    """Raise ConfigError if a base brings a budget of its own. Settings of a study's file cannot: it was checked for them."""
-    for key, value in alike.items():
-        if getattr(config, key) != value:
-            raise ConfigError(
-                f"{where}: has {key}={getattr(config, key)}, but {value} is what all runs on these data are to have",
-                f"take {key} out of the base, so that all variants see equally many images",
-            )
-
-
-def _layered(study: Study, data: str, variant: str | None, file: Path) -> Config:
-    """The settings without budget and seed, put together layer by layer, so that an error names the one that brings it.
+def _layered(study: Study, data: str, variant: str | None, file: Path) -> tuple[str, dict[str, Any], Config]:
+    """The base, a name or the path of a YAML file wherever the program runs; the settings that are laid over it, without budget
+    and seed; and the result. They are put together layer by layer, so that an error names the one that brings it.
 
     Raises:
         ConfigError: a layer is wrong.
     """
-    base = (study.variants[variant].base if variant else None) or study.base
-    layers = [
-        (f"variants.{variant}.base" if variant and study.variants[variant].base else "base", {}),
-        ("settings", study.settings),
-        (f"data.{data}.settings", study.data[data].settings),
-    ]
-    if variant:
-        layers.append((f"variants.{variant}.settings", study.variants[variant].settings))
+    own = study.variants[variant] if variant else None
+    first = f"variants.{variant}.base" if own is not None and own.base else "base"
+    layers = {first: {}, "settings": study.settings, f"data.{data}.settings": study.data[data].settings}
+    if own is not None:
+        layers[f"variants.{variant}.settings"] = own.settings
+    name = (own.base if own is not None else None) or study.base
+    base = str((file.parent / name).resolve()) if name.endswith((".yaml", ".yml")) else name
     config, settings = None, {}
-    for place, more in layers:
+    for place, more in layers.items():
         settings = {**settings, **more}
         try:
-            config = load_config(_base(base, file), settings)
+            config = load_config(base, settings)
         except ConfigError as error:
-            message = error.message.removeprefix(f"{base}: ")
+            message = error.message.removeprefix(f"{name}: ")
             raise ConfigError(f"{file}: {place}: {message}", error.remedy) from None
     assert config is not None
-    return config
-
-
-def _base(base: str, file: Path) -> str:
-    """A name, or the path of a YAML file wherever the program runs."""
-    if not base.endswith((".yaml", ".yml")):
-        return base
-    return str((file.parent / base).resolve())
+    return base, settings, config
 
 
 def require_same_settings(

@@ -7,7 +7,7 @@ study's, if it names none), `settings` of the study, of the data set, of the var
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, Validati
 from paqdetr.config import known_keys, retired_keys
 from paqdetr.config.model import Section, lists_are_tuples
 from paqdetr.errors import ConfigError
+from paqdetr.serialize import flattened
 from paqdetr.text import did_you_mean
 from paqdetr.values import MAX_RESAMPLES, MAX_SEED
 from paqdetr.yaml_files import load_yaml
@@ -43,16 +44,6 @@ CLAIMED = (
 AP_nms - AP; and predictions that score over 0.3. Query-use views come on top as `queries.NAME`, whatever the runs have."""
 
 
-def _flat(value: Any, prefix: str = "") -> Any:
-    """Nested settings by their dotted keys: both forms mean the same."""
-    if not isinstance(value, Mapping):
-        return value
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        flat |= _flat(inner, f"{prefix}{key}.") if isinstance(inner, Mapping) else {f"{prefix}{key}": inner}
-    return flat
-
-
 def _known(settings: dict[str, Any]) -> dict[str, Any]:
     known, retired = known_keys(), retired_keys()  # kept studies have retired keys; a run with one is refused
     for key in settings:
@@ -77,7 +68,9 @@ def _distinct(seeds: tuple[int, ...]) -> tuple[int, ...]:
     return seeds
 
 
-Settings = Annotated[dict[str, Any], BeforeValidator(_flat), AfterValidator(_known)]
+# Nested settings and dotted keys mean the same.
+_Flat = BeforeValidator(lambda value: flattened(value) if isinstance(value, Mapping) else value)
+Settings = Annotated[dict[str, Any], _Flat, AfterValidator(_known)]
 Seeds = Annotated[
     tuple[Annotated[int, Field(ge=0, le=MAX_SEED)], ...],
     Field(min_length=1, max_length=1000),
@@ -274,29 +267,26 @@ class Study(_Budget):
     @model_validator(mode="after")
     def _consistent(self) -> Study:
         _named({self.name: None})
-        _one_of("baseline", self.baseline, self.variants, "a variant")
+        variants = self.variants, "a variant"
+        _require_known("baseline", [self.baseline], *variants)
         runs = sum(len(self.seeds_of(name, variant)) for name in self.data for variant in self.variants_of(name))
         if runs > _MAX_RUNS:
             raise ValueError(f"{runs:,} runs, more than the {_MAX_RUNS:,} that a study may have")
         for name, data in self.data.items():
             if not (data.steps or data.epochs or self.steps or self.epochs):
                 raise ValueError(f"data.{name}: has no budget: give steps or epochs, here or for the study")
-            for key, variants in (("variants", data.variants or ()), ("more_seeds", data.more_seeds)):
-                for variant in variants:
-                    _one_of(f"data.{name}.{key}", variant, self.variants, "a variant")
-            for key, variants in (("more_seeds", data.more_seeds), ("steps_of", data.steps_of)):
-                for variant in variants:
-                    _one_of(f"data.{name}.{key}", variant, self.variants_of(name), "a variant that runs there")
+            _require_known(f"data.{name}.variants", data.variants or (), *variants)
+            for key, own in (("more_seeds", data.more_seeds), ("steps_of", data.steps_of)):
+                _require_known(f"data.{name}.{key}", own, *variants)
+                _require_known(f"data.{name}.{key}", own, self.variants_of(name), "a variant that runs there")
             for variant in data.more_seeds:
                 _distinct(self.seeds_of(name, variant))
         for name, claim in self.claims.items():
-            _one_of(f"claims.{name}.variant", claim.variant, self.variants, "a variant")
-            if claim.against is not None:
-                _one_of(f"claims.{name}.against", claim.against, self.variants, "a variant")
+            _require_known(f"claims.{name}.variant", [claim.variant], *variants)
+            _require_known(f"claims.{name}.against", [claim.against or self.baseline], *variants)
             if claim.variant == (claim.against or self.baseline):
                 raise ValueError(f"claims.{name}: compares {claim.variant!r} with itself")
-            for data in claim.data or ():
-                _one_of(f"claims.{name}.data", data, self.data, "a data set")
+            _require_known(f"claims.{name}.data", claim.data or (), self.data, "a data set")
             decided = self.data_of(claim)
             for data in claim.data or ():
                 if data not in decided:
@@ -367,9 +357,10 @@ def load_study(path: str | Path) -> Study:
         raise _explain(error, path) from None
 
 
-def _one_of(key: str, name: str, known: Iterable[str], what: str) -> None:
-    if name not in known:
-        raise ValueError(f"{key}: {name!r} is not {what} of this study; there are {', '.join(known)}")
+def _require_known(key: str, names: Iterable[str], known: Collection[str], what: str) -> None:
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{key}: {name!r} is not {what} of this study; there are {', '.join(known)}")
 
 
 def _explain(error: ValidationError, path: Path) -> ConfigError:

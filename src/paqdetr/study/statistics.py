@@ -1,4 +1,4 @@
-"""What a handful of seeds on one test set say about a figure: an interval that counts both, and what it could have seen.
+"""What a handful of seeds on one test set say about a figure: an interval that counts both, and what it could have detected.
 
 A difference between two variants has two sources of chance. Another seed would give another difference, and so would another
 test set. Seeds are few (2 to 10), images are shared by all seeds, and neither a t-interval over seeds (blind to the
@@ -32,7 +32,7 @@ from scipy.special import stdtrit
 from paqdetr.serialize import json_number
 
 POWER = 0.8
-"""How often an effect is to be seen that is called visible."""
+"""How often an effect that is called detectable is to be detected."""
 
 _MOST_SEEDS = 200
 _QUADRATURE = 400
@@ -101,7 +101,7 @@ class Estimate:
         return replace(self, values=(self.mean,) * count)
 
     def power(self, effect: float) -> float:
-        """How often a true effect of this size (away from 0, in one direction) is seen: 0 lies below the whole interval.
+        """How often a true effect of this size (away from 0, in one direction) is detected: 0 lies below the whole interval.
 
         S^2 is taken to be as it was found; its chance in a repetition is integrated over.
         """
@@ -115,19 +115,19 @@ class Estimate:
             return float(effect > 0)
         return float(stats.norm.sf((half - effect) / self.standard_error).mean())
 
-    def smallest_effect(self, power: float = POWER) -> float:
-        """The effect that so many seeds on these images see with this power; NaN with a single seed."""
+    def smallest_effect(self) -> float:
+        """The effect that so many seeds on these images detect with a power of 80 %; NaN with a single seed."""
         error = self.standard_error
         if math.isnan(error):
             return math.nan
         if error == 0:
             return 0.0
         highest = 10 * float(_half_width(self.seed_variance, self.image_variance, self.seeds, self.images, self.level))
-        found = brentq(lambda effect: self.power(effect) - power, 0.0, highest, xtol=1e-3 * error)
+        found = brentq(lambda effect: self.power(effect) - POWER, 0.0, highest, xtol=1e-3 * error)
         return float(found)  # type: ignore[arg-type]
 
-    def seeds_needed(self, effect: float, power: float = POWER) -> int | None:
-        """The fewest seeds with which this effect is seen; None if the images alone stand in the way of it.
+    def seeds_needed(self, effect: float) -> int | None:
+        """The fewest seeds that detect this effect with a power of 80 %; None if the images alone stand in the way of it.
 
         Raises:
             ValueError: there is a single seed, so that nothing is known of others.
@@ -135,11 +135,11 @@ class Estimate:
         if math.isnan(self.seed_variance):
             raise ValueError("a single seed says nothing of the variance between seeds")
         low, high = 1, _MOST_SEEDS  # power grows with the seeds
-        if self.with_seeds(high).power(effect) < power:
+        if self.with_seeds(high).power(effect) < POWER:
             return None
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (low, middle) if self.with_seeds(middle).power(effect) >= power else (middle, high)
+            low, high = (low, middle) if self.with_seeds(middle).power(effect) >= POWER else (middle, high)
         return high
 
     def to_json(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -38,6 +38,10 @@ def verdict_table(runs: Runs, decided: Sequence[Verdict]) -> Table:
     def effect(value: Callable[[Estimate], float]) -> Callable[[Verdict], float | None]:
         return lambda verdict: None if verdict.effect is None else value(verdict.effect)
 
+    def published(verdict: Verdict) -> float | None:
+        own = claims[verdict.claim]
+        return None if own.published is None else own.sign * own.published.effect
+
     columns = (
         Column("claim", "claim", "text", lambda v: claims[v.claim].text or v.claim),
         Column("data", "data", "text"),
@@ -50,12 +54,7 @@ def verdict_table(runs: Runs, decided: Sequence[Verdict]) -> Table:
         Column("p", "p", value=lambda v: v.effect and round(v.p, 4)),
         Column("smallest", "detectable (80 % power)", value=effect(Estimate.smallest_effect)),
         Column("seeds", "seeds", "integer", lambda v: v.effect.seeds if v.effect else 0),
-        Column(
-            "published",
-            "published",
-            "difference",
-            lambda v: (p := claims[v.claim].published) and claims[v.claim].sign * p.effect,
-        ),
+        Column("published", "published", "difference", published),
         Column("note", "note", "text", _note),
     )
     caption = (
@@ -90,10 +89,13 @@ def figure_table(runs: Runs, data: str) -> Table:
     study = runs.study
     base = study.baseline
     ap = {v: found for v in study.variants_of(data) if (found := runs.mean(data, v, "AP")) is not None}
-    to_base = {v: found for v in ap if v != base and (found := runs.difference(data, v, base, "AP")) is not None}
+    to_base = {v: runs.difference(data, v, base, "AP") for v in ap if v != base}
 
     def mean(figure: str) -> Callable[[str], float | None]:
         return lambda variant: (found := runs.mean(data, variant, figure)) and found.mean
+
+    def difference(value: Callable[[Estimate], float]) -> Callable[[str], float | None]:
+        return lambda variant: None if (found := to_base.get(variant)) is None else value(found)
 
     columns = (
         Column("variant", "variant", "text", str),
@@ -101,9 +103,9 @@ def figure_table(runs: Runs, data: str) -> Table:
         Column("AP", "AP", value=lambda v: ap[v].mean),
         Column("spread", "\N{PLUS-MINUS SIGN} seeds", value=lambda v: ap[v].spread),
         Column("AP50", "AP50", value=mean("AP50")),
-        Column("difference", "to baseline", "difference", value=lambda v: to_base[v].mean if v in to_base else None),
-        Column("low", "from", "difference", value=lambda v: to_base[v].interval[0] if v in to_base else None),
-        Column("high", "to", "difference", value=lambda v: to_base[v].interval[1] if v in to_base else None),
+        Column("difference", "to baseline", "difference", difference(lambda e: e.mean)),
+        Column("low", "from", "difference", difference(lambda e: e.interval[0])),
+        Column("high", "to", "difference", difference(lambda e: e.interval[1])),
         Column("AP_nms", "AP, NMS", value=mean("AP_nms")),
         Column("duplicates", "duplicates", value=mean("duplicates")),
         Column("predictions", "predictions", value=mean("predictions_per_image")),
@@ -203,27 +205,24 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-@dataclass(frozen=True, slots=True)
-class _Trainings:
-    """Runs of a variant on one kind of processor."""
-
-    data: str
-    variant: str
-    processor: str
-    costs: list[dict[str, Any]]
-
-
 def cost_table(runs: Runs) -> Table:
     """What trainings took; a row for every processor that a variant was trained on, since their times have no mean."""
 
-    def mean(key: str, unit: float = 1.0) -> Callable[[_Trainings], float | None]:
-        return lambda own: _mean([value / unit if (value := cost.get(key)) is not None else None for cost in own.costs])
+    costs: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for data in runs.study.data:
+        for variant in runs.study.variants_of(data):
+            for run in sorted(runs.of(data, variant).values(), key=_processor):
+                if run.cost:
+                    costs.setdefault((data, variant, _processor(run)), []).append(run.cost)
+
+    def mean(key: str, unit: float = 1.0) -> Callable[[tuple[str, str, str]], float | None]:
+        return lambda own: _mean([None if (value := cost.get(key)) is None else value / unit for cost in costs[own]])
 
     columns = (
-        Column("data", "data", "text"),
-        _VARIANT,
-        Column("processor", "processor", "text"),
-        Column("runs", "runs", "integer", lambda own: len(own.costs)),
+        Column("data", "data", "text", lambda own: own[0]),
+        Column("variant", "variant", "text", lambda own: own[1]),
+        Column("processor", "processor", "text", lambda own: own[2]),
+        Column("runs", "runs", "integer", lambda own: len(costs[own])),
         Column("steps", "steps", "integer", mean("steps")),
         Column("minutes", "minutes", value=mean("seconds", 60)),
         Column("step_seconds", "s per step", value=mean("step_seconds")),
@@ -232,17 +231,12 @@ def cost_table(runs: Runs) -> Table:
         Column("parameters", "parameters, M", value=mean("parameters", 1e6)),
         Column("gflops", "GFLOPs", value=mean("gflops")),
     )
-    items: list[_Trainings] = []
-    for data in runs.study.data:
-        for variant in runs.study.variants_of(data):
-            by_processor: dict[str, list[dict[str, Any]]] = {}
-            for run in runs.of(data, variant).values():
-                if run.cost:
-                    processor = (run.provenance.get("machine") or {}).get("processor") or "unknown"
-                    by_processor.setdefault(processor, []).append(run.cost)
-            items += [_Trainings(data, variant, *found) for found in sorted(by_processor.items())]
     caption = "Means over runs on the same processor, by the clock. FLOPs: of one image, a multiply-add counted once."
-    return _table("cost", caption, columns, items)
+    return _table("cost", caption, columns, costs)
+
+
+def _processor(run: RunResult) -> str:
+    return (run.provenance.get("machine") or {}).get("processor") or "unknown"
 
 
 def planning(runs: Runs, data: str) -> Estimate | None:
@@ -299,24 +293,16 @@ def planning_table(runs: Runs) -> Table:
 def run_table(runs: Runs) -> Table:
     """Every run of the study."""
 
-    def state(key: RunKey) -> str:
-        run = runs.results.get(key)
-        return "not yet" if run is None else run.failed or "done"
-
-    def figure(name: str) -> Callable[[RunKey], float | None]:
-        def value(key: RunKey) -> float | None:
-            run: RunResult | None = runs.results.get(key)
-            return None if run is None or run.failed is not None else run.figure(name, runs.checkpoint)
-
-        return value
+    def of(value: Callable[[RunResult], Any], otherwise: str | None = None) -> Callable[[RunKey], Any]:
+        return lambda key: otherwise if (run := runs.results.get(key)) is None else value(run)
 
     columns = (
         Column("data", "data", "text"),
         _VARIANT,
         Column("seed", "seed", "integer"),
-        Column("AP", "AP", value=figure("AP")),
-        Column("AP_nms", "AP after NMS", value=figure("AP_nms")),
-        Column("state", "state", "text", state),
+        Column("AP", "AP", value=of(lambda run: run.figure("AP", runs.checkpoint))),
+        Column("AP_nms", "AP after NMS", value=of(lambda run: run.figure("AP_nms", runs.checkpoint))),
+        Column("state", "state", "text", of(lambda run: run.failed or "done", "not yet")),
     )
     caption = f"{len(runs.done)} of {len(runs.keys)} runs are done."
     return _table("runs", caption, columns, runs.keys)

@@ -14,7 +14,7 @@ from paqdetr.runs import changed_settings
 from paqdetr.serialize import fields_of
 from paqdetr.study.results import RunResult
 from paqdetr.study.runs import RunKey
-from paqdetr.study.spec import Claim, Study
+from paqdetr.study.spec import Study
 from paqdetr.study.statistics import Estimate, estimate, holm
 
 Outcome = Literal["holds", "does not hold", "undecided"]
@@ -119,7 +119,11 @@ class Runs:
         chosen = self.checkpoint
         if its is not None:
             for one, other in zip(mine, its, strict=True):
-                _require_same_images(one, other)
+                if one.images != other.images or one.measure != other.measure:
+                    raise DataError(
+                        f"{one.key} and {other.key}: were measured on other images or resamples",
+                        "measure them again: `paqdetr study --resume` with the data of both",
+                    )
         values = _numbers([run.figure(figure, chosen) for run in mine])
         replicates = _stacked([run.replicate(figure, chosen) for run in mine])
         if its is not None:
@@ -140,48 +144,20 @@ def verdicts(runs: Runs) -> list[Verdict]:
     """Of every claim on every data set where it is to be decided, in the study's order."""
     study = runs.study
     places = [(name, claim, data) for name, claim in study.claims.items() for data in study.data_of(claim)]
-    effects = [
-        runs.difference(data, claim.variant, claim.against or study.baseline, claim.figure) for _, claim, data in places
-    ]
-    raw = [
-        1.0 if effect is None else effect.p_value(claim.bound)
-        for (_, claim, _), effect in zip(places, effects, strict=True)
-    ]
-    return [
-        Verdict(
-            claim=name,
-            data=data,
-            against=claim.against or study.baseline,
-            effect=effect,
-            threshold=claim.bound,
-            p=p,
-            outcome=_outcome(effect, claim, p, study.level),
-            over_images=effect is not None and effect.images is not None,
-            missing=_missing(runs, claim, data),
-        )
-        for (name, claim, data), effect, p in zip(places, effects, holm(raw), strict=True)
-    ]
-
-
-def _outcome(effect: Estimate | None, claim: Claim, p: float, level: float) -> Outcome:
-    if effect is None or p >= level:
-        return "undecided"
-    return "holds" if claim.sign * (effect.mean - claim.bound) > 0 else "does not hold"
-
-
-def _missing(runs: Runs, claim: Claim, data: str) -> tuple[int, ...]:
-    against = claim.against or runs.study.baseline
-    wanted = set(runs.study.seeds_of(data, claim.variant)) & set(runs.study.seeds_of(data, against))
-    there = runs.having(claim.figure, data, claim.variant).keys() & runs.having(claim.figure, data, against).keys()
-    return tuple(sorted(wanted - there))
-
-
-def _require_same_images(one: RunResult, other: RunResult) -> None:
-    if one.images != other.images or one.measure != other.measure:
-        raise DataError(
-            f"{one.key} and {other.key}: were measured on other images or resamples",
-            "measure them again: `paqdetr study --resume` with the data of both",
-        )
+    pairs = [(claim.variant, claim.against or study.baseline) for _, claim, _ in places]
+    effects = [runs.difference(data, *pair, claim.figure) for pair, (_, claim, data) in zip(pairs, places, strict=True)]
+    raw = [1.0 if e is None else e.p_value(claim.bound) for (_, claim, _), e in zip(places, effects, strict=True)]
+    found = []
+    for (name, claim, data), (variant, against), effect, p in zip(places, pairs, effects, holm(raw), strict=True):
+        outcome: Outcome = "undecided"
+        if effect is not None and p < study.level:
+            outcome = "holds" if claim.sign * (effect.mean - claim.bound) > 0 else "does not hold"
+        wanted = set(study.seeds_of(data, variant)) & set(study.seeds_of(data, against))
+        there = runs.having(claim.figure, data, variant).keys() & runs.having(claim.figure, data, against).keys()
+        over_images = effect is not None and effect.images is not None
+        missing = tuple(sorted(wanted - there))
+        found.append(Verdict(name, data, against, effect, claim.bound, p, outcome, over_images, missing))
+    return found
 
 
 def _require_same_measure(study: Study, result: RunResult) -> None:

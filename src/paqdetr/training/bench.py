@@ -260,10 +260,7 @@ def saved_bytes(run: Callable[[], object]) -> int:
 def _attention(config: Config, image_size: int, batch_size: int, device: torch.device) -> dict[str, Callable[[], None]]:
     """The encoder's sampling, forward and backward, by back end."""
     model = config.model
-    strides = list(model.backbone_strides)
-    while len(strides) < model.num_levels:
-        strides.append(strides[-1] * 2)
-    sides = [-(-image_size // stride) for stride in strides]
+    sides = [-(-image_size // stride) for stride in model.level_strides]
     shapes = [(side, side) for side in sides]
     tokens = sum(height * width for height, width in shapes)
     queries = sum(height * width for height, width in shapes[-(model.encoder_query_levels or len(shapes)) :])

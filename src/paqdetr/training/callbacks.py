@@ -1,4 +1,4 @@
-"""What a training reports to whoever listens: callbacks, and trackers (TensorBoard, Weights & Biases, MLflow, trackio)."""
+"""What a training reports: callbacks, and trackers (TensorBoard, Weights & Biases, MLflow, trackio)."""
 
 from __future__ import annotations
 

@@ -22,8 +22,6 @@ from paqdetr.structures import Targets
 
 # Boxes with this many positives and more are counted together.
 _MOST = 16
-# In the order in which processes send their sums to each other.
-_SUMS = ("histogram", "matches", "mass", "gradients")
 
 
 @dataclass(slots=True)
@@ -100,51 +98,6 @@ def mixture_figures(output: DetectorOutput, diversity: Tensor | None = None) -> 
     return figures
 
 
-class QuerySums:
-    """Sums of `BatchUse` over the steps of this process since the last record."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, np.ndarray] = {name: np.zeros(0) for name in _SUMS}
-
-    def add(self, batch: BatchUse) -> None:
-        """Take in a batch whose backward pass is done."""
-        for name in _SUMS:
-            value = getattr(batch, name)
-            values = value.cpu().double().numpy() if isinstance(value, Tensor) else value
-            self.sums[name] = values.astype(np.float64) if not self.sums[name].size else self.sums[name] + values
-
-    def flat(self) -> list[float]:
-        """One list, to be summed over processes and given to `figures`."""
-        return np.concatenate(list(self.sums.values())).tolist()
-
-    def figures(self, totals: Sequence[float], *, images: float) -> dict[str, Any]:
-        """What a record says.
-
-        Args:
-            totals: the sum of `flat()` over processes.
-            images: of all processes.
-        """
-        ends = np.cumsum([value.size for value in self.sums.values()])
-        parts = np.split(np.asarray(totals, dtype=np.float64), ends[:-1])
-        histogram, matches, mass, gradients = parts
-        figures: dict[str, Any] = {}
-        if matches.any():
-            chance = chance_gini(num_queries=len(matches), images=round(images), per_image=matches.sum() / images)
-            figures |= {"positives_gini": gini(matches), "positives_gini_chance": chance}
-        if gradients.any():
-            figures["gradient_gini"] = gini(gradients)
-        if mass.any():
-            figures |= {"pattern_gini": gini(mass), "dead_patterns": count_dead(mass)}
-        figures = {name: round(value, 6) for name, value in figures.items()}
-        layers = histogram.reshape(-1, _MOST + 1).astype(int)
-        if layers.any():
-            shown = int(np.flatnonzero(layers.any(0))[-1]) + 1
-            figures["positives_histogram"] = {
-                f"layer{i}": {str(k): int(row[k]) for k in range(shown)} for i, row in enumerate(layers, 1)
-            }
-        return figures
-
-
 def _histogram(pairs: Sequence[Pairs], boxes: Sequence[int]) -> np.ndarray:
     """(17,) how many boxes of a layer have 0, 1, ... positives, the last "or more"."""
     starts = np.cumsum([0, *boxes])
@@ -161,42 +114,49 @@ class Interval:
     """Sums over the steps of this process since the last record."""
 
     def __init__(self) -> None:
-        self.steps = self.images = self.overflowed = 0
-        self.sums: dict[str, float] = {}
-        self.positives: list[float] = []  # by layer, over the batches that have boxes
-        self.batches_with_boxes = 0
-        self.queries = QuerySums()
+        self.steps = self.overflowed = 0
+        self.values: dict[str, float] = {}
+        # Images, and batches that have boxes; positives of a box by layer, over these; and what `BatchUse` has.
+        self.sums: dict[str, np.ndarray] = {"counts": np.zeros(2)}
         self._started = time.perf_counter()
 
     def add(
         self, values: Mapping[str, float], batches: Sequence[BatchUse], images: int, *, overflowed: bool = False
     ) -> None:
-        """Take in a step: its figures, and how each of its batches used queries. One that the gradient scaler left out because
-        half precision overflowed has no `grad_norm`."""
+        """Take in a step: its figures, and how each of its batches used queries, after the backward pass. One that the gradient
+        scaler left out because half precision overflowed has no `grad_norm`."""
         self.steps += 1
-        self.images += images
         self.overflowed += overflowed
+        self.sums["counts"] += [images, 0]
         for key, value in values.items():
-            self.sums[key] = self.sums.get(key, 0.0) + value
+            self.values[key] = self.values.get(key, 0.0) + value
         for batch in batches:
-            row = batch.positives
-            self.queries.add(batch)
-            self.positives = self.positives or [0.0] * len(row)
-            if row and not math.isnan(row[0]):
-                self.positives = [total + value for total, value in zip(self.positives, row, strict=True)]
-                self.batches_with_boxes += 1
+            self.add_use(batch)
+
+    def add_use(self, batch: BatchUse) -> None:
+        """Take in how a batch used queries."""
+        positives = np.array(batch.positives, dtype=np.float64)
+        self.sums["counts"] += [0, bool(positives.size) and not math.isnan(positives[0])]
+        use: dict[str, np.ndarray] = {
+            "positives": np.nan_to_num(positives),
+            "histogram": batch.histogram,
+            "matches": batch.matches,
+            "mass": batch.mass.cpu().double().numpy(),
+            "gradients": batch.gradients.cpu().double().numpy(),
+        }
+        for name, values in use.items():
+            self.sums[name] = self.sums.get(name, 0.0) + values
 
     def means(self, processes: Processes) -> dict[str, Any]:
         """Means over the steps, of all processes together; every process has to ask for them. `grad_norm` is that of the steps
         whose gradient did not overflow, None if there were none; `overflowed_steps` counts the others."""
-        counts = [float(self.images), float(self.batches_with_boxes)]
-        queries = self.queries.flat()
-        totals = processes.sum([*counts, *queries, *self.positives, *self.sums.values()])
-        images, batches, *rest = totals
-        queries, rest = rest[: len(queries)], rest[len(queries) :]
-        positives, sums = rest[: len(self.positives)], rest[len(self.positives) :]
+        own = self.sums | {"values": np.array(list(self.values.values()))}
+        flat = np.array(processes.sum(np.concatenate(list(own.values())).tolist()))
+        ends = np.cumsum([part.size for part in own.values()])
+        sums = dict(zip(own, np.split(flat, ends[:-1]), strict=True))
+        images, batches = sums.pop("counts").tolist()
         means: dict[str, Any] = {}
-        for name, value in zip(self.sums, sums, strict=True):
+        for name, value in zip(self.values, sums.pop("values").tolist(), strict=True):
             shared = processes.count if name in _AVERAGED else 1
             steps = self.steps - self.overflowed if name == "grad_norm" else self.steps
             means[name] = round(value / shared / steps, 6)
@@ -204,8 +164,29 @@ class Interval:
             means |= {"grad_norm": means.get("grad_norm"), "overflowed_steps": self.overflowed}
         means["images_per_second"] = round(images / (time.perf_counter() - self._started), 3)
         if batches:
-            means["positives_per_box"] = [round(value / batches, 4) for value in positives]
-        return means | self.queries.figures(queries, images=images)
+            means["positives_per_box"] = [round(value / batches, 4) for value in sums["positives"].tolist()]
+        return means | (query_figures(sums, images=images) if "matches" in sums else {})
+
+
+def query_figures(sums: Mapping[str, np.ndarray], *, images: float) -> dict[str, Any]:
+    """What a record says of queries, from sums of what `BatchUse` has over so many images."""
+    matches, mass, gradients = sums["matches"], sums["mass"], sums["gradients"]
+    figures: dict[str, Any] = {}
+    if matches.any():
+        chance = chance_gini(num_queries=len(matches), images=round(images), per_image=matches.sum() / images)
+        figures |= {"positives_gini": gini(matches), "positives_gini_chance": chance}
+    if gradients.any():
+        figures["gradient_gini"] = gini(gradients)
+    if mass.any():
+        figures |= {"pattern_gini": gini(mass), "dead_patterns": count_dead(mass)}
+    figures = {name: round(value, 6) for name, value in figures.items()}
+    layers = sums["histogram"].reshape(-1, _MOST + 1).astype(int)
+    if layers.any():
+        shown = int(np.flatnonzero(layers.any(0))[-1]) + 1
+        figures["positives_histogram"] = {
+            f"layer{i}": {str(k): int(row[k]) for k in range(shown)} for i, row in enumerate(layers, 1)
+        }
+    return figures
 
 
 def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:

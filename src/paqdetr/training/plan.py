@@ -7,7 +7,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +18,7 @@ from torchvision.ops import box_convert, box_iou
 
 from paqdetr.config import Config
 from paqdetr.data.dataset import DetectionDataset
-from paqdetr.data.loader import Batch, plain_batch
+from paqdetr.data.loader import Batch, TrainingImages, plain_batch
 from paqdetr.environment import available_memory, peak_memory, require_device
 from paqdetr.errors import DataError
 from paqdetr.evaluation.evaluate import evaluate_split
@@ -100,50 +100,10 @@ def plan_training(
     Raises:
         UserError: as a training would.
     """
-    tried = in_own_process(_try_training, config, train_split, val_split, device, steps, progress=progress)
-    memory, parts = dict(tried.memory), sum(tried.memory.values())
-    memory["peak"] = parts - memory["workers"] - (memory["cached images"] if tried.images_apart else 0)
-    memory["total"] = parts if tried.device == "cpu" else memory["peak"]
-    memory["available"] = available_memory(torch.device(tried.device)) / 2**30
-    epochs = tried.total_steps / tried.epoch_steps
-    evaluations = 0 if val_split is None else math.ceil(math.ceil(epochs) / config.eval_every)
-    step_seconds = sum(tried.step_seconds) / len(tried.step_seconds)
-    return Plan(
-        device=tried.device,
-        images=len(train_split),
-        batches=tried.batches,
-        step_images=config.batch_size * config.accumulate,
-        epoch_steps=tried.epoch_steps,
-        total_steps=tried.total_steps,
-        lr=config.lr * lr_scale(config),
-        parameters=tried.parameters,
-        trainable=tried.trainable,
-        memory={name: round(value, 3) for name, value in memory.items()},
-        fits=memory["total"] < memory["available"],
-        measured_steps=len(tried.step_seconds),
-        step_seconds=round(step_seconds, 4),
-        epoch_seconds=round(step_seconds * tried.epoch_steps, 1),
-        evaluation_seconds=round(tried.evaluation_seconds, 1),
-        total_seconds=round(step_seconds * tried.total_steps + tried.evaluation_seconds * evaluations, 1),
-        disk=round(tried.disk / 2**30, 3),
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class _Tried:
-    """What `_try_training` has measured; memory in GiB. `images_apart`: decoded images are no part of the peak."""
-
-    device: str
-    batches: int
-    epoch_steps: int
-    total_steps: int
-    parameters: int
-    trainable: int
-    step_seconds: list[float]
-    evaluation_seconds: float
-    memory: dict[str, float]
-    images_apart: bool
-    disk: int
+    plan = in_own_process(_try_training, config, train_split, val_split, device, steps, progress=progress)
+    available = available_memory(torch.device(plan.device)) / 2**30
+    memory = plan.memory | {"available": round(available, 3)}
+    return replace(plan, memory=memory, fits=memory["total"] < available)
 
 
 def _try_training(
@@ -153,8 +113,8 @@ def _try_training(
     device: str | None,
     steps: int,
     progress: Progress,
-) -> _Tried:
-    """A few steps and a short evaluation, as a training does them."""
+) -> Plan:
+    """A few steps and a short evaluation, as a training does them. What is available is not asked while they take memory."""
     some = 0 if val_split is None else min(_EVALUATED, len(val_split))
     total = _WARM_UP + steps + _WORST + some
     counted = itertools.count(1)
@@ -167,7 +127,7 @@ def _try_training(
     with tempfile.TemporaryDirectory() as folder:
         quiet = config.model_copy(update={"trackers": ()})
         trainer = Trainer(quiet, Run(Path(folder)), train_split, None, device=device, callbacks=[])
-    model, images = peak_memory(place), trainer.loader.images
+    model, images = peak_memory(place), cast(TrainingImages, trainer.loader.images)
     seconds, workers = _time_steps(trainer, steps, advance)
     worst = worst_batch(config, train_split, trainer.model.preprocessing, config.batch_size).to(place)
     for _ in range(_WORST):
@@ -194,27 +154,45 @@ def _try_training(
         evaluation = peak_memory(place) - step + (rows * _ROW_BYTES / 2**30 if place.type == "cpu" else 0)
     weights = sum(tensor.nbytes for tensor in trainer.model.state_dict().values())
     trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
-    return _Tried(
+    memory = {
+        "process": process,
+        "model": model - process,
+        "step": step - model - decoded,
+        "evaluation": evaluation,
+        "cached images": images.cache.capacity / 2**30,
+        "workers": workers,
+    }
+    step_seconds = sum(seconds) / len(seconds)
+    epochs = trainer.total_steps / trainer.epoch_steps
+    evaluations = 0 if val_split is None else math.ceil(math.ceil(epochs) / config.eval_every)
+    return Plan(
         device=str(place),
+        images=len(train_split),
         batches=len(trainer.batches),
+        step_images=config.batch_size * config.accumulate,
         epoch_steps=trainer.epoch_steps,
         total_steps=trainer.total_steps,
+        lr=config.lr * lr_scale(config),
         parameters=sum(parameter.numel() for parameter in trainer.model.parameters()),
         trainable=sum(parameter.numel() for parameter in trained),
-        step_seconds=seconds,
-        evaluation_seconds=evaluation_seconds,
-        memory={
-            "process": process,
-            "model": model - process,
-            "step": step - model - decoded,
-            "evaluation": evaluation,
-            "cached images": images.cache.capacity / 2**30,
-            "workers": workers,
-        },
-        images_apart=apart,
+        memory=with_totals(memory, place, images_apart=apart),
+        fits=False,
+        measured_steps=len(seconds),
+        step_seconds=round(step_seconds, 4),
+        epoch_seconds=round(step_seconds * trainer.epoch_steps, 1),
+        evaluation_seconds=round(evaluation_seconds, 1),
+        total_seconds=round(step_seconds * trainer.total_steps + evaluation_seconds * evaluations, 1),
         # best, last, and the state with weights, average and two moments; a file is written beside the one it replaces
-        disk=6 * weights + 4 * sum(parameter.nbytes for parameter in trained),
+        disk=round((6 * weights + 4 * sum(parameter.nbytes for parameter in trained)) / 2**30, 3),
     )
+
+
+def with_totals(memory: dict[str, float], device: torch.device, *, images_apart: bool) -> dict[str, float]:
+    """Parts in GiB with their "peak" and "total", as in `Plan`. `images_apart`: decoded images are no part of the peak."""
+    total = sum(memory.values())
+    peak = total - memory["workers"] - (memory["cached images"] if images_apart else 0)
+    memory = memory | {"peak": peak, "total": total if device.type == "cpu" else peak}
+    return {name: round(value, 3) for name, value in memory.items()}
 
 
 def _time_steps(trainer: Trainer, count: int, advance: Callable[[], None]) -> tuple[list[float], float]:

@@ -131,10 +131,10 @@ class TrainingStep:
         with self.accelerator.autocast():
             output = self.wrapped(images, batch.padding_mask, batch.targets)
         shares = batches * self.processes.count
-        owed = self.model.aux_losses()
+        aux_losses = self.model.aux_losses()
         try:
             report = self.criterion(
-                output, batch.targets, aux_losses=owed, progress=progress, num_boxes=boxes, share=1 / shares
+                output, batch.targets, aux_losses=aux_losses, progress=progress, num_boxes=boxes, share=1 / shares
             )
         except NonFiniteError as error:
             return torch.zeros(()), error
@@ -144,7 +144,7 @@ class TrainingStep:
             return torch.zeros(()), error
         step.values["loss"] = step.values.get("loss", 0.0) + total
         step.terms.append(report.terms)
-        step.mixtures.append(mixture_figures(output, owed.get("diversity")))
+        step.mixtures.append(mixture_figures(output, aux_losses.get("diversity")))
         use = batch_use(output, report.pairs, report.positives_per_box, [len(t) for t in batch.targets])
         scaler = self.accelerator.scaler
         # get_scale() would be a GPU sync.

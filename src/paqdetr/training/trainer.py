@@ -22,7 +22,7 @@ from paqdetr.distributed import Processes, build_accelerator, lost_process
 from paqdetr.environment import describe_start, peak_memory
 from paqdetr.errors import CheckpointError, NonFiniteError, UserError, memory_error
 from paqdetr.evaluation.evaluate import evaluate_together
-from paqdetr.interrupt import StopRequest, TrainingInterrupted, worker_error
+from paqdetr.interrupt import StopRequest, TrainingInterrupted
 from paqdetr.losses import build_criterion
 from paqdetr.models import Detector, load
 from paqdetr.models.files import model_to_train
@@ -127,7 +127,7 @@ class Trainer:
             self._finish()
             self.processes.wait()
         except (RuntimeError, MemoryError) as error:
-            known = worker_error(error) or memory_error(error, _LESS_MEMORY)
+            known = memory_error(error, _LESS_MEMORY)
             if known is None and isinstance(error, RuntimeError) and self.processes.count > 1:
                 known = lost_process(error)
             if known is None:
@@ -180,10 +180,6 @@ class Trainer:
             batches = [next(source).to(self.accelerator.device) for _ in range(count)]
         except UserError as error:
             failure = error
-        except RuntimeError as error:
-            failure = worker_error(error)
-            if failure is None:
-                raise
         own_boxes = sum(len(target) for batch in batches for target in batch.targets)
         stopped = self.stop.signal_number is not None
         boxes, failed, stop, due = self.processes.sum(
@@ -274,7 +270,8 @@ class Trainer:
         # Weights are equal everywhere; running statistics of norms that train are each process's own.
         self.processes.copy_from_main(model.buffers())
         losses = ValidationLoss(self.step.criterion)
-        result = evaluate_together(model, split, self.processes, progress=progress, observers=[losses])
+        workers = None if self.config.workers else 0
+        result = evaluate_together(model, split, self.processes, progress=progress, observers=[losses], workers=workers)
         if result is None:
             return {}
         model.operating_point = result.operating_point

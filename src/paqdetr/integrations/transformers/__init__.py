@@ -20,7 +20,6 @@ except ImportError as error:
 
 from paqdetr.integrations.transformers.attach import OneToManyUntil, attach, detach, from_pretrained
 from paqdetr.integrations.transformers.hosts import HOSTS, Host
-from paqdetr.integrations.transformers.plugin import PaqPlugin
-from paqdetr.integrations.transformers.settings import PaqSettings
+from paqdetr.integrations.transformers.plugin import PaqPlugin, PaqSettings
 
 __all__ = ["HOSTS", "Host", "OneToManyUntil", "PaqPlugin", "PaqSettings", "attach", "detach", "from_pretrained"]

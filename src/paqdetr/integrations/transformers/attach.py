@@ -13,8 +13,7 @@ from transformers import TrainerCallback
 from paqdetr._version import __version__
 from paqdetr.errors import CheckpointError, ConfigError
 from paqdetr.integrations.transformers.hosts import HOSTS, host_of
-from paqdetr.integrations.transformers.plugin import PaqPlugin
-from paqdetr.integrations.transformers.settings import PaqSettings
+from paqdetr.integrations.transformers.plugin import PaqPlugin, PaqSettings
 
 
 class OneToManyUntil(TrainerCallback):

@@ -6,17 +6,14 @@ encoder's memory as `encoder_hidden_states`. What differs is written down here, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from paqdetr.errors import ConfigError
 from paqdetr.paq import CostWeights
-
-# What the decoder was called with, and (height, width) of the one map of single-level hosts -> shapes of the levels.
-Shapes = Callable[[Mapping[str, Any], tuple[int, int] | None], list[tuple[int, int]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +31,12 @@ class Host:
     """
 
     content: str
-    dim: str
-    single_level: bool
-    padding: str | None
-    criterion: str
-    matcher_prefix: str
-    focal: bool
+    dim: str = "d_model"
+    single_level: bool = False
+    padding: str | None = None
+    criterion: str = "DeformableDetrImageLoss"
+    matcher_prefix: str = ""
+    focal: bool = True
 
     def num_levels(self, config: Any) -> int:
         """Levels of the memory."""
@@ -86,59 +83,28 @@ class Host:
         return tokens, shapes, None if valid is None else ~valid.bool()
 
 
-_DEFORMABLE = Host(
-    content="one-stage: the learned content half of query_position_embeddings; two-stage: that of pos_trans of the proposals",
-    dim="d_model",
-    single_level=False,
-    padding="encoder_attention_mask",
-    criterion="DeformableDetrImageLoss",
-    matcher_prefix="",
-    focal=True,
-)
-_CONDITIONAL = Host(
-    content="zeros",
-    dim="d_model",
-    single_level=True,
-    padding="encoder_attention_mask",
-    criterion="DeformableDetrImageLoss",
-    matcher_prefix="",
-    focal=True,
-)
-_DAB = Host(
-    content="zeros; with num_patterns > 0 its learned table, each row shared by num_queries anchors",
-    dim="hidden_size",
-    single_level=True,
-    padding="memory_key_padding_mask",
-    criterion="DeformableDetrImageLoss",
-    matcher_prefix="",
-    focal=True,
-)
+# Images come in one size, so that there is no padding: `encoder_attention_mask` is the mask between denoising groups here.
 _RT = Host(
     content="the projected encoder tokens of the selected proposals, detached",
-    dim="d_model",
-    single_level=False,
-    padding=None,  # images come in one size; `encoder_attention_mask` is the mask between denoising groups here
     criterion="RTDetrLoss",
     matcher_prefix="matcher_",
     focal=False,
 )
-_DFINE = Host(
-    content=_RT.content,
-    dim="d_model",
-    single_level=False,
-    padding=None,
-    criterion="DFineLoss",
-    matcher_prefix="matcher_",
-    focal=False,
-)
-
 HOSTS: dict[str, Host] = {
-    "DeformableDetrForObjectDetection": _DEFORMABLE,
-    "ConditionalDetrForObjectDetection": _CONDITIONAL,
-    "DabDetrForObjectDetection": _DAB,
+    "DeformableDetrForObjectDetection": Host(
+        content="one-stage: the learned content half of query_position_embeddings; two-stage: that of pos_trans of the proposals",
+        padding="encoder_attention_mask",
+    ),
+    "ConditionalDetrForObjectDetection": Host(content="zeros", single_level=True, padding="encoder_attention_mask"),
+    "DabDetrForObjectDetection": Host(
+        content="zeros; with num_patterns > 0 its learned table, each row shared by num_queries anchors",
+        dim="hidden_size",
+        single_level=True,
+        padding="memory_key_padding_mask",
+    ),
     "RTDetrForObjectDetection": _RT,
     "RTDetrV2ForObjectDetection": _RT,
-    "DFineForObjectDetection": _DFINE,
+    "DFineForObjectDetection": replace(_RT, criterion="DFineLoss"),
 }
 
 

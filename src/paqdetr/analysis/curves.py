@@ -1,13 +1,36 @@
-"""What each stage of a detector finds, as a chapter of a report."""
+"""Two chapters of curves: of the training, epoch by epoch, and of what the detector finds, layer by layer."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from paqdetr.analysis.subject import COLOURS
+from paqdetr.analysis.subject import COLOURS, model_column
 from paqdetr.evaluation.layers import StageFigures
+from paqdetr.report.curves import PANELS, draw_panel
 from paqdetr.report.plots import legend, line, new_axes, plot_part
 from paqdetr.report.section import Column, Figure, Section, Table, make_table
+from paqdetr.runs import Record
+
+
+def training_section(models: Sequence[tuple[str, Sequence[Record]]]) -> Section | None:
+    """AP and losses of one training or two; None if there are no records.
+
+    Args:
+        models: their names, and the records of their runs, as of `read_metrics`; none of a checkpoint outside of a run's folder.
+    """
+    trainings = [(label, colour, own) for (label, own), colour in zip(models, COLOURS, strict=False) if own]
+    if not trainings:
+        return None
+    parts = []
+    for name in ("ap", "loss"):
+        axes = new_axes(height=3.0)
+        if data := draw_panel(axes, PANELS[name], trainings):
+            parts.append(plot_part(axes, name=f"training_{name}", caption=PANELS[name].caption, data=data))
+    lead = "How the training went, from the run's metrics.jsonl. Lines from step to step are running means."
+    if without := [label for label, own in models if not own]:
+        lead += f" {', '.join(without)}: its checkpoint lies in no run folder, so there is nothing to draw."
+    return Section("training", "Training", lead, tuple(parts))
+
 
 Stages = tuple[str, Sequence[StageFigures]]
 """A model's name, and its stages."""
@@ -51,6 +74,7 @@ def _curves(models: Sequence[Stages]) -> Figure:
 
 def _table(models: Sequence[Stages]) -> Table:
     columns = (
+        *model_column(models),
         Column("stage", "stage", "text"),
         Column("best_iou", "best IoU"),
         Column("found", "found", "percent"),
@@ -59,8 +83,6 @@ def _table(models: Sequence[Stages]) -> Table:
         Column("duplicates", "duplicates", "difference"),
         Column("predictions_per_image", "predictions", "amount"),
     )
-    if len(models) > 1:
-        columns = (Column("model", "model", "text"), *columns)
     rows = [{"model": model, **one.to_json()} for model, stages in models for one in stages]
     caption = (
         "Best IoU: that of the nearest query, whatever its class and score, mean over objects; found: objects for "
