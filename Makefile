@@ -37,7 +37,7 @@ quickstart: $(USER_STAMP) $(DIGITS)/test.json ## make data, train, evaluate: fro
 	@printf '\nThe run is in %s. Try next:\n' '$(RUN)'
 	@printf '  %s\n' \
 		'$(BIN)/paqdetr predict $(RUN)/best.safetensors $(DIGITS)/test --output runs/predicted' \
-		'$(BIN)/paqdetr train paq_dino_nano --data YOUR_FOLDER --output runs/mine' \
+		'$(BIN)/paqdetr train dino_nano --data YOUR_FOLDER --output runs/mine' \
 		'$(BIN)/paqdetr models'
 
 $(DIGITS)/test.json: | $(USER_STAMP)

@@ -2,6 +2,7 @@
 
 python benchmarks/train_step.py --data data/digits-small                 # paq_dino_nano at 256 px
 python benchmarks/train_step.py --data data/digits-small --model dino_nano paq_dino_nano co_dino_nano --json step.json
+python benchmarks/train_step.py --data data/digits-small --model dino_nano dino_nano,model.decoder_layers=3
 
 Every figure is the median over the counted steps, in milliseconds a batch. Forward parts are timed with hooks, backward
 as a whole; `--freeze` times the same step with the backbone frozen, which shows what its backward costs. Several models take
@@ -28,7 +29,7 @@ from common import provenance
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from paqdetr.config import load_config
+from paqdetr.config import load_config, parse_overrides
 from paqdetr.data.dataset import DetectionDataset, open_split
 from paqdetr.data.loader import Batch, training_loader
 from paqdetr.losses import build_criterion
@@ -42,7 +43,7 @@ def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, type=Path)
-    parser.add_argument("--model", nargs="+", default=["paq_dino_nano"])
+    parser.add_argument("--model", nargs="+", default=["paq_dino_nano"], metavar="NAME[,KEY=VALUE...]")
     parser.add_argument("--image-size", type=int, default=256)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--warmup", type=int, default=3)
@@ -92,8 +93,9 @@ class Trainee:
     def __init__(self, name: str, split: DetectionDataset, arguments: argparse.Namespace) -> None:
         torch.manual_seed(0)
         # One size for all batches, so that medians compare like with like.
+        model, *own = name.split(",")
         settings = {"image_size": arguments.image_size, "augment.scale": [1.0, 1.0], "workers": 0}
-        config = load_config(name, settings | {"model.num_classes": len(split.classes)})
+        config = load_config(model, settings | {"model.num_classes": len(split.classes)} | parse_overrides(own))
         self.name, self.config = name, config
         self.model = build_model(config, classes=split.classes, pretrained_backbone=False).train()
         if arguments.freeze:

@@ -111,6 +111,7 @@ def tiny_settings() -> dict[str, Any]:
         "image_size": 96,
         "model.backbone": "test_resnet",
         "pretrained_backbone": False,
+        "model.decoder_layers": 3,
         "model.dim": 32,
         "model.ffn_dim": 64,
         "model.num_queries": 20,

@@ -15,6 +15,7 @@ import yaml
 from study_tables import kept_report
 
 from paqdetr import __version__
+from paqdetr.config import load_config
 from paqdetr.models import list_models
 
 REPO = Path(__file__).resolve().parents[1]
@@ -43,23 +44,32 @@ def table() -> str:
 
 def headline() -> str:
     """The four numbers of the README."""
-    tables = {name: table.rows for name, table in kept_report("pilot").tables.items()}
-    (host,) = (row for row in tables["figures_digits"] if row["variant"] == "baseline")
-    (cost,) = (row for row in tables["cost"] if (row["data"], row["variant"]) == ("digits", "baseline"))
-    (queries,) = (row for row in tables["queries_digits"] if row["variant"] == "baseline")
-    paq = {row["data"]: row for row in tables["verdicts"] if row["claim"] == "PaQ raises AP."}
+    depth, pilot = (
+        {name: table.rows for name, table in kept_report(study).tables.items()} for study in ("pilot_depth", "pilot")
+    )
+    (host,) = (row for row in depth["figures_digits"] if row["variant"] == "layers6")
+    minutes = sorted(
+        row["cpu_minutes"] for row in depth["cost"] if (row["data"], row["variant"]) == ("digits", "layers6")
+    )
+    span = " to ".join(dict.fromkeys((f"{minutes[0]:.0f}", f"{minutes[-1]:.0f}")))  # by machine
+    (queries,) = (row for row in depth["queries_digits"] if row["variant"] == "layers6")
+    paq = [
+        (6, row) for row in depth["verdicts"] if row["claim"] == "PaQ raises AP with 6 decoder layers." and row["seeds"]
+    ]
+    paq += [(3, row) for row in pilot["verdicts"] if row["claim"] == "PaQ raises AP."]
     speed = json.loads((RESULTS / "performance" / "whole_model.json").read_text(encoding="utf-8"))
     watching = json.loads((RESULTS / "query_usage_cost.json").read_text(encoding="utf-8"))
     gains = [
-        f"{row['effect']:+.3f} AP on {data} (95 % interval {row['low']:+.3f} to {row['high']:+.3f}, {row['seeds']} seeds)"
-        for data, row in paq.items()
+        f"{row['effect']:+.3f} AP on {row['data']} with {layers} decoder layers (95 % interval {row['low']:+.3f} to "
+        f"{row['high']:+.3f}, {row['seeds']} seeds)"
+        for layers, row in paq
     ]
-    verdict = " and ".join(sorted({row["verdict"] for row in paq.values()}))
+    verdict = " and ".join(sorted({row["verdict"] for _, row in paq}))
     rows = [
         (
             "`dino_nano` trained on one CPU core",
-            f"**{host['AP']:.2f}** AP ± {host['spread']:.2f} over {host['seeds']} seeds after {cost['cpu_minutes']:.0f} CPU "
-            f"minutes, on images of small digits in clutter that it had not seen; {host['AP_nms']:.2f} with NMS",
+            f"**{host['AP']:.3f}** AP ± {host['spread']:.3f} over {host['seeds']} seeds after {span} CPU minutes, "
+            f"by machine, on images of small digits in clutter that it had not seen; {host['AP_nms']:.3f} with NMS",
             "[study](docs/study.md)",
         ),
         (
@@ -75,7 +85,7 @@ def headline() -> str:
             f"{queries['by_rank_positives']:.2f}; to watch it costs {watching['evaluation']['percent']:.0f} % of an evaluation",
             "[queries](docs/queries.md)",
         ),
-        ("PaQ over the same DINO", f"**{verdict}**: {', '.join(gains)}", "[study](docs/study.md)"),
+        ("PaQ over the same DINO", f"**{verdict}**: {'; '.join(gains)}", "[study](docs/study.md)"),
     ]
     lines = ["| what | measured here | more |", "|---|---|---|"]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
@@ -118,6 +128,7 @@ def measured() -> str:
         figures = json.loads((folder / "test.json").read_text(encoding="utf-8"))
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
         row = {"data": folder.name, "AP": round(figures["AP"], 3), "AP50": round(figures["AP50"], 3)}
+        row |= {"settings": then} if (then := _changed_since(config)) else {}
         rows.setdefault(_model_of(config["name"]), []).append(row)
     head = "# Written by tools/docs.py from docs/results: one seed each, on the test split.\n"
     return head + yaml.safe_dump(rows, sort_keys=True)
@@ -129,6 +140,17 @@ def _model_of(name: str) -> str:
     return _model_of(yaml.safe_load(recipe.read_text(encoding="utf-8"))["base"]) if recipe.is_file() else name
 
 
+def _changed_since(config: dict) -> str:
+    """Settings of a kept run's model that its recipe no longer has: "decoder_layers=3"."""
+    now = load_config(config["name"]).model.model_dump(mode="json")
+    free = {"num_classes"}  # the data's
+    return ", ".join(
+        f"{key}={value}"
+        for key, value in config["model"].items()
+        if key in now and key not in free and now[key] != value
+    )
+
+
 def _row(folder: Path) -> str:
     figures = json.loads((folder / "test.json").read_text(encoding="utf-8"))
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
@@ -137,7 +159,7 @@ def _row(folder: Path) -> str:
     finished = next(record for record in records if record["kind"] == "finished")
     cells = [
         f"[{folder.name}]({folder.name}/commands.txt)",
-        config["name"],
+        ", ".join(filter(None, [config["name"], _changed_since(config)])),
         str(config["image_size"]),
         f"{figures['AP']:.3f}",
         f"{figures['AP50']:.3f}",

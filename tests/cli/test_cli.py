@@ -300,7 +300,7 @@ def test_config_list(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     said = capsys.readouterr().out
     assert (
         said == "DINO, 4 levels\n"
-        "  digits_quickstart  recipe  What `make quickstart` trains: paq_dino_nano on digits, in minutes on two CPU cores\n"
+        "  digits_quickstart  recipe  What `make quickstart` trains: dino_nano on digits, in minutes on two CPU cores\n"
     )
     assert run(["config", "list", "yolo*"]) == 2
     assert "no model or recipe is called 'yolo*'" in capsys.readouterr().err

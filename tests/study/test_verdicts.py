@@ -168,6 +168,19 @@ def test_results_of_other_settings_are_not_shown_as_these() -> None:
             Runs(changed, [replace(result("new", 0, images), settings=same | other)])
 
 
+def test_runs_with_steps_of_their_own_are_held_against_these() -> None:
+    images = np.full(IMAGES, 0.5)
+    wanted = study(1).model_dump(mode="json")
+    wanted["data"]["digits"] |= {"steps": 100, "steps_of": {"new": 48}}
+    equal_cost = Study.model_validate(wanted)
+    Runs(
+        equal_cost,
+        [replace(result(name, 0, images), settings={"max_steps": n}) for name, n in (("new", 48), ("other", 100))],
+    )
+    with pytest.raises(DataError, match="was made with max_steps=100, the study now says 48"):
+        Runs(equal_cost, [replace(result("new", 0, images), settings={"max_steps": 100})])
+
+
 def test_seeds_that_lack_the_figure_are_missing() -> None:
     images = np.full(IMAGES, 0.5)
     runs = [result(variant, seed, images) for variant in ("baseline", "new") for seed in (0, 1)]

@@ -52,7 +52,10 @@ def figures_of(name: str, cost: Mapping[str, Any]) -> dict[str, str]:
     from paqdetr.config import known_figures
 
     published = known_figures("published").get(name)
-    measured = [f"{row['data']} {row['AP']:.3f}" for row in known_figures("measured").get(name, [])]
+    measured = [
+        f"{row['data']} {row['AP']:.3f}" + (f" ({row['settings']})" if "settings" in row else "")
+        for row in known_figures("measured").get(name, [])
+    ]
     return {
         "parameters": f"{cost['parameters'] / 1e6:.1f}M",
         "trainable": f"{cost['trainable'] / 1e6:.1f}M",

@@ -139,8 +139,9 @@ def hosts_of(names: Iterable[str]) -> dict[str, list[str]]:
 
 @cache
 def known_figures(kind: Literal["published", "measured", "costs"]) -> dict[str, Any]:
-    """Figures by model name: `published` AP on COCO val2017 after 12 epochs; `measured`, rows of data, AP, AP50 (test split);
-    `costs`, the parameters, trainable parameters and FLOPs that `model_cost` counts for 800 x 1333 pixels."""
+    """Figures by model name: `published` AP on COCO val2017 after 12 epochs; `measured`, rows of data, AP, AP50 (test split) and
+    settings in which the run differed from today's model; `costs`, the parameters, trainable parameters and FLOPs that
+    `model_cost` counts for 800 x 1333 pixels."""
     return _read_yaml((_config_dir() / f"{kind}.yaml").read_text(encoding="utf-8"), kind)
 
 

@@ -170,10 +170,7 @@ class _DataPlan:
         images = training_images(data, root=root)
         batches = max(images // (config.batch_size * study.processes), 1)
         epoch_steps = -(-batches // config.accumulate)
-        own = data.steps is not None or data.epochs is not None
-        steps, epochs = (data.steps, data.epochs) if own else (study.steps, study.epochs)
-        if variant is not None:
-            steps, epochs = data.steps_of[variant], None
+        steps, epochs = study.budget_of(name, variant)
         budget: dict[str, Any] = {}
         if epochs is None:
             assert steps is not None  # the study's file was checked for it

@@ -300,6 +300,13 @@ class Study(_Budget):
         own = self.data[data]
         return (own.seeds or self.seeds) + own.more_seeds.get(variant, ())
 
+    def budget_of(self, data: str, variant: str | None) -> tuple[int | None, int | None]:
+        """Steps and epochs of a variant's runs on a data set, one of them None; of all but those in `steps_of` if it is None."""
+        own = self.data[data]
+        if variant in own.steps_of:
+            return own.steps_of[variant], None
+        return (own.steps, own.epochs) if own.steps or own.epochs else (self.steps, self.epochs)
+
     def variants_of(self, data: str) -> tuple[str, ...]:
         """Variants that run on a data set, in the study's order."""
         chosen = self.data[data].variants

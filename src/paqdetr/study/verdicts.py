@@ -178,9 +178,9 @@ def _require_same_measure(study: Study, result: RunResult) -> None:
 def _require_same_settings(study: Study, result: RunResult) -> None:
     key = result.key
     data, variant = study.data[key.data], study.variants[key.variant]
-    budget = data if data.steps or data.epochs else study
+    steps, epochs = study.budget_of(key.data, key.variant)
     wanted = study.settings | data.settings | variant.settings
-    wanted |= {"max_steps": budget.steps} if budget.steps else {"epochs": budget.epochs}
+    wanted |= {"max_steps": steps} if steps else {"epochs": epochs}
     for name in changed_settings(result.settings, wanted):
         raise DataError(
             f"{key}: was made with {name}={result.settings[name]!r}, the study now says {wanted[name]!r}",
