@@ -157,6 +157,16 @@ def test_more_than_ten_boxes_have_a_key_in_place_of_labels(count: int) -> None:
         assert (drawn[-25:] > 200).all(-1).sum() > 200 or (drawn[:25] > 200).all(-1).sum() > 200, "the key"
 
 
+def test_the_key_of_a_narrow_picture_shows_the_counts() -> None:
+    """Of a name that is wider than the picture, the beginning is shown."""
+    names = {1: "a class with a name of many words"}
+    drawn = [
+        np.asarray(draw_boxes(Image.new("RGB", (90, 200)), [[10, 150, 60, 190]] * count, [1] * count, names))
+        for count in (11, 88)
+    ]
+    assert (drawn[0] != drawn[1])[:100].any()
+
+
 def test_the_key_stands_where_it_hides_no_box() -> None:
     canvas = np.full((600, 600, 3), 128, np.uint8)
     boxes = [[10 * i, 10 * j, 10 * i + 200, 10 * j + 200] for i in range(6) for j in range(3)]  # at the top left

@@ -245,7 +245,8 @@ class Canvas:
         counts = Counter((printable(label.key), label.colour) for label in self._labels)
         row, pad = round(1.4 * font.size), round(0.4 * font.size)
         most = max(1, int(0.5 * self.height / row))
-        rows = [(f"{key} {count}", colour) for (key, colour), count in counts.most_common()]
+        room = self.width - font.size - 3 * pad
+        rows = [(_shortened(key, f" {count}", font, room), colour) for (key, colour), count in counts.most_common()]
         if len(rows) > most:
             rows = [*rows[: most - 1], (f"+ {len(rows) - most + 1} more", _GREY)]
         wide = max(font.getlength(text) for text, _ in rows) + font.size + 3 * pad
@@ -285,6 +286,12 @@ def captioned(picture: Image.Image, text: str) -> Image.Image:
     framed.paste(picture, (0, bar))
     ImageDraw.Draw(framed).text((1, 1), text, fill="#222222", font=font)
     return framed
+
+
+def _shortened(text: str, after: str, font: Any, room: float) -> str:
+    while len(text) > 1 and font.getlength(text + after) > room:
+        text = text.rstrip("…")[:-1] + "…"
+    return text + after
 
 
 @cache

@@ -77,6 +77,13 @@ class StopRequest:
         self._before = {}
 
 
+def worker_start_method() -> str:
+    """How processes that load images are started. Python 3.14 has a server fork them on Linux: they would be no children of this
+    process, which nobody would tell that one has died, and would take its SIGTERM for a stranger's. They are forked as before."""
+    method = multiprocessing.get_start_method()
+    return "fork" if method == "forkserver" else method
+
+
 _GO_ON = "; `paqdetr train --resume` continues a training"
 
 
@@ -92,7 +99,7 @@ def worker_error(error: RuntimeError | MemoryError) -> WorkerError | None:
         return None
     if "Bus error" in reason:
         remedy = "/dev/shm is full (docker run --shm-size=8g gives more): set workers=0, or make room"
-    elif "exited unexpectedly" in reason and multiprocessing.get_start_method() != "fork":
+    elif "exited unexpectedly" in reason and worker_start_method() != "fork":
         remedy = "if a script of yours calls this, put the call below `if __name__ == '__main__':`"
     else:
         remedy = "often memory ran out: set workers or cache_images lower"

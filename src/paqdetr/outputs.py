@@ -240,7 +240,11 @@ def write_picture(path: Path, picture: Image.Image, *, maker: str, overwrite: bo
     if path.suffix.lower() in (".jpg", ".jpeg"):
         how: dict[str, Any] = {"format": "JPEG", "quality": 92, "comment": mark(maker).encode()}
     else:
-        how = {"format": "PNG", "pnginfo": PngInfo()}
+        how = {
+            "format": "PNG",
+            "pnginfo": PngInfo(),
+            "compress_level": 1,
+        }  # a fifth larger than 6, in a third of the time
         how["pnginfo"].add_text("Software", mark(maker))
     write_output(path, lambda place: picture.save(place, **how), maker=maker, overwrite=overwrite)
 

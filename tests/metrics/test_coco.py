@@ -1,4 +1,4 @@
-"""COCO figures: by hand on small cases, against pycocotools on random ones and on published ones."""
+"""COCO figures: by hand on small cases, against pycocotools and faster-coco-eval on random ones and on published ones."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import pkgutil
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -46,19 +47,26 @@ def result(image: Any, category: Any, box: list[float], score: float) -> dict[st
     return {"image_id": image, "category_id": category, "bbox": box, "score": score}
 
 
-def pycocotools_stats(ground_truth: dict, results: list[dict], iou_type: str = "bbox") -> np.ndarray:
-    coco_module = pytest.importorskip("pycocotools.coco", reason="pycocotools is the reference to compare with")
-    from pycocotools.cocoeval import COCOeval
+ENGINES = {
+    "pycocotools": ("pycocotools.coco.COCO", "pycocotools.cocoeval.COCOeval"),
+    "faster_coco_eval": ("faster_coco_eval.COCO", "faster_coco_eval.COCOeval_faster"),
+}
 
+
+def reference_stats(
+    ground_truth: dict, results: list[dict], iou_type: str = "bbox", engine: str = "pycocotools"
+) -> np.ndarray:
+    pytest.importorskip(engine, reason="a reference to compare with")
+    data_class, evaluation_class = map(pkgutil.resolve_name, ENGINES[engine])
     with contextlib.redirect_stdout(io.StringIO()):
-        coco = coco_module.COCO()
+        coco = data_class()
         coco.dataset = copy.deepcopy(ground_truth)
         coco.createIndex()
-        evaluation = COCOeval(coco, coco.loadRes(copy.deepcopy(results)), iou_type)
+        evaluation = evaluation_class(coco, coco.loadRes(copy.deepcopy(results)), iou_type)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    return evaluation.stats
+    return np.array(evaluation.stats[:12])
 
 
 def stats(figures: CocoFigures) -> np.ndarray:
@@ -397,7 +405,7 @@ def test_more_objects_than_detections_that_count() -> None:
     gt = truth([(1, 1, box) for box in boxes], images=(1,))
     rows = [result(1, 1, box, 0.5 + n / 1000) for n, box in enumerate(boxes)]
     assert evaluate_detections(gt, rows).AP == pytest.approx(26 / 101)  # recall 0, .01 ... .25
-    assert stats(evaluate_detections(gt, rows)) == pytest.approx(pycocotools_stats(gt, rows))
+    assert stats(evaluate_detections(gt, rows)) == pytest.approx(reference_stats(gt, rows))
     for count, share in ((400, 1), (1000, 1), (200, 0.5), (40, 0.1), (1, 1 / 400)):
         figures = evaluate_detections(gt, rows, max_detections=count)
         assert (figures.AR100, figures.ARm) == pytest.approx((share, share))
@@ -429,12 +437,13 @@ def test_masks_as_polygons_and_run_lengths() -> None:
             evaluate_detections(gt, [mask | {"segmentation": bad}], iou_type="segm")
 
 
-# --------------------------------------------------------------------------------------- against pycocotools
+# ------------------------------------------------------------------------------------ against other programs
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1))
-def test_equal_to_pycocotools_on_random_problems(seed: int) -> None:
+def test_equal_to_other_programs_on_random_problems(engine: str, seed: int) -> None:
     rng = np.random.default_rng(seed)
     images, classes = rng.permutation(50)[: rng.integers(1, 8)].tolist(), [3, 1, 90]
     gt, results = truth([], images=tuple(images), categories=tuple((c, f"class {c}") for c in classes)), []
@@ -451,7 +460,8 @@ def test_equal_to_pycocotools_on_random_problems(seed: int) -> None:
                 results.append(result(image, label, near, float(rng.integers(0, 10)) / 10))
     if not results:
         results = [result(images[0], 1, [0, 0, 10, 10], 0.5)]
-    np.testing.assert_allclose(stats(evaluate_detections(gt, results)), pycocotools_stats(gt, results), atol=1e-12)
+    expected = reference_stats(gt, results, engine=engine)
+    np.testing.assert_allclose(stats(evaluate_detections(gt, results)), expected, atol=1e-12)
 
 
 def published_figures(folder: Path) -> dict[str, list[float]]:
@@ -479,9 +489,9 @@ def test_published_figures(shared_data: Callable[[str], Path], iou_type: Any, kn
     published = published_figures(folder)[iou_type]
     assert len(published) == 12
     np.testing.assert_allclose(stats(figures), published, atol=5.001e-4)
-    np.testing.assert_allclose(
-        stats(figures), pycocotools_stats(json.loads(path.read_text()), results, iou_type), atol=1e-12
-    )
+    for engine in ENGINES:
+        expected = reference_stats(json.loads(path.read_text()), results, iou_type, engine)
+        np.testing.assert_allclose(stats(figures), expected, atol=1e-12, err_msg=engine)
     defined = [value for value in figures.per_class.values() if not math.isnan(value)]
     assert np.mean(defined) == pytest.approx(figures.AP)
     assert np.nanmean(list(figures.per_class_AP50.values())) == pytest.approx(figures.AP50)

@@ -9,14 +9,13 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from paqdetr.ops import cpu, ms_deform_attn
+from paqdetr.ops import compiled, cpu, ms_deform_attn
 
 SHAPES = [(16, 20), (8, 10), (4, 5), (2, 3)]
 SRC = Path(__file__).resolve().parents[2] / "src"
@@ -136,7 +135,7 @@ found = ms_deform_attn(inputs[0], [(4, 5), (2, 3)], inputs[1], inputs[2], "refer
 found.sum().backward()
 for x, y in zip(auto, [found] + [x.grad for x in inputs]):
     torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-4)
-print(backends_run()[0], "torch._dynamo" in sys.modules)
+print(backends_run()[0], "numba" in sys.modules, "torch._dynamo" in sys.modules)
 """
 
 
@@ -156,18 +155,17 @@ def output_of(process: subprocess.Popen[str]) -> str:
 
 @pytest.mark.integration
 def test_no_compiler_is_needed(tmp_path: Path) -> None:
-    """In two processes at once that share an empty cache; the second time it is read from there."""
+    """In two processes at once that share an empty cache; the second time it is read from there, without numba."""
     nothing = tmp_path / "bin"
     nothing.mkdir()
     environment = {"PATH": str(nothing), "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
     for process in [run(**environment) for _ in range(2)]:
         # Nor torch's, whose import takes a second.
-        assert output_of(process).split() == ["numba", "False"]
-    compiled = set((tmp_path / "cache").rglob("*.nbc"))
-    assert len(compiled) == 3
-    times = {path: path.stat().st_mtime_ns for path in compiled}
-    assert output_of(run(**environment)).split()[0] == "numba"
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.nbc")} == times
+        assert output_of(process).split() == ["numba", "True", "False"]
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.o")}
+    assert len(kept) == 3
+    assert output_of(run(**environment)).split() == ["numba", "False", "False"]
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.o")} == kept
 
 
 @pytest.mark.integration
@@ -176,14 +174,24 @@ def test_a_process_without_numba() -> None:
     assert output_of(run(script)).split()[0] == "reference"
 
 
-def test_nowhere_to_keep_what_was_compiled() -> None:
-    asked: list[bool] = []
-
-    def refuse(dtype: str, channels: int, *, cache: bool) -> Any:
-        asked.append(cache)
-        if cache:
-            raise RuntimeError("cannot cache function 'forward': no locator available for file 'x.py'")
-        return print
-
-    assert cpu.compiled(refuse, "float32", 8) is print
-    assert asked == [True, False]
+@pytest.mark.parametrize(
+    "what", ["kept", "damaged", "cut short", "nowhere to keep it", "not what a process without numba has"]
+)
+def test_kept_code_computes_the_same_bits(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = step(queries=50)
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(folder))
+    if what == "nowhere to keep it":
+        folder.write_bytes(b"a file")
+    if what.startswith("not"):
+        monkeypatch.setattr(compiled, "_object", lambda found: None)
+    for _ in range(2):
+        compiled._kernel.cache_clear()
+        assert equal(step(queries=50), expected)
+        for file in folder.rglob("*.o"):
+            if what == "damaged":
+                file.write_bytes(file.read_bytes()[:-9] + bytes(9))
+            if what == "cut short":
+                file.write_bytes(file.read_bytes()[:20])
+    assert compiled.is_any_kept() == (what in ("kept", "damaged", "cut short"))
+    assert len(list(folder.rglob("*.o"))) == (3 if compiled.is_any_kept() else 0)

@@ -6,10 +6,12 @@ They fork from a server that has imported everything once; starting the interpre
 from __future__ import annotations
 
 import multiprocessing
+import os
 import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,9 @@ class Group:
             port = free.getsockname()[1]
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["together"])
+        with pytest.MonkeyPatch.context() as patch:  # before Python 3.13 the server does not know where to look
+            patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+            forkserver.ensure_running()
         folder.mkdir(parents=True)
         self.files = [(folder / f"{rank}.out", folder / f"{rank}.err") for rank in range(count)]
         self.processes = []

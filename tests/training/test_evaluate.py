@@ -6,6 +6,7 @@ import importlib
 import json
 import pickle
 from collections.abc import Iterator, Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +177,9 @@ def test_observers_see_every_raw_output_once(split: DetectionDataset, model: Det
     first, second = Watch(), Watch()
     found = evaluate_split(model, split, batch_size=3, observers=[first, second])
     plain = evaluate_split(model, split, batch_size=3)
-    assert found.results == plain.results and plain.figures == found.figures, "looking changes nothing"
+    assert found.results == plain.results and astuple(plain.figures) == astuple(found.figures), (
+        "looking changes nothing"
+    )
     assert sorted(index for _, _, indices in first.seen for index in indices) == list(range(7))
     assert [indices for _, _, indices in second.seen] == [indices for _, _, indices in first.seen]
     scores = {image_id: [] for image_id in split.image_ids}

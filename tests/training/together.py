@@ -11,7 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+# Imported here, once for all processes, which are forked: scipy, torch's compiler (shapes on the meta device) and plots.
+import scipy.optimize  # noqa: F401
 import torch
+import torch._dynamo  # noqa: F401
 from safetensors.torch import save_file
 
 from paqdetr import checkpoint, files
@@ -23,8 +26,10 @@ from paqdetr.distributed import leave
 from paqdetr.errors import NonFiniteError
 from paqdetr.evaluation.evaluate import evaluate_together
 from paqdetr.metrics import QueryUsage
+from paqdetr.report import curves  # noqa: F401
 from paqdetr.runs import Run
 from paqdetr.structures import Targets
+from paqdetr.training import trainer as loop
 from paqdetr.training.setup import with_classes
 from paqdetr.training.trainer import Trainer
 
@@ -114,7 +119,8 @@ def jobs(file: str) -> None:
 
 
 def command_line(*arguments: str) -> None:
-    """As `python -m paqdetr ARGUMENTS`."""
+    """As `python -m paqdetr ARGUMENTS`, without the pictures, which take longer than a tiny training itself."""
+    loop.training_curves = loop.draw_predictions = lambda *_, **__: None
     sys.argv = ["paqdetr", *arguments]
     main()
 

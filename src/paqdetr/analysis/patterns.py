@@ -307,10 +307,10 @@ def _exciting_images(model: ContentReport, split: DetectionDataset) -> Part | No
         for index, ratio in images:
             picture = split.image_or_blank(index)
             picture.thumbnail((150, 150))
-            rows[-1].append(captioned(picture, f"pattern {pattern}, {split.image_ids[index]}: {ratio:.2f} x"))
+            rows[-1].append(captioned(picture, f"{pattern}: {ratio:.2f} x"))
     caption = (
         "The images that excite a pattern most, for the patterns whose weight depends most on the image; "
-        "below each how much more of the pattern its queries hold than those of a mean image."
+        "above each the pattern, and how much more of it the image's queries hold than those of a mean image."
     )
     data = [
         {"pattern": pattern, "images": [[str(split.image_ids[i]), round(ratio, 4)] for i, ratio in images]}

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from paqdetr._threads import quick_imports
 from paqdetr.errors import ConfigError
 from paqdetr.text import printable
 
@@ -78,7 +79,8 @@ def open_model(path: Path, device: str | None = None) -> Predicts:
     note_unfinished(path)
     from paqdetr.environment import require_device
 
-    return load(file, device=str(require_device(device)))
+    with quick_imports():
+        return load(file, device=str(require_device(device)))
 
 
 def note_unfinished(path: Path) -> None:

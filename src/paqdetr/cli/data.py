@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from paqdetr._threads import quick_imports
 from paqdetr.cli import options
 from paqdetr.cli.console import OutputFiles, errors, note, print_styled, progress_bar, results, table
 from paqdetr.errors import ConfigError, DataError
@@ -139,8 +140,9 @@ def preview(
     OutputFiles("paqdetr data preview", overwrite=overwrite, output=output)
     config = load_config(model, {"workers": 0, **parse_overrides(settings or [])})
     opened = open_split(folder, split)
-    from paqdetr.data.preview import preview_batches
-    from paqdetr.preprocessing import Normalization, Preprocessing
+    with quick_imports():
+        from paqdetr.data.preview import preview_batches
+        from paqdetr.preprocessing import Normalization, Preprocessing
 
     # Pixels are drawn as they were: how a backbone wants them is not asked of timm, which takes seconds to import.
     preprocessing = Preprocessing.of(config, Normalization((0, 0, 0), (1, 1, 1)))

@@ -29,7 +29,7 @@ from paqdetr.config import Config
 from paqdetr.data.augment import Augment, Augmented, mosaic
 from paqdetr.data.dataset import DetectionDataset
 from paqdetr.errors import ConfigError, DataError, UserError, WorkerError
-from paqdetr.interrupt import STOP_SIGNALS, worker_error
+from paqdetr.interrupt import STOP_SIGNALS, worker_error, worker_start_method
 from paqdetr.preprocessing import Preprocessing, pad_images, to_pixels
 from paqdetr.structures import Targets
 
@@ -416,7 +416,7 @@ class ImageLoader:
         batches: lists of keys of `images`; a sampler whose `epoch` is to be set before each pass, in training.
         workers: processes that load; 0 loads in this one, as where the system has no room for what processes share. It changes
             no batch.
-        start_method: of the workers, such as "spawn"; the platform's own if None.
+        start_method: of the workers, such as "spawn"; see `worker_start_method` if None.
     """
 
     def __init__(
@@ -428,7 +428,7 @@ class ImageLoader:
         self._loader: DataLoader[Any] = DataLoader(
             images,
             batch_sampler=batches,  # type: ignore[arg-type]
-            multiprocessing_context=start_method if workers else None,
+            multiprocessing_context=(start_method or worker_start_method()) if workers else None,
             num_workers=workers,
             collate_fn=partial(collate_for_parent if workers else collate_in_place, images),
             persistent_workers=workers > 0,

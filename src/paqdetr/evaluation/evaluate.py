@@ -12,7 +12,6 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from multiprocessing import get_start_method
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ from PIL.Image import Image
 from paqdetr.data.dataset import DetectionDataset, open_split
 from paqdetr.environment import require_device
 from paqdetr.errors import ConfigError, DataError
+from paqdetr.interrupt import worker_start_method
 from paqdetr.loading import is_exported, load, require_model
 from paqdetr.metrics.coco import (
     MAX_DETECTIONS,
@@ -305,7 +305,7 @@ def detect_split(
     )
     if workers is None:
         on_host = isinstance(model, Predictor) or model.device.type == "cpu"
-        workers = 0 if on_host or get_start_method() != "fork" else min(_WORKERS, os.cpu_count() or 1)
+        workers = 0 if on_host or worker_start_method() != "fork" else min(_WORKERS, os.cpu_count() or 1)
     if isinstance(model, Predictor) and observers:
         raise ConfigError(
             f"{model.where}: an exported model does not show what observers look at", "take its checkpoint"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from paqdetr.checkpoint import write_checkpoint
 from paqdetr.config import ModelConfig
 from paqdetr.errors import ConfigError, import_extra
-from paqdetr.models.auxiliary import AuxiliaryHeads
 from paqdetr.models.backbone import Backbone
 from paqdetr.models.decoder import Decoder, LayerHeads
 from paqdetr.models.denoising import Denoising
@@ -30,6 +29,9 @@ from paqdetr.preprocessing import Preprocessing
 from paqdetr.runtime.predictor import PredictMixin
 from paqdetr.structures import ClassTable, Detections, OperatingPoint, Targets
 from paqdetr.text import Summary, some
+
+if TYPE_CHECKING:
+    from paqdetr.models.auxiliary import AuxiliaryHeads
 
 TRAINING_ONLY = ("hybrid_source.", "auxiliary.")
 """Beginnings of the names of parameters that nothing reads outside of training, but for those of denoising."""

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from paqdetr.config import Config, ModelConfig, list_configs, load_config
 from paqdetr.errors import ConfigError
-from paqdetr.models.auxiliary import AuxiliaryHeads
-from paqdetr.models.auxiliary_heads import AtssHead, FasterRcnn
 from paqdetr.models.backbone import Backbone, normalization_of
 from paqdetr.models.decoder import Decoder, LayerHeads
 from paqdetr.models.denoising import ContrastiveDenoising, Denoising, PlainDenoising
@@ -23,6 +21,9 @@ from paqdetr.models.tokens import Neck
 from paqdetr.paq import PatternQueries, StaticMixtures
 from paqdetr.preprocessing import Preprocessing
 from paqdetr.structures import ClassTable
+
+if TYPE_CHECKING:
+    from paqdetr.models.auxiliary import AuxiliaryHeads
 
 # So that the many background queries do not drown the first steps.
 _CLASS_BIAS = -math.log((1 - 0.01) / 0.01)
@@ -67,6 +68,8 @@ def init_weights(model: Detector) -> None:
 
 def _init_auxiliary(auxiliary: AuxiliaryHeads) -> None:
     """As the published code of Co-DETR: small numbers for what predicts."""
+    from paqdetr.models.auxiliary_heads import AtssHead, FasterRcnn
+
     _xavier(auxiliary)
     for part in reversed(list(auxiliary.modules())):  # what is inside of a head before the head
         if isinstance(part, nn.Conv2d):
@@ -163,6 +166,8 @@ DENOISING: dict[str, Callable[[ModelConfig], Denoising | None]] = {
 def _auxiliary_heads(config: ModelConfig) -> AuxiliaryHeads | None:
     if not config.auxiliary_heads:
         return None
+    from paqdetr.models.auxiliary import AuxiliaryHeads  # needs torchvision's models, which take long to import
+
     return AuxiliaryHeads(
         names=config.auxiliary_heads,
         dim=config.dim,

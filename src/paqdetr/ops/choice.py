@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from paqdetr.errors import BackendError
+from paqdetr.ops.compiled import is_any_kept
 
 BACKENDS = ("reference", "gather", "numba", "triton")
 
@@ -113,8 +114,10 @@ def _constant(ask: Callable[[], str | None]) -> Callable[[], str | None]:
 
 @_constant
 def numba_missing() -> str | None:
-    """Why numba cannot be used in this process, or None. Imports it, at the first call."""
+    """Why numba cannot be used in this process, or None. Imports it, at the first call, unless it has been of use before."""
     try:
+        if importlib.util.find_spec("numba") and is_any_kept():
+            return None
         import numba  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ModuleNotFoundError as error:
         if error.name == "numba":

@@ -8,23 +8,20 @@ bits whatever the number of threads.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from itertools import pairwise
-from threading import Lock
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from paqdetr.ops.compiled import kernel
 from paqdetr.ops.threads import for_each
 
 NAME = "numba"
 
 _POINTS_A_TASK = 8192  # some 50 us: less is not worth waking a thread for
 _TASKS_A_THREAD = 4  # so that a thread that is held up leaves its share to others
-_compiling = Lock()
 
 
 def forward(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
@@ -35,15 +32,16 @@ def forward(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, wei
     out = torch.empty(batch, queries, heads * channels, dtype=dtype)
     if out.numel():
         levels = _levels(tuple(shapes), heads, points, dtype)
-        kernel = _kernel("forward", dtype, channels)
-        arrays = [_flat(x, dtype) for x in (value, locations, weights)]
-        target = _flat(out, dtype)
+        loop = _loop("forward", dtype, channels)
+        arrays = [_flat(value, dtype), levels, *(_flat(x, dtype) for x in (locations, weights)), out]
+        addresses, count = [x.data_ptr() for x in arrays], levels.shape[1]
 
         def work(span: tuple[int, ...]) -> None:
-            kernel(arrays[0], levels, *arrays[1:], target, tokens, heads, queries, *span, *_scratch(levels))
+            scratch = _scratch(levels)
+            loop(*addresses, count, tokens, heads, queries, *span, *_halves(scratch))
 
         threads = torch.get_num_threads()
-        for_each(work, _spans(batch * queries, levels.shape[1], threads), threads=threads)
+        for_each(work, _spans(batch * queries, count, threads), threads=threads)
     return out.to(value.dtype)
 
 
@@ -59,28 +57,28 @@ def backward(
     to_weights = torch.empty(weights.shape, dtype=dtype)
     if gradient.numel() and weights.numel():
         levels = _levels(tuple(shapes), heads, points, dtype)
-        read_kernel, write_kernel = (_kernel(name, dtype, channels) for name in ("read", "scatter"))
-        flat_value, flat_locations, flat_weights, flat_gradient = (
-            _flat(x, dtype) for x in (value, locations, weights, gradient)
-        )
-        targets = [_flat(x, dtype) for x in (to_value, to_locations, to_weights)]
+        read_loop, write_loop = (_loop(name, dtype, channels) for name in ("read", "scatter"))
+        count, arrays = levels.shape[1], [_flat(x, dtype) for x in (value, locations, weights, gradient)]
+        at_value, at_locations, at_weights, at_gradient = (x.data_ptr() for x in arrays)
+        at_levels, sizes = levels.data_ptr(), (count, tokens, heads, queries)
 
         def read(span: tuple[int, ...]) -> None:
-            read_kernel(
-                flat_value, levels, flat_locations, flat_weights, flat_gradient, *targets[1:],
-                tokens, heads, queries, *span, *_scratch(levels),
+            scratch = _scratch(levels)
+            read_loop(
+                at_value, at_levels, at_locations, at_weights, at_gradient, to_locations.data_ptr(), to_weights.data_ptr(),
+                *sizes, *span, *_halves(scratch),
             )  # fmt: skip
 
         def write(part: tuple[int, ...]) -> None:
-            write_kernel(
-                targets[0], levels, flat_locations, flat_weights, flat_gradient,
-                tokens, heads, queries, *part, *_scratch(levels),
-            )  # fmt: skip
+            scratch = _scratch(levels)
+            write_loop(
+                to_value.data_ptr(), at_levels, at_locations, at_weights, at_gradient, *sizes, *part, *_halves(scratch)
+            )
 
         # Neither needs the other's results, so they are one list of work.
         threads = torch.get_num_threads()
         parts = _parts(batch, heads, len(shapes), points, threads)
-        spans = _spans(batch * queries, levels.shape[1], threads)
+        spans = _spans(batch * queries, count, threads)
         for_each(_call, [(write, part) for part in parts] + [(read, span) for span in spans], threads=threads)
     else:
         to_locations.zero_()
@@ -113,54 +111,28 @@ def _parts(batch: int, heads: int, levels: int, points: int, threads: int) -> li
     ]
 
 
-def _flat(tensor: Tensor, dtype: torch.dtype) -> np.ndarray:
-    return tensor.detach().to(dtype).contiguous().view(-1).numpy()
+def _flat(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.detach().to(dtype).contiguous()
 
 
-def _scratch(levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A row and a number for each of the 4 corners of a query's points."""
-    size = 4 * levels.shape[1]
-    return np.empty(size, np.int32), np.empty(size, levels.dtype)
+def _scratch(levels: Tensor) -> Tensor:
+    """Room for a row and a number for each of the 4 corners of a query's points."""
+    return levels.new_empty(2, 4 * levels.shape[1])
+
+
+def _halves(scratch: Tensor) -> tuple[int, int]:
+    return scratch[0].data_ptr(), scratch[1].data_ptr()
 
 
 @functools.lru_cache(maxsize=64)
-def _levels(shapes: tuple[tuple[int, int], ...], heads: int, points: int, dtype: torch.dtype) -> np.ndarray:
+def _levels(shapes: tuple[tuple[int, int], ...], heads: int, points: int, dtype: torch.dtype) -> Tensor:
     """(3, H * L * P): width, height and first token of the level that every point of a query looks at."""
     sizes = np.array(shapes, dtype=np.int64).reshape(-1, 2)
     starts = np.cumsum(sizes.prod(1)) - sizes.prod(1)
     table = np.stack([sizes[:, 1], sizes[:, 0], starts])  # (3, L)
     table = np.tile(np.repeat(table, points, axis=1), heads)
-    return np.ascontiguousarray(table, dtype=np.float64 if dtype == torch.float64 else np.float32)
+    return torch.from_numpy(table).to(dtype)
 
 
-def _kernel(name: str, dtype: torch.dtype, channels: int) -> Callable[..., None]:
-    from paqdetr.ops import numba_kernels
-
-    number = "float64" if dtype == torch.float64 else "float32"
-    return compiled(getattr(numba_kernels, f"compile_{name}"), number, channels)
-
-
-def compiled(compile_kernel: Callable[..., Callable[..., None]], *arguments: Any) -> Callable[..., None]:
-    """A kernel, compiled once in a process, or from numba's cache on disk where there is one."""
-    with _compiling:  # two threads would compile the same twice
-        return _compiled(compile_kernel, *arguments)
-
-
-@functools.cache
-def _compiled(compile_kernel: Callable[..., Callable[..., None]], *arguments: Any) -> Callable[..., None]:
-    try:
-        return compile_kernel(*arguments, cache=True)
-    except RuntimeError as error:
-        if "locator" not in str(error):
-            raise
-        # Neither the package's folder nor the user's is writable: every process compiles for itself.
-        return compile_kernel(*arguments, cache=False)
-
-
-def _forget_lock() -> None:
-    global _compiling
-    _compiling = Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_lock)
+def _loop(name: str, dtype: torch.dtype, channels: int) -> Callable[..., None]:
+    return kernel("numba_kernels", name, "float64" if dtype == torch.float64 else "float32", channels)

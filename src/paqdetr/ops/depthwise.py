@@ -14,11 +14,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from paqdetr.ops.choice import numba_missing
-from paqdetr.ops.cpu import compiled
+from paqdetr.ops.compiled import chunks, kernel
 from paqdetr.ops.threads import for_each
 
 # torch is as fast with smaller ones.
 _LEAST_KERNEL = 4
+# Channels of a block: 4 registers of AVX-512, so that 4 additions wait for none of each other.
+_LANES = 64
 
 
 def depthwise_conv2d(
@@ -75,27 +77,25 @@ class _DepthwiseConv2d(torch.autograd.Function):
 
 
 def weight_gradient(
-    x: Tensor, gradient: Tensor, kernel: tuple[int, int], stride: int, padding: int, dilation: int
+    x: Tensor, gradient: Tensor, window: tuple[int, int], stride: int, padding: int, dilation: int
 ) -> Tensor:
     """(B, C, H, W), (B, C, h, w) float32 on a CPU -> (C, 1, kh, kw)."""
-    from paqdetr.ops.numba_depthwise import LANES, compile_weight_gradient
-    from paqdetr.ops.simd import chunks
-
     batch, channels, height, width = x.shape
     high, wide = gradient.shape[-2:]
-    rows, columns = kernel
+    rows, columns = window
     out = torch.zeros(rows * columns, channels)
-    arrays = [_flat(x), _flat(gradient), out.view(-1).numpy()]
+    arrays = [_rows(x), _rows(gradient), out]
+    addresses = [array.data_ptr() for array in arrays]
     sizes = (batch, height, width, channels, high, wide, rows, columns, stride, padding, dilation)
 
     def work(block: tuple[int, int]) -> None:
         first, lanes = block
-        compiled(compile_weight_gradient, lanes)(*arrays, first, *sizes)
+        kernel("numba_depthwise", "weight_gradient", lanes)(*addresses, first, *sizes)
 
-    for_each(work, chunks(channels, LANES), threads=torch.get_num_threads())
+    for_each(work, chunks(channels, _LANES), threads=torch.get_num_threads())
     return out.view(rows, columns, channels, 1).permute(2, 3, 0, 1)
 
 
-def _flat(maps: Tensor) -> Any:
-    """(B, C, H, W) -> numpy (B * H * W * C,)."""
-    return maps.detach().permute(0, 2, 3, 1).contiguous().view(-1).numpy()
+def _rows(maps: Tensor) -> Tensor:
+    """(B, C, H, W) -> contiguous (B, H, W, C)."""
+    return maps.detach().permute(0, 2, 3, 1).contiguous()

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -12,14 +9,9 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from paqdetr.ops import simd
-from paqdetr.ops.simd import INT64, Emit, pointers
-
-LANES = 64
-"""Channels of a block: 4 registers of AVX-512, so that 4 additions wait for none of each other."""
+from paqdetr.ops.simd import INT64, Emit
 
 _intrinsic: Any = intrinsic  # a function of one argument less, which a type checker cannot know
-_SIMD_VERSION = hashlib.sha256(inspect.getsource(simd).encode()).hexdigest()[:16]
 
 
 @_intrinsic(prefer_literal=True)
@@ -30,7 +22,7 @@ def _add_products(typingctx, total, at, a, a_first, a_stride, b, b_first, b_stri
     width = lanes.literal_value
 
     def generate(context, builder, signature, args):
-        total, at, a, a_first, a_stride, b, b_first, b_stride, steps, _ = pointers(context, builder, signature, args)
+        total, at, a, a_first, a_stride, b, b_first, b_stride, steps, _ = args
         e = Emit(builder, ir.FloatType(), width)
         entry = builder.block
         loop = builder.append_basic_block("rows")
@@ -55,25 +47,18 @@ def _add_products(typingctx, total, at, a, a_first, a_stride, b, b_first, b_stri
     return signature, generate
 
 
-def compile_weight_gradient(lanes: int, *, cache: bool) -> Callable[..., None]:
+def compile_weight_gradient(lanes: int) -> Any:
     """Gradient of the weights of `lanes` channels from `first` on, of maps in channels-last order.
 
-    x: (B, H, W, C) and gradient: (B, h, w, C), flat; out: (kernel height * kernel width, C), flat, zero at these channels.
+    Addresses of x: (B, H, W, C), gradient: (B, h, w, C) and out: (kernel height * kernel width, C), zero at these channels.
     """
-    version, flat = _SIMD_VERSION, types.Array(types.float32, 1, "C")
+    floats = types.CPointer(types.float32)
 
-    @numba.njit(
-        types.void(flat, flat, flat, *[types.int64] * 12),
-        nogil=True,
-        cache=cache,
-        error_model="numpy",
-        boundscheck=False,
-    )
+    @numba.cfunc(types.void(floats, floats, floats, *[types.int64] * 12), error_model="numpy", forceinline=True)
     def weight_gradient(
         x, gradient, out, first, batch, height, width, channels, high, wide, kernel_height, kernel_width,
         stride, padding, dilation,
     ):  # fmt: skip
-        version  # noqa: B018  # pyright: ignore[reportUnusedExpression]
         for image in range(batch):
             for row in range(high):
                 of = (image * high + row) * wide * channels + first

@@ -3,15 +3,14 @@
 The outer loops are numba's Python. The inner ones are vectors (`simd.py`): places of up to 16 points at once, and rows of
 channels that stay in registers.
 
-Each `compile_...` makes a loop for one dtype, "float32" or "float64", and one number of channels D. Its arrays are contiguous:
-value, locations, attention, gradient, out and the like flat; `levels` (3, H L P), the width, height and first token of what each
-point looks at, in the float dtype; scratch of 4 H L P elements for each call. A call fills a part of the output that is its own.
+Each `compile_...` makes a loop for one dtype, "float32" or "float64", and one number of channels D. It takes the addresses of
+contiguous arrays: value, locations, attention, gradient, out and the like; `levels` (3, H L P), the width, height and first token
+of what each of `count` = H L P points looks at, in the float dtype; scratch of 4 H L P elements for each call. A call fills a
+part of the output that is its own.
 """
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,14 +20,11 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from paqdetr.ops import simd
-from paqdetr.ops.simd import INT32, INT64, Builder, Emit, Value, chunks, each_width, pointers
+from paqdetr.ops.compiled import chunks
+from paqdetr.ops.simd import INT32, INT64, Builder, Emit, Value, each_width
 
 _CORNERS = 4
 _intrinsic: Any = intrinsic  # a function of one argument less, which a type checker cannot know
-
-# numba's cache on disk looks at the date of this file alone, and at what a function takes from outside: each takes this.
-_SIMD_VERSION = hashlib.sha256(inspect.getsource(simd).encode()).hexdigest()[:16]
 
 
 class _Axis(NamedTuple):
@@ -71,17 +67,16 @@ def _places(
 
 
 @_intrinsic
-def _locate(typingctx, locations, attention, offset, levels, start, stop, rows, shares):
+def _locate(typingctx, locations, attention, offset, levels, count, start, stop, rows, shares):
     """For points [start, stop) of a query: the 4 rows they read, and the share of each, times `attention`.
 
     locations: starts with the query's, 2 a point, `offset` points into the array; attention likewise, 1 a point.
-    levels (3, n): width, height and first row of the level of every point. rows, shares (4, n) are written.
+    levels (3, count): width, height and first row of the level of every point. rows, shares (4, count) are written.
     """
-    signature = types.void(locations, attention, offset, levels, start, stop, rows, shares)
+    signature = types.void(locations, attention, offset, levels, count, start, stop, rows, shares)
 
     def generate(context, builder, signature, args):
-        count = builder.extract_value(context.make_array(signature.args[3])(context, builder, args[3]).shape, 1)
-        locations, attention, offset, levels, start, stop, rows, shares = pointers(context, builder, signature, args)
+        locations, attention, offset, levels, count, start, stop, rows, shares = args
         locations = builder.gep(locations, [builder.mul(offset, INT64(2))])
         attention = builder.gep(attention, [offset])
 
@@ -110,9 +105,7 @@ def _finish(typingctx, locations, attention, offset, levels, count, products, to
     signature = types.void(locations, attention, offset, levels, count, products, to_locations, to_attention)
 
     def generate(context, builder, signature, args):
-        locations, attention, offset, levels, count, products, to_locations, to_attention = pointers(
-            context, builder, signature, args
-        )
+        locations, attention, offset, levels, count, products, to_locations, to_attention = args
         twice = builder.mul(offset, INT64(2))
         locations, to_locations = builder.gep(locations, [twice]), builder.gep(to_locations, [twice])
         attention, to_attention = builder.gep(attention, [offset]), builder.gep(to_attention, [offset])
@@ -176,9 +169,7 @@ def _over_rows(generate: Callable[..., None]) -> Any:
         vectors_of = chunks(channels.literal_value, 64)
 
         def code(context, builder, signature, args):
-            table, first, rows, numbers, count, start, stop, _, stride, other, other_first = pointers(
-                context, builder, signature, args
-            )
+            table, first, rows, numbers, count, start, stop, _, stride, other, other_first = args
             scalar = context.get_data_type(signature.args[0].dtype)
             table, other = builder.gep(table, [first]), builder.gep(other, [other_first])
             # 64 channels of float32 are 4 registers of AVX-512, or 8 of AVX2.
@@ -233,27 +224,22 @@ def _add(builder, vectors, table, rows, shares, count, start, stop, stride, grad
                 e.store(added, row, INT64(first))
 
 
-def _compile(signature: Any, cache: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    return numba.njit(signature, nogil=True, cache=cache, error_model="numpy", boundscheck=False)
+def _compile(dtype: str, arrays: int, numbers: int) -> Callable[[Callable[..., None]], Any]:
+    """For functions of so many arrays of floats, so many whole numbers, and the scratch."""
+    floats = types.CPointer(getattr(types, dtype))
+    signature = types.void(*[floats] * arrays, *[types.int64] * numbers, types.CPointer(types.int32), floats)
+    return numba.cfunc(signature, error_model="numpy", forceinline=True)
 
 
-def _arrays(dtype: str) -> tuple[Any, Any, Any]:
-    """numba's types of flat numbers, of the table of levels, and of rows."""
-    number = getattr(types, dtype)
-    return types.Array(number, 1, "C"), types.Array(number, 2, "C"), types.Array(types.int32, 1, "C")
-
-
-def compile_forward(dtype: str, channels: int, *, cache: bool) -> Callable[..., None]:
+def compile_forward(dtype: str, channels: int) -> Any:
     """`out` of queries [start, stop), counted through the batch."""
-    (flat, table, integers), version = _arrays(dtype), _SIMD_VERSION
 
-    @_compile(types.void(flat, table, flat, flat, flat, *[types.int64] * 5, integers, flat), cache)
-    def forward(value, levels, locations, attention, out, tokens, heads, queries, start, stop, rows, shares):
-        version  # noqa: B018  # pyright: ignore[reportUnusedExpression]
-        count, stride = levels.shape[1], heads * channels
+    @_compile(dtype, 5, 6)
+    def forward(value, levels, locations, attention, out, count, tokens, heads, queries, start, stop, rows, shares):
+        stride = heads * channels
         points = count // heads
         for query in range(start, stop):
-            _locate(locations, attention, query * count, levels, 0, count, rows, shares)
+            _locate(locations, attention, query * count, levels, count, 0, count, rows, shares)
             image = query // queries * tokens * stride
             for head in range(heads):
                 first, last, to = head * points, (head + 1) * points, query * stride + head * channels
@@ -263,22 +249,19 @@ def compile_forward(dtype: str, channels: int, *, cache: bool) -> Callable[..., 
     return forward
 
 
-def compile_read(dtype: str, channels: int, *, cache: bool) -> Callable[..., None]:
+def compile_read(dtype: str, channels: int) -> Any:
     """Gradients of locations and attention of queries [start, stop), counted through the batch."""
-    (flat, table, integers), version = _arrays(dtype), _SIMD_VERSION
-    signature = types.void(flat, table, *[flat] * 5, *[types.int64] * 5, integers, flat)
 
-    @_compile(signature, cache)
+    @_compile(dtype, 7, 6)
     def read(
         value, levels, locations, attention, gradient, to_locations, to_attention,
-        tokens, heads, queries, start, stop, rows, products,
+        count, tokens, heads, queries, start, stop, rows, products,
     ):  # fmt: skip
-        version  # noqa: B018  # pyright: ignore[reportUnusedExpression]
-        count, stride = levels.shape[1], heads * channels
+        stride = heads * channels
         points = count // heads
         for query in range(start, stop):
             # Shares are written where products will be: nobody asks for them.
-            _locate(locations, attention, query * count, levels, 0, count, rows, products)
+            _locate(locations, attention, query * count, levels, count, 0, count, rows, products)
             image = query // queries * tokens * stride
             for head in range(heads):
                 first, last, by = head * points, (head + 1) * points, query * stride + head * channels
@@ -289,29 +272,27 @@ def compile_read(dtype: str, channels: int, *, cache: bool) -> Callable[..., Non
     return read
 
 
-def compile_scatter(dtype: str, channels: int, *, cache: bool) -> Callable[..., None]:
+def compile_scatter(dtype: str, channels: int) -> Any:
     """Adds to the gradient of the values of one image and a range of heads, of the levels that points [first_point, last_point)
     look at."""
-    (flat, table, integers), version = _arrays(dtype), _SIMD_VERSION
 
-    @_compile(types.void(flat, table, flat, flat, flat, *[types.int64] * 8, integers, flat), cache)
+    @_compile(dtype, 5, 9)
     def scatter(
-        to_value, levels, locations, attention, gradient, tokens, heads, queries,
+        to_value, levels, locations, attention, gradient, count, tokens, heads, queries,
         image, first_head, last_head, first_point, last_point, rows, shares,
     ):  # fmt: skip
-        version  # noqa: B018  # pyright: ignore[reportUnusedExpression]
-        count, stride = levels.shape[1], heads * channels
+        stride = heads * channels
         points = count // heads
         base = image * tokens * stride
         whole = last_point - first_point == points
         for query in range(image * queries, (image + 1) * queries):
             if whole:
                 first, last = first_head * points, last_head * points
-                _locate(locations, attention, query * count, levels, first, last, rows, shares)
+                _locate(locations, attention, query * count, levels, count, first, last, rows, shares)
             for head in range(first_head, last_head):
                 first, last = head * points + first_point, head * points + last_point
                 if not whole:
-                    _locate(locations, attention, query * count, levels, first, last, rows, shares)
+                    _locate(locations, attention, query * count, levels, count, first, last, rows, shares)
                 of, by = base + head * channels, query * stride + head * channels
                 _add(to_value, of, rows, shares, count, first, last, channels, stride, gradient, by)
 

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba import types
 from numba.core import cgutils
 
 # llvmlite's classes carry no types that a checker could use.
@@ -131,23 +130,3 @@ def each_width(
         with cgutils.for_range_slice(builder, start, end, INT64(lanes)) as (point, _):
             body(Emit(builder, scalar, lanes), point)
         start = end
-
-
-def pointers(context: Any, builder: Builder, signature: Any, args: Any) -> list[Value]:
-    """Arguments of an intrinsic with arrays replaced by pointers to their first elements."""
-    return [
-        context.make_array(kind)(context, builder, arg).data if isinstance(kind, types.Array) else arg
-        for kind, arg in zip(signature.args, args, strict=True)
-    ]
-
-
-def chunks(channels: int, widest: int) -> list[tuple[int, int]]:
-    """(first channel, how many) of vectors that cover a row: as wide as may be, then the halves that fit."""
-    found, first = [], 0
-    width = widest
-    while first < channels:
-        while width > channels - first:
-            width //= 2
-        found.append((first, width))
-        first += width
-    return found

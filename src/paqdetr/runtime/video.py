@@ -76,8 +76,10 @@ def read_video(address: str | Path, *, every: int = 1) -> Iterator[Frame]:
     else:
         where, timeout = address, _TIMEOUT
     index, now = -1, -math.inf
+    # From version 19 on, no metadata fail to be decoded.
+    lenient = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
     try:
-        with av.open(where, timeout=timeout, metadata_errors="replace") as container:
+        with av.open(where, timeout=timeout, **lenient) as container:
             step = 1 / float(_video_stream(container, shown).average_rate or 25)
             for index, frame in enumerate(_decoded(container, shown, threads="AUTO")):
                 now = (max(now, -step) + step) if frame.time is None else float(frame.time)
@@ -230,10 +232,10 @@ def _decoded(container: Any, shown: str, *, threads: str) -> Iterator[Any]:
 def upright(frame: Any) -> Image.Image:
     """A decoded frame as RGB, turned and mirrored as its display matrix says, which PyAV leaves to the caller."""
     pixels = frame.to_ndarray(format="rgb24")
-    matrix = next((bytes(data) for data in frame.side_data if data.type.name == "DISPLAYMATRIX"), None)
+    matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is not None:
         # 3 x 3 in fixed point: a pixel (x, y) is shown at (a x + c y, b x + d y), x to the right and y down.
-        a, b, _, c, d, *_ = np.frombuffer(matrix, np.int32).tolist()
+        a, b, _, c, d, *_ = np.frombuffer(bytes(matrix), np.int32).tolist()
         if abs(b) + abs(c) > abs(a) + abs(d):
             pixels, across, down = pixels.swapaxes(0, 1), c, b
         else:

@@ -198,6 +198,7 @@ def with_totals(memory: dict[str, float], device: torch.device, *, images_apart:
 def _time_steps(trainer: Trainer, count: int, advance: Callable[[], None]) -> tuple[list[float], float]:
     """Seconds of single optimiser steps, where a short epoch is begun again; and the GiB that only its workers have."""
     seconds: list[float] = []
+    others = set(psutil.Process().children())
     trainer.wrapped.train()
     accumulate = min(trainer.config.accumulate, len(trainer.batches))
     try:
@@ -213,7 +214,7 @@ def _time_steps(trainer: Trainer, count: int, advance: Callable[[], None]) -> tu
                 if len(seconds) == _WARM_UP + count:
                     break
             trainer.batches.epoch += 1
-        workers = sum(map(_own_memory, psutil.Process().children())) / 2**30
+        workers = sum(map(_own_memory, set(psutil.Process().children()) - others)) / 2**30
     finally:
         trainer.loader.close()
     return seconds[_WARM_UP:], workers

@@ -22,7 +22,7 @@ from paqdetr.distributed import Processes, build_accelerator, lost_process
 from paqdetr.environment import describe_start, peak_memory
 from paqdetr.errors import CheckpointError, NonFiniteError, UserError, memory_error
 from paqdetr.evaluation.evaluate import evaluate_together
-from paqdetr.interrupt import StopRequest, TrainingInterrupted
+from paqdetr.interrupt import StopRequest, TrainingInterrupted, worker_error
 from paqdetr.losses import build_criterion
 from paqdetr.models import Detector, load
 from paqdetr.models.files import model_to_train
@@ -127,7 +127,8 @@ class Trainer:
             self._finish()
             self.processes.wait()
         except (RuntimeError, MemoryError) as error:
-            known = memory_error(error, _LESS_MEMORY)
+            # torch says that a worker died wherever this process is just then, in the middle of a step too.
+            known = worker_error(error) or memory_error(error, _LESS_MEMORY)
             if known is None and isinstance(error, RuntimeError) and self.processes.count > 1:
                 known = lost_process(error)
             if known is None:
