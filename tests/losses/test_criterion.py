@@ -31,6 +31,7 @@ def tiny_detector(**changes: Any) -> Detector:
         num_heads=4,
         ffn_dim=64,
         encoder_layers=1,
+        decoder_layers=3,
         num_queries=QUERIES,
         num_patterns=6,
         denoising_queries=8,

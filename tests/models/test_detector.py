@@ -41,7 +41,7 @@ def with_zero_gradient(model: nn.Module) -> list[str]:
 
 @pytest.mark.parametrize("name", list_models("*_nano"))
 def test_training_steps_give_every_parameter_a_gradient(name: str, make_targets: Callable, stir: Callable) -> None:
-    model = create_model(name, num_classes=5, num_queries=30, backbone="test_resnet")
+    model = create_model(name, num_classes=5, num_queries=30, decoder_layers=3, backbone="test_resnet")
     for part in model.children():
         if part is not model.backbone:
             stir(part)
