@@ -15,7 +15,8 @@ pytestmark = pytest.mark.integration
 
 # Kernels, and what is behind the door of those of attention, are left out: a library's inside.
 KERNELS = {
-    f"ops/{name}.py" for name in ("choice", "registered", "cpu", "numba_kernels", "simd", "threads", "depthwise")
+    f"ops/{name}.py"
+    for name in ("choice", "registered", "cpu", "compiled", "numba_kernels", "simd", "threads", "depthwise")
 }
 
 

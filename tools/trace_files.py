@@ -53,17 +53,23 @@ def entered_files() -> Iterator[list[str]]:
 
 
 def disk_to_loss(config: Config, data: Path) -> list[str]:
-    """From a batch of images on the disk of the split "train" to the gradient of the loss, with a model that is built already."""
+    """From a batch of images on the disk of the split "train" to the gradient of the loss, with a model that is built already;
+    of a second step, since the first compiles kernels and imports what was put off."""
     split = open_split(data, "train")
-    config = with_classes(config, split)
+    config = with_classes(config.model_copy(update={"cache_images": 0}), split)  # each step reads from the disk
     model = build_model(config, classes=split.classes, pretrained_backbone=False).train()
     criterion = build_criterion(config.loss)
     loader, _ = training_loader(config, split, model.preprocessing)
-    with entered_files() as files:
+
+    def step() -> None:
         batch = next(iter(loader))
         output = model(batch.images, batch.padding_mask, batch.targets)
         report = criterion(output, batch.targets, aux_losses=model.aux_losses())
         report.total.backward()
+
+    step()
+    with entered_files() as files:
+        step()
     return files
 
 

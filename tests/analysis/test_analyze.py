@@ -270,7 +270,7 @@ def test_a_reader_sorts_slides_and_switches_the_theme(page: Any) -> None:
     # The slider shows one layer at a time, and the other model's moves along.
     shown = "#{} .slide.on .which"
     for side in ("a", "b"):
-        assert page.locator(shown.format(f"{side}-attention_0")).text_content() == "layer 3"
+        assert page.locator(shown.format(f"{side}-attention_0")).text_content() == "layer 6"
     slider = page.locator("#a-attention_0 input")
     slider.focus()
     slider.press("Home")
@@ -296,5 +296,5 @@ def test_printed_every_layer_is_there(page: Any) -> None:
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
     page.emulate_media(media="print")
     assert page.locator("#lightbox").is_hidden() and page.locator(".filters").is_hidden()
-    assert page.locator("#a-attention_0 .slide:visible").count() == 3
+    assert page.locator("#a-attention_0 .slide:visible").count() == 6
     assert page.locator("nav").is_hidden() and page.locator("#theme").is_hidden()
