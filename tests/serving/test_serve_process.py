@@ -139,6 +139,8 @@ def test_work_of_more_than_five_seconds_is_given_up() -> None:
         started = time.monotonic()
         process.terminate()
         assert process.wait(20) == 0 and 4.5 < time.monotonic() - started < 7
+        assert {connection.getresponse().status for connection in connections} == {200, 503}
+        assert process.stderr is not None and "Traceback" not in process.stderr.read()
 
 
 # ------------------------------------------------------------------------------------------------ the page

@@ -204,6 +204,12 @@ class DetectionServer:
     # ------------------------------------------------------------------------------------------ detection
 
     async def _detect(self, request: Request) -> Response:
+        try:
+            return await self._detection(request)
+        except asyncio.CancelledError:  # at the end of the time that a stop leaves
+            raise _stopping() from None
+
+    async def _detection(self, request: Request) -> Response:
         started = time.perf_counter()
         self._require_key(request)
         options = Options.of(request.query_params.multi_items(), self.model.classes)
@@ -312,7 +318,7 @@ class DetectionServer:
         except QueueFull:
             raise _busy() from None
         except Closed:
-            raise Refusal(503, "the server is stopping", "try again", Retry_After="5") from None
+            raise _stopping() from None
 
     async def _answer(self, found: Future[Detections]) -> Detections:
         try:
@@ -383,6 +389,10 @@ class DetectionServer:
 
 _FORM = "send the image as `file`, such as curl -F file=@photo.jpg"
 _JSON = 'send {"image": "BASE64"}, or the file itself as the body'
+
+
+def _stopping() -> Refusal:
+    return Refusal(503, "the server is stopping", "try again", Retry_After="5")
 
 
 def _busy() -> Refusal:
