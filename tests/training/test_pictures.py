@@ -6,6 +6,9 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -13,7 +16,8 @@ from PIL import Image
 
 from paqdetr.errors import DataError
 from paqdetr.runs import read_metrics
-from paqdetr.structures import Detections
+from paqdetr.structures import ClassTable, Detections, OperatingPoint
+from paqdetr.training import curves
 from paqdetr.training.curves import contact_sheet, training_curves
 
 NAMES = {1: "cat", 2: "dog"}
@@ -83,6 +87,23 @@ def test_sheet_leaves_out_low_scores(tmp_path: Path) -> None:
     assert drawn((0.9, 0.1), 0.3) == drawn((0.9,), 0.3)
     assert drawn((0.9, 0.1), 0.05) != drawn((0.9,), 0.05)
     assert drawn((0.9, 0.1), 0.95) == drawn((), 0.3)
+
+
+@pytest.mark.parametrize(("threshold", "named"), [(None, "0.3"), (0.0, "0"), (0.5634, "0.56")])
+def test_sheet_of_a_model_names_the_threshold_that_it_predicts_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threshold: float | None, named: str
+) -> None:
+    image, detections, (boxes, _) = item(scores=(0.9, 0.7))
+    model: Any = SimpleNamespace(
+        operating_point=OperatingPoint(threshold=threshold), predict=lambda image: [detections]
+    )
+    split = MagicMock(**{"__len__.return_value": 1, "labels.return_value": np.zeros(1, np.int64)})
+    split.classes = ClassTable((1,), ("cat",))
+    split.image_or_blank.return_value, split.boxes.return_value = image, boxes
+    captions: list[str] = []
+    monkeypatch.setattr(curves, "captioned", lambda image, text: captions.append(text) or image)
+    curves.draw_predictions(model, split, tmp_path / "s.png")
+    assert captions == [f"some_image.jpg: found 2 with score ≥ {named}", "ground truth 1"]
 
 
 def test_sheet_of_odd_images(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from paqdetr.errors import DataError
 from paqdetr.images import read_image
 from paqdetr.models import Detector
 from paqdetr.runs import read_metrics
+from paqdetr.runtime.predictor import DEFAULT_THRESHOLD
 from paqdetr.structures import Detections
 from paqdetr.text import literal
 
@@ -72,7 +73,7 @@ def _pair(
     found = detections.above(threshold)
     found.boxes = found.boxes * scale
     title = "" if detections.image_id is None else f"{detections.image_id}: "
-    left = captioned(found.draw(small), f"{title}found {len(found)} with score ≥ {threshold:g}")
+    left = captioned(found.draw(small), f"{title}found {len(found)} with score ≥ {round(threshold, 2):g}")
     right = captioned(draw_boxes(small, boxes * scale, truth[1], names), f"ground truth {len(boxes)}")
     return tiled([[left, right]], gap=4)
 
@@ -114,10 +115,13 @@ def training_curves(metrics_jsonl: Path, output: Path) -> None:
 
 
 def draw_predictions(model: Detector, split: DetectionDataset, output: Path, *, images: int = 12) -> None:
-    """Write a contact sheet of the first images of a split: predictions beside ground truth."""
+    """Write a contact sheet of the first images of a split: what `model.predict` gives by itself, beside ground truth."""
+    least = model.operating_point.threshold
     items = []
     for index in range(min(images, len(split))):
         picture = split.image_or_blank(index)
         ids = [split.classes.ids[label] for label in split.labels(index).tolist()]
         items.append((picture, model.predict(picture)[0], (split.boxes(index), ids)))
-    contact_sheet(items, split.classes.id_to_name, output=output)
+    contact_sheet(
+        items, split.classes.id_to_name, output=output, threshold=DEFAULT_THRESHOLD if least is None else least
+    )
