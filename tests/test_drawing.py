@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageColor
 
-from paqdetr.drawing import PALETTE, Canvas, draw_boxes, mark
+from paqdetr.drawing import PALETTE, Canvas, class_key, draw_boxes, mark
 from paqdetr.structures import Detections
 
 NAMES = {1: "cat", 7: "Straßenbahn", 90: "кошка"}
@@ -174,6 +174,48 @@ def test_the_key_stands_where_it_hides_no_box() -> None:
     drawn = np.asarray(draw_boxes(canvas, boxes, [1] * 18 + [7, 90], NAMES))
     assert (drawn[520:, :60] > 200).all(-1).sum() > 500, "at the bottom left"
     assert not (drawn[:50, :60] > 200).all(-1).any()
+
+
+@pytest.mark.parametrize("size", [(224, 224), (640, 480), (120, 400)])
+def test_the_key_names_all_classes(size: tuple[int, int]) -> None:
+    """Of sixty boxes that fill a picture, ten classes: in as many columns as it takes."""
+    rng = np.random.default_rng(0)
+    corners = rng.uniform(0, 0.8, (60, 2)) * size
+    boxes = np.concatenate([corners, corners + 0.2 * np.array(size)], 1)
+    drawn = np.asarray(draw_boxes(Image.new("RGB", size), boxes, np.arange(60) % 10, {}))
+    for number in range(10):  # a square of the key has more of a colour than a line of one pixel in any window
+        inked = (drawn == ImageColor.getrgb(mark(number))).all(-1)
+        assert any(inked[y : y + 7, x : x + 7].all() for y, x in np.argwhere(inked)), number
+
+
+def test_a_key_outside_of_the_picture() -> None:
+    canvas = Canvas(Image.new("RGB", (300, 200), "#808080"))
+    for number in range(12):
+        canvas.box(
+            [0.05 * number, 0.1, 0.05 * number + 0.2, 0.9], mark(number % 2), label="word", key=f"word {number % 2}"
+        )
+    plain, below = (np.asarray(canvas.picture(place)) for place in ("none", "below"))
+    assert plain.shape == (200, 300, 3) and (below[:200] == plain).all() and len(below) > 215
+    assert not (plain > 250).all(-1).any(), "nothing white is drawn into it"
+    assert all(label_areas(below[200:], mark(number)) > 50 for number in range(2))
+
+
+def test_pictures_of_a_sheet_share_their_colours() -> None:
+    """Two classes of one place in the palette, each in a picture of its own, differ; labels stay."""
+    ids = [0, len(PALETTE)]
+    colours, key = class_key(ids, {0: "cat"})
+    assert [(name, colour) for name, _, colour in key] == [
+        ("cat", colours[0]),
+        (str(len(PALETTE)), colours[len(PALETTE)]),
+    ]
+    drawn = [
+        np.asarray(
+            draw_boxes(np.zeros((300, 300, 3), np.uint8), [[20, 50, 80, 90]], [own], {0: "cat"}, colours=colours)
+        )
+        for own in ids
+    ]
+    assert drawn[0][90, 50].tolist() != drawn[1][90, 50].tolist()
+    assert all(label_areas(one[:48], colours[own]) > 20 for one, own in zip(drawn, ids, strict=True))
 
 
 def test_labels_never_lie_on_each_other() -> None:

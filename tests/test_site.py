@@ -65,6 +65,10 @@ def test_pages_open_from_a_disk(site: Path, phone: tuple[Any, list[str]]) -> Non
         page.goto(file.as_uri(), wait_until="load")
         assert not wrong, f"{file.name}: {wrong}"
         assert page.evaluate("document.documentElement.scrollWidth") <= 390, f"{file.name} is wider than the screen"
+        paragraphs = page.eval_on_selector_all("article p", "all => all.map(one => one.innerText)")
+        assert not [text for text in paragraphs if re.search(r"(?m)^- ", text)], (
+            f"{file.name}: a list needs an empty line before it"
+        )
         # What zensical's own check leaves out: files beside the pages, and pages that are included in others.
         for link in page.eval_on_selector_all("a[href], img[src]", "all => all.map(one => one.href ?? one.src)"):
             if link.startswith("file:"):

@@ -44,7 +44,7 @@ def table(name: str) -> str:
         raise SystemExit(f"no section {name!r}: {', '.join(known)}")
     example = load_config(EXAMPLE)
     values = example if name == TOP else getattr(example, name)
-    lines = [f"| setting | takes | default | `{EXAMPLE}` | meaning |", "|---|---|---|---|---|"]
+    lines = [f"| setting | meaning | takes | default | `{EXAMPLE}` |", "|---|---|---|---|---|"]
     for key, field in known[name].model_fields.items():
         if key in known:
             continue
@@ -54,7 +54,7 @@ def table(name: str) -> str:
         differs = not field.is_required() and getattr(values, key) != field.default
         here = f"`{_yaml(getattr(values, key))}`" if differs else ""
         dotted = key if name == TOP else f"{name}.{key}"
-        lines.append(f"| `{dotted}` | {_takes(field)} | {default} | {here} | {field.description} |")
+        lines.append(f"| `{dotted}` | {field.description} | {_takes(field)} | {default} | {here} |")
     return "\n".join(lines)
 
 

@@ -8,8 +8,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
+from math import ceil, inf
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -29,12 +30,19 @@ PALETTE = (
 )  # fmt: skip
 MOST_LABELS = 10
 """More labels than that hide a picture: a key to the colours takes their place."""
-_MOST_PLACED = 40  # labels whose places are looked for
+Key = Sequence[tuple[str, str, str]]
+"""What colours mean: (name, what stands after it, colour) of each; of long names the beginning is shown."""
 _RIM, _GREY = "#00000096", "#757575"
 
 
 def draw_boxes(
-    image: ImageSource, boxes: ArrayLike, labels: ArrayLike, names: Mapping[int, str], scores: ArrayLike | None = None
+    image: ImageSource,
+    boxes: ArrayLike,
+    labels: ArrayLike,
+    names: Mapping[int, str],
+    scores: ArrayLike | None = None,
+    *,
+    colours: Mapping[int, str] | None = None,
 ) -> Image.Image:
     """Boxes drawn on a copy of an image, in the colour of their class: `name`, or `name 0.87` where there are scores.
 
@@ -47,6 +55,7 @@ def draw_boxes(
         labels: (N,) integers: the data set's original category ids.
         names: category id -> name; an id without a name is shown as it is.
         scores: (N,) in [0, 1] of detections; None for ground truth.
+        colours: category id -> colour, where a key outside of the picture says what they mean: none is drawn into it.
 
     Returns:
         An RGB image of the same size.
@@ -54,19 +63,20 @@ def draw_boxes(
     ids = np.asarray(labels, dtype=np.int64).reshape(-1)
     picture = read_image(image)
     corners = np.asarray(boxes, dtype=np.float64).reshape(-1, 4) / ([picture.width, picture.height] * 2)
-    colours = _class_colours(ids)
+    own = class_colours(ids) if colours is None else colours
     canvas = Canvas(picture)
     scores = None if scores is None else np.asarray(scores)
     order = np.arange(len(ids)) if scores is None else np.argsort(scores, kind="stable")
     for i in order.tolist():
         name = str(names.get(int(ids[i]), ids[i]))
         text = name if scores is None else f"{name} {scores[i]:.2f}"
-        canvas.box(corners[i], colours[int(ids[i])], label=text, key=name)
-    return canvas.picture()
+        canvas.box(corners[i], own[int(ids[i])], label=text, key=name)
+    return canvas.picture("inside" if colours is None else "none")
 
 
-def tiled(rows: Sequence[Sequence[Image.Image]], *, gap: int, border: int = 0) -> Image.Image:
-    """Pictures of any size on white ground: one row below the other, in columns as wide as the widest picture."""
+def tiled(rows: Sequence[Sequence[Image.Image]], *, gap: int, border: int = 0, key: Key = ()) -> Image.Image:
+    """Pictures of any size on white ground: one row below the other, in columns as wide as the widest picture, then a key to
+    the colours of all."""
     width = max(picture.width for row in rows for picture in row)
     heights = [max(picture.height for picture in row) for row in rows]
     columns = max(map(len, rows))
@@ -77,7 +87,19 @@ def tiled(rows: Sequence[Sequence[Image.Image]], *, gap: int, border: int = 0) -
         for column, picture in enumerate(row):
             sheet.paste(picture, (border + column * (width + gap), top))
         top += height + gap
-    return sheet
+    if not key:
+        return sheet
+    block = _KeyBlock.fitting(key, _font(max(12, round(sheet.width / 60))), sheet.width - 2 * border)[-1]
+    framed = Image.new("RGB", (sheet.width, sheet.height + gap + block.tall), "white")
+    framed.paste(sheet)
+    block.draw(ImageDraw.Draw(framed), (border, sheet.height + gap - border))
+    return framed
+
+
+def class_key(ids: ArrayLike, names: Mapping[int, str]) -> tuple[dict[int, str], Key]:
+    """Of pictures that share a key: the colour of each class among `ids`, and the key."""
+    colours = class_colours(ids)
+    return colours, [(printable(str(names.get(own, own))), "", colour) for own, colour in colours.items()]
 
 
 def mark(number: int) -> str:
@@ -85,10 +107,10 @@ def mark(number: int) -> str:
     return PALETTE[number % len(PALETTE)]
 
 
-def _class_colours(ids: np.ndarray) -> dict[int, str]:
+def class_colours(ids: ArrayLike) -> dict[int, str]:
     """A colour for each class: its own in every picture, another where two of one picture would share it."""
     found: dict[int, str] = {}
-    for category in np.unique(ids).tolist():
+    for category in np.unique(np.asarray(ids, dtype=np.int64)).tolist():
         free = [colour for colour in PALETTE if colour not in found.values()]
         own = mark(category)
         found[category] = own if own in free or not free else free[0]
@@ -196,75 +218,102 @@ class Canvas:
         x, y = (np.asarray(point, float)[:2] * [self.width, self.height]).tolist()
         self._labels.append(_Label((x, y, x, y), printable(text), colour, ""))
 
-    def picture(self) -> Image.Image:
-        """RGB, with the labels, or where they are too many a key to the colours, in one of the corners."""
+    def picture(self, key: Literal["inside", "below", "none"] = "inside") -> Image.Image:
+        """RGB, with the labels, or where they are too many a key to the colours.
+
+        Args:
+            key: where it stands: in the picture, on white below it, or nowhere, if something else says what the colours mean.
+        """
         drawn = (
             self._picture if self._fine == 1 else self._picture.resize((self.width, self.height), Image.Resampling.BOX)
         )
         pen = ImageDraw.Draw(drawn, "RGBA")
         keyed = any(label.key for label in self._labels)
-        for size in (self._text, max(9, round(0.8 * self._text))):
-            font = _font(size)
-            pad = max(1, size // 8)
-            places = self._places(pen, font, pad)
-            if None not in places:
-                break
-        if keyed and (len(self._labels) > MOST_LABELS or None in places):
-            self._draw_key(pen, _font(self._text))
-            return drawn
-        for label, place in zip(self._labels, places, strict=True):
-            if place is not None:
-                pen.rectangle(place, fill=label.colour)
-                left, top, _, _ = pen.textbbox((0, 0), label.text, font=font)
-                pen.text((place[0] + pad - left, place[1] + pad - top), label.text, fill=_on(label.colour), font=font)
+        placed: list[_Placed] = []
+        if not keyed or len(self._labels) <= MOST_LABELS:
+            for size in (self._text, max(9, round(0.8 * self._text))):
+                placed = self._placed(pen, _font(size))
+                if len(placed) == len(self._labels):
+                    break
+        if keyed and len(placed) < len(self._labels):
+            rows = self._key()
+            if key == "inside":
+                self._draw_key(pen, rows)
+            return tiled([[drawn]], gap=4, key=rows) if key == "below" else drawn
+        for place, label, font in placed:
+            pad = max(1, font.size // 8)
+            pen.rectangle(place, fill=label.colour)
+            left, top, _, _ = pen.textbbox((0, 0), label.text, font=font)
+            pen.text((place[0] + pad - left, place[1] + pad - top), label.text, fill=_on(label.colour), font=font)
         return drawn
 
-    def _places(self, pen: ImageDraw.ImageDraw, font: Any, pad: int) -> list[tuple[float, float, float, float] | None]:
-        """Of every label; the last, which is the surest, chooses first. None where there is no place that is free."""
-        taken: list[tuple[float, float, float, float]] = []
-        found: list[tuple[float, float, float, float] | None] = []
-        for label in reversed(self._labels if len(self._labels) <= _MOST_PLACED else []):
+    def _placed(self, pen: ImageDraw.ImageDraw, font: Any) -> list[_Placed]:
+        """The labels that find a free place, and where; the last, which is the surest, chooses first."""
+        pad, found = max(1, font.size // 8), []
+        for label in reversed(self._labels):
             left, top, right, bottom = pen.textbbox((0, 0), label.text, font=font)
             wide, tall = right - left + 2 * pad, bottom - top + 2 * pad
             x0, y0, x1, y1 = label.box
-            spots = [(x, y) for x in (x0, x1 - wide) for y in (y0 - tall, y1, y0, y1 - tall)]
-            free = None
-            for x, y in spots:
+            for x, y in ((x, y) for x in (x0, x1 - wide) for y in (y0 - tall, y1, y0, y1 - tall)):
                 x, y = max(min(x, self.width - wide - 1), 0), max(min(y, self.height - tall - 1), 0)
                 place = (x, y, x + wide, y + tall)
-                if not any(_overlap(place, other) for other in taken):
-                    free = place
+                if not any(_overlap(place, other) for other, _, _ in found):
+                    found.append((place, label, font))
                     break
-            found.append(free)
-            if free is not None:
-                taken.append(free)
-        return found[::-1] if found else [None] * len(self._labels)
+        return found[::-1]
 
-    def _draw_key(self, pen: ImageDraw.ImageDraw, font: Any) -> None:
-        """Colours, what they mean, and how many boxes have each, in the corner where the fewest boxes are hidden."""
+    def _key(self) -> Key:
+        """Colours, what they mean, and how many boxes have each."""
         counts = Counter((printable(label.key), label.colour) for label in self._labels)
-        row, pad = round(1.4 * font.size), round(0.4 * font.size)
-        most = max(1, int(0.5 * self.height / row))
-        room = self.width - font.size - 3 * pad
-        rows = [(_shortened(key, f" {count}", font, room), colour) for (key, colour), count in counts.most_common()]
-        if len(rows) > most:
-            rows = [*rows[: most - 1], (f"+ {len(rows) - most + 1} more", _GREY)]
-        wide = max(font.getlength(text) for text, _ in rows) + font.size + 3 * pad
-        tall = len(rows) * row + pad
-        corners = [(x, y) for x in (0, self.width - wide) for y in (0, self.height - tall)]
+        return [(name, f" ({count})", colour) for (name, colour), count in counts.most_common()]
+
+    def _draw_key(self, pen: ImageDraw.ImageDraw, key: Key) -> None:
+        """In the corner, and in the form, that hides the least of the boxes."""
         areas = np.array(self._areas).reshape(-1, 4) / self._fine
 
-        def hidden(corner: tuple[float, float]) -> float:
-            low = np.maximum(areas[:, :2], corner)
-            high = np.minimum(areas[:, 2:], np.add(corner, (wide, tall)))
-            return float(np.prod(np.maximum(high - low, 0), axis=1).sum())
+        def hidden(place: tuple[_KeyBlock, int, int]) -> tuple[float, int]:
+            block, x, y = place
+            low, high = np.maximum(areas[:, :2], (x, y)), np.minimum(areas[:, 2:], (x + block.wide, y + block.tall))
+            return float(np.prod(np.maximum(high - low, 0), axis=1).sum()), block.wide * block.tall
 
-        x, y = min(corners, key=hidden)
-        pen.rectangle((x, y, x + wide, y + tall), fill=(255, 255, 255, 215))
-        for number, (text, colour) in enumerate(rows):
-            top = y + pad / 2 + number * row
-            pen.rectangle((x + pad, top + row * 0.2, x + pad + font.size * 0.8, top + row * 0.8), fill=colour)
-            pen.text((x + 2 * pad + font.size * 0.8, top + row / 2), text, fill="black", font=font, anchor="lm")
+        blocks = _KeyBlock.fitting(key, _font(self._text), self.width, self.height // 2)
+        places = [(b, x, y) for b in blocks for x in (0, self.width - b.wide) for y in (0, self.height - b.tall)]
+        block, x, y = min(places, key=hidden)
+        pen.rectangle((x, y, x + block.wide, y + block.tall), fill=(255, 255, 255, 215))
+        block.draw(pen, (x, y))
+
+
+class _KeyBlock:
+    """A key to colours: a square of the colour and a text for each, in rows and columns."""
+
+    def __init__(self, rows: Sequence[tuple[str, str]], font: Any, columns: int) -> None:
+        self._rows, self._font, self._columns = rows, font, columns
+        self._tall, self._pad = round(1.4 * font.size), round(0.4 * font.size)
+        self._wide = ceil(max(font.getlength(text) for text, _ in rows) + font.size + 2 * self._pad)
+        self.wide = columns * self._wide + self._pad
+        self.tall = -(-len(rows) // columns) * self._tall + self._pad
+
+    @classmethod
+    def fitting(cls, key: Key, font: Any, width: int, height: float = inf) -> list[Self]:
+        """In every form that fits into a place, narrow ones first; with fewer rows, or shorter names, if none does."""
+        room = width - 2.5 * font.size
+        rows = [(_shortened(name, after, font, room), colour) for name, after, colour in key]
+        blocks = [cls(rows, font, columns) for columns in range(1, len(rows) + 1)]
+        if found := [block for block in blocks if block.wide <= width and block.tall <= height]:
+            return found
+        one = blocks[0]
+        columns = max(1, (width - one._pad) // one._wide)
+        most = max(1, int((height - one._pad) // one._tall)) * columns
+        return [cls([*rows[: most - 1], (f"+ {len(rows) - most + 1} more", _GREY)], font, columns)]
+
+    def draw(self, pen: ImageDraw.ImageDraw, corner: tuple[int, int]) -> None:
+        """Its left upper corner stands at `corner`."""
+        side = 0.8 * self._font.size
+        for number, (text, colour) in enumerate(self._rows):
+            x = corner[0] + self._pad + number % self._columns * self._wide
+            y = corner[1] + (self._pad + self._tall) / 2 + number // self._columns * self._tall
+            pen.rectangle((x, y - 0.3 * self._tall, x + side, y + 0.3 * self._tall), fill=colour)
+            pen.text((x + side + self._pad, y), text, fill="black", font=self._font, anchor="lm")
 
 
 class _Label(NamedTuple):
@@ -274,6 +323,9 @@ class _Label(NamedTuple):
     text: str
     colour: str
     key: str
+
+
+_Placed = tuple[tuple[float, float, float, float], _Label, Any]  # its rectangle, the label, the font
 
 
 def captioned(picture: Image.Image, text: str) -> Image.Image:

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageColor
 
 from paqdetr.cli import run
 from paqdetr.config import load_config
 from paqdetr.data.dataset import open_split
 from paqdetr.data.preview import preview_batches
+from paqdetr.drawing import mark
 from paqdetr.preprocessing import Normalization, Preprocessing
 
 PURPLE = (90, 30, 90)
@@ -31,8 +32,9 @@ def test_it_shows_the_pixels_the_boxes_and_the_padding(tmp_path: Path) -> None:
     preprocessing = Preprocessing(64, 32, Normalization(mean=(99.0, 88.0, 77.0), std=(50.0, 60.0, 70.0)))
     split = open_split(tmp_path, "train")
     drawn = preview_batches(load_config("paq_dino_nano", plain), split, preprocessing, tmp_path / "p.png")
-    sheet = np.asarray(Image.open(drawn))
+    sheet, key = np.split(np.asarray(Image.open(drawn)), [64])
     assert sheet.shape == (64, 64 + 6 + 64, 3)
+    assert (key[:6] == 255).all() and (key == ImageColor.getrgb(mark(1))).all(-1).sum() > 50, "the colour of the class"
     tiles = [sheet[:, :64], sheet[:, 70:]]
     padded = next(tile for tile in tiles if tuple(tile[60, 32]) == PURPLE)
     whole = next(tile for tile in tiles if tuple(tile[60, 32]) != PURPLE)

@@ -12,8 +12,9 @@ from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageColor
 
+from paqdetr.drawing import mark
 from paqdetr.errors import DataError
 from paqdetr.runs import read_metrics
 from paqdetr.structures import ClassTable, Detections, OperatingPoint
@@ -67,7 +68,9 @@ def test_sheet_has_each_image_twice(tmp_path: Path) -> None:
     with Image.open(output) as image:
         sheet = np.asarray(image.convert("RGB")).astype(int)
     # A pair is two pictures of 100 x 75 with 4 pixels between; gaps are 16; captions 17.
+    sheet, key = np.split(sheet, [2 * (75 + 17) + 3 * 16])
     assert sheet.shape[:2] == (2 * (75 + 17) + 3 * 16, 2 * 204 + 3 * 16)
+    assert (np.abs(key - ImageColor.getrgb(mark(1))).max(-1) < 6).sum() > 60, "the colour of the class"
     left, right = sheet[33:108, 16:116], sheet[33:108, 120:220]
     background = (np.abs(left - [40, 90, 160]).max(axis=2) < 25).mean()
     assert background > 0.5
@@ -82,7 +85,7 @@ def test_sheet_leaves_out_low_scores(tmp_path: Path) -> None:
         contact_sheet([item(scores=scores)], NAMES, output=tmp_path / "s.png", threshold=threshold)
         with Image.open(tmp_path / "s.png") as image:
             pixels = np.asarray(image.convert("RGB"))
-        return pixels[40:, :420].tobytes()  # below the caption, the found side
+        return pixels[40:333, :420].tobytes()  # below the caption, the found side
 
     assert drawn((0.9, 0.1), 0.3) == drawn((0.9,), 0.3)
     assert drawn((0.9, 0.1), 0.05) != drawn((0.9,), 0.05)

@@ -177,7 +177,7 @@ def draw_marks(picture: Image, marks: Sequence[Mark], *, size: int) -> Image:
         words = (mark.name, "" if mark.score is None else f"{mark.score:.2f}", key if mark.kind else "")
         label = " ".join(word for word in words if word)
         canvas.box(mark.box / scale, _COLOURS[mark.kind], label=label, key=key, width=2.5, dashed=mark.kind == "missed")
-    return canvas.picture()
+    return canvas.picture("below")
 
 
 def _corners(bbox: Sequence[float]) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ from PIL import Image
 from paqdetr.config import Config
 from paqdetr.data.dataset import DetectionDataset
 from paqdetr.data.loader import Batch, training_loader
-from paqdetr.drawing import draw_boxes, tiled
+from paqdetr.drawing import class_key, draw_boxes, tiled
 from paqdetr.outputs import write_picture
 from paqdetr.preprocessing import Normalization, Preprocessing
 
@@ -28,7 +30,8 @@ def preview_batches(
     epoch: int = 0,
     overwrite: bool = False,
 ) -> Path:
-    """Draws the first batches of an epoch, one per row, exactly as training gets them; padding is purple.
+    """Draws the first batches of an epoch, one per row, exactly as training gets them, over a key to the colours of
+    the classes; padding is purple.
 
     Args:
         config: its `augment`, `batch_size`, `seed` and `workers` count.
@@ -43,17 +46,18 @@ def preview_batches(
     """
     loader, sampler = training_loader(config, split, preprocessing)
     sampler.epoch = epoch
-    rows = []
-    for batch in loader:
-        rows.append(_row(batch, split, preprocessing.normalization))
-        if len(rows) == batches:
-            break
+    shown = list(islice(loader, batches))
+    ids = [split.classes.ids[label] for batch in shown for target in batch.targets for label in target.labels.tolist()]
+    colours, key = class_key(ids, split.classes.id_to_name)
+    rows = [_row(batch, split, preprocessing.normalization, colours) for batch in shown]
     output = Path(output)
-    write_picture(output, tiled(rows, gap=_GAP), maker="paqdetr data preview", overwrite=overwrite)
+    write_picture(output, tiled(rows, gap=_GAP, key=key), maker="paqdetr data preview", overwrite=overwrite)
     return output
 
 
-def _row(batch: Batch, split: DetectionDataset, normalization: Normalization) -> list[Image.Image]:
+def _row(
+    batch: Batch, split: DetectionDataset, normalization: Normalization, colours: Mapping[int, str]
+) -> list[Image.Image]:
     """The images of a batch."""
     mean = np.array(normalization.mean)[:, None, None]
     std = np.array(normalization.std)[:, None, None]
@@ -70,5 +74,5 @@ def _row(batch: Batch, split: DetectionDataset, normalization: Normalization) ->
         boxes = target.boxes.numpy() * np.array([inner_width, inner_height] * 2)  # cxcywh in pixels
         corners = np.concatenate([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], axis=1)
         ids = [split.classes.ids[label] for label in target.labels.tolist()]
-        row.append(draw_boxes(picture, corners, ids, split.classes.id_to_name))
+        row.append(draw_boxes(picture, corners, ids, split.classes.id_to_name, colours=colours))
     return row

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from PIL import Image
 
 from paqdetr.data.dataset import DetectionDataset
-from paqdetr.drawing import captioned, draw_boxes, tiled
+from paqdetr.drawing import captioned, class_key, draw_boxes, tiled
 from paqdetr.errors import DataError
 from paqdetr.images import read_image
 from paqdetr.models import Detector
@@ -35,7 +35,7 @@ def contact_sheet(
     threshold: float = 0.3,
     size: int = 400,
 ) -> None:
-    """Write one picture with each image twice: what was found on the left, ground truth on the right.
+    """Write one picture with each image twice, what was found on the left, ground truth on the right, over a key to the classes.
 
     Args:
         items: image, its detections and its ground truth, both in pixels of the image, EXIF turn applied.
@@ -46,10 +46,12 @@ def contact_sheet(
     """
     if not items or columns < 1 or size < 1:
         raise ValueError(f"got {len(items)} items, columns={columns}, size={size}; expected at least 1 of each")
-    pairs = [_pair(image, found, truth, names, threshold, size) for image, found, truth in items]
+    ids = np.concatenate([own for _, found, truth in items for own in (found.above(threshold).labels, truth[1])])
+    colours, key = class_key(ids, names)
+    pairs = [_pair(image, found, truth, names, colours, threshold, size) for image, found, truth in items]
     columns = min(columns, len(pairs))
     rows = [pairs[start : start + columns] for start in range(0, len(pairs), columns)]
-    sheet = tiled(rows, gap=16, border=16)
+    sheet = tiled(rows, gap=16, border=16, key=key)
     output.parent.mkdir(parents=True, exist_ok=True)
     if output.suffix.lower() == ".png":
         sheet.quantize(256).save(output, optimize=True)  # half the size
@@ -62,6 +64,7 @@ def _pair(
     detections: Detections,
     truth: GroundTruth,
     names: Mapping[int, str],
+    colours: Mapping[int, str],
     threshold: float,
     size: int,
 ) -> Image.Image:
@@ -73,8 +76,10 @@ def _pair(
     found = detections.above(threshold)
     found.boxes = found.boxes * scale
     title = "" if detections.image_id is None else f"{detections.image_id}: "
-    left = captioned(found.draw(small), f"{title}found {len(found)} with score ≥ {round(threshold, 2):g}")
-    right = captioned(draw_boxes(small, boxes * scale, truth[1], names), f"ground truth {len(boxes)}")
+    drawn = draw_boxes(small, found.boxes, found.labels, names, found.scores, colours=colours)
+    left = captioned(drawn, f"{title}found {len(found)} with score ≥ {round(threshold, 2):g}")
+    drawn = draw_boxes(small, boxes * scale, truth[1], names, colours=colours)
+    right = captioned(drawn, f"ground truth {len(boxes)}")
     return tiled([[left, right]], gap=4)
 
 
