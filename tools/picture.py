@@ -16,7 +16,7 @@ from paqdetr.drawing import Canvas, mark, tiled
 from paqdetr.images import read_image
 
 REPO = Path(__file__).resolve().parents[1]
-SIDE, SHOWN = 560, 5
+SIDE, SHOWN = 440, 5
 
 
 def main(checkpoint: str, image: str, output: str = str(REPO / "docs" / "assets" / "attention.jpg")) -> None:

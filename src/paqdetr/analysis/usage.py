@@ -252,10 +252,14 @@ def _positives_over_training(models: Sequence[Usage]) -> Part | None:
         shares = counts / np.maximum(counts.sum(-1, keepdims=True), 1)
         kinds = [k for k in range(most + 1) if counts[..., k].any()]
         titles = [f"layer {name.removeprefix('layer')}" for name in layers]
-        panels = _grid(titles, x="step", y="share of boxes")
+        epochs = np.array([row["epoch"] for row in rows])
+        panels = _grid(titles, x="epoch", y="share of boxes")
         for place, (axes, shades) in enumerate(zip(panels, [plots.ramp(len(kinds))] * len(titles), strict=False)):
-            axes.stackplot(steps, shares[:, place, kinds].T, labels=[f"{k}" for k in kinds], colors=shades, linewidth=0)
-            axes.set(ylim=(0, 1), xlim=(steps.min(), max(steps.max(), steps.min() + 1)))
+            axes.stackplot(
+                epochs, shares[:, place, kinds].T, labels=[f"{k}" for k in kinds], colors=shades, linewidth=0
+            )
+            axes.set(ylim=(0, 1), xlim=(epochs.min(), max(epochs.max(), epochs.min() + 1e-3)))
+            plots.whole_numbers(axes)
         plots.legend(panels[len(titles) - 1], outside=True)
         caption = (
             f"{model.name} in training: how many positives boxes have in the layers before the last, by share "
@@ -284,14 +288,15 @@ def _gini_over_training(models: Sequence[Usage]) -> Part | None:
     shown = [m for m in models if any("positives_gini" in row for row in m.records)]
     if not shown:
         return None
-    panels = plots.new_grid(1, len(shown), titles=[m.name for m in shown], x="step", y="Gini coefficient", height=3.4)
+    panels = plots.new_grid(1, len(shown), titles=[m.name for m in shown], x="epoch", y="Gini coefficient", height=3.4)
     data: dict[str, Any] = {}
     for axes, model in zip(panels, shown, strict=True):
         for key, label, shade in known:
-            points = finite_rows(model.records, ("step", key))
+            points = finite_rows(model.records, ("epoch", key, "step"))
             if len(points):
-                plots.line(axes, *points.T, label=label, colour=shade, dash=":" if shade == plots.GREY else "-")
-                data.setdefault(model.name, {})[key] = [[int(step), value] for step, value in points.tolist()]
+                plots.line(axes, *points.T[:2], label=label, colour=shade, dash=":" if shade == plots.GREY else "-")
+                data.setdefault(model.name, {})[key] = [[int(step), value] for _, value, step in points.tolist()]
+        plots.whole_numbers(axes)
         low = min(0.0, axes.get_ylim()[0])
         axes.set_ylim(low, 1)
     plots.legend(panels[-1])

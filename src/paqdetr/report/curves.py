@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
 
-from paqdetr.report.plots import BLUE, GREEN, GREY, INK, ORANGE, PINK, RED, SKY, legend, line, ramp
+from paqdetr.report.plots import BLUE, GREEN, GREY, INK, ORANGE, PINK, RED, SKY, legend, line, ramp, whole_numbers
 from paqdetr.serialize import finite_rows
 
 Record = dict[str, Any]
@@ -166,7 +165,7 @@ def draw_panel(
         return data
     axes.set_title(panel.title, fontsize=10, loc="left")
     axes.set(xlabel="epoch", ylabel=panel.y)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
+    whole_numbers(axes)
     if panel.log:
         axes.set_yscale("log")
     else:

@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 from numpy.typing import ArrayLike
 
@@ -108,6 +109,11 @@ def new_grid(
             axes.set_xlabel(literal(x) if i >= (rows - 1) * columns else "")
             axes.set_ylabel(literal(y) if i % columns == 0 else "")
         return plots
+
+
+def whole_numbers(axes: Axes) -> None:
+    """Marks of the x axis at whole epochs."""
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
 
 
 def colour(number: int) -> str:
