@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -111,13 +111,12 @@ def _digest(content: bytes) -> str:
 
 @functools.cache
 def _made_with() -> str | None:
-    """Of all that the machine code depends on; None where the sources are no files."""
-    parts = [sys.version, *(version(name) for name in ("numba", "llvmlite", "numpy")), *_processor()]
+    """Of all that the machine code depends on; None where the sources are no files, or libraries do not say their version."""
+    files = ("compiled", "numba_kernels", "numba_depthwise", "simd")
     try:
-        sources = [
-            (_HERE / f"{name}.py").read_bytes() for name in ("compiled", "numba_kernels", "numba_depthwise", "simd")
-        ]
-    except OSError:
+        parts = [sys.version, *map(version, ("numba", "llvmlite", "numpy")), *_processor()]
+        sources = [(_HERE / f"{name}.py").read_bytes() for name in files]
+    except (OSError, PackageNotFoundError):
         return None
     return _digest(b"\n".join([*(part.encode() for part in parts), *sources]))[:16]
 
@@ -129,8 +128,10 @@ def _folders() -> list[Path]:
     if named := os.environ.get("NUMBA_CACHE_DIR"):
         places = [Path(named)]
     else:
-        user = os.environ.get("LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME") or Path.home() / ".cache"
-        places = [_HERE / "__pycache__", Path(user) / "paqdetr"]
+        places = [_HERE / "__pycache__"]
+        with suppress(RuntimeError):  # a user without a home
+            user = os.environ.get("LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME") or Path.home() / ".cache"
+            places.append(Path(user) / "paqdetr")
     return [place / f"kernels-{made_with}" for place in places]
 
 

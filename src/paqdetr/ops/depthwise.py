@@ -83,7 +83,7 @@ def weight_gradient(
     batch, channels, height, width = x.shape
     high, wide = gradient.shape[-2:]
     rows, columns = window
-    out = torch.zeros(rows * columns, channels)
+    out = x.new_zeros(rows * columns, channels)
     arrays = [_rows(x), _rows(gradient), out]
     addresses = [array.data_ptr() for array in arrays]
     sizes = (batch, height, width, channels, high, wide, rows, columns, stride, padding, dilation)
