@@ -130,4 +130,4 @@ def _levels(shapes: tuple[tuple[int, int], ...], heads: int, points: int, dtype:
 
 
 def _loop(name: str, dtype: torch.dtype, channels: int) -> Callable[..., None]:
-    return kernel("numba_kernels", name, "float64" if dtype == torch.float64 else "float32", channels)
+    return kernel(name, "float64" if dtype == torch.float64 else "float32", channels)

@@ -90,7 +90,7 @@ def weight_gradient(
 
     def work(block: tuple[int, int]) -> None:
         first, lanes = block
-        kernel("numba_depthwise", "weight_gradient", lanes)(*addresses, first, *sizes)
+        kernel("weight_gradient", lanes)(*addresses, first, *sizes)
 
     for_each(work, chunks(channels, _LANES), threads=torch.get_num_threads())
     return out.view(rows, columns, channels, 1).permute(2, 3, 0, 1)
