@@ -25,7 +25,7 @@ class Forecast:
         steps: of each.
         done: number of runs that need not be trained any more.
         seconds: of a training, without its evaluations; None if nothing comparable was measured.
-        source: what that rests on, from the nearest to the farthest: "these runs", "this data", "FLOPs".
+        source: whose time per FLOP that rests on, from the nearest to the farthest: "these runs", "this data", "FLOPs" of any.
     """
 
     data: str
@@ -78,17 +78,16 @@ class _Times:
         """Seconds, and what they rest on."""
         near = [result for result in self._results if result.key.data == data and _alike(result, config)]
         same = [result for result in near if result.key.variant == variant]
-        for found, source in ((same, "these runs"), (near, "this data")):
+        for found, source in ((same, "these runs"), (near, "this data"), (self._results, "FLOPs")):
             if found:
-                return statistics.median(result.cost["step_seconds"] for result in found), source
-        rates = [
-            result.cost["step_seconds"] / (result.cost["gflops"] * _step_images(result.settings))
-            for result in self._results
-        ]
-        if not rates:
-            return None, ""
-        images = config.batch_size * config.accumulate
-        return statistics.median(rates) * gflops(config) * images, "FLOPs"
+                # A row of this name may have had another depth, and one of these data is another model.
+                work = gflops(config) * config.batch_size * config.accumulate
+                times = [
+                    one.cost["step_seconds"] * (work / (one.cost["gflops"] * _step_images(one.settings)))
+                    for one in found
+                ]
+                return statistics.median(times), source
+        return None, ""
 
 
 def gflops(config: Config) -> float:
