@@ -127,7 +127,7 @@ def measured() -> str:
         if not (folder / "test.json").is_file():
             continue
         figures = json.loads((folder / "test.json").read_text(encoding="utf-8"))
-        row = {"data": folder.name, "AP": round(figures["AP"], 3), "AP50": round(figures["AP50"], 3)}
+        row: dict[str, object] = {"data": folder.name, "AP": round(figures["AP"], 3), "AP50": round(figures["AP50"], 3)}
         model, then = _model_of(load_config(folder / "config.yaml"))
         rows.setdefault(model, []).append(row | ({"settings": then} if then else {}))
     head = "# Written by tools/docs.py from docs/results: one seed each, on the test split.\n"
