@@ -287,15 +287,13 @@ def peak_mb(call: Callable[[], object], device: str) -> float | None:
 
 
 def training(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Steps of models with random weights on noise, in float32 (with TF32 where the GPU has it) and bfloat16."""
+    """Steps of models with random weights on noise, in float32 as torch has it by default, and bfloat16."""
     import torch
 
     from paqdetr.config import load_config
     from paqdetr.timing import interleave, summary
     from paqdetr.training.bench import Workload, noise_batch
 
-    torch.backends.cuda.matmul.allow_tf32 = True
-    torch.backends.cudnn.allow_tf32 = True
     nano = [(name, (192, 192), 4) for name in ("dino_nano", "paq_dino_nano")]
     large = [("dino_r50", (640, 640), 4), ("paq_dino_r50", (640, 640), 4), ("dino_r50", (800, 1333), 2)]
     for model, size, images in nano[1:] if arguments.small else nano + large:

@@ -15,8 +15,9 @@ import yaml
 from study_tables import kept_report
 
 from paqdetr import __version__
-from paqdetr.config import load_config
+from paqdetr.config import Config, idle_settings, load_config
 from paqdetr.models import list_models
+from paqdetr.runs import flat_settings
 
 REPO = Path(__file__).resolve().parents[1]
 RESULTS = REPO / "docs" / "results"
@@ -126,41 +127,37 @@ def measured() -> str:
         if not (folder / "test.json").is_file():
             continue
         figures = json.loads((folder / "test.json").read_text(encoding="utf-8"))
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        row = {"data": folder.name, "AP": round(figures["AP"], 3), "AP50": round(figures["AP50"], 3)}
-        row |= {"settings": then} if (then := _changed_since(config)) else {}
-        rows.setdefault(_model_of(config["name"]), []).append(row)
+        row: dict[str, object] = {"data": folder.name, "AP": round(figures["AP"], 3), "AP50": round(figures["AP50"], 3)}
+        model, then = _model_of(load_config(folder / "config.yaml"))
+        rows.setdefault(model, []).append(row | ({"settings": then} if then else {}))
     head = "# Written by tools/docs.py from docs/results: one seed each, on the test split.\n"
     return head + yaml.safe_dump(rows, sort_keys=True)
 
 
-def _model_of(name: str) -> str:
-    """The model that a recipe trains."""
-    recipe = REPO / "src" / "paqdetr" / "configs" / "recipes" / f"{name}.yaml"
-    return _model_of(yaml.safe_load(recipe.read_text(encoding="utf-8"))["base"]) if recipe.is_file() else name
-
-
-def _changed_since(config: dict) -> str:
-    """Settings of a kept run's model that its recipe no longer has: "decoder_layers=3"."""
-    now = load_config(config["name"]).model.model_dump(mode="json")
-    free = {"num_classes"}  # the data's
-    return ", ".join(
-        f"{key}={value}"
-        for key, value in config["model"].items()
-        if key in now and key not in free and now[key] != value
-    )
+def _model_of(config: Config) -> tuple[str, str]:
+    """The model whose settings are nearest to a kept run's, and which of the run's differ: "decoder_layers=3". A recipe may have
+    changed since."""
+    kept = flat_settings(config)
+    keys = [key for key in kept if key.startswith(("model.", "loss."))]
+    keys.remove("model.num_classes")  # the data's
+    idle, changed = idle_settings(config, keys), {}
+    for name in list_models():
+        known = flat_settings(load_config(name))
+        changed[name] = [key for key in keys if known[key] != kept[key] and key not in idle]
+    nearest = min(changed, key=lambda name: len(changed[name]))
+    return nearest, ", ".join(f"{key.partition('.')[2]}={kept[key]}" for key in changed[nearest])
 
 
 def _row(folder: Path) -> str:
     figures = json.loads((folder / "test.json").read_text(encoding="utf-8"))
-    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    config = load_config(folder / "config.yaml")
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     start = next(record for record in records if record["kind"] == "start")
     finished = next(record for record in records if record["kind"] == "finished")
     cells = [
         f"[{folder.name}]({folder.name}/commands.txt)",
-        ", ".join(filter(None, [config["name"], _changed_since(config)])),
-        str(config["image_size"]),
+        ", ".join(filter(None, _model_of(config))),
+        str(config.image_size),
         f"{figures['AP']:.3f}",
         f"{figures['AP50']:.3f}",
         f"{figures['AP_nms']:.3f}",

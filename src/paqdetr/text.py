@@ -38,9 +38,10 @@ def some(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def literal(text: str) -> str:
+def literal(text: str, most: int | None = None) -> str:
     """For titles, labels and ticks of matplotlib, which takes what stands between dollars for mathematics and leaves labels that
-    begin with an underscore out of legends."""
+    begin with an underscore out of legends. Cut to `most` characters."""
+    text = text if most is None or len(text) <= most else f"{text[: most - 1]}…"
     shown = printable(text).replace("$", r"\$")
     return f" {shown}" if shown.startswith("_") else shown
 

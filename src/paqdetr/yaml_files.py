@@ -38,22 +38,19 @@ _FLOAT = re.compile(
 _UNPRINTABLE = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
-def load_yaml(
-    path: Path, *, text_only: bool = False, limit: int = MAX_BYTES, error: type[UserError] = DataError
-) -> dict[str, Any]:
+def load_yaml(path: Path, *, text_only: bool = False, error: type[UserError] = DataError) -> dict[str, Any]:
     """The file's content, a mapping; an empty file is an empty one.
 
     Args:
         path: of the file, which is UTF-8, with or without a byte order mark.
         text_only: see `parse_yaml`.
-        limit: of its bytes.
         error: the class of what is raised.
 
     Raises:
         error: naming the file, and line and column where there are any: it cannot be read, is too large, is not UTF-8, no
             mapping, or as `parse_yaml`.
     """
-    text = read_text(path, limit=limit, error=error)
+    text = read_text(path, limit=MAX_BYTES, error=error)
     return as_mapping(parse_yaml(text, str(path), text_only=text_only, error=error), str(path), error=error)
 
 

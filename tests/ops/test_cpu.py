@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from paqdetr.ops import compiled, cpu, ms_deform_attn
+from paqdetr.ops.depthwise import weight_gradient
 
 SHAPES = [(16, 20), (8, 10), (4, 5), (2, 3)]
 SRC = Path(__file__).resolve().parents[2] / "src"
@@ -87,6 +88,29 @@ def test_python_threads_at_once() -> None:
         worker.join(timeout=120)
     assert not any(worker.is_alive() for worker in workers)
     assert not wrong
+
+
+def test_the_callers_defaults_are_not_those_of_results() -> None:
+    """The loops write to addresses: a result of another type or device would be other memory."""
+    expected = step(queries=50)
+    random = [x.requires_grad_() for x in random_problem(queries=50)]
+    x, gradient = (torch.randn(1, 70, 6, 6).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    of_weights = weight_gradient(x, gradient, (5, 5), 1, 2, 1)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            found = ms_deform_attn(random[0], SHAPES, random[1], random[2], "numba")
+            again = [found.detach(), *torch.autograd.grad(found.square().sum(), random)]
+            assert torch.equal(weight_gradient(x, gradient, (5, 5), 1, 2, 1), of_weights)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert equal(again, expected)
+
+
+def test_no_points_are_no_sum() -> None:
+    value, locations, weights = random_problem(queries=3)
+    found = ms_deform_attn(value, SHAPES, locations[..., :0, :], weights[..., :0], "numba")
+    assert found.shape == (2, 3, 32) and (found == 0).all()
 
 
 class Attended(Dataset[Tensor]):

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from paqdetr.data.annotations import Issues
 from paqdetr.errors import DataError
+from paqdetr.files import MAX_SIDE_BYTES, read_text
 from paqdetr.images import IMAGE_EXTENSIONS, PICTURE_EXTENSIONS, is_leftover, read_header
+from paqdetr.text import shorten
 
 
 def inner_path(name: str) -> str | None:
@@ -55,6 +57,29 @@ def listed_name(name: str, issues: Issues, *, source: Path, what: str, folder: P
         issues.warn(name, "left out: not part of the data", kind="skipped file")
         return None
     return plain
+
+
+def numbered_lines(path: Path, *, limit: int = MAX_SIDE_BYTES) -> Iterator[tuple[int, str]]:
+    """(number, text) of a file's lines, without space around them and without empty ones.
+
+    Raises:
+        DataError: as `read_text`.
+    """
+    for number, line in enumerate(read_text(path, limit=limit).split("\n"), start=1):
+        if text := line.strip():
+            yield number, text
+
+
+def listed_names(list_file: Path, issues: Issues, *, folder: Path) -> Iterator[tuple[int, str]]:
+    """Line number and name of each line of a list, where `listed_name` gives one.
+
+    Raises:
+        DataError: as `listed_name` and `numbered_lines`.
+    """
+    for number, line in numbered_lines(list_file):
+        what = f"line {number}: {shorten(line)}"
+        if (name := listed_name(line, issues, source=list_file, what=what, folder=folder)) is not None:
+            yield number, name
 
 
 def folders_in(folder: Path) -> list[Path]:

@@ -17,9 +17,7 @@ from paqdetr.errors import ConfigError, DataError
 Progress = Callable[[int, int], None]
 
 
-def hold_out(
-    split: DetectionDataset, fraction: float, *, seed: int, progress: Progress | None = None
-) -> tuple[DetectionDataset, DetectionDataset]:
+def hold_out(split: DetectionDataset, fraction: float, *, seed: int) -> tuple[DetectionDataset, DetectionDataset]:
     """A split without some of its images, and these as `val`.
 
     Args:
@@ -29,7 +27,7 @@ def hold_out(
     Raises:
         DataError: an image does not decode, or the images cannot be divided.
     """
-    parts = divide(split.annotations, {"val": fraction}, seed=seed, progress=progress)
+    parts = divide(split.annotations, {"val": fraction}, seed=seed)
     return tuple(  # type: ignore[return-value]
         DetectionDataset(split.annotations.with_images(parts[name]), name=name) for name in ("train", "val")
     )

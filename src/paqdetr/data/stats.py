@@ -242,7 +242,7 @@ def _classes(axes: Axes, stats: Mapping[str, SplitStats]) -> None:
         places = np.arange(len(order)) + number * height
         bars = axes.barh(places, shares, height=height, color=colour, label=literal(split))
         axes.bar_label(bars, labels=[str(c) for c in s.per_class[order]], fontsize=6, padding=2)
-    axes.set_yticks(np.arange(len(order)) + 0.4 - height / 2, [literal(_short(names[i])) for i in order], fontsize=8)
+    axes.set_yticks(np.arange(len(order)) + 0.4 - height / 2, [literal(names[i], 24) for i in order], fontsize=8)
     axes.invert_yaxis()
     left_out = f", {len(order)} most frequent of {len(names)}" if len(order) < len(names) else ""
     axes.set(title=f"Classes{left_out}", xlabel="share of the split's boxes (number beside it)")
@@ -310,7 +310,3 @@ def _images(axes: Axes, stats: Mapping[str, SplitStats]) -> None:
     axes.set(xlim=(0, 1.08 * largest), ylim=(0, 1.08 * largest), aspect="equal")
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 24 else f"{name[:23]}…"

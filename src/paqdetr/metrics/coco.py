@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from paqdetr.errors import ConfigError, DataError
 from paqdetr.files import read_json
 from paqdetr.serialize import fields_of
 from paqdetr.structures import Detections
-from paqdetr.text import shorten
+from paqdetr.text import shorten, some
 from paqdetr.values import as_flag, as_id, is_coordinate
 
 Json = Mapping[str, Any]
@@ -197,13 +197,13 @@ class CocoRecords:
             called = f" with file_name {item['file_name']!r}" if by_file_name and "file_name" in item else ""
             raise DataError(
                 f"{name}: image_id {shorten(image_id)}{called} is none of the {len(self._images)} images of {self._source}"
-                f" ({_some(self._images)})",
+                f" ({some(list(map(shorten, self._images)), 5)})",
                 "use the same split for both; ids are compared with their type (1 is not '1'), else file names",
             )
         if category is None:
             raise DataError(
                 f"{name} (image {shorten(image_id)}): category_id {shorten(category_id)} is none of the categories of"
-                f" {self._source} ({_some(self._categories)})",
+                f" {self._source} ({some(list(map(shorten, self._categories)), 5)})",
                 "use the category ids of the annotation file, not class indices that start at 0",
             )
         return {"image_id": image, "category_id": category}
@@ -335,11 +335,6 @@ def _stem(name: str) -> str:
 def _find(table: dict[Any, int], key: Any) -> int | None:
     own = as_id(key)
     return None if own is None else table.get(own)
-
-
-def _some(ids: Iterable[Any], limit: int = 5) -> str:
-    shown = [shorten(own) for own in ids]
-    return ", ".join(shown[:limit]) + (", ..." if len(shown) > limit else "")
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from paqdetr.config import Config, load_config
 from paqdetr.models.proposals import ProposalStart
-from paqdetr.models.zoo import create_model
+from paqdetr.models.zoo import build_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,26 +29,26 @@ class ModelCost:
     width: int
 
 
-def model_cost(name: str, *, height: int = 800, width: int = 1333) -> ModelCost:
-    """Cost of a model by name, without allocating its weights or computing anything.
+def model_cost(model: str | Config, *, height: int = 800, width: int = 1333) -> ModelCost:
+    """Cost of a model, without allocating its weights or computing anything.
 
     Args:
-        name: one of `list_models()`, or a YAML file.
+        model: one of `list_models()`, a YAML file, or settings.
         height, width: of the image; rounded up to multiples of 32, as batches are.
     """
     with torch.device("meta"):
-        model = create_model(name).eval()
+        detector = build_model(model if isinstance(model, Config) else load_config(model)).eval()
         # Suppression needs values, which a meta tensor has not, and no multiplication that is counted.
-        model.decoder.distinct = None
-        if isinstance(model.start, ProposalStart):
-            model.start.head.distinct = None
-        parameters = list(model.parameters())
+        detector.decoder.distinct = None
+        if isinstance(detector.start, ProposalStart):
+            detector.start.head.distinct = None
+        parameters = list(detector.parameters())
         trainable = sum(p.numel() for p in parameters if p.requires_grad)
-        model.requires_grad_(False)  # the counter's hooks want no half-differentiable graph
+        detector.requires_grad_(False)  # the counter's hooks want no half-differentiable graph
         padded = [-(-side // 32) * 32 for side in (height, width)]
         images = torch.empty(1, 3, *padded)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(images)
+            detector(images)
     return ModelCost(
         parameters=sum(p.numel() for p in parameters),
         trainable=trainable,

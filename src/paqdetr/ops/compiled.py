@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -27,10 +27,10 @@ _compiling = Lock()
 _alive: list[Any] = []  # machine code goes with the engine that holds it
 
 
-def kernel(loops: str, name: str, *arguments: str | int) -> Callable[..., None]:
-    """`compile_{name}(*arguments)` of `paqdetr.ops.{loops}` as a C function of int64: numbers, and addresses of arrays."""
+def kernel(name: str, *arguments: str | int) -> Callable[..., None]:
+    """`compile_{name}(*arguments)` of `numba_kernels.py` as a C function of int64: numbers, and addresses of arrays."""
     with _compiling:  # two threads would compile the same twice
-        return _kernel(loops, name, *arguments)
+        return _kernel(name, *arguments)
 
 
 def is_any_kept() -> bool:
@@ -39,12 +39,13 @@ def is_any_kept() -> bool:
 
 
 @functools.cache
-def _kernel(loops: str, name: str, *arguments: str | int) -> Callable[..., None]:
+def _kernel(name: str, *arguments: str | int) -> Callable[..., None]:
     file = "-".join(map(str, (name, *arguments))) + ".o"
     for folder in _folders():
         with suppress(OSError, ValueError):
             return _load((folder / file).read_bytes())
-    compiled = getattr(import_module(f"paqdetr.ops.{loops}"), f"compile_{name}")(*arguments)
+    numba_kernels = import_module("paqdetr.ops.numba_kernels")
+    compiled = getattr(numba_kernels, f"compile_{name}")(*arguments)
     if made := _object(compiled):
         for folder in _folders():
             with suppress(StorageError), whole_file(folder / file) as temporary:
@@ -111,13 +112,11 @@ def _digest(content: bytes) -> str:
 
 @functools.cache
 def _made_with() -> str | None:
-    """Of all that the machine code depends on; None where the sources are no files."""
-    parts = [sys.version, *(version(name) for name in ("numba", "llvmlite", "numpy")), *_processor()]
+    """Of all that the machine code depends on; None where the sources are no files, or libraries do not say their version."""
     try:
-        sources = [
-            (_HERE / f"{name}.py").read_bytes() for name in ("compiled", "numba_kernels", "numba_depthwise", "simd")
-        ]
-    except OSError:
+        parts = [sys.version, *map(version, ("numba", "llvmlite", "numpy")), *_processor()]
+        sources = [(_HERE / f"{name}.py").read_bytes() for name in ("compiled", "numba_kernels", "simd")]
+    except (OSError, PackageNotFoundError):
         return None
     return _digest(b"\n".join([*(part.encode() for part in parts), *sources]))[:16]
 
@@ -129,8 +128,10 @@ def _folders() -> list[Path]:
     if named := os.environ.get("NUMBA_CACHE_DIR"):
         places = [Path(named)]
     else:
-        user = os.environ.get("LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME") or Path.home() / ".cache"
-        places = [_HERE / "__pycache__", Path(user) / "paqdetr"]
+        places = [_HERE / "__pycache__"]
+        with suppress(RuntimeError):  # a user without a home
+            user = os.environ.get("LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME") or Path.home() / ".cache"
+            places.append(Path(user) / "paqdetr")
     return [place / f"kernels-{made_with}" for place in places]
 
 

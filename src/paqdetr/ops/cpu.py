@@ -29,8 +29,8 @@ def forward(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, wei
     dtype = torch.promote_types(value.dtype, torch.float32)
     batch, tokens, heads, channels = value.shape
     queries, points = locations.shape[1], locations.shape[4]
-    out = torch.empty(batch, queries, heads * channels, dtype=dtype)
-    if out.numel():
+    out = value.new_zeros(batch, queries, heads * channels, dtype=dtype)
+    if out.numel() and weights.numel():
         levels = _levels(tuple(shapes), heads, points, dtype)
         loop = _loop("forward", dtype, channels)
         arrays = [_flat(value, dtype), levels, *(_flat(x, dtype) for x in (locations, weights)), out]
@@ -52,9 +52,7 @@ def backward(
     dtype = torch.promote_types(value.dtype, torch.float32)
     batch, tokens, heads, channels = value.shape
     queries, points = locations.shape[1], locations.shape[4]
-    to_value = torch.zeros(value.shape, dtype=dtype)
-    to_locations = torch.empty(locations.shape, dtype=dtype)
-    to_weights = torch.empty(weights.shape, dtype=dtype)
+    to_value, to_locations, to_weights = (x.new_zeros(x.shape, dtype=dtype) for x in (value, locations, weights))
     if gradient.numel() and weights.numel():
         levels = _levels(tuple(shapes), heads, points, dtype)
         read_loop, write_loop = (_loop(name, dtype, channels) for name in ("read", "scatter"))
@@ -80,9 +78,6 @@ def backward(
         parts = _parts(batch, heads, len(shapes), points, threads)
         spans = _spans(batch * queries, count, threads)
         for_each(_call, [(write, part) for part in parts] + [(read, span) for span in spans], threads=threads)
-    else:
-        to_locations.zero_()
-        to_weights.zero_()
     return to_value.to(value.dtype), to_locations.to(locations.dtype), to_weights.to(weights.dtype)
 
 
@@ -135,4 +130,4 @@ def _levels(shapes: tuple[tuple[int, int], ...], heads: int, points: int, dtype:
 
 
 def _loop(name: str, dtype: torch.dtype, channels: int) -> Callable[..., None]:
-    return kernel("numba_kernels", name, "float64" if dtype == torch.float64 else "float32", channels)
+    return kernel(name, "float64" if dtype == torch.float64 else "float32", channels)

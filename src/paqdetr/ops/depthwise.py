@@ -83,14 +83,14 @@ def weight_gradient(
     batch, channels, height, width = x.shape
     high, wide = gradient.shape[-2:]
     rows, columns = window
-    out = torch.zeros(rows * columns, channels)
+    out = x.new_zeros(rows * columns, channels)
     arrays = [_rows(x), _rows(gradient), out]
     addresses = [array.data_ptr() for array in arrays]
     sizes = (batch, height, width, channels, high, wide, rows, columns, stride, padding, dilation)
 
     def work(block: tuple[int, int]) -> None:
         first, lanes = block
-        kernel("numba_depthwise", "weight_gradient", lanes)(*addresses, first, *sizes)
+        kernel("weight_gradient", lanes)(*addresses, first, *sizes)
 
     for_each(work, chunks(channels, _LANES), threads=torch.get_num_threads())
     return out.view(rows, columns, channels, 1).permute(2, 3, 0, 1)

@@ -1,12 +1,12 @@
-"""Loops of deformable attention on a CPU, compiled at run time by numba. `paqdetr.ops.cpu` calls them.
+"""Loops on a CPU that numba compiles at run time: deformable attention for `cpu.py`, and, at the end, one of `depthwise.py`.
 
 The outer loops are numba's Python. The inner ones are vectors (`simd.py`): places of up to 16 points at once, and rows of
 channels that stay in registers.
 
-Each `compile_...` makes a loop for one dtype, "float32" or "float64", and one number of channels D. It takes the addresses of
-contiguous arrays: value, locations, attention, gradient, out and the like; `levels` (3, H L P), the width, height and first token
-of what each of `count` = H L P points looks at, in the float dtype; scratch of 4 H L P elements for each call. A call fills a
-part of the output that is its own.
+Each `compile_...` of attention makes a loop for one dtype, "float32" or "float64", and one number of channels D. It takes the
+addresses of contiguous arrays: value, locations, attention, gradient, out and the like; `levels` (3, H L P), the width, height
+and first token of what each of `count` = H L P points looks at, in the float dtype; scratch of 4 H L P elements for each call. A
+call fills a part of the output that is its own.
 """
 
 from __future__ import annotations
@@ -224,10 +224,11 @@ def _add(builder, vectors, table, rows, shares, count, start, stop, stride, grad
                 e.store(added, row, INT64(first))
 
 
-def _compile(dtype: str, arrays: int, numbers: int) -> Callable[[Callable[..., None]], Any]:
+def _compile(dtype: str, arrays: int, numbers: int, *, scratch: bool = True) -> Callable[[Callable[..., None]], Any]:
     """For functions of so many arrays of floats, so many whole numbers, and the scratch."""
     floats = types.CPointer(getattr(types, dtype))
-    signature = types.void(*[floats] * arrays, *[types.int64] * numbers, types.CPointer(types.int32), floats)
+    room = [types.CPointer(types.int32), floats] if scratch else []
+    signature = types.void(*[floats] * arrays, *[types.int64] * numbers, *room)
     return numba.cfunc(signature, error_model="numpy", forceinline=True)
 
 
@@ -297,3 +298,71 @@ def compile_scatter(dtype: str, channels: int) -> Any:
                 _add(to_value, of, rows, shares, count, first, last, channels, stride, gradient, by)
 
     return scatter
+
+
+@_intrinsic(prefer_literal=True)
+def _add_products(typingctx, total, at, a, a_first, a_stride, b, b_first, b_stride, steps, lanes):
+    """total[at:] += sum over `steps` rows of `lanes` (a constant) channels of a * b."""
+    size = types.int64
+    signature = types.void(total, size, a, size, size, b, size, size, size, lanes)
+    width = lanes.literal_value
+
+    def generate(context, builder, signature, args):
+        total, at, a, a_first, a_stride, b, b_first, b_stride, steps, _ = args
+        e = Emit(builder, ir.FloatType(), width)
+        entry = builder.block
+        loop = builder.append_basic_block("rows")
+        done = builder.append_basic_block("done")
+        start = e.load(total, at)
+        builder.branch(loop)
+        builder.position_at_end(loop)
+        row, so_far = builder.phi(INT64), builder.phi(e.vector)
+        left = e.load(a, builder.add(a_first, builder.mul(row, a_stride)))
+        right = e.load(b, builder.add(b_first, builder.mul(row, b_stride)))
+        added = e.fma(left, right, so_far)
+        following = builder.add(row, INT64(1))
+        row.add_incoming(INT64(0), entry)
+        row.add_incoming(following, loop)
+        so_far.add_incoming(start, entry)
+        so_far.add_incoming(added, loop)
+        builder.cbranch(builder.icmp_signed("<", following, steps), loop, done)
+        builder.position_at_end(done)
+        e.store(added, total, at)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+def compile_weight_gradient(lanes: int) -> Any:
+    """Gradient of the weights of `lanes` channels from `first` on, of maps in channels-last order.
+
+    Addresses of x: (B, H, W, C), gradient: (B, h, w, C) and out: (kernel height * kernel width, C), zero at these channels.
+    """
+
+    @_compile("float32", 3, 12, scratch=False)
+    def weight_gradient(
+        x, gradient, out, first, batch, height, width, channels, high, wide, kernel_height, kernel_width,
+        stride, padding, dilation,
+    ):  # fmt: skip
+        for image in range(batch):
+            for row in range(high):
+                of = (image * high + row) * wide * channels + first
+                for down in range(kernel_height):
+                    y = row * stride - padding + down * dilation
+                    if y < 0 or y >= height:
+                        continue
+                    for across in range(kernel_width):
+                        # Columns of the result whose tap lies within the map: 0 <= column * stride + shift < width.
+                        shift = across * dilation - padding
+                        begin = (max(-shift, 0) + stride - 1) // stride
+                        end = min((width - 1 - shift) // stride + 1, wide) if shift < width else 0
+                        if end > begin:
+                            place = (image * height + y) * width + begin * stride + shift
+                            _add_products(
+                                out, (down * kernel_width + across) * channels + first,
+                                gradient, of + begin * channels, channels,
+                                x, place * channels + first, stride * channels,
+                                end - begin, lanes,
+                            )  # fmt: skip
+
+    return weight_gradient

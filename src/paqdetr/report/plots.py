@@ -235,10 +235,7 @@ def heat_map(
         if names is None:
             continue
         stride = -(-len(names) // most_labels)
-        axis.set_ticks(
-            range(0, len(names), stride),
-            [literal(name if len(name) <= 24 else f"{name[:23]}…") for name in names[::stride]],
-        )
+        axis.set_ticks(range(0, len(names), stride), [literal(name, 24) for name in names[::stride]])
     if columns is not None and max(map(len, columns), default=0) > 3:
         axes.tick_params(axis="x", rotation=60 if len(columns) > 4 else 0)
         if len(columns) > 4:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import statistics
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-from paqdetr.config import Config
+from paqdetr.config import Config, ModelConfig
 from paqdetr.models.cost import model_cost
 from paqdetr.study.results import RunResult, read_result
 from paqdetr.study.runs import Places, PlannedRun
@@ -25,7 +23,7 @@ class Forecast:
         steps: of each.
         done: number of runs that need not be trained any more.
         seconds: of a training, without its evaluations; None if nothing comparable was measured.
-        source: what that rests on, from the nearest to the farthest: "these runs", "this data", "FLOPs".
+        source: whose time per FLOP that rests on, from the nearest to the farthest: "these runs", "this data", "FLOPs" of any.
     """
 
     data: str
@@ -78,32 +76,30 @@ class _Times:
         """Seconds, and what they rest on."""
         near = [result for result in self._results if result.key.data == data and _alike(result, config)]
         same = [result for result in near if result.key.variant == variant]
-        for found, source in ((same, "these runs"), (near, "this data")):
+        for found, source in ((same, "these runs"), (near, "this data"), (self._results, "FLOPs")):
             if found:
-                return statistics.median(result.cost["step_seconds"] for result in found), source
-        rates = [
-            result.cost["step_seconds"] / (result.cost["gflops"] * _step_images(result.settings))
-            for result in self._results
-        ]
-        if not rates:
-            return None, ""
-        images = config.batch_size * config.accumulate
-        return statistics.median(rates) * gflops(config) * images, "FLOPs"
+                # A row of this name may have had another depth, and one of these data is another model.
+                return statistics.median(one.cost["step_seconds"] * _share(config, one) for one in found), source
+        return None, ""
 
 
-def gflops(config: Config) -> float:
-    """10^9 multiply-adds of a square image of the settings' size, each counted once."""
+def _share(config: Config, result: RunResult) -> float:
+    """FLOPs of a step in parts of those of a run that was measured, whose images are these settings' too if they are alike."""
+    image = result.cost.get("image") if _alike(result, config) else None
+    own = config.batch_size * config.accumulate * gflops(config, image)
+    return own / (_step_images(result.settings) * result.cost["gflops"])
+
+
+def gflops(config: Config, image: Sequence[int] | None = None) -> float:
+    """10^9 multiply-adds, each counted once, of an image of this height and width, or else of a square of the settings' size."""
     size = config.image_size
-    height, width = (size, size) if isinstance(size, int) else size
-    return _gflops(config.to_yaml(), height, width)
+    height, width = image or ((size, size) if isinstance(size, int) else size)
+    return _gflops(config.model, height, width)  # type: ignore[arg-type]  # frozen models can be hashed
 
 
 @cache
-def _gflops(text: str, height: int, width: int) -> float:
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "config.yaml"
-        file.write_text(text, encoding="utf-8")
-        return model_cost(str(file), height=height, width=width).flops / 1e9
+def _gflops(model: ModelConfig, height: int, width: int) -> float:
+    return model_cost(Config(name="model", model=model), height=height, width=width).flops / 1e9
 
 
 def _alike(result: RunResult, config: Config) -> bool:

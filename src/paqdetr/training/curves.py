@@ -119,11 +119,11 @@ def training_curves(metrics_jsonl: Path, output: Path) -> None:
     figure.savefig(output, dpi=110)
 
 
-def draw_predictions(model: Detector, split: DetectionDataset, output: Path, *, images: int = 12) -> None:
-    """Write a contact sheet of the first images of a split: what `model.predict` gives by itself, beside ground truth."""
+def draw_predictions(model: Detector, split: DetectionDataset, output: Path) -> None:
+    """Write a contact sheet of the first twelve images of a split: what `model.predict` gives by itself, beside ground truth."""
     least = model.operating_point.threshold
     items = []
-    for index in range(min(images, len(split))):
+    for index in range(min(12, len(split))):
         picture = split.image_or_blank(index)
         ids = [split.classes.ids[label] for label in split.labels(index).tolist()]
         items.append((picture, model.predict(picture)[0], (split.boxes(index), ids)))

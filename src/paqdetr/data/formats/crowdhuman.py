@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from paqdetr.data.annotations import Annotations, Builder, Issues
-from paqdetr.data.files import Folder, files_in, folder_in, header_sizes, listed_name
+from paqdetr.data.files import Folder, files_in, folder_in, header_sizes, listed_name, numbered_lines
 from paqdetr.errors import DataError
-from paqdetr.files import MAX_JSON_BYTES, parse_json, read_text
+from paqdetr.files import MAX_JSON_BYTES, parse_json
 from paqdetr.structures import ClassTable
 from paqdetr.text import shorten
 from paqdetr.values import as_flag, as_id, is_box
@@ -40,9 +40,7 @@ class CrowdHumanPlace:
         builder = Builder()
         records: dict[str, tuple[str, str, list[Any]]] = {}  # id -> where, file name, gtboxes
         images = Folder(self.image_dir)
-        for number, line in enumerate(read_text(self.odgt_file, limit=MAX_JSON_BYTES).split("\n"), start=1):
-            if not line.strip():
-                continue
+        for number, line in numbered_lines(self.odgt_file, limit=MAX_JSON_BYTES):
             where = f"line {number}"
             try:
                 record = parse_json(line, f"{self.odgt_file}: {where}")

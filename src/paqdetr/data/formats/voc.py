@@ -21,8 +21,9 @@ from paqdetr.data.files import (
     header_sizes,
     list_files,
     list_pictures,
-    listed_name,
+    listed_names,
     meaning,
+    numbered_lines,
 )
 from paqdetr.errors import DataError
 from paqdetr.files import read_bytes, read_text
@@ -282,21 +283,12 @@ def _stems(place: VocPlace, all_stems: set[str], issues: Issues) -> dict[str, in
     if place.list_file is None:
         return dict.fromkeys(sorted(all_stems), 0)
     stems: dict[str, int] = {}
-    for number, line in _lines(place.list_file):
-        what = f"line {number}: {shorten(line)}"
-        stem = listed_name(line, issues, source=place.list_file, what=what, folder=place.image_dir)
-        if stem is not None:
-            own = f"{place.split}/" if place.image_dir.name == place.split else ""
-            stems.setdefault(composed(stem.removeprefix(own)), number)
-    for _, line in [] if place.but is None else _lines(place.but):
+    own = f"{place.split}/" if place.image_dir.name == place.split else ""
+    for number, stem in listed_names(place.list_file, issues, folder=place.image_dir):
+        stems.setdefault(composed(stem.removeprefix(own)), number)
+    for _, line in [] if place.but is None else numbered_lines(place.but):
         stems.pop(composed(line), None)
     return stems
-
-
-def _lines(list_file: Path) -> list[tuple[int, str]]:
-    """(number, text) of the lines that are not empty."""
-    lines = enumerate(read_text(list_file).split("\n"), start=1)
-    return [(number, line.strip()) for number, line in lines if line.strip()]
 
 
 def _header_sizes(found: dict[str, _Xml], image_dir: Path, issues: Issues) -> dict[str, tuple[int, int] | None]:

@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from paqdetr.data.annotations import DECIMALS, Annotations, Builder, Issues
-from paqdetr.data.files import USUAL, Folder, header_sizes, inner_path, is_split, list_files, list_pictures, listed_name
+from paqdetr.data.files import (
+    USUAL,
+    Folder,
+    header_sizes,
+    inner_path,
+    is_split,
+    list_files,
+    list_pictures,
+    listed_names,
+)
 from paqdetr.errors import DataError
 from paqdetr.files import read_text
 from paqdetr.label_files import yolo_line
@@ -228,13 +237,7 @@ def _listed(place: YoloPlace, path: Path, issues: Issues) -> list[Path]:
     found: list[Path] = []
     folders = [place.root, path.parent]
     indices = [Folder(folder) for folder in folders]
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        name = line.strip()
-        if not name:
-            continue
-        plain = listed_name(name, issues, source=path, what=f"line {number}: {shorten(name)}", folder=place.root)
-        if plain is None:
-            continue
+    for number, plain in listed_names(path, issues, folder=place.root):
         candidates = [(folder, index.find(plain)) for folder, index in zip(folders, indices, strict=True)]
         image = next((folder / real for folder, real in candidates if real is not None), None)
         if image is None:
