@@ -67,18 +67,18 @@ def open_regular(path: str | Path, *, error: type[UserError] = DataError) -> Bin
     raise error(f"{path}: is {_KINDS.get(kind, 'no regular file')}, expected a file", "Name a regular file.")
 
 
-def read_bytes(path: Path, *, limit: int = MAX_SIDE_BYTES, error: type[UserError] = DataError) -> bytes:
+def read_bytes(path: Path, *, limit: int | None = MAX_SIDE_BYTES, error: type[UserError] = DataError) -> bytes:
     """The file's content.
 
     Raises:
-        error: as `open_regular`, or it is larger than `limit` bytes.
+        error: as `open_regular`, or it is larger than `limit` bytes; None: of any size.
     """
     with open_regular(path, error=error) as file:
         try:
-            content = file.read(limit + 1)
+            content = file.read() if limit is None else file.read(limit + 1)
         except OSError as problem:
             raise error(f"{path}: cannot be read: {problem.strerror}", "Check the file.") from None
-        if len(content) > limit:
+        if limit is not None and len(content) > limit:
             size, unit = (2**20, "MiB") if limit >= 2**20 else (2**10, "KiB")
             raise error(
                 f"{path}: has {os.fstat(file.fileno()).st_size / size:,.0f} {unit}, more than the {limit / size:,.0f} "
@@ -189,7 +189,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
+def storage_errors(path: Path | str) -> Iterator[None]:
     """Turn an OSError of the block into a StorageError about `path`."""
     try:
         yield

@@ -242,17 +242,22 @@ def list_images(path: str | Path) -> list[Path]:
             read_header(path)
         open_regular(path).close()
         return [path]
-    found = sorted(
+    found = pictures_in(path)
+    if not found:
+        raise DataError(f"{path}: the folder holds no images ({kinds})", "Name a folder with images directly in it.")
+    return found
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """As `list_images`, of a folder that may have none."""
+    return sorted(
         entry
-        for entry in path.iterdir()
+        for entry in folder.iterdir()
         if entry.name[:1] != "."
         and not is_leftover(entry.name)
         and entry.is_file()
         and (entry.suffix.lower() in PICTURE_EXTENSIONS or (not entry.suffix and _is_picture(entry)))
     )
-    if not found:
-        raise DataError(f"{path}: the folder holds no images ({kinds})", "Name a folder with images directly in it.")
-    return found
 
 
 def _is_picture(path: Path) -> bool:

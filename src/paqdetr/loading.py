@@ -13,7 +13,7 @@ from paqdetr.errors import CheckpointError, ConfigError
 from paqdetr.files import open_regular
 from paqdetr.runtime import Predictor, open_exported
 from paqdetr.runtime.engines import Engine
-from paqdetr.runtime.info import FILE_ENTRY
+from paqdetr.runtime.info import FILE_ENTRY, OUTPUTS
 from paqdetr.runtime.predictor import EXPORTED
 
 if TYPE_CHECKING:
@@ -125,9 +125,7 @@ def open_any_exported(path: str | Path, *, threads: int | None = None) -> Predic
     def run(images: np.ndarray) -> dict[str, np.ndarray]:
         with lock, torch.inference_mode():
             outputs = [output.numpy() for output in module(torch.from_numpy(images))]
-        return dict(
-            zip(("boxes", "scores", "labels") if len(outputs) == 3 else ("logits", "pred_boxes"), outputs, strict=True)
-        )
+        return dict(zip(OUTPUTS[len(outputs) == 2], outputs, strict=True))
 
     return Predictor(
         Engine(f"torch {torch.__version__}", text if isinstance(text, str) else text.decode(), batch, run), str(path)

@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch.export import ExportedProgram
 
 from paqdetr._version import __version__
 from paqdetr.checkpoint import find_checkpoint
 from paqdetr.data.dataset import DetectionDataset, open_split
 from paqdetr.data.layout import split_to_evaluate
-from paqdetr.deploy.graph import DeployedDetector, capture, fixed_size, require_exportable, save_graph, trace
+from paqdetr.deploy.graph import MAX_BATCH, DeployedDetector, capture, fixed_size, require_exportable, save_graph
 from paqdetr.deploy.parity import IMAGES, Parity, compare_with_model, digits_pictures
 from paqdetr.deploy.quantize import quantize_checked, spread
 from paqdetr.environment import package_version
@@ -31,10 +30,11 @@ from paqdetr.errors import ConfigError, ExportError, import_extra
 from paqdetr.loading import open_any_exported
 from paqdetr.models import Detector
 from paqdetr.models import load as load_detector
+from paqdetr.ops import use_backend
 from paqdetr.outputs import require_replaceable, write_json, write_output
 from paqdetr.runtime import ExportInfo
 from paqdetr.runtime.engines import is_sealed
-from paqdetr.runtime.info import FILE_ENTRY, Attention, Format, Precision, require_choices
+from paqdetr.runtime.info import FILE_ENTRY, OUTPUTS, Attention, Format, Precision, require_choices
 from paqdetr.runtime.predictor import DEFAULT_THRESHOLD
 
 ENDINGS: dict[str, str] = {"onnx": ".onnx", "openvino": ".xml", "pt2": ".pt2", "torchscript": ".torchscript"}
@@ -63,7 +63,6 @@ class Export:
 
     def to_json(self) -> dict[str, Any]:
         """Ready for json."""
-        parity = None if self.parity is None else self.parity.to_json()
         return {
             "file": str(self.file),
             "bytes": sum(part.stat().st_size for part in _parts(self.file)),
@@ -71,7 +70,7 @@ class Export:
             "precision": self.info.precision,
             "source_sha256": self.info.source,
             "versions": dict(self.info.versions),
-            "parity": parity,
+            "parity": self.parity and self.parity.to_json(),
             "quantization": self.quantization,
         }
 
@@ -148,7 +147,10 @@ def export(
     needed = _NEEDS.get(format, ()) + ("nncf",) * (precision == "int8")
     for package in needed:
         import_extra(package, "export")
-    splits = _open_data(calibrate, quantized=precision == "int8")
+    splits: list[DetectionDataset] = []
+    if calibrate is not None:
+        names = ["train"] * (precision == "int8") + [split_to_evaluate(calibrate, None)]
+        splits = [open_split(calibrate, name) for name in names]
     point = detector.operating_point
     info = ExportInfo(
         name=detector.name,
@@ -173,7 +175,8 @@ def export(
         else:
             _write(detector, made, info, format, batch, attention)
             if check:
-                pictures, least = _pictures(splits[0] if splits else None), info.threshold or DEFAULT_THRESHOLD
+                pictures = [splits[0].image(i) for i in spread(len(splits[0]), IMAGES)] if splits else digits_pictures()
+                least = info.threshold or DEFAULT_THRESHOLD
                 parity = compare_with_model(detector, open_any_exported(made), pictures, threshold=least)
                 _require_parity(parity, file)
         for part in reversed(_parts(made)):  # the weights before the graph that names them
@@ -188,8 +191,8 @@ def export(
 def _require_arguments(
     format: str, precision: str, batch: int | None, *, raw: bool, calibrate: object, max_drop: float
 ) -> None:
-    if batch is not None and not 1 <= batch <= 1024:
-        raise ConfigError(f"batch: expected 1 to 1024 images, found {batch}", "leave it out for any number")
+    if batch is not None and not 1 <= batch <= MAX_BATCH:
+        raise ConfigError(f"batch: expected 1 to {MAX_BATCH} images, found {batch}", "leave it out for any number")
     if precision != "f32" and format not in _NEEDS:
         raise ConfigError(f"precision {precision} does not go with the format {format}", "choose onnx or openvino")
     if precision == "int8" and raw:
@@ -200,20 +203,6 @@ def _require_arguments(
         )
     if not 0 <= max_drop <= 1:
         raise ConfigError(f"max_drop: expected AP from 0 to 1, found {max_drop}", "0.01 is usual")
-
-
-def _open_data(calibrate: str | Path | None, *, quantized: bool) -> list[DetectionDataset]:
-    """The split for pictures, and the one for AP where int8 needs it."""
-    if calibrate is None:
-        return []
-    held_out = open_split(calibrate, split_to_evaluate(calibrate, None))
-    return [open_split(calibrate, "train"), held_out] if quantized else [held_out]
-
-
-def _pictures(split: DetectionDataset | None) -> list[Image.Image]:
-    if split is None:
-        return digits_pictures()
-    return [split.image(i) for i in spread(len(split), IMAGES)]
 
 
 def _require_parity(parity: Parity, file: Path) -> None:
@@ -236,16 +225,18 @@ def _write(
 ) -> dict[str, str]:
     """The model as a sealed file, unchecked. Returns the part of the model that each of its nodes is of, by the node's name."""
     module = DeployedDetector(detector, raw=info.raw)
-    text = info.to_json()
-    if format == "torchscript":
-        torch.jit.save(trace(module, info.preprocessing, attention), str(file), _extra_files={FILE_ENTRY: text})
-        return {}
-    program = capture(module, info.preprocessing, batch, attention)
+    text, size = info.to_json(), info.preprocessing
+    with use_backend("gather" if attention == "gather" else "reference"), torch.no_grad():
+        if format == "torchscript":
+            script: Any = torch.jit.trace(module, (module.example(size, 2),), check_trace=False)
+            torch.jit.save(script, str(file), _extra_files={FILE_ENTRY: text})
+            return {}
+        program = capture(module, size, batch)
     if format == "pt2":
         torch.export.save(program, file, extra_files={FILE_ENTRY: text})
         return {}
     graph = file.with_suffix(".onnx")
-    parts = _write_onnx(program, module, graph, info)
+    parts = _write_onnx(program, graph, info)
     if format == "openvino":
         to_openvino(graph, file, info)
         graph.unlink()
@@ -259,16 +250,10 @@ def to_openvino(graph: Path, file: Path, info: ExportInfo) -> None:
     save_graph(openvino.Core().read_model(str(graph)), file, info)
 
 
-def _write_onnx(program: ExportedProgram, module: DeployedDetector, file: Path, info: ExportInfo) -> dict[str, str]:
-    exported = torch.onnx.export(
-        program,
-        input_names=module.inputs,
-        output_names=module.outputs,
-        opset_version=_OPSET,
-        dynamo=True,
-        verbose=False,
-        external_data=False,
-    )
+def _write_onnx(program: ExportedProgram, file: Path, info: ExportInfo) -> dict[str, str]:
+    how: dict[str, Any] = {"dynamo": True, "verbose": False, "external_data": False, "opset_version": _OPSET}
+    names = ["pixel_values" if info.raw else "images"]
+    exported = torch.onnx.export(program, input_names=names, output_names=OUTPUTS[info.raw], **how)
     assert exported is not None
     model = exported.model_proto
     for node in model.graph.node:
@@ -311,14 +296,13 @@ def _quietly() -> Iterator[None]:
     """Without what exporters have to say about their own parts."""
     # Whoever listens to all loggers gets torch's traces too, which take longer than the export.
     names = ("onnxscript", "onnx_ir", "torch.onnx", "torch.export", "torch.__trace", "nncf")
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    levels = {logger: logger.level for logger in map(logging.getLogger, names)}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            for logger in levels:
+                logger.setLevel(logging.ERROR)
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
+        for logger, level in levels.items():
             logger.setLevel(level)

@@ -13,10 +13,9 @@ from torch.export import Dim, ExportedProgram
 from paqdetr.errors import ConfigError
 from paqdetr.models import Detector
 from paqdetr.models.folding import bake_folded_norms
-from paqdetr.ops import use_backend
 from paqdetr.runtime import ExportInfo, FixedSize
 from paqdetr.runtime.engines import seal
-from paqdetr.runtime.info import KEY, Attention
+from paqdetr.runtime.info import KEY
 
 MAX_BATCH = 1024
 
@@ -64,14 +63,6 @@ class DeployedDetector(nn.Module):
         corners = torch.cat([boxes[..., :2] - half, boxes[..., :2] + half], dim=-1)
         return (corners.clamp(0.0, 1.0) if self.clamp_boxes else corners), scores, best - queries * classes
 
-    @property
-    def inputs(self) -> list[str]:
-        return ["pixel_values" if self.raw else "images"]
-
-    @property
-    def outputs(self) -> list[str]:
-        return ["logits", "pred_boxes"] if self.raw else ["boxes", "scores", "labels"]
-
     def example(self, size: FixedSize, batch: int) -> Tensor:
         """Images to trace with."""
         if self.raw:
@@ -113,27 +104,12 @@ def fixed_size(model: Detector, image_size: tuple[int, int] | None) -> FixedSize
     return FixedSize(height, width, tuple(own.normalization.mean), tuple(own.normalization.std))
 
 
-def capture(
-    module: DeployedDetector, size: FixedSize, batch: int | None, attention: Attention = "grid_sample"
-) -> ExportedProgram:
-    """The module's computation for images of one size.
-
-    Args:
-        module: in float32 on the CPU.
-        size: of images.
-        batch: how many go through together; None: any number from 1 to `MAX_BATCH`.
-        attention: how it samples.
-    """
+def capture(module: DeployedDetector, size: FixedSize, batch: int | None) -> ExportedProgram:
+    """The module's computation for images of one size; `batch` of them go through together, None: any number from 1 to
+    `MAX_BATCH`."""
     example = module.example(size, batch or 2)  # torch takes a 1 for a constant
     shapes = None if batch else ({0: Dim("batch", min=1, max=MAX_BATCH)},)
-    with use_backend("gather" if attention == "gather" else "reference"), torch.no_grad():
-        return torch.export.export(module, (example,), dynamic_shapes=shapes)
-
-
-def trace(module: DeployedDetector, size: FixedSize, attention: Attention = "grid_sample") -> torch.jit.ScriptModule:
-    """The same as TorchScript, by tracing."""
-    with use_backend("gather" if attention == "gather" else "reference"), torch.no_grad():
-        return torch.jit.trace(module, (module.example(size, 2),), check_trace=False)  # pyright: ignore[reportReturnType]
+    return torch.export.export(module, (example,), dynamic_shapes=shapes)
 
 
 def save_graph(graph: Any, file: Path, info: ExportInfo) -> None:

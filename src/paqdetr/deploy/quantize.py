@@ -59,10 +59,11 @@ def quantize_checked(
     train, held_out = splits
     before = open_exported(plain)
     images = [before.preprocessing(train.image(i))[None] for i in spread(len(train), CALIBRATION_IMAGES)]
-    graph = _read(plain)
+    graph, names = _read(plain)
+    in_float = [name for name in names if parts.get(name.split("/")[0], "").startswith(_FLOAT_PARTS)]
     arguments: dict[str, Any] = {
         "model_type": nncf.ModelType.TRANSFORMER,
-        "ignored_scope": nncf.IgnoredScope(names=_float_nodes(graph, parts), validate=False),
+        "ignored_scope": nncf.IgnoredScope(names=in_float, validate=False),
         "subset_size": len(images),
     }
     if plain.suffix.lower() == ".onnx":  # onnxruntime has no kernels for activations with a scale for each channel
@@ -124,25 +125,17 @@ def spread(count: int, wanted: int) -> list[int]:
     return sorted({i * count // min(count, wanted) for i in range(min(count, wanted))})
 
 
-def _read(file: Path) -> Any:
-    """The graph of an .onnx or .xml file."""
+def _read(file: Path) -> tuple[Any, list[str]]:
+    """The graph of an .onnx or .xml file, and its nodes' names. OpenVINO makes several nodes of one, named NODE/PART."""
     if file.suffix.lower() == ".onnx":
         import onnx
 
-        return onnx.load(str(file))
+        model = onnx.load(str(file))
+        return model, [node.name for node in model.graph.node]
     import openvino
 
-    return openvino.Core().read_model(str(file))
-
-
-def _float_nodes(graph: Any, parts: Mapping[str, str]) -> list[str]:
-    """Names of the nodes that stay in float. OpenVINO makes several of one, named NODE/PART."""
-    names = (
-        [node.name for node in graph.graph.node]
-        if hasattr(graph, "graph")
-        else [node.get_friendly_name() for node in graph.get_ordered_ops()]
-    )
-    return [name for name in names if parts.get(name.split("/")[0], "").startswith(_FLOAT_PARTS)]
+    graph = openvino.Core().read_model(str(file))
+    return graph, [node.get_friendly_name() for node in graph.get_ordered_ops()]
 
 
 def _figures(predictor: Predictor, split: DetectionDataset) -> dict[str, float]:

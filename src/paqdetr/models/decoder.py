@@ -271,4 +271,4 @@ class Decoder(Recomputing):
 def _shift(reference: Tensor, offset: Tensor, eps: float) -> Tensor:
     """Boxes (B, N, 4) from boxes or points and offsets (B, N, 4) in logits; a point says nothing of width and height."""
     known = inverse_sigmoid(reference, eps)
-    return (offset + F.pad(known, (0, 4 - known.shape[-1]))).sigmoid()
+    return (offset + (known if known.shape[-1] == 4 else F.pad(known, (0, 2)))).sigmoid()

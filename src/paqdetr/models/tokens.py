@@ -206,8 +206,8 @@ def sine_map(
 
 def sine_boxes(boxes: Tensor, dim: int, temperature: float = 10000.0) -> Tensor:
     """(..., 4) cxcywh in [0, 1] -> (..., 4 * dim): embeddings of cy, cx, w, h in the order of DAB-DETR and DINO."""
-    center_x, center_y, width, height = boxes.unbind(-1)
-    return _sine(torch.stack([center_y, center_x, width, height], dim=-1), dim, temperature).flatten(-2)
+    swapped = torch.cat([boxes[..., 1:2], boxes[..., :1], boxes[..., 2:]], dim=-1)
+    return _sine(swapped, dim, temperature).flatten(-2)
 
 
 def sine_proposals(boxes: Tensor, dim: int, temperature: float = 10000.0) -> Tensor:
@@ -217,9 +217,9 @@ def sine_proposals(boxes: Tensor, dim: int, temperature: float = 10000.0) -> Ten
 
 def _sine(position: Tensor, dim: int, temperature: float) -> Tensor:
     """(...) in [0, 1] -> (..., dim), sine and cosine in turn."""
-    exponent = 2 * torch.div(torch.arange(dim, device=position.device), 2, rounding_mode="floor") / dim
-    angle = position.unsqueeze(-1) * 2 * math.pi / temperature ** exponent.to(position.dtype)
-    return torch.stack([angle[..., 0::2].sin(), angle[..., 1::2].cos()], dim=-1).flatten(-2)
+    exponent = 2 * torch.arange(dim // 2, device=position.device) / dim
+    angle = position.unsqueeze(-1) * 2 * math.pi / temperature ** exponent.to(position.dtype)  # (..., dim / 2)
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:

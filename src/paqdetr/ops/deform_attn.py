@@ -152,14 +152,14 @@ def ms_deform_attn_reference(
     queries = sampling_locations.shape[1]
     # Queries last: engines that run an exported graph are several times slower to sum over a last axis of a few points.
     # In at least float32; grid_sample wants the values in the same dtype.
-    grids = (2 * sampling_locations - 1).permute(3, 0, 2, 4, 1, 5).flatten(1, 2).contiguous()  # (L, B*H, P, Q, 2)
-    weights = attention_weights.permute(3, 0, 2, 4, 1).flatten(1, 2)[:, :, None].contiguous()  # (L, B*H, 1, P, Q)
+    grids = (2 * sampling_locations - 1).permute(0, 2, 3, 4, 1, 5).flatten(0, 1).contiguous()  # (B*H, L, P, Q, 2)
+    weights = attention_weights.permute(0, 2, 3, 4, 1).flatten(0, 1).contiguous()  # (B*H, L, P, Q)
     planes = value.permute(0, 2, 3, 1).flatten(0, 1).split([height * width for height, width in spatial_shapes], dim=-1)
     total = value.new_zeros(())
     for level, (height, width) in enumerate(spatial_shapes):
         plane = planes[level].reshape(batch * heads, channels, height, width).to(grids.dtype)
-        sampled = F.grid_sample(plane, grids[level], align_corners=False)  # (B*H, D, P, Q)
-        total = total + (sampled * weights[level]).sum(2)  # (B*H, D, Q)
+        sampled = F.grid_sample(plane, grids[:, level], align_corners=False)  # (B*H, D, P, Q)
+        total = total + (sampled * weights[:, None, level]).sum(2)  # (B*H, D, Q)
     return total.view(batch, heads * channels, queries).transpose(1, 2).to(value.dtype).contiguous()
 
 

@@ -6,7 +6,7 @@ import hashlib
 import os
 import threading
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from paqdetr.errors import BackendError, CheckpointError, import_extra
-from paqdetr.files import open_regular
+from paqdetr.files import read_bytes
 from paqdetr.runtime.info import FILE_ENTRY, KEY
 
 _SEAL_KEY = f"{KEY}_sha256"
@@ -32,7 +32,7 @@ class Engine:
 
     Attributes:
         name: of the program that runs it, with its version.
-        metadata: the json text that the file holds.
+        metadata: the json text that the file holds; empty where another program made it.
         batch: images of a call, where the graph has a fixed number.
         run: (N, H, W, 3) uint8, or (N, 3, H, W) float32 of a raw graph -> its outputs by name. Threads may call it at once.
     """
@@ -44,35 +44,26 @@ class Engine:
 
 
 def open_engine(path: Path, threads: int | None = None) -> Engine:
-    """An exported file, ready to run.
-
-    Args:
-        path: an .onnx file, or an .xml file with its .bin beside it.
-        threads: that work on one image; that of `OMP_NUM_THREADS`, else one for each core.
-
-    Raises:
-        CheckpointError: the file is missing, damaged or from elsewhere.
-        BackendError: the program that runs it is not installed.
-    """
+    """An .onnx or .xml file, ready to run. Arguments and errors are those of `open_exported`."""
     if threads is None:
         said = os.environ.get("OMP_NUM_THREADS", "")
         threads = int(said) if said.isascii() and said.isdigit() and len(said) < 5 else 0
     kind, opener = {".onnx": ("ONNX", _open_onnx), ".xml": ("OpenVINO", _open_openvino)}[path.suffix.lower()]
-    content = _read(path)
+    content = read_bytes(path, limit=None, error=CheckpointError)
     _check_seal(path, content)
     try:
-        name, metadata, batch, run = opener(path, content, threads)
+        engine = opener(path, content, threads)
     except BackendError:
         raise
     except Exception as error:  # of classes that their C++ parts make
         problem = f"{path}: not a readable {kind} model ({' '.join(str(error).split())[:200]})"
         raise CheckpointError(problem, "copy it again, or export the model again") from None
-    if KEY not in metadata:
+    if not engine.metadata:
         raise CheckpointError(
             f"{path}: an {kind} model that paqdetr did not export: its metadata has no entry {KEY!r}",
             "give a file that `paqdetr export` has written",
         )
-    return Engine(name, metadata[KEY], batch, run)
+    return engine
 
 
 def seal(path: Path) -> None:
@@ -109,23 +100,11 @@ def _check_seal(path: Path, content: bytes) -> None:
 def _digest(path: Path, content: bytes) -> bytes:
     total = hashlib.sha256(content)
     if path.suffix.lower() == ".xml":
-        total.update(_read(path.with_suffix(".bin")))
+        total.update(read_bytes(path.with_suffix(".bin"), limit=None, error=CheckpointError))
     return total.hexdigest().encode()
 
 
-def _read(path: Path) -> bytes:
-    with open_regular(path, error=CheckpointError) as file:
-        try:
-            return file.read()
-        except OSError as problem:
-            raise CheckpointError(f"{path}: cannot be read: {problem.strerror}", "check the file") from None
-
-
-_Run = Callable[[np.ndarray], dict[str, np.ndarray]]
-_Opened = tuple[str, Mapping[str, str], int | None, _Run]  # name, metadata, batch, run: of an `Engine`
-
-
-def _open_onnx(path: Path, content: bytes, threads: int) -> _Opened:
+def _open_onnx(path: Path, content: bytes, threads: int) -> Engine:
     program = import_extra("onnxruntime", "onnx")
     options = program.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 4
@@ -136,10 +115,11 @@ def _open_onnx(path: Path, content: bytes, threads: int) -> _Opened:
         return dict(zip(outputs, session.run(None, {first.name: images}), strict=True))
 
     batch = first.shape[0] if first.shape and isinstance(first.shape[0], int) else None
-    return f"onnxruntime {program.__version__}", session.get_modelmeta().custom_metadata_map, batch, run
+    metadata = session.get_modelmeta().custom_metadata_map.get(KEY, "")
+    return Engine(f"onnxruntime {program.__version__}", metadata, batch, run)
 
 
-def _open_openvino(path: Path, content: bytes, threads: int) -> _Opened:
+def _open_openvino(path: Path, content: bytes, threads: int) -> Engine:
     program = import_extra("openvino", "openvino")
     # Its own choice is bfloat16 on some processors: other boxes, and others again on the next machine.
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
@@ -147,7 +127,7 @@ def _open_openvino(path: Path, content: bytes, threads: int) -> _Opened:
         settings["INFERENCE_NUM_THREADS"] = threads
     core, entry = program.Core(), ["model_info", KEY]
     graph = core.read_model(str(path))
-    metadata = {KEY: graph.get_rt_info(entry).astype(str)} if graph.has_rt_info(entry) else {}
+    metadata = graph.get_rt_info(entry).astype(str) if graph.has_rt_info(entry) else ""
     shape = graph.inputs[0].partial_shape
     batch = None if shape[0].is_dynamic else shape[0].get_length()
     if batch is None:
@@ -164,4 +144,4 @@ def _open_openvino(path: Path, content: bytes, threads: int) -> _Opened:
         found = [[np.array(values) for values in local.request.infer([part]).values()] for part in parts]
         return {name: np.concatenate(values) for name, values in zip(outputs, zip(*found, strict=True), strict=True)}
 
-    return f"OpenVINO {program.__version__.split('-')[0]}", metadata, batch, run
+    return Engine(f"OpenVINO {program.__version__.split('-')[0]}", metadata, batch, run)

@@ -20,26 +20,25 @@ KEY = "paqdetr"
 """The entry of `metadata_props` (ONNX) or of `rt_info["model_info"]` (OpenVINO) that holds the json text."""
 FILE_ENTRY = "paqdetr.json"
 """The extra file of .pt2 and TorchScript archives that holds it."""
+OUTPUTS = {False: ("boxes", "scores", "labels"), True: ("logits", "pred_boxes")}
+"""Names of the graph's outputs; True: of one that was exported raw, as in transformers."""
 FORMAT = 1
 Format = Literal["onnx", "openvino", "pt2", "torchscript"]
 Precision = Literal["f32", "f16", "int8"]
 Attention = Literal["grid_sample", "gather"]
 """How deformable attention reads its samples: GridSample, the faster in onnxruntime and OpenVINO; or Gather alone, for TensorRT,
 which miscompiles GridSample (TensorRT issue 4813)."""
-_MAX_SIDE = 2**14
 
 
-def require_choices(*, format: str, precision: str, attention: str) -> None:
-    """Raise ConfigError unless these are a format, a precision and an attention that an export can have."""
-    for name, found, known in (
-        ("format", format, get_args(Format)),
-        ("precision", precision, get_args(Precision)),
-        ("attention", attention, get_args(Attention)),
-    ):
-        if found not in known:
-            raise ConfigError(
-                f"{name}: expected one of {', '.join(known)}, found {found!r}", f"{known[0]} is the usual one"
-            )
+_CHOICES = {"format": get_args(Format), "precision": get_args(Precision), "attention": get_args(Attention)}
+
+
+def require_choices(**given: str) -> None:
+    """Raise ConfigError unless these are a `format`, a `precision` and an `attention` that an export can have."""
+    for name, found in given.items():
+        if found not in (known := _CHOICES[name]):
+            expected = f"expected one of {', '.join(known)}, found {found!r}"
+            raise ConfigError(f"{name}: {expected}", f"{known[0]} is the usual one")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +107,7 @@ class ExportInfo:
             "format": FORMAT,
             "name": self.name,
             "classes": [{"id": i, "name": name} for i, name in zip(self.classes.ids, self.classes.names, strict=True)],
-            "preprocessing": {
-                **_PICTURES,
-                **{key: getattr(self.preprocessing, key) for key in ("height", "width", "mean", "std")},
-            },
+            "preprocessing": {**_PICTURES, **{key: getattr(self.preprocessing, key) for key in _SIZE}},
             **{key: getattr(self, key) for key in _PLAIN},
             "source_sha256": self.source,
             "versions": dict(self.versions),
@@ -126,7 +122,7 @@ class ExportInfo:
             CheckpointError: the text is malformed, or of a later format.
         """
         content = parse_json(text, f"{where}: its metadata", error=CheckpointError)
-        if isinstance(content, dict) and _is_count(content.get("format")) and content["format"] > FORMAT:
+        if isinstance(content, dict) and _whole(FORMAT + 1)(content.get("format")):
             raise CheckpointError(
                 f"{where}: written in format {content['format']}, and this version reads up to {FORMAT}",
                 "use the version of paqdetr that exported it, or a later one",
@@ -134,18 +130,14 @@ class ExportInfo:
         take = _Reader(content, where)
         size = _Reader(take("preprocessing", _is(dict)), where)
         rows = [_Reader(row, where) for row in take("classes", lambda value: isinstance(value, list) and value != [])]
-        ids = tuple(row("id", lambda value: _is_int(value) and -(2**63) <= value < 2**63) for row in rows)
+        ids = tuple(row("id", _whole(-(2**63), 2**63 - 1)) for row in rows)
         if len(set(ids)) < len(ids):
             raise CheckpointError(f"{where}: its metadata gives two classes one id", "export the model again")
+        height, width, mean, std = (size(key, fits) for key, fits in _SIZE.items())
         return cls(
             name=take("name", _is(str)),
             classes=ClassTable(ids, tuple(row("name", _is(str)) for row in rows)),
-            preprocessing=FixedSize(
-                height=size("height", _is_side),
-                width=size("width", _is_side),
-                mean=tuple(size("mean", _is_triple)),
-                std=tuple(size("std", lambda value: _is_triple(value) and min(value) > 0)),
-            ),
+            preprocessing=FixedSize(height, width, tuple(mean), tuple(std)),
             source=take("source_sha256", _is(str)),
             versions=take("versions", lambda value: _is(dict)(value) and all(map(_is(str), value.values()))),
             **{key: take(key, fits) for key, fits in _PLAIN.items()},
@@ -171,16 +163,8 @@ def _is(kind: type) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, kind)
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_count(value: Any) -> bool:
-    return _is_int(value) and 1 <= value < 2**31
-
-
-def _is_side(value: Any) -> bool:
-    return _is_int(value) and 1 <= value <= _MAX_SIDE
+def _whole(low: int, high: int = 2**31 - 1) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
 def _is_share_or_none(value: Any) -> bool:
@@ -195,10 +179,16 @@ def _is_triple(value: Any) -> bool:
 _PLAIN: dict[str, Callable[[Any], bool]] = {
     "raw": _is(bool),
     "precision": lambda value: value in get_args(Precision),
-    "max_detections": _is_count,
+    "max_detections": _whole(1),
     "clamp_boxes": _is(bool),
     "threshold": _is_share_or_none,
     "nms": _is_share_or_none,
+}
+_SIZE: dict[str, Callable[[Any], bool]] = {
+    "height": _whole(1, 2**14),
+    "width": _whole(1, 2**14),
+    "mean": _is_triple,
+    "std": lambda value: _is_triple(value) and min(value) > 0,
 }
 # How a program that reads the file has to prepare pictures.
 _PICTURES = {"resize": "stretch", "filter": "bilinear, antialiased", "color": "RGB"}

@@ -144,11 +144,12 @@ def predict_sources(
     on_problem = left_out if growing else refuse
     listed = list_sources(sources, recursive=recursive, leave_out=output, on_unreadable=on_problem)
     listed = _without_collisions(listed, output, on_problem)
-    total, ids = None, {}
+    total = None
     if not growing:
         listed = list(listed)
         total = len(listed) if all(source.kind in ("picture", "address") for source in listed) else None
-        ids = {} if image_id is None else {source.name: image_id(source) for source in listed}
+        if image_id is not None:
+            list(map(image_id, listed))  # one that has none is found before anything is predicted
     require_place(output, overwrite=overwrite)
     images = objects = 0
     pictures = read_sources(listed, every=every, max_frames=max_frames, buffer=buffer, on_unreadable=left_out)
@@ -156,8 +157,7 @@ def predict_sources(
     with Saver(output, save, model.classes, overwrite=overwrite) as saver:
         for picture, detections in found:
             if image_id is not None:
-                name = picture.source.name
-                detections.image_id = ids[name] if name in ids else image_id(picture.source)
+                detections.image_id = image_id(picture.source)
             saver.add(picture, detections)
             images, objects = images + 1, objects + len(detections)
             if progress is not None:

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL.Image import Image
 
 from paqdetr.errors import CheckpointError, ConfigError, DataError, NonFiniteError
-from paqdetr.images import ImageSource, read_image
+from paqdetr.images import ImageSource
 from paqdetr.runtime.engines import Engine, open_engine
-from paqdetr.runtime.info import ExportInfo
-from paqdetr.runtime.predict import Predicts, stream
+from paqdetr.runtime.info import OUTPUTS, ExportInfo
+from paqdetr.runtime.predict import stream
 from paqdetr.runtime.sources import Source, list_source, read_source
 from paqdetr.runtime.tiles import Tiles, predict_tiles
-from paqdetr.structures import Detections, OperatingPoint
+from paqdetr.structures import ClassTable, Detections, OperatingPoint
 from paqdetr.text import Summary, shorten, some
 from paqdetr.values import require_batch_size, require_nms, require_threshold
 
@@ -28,33 +27,23 @@ DEFAULT_THRESHOLD = 0.3
 EXPORTED = (".onnx", ".xml")
 """Endings of the files that `open_exported` reads."""
 
-_OUTPUTS = {False: ("boxes", "scores", "labels"), True: ("logits", "pred_boxes")}
 _Pixels = TypeVar("_Pixels")
 _Entry = TypeVar("_Entry")
 
 
-class Detects(Predicts, Protocol):
-    """What `PredictMixin` has to know of a detector."""
-
-    @property
-    def operating_point(self) -> OperatingPoint: ...
-    @property
-    def preprocessing(self) -> Callable[[Image], Any]: ...
-    def _detect_pixels(
-        self,
-        pixels: Sequence[Any],
-        sizes: Sequence[tuple[int, int]],
-        *,
-        threshold: float = 0.0,
-        names: Sequence[int | str] = (),
-    ) -> Iterable[Detections]: ...
-
-
 class PredictMixin:
-    """`predict`, `stream` and `names`, which a `Detector` and an exported model have in common."""
+    """`predict`, `stream` and `names`, which a `Detector` and an exported model have in common.
+
+    `preprocessing` makes pixels of a PIL image, and `_detect_pixels` takes them as `Predictor.detect` does.
+    """
+
+    classes: ClassTable
+    operating_point: OperatingPoint
+    preprocessing: Any
+    _detect_pixels: Any
 
     def predict(
-        self: Detects,
+        self,
         images: ImageSource | Iterable[ImageSource],
         threshold: float | None = None,
         batch_size: int = 1,
@@ -99,8 +88,15 @@ class PredictMixin:
         require_nms(overlap)
         require_batch_size(batch_size)
         wanted = None if classes is None else self.classes.find(classes)
-        given = _listed(images)
-        pictures = (one.read() for one in given)
+        given, again = _listed(images), []
+
+        def read(source: Source) -> Image:
+            picture = next(read_source(source))
+            if picture.frame is not None:
+                raise _is_video(source)
+            lasting = source.kind in ("picture", "given") and not hasattr(source.address, "read")
+            again.append(source.address if lasting else picture.image)
+            return picture.image
 
         def cleaned(detections: Detections) -> Detections:
             if wanted is not None:
@@ -113,76 +109,43 @@ class PredictMixin:
         def of_parts(parts: list[Image], together: int) -> list[Detections]:
             return predict_in_batches(parts, self.preprocessing, found, batch_size=together)
 
+        pictures = map(read, given)
         if tiles is None:
             names = [one.shown for one in given]
             results = predict_in_batches(pictures, self.preprocessing, found, batch_size=batch_size, names=names)
         else:
             cut = Tiles(tiles) if isinstance(tiles, int) else tiles
             results = [cleaned(predict_tiles(image, cut, of_parts, batch_size=batch_size)) for image in pictures]
-        for one, detections in zip(given, results, strict=True):
-            detections.image_id = detections.file_name = one.name
-            detections.source = one.source
+        for source, readable, detections in zip(given, again, results, strict=True):
+            detections.image_id = detections.file_name = None if source.kind == "given" else source.name
+            detections.source = readable
         return results
 
     def stream(
-        self: Detects, sources: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], **how: Any
+        self, sources: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], **how: Any
     ) -> Iterator[Detections]:
         """Detections of pictures, folders, videos and cameras, one by one and lazily: see `paqdetr.runtime.predict.stream`."""
         return stream(self, sources, **how)
 
     @property
-    def names(self: Detects) -> dict[int, str]:
+    def names(self) -> dict[int, str]:
         """Category id -> name of the classes."""
         return self.classes.id_to_name
 
 
-@dataclass(slots=True)
-class _Given:
-    """An image that was given to `predict`.
-
-    Attributes:
-        source: what is read; in the end what can be read again.
-        shown: in errors.
-        name: of its file.
-        before: what errors begin with.
-    """
-
-    source: Any
-    shown: str
-    name: str | None = None
-    before: str = ""
-
-    def read(self) -> Image:
-        if isinstance(self.source, Source):
-            picture = next(read_source(self.source))
-            if picture.frame is not None:
-                raise _is_video(self.source)
-            self.source = self.source.address if self.source.kind == "picture" else picture.image
-            return picture.image
-        try:
-            image = read_image(self.source)
-        except DataError as error:
-            raise DataError(f"{self.before}{error.message}", error.remedy) from error.__cause__
-        if hasattr(self.source, "read"):
-            self.source = image  # a file is closed by then
-        return image
-
-
-def _listed(images: ImageSource | Iterable[ImageSource]) -> list[_Given]:
+def _listed(images: ImageSource | Iterable[ImageSource]) -> list[Source]:
     """Every image, and where it comes from. What is no collection of images is one image, or nothing that `read_image` knows."""
     dimensions, kind = getattr(images, "ndim", None), getattr(getattr(images, "dtype", None), "kind", "")
     one = isinstance(images, (str, bytes, bytearray, memoryview, Mapping)) or hasattr(images, "read")
     column = dimensions == 1 and kind in ("O", "U", "T")  # of paths, in an array or a table
     several = isinstance(images, Iterable) and not one and (dimensions in (None, 4) or column)
-    given: list[_Given] = []
+    given: list[Source] = []
     for place, image in enumerate(images if several else [images]):  # type: ignore[arg-type]
-        if not isinstance(image, (str, os.PathLike)):
-            given.append(_Given(image, f"image {place}", before=f"image {place}: " if several else ""))
-            continue
-        for source in list_source(image):
-            if source.kind in ("video", "live"):
-                raise _is_video(source)
-            given.append(_Given(source, source.shown, source.name))
+        is_path = isinstance(image, (str, os.PathLike))
+        given += list_source(image) if is_path else [Source(image, f"image {place}", "given")]
+    for source in given:
+        if source.kind in ("video", "live"):
+            raise _is_video(source)
     return given
 
 
@@ -284,10 +247,10 @@ class Predictor(PredictMixin, Summary):
             black = np.zeros((step - len(part), *part.shape[1:]), part.dtype)
             given = np.concatenate([part, black]) if len(black) else part
             found = self.engine.run(self.preprocessing.normalized(given) if self.info.raw else given)
-            missing = [name for name in _OUTPUTS[self.info.raw] if name not in found]
+            missing = [name for name in OUTPUTS[self.info.raw] if name not in found]
             if missing:
                 raise CheckpointError(f"{self.where}: the graph has no output {missing[0]!r}", "export the model again")
-            parts.append([found[name][: len(part)] for name in _OUTPUTS[self.info.raw]])
+            parts.append([found[name][: len(part)] for name in OUTPUTS[self.info.raw]])
         return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
 
     def _decoded(self, logits: np.ndarray, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -71,7 +71,6 @@ class Saver:
     """
 
     def __init__(self, output: Path, forms: Sequence[str], classes: ClassTable, *, overwrite: bool = False) -> None:
-        require_forms(forms)
         self.output, self._classes, self._overwrite = output, classes, overwrite
         write = {"draw": self._draw, "yolo": self._yolo, "voc": self._voc, "crops": self._crops, "jsonl": self._line}
         self._writes = [write[form] for form in dict.fromkeys(forms) if form != "coco"]

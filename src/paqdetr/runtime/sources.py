@@ -15,13 +15,13 @@ import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 from PIL import Image
 
 from paqdetr._version import __version__
 from paqdetr.errors import ConfigError, DataError
-from paqdetr.images import PICTURE_EXTENSIONS, is_leftover, list_images, read_image
+from paqdetr.images import PICTURE_EXTENSIONS, is_leftover, list_images, pictures_in, read_image
 from paqdetr.runtime.video import LIVE_SCHEMES, VIDEO_EXTENSIONS, public_address, read_live, read_video
 
 MAX_DOWNLOAD = 20 * 2**20
@@ -30,7 +30,7 @@ MAX_DOWNLOAD = 20 * 2**20
 # Seconds: for the next bytes of an address, and for all of them.
 _WAIT, _WHOLE = 20.0, 60.0
 
-Kind = Literal["picture", "video", "live", "address"]
+Kind = Literal["picture", "video", "live", "address", "given"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,19 +38,19 @@ class Source:
     """One picture or video that is going to be read.
 
     Attributes:
-        address: a path, a URL, or `camera:0`.
+        address: a path, a URL, `camera:0`, or the picture itself.
         name: what its results are called: a relative path with forward slashes, without `..`.
-        kind: "address" is an http address, of which its answer says what it is.
+        kind: "address" is an http address, of which its answer says what it is; "given" a picture itself.
     """
 
-    address: Path | str
+    address: Any
     name: str
     kind: Kind
 
     @property
     def shown(self) -> str:
         """The address for messages, without a password."""
-        return public_address(str(self.address))
+        return self.name if self.kind == "given" else public_address(str(self.address))
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,22 +157,18 @@ def _in_folder(folder: Path, recursive: bool, leave_out: Path | None) -> Iterato
     """Pictures and videos of a folder, by name."""
     found = False
     for root, folders, names in os.walk(folder):
-        videos = [Path(root, name) for name in names if _kind(Path(name)) == "video" and not is_leftover(name)]
-        try:
-            pictures = list_images(root)
-        except DataError:
-            if not videos and not recursive:
-                raise
-            pictures = []
-        for path in sorted([*pictures, *(video for video in videos if video.name[:1] != ".")]):
+        shown = (Path(root, name) for name in names if name[:1] != "." and not is_leftover(name))
+        videos = {path for path in shown if _kind(path) == "video"}
+        for path in sorted(videos.union(pictures_in(Path(root)))):
             found = True
-            kind: Kind = "video" if path in videos else "picture"
-            yield Source(path, path.relative_to(folder).as_posix(), kind)
+            yield Source(path, path.relative_to(folder).as_posix(), "video" if path in videos else "picture")
         folders[:] = sorted(
             name
             for name in folders
             if recursive and name[:1] != "." and not is_leftover(name) and not _within(Path(root, name), leave_out)
         )
+    if not found and not recursive:
+        list_images(folder)  # which says what it looked for
     if not found:
         raise DataError(f"{folder}: neither it nor a folder below it holds pictures or videos", "check the path")
 
@@ -202,16 +198,15 @@ def read_source(source: Source, *, every: int = 1, buffer: bool = False) -> Iter
     Raises:
         DataError: it cannot be read, is too large, or its address does not answer.
     """
-    address, kind = source.address, source.kind
-    if kind == "address":
-        content = _fetch(str(address))
-        if isinstance(content, bytes):
-            try:
-                yield Picture(source, read_image(content))
-            except DataError as error:
-                raise DataError(f"{source.shown}: {error.message}", error.remedy) from None
-            return
-        kind = content
+    address = source.address
+    content = _fetch(address) if source.kind == "address" else address
+    if source.kind == "given" or isinstance(content, bytes):
+        try:
+            yield Picture(source, read_image(content))
+        except DataError as error:
+            raise DataError(f"{source.shown}: {error.message}", error.remedy) from error.__cause__
+        return
+    kind = content if source.kind == "address" else source.kind
     if kind == "picture":
         yield Picture(source, read_image(address))
         return

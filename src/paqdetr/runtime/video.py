@@ -5,17 +5,18 @@ PyAV and not OpenCV: it says how a frame is rotated, keeps variable frame times,
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import re
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from queue import Empty, Full, Queue
 from typing import Any
 
 import numpy as np
@@ -70,11 +71,10 @@ def read_video(address: str | Path, *, every: int = 1) -> Iterator[Frame]:
     """
     av = import_extra("av", "video")
     shown = public_address(str(address))
+    where, timeout = str(address), _TIMEOUT
     if isinstance(address, Path):
         open_regular(address).close()
         where, timeout = f"file:{address}", None  # else a name like `a:1.mp4` would be a protocol
-    else:
-        where, timeout = address, _TIMEOUT
     index, now = -1, -math.inf
     # From version 19 on, no metadata fail to be decoded.
     lenient = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
@@ -124,26 +124,35 @@ class _LiveReader(threading.Thread):
     def __init__(self, address: str, every: int, patience: float, *, buffer: bool) -> None:
         super().__init__(name="paqdetr live source", daemon=True)
         self._address, self._every, self._patience, self._buffer = address, every, patience, buffer
-        self._changed, self._stopped = threading.Condition(), threading.Event()
-        self._frames: deque[tuple[Any, int, float]] = deque(maxlen=_BUFFERED if buffer else 1)
-        self._failure: DataError | None = None
+        self._stopped = threading.Event()
+        # Frames, each with its number and time; or the error that ended the source.
+        self._frames: Queue[tuple[Any, int, float] | DataError] = Queue(_BUFFERED if buffer else 1)
         self._count, self._began, self._latest = 0, 0.0, 0.0
 
     def take(self) -> Frame:
         """Wait for the next frame."""
-        with self._changed:
-            while not self._frames:
-                if self._failure is not None:
-                    raise self._failure
-                self._changed.wait(1.0)
-            frame, index, now = self._frames.popleft()
-            self._changed.notify()
-        return Frame(upright(frame), index, now)
+        while True:
+            with contextlib.suppress(Empty):
+                found = self._frames.get(timeout=1.0)
+                if isinstance(found, DataError):
+                    raise found
+                frame, index, now = found
+                return Frame(upright(frame), index, now)
 
     def stop(self) -> None:
         """End the thread; one that waits for the network ends when its wait does."""
         self._stopped.set()
         self.join(timeout=2.0)
+
+    def _give(self, found: tuple[Any, int, float] | DataError) -> None:
+        """Put it behind what waits, once there is room; or in its place."""
+        while not self._stopped.is_set():
+            try:
+                return self._frames.put(found, timeout=1.0 if self._buffer else 0.0)
+            except Full:
+                if not self._buffer:
+                    with contextlib.suppress(Empty):
+                        self._frames.get_nowait()
 
     def run(self) -> None:
         shown, wait, lost = public_address(self._address), _FIRST_WAIT, None
@@ -159,13 +168,9 @@ class _LiveReader(threading.Thread):
                 wait, lost = _FIRST_WAIT, None
             lost = lost or time.monotonic()
             if self._count == 0 or time.monotonic() - lost > self._patience:
-                with self._changed:
-                    self._failure = DataError(
-                        f"{shown}: {'no frame arrived' if self._count == 0 else 'the connection was lost'}: {problem}",
-                        "check the address, the network, and that no other program uses the camera",
-                    )
-                    self._changed.notify()
-                return
+                what = "no frame arrived" if self._count == 0 else "the connection was lost"
+                remedy = "check the address, the network, and that no other program uses the camera"
+                return self._give(DataError(f"{shown}: {what}: {problem}", remedy))
             _LOG.warning("%s: %s; connecting again in %g s", shown, problem, wait)
             self._stopped.wait(wait)
             wait = min(2 * wait, _LAST_WAIT)
@@ -184,11 +189,7 @@ class _LiveReader(threading.Thread):
                 self._latest = now
                 index, self._count = self._count, self._count + 1
                 if index % self._every == 0:
-                    with self._changed:
-                        while self._buffer and len(self._frames) == _BUFFERED and not self._stopped.is_set():
-                            self._changed.wait(1.0)
-                        self._frames.append((frame, index, now))
-                        self._changed.notify()
+                    self._give((frame, index, now))
 
 
 def _open_live(address: str, *, buffer: bool) -> Any:

@@ -19,16 +19,14 @@ from typing import Any
 import numpy as np
 from PIL.Image import Image
 
-from paqdetr import errors
 from paqdetr._version import __version__
-from paqdetr.errors import BackendError, ConfigError, DataError, StorageError, import_extra
-from paqdetr.files import open_regular, write_whole
+from paqdetr.errors import BackendError, ConfigError, DataError, UserError, import_extra
+from paqdetr.files import open_regular, storage_errors, write_whole
 from paqdetr.images import IMAGE_EXTENSIONS, is_leftover, read_image
 from paqdetr.structures import Detections
 
 PLAN = "plan.json"
 _COLUMNS = ("image", "path", "file_name")
-_USER_ERRORS = {kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.UserError)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +87,9 @@ def predict_on_ray(
     _import("ray.data")
     files = _Files.at(str(output))
     images = list_images_of(str(source))
+    file = _loading().require_model(model).absolute()
     plan = {
-        "model": _digest_of_file(Path(model)),
+        "model": hashlib.sha256(file.read_bytes()).hexdigest(),
         "images": len(images),
         "list": hashlib.sha256("\n".join(images).encode("utf-8", "surrogateescape")).hexdigest(),
         "shard_size": shard_size,
@@ -107,7 +106,7 @@ def predict_on_ray(
         size = max(1, min(workers or room, len(todo)))
         rows = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
             _Actor,
-            fn_constructor_args=(str(Path(model).absolute()), files.root, batch_size, "cuda" if gpus else "cpu", how),
+            fn_constructor_args=(str(file), files.root, batch_size, "cuda" if gpus else "cpu", how),
             batch_size=1,
             num_cpus=cpus,
             num_gpus=gpus,
@@ -131,7 +130,7 @@ def list_images_of(source: str) -> list[str]:
         if not files.exists(root):
             raise DataError(f"{source}: no such file or folder", "check the address")
         folder = files.isdir(root)
-        if root.endswith(".parquet") or (folder and any(map(_is_parquet, files.ls(root, detail=False)))):
+        if any(path.endswith(".parquet") for path in [root, *(files.ls(root, detail=False) if folder else [])]):
             lines = _column(_import("pyarrow.dataset").dataset(root, filesystem=files, format="parquet"), source)
         elif folder:
             inside = (path for path in files.find(root) if PurePosixPath(path).suffix.lower() in IMAGE_EXTENSIONS)
@@ -152,10 +151,6 @@ def list_images_of(source: str) -> list[str]:
     if not found:
         raise DataError(f"{source}: names no pictures", "name a folder with pictures, or a list of them")
     return found
-
-
-def _is_parquet(path: str) -> bool:
-    return path.endswith(".parquet")
 
 
 def _column(table: Any, source: str) -> list[str | None]:
@@ -188,15 +183,12 @@ class _Files:
 
     def write(self, name: str, content: bytes) -> None:
         """Whole, or not at all: an object of a store appears when it is complete."""
-        if self.root.startswith("file://"):
-            write_whole(Path(self.root.removeprefix("file://"), name), lambda path: path.write_bytes(content))
-            return
-        try:
-            self.fs.pipe_file(f"{self.root}/{name}", content)
-        except OSError as error:
-            raise StorageError(
-                f"{self.root}/{name}: cannot be written ({error})", "check what it takes to write there"
-            ) from None
+        place = f"{self.root}/{name}"
+        if place.startswith("file://"):
+            write_whole(Path(place.removeprefix("file://")), lambda path: path.write_bytes(content))
+        else:
+            with storage_errors(place):
+                self.fs.pipe_file(place, content)
 
 
 def _require_same_plan(files: _Files, plan: dict[str, Any]) -> None:
@@ -217,16 +209,6 @@ def _require_same_plan(files: _Files, plan: dict[str, Any]) -> None:
     if changed is not None:
         what = {"model": "another model", "how": "other settings"}.get(changed, f"another {changed}")
         raise ConfigError(f"{files.root}: its shards were made with {what}", "choose another --output")
-
-
-def _digest_of_file(path: Path) -> str:
-    """SHA-256 of the model, so that no shard of another one stays."""
-    if path.is_dir():
-        path = next((path / name for name in ("best.safetensors", "last.safetensors") if (path / name).is_file()), path)
-    if not path.is_file():
-        raise DataError(f"{path}: no such model", "name a checkpoint, a run's folder or an exported model")
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def connect_ray(address: str | None) -> Any:
@@ -261,7 +243,8 @@ def errors_of_workers() -> Iterator[None]:
         yield
     except Exception as error:
         cause: BaseException | None = error
-        while cause is not None and type(cause) not in _USER_ERRORS:
+        # Ray's own errors are of the worker's class as well, and hold the error itself as `cause`.
+        while cause is not None and (hasattr(cause, "cause") or not isinstance(cause, UserError)):
             cause = getattr(cause, "cause", None) or cause.__cause__
         if cause is None:
             raise
@@ -273,8 +256,7 @@ class _Actor:
 
     def __init__(self, model: str, output: str, batch_size: int, device: str, how: dict[str, Any]) -> None:
         self.files, self.batch_size, self.how = _Files.at(output), batch_size, how
-        # By name: what loads checkpoints lies above this room, and is torch's.
-        self.model: Any = import_module("paqdetr.loading").load(model, device=device)
+        self.model: Any = _loading().load(model, device=device)
         self.readers = ThreadPoolExecutor(4)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
@@ -322,8 +304,8 @@ def shard_of(rows: Iterator[tuple[str, Image | str, Detections | None]]) -> byte
         if isinstance(picture, str) or found is None:
             row["error"] = str(picture)
         else:
-            row |= {"width": picture.width, "height": picture.height, "boxes": found.boxes.tolist()}
-            row |= {"scores": found.scores.tolist(), "labels": found.labels.tolist()}
+            values = (*picture.size, found.boxes.tolist(), found.scores.tolist(), found.labels.tolist())
+            row |= dict(zip(("width", "height", "boxes", "scores", "labels"), values, strict=True))
             row["names"] = [found.names.get(label, str(label)) for label in row["labels"]]
         written.append(row)
     buffer = io.BytesIO()
@@ -343,11 +325,8 @@ def read_shards(path: str | Path) -> list[dict[str, Any]]:
     for file in files:
         with open_regular(file) as opened:
             try:
-                content = _import("pyarrow.parquet").read_table(
-                    opened, columns=["image", "boxes", "scores", "labels", "names"]
-                )
-                shard = content.to_pylist()
-                for row in shard:
+                columns = ["image", "boxes", "scores", "labels", "names"]
+                for row in _import("pyarrow.parquet").read_table(opened, columns=columns).to_pylist():
                     found = Detections(
                         np.array(row["boxes"], np.float32).reshape(-1, 4),
                         np.array(row["scores"], np.float32),
@@ -385,3 +364,8 @@ def _summary(files: _Files, names: Sequence[str], skipped: int) -> RayPrediction
 
 def _import(name: str) -> Any:
     return import_extra(name, "ray")
+
+
+def _loading() -> Any:
+    """By name: what loads checkpoints lies above this room, and is torch's."""
+    return import_module("paqdetr.loading")
