@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -275,6 +276,21 @@ def test_titles_are_not_folded_to_their_table(capsys: pytest.CaptureFixture[str]
     results.print(made)
     first, second, *_ = capsys.readouterr().out.splitlines()
     assert first == title and set(second) <= set("┏━┳┓+-")
+
+
+@pytest.mark.parametrize("verb", [["models"], ["config", "list"]])
+def test_lists_fit_a_terminal(
+    verb: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of 80 columns: the last column goes on below itself. In a pipe nothing is folded, and the words are the same."""
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run(verb) == 0
+    piped = capsys.readouterr()
+    monkeypatch.setattr(results, "_force_terminal", True)
+    assert run(verb) == 0
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    assert max(map(len, (shown + piped.err).splitlines())) <= 80 < max(map(len, piped.out.splitlines()))
+    assert shown.split() == piped.out.split()
 
 
 # ---------------------------------------------------------------------------------------------- a training

@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -243,7 +244,8 @@ def facts_table(title: str, facts: Mapping[str, str]) -> Table:
 
 
 def print_columns(rows: Sequence[Sequence[str]], *, right: Collection[int] = ()) -> None:
-    """Rows in aligned columns, two spaces apart and never cut: names stay whole in a narrow window and in a pipe.
+    """Rows in aligned columns, two spaces apart and never cut: names stay whole in a narrow window and in a pipe. In a terminal
+    the last column goes on below itself, between words, where it would reach beyond the window.
 
     Args:
         rows: cells without line breaks; as many in each row.
@@ -251,12 +253,17 @@ def print_columns(rows: Sequence[Sequence[str]], *, right: Collection[int] = ())
     """
     rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    start = sum(widths[:-1]) + 2 * (len(widths) - 1)
+    room = max(results.width - start, 10) if results.is_terminal else sys.maxsize
     for row in rows:
-        cells = (
+        cells = [
             cell.rjust(width) if index in right else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        results.print("  ".join(cells).rstrip())
+            for index, (cell, width) in enumerate(zip(row[:-1], widths, strict=False))
+        ]
+        last = textwrap.wrap(row[-1], room, break_long_words=False, break_on_hyphens=False) or [""]
+        results.print("  ".join([*cells, last[0]]).rstrip())
+        for line in last[1:]:
+            results.print(" " * start + line)
 
 
 def live_bars(*more: bars.ProgressColumn) -> bars.Progress:

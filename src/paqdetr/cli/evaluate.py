@@ -324,7 +324,7 @@ def _compare(pair: tuple[Path, Path], task: _Task) -> dict[str, Any] | None:
             made.add_row(name, *values, "-" if math.isnan(own.value) else f"{own.value:+.3f}", _range(own, "+"), better)
         results.print(made)
     results.print(found.verdict())
-    results.print(f"Over {found.samples} resamples of the images; another training seed would move both as well.")
+    results.print(f"Over {found.samples} resamples of images; another training seed would move both as well.")
     _warn_of_crowding(truth, None, task)
     sides = zip("AB", pair, (found.first, found.second), strict=True)
     return {letter: {"source": str(path), **own.to_json()} for letter, path, own in sides} | {

@@ -38,13 +38,16 @@ def models(
         raise ConfigError(f"no model is called {pattern!r}", "`paqdetr models` lists them all")
     known = (height, width) == (_HEIGHT, _WIDTH)
     costs = known_figures("costs") if known else _count(names, height, width)
-    figures = {name: figures_of(name, costs[name]) for name in names}
-    headings = next(iter(figures.values()))
-    print_columns([("model", *headings), *((name, *row.values()) for name, row in figures.items())], right=(1, 2, 3, 4))
-    errors.print(
-        f"FLOPs of one image of {height} x {width}, a multiply-add counted once. Published: AP on COCO val2017, 12 epochs, "
-        "not ours. Measured: test AP here, one seed. `paqdetr config list` names recipes as well."
-    )
+    rows = []
+    for name in names:
+        *figures, measured = figures_of(name, costs[name]).values()
+        rows.append((name, *figures, re.sub(r" \([^)]*\)", "*", measured)))
+    headings = ("model", "params", "trained", "GFLOPs", "COCO", "measured")
+    print_columns([headings, *rows], right=(1, 2, 3, 4))
+    errors.print(f"GFLOPs: of one image of {height} x {width}, a multiply-add counted once.")
+    errors.print("COCO: published AP on val2017 after 12 epochs, not ours.")
+    errors.print("measured: test AP here, one seed; *: `paqdetr info MODEL` shows the settings.")
+    errors.print("`paqdetr config list` names recipes as well.")
 
 
 def figures_of(name: str, cost: Mapping[str, Any]) -> dict[str, str]:

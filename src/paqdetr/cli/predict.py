@@ -132,7 +132,8 @@ def predict(
         if output is None:
             with suppress(OSError):
                 folder.rmdir()  # where nothing was written
-    results.print(f"{done.objects} objects over {least} in {done.images} images: {done.output}")
+    shown = round(least, 2) if threshold is None else least
+    results.print(f"{done.objects} objects over {shown} in {done.images} images: {done.output}")
     for reason in done.unreadable.values():
         note(reason, "left out")
     if done.unreadable:
