@@ -61,10 +61,10 @@ def gradients(*models: str) -> str:
 
 
 TABLES: dict[str, Callable[..., str]] = {
-    "gradients": gradients,
     "settings": settings_tables.table,
     "study": study_tables.table,
     "performance": performance_tables.table,
+    "gradients": gradients,
     "results": run_tables.table,
     "headline": run_tables.headline,
     "peers": lambda folder: peers.table(peers.collect(RESULTS / folder)),
