@@ -48,10 +48,23 @@ def _kept(file: str) -> dict:
     return json.loads((RESULTS / file).read_text(encoding="utf-8"))
 
 
+def gradients(*models: str) -> str:
+    """What DDP sends in a step of training: the gradients in float32, of which a ring sends nearly twice the bytes."""
+    costs = yaml.safe_load(COSTS.read_text(encoding="utf-8"))
+    rows = ["| model | MB | ms at 10 Gbit/s | at 100 Gbit/s | at 400 Gbit/s |", "|---|---:|---:|---:|---:|"]
+    for name in models:
+        size = 4 * costs[name]["trainable"]
+        times = [2 * 8 * size / (gigabits * 1e9) * 1e3 for gigabits in (10, 100, 400)]
+        shown = [f"{time:.0f}" if time >= 10 else f"{time:.1f}" for time in times]
+        rows.append(f"| {' | '.join([name, f'{size / 1e6:.0f}', *shown])} |")
+    return "\n".join(rows)
+
+
 TABLES: dict[str, Callable[..., str]] = {
     "settings": settings_tables.table,
     "study": study_tables.table,
     "performance": performance_tables.table,
+    "gradients": gradients,
     "results": run_tables.table,
     "headline": run_tables.headline,
     "peers": lambda folder: peers.table(peers.collect(RESULTS / folder)),

@@ -91,6 +91,10 @@ def verbs(
             "report",
         ),
         "convert": (["convert", model, "--from", "paqdetr", "--output", "DISK/m.safetensors"], "m.safetensors"),
+        "export": (
+            ["export", model, "--format", "torchscript", "--no-check", "--output", "DISK/m.torchscript"],
+            "m.torchscript",
+        ),
         "plan": (["plan", "paq_dino_nano", "--data", data, *quick, "--json", "DISK/plan.json"], "plan.json"),
         "study": (["study", str(folder / "study.yaml"), "--output", "DISK/study"], "study/study.yaml"),
     }

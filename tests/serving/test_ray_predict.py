@@ -193,6 +193,8 @@ def test_two_workers_of_which_one_is_killed(tmp_path: Path) -> None:
         (["a", "b", "--output", "out"], "takes one SOURCE"),
         (["a"], "takes one SOURCE"),
         (["no/such/folder", "--output", "out"], "no such file or folder"),
+        (["a", "--output", "out", "--save", "yolo"], "--save does not go with --ray"),
+        (["a", "--output", "out", "--overwrite"], "--overwrite does not go with --ray"),
     ],
 )
 def test_mistakes(arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

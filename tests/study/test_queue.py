@@ -365,7 +365,7 @@ def start_until(command: list[str], run: Run, *, step: int) -> subprocess.Popen[
     return process
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 def test_a_cluster_of_two_workers_of_which_one_is_killed(
     tmp_path: Path, file: Path, tiny_digits: Path, monkeypatch: pytest.MonkeyPatch, no_pictures: None, one_thread: None

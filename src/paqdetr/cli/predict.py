@@ -84,6 +84,10 @@ def predict(
     suppress_over, cut = options.parse_nms(nms), options.tiles_of(tiles, overlap, with_whole)
     wanted = None if classes is None else [name.strip() for name in classes.split(",")]
     if ray is not None:
+        others = {"--save": save != "draw,coco", "--every": every > 1, "--max-frames": max_frames, "--buffer": buffer}
+        others |= {"--annotations": annotations, "--overwrite": overwrite}
+        for name in (name for name, given in others.items() if given):
+            raise ConfigError(f"{name} does not go with --ray, which writes Parquet files of pictures", "leave it out")
         how = {"threshold": threshold, "nms": suppress_over, "classes": wanted, "tiles": cut}
         given = {key: value for key, value in how.items() if value is not None}
         return _on_ray(model, sources, output, ray, workers, shard_size, batch_size, device, given)

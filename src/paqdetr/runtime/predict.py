@@ -17,7 +17,7 @@ from paqdetr.structures import ClassTable, Detections
 
 
 class Predicts(Protocol):
-    """A detector, whatever runs it: see `Detector`."""
+    """A detector, whatever runs it. `predict` takes threshold, nms, classes, tiles and batch_size, as `Detector.predict` does."""
 
     @property
     def classes(self) -> ClassTable: ...
