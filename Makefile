@@ -12,10 +12,12 @@ BIN := .venv/bin
 USER_STAMP := .venv/.installed
 DEV_STAMP := .venv/.installed-dev
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
-# Two to four processes; one file stays in one process, so what its tests share is made once.
+# Two to four processes; one file stays in one process, so what its tests share is made once. Integration tests wait for processes
+# of their own much of the time, and a file of few tests may be the longest: three processes, and files in the order of their names.
 PYTEST := $(BIN)/python -m pytest -q
 WORKERS := -n logical --maxprocesses=4
 PARALLEL := $(WORKERS) --dist loadfile
+WAITING := -n 3 --dist loadfile --no-loadscope-reorder
 
 # The small edition of the digits that quickstart trains on, and where its run goes.
 DIGITS := data/digits-small
@@ -47,7 +49,7 @@ test: $(DEV_STAMP) ## the unit tests, in minutes
 	$(PYTEST) $(PARALLEL) $(PYTEST_ARGS)
 
 test-integration: $(DEV_STAMP) ## processes, real faults, whole verbs, parity with other programs
-	$(PYTEST) -m "integration and not slow" $(PARALLEL) $(PYTEST_ARGS)
+	$(PYTEST) -m "integration and not slow" $(WAITING) $(PYTEST_ARGS)
 
 test-full: test test-integration ## unit and integration tests
 

@@ -33,6 +33,9 @@ from hypothesis import settings  # noqa: E402
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
+# Tests kill processes, not machines: what they write need not have reached the disk before they go on.
+os.fsync = lambda descriptor: None
+
 # The same examples in every run, and no deadline: a first call may warm up a library, on a busy machine.
 # `--hypothesis-profile=explore` looks for new examples.
 settings.register_profile("repeatable", deadline=None, derandomize=True)

@@ -137,7 +137,7 @@ def load_tensors(module: torch.nn.Module, tensors: Mapping[str, Tensor], where: 
     """Fill a module; every name and shape must agree.
 
     Args:
-        assign: the module takes over the tensors themselves.
+        assign: the module gets tensors instead of filling its own, which may have no values yet.
 
     Raises:
         CheckpointError: naming the first tensors that are missing, left over, of another shape or no weights.
@@ -163,7 +163,8 @@ def load_tensors(module: torch.nn.Module, tensors: Mapping[str, Tensor], where: 
                 "load it with the model and settings it was made with",
             )
     if assign:
-        module.load_state_dict({key: tensors[key].to(own[key].dtype) for key in own}, assign=True)
+        # Copied: tensors of a file lie at any address, those of torch at multiples of 64, and sums differ in the last bit.
+        module.load_state_dict({key: tensors[key].to(own[key].dtype, copy=True) for key in own}, assign=True)
     else:
         module.load_state_dict(dict(tensors))
 

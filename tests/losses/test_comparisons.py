@@ -23,7 +23,8 @@ from paqdetr.structures import Targets
     ],
 )
 def test_every_parameter_learns(queries: str, loss: dict[str, Any]) -> None:
-    model = create_model("dino_nano", num_classes=3, queries=queries, num_queries=20, dim=32, ffn_dim=64)
+    small = {"backbone": "test_resnet", "num_queries": 20, "dim": 32, "ffn_dim": 64}
+    model = create_model("dino_nano", num_classes=3, queries=queries, **small)
     targets = [
         Targets(torch.tensor([0, 2]), torch.tensor([[0.3, 0.4, 0.2, 0.3], [0.7, 0.6, 0.4, 0.4]])),
         Targets(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4)),

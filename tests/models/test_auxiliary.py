@@ -36,6 +36,7 @@ from paqdetr.models.auxiliary_heads import (
     matches,
     pool,
 )
+from paqdetr.models.backbone import Uninitialised
 from paqdetr.models.cost import model_cost
 from paqdetr.models.detector import Detector
 from paqdetr.models.files import reshape_classes, start_from
@@ -195,7 +196,7 @@ def test_samples_are_a_share_of_positives_filled_with_background(seed: int, posi
 
 
 def test_constants_are_the_published_ones() -> None:
-    with torch.device("meta"):
+    with torch.device("meta"), Uninitialised():
         heads = create_model("co_dino_r50").auxiliary
     assert heads is not None and list(heads.heads) == ["faster_rcnn", "atss"]
     assert heads.strides == (4, 8, 16, 32, 64, 128)
@@ -479,7 +480,7 @@ def test_padding_is_neither_positive_nor_background(make_tokens: Callable, make_
 
 @pytest.mark.parametrize("name", ["co_dino_nano", "paq_co_dino_nano"])
 def test_more_boxes_than_queries(name: str, make_targets: Callable) -> None:
-    model = create_model(name, num_classes=5, num_queries=30, customised_queries=10).train()
+    model = create_model(name, num_classes=5, num_queries=30, customised_queries=10, backbone="test_resnet").train()
     targets = make_targets(40, 0)
     output = model(torch.randn(2, 3, 96, 96), None, targets)
     report = build_criterion(LossConfig())(output, targets)

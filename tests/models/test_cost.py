@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from paqdetr.config import known_figures, list_configs, load_config
+from paqdetr.models.backbone import Uninitialised
 from paqdetr.models.cost import ModelCost, model_cost
+from paqdetr.models.detector import Detector
 from paqdetr.models.zoo import create_model
 
 D, FFN, CLASSES, QUERIES = 256, 2048, 80, 900
@@ -18,6 +20,17 @@ SAMPLES = 8 * 4 * 4 * 3
 @cache
 def cost_of(name: str, height: int = 800, width: int = 1333) -> ModelCost:
     return model_cost(name, height=height, width=width)
+
+
+@cache
+def shapes(name: str) -> Detector:
+    """The model without weights."""
+    with torch.device("meta"), Uninitialised():
+        return create_model(name)
+
+
+def parameters(name: str) -> int:
+    return sum(p.numel() for p in shapes(name).parameters())
 
 
 def linear(fan_in: int, fan_out: int) -> int:
@@ -50,11 +63,9 @@ def dino_parameters(heads: int) -> int:
 
 @pytest.mark.parametrize("name", ["dino_r50", "dino_nano"])
 def test_parameters_are_those_of_the_model(name: str) -> None:
-    with torch.device("meta"):  # shapes without weights
-        model = create_model(name)
     cost = cost_of(name)
-    assert cost.parameters == sum(p.numel() for p in model.parameters())
-    assert cost.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert cost.parameters == parameters(name)
+    assert cost.trainable == sum(p.numel() for p in shapes(name).parameters() if p.requires_grad)
     assert (cost.height, cost.width) == (800, 1333)
 
 
@@ -77,12 +88,12 @@ def test_parameters_by_hand() -> None:
 
 
 def test_what_pattern_queries_add() -> None:
-    plain, paq = (cost_of(name) for name in ("dino_r50", "paq_dino_r50"))
+    plain, paq = (parameters(name) for name in ("dino_r50", "paq_dino_r50"))
     m, levels = 64, 4
     weights = D * QUERIES * m + QUERIES * m + linear(D, D) + 2 * D + m * D
     branch = linear(D, D) + 9 * D + 2 * D  # 1x1, depthwise 3x3, norm
     fusion = linear(D, D // 16) + linear(D // 16, D) + 2 * 49 + 1
-    assert paq.parameters - plain.parameters == weights + levels * branch + (levels - 1) * fusion - QUERIES * D
+    assert paq - plain == weights + levels * branch + (levels - 1) * fusion - QUERIES * D
 
 
 def test_operations_by_hand() -> None:

@@ -298,7 +298,7 @@ def test_content_is_the_mapped_token_of_the_memory(tiny_model: Callable, make_to
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["ddq_detr_nano", "relation_detr_nano"])
 def test_classes_and_queries_can_be_changed(name: str) -> None:
-    model = create_model(name, num_classes=4, num_queries=30)
+    model = create_model(name, num_classes=4, num_queries=30, backbone="test_resnet")
     for head in (model.start.head.hybrid_class_head, model.decoder.class_heads[1]):  # type: ignore[union-attr]
         torch.nn.init.normal_(head.weight)
     changed, _ = reshape(model, classes=["x", *model.classes.names[1:3]], num_queries=20)

@@ -25,7 +25,7 @@ from paqdetr.structures import ClassTable, Detections
 def model(request: pytest.FixtureRequest, stir: Callable) -> Detector:
     """Two classes, so that all 200 scores of an image are detections and none is cut off at 300."""
     torch.manual_seed(3)
-    model = create_model(request.param, num_classes=2, image_size=64, backbone="test_resnet")
+    model = create_model(request.param, num_classes=2, image_size=64, backbone="test_resnet", decoder_layers=2)
     for part in (model.encoder, model.decoder, model.query_source, model.start):
         stir(part)
     return model
@@ -125,7 +125,7 @@ def test_what_is_no_image(nano: Detector, source: Any, message: str) -> None:
 
 @pytest.fixture(scope="module")
 def nano() -> Detector:
-    return create_model("paq_dino_nano", num_classes=2, image_size=64, backbone="test_resnet")
+    return create_model("paq_dino_nano", num_classes=2, image_size=64, backbone="test_resnet", decoder_layers=2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
@@ -133,7 +133,7 @@ def nano() -> Detector:
 def test_a_model_in_another_precision(name: str, dtype: torch.dtype) -> None:
     """Without proposals the same queries answer, and boxes move by rounding alone."""
     torch.manual_seed(0)
-    model = create_model(name, num_classes=2, image_size=64, backbone="test_resnet")
+    model = create_model(name, num_classes=2, image_size=64, backbone="test_resnet", decoder_layers=2)
     (expected,) = model.predict(picture(48, 64, 0), threshold=0.0)
     model.to(dtype)
     (found,) = model.predict(picture(48, 64, 0), threshold=0.0)

@@ -16,6 +16,7 @@ from paqdetr.checkpoint import find_checkpoint, read_checkpoint, write_checkpoin
 from paqdetr.config import ModelConfig, load_config
 from paqdetr.errors import CheckpointError, ConfigError
 from paqdetr.models import Detector, create_model, list_models, load
+from paqdetr.models.backbone import Uninitialised
 from paqdetr.models.denoising import ContrastiveDenoising, PlainDenoising
 from paqdetr.models.proposals import LearnedAnchors, LearnedPoints, ProposalStart
 from paqdetr.models.queries import FeatureQueries, StaticQueries
@@ -55,7 +56,7 @@ def test_list_models() -> None:
 def put_together(name: str) -> Detector:
     """A model without weights, whose parts are as many as its settings say."""
     backbone = "test_resnet"  # the model's own takes most of the time
-    with torch.device("meta"):
+    with torch.device("meta"), Uninitialised():
         model = create_model(name, num_classes=7, backbone=backbone)
     config = model.config
     assert (
@@ -190,7 +191,7 @@ def test_pretrained_weights_come_with_the_flag() -> None:
 def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Detector, Path]:
     """A model whose ids are neither contiguous nor in order."""
     classes = ClassTable((90, 3, 17), ("cat", "dog", "häuschen"))
-    small = {"model.backbone": "test_resnet", "model.dim": 32, "model.ffn_dim": 64}
+    small = {"model.backbone": "test_resnet", "model.dim": 32, "model.ffn_dim": 64, "model.decoder_layers": 2}
     settings = {"model.num_classes": 3, "model.num_queries": 9, "image_size": [64, 128], **small}
     config = load_config(request.param, settings)
     model = build_model(config, classes=classes).eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -198,24 +199,42 @@ def test_a_process_without_numba() -> None:
     assert output_of(run(script)).split()[0] == "reference"
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the machine code of `step`. Not to be changed by a test."""
+    folder = tmp_path_factory.mktemp("kept") / "cache"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NUMBA_CACHE_DIR", str(folder))
+        compiled._kernel.cache_clear()
+        step(queries=50)
+    return folder
+
+
 @pytest.mark.parametrize(
     "what", ["kept", "damaged", "cut short", "nowhere to keep it", "not what a process without numba has"]
 )
-def test_kept_code_computes_the_same_bits(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kept_code_computes_the_same_bits(
+    what: str, kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = step(queries=50)
     folder = tmp_path / "cache"
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(folder))
     if what == "nowhere to keep it":
         folder.write_bytes(b"a file")
-    if what.startswith("not"):
+    elif what.startswith("not"):
         monkeypatch.setattr(compiled, "_object", lambda found: None)
-    for _ in range(2):
-        compiled._kernel.cache_clear()
-        assert equal(step(queries=50), expected)
-        for file in folder.rglob("*.o"):
-            if what == "damaged":
-                file.write_bytes(file.read_bytes()[:-9] + bytes(9))
-            if what == "cut short":
-                file.write_bytes(file.read_bytes()[:20])
+    else:
+        shutil.copytree(kept, folder)
+    before = {file: file.read_bytes() for file in folder.rglob("*.o")}
+    for file, code in before.items():
+        if what == "damaged":
+            file.write_bytes(code[:-9] + bytes(9))
+        if what == "cut short":
+            file.write_bytes(code[:20])
+    written = {file: file.stat().st_mtime_ns for file in before}
+    compiled._kernel.cache_clear()
+    assert equal(step(queries=50), expected)
     assert compiled.is_any_kept() == (what in ("kept", "damaged", "cut short"))
-    assert len(list(folder.rglob("*.o"))) == (3 if compiled.is_any_kept() else 0)
+    assert len(list(folder.rglob("*.o"))) == len(before) == (3 if compiled.is_any_kept() else 0)
+    anew = {file for file, when in written.items() if file.stat().st_mtime_ns != when}
+    assert anew == (set() if what == "kept" else set(before))

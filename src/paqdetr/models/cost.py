@@ -8,6 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from paqdetr.config import Config, load_config
+from paqdetr.models.backbone import Uninitialised
 from paqdetr.models.proposals import ProposalStart
 from paqdetr.models.zoo import build_model
 
@@ -37,7 +38,8 @@ def model_cost(model: str | Config, *, height: int = 800, width: int = 1333) -> 
         height, width: of the image; rounded up to multiples of 32, as batches are.
     """
     with torch.device("meta"):
-        detector = build_model(model if isinstance(model, Config) else load_config(model)).eval()
+        with Uninitialised():
+            detector = build_model(model if isinstance(model, Config) else load_config(model)).eval()
         # Suppression needs values, which a meta tensor has not, and no multiplication that is counted.
         detector.decoder.distinct = None
         if isinstance(detector.start, ProposalStart):
