@@ -140,7 +140,7 @@ def test_a_static_table_has_nothing_of_the_image(anyone: Detector) -> None:
         collector.see(output, [target], [seed])  # type: ignore[arg-type]
     study = collector.study(anyone)
     assert study.image_share == pytest.approx(0, abs=1e-6)
-    assert study.category_weights is None and study.dominant is None and study.category_lift() is None
+    assert study.category_weights is None and study.samples.weights is None and study.category_lift() is None
     assert exciting_images(study) == []
 
 

@@ -19,15 +19,15 @@ def test_91_slots_are_category_ids_and_80_are_contiguous() -> None:
     by_id = class_slots(91, given=None, names=None, where="f")
     contiguous = class_slots(80, given=None, names=None, where="f")
     assert by_id.table == contiguous.table == COCO
-    assert by_id.rows == COCO.ids and not by_id.complete
-    assert contiguous.rows == tuple(range(80)) and contiguous.complete
+    assert by_id.rows == COCO.ids and by_id.total == 91
+    assert contiguous.rows == tuple(range(80)) and contiguous.total == 80
 
 
 def test_other_numbers_are_numbered_classes_and_said_to_be() -> None:
     slots = class_slots(7, given=None, names=None, where="f")
     assert slots.table.names == tuple(f"class {i}" for i in range(7))
     assert "no names in the file" in slots.note
-    assert class_slots(91, given="numbered", names=None, where="f").complete
+    assert class_slots(91, given="numbered", names=None, where="f").rows == tuple(range(91))
 
 
 def test_names_of_the_file_skip_slots_without_a_class() -> None:

@@ -55,3 +55,13 @@ def test_times_come_from_the_nearest_that_was_measured(tmp_path: Path, runs: lis
     other = replace(result, key=RunKey("digits", "new", 0), settings=result.settings | {"image_size": 64})
     again = {(row.data, row.variant): row for row in forecast(runs, places, [other])}
     assert again["digits", "new"].source == "this data"
+
+
+def test_a_row_of_the_same_name_may_be_another_model(tmp_path: Path, runs: list[PlannedRun]) -> None:
+    """Half the FLOPs on images of two thirds the height, which are those of the data: twice the time is to be expected."""
+    first = runs[0]
+    cost = {"step_seconds": 0.5, "gflops": gflops(first.config, (64, 96)) / 2, "image": [64, 96]}
+    other = RunResult(first.key, None, flat_settings(first.config), cost=cost)
+    found = forecast(runs, Places(tmp_path), [other])[0]
+    assert found.source == "these runs" and found.seconds == pytest.approx(100)
+    assert gflops(first.config, (64, 96)) < gflops(first.config)

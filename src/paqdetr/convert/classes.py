@@ -44,11 +44,6 @@ class ClassSlots:
     total: int
     note: str
 
-    @property
-    def complete(self) -> bool:
-        """Whether every row is a class, in order."""
-        return self.rows == tuple(range(self.total))
-
 
 def class_slots(total: int, *, given: str | None, names: dict[int, str] | None, where: str) -> ClassSlots:
     """What the rows of a class head stand for.

@@ -33,6 +33,10 @@ from paqdetr.interrupt import STOP_SIGNALS, worker_error, worker_start_method
 from paqdetr.preprocessing import Preprocessing, pad_images, to_pixels
 from paqdetr.structures import Targets
 
+# Workers that deliver nothing for so long, in seconds, will not any more.
+_PATIENCE = 600
+_LOG = logging.getLogger(__name__)
+
 
 class PixelCache:
     """Keeps the pixels of as many images as the budget holds, each in a place of its own that is fixed beforehand.
@@ -110,11 +114,6 @@ class PixelCache:
         height, width = self._sizes[index].tolist()
         start = int(self._starts[index])
         return self._pixels[start : start + 3 * height * width].reshape(3, height, width)
-
-
-# Workers that deliver nothing for so long, in seconds, will not any more.
-_PATIENCE = 600
-_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)

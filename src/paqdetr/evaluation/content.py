@@ -87,11 +87,6 @@ class ContentStudy:
     image_mass: np.ndarray | None
     patterns: np.ndarray | None
 
-    @property
-    def dominant(self) -> np.ndarray | None:
-        """(P,) the pattern with the largest weight in each sample."""
-        return None if self.samples.weights is None else self.samples.weights.argmax(1)
-
     def category_lift(self) -> np.ndarray | None:
         """(C, m) log2 of a category's mean weights over those of all matched queries: 1 is twice as much, -1 half."""
         if self.category_weights is None:
