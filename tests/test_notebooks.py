@@ -29,6 +29,7 @@ def test_it_runs(folder: Path, name: str) -> None:
     ).execute()
     said = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert said and not [output for output in said if output.output_type == "error"]
+    assert not [output.text for output in said if output.output_type == "stream" and output.name == "stderr"]
 
 
 def test_every_notebook_is_run() -> None:

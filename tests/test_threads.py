@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 
@@ -58,6 +59,7 @@ def test_nothing_is_said_once_torch_has_been_read(monkeypatch: pytest.MonkeyPatc
 # `is_compile_supported` and `wrap` are what torchvision takes from the compiler, or hides from it.
 COMPILER = """
 import sys
+import warnings
 import paqdetr, timm, torch, torchvision.tv_tensors as tv
 from torchvision.ops.roi_align import is_compile_supported
 print("torch._dynamo" in sys.modules)
@@ -75,3 +77,15 @@ def test_parts_of_libraries_are_imported_when_they_are_used() -> None:
     done = subprocess.run([sys.executable, "-c", COMPILER], capture_output=True, text=True, check=True)
     found = ["False", "False torchvision.models.resnet False", "BoundingBoxes False", "True", "BoundingBoxes 2.0"]
     assert done.stdout.splitlines() == found
+
+
+def test_a_notebook_without_bars_is_no_matter() -> None:
+    """The warning of tqdm when it is imported; every other one is shown."""
+    from paqdetr._threads import ignore_missing_bars
+
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        ignore_missing_bars()
+        warnings.warn("IProgress not found. Please update jupyter and ipywidgets.", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+    assert [str(one.message) for one in shown] == ["something else"]

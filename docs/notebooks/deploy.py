@@ -46,7 +46,7 @@ print(detections)
 # `to_supervision` turn them into what other programs take.
 
 # %%
-detections.draw().resize((384, 384))
+detections[:3].draw().resize((384, 384))
 
 # %% [markdown]
 # - A higher `threshold` means fewer false detections and more missed ones. Choose it on your validation split, by what each costs you.
@@ -68,7 +68,7 @@ print(sure[0].to_coco(rounded=True)[:1])
 # %%
 export = paqdetr.export(run.best, "runs/sixty/model.onnx", overwrite=True)
 print(export.file, f"{export.file.stat().st_size / 2**20:.0f} MiB")
-print("largest difference of a score:", max(image.max_score_difference for image in export.parity.images))
+print(f"largest difference of a score: {max(image.max_score_difference for image in export.parity.images):.0e}")
 
 # %%
 exported = paqdetr.load(export.file, threads=1)

@@ -9,7 +9,7 @@
 # # Train on your own data
 #
 # From a folder of annotated images to a detector and its figures. So that this runs anywhere in a minute, the folder is 60 images of digits and the training is short: far too short for a
-# good detector. What changes for yours is one line, and the time: 1,400 harder images (up to 12 digits) and 10 CPU minutes give an AP of 0.40 ([study](../study.md)).
+# good detector. What changes for yours is one line, and the time: `make quickstart` does the same with 1,400 harder images and some thousand steps ([its figures](../results/README.md)).
 
 # %%
 import json

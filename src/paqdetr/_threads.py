@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial, wraps
@@ -32,6 +33,11 @@ def drop_missing_plot_backend() -> None:
     kind, _, module = os.environ.get("MPLBACKEND", "").partition("://")
     if kind == "module" and "matplotlib" not in sys.modules and find_spec(module.partition(".")[0] or "?") is None:
         del os.environ["MPLBACKEND"]
+
+
+def ignore_missing_bars() -> None:
+    """No warning of tqdm, which other libraries import, that a notebook has not the package for its bars: we draw our own."""
+    warnings.filterwarnings("ignore", message="IProgress not found")
 
 
 @contextmanager

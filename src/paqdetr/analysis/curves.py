@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from paqdetr.analysis.subject import COLOURS, model_column
+from paqdetr.analysis.subject import COLOURS, labels, model_column
 from paqdetr.evaluation.layers import StageFigures
 from paqdetr.report.curves import PANELS, draw_panel
 from paqdetr.report.plots import legend, line, new_axes, plot_part
@@ -18,13 +18,15 @@ def training_section(models: Sequence[tuple[str, Sequence[Record]]]) -> Section 
     Args:
         models: their names, and the records of their runs, as of `read_metrics`; none of a checkpoint outside of a run's folder.
     """
-    trainings = [(label, colour, own) for (label, own), colour in zip(models, COLOURS, strict=False) if own]
+    every = zip(labels(models), COLOURS, models, strict=False)
+    trainings = {name: (letter or name, colour, own) for letter, colour, (name, own) in every if own}
     if not trainings:
         return None
     parts = []
     for name in ("ap", "loss"):
         axes = new_axes(height=3.0)
-        if data := draw_panel(axes, PANELS[name], trainings):
+        if drawn := draw_panel(axes, PANELS[name], list(trainings.values())):
+            data = {own: drawn[shown] for own, (shown, *_) in trainings.items() if shown in drawn}
             parts.append(plot_part(axes, name=f"training_{name}", caption=PANELS[name].caption, data=data))
     lead = "How the training went, from the run's metrics.jsonl. Lines from step to step are running means."
     if without := [label for label, own in models if not own]:
@@ -57,13 +59,12 @@ def _curves(models: Sequence[Stages]) -> Figure:
     names = list(dict.fromkeys(one.stage for _, stages in models for one in stages))
     places = {name: place for place, name in enumerate(names)}
     axes = new_axes(y="AP")
-    for (model, stages), colour in zip(models, COLOURS, strict=False):
+    for letter, (_, stages), colour in zip(labels(models), models, COLOURS, strict=False):
         known = [one for one in stages if one.AP == one.AP]
         x = [places[one.stage] for one in known]
-        before = f"{model}: " if len(models) > 1 else ""
-        line(axes, x, [one.AP for one in known], colour=colour, label=f"{before}AP", marker="o")
+        line(axes, x, [one.AP for one in known], colour=colour, label=f"{letter} AP".strip(), marker="o")
         after = [one.AP_nms for one in known]
-        line(axes, x, after, colour=colour, label=f"{before}without duplicates", dash=":", marker="o")
+        line(axes, x, after, colour=colour, label=f"{letter} without duplicates".strip(), dash=":", marker="o")
     axes.set_xticks(range(len(names)), names)
     axes.set_ylim(bottom=0)
     legend(axes)

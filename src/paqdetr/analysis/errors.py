@@ -196,9 +196,9 @@ def confusion_section(sets: Sequence[ResultSet]) -> Section:
         "what is left over is then matched whatever its class. The last column counts objects that nothing found, the last "
         "row detections of nothing."
     )
-    parts: list[Figure | Table] = []
-    for own, label, key in zip(sets, labels(sets), "ab", strict=False):
-        parts += [_matrix(own, own.confusion, label, key), _confused(own.confusion, label, key)]
+    named = list(zip(sets, labels(sets), "ab", strict=False))
+    matrices = [_matrix(own, own.confusion, label, key) for own, label, key in named]
+    parts: list[Figure | Table] = [*matrices, *(_confused(own.confusion, label, key) for own, label, key in named)]
     return Section("confusion", "Confusion", lead, tuple(parts))
 
 

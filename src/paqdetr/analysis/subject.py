@@ -82,11 +82,9 @@ class ResultSet:
         return 0.0 if np.isnan(best) else best
 
 
-def labels(found: Sequence[ResultSet]) -> list[str]:
-    """ "" for one result set; "A: ..." and "B: ..." for two."""
-    if len(found) == 1:
-        return [""]
-    return [f"{letter}: {own.label}" for letter, own in zip("AB", found, strict=True)]
+def labels(models: Sequence[Any]) -> list[str]:
+    """ "" for one model or result set; A and B for two, as the page's heading and tables call them: names may be long."""
+    return [""] if len(models) == 1 else list("AB")
 
 
 def marks(models: Sequence[Any]) -> list[tuple[str, str]]:

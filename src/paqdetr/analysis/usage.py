@@ -11,7 +11,7 @@ import torch
 from matplotlib.axes import Axes
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from paqdetr.analysis.subject import COLOURS, Analysis, model_column
+from paqdetr.analysis.subject import COLOURS, Analysis, labels, model_column
 from paqdetr.data.dataset import DetectionDataset
 from paqdetr.errors import DataError
 from paqdetr.evaluation.evaluate import require_same_classes
@@ -148,7 +148,9 @@ def _lorenz(models: Sequence[Usage]) -> Part:
         for model, view, colour in zip(models, views, COLOURS, strict=False):
             if name in view:
                 shares, use = view[name].lorenz()
-                plots.line(axes, shares, use, colour=colour, label=f"{model.name} {view[name].gini:.2f}")
+                plots.line(
+                    axes, shares, use, colour=colour, label=f"{_short(models)[model.name]} {view[name].gini:.2f}"
+                )
                 data.setdefault(name, {})[model.name] = plain(np.stack([shares, use], axis=1), 6)
         axes.set(xlim=(0, 1), ylim=(0, 1))
         plots.legend(axes)
@@ -169,7 +171,7 @@ def _by_index(models: Sequence[Usage]) -> Part:
         for model, view, colour in zip(models, views, COLOURS, strict=False):
             if name in view:
                 values = view[name].counts / max(view[name].images, 1)
-                plots.line(axes, np.arange(len(values)), values, colour=colour, label=model.name)
+                plots.line(axes, np.arange(len(values)), values, colour=colour, label=_short(models)[model.name])
                 data.setdefault(name, {})[model.name] = plain(values, 6)
         axes.set_ylim(bottom=0)
         if len(models) > 1:
@@ -184,7 +186,7 @@ def _ranks(models: Sequence[Usage]) -> Part | None:
         return None
     panels = plots.new_grid(
         1, len(shown), height=3.4, x="rank of the score in its image", y="index of the query",
-        titles=[model.name for model, _ in shown],
+        titles=[_short(models)[model.name] for model, _ in shown],
     )  # fmt: skip
     data = {}
     for axes, (model, places) in zip(panels, shown, strict=True):
@@ -209,7 +211,7 @@ def _places(models: Sequence[Usage]) -> Part | None:
     shown = [m for m in models if m.report.places is not None and m.report.positives is not None]
     if not shown:
         return None
-    panels = plots.new_grid(1, len(shown), height=3.6, titles=[m.name for m in shown], x="x", y="y")
+    panels = plots.new_grid(1, len(shown), height=3.6, titles=[_short(models)[m.name] for m in shown], x="x", y="y")
     data = {}
     for axes, model in zip(panels, shown, strict=True):
         places, positives = model.report.places, model.report.positives
@@ -262,7 +264,7 @@ def _positives_over_training(models: Sequence[Usage]) -> Part | None:
             plots.whole_numbers(axes)
         plots.legend(panels[len(titles) - 1], outside=True)
         caption = (
-            f"{model.name} in training: how many positives boxes have in the layers before the last, by share "
+            f"{_short(models)[model.name]} in training: how many positives boxes have in the layers before the last, by share "
             "of the boxes. Quality-aware assignment gives a box as many as its good predictions deserve."
         )
         data = {
@@ -288,7 +290,9 @@ def _gini_over_training(models: Sequence[Usage]) -> Part | None:
     shown = [m for m in models if any("positives_gini" in row for row in m.records)]
     if not shown:
         return None
-    panels = plots.new_grid(1, len(shown), titles=[m.name for m in shown], x="epoch", y="Gini coefficient", height=3.4)
+    panels = plots.new_grid(
+        1, len(shown), titles=[_short(models)[m.name] for m in shown], x="epoch", y="Gini coefficient", height=3.4
+    )
     data: dict[str, Any] = {}
     for axes, model in zip(panels, shown, strict=True):
         for key, label, shade in known:
@@ -305,6 +309,11 @@ def _gini_over_training(models: Sequence[Usage]) -> Part | None:
         "large by chance, which the dotted line shows."
     )
     return plots.plot_part(panels[0], name="gini_over_training", caption=caption, data=data)
+
+
+def _short(models: Sequence[Usage]) -> dict[str, str]:
+    """What plots call each model: A and B, as the page does, where there are two."""
+    return {model.name: letter or model.name for model, letter in zip(models, labels(models), strict=True)}
 
 
 def _grid(titles: Sequence[str], *, x: str, y: str) -> list[Axes]:

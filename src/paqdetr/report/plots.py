@@ -181,7 +181,7 @@ def bars(
     if form:
         texts = ["" if np.isnan(value) else form.format(value) for value in numbers]
         axes.bar_label(drawn, labels=texts, padding=3, fontsize=8, color=INK)
-        axes.margins(x=0.12)
+        axes.margins(x=0.2 if (numbers < 0).any() else 0.12)  # left of a bar below zero stand names as well
     axes.set_yticks(np.arange(len(numbers)), list(map(literal, names)))
     axes.set_ylim(len(numbers) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
