@@ -154,7 +154,7 @@ def ms_deform_attn_reference(
     # In at least float32; grid_sample wants the values in the same dtype.
     grids = (2 * sampling_locations - 1).permute(0, 2, 3, 4, 1, 5).flatten(0, 1).contiguous()  # (B*H, L, P, Q, 2)
     weights = attention_weights.permute(0, 2, 3, 4, 1).flatten(0, 1).contiguous()  # (B*H, L, P, Q)
-    planes = value.permute(0, 2, 3, 1).flatten(0, 1).split([height * width for height, width in spatial_shapes], dim=-1)
+    planes = value.flatten(2).transpose(1, 2).split([height * width for height, width in spatial_shapes], dim=-1)
     total = value.new_zeros(())
     for level, (height, width) in enumerate(spatial_shapes):
         plane = planes[level].reshape(batch * heads, channels, height, width).to(grids.dtype)
