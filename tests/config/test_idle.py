@@ -22,6 +22,7 @@ from paqdetr.study.spec import load_study
 from paqdetr.training import train
 
 TINY = {
+    "model.backbone": "test_resnet",
     "model.dim": 32,
     "model.ffn_dim": 32,
     "model.num_classes": 5,

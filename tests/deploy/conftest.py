@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -31,7 +35,39 @@ def tiny(name: str = "paq_dino_nano", **settings: object) -> Detector:
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+def graphs_once() -> Iterator[None]:
+    """torch takes twenty seconds for the graph of a model. That of the same weights, size, batch and form is made once, and every
+    export writes its own file from it."""
+    import paqdetr.deploy.export  # noqa: F401
+    from paqdetr.ops import choice
+
+    module: Any = sys.modules["paqdetr.deploy.export"]  # its name in the package is the function's
+    capture, onnx_graph = module.capture, module.onnx_graph
+    programs: dict[Any, Any] = {}
+    graphs: dict[int, Any] = {}
+
+    def capture_once(detector: Any, *how: Any) -> Any:
+        weights = hashlib.sha256()
+        for name, tensor in detector.state_dict().items():
+            weights.update(name.encode() + tensor.numpy().tobytes())
+        key = (weights.digest(), repr(detector.detector.config), detector.raw, choice._forced, repr(how))
+        if key not in programs:
+            programs[key] = capture(detector, *how)
+        return programs[key]
+
+    def graph_once(program: Any, info: Any) -> Any:
+        if id(program) not in graphs:
+            graphs[id(program)] = onnx_graph(program, info)
+        return copy.deepcopy(graphs[id(program)])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "capture", capture_once)
+        patch.setattr(module, "onnx_graph", graph_once)
+        yield
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory, graphs_once: None) -> Exported:
     from paqdetr.deploy import export
 
     folder = tmp_path_factory.mktemp("exported")

@@ -251,6 +251,15 @@ def to_openvino(graph: Path, file: Path, info: ExportInfo) -> None:
 
 
 def _write_onnx(program: ExportedProgram, file: Path, info: ExportInfo) -> dict[str, str]:
+    model = onnx_graph(program, info)
+    if info.precision == "f16":
+        _halve_weights(model)
+    save_graph(model, file, info)
+    return {node.name: node.doc_string for node in model.graph.node}
+
+
+def onnx_graph(program: ExportedProgram, info: ExportInfo) -> Any:
+    """The ModelProto of a captured module; `doc_string` of each node is the part of the model that it is of."""
     how: dict[str, Any] = {"dynamo": True, "verbose": False, "external_data": False, "opset_version": _OPSET}
     names = ["pixel_values" if info.raw else "images"]
     exported = torch.onnx.export(program, input_names=names, output_names=OUTPUTS[info.raw], **how)
@@ -265,10 +274,7 @@ def _write_onnx(program: ExportedProgram, file: Path, info: ExportInfo) -> dict[
         if value.type.tensor_type.shape.dim[0].dim_param:  # torch's own name for it, such as s34
             value.type.tensor_type.shape.dim[0].dim_param = "batch"
     model.producer_name, model.producer_version = _MAKER, __version__
-    if info.precision == "f16":
-        _halve_weights(model)
-    save_graph(model, file, info)
-    return {node.name: node.doc_string for node in model.graph.node}
+    return model
 
 
 def _halve_weights(model: Any) -> None:
