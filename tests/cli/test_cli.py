@@ -276,7 +276,7 @@ def test_models_are_listed_whole_and_uncounted(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "40")
-    monkeypatch.setattr("paqdetr.models.cost.create_model", None)  # nothing is built
+    monkeypatch.setattr("paqdetr.models.cost.build_model", None)  # nothing is built
     assert run(["models"]) == 0
     header, *rows = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
     assert header[0].strip() == "model"
