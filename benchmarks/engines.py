@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 python benchmarks/engines.py --json docs/results/engines.json
 
 One thread: `predict` of paq_dino_nano on a picture of 320 px, random weights, in turns, in CPU time, which other work on the
-machine disturbs less; and in torch the module that is exported, whose input, and so all convolutions, have the channels last. Two
-threads: the engines beside transformers' Deformable DETR R50 at 640 px, as somebody would take it who wants a detector of that
-family, by the clock and without what is around the models. Pictures are noise.
+machine disturbs less; and in torch the module that is exported. Two threads: the engines beside transformers' Deformable DETR R50
+at 640 px, as somebody would take it who wants a detector of that family, by the clock and without what is around the models.
+Pictures are noise.
 """
 
 from __future__ import annotations

@@ -86,7 +86,9 @@ def detect_batch(
     device = model.device
     batch, mask = pad_images(images, model.preprocessing.pad_divisor)
     with _evaluating(model), torch.inference_mode(), _in_precision_of(model) as dtype:
-        output = model(batch.to(device, dtype), None if mask is None else mask.to(device))
+        # Convolutions over channels that lie apart take longer: by a tenth, in the nano on a CPU.
+        pixels = batch.to(device, dtype, memory_format=torch.channels_last)
+        output = model(pixels, None if mask is None else mask.to(device))
     logits, boxes = output.pred_logits.float().cpu(), output.pred_boxes.float().cpu()
     _require_finite(logits, boxes, names or [f"batch position {i}" for i in range(len(images))])
     if look is not None:
