@@ -57,6 +57,26 @@ def test_times_come_from_the_nearest_that_was_measured(tmp_path: Path, runs: lis
     assert again["digits", "new"].source == "this data"
 
 
+@pytest.mark.parametrize(
+    ("ran", "seconds"),
+    [
+        ({"device": "cpu", "threads": 1, "processes": 1, "cpu_seconds": 20.0}, 20.0),
+        ({"device": "cpu", "threads": 1, "processes": 1, "cpu_seconds": 60.0}, 50.0),  # evaluations are in it
+        ({"device": "cpu", "threads": 1, "processes": 1, "cpu_seconds": None}, 50.0),
+        ({"device": "cpu", "threads": 2, "processes": 1, "cpu_seconds": 20.0}, 50.0),
+        ({"device": "cuda", "threads": 1, "processes": 1, "cpu_seconds": 20.0}, 50.0),
+    ],
+)
+def test_other_work_on_the_machine_does_not_count_in_a_run_of_one_thread(
+    tmp_path: Path, runs: list[PlannedRun], ran: dict[str, object], seconds: float
+) -> None:
+    first = runs[0]
+    cost = {"seconds": 50.0, "step_seconds": 0.5, "steps": 100, "gflops": gflops(first.config), **ran}
+    result = RunResult(first.key, None, flat_settings(first.config), cost=cost)
+    row = next(row for row in forecast(runs, Places(tmp_path), [result]) if row.variant == "baseline")
+    assert row.seconds == pytest.approx(seconds)
+
+
 def test_a_row_of_the_same_name_may_be_another_model(tmp_path: Path, runs: list[PlannedRun]) -> None:
     """Half the FLOPs on images of two thirds the height, which are those of the data: twice the time is to be expected."""
     first = runs[0]

@@ -79,8 +79,16 @@ class _Times:
         for found, source in ((same, "these runs"), (near, "this data"), (self._results, "FLOPs")):
             if found:
                 # A row of this name may have had another depth, and one of these data is another model.
-                return statistics.median(one.cost["step_seconds"] * _share(config, one) for one in found), source
+                return statistics.median(_step_seconds(one.cost) * _share(config, one) for one in found), source
         return None, ""
+
+
+def _step_seconds(cost: dict[str, Any]) -> float:
+    """Of one thread without what other work on the machine took: its CPU time, evaluations included, if that is less than by the
+    clock."""
+    clock, cpu = cost["step_seconds"], cost.get("cpu_seconds")
+    alone = cost.get("device") == "cpu" and cost.get("threads") == cost.get("processes") == 1
+    return min(clock, cpu / cost["steps"]) if alone and cpu is not None else clock
 
 
 def _share(config: Config, result: RunResult) -> float:
