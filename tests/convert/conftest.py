@@ -528,6 +528,12 @@ def original(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture
+def original_names() -> set[str]:
+    """What the variants are called."""
+    return set(ORIGINALS)
+
+
+@pytest.fixture
 def make_original(tmp_path: Path) -> Callable[[str], Original]:
     """One of `ORIGINALS` by name, to be changed at will."""
 

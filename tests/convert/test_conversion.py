@@ -110,6 +110,10 @@ PLACES: dict[str, list[tuple[str, str, Callable[[Tensor], Tensor]]]] = {
 }
 
 
+def test_places_are_of_checkpoints_that_there_are(original_names: set[str]) -> None:
+    assert set(PLACES) <= original_names, "others would never be looked at"
+
+
 @pytest.fixture(scope="module")
 def converted(original: Original) -> tuple[Detector, ConversionReport]:
     return convert(original)

@@ -22,7 +22,7 @@ class Forecast:
         seeds: of all runs.
         steps: of each.
         done: number of runs that need not be trained any more.
-        seconds: of a training, without its evaluations; None if nothing comparable was measured.
+        seconds: of a training, as `_step_seconds` counts them; None if nothing comparable was measured.
         source: whose time per FLOP that rests on, from the nearest to the farthest: "these runs", "this data", "FLOPs" of any.
     """
 
