@@ -413,6 +413,10 @@ class OperatingPoint:
     nms: float | None = None
     duplicates_cost: float | None = None
 
+    def least_score(self, threshold: float | None = None) -> float:
+        """The score from which detections are kept: the threshold that a caller gives, else that of the evaluation, else 0.3."""
+        return next(x for x in (threshold, self.threshold, 0.3) if x is not None)
+
     @property
     def shown(self) -> str:
         """For people."""

@@ -225,3 +225,9 @@ def test_eval_with_suppression_and_tiles(
     capsys.readouterr()
     assert run(["eval", "--results", "a.json", "--annotations", "b.json", "--tiles", "64"]) == 2
     assert "--nms, --threshold and --tiles are about a CHECKPOINT" in capsys.readouterr().err
+
+
+def test_least_score() -> None:
+    known, unknown = OperatingPoint(threshold=0.0), OperatingPoint()
+    assert [known.least_score(), known.least_score(0.6), known.least_score(0.0)] == [0.0, 0.6, 0.0]
+    assert [unknown.least_score(), unknown.least_score(0.0), unknown.least_score(1.0)] == [0.3, 0.0, 1.0]

@@ -7,13 +7,12 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from paqdetr.structures import ClassTable, Detections
+from paqdetr.structures import ClassTable, Detections, OperatingPoint
 
 
 @dataclass
@@ -27,14 +26,14 @@ class Stub:
 
     delay: float = 0.0
     name: str = "stub"
-    operating_point: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(threshold=0.5, nms=None))
+    operating_point: OperatingPoint = OperatingPoint(threshold=0.5)
     classes: ClassTable = field(default_factory=lambda: ClassTable((3, 7), ("cat", "dog & <b>")))
     calls: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
 
     def predict(self, images: Sequence[Image.Image], **how: Any) -> list[Detections]:
         self.calls.append((len(images), how))
         time.sleep(self.delay)
-        found = [self._one(image).above(how.get("threshold", self.operating_point.threshold)) for image in images]
+        found = [self._one(image).above(self.operating_point.least_score(how.get("threshold"))) for image in images]
         return [detections.of(*how["classes"]) for detections in found] if "classes" in how else found
 
     def _one(self, image: Image.Image) -> Detections:

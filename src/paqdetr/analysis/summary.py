@@ -16,7 +16,6 @@ from paqdetr.metrics.diagnosis import calibration
 from paqdetr.metrics.intervals import Comparison, Difference, FigureIntervals, Interval
 from paqdetr.metrics.matches import AREAS
 from paqdetr.report.section import Column, Findings, Section, Table, make_table
-from paqdetr.runtime.predictor import DEFAULT_THRESHOLD
 from paqdetr.serialize import finite_rows
 
 _MEANING = {
@@ -66,7 +65,7 @@ def facts_of(analysis: Analysis, model: ModelUnderTest, intervals: FigureInterva
     reliable = calibration(table, score_threshold=_SURE)
     share = reliable.counts / max(reliable.counts.sum(), 1)
     right, wrong, missed = (int(own.sum()) for own in (outcome.right, outcome.wrong, outcome.missed))
-    default = DEFAULT_THRESHOLD if point.threshold is None else point.threshold
+    default = point.least_score()
     per_class, training = table.positives[0].sum(axis=1).tolist(), _training_boxes(analysis)
     return Facts(
         split=model.split.name,

@@ -72,7 +72,6 @@ def predict(
     """
     from paqdetr.loading import is_exported
     from paqdetr.runtime.predict import new_folder, predict_sources, require_place
-    from paqdetr.runtime.predictor import DEFAULT_THRESHOLD
     from paqdetr.runtime.save import require_forms
     from paqdetr.runtime.sources import require_sources
 
@@ -101,13 +100,12 @@ def predict(
         from paqdetr.checkpoint import find_described  # needs pydantic, and an exported model runs without
 
         find_described(model)[2].find(wanted)
-    detector: Any = open_model(model, device)
+    detector = open_model(model, device)
     point = detector.operating_point
     usual = [f"nms {point.nms:g}"] if nms is None and point.nms is not None else []
     usual += [f"threshold {point.threshold:.2f}"] if threshold is None and point.threshold is not None else []
     if usual:
         results.print(f"{', '.join(usual)}: from the run's evaluation")
-    least = next(x for x in (threshold, point.threshold, DEFAULT_THRESHOLD) if x is not None)
     folder = new_folder() if output is None else Path(output)
     try:
         with progress_bar("predict") as progress, _sigterm_as_interrupt():
@@ -136,7 +134,7 @@ def predict(
         if output is None:
             with suppress(OSError):
                 folder.rmdir()  # where nothing was written
-    shown = round(least, 2) if threshold is None else least
+    shown = round(point.least_score(), 2) if threshold is None else threshold
     results.print(f"{done.objects} objects over {shown} in {done.images} images: {done.output}")
     for reason in done.unreadable.values():
         note(reason, "left out")

@@ -35,7 +35,6 @@ from paqdetr.outputs import require_replaceable, write_json, write_output
 from paqdetr.runtime import ExportInfo
 from paqdetr.runtime.engines import is_sealed
 from paqdetr.runtime.info import FILE_ENTRY, OUTPUTS, Attention, Format, Precision, require_choices
-from paqdetr.runtime.predictor import DEFAULT_THRESHOLD
 
 ENDINGS: dict[str, str] = {"onnx": ".onnx", "openvino": ".xml", "pt2": ".pt2", "torchscript": ".torchscript"}
 _NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
@@ -176,8 +175,9 @@ def export(
             _write(detector, made, info, format, batch, attention)
             if check:
                 pictures = [splits[0].image(i) for i in spread(len(splits[0]), IMAGES)] if splits else digits_pictures()
-                least = info.threshold or DEFAULT_THRESHOLD
-                parity = compare_with_model(detector, open_any_exported(made), pictures, threshold=least)
+                exported = open_any_exported(made)
+                least = exported.operating_point.least_score()
+                parity = compare_with_model(detector, exported, pictures, threshold=least)
                 _require_parity(parity, file)
         for part in reversed(_parts(made)):  # the weights before the graph that names them
             write_output(file.with_suffix(part.suffix), partial(shutil.copyfile, part), maker=_MAKER, overwrite=True)

@@ -13,7 +13,7 @@ from paqdetr.errors import ConfigError, DataError
 from paqdetr.outputs import require_free
 from paqdetr.runtime.save import Saver, is_ours, require_forms
 from paqdetr.runtime.sources import OnUnreadable, Picture, Source, batches, list_sources, read_sources, refuse
-from paqdetr.structures import ClassTable, Detections
+from paqdetr.structures import ClassTable, Detections, OperatingPoint
 
 
 class Predicts(Protocol):
@@ -21,6 +21,8 @@ class Predicts(Protocol):
 
     @property
     def classes(self) -> ClassTable: ...
+    @property
+    def operating_point(self) -> OperatingPoint: ...
     @property
     def predict(self) -> Callable[..., list[Detections]]: ...
 

@@ -21,9 +21,6 @@ from paqdetr.structures import ClassTable, Detections, OperatingPoint
 from paqdetr.text import Summary, shorten, some
 from paqdetr.values import require_batch_size, require_nms, require_threshold
 
-DEFAULT_THRESHOLD = 0.3
-"""The least score of a detection, where neither the caller nor the model names one."""
-
 EXPORTED = (".onnx", ".xml")
 """Endings of the files that `open_exported` reads."""
 
@@ -82,7 +79,7 @@ class PredictMixin:
                 its device has not.
         """
         point = self.operating_point
-        least = next(x for x in (threshold, point.threshold, DEFAULT_THRESHOLD) if x is not None)
+        least = point.least_score(threshold)
         overlap = point.nms if nms is None else nms
         require_threshold(least)
         require_nms(overlap)

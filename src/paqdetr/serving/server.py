@@ -33,7 +33,6 @@ from paqdetr.files import parse_json
 from paqdetr.images import read_header, read_image
 from paqdetr.interrupt import StopRequest
 from paqdetr.runtime.predict import Predicts
-from paqdetr.runtime.predictor import DEFAULT_THRESHOLD
 from paqdetr.runtime.tiles import Tiles
 from paqdetr.serving.batcher import Batcher, Closed, QueueFull
 from paqdetr.serving.openapi import PARAMETERS, openapi
@@ -141,7 +140,7 @@ class DetectionServer:
     """The application, for `uvicorn` or any other ASGI server as `server.app`.
 
     Args:
-        model: anything with `classes` and `predict(images, threshold=, nms=, classes=, tiles=, batch_size=)`.
+        model: anything with `classes`, `operating_point` and `predict(images, threshold=, nms=, classes=, tiles=, batch_size=)`.
         limits: what is taken.
         keys: one of them has to come with every request for a detection, as `Authorization: Bearer KEY` or `X-API-Key: KEY`;
             none are needed if empty.
@@ -336,14 +335,13 @@ class DetectionServer:
         return HTMLResponse(_PAGE.read_text(encoding="utf-8"))
 
     async def _model(self, request: Request) -> Response:
-        classes, point = self.model.classes, getattr(self.model, "operating_point", None)
-        threshold = getattr(point, "threshold", None)
+        classes, point = self.model.classes, self.model.operating_point
         return JSONResponse(
             {
                 "name": self.name,
                 "classes": [{"id": i, "name": name} for i, name in zip(classes.ids, classes.names, strict=True)],
-                "threshold": DEFAULT_THRESHOLD if threshold is None else threshold,
-                "nms": getattr(point, "nms", None),
+                "threshold": point.least_score(),
+                "nms": point.nms,
                 "engine": str(getattr(getattr(self.model, "engine", None), "name", "torch")),
                 "limits": asdict(self.limits),
                 "key": bool(self._keys),

@@ -16,7 +16,6 @@ from paqdetr.errors import DataError
 from paqdetr.images import read_image
 from paqdetr.models import Detector
 from paqdetr.runs import read_metrics
-from paqdetr.runtime.predictor import DEFAULT_THRESHOLD
 from paqdetr.structures import Detections
 from paqdetr.text import literal
 
@@ -121,12 +120,9 @@ def training_curves(metrics_jsonl: Path, output: Path) -> None:
 
 def draw_predictions(model: Detector, split: DetectionDataset, output: Path) -> None:
     """Write a contact sheet of the first twelve images of a split: what `model.predict` gives by itself, beside ground truth."""
-    least = model.operating_point.threshold
     items = []
     for index in range(min(12, len(split))):
         picture = split.image_or_blank(index)
         ids = [split.classes.ids[label] for label in split.labels(index).tolist()]
         items.append((picture, model.predict(picture)[0], (split.boxes(index), ids)))
-    contact_sheet(
-        items, split.classes.id_to_name, output=output, threshold=DEFAULT_THRESHOLD if least is None else least
-    )
+    contact_sheet(items, split.classes.id_to_name, output=output, threshold=model.operating_point.least_score())
