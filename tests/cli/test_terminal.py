@@ -129,6 +129,8 @@ def test_options_of_a_long_verb_are_in_groups(capsys: pytest.CaptureFixture[str]
         ("fit dino_nano --data 'my data'", "train dino_nano --data 'my data' --output DIR"),
         ("plan dino_nano --data d --dropout 0.1", "plan dino_nano --data d model.dropout=0.1"),
         ("data check --data d", "data check d"),
+        ("data preview dino_nano --data d", "data preview d --model dino_nano"),
+        ("data stats dino_nano --data d", "data stats d"),
         ("analyze runs/x data=d --out r", "analyze runs/x --data d --output r"),
         ("eval --compare a b --data d --conf 0.3", "eval --compare a b --data d --threshold 0.3"),
         ("eval runs/x data=d batch=4", "eval runs/x --data d --batch-size 4"),

@@ -158,6 +158,10 @@ def what_to_type(words: Sequence[str], program: Any) -> tuple[str, str] | None:
     line = _Line(list(arguments), takes | {"--help": 0, "-h": 0})
     if not line.read(path) or not (wrong or line.wrong):
         return None
+    if list(arguments)[:1] == ["DIR"] and len(line.positionals) == 2:  # data preview MODEL --data DIR
+        model = line.positionals.pop(0)
+        if "--model" in takes:
+            line.given.setdefault("--model", [model])
     given = {name.partition("=")[0] for name in line.given}
     needed = {param.opts[0] for param in options if param.required}
     missing = [name for name, param in arguments.items() if param.required][len(line.positionals) :]
