@@ -55,6 +55,18 @@ def test_plan_lists_the_runs_and_makes_nothing(study: Path, tmp_path: Path, caps
     assert not output.exists()
 
 
+def test_only_some_data_sets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = {**VALUES["data"], "other": {"folder": "missing"}}
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(VALUES | {"data": data}))
+    start = ["study", str(tmp_path / "two.yaml"), "--output", str(tmp_path / "out"), "--plan"]
+    assert run(start) != 0  # the folder is missing
+    capsys.readouterr()
+    assert run([*start, "--only", "digits"]) == 0
+    assert "4 runs" in capsys.readouterr().out
+    assert run([*start, "--only", "digits", "--only", "digit"]) != 0
+    assert "there is no data set 'digit'" in (said := capsys.readouterr().err) and "choose from digits, other" in said
+
+
 def test_commands_can_be_run_by_hand(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "out"
     assert run(["study", str(study), "--output", str(output), "--commands", "--device", "cpu"]) == 0

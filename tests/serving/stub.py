@@ -26,7 +26,7 @@ class Stub:
 
     delay: float = 0.0
     name: str = "stub"
-    operating_point: OperatingPoint = OperatingPoint(threshold=0.5)
+    operating_point: OperatingPoint = field(default_factory=lambda: OperatingPoint(threshold=0.5))
     classes: ClassTable = field(default_factory=lambda: ClassTable((3, 7), ("cat", "dog & <b>")))
     calls: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
 

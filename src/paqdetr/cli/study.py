@@ -64,6 +64,9 @@ def study(
     output: Annotated[Path, options.output(help="Folder of the study; made if absent.")],
     resume: Annotated[bool, typer.Option("--resume", help="Continue a study that was stopped, or start it.")] = False,
     data_root: Annotated[Path, typer.Option(help="What data folders of the file are relative to.")] = Path(),
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="DATA", help="Only this data set of the study; may be repeated.")
+    ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="List the runs and what they will take; run none.")] = False,
     commands: Annotated[
         bool, typer.Option("--commands", help="Print the command of every training; run none.")
@@ -96,8 +99,13 @@ def study(
     if ray is not None:  # paths mean the same on every node
         output, data_root = output.absolute(), data_root.absolute()
     loaded, places = load_study(file), Places(output)
+    if only:
+        loaded = loaded.only(only)
+    words = ["paqdetr", "study", str(file), "--output", str(output)]
+    words += [] if data_root == Path() else ["--data-root", str(data_root)]
+    command = shlex.join([*words, *(word for name in only or () for word in ("--only", name)), "--resume"])
     if report_only:
-        return _report(loaded, file, places, data_root)
+        return _report(loaded, places, command)
     runs = plan_runs(loaded, file=file, places=places, root=data_root)
     if commands:
         for planned in runs:
@@ -137,20 +145,18 @@ def study(
         raise interrupted("the state is saved", stopped.exit_code, resume=resume) from None
     for planned in done.failed:
         errors.print(f"failed: {planned.key}; see {places.log(planned.key)}")
-    _report(loaded, file, places, data_root)
+    _report(loaded, places, command)
     if done.failed:
         note("correct the cause, then continue with --resume --retry", "help", "bold")
         raise Ended(2)
 
 
-def _report(study: Study, file: Path, places: Places, data_root: Path) -> None:
+def _report(study: Study, places: Places, command: str) -> None:
+    """Write and print what the results say; `command` is what made them."""
     from paqdetr.study.report import write_report
 
     if not places.results.is_dir():
         raise ConfigError(f"{places.output}: there are no results yet", "run the study without --report-only")
-    words = ["paqdetr", "study", str(file), "--output", str(places.output)]
-    words += [] if data_root == Path() else ["--data-root", str(data_root)]
-    command = shlex.join([*words, "--resume"])
     report = write_report(study, places.results, places.output, command=command)
     _print(report)
     results.print(f"report: {places.output / 'report' / 'index.html'}")

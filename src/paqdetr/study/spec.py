@@ -295,6 +295,18 @@ class Study(_Budget):
                 raise ValueError(f"claims.{name}: there is no data set on which both of its variants run")
         return self
 
+    def only(self, names: Collection[str]) -> Study:
+        """The study on these data sets alone.
+
+        Raises:
+            ConfigError: one that it does not have.
+        """
+        if unknown := [name for name in names if name not in self.data]:
+            raise ConfigError(
+                f"{self.name}: there is no data set {unknown[0]!r}", f"choose from {', '.join(self.data)}"
+            )
+        return self.model_copy(update={"data": {name: own for name, own in self.data.items() if name in names}})
+
     def seeds_of(self, data: str, variant: str) -> tuple[int, ...]:
         """Seeds of a variant's runs on a data set."""
         own = self.data[data]
