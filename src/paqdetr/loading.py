@@ -48,7 +48,7 @@ def require_model(path: str | Path) -> Path:
 def load(
     path: str | Path,
     *,
-    device: str = "cpu",
+    device: str | None = "cpu",
     classes: ClassTable | Sequence[str] | int | None = None,
     num_queries: int | None = None,
     threads: int | None = None,
@@ -59,7 +59,7 @@ def load(
         path: a .safetensors file or a run's folder (its best.safetensors, else last.safetensors), which give a `Detector`; or
             an exported .onnx, .xml (OpenVINO), .pt2 or .torchscript file, which gives a `Predictor`. The first two of these
             are run without torch.
-        device: where a `Detector` is put; exported models run on the CPU.
+        device: where a `Detector` is put, None for the best there is; exported models run on the CPU.
         classes: other classes, see `paqdetr.models.load`.
         num_queries: another number of queries.
         threads: of an exported model, that work on one image; `OMP_NUM_THREADS`, else one for each core.
@@ -75,7 +75,7 @@ def load(
                 f"{path}: the classes and queries of an exported model cannot be changed",
                 "change its checkpoint and export it again",
             )
-        if not str(device).startswith("cpu"):
+        if device is not None and not device.startswith("cpu"):
             raise ConfigError(
                 f"{path}: an exported model runs on the CPU here, not on {device}", "load its checkpoint there"
             )

@@ -221,7 +221,7 @@ class Detections(Summary):
             query_indices=indices,
         )
 
-    def without_duplicates(self, iou_threshold: float) -> Detections:
+    def without_duplicates(self, iou_threshold: float = 0.7) -> Detections:
         """Class-wise non-maximum suppression: without every box that overlaps a better one of its own class by more than
         `iou_threshold` in [0, 1]. What is left is best first; equal scores keep their order.
         """

@@ -20,14 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paqdetr.errors import ConfigError, DataError
-from paqdetr.metrics import (
-    FIGURE_NAMES,
-    CocoFigures,
-    MatchTable,
-    evaluate_detections,
-    non_maximum_suppression,
-    read_results,
-)
+from paqdetr.metrics import FIGURE_NAMES, CocoFigures, MatchTable, evaluate_detections, read_results
 from paqdetr.structures import Detections
 
 
@@ -505,18 +498,18 @@ def test_suppression_by_class() -> None:
     found = Detections(
         boxes, np.array([0.5, 0.9, 0.8, 0.7], np.float32), np.array([1, 1, 2, 1]), {1: "cat"}, "x", np.arange(4)
     )
-    kept = non_maximum_suppression(found, 0.7)  # 0 overlaps 1 by .9 in the same class, 2 is of another class
+    kept = found.without_duplicates(0.7)  # 0 overlaps 1 by .9 in the same class, 2 is of another class
     assert kept.query_indices is not None and kept.query_indices.tolist() == [1, 2, 3]
     assert kept.scores.tolist() == pytest.approx([0.9, 0.8, 0.7])
     assert kept.labels.tolist() == [1, 2, 1] and kept.names == {1: "cat"} and kept.image_id == "x"
     assert kept.boxes.dtype == np.float32 and kept.boxes.shape == (3, 4)
-    assert len(non_maximum_suppression(found, 0.95)) == 4
+    assert len(found.without_duplicates(0.95)) == 4
     assert len(found) == 4
 
 
 def test_suppression_of_nothing() -> None:
     empty = Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64))
-    kept = non_maximum_suppression(empty)
+    kept = empty.without_duplicates()
     assert kept.boxes.shape == (0, 4) and len(kept) == 0 and kept.query_indices is None
 
 
@@ -526,4 +519,4 @@ def test_suppression_raises_ap_where_copies_outrank_objects() -> None:
     found = Detections(xyxy, np.array([0.9, 0.8, 0.7], np.float32), np.array([1, 1, 1]), image_id=1)
     with_copy = evaluate_detections(gt, found.to_coco()).AP
     assert with_copy == pytest.approx((51 + 50 * 2 / 3) / 101)
-    assert evaluate_detections(gt, non_maximum_suppression(found).to_coco()).AP == pytest.approx(1.0)
+    assert evaluate_detections(gt, found.without_duplicates().to_coco()).AP == pytest.approx(1.0)

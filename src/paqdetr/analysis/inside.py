@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.ops import box_convert, box_iou
+from torchvision.ops import box_convert, nms
 
 from paqdetr.analysis.subject import Analysis, ModelUnderTest
 from paqdetr.data.dataset import DetectionDataset
@@ -159,14 +159,7 @@ def _sampling(attention: DeformableAttention, called_with: tuple[Any, ...], rows
 def _surest(logits: Tensor, boxes: Tensor, most: int) -> Tensor:
     """The surest queries, leaving out any that overlaps a surer one by more than half: (n, C), (n, 4) -> (M,)."""
     corners = box_convert(boxes.float(), "cxcywh", "xyxy")
-    overlap = box_iou(corners, corners)
-    chosen: list[int] = []
-    for query in logits.amax(-1).argsort(descending=True, stable=True).tolist():
-        if not chosen or float(overlap[query, chosen].max()) <= 0.5:
-            chosen.append(query)
-        if len(chosen) == most:
-            break
-    return torch.tensor(chosen, device=logits.device)
+    return nms(corners, logits.amax(-1).float(), 0.5)[:most]
 
 
 def _tokens_under(points: Tensor, memory: Tokens, levels: int) -> Tensor:

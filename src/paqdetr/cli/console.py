@@ -78,10 +78,8 @@ def open_model(path: Path, device: str | None = None) -> Predicts:
     if is_exported(file):
         return load(file, device=device or "cpu")
     note_unfinished(path)
-    from paqdetr.environment import require_device
-
     with quick_imports():
-        return load(file, device=str(require_device(device)))
+        return load(file, device=device)
 
 
 def note_unfinished(path: Path) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from signal import SIGINT
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -70,6 +70,7 @@ def predict(
 
     Ctrl-C or SIGTERM ends it: what was written stays, and a video ends there and plays.
     """
+    from paqdetr.interrupt import StopRequest
     from paqdetr.loading import is_exported
     from paqdetr.runtime.predict import new_folder, predict_sources, require_place
     from paqdetr.runtime.save import require_forms
@@ -106,9 +107,9 @@ def predict(
     usual += [f"threshold {point.threshold:.2f}"] if threshold is None and point.threshold is not None else []
     if usual:
         results.print(f"{', '.join(usual)}: from the run's evaluation")
-    folder = new_folder() if output is None else Path(output)
+    folder, stop = new_folder() if output is None else Path(output), StopRequest(_interrupt)
     try:
-        with progress_bar("predict") as progress, _sigterm_as_interrupt():
+        with progress_bar("predict") as progress, stop:
             done = predict_sources(
                 detector,
                 sources,
@@ -127,9 +128,9 @@ def predict(
                 classes=wanted,
                 tiles=cut,
             )
-    except KeyboardInterrupt as interrupt:
+    except KeyboardInterrupt:
         note(f"what was written is in {folder}; the same command starts over", "interrupted", "bold")
-        raise Ended(143 if interrupt.args else 130) from None
+        raise Ended(128 + (stop.signal_number or SIGINT)) from None
     finally:
         if output is None:
             with suppress(OSError):
@@ -199,19 +200,6 @@ def _image_ids(annotations: Path) -> Callable[[Source], int | str]:
     return image_id
 
 
-@contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM end the block as Ctrl-C does, so that files are closed."""
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt(number)
-
-    try:
-        before = signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:  # in no main thread
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _interrupt(signal_name: str) -> None:
+    """End a prediction at once, so that files are closed."""
+    raise KeyboardInterrupt(signal_name)

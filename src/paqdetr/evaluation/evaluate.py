@@ -19,18 +19,10 @@ import numpy as np
 from PIL.Image import Image
 
 from paqdetr.data.dataset import DetectionDataset, open_split
-from paqdetr.environment import require_device
 from paqdetr.errors import ConfigError, DataError
 from paqdetr.interrupt import worker_start_method
-from paqdetr.loading import is_exported, load, require_model
-from paqdetr.metrics.coco import (
-    MAX_DETECTIONS,
-    CocoFigures,
-    CocoRecords,
-    counted_detections,
-    evaluate_detections,
-    non_maximum_suppression,
-)
+from paqdetr.loading import load, require_model
+from paqdetr.metrics.coco import MAX_DETECTIONS, CocoFigures, CocoRecords, counted_detections, evaluate_detections
 from paqdetr.metrics.diagnosis import threshold_curves
 from paqdetr.metrics.matches import MatchTable
 from paqdetr.runtime.predictor import Predictor, batched_by_size, predict_in_batches
@@ -160,7 +152,7 @@ def evaluate(
             )
     opened = open_split(data, split)
     if isinstance(model, (str, Path)):
-        model = load(model, device="cpu" if is_exported(model) else str(require_device(None)))
+        model = load(model, device=None)
     return evaluate_split(
         model,
         opened,
@@ -233,10 +225,10 @@ def evaluate_together(
     by_index = {index: detections for share in shares for index, detections in share}
     found = [by_index[index] for index in range(len(split))]
     if nms is not None:
-        found = [non_maximum_suppression(detections, nms) for detections in found]
+        found = [detections.without_duplicates(nms) for detections in found]
     found = [detections.above(threshold) for detections in found]
     results = [row for detections in found for row in detections.to_coco()]
-    cleaned = [row for detections in found for row in non_maximum_suppression(detections, _NMS).to_coco()]
+    cleaned = [row for detections in found for row in detections.without_duplicates(_NMS).to_coco()]
     truth = CocoRecords.open(split.ground_truth(), "bbox")
     figures, figures_nms = (
         evaluate_detections(truth, rows, max_detections=max_detections) for rows in (results, cleaned)

@@ -13,7 +13,7 @@ from torchvision.ops import box_convert, box_iou
 
 from paqdetr.config import ModelConfig
 from paqdetr.data.dataset import DetectionDataset
-from paqdetr.metrics.coco import CocoRecords, evaluate_detections, non_maximum_suppression
+from paqdetr.metrics.coco import CocoRecords, evaluate_detections
 from paqdetr.models.inference import postprocess
 from paqdetr.models.outputs import DetectorOutput
 from paqdetr.serialize import fields_of, json_number
@@ -120,7 +120,7 @@ class LayerCollector:
         if found:
             ap, ap_nms = (
                 evaluate_detections(truth, [row for one in some for row in one.to_coco()]).AP
-                for some in (found, [non_maximum_suppression(one) for one in found])
+                for some in (found, [one.without_duplicates() for one in found])
             )
             sure = float(np.mean([(one.scores > _CONFIDENT).sum() for one in found]))
         nothing = float("nan")

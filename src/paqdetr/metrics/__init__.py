@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from paqdetr.metrics.coco import FIGURE_NAMES, CocoFigures, evaluate_detections, non_maximum_suppression, read_results
+from paqdetr.metrics.coco import FIGURE_NAMES, CocoFigures, evaluate_detections, read_results
 from paqdetr.metrics.diagnosis import (
     Calibration,
     Confusion,
@@ -57,7 +57,6 @@ __all__ = [
     "figure_intervals",
     "gini",
     "lorenz_curve",
-    "non_maximum_suppression",
     "precision_recall",
     "read_results",
     "resample_images",

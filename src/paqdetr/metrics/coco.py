@@ -16,7 +16,6 @@ import numpy as np
 from paqdetr.errors import ConfigError, DataError
 from paqdetr.files import read_json
 from paqdetr.serialize import fields_of
-from paqdetr.structures import Detections
 from paqdetr.text import shorten, some
 from paqdetr.values import as_flag, as_id, is_coordinate
 
@@ -452,11 +451,6 @@ def read_results(path: str | Path) -> list[dict[str, Any]]:
             "give the file that `paqdetr predict` or another detector wrote, not the annotations",
         )
     return results
-
-
-def non_maximum_suppression(detections: Detections, iou_threshold: float = 0.7) -> Detections:
-    """`Detections.without_duplicates`. A DETR needs none; AP with and without it shows what duplicate boxes cost."""
-    return detections.without_duplicates(iou_threshold)
 
 
 def _mean(values: np.ndarray) -> float:

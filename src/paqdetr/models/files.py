@@ -224,7 +224,7 @@ def with_training_parts(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]
 def load(
     path: str | Path,
     *,
-    device: str = "cpu",
+    device: str | None = "cpu",
     classes: ClassTable | Sequence[str] | int | None = None,
     num_queries: int | None = None,
 ) -> Detector:
@@ -232,7 +232,7 @@ def load(
 
     Args:
         path: a .safetensors file, a run's folder (its best.safetensors, else last.safetensors), or `hf:user/name@revision`.
-        device: where to put it.
+        device: where to put it; None: the best there is.
         classes: other classes: a table, names, or how many. Rows of known names stay, the rest starts anew; a line in the log
             says which (`reshape_classes` returns it as a report).
         num_queries: another number of queries, as `resize_queries` makes it.

@@ -22,7 +22,6 @@ from paqdetr.evaluation.content import ContentCollector
 from paqdetr.evaluation.evaluate import detect_split, require_same_classes
 from paqdetr.evaluation.layers import LayerCollector
 from paqdetr.files import write_text
-from paqdetr.metrics.coco import non_maximum_suppression
 from paqdetr.metrics.diagnosis import error_split
 from paqdetr.metrics.intervals import resample_images
 from paqdetr.metrics.matches import MatchTable
@@ -160,7 +159,7 @@ def measure_detections(
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """As `measure_model`, but for query use, of detections in any order, those of each image by its id."""
     truth = split.ground_truth()
-    cleaned = [non_maximum_suppression(detections) for detections in found]
+    cleaned = [detections.without_duplicates() for detections in found]
     table, cleaned_table = (
         MatchTable.match(truth, [row for detections in some for row in detections.to_coco()])
         for some in (found, cleaned)
