@@ -58,11 +58,10 @@ class FoldedConv2d(nn.Module):
         self.pads_same = isinstance(conv, Conv2dSame)
         self._is_depthwise = conv.groups == conv.in_channels == conv.out_channels > 1
         self._norm = (norm,)  # in a tuple: its tensors belong to its own place in the model
-        self._kept: tuple[tuple[object, ...], Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, c, H, W) -> (B, c', H', W'), normed."""
-        weight, bias = self._folded()
+        weight, bias = self._fold()
         padding = self.padding
         if self.pads_same:
             x, padding = pad_same(x, list(weight.shape[-2:]), list(self.stride), list(self.dilation)), 0
@@ -72,22 +71,8 @@ class FoldedConv2d(nn.Module):
                 return depthwise_conv2d(x, weight, bias, stride=stride, padding=pad, dilation=dilation)
         return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
 
-    def _folded(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias, computed anew where the weight is being trained and kept where it is not."""
-        training = torch.is_grad_enabled() and self.weight.requires_grad
-        if training or torch.compiler.is_compiling() or self.weight.is_meta:
-            return self._fold()
-        norm = self._norm[0]
-        sources = (self.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var)
-        if any(source.is_inference() for source in sources):
-            return self._fold()  # made in inference mode, they do not count their changes
-        stamp = tuple((source.data_ptr(), source._version) for source in sources)
-        if self._kept is None or self._kept[0] != stamp:
-            with torch.inference_mode(False), torch.no_grad():  # it may be needed in a training as well
-                self._kept = (stamp, *self._fold())
-        return self._kept[1:]
-
     def _fold(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias. Not kept from call to call: fused optimisers, and writes to `.data`, change a weight without a trace."""
         scale, shift = self._norm[0].affine()
         bias = shift if self.bias is None else shift + self.bias * scale
         return self.weight * scale[:, None, None, None], bias
@@ -157,7 +142,7 @@ def bake_folded_norms(model: nn.Module) -> None:
     weights themselves and no computation of them."""
     for name, part in list(model.named_modules()):
         if isinstance(part, FoldedConv2d):
-            weight, bias = part._folded()
+            weight, bias = part._fold()
             outputs, inputs, *kernel = weight.shape
             names = ("stride", "padding", "dilation", "groups")
             how: dict[str, Any] = {"kernel_size": tuple(kernel), **{name: getattr(part, name) for name in names}}
