@@ -177,6 +177,18 @@ def test_masked_norm_of_a_padded_map_is_group_norm_of_the_crop(dtype: torch.dtyp
         torch.testing.assert_close(found[i : i + 1, :, :height, :width], crop, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_masked_norm_is_not_rounded_by_autocast(dtype: torch.dtype) -> None:
+    """Sums of squares over this map are 16 times what float16 holds."""
+    norm, x = MaskedGroupNorm(2, 8), 16 * torch.randn(1, 8, 64, 64)
+    valid = torch.ones(1, 1, 64, 64)
+    valid[..., 60:] = 0
+    expected = norm(x, valid)
+    with torch.autocast("cpu", dtype):
+        assert torch.equal(norm(x, valid), expected)
+    assert float(expected[..., :60].std()) == pytest.approx(1.0, abs=0.01)
+
+
 @pytest.mark.parametrize("coarse", [(1, 1), (3, 4), (4, 1), (6, 7)])
 @pytest.mark.parametrize("fine", [(6, 7), (5, 9), (1, 1)])
 def test_enlarging_a_padded_map_is_enlarging_the_crop(coarse: tuple[int, int], fine: tuple[int, int]) -> None:

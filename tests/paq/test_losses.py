@@ -209,6 +209,10 @@ def test_diversity_of_half_precision_is_float32(dtype: torch.dtype) -> None:
     found = pattern_diversity_loss(patterns)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, pattern_diversity_loss(patterns.float()))
+    alike = torch.randn(1, 32) + 0.01 * torch.randn(400, 32)  # the sum over these pairs is beyond float16
+    expected = pattern_diversity_loss(alike)
+    with torch.autocast("cpu", dtype):
+        assert torch.equal(pattern_diversity_loss(alike), expected)
 
 
 @pytest.mark.parametrize("shape", [(1, 8), (0, 8), (8,), (2, 3, 8)])

@@ -29,9 +29,10 @@ class MaskedGroupNorm(nn.GroupNorm):
         cells = x.to(working).permute(0, 2, 3, 1).reshape(batch, height * width, channels)
         weight = valid.to(working).reshape(batch, 1, height * width)
         count = weight.sum(2).clamp(min=1)  # (B, 1)
-        mean = (weight @ cells)[:, 0] / count  # (B, d), of each channel
-        centred = cells - mean[:, None]
-        variance = (weight @ centred.square())[:, 0] / count  # (B, d), of each channel
+        with torch.autocast(x.device.type, enabled=False):  # which would round the sums to a half, where they overflow
+            mean = (weight @ cells)[:, 0] / count  # (B, d), of each channel
+            centred = cells - mean[:, None]
+            variance = (weight @ centred.square())[:, 0] / count  # (B, d), of each channel
         # Of a group: the mean of its channels' variances, and the variance of their means.
         mean, variance = (figure.unflatten(1, (self.num_groups, -1)) for figure in (mean, variance))
         offset = mean - mean.mean(2, keepdim=True)  # (B, groups, d / groups)

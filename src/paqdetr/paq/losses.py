@@ -76,7 +76,8 @@ def pattern_diversity_loss(patterns: Tensor) -> Tensor:
         raise ValueError(f"expected (m, d) patterns with m >= 2, found {tuple(patterns.shape)}")
     count = patterns.shape[0]
     unit = F.normalize(patterns.to(torch.promote_types(patterns.dtype, torch.float32)), dim=1)
-    cosine = unit @ unit.T  # (m, m)
+    with torch.autocast(patterns.device.type, enabled=False):
+        cosine = unit @ unit.T  # (m, m)
     # Not masked_select, whose length is a GPU sync; not the sum less its diagonal, which would round.
     itself = torch.eye(count, dtype=torch.bool, device=patterns.device)
     return cosine.abs().masked_fill(itself, 0.0).sum() / (count * (count - 1))
