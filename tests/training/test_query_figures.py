@@ -61,9 +61,9 @@ def test_a_record_by_hand() -> None:
     intermediate = [pairs([0, 1, 3], [0, 0, 1]), pairs([2], [0])]  # k = 2, 1, 1
     second = [pairs([0, 1, 2, 3], [1, 1, 1, 0]), pairs([0, 1], [0, 0])]  # k = 1, 3, 2
     last = [pairs([0, 3], [0, 1]), pairs([0], [0])]
-    first = batch_use(output(torch.zeros(2, 4, 2), weights), [intermediate, second, last], [4 / 3, 2.0, 1.0], [2, 1])
+    first = batch_use(output(torch.zeros(2, 4, 2), weights), [intermediate, second, last], [2, 1])
     first.gradients += torch.tensor([3.0, 0, 0, 1])
-    empty = batch_use(output(torch.zeros(2, 4, 2), weights), [[pairs([], [])] * 2] * 3, [math.nan] * 3, [0, 0])
+    empty = batch_use(output(torch.zeros(2, 4, 2), weights), [[pairs([], [])] * 2] * 3, [0, 0])
     interval = Interval()
     interval.add({"loss": 1.0}, [first], 2)
     interval.add({"loss": 3.0}, [empty], 2)
@@ -101,12 +101,19 @@ def test_overflows_are_counted_and_left_out_of_the_norm() -> None:
     assert (found["loss"], found["grad_norm"], found["overflowed_steps"]) == (2, 4, 1)
 
 
+def test_positives_of_a_box_are_a_mean_over_boxes() -> None:
+    """A batch of 1 box with 4 positives, and one of 9 boxes with 1 each."""
+    content = output(torch.zeros(1, 9, 2))
+    few = batch_use(content, [[pairs([0, 1, 2, 3], [0] * 4)], [pairs([0], [0])]], [1])
+    many = batch_use(content, [[pairs(list(range(9)), list(range(9)))]] * 2, [9])
+    interval = Interval()
+    interval.add({}, [few, many], 2)
+    assert interval.means(Processes())["positives_per_box"] == [1.3, 1.0]
+
+
 def test_many_positives_are_counted_together() -> None:
     use = batch_use(
-        output(torch.zeros(1, 40, 2)),
-        [[pairs(list(range(40)), [0] * 17 + [1] * 23)], [pairs([0], [0])]],
-        [20.0, 0.5],
-        [2],
+        output(torch.zeros(1, 40, 2)), [[pairs(list(range(40)), [0] * 17 + [1] * 23)], [pairs([0], [0])]], [2]
     )
     interval = Interval()
     interval.add({}, [use], 1)
@@ -125,7 +132,7 @@ def test_gradients_are_those_of_the_content(tiny_digits: Path, tiny_settings: di
     found = model(batch.images, batch.padding_mask, batch.targets)
     report = criterion(found, batch.targets, aux_losses=model.aux_losses())
     boxes = [len(target) for target in batch.targets]
-    use = batch_use(found, report.pairs, report.positives_per_box, boxes)
+    use = batch_use(found, report.pairs, boxes)
     watch_gradients(found.mixture.content, use.gradients, scale=4.0)
     content = found.mixture.content
     (expected,) = torch.autograd.grad(report.total, content, retain_graph=True)

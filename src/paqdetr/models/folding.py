@@ -72,7 +72,7 @@ class FoldedConv2d(nn.Module):
         return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
 
     def _fold(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias. Not kept from call to call: fused optimisers, and writes to `.data`, change a weight without a trace."""
+        """Weight and bias. Not kept between calls: fused optimisers, and writes to `.data`, change weights without a trace."""
         scale, shift = self._norm[0].affine()
         bias = shift if self.bias is None else shift + self.bias * scale
         return self.weight * scale[:, None, None, None], bias

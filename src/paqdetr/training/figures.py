@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,29 +28,28 @@ class BatchUse:
     """How a batch of a training step used its queries.
 
     Attributes:
-        positives: mean positives of a box by decoder layer; NaN without boxes.
+        boxes: of all images.
+        positives: (K,) positives of all boxes by decoder layer.
         histogram: ((K - 1) * 17,) boxes with 0, 1, ... 16 or more positives, of each layer but the last, one after the other.
         matches: (n,) matches of the last layer by query.
         mass: (m,) column sums of the mixtures; (0,) for content that is no mixture.
         gradients: (n,) norm of the loss's gradient at each content query, summed over images; there after the backward pass.
     """
 
-    positives: list[float]
+    boxes: int
+    positives: np.ndarray
     histogram: np.ndarray
     matches: np.ndarray
     mass: Tensor
     gradients: Tensor
 
 
-def batch_use(
-    output: DetectorOutput, pairs: Sequence[Sequence[Pairs]], positives: list[float], boxes: Sequence[int]
-) -> BatchUse:
+def batch_use(output: DetectorOutput, pairs: Sequence[Sequence[Pairs]], boxes: Sequence[int]) -> BatchUse:
     """What a batch says of its queries.
 
     Args:
         output: of the detector.
         pairs: matches, [layer][image].
-        positives: mean positives of a box by layer.
         boxes: in each image.
     """
     content, weights = output.mixture.content, output.mixture.weights
@@ -60,7 +58,8 @@ def batch_use(
     with torch.no_grad():
         mass = content.new_zeros(0) if weights is None else weights.detach().float().sum((0, 1))
     return BatchUse(
-        positives=positives,
+        boxes=sum(boxes),
+        positives=np.array([sum(map(len, layer)) for layer in pairs]),
         histogram=np.concatenate([[], *(_histogram(layer, boxes) for layer in pairs[:-1])]),
         matches=np.bincount(last, minlength=n),
         mass=mass,
@@ -116,7 +115,7 @@ class Interval:
     def __init__(self) -> None:
         self.steps = self.overflowed = 0
         self.values: dict[str, float] = {}
-        # Images, and batches that have boxes; positives of a box by layer, over these; and what `BatchUse` has.
+        # Images and boxes; and what `BatchUse` has.
         self.sums: dict[str, np.ndarray] = {"counts": np.zeros(2)}
         self._started = time.perf_counter()
 
@@ -135,10 +134,9 @@ class Interval:
 
     def add_use(self, batch: BatchUse) -> None:
         """Take in how a batch used queries."""
-        positives = np.array(batch.positives, dtype=np.float64)
-        self.sums["counts"] += [0, bool(positives.size) and not math.isnan(positives[0])]
+        self.sums["counts"] += [0, batch.boxes]
         use: dict[str, np.ndarray] = {
-            "positives": np.nan_to_num(positives),
+            "positives": batch.positives,
             "histogram": batch.histogram,
             "matches": batch.matches,
             "mass": batch.mass.cpu().double().numpy(),
@@ -154,7 +152,7 @@ class Interval:
         flat = np.array(processes.sum(np.concatenate(list(own.values())).tolist()))
         ends = np.cumsum([part.size for part in own.values()])
         sums = dict(zip(own, np.split(flat, ends[:-1]), strict=True))
-        images, batches = sums.pop("counts").tolist()
+        images, boxes = sums.pop("counts").tolist()
         means: dict[str, Any] = {}
         for name, value in zip(self.values, sums.pop("values").tolist(), strict=True):
             shared = processes.count if name in _AVERAGED else 1
@@ -163,8 +161,8 @@ class Interval:
         if self.overflowed:
             means |= {"grad_norm": means.get("grad_norm"), "overflowed_steps": self.overflowed}
         means["images_per_second"] = round(images / (time.perf_counter() - self._started), 3)
-        if batches:
-            means["positives_per_box"] = [round(value / batches, 4) for value in sums["positives"].tolist()]
+        if boxes and "positives" in sums:
+            means["positives_per_box"] = [round(value / boxes, 4) for value in sums["positives"].tolist()]
         return means | (query_figures(sums, images=images) if "matches" in sums else {})
 
 

@@ -145,7 +145,7 @@ class TrainingStep:
         step.values["loss"] = step.values.get("loss", 0.0) + total
         step.terms.append(report.terms)
         step.mixtures.append(mixture_figures(output, aux_losses.get("diversity")))
-        use = batch_use(output, report.pairs, report.positives_per_box, [len(t) for t in batch.targets])
+        use = batch_use(output, report.pairs, [len(t) for t in batch.targets])
         scaler = self.accelerator.scaler
         # get_scale() would be a GPU sync.
         scale = 1.0 if scaler is None else scaler.scale(torch.ones((), device=images.device))

@@ -326,7 +326,7 @@ class Trainer:
             path, processes=self.processes.count, batches=batches, data=self.data, accept_new_data=accept_new_data
         )
         self.position = saved.position_for(
-            batches=batches, epoch_steps=self.epoch_steps, accumulate=self.config.accumulate
+            batches=batches, epoch_steps=self.epoch_steps, accumulate=self.config.accumulate, data=self.data
         )
         self._random = saved.random[self.processes.index]
         if self.processes.main and self.position.epoch:
