@@ -104,6 +104,7 @@ def test_preset_paper_is_the_literal_paper() -> None:
     assert (loss.diversity_weight, loss.div_scale) == (0.2, 1.0)
     assert (loss.one_to_many_from, loss.one_to_many_until, loss.min_iou) == (0.0, 1.0, 0.0)
     assert loss.classification == "varifocal" and loss.assigner == "quality_aware"
+    assert (loss.varifocal_alpha, loss.encoder_assigner, loss.encoder_min_positives) == (0.75, "one_to_one", None)
     assert (loss.class_cost, loss.l1_cost, loss.giou_cost) == (2.0, 5.0, 2.0)
     assert model.dim == 128  # the host stays
 
@@ -117,6 +118,8 @@ def test_preset_paper_needs_a_part_of_paq(name: str) -> None:
         load_config(name, {"preset": "paper", "model.queries": "static_mixture"})
     for part in ({"model.queries": "patterns"}, {"loss.assigner": "quality_aware"}):
         assert load_config(name, {"preset": "paper", **part}).loss.confidence == "max"
+    with pytest.raises(ConfigError, match="with loss.assigner=fixed_k, which the paper does not have"):
+        load_config(name, {"preset": "paper", "model.queries": "patterns", "loss.assigner": "fixed_k"})
 
 
 def test_order_of_precedence(tmp_path: Path) -> None:

@@ -213,12 +213,16 @@ def _read_preset(name: Any) -> dict[str, Any]:
 
 def _require_paq_under_preset(config: Config, where: str) -> None:
     """The preset changes PaQ's settings; a host without PaQ would get another loss and keep the name of the paper."""
-    assigners = (config.loss.assigner, config.loss.encoder_assigner)
-    if config.preset and config.model.queries != "patterns" and "quality_aware" not in assigners:
+    if config.preset and config.model.queries != "patterns" and config.loss.assigner != "quality_aware":
         raise ConfigError(
             f"{where}: preset={config.preset} on a model without PaQ (model.queries={config.model.queries}, "
             f"loss.assigner={config.loss.assigner})",
             "take the paq_* model of this host, or switch on model.queries=patterns or loss.assigner=quality_aware",
+        )
+    if config.preset and config.loss.assigner not in ("one_to_one", "quality_aware"):
+        raise ConfigError(
+            f"{where}: preset={config.preset} with loss.assigner={config.loss.assigner}, which the paper does not have",
+            "leave out one of the two, or set loss.assigner=quality_aware",
         )
 
 

@@ -54,7 +54,7 @@ _CUSTOMISED = Needs(
 class LossConfig(Section):
     """Assignment and losses. `assigner: quality_aware` is PaQ's; `one_to_one` the host's; the others are there to compare.
 
-    `top_k`, `min_positives` and `select` mean the same to all: `fixed_k` gives every box exactly `top_k` positives, and where
+    `top_k`, `min_positives` and `select` mean the same to all: `fixed_k` gives every box `top_k` positives, and where
     `quality_aware` selects by score, `simota` selects by cost.
     """
 

@@ -340,8 +340,8 @@ def to_pairs(rows: np.ndarray, columns: np.ndarray) -> Pairs:
 class FixedKAssigner(_Rule):
     """The same number of queries for every box: each box repeated k times, matched once.
 
-    Source: the one-to-many branch of H-DETR (arXiv 2207.13080), without its own queries. Where k * G exceeds n // 2, k is
-    lowered for all boxes alike.
+    Source: the one-to-many branch of H-DETR (arXiv 2207.13080), without its own queries. Where k * G exceeds n // 2, positives go
+    by the rule of all assigners, `limit_positives`, the costliest first.
 
     Args:
         k: positives of a box.
@@ -358,8 +358,8 @@ class FixedKAssigner(_Rule):
         num_queries, num_boxes = image.cost.shape
         if num_boxes == 0 or num_boxes > num_queries:
             return to_pairs(*linear_sum_assignment(image.cost))
-        k = max(min(self.k, num_queries // 2 // num_boxes), 1)
-        return to_pairs(*select_by_hungarian(image.cost, np.full(num_boxes, k)))
+        num_positives = limit_positives(np.full(num_boxes, self.k), -image.cost, least=1, most=self.k)
+        return to_pairs(*select_by_hungarian(image.cost, num_positives))
 
 
 class AlignedAssigner(_Rule):
