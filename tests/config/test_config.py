@@ -118,7 +118,7 @@ def test_preset_paper_needs_a_part_of_paq(name: str) -> None:
         load_config(name, {"preset": "paper", "model.queries": "static_mixture"})
     for part in ({"model.queries": "patterns"}, {"loss.assigner": "quality_aware"}):
         assert load_config(name, {"preset": "paper", **part}).loss.confidence == "max"
-    with pytest.raises(ConfigError, match="with loss.assigner=fixed_k, which the paper does not have"):
+    with pytest.raises(ConfigError, match=r"with loss\.assigner=fixed_k, which the paper does not have"):
         load_config(name, {"preset": "paper", "model.queries": "patterns", "loss.assigner": "fixed_k"})
 
 

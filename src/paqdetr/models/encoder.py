@@ -106,8 +106,9 @@ class DeformableAttention(nn.Module):
         The parameters are divided and not the result, which has a number for every query and takes longer than the attention.
         """
         linear = self.sampling_offsets
-        sizes = linear.weight.new_tensor([[width, height] for height, width in spatial_shapes])
-        shares = (1 / sizes)[:, None].expand(self.num_heads, -1, self.num_points, -1).flatten()
+        # Filled where it is needed: a list that is copied to a GPU waits for it, in every layer.
+        sizes = torch.cat([linear.weight.new_full((1,), side) for shape in spatial_shapes for side in reversed(shape)])
+        shares = (1 / sizes).view(-1, 1, 2).expand(self.num_heads, -1, self.num_points, -1).flatten()
         return F.linear(query, linear.weight * shares[:, None], linear.bias * shares)
 
 
