@@ -115,7 +115,7 @@ def test_what_makes_a_host(host: str, paq: str) -> None:
     hybrid = {"hybrid_deformable_detr": 1500, "ddq_detr": 1350, "relation_detr": 1500}.get(host, 0)
     assert model.config.num_hybrid == hybrid
     assert (model.decoder.relation is not None) is (model.encoder.fusion is not None) is (host == "relation_detr")
-    assert model.config.uses_nms is (model.hybrid_heads is not None) is (host == "ddq_detr")
+    assert (model.config.distinct_queries is not None) is (model.hybrid_heads is not None) is (host == "ddq_detr")
     assert (model.hybrid_source is not None) is (hybrid > 0 and f"{paq}{host}" != "ddq_detr")
     assert (model.auxiliary is not None) is host.startswith("co_")
     if isinstance(model.start, ProposalStart):

@@ -449,12 +449,6 @@ class ModelConfig(Section):
         return self.hybrid_queries or int(self.hybrid_ratio * self.num_queries)
 
     @property
-    def uses_nms(self) -> bool:
-        """Whether queries are selected by non-maximum suppression, before the decoder or between its layers: the number of
-        selected ones then depends on the image, and a program of fixed shapes cannot hold it."""
-        return self.distinct_proposals is not None or self.distinct_queries is not None
-
-    @property
     def content_dim(self) -> int:
         """Width of the content that a query source makes: one less than `dim` where an indicator channel follows it."""
         return self.dim - 1 if self.denoising == "plain" else self.dim

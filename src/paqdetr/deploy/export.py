@@ -22,7 +22,7 @@ from paqdetr._version import __version__
 from paqdetr.checkpoint import find_checkpoint
 from paqdetr.data.dataset import DetectionDataset, open_split
 from paqdetr.data.layout import split_to_evaluate
-from paqdetr.deploy.graph import MAX_BATCH, DeployedDetector, capture, fixed_size, require_exportable, save_graph
+from paqdetr.deploy.graph import MAX_BATCH, DeployedDetector, capture, fixed_size, save_graph
 from paqdetr.deploy.parity import IMAGES, Parity, compare_with_model, digits_pictures
 from paqdetr.deploy.quantize import quantize_checked, spread
 from paqdetr.environment import package_version
@@ -118,7 +118,7 @@ def export(
 
     Raises:
         ExportError: the file does not find what the model finds; nothing is left behind.
-        ConfigError: an argument, or a model that cannot be exported.
+        ConfigError: an argument.
         BackendError: a package that is needed is not installed.
         StorageError: a file cannot be written.
     """
@@ -139,7 +139,6 @@ def export(
             f"{file}: a file in the format {format} ends in {ENDINGS[format]}",
             f"name it {file.with_suffix(ENDINGS[format])}",
         )
-    require_exportable(detector)
     size = fixed_size(detector, image_size)
     for part in _parts(file):
         require_replaceable(part, _MAKER, overwrite=overwrite or is_sealed(file))

@@ -70,18 +70,6 @@ class DeployedDetector(nn.Module):
         return torch.randint(256, (batch, size.height, size.width, 3), dtype=torch.uint8)
 
 
-def require_exportable(model: Detector) -> None:
-    """Raise ConfigError if a part of the model depends on the values it meets, which no graph can hold, naming the setting."""
-    for name in ("distinct_proposals", "distinct_queries"):
-        value = getattr(model.config, name)
-        if value is not None:
-            raise ConfigError(
-                f"model.{name}={value}: cannot be exported: it selects queries by non-maximum suppression, and how many are left "
-                "depends on the image",
-                f"train with model.{name}=null to export, or predict from the checkpoint",
-            )
-
-
 def fixed_size(model: Detector, image_size: tuple[int, int] | None) -> FixedSize:
     """The one size of an exported graph: (height, width), or the square that the checkpoint's own setting means.
 

@@ -158,16 +158,22 @@ def _distinct_tokens(
     """
     ranked = scores.masked_fill(~valid, -torch.inf)
     available = valid.sum(1)  # (B,)
-    looked_at = min(2 * count, scores.shape[1])
+    looked_at = scores.shape[1] if becomes_graph() else min(2 * count, scores.shape[1])
     while True:
         order = ranked.topk(looked_at, dim=1).indices  # (B, M)
         ranks = torch.arange(looked_at, device=scores.device)
         usable = ranks < available[:, None]  # (B, M)
         kept = distinct(boxes_of(order), -ranks.expand_as(order), usable, threshold)
-        if bool(((kept.sum(1) >= count) | (available <= looked_at)).all()):
+        if looked_at == scores.shape[1] or bool(((kept.sum(1) >= count) | (available <= looked_at)).all()):
             last = 2 - usable.int() - kept.int()  # 0 survives, 1 is suppressed, 2 is no valid token
-            return _repeated(order.gather(1, last.argsort(dim=1, stable=True)), valid, count)
+            places = (last * looked_at + ranks).argsort(dim=1)  # not a stable sort, which ONNX does not have
+            return _repeated(order.gather(1, places), valid, count)
         looked_at = min(2 * looked_at, scores.shape[1])
+
+
+def becomes_graph() -> bool:
+    """Whether this call is being recorded for another program, where nothing may depend on values."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 @torch.no_grad()
@@ -184,6 +190,12 @@ def distinct(boxes: Tensor, scores: Tensor, among: Tensor, threshold: float) -> 
         (B, n) bool, which stay. It is computed image by image: what an image is batched with does not matter.
     """
     corners = box_convert(boxes, "cxcywh", "xyxy")
+    if becomes_graph():  # of any number of images: they are put side by side, those that take no part last of all
+        apart = corners + 2.0 * torch.arange(boxes.shape[0], device=boxes.device, dtype=boxes.dtype)[:, None, None]
+        order = scores.to(boxes.dtype).masked_fill(~among, -torch.inf)
+        kept = torch.zeros_like(among).flatten()
+        kept[nms(apart.flatten(0, 1), order.flatten(), threshold)] = True
+        return kept.view_as(among) & among
     kept = torch.zeros_like(among)
     for image, taking_part in enumerate(among):
         rows = taking_part.nonzero()[:, 0]
