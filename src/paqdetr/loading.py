@@ -100,6 +100,7 @@ def open_any_exported(path: str | Path, *, threads: int | None = None) -> Predic
         return open_exported(path, threads=threads)
     open_regular(path, error=CheckpointError).close()
     import torch
+    import torchvision  # noqa: F401, whose operators a graph may have
 
     found = {FILE_ENTRY: ""}
     try:
