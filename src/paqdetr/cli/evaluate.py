@@ -144,7 +144,7 @@ def evaluate(
     files = OutputFiles("paqdetr eval", overwrite=overwrite, json=json_file, results_out=results_out)
     split = "" if data is None else split_to_evaluate(data, split)
     require_threshold(threshold)
-    cut, suppress = options.tiles_of(tiles, overlap, with_whole), options.parse_nms(nms)
+    cut, suppress = options.tiles_of(tiles, overlap, with_whole), options.nms_of(nms)
     if results_file is not None and (cut, suppress, threshold) != (None, None, 0):
         raise ConfigError("--nms, --threshold and --tiles are about a CHECKPOINT", "leave them out")
     task = _Task(

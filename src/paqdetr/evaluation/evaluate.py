@@ -112,7 +112,7 @@ def evaluate(
     observers: Sequence[Observer] = (),
     threshold: float = 0.0,
     nms: float | None = None,
-    tiles: Tiles | None = None,
+    tiles: Tiles | int | None = None,
 ) -> Evaluation:
     """Figures of a model on one split of a data set.
 
@@ -127,7 +127,7 @@ def evaluate(
         observers: shown the raw outputs on the way, such as `paqdetr.metrics.QueryUsage`.
         threshold: detections that score less are left out, which only lowers AP: what users get at this threshold.
         nms: a box that overlaps a better one of its class by more than this IoU is left out; None: nothing is.
-        tiles: large images are cut into these.
+        tiles: large images are cut into these, or into tiles of this many pixels a side.
 
     Raises:
         DataError: the split is missing or malformed, or has a class that the model has not.
@@ -162,7 +162,7 @@ def evaluate(
         observers=observers,
         threshold=threshold,
         nms=nms,
-        tiles=tiles,
+        tiles=None if tiles is None else Tiles.of(tiles),
     )
 
 
