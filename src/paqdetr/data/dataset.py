@@ -81,7 +81,7 @@ class DetectionDataset:
         Raises:
             DataError: it does not decode.
         """
-        return read_image(self.path(index))
+        return read_image(self.path(index), remedy=f"replace it, or remove it and its entry in {self.annotation_file}")
 
     def checked_image(self, index: int) -> Image.Image:
         """As `image`.
