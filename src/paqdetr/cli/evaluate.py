@@ -87,9 +87,7 @@ class _Found:
 
 
 def evaluate(
-    checkpoint: Annotated[
-        Path | None, typer.Argument(help="A run's folder, a .safetensors file, or an exported model.", metavar="MODEL")
-    ] = None,
+    checkpoint: Annotated[Path | None, typer.Argument(help=options.TRAINED, metavar="MODEL")] = None,
     *,
     data: Annotated[Path | None, options.data(help="Folder of the data set, or its data.yaml.")] = None,
     split: options.Split = None,

@@ -63,6 +63,7 @@ Data = Annotated[Path, data(help="Folder of the data set, or its data.yaml.")]
 Split = Annotated[str | None, data(help="train, val or test; if not given val, or else the split there is.")]
 AutoBatch = Annotated[bool, typer.Option("--auto-batch", help="Take the largest batch that fits into memory.")]
 Resamples = Annotated[int, figures(min=100, max=MAX_RESAMPLES, help="Bootstrap resamples of the images.")]
+TRAINED = "A run's folder, a .safetensors file, an exported model, or hf:USER/NAME."
 Nms = Annotated[
     str | None,
     detections(metavar="IOU|none", help="Drop boxes that overlap a better one of their class by more than this."),

@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 
 
 def predict(
-    model: Annotated[
-        Path, typer.Argument(help="A run's folder, a .safetensors file, or an exported model.", metavar="MODEL")
-    ],
+    model: Annotated[Path, typer.Argument(help=options.TRAINED, metavar="MODEL")],
     sources: Annotated[
         list[str],
         typer.Argument(

@@ -54,8 +54,7 @@ class SharedDetector(
         from paqdetr.models.files import load
 
         own = {key: where[key] for key in ("revision", "cache_dir", "force_download", "token", "local_files_only")}
-        path = Path(model_id)
-        return cls(load(path / WEIGHTS if path.is_dir() else hf_hub_download(model_id, WEIGHTS, **own), device=device))
+        return cls(load(hf_hub_download(model_id, WEIGHTS, **own), device=device))
 
 
 def write_folder(folder: Path, header: Mapping[str, Any], **about: Any) -> None:
@@ -184,7 +183,7 @@ def hub_errors(repo: str) -> Iterator[None]:
         if status in (401, 403):
             raise ConfigError(f"{repo}: the Hub refuses the request ({status})", _LOGIN) from None
         raise CheckpointError(f"{repo}: the Hub answers {status}: {str(error)[:200]}", "try again later") from None
-    except OSError as error:
+    except (*HfHubHTTPError.__bases__, OSError) as error:  # whatever the client sends its requests with
         raise CheckpointError(f"{repo}: the Hub cannot be reached ({str(error)[:200]})", "check the network") from None
 
 
