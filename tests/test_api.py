@@ -108,12 +108,13 @@ def test_list_recipes() -> None:
         (lambda m, d, f: paqdetr.evaluate(m, data=d, batch_size=-1), paqdetr.ConfigError, "batch_size"),
         (lambda m, d, f: paqdetr.evaluate(3, data=d), paqdetr.ConfigError, "or a path, found int"),  # type: ignore[arg-type]
         (lambda m, d, f: paqdetr.evaluate(d, data=d), paqdetr.CheckpointError, "no checkpoint"),
-        (lambda m, d, f: paqdetr.load(f, device="gpu"), paqdetr.ConfigError, "device 'gpu': it does not work here"),
+        (lambda m, d, f: paqdetr.load(f, device="gpu"), paqdetr.ConfigError, "device 'gpu': .* in Python device='"),
         (
             lambda m, d, f: paqdetr.load("dino_nano"),
             paqdetr.CheckpointError,
             r"name of a model .*create_model\('dino_nano'\)",
         ),
+        (lambda m, d, f: paqdetr.load("me/digits"), paqdetr.CheckpointError, "no such file or folder .*hf:me/digits"),
         (lambda m, d, f: paqdetr.create_model("DINO-Nano"), paqdetr.ConfigError, "did you mean 'dino_nano'"),
         (
             lambda m, d, f: paqdetr.train(m, data=d, output=d),

@@ -238,7 +238,12 @@ def operating_point_of(header: Mapping[str, Any]) -> OperatingPoint:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint that a path means: itself, the best of a run's folder, or one of the Hub (`hf:user/name@revision`)."""
+    """The checkpoint that a path means: itself, the best of a run's folder, that of a folder of `save_pretrained`, or one of the
+    Hub (`hf:user/name@revision`).
+
+    Raises:
+        CheckpointError: a folder without one, the name of a model or recipe, or what may be a name on the Hub.
+    """
     if str(path).startswith("hf:"):
         return import_extra("paqdetr.models.hub", "hub").fetch(str(path))
     path = Path(path)
@@ -247,9 +252,13 @@ def find_checkpoint(path: str | Path) -> Path:
             f"{path}: no such file, but the name of a model or recipe",
             f"give a run's folder or a checkpoint; paqdetr.create_model({str(path)!r}) makes a model with random weights",
         )
+    if not path.exists() and not path.suffix and re.fullmatch(r"[\w.-]+/[\w.-]+", path.as_posix()):
+        raise CheckpointError(
+            f"{path}: no such file or folder", f"check the path; a model of the Hub is written hf:{path.as_posix()}"
+        )
     if not path.is_dir():
         return path
-    for name in ("best.safetensors", "last.safetensors"):
+    for name in ("best.safetensors", "last.safetensors", "model.safetensors"):
         if (path / name).is_file():
             return path / name
     raise CheckpointError(f"{path}: the folder has no checkpoint", "give a run's folder or a .safetensors file")

@@ -24,21 +24,28 @@ _KINDS = ("cpu", "cuda", "mps", "xpu")
 
 
 def require_known_device(name: str | None) -> str | None:
-    """The name of a device that there is somewhere, or None; torch, which knows those that are here, is not asked.
+    """The full name of a device that there is somewhere, or None; torch, which knows those that are here, is not asked.
 
     Raises:
         ConfigError: there is none.
     """
-    if name is not None and name.partition(":")[0] not in _KINDS:
+    full = None if name is None else _full_name(name)
+    if full is not None and full.partition(":")[0] not in _KINDS:
         raise ConfigError(
             f"device {name!r}: there is no such kind; expected {', '.join(_KINDS)}, or such as cuda:0",
-            "use --device cpu",
+            "leave --device out for the best there is, or use --device cpu",
         )
-    return name
+    return full
+
+
+def _full_name(name: str) -> str:
+    """cuda:0 for 0, as GPUs are called elsewhere."""
+    return f"cuda:{name}" if name.isdecimal() else name
 
 
 def require_device(name: str | None) -> torch.device:
-    """The device called `name`, such as "cpu" or "cuda"; a CUDA device if there is one, else the CPU, for None.
+    """The device called `name`, such as "cpu", "cuda" or "cuda:1" ("1" for short); for None a CUDA device, if there is one,
+    else the CPU.
 
     Raises:
         ConfigError: torch knows no such device, or it does not work on this machine; the message names those that do.
@@ -49,7 +56,7 @@ def require_device(name: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     there = usable_devices()
     try:
-        device = torch.device(name)
+        device = torch.device(_full_name(name))
         # Of other kinds, such as meta or lazy, torch makes tensors that hold nothing, or fails later.
         if device.type in there and torch.ones(1, device=device).item() == 1:
             return device
@@ -57,7 +64,8 @@ def require_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = f" ({str(error).strip().splitlines()[0]})"
     raise ConfigError(
-        f"device {name!r}: it does not work here{reason}; those that do are {', '.join(there)}", "use --device cpu"
+        f"device {name!r}: it does not work here{reason}; those that do are {', '.join(there)}",
+        f"use --device {there[-1]}, in Python device={there[-1]!r}",
     )
 
 

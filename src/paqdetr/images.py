@@ -56,13 +56,14 @@ ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | BinaryIO | Image.Imag
 """What can be read as a picture: a path, a file's content, a file opened as binary, a PIL image, an array, a tensor."""
 
 
-def read_image(source: ImageSource) -> Image.Image:
+def read_image(source: ImageSource, *, remedy: str | None = None) -> Image.Image:
     """The picture as 8-bit RGB with its EXIF orientation applied.
 
     Args:
         source: a path, the bytes of an image file, a file opened as binary, a PIL image, an array or a tensor.
             An array is (H, W, 3) RGB, (H, W, 4) RGBA, or (H, W) or (H, W, 1) grey; a tensor (C, H, W) with these channels, or
             (H, W), on any device. Values: uint8; uint16, divided by 257; float from 0 to 1; bool, black and white.
+        remedy: what to advise about a file that is no image or damaged, where other than it may be simply removed.
 
     Returns:
         A PIL image of mode "RGB", independent of the source. Other modes are converted thus: grey, 1 bit,
@@ -80,7 +81,7 @@ def read_image(source: ImageSource) -> Image.Image:
         try:
             return _to_rgb(_upright(source))
         except Exception as error:  # Pillow reports damaged files by any class there is
-            raise _undecodable(name, error) from error
+            raise DataError(f"{name}: the image does not decode: {error}", "Replace or remove the file.") from error
     if isinstance(source, (str, os.PathLike)):
         file: Path | BinaryIO = Path(source)
     elif isinstance(source, (bytes, bytearray, memoryview)):
@@ -98,7 +99,7 @@ def read_image(source: ImageSource) -> Image.Image:
             f"an image: expected a path, bytes, a binary file, a PIL image, an array or a tensor, found {found}",
             f'{_ARRAY_REMEDY} Files are opened with open(path, "rb").',
         )
-    with _opened(file) as image:
+    with _opened(file, remedy) as image:
         return _to_rgb(_upright(image))
 
 
@@ -149,13 +150,13 @@ class ImageHeader:
     traits: frozenset[str]
 
 
-def read_header(source: str | Path | bytes) -> ImageHeader:
-    """Size and kind of an image file, or of its content, without decoding it.
+def read_header(source: str | Path | bytes, *, remedy: str | None = None) -> ImageHeader:
+    """Size and kind of an image file, or of its content, without decoding it; `remedy` as of `read_image`.
 
     Raises:
         DataError: the file is missing, no image, or its header is damaged.
     """
-    with _opened(io.BytesIO(source) if isinstance(source, bytes) else Path(source)) as image:
+    with _opened(io.BytesIO(source) if isinstance(source, bytes) else Path(source), remedy) as image:
         turn = _orientation(image)
         width, height = image.size
         if image.format == "TIFF":  # some versions of Pillow have turned the size already
@@ -192,8 +193,9 @@ def _formats() -> tuple[str, ...]:
 
 
 @contextmanager
-def _opened(source: Path | BinaryIO) -> Iterator[Image.Image]:
+def _opened(source: Path | BinaryIO, remedy: str | None = None) -> Iterator[Image.Image]:
     """The image, not yet decoded; whatever goes wrong meanwhile, while decoding too, becomes a DataError."""
+    usual = "Convert it to JPEG or PNG, or remove it." if isinstance(source, Path) else "Send a JPEG or PNG."
     path = source if isinstance(source, Path) else getattr(source, "name", "the given bytes")
     try:
         opened = open_regular(source) if isinstance(source, Path) else nullcontext(source)
@@ -210,13 +212,11 @@ def _opened(source: Path | BinaryIO) -> Iterator[Image.Image]:
         raise
     except UnidentifiedImageError:
         size = f" ({path.stat().st_size} bytes)" if isinstance(path, Path) else ""
-        raise DataError(
-            f"{path}: not an image in a known format{size}", "Convert it to JPEG or PNG, or remove it."
-        ) from None
+        raise DataError(f"{path}: not an image in a known format{size}", remedy or usual) from None
     except MemoryError:
         raise
     except Exception as error:  # Pillow reports damaged files by any class there is
-        raise _undecodable(path, error) from error
+        raise DataError(f"{path}: the image does not decode: {error}", remedy or usual) from error
 
 
 # What operating systems and programs leave in folders, and archives of macOS hold beside every file.
@@ -266,10 +266,6 @@ def _is_picture(path: Path) -> bool:
     except DataError:
         return False
     return True
-
-
-def _undecodable(name: object, error: Exception) -> DataError:
-    return DataError(f"{name}: the image does not decode: {error}", "Replace or remove the file.")
 
 
 def _from_tensor(tensor: Any) -> Image.Image:

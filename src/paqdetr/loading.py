@@ -56,9 +56,9 @@ def load(
     """A model from a file, by its ending. Each has `predict`, `classes` and `preprocessing`.
 
     Args:
-        path: a .safetensors file or a run's folder (its best.safetensors, else last.safetensors), which give a `Detector`; or
-            an exported .onnx, .xml (OpenVINO), .pt2 or .torchscript file, which gives a `Predictor`. The first two of these
-            are run without torch.
+        path: a .safetensors file, a folder of a run (its best.safetensors, else last.safetensors) or of `save_pretrained`, or
+            `hf:user/name@revision`, a model of the Hub, which give a `Detector`; or an exported .onnx, .xml (OpenVINO), .pt2 or
+            .torchscript file, which gives a `Predictor`. The first two of these are run without torch.
         device: where a `Detector` is put, None for the best there is; exported models run on the CPU.
         classes: other classes, see `paqdetr.models.load`.
         num_queries: another number of queries.

@@ -44,16 +44,24 @@ WORDS = {
     "half": "--precision f16|--amp fp16", "int8": "--precision int8", "dtype": "--precision",
     "slice": "--tiles", "tile": "--tiles",
     "subset": "--split", "set": "--split", "ann_file": "--annotations", "annotation": "--annotations",
-    "gpu": "--device", "gpu_id": "--device", "gpus": "--device", "exist_ok": "--overwrite|*", "force": "--overwrite|",
+    "gpu": "--device", "gpu_id": "--device", "gpus": "GPUS", "num_gpus": "GPUS", "ngpus": "GPUS", "devices": "GPUS",
+    "exist_ok": "--overwrite|*", "force": "--overwrite|",
     "last": "--resume", "auto_resume": "--resume", "resume_from": "--resume",
     # part of the verb here, or always done
-    "task": "*", "mode": "*", "launcher": "*", "local_rank": "*", "num_gpus": "*", "optimizer": "*", "opt": "*",
-    "pretrained": "*", "num_classes": "*", "nc": "*", "verbose": "*", "plots": "*", "val": "*", "simplify": "*", "opset": "*",
-    "dynamic": "*", "cfg_options": "", "opts": "", "do_train": "", "do_eval": "", "evaluate": "", "show": "", "save": "",
+    "task": "*", "mode": "*", "launcher": "*", "local_rank": "*", "pretrained": "init=|MODEL", "verbose": "*", "plots": "*",
+    "simplify": "*", "optimizer": "*the optimizer is AdamW", "opt": "*the optimizer is AdamW",
+    "num_classes": "*classes are those of the data", "nc": "*classes are those of the data",
+    "val": "*the setting eval_every says when the val split is evaluated", "opset": "*ONNX files have opset 18",
+    "dynamic": "*--batch N fixes how many images a call takes; any number if not given",
+    "cfg_options": "", "opts": "", "do_train": "", "do_eval": "", "evaluate": "", "show": "", "save": "",
 }  # fmt: skip
 """Options and keys of other programs, with _ for -, and the place of their value here: an option ("--data"), a setting ("lr="),
 the first argument (MODEL) or another one (SOURCE, DIR, SRC); of several with | between them the first that a verb has.
-"--amp fp16" and "schedule=cosine" stand for words that are on or off; "" leaves a word out, "*" its value as well."""
+"--amp fp16" and "schedule=cosine" stand for words that are on or off; "" leaves a word out, "*" its value as well, and says what
+follows it, if anything. GPUS: how many of them, or which."""
+
+SWITCHES = ("pretrained",)
+"""Words that may also be on or off, and are left out then."""
 
 
 def setting_to_write(word: str) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 from xml.etree.ElementTree import tostring
@@ -220,6 +220,12 @@ class Detections(Summary):
             labels=self.labels[chosen],
             query_indices=indices,
         )
+
+    def as_classes(self, ids: Mapping[int, int], names: dict[int, str]) -> Detections:
+        """Those whose labels are keys of `ids`, with the labels there, called as in `names`."""
+        chosen = self[np.isin(self.labels, list(ids))]
+        labels = np.array([ids[label] for label in chosen.labels.tolist()], dtype=np.int64)
+        return replace(chosen, labels=labels, names=names)
 
     def without_duplicates(self, iou_threshold: float = 0.7) -> Detections:
         """Class-wise non-maximum suppression: without every box that overlaps a better one of its own class by more than
@@ -473,6 +479,18 @@ class ClassTable:
             if known.get(category) != name:
                 return category, name, known.get(category)
         return None
+
+    def ids_in(self, other: ClassTable) -> dict[int, int]:
+        """Own id -> that of the same class in another table, for all classes of the other one: by id and name, or else by name,
+        whatever its case. Empty if one of them is not in this table, or names say nothing since two classes share one.
+        """
+        if self.misfit(other) is None:
+            return {category: category for category in other.ids}
+        own, its = (
+            {name.casefold(): category for category, name in table.id_to_name.items()} for table in (self, other)
+        )
+        unique = len(own) == len(self) and len(its) == len(other)
+        return {own[name]: category for name, category in its.items()} if unique and its.keys() <= own.keys() else {}
 
     @property
     def id_to_index(self) -> dict[int, int]:

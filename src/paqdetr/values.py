@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from numbers import Integral, Real
 from typing import TypeGuard
 
 from paqdetr.errors import ConfigError
@@ -69,6 +70,16 @@ def as_flag(value: object) -> bool | None:
     return bool(value) if isinstance(value, (bool, int, float)) and value in (0, 1) else None
 
 
+def is_whole(value: object) -> bool:
+    """Whether it is an integer, of numpy too; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_real(value: object) -> bool:
+    """Whether it is a number, of numpy too; True and False are none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def is_coordinate(value: object) -> TypeGuard[float]:
     """Whether it is a finite number of pixels. The comparison also sorts out NaN and integers that no float can hold."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e9 < value < 1e9
@@ -86,20 +97,38 @@ def is_side(value: object) -> TypeGuard[float]:
 
 def require_threshold(threshold: float) -> None:
     """Raise ConfigError unless `threshold` is a number in [0, 1]; NaN is none, and no score would reach it."""
-    if not 0 <= threshold <= 1:
-        raise ConfigError(f"threshold: expected a number from 0 to 1, found {threshold}", "scores lie in that range")
+    if not is_real(threshold) or not 0 <= threshold <= 1:
+        raise ConfigError(
+            f"threshold: expected a number from 0 to 1, found {threshold!r}", "scores lie in that range; 0.3 is usual"
+        )
 
 
 def require_nms(nms: float | None) -> None:
     """Raise ConfigError unless `nms` is None or an IoU in [0, 1]."""
-    if nms is not None and not 0 <= nms <= 1:
-        raise ConfigError(f"nms: expected an IoU from 0 to 1, found {nms}", "0.7 is usual, and 1 drops nothing")
+    if nms is not None and (not is_real(nms) or not 0 <= nms <= 1):
+        raise ConfigError(f"nms: expected an IoU from 0 to 1, found {nms!r}", "0.7 is usual, and 1 drops nothing")
+
+
+def parse_nms(text: str, name: str) -> float:
+    """The IoU that an option or a parameter called `name` says: 1, which drops nothing, for "none".
+
+    Raises:
+        ConfigError: it is no number from 0 to 1.
+    """
+    try:
+        value = 1.0 if text.strip().lower() == "none" else float(text)
+        require_nms(value)
+    except (ValueError, ConfigError):
+        raise ConfigError(
+            f"{name}: expected an IoU from 0 to 1, or none, found {text[:80]!r}", "0.7 is usual, and none drops nothing"
+        ) from None
+    return value
 
 
 def require_batch_size(batch_size: int) -> None:
-    """Raise ConfigError unless at least one image goes through at a time."""
-    if batch_size < 1:
+    """Raise ConfigError unless a whole number of images, at least one, goes through at a time."""
+    if not is_whole(batch_size) or batch_size < 1:
         raise ConfigError(
-            f"batch_size: expected at least 1, found {batch_size}",
+            f"batch_size: expected a whole number of at least 1, found {batch_size!r}",
             "it is how many images go through together, and changes no detection",
         )

@@ -22,7 +22,7 @@ from paqdetr.cli.habits import VERBS, what_to_type
 from paqdetr.cli.options import complete_model, complete_setting
 from paqdetr.cli.progress import TrainingProgress
 from paqdetr.config import known_keys, load_config
-from paqdetr.other_programs import WORDS
+from paqdetr.other_programs import WORDS, setting_to_write
 from paqdetr.runs import Run
 from paqdetr.training.callbacks import NotebookProgress, TrainingPlan
 
@@ -109,7 +109,7 @@ def test_options_of_a_long_verb_are_in_groups(capsys: pytest.CaptureFixture[str]
             "train dino_nano --data d --output o backbone_lr=1e-5 model.num_queries=50 clip_norm=0.1",
         ),
         (
-            "train --config-file x.yaml --num-gpus 8 SOLVER.BASE_LR 0.001 MODEL.WEIGHTS x.safetensors",
+            "train --config-file x.yaml --num-gpus 1 SOLVER.BASE_LR 0.001 MODEL.WEIGHTS x.safetensors",
             "train x.yaml --data DIR --output DIR lr=0.001 init=x.safetensors",
         ),
         (
@@ -120,6 +120,10 @@ def test_options_of_a_long_verb_are_in_groups(capsys: pytest.CaptureFixture[str]
             "train --model_name_or_path dino_nano --per_device_train_batch_size 8 --num_train_epochs 3 --fp16",
             "train dino_nano --amp fp16 --data DIR --output DIR batch_size=8 epochs=3",
         ),
+        ("train dino_nano --data d --output o --pretrained runs/x", "train dino_nano --data d --output o init=runs/x"),
+        ("train dino_nano data=d project=o pretrained=True", "train dino_nano --data d --output o"),
+        ("train dino_nano --pretrained --data d --output o", "train dino_nano --data d --output o"),
+        ("predict a.jpg pretrained=runs/x", "predict runs/x a.jpg"),
         # of no program in particular
         (
             "train dino_nano --data d --output o --epochs 3 --batch 8 --imgsz 320 --lr 1e-4",
@@ -145,6 +149,32 @@ def test_words_of_other_programs(typed: str, wanted: str, capsys: pytest.Capture
     assert remedy.replace("MODEL|CONFIG", "'MODEL|CONFIG'") == f"help: type: paqdetr {wanted}"
     if "DIR" not in wanted and "USER" not in wanted and "MODEL" not in wanted:  # it is what the verb takes
         assert what_to_type(shlex.split(wanted), PROGRAM) is None
+
+
+@pytest.mark.parametrize(
+    ("typed", "note", "wanted"),
+    [
+        ("optimizer=SGD nc=3 opt=adam", "the optimizer is AdamW, classes are those of the data", "paqdetr train m"),
+        ("val=False", "the setting eval_every says when", "paqdetr train m"),
+        ("--gpus 1", "", "paqdetr train m"),
+        ("--num-gpus 2 batch=4", "each GPU has", "torchrun --nproc_per_node=2 -m paqdetr train m"),
+        ("--device 0,1", "has no --device 0,1: each GPU has", "torchrun --nproc_per_node=2 -m paqdetr train m"),
+        (
+            "device=2,3",
+            "has no device=, --device 2,3: each",
+            "CUDA_VISIBLE_DEVICES=2,3 torchrun --nproc_per_node=2 -m paqdetr train m",
+        ),
+    ],
+)
+def test_what_is_not_carried_over_is_said(
+    typed: str, note: str, wanted: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["train", "m", "--data", "d", "--output", "o", *typed.split()]) == 2
+    error, remedy = capsys.readouterr().err.splitlines()
+    assert note in error and remedy.startswith(f"help: type: {wanted} --data d --output o")
+    mistake = what_to_type(["predict", "m", "a.jpg", *typed.split()], PROGRAM)
+    if "," in typed and mistake is not None:
+        assert mistake[0].endswith("predict runs on one device") and mistake[1] == "type: paqdetr predict m a.jpg"
 
 
 @pytest.mark.parametrize(
@@ -184,7 +214,13 @@ def test_the_tables_lead_to_what_there_is() -> None:
     for word, places in WORDS.items():
         for place in places.split("|"):
             option, key = place.partition(" ")[0], place.partition("=")[0]
-            assert place in ("", "*") or option in options or place in arguments or key in known_keys(), word
+            assert (
+                place[:1] in ("", "*")
+                or place == "GPUS"
+                or option in options
+                or place in arguments
+                or key in known_keys()
+            ), word
     for words in VERBS.values():
         command = PROGRAM
         for word in words.partition(" --")[0].split():
@@ -192,6 +228,7 @@ def test_the_tables_lead_to_what_there_is() -> None:
 
 
 def test_settings_of_other_programs_in_python() -> None:
+    assert not any("*" in (setting_to_write(word) or "") for word in WORDS)
     for word, ours in {"batch": "batch_size", "imgsz": "image_size", "lr0": "lr", "learning_rate": "lr"}.items():
         with pytest.raises(ConfigError) as caught:
             load_config("dino_nano", {word: 1})

@@ -158,7 +158,6 @@ def test_the_command(train_only: Path, tmp_path: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"val": 0.0}, "expected shares that add up to less than 1"),
         ({"val": 0.6, "test": 0.4}, "expected shares that add up to less than 1"),
         ({"val": -0.1, "test": 0.5}, "expected shares that add up to less than 1"),
         ({"val": float("nan")}, "expected shares that add up to less than 1"),
@@ -172,9 +171,15 @@ def test_shares_that_cannot_be(train_only: Path, tmp_path: Path, options: Any, m
 def test_what_is_there_already_is_not_cut_out_again(tiny_data: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has a split 'val' already") as caught:
         split_dataset(tiny_data["voc"], tmp_path / "out")
-    assert caught.value.remedy == "Pass --val 0, or remove the split."
+    assert caught.value.remedy == "Pass --val 0 --test 0.1 to cut test."
+    with pytest.raises(DataError, match="nothing is to be cut") as caught:
+        split_dataset(tiny_data["voc"], tmp_path / "out", val=0)
+    assert caught.value.remedy == "Pass --val 0 --test 0.1 to cut test."
     done = split_dataset(tiny_data["voc"], tmp_path / "out", val=0, test=0.4)
     assert done.images == {"train": 2, "test": 1, "val": 1}
+    with pytest.raises(DataError, match="has a split 'val' already") as caught:
+        split_dataset(tmp_path / "out", tmp_path / "again")
+    assert caught.value.remedy == "It has train, val and test: nothing needs to be cut."
 
 
 # ------------------------------------------------------------------------------------------- no val split

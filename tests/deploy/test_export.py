@@ -65,6 +65,8 @@ def test_baked_weights_compute_the_same() -> None:
         ({"image_size": (100, 64)}, "multiples of 32"),
         ({"image_size": (0, 64)}, "multiples of 32"),
         ({"max_drop": 2.0}, "max_drop"),
+        ({"nms": True}, "nms: expected an IoU from 0 to 1, found True"),
+        ({"threshold": 1.5}, "threshold: expected a number from 0 to 1"),
         ({"output": "model.pb"}, r"ends in \.onnx"),
     ],
 )
@@ -172,7 +174,8 @@ def test_torch_formats(form: Any, tmp_path: Path) -> None:
     done = export(model, tmp_path / f"m.{form}", format=form)
     found = opened(done.file)
     assert found.operating_point == model.operating_point and done.parity is not None and done.parity.passed
-    export(model, tmp_path / f"m.{form}", format=form, check=False)  # it may be replaced
+    done = export(model, tmp_path / f"m.{form}", format=form, check=False, nms=1)  # it may be replaced
+    assert done.info.nms is None and opened(done.file).operating_point.nms is None
     (tmp_path / f"m.{form}").write_bytes(b"damaged")
     with pytest.raises(paqdetr.CheckpointError, match="not a readable"):
         opened(done.file)

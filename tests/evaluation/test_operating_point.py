@@ -103,13 +103,30 @@ def test_a_threshold_and_suppression_leave_what_users_see(
     [
         ({"nms": 1.5}, "nms: expected an IoU from 0 to 1, found 1.5"),
         ({"nms": float("nan")}, "found nan"),
+        ({"nms": False}, "nms: expected an IoU from 0 to 1, found False"),
+        ({"nms": "0.7"}, "nms: expected an IoU from 0 to 1, found '0.7'"),
         ({"threshold": -0.1}, "threshold: expected a number"),
+        ({"threshold": True}, "threshold: expected a number from 0 to 1, found True"),
+        ({"threshold": "0.3"}, "threshold: expected a number from 0 to 1, found '0.3'"),
+        ({"tiles": "64"}, "tiles: expected a side in whole pixels, at least 16, found '64'"),
+        ({"batch_size": 2.0}, "batch_size: expected a whole number of at least 1, found 2.0"),
         ({"tiles": Tiles(64), "observers": [QueryUsage(num_queries=20)]}, "tiles: observers look at"),
     ],
 )
-def test_numbers_out_of_range(model: Detector, tiny_digits: Path, how: dict[str, Any], message: str) -> None:
+def test_numbers_out_of_range_or_of_another_type(
+    model: Detector, tiny_digits: Path, how: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         evaluate(model, data=tiny_digits, **how)
+    if "observers" not in how:
+        with pytest.raises(ConfigError, match=message):
+            model(Image.new("RGB", (64, 64)), **how)
+
+
+def test_numbers_of_numpy_are_numbers(model: Detector) -> None:
+    image = Image.new("RGB", (64, 64))
+    how: dict[str, Any] = {"threshold": np.float32(0.25), "nms": np.int64(1), "tiles": np.int32(96)}
+    assert model(image, **how) == model(image, threshold=0.25, nms=1, tiles=96)
 
 
 def test_tiles_larger_than_the_images_change_no_figure(model: Detector, tiny_digits: Path) -> None:
@@ -204,9 +221,9 @@ def test_predict_says_where_its_defaults_are_from(
     assert run([*command, "--nms", "0.5", "--threshold", "0.2"]) == 0
     assert "evaluation" not in capsys.readouterr().out
     for options, message in (
-        (["--nms", "2"], "--nms: expected an IoU from 0 to 1, or none, found 2"),
+        (["--nms", "2"], "--nms: expected an IoU from 0 to 1, or none, found '2'"),
         (["--overlap", "0.3"], "--overlap and --with-whole are about tiles"),
-        (["--tiles", "3"], "tiles: expected a side of at least 16 pixels, found 3"),
+        (["--tiles", "3"], "tiles: expected a side in whole pixels, at least 16, found 3"),
         (["--save", "draw,gif"], "save: expected some of draw, coco"),
         (["--every", "0"], "--every"),
     ):

@@ -193,6 +193,8 @@ def test_to_json() -> None:
         ({"image_id": None}, "image_id None"),
         ({"image_id": [1]}, "image_id"),
         ({"category_id": 0}, r"image 1\): category_id 0 is none of the categories"),
+        ({"category_name": "cow"}, "category_id 1 is 'cat' in .*, and category_name is 'cow'"),
+        ({"category_id": 0, "category_name": "cow"}, "category_id 0 is none of the categories"),
         ({"score": math.nan}, "score: found nan"),
         ({"score": None}, "score: found None"),
         ({"bbox": [1, 2, 3]}, r"bbox is \[1, 2, 3\]"),
@@ -218,6 +220,16 @@ def test_malformed_results(change: dict, message: str) -> None:
     with pytest.raises(DataError, match=message) as caught:
         evaluate_detections(truth([(1, 1, A)]), [good, good | change])
     assert "result number 1" in caught.value.message and caught.value.remedy
+
+
+def test_a_category_of_another_id_is_found_by_its_name() -> None:
+    gt = truth([(1, 1, A), (1, 2, B)])
+    rows = [result(1, 1, A, 0.9), result(1, 2, B, 0.8)]
+    for ids in ((0, 1), (2, 1), ("cat", "dog")):
+        other = [
+            row | {"category_id": i, "category_name": n} for row, i, n in zip(rows, ids, ("Cat", "dog"), strict=True)
+        ]
+        assert evaluate_detections(gt, other).to_json() == evaluate_detections(gt, rows).to_json()
 
 
 def test_malformed_ground_truth(tmp_path: Path) -> None:

@@ -31,6 +31,10 @@ from paqdetr.runs import Run
 HUB = "paqdetr.models.hub"
 
 
+class NoRoute(HfHubHTTPError.__bases__[0]):
+    """As the client's HTTP library has them: no errors of the Hub, nor of the system."""
+
+
 def answer(status: int) -> Any:
     return SimpleNamespace(status_code=status, request=None, headers={})
 
@@ -61,6 +65,12 @@ def test_what_is_saved_is_what_is_loaded(tiny_run: Run, tmp_path: Path) -> None:
     assert isinstance(again, Detector) and not again.training and again.classes == model.classes
     for (name, one), (_, other) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
         assert torch.equal(one, other), name
+    assert paqdetr.load(tmp_path / "folder").classes == model.classes
+    assert run(["info", str(tmp_path / "folder")]) == run(["hub", "card", str(tmp_path / "folder")]) == 0
+    for path in (tiny_run.output, tiny_run.best):
+        assert Detector.from_pretrained(str(path)).classes == model.classes
+    with pytest.raises(CheckpointError, match="no such file"):
+        Detector.from_pretrained("me/absent.safetensors")
     config = json.loads((tmp_path / "folder" / "config.json").read_text())
     assert config["model_type"] == "paqdetr" and config["name"] == model.name and len(config["classes"]) == 10
 
@@ -151,6 +161,7 @@ def test_offline_from_the_cache(tiny_run: Run, tmp_path: Path) -> None:
         (HfHubHTTPError("x", response=answer(401)), ConfigError, r"refuses the request \(401\)"),
         (HfHubHTTPError("x", response=answer(503)), CheckpointError, "answers 503"),
         (ConnectionError("no route"), CheckpointError, "cannot be reached"),
+        (NoRoute("no route"), CheckpointError, "cannot be reached"),
     ],
 )
 def test_what_the_hub_says_becomes_one_line(error: Exception, kind: type[Exception], said: str) -> None:

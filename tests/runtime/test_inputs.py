@@ -222,7 +222,7 @@ def test_an_address(predictor: Predictor, tmp_path: Path) -> None:
         ([COLOUR], "found list", "grey"),
         ({"image": COLOUR}, "found dict", "grey"),
         (io.StringIO("x"), r"found _io\.StringIO", "rb"),
-        (b"no image", "the given bytes: not an image", "Convert"),
+        (b"no image", "the given bytes: not an image", "Send"),
     ],
 )
 def test_what_is_no_picture_is_named_with_its_place(

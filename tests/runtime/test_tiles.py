@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -97,14 +98,18 @@ def test_a_cut_box_gives_way_to_a_whole_one_whatever_its_score() -> None:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ({"size": 8}, "at least 16 pixels, found 8"),
+        ({"size": 8}, "whole pixels, at least 16, found 8"),
+        ({"size": "64"}, "found '64'"),
+        ({"size": 64.0}, "found 64.0"),
+        ({"size": True}, "found True"),
+        ({"size": 640, "overlap": "0.2"}, "found '0.2'"),
         ({"size": 640, "overlap": 1.0}, "found 1.0"),
         ({"size": 640, "overlap": float("nan")}, "found nan"),
     ],
 )
-def test_what_cannot_be_cut(how: dict[str, float], message: str) -> None:
+def test_what_cannot_be_cut(how: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        Tiles(**how)  # type: ignore[arg-type]
+        Tiles(**how)
 
 
 def test_small_objects_of_large_images_are_found_in_tiles() -> None:

@@ -68,6 +68,8 @@ def test_parameters_reach_the_model_or_filter_its_answer(client: Callable[..., T
     assert ids("") == [3, 7]  # the model's own threshold, 0.5
     assert ids("threshold=0&nms=0.7") == [3, 7, 3, 7]
     assert stub.calls[-1] == (1, {"batch_size": 8, "threshold": 0.0, "nms": 0.7})
+    ids("nms=none")
+    assert stub.calls[-1] == (1, {"batch_size": 8, "nms": 1.0})
     assert ids("threshold=0&classes=dog %26 <b>") == [7, 7]
     assert ids("threshold=0&classes=3&classes=7") == [3, 7, 3, 7]
     ids("tiles=64")
@@ -109,7 +111,7 @@ def bomb(width: int, height: int) -> bytes:
         ("", b"x", {"content-type": "multipart/form-data"}, 400, "form cannot be read"),
         ("", b"--b--\r\n", {"content-type": "multipart/form-data; boundary=b"}, 400, "no file called 'file'"),
         ("?threshold=nan", picture(1), {}, 400, "threshold: expected a number from 0 to 1, found 'nan'"),
-        ("?nms=2", picture(1), {}, 400, "nms: expected a number from 0 to 1"),
+        ("?nms=2", picture(1), {}, 400, "nms: expected an IoU from 0 to 1, or none, found '2'"),
         ("?tiles=64.5", picture(1), {}, 400, "tiles: expected a whole number"),
         ("?tiles=64", picture(1, size=(3000, 3000)), {}, 400, "more than 256 of an image"),
         ("?tresh=0.3", picture(1), {}, 400, "'tresh': unknown"),
@@ -124,6 +126,8 @@ def test_what_cannot_be_answered_is_said_in_a_line(
     answer = client(limits=Limits(max_mb=1)).post(f"/v1/detect{query}", content=content, headers=headers)
     assert answer.status_code == status, answer.text
     assert said in answer.json()["error"] and answer.json()["help"]
+    if said in ("not an image", "does not decode"):
+        assert answer.json()["help"] == "Send a JPEG or PNG."
 
 
 def test_a_body_of_no_declared_length_ends_at_the_limit(client: Callable[..., TestClient]) -> None:

@@ -22,6 +22,7 @@ from paqdetr.errors import DataError
 from paqdetr.evaluation import evaluate
 from paqdetr.evaluation.content import ContentCollector
 from paqdetr.evaluation.evaluate import detect_split, evaluate_split, require_same_classes
+from paqdetr.evaluation.layers import LayerCollector
 from paqdetr.metrics.query_usage import BatchMatch, QueryUsage
 from paqdetr.models import create_model
 from paqdetr.models.detector import Detector
@@ -244,7 +245,7 @@ def test_the_model_is_left_in_its_mode(split: DetectionDataset, model: Detector)
 @pytest.mark.parametrize(
     ("categories", "words"),
     [
-        ([{"id": 3, "name": "cat"}, {"id": 8, "name": "dog"}], "category 8 'dog' .* unknown to it"),
+        ([{"id": 3, "name": "cat"}, {"id": 8, "name": "cow"}], "category 8 'cow' .* unknown to it"),
         ([{"id": 3, "name": "cow"}, {"id": 7, "name": "dog"}], "category 3 'cow' .* calls 3 'cat'"),
     ],
 )
@@ -256,6 +257,37 @@ def test_other_classes_than_the_models(tmp_path: Path, model: Detector, categori
     with pytest.raises(DataError, match=words) as caught:
         evaluate(model, data=tmp_path, split="val")
     assert "val.json" in caught.value.message
+
+
+@pytest.mark.parametrize("names", [("cat", "dog"), ("Dog", "CAT")])
+def test_classes_of_the_same_names_have_the_data_s_ids(
+    tmp_path: Path, model: Detector, monkeypatch: pytest.MonkeyPatch, names: tuple[str, str]
+) -> None:
+    """As after a conversion: ids are 0 and 1, in either order."""
+    split = write(tmp_path)
+    content = json.loads(split.annotation_file.read_text())
+    new = {row["id"]: [name.casefold() for name in names].index(row["name"]) for row in CATEGORIES}
+    content["categories"] = [{"id": n, "name": name} for n, name in enumerate(names)]
+    for annotation in content["annotations"]:
+        annotation["category_id"] = new[annotation["category_id"]]
+    (tmp_path / "renumbered.json").write_text(json.dumps(content))
+    other = DetectionDataset.from_json(tmp_path / "renumbered.json", split.image_dir)
+
+    watches = Watch(), Watch()
+    layers = [LayerCollector(model.classes, model.config) for _ in range(2)]
+    plain, found = (
+        evaluate_split(model, data, observers=[watch, layer])
+        for data, watch, layer in zip((split, other), watches, layers, strict=True)
+    )
+    assert [{**row, "category_id": new[row["category_id"]]} for row in plain.results] == [
+        {**row, "category_name": row["category_name"].casefold()} for row in found.results
+    ]
+    assert {k.casefold(): v for k, v in found.figures.per_class.items()} == pytest.approx(plain.figures.per_class)
+    first, second = ([t.labels.tolist() for _, targets, _ in watch.seen for t in targets] for watch in watches)
+    assert first == second, "the model's own indices"
+    assert [stage.AP for stage in layers[0].figures(split)] == [stage.AP for stage in layers[1].figures(other)]
+    monkeypatch.setattr(MODULE, "detect_batch", cheat(split))
+    assert evaluate_split(model, other).figures.AP == pytest.approx(1)
 
 
 def test_fewer_classes_than_the_models_will_do(

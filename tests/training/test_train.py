@@ -444,7 +444,7 @@ def test_no_cuda(tmp_path: Path, tiny_digits: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     error = refused(ConfigError, tmp_path / "run", data=tiny_digits, device="cuda")
-    assert "'cuda'" in error.message and error.remedy == "use --device cpu"
+    assert "'cuda'" in error.message and error.remedy == "use --device cpu, in Python device='cpu'"
 
 
 @pytest.mark.parametrize("workers", [0, 1])

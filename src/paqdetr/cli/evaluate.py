@@ -87,9 +87,7 @@ class _Found:
 
 
 def evaluate(
-    checkpoint: Annotated[
-        Path | None, typer.Argument(help="A run's folder, a .safetensors file, or an exported model.", metavar="MODEL")
-    ] = None,
+    checkpoint: Annotated[Path | None, typer.Argument(help=options.TRAINED, metavar="MODEL")] = None,
     *,
     data: Annotated[Path | None, options.data(help="Folder of the data set, or its data.yaml.")] = None,
     split: options.Split = None,
@@ -144,7 +142,7 @@ def evaluate(
     files = OutputFiles("paqdetr eval", overwrite=overwrite, json=json_file, results_out=results_out)
     split = "" if data is None else split_to_evaluate(data, split)
     require_threshold(threshold)
-    cut, suppress = options.tiles_of(tiles, overlap, with_whole), options.parse_nms(nms)
+    cut, suppress = options.tiles_of(tiles, overlap, with_whole), options.nms_of(nms)
     if results_file is not None and (cut, suppress, threshold) != (None, None, 0):
         raise ConfigError("--nms, --threshold and --tiles are about a CHECKPOINT", "leave them out")
     task = _Task(

@@ -41,9 +41,7 @@ def export(
             min=0, max=1, help="Score threshold in the metadata; that of the run's evaluation if not given."
         ),
     ] = None,
-    nms: Annotated[
-        float | None, options.detections(min=0, max=1, help="IoU over which duplicates are dropped, in the metadata.")
-    ] = None,
+    nms: options.Nms = None,
     raw: Annotated[
         bool, graph_option("--raw", help="pixel_values to logits and pred_boxes, as in transformers.")
     ] = False,
@@ -74,7 +72,7 @@ def export(
             precision=cast(Any, precision),
             calibrate=calibrate,
             threshold=threshold,
-            nms=nms,
+            nms=options.nms_of(nms),
             raw=raw,
             check=not no_check,
             attention=cast(Any, attention),

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from paqdetr.other_programs import WORDS
+from paqdetr.other_programs import SWITCHES, WORDS
 
 # Verbs of ultralytics, rf-detr, detectron2, mmdetection, transformers and others.
 VERBS = {
@@ -46,6 +46,8 @@ class _Line:
     given: dict[str, list[str]] = field(default_factory=dict)
     settings: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    gpus: str = ""
 
     @property
     def takes_settings(self) -> bool:
@@ -74,7 +76,18 @@ class _Line:
                 or not self._place(f"{name}=", name, [value])
             ):
                 self.positionals.append(word)
+        self._set_apart_gpus()
         return True
+
+    def _set_apart_gpus(self) -> None:
+        """A device that is several, which no verb takes."""
+        for word, values in list(self.given.items()):
+            option, _, joined = word.partition("=")
+            value = "".join(values) or joined
+            if option == "--device" and "," in value:
+                del self.given[word]
+                self.gpus = value
+                self.wrong.append(f"{option} {value}")
 
     def _is_folder(self, name: str) -> bool:
         return name == "name" and "project=" in self.wrong  # project=runs name=first
@@ -91,7 +104,13 @@ class _Line:
         takes = not (fixed or set_to or place == "" or self.options.get(option) == 0)
         follows = values and not values[0].startswith("--")
         value = values.pop(0) if follows and (takes or values[0].lower() in (*_OFF, "true")) else None
-        if place in ("", "*") or (not takes and value is not None and value.lower() in _OFF):
+        off = value is not None and value.lower() in _OFF
+        switched = key in SWITCHES and (value is None or off or value.lower() == "true")
+        if place == "" or place[0] == "*" or switched or (not takes and off):
+            self.notes += [place[1:]] if place[1:] and place[0] == "*" else []
+            return True
+        if place == "GPUS":
+            self.gpus = value or ""
             return True
         if equals:
             self.settings.append(f"{place}{value or 'VALUE'}" if takes else place)
@@ -108,8 +127,8 @@ class _Line:
         if (option := f"--{key.replace('_', '-')}") in self.options:
             return option
         for place in WORDS.get(key, "?").split("|"):
-            known = place in ("", "*", "MODEL") or place.partition(" ")[0] in self.options or place in self.arguments
-            if known or (self.takes_settings and "=" in place):
+            known = place[:1] in ("", "*") or place in ("MODEL", "GPUS", *self.arguments)
+            if known or place.partition(" ")[0] in self.options or (self.takes_settings and "=" in place):
                 return place
         setting = self._setting(key) if self.takes_settings and word.startswith("--") else None
         return None if setting is None else f"{setting}="
@@ -168,12 +187,28 @@ def what_to_type(words: Sequence[str], program: Any) -> tuple[str, str] | None:
     if names == ["eval"] and not given & {"--results", "--compare"}:
         needed.add("--data")
         missing = [] if line.positionals else ["MODEL"]
-    typed = [shlex.join([*names, *line.positionals]), *missing]
+    start, note = _program(line.gpus, names[0])
+    typed = [start, shlex.join([*names, *line.positionals]), *missing]
     typed += [shlex.join([name, *values]) for name, values in line.given.items()]
     typed += [f"{name} DIR" for name in sorted(needed - given)]
     typed += map(shlex.quote, line.settings)
-    found = f"`paqdetr {' '.join(names)}` has no {', '.join(dict.fromkeys(line.wrong))}"
-    return f"`paqdetr` has no verb {wrong}" if wrong else found, f"type: paqdetr {' '.join(typed)}"
+    problem = f"`paqdetr {' '.join(names)}` has no {', '.join(dict.fromkeys(line.wrong))}"
+    problem = f"`paqdetr` has no verb {wrong}" if wrong else problem
+    notes = dict.fromkeys([*line.notes, *note])
+    return f"{problem}: {', '.join(notes)}" if notes else problem, f"type: {' '.join(typed)}"
+
+
+def _program(gpus: str, verb: str) -> tuple[str, list[str]]:
+    """What starts a verb on these GPUs, "2" or "0,1" (any number of them if ""), and what is to be said of it."""
+    numbers = re.findall(r"\d+", gpus)
+    chosen = numbers if "," in gpus else [str(i) for i in range(int(numbers[0][:4]))] if numbers else []
+    if len(chosen) < 2:
+        return "paqdetr", []
+    if verb not in ("train", "eval"):
+        return "paqdetr", [f"{verb} runs on one device"]
+    start = f"torchrun --nproc_per_node={len(chosen)} -m paqdetr"
+    first = chosen == [str(i) for i in range(len(chosen))]
+    return start if first else f"CUDA_VISIBLE_DEVICES={','.join(chosen)} {start}", ["each GPU has a process of its own"]
 
 
 def _is(param: Any, kind: str) -> bool:

@@ -35,6 +35,8 @@ def info(
     from paqdetr.loading import is_exported
 
     path = find_checkpoint(what) if what.startswith("hf:") else Path(what)
+    if (path / "model.safetensors").is_file():  # of `save_pretrained`
+        path /= "model.safetensors"
     if path.is_dir():
         title, facts = _of_run(path)
     elif is_exported(path):

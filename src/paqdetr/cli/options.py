@@ -11,7 +11,7 @@ import typer
 
 from paqdetr.environment import require_known_device
 from paqdetr.errors import ConfigError
-from paqdetr.values import MAX_BATCH, MAX_RESAMPLES, MAX_SEED, require_nms
+from paqdetr.values import MAX_BATCH, MAX_RESAMPLES, MAX_SEED, parse_nms
 
 if TYPE_CHECKING:
     from paqdetr.runtime.tiles import Tiles
@@ -63,6 +63,7 @@ Data = Annotated[Path, data(help="Folder of the data set, or its data.yaml.")]
 Split = Annotated[str | None, data(help="train, val or test; if not given val, or else the split there is.")]
 AutoBatch = Annotated[bool, typer.Option("--auto-batch", help="Take the largest batch that fits into memory.")]
 Resamples = Annotated[int, figures(min=100, max=MAX_RESAMPLES, help="Bootstrap resamples of the images.")]
+TRAINED = "A run's folder, a .safetensors file, an exported model, or hf:USER/NAME."
 Nms = Annotated[
     str | None,
     detections(metavar="IOU|none", help="Drop boxes that overlap a better one of their class by more than this."),
@@ -77,18 +78,9 @@ WithWhole = Annotated[
 JsonFile = Annotated[Path | None, output("--json", help="Write the figures to this file.")]
 
 
-def parse_nms(text: str | None) -> float | None:
-    """The IoU of `--nms`: 1, which drops nothing, for "none"; None if it was not given.
-
-    Raises:
-        ConfigError: it is no number from 0 to 1.
-    """
-    try:
-        value = None if text is None else 1.0 if text.lower() == "none" else float(text)
-        require_nms(value)
-    except (ValueError, ConfigError):
-        raise ConfigError(f"--nms: expected an IoU from 0 to 1, or none, found {text}", "0.7 is usual") from None
-    return value
+def nms_of(text: str | None) -> float | None:
+    """What `--nms` says, None if it was not given: see `parse_nms`."""
+    return None if text is None else parse_nms(text, "--nms")
 
 
 def tiles_of(size: int | None, overlap: float | None, with_whole: bool) -> Tiles | None:

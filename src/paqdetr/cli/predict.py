@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 
 
 def predict(
-    model: Annotated[
-        Path, typer.Argument(help="A run's folder, a .safetensors file, or an exported model.", metavar="MODEL")
-    ],
+    model: Annotated[Path, typer.Argument(help=options.TRAINED, metavar="MODEL")],
     sources: Annotated[
         list[str],
         typer.Argument(
@@ -81,7 +79,7 @@ def predict(
             f"--threshold: expected a number from 0 to 1, found {threshold}",
             "`paqdetr predict --help` shows how it is used",
         )
-    suppress_over, cut = options.parse_nms(nms), options.tiles_of(tiles, overlap, with_whole)
+    suppress_over, cut = options.nms_of(nms), options.tiles_of(tiles, overlap, with_whole)
     wanted = None if classes is None else [name.strip() for name in classes.split(",")]
     if ray is not None:
         others = {"--save": save != "draw,coco", "--every": every > 1, "--max-frames": max_frames, "--buffer": buffer}

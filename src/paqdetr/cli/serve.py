@@ -16,9 +16,7 @@ limit_option = options.under("Limits")
 
 
 def serve(
-    checkpoint: Annotated[
-        Path, typer.Argument(help="A .safetensors file, a run's folder, or an exported model.", metavar="MODEL")
-    ],
+    checkpoint: Annotated[Path, typer.Argument(help=options.TRAINED, metavar="MODEL")],
     *,
     host: Annotated[
         str, options.machine(help="Address to listen on; 0.0.0.0 is every one of this machine.")

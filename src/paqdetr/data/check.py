@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from paqdetr.data.annotations import Annotations, Issues, Problem
+from paqdetr.data.files import REPLACE
 from paqdetr.data.layout import Format, find_layout
 from paqdetr.data.stats import BoxSizes, box_sides, describe_crowding
 from paqdetr.errors import DataError
@@ -117,9 +118,9 @@ class ImageFacts:
 
 
 def inspect(path: Path) -> ImageFacts:
-    """Decode one image."""
+    """Decode one image of a data set."""
     try:
-        picture = read_image(path)
+        picture = read_image(path, remedy=REPLACE)
         traits = read_header(path).traits
         digest = hashlib.blake2b(path.read_bytes(), digest_size=16).digest()
     except DataError as error:

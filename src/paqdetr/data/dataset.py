@@ -81,7 +81,7 @@ class DetectionDataset:
         Raises:
             DataError: it does not decode.
         """
-        return read_image(self.path(index))
+        return read_image(self.path(index), remedy=f"replace it, or remove it and its entry in {self.annotation_file}")
 
     def checked_image(self, index: int) -> Image.Image:
         """As `image`.
@@ -122,7 +122,7 @@ class DetectionDataset:
             labels: (G,) int64 of `boxes`.
             frame: (height, width) that `boxes` refer to; the size of the image if None.
             classes: a model's, whose contiguous indices the labels are to be, since a split may have fewer classes than the
-                model; the split's own if None.
+                model, or other ids (`ClassTable.ids_in`); the split's own if None.
         """
         import torch
         from torchvision.ops import box_convert
@@ -131,7 +131,8 @@ class DetectionDataset:
         if boxes is None or labels is None:
             boxes, labels = torch.from_numpy(self.boxes(index)), torch.from_numpy(self.labels(index))
         if classes is not None and classes != self.classes:
-            known = classes.id_to_index
+            places = classes.id_to_index
+            known = {its: places[own] for own, its in classes.ids_in(self.classes).items()}
             labels = torch.tensor([known[category] for category in self.classes.ids])[labels]
         height, width = frame or size
         centred = box_convert(boxes, "xyxy", "cxcywh") / boxes.new_tensor([width, height] * 2)

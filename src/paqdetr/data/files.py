@@ -219,9 +219,13 @@ def header_sizes(paths: Sequence[Path], issues: Issues) -> list[tuple[int, int] 
     return sizes
 
 
+REPLACE = "Replace it, or remove it and its annotations."
+"""What to do about an image of a data set that cannot be read."""
+
+
 def _size(path: Path) -> tuple[int, int] | DataError:
     try:
-        width, height = read_header(path).size
+        width, height = read_header(path, remedy=REPLACE).size
     except DataError as error:
         return error
     return height, width

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -52,11 +52,12 @@ def split_dataset(
         link: hard links to the images instead of copies.
 
     Raises:
-        ConfigError: the shares are not between 0 and 1 together.
-        DataError: the source is malformed, has no `train`, or has already what is to be cut out; or the target is in use.
+        ConfigError: the shares are below 0, or 1 or more together.
+        DataError: the source is malformed, has no `train`, or has already what is to be cut out; nothing is to be cut out; or
+            the target is in use.
     """
     shares = {name: share for name, share in (("val", val), ("test", test)) if share}
-    if min(val, test) < 0 or not 0 < val + test < 1:
+    if min(val, test) < 0 or not 0 <= val + test < 1:
         raise ConfigError(
             f"val={val:g}, test={test:g}: expected shares that add up to less than 1", "Choose smaller ones."
         )
@@ -64,15 +65,28 @@ def split_dataset(
     splits = {split: place.read(Issues()) for split, place in layout.splits.items()}
     if "train" not in splits:
         raise DataError(f"{source}: has no split 'train', found {', '.join(splits)}", "Rename what is to be divided.")
-    for name in shares:
-        if name in splits:
-            raise DataError(f"{source}: has a split {name!r} already", f"Pass --{name} 0, or remove the split.")
+    _require_new(shares, splits, source)
     train = splits.pop("train")
     parts = divide(train, shares, seed=seed, progress=progress)
     divided = {name: train.with_images(positions) for name, positions in parts.items()}
     divided["train"].masks = train.masks
     written, losses = write_splits(divided | splits, Path(target), to="coco", link=link)
     return Conversion.of(layout.format, written, losses)
+
+
+def _require_new(shares: Mapping[str, float], splits: Collection[str], source: str | Path) -> None:
+    """Raise DataError if nothing is to be cut out, or something that is there."""
+    there = [name for name in shares if name in splits]
+    if shares and not there:
+        return
+    new = {name: shares.get(name, 0.1) for name in ("val", "test") if name not in splits}
+    options = " ".join(f"--{name} {new.get(name, 0):g}" for name in ("val", "test"))
+    raise DataError(
+        f"{source}: has a split {there[0]!r} already" if there else f"{source}: val=0, test=0: nothing is to be cut",
+        f"Pass {options} to cut {' and '.join(new)}."
+        if new
+        else "It has train, val and test: nothing needs to be cut.",
+    )
 
 
 def divide(

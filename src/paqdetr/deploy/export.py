@@ -35,6 +35,7 @@ from paqdetr.outputs import require_replaceable, write_json, write_output
 from paqdetr.runtime import ExportInfo
 from paqdetr.runtime.engines import is_sealed
 from paqdetr.runtime.info import FILE_ENTRY, OUTPUTS, Attention, Format, Precision, require_choices
+from paqdetr.values import require_nms, require_threshold
 
 ENDINGS: dict[str, str] = {"onnx": ".onnx", "openvino": ".xml", "pt2": ".pt2", "torchscript": ".torchscript"}
 _NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
@@ -108,7 +109,7 @@ def export(
         calibrate: a data set: the comparison takes pictures of it, and int8 is calibrated on its training split and checked on
             its validation split.
         threshold: the least score that predictions keep, written into the metadata; None: that of the model's `operating_point`.
-        nms: IoU over which they drop duplicates, likewise.
+        nms: IoU over which they drop duplicates, likewise; 1 drops none, and is written as null.
         raw: `pixel_values` (N, 3, H, W), normalised, to `logits` and `pred_boxes`, named as in transformers.
         check: compare the file with the model on 8 pictures, and keep it only if they agree.
         attention: "gather" for TensorRT, whose GridSample is wrong.
@@ -124,6 +125,9 @@ def export(
     """
     require_choices(format=format, precision=precision, attention=attention)
     _require_arguments(format, precision, batch, raw=raw, calibrate=calibrate, max_drop=max_drop)
+    require_nms(nms)
+    if threshold is not None:
+        require_threshold(threshold)
     source, detector = "", model
     if not isinstance(model, Detector):
         checkpoint = find_checkpoint(model)
@@ -159,7 +163,7 @@ def export(
         max_detections=detector.config.max_detections,
         clamp_boxes=detector.config.clamp_boxes,
         threshold=point.threshold if threshold is None else threshold,
-        nms=point.nms if nms is None else nms,
+        nms=point.nms if nms is None else None if nms == 1 else nms,
         source=source,
         versions={"paqdetr": __version__, **{name: package_version(name) or "unknown" for name in ("torch", *needed)}},
     )

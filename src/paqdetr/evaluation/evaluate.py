@@ -112,13 +112,13 @@ def evaluate(
     observers: Sequence[Observer] = (),
     threshold: float = 0.0,
     nms: float | None = None,
-    tiles: Tiles | None = None,
+    tiles: Tiles | int | None = None,
 ) -> Evaluation:
     """Figures of a model on one split of a data set.
 
     Args:
         model: a detector, an exported model, or the path of either or of a run; a checkpoint goes to the best device there is.
-            The classes of the data must be among its own.
+            The classes of the data must be among its own, by name.
         data: the data set's folder.
         split: "train", "val" or "test".
         batch_size: images of one size that go through together; it changes no figure.
@@ -127,7 +127,7 @@ def evaluate(
         observers: shown the raw outputs on the way, such as `paqdetr.metrics.QueryUsage`.
         threshold: detections that score less are left out, which only lowers AP: what users get at this threshold.
         nms: a box that overlaps a better one of its class by more than this IoU is left out; None: nothing is.
-        tiles: large images are cut into these.
+        tiles: large images are cut into these, or into tiles of this many pixels a side.
 
     Raises:
         DataError: the split is missing or malformed, or has a class that the model has not.
@@ -162,7 +162,7 @@ def evaluate(
         observers=observers,
         threshold=threshold,
         nms=nms,
-        tiles=tiles,
+        tiles=None if tiles is None else Tiles.of(tiles),
     )
 
 
@@ -272,9 +272,9 @@ def detect_split(
     """(index, detections) of every image, in batches of one size: what an image is batched with never matters. Of several
     processes each takes its share of the batches. Observers are shown the raw output of each batch.
 
-    Detections of classes that the model has and the split has not are left out: nothing says whether they are right. An image
-    that cannot be read has no detections, so that one bad file does not end a training at its evaluation; how many there are
-    is logged.
+    Detections have the split's category ids. Those of classes that it has not are left out: nothing says whether they are
+    right. An image that cannot be read has no detections, so that one bad file does not end a training at its evaluation; how
+    many there are is logged.
 
     Args:
         workers: processes that read the pictures of coming batches meanwhile; they change no order and no figure. None: up to 4
@@ -312,8 +312,10 @@ def detect_split(
 
     unreadable: dict[int, str] = {}
 
+    known, called = model.classes.ids_in(split.classes), split.classes.id_to_name
+
     def kept(index: int, detections: Detections) -> Detections:
-        return detections[np.isin(detections.labels, split.classes.ids) & (index not in unreadable)]
+        return detections.as_classes({} if index in unreadable else known, called)
 
     def of_tiles(parts: list[Image], together: int) -> list[Detections]:
         found = predict_in_batches(parts, model.preprocessing, detect, batch_size=together)
@@ -359,11 +361,15 @@ def detect_split(
 
 
 def require_same_classes(classes: ClassTable, split: DetectionDataset) -> None:
-    """Raise DataError unless every class of the split is one of the model's `classes`, under the same id and name."""
-    if misfit := classes.misfit(split.classes):
-        category, name, known = misfit
-        found = "unknown to it" if known is None else f"the model calls {category} {known!r}"
-        raise DataError(
-            f"{split.annotation_file}: category {category} {name!r} does not fit the model: {found}",
-            "evaluate on data with the classes the model was trained on",
-        )
+    """Raise DataError unless every class of the split is one of the model's `classes`, by id and name, or by name alone: see
+    `ClassTable.ids_in`."""
+    if len(classes.ids_in(split.classes)) == len(split.classes):
+        return
+    known, names = classes.id_to_name, {name.casefold() for name in classes.names}
+    wrong = [(i, name) for i, name in split.classes.id_to_name.items() if known.get(i) != name]
+    category, name = next(((i, name) for i, name in wrong if name.casefold() not in names), wrong[0])
+    found = f"the model calls {category} {known[category]!r}" if category in known else "unknown to it"
+    raise DataError(
+        f"{split.annotation_file}: category {category} {name!r} does not fit the model: {found}",
+        "evaluate on data with the classes the model was trained on, by name; `paqdetr info MODEL` lists them",
+    )

@@ -113,7 +113,7 @@ class LayerCollector:
         found: list[Detections] = []
         for image_id, one in zip(split.image_ids, seen, strict=True):
             if one.detections is not None:
-                kept = one.detections[np.isin(one.detections.labels, split.classes.ids)]
+                kept = one.detections.as_classes(self.classes.ids_in(split.classes), split.classes.id_to_name)
                 kept.image_id = image_id
                 found.append(kept)
         ap = ap_nms = sure = float("nan")

@@ -61,6 +61,12 @@ class CocoRecords:
         for number, name in self._names.items():
             self._by_name.setdefault(name.rpartition("/")[2], []).append(number)
         self._categories = _numbering(truth["categories"], f"{source}: categories")
+        self._called = {
+            self._categories[c["id"]]: n for c in truth["categories"] if isinstance(n := c.get("name"), str)
+        }
+        self._by_class: dict[str, list[int]] = {}
+        for number, name in self._called.items():
+            self._by_class.setdefault(name.casefold(), []).append(number)
         self._sizes = {self._images[image["id"]]: _size(image, source) for image in truth["images"]}
         self.class_names = _class_names(truth["categories"], self._categories)
         self.image_ids: tuple[int | str, ...] = tuple(self._images)
@@ -136,7 +142,7 @@ class CocoRecords:
         _require_objects(results, source or "the results")
         before = f"{source}: " if source else ""
         names = [f"{before}result number {i}" for i in range(len(results))]
-        records = self._rewrite(results, names, by_file_name=True)
+        records = self._rewrite(results, names, by_names=True)
         for record, result, name in zip(records, results, names, strict=True):
             record["score"] = _number(result.get("score"), "score", name, low=-1e9)
         return records
@@ -177,9 +183,26 @@ class CocoRecords:
             )
         return image
 
-    def _rewrite(self, items: Sequence[Json], names: list[str], *, by_file_name: bool = False) -> list[dict[str, Any]]:
+    def _category(self, item: Json, name: str) -> int | None:
+        """The number of the category that a record is about: by its id, or by its name where the id is unknown or another's."""
+        category_id, called = item.get("category_id"), item.get("category_name")
+        category = _find(self._categories, category_id)
+        own = None if category is None else self._called.get(category)
+        if not isinstance(called, str) or called == own or (category is not None and own is None):
+            return category
+        found = self._by_class.get(called.casefold(), [])
+        if len(found) == 1:
+            return found[0]
+        if category is not None and called != str(category_id):  # as `Detections` call a class without a name
+            raise DataError(
+                f"{name}: category_id {category_id!r} is {own!r} in {self._source}, and category_name is {called!r}",
+                "use data with the same classes for both, or remove category_name: ids are then compared",
+            )
+        return category
+
+    def _rewrite(self, items: Sequence[Json], names: list[str], *, by_names: bool = False) -> list[dict[str, Any]]:
         """Image, category and shape of each; `names` say which one an error is about."""
-        records = [self._place(item, name, by_file_name) for item, name in zip(items, names, strict=True)]
+        records = [self._place(item, name, by_names) for item, name in zip(items, names, strict=True)]
         if self.masks:
             for record, item, name in zip(records, items, names, strict=True):
                 record["segmentation"] = self._mask(item, record["image_id"], name)
@@ -188,12 +211,12 @@ class CocoRecords:
                 record["bbox"] = box
         return records
 
-    def _place(self, item: Json, name: str, by_file_name: bool) -> dict[str, Any]:
+    def _place(self, item: Json, name: str, by_names: bool) -> dict[str, Any]:
         image_id, category_id = item.get("image_id"), item.get("category_id")
-        image = self._image(item, name) if by_file_name else _find(self._images, image_id)
-        category = _find(self._categories, category_id)
+        image = self._image(item, name) if by_names else _find(self._images, image_id)
+        category = self._category(item, name) if by_names else _find(self._categories, category_id)
         if image is None:
-            called = f" with file_name {item['file_name']!r}" if by_file_name and "file_name" in item else ""
+            called = f" with file_name {item['file_name']!r}" if by_names and "file_name" in item else ""
             raise DataError(
                 f"{name}: image_id {shorten(image_id)}{called} is none of the {len(self._images)} images of {self._source}"
                 f" ({some(list(map(shorten, self._images)), 5)})",

@@ -301,17 +301,21 @@ class Detector(PredictMixin, Summary, nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, device: str = "cpu", **how: Any) -> Detector:
-        """A model of the Hub, or of a folder that `save_pretrained` has written, in evaluation mode.
+        """A model of the Hub, or what `paqdetr.load` finds at a path, in evaluation mode.
 
         Args:
-            name: "user/name", or a folder.
+            name: "user/name", or the path of a folder that `save_pretrained` has written, of a run or of a .safetensors file.
             device: where to put it.
-            how: arguments of `ModelHubMixin.from_pretrained`, such as `revision`.
+            how: of a model of the Hub: arguments of `ModelHubMixin.from_pretrained`, such as `revision`.
 
         Raises:
             CheckpointError: there is none, or it is damaged.
-            BackendError: huggingface_hub is not installed.
+            BackendError: huggingface_hub is not installed, and the model is on the Hub.
         """
+        if Path(name).exists() or Path(name).suffix == ".safetensors":
+            from paqdetr.models.files import load
+
+            return load(name, device=device)
         hub = import_extra("paqdetr.models.hub", "hub")
         with hub.hub_errors(str(name)):
             return hub.SharedDetector.from_pretrained(str(name), device=device, **how).model

@@ -231,7 +231,8 @@ def load(
     """A model from a checkpoint, in evaluation mode.
 
     Args:
-        path: a .safetensors file, a run's folder (its best.safetensors, else last.safetensors), or `hf:user/name@revision`.
+        path: as of `find_checkpoint`: a .safetensors file, a folder of a run (its best.safetensors, else last.safetensors) or of
+            `save_pretrained`, or `hf:user/name@revision`.
         device: where to put it; None: the best there is.
         classes: other classes: a table, names, or how many. Rows of known names stay, the rest starts anew; a line in the log
             says which (`reshape_classes` returns it as a report).

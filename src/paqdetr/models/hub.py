@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 WEIGHTS = "model.safetensors"
 PREFIX = "hf:"
 """What an address of the Hub begins with: `hf:user/name`, `hf:user/name@revision`."""
+# Of the system, and of the library that the client sends its requests with, whichever that is.
+_UNREACHABLE = (OSError, *(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)))
 _LOGIN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
 
 
@@ -54,8 +56,7 @@ class SharedDetector(
         from paqdetr.models.files import load
 
         own = {key: where[key] for key in ("revision", "cache_dir", "force_download", "token", "local_files_only")}
-        path = Path(model_id)
-        return cls(load(path / WEIGHTS if path.is_dir() else hf_hub_download(model_id, WEIGHTS, **own), device=device))
+        return cls(load(hf_hub_download(model_id, WEIGHTS, **own), device=device))
 
 
 def write_folder(folder: Path, header: Mapping[str, Any], **about: Any) -> None:
@@ -184,7 +185,7 @@ def hub_errors(repo: str) -> Iterator[None]:
         if status in (401, 403):
             raise ConfigError(f"{repo}: the Hub refuses the request ({status})", _LOGIN) from None
         raise CheckpointError(f"{repo}: the Hub answers {status}: {str(error)[:200]}", "try again later") from None
-    except OSError as error:
+    except _UNREACHABLE as error:
         raise CheckpointError(f"{repo}: the Hub cannot be reached ({str(error)[:200]})", "check the network") from None
 
 

@@ -84,6 +84,7 @@ class PredictMixin:
         require_threshold(least)
         require_nms(overlap)
         require_batch_size(batch_size)
+        cut = None if tiles is None else Tiles.of(tiles)
         wanted = None if classes is None else self.classes.find(classes)
         given, again = _listed(images), []
 
@@ -107,11 +108,10 @@ class PredictMixin:
             return predict_in_batches(parts, self.preprocessing, found, batch_size=together)
 
         pictures = map(read, given)
-        if tiles is None:
+        if cut is None:
             names = [one.shown for one in given]
             results = predict_in_batches(pictures, self.preprocessing, found, batch_size=batch_size, names=names)
         else:
-            cut = Tiles(tiles) if isinstance(tiles, int) else tiles
             results = [cleaned(predict_tiles(image, cut, of_parts, batch_size=batch_size)) for image in pictures]
         for source, readable, detections in zip(given, again, results, strict=True):
             detections.image_id = detections.file_name = None if source.kind == "given" else source.name

@@ -17,6 +17,7 @@ from PIL.Image import Image
 
 from paqdetr.errors import ConfigError
 from paqdetr.structures import Detections
+from paqdetr.values import is_real, is_whole
 
 _A: TypeAlias = np.ndarray
 # The least batch that tiles go through the model in, where the caller's own is smaller.
@@ -46,10 +47,21 @@ class Tiles:
     with_whole: bool = False
 
     def __post_init__(self) -> None:
-        if self.size < 16:
-            raise ConfigError(f"tiles: expected a side of at least 16 pixels, found {self.size}", "640 is usual")
-        if not 0 <= self.overlap <= 0.9:
-            raise ConfigError(f"overlap: expected a share from 0 to 0.9, found {self.overlap}", "0.2 is usual")
+        if not is_whole(self.size) or self.size < 16:
+            raise ConfigError(
+                f"tiles: expected a side in whole pixels, at least 16, found {self.size!r}", "tiles=640 is usual"
+            )
+        if not is_real(self.overlap) or not 0 <= self.overlap <= 0.9:
+            raise ConfigError(f"overlap: expected a share from 0 to 0.9, found {self.overlap!r}", "0.2 is usual")
+
+    @classmethod
+    def of(cls, tiles: Tiles | int) -> Tiles:
+        """Itself, or tiles of this side with the usual overlap.
+
+        Raises:
+            ConfigError: it is neither.
+        """
+        return tiles if isinstance(tiles, Tiles) else cls(tiles)
 
     def windows(self, height: int, width: int) -> list[tuple[int, int, int, int]]:
         """(left, top, right, bottom) of the tiles of an image, in pixels. All have one size, at even distances."""

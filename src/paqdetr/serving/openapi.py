@@ -7,10 +7,11 @@ from typing import Any
 from paqdetr._version import __version__
 
 _SHARE: dict[str, Any] = {"type": "number", "minimum": 0, "maximum": 1}
+_IOU: dict[str, Any] = {"anyOf": [_SHARE, {"const": "none"}]}
 _SIDE: dict[str, Any] = {"type": "integer", "minimum": 64, "maximum": 16384}
 _ABOUT: dict[str, tuple[str, dict[str, Any]]] = {
     "threshold": ("The least score of a detection; the model's own if absent.", _SHARE),
-    "nms": ("Boxes that overlap a better one of their class by more than this IoU are dropped.", _SHARE),
+    "nms": ("Boxes that overlap a better one of their class by more than this IoU are dropped; none: none are.", _IOU),
     "classes": ("Names or ids of the only classes that are wanted, with commas between them.", {"type": "string"}),
     "tiles": ("Cut the image into tiles of this side in pixels, for small objects in large images.", _SIDE),
 }

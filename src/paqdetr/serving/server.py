@@ -37,6 +37,7 @@ from paqdetr.runtime.tiles import Tiles
 from paqdetr.serving.batcher import Batcher, Closed, QueueFull
 from paqdetr.serving.openapi import PARAMETERS, openapi
 from paqdetr.structures import ClassTable, Detections
+from paqdetr.values import parse_nms
 
 _PAGE = Path(__file__).with_name("page.html")
 # Upper bounds of the histogram of seconds.
@@ -122,6 +123,9 @@ class Options:
                 # A name of digits is the class of that name, if there is one.
                 ids = [int(w) if w not in classes.names and re.fullmatch(r"-?\d{1,18}", w) else w for w in wanted]
                 values[name] = values.get(name, ()) + tuple(map(int, classes.find(ids)))
+                continue
+            if name == "nms":
+                values[name] = parse_nms(text, name)
                 continue
             schema = PARAMETERS[name]["schema"]
             low, high = schema["minimum"], schema["maximum"]
