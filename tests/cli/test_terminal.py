@@ -135,6 +135,15 @@ def test_options_of_a_long_verb_are_in_groups(capsys: pytest.CaptureFixture[str]
         ("eval --compare a b --data d --conf 0.3", "eval --compare a b --data d --threshold 0.3"),
         ("eval runs/x data=d batch=4", "eval runs/x --data d --batch-size 4"),
         ("info model=dino_nano", "info dino_nano"),
+        ("export runs/x --int8 --data d", "export runs/x --precision int8 --calibrate d"),
+        # what nothing here takes the place of
+        ("val runs/x --data d --batch 8 --imgsz 640 --conf 0.1", "eval runs/x --data d --batch-size 8 --threshold 0.1"),
+        ("predict runs/x --half a.jpg imgsz=640", "predict runs/x a.jpg"),
+        (
+            "train dino_nano --data d --output o mosaic=1.0 hsv_h=0.015 --close-mosaic 10 imgsz=96 num_queries=9",
+            "train dino_nano --data d --output o augment.mosaic=1.0 image_size=96 model.num_queries=9",
+        ),
+        ("train dino_nano --data d --output o --cache --freeze 10", "train dino_nano --data d --output o"),
         ("hub upload runs/x", "hub push runs/x USER/NAME"),
     ],
 )
@@ -152,6 +161,7 @@ def test_words_of_other_programs(typed: str, wanted: str, capsys: pytest.Capture
     [
         "train dino_nano --data d --output o epochs=3 name=mine seed=1 model.dropout=0.1 --amp bf16 --resume",
         "train dino_nano --data d --output o bacth=3",  # the settings say what is near
+        "train dino_nano --data d --output o bacth=3 imgsz=96",
         "eval runs/lr=0.1/best.safetensors --data=d --nms 0.5",
         "eval runs/x --data d --thresold 0.3",
         "trian dino_nano",
@@ -164,6 +174,15 @@ def test_words_of_other_programs(typed: str, wanted: str, capsys: pytest.Capture
 )
 def test_other_lines_are_left_alone(typed: str) -> None:
     assert what_to_type(shlex.split(typed), PROGRAM) is None
+
+
+def test_what_is_left_out_is_said() -> None:
+    typed = "val runs/x data=d --imgsz 640 mixup=0.1 degrees=5"
+    assert what_to_type(typed.split(), PROGRAM) == (
+        "`paqdetr` has no verb val; --imgsz left out: evaluation and prediction use the model's own image size; "
+        "mixup=, degrees= left out: nothing here does the same",
+        "type: paqdetr eval runs/x --data d",
+    )
 
 
 def test_every_setting_is_taken_as_it_is() -> None:
@@ -184,7 +203,9 @@ def test_the_tables_lead_to_what_there_is() -> None:
     for word, places in WORDS.items():
         for place in places.split("|"):
             option, key = place.partition(" ")[0], place.partition("=")[0]
-            assert place in ("", "*") or option in options or place in arguments or key in known_keys(), word
+            assert (
+                place in ("", "*") or place[:1] == "!" or option in options or place in arguments or key in known_keys()
+            ), word
     for words in VERBS.values():
         command = PROGRAM
         for word in words.partition(" --")[0].split():
@@ -192,10 +213,12 @@ def test_the_tables_lead_to_what_there_is() -> None:
 
 
 def test_settings_of_other_programs_in_python() -> None:
-    for word, ours in {"batch": "batch_size", "imgsz": "image_size", "lr0": "lr", "learning_rate": "lr"}.items():
+    ours = {"batch": "batch_size", "imgsz": "image_size", "lr0": "lr", "learning_rate": "lr"}
+    advice = {word: f"write {key}= instead" for word, key in ours.items()}
+    for word, said in (advice | {"mixup": "leave it out: nothing here does the same"}).items():
         with pytest.raises(ConfigError) as caught:
             load_config("dino_nano", {word: 1})
-        assert caught.value.remedy == f"write {ours}= instead"
+        assert caught.value.remedy == said
 
 
 # ---------------------------------------------------------------------------------------------- completion

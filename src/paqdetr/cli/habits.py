@@ -33,6 +33,7 @@ VERBS = {
 }  # fmt: skip
 
 _KEY = re.compile(r"([A-Za-z_][\w.-]*)=(.*)", re.DOTALL)
+_NUMBER = re.compile(r"[\d.,\[\]+-]+")
 _OFF = ("false", "0", "no", "none")
 
 
@@ -46,6 +47,7 @@ class _Line:
     given: dict[str, list[str]] = field(default_factory=dict)
     settings: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
+    left_out: dict[str, list[str]] = field(default_factory=dict)  # why -> the words of `wrong`
 
     @property
     def takes_settings(self) -> bool:
@@ -67,13 +69,15 @@ class _Line:
                 self._place(word, word, words)
             elif pair and self.takes_settings and self._setting(name) == name and not self._is_folder(name):
                 self.settings.append(word)
-            elif (
-                not pair
-                or "FACT=VALUE" in self.arguments
-                or Path(word).exists()
-                or not self._place(f"{name}=", name, [value])
-            ):
+            elif not pair or "FACT=VALUE" in self.arguments or Path(word).exists():
                 self.positionals.append(word)
+            elif not self._place(f"{name}=", name, [value]):
+                if not self.takes_settings:
+                    self.positionals.append(word)
+                elif (setting := self._setting(name)) is not None:
+                    self.settings.append(f"{setting}={value}")
+                else:
+                    return False  # the error about the setting says what is near
         return True
 
     def _is_folder(self, name: str) -> bool:
@@ -88,9 +92,14 @@ class _Line:
         self.wrong.append(word)
         option, _, fixed = place.partition(" ")
         setting, equals, set_to = place.partition("=")
-        takes = not (fixed or set_to or place == "" or self.options.get(option) == 0)
+        lost = place.startswith("!")
+        takes = not (fixed or set_to or lost or place == "" or self.options.get(option) == 0)
         follows = values and not values[0].startswith("--")
-        value = values.pop(0) if follows and (takes or values[0].lower() in (*_OFF, "true")) else None
+        plain = follows and (values[0].lower() in (*_OFF, "true") or (lost and _NUMBER.fullmatch(values[0])))
+        value = values.pop(0) if follows and (takes or plain) else None
+        if lost:
+            self.left_out.setdefault(place[1:], []).append(word)
+            return True
         if place in ("", "*") or (not takes and value is not None and value.lower() in _OFF):
             return True
         if equals:
@@ -108,8 +117,13 @@ class _Line:
         if (option := f"--{key.replace('_', '-')}") in self.options:
             return option
         for place in WORDS.get(key, "?").split("|"):
-            known = place in ("", "*", "MODEL") or place.partition(" ")[0] in self.options or place in self.arguments
-            if known or (self.takes_settings and "=" in place):
+            known = place in ("", "*", "MODEL") or place.startswith("!")
+            if (
+                known
+                or place.partition(" ")[0] in self.options
+                or place in self.arguments
+                or (self.takes_settings and "=" in place)
+            ):
                 return place
         setting = self._setting(key) if self.takes_settings and word.startswith("--") else None
         return None if setting is None else f"{setting}="
@@ -173,7 +187,10 @@ def what_to_type(words: Sequence[str], program: Any) -> tuple[str, str] | None:
     typed += [f"{name} DIR" for name in sorted(needed - given)]
     typed += map(shlex.quote, line.settings)
     found = f"`paqdetr {' '.join(names)}` has no {', '.join(dict.fromkeys(line.wrong))}"
-    return f"`paqdetr` has no verb {wrong}" if wrong else found, f"type: paqdetr {' '.join(typed)}"
+    found = f"`paqdetr` has no verb {wrong}" if wrong else found
+    for reason, lost in line.left_out.items():
+        found += f"; {', '.join(dict.fromkeys(lost))} left out: {reason}"
+    return found, f"type: paqdetr {' '.join(typed)}"
 
 
 def _is(param: Any, kind: str) -> bool:

@@ -24,7 +24,7 @@ from paqdetr.config.model import ModelConfig
 from paqdetr.config.schema import Config, LossConfig, known_fields
 from paqdetr.errors import ConfigError
 from paqdetr.files import read_text
-from paqdetr.other_programs import setting_to_write
+from paqdetr.other_programs import what_to_write
 from paqdetr.text import did_you_mean, shorten
 from paqdetr.yaml_files import as_mapping, parse_value, parse_yaml
 
@@ -316,8 +316,8 @@ def _explain(error: ValidationError, where: str) -> ConfigError:
     key = ".".join(str(part) for part in first["loc"] if part not in ("int", "tuple[int, int]"))
     if first["type"] == "extra_forbidden":
         known = known_keys()
-        if (ours := setting_to_write(key)) is not None:
-            return ConfigError(f"{where}: unknown setting {key!r}", f"write {ours} instead")
+        if (advice := what_to_write(key)) is not None:
+            return ConfigError(f"{where}: unknown setting {key!r}", advice)
         leaf = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
         remedy = (
             f"did you mean {leaf[0]!r}?"
@@ -329,4 +329,7 @@ def _explain(error: ValidationError, where: str) -> ConfigError:
     subject = f"{key}={shorten(first['input'])}" if key and not isinstance(first["input"], Mapping) else key
     detail = f"{subject}: {message}" if subject else message
     remedy = "`paqdetr config show MODEL` prints every setting as resolved; docs/settings.md says what each takes"
+    lists = [other["input"] for other in error.errors() if other["type"] == "tuple_type"]
+    if isinstance(given := first["input"], str) and given in lists and ("," in given or first["type"] == "tuple_type"):
+        remedy = f"a list is written in brackets: {key}=[{given}]"
     return ConfigError(f"{where}: {detail}", remedy)
