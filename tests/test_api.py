@@ -75,6 +75,7 @@ def test_signatures() -> None:
         "nms",
         "classes",
         "tiles",
+        "unknown",
     ]
     assert parameters(paqdetr.Detector.predict)["threshold"].default is None  # that of the run's evaluation, else 0.3
     assert list(parameters(paqdetr.Detector.forward))[:3] == ["self", "images", "padding_mask"]
@@ -104,6 +105,16 @@ def test_list_recipes() -> None:
         (lambda m, d, f: m.predict(d, batch_size=-1), paqdetr.ConfigError, "batch_size: .*found -1"),
         (lambda m, d, f: m.predict(torch.zeros(8, 8, 3)), paqdetr.DataError, r"a tensor of shape \(8, 8, 3\)"),
         (lambda m, d, f: m.predict(f), paqdetr.DataError, "not an image in a known format"),
+        (lambda m, d, f: m.predict(f, conf=0.3), paqdetr.ConfigError, r"no argument 'conf' \(write threshold= instead"),
+        (lambda m, d, f: m(np.zeros((8, 8)), iou=0.3), paqdetr.ConfigError, r"'iou' \(write nms= instead"),
+        (lambda m, d, f: m.predict(f, imgsz=640), paqdetr.ConfigError, "leave it out: .* the model's own image size"),
+        (lambda m, d, f: m.predict(f, device="cpu"), paqdetr.ConfigError, r"paqdetr.load\(path, device=\.\.\.\)"),
+        (lambda m, d, f: m.predict(f, hue=1), paqdetr.ConfigError, r"'hue' \(help\(model.predict\) lists"),
+        (
+            lambda m, d, f: m(torch.zeros(1, 3, 64, 64), threshold=0.3),
+            paqdetr.ConfigError,
+            r"forward pass.*\(model.predict\(tensor, threshold=\.\.\.\) takes pictures",
+        ),
         (lambda m, d, f: paqdetr.evaluate(m, data=d, batch_size=0), paqdetr.ConfigError, "batch_size"),
         (lambda m, d, f: paqdetr.evaluate(m, data=d, batch_size=-1), paqdetr.ConfigError, "batch_size"),
         (lambda m, d, f: paqdetr.evaluate(3, data=d), paqdetr.ConfigError, "or a path, found int"),  # type: ignore[arg-type]
