@@ -172,8 +172,13 @@ def test_create_model_and_call_it() -> None:
         out = model(torch.randn(2, 3, 64, 96), padding_mask=mask)
     assert out.pred_logits.shape == (2, 15, 5) and out.pred_boxes.shape == (2, 15, 4)
     assert (out.pred_boxes >= 0).all() and (out.pred_boxes <= 1).all()
-    with pytest.raises(paqdetr.ConfigError, match="unknown setting"):
-        paqdetr.create_model("paq_dino_nano", num_querys=15)
+    for key in ("num_querys", "model.num_querys"):
+        with pytest.raises(paqdetr.ConfigError, match="unknown setting 'model.num_querys'"):
+            paqdetr.create_model("paq_dino_nano", **{key: 15})
+    dotted = paqdetr.create_model("dino_nano", classes=["cat", "dog"], **{"model.num_queries": 15})
+    assert dotted.names == {0: "cat", 1: "dog"} and dotted.config.num_classes == 2 and dotted.config.num_queries == 15
+    with pytest.raises(paqdetr.ConfigError, match="num_classes=3, but there are 2 classes"):
+        paqdetr.create_model("dino_nano", classes=["cat", "dog"], num_classes=3)
     with pytest.raises(paqdetr.ConfigError, match="unknown model"):
         paqdetr.create_model("paq_dino_nanoo")
 
