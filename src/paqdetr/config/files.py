@@ -12,7 +12,9 @@ file of its own in `configs/recipes`. So a host is one file.
 from __future__ import annotations
 
 import fnmatch
+import shlex
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -89,6 +91,12 @@ def validate_config(values: Mapping[str, Any], where: str) -> Config:
         return Config.model_validate(values)
     except ValidationError as error:
         raise _explain(error, where) from None
+
+
+def command_to_resume(run: Path, data: str | Path = "DIR") -> str:
+    """The command that goes on with the run in a folder, with its own settings."""
+    config, data, output = (shlex.quote(str(path)) for path in (run / "config.yaml", data, run))
+    return f"paqdetr train {config} --data {data} --output {output} --resume"
 
 
 def known_keys() -> list[str]:
@@ -270,12 +278,8 @@ def _settings_of(source: str) -> dict[str, Any]:
     """What stands behind a path, or the name of a model, a recipe or a part ("parts/dino"), without its bases' settings."""
     if source.endswith((".yaml", ".yml")):
         return _read_yaml(read_text(Path(source), limit=_MAX_FILE, error=ConfigError), source)
-    folder = Path(source)
-    if source.endswith(".safetensors") or (folder.is_dir() and any(folder.glob("*.safetensors"))):
-        raise ConfigError(
-            f"{source}: a checkpoint, in the place of a model or recipe",
-            f"name the model; `paqdetr train MODEL init={source}` starts from these weights",
-        )
+    if (advice := _to_train_from(source)) is not None:
+        raise ConfigError(f"{source}: a checkpoint, in the place of a model or recipe", advice)
     if source.startswith("parts/"):
         part = _part(source.removeprefix("parts/"))
         return {key: value for key, value in part.items() if key not in _ABOUT}
@@ -285,6 +289,19 @@ def _settings_of(source: str) -> dict[str, Any]:
     return {"base": [model, f"parts/{recipe}"] if recipe else [f"parts/{part}" for part in _models()[model]]}
 
 
+def _to_train_from(source: str) -> str | None:
+    """How a training begins from, or goes on with, the checkpoint or run at a path; None if there is none."""
+    path, is_folder = Path(source), False
+    with suppress(OSError):  # of a text that is too long for a path
+        is_folder = path.is_dir()
+    folder = path if is_folder else path.parent
+    if not source.endswith(".safetensors") and not (is_folder and any(path.glob("*.safetensors"))):
+        return None
+    starts = f"`paqdetr train MODEL init={source}` starts from these weights"
+    is_run = (folder / "config.yaml").is_file()
+    return f"`{command_to_resume(folder)}` goes on with the run; {starts}" if is_run else f"name the model; {starts}"
+
+
 def _read_yaml(text: str, where: str) -> dict[str, Any]:
     return as_mapping(parse_yaml(text, where), where)
 
@@ -292,6 +309,8 @@ def _read_yaml(text: str, where: str) -> dict[str, Any]:
 def _parse_override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key:
+        if not equals and (advice := _to_train_from(text)) is not None:
+            raise ConfigError(f"{text}: a checkpoint, in the place of a setting", advice)
         raise ConfigError(f"{shorten(text)} is not a setting", "write settings as key=value, for example epochs=12")
     return key, parse_value(value, key)
 
