@@ -173,7 +173,7 @@ def test_create_model_and_call_it() -> None:
     assert out.pred_logits.shape == (2, 15, 5) and out.pred_boxes.shape == (2, 15, 4)
     assert (out.pred_boxes >= 0).all() and (out.pred_boxes <= 1).all()
     for key in ("num_querys", "model.num_querys"):
-        with pytest.raises(paqdetr.ConfigError, match="unknown setting 'model.num_querys'"):
+        with pytest.raises(paqdetr.ConfigError, match=r"unknown setting 'model\.num_querys'"):
             paqdetr.create_model("paq_dino_nano", **{key: 15})
     dotted = paqdetr.create_model("dino_nano", classes=["cat", "dog"], **{"model.num_queries": 15})
     assert dotted.names == {0: "cat", 1: "dog"} and dotted.config.num_classes == 2 and dotted.config.num_queries == 15
