@@ -75,6 +75,7 @@ def test_signatures() -> None:
         "nms",
         "classes",
         "tiles",
+        "unknown",
     ]
     assert parameters(paqdetr.Detector.predict)["threshold"].default is None  # that of the run's evaluation, else 0.3
     assert list(parameters(paqdetr.Detector.forward))[:3] == ["self", "images", "padding_mask"]
@@ -104,6 +105,16 @@ def test_list_recipes() -> None:
         (lambda m, d, f: m.predict(d, batch_size=-1), paqdetr.ConfigError, "batch_size: .*found -1"),
         (lambda m, d, f: m.predict(torch.zeros(8, 8, 3)), paqdetr.DataError, r"a tensor of shape \(8, 8, 3\)"),
         (lambda m, d, f: m.predict(f), paqdetr.DataError, "not an image in a known format"),
+        (lambda m, d, f: m.predict(f, conf=0.3), paqdetr.ConfigError, r"no argument 'conf' \(write threshold= instead"),
+        (lambda m, d, f: m(np.zeros((8, 8)), iou=0.3), paqdetr.ConfigError, r"'iou' \(write nms= instead"),
+        (lambda m, d, f: m.predict(f, imgsz=640), paqdetr.ConfigError, "leave it out: .* the model's own image size"),
+        (lambda m, d, f: m.predict(f, device="cpu"), paqdetr.ConfigError, r"paqdetr.load\(path, device=\.\.\.\)"),
+        (lambda m, d, f: m.predict(f, hue=1), paqdetr.ConfigError, r"'hue' \(help\(model.predict\) lists"),
+        (
+            lambda m, d, f: m(torch.zeros(1, 3, 64, 64), threshold=0.3),
+            paqdetr.ConfigError,
+            r"forward pass.*\(model.predict\(tensor, threshold=\.\.\.\) takes pictures",
+        ),
         (lambda m, d, f: paqdetr.evaluate(m, data=d, batch_size=0), paqdetr.ConfigError, "batch_size"),
         (lambda m, d, f: paqdetr.evaluate(m, data=d, batch_size=-1), paqdetr.ConfigError, "batch_size"),
         (lambda m, d, f: paqdetr.evaluate(3, data=d), paqdetr.ConfigError, "or a path, found int"),  # type: ignore[arg-type]
@@ -162,8 +173,13 @@ def test_create_model_and_call_it() -> None:
         out = model(torch.randn(2, 3, 64, 96), padding_mask=mask)
     assert out.pred_logits.shape == (2, 15, 5) and out.pred_boxes.shape == (2, 15, 4)
     assert (out.pred_boxes >= 0).all() and (out.pred_boxes <= 1).all()
-    with pytest.raises(paqdetr.ConfigError, match="unknown setting"):
-        paqdetr.create_model("paq_dino_nano", num_querys=15)
+    for key in ("num_querys", "model.num_querys"):
+        with pytest.raises(paqdetr.ConfigError, match=r"unknown setting 'model\.num_querys'"):
+            paqdetr.create_model("paq_dino_nano", **{key: 15})
+    dotted = paqdetr.create_model("dino_nano", classes=["cat", "dog"], **{"model.num_queries": 15})
+    assert dotted.names == {0: "cat", 1: "dog"} and dotted.config.num_classes == 2 and dotted.config.num_queries == 15
+    with pytest.raises(paqdetr.ConfigError, match="num_classes=3, but there are 2 classes"):
+        paqdetr.create_model("dino_nano", classes=["cat", "dog"], num_classes=3)
     with pytest.raises(paqdetr.ConfigError, match="unknown model"):
         paqdetr.create_model("paq_dino_nanoo")
 

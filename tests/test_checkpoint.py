@@ -123,6 +123,33 @@ def test_a_pickle_is_never_opened(tmp_path: Path, suffix: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "message", "remedy"),
+    [
+        (
+            "a.jpg",
+            "a picture, in the place of a model",
+            "give a run's folder or a .safetensors file first, then pictures",
+        ),
+        ("config.yaml", "settings, which hold no weights", "give the run's folder or a .safetensors file"),
+        ("run/config.yaml", "settings, which hold no weights", "give the run's folder: {path.parent}"),
+        ("m.onnx", "an exported model, where a checkpoint is needed", "give the checkpoint that it was exported from"),
+        ("notes.txt", "not a readable safetensors file", "give a run's folder or a .safetensors file"),
+        ("x.safetensors", "not a readable safetensors file", "copy or train it again"),
+    ],
+)
+def test_a_file_of_another_kind(tmp_path: Path, name: str, message: str, remedy: str) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    (tmp_path / "run").mkdir(exist_ok=True)
+    (tmp_path / "run/best.safetensors").touch()
+    path.write_bytes(b"no safetensors at all")
+    with pytest.raises(CheckpointError) as caught:
+        read_header(path)
+    assert caught.value.message.startswith(f"{path}: {message}")
+    assert caught.value.remedy == remedy.format(path=path)
+
+
+@pytest.mark.parametrize(
     ("metadata", "message"),
     [
         (None, "safetensors without a paqdetr header"),

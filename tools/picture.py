@@ -1,12 +1,11 @@
 """The picture of the README: what a detector finds in an image, and where the queries behind it look in the last decoder layer.
 
-python tools/picture.py CHECKPOINT IMAGE [OUTPUT]         # docs/assets/attention.jpg if no OUTPUT is given
+python tools/picture.py CHECKPOINT IMAGE OUTPUT         # docs/assets/attention.jpg is that of the README
 """
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import numpy as np
 
@@ -15,16 +14,21 @@ from paqdetr.analysis.inside import look_inside
 from paqdetr.drawing import Canvas, mark, tiled
 from paqdetr.images import read_image
 
-REPO = Path(__file__).resolve().parents[1]
-SIDE, SHOWN = 440, 5
+SIDE, SHOWN, THRESHOLD = 440, 5, 0.5
 
 
-def main(checkpoint: str, image: str, output: str = str(REPO / "docs" / "assets" / "attention.jpg")) -> None:
-    """Write the picture: detections on the left, the sampling points of the `SHOWN` surest queries on the right."""
+def main(checkpoint: str, image: str, output: str) -> None:
+    """Write the picture: detections on the left, the sampling points of the `SHOWN` surest queries on the right.
+
+    Raises:
+        SystemExit: nothing is found in the image.
+    """
     model = paqdetr.load(checkpoint)
     assert isinstance(model, paqdetr.Detector)
     picture = read_image(image)
-    detections = model.predict(picture, threshold=0.5, nms=0.5)[0]
+    detections = model.predict(picture, threshold=THRESHOLD, nms=0.5)[0]
+    if not len(detections):
+        raise SystemExit(f"{image}: the model finds nothing over {THRESHOLD}; take another image, or train longer")
     size = np.array(picture.size * 2, dtype=float)
     found, looked = Canvas(picture, size=SIDE, smooth=True), Canvas(picture, size=SIDE, smooth=True, dim=0.45)
     assert detections.query_indices is not None
@@ -44,6 +48,6 @@ def main(checkpoint: str, image: str, output: str = str(REPO / "docs" / "assets"
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (3, 4):
+    if len(sys.argv) != 4:
         raise SystemExit(__doc__)
     main(*sys.argv[1:])

@@ -23,6 +23,7 @@ from paqdetr.config import Config, ModelConfig, list_configs, validate_config
 from paqdetr.config.model import Role
 from paqdetr.errors import CheckpointError, ConfigError, import_extra
 from paqdetr.files import open_regular, parse_json, write_whole
+from paqdetr.images import PICTURE_EXTENSIONS
 from paqdetr.preprocessing import Preprocessing
 from paqdetr.structures import ClassTable, OperatingPoint
 from paqdetr.text import shorten, some
@@ -105,8 +106,6 @@ def is_own(path: Path) -> bool:
 
 
 def _open(path: Path, tensors: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    if path.suffix in (".pth", ".pt", ".bin", ".ckpt"):
-        raise CheckpointError(f"{path}: a pickle, which this program does not open", "give a .safetensors file")
     try:
         # Opened first: safetensors calls a file that may not be read missing, and would wait for a pipe.
         kind = "pt" if tensors else "np"
@@ -114,7 +113,7 @@ def _open(path: Path, tensors: bool = False) -> tuple[dict[str, Tensor], dict[st
             metadata = file.metadata() or {}
             content: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()} if tensors else {}  # noqa: SIM118
     except _UNREADABLE as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({error})", "copy or train it again") from None
+        raise _unreadable(path, str(error)) from None
     if _KEY not in metadata:
         raise CheckpointError(
             f"{path}: safetensors without a paqdetr header", "convert weights of other programs first"
@@ -131,6 +130,34 @@ def _open(path: Path, tensors: bool = False) -> tuple[dict[str, Tensor], dict[st
             "copy it again from where it came, or train it again",
         )
     return content, header
+
+
+def _unreadable(path: Path, reason: str) -> CheckpointError:
+    """The error for a file that is no safetensors file: what it is, by its ending."""
+    ending = path.suffix.lower()
+    if ending in PICTURE_EXTENSIONS:
+        found, remedy = (
+            "a picture, in the place of a model",
+            "give a run's folder or a .safetensors file first, then pictures",
+        )
+    elif ending in (".yaml", ".yml"):
+        found, remedy = "settings, which hold no weights", "give the run's folder or a .safetensors file"
+        if any(path.parent.glob("*.safetensors")):
+            remedy = f"give the run's folder: {path.parent}"
+    elif ending in (".onnx", ".xml", ".pt2", ".torchscript"):
+        found, remedy = (
+            "an exported model, where a checkpoint is needed",
+            "give the checkpoint that it was exported from",
+        )
+    elif ending in (".pth", ".pt", ".bin", ".ckpt"):
+        found = "a pickle, which this program does not open"
+        remedy = (
+            f"paqdetr convert {path} --from PROGRAM --output {path.with_suffix('.safetensors')} takes its weights over"
+        )
+    else:
+        found = f"not a readable safetensors file ({reason})"
+        remedy = "copy or train it again" if ending == ".safetensors" else "give a run's folder or a .safetensors file"
+    return CheckpointError(f"{path}: {found}", remedy)
 
 
 def load_tensors(module: torch.nn.Module, tensors: Mapping[str, Tensor], where: str, *, assign: bool = False) -> None:

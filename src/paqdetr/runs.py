@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from paqdetr.config import Config, idle_settings, load_config
+from paqdetr.config import Config, command_to_resume, idle_settings, load_config
 from paqdetr.errors import ConfigError, DataError, StorageError
 from paqdetr.files import Busy, acquire, remove_leftovers, write_text
 from paqdetr.serialize import finite_rows, flattened, plain
@@ -183,8 +183,9 @@ class Run(Summary):
         elif foreign:
             raise ConfigError(f"{self.output}: the folder holds other files and no run", "choose another --output")
 
-    def require_settings(self, config: Config) -> None:
-        """Raise ConfigError if the run, which has kept something, was started with other settings."""
+    def require_settings(self, config: Config, data: str | Path = "DIR") -> None:
+        """Raise ConfigError if the run, which has kept something, was started with other settings. `data` is the folder of its
+        data, for the command that the error names."""
         if not self.config_file.exists() or self.empty:
             return
         started = load_config(self.config_file)
@@ -192,10 +193,12 @@ class Run(Summary):
         changed = changed_settings(before, after)
         # What changes nothing in either may differ: a setting that came later than the run, above all.
         idle = idle_settings(started, changed).keys() & idle_settings(config, changed).keys()
-        for key in (key for key in changed if key not in idle):
+        found = [f"{key}={before[key]!r}, now it is {after[key]!r}" for key in changed if key not in idle]
+        if found:
+            more = f"; and {len(found) - 8} more" if len(found) > 8 else ""
             raise ConfigError(
-                f"{self.config_file}: the run was started with {key}={before[key]!r}, now it is {after[key]!r}",
-                "resume with the same settings, or start a new run with another --output",
+                f"{self.config_file}: the run was started with {'; '.join(found[:8])}{more}",
+                f"its own settings are resumed by: {command_to_resume(self.output, data)}",
             )
 
     def begin(self, *, resume: bool) -> IO[bytes] | None:

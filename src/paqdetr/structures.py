@@ -427,7 +427,7 @@ class OperatingPoint:
     def shown(self) -> str:
         """For people."""
         if self.threshold is None and self.nms is None:
-            return "not evaluated yet"
+            return "no threshold known" if self.duplicates_cost is None else "found no threshold: too little was right"
         parts = {"threshold": self.threshold, "nms": self.nms}
         return ", ".join(f"{name} {value:.2f}" for name, value in parts.items() if value is not None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -54,6 +55,17 @@ def test_every_host_shows_what_it_has_and_does_not_notice(name: str, tiny_model:
         assert output.proposals is not None and inside.proposals is not None
         assert torch.equal(torch.from_numpy(inside.proposals), output.proposals.boxes[0])
         assert (np.diff(inside.proposal_scores) <= 0).all()  # best first
+
+
+def test_the_picture_of_an_image_in_which_nothing_is_found(
+    tiny_model: Build, picture: Image.Image, tmp_path: Path
+) -> None:
+    tiny_model("dino_r50").save(tmp_path / "model.safetensors")
+    picture.save(tmp_path / "image.png")
+    main = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "picture.py"))["main"]
+    with pytest.raises(SystemExit, match=r"image\.png: the model finds nothing over 0\.5"):
+        main(str(tmp_path / "model.safetensors"), str(tmp_path / "image.png"), str(tmp_path / "out.jpg"))
+    assert not (tmp_path / "out.jpg").exists()
 
 
 @pytest.mark.parametrize("divisor", [1, 32], ids=["padded", "whole"])

@@ -312,10 +312,22 @@ def state_of_other_images(w: World) -> list[str]:
     return w.resume()
 
 
-@case("the run was started with batch_size=4, now it is 2", "resume with the same settings")
-def resumption_with_another_batch_size(w: World) -> list[str]:
+@case("the run was started with batch_size=4, now it is 2; seed=0, now it is 3", "output/config.yaml --data")
+def resumption_with_other_settings(w: World) -> list[str]:
     w.unfinished()
-    return w.resume("batch_size=2")
+    return w.resume("batch_size=2", "seed=3")
+
+
+@case("output/last.safetensors: a checkpoint, in the place of a setting", "output --resume` goes on with the run")
+def resumption_from_a_file(w: World) -> list[str]:
+    w.unfinished()
+    return [*w.resume(), str(w.output / "last.safetensors")]
+
+
+@case("output: a checkpoint, in the place of a model", "output --resume` goes on with the run")
+def resumption_of_a_folder(w: World) -> list[str]:
+    w.unfinished()
+    return [*w.train(model=str(w.output)), "--resume"]
 
 
 @case("config.yaml: line 2, column 1: not valid YAML")

@@ -22,7 +22,7 @@ from paqdetr.cli.habits import VERBS, what_to_type
 from paqdetr.cli.options import complete_model, complete_setting
 from paqdetr.cli.progress import TrainingProgress
 from paqdetr.config import known_keys, load_config
-from paqdetr.other_programs import WORDS, setting_to_write
+from paqdetr.other_programs import WORDS, what_to_write
 from paqdetr.runs import Run
 from paqdetr.training.callbacks import NotebookProgress, TrainingPlan
 
@@ -139,6 +139,15 @@ def test_options_of_a_long_verb_are_in_groups(capsys: pytest.CaptureFixture[str]
         ("eval --compare a b --data d --conf 0.3", "eval --compare a b --data d --threshold 0.3"),
         ("eval runs/x data=d batch=4", "eval runs/x --data d --batch-size 4"),
         ("info model=dino_nano", "info dino_nano"),
+        ("export runs/x --int8 --data d", "export runs/x --precision int8 --calibrate d"),
+        # what nothing here takes the place of
+        ("val runs/x --data d --batch 8 --imgsz 640 --conf 0.1", "eval runs/x --data d --batch-size 8 --threshold 0.1"),
+        ("predict runs/x --half a.jpg imgsz=640", "predict runs/x a.jpg"),
+        (
+            "train dino_nano --data d --output o mosaic=1.0 hsv_h=0.015 --close-mosaic 10 imgsz=96 num_queries=9",
+            "train dino_nano --data d --output o augment.mosaic=1.0 image_size=96 model.num_queries=9",
+        ),
+        ("train dino_nano --data d --output o --cache --freeze 10", "train dino_nano --data d --output o"),
         ("hub upload runs/x", "hub push runs/x USER/NAME"),
     ],
 )
@@ -154,14 +163,18 @@ def test_words_of_other_programs(typed: str, wanted: str, capsys: pytest.Capture
 @pytest.mark.parametrize(
     ("typed", "note", "wanted"),
     [
-        ("optimizer=SGD nc=3 opt=adam", "the optimizer is AdamW, classes are those of the data", "paqdetr train m"),
+        (
+            "optimizer=SGD nc=3 opt=adam",
+            "optimizer=, opt= left out: the optimizer is AdamW; nc= left out: classes are",
+            "paqdetr train m",
+        ),
         ("val=False", "the setting eval_every says when", "paqdetr train m"),
         ("--gpus 1", "", "paqdetr train m"),
         ("--num-gpus 2 batch=4", "each GPU has", "torchrun --nproc_per_node=2 -m paqdetr train m"),
-        ("--device 0,1", "has no --device 0,1: each GPU has", "torchrun --nproc_per_node=2 -m paqdetr train m"),
+        ("--device 0,1", "has no --device 0,1; each GPU has", "torchrun --nproc_per_node=2 -m paqdetr train m"),
         (
             "device=2,3",
-            "has no device=, --device 2,3: each",
+            "has no device=, --device 2,3; each",
             "CUDA_VISIBLE_DEVICES=2,3 torchrun --nproc_per_node=2 -m paqdetr train m",
         ),
     ],
@@ -182,6 +195,7 @@ def test_what_is_not_carried_over_is_said(
     [
         "train dino_nano --data d --output o epochs=3 name=mine seed=1 model.dropout=0.1 --amp bf16 --resume",
         "train dino_nano --data d --output o bacth=3",  # the settings say what is near
+        "train dino_nano --data d --output o bacth=3 imgsz=96",
         "eval runs/lr=0.1/best.safetensors --data=d --nms 0.5",
         "eval runs/x --data d --thresold 0.3",
         "trian dino_nano",
@@ -194,6 +208,15 @@ def test_what_is_not_carried_over_is_said(
 )
 def test_other_lines_are_left_alone(typed: str) -> None:
     assert what_to_type(shlex.split(typed), PROGRAM) is None
+
+
+def test_what_is_left_out_is_said() -> None:
+    typed = "val runs/x data=d --imgsz 640 mixup=0.1 degrees=5"
+    assert what_to_type(typed.split(), PROGRAM) == (
+        "`paqdetr` has no verb val; --imgsz left out: evaluation and prediction use the model's own image size; "
+        "mixup=, degrees= left out: nothing here does the same",
+        "type: paqdetr eval runs/x --data d",
+    )
 
 
 def test_every_setting_is_taken_as_it_is() -> None:
@@ -215,7 +238,7 @@ def test_the_tables_lead_to_what_there_is() -> None:
         for place in places.split("|"):
             option, key = place.partition(" ")[0], place.partition("=")[0]
             assert (
-                place[:1] in ("", "*")
+                place[:1] in ("", "*", "!")
                 or place == "GPUS"
                 or option in options
                 or place in arguments
@@ -228,11 +251,13 @@ def test_the_tables_lead_to_what_there_is() -> None:
 
 
 def test_settings_of_other_programs_in_python() -> None:
-    assert not any("*" in (setting_to_write(word) or "") for word in WORDS)
-    for word, ours in {"batch": "batch_size", "imgsz": "image_size", "lr0": "lr", "learning_rate": "lr"}.items():
+    assert not any("*" in (what_to_write(word) or "") for word in WORDS)
+    ours = {"batch": "batch_size", "imgsz": "image_size", "lr0": "lr", "learning_rate": "lr"}
+    advice = {word: f"write {key}= instead" for word, key in ours.items()}
+    for word, said in (advice | {"mixup": "leave it out: nothing here does the same"}).items():
         with pytest.raises(ConfigError) as caught:
             load_config("dino_nano", {word: 1})
-        assert caught.value.remedy == f"write {ours}= instead"
+        assert caught.value.remedy == said
 
 
 # ---------------------------------------------------------------------------------------------- completion

@@ -216,6 +216,8 @@ def test_a_circle_of_bases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rela
         ({"image_size": 16}, "image_size=16: expected one number from 32", "config show"),
         ({"image_size": [900, 800]}, "image_size=[900, 800]: expected one number from 32", "config show"),
         ({"image_size": "big"}, "image_size='big'", "config show"),
+        ({"image_size": "640,640"}, "image_size='640,640'", "a list is written in brackets: image_size=[640,640]"),
+        ({"trackers": "wandb"}, "trackers='wandb'", "a list is written in brackets: trackers=[wandb]"),
         ({"augment.scale": [1.0, 0.5]}, "augment.scale=[1.0, 0.5]: expected 0.01 <= low <= high", "config show"),
         ({"augment.crop_size": [0.0, 0.5]}, "augment.crop_size=[0.0, 0.5]", "config show"),
         ({"model": 3}, "model=3", "config show"),

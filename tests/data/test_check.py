@@ -51,6 +51,21 @@ def test_a_sound_data_set(tmp_path: Path) -> None:
     assert all("none in train" in problem.message for problem in report.warnings)
 
 
+@pytest.mark.parametrize(("corners", "count"), [(True, 10), (False, 10), (True, 5)])
+def test_boxes_as_corners(tmp_path: Path, corners: bool, count: int) -> None:
+    """x1, y1, x2, y2 in the place of x, y, width, height: one finding, of a split with some boxes."""
+    boxes = [(x, 5, x + 3, 9) if corners else (x, 5, 3, 4) for x in range(7, 7 + count)]
+    make_split(tmp_path, "train", [image(1)], [box(i, 1, 0, *bbox) for i, bbox in enumerate(boxes, 1)], ["a"])
+    report = check_dataset(tmp_path)
+    kinds = {kind for split, _, kind in report.counts if split == "train"}
+    if corners and count == 10:
+        ((subject, message),) = found(report, "warning", "train")
+        assert subject == "train.json" and message.startswith("10 of 10 boxes are over the edge of their image")
+        assert "bbox holds corners" in report.summary()[0][1]
+    else:
+        assert kinds == ({"box over the edge"} if corners else set())
+
+
 def test_a_broken_data_set(tmp_path: Path) -> None:
     annotations = [
         box(1, 1, 0, 1, 1, 5, 5),

@@ -171,7 +171,7 @@ def test_what_does_not_agree_is_not_kept(exported: Exported, tmp_path: Path, mon
 def test_torch_formats(form: Any, tmp_path: Path) -> None:
     model = tiny()
     model.operating_point = OperatingPoint(threshold=0.45, nms=0.6)
-    done = export(model, tmp_path / f"m.{form}", format=form)
+    done = export(model, tmp_path / f"m.{form}")  # the ending says which format
     found = opened(done.file)
     assert found.operating_point == model.operating_point and done.parity is not None and done.parity.passed
     done = export(model, tmp_path / f"m.{form}", format=form, check=False, nms=1)  # it may be replaced

@@ -243,6 +243,18 @@ def test_eval_with_suppression_and_tiles(
     assert "--nms, --threshold and --tiles are about a CHECKPOINT" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("point", "shown"),
+    [
+        (OperatingPoint(), "no threshold known"),
+        (OperatingPoint(duplicates_cost=0.0), "found no threshold: too little was right"),
+        (OperatingPoint(0.56, 0.7, 0.0125), "threshold 0.56, nms 0.70"),
+    ],
+)
+def test_what_is_shown(point: OperatingPoint, shown: str) -> None:
+    assert point.shown == shown
+
+
 def test_least_score() -> None:
     known, unknown = OperatingPoint(threshold=0.0), OperatingPoint()
     assert [known.least_score(), known.least_score(0.6), known.least_score(0.0)] == [0.0, 0.6, 0.0]

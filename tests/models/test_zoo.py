@@ -175,7 +175,7 @@ def test_mistakes(name: str, overrides: dict[str, Any], message: str, remedy: st
 
 
 def test_class_table_has_to_fit() -> None:
-    with pytest.raises(ConfigError, match=r"num_classes=80, but the data has 2 classes"):
+    with pytest.raises(ConfigError, match=r"num_classes=80, but there are 2 classes"):
         build_model(load_config("dino_nano"), classes=ClassTable.numbered(2))
 
 
@@ -255,7 +255,7 @@ def rewrite(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     ("change", "message"),
     [
         (lambda h: h.pop("name"), "its header lacks 'name'"),
-        (lambda h: h.update(classes=h["classes"][:2]), "num_classes=3, but the data has 2 classes"),
+        (lambda h: h.update(classes=h["classes"][:2]), "num_classes=3, but there are 2 classes"),
         (lambda h: h["model"].update(backbone="resnet19"), "no model 'resnet19'"),
     ],
 )
@@ -292,6 +292,7 @@ def test_files_that_are_no_checkpoint(tmp_path: Path) -> None:
         load(tmp_path / "foreign.safetensors")
     with pytest.raises(CheckpointError, match="no such file"):
         load(tmp_path / "absent.safetensors")
+    (tmp_path / "model.pth").write_bytes(b"PK")
     with pytest.raises(CheckpointError, match="a pickle"):
         load(tmp_path / "model.pth")
 

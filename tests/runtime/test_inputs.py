@@ -139,7 +139,7 @@ def test_an_exported_model_is_shown_in_a_few_lines(predictor: Predictor) -> None
         "  classes     2: cat, dog",
         "  images      stretched to 16x12",
         "  runs with   numpy, weights f32",
-        "  evaluation  not evaluated yet",
+        "  evaluation  no threshold known",
     ]
     assert "<b>rows, exported: rows.onnx</b>" in predictor._repr_html_() and predictor.names == {3: "cat", 7: "dog"}
 

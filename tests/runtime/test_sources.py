@@ -68,6 +68,13 @@ def test_what_holds_nothing(tree: Path, given: str) -> None:
         list(list_sources([given]))
 
 
+def test_pictures_in_folders_below(tree: Path) -> None:
+    (tree / "above").mkdir()
+    (tree / "in").rename(tree / "above" / "in")
+    with pytest.raises(DataError, match=r"above: holds no .* below it do, such as in/c\.png \(add --recursive"):
+        list(list_sources(["above"]))
+
+
 def test_links_in_a_circle(tree: Path) -> None:
     (tree / "in" / "loop").symlink_to(tree)
     assert len(list(list_sources([tree], recursive=True))) == 6

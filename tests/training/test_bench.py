@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from paqdetr.errors import ConfigError
-from paqdetr.training.bench import bench
+from paqdetr.training.bench import bench, bench_files
 
 TINY = {
     "model.backbone": "test_resnet",
@@ -47,3 +47,8 @@ def test_two_models_take_turns() -> None:
 def test_what_cannot_be_compared(model: str, against: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         bench(model, against=against, image_size=64, device="cpu", settings=TINY)
+
+
+def test_exported_models_have_a_size_of_their_own() -> None:
+    with pytest.raises(ConfigError, match=r"image size 320: an exported model has a size of its own"):
+        bench_files(["a.onnx", "b.xml"], image_size=320)

@@ -111,7 +111,7 @@ def look_inside(model: Detector, picture: Image.Image, *, chosen: Sequence[int] 
     Args:
         model: its mode and hooks are afterwards what they were.
         picture: RGB.
-        chosen: queries whose sampling is kept; by default the surest ones that are not of the same place.
+        chosen: queries whose sampling is kept, at least one; by default the surest ones that are not of the same place.
         most: of these, so many.
     """
     device = model.device

@@ -23,7 +23,9 @@ graph_option = options.under("Graph")
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="A run's folder or a .safetensors file.", metavar="RUN")],
     *,
-    format: Annotated[str, options.output(help="onnx, openvino, pt2 or torchscript.")] = "onnx",
+    format: Annotated[
+        str | None, options.output(help="onnx, openvino, pt2 or torchscript; by the ending of --output, else onnx.")
+    ] = None,
     output: Annotated[
         Path | None, options.output(help="The file to write; beside the checkpoint if not given.")
     ] = None,
@@ -56,7 +58,7 @@ def export(
     from paqdetr.checkpoint import find_described
     from paqdetr.runtime.info import require_choices
 
-    require_choices(format=format, precision=precision, attention=attention)
+    require_choices(format=format or "onnx", precision=precision, attention=attention)
     files = OutputFiles("paqdetr export", overwrite=overwrite, json=json_file)
     file = find_described(checkpoint)[0]
     note_unfinished(checkpoint)

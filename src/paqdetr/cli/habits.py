@@ -33,6 +33,7 @@ VERBS = {
 }  # fmt: skip
 
 _KEY = re.compile(r"([A-Za-z_][\w.-]*)=(.*)", re.DOTALL)
+_NUMBER = re.compile(r"[\d.,\[\]+-]+")
 _OFF = ("false", "0", "no", "none")
 
 
@@ -46,7 +47,7 @@ class _Line:
     given: dict[str, list[str]] = field(default_factory=dict)
     settings: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    left_out: dict[str, list[str]] = field(default_factory=dict)  # why -> the words of `wrong`
     gpus: str = ""
 
     @property
@@ -69,13 +70,15 @@ class _Line:
                 self._place(word, word, words)
             elif pair and self.takes_settings and self._setting(name) == name and not self._is_folder(name):
                 self.settings.append(word)
-            elif (
-                not pair
-                or "FACT=VALUE" in self.arguments
-                or Path(word).exists()
-                or not self._place(f"{name}=", name, [value])
-            ):
+            elif not pair or "FACT=VALUE" in self.arguments or Path(word).exists():
                 self.positionals.append(word)
+            elif not self._place(f"{name}=", name, [value]):
+                if not self.takes_settings:
+                    self.positionals.append(word)
+                elif (setting := self._setting(name)) is not None:
+                    self.settings.append(f"{setting}={value}")
+                else:
+                    return False  # the error about the setting says what is near
         self._set_apart_gpus()
         return True
 
@@ -101,13 +104,17 @@ class _Line:
         self.wrong.append(word)
         option, _, fixed = place.partition(" ")
         setting, equals, set_to = place.partition("=")
-        takes = not (fixed or set_to or place == "" or self.options.get(option) == 0)
+        lost = place.startswith("!")
+        takes = not (fixed or set_to or lost or place == "" or self.options.get(option) == 0)
         follows = values and not values[0].startswith("--")
-        value = values.pop(0) if follows and (takes or values[0].lower() in (*_OFF, "true")) else None
+        plain = follows and (values[0].lower() in (*_OFF, "true") or (lost and _NUMBER.fullmatch(values[0])))
+        value = values.pop(0) if follows and (takes or plain) else None
         off = value is not None and value.lower() in _OFF
+        if lost or (place[:1] == "*" and place != "*"):
+            self.left_out.setdefault(place[1:], []).append(word)
+            return True
         switched = key in SWITCHES and (value is None or off or value.lower() == "true")
-        if place == "" or place[0] == "*" or switched or (not takes and off):
-            self.notes += [place[1:]] if place[1:] and place[0] == "*" else []
+        if place in ("", "*") or switched or (not takes and off):
             return True
         if place == "GPUS":
             self.gpus = value or ""
@@ -127,7 +134,7 @@ class _Line:
         if (option := f"--{key.replace('_', '-')}") in self.options:
             return option
         for place in WORDS.get(key, "?").split("|"):
-            known = place[:1] in ("", "*") or place in ("MODEL", "GPUS", *self.arguments)
+            known = place[:1] in ("", "*", "!") or place in ("MODEL", "GPUS", *self.arguments)
             if known or place.partition(" ")[0] in self.options or (self.takes_settings and "=" in place):
                 return place
         setting = self._setting(key) if self.takes_settings and word.startswith("--") else None
@@ -192,23 +199,25 @@ def what_to_type(words: Sequence[str], program: Any) -> tuple[str, str] | None:
     typed += [shlex.join([name, *values]) for name, values in line.given.items()]
     typed += [f"{name} DIR" for name in sorted(needed - given)]
     typed += map(shlex.quote, line.settings)
-    problem = f"`paqdetr {' '.join(names)}` has no {', '.join(dict.fromkeys(line.wrong))}"
-    problem = f"`paqdetr` has no verb {wrong}" if wrong else problem
-    notes = dict.fromkeys([*line.notes, *note])
-    return f"{problem}: {', '.join(notes)}" if notes else problem, f"type: {' '.join(typed)}"
+    found = f"`paqdetr {' '.join(names)}` has no {', '.join(dict.fromkeys(line.wrong))}"
+    found = f"`paqdetr` has no verb {wrong}" if wrong else found
+    for reason, lost in line.left_out.items():
+        found += f"; {', '.join(dict.fromkeys(lost))} left out: {reason}"
+    return f"{found}{note}", f"type: {' '.join(typed)}"
 
 
-def _program(gpus: str, verb: str) -> tuple[str, list[str]]:
+def _program(gpus: str, verb: str) -> tuple[str, str]:
     """What starts a verb on these GPUs, "2" or "0,1" (any number of them if ""), and what is to be said of it."""
     numbers = re.findall(r"\d+", gpus)
     chosen = numbers if "," in gpus else [str(i) for i in range(int(numbers[0][:4]))] if numbers else []
     if len(chosen) < 2:
-        return "paqdetr", []
+        return "paqdetr", ""
     if verb not in ("train", "eval"):
-        return "paqdetr", [f"{verb} runs on one device"]
+        return "paqdetr", f"; {verb} runs on one device"
     start = f"torchrun --nproc_per_node={len(chosen)} -m paqdetr"
     first = chosen == [str(i) for i in range(len(chosen))]
-    return start if first else f"CUDA_VISIBLE_DEVICES={','.join(chosen)} {start}", ["each GPU has a process of its own"]
+    start = start if first else f"CUDA_VISIBLE_DEVICES={','.join(chosen)} {start}"
+    return start, "; each GPU has a process of its own"
 
 
 def _is(param: Any, kind: str) -> bool:

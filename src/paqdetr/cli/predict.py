@@ -69,7 +69,7 @@ def predict(
     Ctrl-C or SIGTERM ends it: what was written stays, and a video ends there and plays.
     """
     from paqdetr.interrupt import StopRequest
-    from paqdetr.loading import is_exported
+    from paqdetr.loading import is_exported, require_model
     from paqdetr.runtime.predict import new_folder, predict_sources, require_place
     from paqdetr.runtime.save import require_forms
     from paqdetr.runtime.sources import require_sources
@@ -91,14 +91,15 @@ def predict(
         return _on_ray(model, sources, output, ray, workers, shard_size, batch_size, device, given)
     forms = [form.strip() for form in save.split(",")]
     require_forms(forms)
+    file = require_model(model)
     require_sources(sources, recursive=recursive)
     if output is not None:
         require_place(Path(output), overwrite=overwrite)
     image_id = None if annotations is None else _image_ids(annotations)
-    if wanted is not None and not is_exported(model):
+    if wanted is not None and not is_exported(file):
         from paqdetr.checkpoint import find_described  # needs pydantic, and an exported model runs without
 
-        find_described(model)[2].find(wanted)
+        find_described(file)[2].find(wanted)
     detector = open_model(model, device)
     point = detector.operating_point
     usual = [f"nms {point.nms:g}"] if nms is None and point.nms is not None else []

@@ -1,6 +1,7 @@
 """Settings: `schema` says what there is, with `model` beside it; `files` where it is read from."""
 
 from paqdetr.config.files import (
+    command_to_resume,
     describe_config,
     known_figures,
     known_keys,
@@ -19,6 +20,7 @@ __all__ = [
     "LossConfig",
     "ModelConfig",
     "ResizeRule",
+    "command_to_resume",
     "describe_config",
     "describe_idle",
     "idle_settings",

@@ -12,7 +12,9 @@ file of its own in `configs/recipes`. So a host is one file.
 from __future__ import annotations
 
 import fnmatch
+import shlex
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -24,7 +26,7 @@ from paqdetr.config.model import ModelConfig
 from paqdetr.config.schema import Config, LossConfig, known_fields
 from paqdetr.errors import ConfigError
 from paqdetr.files import read_text
-from paqdetr.other_programs import setting_to_write
+from paqdetr.other_programs import what_to_write
 from paqdetr.text import did_you_mean, shorten
 from paqdetr.yaml_files import as_mapping, parse_value, parse_yaml
 
@@ -89,6 +91,12 @@ def validate_config(values: Mapping[str, Any], where: str) -> Config:
         return Config.model_validate(values)
     except ValidationError as error:
         raise _explain(error, where) from None
+
+
+def command_to_resume(run: Path, data: str | Path = "DIR") -> str:
+    """The command that goes on with the run in a folder, with its own settings."""
+    config, data, output = (shlex.quote(str(path)) for path in (run / "config.yaml", data, run))
+    return f"paqdetr train {config} --data {data} --output {output} --resume"
 
 
 def known_keys() -> list[str]:
@@ -274,12 +282,8 @@ def _settings_of(source: str) -> dict[str, Any]:
     """What stands behind a path, or the name of a model, a recipe or a part ("parts/dino"), without its bases' settings."""
     if source.endswith((".yaml", ".yml")):
         return _read_yaml(read_text(Path(source), limit=_MAX_FILE, error=ConfigError), source)
-    folder = Path(source)
-    if source.endswith(".safetensors") or (folder.is_dir() and any(folder.glob("*.safetensors"))):
-        raise ConfigError(
-            f"{source}: a checkpoint, in the place of a model or recipe",
-            f"name the model; `paqdetr train MODEL init={source}` starts from these weights",
-        )
+    if (advice := _to_train_from(source)) is not None:
+        raise ConfigError(f"{source}: a checkpoint, in the place of a model or recipe", advice)
     if source.startswith("parts/"):
         part = _part(source.removeprefix("parts/"))
         return {key: value for key, value in part.items() if key not in _ABOUT}
@@ -289,6 +293,19 @@ def _settings_of(source: str) -> dict[str, Any]:
     return {"base": [model, f"parts/{recipe}"] if recipe else [f"parts/{part}" for part in _models()[model]]}
 
 
+def _to_train_from(source: str) -> str | None:
+    """How a training begins from, or goes on with, the checkpoint or run at a path; None if there is none."""
+    path, is_folder = Path(source), False
+    with suppress(OSError):  # of a text that is too long for a path
+        is_folder = path.is_dir()
+    folder = path if is_folder else path.parent
+    if not source.endswith(".safetensors") and not (is_folder and any(path.glob("*.safetensors"))):
+        return None
+    starts = f"`paqdetr train MODEL init={source}` starts from these weights"
+    is_run = (folder / "config.yaml").is_file()
+    return f"`{command_to_resume(folder)}` goes on with the run; {starts}" if is_run else f"name the model; {starts}"
+
+
 def _read_yaml(text: str, where: str) -> dict[str, Any]:
     return as_mapping(parse_yaml(text, where), where)
 
@@ -296,6 +313,8 @@ def _read_yaml(text: str, where: str) -> dict[str, Any]:
 def _parse_override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key:
+        if not equals and (advice := _to_train_from(text)) is not None:
+            raise ConfigError(f"{text}: a checkpoint, in the place of a setting", advice)
         raise ConfigError(f"{shorten(text)} is not a setting", "write settings as key=value, for example epochs=12")
     return key, parse_value(value, key)
 
@@ -320,8 +339,8 @@ def _explain(error: ValidationError, where: str) -> ConfigError:
     key = ".".join(str(part) for part in first["loc"] if part not in ("int", "tuple[int, int]"))
     if first["type"] == "extra_forbidden":
         known = known_keys()
-        if (ours := setting_to_write(key)) is not None:
-            return ConfigError(f"{where}: unknown setting {key!r}", f"write {ours} instead")
+        if (advice := what_to_write(key)) is not None:
+            return ConfigError(f"{where}: unknown setting {key!r}", advice)
         leaf = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
         remedy = (
             f"did you mean {leaf[0]!r}?"
@@ -333,4 +352,7 @@ def _explain(error: ValidationError, where: str) -> ConfigError:
     subject = f"{key}={shorten(first['input'])}" if key and not isinstance(first["input"], Mapping) else key
     detail = f"{subject}: {message}" if subject else message
     remedy = "`paqdetr config show MODEL` prints every setting as resolved; docs/settings.md says what each takes"
+    lists = [other["input"] for other in error.errors() if other["type"] == "tuple_type"]
+    if isinstance(given := first["input"], str) and given in lists and ("," in given or first["type"] == "tuple_type"):
+        remedy = f"a list is written in brackets: {key}=[{given}]"
     return ConfigError(f"{where}: {detail}", remedy)

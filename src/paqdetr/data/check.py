@@ -153,6 +153,7 @@ def inspect_all(paths: Sequence[Path], *, workers: int | None = None) -> Iterato
 _BROKEN_EXIF = "broken exif"  # of `ImageHeader.traits`
 # Kind of a warning -> what it means, the worst first.
 _FIRST = {
+    "boxes as corners": "{split}: {message}",
     "leak between splits": "{count} of {images} {split} images have a near-duplicate in another split: AP on {split} is "
     "flattered",
     "no val split": "no val split: training prints no AP and keeps the last epoch; `paqdetr data split` makes one, and so does "
@@ -168,6 +169,7 @@ _FIRST = {
 
 # Boxes may reach this many pixels over the edge of their image: exporters round.
 _EDGE_TOLERANCE = 1.0
+_FEW_BOXES = 8  # so many may all have any property by chance
 
 
 @dataclass(slots=True)
@@ -349,11 +351,18 @@ def _check_boxes(annotations: Annotations, issues: Issues) -> None:
         return f"the image of {int(width[i])}x{int(height[i])}"
 
     warn(empty, "box without area", lambda i: "has no area; training leaves it out")
-    warn(outside, "box outside the image", lambda i: f"is outside {image(i)}; training leaves it out")
-    warn(
-        ~empty & ~outside & (over > _EDGE_TOLERANCE), "box over the edge",
-        lambda i: f"is {over[i]:g} pixels over the edge of {image(i)}",
-    )  # fmt: skip
+    beyond = outside | (~empty & (over > _EDGE_TOLERANCE))
+    fit_as_corners = (w > x) & (h > y) & (np.max([-x, -y, w - width, h - height], axis=0) <= _EDGE_TOLERANCE)
+    if a.source.suffix == ".json" and len(rows) >= _FEW_BOXES and 2 * beyond.sum() > len(rows) and fit_as_corners.all():
+        issues.warn(
+            a.source.name, f"{beyond.sum()} of {len(rows)} boxes are over the edge of their image, and as x1, y1, x2, y2 all of "
+            "them are inside: bbox holds corners, where COCO has x, y, x2 - x1, y2 - y1",
+            kind="boxes as corners",
+        )  # fmt: skip
+    else:
+        warn(outside, "box outside the image", lambda i: f"is outside {image(i)}; training leaves it out")
+        over_edge = beyond & ~outside
+        warn(over_edge, "box over the edge", lambda i: f"is {over[i]:g} pixels over the edge of {image(i)}")
     repeated = "is there twice; training leaves one out, evaluation counts both"
     warn(a.duplicates()[rows], "duplicate box", lambda i: repeated)
     for sentence in describe_crowding(a):

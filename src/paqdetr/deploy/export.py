@@ -37,7 +37,7 @@ from paqdetr.runtime.engines import is_sealed
 from paqdetr.runtime.info import FILE_ENTRY, OUTPUTS, Attention, Format, Precision, require_choices
 from paqdetr.values import require_nms, require_threshold
 
-ENDINGS: dict[str, str] = {"onnx": ".onnx", "openvino": ".xml", "pt2": ".pt2", "torchscript": ".torchscript"}
+ENDINGS: dict[Format, str] = {"onnx": ".onnx", "openvino": ".xml", "pt2": ".pt2", "torchscript": ".torchscript"}
 _NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
 _MAKER = "paqdetr export"
 _OPSET = 18
@@ -79,7 +79,7 @@ def export(
     model: Detector | str | Path,
     output: str | Path | None = None,
     *,
-    format: Format = "onnx",
+    format: Format | None = None,
     image_size: tuple[int, int] | None = None,
     batch: int | None = None,
     precision: Precision = "f32",
@@ -101,7 +101,8 @@ def export(
     Args:
         model: a detector, a .safetensors file or a run's folder.
         output: the file; beside the checkpoint if not given.
-        format: "onnx" (opset 18), "openvino" (.xml and .bin), "pt2" (torch.export) or "torchscript" (deprecated in torch).
+        format: "onnx" (opset 18), "openvino" (.xml and .bin), "pt2" (torch.export) or "torchscript" (deprecated in torch); None:
+            the one whose files end as `output` does, else "onnx".
         image_size: (height, width) in pixels that images are stretched to; by default the checkpoint's size, as a square.
         batch: images of a call; None: any number.
         precision: of the weights. "f16" halves the file, computation stays in float32. "int8" computes backbone and encoder in
@@ -123,6 +124,7 @@ def export(
         BackendError: a package that is needed is not installed.
         StorageError: a file cannot be written.
     """
+    format = format or _format_of(output)
     require_choices(format=format, precision=precision, attention=attention)
     _require_arguments(format, precision, batch, raw=raw, calibrate=calibrate, max_drop=max_drop)
     require_nms(nms)
@@ -189,6 +191,14 @@ def export(
     if report_file is not None:
         write_json(report_file, done.to_json(), maker=_MAKER, overwrite=overwrite)
     return done
+
+
+def _format_of(output: str | Path | None) -> Format:
+    ending = "" if output is None else Path(output).suffix.lower()
+    for known, own in ENDINGS.items():
+        if own == ending:
+            return known
+    return "onnx"
 
 
 def _require_arguments(

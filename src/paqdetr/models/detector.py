@@ -40,8 +40,8 @@ TRAINING_ONLY = ("hybrid_source.", "auxiliary.")
 class Detector(PredictMixin, Summary, nn.Module):
     """A DETR with deformable attention, put together from parts; `create_model` builds one by name.
 
-    `model("photo.jpg")` is `model.predict("photo.jpg")`, and so with everything that `predict` takes; a batch of normalised
-    images as a tensor goes through `forward`, as in any module. `torch.nn.Module.__repr__(model)` lists the layers.
+    `model("photo.jpg")` is `model.predict("photo.jpg")`, and so with everything that `predict` takes but tensors: a batch of
+    normalised images as a tensor goes through `forward`, as in any module. `torch.nn.Module.__repr__(model)` lists the layers.
 
     Attributes:
         config: the architecture.
@@ -84,8 +84,17 @@ class Detector(PredictMixin, Summary, nn.Module):
         self.auxiliary = auxiliary
 
     def __call__(self, images: Any, *args: Any, **how: Any) -> Any:
-        """`forward` of a batch as a tensor, `predict` of anything else."""
+        """`forward` of a batch as a tensor, `predict` of anything else.
+
+        Raises:
+            ConfigError: an argument of `predict` beside a tensor.
+        """
         if isinstance(images, Tensor):
+            for word in how.keys() - {"padding_mask", "targets"}:
+                raise ConfigError(
+                    f"{word}: called with a tensor, the model does its forward pass, which takes padding_mask and targets",
+                    f"model.predict(tensor, {word}=...) takes pictures",
+                )
             return super().__call__(images, *args, **how)
         return self.predict(images, *args, **how)
 

@@ -26,7 +26,7 @@ from paqdetr.environment import require_device
 from paqdetr.errors import CheckpointError, ConfigError, memory_error
 from paqdetr.models.backbone import Uninitialised
 from paqdetr.models.detector import Detector
-from paqdetr.models.zoo import build_model
+from paqdetr.models.zoo import as_class_table, build_model
 from paqdetr.paq.patterns import resized_rows
 from paqdetr.serialize import fields_of
 from paqdetr.structures import ClassTable
@@ -135,25 +135,6 @@ def reshape_classes(model: Detector, classes: ClassTable | Sequence[str] | int) 
 def resize_queries(model: Detector, num_queries: int) -> tuple[Detector, ReshapeReport]:
     """`reshape` to another number of queries."""
     return reshape(model, num_queries=num_queries)
-
-
-def as_class_table(classes: ClassTable | Sequence[str] | int) -> ClassTable:
-    """A table from itself, from names, or from a number.
-
-    Raises:
-        ConfigError: no class, or two of one name.
-    """
-    if isinstance(classes, int):
-        if classes < 1:
-            raise ConfigError(f"classes={classes}: expected at least one", "give a positive number, or names")
-        return ClassTable.numbered(classes)
-    if not isinstance(classes, ClassTable):
-        names = tuple(str(name) for name in classes)
-        classes = ClassTable(tuple(range(len(names))), names)
-    folded = [name.casefold() for name in classes.names]
-    if not folded or len(set(folded)) < len(folded):
-        raise ConfigError(f"classes: {some(classes.names, 5)}", "give at least one class, each name once")
-    return classes
 
 
 def reshape_tensors(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from paqdetr.models.tokens import Neck
 from paqdetr.paq import PatternQueries, StaticMixtures
 from paqdetr.preprocessing import Preprocessing
 from paqdetr.structures import ClassTable
+from paqdetr.text import some
 
 if TYPE_CHECKING:
     from paqdetr.models.auxiliary import AuxiliaryHeads
@@ -193,26 +194,54 @@ def list_recipes(pattern: str = "*") -> list[str]:
     return list_configs("recipe", pattern)
 
 
+def as_class_table(classes: ClassTable | Sequence[str] | int) -> ClassTable:
+    """A table from itself, from names, or from a number.
+
+    Raises:
+        ConfigError: no class, or two of one name.
+    """
+    if isinstance(classes, int):
+        if classes < 1:
+            raise ConfigError(f"classes={classes}: expected at least one", "give a positive number, or names")
+        return ClassTable.numbered(classes)
+    if not isinstance(classes, ClassTable):
+        names = tuple(str(name) for name in classes)
+        classes = ClassTable(tuple(range(len(names))), names)
+    folded = [name.casefold() for name in classes.names]
+    if not folded or len(set(folded)) < len(folded):
+        raise ConfigError(f"classes: {some(classes.names, 5)}", "give at least one class, each name once")
+    return classes
+
+
 def create_model(
-    name: str, *, num_classes: int | None = None, pretrained_backbone: bool = False, **overrides: Any
+    name: str,
+    *,
+    num_classes: int | None = None,
+    classes: ClassTable | Sequence[str] | int | None = None,
+    pretrained_backbone: bool = False,
+    **overrides: Any,
 ) -> Detector:
     """A model by name, with random weights outside the backbone.
 
     Args:
         name: one of `list_models()`, or a YAML file of settings.
         num_classes: C; the settings' own if None.
+        classes: a table, names (ids are then 0, 1, ...), or as num_classes.
         pretrained_backbone: start the backbone from ImageNet weights.
-        overrides: any setting of the model, for example `backbone="resnet18"`, `num_queries=300`; `preset="paper"`.
+        overrides: any setting of the model, for example `backbone="resnet18"`, `num_queries=300`, also as `model.num_queries`;
+            `preset="paper"`.
 
     Raises:
         ConfigError: unknown name or setting, with the nearest known one.
     """
     keys = set(Config.model_fields) - {"model"}
-    dotted = {key if key in keys else f"model.{key}": value for key, value in overrides.items()}
-    if num_classes is not None:
-        dotted["model.num_classes"] = num_classes
+    dotted = {key if key in keys or "." in key else f"model.{key}": value for key, value in overrides.items()}
+    table = None if classes is None else as_class_table(classes)
+    count = len(table) if num_classes is None and table is not None else num_classes
+    if count is not None:
+        dotted["model.num_classes"] = count
     config = load_config(name, dotted)
-    return build_model(config, pretrained_backbone=pretrained_backbone)
+    return build_model(config, classes=table, pretrained_backbone=pretrained_backbone)
 
 
 def build_model(config: Config, *, classes: ClassTable | None = None, pretrained_backbone: bool = False) -> Detector:
@@ -227,8 +256,8 @@ def build_model(config: Config, *, classes: ClassTable | None = None, pretrained
     classes = classes or ClassTable.numbered(model.num_classes)
     if len(classes) != model.num_classes:
         raise ConfigError(
-            f"model.num_classes={model.num_classes}, but the data has {len(classes)} classes",
-            "leave num_classes out: training takes it from the data",
+            f"model.num_classes={model.num_classes}, but there are {len(classes)} classes",
+            "leave num_classes out: it is the number of the classes",
         )
     backbone = model.build(
         Backbone,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Never, TypeVar
 
 import numpy as np
 from PIL.Image import Image
 
 from paqdetr.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from paqdetr.images import ImageSource
+from paqdetr.other_programs import what_to_write
 from paqdetr.runtime.engines import Engine, open_engine
 from paqdetr.runtime.info import OUTPUTS, ExportInfo
 from paqdetr.runtime.predict import stream
@@ -48,8 +49,10 @@ class PredictMixin:
         nms: float | None = None,
         classes: Collection[int | str] | None = None,
         tiles: Tiles | int | None = None,
+        **unknown: Never,
     ) -> list[Detections]:
-        """Detections of one image or many, in the order given; always a list. `model(images)` is the same.
+        """Detections of one image or many, in the order given; always a list. `model(images)` is the same, but for tensors: a
+        `Detector` that is called with one does its forward pass.
 
         Threads may share a model. A `Detector` is in evaluation mode while any of them predicts, and in its former mode
         afterwards; call `eval()` before they start where its mode is changed elsewhere too.
@@ -71,13 +74,17 @@ class PredictMixin:
             classes: ids or names of the only classes that are wanted.
             tiles: images are cut into tiles of this many pixels a side, or as a `Tiles` says, so that small objects of large
                 images are found; one that is not larger is predicted as it is.
+            unknown: nothing; what other programs call the arguments is answered with their names here.
 
         Raises:
             DataError: an image that cannot be read, by its name or its place in the list.
             NonFiniteError: predictions that are NaN or infinite, with the images.
-            ConfigError: an argument out of its range, a class that the model does not have, or a model in a precision that
-                its device has not.
+            ConfigError: an argument that is unknown or out of its range, a class that the model does not have, or a model in a
+                precision that its device has not.
         """
+        for word in unknown:
+            advice = what_to_write(word, ("threshold", "batch_size", "nms", "classes", "tiles"))
+            raise ConfigError(f"predict: no argument {word!r}", advice or "help(model.predict) lists what there is")
         point = self.operating_point
         least = point.least_score(threshold)
         overlap = point.nms if nms is None else nms

@@ -168,7 +168,15 @@ def _in_folder(folder: Path, recursive: bool, leave_out: Path | None) -> Iterato
             if recursive and name[:1] != "." and not is_leftover(name) and not _within(Path(root, name), leave_out)
         )
     if not found and not recursive:
-        list_images(folder)  # which says what it looked for
+        try:
+            below = next(_in_folder(folder, True, leave_out))
+        except DataError:
+            list_images(folder)  # which says what it looked for
+        else:
+            raise DataError(
+                f"{folder}: holds no pictures or videos, but folders below it do, such as {below.name}",
+                "add --recursive (model.stream(..., recursive=True)), or name one of these folders",
+            )
     if not found:
         raise DataError(f"{folder}: neither it nor a folder below it holds pictures or videos", "check the path")
 

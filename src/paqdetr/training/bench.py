@@ -168,10 +168,15 @@ def bench_files(
 
     Raises:
         CheckpointError: a file cannot be read.
-        ConfigError: one file is given twice.
+        ConfigError: one file is given twice, or an image size for exported models alone.
     """
     if len(set(files)) < len(files):
         raise ConfigError(f"--against {files[-1]}: is the model itself", "name another one")
+    if image_size is not None and all(map(is_exported, files)):
+        raise ConfigError(
+            f"image size {image_size}: an exported model has a size of its own",
+            f"leave it out; `paqdetr export RUN --image-size {image_size}` makes a model of this size",
+        )
     where = require_device(device)
     models = {name: load(name, device="cpu" if is_exported(name) else str(where)) for name in files}
     sizes = [(m.preprocessing.height, m.preprocessing.width) for m in models.values() if isinstance(m, Predictor)]

@@ -91,7 +91,7 @@ def train(
                 held = run.begin(resume=resume)
         if auto_batch:
             config = with_largest_batch(config, train_split, run, processes)
-        run.require_settings(config)
+        run.require_settings(config, data)
         if run.finished:
             return run
         trainer = Trainer(
