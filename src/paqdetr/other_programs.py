@@ -73,7 +73,7 @@ WORDS = {
 """Options and keys of other programs, with _ for -, and the place of their value here: an option ("--data"), a setting ("lr="),
 the first argument (MODEL) or another one (SOURCE, DIR, SRC); of several with | between them the first that a verb has.
 "--amp fp16" and "schedule=cosine" stand for words that are on or off; "" leaves a word out, "*" its value as well; what
-follows "*" is said of it, as what follows "!", which leaves out a word that may have no value. GPUS: how many of them, or which."""
+follows "*" is said of it, as what follows "!", which leaves out a word that may have no value. GPUS: how many, or which."""
 
 SWITCHES = ("pretrained",)
 """Words that may also be on or off, and are left out then."""
