@@ -252,7 +252,7 @@ class Detections(Summary):
         return self._rows(chosen[np.argsort(-self.scores[chosen], kind="stable")])
 
     def to_coco(self, *, rounded: bool = False) -> list[dict[str, Any]]:
-        """COCO results: one dict per box with `image_id`, `file_name` (if known), `category_id`, `category_name`, `bbox` as
+        """COCO results: one dict per box with `image_id`, `file_name` and `category_name` (if known), `category_id`, `bbox` as
         [x, y, width, height] in pixels, and `score`.
 
         Args:
@@ -266,9 +266,12 @@ class Detections(Summary):
         image: dict[str, Any] = {"image_id": self.image_id}
         if self.file_name is not None:
             image["file_name"] = self.file_name
-        columns = (self.labels.tolist(), self.class_names, boxes.tolist(), scores.tolist())
-        keys = ("category_id", "category_name", "bbox", "score")
-        return [{**image, **dict(zip(keys, row, strict=True))} for row in zip(*columns, strict=True)]
+        columns = zip(self.labels.tolist(), boxes.tolist(), scores.tolist(), strict=True)
+        called = {label: {"category_name": name} for label, name in self.names.items()}
+        return [
+            {**image, "category_id": label, **called.get(label, {}), "bbox": box, "score": score}
+            for label, box, score in columns
+        ]
 
     def to_yolo(self, *, scores: bool = False) -> str:
         """The text of a YOLO label file: a line for each box with class, centre and sides as shares of the image, cut off at its
@@ -303,8 +306,8 @@ class Detections(Summary):
         """
         height, width = self._known_size
         objects = [
-            (row["category_name"], {"difficult": 0, "confidence": row["score"]}, row["bbox"])
-            for row in self.to_coco(rounded=True)
+            (name, {"difficult": 0, "confidence": row["score"]}, row["bbox"])
+            for name, row in zip(self.class_names, self.to_coco(rounded=True), strict=True)
         ]
         document = voc_document(self.file_name or "", (width, height), objects, database=database)
         return tostring(document, encoding="unicode") + "\n"

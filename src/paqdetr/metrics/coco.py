@@ -193,7 +193,7 @@ class CocoRecords:
         found = self._by_class.get(called.casefold(), [])
         if len(found) == 1:
             return found[0]
-        if category is not None and called != str(category_id):  # as `Detections` call a class without a name
+        if category is not None:
             raise DataError(
                 f"{name}: category_id {category_id!r} is {own!r} in {self._source}, and category_name is {called!r}",
                 "use data with the same classes for both, or remove category_name: ids are then compared",

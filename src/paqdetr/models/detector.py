@@ -319,15 +319,9 @@ class Detector(PredictMixin, Summary, nn.Module):
 
         Raises:
             CheckpointError: there is none, or it is damaged.
-            BackendError: huggingface_hub is not installed, and the model is on the Hub.
+            BackendError: huggingface_hub is not installed.
         """
-        if Path(name).exists() or Path(name).suffix == ".safetensors":
-            from paqdetr.models.files import load
-
-            return load(name, device=device)
-        hub = import_extra("paqdetr.models.hub", "hub")
-        with hub.hub_errors(str(name)):
-            return hub.SharedDetector.from_pretrained(str(name), device=device, **how).model
+        return import_extra("paqdetr.models.hub", "hub").from_pretrained(name, device=device, **how)
 
 
 def _checked_mask(mask: Tensor | None, images: Tensor) -> Tensor | None:

@@ -59,6 +59,16 @@ class SharedDetector(
         return cls(load(hf_hub_download(model_id, WEIGHTS, **own), device=device))
 
 
+def from_pretrained(name: str | Path, *, device: str = "cpu", **how: Any) -> Detector:
+    """See `Detector.from_pretrained`."""
+    if Path(name).exists() or Path(name).suffix == ".safetensors":
+        from paqdetr.models.files import load
+
+        return load(name, device=device)
+    with hub_errors(str(name)):
+        return SharedDetector.from_pretrained(str(name), device=device, **how).model
+
+
 def write_folder(folder: Path, header: Mapping[str, Any], **about: Any) -> None:
     """config.json and README.md beside weights; `about` goes to `model_card`."""
     config = {"model_type": "paqdetr", **{key: header[key] for key in ("name", "model", "classes", "preprocessing")}}
