@@ -11,7 +11,7 @@ import pytest
 
 from paqdetr.config import load_config
 from paqdetr.errors import ConfigError, StorageError
-from paqdetr.runs import Run
+from paqdetr.runs import Record, Run, best_evaluation
 
 CONFIG = load_config("paq_dino_nano", {"epochs": 3})
 
@@ -291,3 +291,16 @@ def test_exactly_one_of_two_that_start_at_once_holds_the_folder(tmp_path: Path) 
             assert sorted(said == "held" for said in pair) == [False, True], (number, pair)
         assert set(pair) <= {"held", *refused}, (number, pair)
     assert any("another process is training there" in pair for pair in zip(one, other, strict=True))
+
+
+def test_the_best_evaluation_is_of_the_validation_split_that_the_run_has_now() -> None:
+    old: list[Record] = [{"kind": "start"}, {"kind": "eval", "epoch": 1, "AP": 0.8}]
+    assert best_evaluation(old)["AP"] == 0.8
+    resumed: list[Record] = [*old, {"kind": "start", "new_validation": True}]
+    assert best_evaluation(resumed) == {}
+    later: list[Record] = [
+        {"kind": "eval", "epoch": 2, "AP": 0.5},
+        {"kind": "start"},
+        {"kind": "eval", "epoch": 3, "AP": 0.4},
+    ]
+    assert best_evaluation([*resumed, *later])["epoch"] == 2

@@ -38,9 +38,9 @@ def require_known_device(name: str | None) -> str | None:
     return full
 
 
-def _full_name(name: str) -> str:
+def _full_name(name: object) -> str:
     """cuda:0 for 0, as GPUs are called elsewhere."""
-    return f"cuda:{name}" if name.isdecimal() else name
+    return f"cuda:{name}" if str(name).isdecimal() else str(name)
 
 
 def require_device(name: str | None) -> torch.device:

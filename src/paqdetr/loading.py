@@ -75,7 +75,7 @@ def load(
                 f"{path}: the classes and queries of an exported model cannot be changed",
                 "change its checkpoint and export it again",
             )
-        if device is not None and not device.startswith("cpu"):
+        if device is not None and not str(device).startswith("cpu"):
             raise ConfigError(
                 f"{path}: an exported model runs on the CPU here, not on {device}", "load its checkpoint there"
             )

@@ -25,7 +25,7 @@ WORDS = {
     "per_device_train_batch_size": "batch_size=", "samples_per_gpu": "batch_size=", "train_batch_size": "batch_size=",
     "solver.ims_per_batch": "batch_size=", "per_device_eval_batch_size": "--batch-size",
     **dict.fromkeys(("imgsz", "img_size", "size", "resolution", "input_size", "image_size"),
-                    "--image-size|image_size=|!evaluation and prediction use the model's own image size"),
+                    "--image-size|image_size=|*evaluation and prediction use the model's own image size"),
     "img": "--image-size|image_size=|SOURCE",
     "lr0": "lr=", "learning_rate": "lr=", "base_lr": "lr=", "solver.base_lr": "lr=", "lr_backbone": "backbone_lr=",
     "lr_encoder": "backbone_lr=", "lr_scheduler": "schedule=", "lr_scheduler_type": "schedule=", "cos_lr": "schedule=cosine",
@@ -34,19 +34,20 @@ WORDS = {
     "num_workers": "workers=", "dataloader_num_workers": "workers=", "dataloader.num_workers": "workers=",
     "hidden_dim": "model.dim=", "enc_layers": "model.encoder_layers=", "dec_layers": "model.decoder_layers=",
     "nheads": "model.num_heads=", "queries": "model.num_queries=", "fliplr": "augment.flip=", "hsv": "augment.color=",
-    "cache": "!images are cached anyway, and cache_images=GIB says how many",
+    "cache": "*images are cached anyway, and cache_images=GIB says how many",
     "random_seed": "--seed", "fp16": "--amp fp16", "bf16": "--amp bf16",
     "gradient_checkpointing": "checkpoint_activations=true", "use_checkpoint": "checkpoint_activations=true",
     "auto_scale_lr": "lr_rule=linear", "sync_bn": "sync_batch_norm=true", "early_stopping": "patience=10",
     "early_stopping_patience": "patience=", "ema": "ema_decay=0.9998", "use_ema": "ema_decay=0.9998",
     "save_steps": "save_every_steps=", "logging_steps": "log_every=", "eval_interval": "eval_every=", "report_to": "trackers=",
     **dict.fromkeys(("freeze", "freeze_at", "frozen_stages", "freeze_backbone", "model.backbone.freeze_at"),
-                    "!model.frozen_stride=8 freezes the backbone up to its feature of stride 8"),
-    **dict.fromkeys(("hsv_h", "hsv_s", "hsv_v"), "!augment.color=0.2 varies brightness, contrast and saturation"),
-    **dict.fromkeys(("warmup_epochs", "warmup_ratio"), "!warmup_steps=N is counted in steps"),
+                    "*model.frozen_stride=8 freezes the backbone up to its feature of stride 8"),
+    **dict.fromkeys(("hsv_h", "hsv_s", "hsv_v"), "*augment.color=0.2 varies brightness, contrast and saturation"),
+    **dict.fromkeys(("warmup_epochs", "warmup_ratio"), "*warmup_steps=N is counted in steps"),
     **dict.fromkeys(("close_mosaic", "mixup", "cutmix", "copy_paste", "degrees", "shear", "translate", "perspective", "flipud",
-                     "bgr", "erasing", "auto_augment", "lrf", "momentum", "warmup_momentum", "warmup_bias_lr", "single_cls",
-                     "agnostic_nms", "fraction", "line_width"), "!nothing here does the same"),
+                     "bgr", "erasing", "auto_augment", "lrf", "momentum", "warmup_momentum", "warmup_bias_lr",
+                     "fraction", "line_width"), "*nothing here does the same"),
+    **dict.fromkeys(("single_cls", "agnostic_nms"), "!nothing here does the same"),
     # detections and exported files
     "conf": "--threshold", "conf_thres": "--threshold", "confidence": "--threshold", "score_thr": "--threshold",
     "confidence_threshold": "--threshold", "score_threshold": "--threshold", "box_threshold": "--threshold",
@@ -56,7 +57,7 @@ WORDS = {
     "half": f"--precision f16|--amp fp16|!{_OWN_PRECISION}",
     "int8": f"--precision int8|!{_OWN_PRECISION}", "dtype": "--precision",
     "slice": "--tiles", "tile": "--tiles",
-    "device": "--device|!paqdetr.load(path, device=...) chooses where a model runs",
+    "device": "--device|*paqdetr.load(path, device=...) chooses where a model runs",
     "stream": "!model.stream(source) gives detections one at a time",
     "subset": "--split", "set": "--split", "ann_file": "--annotations", "annotation": "--annotations",
     "gpu": "--device", "gpu_id": "--device", "gpus": "GPUS", "num_gpus": "GPUS", "ngpus": "GPUS", "devices": "GPUS",
@@ -86,10 +87,14 @@ def what_to_write(word: str, arguments: Collection[str] | None = None) -> str | 
         word: such as "batch".
         arguments: of the function that was called; None: it takes settings.
     """
-    for place in WORDS.get(word.lower().replace("-", "_"), "").split("|"):
+    word = word.lower().replace("-", "_")
+    places = WORDS.get(word, WORDS.get(word.removeprefix("model."), "")).split("|")
+    for place in places:
         argument = place.removeprefix("--").replace("-", "_")
         if place[:1] in ("!", "*") and place[1:]:
-            return f"leave it out: {place[1:]}"
+            # A training has an option for it, which is no setting, and what is said is of other verbs.
+            option = arguments is None and places[0].startswith("--")
+            return None if option else f"leave it out: {place[1:]}"
         if "=" in place if arguments is None else place.startswith("--") and argument in arguments:
             return f"write {place if arguments is None else f'{argument}='} instead"
     return None

@@ -280,8 +280,10 @@ def describe_status(records: Sequence[Record], config: Config | None) -> str:
 
 
 def best_evaluation(records: Sequence[Record]) -> Record:
-    """The evaluation with the best AP, the first of equals; empty if there was none."""
-    rows = [record for record in records if record.get("kind") == "eval"]
+    """The evaluation with the best AP, the first of equals, of those on the validation split that the run has now; empty if there
+    was none."""
+    begins = max((i for i, record in enumerate(records) if record.get("new_validation")), default=0)
+    rows = [record for record in records[begins:] if record.get("kind") == "eval"]
     scores = [row["AP"] if isinstance(row.get("AP"), int | float) else 0.0 for row in rows]
     return rows[scores.index(max(scores))] if rows else {}
 

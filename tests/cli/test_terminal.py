@@ -168,6 +168,12 @@ def test_words_of_other_programs(typed: str, wanted: str, capsys: pytest.Capture
             "optimizer=, opt= left out: the optimizer is AdamW; nc= left out: classes are",
             "paqdetr train m",
         ),
+        (
+            "--optimizer SGD --nc 3 --momentum 1e-3 --imgsz 320",
+            "--optimizer left out: the optimizer is AdamW; --nc left out",
+            "paqdetr train m",
+        ),
+        ("--mixup .1 --freeze 0 1 2 --auto-augment randaugment", "--mixup, --auto-augment left out", "paqdetr train m"),
         ("val=False", "the setting eval_every says when", "paqdetr train m"),
         ("--gpus 1", "", "paqdetr train m"),
         ("--num-gpus 2 batch=4", "each GPU has", "torchrun --nproc_per_node=2 -m paqdetr train m"),

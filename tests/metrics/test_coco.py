@@ -230,6 +230,9 @@ def test_a_category_of_another_id_is_found_by_its_name() -> None:
             row | {"category_id": i, "category_name": n} for row, i, n in zip(rows, ids, ("Cat", "dog"), strict=True)
         ]
         assert evaluate_detections(gt, other).to_json() == evaluate_detections(gt, rows).to_json()
+    for name in ("CAT", "class 1"):  # the latter is what a class without a name is called
+        other = [row | {"category_name": name} for row in rows[:1]]
+        assert evaluate_detections(gt, other).to_json() == evaluate_detections(gt, rows[:1]).to_json()
 
 
 def test_malformed_ground_truth(tmp_path: Path) -> None:

@@ -28,6 +28,10 @@ def test_a_device_works_or_is_refused_with_those_that_do(name: str) -> None:
     assert caught.value.message.endswith(f"those that do are {', '.join(usable_devices())}")
 
 
+def test_a_device_of_torch_is_one() -> None:
+    assert require_device(torch.device("cpu")) == torch.device("cpu")  # type: ignore[arg-type]
+
+
 @settings(max_examples=20, deadline=None)  # torch takes long to refuse a name
 @given(
     st.text(max_size=12) | st.sampled_from(KINDS).flatmap(lambda kind: st.builds(f"{kind}:{{}}".format, st.integers()))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -20,7 +21,7 @@ from paqdetr.models.backbone import Uninitialised
 from paqdetr.models.denoising import ContrastiveDenoising, PlainDenoising
 from paqdetr.models.proposals import LearnedAnchors, LearnedPoints, ProposalStart
 from paqdetr.models.queries import FeatureQueries, StaticQueries
-from paqdetr.models.zoo import build_model
+from paqdetr.models.zoo import as_class_table, build_model
 from paqdetr.paq import PatternQueries
 from paqdetr.structures import ClassTable
 
@@ -305,3 +306,14 @@ def test_what_a_folder_means(tmp_path: Path) -> None:
     (tmp_path / "best.safetensors").touch()
     assert find_checkpoint(str(tmp_path)) == tmp_path / "best.safetensors"
     assert find_checkpoint(tmp_path / "last.safetensors") == tmp_path / "last.safetensors"
+
+
+@pytest.mark.parametrize("classes", ["cat", True, 0, [], ["cat", "Cat"]])
+def test_what_is_no_table_of_classes(classes: Any) -> None:
+    with pytest.raises(ConfigError, match="classes"):
+        as_class_table(classes)
+
+
+def test_what_is_a_table_of_classes() -> None:
+    assert as_class_table(np.int64(2)) == as_class_table(2) == ClassTable((0, 1), ("class 0", "class 1"))
+    assert as_class_table(["cat", "dog"]) == ClassTable((0, 1), ("cat", "dog"))

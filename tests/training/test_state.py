@@ -97,25 +97,22 @@ def test_what_is_saved_comes_back(tmp_path: Path, layout: tuple[int, ...]) -> No
 def test_the_position_in_epochs_of_another_length() -> None:
     """Two of five steps of the fourth epoch are done; with ten steps per epoch that is four of ten."""
     saved = SavedState(Position(epoch=3, step=17), RANDOM, None, batches=10, data=None)
-    assert saved.position_for(batches=10, epoch_steps=5, accumulate=2, data={}).step == 17
-    assert saved.position_for(batches=20, epoch_steps=10, accumulate=2, data={}).step == 34
-    assert saved.position_for(batches=3, epoch_steps=2, accumulate=2, data={}).step == 6
+    assert saved.position_for(batches=10, epoch_steps=5, accumulate=2).step == 17
+    assert saved.position_for(batches=20, epoch_steps=10, accumulate=2).step == 34
+    assert saved.position_for(batches=3, epoch_steps=2, accumulate=2).step == 6
 
 
-@pytest.mark.parametrize(("changed", "best_ap", "stale"), [((), 0.8, 2), (("train",), 0.8, 2), (("val",), -1.0, 0)])
-def test_ap_on_another_validation_split_is_compared_with_no_earlier_one(
-    changed: tuple[str, ...], best_ap: float, stale: int
-) -> None:
+@pytest.mark.parametrize(("changed", "other"), [((), False), (("train",), False), (("val",), True)])
+def test_whether_the_validation_split_is_another(changed: tuple[str, ...], other: bool) -> None:
     def digest(image: int) -> SplitDigest:
         return SplitDigest(ClassTable((1,), ("cat",)), torch.tensor([[image, 10, 20]]), [f"{image}.jpg"])
 
     before = {name: digest(1) for name in ("train", "val")}
-    position = Position(epoch=3, step=17, best_ap=0.8, stale=2)
-    saved = SavedState(position, RANDOM, None, batches=10, data=before)
-    for now in (before | {name: digest(2) for name in changed}, {n: before[n] for n in before if n not in changed}):
-        for batches in (10, 20):
-            found = saved.position_for(batches=batches, epoch_steps=batches // 2, accumulate=2, data=now)
-            assert (found.best_ap, found.stale) == (best_ap, stale)
+    saved = SavedState(Position(), RANDOM, None, batches=10, data=before)
+    assert saved.has_other_validation(before | {name: digest(2) for name in changed}) is other
+    assert saved.has_other_validation({name: own for name, own in before.items() if name not in changed}) is other
+    unknown = SavedState(Position(), RANDOM, None, batches=10, data=None)  # of a version that did not note its data
+    assert not unknown.has_other_validation(before)
 
 
 def test_a_state_is_safetensors_with_a_readable_header(tmp_path: Path) -> None:

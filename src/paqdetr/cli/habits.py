@@ -33,7 +33,7 @@ VERBS = {
 }  # fmt: skip
 
 _KEY = re.compile(r"([A-Za-z_][\w.-]*)=(.*)", re.DOTALL)
-_NUMBER = re.compile(r"[\d.,\[\]+-]+")
+_NUMBER = re.compile(r"[\d.,\[\]e+-]*\d[\]]?")
 _OFF = ("false", "0", "no", "none")
 
 
@@ -102,17 +102,19 @@ class _Line:
         if place is None:
             return False
         self.wrong.append(word)
+        follows = values and not values[0].startswith("--")
+        if place[:1] in ("*", "!") and (reason := place[1:]):
+            if follows and (place[0] == "*" or values[0].lower() in (*_OFF, "true")):
+                values.pop(0)
+            while values and _NUMBER.fullmatch(values[0]):
+                values.pop(0)
+            self.left_out.setdefault(reason, []).append(word)
+            return True
         option, _, fixed = place.partition(" ")
         setting, equals, set_to = place.partition("=")
-        lost = place.startswith("!")
-        takes = not (fixed or set_to or lost or place == "" or self.options.get(option) == 0)
-        follows = values and not values[0].startswith("--")
-        plain = follows and (values[0].lower() in (*_OFF, "true") or (lost and _NUMBER.fullmatch(values[0])))
-        value = values.pop(0) if follows and (takes or plain) else None
+        takes = not (fixed or set_to or place == "" or self.options.get(option) == 0)
+        value = values.pop(0) if follows and (takes or values[0].lower() in (*_OFF, "true")) else None
         off = value is not None and value.lower() in _OFF
-        if lost or (place[:1] == "*" and place != "*"):
-            self.left_out.setdefault(place[1:], []).append(word)
-            return True
         switched = key in SWITCHES and (value is None or off or value.lower() == "true")
         if place in ("", "*") or switched or (not takes and off):
             return True
@@ -217,7 +219,7 @@ def _program(gpus: str, verb: str) -> tuple[str, str]:
     start = f"torchrun --nproc_per_node={len(chosen)} -m paqdetr"
     first = chosen == [str(i) for i in range(len(chosen))]
     start = start if first else f"CUDA_VISIBLE_DEVICES={','.join(chosen)} {start}"
-    return start, "; each GPU has a process of its own"
+    return start, "; each GPU has a process of its own, and batch_size is that of one"
 
 
 def _is(param: Any, kind: str) -> bool:

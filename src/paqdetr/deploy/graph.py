@@ -13,6 +13,7 @@ from torch.export import Dim, ExportedProgram
 from paqdetr.errors import ConfigError
 from paqdetr.models import Detector
 from paqdetr.models.folding import bake_folded_norms
+from paqdetr.models.proposals import ProposalStart
 from paqdetr.runtime import ExportInfo, FixedSize
 from paqdetr.runtime.engines import seal
 from paqdetr.runtime.info import KEY
@@ -41,7 +42,9 @@ class DeployedDetector(nn.Module):
         self.register_buffer("pixel_std", torch.tensor(normalization.std)[:, None, None])
         self.detector = copy.deepcopy(model).float().cpu()
         bake_folded_norms(self.detector)
-        self.detector.decoder.last_only = True
+        self.detector.decoder.last_only = self.detector.decoder.for_graph = True
+        if isinstance(self.detector.start, ProposalStart):
+            self.detector.start.head.for_graph = True
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -190,6 +191,8 @@ class CocoRecords:
         own = None if category is None else self._called.get(category)
         if not isinstance(called, str) or called == own or (category is not None and own is None):
             return category
+        if own is not None and (called.casefold() == own.casefold() or re.fullmatch(r"class \d+", called)):
+            return category  # `ClassTable.numbered` calls classes so, for want of names
         found = self._by_class.get(called.casefold(), [])
         if len(found) == 1:
             return found[0]

@@ -152,6 +152,7 @@ class Decoder(Recomputing):
         super().__init__()
         self.dim, self.num_heads = dim, num_heads
         self.distinct, self.distinct_restart = distinct, distinct_restart
+        self.for_graph = False  # as of `proposals.distinct`
         self.report_eps = report_eps or box_eps
         self.box_refinement, self.look_forward_twice = box_refinement, look_forward_twice
         self.refine_raw, self.box_eps, self.padded_positions = refine_from == "raw", box_eps, padded_positions
@@ -239,7 +240,7 @@ class Decoder(Recomputing):
         assert self.distinct is not None
         others = torch.ones_like(counted)
         others[:, matching] = False
-        kept = distinct(boxes, logits.detach().amax(-1), counted & ~others, self.distinct) | others
+        kept = distinct(boxes, logits.detach().amax(-1), counted & ~others, self.distinct, self.for_graph) | others
         return kept, kept | kept[:, matching.start, None] if self.distinct_restart else kept
 
     def _mask(self, forbidden: Tensor | None, kept: Tensor | None, bias: Tensor | None) -> Tensor | None:

@@ -76,6 +76,7 @@ class ProposalHead(nn.Module):
     ) -> None:
         super().__init__()
         self.distinct = distinct
+        self.for_graph = False  # as of `distinct`
         self.class_agnostic = class_agnostic
         self.project = nn.Linear(dim, dim)
         self.norm = nn.LayerNorm(dim)
@@ -106,7 +107,7 @@ class ProposalHead(nn.Module):
         if self.distinct is None:
             indices = _best_tokens(scores, valid, count)  # (B, n)
         else:
-            indices = _distinct_tokens(scores, valid, count, boxes_of, self.distinct)
+            indices = _distinct_tokens(scores, valid, count, boxes_of, self.distinct, self.for_graph)
 
         chosen = _pick(x, indices)  # (B, n, d)
         if self.class_agnostic and self.training:  # its loss is over all tokens
@@ -149,7 +150,12 @@ def _repeated(order: Tensor, valid: Tensor, count: int) -> Tensor:
 
 
 def _distinct_tokens(
-    scores: Tensor, valid: Tensor, count: int, boxes_of: Callable[[Tensor], Tensor], threshold: float
+    scores: Tensor,
+    valid: Tensor,
+    count: int,
+    boxes_of: Callable[[Tensor], Tensor],
+    threshold: float,
+    for_graph: bool = False,
 ) -> Tensor:
     """As `_best_tokens`, but tokens whose box overlaps that of a better one by more than `threshold` come after all others.
 
@@ -158,12 +164,12 @@ def _distinct_tokens(
     """
     ranked = scores.masked_fill(~valid, -torch.inf)
     available = valid.sum(1)  # (B,)
-    looked_at = scores.shape[1] if becomes_graph() else min(2 * count, scores.shape[1])
+    looked_at = scores.shape[1] if for_graph else min(2 * count, scores.shape[1])
     while True:
         order = ranked.topk(looked_at, dim=1).indices  # (B, M)
         ranks = torch.arange(looked_at, device=scores.device)
         usable = ranks < available[:, None]  # (B, M)
-        kept = distinct(boxes_of(order), -ranks.expand_as(order), usable, threshold)
+        kept = distinct(boxes_of(order), -ranks.expand_as(order), usable, threshold, for_graph)
         if looked_at == scores.shape[1] or bool(((kept.sum(1) >= count) | (available <= looked_at)).all()):
             last = 2 - usable.int() - kept.int()  # 0 survives, 1 is suppressed, 2 is no valid token
             places = (last * looked_at + ranks).argsort(dim=1)  # not a stable sort, which ONNX does not have
@@ -171,13 +177,8 @@ def _distinct_tokens(
         looked_at = min(2 * looked_at, scores.shape[1])
 
 
-def becomes_graph() -> bool:
-    """Whether this call is being recorded for another program, where nothing may depend on values."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
-
-
 @torch.no_grad()
-def distinct(boxes: Tensor, scores: Tensor, among: Tensor, threshold: float) -> Tensor:
+def distinct(boxes: Tensor, scores: Tensor, among: Tensor, threshold: float, for_graph: bool = False) -> Tensor:
     """Class-agnostic non-maximum suppression.
 
     Args:
@@ -185,12 +186,13 @@ def distinct(boxes: Tensor, scores: Tensor, among: Tensor, threshold: float) -> 
         scores: (B, n), of any type.
         among: (B, n) bool, which take part.
         threshold: a box that overlaps a better one that stays by more than this IoU goes.
+        for_graph: without a loop over the images, whose number may be unknown where a graph is recorded.
 
     Returns:
         (B, n) bool, which stay. It is computed image by image: what an image is batched with does not matter.
     """
     corners = box_convert(boxes, "cxcywh", "xyxy")
-    if becomes_graph():  # of any number of images: they are put side by side, those that take no part last of all
+    if for_graph:  # images are put side by side, boxes that take no part last of all
         apart = corners + 2.0 * torch.arange(boxes.shape[0], device=boxes.device, dtype=boxes.dtype)[:, None, None]
         order = scores.to(boxes.dtype).masked_fill(~among, -torch.inf)
         kept = torch.zeros_like(among).flatten()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
@@ -22,6 +22,7 @@ from paqdetr.paq import PatternQueries, StaticMixtures
 from paqdetr.preprocessing import Preprocessing
 from paqdetr.structures import ClassTable
 from paqdetr.text import some
+from paqdetr.values import is_whole
 
 if TYPE_CHECKING:
     from paqdetr.models.auxiliary import AuxiliaryHeads
@@ -200,12 +201,15 @@ def as_class_table(classes: ClassTable | Sequence[str] | int) -> ClassTable:
     Raises:
         ConfigError: no class, or two of one name.
     """
-    if isinstance(classes, int):
-        if classes < 1:
-            raise ConfigError(f"classes={classes}: expected at least one", "give a positive number, or names")
-        return ClassTable.numbered(classes)
+    if isinstance(classes, str | bool):
+        raise ConfigError(f"classes={classes!r}: expected names or a number", f"give [{classes!r}], for one class")
+    if is_whole(classes):
+        count = int(cast(int, classes))  # of numpy too
+        if count < 1:
+            raise ConfigError(f"classes={count}: expected at least one", "give a positive number, or names")
+        return ClassTable.numbered(count)
     if not isinstance(classes, ClassTable):
-        names = tuple(str(name) for name in classes)
+        names = tuple(str(name) for name in cast(Sequence[str], classes))
         classes = ClassTable(tuple(range(len(names))), names)
     folded = [name.casefold() for name in classes.names]
     if not folded or len(set(folded)) < len(folded):
@@ -237,9 +241,10 @@ def create_model(
     keys = set(Config.model_fields) - {"model"}
     dotted = {key if key in keys or "." in key else f"model.{key}": value for key, value in overrides.items()}
     table = None if classes is None else as_class_table(classes)
-    count = len(table) if num_classes is None and table is not None else num_classes
-    if count is not None:
-        dotted["model.num_classes"] = count
+    if num_classes is not None:
+        dotted["model.num_classes"] = num_classes
+    if table is not None:
+        dotted.setdefault("model.num_classes", len(table))
     config = load_config(name, dotted)
     return build_model(config, classes=table, pretrained_backbone=pretrained_backbone)
 

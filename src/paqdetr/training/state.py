@@ -137,20 +137,18 @@ class SavedState:
             )
             logging.getLogger(__name__).warning("%s: %s", path, found)
 
-    def position_for(self, *, batches: int, epoch_steps: int, accumulate: int, data: DataDigest) -> Position:
-        """The position on these data. Where epochs have become longer or shorter, as much of the epoch in hand is done as
-        before. AP on another validation split compares with no earlier one: the best is then chosen anew."""
-        position = self.position
-        own, now = (
-            {name: split for name, split in digest.items() if name != "train"} for digest in (self.data or data, data)
-        )
-        if data_changes(own, now):
-            position = replace(position, best_ap=-1.0, stale=0)
+    def position_for(self, *, batches: int, epoch_steps: int, accumulate: int) -> Position:
+        """The position, where epochs have become longer or shorter: as much of the epoch in hand is done as before."""
         if self.batches == batches:
-            return position
+            return self.position
         old_steps = -(-self.batches // accumulate)
-        done = position.step - position.epoch * old_steps
-        return replace(position, step=position.epoch * epoch_steps + done * epoch_steps // old_steps)
+        done = self.position.step - self.position.epoch * old_steps
+        return replace(self.position, step=self.position.epoch * epoch_steps + done * epoch_steps // old_steps)
+
+    def has_other_validation(self, data: DataDigest) -> bool:
+        """Whether these data differ from those of the state in another split than `train`."""
+        before, now = ({name: own for name, own in d.items() if name != "train"} for d in (self.data or data, data))
+        return bool(data_changes(before, now))
 
 
 def load_state(path: Path, *, model: nn.Module, average: MovingAverage, optimizer: torch.optim.Optimizer) -> SavedState:

@@ -83,6 +83,7 @@ class Trainer:
         optimizer = build_optimizer(self.model, config, scale=self.lr_scale)
         self.position = Position()
         self._random: dict[str, Tensor] | None = None
+        self.new_validation = False
         if run.state_file.is_file():
             with self.processes.agreeing():
                 self._load(optimizer, accept_new_data=accept_new_data)
@@ -120,6 +121,7 @@ class Trainer:
                 start_trackers(self.accelerator, self.run, self.config, step=self.position.step)
             start = describe_start(self.accelerator.device, self.processes.count)
             start |= {} if self.taken is None else {"init": self.taken.to_dict()}
+            start |= {"new_validation": True} if self.new_validation else {}
             self._record({"kind": "start", "step": self.position.step, "lr_scale": self.lr_scale} | start)
             with self.stop:
                 while not self._ended:
@@ -325,9 +327,12 @@ class Trainer:
         saved.require(
             path, processes=self.processes.count, batches=batches, data=self.data, accept_new_data=accept_new_data
         )
+        self.new_validation = saved.has_other_validation(self.data)
         self.position = saved.position_for(
-            batches=batches, epoch_steps=self.epoch_steps, accumulate=self.config.accumulate, data=self.data
+            batches=batches, epoch_steps=self.epoch_steps, accumulate=self.config.accumulate
         )
+        if self.new_validation:  # its AP compares with no earlier one
+            self.position = replace(self.position, best_ap=-1.0, stale=0)
         self._random = saved.random[self.processes.index]
         if self.processes.main and self.position.epoch:
             self._check_checkpoints()
