@@ -22,7 +22,7 @@ from paqdetr._version import __version__
 from paqdetr.config import Config, ModelConfig, list_configs, validate_config
 from paqdetr.config.model import Role
 from paqdetr.errors import CheckpointError, ConfigError, import_extra
-from paqdetr.files import open_regular, parse_json, write_whole
+from paqdetr.files import EXPORTED, EXPORTED_BY_TORCH, open_regular, parse_json, write_whole
 from paqdetr.images import PICTURE_EXTENSIONS
 from paqdetr.preprocessing import Preprocessing
 from paqdetr.structures import ClassTable, OperatingPoint
@@ -144,7 +144,7 @@ def _unreadable(path: Path, reason: str) -> CheckpointError:
         found, remedy = "settings, which hold no weights", "give the run's folder or a .safetensors file"
         if any(path.parent.glob("*.safetensors")):
             remedy = f"give the run's folder: {path.parent}"
-    elif ending in (".onnx", ".xml", ".pt2", ".torchscript"):
+    elif ending in EXPORTED + EXPORTED_BY_TORCH:
         found, remedy = (
             "an exported model, where a checkpoint is needed",
             "give the checkpoint that it was exported from",

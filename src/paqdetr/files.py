@@ -31,6 +31,12 @@ MAX_JSON_BYTES = environment_integer("PAQDETR_MAX_JSON_GIB", 4, low=1, high=2**2
 MAX_SIDE_BYTES = 2**26
 """The largest file with the annotations of one image, or with a list of images."""
 
+EXPORTED = (".onnx", ".xml")
+"""Endings of exported models that run without torch."""
+
+EXPORTED_BY_TORCH = (".pt2", ".torchscript")
+"""Endings of exported models that torch runs."""
+
 # Unfinished files lie in folders of such names, each with a lock that its writer holds.
 _UNFINISHED = ".paqdetr-{}.tmp"
 

@@ -10,22 +10,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from paqdetr.errors import CheckpointError, ConfigError
-from paqdetr.files import open_regular
+from paqdetr.files import EXPORTED, EXPORTED_BY_TORCH, open_regular
 from paqdetr.runtime import Predictor, open_exported
 from paqdetr.runtime.engines import Engine
 from paqdetr.runtime.info import FILE_ENTRY, OUTPUTS
-from paqdetr.runtime.predictor import EXPORTED
 
 if TYPE_CHECKING:
     from paqdetr.models import Detector
     from paqdetr.structures import ClassTable
 
-_BY_TORCH = (".pt2", ".torchscript")
-
 
 def is_exported(path: str | Path) -> bool:
     """Whether a path names an exported model, by its ending."""
-    return Path(path).suffix.lower() in EXPORTED + _BY_TORCH
+    return Path(path).suffix.lower() in EXPORTED + EXPORTED_BY_TORCH
 
 
 def require_model(path: str | Path) -> Path:
@@ -96,7 +93,7 @@ def open_any_exported(path: str | Path, *, threads: int | None = None) -> Predic
         CheckpointError: the file is missing, damaged, or from elsewhere.
     """
     path = Path(path)
-    if path.suffix.lower() not in _BY_TORCH:
+    if path.suffix.lower() not in EXPORTED_BY_TORCH:
         return open_exported(path, threads=threads)
     open_regular(path, error=CheckpointError).close()
     import torch

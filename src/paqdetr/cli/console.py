@@ -76,7 +76,7 @@ def open_model(path: Path, device: str | None = None) -> Predicts:
 
     file = require_model(path)
     if is_exported(file):
-        return load(file, device=device or "cpu")
+        return load(file, device=device)
     note_unfinished(path)
     with quick_imports():
         return load(file, device=device)

@@ -100,7 +100,7 @@ def predict(
         from paqdetr.checkpoint import find_described  # needs pydantic, and an exported model runs without
 
         find_described(file)[2].find(wanted)
-    detector = open_model(model, device)
+    detector = open_model(file, device)  # not what was given: a model of the Hub would be fetched again
     point = detector.operating_point
     usual = [f"nms {point.nms:g}"] if nms is None and point.nms is not None else []
     usual += [f"threshold {point.threshold:.2f}"] if threshold is None and point.threshold is not None else []

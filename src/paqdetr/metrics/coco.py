@@ -201,7 +201,7 @@ class CocoRecords:
                 f"{name}: category_id {category_id!r} is {own!r} in {self._source}, and category_name is {called!r}",
                 "use data with the same classes for both, or remove category_name: ids are then compared",
             )
-        return category
+        return None
 
     def _rewrite(self, items: Sequence[Json], names: list[str], *, by_names: bool = False) -> list[dict[str, Any]]:
         """Image, category and shape of each; `names` say which one an error is about."""

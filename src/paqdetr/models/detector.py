@@ -90,7 +90,7 @@ class Detector(PredictMixin, Summary, nn.Module):
             ConfigError: an argument of `predict` beside a tensor.
         """
         if isinstance(images, Tensor):
-            for word in how.keys() - {"padding_mask", "targets"}:
+            for word in (word for word in how if word not in ("padding_mask", "targets")):
                 raise ConfigError(
                     f"{word}: called with a tensor, the model does its forward pass, which takes padding_mask and targets",
                     f"model.predict(tensor, {word}=...) takes pictures",

@@ -11,6 +11,7 @@ import numpy as np
 from PIL.Image import Image
 
 from paqdetr.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from paqdetr.files import EXPORTED
 from paqdetr.images import ImageSource
 from paqdetr.other_programs import what_to_write
 from paqdetr.runtime.engines import Engine, open_engine
@@ -21,9 +22,6 @@ from paqdetr.runtime.tiles import Tiles, predict_tiles
 from paqdetr.structures import ClassTable, Detections, OperatingPoint
 from paqdetr.text import Summary, shorten, some
 from paqdetr.values import require_batch_size, require_nms, require_threshold
-
-EXPORTED = (".onnx", ".xml")
-"""Endings of the files that `open_exported` reads."""
 
 _Pixels = TypeVar("_Pixels")
 _Entry = TypeVar("_Entry")
