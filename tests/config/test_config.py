@@ -446,6 +446,7 @@ def test_a_host_is_one_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     shutil.copytree(Path(paqdetr.__file__).parent / "configs", configs)
     host = "title: DINO with few queries\nsizes: [nano]\nbase: parts/dino\nmodel: {num_points: 3}\n"
     (configs / "parts" / "hosts" / "small_dino.yaml").write_text(host)
+    shutil.copy(configs / "parts" / "dino_nano.yaml", configs / "parts" / "small_dino_nano.yaml")  # at one size alone
     monkeypatch.setattr(files, "_config_dir", lambda: configs)
     for cached in (files._models, files._part):
         monkeypatch.setattr(files, cached.__name__, cache(cached.__wrapped__))
@@ -513,7 +514,7 @@ def test_published_figures_are_of_models() -> None:
 )
 def test_combinations_that_no_host_has(overrides: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as raised:
-        load_config("dino_nano", overrides)
+        load_config("dino_r50", overrides)
     assert message in raised.value.message
 
 

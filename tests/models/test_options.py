@@ -75,9 +75,9 @@ def test_padded_cells_change_nothing(
 @pytest.mark.parametrize("name", ["dino_nano", "paq_dino_nano"])
 def test_options_that_are_off_draw_no_random_number(name: str) -> None:
     torch.manual_seed(0)
-    plain = create_model(name, **SMALL).state_dict()
+    plain = create_model(name, **SMALL, distinct_proposals=None, distinct_queries=None).state_dict()
     torch.manual_seed(0)
-    distinct = create_model(name, **SMALL, distinct_proposals=0.8).state_dict()
+    distinct = create_model(name, **SMALL, distinct_proposals=0.8, distinct_queries=0.8).state_dict()
     assert list(plain) == list(distinct)
     assert all(torch.equal(plain[key], distinct[key]) for key in plain)
 
@@ -168,13 +168,14 @@ def test_rows_of_classes_and_queries(name: str, settings: dict[str, Any], stir: 
 
 def test_a_training_may_start_from_other_proposals(tmp_path: Path) -> None:
     create_model("paq_dino_nano", **SMALL).save(tmp_path / "plain.safetensors")
-    start_from(create_model("paq_dino_nano", **SMALL, distinct_proposals=0.8), tmp_path / "plain.safetensors")
+    start_from(create_model("paq_dino_nano", **SMALL, distinct_proposals=None), tmp_path / "plain.safetensors")
 
 
 def test_options_are_off_in_the_paper() -> None:
     for name in ("paq_dino_nano", "paq_dino_r50", "paq_deformable_detr_r50", "paq_dn_detr_r50"):
-        model = load_config(name, {"preset": "paper"}).model
-        assert (model.distinct_proposals, model.mixture, model.normalize_summary) == (None, "replace", False)
+        model, host = load_config(name, {"preset": "paper"}).model, load_config(name.removeprefix("paq_")).model
+        assert (model.mixture, model.normalize_summary) == ("replace", False)
+        assert (model.distinct_proposals, model.distinct_queries) == (host.distinct_proposals, host.distinct_queries)
 
 
 @pytest.mark.parametrize(

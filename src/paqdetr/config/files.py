@@ -4,9 +4,10 @@ A YAML file may name a `base` whose settings it changes, or a list of them, the 
 `preset: paper`, the literal paper, laid over its bases. Later wins: defaults < bases < preset of the file < file <
 preset among the overrides < other `key=value` overrides.
 
-Names are parsed: a model is `[paq_]{host}_{size}`, put together from `configs/parts/hosts`, `configs/parts/sizes` and
-`configs/parts/paq*.yaml`; a recipe trains a model otherwise, `{model}_{recipe}` with a file in `configs/parts/recipes`, or has a
-file of its own in `configs/recipes`. So a host is one file.
+Names are parsed: a model is `[paq_]{host}_{size}`, put together from `configs/parts/hosts`, `configs/parts/sizes`, what the
+host has at this size alone (`configs/parts/{host}_{size}.yaml`, if there is one) and `configs/parts/paq*.yaml`; a recipe trains
+a model otherwise, `{model}_{recipe}` with a file in `configs/parts/recipes`, or has a file of its own in `configs/recipes`. So a
+host is one file.
 """
 
 from __future__ import annotations
@@ -119,8 +120,7 @@ def describe_config(name: str) -> str:
     if name in _files("recipes"):
         return _files("recipes")[name].read_text(encoding="utf-8").partition("\n")[0].removeprefix("#").strip()
     model, _ = _parse(name)
-    host, _, *paq = _models()[model]
-    return f"{_part(host)['title']}{' with PaQ' if paq else ''}, {describe_training(name)}."
+    return f"{_part(_models()[model][0])['title']}{' with PaQ' if model.startswith('paq_') else ''}, {describe_training(name)}."
 
 
 def describe_training(name: str) -> str:
@@ -179,8 +179,9 @@ def _models() -> dict[str, tuple[str, ...]]:
     sizes, others, models = _files("parts/sizes"), _files("parts"), {}
     for host in _files("parts/hosts"):
         for size in _part(host).get("sizes", sizes):
-            models[f"{host}_{size}"] = (host, size)
-            models[f"paq_{host}_{size}"] = (host, size, f"paq_{size}" if f"paq_{size}" in others else "paq")
+            name = f"{host}_{size}"
+            models[name] = (host, size, *([name] if name in others else []))
+            models[f"paq_{name}"] = (*models[name], f"paq_{size}" if f"paq_{size}" in others else "paq")
     return models
 
 
