@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 python benchmarks/engines.py --json docs/results/engines.json
 
 One thread: `predict` of paq_dino_nano on a picture of 320 px, random weights, in turns, in CPU time, which other work on the
-machine disturbs less; and in torch the module that is exported. Two threads: the engines beside transformers' Deformable DETR R50
-at 640 px, as somebody would take it who wants a detector of that family, by the clock and without what is around the models.
-Pictures are noise.
+machine disturbs less; in torch the module that is exported, too, and everything once more without selection of distinct queries.
+Two threads: the engines beside transformers' Deformable DETR R50 at 640 px, as somebody would take it who wants a detector of
+that family, by the clock and without what is around the models. Pictures are noise.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from common import compare, interleave, provenance
 from paqdetr.deploy import export
 from paqdetr.deploy.export import to_openvino
 from paqdetr.deploy.graph import DeployedDetector
-from paqdetr.models import create_model
+from paqdetr.models import Detector, create_model
 from paqdetr.ops import use_backend
 from paqdetr.runtime import open_exported
 
@@ -37,15 +37,21 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    model = create_model("paq_dino_nano", num_classes=80, image_size=arguments.size).eval()
+    sizes = {"num_classes": 80, "image_size": arguments.size}
+    models = {
+        "": create_model("paq_dino_nano", **sizes).eval(),
+        ", no selection": create_model("paq_dino_nano", **sizes, distinct_proposals=None, distinct_queries=None).eval(),
+    }
     noise = np.random.default_rng(0).integers(256, size=(1, arguments.size, arguments.size, 3), dtype=np.uint8)
     with tempfile.TemporaryDirectory() as folder:
-        onnx, xml = Path(folder, "m.onnx"), Path(folder, "m.xml")
-        done = export(model, onnx)
-        to_openvino(onnx, xml, done.info)
-        files = {"onnxruntime": onnx, "openvino f32": xml}
-        found = {"one thread": _beside_numba(model, files, noise, arguments.rounds)}
-        found["two threads"] = _beside_transformers(files, noise, max(arguments.rounds // 10, 3))
+        files = {}
+        for number, (what, model) in enumerate(models.items()):
+            onnx, xml = Path(folder, f"{number}.onnx"), Path(folder, f"{number}.xml")
+            to_openvino(onnx, xml, export(model, onnx).info)
+            files |= {f"onnxruntime{what}": onnx, f"openvino f32{what}": xml}
+        found = {"one thread": _beside_numba(models, files, noise, arguments.rounds)}
+        shown = {name: files[name] for name in ("onnxruntime", "openvino f32")}
+        found["two threads"] = _beside_transformers(shown, noise, max(arguments.rounds // 10, 3))
     packages = ("paqdetr", "torch", "numba", "onnxruntime", "openvino", "transformers")
     content = {**provenance(threads=1, seed=0, packages=packages), "model": "paq_dino_nano", **found}
     for title, rows in found.items():
@@ -58,8 +64,11 @@ def main() -> None:
         arguments.json.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def _beside_numba(model: Any, files: dict[str, Path], noise: np.ndarray, rounds: int) -> dict[str, Any]:
+def _beside_numba(
+    models: dict[str, Detector], files: dict[str, Path], noise: np.ndarray, rounds: int
+) -> dict[str, Any]:
     torch.set_num_threads(1)
+    model, plain = models.values()
     module, images, [picture] = DeployedDetector(model), torch.from_numpy(noise), noise
 
     def run(backend: str, call: Callable[[], object]) -> None:
@@ -70,6 +79,7 @@ def _beside_numba(model: Any, files: dict[str, Path], noise: np.ndarray, rounds:
     cases = {
         "torch, numba": lambda: run("numba", lambda: model.predict(picture)),
         "torch, reference": lambda: run("reference", lambda: model.predict(picture)),
+        "torch, numba, no selection": lambda: run("numba", lambda: plain.predict(picture)),
         "torch, numba, exported module": lambda: run("numba", lambda: module(images)),
         **{name: (lambda engine=engine: engine.predict(picture)) for name, engine in engines.items()},
     }

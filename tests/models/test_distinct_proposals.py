@@ -26,17 +26,22 @@ def slow_order(scores: Tensor, boxes: Tensor, valid: Tensor, threshold: float) -
 
 @pytest.mark.parametrize("threshold", [0.3, 0.8, 1.0])
 @pytest.mark.parametrize("count", [1, 5, 30, 70])
-def test_equals_suppression_among_all_tokens(count: int, threshold: float) -> None:
+@pytest.mark.parametrize("for_graph", [False, True])
+def test_equals_suppression_among_all_tokens(for_graph: bool, count: int, threshold: float) -> None:
     scores, valid = torch.rand(3, 60), torch.rand(3, 60) > 0.2
     valid[2] = torch.arange(60) < 4
     # Around a few places, so that much is suppressed and several rounds are needed.
     places = torch.tensor([0.3, 0.5, 0.7])[torch.randint(3, (3, 60, 2))]
     boxes = torch.cat([places + 0.02 * torch.rand(3, 60, 2), torch.full((3, 60, 2), 0.2)], dim=-1)
     found = _distinct_tokens(
-        scores, valid, count, lambda chosen: boxes.gather(1, chosen[..., None].expand(-1, -1, 4)), threshold
+        scores, valid, count, lambda chosen: boxes.gather(1, chosen[..., None].expand(-1, -1, 4)), threshold, for_graph
     )
     for image in range(3):
-        expected = slow_order(scores[image], boxes[image], valid[image], threshold)
+        among = valid[image]
+        if for_graph:  # among the best of them alone
+            rank = scores[image].masked_fill(~among, -1).argsort(descending=True).argsort()
+            among = among & (rank < 4 * count)
+        expected = slow_order(scores[image], boxes[image], among, threshold)
         assert found[image].tolist() == [expected[i % len(expected)] for i in range(count)]
         best = scores[image].masked_fill(~valid[image], -1).argsort(descending=True)[: min(count, len(expected))]
         if threshold == 1.0:  # nothing overlaps by more than that

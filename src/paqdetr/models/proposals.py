@@ -160,17 +160,19 @@ def _distinct_tokens(
     """As `_best_tokens`, but tokens whose box overlaps that of a better one by more than `threshold` come after all others.
 
     Which tokens survive non-maximum suppression depends on better ones alone. So only as many of the best are looked at as are
-    needed for `count` survivors, and the result is that of suppression among all tokens.
+    needed for `count` survivors, and the result is that of suppression among all tokens. A graph has no such loop: it looks at the
+    best 4 * `count` tokens, and where too few of them survive, suppressed ones fill up.
     """
     ranked = scores.masked_fill(~valid, -torch.inf)
     available = valid.sum(1)  # (B,)
-    looked_at = scores.shape[1] if for_graph else min(2 * count, scores.shape[1])
+    looked_at = min((4 if for_graph else 2) * count, scores.shape[1])
     while True:
         order = ranked.topk(looked_at, dim=1).indices  # (B, M)
         ranks = torch.arange(looked_at, device=scores.device)
         usable = ranks < available[:, None]  # (B, M)
         kept = distinct(boxes_of(order), -ranks.expand_as(order), usable, threshold, for_graph)
-        if looked_at == scores.shape[1] or bool(((kept.sum(1) >= count) | (available <= looked_at)).all()):
+        ended = for_graph or looked_at == scores.shape[1]
+        if ended or bool(((kept.sum(1) >= count) | (available <= looked_at)).all()):
             last = 2 - usable.int() - kept.int()  # 0 survives, 1 is suppressed, 2 is no valid token
             places = (last * looked_at + ranks).argsort(dim=1)  # not a stable sort, which ONNX does not have
             return _repeated(order.gather(1, places), valid, count)
