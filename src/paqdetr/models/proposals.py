@@ -160,8 +160,8 @@ def _distinct_tokens(
     """As `_best_tokens`, but tokens whose box overlaps that of a better one by more than `threshold` come after all others.
 
     Which tokens survive non-maximum suppression depends on better ones alone. So only as many of the best are looked at as are
-    needed for `count` survivors, and the result is that of suppression among all tokens. A graph has no such loop: it looks at the
-    best 4 * `count` tokens, and where too few of them survive, suppressed ones fill up.
+    needed for `count` survivors, and the result is that of suppression among all tokens. A graph has no such loop: it looks at
+    the best 4 * `count` tokens, and where too few of them survive, suppressed ones fill up.
     """
     ranked = scores.masked_fill(~valid, -torch.inf)
     available = valid.sum(1)  # (B,)
