@@ -117,12 +117,11 @@ def test_changed_settings_are_named(tmp_path: Path, key: str, value: Any, old: s
 def test_the_command_that_resumes_with_the_run_s_own_settings(tmp_path: Path) -> None:
     run = begun(tmp_path / "my run")
     with pytest.raises(ConfigError) as caught:
-        run.require_settings(changed(seed=1, epochs=4, lr=0.5), data="d")
+        run.require_settings(changed(seed=1, epochs=4, lr=0.5))
     assert all(f"{key}=" in caught.value.message for key in ("seed", "epochs", "lr"))
     _, command = caught.value.remedy.split(": ")
-    _, verb, config, *rest = shlex.split(command)
-    assert (verb, rest) == ("train", ["--data", "d", "--output", str(run.output), "--resume"])
-    run.require_settings(load_config(config))
+    assert shlex.split(command) == ["paqdetr", "train", str(run.output), "--resume"]
+    run.require_settings(load_config(run.config_file))
 
 
 def test_how_images_are_loaded_may_change(tmp_path: Path) -> None:

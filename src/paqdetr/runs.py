@@ -41,6 +41,12 @@ class Run(Summary):
     def __post_init__(self) -> None:
         object.__setattr__(self, "output", Path(self.output))  # a text is one, too
 
+    @classmethod
+    def at(cls, path: str | Path) -> Run | None:
+        """The run whose folder this is, or in whose folder this file lies; None if there is none."""
+        run = cls(Path(path) if Path(path).is_dir() else Path(path).parent)
+        return run if run.config_file.is_file() and run.environment_file.is_file() else None
+
     @property
     def config_file(self) -> Path:
         """Settings as resolved."""
@@ -48,8 +54,14 @@ class Run(Summary):
 
     @property
     def environment_file(self) -> Path:
-        """A json list with an entry for each start and resumption: command, versions, git commit, machine."""
+        """A json list with an entry for each start and resumption: command, data, versions, git commit, machine."""
         return self.output / "environment.json"
+
+    @property
+    def data(self) -> str | None:
+        """Folder of the data of the last start or resumption; None if the run does not say."""
+        entries = self._environments()
+        return entries[-1].get("data") if entries else None
 
     @property
     def metrics_file(self) -> Path:
@@ -139,12 +151,14 @@ class Run(Summary):
 
     def add_environment(self, entry: dict[str, Any]) -> None:
         """Note what this start or resumption runs with."""
+        write_text(self.environment_file, json.dumps([*self._environments(), entry], indent=1) + "\n")
+
+    def _environments(self) -> list[dict[str, Any]]:
         try:
             entries = json.loads(self.environment_file.read_bytes())
         except (FileNotFoundError, ValueError):
             entries = []
-        entries = entries if isinstance(entries, list) else []  # damaged: of use to a reader alone
-        write_text(self.environment_file, json.dumps([*entries, entry], indent=1) + "\n")
+        return entries if isinstance(entries, list) else []  # damaged: no reason to end a training
 
     def append(self, record: dict[str, Any]) -> None:
         """Add a record to metrics.jsonl, null in place of a number that is NaN or infinite.
@@ -183,9 +197,8 @@ class Run(Summary):
         elif foreign:
             raise ConfigError(f"{self.output}: the folder holds other files and no run", "choose another --output")
 
-    def require_settings(self, config: Config, data: str | Path = "DIR") -> None:
-        """Raise ConfigError if the run, which has kept something, was started with other settings. `data` is the folder of its
-        data, for the command that the error names."""
+    def require_settings(self, config: Config) -> None:
+        """Raise ConfigError if the run, which has kept something, was started with other settings."""
         if not self.config_file.exists() or self.empty:
             return
         started = load_config(self.config_file)
@@ -198,7 +211,7 @@ class Run(Summary):
             more = f"; and {len(found) - 8} more" if len(found) > 8 else ""
             raise ConfigError(
                 f"{self.config_file}: the run was started with {'; '.join(found[:8])}{more}",
-                f"its own settings are resumed by: {command_to_resume(self.output, data)}",
+                f"its own settings are resumed by: {command_to_resume(self.output)}",
             )
 
     def begin(self, *, resume: bool) -> IO[bytes] | None:

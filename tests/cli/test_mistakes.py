@@ -312,7 +312,7 @@ def state_of_other_images(w: World) -> list[str]:
     return w.resume()
 
 
-@case("the run was started with batch_size=4, now it is 2; seed=0, now it is 3", "output/config.yaml --data")
+@case("the run was started with batch_size=4, now it is 2; seed=0, now it is 3", "/output --resume")
 def resumption_with_other_settings(w: World) -> list[str]:
     w.unfinished()
     return w.resume("batch_size=2", "seed=3")
@@ -327,7 +327,18 @@ def resumption_from_a_file(w: World) -> list[str]:
 @case("output: a checkpoint, in the place of a model", "output --resume` goes on with the run")
 def resumption_of_a_folder(w: World) -> list[str]:
     w.unfinished()
-    return [*w.train(model=str(w.output)), "--resume"]
+    return w.train(model=str(w.output))
+
+
+@case("data: not given", "output does not say which it was made with; name the folder of a data set")
+def resumption_of_a_run_that_names_no_data(w: World) -> list[str]:
+    w.unfinished().environment_file.write_text("[]")
+    return ["train", str(w.output), "--resume"]
+
+
+@case("output: not given", "name a folder for the run; to go on with a run, its folder is enough")
+def training_without_output(w: World) -> list[str]:
+    return ["train", "dino_nano", "--data", str(w.data), "--resume"]
 
 
 @case("config.yaml: line 2, column 1: not valid YAML")
@@ -523,9 +534,9 @@ def threshold_that_is_no_number(w: World) -> list[str]:
     return [*w.predict(), "--threshold", "nan"]
 
 
-@case("--output", "`paqdetr train --help`")
+@case("--output", "`paqdetr analyze --help`")
 def missing_option(w: World) -> list[str]:
-    return ["train", "paq_dino_nano", "--data", str(w.data)]
+    return ["analyze", "paq_dino_nano", "--data", str(w.data)]
 
 
 @case("No such command 'trian'", "`paqdetr --help`")

@@ -321,12 +321,13 @@ def test_info_of_a_run_and_its_file(tmp_path: Path, tiny_run: Run, capsys: pytes
     copy = Run(Path(shutil.copytree(tiny_run.output, tmp_path / "run")))
     lines = [line for line in copy.metrics_file.read_text().splitlines() if json.loads(line)["kind"] != "finished"]
     copy.metrics_file.write_text("\n".join(lines) + "\n")
-    began = json.loads(copy.environment_file.read_text())
-    began[-1]["command"] = "paqdetr train dino_nano --data d --output run"
-    copy.environment_file.write_text(json.dumps(began))
     assert run(["info", str(copy.output)]) == 0
     said = capsys.readouterr().out
-    assert "unfinished: step" in said and "paqdetr train dino_nano --data d --output run --resume" in said
+    assert "unfinished: step" in said and f"paqdetr train {copy.output} --resume" in said.replace("\n", "")
+    began = {"command": "torchrun -m paqdetr train dino_nano --data d --output run", "data": "d"}
+    copy.environment_file.write_text(json.dumps([began]))
+    assert run(["info", str(copy.output)]) == 0
+    assert "paqdetr train dino_nano --data d --output run --resume" in capsys.readouterr().out
 
     assert run(["info", str(copy.best)]) == 0
     said = capsys.readouterr().out

@@ -193,6 +193,8 @@ def what_to_type(words: Sequence[str], program: Any) -> tuple[str, str] | None:
     given = {name.partition("=")[0] for name in line.given}
     needed = {param.opts[0] for param in options if param.required}
     missing = [name for name, param in arguments.items() if param.required][len(line.positionals) :]
+    if names == ["train"] and "--resume" not in given:  # a run that is resumed by its folder says both
+        needed |= {"--data", "--output"}
     if names == ["eval"] and not given & {"--results", "--compare"}:
         needed.add("--data")
         missing = [] if line.positionals else ["MODEL"]

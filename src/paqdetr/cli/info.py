@@ -73,7 +73,7 @@ def _of_model(name: str) -> tuple[str, dict[str, str]]:
 
 
 def _of_run(folder: Path) -> tuple[str, dict[str, str]]:
-    from paqdetr.config import load_config
+    from paqdetr.config import command_to_resume, load_config
     from paqdetr.files import read_json
     from paqdetr.runs import Run, best_evaluation, describe_status
 
@@ -95,8 +95,11 @@ def _of_run(folder: Path) -> tuple[str, dict[str, str]]:
         "checkpoints": ", ".join(path.name for path in (run.best, run.last) if path.is_file()) or "none yet",
     }
     if not finished:
-        command = str(began.get("command", "the call that began it, with resume=True"))
+        command = str(began.get("command", ""))
+        if run.data is not None and not command.startswith("torchrun"):
+            return title, facts | {"go on with": command_to_resume(folder)}
         again = "" if "--resume" in command or not command.startswith(("paqdetr", "torchrun")) else " --resume"
+        command = command or "the call that began it, with resume=True"
         return title, facts | {"in the folder": str(began.get("directory", "")), "go on with": f"{command}{again}"}
     return title, facts | {
         "measure it": f"paqdetr eval {place} --data DIR --split test",

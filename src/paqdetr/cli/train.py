@@ -17,9 +17,15 @@ def train(
     model: options.Model,
     settings: options.Settings = None,
     *,
-    data: options.Data,
-    output: Annotated[Path, options.output(help="Folder of the run; made if absent.")],
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run, or start it.")] = False,
+    data: Annotated[Path | None, options.data(help="Folder of the data set, or its data.yaml.")] = None,
+    output: Annotated[Path | None, options.output(help="Folder of the run; made if absent.")] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Continue an interrupted run, or start it. With a run's folder as MODEL, no more is needed.",
+        ),
+    ] = False,
     accept_new_data: Annotated[
         bool, typer.Option("--accept-new-data", help="With --resume: even if the data have changed.")
     ] = False,

@@ -94,10 +94,9 @@ def validate_config(values: Mapping[str, Any], where: str) -> Config:
         raise _explain(error, where) from None
 
 
-def command_to_resume(run: Path, data: str | Path = "DIR") -> str:
-    """The command that goes on with the run in a folder, with its own settings."""
-    config, data, output = (shlex.quote(str(path)) for path in (run / "config.yaml", data, run))
-    return f"paqdetr train {config} --data {data} --output {output} --resume"
+def command_to_resume(run: Path) -> str:
+    """The command that goes on with the run in a folder, with its own settings and data."""
+    return f"paqdetr train {shlex.quote(str(run))} --resume"
 
 
 def known_keys() -> list[str]:
@@ -303,7 +302,7 @@ def _to_train_from(source: str) -> str | None:
     if not source.endswith(".safetensors") and not (is_folder and any(path.glob("*.safetensors"))):
         return None
     starts = f"`paqdetr train MODEL init={source}` starts from these weights"
-    is_run = (folder / "config.yaml").is_file()
+    is_run = (folder / "config.yaml").is_file() and (folder / "environment.json").is_file()
     return f"`{command_to_resume(folder)}` goes on with the run; {starts}" if is_run else f"name the model; {starts}"
 
 

@@ -10,7 +10,7 @@ from tempfile import gettempdir
 from typing import Any
 
 from paqdetr.checkpoint import find_described, require_same_settings
-from paqdetr.config import describe_idle, load_config
+from paqdetr.config import describe_idle, list_configs, load_config
 from paqdetr.environment import describe_environment
 from paqdetr.errors import ConfigError, UserError
 from paqdetr.runs import Run
@@ -22,8 +22,8 @@ from paqdetr.values import environment_integer
 def train(
     model: str | Path,
     *,
-    data: str | Path,
-    output: str | Path,
+    data: str | Path | None = None,
+    output: str | Path | None = None,
     resume: bool = False,
     accept_new_data: bool = False,
     device: str | None = None,
@@ -37,7 +37,8 @@ def train(
     Settings that change nothing beside the others, and what is odd about the data, are named in the log.
 
     Args:
-        model: a name of `list_models()`, a recipe of `list_recipes()`, or a YAML file.
+        model: a name of `list_models()`, a recipe of `list_recipes()`, or a YAML file; with `resume` also the folder of a run,
+            which then says everything else.
         data: a data set's folder with a `train` and, if there is one, a `val` split; `val_fraction` makes one.
         output: the run's folder.
         resume: continue a run that was interrupted; start it if there is none; do nothing if it is finished.
@@ -63,6 +64,7 @@ def train(
             f"model: expected a name or a YAML file, found a {type(model).__name__}",
             "save it, and give its file as init=: train('dino_nano', init='model.safetensors', ...)",
         )
+    model, data, output = _where(model, data, output, resume)
     given = {**(settings or {}), **overrides}
     config = load_config(model, given)
     train_split, val_split = open_splits(data, config)
@@ -91,7 +93,7 @@ def train(
                 held = run.begin(resume=resume)
         if auto_batch:
             config = with_largest_batch(config, train_split, run, processes)
-        run.require_settings(config, data)
+        run.require_settings(config)
         if run.finished:
             return run
         trainer = Trainer(
@@ -110,7 +112,8 @@ def train(
                     logging.getLogger(__name__).warning("%s", note)
                 run.write_config(config)
                 run.remove_leftovers()
-                run.add_environment(describe_environment() | {"processes": processes.count})
+                where = {"data": str(Path(data).resolve()), "processes": processes.count}
+                run.add_environment(describe_environment() | where)
         trainer.fit()
     except UserError:
         if held is not None and not was_there:
@@ -120,3 +123,21 @@ def train(
         if held is not None:
             held.close()
     return run
+
+
+def _where(
+    model: str | Path, data: str | Path | None, output: str | Path | None, resume: bool
+) -> tuple[str | Path, str | Path, str | Path]:
+    """Model, data and output, which a run that is resumed by its folder says itself."""
+    run = Run.at(model) if resume and str(model) not in list_configs() else None
+    if run is not None:
+        model, data, output = run.config_file, data or run.data, output or run.output
+    for name, value, what in (("data", data, "the folder of a data set"), ("output", output, "a folder for the run")):
+        if value is None:
+            of_run = f"{run.output} does not say which it was made with; " if run is not None else ""
+            raise ConfigError(
+                f"{name}: not given",
+                f"{of_run}name {what}; to go on with a run, its folder is enough: `paqdetr train RUN --resume`",
+            )
+    assert data is not None and output is not None
+    return model, data, output
