@@ -114,6 +114,19 @@ def test_changed_settings_are_named(tmp_path: Path, key: str, value: Any, old: s
     assert run.config_file.read_text() == before
 
 
+def test_a_run_is_known_by_its_folder_settings_and_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = begun(tmp_path / "run")
+    assert Run.at(run.output) is None  # nothing has begun in it
+    run.add_environment({"data": "/data"})
+    assert all(Run.at(path) == run for path in (run.output, str(run.output), run.config_file, run.last, run.best))
+    assert run.data == "/data"
+    monkeypatch.chdir(run.output)  # where no other name means the run
+    assert Run.at("dino_nano") is Run.at("mine.yaml") is None
+    for damaged in ("[1]", "{}", "", "[{}]"):
+        run.environment_file.write_text(damaged)
+        assert run.data is None
+
+
 def test_the_command_that_resumes_with_the_run_s_own_settings(tmp_path: Path) -> None:
     run = begun(tmp_path / "my run")
     with pytest.raises(ConfigError) as caught:

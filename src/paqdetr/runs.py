@@ -43,8 +43,9 @@ class Run(Summary):
 
     @classmethod
     def at(cls, path: str | Path) -> Run | None:
-        """The run whose folder this is, or in whose folder this file lies; None if there is none."""
-        run = cls(Path(path) if Path(path).is_dir() else Path(path).parent)
+        """The run whose folder, settings or checkpoint this is; None if it is none."""
+        path = Path(path)
+        run = cls(path.parent if path.name == "config.yaml" or path.suffix == ".safetensors" else path)
         return run if run.config_file.is_file() and run.environment_file.is_file() else None
 
     @property
@@ -158,7 +159,8 @@ class Run(Summary):
             entries = json.loads(self.environment_file.read_bytes())
         except (FileNotFoundError, ValueError):
             entries = []
-        return entries if isinstance(entries, list) else []  # damaged: no reason to end a training
+        # What is damaged is no reason to end a training.
+        return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
 
     def append(self, record: dict[str, Any]) -> None:
         """Add a record to metrics.jsonl, null in place of a number that is NaN or infinite.
