@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torchvision.ops import box_iou
 
 from paqdetr.cli import run as cli
 from paqdetr.config import load_config
@@ -197,6 +199,21 @@ def test_training_is_told_what_is_odd_about_the_data(train_only: Path) -> None:
     ]
 
 
+def test_training_is_told_of_objects_that_hide_one_another(train_only: Path) -> None:
+    file = train_only / "train.json"
+    content = json.loads(file.read_text())
+    content["annotations"] += [{"id": 99, "image_id": 3, "category_id": 1, "bbox": [4, 4, 20, 21]}]
+    file.write_text(json.dumps(content))
+    (told,) = [
+        note for note in describe_data(load_config("dino_nano"), open_split(train_only, "train"), None) if "0.8" in note
+    ]
+    assert told.startswith("train.json: 1 boxes (7%) overlap another of their image by more than 0.8") and (
+        "set model.distinct_proposals=null model.distinct_queries=null" in told
+    )
+    plain = load_config("dino_nano", {"model.distinct_queries": None})
+    assert not any("overlap" in note for note in describe_data(plain, open_split(train_only, "train"), None))
+
+
 def test_a_share_of_train_validates(train_only: Path) -> None:
     config = load_config("paq_dino_nano", {"val_fraction": 0.25, "patience": 2})
     train, val = open_splits(train_only, config)
@@ -306,6 +323,28 @@ def test_duplicates_are_those_of_a_slow_search(rows: list[tuple[int, int, int, b
     built = builder.build(source=Path("x"), image_dir=Path("x"), classes=ClassTable((1, 2), ("a", "b")))
     keys = [tuple(row) for row in np.column_stack([built.owners, built.labels, built.crowd, built.boxes]).tolist()]
     assert built.duplicates().tolist() == [key in keys[:place] for place, key in enumerate(keys)]
+
+
+@given(
+    rows=st.lists(
+        st.tuples(st.integers(0, 2), *[st.integers(0, 9)] * 2, *[st.integers(1, 6)] * 2, st.booleans()), max_size=14
+    ),
+    iou=st.sampled_from([0.3, 0.5, 0.8]),
+)
+def test_overlapping_boxes_are_those_of_a_slow_search(
+    rows: list[tuple[int, int, int, int, int, bool]], iou: float
+) -> None:
+    builder = Builder()
+    for index in range(3):
+        builder.add_image(index, f"{index}.png", height=12, width=12)
+    for number, (image, *box, crowd) in enumerate(sorted(rows)):
+        builder.add_box(image, number % 2, box, crowd=crowd)
+    built = builder.build(source=Path("x"), image_dir=Path("x"), classes=ClassTable((1, 2), ("a", "b")))
+    trainable, corners = built.trainable()
+    close = box_iou(torch.from_numpy(corners), torch.from_numpy(corners)).numpy() > iou
+    same = built.owners[:, None] == built.owners[None]
+    expected = np.triu(close & same & trainable[:, None] & trainable[None], 1).any(axis=1)
+    assert built.overlapping(iou).tolist() == expected.tolist()
 
 
 def test_choosing_images_keeps_their_boxes() -> None:

@@ -213,6 +213,23 @@ class Annotations:
         inside = (single[:, 2:] > single[:, :2]).all(axis=1)
         return inside & ~self.crowd & ~self.duplicates(), corners
 
+    def overlapping(self, iou: float) -> np.ndarray:
+        """(A,) bool: `trainable` boxes that overlap a later one of their image, of whatever class, by more than `iou`."""
+        trainable, corners = self.trainable()
+        rows = np.flatnonzero(trainable)
+        owners, x0, y0, x1, y1 = self.owners[rows], *corners[rows].T
+        areas, found = (x1 - x0) * (y1 - y0), np.zeros(len(corners), dtype=bool)
+        for lag in range(1, len(rows)):  # every box with the one that stands so many behind it
+            close = np.flatnonzero(owners[lag:] == owners[:-lag])
+            if not len(close):
+                break
+            other = close + lag
+            width = np.minimum(x1[close], x1[other]) - np.maximum(x0[close], x0[other])
+            height = np.minimum(y1[close], y1[other]) - np.maximum(y0[close], y0[other])
+            shared = width.clip(0) * height.clip(0)
+            found[rows[close[shared > iou * (areas[close] + areas[other] - shared)]]] = True
+        return found
+
     def with_images(self, chosen: np.ndarray) -> Annotations:
         """The images at the positions `chosen`, in this order, with their boxes. `masks` is 0: whose they are is not known."""
         starts = self.starts.tolist()

@@ -17,6 +17,9 @@ if TYPE_CHECKING:  # settings and data are found wanting before torch is importe
 
     from paqdetr.models import Detector
 
+# As a share of the boxes: what selection of distinct queries may hide before a training says so.
+_MANY_HIDDEN = 0.005
+
 
 def open_splits(data: str | Path, config: Config) -> tuple[DetectionDataset, DetectionDataset | None]:
     """The split to train on, and the one to validate on: `val`, or what `val_fraction` holds out; None if there is neither.
@@ -56,6 +59,14 @@ def describe_data(config: Config, train_split: DetectionDataset, val_split: Dete
     ]
     if duplicates := int(train_split.annotations.duplicates().sum()):
         found.append(f"{name}: {duplicates} duplicate boxes are left out; `paqdetr data check` lists them")
+    if (limit := config.model.distinct_queries) is not None:
+        hidden = train_split.annotations.overlapping(limit)
+        if (share := float(hidden.mean())) >= _MANY_HIDDEN:
+            found.append(
+                f"{name}: {int(hidden.sum())} boxes ({share:.0%}) overlap another of their image by more than {limit:g}, and of "
+                f"queries that do so the best alone stays (model.distinct_queries={limit:g}); set model.distinct_proposals=null "
+                "model.distinct_queries=null, if these are different objects"
+            )
     if val_split is None:
         return [
             *found,
