@@ -69,7 +69,7 @@ CASES: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "loss.varifocal_alpha": (0.25, "dino_r50", {}),
     "loss.hybrid_loss": ("aligned", "dino_nano", {"model.hybrid_queries": 20}),
     "model.hybrid_heads": ("encoder", "dino_nano", {"model.hybrid_queries": 20}),
-    "model.distinct_restart": (True, "dino_nano", {"model.distinct_queries": 0.05}),
+    "model.distinct_restart": (True, "deformable_detr_nano", {"model.distinct_queries": 0.05}),
     "loss.hybrid_weight": (3.0, "dino_nano", {"model.hybrid_queries": 20}),
     "loss.hybrid_repeat": (2, "dino_nano", {"model.hybrid_queries": 20}),
     "model.roi_samples": (8, "dino_nano", {"model.auxiliary_heads": ["faster_rcnn"]}),
