@@ -81,7 +81,8 @@ def check(folder: Path) -> dict[str, dict[str, Any]]:
         known = torch.load(path / "outputs.pt")
         now = outputs(path / "whole" / "last.safetensors")
         same = all(torch.equal(known[key], now[key]) for key in known)
-        resumed = run(folder, path.name, path / "stopped", resume=True)
+        settings = path / "stopped" / "config.yaml"  # its own: a recipe may have changed
+        resumed = run(folder, str(settings), path / "stopped", resume=True)
         ends = [paqdetr.load(each).state_dict() for each in (path / "whole" / "last.safetensors", resumed.last)]
         if ends[0].keys() != ends[1].keys():
             sys.exit(f"{path.name}: the resumed run has other weights: {sorted(ends[0].keys() ^ ends[1].keys())[:3]}")

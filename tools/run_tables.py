@@ -58,7 +58,7 @@ def headline() -> str:
         (host_is, row)
         for host_is, rows in (("", confirm), (" with three decoder layers and without distinct queries", pilot))
         for row in rows["verdicts"]
-        if row["claim"] == "PaQ raises AP." and row["seeds"]
+        if row["claim"] == "PaQ raises AP." and row["low"] is not None
     ]
     speed = json.loads((RESULTS / "performance" / "whole_model.json").read_text(encoding="utf-8"))
     watching = json.loads((RESULTS / "query_usage_cost.json").read_text(encoding="utf-8"))

@@ -84,7 +84,7 @@ def worker_start_method() -> str:
     return "fork" if method == "forkserver" else method
 
 
-_GO_ON = "; `paqdetr train --resume` continues a training"
+_GO_ON = "; `paqdetr train RUN --resume` continues a training"
 
 
 def worker_error(error: RuntimeError | MemoryError) -> WorkerError | None:

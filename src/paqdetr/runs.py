@@ -213,7 +213,7 @@ class Run(Summary):
             more = f"; and {len(found) - 8} more" if len(found) > 8 else ""
             raise ConfigError(
                 f"{self.config_file}: the run was started with {'; '.join(found[:8])}{more}",
-                f"its own settings are resumed by: {command_to_resume(self.output)}",
+                f"its own settings are resumed by: {command_to_resume(self.output, names_data=self.data is not None)}",
             )
 
     def begin(self, *, resume: bool) -> IO[bytes] | None:

@@ -87,7 +87,7 @@ BAD: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("threshold", {"default_f1": 0.70, "default_threshold": 0.3, "threshold": 0.55},
      ("At a score of 0.55 90% of the detections", "At 0.30, where `predict` begins, F1 is 0.700", "`--threshold 0.55`")),
     ("unfinished", {"training": rising(0.3, 0.4, 0.5, finished=False, done=4.5)},
-     ("unfinished: 4.5 of 12 epochs", "`paqdetr train --resume`")),
+     ("unfinished: 4.5 of 12 epochs", "`paqdetr train RUN --resume`")),
     ("still rising", {"training": rising(0.3, 0.4, 0.5, 0.56)},
      ("AP still rose when the training ended, by 0.060 in the last 1 of 4 evaluations", "epochs=24")),
     ("fallen", {"training": rising(0.3, 0.6, 0.55, 0.5)}, ("AP fell from 0.600 in epoch 2 to 0.500", "best.safetensors")),

@@ -330,13 +330,24 @@ def resumption_of_a_folder(w: World) -> list[str]:
     return w.train(model=str(w.output))
 
 
-@case("data: not given", "output does not say which it was made with; name the folder of a data set")
+@case("--data is not given", "output does not say which it was made with; name the folder of a data set")
 def resumption_of_a_run_that_names_no_data(w: World) -> list[str]:
     w.unfinished().environment_file.write_text("[]")
     return ["train", str(w.output), "--resume"]
 
 
-@case("output: not given", "name a folder for the run; to go on with a run, its folder is enough")
+@case("output: neither a model nor the folder of a run", "a run is named by its folder")
+def resumption_of_a_run_that_is_not_there(w: World) -> list[str]:
+    return ["train", str(w.output), "--resume"]
+
+
+@case("a run to go on with, and output is another folder", "leave --output out")
+def resumption_into_another_folder(w: World) -> list[str]:
+    run = w.unfinished()
+    return ["train", str(run.last), "--data", str(w.data), "--output", str(w.root / "other"), "--resume"]
+
+
+@case("--output is not given", "name a folder for the run; to go on with a run, its folder is enough")
 def training_without_output(w: World) -> list[str]:
     return ["train", "dino_nano", "--data", str(w.data), "--resume"]
 

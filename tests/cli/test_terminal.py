@@ -324,7 +324,7 @@ def test_info_of_a_run_and_its_file(tmp_path: Path, tiny_run: Run, capsys: pytes
     assert run(["info", str(copy.output)]) == 0
     said = capsys.readouterr().out
     assert "unfinished: step" in said and f"paqdetr train {copy.output} --resume" in said.replace("\n", "")
-    began = {"command": "torchrun -m paqdetr train dino_nano --data d --output run", "data": "d"}
+    began = {"command": "torchrun -m paqdetr train dino_nano --data d --output run", "data": "d", "processes": 2}
     copy.environment_file.write_text(json.dumps([began]))
     assert run(["info", str(copy.output)]) == 0
     assert "paqdetr train dino_nano --data d --output run --resume" in capsys.readouterr().out

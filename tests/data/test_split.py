@@ -207,8 +207,8 @@ def test_training_is_told_of_objects_that_hide_one_another(train_only: Path) -> 
     (told,) = [
         note for note in describe_data(load_config("dino_nano"), open_split(train_only, "train"), None) if "0.8" in note
     ]
-    assert told.startswith("train.json: 1 boxes (7%) overlap another of their image by more than 0.8") and (
-        "set model.distinct_proposals=null model.distinct_queries=null" in told
+    assert told.startswith("train.json: 6.7% of the boxes overlap another of their image by more than 0.8") and (
+        "model.distinct_proposals=null model.distinct_queries=null keeps both" in told
     )
     plain = load_config("dino_nano", {"model.distinct_queries": None})
     assert not any("overlap" in note for note in describe_data(plain, open_split(train_only, "train"), None))

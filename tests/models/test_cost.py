@@ -128,5 +128,7 @@ def test_more_pixels_cost_more() -> None:
 def test_distinct_proposals_are_counted_without_values(tmp_path: Path) -> None:
     """Which proposals overlap depends on values; what is multiplied does not."""
     file = tmp_path / "distinct.yaml"
-    file.write_text("base: dino_nano\nname: distinct\nmodel: {distinct_proposals: 0.8}\n", encoding="utf-8")
+    file.write_text(
+        "base: dino_nano\nname: distinct\nmodel: {distinct_proposals: null, distinct_queries: null}\n", encoding="utf-8"
+    )
     assert cost_of(str(file), 320, 320) == cost_of("dino_nano", 320, 320)

@@ -162,7 +162,7 @@ def _training(facts: Facts) -> Iterator[Finding]:
     if not own.finished and own.done < own.epochs:
         yield _bad(
             f"The training is unfinished: {own.done:.1f} of {own.epochs} epochs.",
-            "`paqdetr train --resume` goes on; the learning rate falls at the end, where much of the AP is gained.",
+            "`paqdetr train RUN --resume` goes on; the learning rate falls at the end, where much of the AP is gained.",
             "training",
             cost=0.5,
         )

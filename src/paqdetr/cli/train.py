@@ -17,8 +17,13 @@ def train(
     model: options.Model,
     settings: options.Settings = None,
     *,
-    data: Annotated[Path | None, options.data(help="Folder of the data set, or its data.yaml.")] = None,
-    output: Annotated[Path | None, options.output(help="Folder of the run; made if absent.")] = None,
+    data: Annotated[
+        Path | None,
+        options.data(help="Folder of the data set, or its data.yaml. Needed, unless a run is resumed by its folder."),
+    ] = None,
+    output: Annotated[
+        Path | None, options.output(help="Folder of the run; made if absent. Needed, as --data is.")
+    ] = None,
     resume: Annotated[
         bool,
         typer.Option(

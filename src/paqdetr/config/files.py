@@ -94,9 +94,9 @@ def validate_config(values: Mapping[str, Any], where: str) -> Config:
         raise _explain(error, where) from None
 
 
-def command_to_resume(run: Path) -> str:
-    """The command that goes on with the run in a folder, with its own settings and data."""
-    return f"paqdetr train {shlex.quote(str(run))} --resume"
+def command_to_resume(run: Path, *, names_data: bool = True) -> str:
+    """The command that goes on with the run in a folder, with its own settings, and with its own data if it names them."""
+    return f"paqdetr train {shlex.quote(str(run))} --resume{'' if names_data else ' --data DIR'}"
 
 
 def known_keys() -> list[str]:

@@ -227,7 +227,7 @@ def _require_parity(parity: Parity, file: Path) -> None:
         f"{file}: not written: it does not find what the model finds: {missing} of {compared} detections have no partner of "
         f"their class with IoU >= {parity.min_iou} and a score within {parity.max_score_difference}"
         + (f"; raw outputs are off by {raw:.2g}" if raw else ""),
-        "report it with the model's settings; --no-check writes the file all the same",
+        "report it with the model's settings (docs/deploy.md has the known reasons); --no-check writes the file all the same",
     )
     error.parity = parity
     raise error

@@ -14,6 +14,7 @@ from paqdetr.config import describe_idle, list_configs, load_config
 from paqdetr.environment import describe_environment
 from paqdetr.errors import ConfigError, UserError
 from paqdetr.runs import Run
+from paqdetr.text import did_you_mean
 from paqdetr.training.callbacks import Callback, NotebookProgress, require_trackers
 from paqdetr.training.setup import describe_data, open_splits, with_classes
 from paqdetr.values import environment_integer
@@ -39,7 +40,8 @@ def train(
     Args:
         model: a name of `list_models()`, a recipe of `list_recipes()`, or a YAML file; with `resume` also the folder of a run,
             which then says everything else.
-        data: a data set's folder with a `train` and, if there is one, a `val` split; `val_fraction` makes one.
+        data: a data set's folder with a `train` and, if there is one, a `val` split; `val_fraction` makes one. Needed, as is
+            output, unless a run is resumed by its folder.
         output: the run's folder.
         resume: continue a run that was interrupted; start it if there is none; do nothing if it is finished.
         accept_new_data: resume even if classes, boxes or images are not those that the run was started with.
@@ -129,14 +131,27 @@ def _where(
     model: str | Path, data: str | Path | None, output: str | Path | None, resume: bool
 ) -> tuple[str | Path, str | Path, str | Path]:
     """Model, data and output, which a run that is resumed by its folder says itself."""
-    run = Run.at(model) if resume and str(model) not in list_configs() else None
+    by_name = str(model) in list_configs()
+    run = Run.at(model) if resume and not by_name else None
     if run is not None:
+        if output is not None and Path(model) != run.config_file and Path(output).resolve() != run.output.resolve():
+            raise ConfigError(
+                f"{model}: a run to go on with, and output is another folder, {output}",
+                "leave --output out; or name the model, with init=FILE to start from weights",
+            )
         model, data, output = run.config_file, data or run.data, output or run.output
+    elif resume and not by_name and not str(model).endswith((".yaml", ".yml")):
+        raise ConfigError(
+            f"{model}: neither a model nor the folder of a run (it has no config.yaml and environment.json)",
+            did_you_mean(
+                str(model), list_configs(), "`paqdetr config list` lists models; a run is named by its folder"
+            ),
+        )
     for name, value, what in (("data", data, "the folder of a data set"), ("output", output, "a folder for the run")):
         if value is None:
             of_run = f"{run.output} does not say which it was made with; " if run is not None else ""
             raise ConfigError(
-                f"{name}: not given",
+                f"--{name} is not given",
                 f"{of_run}name {what}; to go on with a run, its folder is enough: `paqdetr train RUN --resume`",
             )
     assert data is not None and output is not None
