@@ -336,7 +336,7 @@ def resumption_of_a_run_that_names_no_data(w: World) -> list[str]:
     return ["train", str(w.output), "--resume"]
 
 
-@case("output: neither a model nor the folder of a run", "a run is named by its folder")
+@case("unknown model or recipe", "`paqdetr config list` lists what there is")
 def resumption_of_a_run_that_is_not_there(w: World) -> list[str]:
     return ["train", str(w.output), "--resume"]
 

@@ -3,6 +3,7 @@
 from paqdetr.config.files import (
     command_to_resume,
     describe_config,
+    is_name,
     known_figures,
     known_keys,
     list_configs,
@@ -26,6 +27,7 @@ __all__ = [
     "idle_settings",
     "known_figures",
     "known_keys",
+    "is_name",
     "list_configs",
     "load_config",
     "parse_overrides",

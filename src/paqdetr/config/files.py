@@ -122,6 +122,14 @@ def describe_config(name: str) -> str:
     return f"{_part(_models()[model][0])['title']}{' with PaQ' if model.startswith('paq_') else ''}, {describe_training(name)}."
 
 
+def is_name(text: str) -> bool:
+    """Whether a model or recipe that comes with the package is called so."""
+    try:
+        return text in _files("recipes") or bool(_parse(text))
+    except ConfigError:
+        return False
+
+
 def describe_training(name: str) -> str:
     """What sets a model or recipe apart from others of its host: its size, and what it is trained on."""
     if name in _files("recipes"):

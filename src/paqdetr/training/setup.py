@@ -63,9 +63,9 @@ def describe_data(config: Config, train_split: DetectionDataset, val_split: Dete
         hidden = train_split.annotations.overlapping(limit)
         if (share := float(hidden.mean())) >= _MANY_HIDDEN:
             found.append(
-                f"{name}: {share:.1%} of the boxes overlap another of their image by more than {limit:g}: of two such predictions "
-                f"the better one alone is kept (model.distinct_queries={limit:g}), so that one object of the two is not "
-                "found; model.distinct_proposals=null model.distinct_queries=null keeps both"
+                f"{name}: {share:.1%} of the boxes overlap another of their image by more than {limit:g}: of two such "
+                f"predictions the better one alone is kept (model.distinct_queries={limit:g}), so that one object of the two "
+                "is not found; model.distinct_proposals=null model.distinct_queries=null keeps both"
             )
     if val_split is None:
         return [

@@ -10,11 +10,10 @@ from tempfile import gettempdir
 from typing import Any
 
 from paqdetr.checkpoint import find_described, require_same_settings
-from paqdetr.config import describe_idle, list_configs, load_config
+from paqdetr.config import describe_idle, is_name, load_config
 from paqdetr.environment import describe_environment
 from paqdetr.errors import ConfigError, UserError
 from paqdetr.runs import Run
-from paqdetr.text import did_you_mean
 from paqdetr.training.callbacks import Callback, NotebookProgress, require_trackers
 from paqdetr.training.setup import describe_data, open_splits, with_classes
 from paqdetr.values import environment_integer
@@ -131,8 +130,7 @@ def _where(
     model: str | Path, data: str | Path | None, output: str | Path | None, resume: bool
 ) -> tuple[str | Path, str | Path, str | Path]:
     """Model, data and output, which a run that is resumed by its folder says itself."""
-    by_name = str(model) in list_configs()
-    run = Run.at(model) if resume and not by_name else None
+    run = Run.at(model) if resume and not is_name(str(model)) else None
     if run is not None:
         if output is not None and Path(model) != run.config_file and Path(output).resolve() != run.output.resolve():
             raise ConfigError(
@@ -140,13 +138,8 @@ def _where(
                 "leave --output out; or name the model, with init=FILE to start from weights",
             )
         model, data, output = run.config_file, data or run.data, output or run.output
-    elif resume and not by_name and not str(model).endswith((".yaml", ".yml")):
-        raise ConfigError(
-            f"{model}: neither a model nor the folder of a run (it has no config.yaml and environment.json)",
-            did_you_mean(
-                str(model), list_configs(), "`paqdetr config list` lists models; a run is named by its folder"
-            ),
-        )
+    elif data is None or output is None:
+        load_config(model)  # if there is no such model, that is the mistake
     for name, value, what in (("data", data, "the folder of a data set"), ("output", output, "a folder for the run")):
         if value is None:
             of_run = f"{run.output} does not say which it was made with; " if run is not None else ""
