@@ -64,7 +64,8 @@ def headline() -> str:
     watching = json.loads((RESULTS / "query_usage_cost.json").read_text(encoding="utf-8"))
     gains = [
         f"{row['data']}{host_is} **{row['verdict']}**, {row['effect']:+.3f} AP (95 % interval {row['low']:+.3f} to "
-        f"{row['high']:+.3f}, {row['seeds']} seeds)"
+        f"{row['high']:+.3f}, {row['seeds']} seeds"
+        + (f", below the {row['published']:+.3f} published for COCO)" if row["high"] < (row["published"] or 0) else ")")
         for host_is, row in paq
     ]
     rows = [
