@@ -96,7 +96,7 @@ def _of_run(folder: Path) -> tuple[str, dict[str, str]]:
     }
     if not finished:
         command = str(began.get("command", ""))
-        if run.data is not None and began.get("processes", 1) == 1:
+        if "data" in began and began.get("processes", 1) == 1:
             return title, facts | {"go on with": command_to_resume(folder)}
         again = "" if "--resume" in command or not command.startswith(("paqdetr", "torchrun")) else " --resume"
         command = command or "the call that began it, with resume=True"
