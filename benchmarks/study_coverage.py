@@ -44,7 +44,7 @@ def intervals(values: np.ndarray, replicates: np.ndarray, rng: np.random.Generat
     half = {
         "t over seeds": over_seeds * math.sqrt(between),
         "sum, Satterthwaite": -stdtrit(degrees, LEVEL / 2) * math.sqrt(total),
-        "sum, Howe": math.sqrt(over_seeds**2 * between + over_images**2 * shared),
+        "sum, Cochran": (over_seeds * between + over_images * shared) / math.sqrt(total),
     }
     ends = {name: (mean - width, mean + width) for name, width in half.items()}
     drawn = rng.integers(n, size=(n, RESAMPLES))
@@ -54,7 +54,7 @@ def intervals(values: np.ndarray, replicates: np.ndarray, rng: np.random.Generat
     ):
         low, high = np.quantile(means, (LEVEL / 2, 1 - LEVEL / 2))
         ends[name] = (float(low), float(high))
-    return {"sum, Cochran (used)": found.interval} | ends
+    return {"sum, Howe (used)": found.interval} | ends
 
 
 def coverage(world: tuple[float, float, float], n: int, simulations: int) -> dict[str, float]:

@@ -19,7 +19,7 @@ VALUES: dict[str, Any] = {
     "base": "dino_nano",
     "seeds": [0, 1],
     "steps": 100,
-    "data": {"digits": {"make": {"train": 40}}},
+    "data": {"digits": {"make": {"train": 40, "val": 1, "test": 1}}},
     "variants": {"baseline": {}, "new": {"settings": {"loss.assigner": "quality_aware"}}},
     "claims": {"better": {"text": "New is better.", "variant": "new"}},
 }
@@ -71,8 +71,9 @@ def test_commands_can_be_run_by_hand(study: Path, tmp_path: Path, capsys: pytest
     output = tmp_path / "out"
     assert run(["study", str(study), "--output", str(output), "--commands", "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4 and not output.exists()
+    assert len(lines) == 4 and not (output / "runs").exists()
     words = shlex.split(lines[1])
+    assert (Path(words[words.index("--data") + 1]) / "train").is_dir()
     assert words[:5] == ["python", "-m", "paqdetr", "train", "dino_nano"]
     assert {"loss.assigner=quality_aware", "seed=0", "max_steps=100", "epochs=10"} <= set(words)
     assert str(output / "runs/digits/new/seed0") in words
@@ -94,6 +95,22 @@ def test_the_report_of_what_is_there(study: Path, tmp_path: Path, capsys: pytest
     # The command that the report names finds the data again.
     command = json.loads((output / "study.json").read_text())["facts"]["command"]
     assert shlex.split(command)[-3:] == ["--data-root", str(root), "--resume"]
+
+
+def test_a_part_of_the_data_leaves_the_verdicts_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = {**VALUES["data"], "other": {"folder": "missing"}}
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(VALUES | {"data": data}))
+    start = ["study", str(tmp_path / "two.yaml"), "--output", str(tmp_path / "out"), "--report-only"]
+    for seed in (0, 1):
+        result(tmp_path / "out", "baseline", seed, 0.4 + seed / 1000)
+        result(tmp_path / "out", "new", seed, 0.5 + seed / 500)
+    tables = []
+    for only in ([], ["--only", "digits"]):
+        assert run([*start, *only]) == 0
+        tables.append(json.loads((tmp_path / "out" / "study.json").read_text())["verdicts"])
+    assert tables[0] == tables[1] and {row["data"] for row in tables[1]} == {"digits", "other"}
 
 
 def test_mistakes(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

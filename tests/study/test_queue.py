@@ -202,6 +202,15 @@ def test_results_of_other_images_are_refused(queue: Queue, file: Path) -> None:
         go()
 
 
+def test_a_result_at_the_place_of_another_run_is_refused(queue: Queue) -> None:
+    children, go = queue
+    go()
+    moved = children.places.result(RunKey("digits", "other", 0))
+    moved.write_text(children.places.result(RunKey("digits", "baseline", 0)).read_text())
+    with pytest.raises(ConfigError, match=r"other/seed0\.json: is the result of digits, baseline, seed 0"):
+        go()
+
+
 def test_a_child_that_somebody_stops_stops_the_queue(queue: Queue) -> None:
     children, go = queue
     children.ends["train baseline seed0"] = 143

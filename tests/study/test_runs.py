@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,16 @@ def test_single_variants_may_have_other_steps(tmp_path: Path) -> None:
     baseline, new = plan(tmp_path, data=data)[:2]
     assert (baseline.steps, baseline.config.max_steps, baseline.config.epochs) == (100, 100, 9)
     assert (new.steps, new.config.max_steps, new.config.epochs, new.config.eval_every) == (48, 48, 4, 1)
+
+
+def test_the_split_that_is_measured_is_there_before_anything_is_trained(tmp_path: Path, tiny_digits: Path) -> None:
+    folder = shutil.copytree(tiny_digits, tmp_path / "digits")
+    data = {"digits": {"folder": "digits", "steps": 10}}
+    assert plan(tmp_path, data=data)
+    shutil.rmtree(folder / "test")
+    with pytest.raises(DataError, match="test"):
+        plan(tmp_path, data=data)
+    assert plan(tmp_path, data=data, evaluate={"split": "val"})
 
 
 def test_later_layers_win(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from paqdetr.errors import DataError
 from paqdetr.study.results import RunResult
 from paqdetr.study.runs import RunKey
 from paqdetr.study.spec import Study
+from paqdetr.study.tables import verdict_table
 from paqdetr.study.verdicts import Runs, verdicts
 
 IMAGES = 50
@@ -133,6 +134,24 @@ def test_a_figure_without_resamples_is_judged_over_seeds_alone() -> None:
     rng = np.random.default_rng(7)
     (verdict,) = verdicts(Runs(study(3, even={"variant": "new", "figure": "queries.gini"}), simulated(rng, 3, new=0.0)))
     assert not verdict.over_images and verdict.effect is not None and verdict.effect.image_variance == 0
+
+
+def test_a_figure_that_no_run_has_is_told_from_runs_that_are_not_there() -> None:
+    claims = {"patterns": {"variant": "new", "figure": "queries.gini_patterns"}, "other": {"variant": "other"}}
+    runs = Runs(study(2, **claims), simulated(np.random.default_rng(8), 2, new=0.0))
+    rows = verdict_table(runs, verdicts(runs)).rows
+    assert [row["note"] for row in rows] == ["runs without this figure", "no runs yet"]
+
+
+def test_what_is_detectable_is_so_after_holms_adjustment() -> None:
+    claims = {name: {"variant": "new", "threshold": share} for name, share in (("a", 0.0), ("b", 0.01), ("c", 0.02))}
+    runs = Runs(study(3, **claims), simulated(np.random.default_rng(9), 3, new=0.0))
+    decided = verdicts(runs)
+    effect = decided[0].effect
+    assert effect is not None
+    row = verdict_table(runs, decided).rows[0]
+    assert row["smallest"] == pytest.approx(replace(effect, level=0.05 / 3).smallest_effect(), abs=1e-6)
+    assert row["smallest"] > effect.smallest_effect()
 
 
 def test_nothing_is_said_of_runs_that_are_not_there() -> None:

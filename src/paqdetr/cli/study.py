@@ -69,7 +69,7 @@ def study(
     ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="List the runs and what they will take; run none.")] = False,
     commands: Annotated[
-        bool, typer.Option("--commands", help="Print the command of every training; run none.")
+        bool, typer.Option("--commands", help="Make the data, and print the command of every training; run none.")
     ] = False,
     report_only: Annotated[
         bool, typer.Option("--report-only", help="Write the report of what is there; run nothing.")
@@ -98,26 +98,25 @@ def study(
 
     if ray is not None:  # paths mean the same on every node
         output, data_root = output.absolute(), data_root.absolute()
-    loaded, places = load_study(file), Places(output)
-    if only:
-        loaded = loaded.only(only)
+    whole, places = load_study(file), Places(output)
+    study = whole.only(only) if only else whole
     words = ["paqdetr", "study", str(file), "--output", str(output)]
     words += [] if data_root == Path() else ["--data-root", str(data_root)]
     command = shlex.join([*words, *(word for name in only or () for word in ("--only", name)), "--resume"])
     if report_only:
-        return _report(loaded, places, command)
-    runs = plan_runs(loaded, file=file, places=places, root=data_root)
+        return _report(whole, places, command)
+    runs = plan_runs(study, file=file, places=places, root=data_root)
+    if plan:
+        return _plan(study, runs, places, measured)
+    from paqdetr.files import read_text, write_text
+    from paqdetr.outputs import require_free
+    from paqdetr.study.queue import StudyInterrupted, require_no_conflict, run_queue, run_queue_on_ray
+
     if commands:
+        _prepare(study, places, data_root)  # the folders that the commands name
         for planned in runs:
             results.print(planned.command(places.run(planned.key), device=device))
         return None
-    if plan:
-        return _plan(loaded, runs, places, measured)
-    from paqdetr.files import read_text, write_text
-    from paqdetr.outputs import require_free
-    from paqdetr.study.datasets import prepare
-    from paqdetr.study.queue import StudyInterrupted, require_no_conflict, run_queue, run_queue_on_ray
-
     if places.study_file.exists() and not resume:
         raise ConfigError(
             f"{places.output}: there is a study already, and nothing is overwritten",
@@ -125,30 +124,36 @@ def study(
         )
     if not places.study_file.exists():
         # Results and runs that were kept elsewhere may have been put there to go on from.
-        require_free(places.output, lambda path: path.relative_to(places.output).parts[0] in ("results", "runs"))
+        require_free(places.output, lambda path: path.relative_to(places.output).parts[0] in ("data", "results", "runs"))
     for planned in runs:
         require_no_conflict(planned, places)
     write_text(places.study_file, read_text(file))
-    for name, data in loaded.data.items():
-        with progress_bar(f"prepare {name}") as progress:
-            prepare(data, cache=places.data, root=data_root, progress=progress)
+    _prepare(study, places, data_root)
     try:
-        with QueueProgress(loaded, runs) as events:
+        with QueueProgress(study, runs) as events:
             if ray is None:
-                done = run_queue(loaded, runs, places, device=device, retry=retry, events=events)
+                done = run_queue(study, runs, places, device=device, retry=retry, events=events)
             else:
                 address = None if ray == "local" else ray
                 done = run_queue_on_ray(
-                    loaded, runs, places, address=address, device=device, retry=retry, events=events
+                    study, runs, places, address=address, device=device, retry=retry, events=events
                 )
     except StudyInterrupted as stopped:
         raise interrupted("the state is saved", stopped.exit_code, resume=resume) from None
     for planned in done.failed:
         errors.print(f"failed: {planned.key}; see {places.log(planned.key)}")
-    _report(loaded, places, command)
+    _report(whole, places, command)
     if done.failed:
         note("correct the cause, then continue with --resume --retry", "help", "bold")
         raise Ended(2)
+
+
+def _prepare(study: Study, places: Places, data_root: Path) -> None:
+    from paqdetr.study.datasets import prepare
+
+    for name, data in study.data.items():
+        with progress_bar(f"prepare {name}") as progress:
+            prepare(data, cache=places.data, root=data_root, progress=progress)
 
 
 def _report(study: Study, places: Places, command: str) -> None:

@@ -259,6 +259,11 @@ def require_no_conflict(planned: PlannedRun, places: Places) -> None:
     mended by other settings, once what it left is gone."""
     run, file = places.run(planned.key), places.result(planned.key)
     result = read_result(file)
+    if result is not None and result.key != planned.key:
+        raise ConfigError(
+            f"{file}: is the result of {result.key}, not of {planned.key}",
+            "name data set, variant and seed inside the file as the folders are named, or move it back",
+        )
     remedy = None
     if result is not None and result.failed is not None:
         remedy = f"the run has failed: to make it anew with what the study says now, remove {run.output}"

@@ -126,9 +126,9 @@ def _claims(runs: Runs, decided: Sequence[Verdict]) -> list[Section]:
     if shown:
         parts.append(_forest(runs, shown))
     lead = (
-        "A claim holds if the whole interval lies on its side of the threshold, does not hold if it lies on the other, and is "
-        "undecided if the threshold is inside the interval: then the runs are too few, or the effect too small, to decide. "
-        "Computed, not written."
+        f"A claim is decided if its p, adjusted for all claims of the study, is below {runs.study.level:g}: it holds if the "
+        "difference lies on its side of the threshold, and does not hold if on the other. Undecided: the runs are too few, or the "
+        "effect too small. Computed, not written."
     )
     return [Section("verdicts", "Verdicts", lead, tuple(parts))]
 

@@ -127,8 +127,11 @@ def plan_runs(study: Study, *, file: Path, places: Places, root: Path) -> list[P
 
     Raises:
         ConfigError: a base or a setting is wrong; the message says where in the study it stands.
-        DataError: a data folder is missing or not readable.
+        DataError: a data folder, or its split that is to be measured, is missing or not readable.
     """
+    for name, data in study.data.items():
+        if data.folder is not None:  # the split that is measured, before anything is trained
+            open_split(root / data.folder, study.split_of(name))
     prepared = {
         (name, variant): _DataPlan.of(study, name, variant, file=file, root=root)
         for name, data in study.data.items()

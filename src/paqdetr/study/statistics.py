@@ -12,8 +12,9 @@ Let D_s be the difference of seed s, n of them, and D*_sr the same on the r-th r
 
 S^2 holds all that differs from seed to seed, the interaction of seeds and images included; c what seeds have in common, which no
 number of seeds averages away. With images of their own for each seed (folds), c is 0 and S^2 holds everything; the formula stays.
-S^2 / n has n - 1 degrees of freedom, c as many as there are images: the interval's factor is the mean of both t quantiles,
-weighted by the two variances (Cochran 1964). It is exact if either vanishes, and never far below its level in between.
+S^2 / n has n - 1 degrees of freedom, c as many as there are images: the interval is the mean plus or minus the square root of
+t_seeds^2 S^2 / n + t_images^2 c (Howe 1974). It is exact if either vanishes, and a little wider than it need be in between, at
+every level: Holm's rule asks for a small one, at which the t quantile of two seeds is a hundred times the standard error.
 docs/decisions/0015-statistics-of-studies.md has the coverage, simulated, and what was turned down.
 """
 
@@ -80,12 +81,10 @@ class Estimate:
         return self.mean - half, self.mean + half
 
     def p_value(self, threshold: float = 0.0) -> float:
-        """Two-sided: the smallest level at which the interval leaves out `threshold`; 1 with a single seed."""
+        """Two-sided: the smallest level at which the interval leaves out `threshold`; 1 with a single seed or without any spread."""
         distance = abs(self.mean - threshold)
-        if math.isnan(self.standard_error) or distance == 0:
-            return 1.0
-        if self.standard_error == 0:
-            return 0.0
+        if math.isnan(self.standard_error) or distance == 0 or self.standard_error == 0:
+            return 1.0  # equal values of a few seeds do not say that others would be equal
 
         def excess(exponent: float) -> float:
             level = math.exp(exponent)
@@ -105,23 +104,19 @@ class Estimate:
 
         S^2 is taken to be as it was found; its chance in a repetition is integrated over.
         """
-        if self.seeds < 2 or math.isnan(self.seed_variance):
+        if self.seeds < 2 or math.isnan(self.seed_variance) or self.standard_error == 0:
             return 0.0
         shares = (np.arange(_QUADRATURE) + 0.5) / _QUADRATURE
         degrees = self.seeds - 1
         found = self.seed_variance * stats.chi2.ppf(shares, degrees) / degrees
         half = _half_width(found, self.image_variance, self.seeds, self.images, self.level)
-        if self.standard_error == 0:
-            return float(effect > 0)
         return float(stats.norm.sf((half - effect) / self.standard_error).mean())
 
     def smallest_effect(self) -> float:
-        """The effect that so many seeds on these images detect with a power of 80 %; NaN with a single seed."""
+        """The effect that so many seeds on these images detect with a power of 80 %; NaN with a single seed or without any spread."""
         error = self.standard_error
-        if math.isnan(error):
+        if math.isnan(error) or error == 0:
             return math.nan
-        if error == 0:
-            return 0.0
         highest = 10 * float(_half_width(self.seed_variance, self.image_variance, self.seeds, self.images, self.level))
         found = brentq(lambda effect: self.power(effect) - POWER, 0.0, highest, xtol=1e-3 * error)
         return float(found)  # type: ignore[arg-type]
@@ -249,10 +244,6 @@ def _half_width(
     """Of the interval. `seed_variance` may be an array; NaN with a single seed."""
     if seeds < 2:
         return math.nan
-    between = np.asarray(seed_variance) / seeds
-    total = between + image_variance
     over_seeds = -stdtrit(seeds - 1, level / 2)  # t's quantile; scipy.stats checks it a hundred times as long
     over_images = -stdtrit((images or 2) - 1, level / 2)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        factor = np.where(total > 0, (between * over_seeds + image_variance * over_images) / total, 0.0)
-    return factor * np.sqrt(total)
+    return np.sqrt(over_seeds**2 * np.asarray(seed_variance) / seeds + over_images**2 * image_variance)

@@ -34,6 +34,7 @@ def identifier(*parts: str) -> str:
 def verdict_table(runs: Runs, decided: Sequence[Verdict]) -> Table:
     """Every claim on every data set."""
     claims, level = runs.study.claims, runs.study.level
+    strictest = level / len(decided) if decided else level  # of Holm's steps, the first
 
     def effect(value: Callable[[Estimate], float]) -> Callable[[Verdict], float | None]:
         return lambda verdict: None if verdict.effect is None else value(verdict.effect)
@@ -52,30 +53,33 @@ def verdict_table(runs: Runs, decided: Sequence[Verdict]) -> Table:
         Column("high", "to", "difference", value=effect(lambda e: e.interval[1])),
         Column("threshold", "claimed", "text", lambda v: f"{'<' if claims[v.claim].sign < 0 else '>'} {v.threshold:g}"),
         Column("p", "p", value=lambda v: v.effect and round(v.p, 4)),
-        Column("smallest", "detectable (80 % power)", value=effect(Estimate.smallest_effect)),
+        Column("smallest", "detectable (80 % power)", value=effect(lambda e: replace(e, level=strictest).smallest_effect())),
         Column("seeds", "seeds", "integer", lambda v: v.effect.seeds if v.effect else 0),
         Column("published", "published", "difference", published),
-        Column("note", "note", "text", _note),
+        Column("note", "note", "text", partial(_note, runs)),
     )
     caption = (
-        f"Difference: variant minus the other, with its {1 - level:.0%} interval, paired by seed and by image. p is adjusted for "
-        f"all {len(decided)} claims (Holm). Detectable: the minimum effect that so many seeds on these images detect with a "
-        "power of 80 %."
+        f"Difference: variant minus the other, with the {1 - level:.0%} interval of this claim by itself, paired by seed and by "
+        f"image. p is adjusted for all {len(decided)} claims (Holm). Detectable: the minimum effect that so many seeds on these "
+        f"images decide with a power of 80 %, as the first of {len(decided)} claims."
     )
     return _table("verdicts", caption, columns, decided)
 
 
-def _note(verdict: Verdict) -> str:
+def _note(runs: Runs, verdict: Verdict) -> str:
     """What a reader has to know beside the numbers."""
     notes = []
     effect = verdict.effect
     if effect is None:
-        notes.append("no runs yet")
+        run = [runs.of(verdict.data, name) for name in (runs.study.claims[verdict.claim].variant, verdict.against)]
+        notes.append("runs without this figure" if all(run) else "no runs yet")
     elif effect.seeds == 1:
         notes.append("one seed says nothing of others")
     else:
         low, high = effect.interval
-        if verdict.outcome == "undecided" and not low <= verdict.threshold <= high:
+        if effect.standard_error == 0:
+            notes.append("equal for all seeds and images, which says nothing of others")
+        elif verdict.outcome == "undecided" and not low <= verdict.threshold <= high:
             notes.append("its own interval would decide; with so many claims it does not")
         if not verdict.over_images:
             notes.append("interval over seeds alone")
