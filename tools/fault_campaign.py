@@ -28,7 +28,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from paqdetr.data.digits import make_digits
+from paqdetr.runs import Run
+
 REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO / "tests" / "training"))
+
+from test_faults import require_same_end  # noqa: E402
+
+from conftest import Group  # noqa: E402
+
 SETTINGS = {
     "image_size": 96,
     "model.dim": 32,
@@ -53,11 +62,6 @@ class Campaign:
     """Runs trainings in processes that fork from a server which has imported everything: half a second to start each."""
 
     def __init__(self, folder: Path) -> None:
-        sys.path.insert(0, str(REPO / "tests" / "engine"))
-        from conftest import Group
-        from paqdetr.data.digits import make_digits
-        from paqdetr.runs import Run
-
         self.group, self.run_of, self.folder = Group, Run, folder
         self.data = make_digits(folder / "digits", size=96, train=8, val=4, test=4, max_objects=5)
         self.calls = 0
@@ -103,8 +107,6 @@ class Campaign:
 
     def require_same(self, run: Any, *, records: bool = True) -> str:
         """Raise Lost unless a run has ended as the one to which nothing happened."""
-        from test_faults import require_same_end
-
         try:
             require_same_end(self.straight, run, records=records)
         except AssertionError as error:

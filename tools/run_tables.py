@@ -65,7 +65,11 @@ def headline() -> str:
     gains = [
         f"{row['data']}{host_is} **{row['verdict']}**, {row['effect']:+.3f} AP (95 % interval {row['low']:+.3f} to "
         f"{row['high']:+.3f}, {row['seeds']} seeds"
-        + (f", below the {row['published']:+.3f} published for COCO)" if row["published"] is not None and row["high"] < row["published"] else ")")
+        + (
+            f", below the {row['published']:+.3f} published for COCO)"
+            if row["published"] is not None and row["high"] < row["published"]
+            else ")"
+        )
         for host_is, row in paq
     ]
     rows = [

@@ -79,6 +79,8 @@ BAD: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
      ("Small objects (below 32 x 32 pixels, 41% of all)", "AP 0.120, large ones 0.550", "`--tiles 640`")),
     ("near-duplicates", {"near_duplicates": Duplicates(12, 0.45)},
      ("12 of 400 images of val have a near-duplicate in train: AP 0.600, 0.450 without them", "`paqdetr data split`")),
+    ("only near-duplicates", {"near_duplicates": Duplicates(400)},
+     ("All 400 images of val have a near-duplicate in train: these figures say nothing", "`paqdetr data split`")),
     ("a class with few examples", {"classes": [*CLASSES, ClassFacts("puffin", 0.1, 40, 12)]},
      ("Too few examples in train of 'puffin' (12 boxes, AP 0.100)", "Collect more")),
     ("far fewer than the others", {"classes": [*CLASSES, ClassFacts("ray", 0.2, 40, 300)]}, ("'ray' (300 boxes, AP 0.200)",)),
@@ -116,6 +118,7 @@ def test_each_weakness_is_named_alone_and_with_its_figures(
         ({"calibration_error": 0.2, "confidence": 0.5, "accuracy": 0.7}, "Scores are too low"),
         ({"classes": [*CLASSES, ClassFacts("tram", 0.5, 4, 900)]}, "AP of 'tram' rests on fewer than 10 boxes"),
         ({"precision": 0.9, "recall": 0.5}, "50% of the objects are found"),
+        ({"near_duplicates": None, "unread": "train.json: no images"}, "what needs it is left out: train.json: no images."),
     ],
 )  # fmt: skip
 def test_notes(changes: dict[str, Any], part: str) -> None:
@@ -173,9 +176,10 @@ def test_two_models_differ_by_b_minus_a() -> None:
     figures = {"AP": Difference(0.03, 0.01, 0.05, 0.99), "APs": Difference(0.1, 0.05, 0.2, 1.0),
                "APm": Difference(0.0, -0.1, 0.1, 0.5), "APl": Difference(-0.04, -0.06, -0.01, 0.0)}  # fmt: skip
     classes = {"cat": Difference(-0.2, -0.3, -0.1, 0.0), "dog": Difference(0.02, -0.1, 0.1, 0.6)}
+    chance = "in brackets AP of B - A. Of 5 sizes and classes, 0.3 would stand in such lines by chance."
     texts = [one.text for one in compare(Comparison(nothing, nothing, figures, classes, {}, 10, 0, 0.95))]
     assert texts == [
         "B is better: AP of B - A is +0.030, 95 % interval +0.010 to +0.050.",
-        "A is better at class cat (-0.200), large objects (-0.040); in brackets AP of B - A.",
-        "B is better at small objects (+0.100); in brackets AP of B - A.",
+        f"A is better at class cat (-0.200), large objects (-0.040); {chance}",
+        f"B is better at small objects (+0.100); {chance}",
     ]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import paqdetr
-from paqdetr.analysis.subject import Analysis
+from paqdetr.analysis.subject import training_split
 from paqdetr.cli import run
 from paqdetr.config import load_config
 from paqdetr.data.dataset import open_split
@@ -164,8 +164,17 @@ def test_a_split_without_objects(tiny_digits: Path, tmp_path: Path, kind: str) -
     with pytest.raises(DataError, match=r"val\.json: none of its 4 images has an object to be found \((0|\d\d) crowds"):
         paqdetr.analyze(untrained("dino_nano", tiny_digits), data=folder, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    for data, there in ((folder, False), (tiny_digits, True)):
-        assert (Analysis((), data, 1, 1, 0, lambda stage, done, total: None).training is not None) == there
+    assert training_split(folder) == (None, "") and training_split(tiny_digits)[0] is not None
+
+
+def test_without_the_images_that_a_model_learned_from(tiny_digits: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_digits, tmp_path / "digits"))
+    shutil.rmtree(folder / "train")
+    made = paqdetr.analyze(
+        untrained("dino_nano", tiny_digits), data=folder, output=tmp_path / "out", samples=20, images=1
+    )
+    page = made.page.read_text(encoding="utf-8")
+    assert "The training split cannot be read, and what needs it is left out: " in page and "images are missing" in page
 
 
 # ------------------------------------------------------------------------------------------------ browser

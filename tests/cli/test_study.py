@@ -97,9 +97,7 @@ def test_the_report_of_what_is_there(study: Path, tmp_path: Path, capsys: pytest
     assert shlex.split(command)[-3:] == ["--data-root", str(root), "--resume"]
 
 
-def test_a_part_of_the_data_leaves_the_verdicts_as_they_are(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_part_of_the_data_leaves_the_verdicts_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = {**VALUES["data"], "other": {"folder": "missing"}}
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(VALUES | {"data": data}))
     start = ["study", str(tmp_path / "two.yaml"), "--output", str(tmp_path / "out"), "--report-only"]

@@ -270,6 +270,11 @@ def test_a_backbone_that_cannot_serve(name: str) -> None:
         build(name)
 
 
+def test_maps_that_are_smaller_than_strides_say() -> None:
+    with pytest.raises(ConfigError, match="'inception_v3': its features are smaller"):
+        build("inception_v3")
+
+
 def test_strides_that_a_backbone_lacks() -> None:
     with pytest.raises(ConfigError, match=r"'resnet18' gives no features of strides \(8, 64\)") as caught:
         build("resnet18", strides=(8, 64))
@@ -286,9 +291,9 @@ def test_how_pixels_are_normalised() -> None:
     assert normalization_of("swin_large_patch4_window12_384.ms_in22k").mean == pytest.approx(imagenet.mean)
 
 
-@pytest.mark.parametrize(("name", "strides"), module._takes_any_size)
+@pytest.mark.parametrize(("name", "strides"), module._multiples)
 def test_sizes_that_are_known_beforehand(name: str, strides: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    known = module._takes_any_size[name, strides]
-    monkeypatch.setattr(module, "_takes_any_size", {})
+    known = module._multiples[name, strides]
+    monkeypatch.setattr(module, "_multiples", {})
     body = timm.create_model(name, features_only=True, out_indices=(2, 3, 4))
-    assert module._gives_maps_of_any_size(body, name, strides) == known
+    assert module._multiple_of_sides(body, name, strides) == known

@@ -117,6 +117,27 @@ def test_a_norm_behind_anything_else_stays() -> None:
     assert isinstance(frozen[3], FoldedConv2d) and isinstance(frozen[4], FoldedNorm)
 
 
+def test_a_convolution_whose_output_is_a_feature_stays() -> None:
+    plain, folded = pair("xception41p")
+    assert any(isinstance(part, FoldedConv2d) for part in folded.modules())
+    images = torch.randn(1, 3, 64, 96, dtype=torch.float64)
+    for a, b in zip(folded.eval()(images), plain.eval()(images), strict=True):
+        assert (a - b).abs().max() < 1e-9 * b.abs().max()
+
+
+def test_a_convolution_of_two_norms_stays() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.first, self.second = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            made = self.conv(x)
+            return self.first(made) + self.second(made)
+
+    assert fold_frozen_norms(freeze_batch_norm_2d(Twice())) == 0
+
+
 def test_nothing_to_fold() -> None:
     assert fold_frozen_norms(nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(1, 4))) == 0
 

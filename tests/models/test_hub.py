@@ -71,6 +71,8 @@ def test_what_is_saved_is_what_is_loaded(tiny_run: Run, tmp_path: Path) -> None:
         assert Detector.from_pretrained(str(path)).classes == model.classes
     with pytest.raises(CheckpointError, match="no such file"):
         Detector.from_pretrained("me/absent.safetensors")
+    with pytest.raises(ConfigError, match="is a path, and revision is for a model of the Hub"):
+        Detector.from_pretrained(tiny_run.best, revision="v1")
     config = json.loads((tmp_path / "folder" / "config.json").read_text())
     assert config["model_type"] == "paqdetr" and config["name"] == model.name and len(config["classes"]) == 10
 
@@ -140,7 +142,7 @@ def test_offline_from_the_cache(tiny_run: Run, tmp_path: Path) -> None:
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}
     code = (
         "import paqdetr, sys\n"
-        "one, other = paqdetr.load('hf:me/digits'), paqdetr.models.Detector.from_pretrained('me/digits')\n"
+        "one, other = paqdetr.load('hf:me/digits'), paqdetr.models.Detector.from_pretrained('hf:me/digits@main')\n"
         "assert paqdetr.load('hf:me/digits@main').name == one.name == other.name\n"
         "from paqdetr.cli import run\n"
         "assert run(['hub', 'pull', 'me/digits', '--output', sys.argv[1]]) == 0\n"

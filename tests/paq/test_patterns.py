@@ -333,6 +333,11 @@ def test_pattern_std(std: float) -> None:
 # --- another number of queries
 
 
+@every_kind
+def test_fewer_ranked_queries_are_the_first_ones(kind: str) -> None:
+    assert make(kind).resize(3, ranked=True).tolist() == [0, 1, 2] != make(kind).resize(3).tolist()
+
+
 @pytest.mark.parametrize("count", [1, 3, 7, 14, 20])
 @every_kind
 def test_resize_keeps_the_mixture_of_each_row(kind: str, count: int) -> None:

@@ -61,7 +61,7 @@ def test_the_interval_covers_a_planted_effect(world: str, seeds: int) -> None:
 @pytest.mark.parametrize("seeds", [2, 3, 5])
 @pytest.mark.parametrize("claims", [1, 12, 34])
 def test_no_level_that_holms_rule_asks_for_is_exceeded(seeds: int, claims: int) -> None:
-    """How often `p` lies below level / claims without an effect, integrated over S^2, for any share of the images in the variance."""
+    """How often `p` lies below level / claims without an effect, integrated over S^2, for any share of the images."""
     level = 0.05 / claims
     shares = (np.arange(500) + 0.5) / 500
     found = stats.chi2.ppf(shares, seeds - 1) / (seeds - 1)  # S^2 / its expectation

@@ -68,6 +68,7 @@ class Facts:
         covered: share of objects that the box of some query overlaps by an IoU of 0.5 or more, in the last layer.
         image_size: that the model sees, as in its settings.
         near_duplicates: None if images were not compared.
+        unread: why the training split could not be read, so that what needs it is left out; empty if it could.
         training: None if the checkpoint lies in no run folder.
         crowding: sentences on images with more boxes than can be found or counted.
     """
@@ -95,6 +96,7 @@ class Facts:
     covered: float = math.nan
     image_size: object = ""
     near_duplicates: Duplicates | None = None
+    unread: str = ""
     training: TrainingFacts | None = None
     crowding: Sequence[str] = ()
 
@@ -117,18 +119,25 @@ def advice(facts: Facts) -> tuple[Finding, ...]:
 
 
 def compare(found: Comparison) -> tuple[Finding, ...]:
-    """What two models differ in: figures and classes whose interval of B - A does not hold 0."""
+    """What two models differ in: figures and classes whose interval of B - A does not hold 0, and how many of as many would not
+    by chance."""
     findings = [Finding("note", found.verdict(), where="summary", cost=1.0)]
     sizes = {"APs": "small objects", "APm": "medium objects", "APl": "large objects"}
     named = {what: found.figures[name] for name, what in sizes.items()}
     named |= {f"class {name}": own for name, own in found.per_class.items()}
+    chance = (1 - found.level) * len(named)
     for letter, sign in (("A", -1), ("B", 1)):
         ahead = {what: own for what, own in named.items() if own.decided and sign * own.value > 0}
         if ahead:
             order = sorted(ahead, key=lambda what: -abs(ahead[what].value))
             listed = some([f"{what} ({ahead[what].value:+.3f})" for what in order], 5)
             findings.append(
-                Finding("note", f"{letter} is better at {listed}; in brackets AP of B - A.", where="classes")
+                Finding(
+                    "note",
+                    f"{letter} is better at {listed}; in brackets AP of B - A. Of {len(named)} sizes and classes, {chance:.1f} "
+                    "would stand in such lines by chance.",
+                    where="classes",
+                )
             )
     return tuple(findings)
 
@@ -353,9 +362,21 @@ def _calibration(facts: Facts) -> Iterator[Finding]:
 
 def _near_duplicates(facts: Facts) -> Iterator[Finding]:
     own = facts.near_duplicates
+    if facts.unread:
+        yield Finding(
+            "note",
+            f"The training split cannot be read, and what needs it is left out: {facts.unread}.",
+            "Without it nobody knows whether these images were trained on.",
+        )
     if own is None:
         return
-    if own.images:
+    if own.images and own.images == facts.images:
+        yield _bad(
+            f"All {own.images} images of {facts.split} have a near-duplicate in train: these figures say nothing of new images.",
+            "`paqdetr data check` lists them; `paqdetr data split` keeps near-duplicates together.",
+            cost=1.0,
+        )
+    elif own.images:
         yield _bad(
             f"{own.images} of {facts.images} images of {facts.split} have a near-duplicate in train: AP {facts.ap.value:.3f}, "
             f"{own.ap_without:.3f} without them.",

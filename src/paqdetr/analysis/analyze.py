@@ -16,7 +16,7 @@ from paqdetr.analysis.errors import calibration_section, confusion_section, curv
 from paqdetr.analysis.examples import example_section
 from paqdetr.analysis.inside import inside_sections
 from paqdetr.analysis.patterns import pattern_chapter
-from paqdetr.analysis.subject import Analysis, ModelUnderTest, Progress, has_boxes
+from paqdetr.analysis.subject import Analysis, ModelUnderTest, Progress, has_boxes, training_split
 from paqdetr.analysis.summary import class_section, findings_section, summary_section
 from paqdetr.analysis.usage import usage_chapter
 from paqdetr.data.dataset import DetectionDataset, open_split
@@ -125,6 +125,7 @@ def analyze(
             "choose another --split; `paqdetr data check` says what is wrong with the boxes",
         )
     truth = opened.ground_truth()
+    learning, unread = training_split(data)
     detectors = [one if isinstance(one, Detector) else load(one, device=device) for one in chosen]
     for one in detectors:
         require_same_classes(one.classes, opened)
@@ -138,7 +139,7 @@ def analyze(
         _observe(detector, source, label, opened, truth, batch_size, report_progress)
         for detector, source, label in zip(detectors, chosen, _labels(chosen, detectors), strict=True)
     ]
-    analysis = Analysis(models, Path(data), images, samples, seed, report_progress)
+    analysis = Analysis(models, images, samples, seed, report_progress, learning, unread)
     made = [(found, chapter in RESEARCH) for chapter in CHAPTERS + RESEARCH if (found := chapter(analysis)) is not None]
     chapters = [
         Chapter(

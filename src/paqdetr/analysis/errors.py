@@ -178,9 +178,7 @@ def _mean(curves: np.ndarray) -> np.ndarray:
 def mistake_section(sets: Sequence[ResultSet]) -> Section:
     """The error split of TIDE: what AP50 would gain, and how many there are."""
     every = [own.mistakes for own in sets]
-    confident = [
-        error_split(own.truth, own.results, iou_type=own.iou_type, score_threshold=own.confident) for own in sets
-    ]
+    confident = [error_split(own.truth, own.results, score_threshold=own.confident) for own in sets]
     lead = (
         "Where AP is lost, after TIDE (Bolya et al., 2020). Each bar is what AP50 would gain were one kind of mistake "
         "corrected and all else left as it is: the longest says what to work on. Gains do not add up, since correcting one "

@@ -90,7 +90,6 @@ class LayerPositives:
         query, target: (P,) int64.
         iou, confidence: (P,) float64; confidence is c of the assignment rule, the probability of the box's class if it has none.
         score: (P,) float64, s = IoU - gamma * c; None where the layer's rule knows no s.
-        claims: (G,) int64, k_j; likewise.
     """
 
     layer: int
@@ -99,7 +98,6 @@ class LayerPositives:
     iou: np.ndarray
     confidence: np.ndarray
     score: np.ndarray | None
-    claims: np.ndarray | None
 
 
 # --------------------------------------------------------------------------------------------- recording
@@ -209,7 +207,6 @@ def positives(
                 iou=image.iou[query, target],
                 confidence=confidence[query, target],
                 score=None if known is None else known.scores[query, target],
-                claims=None if known is None else known.num_positives,
             )
         )
     return found

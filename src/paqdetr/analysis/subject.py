@@ -16,12 +16,11 @@ from paqdetr.data.check import inspect_all
 from paqdetr.data.dataset import DetectionDataset, open_split
 from paqdetr.data.layout import available_splits
 from paqdetr.data.split import duplicate_groups
-from paqdetr.errors import ConfigError
+from paqdetr.errors import ConfigError, DataError
 from paqdetr.evaluation.content import ContentCollector
 from paqdetr.evaluation.evaluate import Evaluation
 from paqdetr.evaluation.layers import LayerCollector, StageFigures
 from paqdetr.metrics import QueryUsage
-from paqdetr.metrics.coco import IouType
 from paqdetr.metrics.diagnosis import Confusion, ErrorSplit, ThresholdCurves, confusion, error_split, threshold_curves
 from paqdetr.metrics.intervals import Comparison, FigureIntervals, compare_results, figure_intervals
 from paqdetr.metrics.matches import MatchTable
@@ -46,17 +45,15 @@ class ResultSet:
 
     Attributes:
         label: what the report calls them.
-        truth: a COCO json or its file.
+        truth: a COCO json.
         results: COCO results.
         table: their matches.
-        iou_type: "bbox" or "segm".
     """
 
     label: str
-    truth: dict[str, Any] | str | Path
+    truth: dict[str, Any]
     results: Sequence[dict[str, Any]]
     table: MatchTable
-    iou_type: IouType = "bbox"
 
     @cached_property
     def curves(self) -> ThresholdCurves:
@@ -66,14 +63,12 @@ class ResultSet:
     @cached_property
     def mistakes(self) -> ErrorSplit:
         """Of all detections."""
-        return error_split(self.truth, self.results, iou_type=self.iou_type)
+        return error_split(self.truth, self.results)
 
     @cached_property
     def confusion(self) -> Confusion:
         """Of those that score enough."""
-        return confusion(
-            self.truth, self.results, iou_type=self.iou_type, score_threshold=self.confident, table=self.table
-        )
+        return confusion(self.truth, self.results, score_threshold=self.confident, table=self.table)
 
     @property
     def confident(self) -> float:
@@ -169,17 +164,18 @@ class Analysis:
 
     Attributes:
         models: one, or the model and the one it is compared with.
-        data: folder of the data set.
         images, samples, seed: as of `analyze`.
         progress: called with (stage, done, in all).
+        training, unread: as of `training_split`.
     """
 
     models: Sequence[ModelUnderTest]
-    data: Path
     images: int
     samples: int
     seed: int
     progress: Progress
+    training: DetectionDataset | None = None
+    unread: str = ""
 
     def stage(self, name: str) -> Callable[[int, int], None]:
         """The progress of one stage."""
@@ -214,11 +210,15 @@ class Analysis:
         by_id = dict(zip(split.image_ids, alike.tolist(), strict=True))
         return np.array([by_id[own] for own in self.models[0].table.image_ids])
 
-    @cached_property
-    def training(self) -> DetectionDataset | None:
-        """The split that a model learns from; None if the data has none with boxes, which an analysis can do without."""
-        split = open_split(self.data, "train") if "train" in available_splits(self.data) else None
-        return split if split is not None and has_boxes(split) else None
+
+def training_split(data: str | Path) -> tuple[DetectionDataset | None, str]:
+    """The split that a model learns from, None if the data has none with boxes, which an analysis can do without; and why it
+    cannot be read, empty otherwise: who evaluates may have the images of `val` alone."""
+    try:
+        split = open_split(data, "train") if "train" in available_splits(data) else None
+    except DataError as error:
+        return None, error.message
+    return (split if split is not None and has_boxes(split) else None), ""
 
 
 def has_boxes(split: DetectionDataset) -> bool:

@@ -97,6 +97,7 @@ def facts_of(analysis: Analysis, model: ModelUnderTest, intervals: FigureInterva
         covered=model.stages[-1].found,
         image_size=model.model.preprocessing.image_size,
         near_duplicates=_near_duplicates(analysis, model),
+        unread=analysis.unread,
         training=_training(model),
         crowding=describe_crowding(model.split.annotations, queries=model.model.config.num_queries),
     )

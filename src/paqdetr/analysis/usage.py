@@ -382,7 +382,7 @@ def content_gradients(
                 if isinstance(module, _BatchNorm):
                     module.eval()
             for done, index in enumerate(chosen, start=1):
-                pixels = model.preprocessing(split.checked_image(index))
+                pixels = model.preprocessing(split.image_or_blank(index))
                 pixels, mask = pad_images([pixels], model.preprocessing.pad_divisor)
                 target = split.targets(index, classes=model.classes).to(device)
                 with torch.no_grad():  # the way from the loss to the content does not pass the backbone

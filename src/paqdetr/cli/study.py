@@ -124,7 +124,9 @@ def study(
         )
     if not places.study_file.exists():
         # Results and runs that were kept elsewhere may have been put there to go on from.
-        require_free(places.output, lambda path: path.relative_to(places.output).parts[0] in ("data", "results", "runs"))
+        require_free(
+            places.output, lambda path: path.relative_to(places.output).parts[0] in ("data", "results", "runs")
+        )
     for planned in runs:
         require_no_conflict(planned, places)
     write_text(places.study_file, read_text(file))
@@ -135,9 +137,7 @@ def study(
                 done = run_queue(study, runs, places, device=device, retry=retry, events=events)
             else:
                 address = None if ray == "local" else ray
-                done = run_queue_on_ray(
-                    study, runs, places, address=address, device=device, retry=retry, events=events
-                )
+                done = run_queue_on_ray(study, runs, places, address=address, device=device, retry=retry, events=events)
     except StudyInterrupted as stopped:
         raise interrupted("the state is saved", stopped.exit_code, resume=resume) from None
     for planned in done.failed:

@@ -14,8 +14,9 @@ from torchvision.ops import box_convert
 
 from paqdetr.models.auxiliary_heads import BACKGROUND, AtssHead, FasterRcnn, Maps, Samples, Truth
 from paqdetr.models.queries import QueryGroup
-from paqdetr.models.tokens import Tokens, norm_groups, sine_proposals
+from paqdetr.models.tokens import Tokens, sine_proposals
 from paqdetr.paq import Pairs
+from paqdetr.paq.extractor import norm_groups
 from paqdetr.structures import Targets
 
 # So many queries a head has at least, as published.

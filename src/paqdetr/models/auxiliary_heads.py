@@ -21,8 +21,9 @@ from torchvision.ops import box_iou, generalized_box_iou_loss, roi_align
 from torchvision.ops.poolers import LevelMapper
 
 from paqdetr.models.encoder import MLP
-from paqdetr.models.tokens import at_least_float32, norm_groups
+from paqdetr.models.tokens import at_least_float32
 from paqdetr.paq import focal_loss
+from paqdetr.paq.extractor import norm_groups
 
 # What `Matcher` says of a candidate that has no box: it is background, or overlaps one too much for that and is left out.
 BACKGROUND, LEFT_OUT = Matcher.BELOW_LOW_THRESHOLD, Matcher.BETWEEN_THRESHOLDS

@@ -58,11 +58,11 @@ def pad_before_shift(body: nn.Module) -> None:
 
 _TF_LITE = "tf_efficientnet_lite"
 
-# (timm name, strides) -> whether it takes images of any size. Those below (held by a test) need not be tried at every start: for
-# shapes alone torch imports its compiler, which takes 1.3 seconds.
-_takes_any_size: dict[tuple[str, tuple[int, ...]], bool] = {
-    ("tf_efficientnet_lite0", (8, 16, 32)): True,
-    ("resnet50", (8, 16, 32)): True,
+# (timm name, strides) -> what sides of images have to be multiples of. Those below (held by a test) need not be tried at every
+# start: for shapes alone torch imports its compiler, which takes 1.3 seconds.
+_multiples: dict[tuple[str, tuple[int, ...]], int] = {
+    ("tf_efficientnet_lite0", (8, 16, 32)): 1,
+    ("resnet50", (8, 16, 32)): 1,
 }
 
 
@@ -82,7 +82,8 @@ class Backbone(nn.Module):
         pretrained: load ImageNet weights.
 
     Raises:
-        ConfigError: timm has no such model, it has no feature of such a stride, or its weights cannot be had.
+        ConfigError: timm has no such model, it has no feature of such a stride, its maps do not lie where strides say, as those
+            of Inception, or its weights cannot be had.
     """
 
     def __init__(
@@ -100,8 +101,7 @@ class Backbone(nn.Module):
         pad_before_shift(self.body)
         infos = _feature_info(self.body)
         self._strides = strides
-        any_size = _gives_maps_of_any_size(self.body, name, strides)
-        self._multiple = 1 if any_size else max(int(info["reduction"]) for info in infos)
+        self._multiple = _multiple_of_sides(self.body, name, strides)
         self.channels = tuple(int(infos[i]["num_chs"]) for i in indices)
         if pretrained:
             load_imagenet_weights(self.body, name)
@@ -210,20 +210,34 @@ class Uninitialised(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def _gives_maps_of_any_size(body: nn.Module, name: str, strides: tuple[int, ...]) -> bool:
-    """Whether sides that are no multiples of any stride give maps of ceil(side / stride) cells; tried on shapes alone."""
-    if (name, strides) not in _takes_any_size:
-        height, width = 2 * max(strides) + 1, 3 * max(strides) - 1
-        wanted = [(-(-height // stride), -(-width // stride)) for stride in strides]
-        state = {key: value.to("meta") for key, value in [*body.named_parameters(), *body.named_buffers()]}
-        try:
-            with torch.no_grad():  # two images: batch norms in training refuse a single value
-                maps = functional_call(body, state, torch.empty(2, 3, height, width, device="meta"))
-        except (RuntimeError, AssertionError, ValueError):
-            maps = []
-        sides = slice(2, 4) if _is_nchw(body) else slice(1, 3)
-        _takes_any_size[name, strides] = [tuple(x.shape[sides]) for x in maps] == wanted
-    return _takes_any_size[name, strides]
+def _multiple_of_sides(body: nn.Module, name: str, strides: tuple[int, ...]) -> int:
+    """1 if sides that are no multiples of any stride give maps of ceil(side / stride) cells, else the coarsest stride."""
+    if (name, strides) not in _multiples:
+        coarsest = max(int(info["reduction"]) for info in _feature_info(body))
+        if _gives_whole_maps(body, strides, 2 * coarsest + 1, 3 * coarsest - 1):
+            _multiples[name, strides] = 1
+        elif _gives_whole_maps(body, strides, 4 * coarsest, 6 * coarsest):
+            _multiples[name, strides] = coarsest
+        else:
+            raise ConfigError(
+                f"backbone {name!r}: its features are smaller than the image over their strides, so that no cell lies where its "
+                "stride says",
+                "choose another backbone: ResNet, EfficientNet, ConvNeXt, Swin and most others have whole maps",
+            )
+    return _multiples[name, strides]
+
+
+def _gives_whole_maps(body: nn.Module, strides: tuple[int, ...], height: int, width: int) -> bool:
+    """Whether maps have ceil(side / stride) cells; tried on shapes alone."""
+    wanted = [(-(-height // stride), -(-width // stride)) for stride in strides]
+    state = {key: value.to("meta") for key, value in [*body.named_parameters(), *body.named_buffers()]}
+    try:
+        with torch.no_grad():  # two images: batch norms in training refuse a single value
+            maps = functional_call(body, state, torch.empty(2, 3, height, width, device="meta"))
+    except (RuntimeError, AssertionError, ValueError):
+        return False
+    sides = slice(2, 4) if _is_nchw(body) else slice(1, 3)
+    return [tuple(x.shape[sides]) for x in maps] == wanted
 
 
 def _feature_info(body: nn.Module) -> list[dict[str, Any]]:

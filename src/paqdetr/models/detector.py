@@ -33,7 +33,7 @@ from paqdetr.text import Summary, some
 if TYPE_CHECKING:
     from paqdetr.models.auxiliary import AuxiliaryHeads
 
-TRAINING_ONLY = ("hybrid_source.", "auxiliary.")
+TRAINING_ONLY = ("hybrid_source.", "hybrid_heads.", "start.head.hybrid_", "auxiliary.")
 """Beginnings of the names of parameters that nothing reads outside of training, but for those of denoising."""
 
 

@@ -6,7 +6,9 @@ forward and backward. Scaling the weights instead gives the same result and cost
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -14,6 +16,9 @@ import torch.nn.functional as F
 from timm.layers import Conv2dSame, pad_same
 from timm.layers.norm_act import FrozenBatchNormAct2d
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 from torchvision.ops import FrozenBatchNorm2d
 
 from paqdetr.ops.depthwise import depthwise_conv2d
@@ -92,48 +97,76 @@ def fold_frozen_norms(body: nn.Module) -> int:
     Which norm follows which convolution is seen in a forward pass over a small black image.
 
     Returns:
-        How many were folded. A norm behind anything else is left as it is.
+        How many were folded. A norm behind anything else is left as it is, and so is one whose convolution something else reads
+        as well: another norm, a sum, or whoever takes the features.
     """
-    last_of: dict[int, tuple[str, Tensor]] = {}  # output -> the convolution it came from
-    follows: dict[str, str] = {}
-    handles = []
-    for name, part in body.named_modules():
-        if type(part) in (nn.Conv2d, Conv2dSame):
-            handles.append(part.register_forward_hook(_remember(name, last_of)))
-        elif isinstance(part, _Norm):
-            handles.append(part.register_forward_pre_hook(_look_up(name, last_of, follows)))
     if not any(isinstance(part, _Norm) for part in body.modules()):
         return 0
     training = body.training
     body.eval()
+    watch = _Readers()
+    handles = watch.hooks(body)
     try:
-        body(torch.zeros(1, 3, 64, 64, device=next(body.parameters()).device))
+        with watch:
+            features = body(torch.zeros(1, 3, 64, 64, device=next(body.parameters()).device))
+        watch.read(features)
     finally:
         body.train(training)
         for handle in handles:
             handle.remove()
-    for norm_name, conv_name in follows.items():
+    pairs = watch.pairs()
+    for conv_name, norm_name in pairs:
         conv, norm = body.get_submodule(conv_name), body.get_submodule(norm_name)
         assert isinstance(conv, nn.Conv2d) and isinstance(norm, _Norm)
         folded = FoldedNorm(norm)
         body.set_submodule(norm_name, folded)
         body.set_submodule(conv_name, FoldedConv2d(conv, folded))
-    return len(follows)
+    return len(pairs)
 
 
-def _remember(name: str, last_of: dict[int, tuple[str, Tensor]]):  # type: ignore[no-untyped-def]
-    def hook(part: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        last_of[id(output)] = (name, output)  # holding the tensor keeps its id from being given away
+class _Readers(TorchFunctionMode):
+    """Who reads the outputs of convolutions during a forward pass: names of norms, and "" for everything else."""
 
-    return hook
+    def __init__(self) -> None:
+        super().__init__()
+        self._outputs: dict[int, tuple[str, Tensor]] = {}  # holding the tensor keeps its id from being given away
+        self._readers: dict[str, set[str]] = {}
+        self._norm = ""
 
+    def hooks(self, body: nn.Module) -> list[RemovableHandle]:
+        """Note what comes out of convolutions, and when a norm is at work."""
+        found = []
+        for name, part in body.named_modules():
+            if type(part) in (nn.Conv2d, Conv2dSame):
+                found.append(part.register_forward_hook(partial(self._made, name)))
+            elif isinstance(part, _Norm):
+                found.append(part.register_forward_pre_hook(lambda *_, name=name: self._enter(name)))
+                found.append(part.register_forward_hook(lambda *_: self._enter("")))
+        return found
 
-def _look_up(name: str, last_of: dict[int, tuple[str, Tensor]], follows: dict[str, str]):  # type: ignore[no-untyped-def]
-    def hook(part: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if id(inputs[0]) in last_of:
-            follows[name] = last_of[id(inputs[0])][0]
+    def read(self, values: object) -> None:
+        """Note what is read now."""
+        for value in tree_leaves(values):
+            if id(value) in self._outputs:
+                self._readers[self._outputs[id(value)][0]].add(self._norm)
 
-    return hook
+    def pairs(self) -> list[tuple[str, str]]:
+        """Convolution and norm, where each has no other."""
+        only = [(conv, *readers) for conv, readers in self._readers.items() if len(readers) == 1 and "" not in readers]
+        readers = Counter(name for names in self._readers.values() for name in names)
+        return [(conv, norm) for conv, norm in only if readers[norm] == 1]
+
+    def _made(self, name: str, part: nn.Module, inputs: object, output: Tensor) -> None:
+        self._outputs[id(output)] = (name, output)
+        self._readers.setdefault(name, set())
+
+    def _enter(self, name: str) -> None:
+        self._norm = name
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(function, "__name__", "") != "__get__":  # asking for a shape reads nothing
+            self.read((args, kwargs))
+        return function(*args, **(kwargs or {}))
 
 
 @torch.no_grad()

@@ -64,9 +64,13 @@ def from_pretrained(name: str | Path, *, device: str = "cpu", **how: Any) -> Det
     if Path(name).exists() or Path(name).suffix == ".safetensors":
         from paqdetr.models.files import load
 
+        if how:
+            raise ConfigError(f"{name}: is a path, and {next(iter(how))} is for a model of the Hub", "leave it out")
         return load(name, device=device)
-    with hub_errors(str(name)):
-        return SharedDetector.from_pretrained(str(name), device=device, **how).model
+    repo, revision = split_address(str(name))
+    how |= {"revision": revision} if revision else {}
+    with hub_errors(repo):
+        return SharedDetector.from_pretrained(repo, device=device, **how).model
 
 
 def write_folder(folder: Path, header: Mapping[str, Any], **about: Any) -> None:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paqdetr.paq.extractor import MaskedGroupNorm
+from paqdetr.paq.extractor import MaskedGroupNorm, norm_groups
 
 
 class Neck(nn.Module):
@@ -54,11 +54,6 @@ class Neck(nn.Module):
         for i, downsample in enumerate(self.extra):
             levels.append(_project(downsample, maps[-1] if i == 0 else levels[-1], mask))
         return levels
-
-
-def norm_groups(dim: int) -> int:
-    """32 groups at the usual widths; of four channels at least, as one alone on a level of 1 x 1 is normed to a constant."""
-    return next((n for n in (32, 16, 8, 4, 2) if dim % n == 0 and dim // n >= 4), 1)
 
 
 def _project(part: nn.Module, x: Tensor, padding_mask: Tensor | None) -> Tensor:

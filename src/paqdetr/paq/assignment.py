@@ -309,7 +309,7 @@ def match_layers(
     names: Sequence[str] | None = None,
     counted: Tensor | None = None,
 ) -> list[list[Pairs]]:
-    """Pairs of every layer and image, each layer by its own assigner, with one transfer to the host.
+    """Pairs of every layer and image, each layer by its own assigner, with one transfer to the host, two with `counted`.
 
     Shapes as in `matching_costs`; `assigners` has K entries; `counted` is (K, B, n) bool, the queries that take part (None: all).
     Returns Pairs on the CPU, a list of images for each layer.

@@ -102,7 +102,7 @@ class _LevelBranch(nn.Module):
         self.context = nn.Conv2d(
             dim, dim, 3, padding=dilation, dilation=dilation, groups=dim if depthwise else 1, bias=False
         )
-        self.norm = MaskedGroupNorm(_groups(dim), dim)
+        self.norm = MaskedGroupNorm(norm_groups(dim), dim)
 
     def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:
         x = _zero_padding(self.point(x), valid)  # the bias has just filled the padding
@@ -188,6 +188,6 @@ def _sample_positions(coarse: Tensor, fine: Tensor) -> Tensor:
     return 2 * (start + position) / max(coarse.shape[1] - 1, 1) - 1
 
 
-def _groups(dim: int) -> int:
-    """Up to 32 groups of four channels at least: one alone on a level of 1x1 would be normed to a constant."""
+def norm_groups(dim: int) -> int:
+    """32 groups at the usual widths; of four channels at least, as one alone on a level of 1 x 1 is normed to a constant."""
     return next((count for count in (32, 16, 8, 4, 2) if dim % count == 0 and dim // count >= 4), 1)

@@ -167,7 +167,7 @@ class PatternQueries(nn.Module):
             raise ValueError(f"query_features: expected ({wanted[0]}, {count}, {wanted[2]}), found {found}")
         return features
 
-    def resize(self, num_queries: int, *, rows: Tensor | None = None) -> Tensor:
+    def resize(self, num_queries: int, *, ranked: bool = False, rows: Tensor | None = None) -> Tensor:
         """Change the number of queries of a trained module, in place: the rows of its weight head.
 
         A query is only a row of mixing weights; patterns and extractor stay as they are. With `mixture_input="query"` there are
@@ -176,6 +176,7 @@ class PatternQueries(nn.Module):
 
         Args:
             num_queries: the new n, at least 1.
+            ranked: whether the place of a query is the rank of its proposal, as in two-stage hosts: fewer are the first ones.
             rows: (num_queries,) int64 in [0, old n), the old row of each new query; None takes those of `resized_rows`.
 
         Returns:
@@ -184,7 +185,7 @@ class PatternQueries(nn.Module):
         Raises:
             ValueError: `num_queries` below 1, or rows of another shape, dtype or range.
         """
-        taken = _checked_rows(rows, num_queries, self.num_queries)
+        taken = _checked_rows(rows, num_queries, self.num_queries, ranked=ranked)
         if self.head is not None:
             self.head.take_rows(taken)
         self.num_queries = num_queries
@@ -252,9 +253,9 @@ class StaticMixtures(nn.Module):
         """n."""
         return self.logits.shape[0]
 
-    def resize(self, num_queries: int, *, rows: Tensor | None = None) -> Tensor:
+    def resize(self, num_queries: int, *, ranked: bool = False, rows: Tensor | None = None) -> Tensor:
         """See `PatternQueries.resize`."""
-        taken = _checked_rows(rows, num_queries, self.num_queries)
+        taken = _checked_rows(rows, num_queries, self.num_queries, ranked=ranked)
         self.logits = _taken(self.logits, taken)
         return taken.low
 
@@ -399,11 +400,11 @@ def resized_rows(old: int, new: int, *, ranked: bool = False) -> Rows:
     )
 
 
-def _checked_rows(rows: Tensor | None, new: int, old: int) -> Rows:
+def _checked_rows(rows: Tensor | None, new: int, old: int, *, ranked: bool) -> Rows:
     if new < 1:
         raise ValueError(f"num_queries: expected at least 1, found {new}")
     if rows is None:
-        return resized_rows(old, new)
+        return resized_rows(old, new, ranked=ranked)
     if rows.dtype != torch.int64 or rows.shape != (new,):
         raise ValueError(f"rows: expected ({new},) int64, found {tuple(rows.shape)} {rows.dtype}")
     if rows.min() < 0 or rows.max() >= old:

@@ -127,8 +127,8 @@ def _claims(runs: Runs, decided: Sequence[Verdict]) -> list[Section]:
         parts.append(_forest(runs, shown))
     lead = (
         f"A claim is decided if its p, adjusted for all claims of the study, is below {runs.study.level:g}: it holds if the "
-        "difference lies on its side of the threshold, and does not hold if on the other. Undecided: the runs are too few, or the "
-        "effect too small. Computed, not written."
+        "difference lies on its side of the threshold, and does not hold if on the other. Undecided: the runs are too few, or "
+        "the effect too small. Computed, not written."
     )
     return [Section("verdicts", "Verdicts", lead, tuple(parts))]
 

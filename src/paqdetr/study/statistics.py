@@ -81,7 +81,7 @@ class Estimate:
         return self.mean - half, self.mean + half
 
     def p_value(self, threshold: float = 0.0) -> float:
-        """Two-sided: the smallest level at which the interval leaves out `threshold`; 1 with a single seed or without any spread."""
+        """Two-sided: the smallest level at which the interval leaves out `threshold`; 1 with a single seed or no spread."""
         distance = abs(self.mean - threshold)
         if math.isnan(self.standard_error) or distance == 0 or self.standard_error == 0:
             return 1.0  # equal values of a few seeds do not say that others would be equal
@@ -113,7 +113,7 @@ class Estimate:
         return float(stats.norm.sf((half - effect) / self.standard_error).mean())
 
     def smallest_effect(self) -> float:
-        """The effect that so many seeds on these images detect with a power of 80 %; NaN with a single seed or without any spread."""
+        """The effect that so many seeds on these images detect with a power of 80 %; NaN with a single seed or no spread."""
         error = self.standard_error
         if math.isnan(error) or error == 0:
             return math.nan

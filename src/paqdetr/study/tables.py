@@ -53,7 +53,9 @@ def verdict_table(runs: Runs, decided: Sequence[Verdict]) -> Table:
         Column("high", "to", "difference", value=effect(lambda e: e.interval[1])),
         Column("threshold", "claimed", "text", lambda v: f"{'<' if claims[v.claim].sign < 0 else '>'} {v.threshold:g}"),
         Column("p", "p", value=lambda v: v.effect and round(v.p, 4)),
-        Column("smallest", "detectable (80 % power)", value=effect(lambda e: replace(e, level=strictest).smallest_effect())),
+        Column(
+            "smallest", "detectable (80 % power)", value=effect(lambda e: replace(e, level=strictest).smallest_effect())
+        ),
         Column("seeds", "seeds", "integer", lambda v: v.effect.seeds if v.effect else 0),
         Column("published", "published", "difference", published),
         Column("note", "note", "text", partial(_note, runs)),

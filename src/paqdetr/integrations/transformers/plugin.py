@@ -210,7 +210,7 @@ class PaqPlugin(nn.Module):
         if self.host.num_queries(decoder.config) != own or content.shape[1] < own:
             raise ConfigError(
                 f"the model now has {self.host.num_queries(decoder.config)} queries, PaQ was attached with {own}",
-                "call model.paq.queries.resize(n) with the model's number, before the optimiser is made",
+                "call model.paq.queries.resize(n), with ranked=True if the model is two-stage, then make the optimiser",
             )
         mixture: Mixture = self.queries(*self.host.memory(kwargs, self._map_size))
         first = content.shape[1] - own
