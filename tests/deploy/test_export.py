@@ -322,6 +322,8 @@ def test_int8_that_gains_nothing_or_loses_much_is_not_kept(
     with pytest.raises(ExportError, match=reason):
         export(exported.checkpoint, tmp_path / "m.onnx", precision="int8", calibrate=small_digits)
     assert not list(tmp_path.iterdir())
+    done = export(exported.checkpoint, tmp_path / "m.onnx", precision="int8", calibrate=small_digits, check=False)
+    assert done.quantization is None and opened(done.file).info.precision == "int8"  # for another machine
 
 
 @pytest.mark.slow
