@@ -53,7 +53,7 @@ class Export:
         report_file: the comparison with the model, as json; None if it was not checked.
         info: what the file says about itself.
         parity: the comparison on pictures; None if it was not checked, or in int8, which has a check of its own.
-        quantization: AP and milliseconds of the int8 model and of the float model; None in f32 and f16.
+        quantization: AP and milliseconds of the int8 model and of the float model; None in f32 and f16, and unchecked.
     """
 
     file: Path
