@@ -123,12 +123,12 @@ def predict_sources(
     Args:
         model: a detector.
         sources: files, folders, patterns, addresses, cameras, "-": see `list_sources`.
-        output: a folder that is new, empty, or holds nothing but what an earlier call wrote, all of which is removed once there
-            is something to write.
+        output: a folder that is new, empty, or holds nothing but what earlier calls wrote: files of the same names are replaced,
+            others stay.
         save: what is written, of `paqdetr.runtime.save.FORMS`.
         recursive, every, max_frames, buffer, batch_size: as of `stream`; results keep the paths below a folder.
         image_id: of a source, for the results; its name if not given.
-        overwrite: other files may lie in `output`; all stay there but those that have the name of one that is written.
+        overwrite: other files may lie in `output`, and are replaced where they have the name of one that is written.
         progress: called with (pictures done, pictures in all, None where nobody knows).
         how: threshold, nms, classes and tiles, as of `Detector.predict`.
 

@@ -14,7 +14,6 @@ from paqdetr.files import storage_errors
 from paqdetr.outputs import (
     LINE_KEYS,
     RESULTS,
-    files_below,
     made_by,
     mark,
     output_file,
@@ -57,26 +56,15 @@ def is_ours(file: Path, output: Path) -> bool:
     return made_by(file) == (RESULTS if lists else MAKER)
 
 
-def _remove_earlier(output: Path) -> None:
-    """Remove what an earlier call wrote into a folder, and the folders within that are empty then."""
-    for file in files_below(output) if output.is_dir() else ():
-        if is_ours(file, output):
-            with storage_errors(file):
-                file.unlink()
-            with contextlib.suppress(OSError):  # which says that a folder is not empty
-                for folder in file.relative_to(output).parents[:-1]:
-                    (output / folder).rmdir()
-
-
 class Saver:
     """Writes the results of pictures one by one. Those of a picture are there at once, `predictions.json` and a video at
-    their end; a video that is interrupted ends there, and plays. What an earlier call wrote is removed before the first.
+    their end; a video that is interrupted ends there, and plays.
 
     Args:
         output: the folder, which is made when there is something to write.
         forms: of `FORMS`.
         classes: of the model, for YOLO's numbers.
-        overwrite: any file in the way is replaced, and nothing else removed.
+        overwrite: any file in the way is replaced.
 
     Raises:
         StorageError: something cannot be written.
@@ -89,13 +77,10 @@ class Saver:
         self._coco, self._add_row = "coco" in forms, None
         self._results, self._lines = contextlib.ExitStack(), None
         self._video: tuple[Source, Path, contextlib.ExitStack, VideoWriter] | None = None
-        self._live, self._named, self._begun = False, False, False
+        self._live, self._named = False, False
 
     def add(self, picture: Picture, detections: Detections) -> None:
         """Write what was found in a picture."""
-        if not self._begun and not self._overwrite:
-            _remove_earlier(self.output)
-        self._begun = True
         self._live |= picture.live
         for write in self._writes:
             write(picture, detections)
