@@ -2,6 +2,8 @@
 #   docker build -f docker/gpu.Dockerfile -t paqdetr:gpu .
 #   docker run --gpus all --shm-size=8g -v ./data:/data:ro -v ./runs:/runs paqdetr:gpu train paq_dino_r50 --data /data --output /runs/one
 FROM python:3.13-slim
+# Triton, which torch brings along, compiles its launcher with it: without one the kernels of attention are never used.
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 RUN pip install --no-cache-dir torch torchvision
 WORKDIR /build
 COPY . .

@@ -128,7 +128,7 @@ def require_free(
     if not output.is_dir():
         return
     remove_leftovers(output)
-    foreign = next((path for path in _files(output) if is_ours is None or not is_ours(path)), None)
+    foreign = next((path for path in files_below(output) if is_ours is None or not is_ours(path)), None)
     if foreign is not None:
         raise ConfigError(
             f"{output}: the folder holds other files, such as {foreign.relative_to(output)}, and nothing is overwritten",
@@ -136,13 +136,13 @@ def require_free(
         )
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def files_below(folder: Path) -> Iterator[Path]:
     """Files at any depth, and empty folders; without what a file manager (.DS_Store) or a new disk (lost+found) has there."""
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.name == "lost+found":
             continue
         if path.is_dir() and not path.is_symlink() and any(path.iterdir()):
-            yield from _files(path)
+            yield from files_below(path)
         else:
             yield path
 

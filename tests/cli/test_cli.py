@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,8 @@ from paqdetr.config import load_config
 from paqdetr.data.check import check_dataset
 from paqdetr.errors import ConfigError
 from paqdetr.runs import Run
+from paqdetr.runtime.tiles import Tiles
+from paqdetr.structures import OperatingPoint
 from paqdetr.values import environment_integer
 
 
@@ -311,6 +314,47 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     said = dict(line.split(" ", 1) for line in capsys.readouterr().out.splitlines())
     assert list(said) == ["paqdetr", "Python", "torch", "torchvision", "numba", "device"]
     assert said["paqdetr"] == __version__ and said["torch"] == torch.__version__
+
+
+# ------------------------------------------------------------------------------------------------ options
+
+
+@pytest.mark.parametrize(
+    ("command", "callee", "expected"),
+    [
+        ("predict m.onnx clip.mp4 --every 3", "runtime.predict.predict_sources", {"every": 3, "max_frames": None}),
+        ("predict m.onnx clip.mp4 --max-frames 4", "runtime.predict.predict_sources", {"max_frames": 4, "every": 1}),
+        ("predict m.onnx camera:0 --buffer", "runtime.predict.predict_sources", {"buffer": True, "tiles": None}),
+        (
+            "predict m.onnx clip.mp4 --tiles 64 --overlap 0.3 --with-whole",
+            "runtime.predict.predict_sources",
+            {"tiles": Tiles(64, 0.3, True), "buffer": False},
+        ),
+        ("export m.onnx --raw --batch 4", "deploy.export", {"raw": True, "slow": False, "batch": 4, "check": True}),
+        (
+            "export m.onnx --slow --no-check",
+            "deploy.export",
+            {"raw": False, "slow": True, "batch": None, "check": False},
+        ),
+    ],
+)
+def test_options_reach_what_they_are_meant_for(
+    command: str, callee: str, expected: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+
+    def call(*_: object, **how: Any) -> None:
+        given.update(how)
+        raise ConfigError("that is enough", "nothing is to be done")
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("m.onnx", "clip.mp4"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(f"paqdetr.{callee}", call)
+    monkeypatch.setattr("paqdetr.cli.predict.open_model", lambda *_: SimpleNamespace(operating_point=OperatingPoint()))
+    monkeypatch.setattr("paqdetr.checkpoint.find_described", lambda path: (path,))
+    assert run(command.split()) == 2
+    assert {name: given[name] for name in expected} == expected
 
 
 # --------------------------------------------------------------------------------------------- exit codes

@@ -2,6 +2,8 @@ import argparse
 import contextlib
 import json
 import os
+import pathlib
+import sys
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -60,6 +62,26 @@ def test_arguments_of_the_command_line_are_read_as_values(tmp_path: Path, legacy
     assert _equal(source.tensors)
     assert source.hints["nheads"] == 8
     assert PurePosixPath(source.hints["output_dir"]) == PurePosixPath("out")
+
+
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+@pytest.mark.parametrize("kind", ["PosixPath", "WindowsPath"])
+def test_paths_of_any_python_and_system(
+    kind: str, module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python 3.13 alone pickles its paths as of `pathlib._local`."""
+    own = getattr(pathlib, kind)
+
+    class Pickled:
+        def __reduce__(self) -> tuple[type, tuple[str]]:
+            return own, ("out",)
+
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, module, pathlib)
+        patch.setattr(own, "__module__", module)
+        torch.save({"model": WEIGHTS, "args": argparse.Namespace(output_dir=Pickled())}, tmp_path / "x.pth")
+    source = read_source(tmp_path / "x.pth")
+    assert _equal(source.tensors) and str(source.hints["output_dir"]) == "out"
 
 
 def test_wrappers_are_taken_off(tmp_path: Path) -> None:

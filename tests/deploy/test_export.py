@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -62,6 +63,10 @@ def test_baked_weights_compute_the_same() -> None:
         ({"precision": "int8"}, "images to calibrate on"),
         ({"precision": "f16", "format": "pt2"}, "does not go with the format pt2"),
         ({"batch": 0}, "batch: expected 1 to 1024"),
+        ({"batch": 4, "precision": "int8", "calibrate": "digits"}, "int8 does not go with batch 4"),
+        ({"batch": 4, "format": "torchscript"}, "batch does not go with the format torchscript"),
+        ({"slow": True, "precision": "int8", "calibrate": "digits"}, "openvino alone, found int8 in onnx"),
+        ({"slow": True, "format": "openvino"}, "openvino alone, found f32 in openvino"),
         ({"image_size": (100, 64)}, "multiples of 32"),
         ({"image_size": (0, 64)}, "multiples of 32"),
         ({"max_drop": 2.0}, "max_drop"),
@@ -74,17 +79,17 @@ def test_arguments_that_make_no_sense_are_refused_at_once(
     arguments: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
     arguments = {"output": tmp_path / "m.onnx", **arguments}
-    if arguments.get("format") == "pt2":
-        arguments["output"] = tmp_path / "m.pt2"
     with pytest.raises(ConfigError, match=reason):
         export(tiny(), **arguments)
     assert not list(tmp_path.iterdir())
 
 
-def test_files_of_others_are_not_replaced(tmp_path: Path) -> None:
-    (tmp_path / "m.onnx").write_bytes(b"of somebody else")
-    with pytest.raises(ConfigError, match=r"m\.onnx: the file exists"):
+@pytest.mark.parametrize("name", ["m.onnx", "m.onnx.report.json"])
+def test_files_of_others_are_not_replaced(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"of somebody else")
+    with pytest.raises(ConfigError, match=rf"{re.escape(name)}: the file exists"):
         export(tiny(), tmp_path / "m.onnx")
+    assert [file.name for file in tmp_path.iterdir()] == [name]
 
 
 @pytest.mark.parametrize(
@@ -174,8 +179,10 @@ def test_torch_formats(form: Any, tmp_path: Path) -> None:
     done = export(model, tmp_path / f"m.{form}")  # the ending says which format
     found = opened(done.file)
     assert found.operating_point == model.operating_point and done.parity is not None and done.parity.passed
+    assert done.report_file is not None and done.report_file.is_file()
     done = export(model, tmp_path / f"m.{form}", format=form, check=False, nms=1)  # it may be replaced
-    assert done.info.nms is None and opened(done.file).operating_point.nms is None
+    assert [file.name for file in tmp_path.iterdir()] == [f"m.{form}"]  # no report that speaks of the one before
+    assert done.report_file is None and done.info.nms is None and opened(done.file).operating_point.nms is None
     (tmp_path / f"m.{form}").write_bytes(b"damaged")
     with pytest.raises(paqdetr.CheckpointError, match="not a readable"):
         opened(done.file)
@@ -315,6 +322,8 @@ def test_int8_that_gains_nothing_or_loses_much_is_not_kept(
     with pytest.raises(ExportError, match=reason):
         export(exported.checkpoint, tmp_path / "m.onnx", precision="int8", calibrate=small_digits)
     assert not list(tmp_path.iterdir())
+    done = export(exported.checkpoint, tmp_path / "m.onnx", precision="int8", calibrate=small_digits, check=False)
+    assert done.quantization is None and opened(done.file).info.precision == "int8"  # for another machine
 
 
 @pytest.mark.slow

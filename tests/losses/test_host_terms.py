@@ -15,9 +15,9 @@ from paqdetr.config import LossConfig
 from paqdetr.losses import build_criterion
 from paqdetr.models import create_model
 from paqdetr.models.detector import Detector
-from paqdetr.models.outputs import BACKGROUND_LOGIT, Decoded, DetectorOutput
+from paqdetr.models.outputs import Decoded, DetectorOutput
 from paqdetr.paq import AlignedAssigner, OneToOneAssigner, QualityAwareAssigner, match_layers, quality_focal_loss
-from paqdetr.structures import Targets
+from paqdetr.structures import BACKGROUND_LOGIT, Targets
 
 TINY: dict[str, Any] = dict(
     num_classes=5, backbone="test_resnet", dim=32, num_heads=4, ffn_dim=64, encoder_layers=1, num_queries=20

@@ -19,9 +19,9 @@ from paqdetr.models import Detector, create_model
 from paqdetr.models.decoder import Decoder, PositionRelation
 from paqdetr.models.encoder import DeformableEncoder
 from paqdetr.models.files import reshape
-from paqdetr.models.outputs import BACKGROUND_LOGIT
 from paqdetr.models.queries import QueryGroup
 from paqdetr.models.tokens import Tokens, sine_boxes
+from paqdetr.structures import BACKGROUND_LOGIT
 
 HEADS, DIM = 2, 8
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import io
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -84,43 +83,6 @@ def test_every_kind_of_source(model: Detector, tmp_path: Path) -> None:
     mixed = model.predict([path, array, image], threshold=0.0)
     assert [d.image_id for d in mixed] == ["street.png", None, None]
     assert model.predict([]) == []
-
-
-def test_files_that_are_open_or_in_memory(model: Detector, tmp_path: Path) -> None:
-    path = tmp_path / "street.png"
-    Image.fromarray(picture(48, 64, 0)).save(path)
-    content = path.read_bytes()
-    (expected,) = model.predict(path, threshold=0.0)
-    with path.open("rb") as file:
-        sources = [content, bytearray(content), memoryview(content), io.BytesIO(content), file]
-        alone = [model.predict(source, threshold=0.0) for source in sources]
-        together = model.predict(sources, threshold=0.0)
-        of_iterator = model.predict(iter(sources), threshold=0.0)
-    for found in (*(one for (one,) in alone), *together, *of_iterator):
-        assert np.array_equal(found.boxes, expected.boxes) and found.image_id is None
-    assert len(alone) == len(together) == len(of_iterator) == 5
-
-
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        (0, "found int"),
-        (None, "found NoneType"),
-        (0.5, "found float"),
-        ([None], "found NoneType"),
-        ([[0]], "found list"),
-        ({"image": 1}, "found dict"),
-        (object(), "found object"),
-        (io.StringIO("text"), "found _io.StringIO"),
-        (b"..", "the given bytes: not an image in a known format"),
-        (b"", "the given bytes: not an image in a known format"),
-        (io.BytesIO(b"no image"), "the given bytes: not an image in a known format"),
-    ],
-)
-def test_what_is_no_image(nano: Detector, source: Any, message: str) -> None:
-    with pytest.raises(DataError, match=message) as caught:
-        nano.predict(source)
-    assert caught.value.remedy
 
 
 @pytest.fixture(scope="module")

@@ -254,6 +254,20 @@ def test_predictions_that_are_not_finite_name_the_image() -> None:
         model.predict(images, threshold=0, batch_size=2)
 
 
+@pytest.mark.parametrize("score", [0.0, 1 / (1 + np.exp(50.0))], ids=["onnxruntime", "OpenVINO"])
+def test_queries_that_have_left_are_no_detections(score: float) -> None:
+    """What an engine's sigmoid makes of their logit, -50. The graph fills up with them; the checkpoint leaves them out."""
+    scores = np.array([[0.5, 1e-7, score, score]], np.float32)
+
+    def run(images: np.ndarray) -> dict[str, np.ndarray]:
+        return {"boxes": np.zeros((1, 4, 4), np.float32), "scores": scores, "labels": np.zeros((1, 4), int)}
+
+    [found] = Predictor(Engine("by hand", INFO.to_json(), None, run)).predict(
+        np.zeros((4, 8, 3), np.uint8), threshold=0
+    )
+    assert found.scores.tolist() == scores[0, :2].tolist()
+
+
 def test_raw_outputs_are_decoded_as_the_detector_does() -> None:
     from paqdetr.config import ModelConfig
     from paqdetr.models.inference import postprocess

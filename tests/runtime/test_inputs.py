@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import io
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,16 @@ from paqdetr.images import read_image
 from paqdetr.models import Detector
 from paqdetr.runtime import ExportInfo, FixedSize, Predictor
 from paqdetr.runtime.engines import Engine
+from paqdetr.runtime.predictor import predict_in_batches
 from paqdetr.structures import ClassTable, Detections
 
 COLOUR = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
 GREY = COLOUR[..., 0].copy()
 OPAQUE = np.dstack([COLOUR, np.full(GREY.shape, 255, np.uint8)])
+
+
+class Pixels(np.ndarray):
+    """Which, unlike its base, can be referred to weakly."""
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +84,7 @@ FORMS: dict[str, tuple[Any, np.ndarray]] = {
     "RGB": (PICTURE, COLOUR),
     "RGBA": (PICTURE.convert("RGBA"), COLOUR),
     "bytes": (png(PICTURE), COLOUR),
+    "bytearray": (bytearray(png(PICTURE)), COLOUR),
     "memoryview": (memoryview(png(PICTURE)), COLOUR),
     "file object": (io.BytesIO(png(PICTURE)), COLOUR),
     "EXIF turn": (turned(COLOUR), COLOUR),
@@ -183,8 +190,9 @@ def test_paths_folders_and_patterns(predictor: Predictor, tmp_path: Path) -> Non
     assert predictor.predict(tmp_path / "[1].png")[0].file_name == "[1].png"
 
 
-def test_an_address(predictor: Predictor, tmp_path: Path) -> None:
-    PICTURE.save(tmp_path / "a.png")
+@pytest.mark.parametrize("given", ["ä b.png", "%C3%A4%20b.png"])  # as a browser shows it, and as it sends it
+def test_an_address(predictor: Predictor, tmp_path: Path, given: str) -> None:
+    PICTURE.save(tmp_path / "ä b.png")
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def __init__(self, *given: Any) -> None:
@@ -194,9 +202,9 @@ def test_an_address(predictor: Predictor, tmp_path: Path) -> None:
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        (found,) = predictor(f"http://127.0.0.1:{server.server_port}/a.png?size=2", threshold=0.0)
+        (found,) = predictor(f"http://127.0.0.1:{server.server_port}/{given}?size=2 ä", threshold=0.0)
         server.shutdown()
-    assert found.file_name == "a.png" and found.size == (12, 16)
+    assert found.file_name == "ä b.png" and found.size == (12, 16)
     assert (np.asarray(found.image) == COLOUR).all()
 
 
@@ -223,6 +231,7 @@ def test_an_address(predictor: Predictor, tmp_path: Path) -> None:
         ({"image": COLOUR}, "found dict", "grey"),
         (io.StringIO("x"), r"found _io\.StringIO", "rb"),
         (b"no image", "the given bytes: not an image", "Send"),
+        (b"", "the given bytes: not an image", "Send"),
     ],
 )
 def test_what_is_no_picture_is_named_with_its_place(
@@ -270,6 +279,29 @@ def test_any_array_and_tensor(grey: np.ndarray, channels: int | None, dtype: Any
         given_ = torch.from_numpy(given_) if channels is None else torch.from_numpy(given_).permute(2, 0, 1)
     found = np.asarray(read_image(given_)).astype(float)
     assert found.shape == expected.shape and np.abs(found - expected).max() <= (1 if channels == 4 else 0)
+
+
+def test_few_pictures_wait_for_others_of_their_size() -> None:
+    """Of 300 pictures in 50 sizes, and each in its place in the end."""
+    alive: set[int] = set()
+    most = 0
+
+    def prepare(picture: Image.Image) -> np.ndarray:
+        nonlocal most
+        pixels = np.zeros((picture.height, picture.width)).view(Pixels)
+        alive.add(id(pixels))
+        weakref.finalize(pixels, alive.discard, id(pixels))
+        most = max(most, len(alive))
+        return pixels
+
+    def detect(pixels: list[np.ndarray], sizes: list[tuple[int, int]], names: list[str]) -> list[Detections]:
+        assert len({one.shape for one in pixels}) == 1 and len(pixels) <= 4
+        return [Detections(np.zeros((0, 4)), np.zeros(0), np.zeros(0), size=size) for size in sizes]
+
+    widths = [1 + 7 * i % 50 for i in range(300)]
+    found = predict_in_batches((Image.new("RGB", (w, 3)) for w in widths), prepare, detect, batch_size=4)
+    assert [one.size for one in found] == [(3, width) for width in widths]
+    assert 20 < most < 45  # 32 that wait, the batch before them, and the next
 
 
 def test_tiles_give_the_same_names_and_pictures(predictor: Predictor, tmp_path: Path) -> None:

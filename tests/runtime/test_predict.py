@@ -143,6 +143,14 @@ def test_an_earlier_prediction_is_replaced(patches: Patches, pictures: Path, tmp
     assert len(json.loads((out / "predictions.json").read_text())) == 3
 
 
+def test_several_calls_fill_one_folder(patches: Patches, pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    predict_sources(patches, [pictures / "a.png"], output=out, save=["crops", "yolo"])
+    before = files(out)
+    predict_sources(patches, [pictures / "b.png"], output=out, save=["crops", "yolo"])
+    assert set(before) < set(files(out))
+
+
 def test_one_that_was_stopped_is_repeated_into_its_folder(patches: Patches, pictures: Path, tmp_path: Path) -> None:
     def stop(done: int, total: int | None) -> None:
         raise KeyboardInterrupt
@@ -252,13 +260,33 @@ def test_two_of_one_name(
     done = predict_sources(patches, [pictures, pictures / "a.png"], output=tmp_path / "live")
     assert files(done.output) == ["a.jpg", "a.mp4", "b.jpg", "predictions.json"] and done.images == 4
     Image.new("RGB", (32, 32)).save(pictures / "a.bmp")
-    with pytest.raises(DataError, match=r"would both be drawn to a\.jpg"):
+    with pytest.raises(DataError, match=r"a\.bmp would both be written as a"):
         predict_sources(patches, [pictures], output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    whole = predict_sources(patches, [pictures], output=tmp_path / "whole", save=["coco", "jsonl"])
+    names = {row["file_name"] for row in json.loads((whole.output / "predictions.json").read_text())}
+    assert whole.images == 5 and {"a.mov", "a.png", "b.png"} <= names
+    (tmp_path / "other").mkdir()
+    shutil.copy(pictures / "b.png", tmp_path / "other")
+    with pytest.raises(DataError, match=r"would both be written as b\.png"):
+        predict_sources(patches, [pictures, tmp_path / "other"], output=tmp_path / "out", save=["coco"])
     # In a list that is still being written, the others are done.
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{pictures}/a.png\n{pictures}/a.bmp\n\n{pictures}/none.png\n"))
     done = predict_sources(patches, ["-"], output=tmp_path / "out")
     assert done.images == 1 and list(done.unreadable) == [pictures / "a.bmp", f"{pictures}/none.png"]
+
+
+@pytest.mark.parametrize("turn", [1, -1])
+def test_a_picture_that_is_called_as_a_frame_of_a_video(
+    patches: Patches, pictures: Path, tmp_path: Path, clip: Callable[..., Path], turn: int
+) -> None:
+    frames = [shutil.copy(pictures / "a.png", tmp_path / f"clip-00000{number}.png") for number in (0, 1)]
+    sources = [clip([0, 0.1]), *frames][::turn]
+    for form in ("yolo", "voc", "crops"):
+        with pytest.raises(DataError, match=r"clip.* would both be written as clip"):
+            predict_sources(patches, sources, output=tmp_path / "out", save=["draw", form])
+    assert predict_sources(patches, sources, output=tmp_path / "out").images == 4
+    assert predict_sources(patches, frames, output=tmp_path / "out", save=EVERYTHING).images == 2
 
 
 @pytest.mark.parametrize("name", ["missing.jpg", "empty", "notes.txt", "*.gif"])

@@ -80,6 +80,14 @@ def test_links_in_a_circle(tree: Path) -> None:
     assert len(list(list_sources([tree], recursive=True))) == 6
 
 
+def test_folders_that_are_linked(tree: Path) -> None:
+    (tree / "links").mkdir()
+    for name in ("one", "two"):
+        (tree / "links" / name).symlink_to(tree / "in" / "deep")
+    names = [source.name for source in list_sources(["links"], recursive=True)]
+    assert names == ["one/d.png"]  # once
+
+
 def test_a_list_on_standard_input(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Relative paths are kept, since a list names files of many folders; each line is worked on before the next is there."""
     given: list[str] = []

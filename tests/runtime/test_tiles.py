@@ -95,6 +95,15 @@ def test_a_cut_box_gives_way_to_a_whole_one_whatever_its_score() -> None:
     assert len(merge_tiles([_part([], [], []), _part([], [], [])], windows, (100, 180))) == 0
 
 
+@pytest.mark.parametrize("score", [0.4, 0.95])
+def test_a_cut_box_gives_way_to_none_that_it_covers_itself(score: float) -> None:
+    """A small object before a large one, of which one tile shows a part and the other found nothing."""
+    windows = Tiles(640, 0.2).windows(640, 1100)
+    large, small = _part([[100, 100, 640, 500]], [1], [0.9]), _part([[40, 300, 100, 360]], [1], [score])
+    merged = merge_tiles([large, small], windows, (640, 1100))
+    assert sorted(merged.boxes.tolist()) == [[100, 100, 640, 500], [500, 300, 560, 360]]
+
+
 @pytest.mark.parametrize(
     ("how", "message"),
     [

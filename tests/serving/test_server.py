@@ -8,6 +8,7 @@ import struct
 import time
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -72,6 +73,7 @@ def test_parameters_reach_the_model_or_filter_its_answer(client: Callable[..., T
     assert stub.calls[-1] == (1, {"batch_size": 8, "nms": 1.0})
     assert ids("threshold=0&classes=dog %26 <b>") == [7, 7]
     assert ids("threshold=0&classes=3&classes=7") == [3, 7, 3, 7]
+    assert ids("threshold=0&classes=") == ids("threshold=0&classes=,") == [3, 7, 3, 7]
     ids("tiles=64")
     assert stub.calls[-1] == (1, {"batch_size": 8, "tiles": 64})
 
@@ -164,8 +166,25 @@ def test_a_call_that_hangs_is_given_up_and_shows_in_health(client: Callable[...,
     answer = calls.post("/v1/detect", content=picture(1))
     assert answer.status_code == 504 and "no answer within 0.1 s" in answer.json()["error"]
     assert calls.get("/healthz").status_code == 503
-    time.sleep(1.6)
+    end = time.monotonic() + 30
+    while calls.get("/healthz").status_code == 503 and time.monotonic() < end:
+        time.sleep(0.02)
     assert calls.get("/healthz").text == "ok"
+
+
+def test_requests_that_were_given_up_leave_room_for_others(client: Callable[..., TestClient]) -> None:
+    calls = client(Stub(delay=1.5), limits=Limits(timeout=0.1, queue=1, max_batch=1))
+    assert [calls.post("/v1/detect", content=picture(1)).status_code for _ in range(4)] == [504] * 4
+    assert calls.get("/readyz").status_code == 200
+
+
+def test_images_in_tiles_go_one_by_one(client: Callable[..., TestClient]) -> None:
+    stub = Stub(delay=0.1)
+    with client(stub) as calls, ThreadPoolExecutor(4) as pool:
+        for query in ("?tiles=64", ""):
+            answers = pool.map(lambda _, query=query: calls.post(f"/v1/detect{query}", content=picture(1)), range(4))
+            assert [answer.status_code for answer in answers] == [200] * 4
+    assert [count for count, how in stub.calls if "tiles" in how] == [1] * 4 and len(stub.calls) < 8
 
 
 def test_more_pixels_than_memory_has_room_for_have_to_come_again(client: Callable[..., TestClient]) -> None:
@@ -200,12 +219,10 @@ def test_model_metrics_and_description(client: Callable[..., TestClient]) -> Non
     assert "default-src 'none'" in calls.get("/").headers["content-security-policy"]
 
 
-def test_not_ready_once_it_stops() -> None:
+def test_the_thread_of_the_model_ends_with_the_application() -> None:
     server = DetectionServer(Stub())
     with TestClient(server.app) as calls:
         assert calls.get("/readyz").status_code == 200
-        server.stop()
-        assert (calls.get("/readyz").status_code, calls.get("/readyz").text) == (503, "stopping")
     assert not server.batcher.alive
 
 

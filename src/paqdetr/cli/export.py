@@ -50,7 +50,7 @@ def export(
     no_check: Annotated[bool, options.output("--no-check", help="Write the file without comparing it.")] = False,
     attention: Annotated[str, graph_option(help="grid_sample, or gather for TensorRT.")] = "grid_sample",
     max_drop: Annotated[float, graph_option(min=0, max=1, help="AP that int8 may lose.")] = 0.01,
-    slow: Annotated[bool, graph_option("--slow", help="int8 with accuracy control.")] = False,
+    slow: Annotated[bool, graph_option("--slow", help="int8 with accuracy control; openvino alone.")] = False,
     json_file: options.JsonFile = None,
     overwrite: options.Overwrite = False,
 ) -> None:

@@ -70,6 +70,7 @@ def predict(
     """
     from paqdetr.interrupt import StopRequest
     from paqdetr.loading import is_exported, require_model
+    from paqdetr.outputs import files_below
     from paqdetr.runtime.predict import new_folder, predict_sources, require_place
     from paqdetr.runtime.save import require_forms
     from paqdetr.runtime.sources import require_sources
@@ -95,6 +96,8 @@ def predict(
     require_sources(sources, recursive=recursive)
     if output is not None:
         require_place(Path(output), overwrite=overwrite)
+        if Path(output).is_dir() and any(files_below(Path(output))):
+            note(f"{output}: holds results of an earlier call; those of other names than the new ones stay")
     image_id = None if annotations is None else _image_ids(annotations)
     if wanted is not None and not is_exported(file):
         from paqdetr.checkpoint import find_described  # needs pydantic, and an exported model runs without

@@ -27,7 +27,9 @@ from paqdetr.text import shorten
 # Each only stores values; anything else in a pickle is refused.
 _HARMLESS: list[Any] = [
     argparse.Namespace,
-    pathlib.PosixPath,
+    # Python 3.13 pickles its paths as of `pathlib._local`. Pure ones can be made on every system.
+    *((pathlib.PurePosixPath, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local")),
+    *((pathlib.PureWindowsPath, f"{module}.WindowsPath") for module in ("pathlib", "pathlib._local")),
     np.dtype,
     *{type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "?")},
     (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),

@@ -27,11 +27,12 @@ from paqdetr.deploy.parity import IMAGES, Parity, compare_with_model, digits_pic
 from paqdetr.deploy.quantize import quantize_checked, spread
 from paqdetr.environment import package_version
 from paqdetr.errors import ConfigError, ExportError, import_extra
+from paqdetr.files import storage_errors
 from paqdetr.loading import open_any_exported
 from paqdetr.models import Detector
 from paqdetr.models import load as load_detector
 from paqdetr.ops import use_backend
-from paqdetr.outputs import require_replaceable, write_json, write_output
+from paqdetr.outputs import made_by, require_replaceable, write_json, write_output
 from paqdetr.runtime import ExportInfo
 from paqdetr.runtime.engines import is_sealed
 from paqdetr.runtime.info import FILE_ENTRY, OUTPUTS, Attention, Format, Precision, require_choices
@@ -52,7 +53,7 @@ class Export:
         report_file: the comparison with the model, as json; None if it was not checked.
         info: what the file says about itself.
         parity: the comparison on pictures; None if it was not checked, or in int8, which has a check of its own.
-        quantization: AP and milliseconds of the int8 model and of the float model; None in f32 and f16.
+        quantization: AP and milliseconds of the int8 model and of the float model; None in f32 and f16, and unchecked.
     """
 
     file: Path
@@ -104,7 +105,7 @@ def export(
         format: "onnx" (opset 18), "openvino" (.xml and .bin), "pt2" (torch.export) or "torchscript" (deprecated in torch); None:
             the one whose files end as `output` does, else "onnx".
         image_size: (height, width) in pixels that images are stretched to; by default the checkpoint's size, as a square.
-        batch: images of a call; None: any number.
+        batch: images of a call, always as many; None: any number, as int8 and TorchScript take.
         precision: of the weights. "f16" halves the file, computation stays in float32. "int8" computes backbone and encoder in
             8 bits, and needs `calibrate`.
         calibrate: a data set: the comparison takes pictures of it, and int8 is calibrated on its training split and checked on
@@ -112,10 +113,12 @@ def export(
         threshold: the least score that predictions keep, written into the metadata; None: that of the model's `operating_point`.
         nms: IoU over which they drop duplicates, likewise; 1 drops none, and is written as null.
         raw: `pixel_values` (N, 3, H, W), normalised, to `logits` and `pred_boxes`, named as in transformers.
-        check: compare the file with the model on 8 pictures, and keep it only if they agree.
+        check: compare the file with the model on 8 pictures, in int8 AP and latency with those in float, and keep it only if it
+            is as good.
         attention: "gather" for TensorRT, whose GridSample is wrong.
         max_drop: AP that int8 may lose.
-        slow: quantise in int8 with accuracy control, which leaves layers in float until the AP is within `max_drop`.
+        slow: quantise in int8 with accuracy control, which leaves layers in float until the AP is within `max_drop`; "openvino"
+            alone.
         overwrite: replace files that something else has written.
 
     Raises:
@@ -126,7 +129,7 @@ def export(
     """
     format = format or _format_of(output)
     require_choices(format=format, precision=precision, attention=attention)
-    _require_arguments(format, precision, batch, raw=raw, calibrate=calibrate, max_drop=max_drop)
+    _require_arguments(format, precision, batch, raw=raw, calibrate=calibrate, max_drop=max_drop, slow=slow)
     require_nms(nms)
     if threshold is not None:
         require_threshold(threshold)
@@ -148,6 +151,9 @@ def export(
     size = fixed_size(detector, image_size)
     for part in _parts(file):
         require_replaceable(part, _MAKER, overwrite=overwrite or is_sealed(file))
+    report_file = file.with_name(f"{file.name}.report.json")
+    if check:
+        require_replaceable(report_file, _MAKER, overwrite=overwrite)
     needed = _NEEDS.get(format, ()) + ("nncf",) * (precision == "int8")
     for package in needed:
         import_extra(package, "export")
@@ -175,7 +181,8 @@ def export(
         if precision == "int8":
             plain = Path(folder) / f"float{file.suffix}"
             parts = _write(detector, plain, replace(info, precision="f32"), format, batch, attention)
-            quantization = quantize_checked(plain, made, info, splits, parts=parts, max_drop=max_drop, slow=slow)
+            limits: dict[str, Any] = {"max_drop": max_drop, "slow": slow, "check": check}
+            quantization = quantize_checked(plain, made, info, splits, parts=parts, **limits)
         else:
             _write(detector, made, info, format, batch, attention)
             if check:
@@ -184,11 +191,13 @@ def export(
                 least = exported.operating_point.least_score()
                 parity = compare_with_model(detector, exported, pictures, threshold=least)
                 _require_parity(parity, file)
+        if made_by(report_file) == _MAKER:  # it says nothing of the new file
+            with storage_errors(report_file):
+                report_file.unlink()
         for part in reversed(_parts(made)):  # the weights before the graph that names them
             write_output(file.with_suffix(part.suffix), partial(shutil.copyfile, part), maker=_MAKER, overwrite=True)
-    report_file = file.with_name(f"{file.name}.report.json") if parity or quantization else None
-    done = Export(file, report_file, info, parity, quantization)
-    if report_file is not None:
+    done = Export(file, report_file if check else None, info, parity, quantization)
+    if check:
         write_json(report_file, done.to_json(), maker=_MAKER, overwrite=overwrite)
     return done
 
@@ -202,10 +211,19 @@ def _format_of(output: str | Path | None) -> Format:
 
 
 def _require_arguments(
-    format: str, precision: str, batch: int | None, *, raw: bool, calibrate: object, max_drop: float
+    format: str, precision: str, batch: int | None, *, raw: bool, calibrate: object, max_drop: float, slow: bool
 ) -> None:
     if batch is not None and not 1 <= batch <= MAX_BATCH:
         raise ConfigError(f"batch: expected 1 to {MAX_BATCH} images, found {batch}", "leave it out for any number")
+    if batch is not None and format == "torchscript":
+        raise ConfigError("batch does not go with the format torchscript, which takes any number", "leave batch out")
+    if precision == "int8" and batch not in (None, 1):  # it is calibrated with one image at a time
+        raise ConfigError(f"precision int8 does not go with batch {batch}", "leave batch out for any number of images")
+    if slow and (precision, format) != ("int8", "openvino"):
+        raise ConfigError(
+            f"slow goes with int8 in the format openvino alone, found {precision} in {format}",
+            "choose the format openvino, or leave slow out",
+        )
     if precision != "f32" and format not in _NEEDS:
         raise ConfigError(f"precision {precision} does not go with the format {format}", "choose onnx or openvino")
     if precision == "int8" and raw:

@@ -17,7 +17,7 @@ from torchvision.ops import box_convert, generalized_box_iou_loss
 from paqdetr.config import LossConfig
 from paqdetr.models.auxiliary import Auxiliary
 from paqdetr.models.denoising import DenoisingQueries
-from paqdetr.models.outputs import BACKGROUND_LOGIT, Decoded, DetectorOutput
+from paqdetr.models.outputs import Decoded, DetectorOutput
 from paqdetr.models.proposals import AllTokens, Proposals
 from paqdetr.paq import (
     AlignedAssigner,
@@ -32,7 +32,7 @@ from paqdetr.paq import (
 )
 from paqdetr.paq.assignment import ASSIGNERS
 from paqdetr.paq.costs import iou_and_giou
-from paqdetr.structures import Targets
+from paqdetr.structures import BACKGROUND_LOGIT, Targets
 
 
 @dataclass(frozen=True, slots=True)

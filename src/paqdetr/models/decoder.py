@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paqdetr.models.encoder import MLP, DeformableAttention, FeedForward, Recomputing
-from paqdetr.models.outputs import BACKGROUND_LOGIT, Decoded
+from paqdetr.models.outputs import Decoded
 from paqdetr.models.proposals import distinct
 from paqdetr.models.queries import QueryGroup
 from paqdetr.models.tokens import Tokens, at_least_float32, inverse_sigmoid, sine_boxes, sine_proposals
+from paqdetr.structures import BACKGROUND_LOGIT
 
 _EPS = 1e-5
 _WIDTH = 16  # channels of each of the four numbers that relate two boxes

@@ -17,9 +17,9 @@ from torchvision.ops import box_convert
 
 from paqdetr.config import ModelConfig
 from paqdetr.errors import ConfigError, NonFiniteError, memory_error
-from paqdetr.models.outputs import BACKGROUND_LOGIT, DetectorOutput
+from paqdetr.models.outputs import DetectorOutput
 from paqdetr.preprocessing import Preprocessing, pad_images
-from paqdetr.structures import ClassTable, Detections, Targets
+from paqdetr.structures import BACKGROUND_LOGIT, ClassTable, Detections, Targets
 
 Self = TypeVar("Self")
 

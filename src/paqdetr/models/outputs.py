@@ -15,9 +15,6 @@ from paqdetr.paq import Mixture
 if TYPE_CHECKING:
     from paqdetr.models.auxiliary import Auxiliary
 
-BACKGROUND_LOGIT = -50.0
-"""Its probability is 0 to the last bit that matters, and half precision can hold it."""
-
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
@@ -26,7 +23,8 @@ class Decoded:
     Attributes:
         logits: (K, B, N, C).
         boxes: (K, B, N, 4) cxcywh in [0, 1].
-        counted: (K, B, N) bool, the queries that take part in matching; None: all. Others have the `BACKGROUND_LOGIT`.
+        counted: (K, B, N) bool, the queries that take part in matching; None: all. Others have the `BACKGROUND_LOGIT` of
+            `paqdetr.structures`.
     """
 
     logits: Tensor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -122,7 +123,8 @@ def predict_sources(
     Args:
         model: a detector.
         sources: files, folders, patterns, addresses, cameras, "-": see `list_sources`.
-        output: a folder that is new, empty, or holds nothing but what an earlier call wrote, which is replaced.
+        output: a folder that is new, empty, or holds nothing but what earlier calls wrote: files of the same names are replaced,
+            others stay.
         save: what is written, of `paqdetr.runtime.save.FORMS`.
         recursive, every, max_frames, buffer, batch_size: as of `stream`; results keep the paths below a folder.
         image_id: of a source, for the results; its name if not given.
@@ -145,7 +147,7 @@ def predict_sources(
     growing = "-" in map(str, sources)  # a list that is worked through while it is written
     on_problem = left_out if growing else refuse
     listed = list_sources(sources, recursive=recursive, leave_out=output, on_unreadable=on_problem)
-    listed = _without_collisions(listed, output, on_problem)
+    listed = _without_collisions(listed, output, save, on_problem)
     total = None
     if not growing:
         listed = list(listed)
@@ -198,19 +200,29 @@ def new_folder(parent: Path = Path("runs")) -> Path:
     raise AssertionError
 
 
-def _without_collisions(sources: Iterable[Source], output: Path, on_problem: OnUnreadable) -> Iterator[Source]:
+def _without_collisions(
+    sources: Iterable[Source], output: Path, save: Sequence[str], on_problem: OnUnreadable
+) -> Iterator[Source]:
     """The sources, each once, without those that would be written to the place of another one, or lie where results go."""
-    taken: dict[tuple[str, PurePosixPath], Source] = {}
+    for_frames = not {"yolo", "voc", "crops"}.isdisjoint(save)
+    by_stem = for_frames or "draw" in save  # the other forms have whole names in them
+    taken: dict[tuple[str, str], Source] = {}
     for source in sources:
         problem = None
         if isinstance(source.address, Path) and source.address.resolve().is_relative_to(output.resolve()):
             problem = "lies in the output folder, where it would be drawn over", "choose another --output"
-        ending = ".mp4" if source.kind in ("video", "live") else ".jpg"
-        stem = PurePosixPath(source.name).with_suffix("")
-        other = taken.setdefault((ending, stem), source)
-        if other.address != source.address:
-            problem = f"and {other.shown} would both be drawn to {stem}{ending}", "predict them into two folders"
+        kind = "video" if source.kind in ("video", "live") else "picture"
+        name = str(PurePosixPath(source.name).with_suffix("")) if by_stem else source.name
+        others = [taken.setdefault((kind, name), source)]
+        if for_frames and kind == "video":
+            others.append(taken.get(("frame", name), source))
+        elif for_frames and (frame := re.fullmatch(r"(.+)-\d{6,}", name)):  # as the labels of a frame are called
+            taken.setdefault(("frame", frame[1]), source)
+            others.append(taken.get(("video", frame[1]), source))
+        other = next((other for other in others if other.address != source.address), None)
+        if other is not None:
+            problem = f"and {other.shown} would both be written as {name}", "predict them into two folders"
         if problem is not None:
             on_problem(source, DataError(f"{source.shown}: {problem[0]}", problem[1]))
-        elif other is source:
+        elif others[0] is source:
             yield source

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,9 +20,14 @@ from paqdetr.runtime.info import OUTPUTS, ExportInfo
 from paqdetr.runtime.predict import stream
 from paqdetr.runtime.sources import Source, list_source, read_source
 from paqdetr.runtime.tiles import Tiles, predict_tiles
-from paqdetr.structures import ClassTable, Detections, OperatingPoint
+from paqdetr.structures import BACKGROUND_LOGIT, ClassTable, Detections, OperatingPoint
 from paqdetr.text import Summary, shorten, some
 from paqdetr.values import require_batch_size, require_nms, require_threshold
+
+# Scores up to here are those of queries that have left; an engine's sigmoid may round them.
+_LEFT = 1e3 * math.exp(BACKGROUND_LOGIT)
+# Batches' worth of pictures, of any sizes, that may wait for others of their size.
+_WAITING = 8
 
 _Pixels = TypeVar("_Pixels")
 _Entry = TypeVar("_Entry")
@@ -219,7 +225,7 @@ class Predictor(PredictMixin, Summary):
                     images=[bad],
                 )
             height, width = sizes[len(found)]
-            keep = scores >= threshold
+            keep = (scores >= threshold) & (scores > _LEFT)
             found.append(
                 Detections(
                     boxes=boxes[keep] * np.array([width, height, width, height], np.float32),
@@ -290,16 +296,22 @@ def open_exported(path: str | Path, *, threads: int | None = None) -> Predictor:
 
 
 def batched_by_size(
-    entries: Iterable[_Entry], size_of: Callable[[_Entry], Hashable], batch_size: int
+    entries: Iterable[_Entry], size_of: Callable[[_Entry], Hashable], batch_size: int, *, most: int | None = None
 ) -> Iterator[list[_Entry]]:
-    """Batches of entries of one size each; full ones as soon as they are, the others at the end."""
+    """Batches of entries of one size each; full ones as soon as they are, the others at the end, or the largest of them once more
+    than `most` entries wait."""
     buckets: dict[Hashable, list[_Entry]] = {}
+    waiting = 0
     for entry in entries:
         size = size_of(entry)
-        bucket = buckets.setdefault(size, [])
-        bucket.append(entry)
-        if len(bucket) == batch_size:
-            yield buckets.pop(size)
+        buckets.setdefault(size, []).append(entry)
+        waiting += 1
+        if most is not None and waiting > most:
+            size = max(buckets, key=lambda size: len(buckets[size]))
+        elif len(buckets[size]) < batch_size:
+            continue
+        waiting -= len(buckets[size])
+        yield buckets.pop(size)
     yield from buckets.values()
 
 
@@ -311,7 +323,8 @@ def predict_in_batches(
     batch_size: int,
     names: Sequence[str] = (),
 ) -> list[Detections]:
-    """Put images of one shape together, and bring what is found into the order given.
+    """Put images of one shape together, and bring what is found into the order given. At most `8 * batch_size` of them wait for
+    others of their shape.
 
     Args:
         pictures: RGB each; read one by one if they are lazy.
@@ -323,7 +336,8 @@ def predict_in_batches(
     require_batch_size(batch_size)
     found: dict[int, Detections] = {}
     prepared = ((i, prepare(picture), (picture.height, picture.width)) for i, picture in enumerate(pictures))
-    for batch in batched_by_size(prepared, lambda entry: tuple(getattr(entry[1], "shape", ())), batch_size):
+    most = _WAITING * batch_size
+    for batch in batched_by_size(prepared, lambda entry: tuple(getattr(entry[1], "shape", ())), batch_size, most=most):
         indices, pixels, sizes = (list(column) for column in zip(*batch, strict=True))
         shown = [names[i] if names else f"image {i}" for i, _, _ in batch]
         found.update(zip(indices, detect(pixels, sizes, shown), strict=True))

@@ -30,6 +30,9 @@ MAX_DOWNLOAD = 20 * 2**20
 # Seconds: for the next bytes of an address, and for all of them.
 _WAIT, _WHOLE = 20.0, 60.0
 
+# Characters of an address that stay as they are; % too, since it may have been quoted already.
+_KEPT = "%/:?[]@!$&'()*+,;=~"
+
 Kind = Literal["picture", "video", "live", "address", "given"]
 
 
@@ -92,7 +95,8 @@ def list_sources(
     Args:
         sources: files, folders, patterns such as `data/*.jpg` (`**` stands for any folders), http addresses, `rtsp://...`,
             `camera:0`, and `-` for a list of all of these on standard input, one a line.
-        recursive: folders with all that is below them; names keep the path below the folder. Hidden folders are left out.
+        recursive: folders with all that is below them, each once where links lead to it again; names keep the path below the
+            folder. Hidden folders are left out.
         leave_out: a folder that is not looked into: results of an earlier call.
         on_unreadable: called with lines of standard input that name nothing, which are then left out; by default an error.
 
@@ -155,8 +159,13 @@ def list_source(
 
 def _in_folder(folder: Path, recursive: bool, leave_out: Path | None) -> Iterator[Source]:
     """Pictures and videos of a folder, by name."""
-    found = False
-    for root, folders, names in os.walk(folder):
+    found, seen = False, set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        state = Path(root).stat()
+        if (state.st_dev, state.st_ino) in seen:  # a link to a folder above it, or to one that was looked into
+            folders.clear()
+            continue
+        seen.add((state.st_dev, state.st_ino))
         shown = (Path(root, name) for name in names if name[:1] != "." and not is_leftover(name))
         videos = {path for path in shown if _kind(path) == "video"}
         for path in sorted(videos.union(pictures_in(Path(root)))):
@@ -234,7 +243,9 @@ def _fetch(url: str) -> bytes | Literal["video", "live"]:
         f"{shown}: has more than {MAX_DOWNLOAD // 2**20} MB, the most that is fetched", "download it and name the file"
     )
     try:
-        request = urllib.request.Request(url, headers={"User-Agent": f"paqdetr/{__version__}"})
+        parts = urllib.parse.urlsplit(url)  # as browsers send it: blanks and letters beyond ASCII by their codes
+        parts = parts._replace(path=urllib.parse.quote(parts.path, _KEPT), query=urllib.parse.quote(parts.query, _KEPT))
+        request = urllib.request.Request(parts.geturl(), headers={"User-Agent": f"paqdetr/{__version__}"})
         with urllib.request.urlopen(request, timeout=_WAIT) as answer:  # http and https alone come here
             kind = answer.headers.get_content_type()
             if kind == "multipart/x-mixed-replace":
@@ -243,15 +254,15 @@ def _fetch(url: str) -> bytes | Literal["video", "live"]:
                 return "video"
             if int(answer.headers.get("Content-Length") or 0) > MAX_DOWNLOAD:
                 raise too_large
-            parts, size = [], 0
+            pieces, size = [], 0
             while part := answer.read1(2**16):
-                parts.append(part)
+                pieces.append(part)
                 size += len(part)
                 if size > MAX_DOWNLOAD:
                     raise too_large
                 if time.monotonic() > end:
                     raise TimeoutError(f"not complete after {_WHOLE:g} s")
-            return b"".join(parts)
+            return b"".join(pieces)
     except urllib.error.HTTPError as error:
         raise DataError(f"{shown}: the server answers {error.code} {error.reason}", "check the address") from None
     except (OSError, ValueError, http.client.HTTPException) as error:

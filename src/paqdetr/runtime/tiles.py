@@ -2,8 +2,9 @@
 
 Within a tile the model's own answer stands, however dense the objects are. Boxes of different tiles are compared: two that lie
 whole inside their tiles are one object if they overlap as two boxes of one object do (IoU); one that is cut off at an inner edge
-belongs to a box of another tile that covers most of it (intersection over the smaller), and gives way to it; and the two parts of
-an object that is longer than the overlap, which both reach through all of the overlap, are joined.
+belongs to a box of another tile that covers most of it, and gives way to it (of two that are both cut off, the lower score gives
+way if one covers most of the other); and the two parts of an object that is longer than the overlap, which both reach through all
+of the overlap, are joined.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from paqdetr.values import is_real, is_whole
 _A: TypeAlias = np.ndarray
 # The least batch that tiles go through the model in, where the caller's own is smaller.
 _BATCH = 4
-# Two boxes are one object: by IoU of whole ones, by intersection over the smaller where one is cut off.
+# Two boxes are one object: by IoU of whole ones, by the covered share of one that is cut off.
 _SAME, _COVERED = 0.5, 0.5
 # Parts of an object agree in their extent along the cut.
 _ALIGNED = 0.6
@@ -176,8 +177,9 @@ def _distinct(boxes: _A, scores: _A, labels: _A, owners: _A, cut: _A) -> _A:
         corner = np.minimum(boxes[i, 2:], boxes[:, 2:]) - np.maximum(boxes[i, :2], boxes[:, :2])
         shared = corner.clip(min=0).prod(1)
         whole = shared > _SAME * (area[i] + area - shared)
-        part = shared > _COVERED * np.minimum(area[i], area)
-        same = np.where(cut | cut[i], part, whole) & (labels == labels[i]) & (owners != owners[i])
+        # A small whole object before a large one that is cut off does not take its place.
+        part = shared > _COVERED * (np.minimum(area[i], area) if cut[i] else area)
+        same = np.where(cut, part, whole) & (labels == labels[i]) & (owners != owners[i])
         same[i] = False
         alive &= ~same
     return np.flatnonzero(alive)

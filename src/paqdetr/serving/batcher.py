@@ -40,6 +40,7 @@ class Batcher(Generic[_Options]):
         max_batch: images of a call.
         max_wait: seconds that the first image of a call waits for others.
         max_queue: images that may wait.
+        alone: options -> whether images with these are calls of their own, since each of them is work enough.
 
     Attributes:
         batches, images: calls of the model that are done, and images in them.
@@ -53,8 +54,9 @@ class Batcher(Generic[_Options]):
         max_batch: int = 8,
         max_wait: float = 0.005,
         max_queue: int = 64,
+        alone: Callable[[_Options], bool] = lambda options: False,
     ) -> None:
-        self._predict = predict
+        self._predict, self._alone = predict, alone
         self._max_batch, self._max_wait, self._max_queue = max_batch, max_wait, max_queue
         self._jobs: list[_Job[_Options]] = []
         self._changed = threading.Condition()
@@ -67,8 +69,8 @@ class Batcher(Generic[_Options]):
 
     @property
     def waiting(self) -> int:
-        """Images that wait."""
-        return len(self._jobs)
+        """Images that somebody waits for."""
+        return sum(not job.found.cancelled() for job in self._jobs)
 
     @property
     def alive(self) -> bool:
@@ -86,6 +88,7 @@ class Batcher(Generic[_Options]):
         with self._changed:
             if self._closed:
                 raise Closed
+            self._jobs = [job for job in self._jobs if not job.found.cancelled()]  # and their images
             if len(self._jobs) >= self._max_queue:
                 raise QueueFull
             self._jobs.append(job)
@@ -102,29 +105,28 @@ class Batcher(Generic[_Options]):
         while batch := self._take():
             jobs = [job for job in batch if job.found.set_running_or_notify_cancel()]
             if jobs:
-                self.busy_since = time.monotonic()
                 self._answer(jobs)
                 self.busy_since = None
 
     def _take(self) -> list[_Job[_Options]]:
         """The next jobs with equal options, the oldest first; none once everything is done after `close`."""
         with self._changed:
-            while not self._jobs and not self._closed:
-                self._changed.wait()
-            if not self._jobs:
-                return []
-            first = self._jobs[0]
-            while not self._closed:
-                alike = sum(job.options == first.options for job in self._jobs)
+            while self._jobs or not self._closed:
+                if not self._jobs:
+                    self._changed.wait()
+                    continue
+                first = self._jobs[0]
+                most = 1 if self._alone(first.options) else self._max_batch
+                batch = [job for job in self._jobs if job.options == first.options][:most]
                 left = first.arrived + self._max_wait - time.monotonic()
-                if alike >= self._max_batch or left <= 0:
-                    break
+                if len(batch) == most or left <= 0 or self._closed:
+                    self._jobs = [job for job in self._jobs if job not in batch]
+                    return batch
                 self._changed.wait(left)
-            batch = [job for job in self._jobs if job.options == first.options][: self._max_batch]
-            self._jobs = [job for job in self._jobs if job not in batch]
-            return batch
+            return []
 
     def _answer(self, jobs: Sequence[_Job[_Options]]) -> None:
+        self.busy_since = time.monotonic()
         try:
             found = self._predict([job.image for job in jobs], jobs[0].options)
             if len(found) != len(jobs):

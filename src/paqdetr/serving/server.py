@@ -122,7 +122,8 @@ class Options:
                 wanted = [word.strip() for word in text.split(",") if word.strip()]
                 # A name of digits is the class of that name, if there is one.
                 ids = [int(w) if w not in classes.names and re.fullmatch(r"-?\d{1,18}", w) else w for w in wanted]
-                values[name] = values.get(name, ()) + tuple(map(int, classes.find(ids)))
+                if ids:  # an empty field of a form is as none
+                    values[name] = values.get(name, ()) + tuple(map(int, classes.find(ids)))
                 continue
             if name == "nms":
                 values[name] = parse_nms(text, name)
@@ -158,8 +159,8 @@ class DetectionServer:
             max_batch=self.limits.max_batch,
             max_wait=self.limits.max_wait_ms / 1000,
             max_queue=self.limits.queue,
+            alone=lambda options: options.tiles is not None,
         )
-        self._stopping = False
         self._pixels = 0
         self._requests: dict[int, int] = {}
         self._seconds, self._counts = 0.0, [0] * (len(_BOUNDS) + 1)
@@ -192,12 +193,7 @@ class DetectionServer:
     @asynccontextmanager
     async def _life(self, app: Starlette) -> AsyncIterator[None]:
         yield
-        self.stop()
         self.batcher.close()
-
-    def stop(self) -> None:
-        """Say not ready from now on; requests that come are still answered."""
-        self._stopping = True
 
     def _predict(self, images: Sequence[Image], options: Options) -> list[Detections]:
         """In the model's thread."""
@@ -364,8 +360,8 @@ class DetectionServer:
         return PlainTextResponse(reason, status_code=503)
 
     async def _ready(self, request: Request) -> Response:
-        if self._stopping or not self.batcher.alive or self.batcher.waiting >= self.limits.queue:
-            return PlainTextResponse("stopping" if self._stopping else "busy", status_code=503)
+        if not self.batcher.alive or self.batcher.waiting >= self.limits.queue:
+            return PlainTextResponse("busy", status_code=503)
         return PlainTextResponse("ready")
 
     async def _metrics(self, request: Request) -> Response:
