@@ -177,6 +177,15 @@ def test_voc_classes_are_those_of_all_splits(copy_of: Any) -> None:
         assert open_split(root, split).classes.names == ("aardvark", "person", "rider")
 
 
+def test_voc_classes_are_those_of_all_years(copy_of: Any, tmp_path: Path) -> None:
+    root = copy_of("voc")
+    shutil.copytree(root, tmp_path / "kit" / "VOC2007")
+    edit(root / "Annotations" / "d.xml", "rider", "aardvark")
+    root.rename(tmp_path / "kit" / "VOC2012")
+    for split in ("train", "val", "train2007", "val2007"):
+        assert open_split(tmp_path / "kit", split).classes.names == ("aardvark", "person", "rider")
+
+
 def test_voc_in_another_encoding(copy_of: Any) -> None:
     root = copy_of("voc")
     text = (root / "Annotations" / "d.xml").read_text().replace("rider", "vélo")
