@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from paqdetr.data.annotations import Annotations, Issues, Problem
+from paqdetr.data.annotations import Annotations, Issues, MissingSplitError, Problem
 from paqdetr.data.files import REPLACE
 from paqdetr.data.layout import Format, find_layout
 from paqdetr.data.stats import BoxSizes, box_sides, describe_crowding
@@ -157,6 +157,7 @@ _FIRST = {
     "boxes as corners": "{split}: {message}",
     "leak between splits": "{count} of {images} {split} images have a near-duplicate in another split: AP on {split} is "
     "flattered",
+    "missing split": "{message}",
     "no val split": "no val split: training prints no AP and keeps the last epoch; `paqdetr data split` makes one, and so does "
     "training with val_fraction=0.1",
     "class without training": "classes with boxes in {split} and none in train: {count}; their AP is 0",
@@ -284,7 +285,11 @@ def check_dataset(
         try:
             read[split] = place.read(issues[split])
         except DataError as error:
-            issues[split].error("", f"{error.message}. {error.remedy}", kind="unreadable file")
+            own, message = issues[split], f"{error.message}. {error.remedy}"
+            if isinstance(error, MissingSplitError) and split not in ("train", "val"):  # training reads no other split
+                own.warn("", message, kind="missing split")
+            else:
+                own.error("", message, kind="unreadable file")
     for split, content in read.items():
         _check_boxes(content, issues[split])
         report.splits[split] = _summary(content)
