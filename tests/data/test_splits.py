@@ -259,6 +259,11 @@ AMBIGUOUS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda r: [yolo(r, {"images": "a"}, ""), (r / "data.yaml").unlink()],
         "has YOLO's `labels` and `images`, but there is no data.yaml",
     ),
+    "yolo of Label Studio": (
+        lambda r: [yolo(r, {"images": "a"}, ""), (r / "data.yaml").unlink(),
+                   (r / "notes.json").write_text('{"categories": [{"id": 0, "name": "cat"}], "info": {"year": 2024}}')],
+        "has YOLO's `labels` and `images`, but there is no data.yaml",
+    ),
 }  # fmt: skip
 
 
