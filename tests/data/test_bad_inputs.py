@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from PIL import Image
 
 from paqdetr import files
 from paqdetr.cli import run
+from paqdetr.errors import DataError
 
 # format, what is wrong (the name), how it is made, what is said, exit code, and the split it is in
 Case = tuple[str, Callable[[Path], object], str, int, str]
@@ -417,6 +419,12 @@ row("cityscapes", "polygons_cut_short", "polygons.json: no valid json at line 1"
 row("cityscapes", "polygons_without_a_size", "has imgHeight None and imgWidth None", text(POLYGONS, '{"objects": []}'))
 row(
     "cityscapes",
+    "polygons_in_a_list",
+    "polygons.json: holds a list, expected imgHeight, imgWidth and objects",
+    text(POLYGONS, "[]"),
+)
+row(
+    "cityscapes",
     "polygons_without_objects",
     "`objects` is None, expected a list",
     text(POLYGONS, '{"imgHeight": 24, "imgWidth": 32}'),
@@ -547,6 +555,10 @@ def test_bad_input(
         assert snapshot(root) == before
 
 
-def test_there_are_enough_of_them() -> None:
-    assert len(CASES) >= 60
-    assert {form for form, *_ in CASES.values()} == {"coco", "voc", "yolo", "cityscapes", "crowdhuman"}
+def test_a_key_that_is_there_twice_is_found_at_once() -> None:
+    """Among many: a server reads what anybody sends."""
+    text = "{" + "".join(f'"{number}": 0, ' for number in range(50_000)) + '"49999": 0}'
+    started = time.process_time()
+    with pytest.raises(DataError, match="the request: an object has the key '49999' twice"):
+        files.parse_json(text, "the request")
+    assert time.process_time() - started < 2

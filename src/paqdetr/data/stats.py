@@ -149,7 +149,11 @@ def crowding_sentences(
         sentences.append(
             f"{int((per_image > queries).sum())} of {images} images have more than {queries} boxes (up to {per_image.max()}), "
             "and a query finds one object at most: "
-            + (f"raise model.num_queries={queries}" if known else "take a model with enough queries")
+            + (
+                f"raise model.num_queries, which is {queries}, to at least {per_image.max()}"
+                if known
+                else "take a model with enough queries"
+            )
         )
     of_class, counts = np.unique(np.stack([owners, labels]), axis=1, return_counts=True)
     over = counts > max_detections if max_detections else np.zeros(0, dtype=bool)
