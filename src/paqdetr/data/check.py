@@ -18,7 +18,7 @@ from PIL import Image
 from paqdetr.data.annotations import Annotations, Issues, MissingSplitError, Problem
 from paqdetr.data.files import REPLACE
 from paqdetr.data.layout import Format, find_layout
-from paqdetr.data.stats import BoxSizes, box_sides, describe_crowding
+from paqdetr.data.stats import SplitSummary, describe_crowding
 from paqdetr.errors import DataError
 from paqdetr.images import read_header, read_image
 from paqdetr.structures import ClassTable
@@ -175,26 +175,6 @@ _FEW_BOXES = 8  # so many may all have any property by chance
 
 
 @dataclass(slots=True)
-class SplitSummary:
-    """Counts of one split.
-
-    Attributes:
-        images, boxes, crowds, images_without_boxes: how many there are; crowds are no boxes.
-        boxes_per_class: by category name, classes without boxes included.
-        box_sizes: how many boxes are how large.
-        traits: how many images are out of the ordinary in which way, see `ImageHeader`.
-    """
-
-    images: int = 0
-    boxes: int = 0
-    crowds: int = 0
-    images_without_boxes: int = 0
-    boxes_per_class: dict[str, int] = field(default_factory=dict)
-    box_sizes: BoxSizes = field(default_factory=BoxSizes)
-    traits: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
 class CheckReport:
     """What `check_dataset` found.
 
@@ -292,7 +272,7 @@ def check_dataset(
                 own.error("", message, kind="unreadable file")
     for split, content in read.items():
         _check_boxes(content, issues[split])
-        report.splits[split] = _summary(content)
+        report.splits[split] = SplitSummary.of(content)
     paths = [(split, a.image_dir / name) for split, a in read.items() for name in a.file_names]
     facts: list[ImageFacts] = []
     for fact in inspect_all([path for _, path in paths], workers=workers):
@@ -317,23 +297,6 @@ def check_dataset(
     for found in (whole, *issues.values()):
         report._take(found)
     return report
-
-
-def _summary(annotations: Annotations) -> SplitSummary:
-    single = ~annotations.crowd
-    per_class = np.bincount(annotations.labels[single], minlength=len(annotations.classes)).tolist()
-    names = annotations.classes.names
-    return SplitSummary(
-        images=len(annotations),
-        boxes=int(single.sum()),
-        crowds=int(annotations.crowd.sum()),
-        images_without_boxes=len(annotations) - len(np.unique(annotations.owners[single])),
-        boxes_per_class={
-            name if names.count(name) == 1 else f"{name} ({own})": count
-            for own, name, count in zip(annotations.classes.ids, names, per_class, strict=True)
-        },
-        box_sizes=BoxSizes.of(box_sides(annotations)),
-    )
 
 
 def _check_boxes(annotations: Annotations, issues: Issues) -> None:
