@@ -131,6 +131,7 @@ row(
 row("coco", "image_with_half_a_character", "which is no name inside", change(IMAGE, file_name="\ud800.png"))
 row("coco", "image_with_backslashes", "missing, though", change(IMAGE, file_name="sub\\b.png"))
 row("coco", "class_id_given_twice", "category id 1 is given twice", change(CLASS, id=1))
+row("coco", "class_without_an_id", "categories[1] has id None, expected an integer", change(CLASS, id=None))
 row("coco", "class_ids_of_two_kinds", "some category ids are integers and some are texts", change(CLASS, id="b"))
 row("coco", "class_without_a_name", "categories[1] is {'id': 2, 'name': None}", change(CLASS, name=None))
 

@@ -216,7 +216,7 @@ def test_yolo_named_by_its_yaml_file(copy_of: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "written", ["[no, 01, 010, 1.10]", "[~, null, true, 1_000]", "{0: 12:30, 1: 1e3, 2: .inf, 3: 2024-01-02}"]
+    "written", ["[no, 0x1F, 010, 1.10]", "[~, null, true, 1_000]", "{0: 12:30, 1: 1e3, 2: .inf, 3: 2024-01-02}"]
 )
 def test_yolo_classes_are_named_as_they_stand_in_the_file(copy_of: Any, tmp_path: Path, written: str) -> None:
     root = copy_of("yolo")
