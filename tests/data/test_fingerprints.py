@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import tracemalloc
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 
@@ -22,8 +23,8 @@ LEAST_CORRELATION = 0.97
 PHOTOGRAPHS = [Image.fromarray(image) for image in load_sample_images().images]
 
 
-def pairs(prints: list[Fingerprint | None]) -> list[tuple[int, ...]]:
-    return [tuple(pair) for found in similar(prints) for pair in found.tolist()]
+def pairs(prints: Sequence[Fingerprint | None]) -> list[tuple[int, ...]]:
+    return [tuple(pair) for found in similar(list(prints)) for pair in found.tolist()]
 
 
 def again(image: Image.Image, quality: int) -> Image.Image:

@@ -261,8 +261,8 @@ def _inside(path: str, root: Path) -> str | None:
 
 
 def _or_remove(place: YoloPlace) -> str:
-    """What else to do about a split that is not there, if training does without it."""
-    return f", or remove the line `{place.split}:`" if meaning(place.split) == "test" else ""
+    """What else to do about a split that is not there, if a training can do without it."""
+    return f", or remove the line `{place.split}:`" if meaning(place.split) in ("val", "test") else ""
 
 
 def _listed(place: YoloPlace, path: Path, issues: Issues) -> list[Path]:
