@@ -16,10 +16,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 
 from paqdetr import images
 from paqdetr.errors import DataError
-from paqdetr.images import list_images, read_header, read_image
+from paqdetr.images import list_images, read_header, read_image, read_size
 
 
 def pixels(source: object) -> np.ndarray:
@@ -104,6 +105,7 @@ def test_a_turn_is_applied_once(tmp_path: Path) -> None:
     Image.new("RGB", (40, 30)).save(tmp_path / "a.jpg", exif=b"Exif\0\0" + entries(TURN, (0x10F, 2, 10**5, b"zzzz")))
     upright = read_image(tmp_path / "a.jpg")
     assert upright.size == read_image(upright).size == read_header(tmp_path / "a.jpg").size == (30, 40)
+    assert read_size(tmp_path / "a.jpg") == (30, 40)
 
 
 @pytest.mark.parametrize("read", [read_image, read_header, list_images])
@@ -258,11 +260,17 @@ def test_no_mode_of_pillow_is_without_a_rule() -> None:
     assert set(Image.MODES) <= set(known)
 
 
-def test_several_frames_give_the_first(tmp_path: Path) -> None:
+def test_several_frames_give_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green")]
     frames[0].save(tmp_path / "a.tif", save_all=True, append_images=frames[1:])
     assert pixels(tmp_path / "a.tif")[0, 0].tolist() == [255, 0, 0]
     assert read_header(tmp_path / "a.tif").traits == {"several frames"}
+
+    def count(image: object) -> int:
+        raise AssertionError("a file may have thousands of frames")
+
+    monkeypatch.setattr(TiffImageFile, "n_frames", property(count))
+    assert read_size(tmp_path / "a.tif") == read_size((tmp_path / "a.tif").read_bytes()) == (8, 8)
 
 
 # ---------------------------------------------------------------------------------------------- headers

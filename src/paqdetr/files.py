@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import mkdtemp
@@ -119,8 +120,8 @@ def parse_json(text: str, where: str, *, error: type[UserError] = DataError) -> 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         content = dict(pairs)
         if len(content) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in content if keys.count(key) > 1)
+            counts = Counter(key for key, _ in pairs)
+            twice = next(key for key in content if counts[key] > 1)
             raise error(f"{where}: an object has the key {twice!r} twice", "Keep one of the two.")
         return content
 
@@ -146,18 +147,19 @@ def read_json(path: Path, *, limit: int = MAX_JSON_BYTES, error: type[UserError]
     return parse_json(read_text(path, limit=limit, error=error), str(path), error=error)
 
 
-def load_json(path: Path) -> dict[str, Any]:
+def load_json(path: Path, *, expected: str, remedy: str = "Export or download the file again.") -> dict[str, Any]:
     """The file's content, an object.
+
+    Args:
+        expected: the keys of such an object, for errors.
+        remedy: what to do about a file that holds something else.
 
     Raises:
         DataError: as `read_json`, or it is no object.
     """
     content = read_json(path, limit=MAX_JSON_BYTES)
     if not isinstance(content, dict):
-        raise DataError(
-            f"{path}: holds a {type(content).__name__}, expected images, annotations and categories",
-            "A list is the form of results; name the ground truth.",
-        )
+        raise DataError(f"{path}: holds a {type(content).__name__}, expected {expected}", remedy)
     return content
 
 

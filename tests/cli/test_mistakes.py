@@ -135,7 +135,7 @@ def missing_image(w: World) -> list[str]:
     return w.train()
 
 
-@case("000004.jpg: not an image in a known format", "remove it and its entry in")
+@case("000004.jpg: not an image in a known format", "Replace it, or remove it and its annotations.")
 def image_that_does_not_decode(w: World) -> list[str]:
     (w.data / "train" / "000004.jpg").write_text("no image")
     return w.train()

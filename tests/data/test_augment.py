@@ -156,6 +156,13 @@ def test_colour_changes_pixels_and_no_box() -> None:
     assert (plain.pixels.float() - coloured.pixels.float()).abs().mean() > 1
 
 
+def test_colour_changes_the_pixels_that_are_left_after_the_resize(monkeypatch: pytest.MonkeyPatch) -> None:
+    change, seen = augment(size=20, color=0.5), []
+    monkeypatch.setattr(change, "_color", lambda pixels: seen.append(tuple(pixels.shape)) or pixels)
+    change(*scene(100, 80, (4, 4, 20, 20)), np.array([0]), scale=1.0)
+    assert seen == [(3, 20, 16)]
+
+
 def test_the_same_seed_gives_the_same_and_another_something_else() -> None:
     pixels, boxes = scene(100, 100, (30, 30, 70, 70))
     change = augment(size=100, crop=1.0, crop_size=(0.3, 1.0), flip=0.5, color=0.3)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from PIL import Image
 
 from paqdetr import files
 from paqdetr.cli import run
+from paqdetr.errors import DataError
 
 # format, what is wrong (the name), how it is made, what is said, exit code, and the split it is in
 Case = tuple[str, Callable[[Path], object], str, int, str]
@@ -129,6 +131,7 @@ row(
 row("coco", "image_with_half_a_character", "which is no name inside", change(IMAGE, file_name="\ud800.png"))
 row("coco", "image_with_backslashes", "missing, though", change(IMAGE, file_name="sub\\b.png"))
 row("coco", "class_id_given_twice", "category id 1 is given twice", change(CLASS, id=1))
+row("coco", "class_without_an_id", "categories[1] has id None, expected an integer", change(CLASS, id=None))
 row("coco", "class_ids_of_two_kinds", "some category ids are integers and some are texts", change(CLASS, id="b"))
 row("coco", "class_without_a_name", "categories[1] is {'id': 2, 'name': None}", change(CLASS, name=None))
 
@@ -417,6 +420,12 @@ row("cityscapes", "polygons_cut_short", "polygons.json: no valid json at line 1"
 row("cityscapes", "polygons_without_a_size", "has imgHeight None and imgWidth None", text(POLYGONS, '{"objects": []}'))
 row(
     "cityscapes",
+    "polygons_in_a_list",
+    "polygons.json: holds a list, expected imgHeight, imgWidth and objects",
+    text(POLYGONS, "[]"),
+)
+row(
+    "cityscapes",
     "polygons_without_objects",
     "`objects` is None, expected a list",
     text(POLYGONS, '{"imgHeight": 24, "imgWidth": 32}'),
@@ -547,6 +556,10 @@ def test_bad_input(
         assert snapshot(root) == before
 
 
-def test_there_are_enough_of_them() -> None:
-    assert len(CASES) >= 60
-    assert {form for form, *_ in CASES.values()} == {"coco", "voc", "yolo", "cityscapes", "crowdhuman"}
+def test_a_key_that_is_there_twice_is_found_at_once() -> None:
+    """Among many: a server reads what anybody sends."""
+    text = "{" + "".join(f'"{number}": 0, ' for number in range(50_000)) + '"49999": 0}'
+    started = time.process_time()
+    with pytest.raises(DataError, match="the request: an object has the key '49999' twice"):
+        files.parse_json(text, "the request")
+    assert time.process_time() - started < 2

@@ -128,20 +128,6 @@ def test_a_broken_data_set(tmp_path: Path) -> None:
     assert report.splits["test"].images == 0
 
 
-@pytest.mark.parametrize(
-    ("images", "message"),
-    [
-        ([image(1), image(1)], "image id 1 is given twice"),
-        ([image(1, id=None)], "has id None"),
-        ([image(1, width="20")], "pixels"),
-        ([], "`images` is empty"),
-    ],
-)
-def test_what_training_would_refuse_is_an_error(tmp_path: Path, images: list[dict[str, Any]], message: str) -> None:
-    make_split(tmp_path, "train", images, [], ["a"])
-    assert any(message in problem.message for problem in check_dataset(tmp_path).errors)
-
-
 def test_a_folder_without_data(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is empty"):
         check_dataset(tmp_path)

@@ -18,6 +18,7 @@ from paqdetr.cli import run as cli
 from paqdetr.data.convert import convert_dataset
 from paqdetr.data.dataset import DetectionDataset, open_split
 from paqdetr.data.layout import available_splits, find_layout
+from paqdetr.data.split import split_dataset
 from paqdetr.errors import ConfigError, DataError, StorageError
 
 TARGETS = ("coco", "voc", "yolo")
@@ -197,6 +198,41 @@ def test_hard_links(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert (tmp_path / "voc" / image).stat().st_ino == (source / "train" / "9.jpg").stat().st_ino
     assert cli(["data", "convert", str(source), str(tmp_path / "voc"), "--to", "voc"]) == 2
     assert "nothing is overwritten" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [(errno.EXDEV, "the two folders are on different file systems"), (errno.EMLINK, os.strerror(errno.EMLINK))],
+)
+def test_links_that_cannot_be_made(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, reason: str
+) -> None:
+    def refuse(*names: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(DataError, match="cannot be linked") as caught:
+        convert_dataset(source, tmp_path / "out", to="coco", link=True)
+    assert caught.value.message.endswith(f".jpg: cannot be linked: {reason}")
+    assert caught.value.remedy == "Leave --link out."
+
+
+def test_coco_keeps_the_categories_of_every_split(source: Path, tmp_path: Path) -> None:
+    """Two of one name, and a split that lists fewer."""
+    root = Path(shutil.copytree(source, tmp_path / "in"))
+    for split, categories in (("train", {0: "one", 7: "one", 13: "unused", 90: "zebra"}), ("val", {0: "one"})):
+        content = json.loads((root / f"{split}.json").read_text())
+        content["categories"] = [{"id": own, "name": name} for own, name in categories.items()]
+        (root / f"{split}.json").write_text(json.dumps(content))
+    convert_dataset(root, tmp_path / "out", to="coco")
+    split_dataset(root, tmp_path / "cut", val=0, test=0.4)
+    before = open_split(root, "train")
+    for made, splits in (("out", ["train"]), ("cut", ["train", "test"])):
+        written = [open_split(tmp_path / made, split) for split in splits]
+        assert all(split.classes == before.classes for split in written)
+        labels = {name: own.labels(i).tolist() for own in written for i, name in enumerate(own.file_names)}
+        assert labels == {name: before.labels(i).tolist() for i, name in enumerate(before.file_names)}
+        assert open_split(tmp_path / made, "val").classes.id_to_name == {0: "one"}
 
 
 # ---------------------------------------------------------------------------------------------- mistakes

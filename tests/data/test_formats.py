@@ -13,9 +13,11 @@ import pytest
 from PIL import Image
 
 from paqdetr.data.annotations import Issues
+from paqdetr.data.check import check_dataset
 from paqdetr.data.convert import convert_dataset
 from paqdetr.data.dataset import DetectionDataset, open_split
 from paqdetr.data.layout import available_splits, find_layout, find_split
+from paqdetr.data.stats import dataset_stats
 from paqdetr.errors import DataError
 
 FORMATS = ("coco", "voc", "yolo", "cityscapes", "crowdhuman")
@@ -177,6 +179,15 @@ def test_voc_classes_are_those_of_all_splits(copy_of: Any) -> None:
         assert open_split(root, split).classes.names == ("aardvark", "person", "rider")
 
 
+def test_voc_classes_are_those_of_all_years(copy_of: Any, tmp_path: Path) -> None:
+    root = copy_of("voc")
+    shutil.copytree(root, tmp_path / "kit" / "VOC2007")
+    edit(root / "Annotations" / "d.xml", "rider", "aardvark")
+    root.rename(tmp_path / "kit" / "VOC2012")
+    for split in ("train", "val", "train2007", "val2007"):
+        assert open_split(tmp_path / "kit", split).classes.names == ("aardvark", "person", "rider")
+
+
 def test_voc_in_another_encoding(copy_of: Any) -> None:
     root = copy_of("voc")
     text = (root / "Annotations" / "d.xml").read_text().replace("rider", "vélo")
@@ -205,7 +216,7 @@ def test_yolo_named_by_its_yaml_file(copy_of: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "written", ["[no, 01, 010, 1.10]", "[~, null, true, 1_000]", "{0: 12:30, 1: 1e3, 2: .inf, 3: 2024-01-02}"]
+    "written", ["[no, 0x1F, 010, 1.10]", "[~, null, true, 1_000]", "{0: 12:30, 1: 1e3, 2: .inf, 3: 2024-01-02}"]
 )
 def test_yolo_classes_are_named_as_they_stand_in_the_file(copy_of: Any, tmp_path: Path, written: str) -> None:
     root = copy_of("yolo")
@@ -225,6 +236,82 @@ def test_yolo_as_roboflow_exports_it(copy_of: Any) -> None:
             (root / folder / split).rename(root / theirs / folder)
     (root / "data.yaml").write_text("train: ../train/images\nval: ../valid/images\nnames: [person, rider]\n")
     assert boxes(open_split(root, "val"))["d"] == [("rider", [1, 1, 7, 7])]
+
+
+def test_yolo_as_roboflow_downloads_it(copy_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its paths are relative to where the download was started, beside the folder."""
+    root = copy_of("yolo").rename(tmp_path / "My-Data-3")
+    (root / "data.yaml").write_text("train: My-Data-3/images/train\nnames: [person, rider]\n")
+    assert len(boxes(open_split(root, "train"))["a"]) == 2
+    monkeypatch.chdir(root)
+    assert len(boxes(open_split(".", "train"))["a"]) == 2
+    (root / "My-Data-3/images").mkdir(parents=True)
+    (root / "images/val").rename(root / "My-Data-3/images/train")  # what is there counts
+    assert list(open_split(root, "train").file_names) == ["d.png"]
+
+
+@pytest.mark.parametrize("opened", ["real", "link"])
+@pytest.mark.parametrize("written", ["real", "link"])
+def test_yolo_with_absolute_paths_and_links(copy_of: Any, tmp_path: Path, opened: str, written: str) -> None:
+    copy_of("yolo").rename(tmp_path / "real")
+    (tmp_path / "link").symlink_to("real")
+    entry = tmp_path / written / "images/train"
+    (tmp_path / "real/data.yaml").write_text(f"train: {entry}\nnames: [person, rider]\n")
+    assert len(boxes(open_split(tmp_path / opened, "train"))["a"]) == 2
+    assert len(boxes(open_split(tmp_path / opened / "data.yaml", "train"))["a"]) == 2
+
+
+def test_yolo_says_where_path_does_not_count(copy_of: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = copy_of("yolo")
+    text = (root / "data.yaml").read_text()
+    for path, why in (
+        ("/datasets/v2", "`path` is '/datasets/v2', which is no folder"),
+        ("v2", "`path` is 'v2', which is no folder"),
+        (str(tmp_path), f"`path` is '{tmp_path}', outside of its folder, and counts only if the file itself is named"),
+    ):
+        (root / "data.yaml").write_text(f"path: {path}\n{text}")
+        caplog.clear()
+        assert len(open_split(root, "train")) == 3
+        assert caplog.messages == [f"{root / 'data.yaml'}: {why}: the images are looked for in {root}"]
+        (problem,) = [p for p in check_dataset(root).problems if p.kind == "path of data.yaml" and p.split == "train"]
+        assert problem.severity == "warning" and problem.message.startswith(why)
+    for path in (".", "./", "~", str(root), "../yolo"):
+        (root / "data.yaml").write_text(f"path: {path}\n{text}")
+        caplog.clear()
+        assert len(open_split(root, "train")) == 3 and not caplog.messages
+    (root / "data.yaml").write_text("path: /datasets/v2\ntrain: gone\nnames: [person, rider]\n")
+    with pytest.raises(DataError, match="gone does not exist; `path` is '/datasets/v2', which is no folder"):
+        open_split(root, "train")
+
+
+@pytest.mark.parametrize("entry", ["../test/images", "labels"])
+def test_yolo_with_a_test_split_that_is_not_there(copy_of: Any, tmp_path: Path, entry: str) -> None:
+    """Training does not read it; what reads all splits says what to do."""
+    root = copy_of("yolo")
+    with (root / "data.yaml").open("a") as file:
+        file.write(f"test: {entry}\n")
+    report = check_dataset(root)
+    ((severity, sentence),) = [found for found in report.summary() if "`test" in found[1]]
+    assert severity == "warning" and not report.errors and "or remove the line `test:`" in sentence
+    for read in (dataset_stats, lambda data: convert_dataset(data, tmp_path / "out", to="coco")):
+        with pytest.raises(DataError) as caught:
+            read(root)
+        assert caught.value.remedy.endswith(", or remove the line `test:`.")
+    (root / "images/val").rename(root / "images/elsewhere")
+    with pytest.raises(DataError) as caught:
+        open_split(root, "val")
+    assert caught.value.remedy.endswith(", or remove the line `val:`.")
+    assert check_dataset(root).errors  # training reads it
+
+
+@pytest.mark.parametrize("empty", ["train:\nval:\n", "train: []\n", "train: ~\n"])
+def test_yolo_that_names_no_images(copy_of: Any, empty: str) -> None:
+    root = copy_of("yolo")
+    (root / "data.yaml").write_text(f"names: [person, rider]\n{empty}")
+    with pytest.raises(DataError, match="has no `names`, or no `train` that names images, found 'names, train"):
+        find_layout(root / "data.yaml")
+    with pytest.raises(DataError, match="no data set of a known layout"):
+        find_layout(root)
 
 
 def test_yolo_with_a_list_of_images(copy_of: Any) -> None:

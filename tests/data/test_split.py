@@ -278,10 +278,21 @@ CLASS = "{} of {} images have more than 100 boxes of one class (up to {})"
     [
         ([{0: 100}, {}], None, []),
         ([{0: 101}, {}], None, [QUERIES.format(1, 2, 100, 101, "take a model"), CLASS.format(1, 2, 101)]),
-        ([{0: 60, 1: 60}], 119, [QUERIES.format(1, 1, 119, 120, "raise model.num_queries=119")]),
+        (
+            [{0: 60, 1: 60}],
+            119,
+            [QUERIES.format(1, 1, 119, 120, "raise model.num_queries, which is 119, to at least 120")],
+        ),
         ([{0: 60, 1: 60}], 120, []),
         ([{0: 150, 1: 200}, {2: 101}, {1: 3}], 900, [CLASS.format(2, 3, 200)]),
-        ([{0: 400}], 20, [QUERIES.format(1, 1, 20, 400, "raise model.num_queries=20"), CLASS.format(1, 1, 400)]),
+        (
+            [{0: 400}],
+            20,
+            [
+                QUERIES.format(1, 1, 20, 400, "raise model.num_queries, which is 20, to at least 400"),
+                CLASS.format(1, 1, 400),
+            ],
+        ),
         ([], 10, []),
     ],
 )

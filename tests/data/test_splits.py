@@ -53,7 +53,7 @@ def voc_lists(root: Path, lists: dict[str, str], folder: str = "ImageSets/Main")
     voc(root / "Annotations", root / "JPEGImages", list("abcd"))
     (root / folder).mkdir(parents=True)
     for name, stems in lists.items():
-        (root / folder / f"{name}.txt").write_text("\n".join(stems.split()) if " -1" not in stems else stems)
+        (root / folder / f"{name}.txt").write_text("\n".join(stems.split()) if "\n" not in stems else stems)
 
 
 def yolo(root: Path, folders: dict[str, str], yaml: str) -> None:
@@ -151,6 +151,13 @@ LAYOUTS: dict[str, tuple[Callable[[Path], Any], Content]] = {
     "lists of single classes": (
         lambda r: voc_lists(r, {"train": "a b", "val": "c", "cat_train": "a  1\nb -1\n"}),
         {"train": ["a", "b"], "val": ["c"]},
+    ),
+    "lists whose names look like those of a single class": (
+        lambda r: [
+            voc(r / "Annotations", r / "JPEGImages", ["photo 1", "photo_2"]),
+            voc_lists(r, {"train": "photo_2", "val": "photo 1\n", "minival": "photo 1\nphoto_2\n"}),
+        ],
+        {"train": ["photo_2"], "val": ["photo 1"], "minival": ["photo 1", "photo_2"]},
     ),
     "another list beside the usual ones": (
         lambda r: voc_lists(r, {"train": "a b", "val": "c", "train_small": "a"}),
@@ -250,6 +257,11 @@ AMBIGUOUS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "yolo without a yaml": (
         lambda r: [yolo(r, {"images": "a"}, ""), (r / "data.yaml").unlink()],
+        "has YOLO's `labels` and `images`, but there is no data.yaml",
+    ),
+    "yolo of Label Studio": (
+        lambda r: [yolo(r, {"images": "a"}, ""), (r / "data.yaml").unlink(),
+                   (r / "notes.json").write_text('{"categories": [{"id": 0, "name": "cat"}], "info": {"year": 2024}}')],
         "has YOLO's `labels` and `images`, but there is no data.yaml",
     ),
 }  # fmt: skip

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from PIL import Image
 
 from paqdetr.cli import run
+from paqdetr.data.check import check_dataset
 from paqdetr.data.stats import dataset_stats
 
 
@@ -25,6 +27,22 @@ def test_figures_by_hand(tiny_data: dict[str, Path]) -> None:
     assert figures["images_without_boxes"] == 1 and figures["box_sizes"] == {"small": 3, "medium": 0, "large": 0}
     assert figures["quantiles"]["boxes_per_image"][3] == 1
     assert list(stats) == ["train", "val"]
+
+
+def test_the_check_counts_the_same(tiny_data: dict[str, Path], tmp_path: Path) -> None:
+    """Of boxes without area, crowds, and two categories of one name."""
+    content = json.loads((tiny_data["coco"] / "train.json").read_text())
+    rows = content["annotations"]
+    rows += [rows[0] | {"id": 10, "bbox": [3, 3, 0, 5]}, rows[0] | {"id": 11, "iscrowd": 1}]
+    for category in content["categories"]:
+        category["name"] = "fish"
+    (tmp_path / "train.json").write_text(json.dumps(content))
+    (tmp_path / "train").symlink_to(tiny_data["coco"] / "train")
+    figures = dataset_stats(tmp_path)["train"].to_json()
+    summary = asdict(check_dataset(tmp_path).splits["train"])
+    assert figures["boxes_per_class"] == {"fish (1)": 3, "fish (2)": 1} and figures["boxes"] == 4
+    del summary["traits"], summary["box_sizes"]["histogram"], figures["quantiles"]
+    assert figures == summary
 
 
 def test_the_command(tiny_data: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

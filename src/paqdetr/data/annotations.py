@@ -71,6 +71,11 @@ REMEDY = "Correct the annotation file; `paqdetr data check` lists all problems o
 DECIMALS = 8
 """Pixels that are computed from other numbers are rounded to so many decimals: 5.1 - 1 is 4.1."""
 
+
+class MissingSplitError(DataError):
+    """A split is named, and there is nothing where its images should be."""
+
+
 # A set with a systematic mistake has it a million times.
 _KEPT_OF_A_KIND = 1000
 

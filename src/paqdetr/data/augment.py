@@ -1,4 +1,4 @@
-"""Training-time changes of picture and boxes: mosaic, flip, crop, colour, and the resize to a batch's size."""
+"""Training-time changes of picture and boxes: mosaic, crop, flip, the resize to a batch's size, and colour."""
 
 from __future__ import annotations
 
@@ -62,11 +62,12 @@ class Augment:
         if torch.rand(()) < self.config.flip:
             x0, y0, x1, y1 = corners.unbind(1)
             pixels, corners = pixels.flip(2), torch.stack([width - x1, y0, width - x0, y1], 1)
-        if self._color is not None:
-            pixels = self._color(pixels)
         size = self.preprocessing.target_size(height, width, scale)
+        pixels = resize(pixels, *size)
         zoom = corners.new_tensor([size[1] / width, size[0] / height] * 2)
-        return Augmented(resize(pixels, *size), corners * zoom, image.labels)
+        if self._color is not None:  # after the resize: a photograph of a camera has many times the pixels
+            pixels = self._color(pixels)
+        return Augmented(pixels, corners * zoom, image.labels)
 
     def _frame(self, height: int, width: int) -> tuple[int, int, int, int]:
         """Top, left, height and width of a crop that is drawn."""

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from paqdetr.data.annotations import Annotations, Issues, Problem
+from paqdetr.data.annotations import Annotations, Issues, MissingSplitError, Problem
 from paqdetr.data.files import REPLACE
 from paqdetr.data.layout import Format, find_layout
-from paqdetr.data.stats import BoxSizes, box_sides, describe_crowding
+from paqdetr.data.stats import SplitSummary, describe_crowding
 from paqdetr.errors import DataError
 from paqdetr.images import read_header, read_image
 from paqdetr.structures import ClassTable
@@ -27,8 +27,7 @@ from paqdetr.structures import ClassTable
 MAX_BITS = 4
 _LEAST_CORRELATION = 0.97
 _FLAT = 2.0  # standard deviation of grey values under which a picture has no structure to hash
-_ROWS_AT_ONCE = 2048
-_BITS_SET = np.array([bin(value).count("1") for value in range(256)], dtype=np.uint8)
+_ROWS_AT_ONCE = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,44 +57,46 @@ def fingerprint(image: Image.Image) -> Fingerprint:
     return Fingerprint(bits, (small / max(float(np.linalg.norm(small)), 1e-9)).astype(np.float32))
 
 
-def similar(prints: list[Fingerprint | None]) -> Iterator[tuple[int, int, int]]:
-    """(first, second, differing bits) of every pair that looks the same, first < second, in no order."""
+def similar(prints: list[Fingerprint | None]) -> Iterator[np.ndarray]:
+    """The pairs that look the same, each once, in arrays of limited size: (P, 3) int64, first and second position, the lower one
+    first, and how many bits differ."""
     known = [i for i, p in enumerate(prints) if p is not None and p.bits is not None]
     if len(known) < 2:
         return
     places = np.array(known)
     hashes = np.array([prints[i].bits for i in known], dtype=np.uint64)  # type: ignore[union-attr]
     thumbnails = np.stack([prints[i].thumbnail for i in known])  # type: ignore[union-attr]
-    seen: set[tuple[int, int]] = set()
-    for group in _with_an_equal_band(hashes):
-        for start in range(0, len(group), _ROWS_AT_ONCE):
-            rows = group[start : start + _ROWS_AT_ONCE]
-            differing = _bits_set(hashes[rows][:, None] ^ hashes[group][None])  # (rows, group)
-            for row, column in np.argwhere(differing <= MAX_BITS):
-                one, other = int(rows[row]), int(group[column])
-                if one >= other or (one, other) in seen:
-                    continue
-                seen.add((one, other))
-                if float(thumbnails[one] @ thumbnails[other]) >= _LEAST_CORRELATION:
-                    yield int(places[one]), int(places[other]), int(differing[row, column])
+    bits = np.unpackbits(hashes.view(np.uint8).reshape(-1, 8), axis=1)
+    signs = bits.astype(np.float32) * 2 - 1  # (N, 64): the product of two rows is 64 less twice the bits that differ
+    bands = _bands(hashes)
+    for number, band in enumerate(bands):
+        for rows, columns in _tiles_of_equals(band):
+            differing = 32 - signs[rows] @ signs[columns].T / 2  # (rows, columns)
+            found = (differing <= MAX_BITS) & (rows[:, None] < columns)
+            for earlier in bands[:number]:  # a pair counts in the first band that it agrees in
+                found &= earlier[rows][:, None] != earlier[columns]
+            if found.any():
+                found &= thumbnails[rows] @ thumbnails[columns].T >= _LEAST_CORRELATION
+                row, column = np.nonzero(found)
+                pairs = [places[rows[row]], places[columns[column]], differing[row, column]]
+                yield np.stack(pairs, axis=1).astype(np.int64)
 
 
-def _with_an_equal_band(hashes: np.ndarray) -> Iterator[np.ndarray]:
-    """Positions of hashes that agree in one of `MAX_BITS` + 1 bands: every pair that differs in fewer bits is in one of them."""
+def _bands(hashes: np.ndarray) -> np.ndarray:
+    """(`MAX_BITS` + 1, N) parts of the hashes: every pair that differs in `MAX_BITS` bits at most agrees in one of them."""
     edges = np.linspace(0, 64, MAX_BITS + 2).astype(int)
-    for low, high in pairwise(edges):
-        band = (hashes >> np.uint64(low)) & np.uint64((1 << int(high - low)) - 1)
-        order = np.argsort(band, kind="stable")
-        ends = np.flatnonzero(np.diff(band[order])) + 1
-        for group in np.split(order, ends):
-            if len(group) > 1:
-                yield group
+    parts = [hashes >> np.uint64(low) & np.uint64((1 << int(high - low)) - 1) for low, high in pairwise(edges)]
+    return np.stack(parts).astype(np.uint16)
 
 
-def _bits_set(values: np.ndarray) -> np.ndarray:
-    """How many bits are 1; numpy has a function for it from version 2 only."""
-    pieces = np.ascontiguousarray(values).view(np.uint8).reshape(*values.shape, 8)
-    return _BITS_SET[pieces].sum(axis=-1)
+def _tiles_of_equals(band: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Pairs of arrays of positions, of limited length: every two positions of equal values meet once, the lower one in the first
+    array."""
+    order = np.argsort(band, kind="stable")
+    for group in np.split(order, np.flatnonzero(np.diff(band[order])) + 1):
+        parts = [group[start : start + _ROWS_AT_ONCE] for start in range(0, len(group), _ROWS_AT_ONCE)]
+        if len(group) > 1:
+            yield from ((rows, columns) for i, rows in enumerate(parts) for columns in parts[i:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +157,7 @@ _FIRST = {
     "boxes as corners": "{split}: {message}",
     "leak between splits": "{count} of {images} {split} images have a near-duplicate in another split: AP on {split} is "
     "flattered",
+    "missing split": "{message}",
     "no val split": "no val split: training prints no AP and keeps the last epoch; `paqdetr data split` makes one, and so does "
     "training with val_fraction=0.1",
     "class without training": "classes with boxes in {split} and none in train: {count}; their AP is 0",
@@ -170,26 +172,6 @@ _FIRST = {
 # Boxes may reach this many pixels over the edge of their image: exporters round.
 _EDGE_TOLERANCE = 1.0
 _FEW_BOXES = 8  # so many may all have any property by chance
-
-
-@dataclass(slots=True)
-class SplitSummary:
-    """Counts of one split.
-
-    Attributes:
-        images, boxes, crowds, images_without_boxes: how many there are; crowds are no boxes.
-        boxes_per_class: by category name, classes without boxes included.
-        box_sizes: how many boxes are how large.
-        traits: how many images are out of the ordinary in which way, see `ImageHeader`.
-    """
-
-    images: int = 0
-    boxes: int = 0
-    crowds: int = 0
-    images_without_boxes: int = 0
-    boxes_per_class: dict[str, int] = field(default_factory=dict)
-    box_sizes: BoxSizes = field(default_factory=BoxSizes)
-    traits: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -283,10 +265,14 @@ def check_dataset(
         try:
             read[split] = place.read(issues[split])
         except DataError as error:
-            issues[split].error("", f"{error.message}. {error.remedy}", kind="unreadable file")
+            own, message = issues[split], f"{error.message}. {error.remedy}"
+            if isinstance(error, MissingSplitError) and split not in ("train", "val"):  # training reads no other split
+                own.warn("", message, kind="missing split")
+            else:
+                own.error("", message, kind="unreadable file")
     for split, content in read.items():
         _check_boxes(content, issues[split])
-        report.splits[split] = _summary(content)
+        report.splits[split] = SplitSummary.of(content)
     paths = [(split, a.image_dir / name) for split, a in read.items() for name in a.file_names]
     facts: list[ImageFacts] = []
     for fact in inspect_all([path for _, path in paths], workers=workers):
@@ -311,23 +297,6 @@ def check_dataset(
     for found in (whole, *issues.values()):
         report._take(found)
     return report
-
-
-def _summary(annotations: Annotations) -> SplitSummary:
-    single = ~annotations.crowd
-    per_class = np.bincount(annotations.labels[single], minlength=len(annotations.classes)).tolist()
-    names = annotations.classes.names
-    return SplitSummary(
-        images=len(annotations),
-        boxes=int(single.sum()),
-        crowds=int(annotations.crowd.sum()),
-        images_without_boxes=len(annotations) - len(np.unique(annotations.owners[single])),
-        boxes_per_class={
-            name if names.count(name) == 1 else f"{name} ({own})": count
-            for own, name, count in zip(annotations.classes.ids, names, per_class, strict=True)
-        },
-        box_sizes=BoxSizes.of(box_sides(annotations)),
-    )
 
 
 def _check_boxes(annotations: Annotations, issues: Issues) -> None:
@@ -396,22 +365,29 @@ def _check_sizes(annotations: Annotations, facts: list[ImageFacts], issues: Issu
 
 def _find_duplicates(paths: list[tuple[str, Path]], facts: list[ImageFacts], issues: dict[str, Issues]) -> None:
     """Images that are the same, or look the same, within a split and across splits; at most one finding per image."""
-    resembles: dict[int, tuple[bool, int, int]] = {}  # image -> (same split, differing bits or -1, the other)
-
-    def note(second: int, first: int, bits: int) -> None:
-        found = (paths[first][0] == paths[second][0], bits, first)
-        resembles[second] = min(found, resembles.get(second, found))  # a leak is worse than a duplicate in the split
-
+    numbers = {split: number for number, split in enumerate(issues)}
+    splits = np.array([numbers[split] for split, _ in paths], dtype=np.int64)
     first_with: dict[bytes, int] = {}
+    original = np.arange(len(paths))
     for position, fact in enumerate(facts):
         if fact.error is None:
-            first = first_with.setdefault(fact.digest, position)
-            if first != position:
-                note(position, first, -1)
-    for first, second, bits in similar([fact.print for fact in facts]):
-        if facts[first].digest != facts[second].digest:
-            note(second, first, bits)
-    for position, (same_split, bits, other) in sorted(resembles.items()):
+            original[position] = first_with.setdefault(fact.digest, position)
+    # What is said of an image, as one number: a leak is worse than a duplicate in the split; then by differing bits, -1 of the
+    # same file; then by the other image.
+    nothing, ranks = np.iinfo(np.int64).max, MAX_BITS + 2
+    said = np.full(len(paths), nothing)
+
+    def note(first: np.ndarray, second: np.ndarray, bits: np.ndarray | int) -> None:
+        rank = (splits[first] == splits[second]) * ranks + bits + 1
+        np.minimum.at(said, second, rank * len(paths) + first)
+
+    copies = np.flatnonzero(original != np.arange(len(paths)))
+    note(original[copies], copies, -1)
+    for pairs in similar([fact.print for fact in facts]):
+        note(*pairs[original[pairs[:, 0]] != original[pairs[:, 1]]].T)
+    for position in np.flatnonzero(said != nothing).tolist():
+        rank, other = divmod(int(said[position]), len(paths))
+        same_split, bits = rank >= ranks, rank % ranks - 1
         split, path = paths[position]
         where = paths[other][1].name if same_split else f"{paths[other][0]}/{paths[other][1].name}"
         how = "the same file as" if bits < 0 else f"looks like ({bits} of 64 bits differ)"

@@ -96,7 +96,8 @@ def write_splits(
         the splits as they were written, and the losses.
     """
     require_free(target, remedy="choose another folder")
-    _require_one_class_table(splits)
+    if to != "coco":
+        _require_one_class_table(splits)
     if to == "yolo":
         _require_yolo_splits(splits)
     for content in splits.values():
@@ -128,8 +129,10 @@ def _place(image: Path, goal: Path, *, link: bool) -> None:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):  # of the whole folder
             raise
-        hint = "Leave --link out: the two folders are on different file systems." if link else "Check the disk."
-        raise DataError(f"{image}: cannot be {'linked' if link else 'copied'}: {error.strerror}", hint) from None
+        apart = link and error.errno == errno.EXDEV
+        reason = "the two folders are on different file systems" if apart else error.strerror
+        hint = "Leave --link out." if link else "Check the disk."
+        raise DataError(f"{image}: cannot be {'linked' if link else 'copied'}: {reason}", hint) from None
 
 
 def _require_one_class_table(splits: Mapping[str, Annotations]) -> None:
@@ -197,9 +200,9 @@ def _prepared(content: Annotations, to: str, losses: Counter[str]) -> Annotation
 
 def _lost_classes(splits: Mapping[str, Annotations], to: str) -> dict[str, int]:
     """What VOC, which has no list of classes, and YOLO, which numbers them from 0, do not keep of them."""
-    classes = next(iter(splits.values())).classes
     if to == "coco":
         return {}
+    classes = next(iter(splits.values())).classes
     kept, first = list(classes.names), 0
     if to == "voc":
         used = {label for content in splits.values() for label in content.labels.tolist()}

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from paqdetr.data.annotations import Annotations, Issues
+from paqdetr.data.files import REPLACE
 from paqdetr.data.formats.coco import read_coco, to_coco
 from paqdetr.data.layout import find_split
 from paqdetr.errors import DataError
@@ -81,7 +82,7 @@ class DetectionDataset:
         Raises:
             DataError: it does not decode.
         """
-        return read_image(self.path(index), remedy=f"replace it, or remove it and its entry in {self.annotation_file}")
+        return read_image(self.path(index), remedy=REPLACE)
 
     def checked_image(self, index: int) -> Image.Image:
         """As `image`.

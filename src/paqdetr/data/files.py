@@ -13,7 +13,7 @@ from typing import TypeVar
 from paqdetr.data.annotations import Issues
 from paqdetr.errors import DataError
 from paqdetr.files import MAX_SIDE_BYTES, read_text
-from paqdetr.images import IMAGE_EXTENSIONS, PICTURE_EXTENSIONS, is_leftover, read_header
+from paqdetr.images import IMAGE_EXTENSIONS, PICTURE_EXTENSIONS, is_leftover, read_size
 from paqdetr.text import shorten
 
 
@@ -225,7 +225,7 @@ REPLACE = "Replace it, or remove it and its annotations."
 
 def _size(path: Path) -> tuple[int, int] | DataError:
     try:
-        width, height = read_header(path, remedy=REPLACE).size
+        width, height = read_size(path, remedy=REPLACE)
     except DataError as error:
         return error
     return height, width

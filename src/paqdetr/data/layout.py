@@ -24,6 +24,8 @@ Format = Literal["coco", "voc", "yolo", "cityscapes", "crowdhuman"]
 
 ROBOFLOW_FILE = "_annotations.coco.json"
 
+_START = 2**16  # bytes of a json by which it is recognised
+
 _FORMS = (
     "DIR/train.json + DIR/train/ (COCO), DIR/annotations/instances_train*.json + DIR/train*/, "
     f"DIR/train/{ROBOFLOW_FILE}, one COCO json + DIR/images/, DIR/data.yaml (YOLO), DIR/Annotations/ + DIR/JPEGImages/ (Pascal "
@@ -223,12 +225,14 @@ def _is_coco(file: Path) -> bool:
         return False
     try:
         with open_regular(file) as opened:
-            start = opened.read(2**16)
+            start = opened.read(_START)
     except (DataError, OSError):
         return False
     if start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] != b"{":  # a list is results, or an export of another kind
         return False
-    return re.search(rb'"(images|annotations|categories)"\s*:\s*\[', start) is not None
+    keys = set(re.findall(rb'"(images|annotations|categories)"\s*:\s*\[', start))
+    whole = len(start) < _START
+    return bool(keys - {b"categories"} if whole else keys)  # Label Studio lists the classes of YOLO's labels in a json
 
 
 def _as_yolo(root: Path) -> dict[str, YoloPlace]:

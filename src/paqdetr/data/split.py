@@ -16,6 +16,8 @@ from paqdetr.errors import ConfigError, DataError
 
 Progress = Callable[[int, int], None]
 
+_PAIRS_AT_ONCE = 2**18  # of near-duplicates that are kept: every two frames of a still scene are a pair
+
 
 def hold_out(split: DetectionDataset, fraction: float, *, seed: int) -> tuple[DetectionDataset, DetectionDataset]:
     """A split without some of its images, and these as `val`.
@@ -94,8 +96,8 @@ def divide(
 ) -> dict[str, np.ndarray]:
     """Positions of the images of "train" and of every part, at random; every image is in one of them.
 
-    Near-duplicates (see `data.fingerprints`) are in the same part. An image stays in train if a class would have no image there
-    without it. So a part may be a little smaller than its share.
+    Near-duplicates (see `data.check.fingerprint`) are in the same part. An image stays in train if a class would have no image
+    there without it. So a part may be a little smaller than its share.
 
     Raises:
         DataError: an image does not decode, or a part would be empty.
@@ -145,11 +147,20 @@ def duplicate_groups(facts: Sequence[ImageFacts]) -> np.ndarray:
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    pairs = [(first, second) for first, second, _ in similar([fact.print for fact in facts])]
+    def groups() -> np.ndarray:
+        rows, columns = np.concatenate(pairs).T
+        graph = coo_array((np.ones(len(rows)), (rows, columns)), shape=(len(facts),) * 2)
+        return connected_components(graph, directed=False)[1]
+
     first_with: dict[bytes, int] = {}
-    pairs += [
+    same = [
         (first_with.setdefault(fact.digest, index), index) for index, fact in enumerate(facts) if fact.error is None
     ]
-    rows, columns = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
-    graph = coo_array((np.ones(len(rows)), (rows, columns)), shape=(len(facts),) * 2)
-    return connected_components(graph, directed=False)[1]
+    pairs, waiting = [np.array(same, dtype=np.int64).reshape(-1, 2)], 0
+    for found in similar([fact.print for fact in facts]):
+        pairs.append(found[:, :2])
+        waiting += len(found)
+        if waiting > _PAIRS_AT_ONCE:  # each with the first of its group says as much
+            _, first, group = np.unique(groups(), return_index=True, return_inverse=True)
+            pairs, waiting = [np.stack([first[group], np.arange(len(facts))], axis=1)], 0
+    return groups()

@@ -54,6 +54,44 @@ class BoxSizes:
         return cls(small, medium, large, histogram)
 
 
+@dataclass(slots=True)
+class SplitSummary:
+    """Counts of one split.
+
+    Attributes:
+        images, boxes, crowds, images_without_boxes: how many there are; crowds are no boxes, those without area are.
+        boxes_per_class: by category name, with its id where several have one name; classes without boxes included.
+        box_sizes: how many boxes are how large.
+        traits: how many images are out of the ordinary in which way, see `ImageHeader`; empty if none was opened.
+    """
+
+    images: int = 0
+    boxes: int = 0
+    crowds: int = 0
+    images_without_boxes: int = 0
+    boxes_per_class: dict[str, int] = field(default_factory=dict)
+    box_sizes: BoxSizes = field(default_factory=BoxSizes)
+    traits: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, annotations: Annotations) -> SplitSummary:
+        """From the annotations alone."""
+        single = ~annotations.crowd
+        per_class = np.bincount(annotations.labels[single], minlength=len(annotations.classes)).tolist()
+        names = annotations.classes.names
+        return cls(
+            images=len(annotations),
+            boxes=int(single.sum()),
+            crowds=int(annotations.crowd.sum()),
+            images_without_boxes=len(annotations) - len(np.unique(annotations.owners[single])),
+            boxes_per_class={
+                name if names.count(name) == 1 else f"{name} ({own})": count
+                for own, name, count in zip(annotations.classes.ids, names, per_class, strict=True)
+            },
+            box_sizes=BoxSizes.of(_box_sides(annotations)),
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class SplitStats:
     """A split's figures, ready to be drawn.
@@ -64,7 +102,7 @@ class SplitStats:
         per_image: (N,) number of boxes of every image.
         sides: (A,) root of every box's area in pixels.
         shares: (A,) the same over the root of its image's area.
-        aspects: (A,) width over height.
+        aspects: (B,) width over height of the boxes that have an area.
         centres: (A, 2) centre of every box, relative to its image.
     """
 
@@ -78,32 +116,32 @@ class SplitStats:
 
     @classmethod
     def of(cls, annotations: Annotations) -> SplitStats:
-        """Of a split's boxes without crowds and without those that have no area."""
+        """Of a split's boxes without crowds."""
         a = annotations
-        rows = np.flatnonzero(~a.crowd & (a.boxes[:, 2] > 0) & (a.boxes[:, 3] > 0))
-        boxes, owners = a.boxes[rows], a.owners[rows]
+        rows = np.flatnonzero(~a.crowd)
+        boxes, owners, sides = a.boxes[rows], a.owners[rows], _box_sides(a)
         size = a.sizes[owners][:, ::-1].astype(float).reshape(-1, 2)
-        sides = np.sqrt(boxes[:, 2] * boxes[:, 3])
+        width, height = boxes[sides > 0, 2:].T
         return cls(
             annotations=a,
             per_class=np.bincount(a.labels[rows], minlength=len(a.classes)),
             per_image=np.bincount(owners, minlength=len(a)),
             sides=sides,
             shares=sides / np.sqrt(size.prod(axis=1)),
-            aspects=boxes[:, 2] / boxes[:, 3],
+            aspects=width / height,
             centres=(boxes[:, :2] + boxes[:, 2:] / 2) / size,
         )
 
     def to_json(self) -> dict[str, Any]:
         """Counts and quantiles."""
-        a, sizes = self.annotations, BoxSizes.of(self.sides)
+        a, counts = self.annotations, SplitSummary.of(self.annotations)
         return {
-            "images": len(a),
-            "boxes": int(self.per_class.sum()),
-            "crowds": int(a.crowd.sum()),
-            "images_without_boxes": int((self.per_image == 0).sum()),
-            "boxes_per_class": dict(zip(a.classes.names, self.per_class.tolist(), strict=True)),
-            "box_sizes": {name: getattr(sizes, name) for name in ("small", "medium", "large")},
+            "images": counts.images,
+            "boxes": counts.boxes,
+            "crowds": counts.crowds,
+            "images_without_boxes": counts.images_without_boxes,
+            "boxes_per_class": counts.boxes_per_class,
+            "box_sizes": {name: getattr(counts.box_sizes, name) for name in ("small", "medium", "large")},
             "quantiles": {
                 "at": list(_QUANTILES),
                 "boxes_per_image": _quantiles(self.per_image),
@@ -149,7 +187,11 @@ def crowding_sentences(
         sentences.append(
             f"{int((per_image > queries).sum())} of {images} images have more than {queries} boxes (up to {per_image.max()}), "
             "and a query finds one object at most: "
-            + (f"raise model.num_queries={queries}" if known else "take a model with enough queries")
+            + (
+                f"raise model.num_queries, which is {queries}, to at least {per_image.max()}"
+                if known
+                else "take a model with enough queries"
+            )
         )
     of_class, counts = np.unique(np.stack([owners, labels]), axis=1, return_counts=True)
     over = counts > max_detections if max_detections else np.zeros(0, dtype=bool)
@@ -161,7 +203,7 @@ def crowding_sentences(
     return sentences
 
 
-def box_sides(annotations: Annotations) -> np.ndarray:
+def _box_sides(annotations: Annotations) -> np.ndarray:
     """(A,) root of the area of every box that is no crowd."""
     boxes = annotations.boxes[~annotations.crowd]
     return np.sqrt(np.clip(boxes[:, 2], 0, None) * np.clip(boxes[:, 3], 0, None))

@@ -30,7 +30,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from paqdetr._version import __version__
 from paqdetr.errors import ConfigError, DataError, UserError
 from paqdetr.files import parse_json
-from paqdetr.images import read_header, read_image
+from paqdetr.images import read_image, read_size
 from paqdetr.interrupt import StopRequest
 from paqdetr.runtime.predict import Predicts
 from paqdetr.runtime.tiles import Tiles
@@ -294,7 +294,7 @@ class DetectionServer:
             DataError: it is no image.
             Refusal: it has too many, or too many are in memory.
         """
-        width, height = (await asyncio.to_thread(read_header, content)).size
+        width, height = await asyncio.to_thread(read_size, content)
         limit = int(self.limits.max_megapixels * 1e6)
         if width * height > limit:
             raise Refusal(

@@ -53,7 +53,7 @@ class CityscapesPlace:
                 )  # fmt: skip
                 continue
             try:
-                content = load_json(path)
+                content = load_json(path, expected="imgHeight, imgWidth and objects")
             except DataError as error:
                 issues.unreadable(path, error)
                 continue

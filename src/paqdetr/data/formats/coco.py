@@ -36,7 +36,11 @@ def read_coco(annotation_file: Path, image_dirs: Sequence[Path], issues: Issues)
         DataError: the file or an entry is malformed or contradicts another, or an image is missing.
     """
     try:
-        content = load_json(annotation_file)
+        content = load_json(
+            annotation_file,
+            expected="images, annotations and categories",
+            remedy="A list is the form of results; name the ground truth.",
+        )
     except DataError as error:
         issues.unreadable(annotation_file, error)
         return Builder().build(source=annotation_file, image_dir=image_dirs[0], classes=ClassTable((), ()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from xml.etree.ElementTree import Element, ElementTree, ParseError
 
@@ -19,6 +19,7 @@ from paqdetr.data.files import (
     folder_in,
     folders_in,
     header_sizes,
+    is_split,
     list_files,
     list_pictures,
     listed_names,
@@ -26,7 +27,7 @@ from paqdetr.data.files import (
     numbered_lines,
 )
 from paqdetr.errors import DataError
-from paqdetr.files import read_bytes, read_text
+from paqdetr.files import read_bytes
 from paqdetr.images import IMAGE_EXTENSIONS
 from paqdetr.label_files import voc_document
 from paqdetr.structures import ClassTable
@@ -96,11 +97,13 @@ def voc_places(root: Path) -> dict[str, VocPlace]:
     """
     if pair := _pair(root):
         return _of_pair(root, *pair)
-    years = {f.name[3:]: _of_pair(f, *pair) for f in folders_in(root) if f.name[:3] == "VOC" and (pair := _pair(f))}
+    years = {f: pair for f in folders_in(root) if f.name[:3] == "VOC" and (pair := _pair(f))}
     if years:  # the splits of the last one have plain names
-        last = max(years)
+        last, xml_dirs = max(f.name for f in years), tuple(xml for xml, _ in years.values())
         return {
-            f"{split}{year if year != last else ''}": p for year, found in years.items() for split, p in found.items()
+            f"{split}{f.name[3:] if f.name != last else ''}": replace(place, all_xml_dirs=xml_dirs)
+            for f, pair in years.items()
+            for split, place in _of_pair(f, *pair).items()
         }
     sources = {f.name: (f, f) for f in folders_in(root) if _is_mixed(f)}
     sources |= {f.name: pair for f in folders_in(root) if meaning(f.name) and (pair := _pair(f))}
@@ -158,20 +161,21 @@ def _loose_files(folder: Path, splits: Iterable[str]) -> DataError:
 
 
 def _lists(folder: Path) -> dict[str, Path]:
-    """Lists of images by the split's name, without those of single classes (aeroplane_train.txt) and doubles of others."""
+    """Lists of images by the split's name, without those of single classes (aeroplane_train.txt) and doubles of others. Under the
+    plain name of a split there is none of a single class."""
     sets = folder_in(folder, "ImageSets")
     files = files_in(folder_in(sets, "Main")) or files_in(sets)
     lists = {file.stem: file for file in files if file.suffix.lower() == ".txt"}
-    lists = {name: file for name, file in lists.items() if not _is_of_one_class(file)}
+    lists = {name: file for name, file in lists.items() if is_split(name) or not _is_of_one_class(file)}
     if any(meaning(name) == "train" for name in lists):
         lists.pop("trainval", None)
     return lists
 
 
 def _is_of_one_class(list_file: Path) -> bool:
-    """Whether its lines say of every image if the class is there: "000012 -1"."""
-    first = read_text(list_file).strip().split("\n")[0].split()
-    return len(first) == 2 and first[1] in ("-1", "0", "1")
+    """Whether every line says of an image if the class is there: "000012 -1"."""
+    lines = [line.split() for _, line in numbered_lines(list_file)]
+    return bool(lines) and all(len(words) == 2 and words[1] in ("-1", "0", "1") for words in lines)
 
 
 def _own_folder(images: Path, xml: Path, split: str) -> tuple[Path, Path]:

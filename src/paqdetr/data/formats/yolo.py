@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from paqdetr.data.annotations import DECIMALS, Annotations, Builder, Issues
+from paqdetr.data.annotations import DECIMALS, Annotations, Builder, Issues, MissingSplitError
 from paqdetr.data.files import (
     USUAL,
     Folder,
@@ -18,6 +20,7 @@ from paqdetr.data.files import (
     list_files,
     list_pictures,
     listed_names,
+    meaning,
 )
 from paqdetr.errors import DataError
 from paqdetr.files import read_text
@@ -36,12 +39,17 @@ _NOTHING = ("", "~", "null", "Null", "NULL")
 
 @dataclass(frozen=True, slots=True)
 class YoloPlace:
-    """One split of a YOLO data set: its `data.yaml`, the folder nothing may lead out of, and the key and value of the split."""
+    """One split of a YOLO data set: its `data.yaml`, the folder nothing may lead out of, and the key and value of the split.
+
+    Attributes:
+        ignored: why `root` is not the folder that `path` names; empty if it is.
+    """
 
     yaml_file: Path
     root: Path
     split: str
     entry: Any
+    ignored: str = ""
 
     def read(self, issues: Issues) -> Annotations:
         """Reads and verifies one split. An image without a label file is one without objects; a polygon becomes the box around
@@ -52,6 +60,11 @@ class YoloPlace:
         """
         content = load_yaml(self.yaml_file, text_only=True)
         classes, keypoints = _classes(self.yaml_file, content), _keypoints(self.yaml_file, content)
+        if self.ignored:
+            message = f"{self.ignored}: the images are looked for in {self.root}"
+            issues.warn(self.yaml_file, message, kind="path of data.yaml")
+            if not issues.collect:
+                logging.getLogger(__name__).warning("%s: %s", self.yaml_file, message)
         images, image_dir = _images(self, issues)
         names = [path.relative_to(image_dir).as_posix() for path in images]
         builder = Builder()
@@ -86,42 +99,45 @@ def yolo_places(yaml_file: Path, *, named: bool) -> dict[str, YoloPlace]:
             folder that it lies in.
 
     Raises:
-        DataError: it is malformed, or `path` leads out of the folder.
+        DataError: it is malformed, or, if it was named, has no classes or names no images.
     """
     content = load_yaml(yaml_file, text_only=True)  # a class may be called `no`, `010` or `1.10`
-    splits = [key for key in content if is_split(key)]
+    splits = [key for key in content if is_split(key) and content[key] not in (None, *_NOTHING, [])]
     if "names" not in content or not splits:
         if named:
+            found = shorten(", ".join(map(str, content)))
             raise DataError(
-                f"{yaml_file}: has no `names` or no `train`, found {shorten(', '.join(map(str, content)))}",
-                "Name the data.yaml of a YOLO data set.",
+                f"{yaml_file}: has no `names`, or no `train` that names images, found {found}",
+                "Name the data.yaml of a YOLO data set, and in it the folders of images.",
             )
         return {}
-    root = _root(yaml_file, content.get("path"), named=named)
-    return {
-        split: YoloPlace(yaml_file, root, split, content[split])
-        for split in splits
-        if content[split] not in (None, *_NOTHING, [])
-    }
+    root, ignored = _root(yaml_file, content.get("path"), named=named)
+    return {split: YoloPlace(yaml_file, root, split, content[split], ignored) for split in splits}
 
 
-def _root(yaml_file: Path, path: Any, *, named: bool) -> Path:
-    """The data folder. A `path` that does not exist was written for another machine: the folder of the file counts then."""
+def _root(yaml_file: Path, path: Any, *, named: bool) -> tuple[Path, str]:
+    """The data folder, and why it is not the one that `path` names. A `path` that does not exist was written for another machine:
+    the folder of the file counts then."""
     folder = yaml_file.parent
-    if path in (None, "", "."):
-        return folder
+    if path in (None, *_NOTHING):
+        return folder, ""
     if not isinstance(path, str):
         raise DataError(f"{yaml_file}: `path` is {shorten(path)}, expected a folder", "Remove or correct `path`.")
     plain = inner_path(path)
-    if plain is not None:
-        return folder / plain if (folder / plain).is_dir() else folder
-    if not named:
-        return folder
+    stated = folder / (path if plain is None else plain)
     try:
-        outside = (folder / path).resolve()
-        return outside if outside.is_dir() else folder
-    except (OSError, ValueError):
-        return folder
+        exists, real = stated.is_dir(), Path(os.path.realpath(stated))
+    except (OSError, ValueError):  # a name that no file can have
+        exists, real = False, stated
+    if not exists:
+        return folder, f"`path` is {shorten(path)}, which is no folder"
+    if plain is not None:
+        return stated, ""
+    if real == folder.resolve():
+        return folder, ""
+    if named:
+        return real, ""
+    return folder, f"`path` is {shorten(path)}, outside of its folder, and counts only if the file itself is named"
 
 
 def _warn_of_unused(folder: Path, used: set[Path], issues: Issues) -> None:
@@ -196,8 +212,9 @@ def _images(place: YoloPlace, issues: Issues) -> tuple[list[Path], Path]:
                 "Name the folder of the images, relative to data.yaml.",
             )
     if not images:
-        raise DataError(
-            f"{place.yaml_file}: `{place.split}: {shorten(place.entry)}` holds no images", "Put the images there."
+        raise MissingSplitError(
+            f"{place.yaml_file}: `{place.split}: {shorten(place.entry)}` holds no images",
+            f"Put the images there{_or_remove(place)}.",
         )
     single = _resolve(place, entries[0]) if len(entries) == 1 else None
     folder = single if single is not None and single.is_dir() else _common_folder(images)
@@ -211,25 +228,41 @@ def _resolve(place: YoloPlace, entry: Any) -> Path:
     name = entry
     while name.startswith("../"):  # Roboflow's exports say ../train/images and mean train/images
         name = name[3:]
-    plain = inner_path(name)
-    if plain is None and Path(name).is_absolute():
-        try:
-            plain = Path(name).relative_to(place.root.resolve()).as_posix()
-            plain = inner_path(plain)
-        except ValueError:
-            plain = None
+    plain = _inside(name, place.root) if Path(name).is_absolute() else inner_path(name)
     if plain is None:
         raise DataError(
             f"{place.yaml_file}: `{place.split}` is {shorten(entry)}, which is not inside {place.root}",
             "Give a path relative to data.yaml.",
         )
-    for base in (place.root, place.yaml_file.parent):
-        if (real := Folder(base).find(plain)) is not None:
-            return base / real
-    raise DataError(
-        f"{place.yaml_file}: `{place.split}` is {shorten(entry)}, but {place.root / plain} does not exist",
-        "Correct the path; it is relative to data.yaml.",
+    # Roboflow's downloads say FOLDER/train/images, seen from beside FOLDER.
+    outer, _, rest = plain.partition("/")
+    own_name = rest if outer == place.root.resolve().name else ""
+    for inner in filter(None, (plain, own_name)):
+        for base in (place.root, place.yaml_file.parent):
+            if (real := Folder(base).find(inner)) is not None:
+                return base / real
+    ignored = f"; {place.ignored}" if place.ignored else ""
+    raise MissingSplitError(
+        f"{place.yaml_file}: `{place.split}` is {shorten(entry)}, but {place.root / plain} does not exist{ignored}",
+        f"Correct the path; it is relative to data.yaml{_or_remove(place)}.",
     )
+
+
+def _inside(path: str, root: Path) -> str | None:
+    """An absolute path as one relative to the data folder, though links lead to one of them; None if it is outside."""
+    try:
+        real, real_root = (Path(os.path.realpath(own)) for own in (path, root))
+    except ValueError:  # a name that no file can have
+        return None
+    for own, folder in ((Path(path), root), (Path(path), real_root), (real, real_root)):
+        if own.is_relative_to(folder) and (plain := inner_path(own.relative_to(folder).as_posix())) is not None:
+            return plain
+    return None
+
+
+def _or_remove(place: YoloPlace) -> str:
+    """What else to do about a split that is not there, if a training can do without it."""
+    return f", or remove the line `{place.split}:`" if meaning(place.split) in ("val", "test") else ""
 
 
 def _listed(place: YoloPlace, path: Path, issues: Issues) -> list[Path]:
