@@ -286,8 +286,10 @@ def _attention(config: Config, image_size: int, batch_size: int, device: torch.d
     return {name: call(name) for name in dict.fromkeys(("reference", chosen))}
 
 
-def noise_batch(images: int, height: int, width: int, *, boxes: int, num_classes: int) -> Batch:
-    """Images of noise with so many boxes each, anywhere."""
+def noise_batch(
+    images: int, height: int, width: int, *, boxes: int, num_classes: int, device: torch.device | str = "cpu"
+) -> Batch:
+    """Images of noise with so many boxes each, anywhere, made on the device."""
     targets = [
         Targets(
             torch.randint(num_classes, (boxes,)),
@@ -297,4 +299,4 @@ def noise_batch(images: int, height: int, width: int, *, boxes: int, num_classes
         )
         for number in range(images)
     ]
-    return Batch(torch.randn(images, 3, height, width), None, targets)
+    return Batch(torch.randn(images, 3, height, width, device=device), None, targets).to(device)

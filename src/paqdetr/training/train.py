@@ -15,7 +15,7 @@ from paqdetr.environment import describe_environment
 from paqdetr.errors import ConfigError, UserError
 from paqdetr.runs import Run
 from paqdetr.training.callbacks import Callback, NotebookProgress, require_trackers
-from paqdetr.training.setup import describe_data, open_splits, with_classes
+from paqdetr.training.setup import describe_data, open_splits, require_no_batch_size, with_classes
 from paqdetr.values import environment_integer
 
 
@@ -45,7 +45,8 @@ def train(
         resume: continue a run that was interrupted; start it if there is none; do nothing if it is finished.
         accept_new_data: resume even if classes, boxes or images are not those that the run was started with.
         device: "cpu", "cuda", ...; the best there is if None.
-        auto_batch: take the largest batch that fits into memory as `batch_size`; a resumption keeps the one found first.
+        auto_batch: take the largest batch that fits into memory, and leaves an epoch 30 steps, as `batch_size`; a resumption
+            keeps the one found first.
         callbacks: called at every step and evaluation. A notebook shows a bar of its own.
         settings: overrides with dotted keys, such as {"model.num_patterns": 32}.
         overrides: overrides of top-level settings, such as epochs=12.
@@ -67,6 +68,8 @@ def train(
         )
     model, data, output = _where(model, data, output, resume)
     given = {**(settings or {}), **overrides}
+    if auto_batch:
+        require_no_batch_size(given)
     config = load_config(model, given)
     train_split, val_split = open_splits(data, config)
     config = with_classes(config, train_split)
