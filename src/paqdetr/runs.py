@@ -55,7 +55,7 @@ class Run(Summary):
 
     @property
     def environment_file(self) -> Path:
-        """A json list with an entry for each start and resumption: command, data, versions, git commit, machine."""
+        """A json list with an entry for each start and resumption: the run's id, command, data, versions, git commit, machine."""
         return self.output / "environment.json"
 
     @property
@@ -63,6 +63,12 @@ class Run(Summary):
         """Folder of the data of the last start or resumption; None if the run does not say."""
         entries = self._environments()
         return entries[-1].get("data") if entries else None
+
+    @property
+    def ident(self) -> str | None:
+        """Hexadecimal digits that stay with the run wherever its folder goes; None if it was begun by an earlier version."""
+        entries = self._environments()
+        return entries[-1].get("id") if entries else None
 
     @property
     def metrics_file(self) -> Path:

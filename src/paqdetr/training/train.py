@@ -8,6 +8,7 @@ from multiprocessing import current_process
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
+from uuid import uuid4
 
 from paqdetr.checkpoint import find_described, require_same_settings
 from paqdetr.config import describe_idle, is_name, load_config
@@ -116,7 +117,11 @@ def train(
                     logging.getLogger(__name__).warning("%s", note)
                 run.write_config(config)
                 run.remove_leftovers()
-                where = {"data": str(Path(data).resolve()), "processes": processes.count}
+                where = {
+                    "id": run.ident or uuid4().hex,
+                    "data": str(Path(data).resolve()),
+                    "processes": processes.count,
+                }
                 run.add_environment(describe_environment() | where)
         trainer.fit()
     except UserError:

@@ -29,7 +29,7 @@ from paqdetr.models.files import model_to_train
 from paqdetr.ops import backends_run
 from paqdetr.runs import Run
 from paqdetr.structures import OperatingPoint
-from paqdetr.training.callbacks import Callback, Callbacks, TrainingPlan, start_trackers, track
+from paqdetr.training.callbacks import Callback, Callbacks, TrainingPlan, finish_trackers, start_trackers, track
 from paqdetr.training.curves import draw_predictions, training_curves
 from paqdetr.training.figures import Interval, ValidationLoss
 from paqdetr.training.optim import MovingAverage, build_optimizer, build_schedule, lr_factor, lr_scale
@@ -115,10 +115,11 @@ class Trainer:
             ),
         )
         try:
-            if self.processes.main:
-                # Of steps that are done again, or of a start that saved nothing.
-                self.run.truncate_metrics(self.position.metrics_size)
-                start_trackers(self.accelerator, self.run, self.config, step=self.position.step)
+            with self.processes.agreeing():
+                if self.processes.main:
+                    # Of steps that are done again, or of a start that saved nothing.
+                    self.run.truncate_metrics(self.position.metrics_size)
+                    start_trackers(self.accelerator, self.run, self.config, step=self.position.step)
             start = describe_start(self.accelerator.device, self.processes.count)
             start |= {} if self.taken is None else {"init": self.taken.to_dict()}
             start |= {"new_validation": True} if self.new_validation else {}
@@ -139,8 +140,7 @@ class Trainer:
         finally:
             self.events.emit("on_end")
             self.loader.close()
-            for tracker in self.accelerator.trackers:
-                tracker.finish()
+            finish_trackers(self.accelerator)
 
     @property
     def _ended(self) -> bool:
