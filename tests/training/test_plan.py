@@ -202,6 +202,21 @@ def test_memory_of_this_machine() -> None:
     assert 0 < available_memory(torch.device("cpu")) <= psutil.virtual_memory().total
 
 
+def test_memory_of_a_container(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it keeps of files that were read is free."""
+    files = {"max": "1000", "current": "900", "stat": "anon 300\nfile 600\ninactive_file 500\nactive_file 100\n"}
+
+    class Fake:
+        def __init__(self, path: str) -> None:
+            self.name = path.removeprefix("/sys/fs/cgroup/memory.")
+
+        def read_text(self, encoding: str) -> str:
+            return files[self.name]
+
+    monkeypatch.setattr("paqdetr.environment.Path", Fake)
+    assert available_memory(torch.device("cpu")) == 600
+
+
 def test_one_batch_is_overfitted(config: Config, tiny_digits: Path) -> None:
     """A few steps lower the loss; learning by heart is for the slow test."""
     split = open_split(tiny_digits, "train")
