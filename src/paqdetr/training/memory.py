@@ -34,8 +34,7 @@ _LESS = "choose a smaller batch_size, image_size or model, or checkpoint_activat
 # Of what is free on a CPU, and of all that a GPU has: the rest is for fragments, and for other programs.
 _USABLE = {"cpu": 0.8, "cuda": 0.92}
 _LARGEST = 512
-# Steps that an epoch keeps, whatever fits: a DETR learns by steps, and the schedules and the average of the recipes count on some
-# hundred of them in all.
+# Steps that an epoch keeps, whatever fits: a DETR learns by steps, and warm-up and moving average alone take some hundred.
 _LEAST_STEPS = 30
 
 
