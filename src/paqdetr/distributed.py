@@ -55,10 +55,13 @@ class Processes:
         Raises:
             ConfigError: the device cannot be used.
         """
+        local = {name: environment_integer(name, 0, low=0) for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
+        count = environment_integer("WORLD_SIZE", 1, low=1)
+        if count > 1 and device != "cpu" and torch.cuda.is_available():
+            # As accelerate does below; before "cuda" is tried, which would be the first GPU for all.
+            torch.cuda.set_device(local["LOCAL_RANK"] % torch.cuda.device_count())
         wanted = require_device(device)
-        for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-            environment_integer(name, 0, low=0)
-        if environment_integer("WORLD_SIZE", 1, low=1) == 1:
+        if count == 1:
             return cls(device=wanted)
         with _meeting():
             return cls.of(PartialState(cpu=wanted.type == "cpu", timeout=_PATIENCE))

@@ -210,6 +210,8 @@ def available_memory(device: torch.device) -> int:
     try:  # version 2 of control groups, which containers have
         limit = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8"))
         used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        # Files that were read are kept while there is room, and given up for programs.
+        kept = Path("/sys/fs/cgroup/memory.stat").read_text(encoding="utf-8").split("inactive_file ")[1].split()[0]
+    except (OSError, ValueError, IndexError):
         return free
-    return min(free, max(limit - used, 0))
+    return min(free, max(limit - used + int(kept), 0))

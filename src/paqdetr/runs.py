@@ -55,7 +55,7 @@ class Run(Summary):
 
     @property
     def environment_file(self) -> Path:
-        """A json list with an entry for each start and resumption: command, data, versions, git commit, machine."""
+        """A json list with an entry for each start and resumption: the run's id, command, data, versions, git commit, machine."""
         return self.output / "environment.json"
 
     @property
@@ -63,6 +63,12 @@ class Run(Summary):
         """Folder of the data of the last start or resumption; None if the run does not say."""
         entries = self._environments()
         return entries[-1].get("data") if entries else None
+
+    @property
+    def ident(self) -> str | None:
+        """Hexadecimal digits that stay with the run wherever its folder goes; None if it was begun by an earlier version."""
+        entries = self._environments()
+        return entries[-1].get("id") if entries else None
 
     @property
     def metrics_file(self) -> Path:
@@ -318,10 +324,9 @@ def changed_settings(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> lis
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """The records of a metrics.jsonl, in order of step.
+    """The records of a metrics.jsonl, as they were written: where a run goes on with fewer images, steps are fewer from there on.
 
     Lines that are no json objects with a `step` are skipped: the last one of an interrupted run is cut short.
-    Where a resumed run went back to an earlier step, what it had written beyond that step is left out.
 
     Raises:
         DataError: the file cannot be read, or has no record.
@@ -330,13 +335,7 @@ def read_metrics(path: Path) -> list[Record]:
         content = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}", "check the run folder") from error
-    records: list[Record] = []
-    for record in json_lines(content):
-        if not isinstance(record.get("step"), (int, float)):
-            continue
-        while records and records[-1]["step"] > record["step"]:
-            records.pop()
-        records.append(record)
+    records = [record for record in json_lines(content) if isinstance(record.get("step"), (int, float))]
     if not records:
         raise DataError(
             f"{path}: no record in {len(content.splitlines())} lines", "train for at least one logging interval"

@@ -115,7 +115,10 @@ def test_eval_of_results(tmp_path: Path, tiny_digits: Path, capsys: pytest.Captu
     arguments = ["eval", "--results", str(tmp_path / "results.json")]
     arguments += ["--annotations", str(tiny_digits / "val.json"), "--json", str(out)]
     assert run(arguments) == 0
-    assert json.loads(out.read_text())["AP"] == pytest.approx(1)
+    found = json.loads(out.read_text())
+    assert found["AP"] == pytest.approx(1)
+    truth = str(tiny_digits / "val.json")
+    assert found["source"] == {"results": str(tmp_path / "results.json"), "annotations": truth}
     assert "1.000" in capsys.readouterr().out
 
 
@@ -135,7 +138,10 @@ def test_eval_keeps_results_that_can_be_compared(
     assert run(["eval", "--compare", str(kept), str(tiny_run.best), *data, "--json", str(out)]) == 0
     assert "A and B are equally good: AP of B - A is +0.000" in capsys.readouterr().out
     found = json.loads(out.read_text())
-    assert found["A"] == found["B"] | {"source": str(kept)}
+    used = {"model": str(tiny_run.best), "data": str(tiny_digits), "split": "test"}
+    used |= {"threshold": 0.0, "nms": None, "tiles": None}
+    assert found["B"]["source"] == used and figures["source"] == used | {"model": str(tiny_run.output)}
+    assert found["A"] == found["B"] | {"source": {"results": str(kept), "data": str(tiny_digits), "split": "test"}}
     assert found["A"]["figures"]["AP"]["value"] == pytest.approx(figures["AP"])
     # They are COCO results like any others.
     truth = str(tiny_digits / "test.json")

@@ -615,12 +615,12 @@ def too_small_digits(w: World) -> list[str]:
     return ["data", "make", "digits", "--size", "1", "--output", str(w.output)]
 
 
-@case("eval takes a CHECKPOINT or --results or --compare, found none of them")
+@case("eval takes a MODEL or --results or --compare, found none of them")
 def nothing_to_evaluate(w: World) -> list[str]:
     return ["eval", "--data", str(w.data)]
 
 
-@case("eval CHECKPOINT needs --data")
+@case("eval MODEL needs --data")
 def evaluation_without_data(w: World) -> list[str]:
     return ["eval", str(w.checkpoint)]
 
@@ -665,7 +665,7 @@ def comparison_without_truth(w: World) -> list[str]:
     return ["eval", "--compare", str(w.checkpoint), str(w.checkpoint)]
 
 
-@case("model.safetensors: a checkpoint needs --data")
+@case("model.safetensors: a model needs --data")
 def comparison_of_a_checkpoint_with_annotations(w: World) -> list[str]:
     results, truth = w.file("results.json", "[]"), w.data / "val.json"
     return ["eval", "--compare", str(results), str(w.checkpoint), "--annotations", str(truth)]
@@ -682,17 +682,17 @@ def comparison_of_one_file(w: World) -> list[str]:
     return ["eval", "--compare", str(w.checkpoint), "--data", str(w.data)]
 
 
-@case("--compare, found CHECKPOINT ", "give one of them")
+@case("--compare, found MODEL ", "give one of them")
 def evaluation_and_results(w: World) -> list[str]:
     return w.eval("--results", w.root / "r.json", "--data", w.data)
 
 
-@case("eval takes a CHECKPOINT or --results or --compare")
+@case("eval takes a MODEL or --results or --compare")
 def evaluation_and_comparison(w: World) -> list[str]:
     return w.eval("--compare", w.checkpoint, w.checkpoint, "--data", w.data)
 
 
-@case("--results-out keeps the detections of a CHECKPOINT")
+@case("--results-out keeps the detections of a MODEL")
 def results_kept_of_results(w: World) -> list[str]:
     kept = ["--annotations", str(w.data / "val.json"), "--results-out", str(w.root / "kept.json")]
     return ["eval", "--results", str(w.file("results.json", "[]")), *kept]

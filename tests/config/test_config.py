@@ -241,6 +241,8 @@ def test_each_mistake_names_key_value_and_remedy(overrides: dict[str, Any], mess
         ("base: dino_nano\nmodel:\n", "model=None"),
         ("base: dino_nano\npreset: papr\n", "unknown preset 'papr'"),
         ("base: dino_nano\nlearning_rate: 3\n", "mine.yaml: unknown setting 'learning_rate'"),
+        ("base: dino_nano\nmodel.dim: 32\nmodel: {dim: 32}\n", "mine.yaml: model.dim is given twice"),
+        ("base: dino_nano\nmodel: 5\nmodel.dim: 32\n", "mine.yaml: model is given twice"),
     ],
 )
 def test_mistakes_in_files(tmp_path: Path, text: str, message: str) -> None:
@@ -562,3 +564,13 @@ def test_numbers_past_their_type_or_range(setting: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config("dino_nano", [setting])
     assert message in caught.value.message and "\n" not in caught.value.message
+
+
+def test_dotted_keys_of_a_file_mean_the_same_as_sections(tmp_path: Path) -> None:
+    text = "base: dino_nano\nmodel.num_queries: 50\nmodel: {num_classes: 3}\nloss.gamma: 0.2\n"
+    config = load_config(write(tmp_path, "mine.yaml", text))
+    assert (config.model.num_queries, config.model.num_classes, config.loss.gamma) == (50, 3, 0.2)
+
+
+def test_a_checkpoint_to_start_from_may_be_a_path(tmp_path: Path) -> None:
+    assert load_config("dino_nano", {"init": tmp_path / "best.safetensors"}).init == str(tmp_path / "best.safetensors")

@@ -16,6 +16,7 @@ from PIL import Image
 from paqdetr.checkpoint import read_checkpoint, read_header, write_checkpoint
 from paqdetr.cli import run
 from paqdetr.data.dataset import DetectionDataset, open_split
+from paqdetr.distributed import Processes
 from paqdetr.errors import CheckpointError, ConfigError
 from paqdetr.evaluation.evaluate import evaluate, evaluate_split
 from paqdetr.metrics.query_usage import QueryUsage
@@ -239,8 +240,22 @@ def test_eval_with_suppression_and_tiles(
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert 0 < len(rows) and min(row["score"] for row in rows) >= 0.001
     capsys.readouterr()
-    assert run(["eval", "--results", "a.json", "--annotations", "b.json", "--tiles", "64"]) == 2
-    assert "--nms, --threshold and --tiles are about a CHECKPOINT" in capsys.readouterr().err
+    for given in (
+        ["--results", "a.json", "--annotations", "b.json", "--tiles", "64"],
+        ["--compare", "a.json", "b.json", "--annotations", "b.json", "--threshold", "0.3"],
+        ["--compare", str(tiny_run.best), "a.json", "--data", str(tiny_digits), "--nms", "0.5"],
+    ):
+        assert run(["eval", *given]) == 2
+        assert "a.json: --nms, --threshold and --tiles are about a MODEL" in capsys.readouterr().err
+
+
+def test_eval_of_an_exported_model_refuses_a_gpu(
+    tmp_path: Path, tiny_digits: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.onnx").write_bytes(b"")
+    monkeypatch.setattr("paqdetr.distributed.Processes.join", lambda device: Processes())  # as if there were one
+    assert run(["eval", str(tmp_path / "a.onnx"), "--data", str(tiny_digits), "--device", "cuda"]) == 2
+    assert "a.onnx: an exported model runs on the CPU here, not on cuda" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from paqdetr.errors import ConfigError
 from paqdetr.training.bench import bench, bench_files
@@ -47,6 +48,12 @@ def test_two_models_take_turns() -> None:
 def test_what_cannot_be_compared(model: str, against: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         bench(model, against=against, image_size=64, device="cpu", settings=TINY)
+
+
+def test_an_exported_model_refuses_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("paqdetr.training.bench.require_device", torch.device)  # as if there were one
+    with pytest.raises(ConfigError, match=r"a\.onnx: an exported model runs on the CPU here, not on cuda"):
+        bench_files(["a.onnx"], device="cuda")
 
 
 def test_exported_models_have_a_size_of_their_own() -> None:

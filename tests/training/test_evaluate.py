@@ -18,10 +18,17 @@ from torch import Tensor
 from torchvision.ops import box_convert
 
 from paqdetr.data.dataset import DetectionDataset, open_split
-from paqdetr.errors import DataError
+from paqdetr.distributed import Processes
+from paqdetr.errors import DataError, UserError
 from paqdetr.evaluation import evaluate
 from paqdetr.evaluation.content import ContentCollector
-from paqdetr.evaluation.evaluate import detect_split, evaluate_split, require_same_classes
+from paqdetr.evaluation.evaluate import (
+    Evaluation,
+    detect_split,
+    evaluate_split,
+    evaluate_together,
+    require_same_classes,
+)
 from paqdetr.evaluation.layers import LayerCollector
 from paqdetr.metrics.query_usage import BatchMatch, QueryUsage
 from paqdetr.models import create_model
@@ -345,6 +352,50 @@ def test_images_that_cannot_be_read_count_as_images_without_detections(
         split.path(index).write_text("no picture")
     with pytest.raises(DataError, match=r"none of 7 images could be read; the first: .*0\.png"):
         evaluate_split(model, split)
+
+
+class OneOfTwo(Processes):
+    """One of two processes, in this one: the second runs first, and the first is given what it would have sent."""
+
+    def __init__(self, index: int, sent: list[Any]) -> None:
+        super().__init__(index=index, count=2)
+        self.sent = sent
+
+    def gather(self, item: Any) -> list[Any] | None:
+        if self.main:
+            return [item, self.sent.pop(0)]
+        self.sent.append(item)
+        return None
+
+    def raise_together(self, error: UserError | None) -> None:
+        if error is not None:
+            raise error
+
+
+def test_a_process_whose_images_all_are_unreadable_ends_nothing(
+    tmp_path: Path, model: Detector, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    split = write(tmp_path)
+    monkeypatch.setattr(MODULE, "detect_batch", cheat(split))
+    others = [index for index, _ in detect_split(model, split, batch_size=3, processes=Processes(index=1, count=2))]
+    assert 0 < len(others) < len(split)
+
+    def evaluate_both() -> Evaluation | None:
+        sent: list[Any] = []
+        for index in (1, 0):
+            found = evaluate_together(model, split, OneOfTwo(index, sent), batch_size=3)
+        return found
+
+    for index in others:
+        split.path(index).write_text("no picture")
+    evaluation = evaluate_both()
+    assert evaluation is not None and 0 < evaluation.predictions_per_image < evaluation.boxes_per_image
+    (record,) = caplog.records
+    assert record.message.startswith(f"{len(others)} of 7 images cannot be read")
+    for index in range(len(split)):
+        split.path(index).write_text("no picture")
+    with pytest.raises(DataError, match="none of 7 images could be read"):
+        evaluate_both()
 
 
 def test_a_split_that_is_not_there(tiny_digits: Path, tiny_run: Run) -> None:

@@ -106,6 +106,7 @@ def test_killed_and_resumed_equals_never_killed(
     require_same_end(straight, run)
     environments = json.loads(run.environment_file.read_text())
     assert len(environments) == 2 and environments[1]["command"].endswith("--resume")
+    assert environments[0]["id"] == environments[1]["id"]
 
 
 def wait_for(condition: Callable[[], bool], alive: Callable[[], bool]) -> None:

@@ -189,7 +189,7 @@ def test_moving_average_without_decay_is_a_copy() -> None:
 def test_a_restored_average_goes_on_counting() -> None:
     model = nn.Linear(1, 1, bias=False)
     average = MovingAverage(model, 0.9)
-    average.restore(5)
+    average.updates = 5
     with torch.no_grad():
         average.model.weight.fill_(1.0)  # type: ignore[operator]
         model.weight.fill_(3.0)

@@ -3,7 +3,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,7 +15,9 @@ from paqdetr.data.dataset import open_split
 from paqdetr.distributed import Processes
 from paqdetr.environment import available_memory
 from paqdetr.errors import ConfigError
+from paqdetr.models.backbone import normalization_of
 from paqdetr.models.zoo import build_model
+from paqdetr.preprocessing import Preprocessing
 from paqdetr.training.memory import largest_batch, peaks_of_steps, worst_batch
 from paqdetr.training.plan import Overfit, overfit_one_batch, plan_training, with_totals
 from paqdetr.training.setup import with_classes
@@ -104,11 +108,55 @@ def test_the_worst_batch(config: Config, tiny_digits: Path) -> None:
     assert max(int(target.labels.max()) for target in batch.targets) < len(split.classes)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "settings", "expected"),
+    [
+        ([(60, 90), (90, 60)], {}, (96, 96)),  # of 64 x 96 and 96 x 64 pixels
+        ([(60, 90), (30, 90)], {}, (64, 96)),
+        ([(90, 90)], {"image_size": (64, 200)}, (64, 64)),
+        ([(90, 90)], {"image_size": (64, 200), "augment.crop_style": "detr"}, (96, 96)),  # 64 * 600 / 384 = 100
+        ([(90, 90)], {"image_size": (64, 200), "augment.crop_style": "detr", "augment.crop": 0.0}, (64, 64)),
+        ([(90, 90)], {"image_size": (64, 200), "augment.keep_small": 8.0}, (128, 128)),  # half as wide as high
+        ([(60, 60)], {"image_size": (64, 200), "size_divisor": 1, "pad_divisor": 48}, (96, 96)),
+    ],
+)
+def test_the_worst_batch_is_padded_to_the_highest_and_the_widest(
+    sizes: list[tuple[int, int]], settings: dict[str, Any], expected: tuple[int, int]
+) -> None:
+    given = {"image_size": 96, "size_divisor": 32, "augment.scale": (0.5, 1.0), **settings}
+    config = load_config("paq_dino_nano", given)
+    split = MagicMock(sizes=np.array(sizes), labels=lambda index: [0] * (index + 1), classes=["a", "b"])
+    split.__len__.return_value = len(sizes)
+    preprocessing = Preprocessing.of(config, normalization_of("resnet18.a1_in1k"))
+    batch = worst_batch(config, split, preprocessing, 2)
+    assert batch.images.shape[2:] == expected
+    assert (batch.padding_mask is None) == (len(sizes) == 1 and expected == (64, 64))
+
+
+def test_an_epoch_keeps_its_steps(config: Config, tiny_digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    split = open_split(tiny_digits, "train")  # of 8 images
+    monkeypatch.setattr(PEAKS, lambda *_, **__: [1, 2])
+    assert largest_batch(config, split, Processes()) == 1
+    monkeypatch.setattr("paqdetr.training.memory._LEAST_STEPS", 2)
+    assert largest_batch(config, split, Processes()) == 4
+    assert largest_batch(config.model_copy(update={"accumulate": 2}), split, Processes()) == 2
+
+
+def test_a_batch_size_beside_the_largest_batch(
+    tmp_path: Path, tiny_digits: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for verb in (["plan"], ["train", "--output", str(tmp_path / "run")]):
+        command = [*verb, "dino_nano", "batch_size=4", "--data", str(tiny_digits), "--auto-batch"]
+        assert run(command) == 2
+        assert "batch_size=4 and --auto-batch, which finds one" in capsys.readouterr().err
+
+
 def test_the_largest_batch_is_what_memory_allows(
     config: Config, tiny_digits: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     split = open_split(tiny_digits, "train")
     monkeypatch.setattr(PEAKS, lambda *_, **__: [700, 800])  # and 100 for each further image
+    monkeypatch.setattr("paqdetr.training.memory._LEAST_STEPS", 1)
     for free, size in ((875, 1), (999, 1), (1001, 2), (1250, 4), (10**9, 8)):  # 80 % of it; 8 images in all
         monkeypatch.setattr(MEMORY, lambda device, free=free: free)
         assert largest_batch(config, split, Processes()) == size
@@ -129,7 +177,15 @@ def test_a_gpu_tries_batches_until_one_fits(
             raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
     monkeypatch.setattr("paqdetr.training.memory._take_steps", take)
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: shares.append(share))
+    monkeypatch.setattr("paqdetr.training.memory._LEAST_STEPS", 1)
+
+    def limit(share: float, device: Any = None) -> None:  # as torch's own: of a device it wants the number
+        if device is not None:
+            torch.cuda._utils._get_device_index(device)
+        shares.append(share)
+
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limit)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: shares.append(0.0))
     split = open_split(tiny_digits, "train")
     processes = Processes(device="cuda")
     if fits:
@@ -137,13 +193,28 @@ def test_a_gpu_tries_batches_until_one_fits(
     else:
         with pytest.raises(ConfigError, match="not even one image fits"):
             largest_batch(config, split, processes)
-    assert shares == [0.92, 1.0]
+    assert shares == [0.92, 1.0, 0.0]
 
 
 def test_memory_of_this_machine() -> None:
     import psutil
 
     assert 0 < available_memory(torch.device("cpu")) <= psutil.virtual_memory().total
+
+
+def test_memory_of_a_container(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it keeps of files that were read is free."""
+    files = {"max": "1000", "current": "900", "stat": "anon 300\nfile 600\ninactive_file 500\nactive_file 100\n"}
+
+    class Fake:
+        def __init__(self, path: str) -> None:
+            self.name = path.removeprefix("/sys/fs/cgroup/memory.")
+
+        def read_text(self, encoding: str) -> str:
+            return files[self.name]
+
+    monkeypatch.setattr("paqdetr.environment.Path", Fake)
+    assert available_memory(torch.device("cpu")) == 600
 
 
 def test_one_batch_is_overfitted(config: Config, tiny_digits: Path) -> None:
@@ -169,9 +240,15 @@ def test_one_batch_is_learnt_by_heart(tmp_path: Path) -> None:
 
 @pytest.mark.integration
 def test_the_command(
-    tmp_path: Path, tiny_digits: Path, tiny_settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    tiny_digits: Path,
+    tiny_settings: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    settings = [f"{key}={value}" for key, value in {**tiny_settings, "workers": 0, "epochs": 3}.items()]
+    monkeypatch.setattr("paqdetr.training.memory._LEAST_STEPS", 1)
+    values = {**tiny_settings, "workers": 0, "epochs": 3}
+    settings = [f"{key}={value}" for key, value in values.items() if key != "batch_size"]
     arguments = ["plan", "paq_dino_nano", *settings, "--data", str(tiny_digits), "--device", "cpu"]
     before = sorted(tmp_path.rglob("*"))
     assert run([*arguments, "--steps", "1", "--json", str(tmp_path / "plan.json"), "--auto-batch"]) == 0
@@ -193,9 +270,11 @@ def test_a_training_with_the_largest_batch(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    settings = [f"{key}={value}" for key, value in {**tiny_settings, "workers": 0, "max_steps": 1}.items()]
+    values = {**tiny_settings, "workers": 0, "max_steps": 1}
+    settings = [f"{key}={value}" for key, value in values.items() if key != "batch_size"]
     arguments = ["train", "paq_dino_nano", *settings, "--data", str(tiny_digits), "--device", "cpu", "--auto-batch"]
     monkeypatch.setattr(PEAKS, lambda *_, **__: [1, 2])
+    monkeypatch.setattr("paqdetr.training.memory._LEAST_STEPS", 1)
     assert run([*arguments, "--output", str(tmp_path / "run")]) == 0
     assert load_config(tmp_path / "run" / "config.yaml").batch_size == 8
     # What memory is free later does not matter.

@@ -338,3 +338,23 @@ def test_processes_that_nobody_started(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="WORLD_SIZE=2 announces several processes") as caught:
         Processes.join("cpu")
     assert "torchrun" in caught.value.remedy and not PartialState._shared_state
+
+
+def test_each_process_has_its_own_gpu_before_any_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else "cuda" would be the first one for all of them."""
+    done: list[Any] = []
+
+    def require(device: str | None) -> torch.device:
+        done.append(device)
+        raise ConfigError("enough", "")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", done.append)
+    monkeypatch.setattr("paqdetr.distributed.require_device", require)
+    for name, value in (("WORLD_SIZE", "4"), ("RANK", "3"), ("LOCAL_RANK", "3")):
+        monkeypatch.setenv(name, value)
+    for device in ("cuda", "cpu"):
+        with pytest.raises(ConfigError, match="enough"):
+            Processes.join(device)
+    assert done == [1, "cuda", "cpu"]

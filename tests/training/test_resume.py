@@ -19,6 +19,7 @@ import torch
 from paqdetr.checkpoint import read_checkpoint, write_checkpoint
 from paqdetr.config import load_config
 from paqdetr.errors import CheckpointError, ConfigError, OutOfMemoryError
+from paqdetr.models.zoo import build_model
 from paqdetr.runs import Run
 from paqdetr.training import Callback, train
 
@@ -263,12 +264,12 @@ def test_pictures_that_cannot_be_drawn_do_not_cost_the_training(
 def test_stopped_between_evaluation_and_state(
     tmp_path: Path, go: Go, straight: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The checkpoint of the second epoch is there, its state is not: the epoch is done again."""
+    """The checkpoint of the second epoch is there, its state is not: the evaluation is done again."""
     save_state, calls = MODULE.save_state, []
 
     def interrupted(*args: Any, **kwargs: Any) -> None:
         calls.append(1)
-        if len(calls) == 2:
+        if len(calls) == 4:
             raise Stop
         save_state(*args, **kwargs)
 
@@ -379,3 +380,37 @@ def test_a_killed_process_is_resumed_from_the_command_line(
     assert all(json.loads(line) for line in run.metrics_file.read_text().splitlines())
     assert (output / "curves.png").is_file() and (output / "predictions.png").is_file()
     require_same_end(straight, run)
+
+
+class StopEvaluation(Callback):
+    def on_evaluation_progress(self, done: int, total: int) -> None:
+        raise Stop
+
+
+@pytest.mark.integration
+def test_what_ends_an_evaluation_costs_no_step(tmp_path: Path, go: Go, straight: Run) -> None:
+    with pytest.raises(Stop):
+        go(tmp_path / "run", callbacks=[StopEvaluation()])
+    told = Told()
+    run = go(tmp_path / "run", resume=True, callbacks=[told])
+    assert told.first == 2 and told.steps == list(range(3, 9))
+    require_same_end(straight, run)
+
+
+@pytest.mark.integration
+def test_a_resumption_needs_no_imagenet_weights(
+    tmp_path: Path, go: Go, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And before the first evaluation, it misses no best checkpoint."""
+    built: list[bool] = []
+
+    def build(config: Any, *, classes: Any, pretrained_backbone: bool) -> Any:
+        built.append(pretrained_backbone)
+        return build_model(config, classes=classes)
+
+    monkeypatch.setattr("paqdetr.models.files.build_model", build)
+    settings = {"pretrained_backbone": True, "epochs": 2, "eval_every": 2}
+    with pytest.raises(Stop):
+        go(tmp_path / "run", callbacks=[StopAt(3)], **settings)
+    assert go(tmp_path / "run", resume=True, **settings).finished
+    assert built == [True, False] and "is gone" not in caplog.text

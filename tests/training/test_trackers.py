@@ -2,14 +2,16 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from paqdetr.config import load_config
 from paqdetr.errors import ConfigError
 from paqdetr.runs import Run
 from paqdetr.training import Callback, train
-from paqdetr.training.callbacks import require_trackers
+from paqdetr.training.callbacks import finish_trackers, require_trackers, start_trackers, track
 
 pytestmark = pytest.mark.integration
 
@@ -69,3 +71,56 @@ def test_a_tracker_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
         require_trackers(("wandb",))
     assert "pip install wandb" in caught.value.remedy
     require_trackers(())
+
+
+class Tracker:
+    """In place of one of accelerate's."""
+
+    name = "mlflow"
+
+    def __init__(self, *, fails: bool) -> None:
+        self.fails, self.got = fails, []
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.got.append((step, values))
+        if self.fails:
+            raise OSError("connection refused")
+
+    def finish(self) -> None:
+        self.log({}, 0)
+
+
+def test_a_tracker_that_fails_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
+    bad, good = Tracker(fails=True), Tracker(fails=False)
+    accelerator: Any = SimpleNamespace(trackers=[bad, good])
+    for step in (1, 2):
+        track(accelerator, {"kind": "eval", "step": step, "per_class": {"traffic light (red), x+y": 0.5}})
+    assert [step for step, _ in good.got] == [1, 2] and [step for step, _ in bad.got] == [1]
+    assert good.got[0][1] == {"eval/per_class/traffic light _red__ x_y": 0.5}
+    assert caplog.text.count("tracker mlflow: OSError: connection refused") == 1
+    good.fails = True
+    finish_trackers(accelerator)
+    assert caplog.text.count("connection refused") == 2
+
+
+def test_trackers_know_a_run_by_its_id(tmp_path: Path) -> None:
+    started: list[dict[str, Any]] = []
+    accelerator: Any = SimpleNamespace(init_trackers=lambda *_, init_kwargs, **__: started.append(init_kwargs))
+    config = load_config("dino_nano", {"trackers": ("tensorboard", "wandb", "trackio")})
+    for folder in ("a/run", "b/run"):
+        (tmp_path / folder).mkdir(parents=True)
+        Run(tmp_path / folder).add_environment({"id": folder[0] * 32})
+        start_trackers(accelerator, Run(tmp_path / folder), config, step=0)
+    assert [options["wandb"]["id"] for options in started] == ["a" * 32, "b" * 32]
+    assert [options["trackio"]["name"] for options in started] == ["run-aaaaaaaa", "run-bbbbbbbb"]
+    assert started[0]["tensorboard"] == {"purge_step": 1}  # of a start that saved nothing, too
+
+
+def test_a_tracker_that_cannot_start(tmp_path: Path) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError("connection refused")
+
+    accelerator: Any = SimpleNamespace(init_trackers=refuse)
+    config = load_config("dino_nano", {"trackers": ("mlflow",)})
+    with pytest.raises(ConfigError, match=r"trackers=\['mlflow'\]: they cannot start \(OSError: connection refused\)"):
+        start_trackers(accelerator, Run(tmp_path), config, step=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -55,6 +55,16 @@ class _Task:
     def counted(self) -> str:
         """What a title says where more or fewer detections than COCO's 100 count."""
         return "" if self.max_detections == 100 else f", {self.max_detections} detections in place of 100"
+
+    def source(self, path: Path, *, made_already: bool = False) -> dict[str, Any]:
+        """What figures are of, for json: a model and how it was used, or a results file; and the ground truth."""
+        truth = {"annotations": str(self.annotations)}
+        if self.data is not None:
+            truth = {"data": str(self.data), "split": self.split}
+        if made_already:
+            return {"results": str(path), **truth}
+        tiles = None if self.tiles is None else asdict(self.tiles)
+        return {"model": str(path), **truth, "threshold": self.threshold, "nms": self.nms, "tiles": tiles}
 
     def require_truth(self, option: str, remedy: str) -> None:
         if (self.data is None) == (self.annotations is None):
@@ -138,13 +148,16 @@ def evaluate(
         raise ConfigError(f"--iou-type: expected bbox or segm, found {iou_type!r}", "choose one of them")
     kind: _Kind = "segm" if iou_type == "segm" else "bbox"
     if results_out is not None and checkpoint is None:
-        raise ConfigError("--results-out keeps the detections of a CHECKPOINT", "leave it out")
+        raise ConfigError("--results-out keeps the detections of a MODEL", "leave it out")
     files = OutputFiles("paqdetr eval", overwrite=overwrite, json=json_file, results_out=results_out)
     split = "" if data is None else split_to_evaluate(data, split)
     require_threshold(threshold)
     cut, suppress = options.tiles_of(tiles, overlap, with_whole), options.nms_of(nms)
-    if results_file is not None and (cut, suppress, threshold) != (None, None, 0):
-        raise ConfigError("--nms, --threshold and --tiles are about a CHECKPOINT", "leave them out")
+    made_already = [path for path in compare or () if _is_results(path)] if results_file is None else [results_file]
+    if made_already and (cut, suppress, threshold) != (None, None, 0):
+        raise ConfigError(
+            f"{made_already[0]}: --nms, --threshold and --tiles are about a MODEL, not about results", "leave them out"
+        )
     task = _Task(
         data, split, annotations, kind, max_detections, resamples, seed, batch_size, device, threshold, suppress, cut
     )
@@ -153,7 +166,7 @@ def evaluate(
     else:
         if checkpoint is not None:
             if data is None:
-                raise ConfigError("eval CHECKPOINT needs --data", "name the data set's folder")
+                raise ConfigError("eval MODEL needs --data", "name the data set's folder")
             if kind != "bbox" or annotations is not None:
                 raise ConfigError("--iou-type and --annotations go with --results", "leave them out")
             found = _of_checkpoint(checkpoint, task)
@@ -176,14 +189,21 @@ def _require_one(checkpoint: Path | None, results_file: Path | None, compare: tu
             f"--compare takes two files, and the option {swallowed} stands in the place of one",
             "write --compare A B, and other options before or after",
         )
-    given = {"CHECKPOINT": checkpoint, "--results": results_file}
+    given = {"MODEL": checkpoint, "--results": results_file}
     found = [f"{name} {path}" for name, path in given.items() if path is not None]
     found += [] if compare is None else [f"--compare {compare[0]} {compare[1]}"]
     if len(found) != 1:
         raise ConfigError(
-            f"eval takes a CHECKPOINT or --results or --compare, found {' and '.join(found) or 'none of them'}",
+            f"eval takes a MODEL or --results or --compare, found {' and '.join(found) or 'none of them'}",
             "give one of them",
         )
+
+
+def _is_results(path: Path) -> bool:
+    """Whether a path names detections that are made already: a results file, or a folder of them."""
+    from paqdetr.metrics.coco import is_shards
+
+    return path.suffix == ".json" or is_shards(path)
 
 
 def _of_checkpoint(checkpoint: Path, task: _Task) -> _Found | None:
@@ -201,7 +221,8 @@ def _of_checkpoint(checkpoint: Path, task: _Task) -> _Found | None:
     title = f"{model.name} on {task.where}, {found.images_per_second:.1f} images/s"
     config = getattr(model, "config", None)  # exported models have none
     queries = None if config is None else config.num_queries
-    return _Found(title, found.figures, found.to_json(), task.truth(dataset), found.results, queries)
+    written = {"source": task.source(checkpoint), **found.to_json()}
+    return _Found(title, found.figures, written, task.truth(dataset), found.results, queries)
 
 
 def _detect(
@@ -213,7 +234,7 @@ def _detect(
 
     if processes.main:
         note_unfinished(file)
-    model = load(file, device="cpu" if is_exported(file) else str(processes.device))
+    model = load(file, device=task.device if is_exported(file) else str(processes.device))
     with progress_bar(f"evaluate on {dataset.name}") as progress:
         found = evaluate_together(
             model,
@@ -237,7 +258,8 @@ def _of_results(results_file: Path, task: _Task) -> _Found:
         truth, rows, iou_type=task.kind, source=str(results_file), max_detections=task.max_detections
     )
     title = f"{results_file} against {task.where}, {task.kind}"
-    return _Found(title, figures, figures.to_json(), truth, rows)
+    written = {"source": task.source(results_file, made_already=True), **figures.to_json()}
+    return _Found(title, figures, written, truth, rows)
 
 
 def _print(found: _Found, task: _Task, *, intervals: bool) -> dict[str, Any]:
@@ -294,13 +316,12 @@ def _warn_of_crowding(truth: CocoRecords, queries: int | None, task: _Task) -> N
 def _compare(pair: tuple[Path, Path], task: _Task) -> dict[str, Any] | None:
     """Print two result sets side by side; what goes into the json."""
     from paqdetr.loading import require_model
-    from paqdetr.metrics.coco import is_shards
     from paqdetr.metrics.intervals import compare_results
 
-    models = [path for path in pair if path.suffix != ".json" and not is_shards(path)]
+    models = [path for path in pair if not _is_results(path)]
     task.require_truth("--compare", "give --data, or --annotations if both are results")
     if models and task.data is None:
-        raise ConfigError(f"{models[0]}: a checkpoint needs --data", "name the data set's folder")
+        raise ConfigError(f"{models[0]}: a model needs --data", "name the data set's folder")
     if models and task.kind != "bbox":
         raise ConfigError("--iou-type segm compares results files", "give two of them")
     files = {path: require_model(path) for path in models}
@@ -325,11 +346,10 @@ def _compare(pair: tuple[Path, Path], task: _Task) -> dict[str, Any] | None:
     results.print(f"Over {found.samples} resamples of images; another training seed would move both as well.")
     _warn_of_crowding(truth, None, task)
     sides = zip("AB", pair, (found.first, found.second), strict=True)
-    return {letter: {"source": str(path), **own.to_json()} for letter, path, own in sides} | {
-        "difference": found.to_json(),
-        "verdict": found.verdict(),
-        "max_detections": task.max_detections,
-    }
+    return {
+        letter: {"source": task.source(path, made_already=path not in models), **own.to_json()}
+        for letter, path, own in sides
+    } | {"difference": found.to_json(), "verdict": found.verdict(), "max_detections": task.max_detections}
 
 
 def _tables(

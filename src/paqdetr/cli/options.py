@@ -61,7 +61,10 @@ BatchSize = Annotated[int, machine(min=1, max=MAX_BATCH, help="Images per forwar
 Checkpoint = Annotated[Path, typer.Argument(help="A .safetensors file or a run's folder.", metavar="CHECKPOINT")]
 Data = Annotated[Path, data(help="Folder of the data set, or its data.yaml.")]
 Split = Annotated[str | None, data(help="train, val or test; if not given val, or else the split there is.")]
-AutoBatch = Annotated[bool, typer.Option("--auto-batch", help="Take the largest batch that fits into memory.")]
+AutoBatch = Annotated[
+    bool,
+    typer.Option("--auto-batch", help="Take the largest batch that fits into memory and leaves an epoch 30 steps."),
+]
 Resamples = Annotated[int, figures(min=100, max=MAX_RESAMPLES, help="Bootstrap resamples of the images.")]
 TRAINED = "A run's folder, a .safetensors file, an exported model, or hf:USER/NAME."
 Nms = Annotated[

@@ -32,10 +32,12 @@ def plan(
     It takes a few real steps and evaluates a few images in another process, and keeps nothing of them.
     """
     from paqdetr.config import describe_idle, load_config, parse_overrides
-    from paqdetr.training.setup import describe_data, open_splits, with_classes
+    from paqdetr.training.setup import describe_data, open_splits, require_no_batch_size, with_classes
 
     files = OutputFiles("paqdetr plan", overwrite=overwrite, json=json_file)
     given = parse_overrides(settings or [])
+    if auto_batch:
+        require_no_batch_size(given)
     config = load_config(model, given)
     train_split, val_split = open_splits(data, config)
     for line in (*describe_idle(config, given), *describe_data(config, train_split, val_split)):

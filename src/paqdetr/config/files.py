@@ -266,7 +266,7 @@ class _Bases:
         return self.known[key]
 
     def _read(self, source: str) -> dict[str, Any]:
-        values = _settings_of(source)
+        values = _nested(_settings_of(source), source)
         bases = values.pop("base", None) or []
         inherited: dict[str, Any] = {}
         for base in bases if isinstance(bases, list) else [bases]:
@@ -331,6 +331,30 @@ def _nest(dotted: str, value: Any) -> dict[str, Any]:
     for part in reversed(dotted.split(".")):
         value = {part: value}
     return value
+
+
+def _nested(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The settings of a file, whose dotted keys mean the same as sections.
+
+    Raises:
+        ConfigError: one is given both ways.
+    """
+    nested: dict[str, Any] = {}
+    for key, value in values.items():
+        nested = _joined(nested, _nest(key, value) if isinstance(key, str) else {key: value}, where)
+    return nested
+
+
+def _joined(one: Mapping[str, Any], other: Mapping[str, Any], where: str, section: str = "") -> dict[str, Any]:
+    joined = dict(one)
+    for key, value in other.items():
+        if key not in joined:
+            joined[key] = value
+        elif isinstance(old := joined[key], Mapping) and isinstance(value, Mapping):
+            joined[key] = _joined(old, value, where, f"{section}{key}.")
+        else:
+            raise ConfigError(f"{where}: {section}{key} is given twice", "give it in its section or as a dotted key")
+    return joined
 
 
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

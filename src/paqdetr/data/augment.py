@@ -19,7 +19,7 @@ MIN_VISIBLE = 0.2
 # DETR's crop: the short side is resized to one of these, then a window of sides in this range is cut out. The resize that
 # follows makes only their ratios count.
 _DETR_SHORT_SIDES = (400, 500, 600)
-_DETR_WINDOW = (384, 600)
+DETR_WINDOW = (384, 600)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ def crop(image: Augmented, top: int, left: int, height: int, width: int) -> Augm
 
 def _window(side: int, zoom: float) -> int:
     """A side of DETR's crop, in pixels of the image before its resize by `zoom`."""
-    low, high = _DETR_WINDOW
+    low, high = DETR_WINDOW
     most = min(round(side * zoom), high)
     drawn = low + int(torch.randint(most - low + 1, ())) if most > low else most
     return min(max(round(drawn / zoom), 1), side)

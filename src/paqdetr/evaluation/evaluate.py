@@ -200,6 +200,7 @@ def evaluate_together(
     require_same_classes(model.classes, split)
     started = time.perf_counter()
     own: list[tuple[int, Detections]] = []
+    unreadable: dict[int, str] = {}
     with processes.agreeing():
         for index, detections in detect_split(
             model,
@@ -210,19 +211,23 @@ def evaluate_together(
             at_least=max_detections if max_detections > MAX_DETECTIONS else 0,
             tiles=tiles,
             workers=workers,
+            unreadable=unreadable,
         ):
             detections.image_id, detections.file_name = split.image_ids[index], split.file_names[index]
             own.append((index, detections))
             if progress is not None:
                 progress(min(len(own) * processes.count, len(split)), len(split))
-    shares = processes.gather(own)
+    shares = processes.gather((own, unreadable))
+    with processes.agreeing():
+        if shares is not None:
+            _tell_of_unreadable({index: why for _, failed in shares for index, why in failed.items()}, len(split))
     for observer in observers:
         for share in (processes.gather(observer) or [])[1:]:
             observer.merge(share)
     if shares is None:
         return None
     seconds = time.perf_counter() - started
-    by_index = {index: detections for share in shares for index, detections in share}
+    by_index = {index: detections for share, _ in shares for index, detections in share}
     found = [by_index[index] for index in range(len(split))]
     if nms is not None:
         found = [detections.without_duplicates(nms) for detections in found]
@@ -268,6 +273,7 @@ def detect_split(
     workers: int | None = None,
     at_least: int = 0,
     tiles: Tiles | None = None,
+    unreadable: dict[int, str] | None = None,
 ) -> Iterator[tuple[int, Detections]]:
     """(index, detections) of every image, in batches of one size: what an image is batched with never matters. Of several
     processes each takes its share of the batches. Observers are shown the raw output of each batch.
@@ -282,9 +288,11 @@ def detect_split(
             caller's script below `if __name__ == "__main__":`.
         at_least: as of `detect_batch`.
         tiles: images are cut into these; observers see nothing then.
+        unreadable: filled with index -> why of images that cannot be read. The caller then tells of them: of several processes
+            none knows what the others could read.
 
     Raises:
-        DataError: no image could be read.
+        DataError: no image could be read, without `unreadable`.
     """
     from paqdetr.data.loader import ImageLoader, SplitImages
     from paqdetr.distributed import Processes
@@ -310,12 +318,12 @@ def detect_split(
             return model.detect(images, sizes, names=names)
         return detect_batch(model, images, sizes, names=names, at_least=at_least, **look)
 
-    unreadable: dict[int, str] = {}
+    failed = {} if unreadable is None else unreadable
 
     known, called = model.classes.ids_in(split.classes), split.classes.id_to_name
 
     def kept(index: int, detections: Detections) -> Detections:
-        return detections.as_classes({} if index in unreadable else known, called)
+        return detections.as_classes({} if index in failed else known, called)
 
     def of_tiles(parts: list[Image], together: int) -> list[Detections]:
         found = predict_in_batches(parts, model.preprocessing, detect, batch_size=together)
@@ -330,7 +338,7 @@ def detect_split(
     loader = ImageLoader(images, own, workers=workers)
     try:
         for batch in loader:
-            unreadable |= batch.errors
+            failed.update(batch.errors)
             if tiles is not None:
                 found = [predict_tiles(picture, tiles, of_tiles, batch_size=batch_size) for picture in batch.images]
             else:
@@ -348,16 +356,23 @@ def detect_split(
                 yield index, kept(index, detections)
     finally:
         loader.close()
-    if unreadable:
-        first = unreadable[min(unreadable)]
-        if len(unreadable) == sum(map(len, own)):
-            raise DataError(f"none of {len(unreadable)} images could be read; the first: {first}", "look at this file")
-        logging.getLogger(__name__).warning(
-            "%d of %d images cannot be read and count as images without detections; the first: %s",
-            len(unreadable),
-            len(split),
-            first,
-        )
+    if unreadable is None:
+        _tell_of_unreadable(failed, sum(map(len, own)))
+
+
+def _tell_of_unreadable(unreadable: dict[int, str], images: int) -> None:
+    """Log how many of the images could not be read; DataError if none could."""
+    if not unreadable:
+        return
+    first = unreadable[min(unreadable)]
+    if len(unreadable) == images:
+        raise DataError(f"none of {images} images could be read; the first: {first}", "look at this file")
+    logging.getLogger(__name__).warning(
+        "%d of %d images cannot be read and count as images without detections; the first: %s",
+        len(unreadable),
+        images,
+        first,
+    )
 
 
 def require_same_classes(classes: ClassTable, split: DetectionDataset) -> None:

@@ -257,7 +257,7 @@ def model_to_train(
     Args:
         config: of the training.
         classes: of its data.
-        resumed: a saved state will fill it, so that the checkpoint need not be there any more.
+        resumed: a saved state will fill it, so that neither the checkpoint nor ImageNet weights need be there any more.
 
     Returns:
         the model, and what it took from the checkpoint; None if there is none or it is not read.
@@ -265,7 +265,7 @@ def model_to_train(
     Raises:
         CheckpointError: as `start_from`.
     """
-    pretrained = config.pretrained_backbone and config.init is None
+    pretrained = config.pretrained_backbone and config.init is None and not resumed
     model = build_model(config, classes=classes, pretrained_backbone=pretrained)
     return model, None if config.init is None or resumed else start_from(model, config.init)
 

@@ -164,11 +164,11 @@ def bench_files(
         image_size: side of the images of a checkpoint in pixels; that of the first exported model, else the checkpoint's own.
             An exported model has its own size.
         batch_size, rounds, progress: as of `bench`.
-        device: of checkpoints; exported models run on the CPU.
+        device: of checkpoints, the best there is if None; exported models run on the CPU, and refuse another one.
 
     Raises:
         CheckpointError: a file cannot be read.
-        ConfigError: one file is given twice, or an image size for exported models alone.
+        ConfigError: one file is given twice, or an image size for exported models alone, or a device that does not go with one.
     """
     if len(set(files)) < len(files):
         raise ConfigError(f"--against {files[-1]}: is the model itself", "name another one")
@@ -178,7 +178,7 @@ def bench_files(
             f"leave it out; `paqdetr export RUN --image-size {image_size}` makes a model of this size",
         )
     where = require_device(device)
-    models = {name: load(name, device="cpu" if is_exported(name) else str(where)) for name in files}
+    models = {name: load(name, device=device if is_exported(name) else str(where)) for name in files}
     sizes = [(m.preprocessing.height, m.preprocessing.width) for m in models.values() if isinstance(m, Predictor)]
     cases: dict[str, Callable[[], object]] = {}
     shapes: dict[str, tuple[int, int]] = {}
@@ -286,8 +286,10 @@ def _attention(config: Config, image_size: int, batch_size: int, device: torch.d
     return {name: call(name) for name in dict.fromkeys(("reference", chosen))}
 
 
-def noise_batch(images: int, height: int, width: int, *, boxes: int, num_classes: int) -> Batch:
-    """Images of noise with so many boxes each, anywhere."""
+def noise_batch(
+    images: int, height: int, width: int, *, boxes: int, num_classes: int, device: torch.device | str = "cpu"
+) -> Batch:
+    """Images of noise with so many boxes each, anywhere, made on the device."""
     targets = [
         Targets(
             torch.randint(num_classes, (boxes,)),
@@ -297,4 +299,4 @@ def noise_batch(images: int, height: int, width: int, *, boxes: int, num_classes
         )
         for number in range(images)
     ]
-    return Batch(torch.randn(images, 3, height, width), None, targets)
+    return Batch(torch.randn(images, 3, height, width, device=device), None, targets).to(device)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import html
+import logging
 import math
+import re
 import sys
 import time
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 from paqdetr.config import Config
 from paqdetr.errors import ConfigError
@@ -179,16 +181,20 @@ def require_trackers(names: tuple[str, ...]) -> None:
 
 def start_trackers(accelerator: Accelerator, run: Run, config: Config, *, step: int) -> None:
     """Begin, or take up again, the trackers of the settings; what an earlier process logged after `step` is forgotten where
-    the tracker can."""
+    the tracker can.
+
+    Raises:
+        ConfigError: one cannot start, because its server does not answer for example.
+    """
     if not config.trackers:
         return
-    # The same id in every resumption.
-    ident = hashlib.sha256(str(run.output.resolve()).encode()).hexdigest()[:16]
+    # The same in every resumption, and of no other run in a folder of this name. trackio knows a run by its name alone.
+    ident = run.ident or uuid4().hex
     options: dict[str, dict[str, Any]] = {
-        "tensorboard": {"purge_step": step + 1 if step else None},
+        "tensorboard": {"purge_step": step + 1},
         "wandb": {"name": run.output.name, "dir": str(run.output), "id": ident, "resume": "allow"},
         "mlflow": {"run_name": run.output.name},
-        "trackio": {"name": run.output.name, "resume": "allow"},
+        "trackio": {"name": f"{run.output.name}-{ident[:8]}", "resume": "allow"},
     }
     # Trackers take plain values.
     settings = {
@@ -196,16 +202,49 @@ def start_trackers(accelerator: Accelerator, run: Run, config: Config, *, step: 
         for key, value in flat_settings(config).items()
     }
     project = "tensorboard" if config.trackers == ("tensorboard",) else _PROJECT
-    accelerator.init_trackers(
-        project, config=settings if step == 0 else None, init_kwargs={name: options[name] for name in config.trackers}
-    )
+    try:
+        accelerator.init_trackers(
+            project,
+            config=settings if step == 0 else None,
+            init_kwargs={name: options[name] for name in config.trackers},
+        )
+    except Exception as error:  # each has its own
+        raise ConfigError(
+            f"trackers={list(config.trackers)}: they cannot start ({type(error).__name__}: {error})",
+            "mend what it says, or leave the tracker out: trackers may differ when a run is resumed",
+        ) from error
 
 
 def track(accelerator: Accelerator, record: dict[str, Any]) -> None:
-    """Send the numbers of a "train" or "eval" record, under names such as train/loss and eval/per_class/cat."""
+    """Send the numbers of a "train" or "eval" record, under names such as train/loss and eval/per_class/cat. A tracker that fails
+    is warned of and gets no more: it must not cost the training, nor the time that it takes to fail each time."""
     if accelerator.trackers and record["kind"] in ("train", "eval"):
-        values = dict(_numbers(record, record["kind"] + "/", leave_out=("kind", "step", "split")))
-        accelerator.log(values, step=record["step"])
+        # MLflow refuses names with other characters, and TensorBoard replaces them.
+        values = {
+            re.sub(r"[^\w./ -]", "_", name): value
+            for name, value in _numbers(record, record["kind"] + "/", leave_out=("kind", "step", "split"))
+        }
+        for tracker in list(accelerator.trackers):
+            try:
+                tracker.log(values, step=record["step"])
+            except Exception as error:  # each has its own
+                accelerator.trackers.remove(tracker)
+                _warn_of(tracker, error, "it gets no more of this start; metrics.jsonl has every record")
+
+
+def finish_trackers(accelerator: Accelerator) -> None:
+    """The end of what was sent; a tracker that fails is warned of."""
+    for tracker in accelerator.trackers:
+        try:
+            tracker.finish()
+        except Exception as error:
+            _warn_of(tracker, error, "what it got last may be missing there")
+
+
+def _warn_of(tracker: Any, error: Exception, consequence: str) -> None:
+    logging.getLogger(__name__).warning(
+        "tracker %s: %s: %s; %s", tracker.name, type(error).__name__, error, consequence
+    )
 
 
 def _numbers(values: dict[str, Any], prefix: str, *, leave_out: tuple[str, ...] = ()) -> list[tuple[str, float]]:

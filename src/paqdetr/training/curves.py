@@ -24,32 +24,28 @@ GroundTruth = tuple[ArrayLike, ArrayLike]
 
 # ------------------------------------------------------------------------------------------ contact sheet
 
+# Pairs in a row, and the longest side of an image in pixels.
+_COLUMNS, _SIDE = 2, 400
+
 
 def contact_sheet(
     items: Sequence[tuple[Image.Image | np.ndarray, Detections, GroundTruth]],
     names: Mapping[int, str],
     *,
     output: Path,
-    columns: int = 2,
     threshold: float = 0.3,
-    size: int = 400,
 ) -> None:
     """Write one picture with each image twice, what was found on the left, ground truth on the right, over a key to the classes.
 
     Args:
         items: image, its detections and its ground truth, both in pixels of the image, EXIF turn applied.
         names: category id -> name, for the ground truth.
-        columns: pairs in a row.
         threshold: detections below this score are left out.
-        size: longest side of each image on the sheet, in pixels.
     """
-    if not items or columns < 1 or size < 1:
-        raise ValueError(f"got {len(items)} items, columns={columns}, size={size}; expected at least 1 of each")
     ids = np.concatenate([own for _, found, truth in items for own in (found.above(threshold).labels, truth[1])])
     colours, key = class_key(ids, names)
-    pairs = [_pair(image, found, truth, names, colours, threshold, size) for image, found, truth in items]
-    columns = min(columns, len(pairs))
-    rows = [pairs[start : start + columns] for start in range(0, len(pairs), columns)]
+    pairs = [_pair(image, found, truth, names, colours, threshold) for image, found, truth in items]
+    rows = [pairs[start : start + _COLUMNS] for start in range(0, len(pairs), _COLUMNS)]
     sheet = tiled(rows, gap=16, border=16, key=key)
     output.parent.mkdir(parents=True, exist_ok=True)
     if output.suffix.lower() == ".png":
@@ -65,10 +61,9 @@ def _pair(
     names: Mapping[int, str],
     colours: Mapping[int, str],
     threshold: float,
-    size: int,
 ) -> Image.Image:
     picture = read_image(image)
-    scale = size / max(picture.size)
+    scale = _SIDE / max(picture.size)
     # Boxes and text are drawn after scaling: text keeps its size whatever the image's.
     small = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
     boxes = np.asarray(truth[0], dtype=np.float32).reshape(-1, 4)

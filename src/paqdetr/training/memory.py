@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from subprocess import PIPE
 from typing import TypeVar
 
@@ -15,7 +16,8 @@ import numpy as np
 import torch
 from accelerate.utils import find_executable_batch_size
 
-from paqdetr.config import Config, load_config
+from paqdetr.config import AugmentConfig, Config, load_config
+from paqdetr.data.augment import DETR_WINDOW
 from paqdetr.data.dataset import DetectionDataset
 from paqdetr.data.loader import Batch
 from paqdetr.distributed import Processes
@@ -32,17 +34,50 @@ _LESS = "choose a smaller batch_size, image_size or model, or checkpoint_activat
 # Of what is free on a CPU, and of all that a GPU has: the rest is for fragments, and for other programs.
 _USABLE = {"cpu": 0.8, "cuda": 0.92}
 _LARGEST = 512
+# Steps that an epoch keeps, whatever fits: a DETR learns by steps, and warm-up and moving average alone take some hundred.
+_LEAST_STEPS = 30
 
 
-def worst_batch(config: Config, split: DetectionDataset, preprocessing: Preprocessing, size: int) -> Batch:
-    """Noise of the largest size that the settings make of this split's images, with as many boxes as its fullest image has."""
-    scale = max(config.augment.scale)
-    height, width = max(
-        (preprocessing.target_size(high, wide, scale) for high, wide in np.unique(split.sizes, axis=0).tolist()),
-        key=lambda side: side[0] * side[1],
-    )
+def worst_batch(
+    config: Config,
+    split: DetectionDataset,
+    preprocessing: Preprocessing,
+    size: int,
+    *,
+    device: torch.device | str = "cpu",
+) -> Batch:
+    """Noise as high as the highest and as wide as the widest image that the settings make of this split's, with as many boxes as
+    its fullest one has: what is left of both orientations fills one batch, which is padded to both."""
+    scale, pad = max(config.augment.scale), preprocessing.pad_divisor
+    pictures = {
+        picture
+        for high, wide in np.unique(split.sizes, axis=0).tolist()
+        for picture in _extremes(config.augment, high, wide)
+    }
+    sizes = {preprocessing.target_size(*picture, scale) for picture in pictures}
+    height, width = (-(-max(sides) // pad) * pad for sides in zip(*sizes, strict=True))
     boxes = max(len(split.labels(index)) for index in range(len(split)))
-    return noise_batch(size, height, width, boxes=boxes, num_classes=len(split.classes))
+    batch = noise_batch(size, height, width, boxes=boxes, num_classes=len(split.classes), device=device)
+    if sizes == {(height, width)}:
+        return batch
+    return replace(batch, padding_mask=torch.zeros(size, height, width, dtype=torch.bool, device=device))
+
+
+def _extremes(augment: AugmentConfig, height: int, width: int) -> list[tuple[int, int]]:
+    """A picture's (height, width), and those of crops that may be the highest or the widest after the resize, which makes their
+    ratios alone count."""
+    found = [(height, width)]
+    if not augment.crop:
+        return found
+    detr = augment.crop_style == "detr"
+    if detr:
+        found += [DETR_WINDOW, DETR_WINDOW[::-1]]
+    if augment.keep_small:  # a crop may grow in one direction alone
+        low, high = DETR_WINDOW if detr else (augment.crop_size[0], 1.0)
+        sides = (min(height, width),) * 2 if detr else (height, width)
+        least = [min(max(round(side * low / high), 1), side) for side in sides]
+        found += [(height, least[1]), (least[0], width)]
+    return found
 
 
 def peaks_of_steps(config: Config, split: DetectionDataset, sizes: Sequence[int]) -> list[int]:
@@ -131,8 +166,8 @@ def _serve() -> None:
 
 
 def _take_steps(config: Config, split: DetectionDataset, size: int, device: torch.device) -> None:
-    preprocessing = Preprocessing(config.image_size, config.size_divisor, normalization_of(config.model.backbone))
-    work = Workload(config, worst_batch(config, split, preprocessing, size), device)
+    preprocessing = Preprocessing.of(config, normalization_of(config.model.backbone))
+    work = Workload(config, worst_batch(config, split, preprocessing, size, device=device), device)
     work.model.train()
     for _ in range(2):
         work.step()
@@ -148,7 +183,7 @@ def with_largest_batch(config: Config, split: DetectionDataset, run: Run, proces
 
 
 def largest_batch(config: Config, split: DetectionDataset, processes: Processes) -> int:
-    """The largest `batch_size` that fits into the memory of every process.
+    """The largest `batch_size` that fits into the memory of every process and leaves an epoch 30 optimiser steps.
 
     A GPU tries batches until one fits. On a CPU, where too large a batch would be the end of the process or of others, steps of
     one and of two images say what each further image takes.
@@ -156,7 +191,7 @@ def largest_batch(config: Config, split: DetectionDataset, processes: Processes)
     Raises:
         ConfigError: not even one image fits.
     """
-    limit = min(max(len(split) // processes.count, 1), _LARGEST)
+    limit = min(max(len(split) // (processes.count * config.accumulate * _LEAST_STEPS), 1), _LARGEST)
     if processes.device.type == "cuda":
         sizes = processes.gather(_largest_on_gpu(config, split, processes.device, limit))
         size = min(sizes) if sizes is not None else 0
@@ -177,7 +212,8 @@ def _largest_on_gpu(config: Config, split: DetectionDataset, device: torch.devic
         _take_steps(config, split, batch_size, device)
         return batch_size
 
-    torch.cuda.set_per_process_memory_fraction(_USABLE["cuda"], device)
+    # Without a device: the process's own, which "cuda" alone would not name.
+    torch.cuda.set_per_process_memory_fraction(_USABLE["cuda"])
     try:
         return fitting()  # pyright: ignore[reportCallIssue]
     except RuntimeError as error:
@@ -185,7 +221,9 @@ def _largest_on_gpu(config: Config, split: DetectionDataset, device: torch.devic
             raise
         return 0
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()  # the run reports its own
 
 
 def _largest_on_cpu(config: Config, split: DetectionDataset, processes: Processes, limit: int) -> int:

@@ -78,7 +78,7 @@ class MovingAverage:
 
     Attributes:
         model: a model with the averaged weights, where the given one is.
-        updates: how often it was updated.
+        updates: how often it was updated; set with the weights of a saved one.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -100,10 +100,6 @@ class MovingAverage:
         for old, new in averaged.values():
             torch._foreach_lerp_(old, new, 1 - keep)
         self.updates += 1
-
-    def restore(self, updates: int) -> None:
-        """Continue counting after the averaged weights were loaded into `model`."""
-        self.updates = updates
 
 
 def _tensors(model: nn.Module) -> chain[Tensor]:

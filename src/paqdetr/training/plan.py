@@ -30,7 +30,7 @@ from paqdetr.training.memory import Progress, in_own_process, worst_batch
 from paqdetr.training.optim import lr_scale
 from paqdetr.training.trainer import Trainer
 
-# Steps that come before those that are timed, and steps on a batch of the largest images.
+# Steps that come before those that are timed, and steps on the worst batch.
 _WARM_UP, _WORST = 2, 2
 _EVALUATED = 16
 # A detection in the rows of an evaluation, and in those without duplicates: 44 MiB for 30,000 of them.
@@ -50,7 +50,7 @@ class Plan(Jsonable):
         epoch_steps, total_steps: optimiser steps.
         lr: of the transformer, after the rule for other batch sizes.
         parameters, trainable: numbers of them.
-        memory: GiB by what it is for, measured in a process that trains, on a batch of the largest images too, and
+        memory: GiB by what it is for, measured in a process that trains, on the worst batch too, and
             evaluates a few: what the "process" has before, "model" with its average, "step" with gradients and optimiser,
             "evaluation" beyond that, grown to the whole split; "cached images" when all are decoded; "workers" that load them.
             Of these the training process has its "peak", which its run will report; "total" is all on the device that trains,
@@ -129,7 +129,7 @@ def _try_training(
         trainer = Trainer(quiet, Run(Path(folder)), train_split, None, device=device, callbacks=[])
     model, images = peak_memory(place), cast(TrainingImages, trainer.loader.images)
     seconds, workers = _time_steps(trainer, steps, advance)
-    worst = worst_batch(config, train_split, trainer.model.preprocessing, config.batch_size).to(place)
+    worst = worst_batch(config, train_split, trainer.model.preprocessing, config.batch_size, device=place)
     for _ in range(_WORST):
         trainer.step([worst] * config.accumulate, boxes=float(sum(map(len, worst.targets))), progress=0.0)
         advance()

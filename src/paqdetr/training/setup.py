@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from paqdetr.config import Config
 from paqdetr.data.dataset import DetectionDataset, open_split
@@ -78,6 +79,15 @@ def describe_data(config: Config, train_split: DetectionDataset, val_split: Dete
         found.append(f"val_fraction={config.val_fraction:g}: {len(val_split)} of {images} images validate")
     crowding = describe_crowding(val_split.annotations, queries=queries)
     return found + [f"{val_split.annotation_file.name}: {sentence}" for sentence in crowding]
+
+
+def require_no_batch_size(given: Mapping[str, Any]) -> None:
+    """Raise ConfigError if the settings that are given beside `auto_batch` say a batch size too."""
+    if "batch_size" in given:
+        raise ConfigError(
+            f"batch_size={given['batch_size']} and --auto-batch, which finds one (auto_batch=True in Python)",
+            "leave one of them out",
+        )
 
 
 def with_classes(config: Config, split: DetectionDataset) -> Config:

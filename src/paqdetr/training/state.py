@@ -99,7 +99,7 @@ def save_state(
         "batches": batches,
         "data": None if data is None else data_header,
     }
-    write_checkpoint(path, {key: value.clone() for key, value in tensors.items()}, header)
+    write_checkpoint(path, tensors, header)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +161,7 @@ def load_state(path: Path, *, model: nn.Module, average: MovingAverage, optimize
     load_tensors(model, _strip(tensors, "model."), str(path))
     load_tensors(average.model, _strip(tensors, "average."), str(path))
     try:
-        average.restore(int(header["updates"]))
+        average.updates = int(header["updates"])
         position = Position(**{field.name: header["position"][field.name] for field in fields(Position)})
         ranks = {int(name.split(".")[0]) for name in _strip(tensors, "random.")}
         random = [_strip(tensors, f"random.{rank}.") for rank in sorted(ranks)]

@@ -8,6 +8,7 @@ from multiprocessing import current_process
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
+from uuid import uuid4
 
 from paqdetr.checkpoint import find_described, require_same_settings
 from paqdetr.config import describe_idle, is_name, load_config
@@ -15,7 +16,7 @@ from paqdetr.environment import describe_environment
 from paqdetr.errors import ConfigError, UserError
 from paqdetr.runs import Run
 from paqdetr.training.callbacks import Callback, NotebookProgress, require_trackers
-from paqdetr.training.setup import describe_data, open_splits, with_classes
+from paqdetr.training.setup import describe_data, open_splits, require_no_batch_size, with_classes
 from paqdetr.values import environment_integer
 
 
@@ -45,7 +46,8 @@ def train(
         resume: continue a run that was interrupted; start it if there is none; do nothing if it is finished.
         accept_new_data: resume even if classes, boxes or images are not those that the run was started with.
         device: "cpu", "cuda", ...; the best there is if None.
-        auto_batch: take the largest batch that fits into memory as `batch_size`; a resumption keeps the one found first.
+        auto_batch: take the largest batch that fits into memory, and leaves an epoch 30 steps, as `batch_size`; a resumption
+            keeps the one found first.
         callbacks: called at every step and evaluation. A notebook shows a bar of its own.
         settings: overrides with dotted keys, such as {"model.num_patterns": 32}.
         overrides: overrides of top-level settings, such as epochs=12.
@@ -67,6 +69,8 @@ def train(
         )
     model, data, output = _where(model, data, output, resume)
     given = {**(settings or {}), **overrides}
+    if auto_batch:
+        require_no_batch_size(given)
     config = load_config(model, given)
     train_split, val_split = open_splits(data, config)
     config = with_classes(config, train_split)
@@ -113,7 +117,11 @@ def train(
                     logging.getLogger(__name__).warning("%s", note)
                 run.write_config(config)
                 run.remove_leftovers()
-                where = {"data": str(Path(data).resolve()), "processes": processes.count}
+                where = {
+                    "id": run.ident or uuid4().hex,
+                    "data": str(Path(data).resolve()),
+                    "processes": processes.count,
+                }
                 run.add_environment(describe_environment() | where)
         trainer.fit()
     except UserError:

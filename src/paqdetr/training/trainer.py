@@ -29,7 +29,7 @@ from paqdetr.models.files import model_to_train
 from paqdetr.ops import backends_run
 from paqdetr.runs import Run
 from paqdetr.structures import OperatingPoint
-from paqdetr.training.callbacks import Callback, Callbacks, TrainingPlan, start_trackers, track
+from paqdetr.training.callbacks import Callback, Callbacks, TrainingPlan, finish_trackers, start_trackers, track
 from paqdetr.training.curves import draw_predictions, training_curves
 from paqdetr.training.figures import Interval, ValidationLoss
 from paqdetr.training.optim import MovingAverage, build_optimizer, build_schedule, lr_factor, lr_scale
@@ -115,10 +115,11 @@ class Trainer:
             ),
         )
         try:
-            if self.processes.main:
-                # Of steps that are done again, or of a start that saved nothing.
-                self.run.truncate_metrics(self.position.metrics_size)
-                start_trackers(self.accelerator, self.run, self.config, step=self.position.step)
+            with self.processes.agreeing():
+                if self.processes.main:
+                    # Of steps that are done again, or of a start that saved nothing.
+                    self.run.truncate_metrics(self.position.metrics_size)
+                    start_trackers(self.accelerator, self.run, self.config, step=self.position.step)
             start = describe_start(self.accelerator.device, self.processes.count)
             start |= {} if self.taken is None else {"init": self.taken.to_dict()}
             start |= {"new_validation": True} if self.new_validation else {}
@@ -139,8 +140,7 @@ class Trainer:
         finally:
             self.events.emit("on_end")
             self.loader.close()
-            for tracker in self.accelerator.trackers:
-                tracker.finish()
+            finish_trackers(self.accelerator)
 
     @property
     def _ended(self) -> bool:
@@ -237,13 +237,15 @@ class Trainer:
             self.interval = Interval()
 
     def _close_epoch(self) -> None:
-        """Evaluate if it is time, then write checkpoints, and the state last: it stands for all that came before."""
+        """Evaluate if it is time, then write checkpoints, and the state last: it stands for all that came before. The steps are
+        saved before the evaluation too, whatever may end that: a resumption begins with it."""
         epoch = self.position.epoch + 1
         averaged = cast(Detector, self.average.model)
         done = self.position.step >= self.total_steps
         averaged.operating_point = OperatingPoint()  # that of an earlier epoch says nothing about these weights
         metrics: dict[str, Any] = {}
         if self.val_split is not None and (done or epoch % self.config.eval_every == 0):
+            self._save()
             metrics = self._evaluate(averaged, self.val_split, epoch)
         position = replace(self.position, epoch=epoch)
         with self.processes.agreeing():
@@ -265,9 +267,8 @@ class Trainer:
 
         def progress(done: int, total: int) -> None:
             self.events.emit("on_evaluation_progress", done, total)
-            # Alone, nobody waits: the epoch's steps are saved, its evaluation is what a resumption begins with.
+            # Alone, nobody waits.
             if self.stop.signal_number is not None and self.processes.count == 1:
-                self._save()
                 raise TrainingInterrupted(self.position.step, self.stop.signal_number)
 
         # Weights are equal everywhere; running statistics of norms that train are each process's own.
@@ -352,7 +353,7 @@ class Trainer:
             except CheckpointError as error:
                 remedy = "copy it again from where it came, or remove it: an epoch to come writes a new one"
                 raise CheckpointError(error.message, remedy) from None
-        if not self.run.best.exists():
+        if self.position.best_ap >= 0 and not self.run.best.exists():
             logging.getLogger(__name__).warning("%s is gone: the next evaluation writes a new one", self.run.best)
             self.position = replace(self.position, best_ap=-1.0)
 
