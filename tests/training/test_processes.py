@@ -223,15 +223,17 @@ def test_an_image_that_one_process_misses_ends_all(
 @pytest.mark.integration
 def test_a_signal_to_one_process_stops_all_at_one_step(tmp_path: Path, arguments: list[str], start: Start) -> None:
     run = Run(tmp_path / "run")
-    group = start(2, "command_line", *arguments, "epochs=500", "--output", run.output)
+    go_on = tmp_path / "go on"
+    group = start(2, "held_after_step", 1, go_on, "command_line", *arguments, "--output", run.output)
     for _ in range(2400):
         if run.records("train") or not group.processes[1].is_alive():
             break
         time.sleep(0.05)
     # Nobody else trains there meanwhile.
-    (other,) = start(1, "command_line", *arguments, "epochs=500", "--output", run.output, "--resume").end()
+    (other,) = start(1, "command_line", *arguments, "--output", run.output, "--resume").end()
     assert other.code == 2, other.err
     os.kill(group.processes[1].pid, signal.SIGTERM)
+    go_on.touch()
     first, second = group.end()
     assert first.code == 130 or first.code == 128 + signal.SIGTERM, first.err
     assert second.code == 128 + signal.SIGTERM and "interrupted" not in second.err
