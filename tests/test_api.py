@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import math
 import re
@@ -281,19 +282,55 @@ def test_what_is_returned_is_shown_in_a_few_lines(tiny_run: Run, tiny_digits: Pa
             assert part in repr(shown) and part in page
 
 
-def test_the_page_on_predict_runs(
-    tiny_run: Run, tiny_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def python_of(page: str) -> list[str]:
+    text = (Path(__file__).parents[1] / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    ("page", "here"),
+    [
+        ("convert", {"checkpoint0011.pth": "dino.safetensors", 'origin="dino"': 'origin="paqdetr"'}),
+        ("evaluation", {}),
+        ("predict", {'"car"': '"7"'}),
+        ("queries", {'"DIR"': '"data"'}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_the_python_of_a_page_runs(
+    page: str, here: dict[str, str], tiny_run: Run, tiny_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The Python of docs/predict.md but for videos, on a model of digits."""
-    page = (Path(__file__).parents[1] / "docs" / "predict.md").read_text(encoding="utf-8")
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "first").symlink_to(tiny_run.output)
+    """But for videos, on a model of digits; `here` is what is called otherwise here."""
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    for name, target in {
+        "runs/first": tiny_run.output,
+        "RUN": tiny_run.output,
+        "dino.safetensors": tiny_run.best,
+        "data": tiny_digits,
+        "test.json": tiny_digits / "test.json",
+    }.items():
+        Path(name).symlink_to(target)
     with Image.open(tiny_digits / "val" / "000000.jpg") as picture:
         for name in ("photo.jpg", "a.jpg", "b.jpg", "aerial.tif"):
-            picture.save(tmp_path / name)
-    monkeypatch.chdir(tmp_path)
-    blocks = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "import paqdetr" in block]
-    assert len(blocks) == 2
-    for block in blocks:
-        exec(block.replace('"car"', '"7"'), {})
-    assert (tmp_path / "drawn.png").is_file()
+            picture.save(name)
+    names: dict[str, Any] = {}
+    if page == "evaluation":
+        names["results"] = paqdetr.evaluate(tiny_run.output, data=tiny_digits, split="test").results
+    for block in python_of(page):
+        if ".mp4" not in block:
+            for word, other in here.items():
+                block = block.replace(word, other)
+            exec(block, names)
+    assert Path("drawn.png").is_file() == (page == "predict")
+
+
+@pytest.mark.parametrize("page", ["deploy", "serve"])
+def test_the_names_of_a_page_are_there(page: str) -> None:
+    """Running it would export models, and push to a hub."""
+    known = {"paqdetr": paqdetr, "model": paqdetr.Detector}
+    nodes = [node for block in python_of(page) for node in ast.walk(ast.parse(block))]
+    names = [ast.unparse(node) for node in nodes if isinstance(node, ast.Attribute)]
+    plain = [name for name in names if re.fullmatch(r"(paqdetr|model)(\.\w+)+", name)]
+    assert len(plain) >= 3 and all(eval(name, known) is not None for name in plain)
+    assert "import paqdetr\n" in python_of(page)[0]
