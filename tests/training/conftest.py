@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from torch.distributed import TCPStore
 
-sys.path.insert(0, str(Path(__file__).parent))  # where processes find together.py
+sys.path.insert(0, str(Path(__file__).parent))  # where processes find together.py, and tests same_end.py
 
 
 @dataclass(frozen=True)
