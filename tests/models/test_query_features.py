@@ -18,10 +18,8 @@ from paqdetr.models.queries import FeatureQueries, QuerySource
 TWO_STAGE = ["paq_dino_r50", "paq_deformable_detr_r50", "paq_hybrid_deformable_detr_r50"]
 FORMS: dict[str, dict[str, Any]] = {
     "query": {"model.mixture_input": "query"},
-    "both": {"model.mixture_input": "both"},
     "query_residual": {"model.mixture_input": "query", "model.mixture": "residual"},
     "features": {"model.queries": "features"},
-    "features_residual": {"model.queries": "features", "model.mixture": "residual"},
 }
 
 
