@@ -7,6 +7,7 @@ import importlib.util
 import os
 import random
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -94,6 +95,19 @@ def shared_data() -> Callable[[str], Path]:
         return path
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def own_mounts() -> list[str]:
+    """The words before a command that has mounts of its own; where the system does not let this process, the test skips."""
+    words = ["unshare", "--mount"]
+    try:
+        subprocess.run([*words, "true"], check=True, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("mounts file systems: needs unshare, which Linux has")
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"mounts file systems: needs root with CAP_SYS_ADMIN ({error.stderr.strip()})")
+    return words
 
 
 @pytest.fixture(scope="session")

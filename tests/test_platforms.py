@@ -76,9 +76,9 @@ def test_the_rule(code: str, found: list[str]) -> None:
     assert unguarded(code) == found
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
-def test_what_windows_lacks_stands_behind_a_branch(path: Path) -> None:
-    assert not unguarded(path.read_text(encoding="utf-8"))
+def test_what_windows_lacks_stands_behind_a_branch() -> None:
+    found = {str(path): unguarded(path.read_text(encoding="utf-8")) for path in SOURCES}
+    assert found and {path: names for path, names in found.items() if names} == {}
 
 
 @pytest.fixture

@@ -34,8 +34,3 @@ def test_attaching_takes_20_lines() -> None:
 
 def test_the_minimal_detr_knows_nothing_of_paqdetr() -> None:
     assert "class TinyDETR" in BLOCKS[0] and "paqdetr" not in BLOCKS[0] + BLOCKS[1]
-
-
-def test_links_lead_somewhere() -> None:
-    targets = [target for target in re.findall(r"\]\(([^)#]+)\)", PAGE.read_text("utf-8")) if "://" not in target]
-    assert all((PAGE.parent / target).exists() for target in targets)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from itertools import combinations
 from pathlib import Path
 
@@ -28,14 +27,6 @@ def rows(study: Study) -> list[tuple[str, str]]:
     return [(data, variant) for data in study.data for variant in study.variants_of(data)]
 
 
-def test_the_issues_questions_have_files() -> None:
-    if not FOLDER.is_dir():
-        pytest.skip("needs a checkout: studies are not part of the source distribution")
-    wanted = {"ablation", "hosts", "sweeps", "budget", "data_size", "remedies"}
-    wanted |= {"pilot", "pilot_depth", "pilot_remedies", "pilot_mixtures", "mixtures", "rivals"}
-    assert wanted <= {file.stem for file in FILES}
-
-
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_every_row_is_valid_and_none_is_another(file: Path) -> None:
     study = load_study(file)
@@ -48,20 +39,6 @@ def test_every_row_is_valid_and_none_is_another(file: Path) -> None:
             assert not same, f"{one} and {other} on {data} are the same training"
         for config in configs.values():
             build_criterion(config.loss)
-
-
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_the_first_lines_say_what_is_asked_and_how(file: Path) -> None:
-    head = [line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
-    assert any(f"paqdetr study studies/{file.name} --output" in line for line in head)
-    study = load_study(file)
-    if any(data.folder for data in study.data.values()):
-        assert any("--data-root DIR" in line for line in head)
-    if file.stem != "pilot":
-        assert head[0].rstrip().endswith(("?", "names the sources.", "paq_dino_nano."))
-    text = " ".join(line.removeprefix("# ") for line in head)
-    found = re.search(r"Machine time: (\d+) variants", text)
-    assert found is not None and int(found[1]) == len(study.variants)
 
 
 def test_three_and_six_layers_are_the_pilots_trainings_but_for_the_depth() -> None:

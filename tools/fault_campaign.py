@@ -34,7 +34,7 @@ from paqdetr.runs import Run
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO / "tests" / "training"))
 
-from test_faults import require_same_end  # noqa: E402
+from same_end import require_same_end  # noqa: E402
 
 from conftest import Group  # noqa: E402
 

@@ -415,15 +415,6 @@ def test_interrupted(arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert said.startswith("interrupted: ") and ("--resume" in said) == arguments.startswith("train")
 
 
-def test_a_path_that_cannot_be_written(tmp_path: Path, tiny_digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "results.json").write_text("[]")
-    arguments = ["eval", "--results", str(tmp_path / "results.json")]
-    arguments += ["--annotations", str(tiny_digits / "val.json"), "--json", str(tmp_path)]
-    assert run(arguments) == 2
-    said = capsys.readouterr().err
-    assert f"error: --json {tmp_path}: a folder, where a file is to be written" in said
-
-
 @pytest.mark.parametrize("verb", ["eval", "plan", "bench", "convert", "check", "stats"])
 def test_a_path_that_may_not_be_written_is_refused_before_the_work(
     verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

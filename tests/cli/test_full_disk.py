@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -51,10 +50,11 @@ json.dump(found, sys.stdout)
 """
 
 
+Verbs = dict[str, tuple[list[str], str]]
+
+
 @pytest.fixture(scope="module")
-def verbs(
-    tiny_run: Run, tiny_digits: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, tuple[list[str], str]]:
+def verbs(tiny_run: Run, tiny_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Verbs:
     """Name -> command, and what of the disk it writes: `DISK` is where that is."""
     folder = tmp_path_factory.mktemp("inputs")
     truth, model, data = str(tiny_digits / "val.json"), str(tiny_run.best), str(tiny_digits)
@@ -100,14 +100,12 @@ def verbs(
     }
 
 
-def on_disk(disk: Path, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    if sys.platform != "linux" or os.getuid() != 0:
-        pytest.skip("mounts file systems: needs root on Linux")
+def on_disk(disk: Path, cases: list[dict[str, Any]], own_mounts: list[str]) -> list[dict[str, Any]]:
     disk.mkdir()
     for case in cases:
         case["command"] = [word.replace("DISK", str(disk)) for word in case["command"]]
     done = subprocess.run(
-        ["unshare", "--mount", sys.executable, "-c", DRIVER, str(disk)],
+        [*own_mounts, sys.executable, "-c", DRIVER, str(disk)],
         input=json.dumps(cases),
         capture_output=True,
         text=True,
@@ -122,16 +120,16 @@ def case(command: list[str], *, room: int | None, again: bool = False, **files: 
     return {"command": command, "room": room, "again": again, "files": files or {}}
 
 
-def test_a_full_disk(verbs: dict[str, tuple[list[str], str]], tmp_path: Path) -> None:
+def test_a_full_disk(verbs: Verbs, tmp_path: Path, own_mounts: list[str]) -> None:
     disk = tmp_path / "disk"
     cases = [case(command, room=0) for command, _ in verbs.values()]
-    for (name, (_, written)), found in zip(verbs.items(), on_disk(disk, cases), strict=True):
+    for (name, (_, written)), found in zip(verbs.items(), on_disk(disk, cases, own_mounts), strict=True):
         error = f"error: {disk / written}: cannot be written (No space left on device)"
         assert (found["code"], error in found["err"]) == (2, True), (name, found["err"])
         assert found["files"] == {}, name
 
 
-def test_a_disk_that_gets_full(verbs: dict[str, tuple[list[str], str]], tmp_path: Path) -> None:
+def test_a_disk_that_gets_full(verbs: Verbs, tmp_path: Path, own_mounts: list[str]) -> None:
     """What was there stays, half of a new file does not; afterwards the same command does it."""
     disk = tmp_path / "disk"
     old = '{"made_by": "paqdetr eval 0.1", "AP": 0.5}'
@@ -142,7 +140,7 @@ def test_a_disk_that_gets_full(verbs: dict[str, tuple[list[str], str]], tmp_path
         case(verbs["data convert"][0], room=20480, again=True),
         case(verbs["predict"][0], room=12288, again=True),
     ]
-    found = on_disk(disk, cases)
+    found = on_disk(disk, cases, own_mounts)
     assert all(one["code"] == 2 and "No space left on device" in one["err"] for one in found), found
     assert all(one["again"] == 0 for one in found)
     kept, stats, make, convert, predict = (one["files"] for one in found)
@@ -150,11 +148,11 @@ def test_a_disk_that_gets_full(verbs: dict[str, tuple[list[str], str]], tmp_path
     assert 0 < len(predict) < 4 and all(name.endswith(".jpg") and size > 1000 for name, size in predict.items())
 
 
-def test_a_disk_that_may_not_be_written(verbs: dict[str, tuple[list[str], str]], tmp_path: Path) -> None:
+def test_a_disk_that_may_not_be_written(verbs: Verbs, tmp_path: Path, own_mounts: list[str]) -> None:
     """Found before the work."""
     disk = tmp_path / "disk"
     cases = [case(command, room=None, filler="") for command, _ in verbs.values()]
-    for name, found in zip(verbs, on_disk(disk, cases), strict=True):
+    for name, found in zip(verbs, on_disk(disk, cases, own_mounts), strict=True):
         assert found["code"] == 2 and found["out"] == "", (name, found["err"])
         expected = "Read-only file system" if name == "data make" else f"{disk} may not be written"
         assert expected in found["err"], (name, found["err"])

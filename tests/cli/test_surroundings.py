@@ -3,7 +3,6 @@ written."""
 
 from __future__ import annotations
 
-import os
 import shlex
 import subprocess
 import sys
@@ -20,10 +19,8 @@ READ_ONLY = (
 )
 
 
-def shell(command: str) -> subprocess.CompletedProcess[str]:
-    """Run by bash in mounts of its own, if root does."""
-    own = ["unshare", "--mount"] if sys.platform == "linux" and os.getuid() == 0 else []
-    return subprocess.run([*own, "bash", "-c", command], capture_output=True, text=True, check=False)
+def shell(command: str, *before: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*before, "bash", "-c", command], capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense", "qtagg"])
@@ -33,10 +30,9 @@ def test_a_plot_backend_that_is_not_there(tmp_path: Path, tiny_digits: Path, bac
     assert done.returncode == 0 and plot.is_file(), done.stderr
 
 
-def test_no_folder_for_temporary_files(tiny_digits: Path) -> None:
-    if sys.platform != "linux" or os.getuid() != 0:
-        pytest.skip("mounts file systems: needs root on Linux")
-    done = shell(f"{READ_ONLY} {PROGRAM} train paq_dino_nano --data {tiny_digits} --output /dev/shm/run")
+def test_no_folder_for_temporary_files(tiny_digits: Path, own_mounts: list[str]) -> None:
+    command = f"{READ_ONLY} {PROGRAM} train paq_dino_nano --data {tiny_digits} --output /dev/shm/run"
+    done = shell(command, *own_mounts)
     error, remedy = done.stderr.splitlines()
     assert done.returncode == 2 and "TMPDIR" in remedy
     assert error.startswith("error: there is no writable folder for temporary files: ")

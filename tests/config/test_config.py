@@ -57,11 +57,11 @@ def test_what_comes_with_the_package() -> None:
     assert "paper" not in names  # presets are no models
 
 
-@pytest.mark.parametrize("name", list_configs())
-def test_every_file_of_the_package_loads_and_comes_back_from_yaml(name: str, tmp_path: Path) -> None:
-    config = load_config(name)
-    assert config.name == name
-    assert load_config(write(tmp_path, "config.yaml", config.to_yaml())) == config
+def test_every_file_of_the_package_loads_and_comes_back_from_yaml(tmp_path: Path) -> None:
+    configs = {name: load_config(name) for name in list_configs()}
+    assert [name for name, config in configs.items() if config.name != name] == []
+    other = [n for n, c in configs.items() if load_config(write(tmp_path, "config.yaml", c.to_yaml())) != c]
+    assert other == []
 
 
 def test_dino_nano_is_paq_dino_nano_without_paqs_lines() -> None:
@@ -194,33 +194,26 @@ def test_a_circle_of_bases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rela
     [
         ({"epohcs": 3}, "unknown setting 'epohcs'", "did you mean 'epochs'?"),
         ({"model.num_querys": 3}, "unknown setting 'model.num_querys'", "did you mean 'model.num_queries'?"),
-        ({"loss.gama": 3}, "unknown setting 'loss.gama'", "did you mean 'loss.gamma'?"),
         ({"num_patterns": 3}, "unknown setting 'num_patterns'", "did you mean 'model.num_patterns'?"),
-        ({"loss.dim": 3}, "unknown setting 'loss.dim'", "did you mean 'model.dim'?"),
         ({"qqqq": 3}, "unknown setting 'qqqq'", "config show"),
-        ({"epochs": 0}, "epochs=0: Input should be greater than or equal to 1", "config show"),
         ({"epochs": "many"}, "epochs='many': Input should be a valid integer", "config show"),
-        ({"epochs": 1.5}, "epochs=1.5", "config show"),
         ({"lr": float("nan")}, "lr=nan: Input should be a finite number", "config show"),
-        ({"lr": -1}, "lr=-1", "config show"),
-        ({"amp": "fp8"}, "amp='fp8': Input should be 'no', 'bf16' or 'fp16'", "config show"),
-        (
-            {"model.queries": "dense"},
-            "model.queries='dense': Input should be 'static', 'proposals', 'tokens', 'patterns', 'static_mixture' or 'features'",
-            "config show",
-        ),
         ({"model.dim": 130}, "dim=130 must be divisible by 4 and by num_heads=8", "config show"),
         ({"model.num_levels": 2}, r"num_levels=2 is fewer than backbone_strides=(8, 16, 32)", "config show"),
         ({"model.encoder_query_levels": 4}, "encoder_query_levels=4 exceeds num_levels=3", "config show"),
         ({"loss.min_positives": 9}, "min_positives=9 exceeds top_k=4", "config show"),
+        ({"loss.encoder_min_positives": 5}, "encoder_min_positives=5 exceeds top_k=4", "config show"),
+        (
+            {"loss.one_to_many_from": 0.5, "loss.one_to_many_until": 0.5},
+            "from=0.5 is not before one_to_many_until=0.5",
+            "config show",
+        ),
+        ({"save_every_minutes": -1}, "save_every_minutes=-1", "config show"),
         ({"image_size": 16}, "image_size=16: expected one number from 32", "config show"),
         ({"image_size": [900, 800]}, "image_size=[900, 800]: expected one number from 32", "config show"),
-        ({"image_size": "big"}, "image_size='big'", "config show"),
         ({"image_size": "640,640"}, "image_size='640,640'", "a list is written in brackets: image_size=[640,640]"),
         ({"trackers": "wandb"}, "trackers='wandb'", "a list is written in brackets: trackers=[wandb]"),
         ({"augment.scale": [1.0, 0.5]}, "augment.scale=[1.0, 0.5]: expected 0.01 <= low <= high", "config show"),
-        ({"augment.crop_size": [0.0, 0.5]}, "augment.crop_size=[0.0, 0.5]", "config show"),
-        ({"model": 3}, "model=3", "config show"),
         ({"preset": "papr"}, "unknown preset 'papr'", "the only preset is 'paper'"),
     ],
 )
@@ -536,25 +529,13 @@ def test_every_whole_number_has_a_range() -> None:
     ("setting", "message"),
     [
         ("seed=9223372036854775808", "seed=9223372036854775808: Input should be less than or equal to 4294967295"),
-        ("seed=-1", "greater than or equal to 0"),
-        ("epochs=true", "epochs=True: Input should be a valid integer"),
         ("epochs='3'", "epochs='3': Input should be a valid integer"),
-        ("epochs=3.0", "epochs=3.0: Input should be a valid integer"),
-        ("lr=true", "lr=True: Input should be a valid number"),
         ("lr=1e400", "lr: 1e400 is beyond the largest number"),
-        ("lr=.inf", "lr=inf: Input should be a finite number"),
-        ("loss.top_k=1000000000", "loss.top_k=1000000000: Input should be less than or equal to 1000"),
-        ("workers=100000", "workers=100000: Input should be less than or equal to 256"),
         (f"epochs={'9' * 90}", "Input should be less than or equal to 1000000"),
-        ("image_size=[800, true]", "image_size"),
         ("image_size=1000000000", "expected one number from 32 to 16384"),
-        ("augment.scale=[0.5, 1e300]", "expected 0.01 <= low <= high <= 10"),
         ("augment.flip=1", ""),
         ("pretrained_backbone=0", "pretrained_backbone=0: Input should be a valid boolean"),
-        ("model.backbone_strides=[]", "expected at least one stride from 1 to 1024"),
-        ("model.backbone_strides=[8,8,8]", "expected at least one stride from 1 to 1024"),
         ("model.backbone_strides=[0,8]", "expected at least one stride from 1 to 1024"),
-        ("model.backbone_strides=[8,2048]", "expected at least one stride from 1 to 1024"),
     ],
 )
 def test_numbers_past_their_type_or_range(setting: str, message: str) -> None:

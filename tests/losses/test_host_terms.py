@@ -16,7 +16,7 @@ from paqdetr.losses import build_criterion
 from paqdetr.models import create_model
 from paqdetr.models.detector import Detector
 from paqdetr.models.outputs import Decoded, DetectorOutput
-from paqdetr.paq import AlignedAssigner, OneToOneAssigner, QualityAwareAssigner, match_layers, quality_focal_loss
+from paqdetr.paq import AlignedAssigner, OneToOneAssigner, QualityAwareAssigner, match_layers
 from paqdetr.structures import BACKGROUND_LOGIT, Targets
 
 TINY: dict[str, Any] = dict(
@@ -263,17 +263,6 @@ def test_the_loss_of_queries_that_have_left_is_nothing() -> None:
     assert logits.grad is not None and boxes.grad is not None
     assert not logits.grad[~counted].any() and not boxes.grad[~counted].any()
     assert logits.grad[1:][counted[1:]].all() and boxes.grad[1:].any()
-
-
-def test_quality_focal_loss_by_hand() -> None:
-    logits, targets = torch.tensor([0.0, 0.0, 2.0], requires_grad=True), torch.tensor([0.0, 0.5, 1.0])
-    found = quality_focal_loss(logits, targets)
-    p = torch.sigmoid(torch.tensor(2.0))
-    expected = torch.tensor([0.25 * 0.693147, 0.0, (1 - p) ** 2 * -p.log()])
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
-    found.sum().backward()  # through |p - t| as well: d/dx of p^2 * -log(1 - p) at 0
-    assert logits.grad is not None
-    assert logits.grad[0].item() == pytest.approx(2 * 0.5 * 0.25 * 0.693147 + 0.25 * 0.5, rel=1e-5)
 
 
 def test_weights_of_a_box_with_two_positives_by_hand() -> None:

@@ -15,7 +15,7 @@ from paqdetr.config import load_config
 from paqdetr.errors import ConfigError
 from paqdetr.losses import build_criterion
 from paqdetr.models import Detector, create_model, resize_queries
-from paqdetr.models.files import start_from
+from paqdetr.models.files import load, start_from
 from paqdetr.models.queries import QuerySource, ResidualMixtures, StaticQueries
 from paqdetr.paq import PatternQueries, StaticMixtures
 
@@ -29,6 +29,19 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("paq_deformable_detr_one_stage_nano", {"share_heads": True}, {}),
     ("paq_dn_detr_nano", {"mixture": "residual", "gain": 0.0}, {}),
     ("dino_nano", {"queries": "static_mixture", "mixture": "residual"}, {}),
+    ("dino_nano", {"queries": "static_mixture"}, {"loss.assigner": "simota"}),
+    ("dino_nano", {"queries": "static"}, {"loss.assigner": "fixed_k", "loss.top_k": 3}),
+    (
+        "dino_nano",
+        {"queries": "patterns"},
+        {"loss.assigner": "simota", "loss.select": "score", "loss.classification": "varifocal"},
+    ),
+    ("paq_dino_nano", {"mixture_input": "query"}, {"loss.encoder_assigner": "fixed_k"}),
+    ("paq_dino_nano", {"queries": "features"}, {}),
+    ("paq_deformable_detr_nano", {"mixture_input": "both", "mixture": "residual"}, {}),
+    ("paq_deformable_detr_one_stage_nano", {"mixture_input": "query", "mixture": "residual"}, {}),
+    ("paq_dn_detr_nano", {"mixture_input": "both"}, {}),
+    ("paq_dn_detr_nano", {"queries": "features", "mixture": "residual"}, {}),
 ]
 IDS = [f"{name}-{'-'.join(map(str, model))}" for name, model, _ in CASES]
 
@@ -47,7 +60,7 @@ def test_every_parameter_has_a_gradient_in_every_step(
     criterion = build_criterion(load_config(name, loss).loss)
     model = create_model(name, **SMALL | settings).train()
     trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
-    for counts, progress in itertools.product(((3, 1), (0, 0)), (0.0, 0.9)):
+    for counts, progress in itertools.product(((3, 0), (0, 0)), (0.0, 0.9)):
         model.zero_grad()
         targets = make_targets(*counts)
         output = model(torch.randn(2, 3, 96, 96), None, targets)
@@ -56,6 +69,10 @@ def test_every_parameter_has_a_gradient_in_every_step(
         report.total.backward()
         assert [key for key, p in trained.items() if p.grad is None] == []
         assert all(p.grad is not None and p.grad.isfinite().all() for p in trained.values())
+        *middle, last = report.positives_per_box
+        if any(counts):
+            assert last == 1 and all(1 <= positives <= 5 for positives in middle)
+            assert loss.get("loss.assigner") != "fixed_k" or middle == [3.0] * len(middle)
 
 
 @torch.no_grad()
@@ -66,10 +83,14 @@ def test_padded_cells_change_nothing(
     model = stirred(create_model(name, **SMALL | settings), stir).eval()
     levels = [torch.randn(2, 32, h, w) for h, w in [(7, 5), (4, 3), (2, 2)]]
     expected = model.detect(make_tokens(levels))
+    assert (expected.mixture.weights is None) == (settings.get("queries") in ("static", "features"))
+    if model.config.queries in ("patterns", "features"):  # every query's content comes from its image
+        assert (expected.mixture.content[0] - expected.mixture.content[1]).abs().amax(-1).min() > 2e-5
     for padding in (1, 6):
         found = model.detect(make_tokens(levels, padding))
         assert (found.pred_boxes - expected.pred_boxes).abs().max() < 1e-4
         assert (found.pred_logits - expected.pred_logits).abs().max() < 1e-4
+        assert (found.mixture.content - expected.mixture.content).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("name", ["dino_nano", "paq_dino_nano"])
@@ -168,7 +189,10 @@ def test_rows_of_classes_and_queries(name: str, settings: dict[str, Any], stir: 
 
 def test_a_training_may_start_from_other_proposals(tmp_path: Path) -> None:
     create_model("paq_dino_nano", **SMALL).save(tmp_path / "plain.safetensors")
-    start_from(create_model("paq_dino_nano", **SMALL, distinct_proposals=None), tmp_path / "plain.safetensors")
+    other = create_model("paq_dino_nano", **SMALL, distinct_proposals=None)
+    start_from(other, tmp_path / "plain.safetensors")
+    plain = load(tmp_path / "plain.safetensors").state_dict()
+    assert all(torch.equal(tensor, plain[key]) for key, tensor in other.state_dict().items())
 
 
 def test_options_are_off_in_the_paper() -> None:

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from paqdetr.models.denoising import DenoisingQueries
-from paqdetr.models.queries import QueryGroup, QuerySource, StaticQueries, attention_mask
-from paqdetr.paq import PatternQueries
+from paqdetr.models.queries import QueryGroup, StaticQueries, attention_mask
 
 
 def test_every_image_gets_the_same_table() -> None:
@@ -29,11 +28,6 @@ def test_gradients_of_all_images_add_up() -> None:
     queries = StaticQueries(num_queries=4, dim=8)
     queries(torch.randn(3, 10, 8), [(2, 5)]).content.sum().backward()
     assert queries.table.grad is not None and (queries.table.grad == 3).all()
-
-
-def test_both_sources_follow_the_protocol() -> None:
-    assert isinstance(StaticQueries(num_queries=4, dim=8), QuerySource)
-    assert isinstance(PatternQueries(num_queries=4, num_patterns=3, dim=8, num_levels=1), QuerySource)
 
 
 def test_xavier_start() -> None:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from paqdetr.config import load_config
 from paqdetr.errors import ConfigError
-from paqdetr.losses import build_criterion
 from paqdetr.models.files import resize_queries
 from paqdetr.models.proposals import QueryInit, query_features
 from paqdetr.models.queries import FeatureQueries, QuerySource
@@ -19,10 +18,8 @@ from paqdetr.models.queries import FeatureQueries, QuerySource
 TWO_STAGE = ["paq_dino_r50", "paq_deformable_detr_r50", "paq_hybrid_deformable_detr_r50"]
 FORMS: dict[str, dict[str, Any]] = {
     "query": {"model.mixture_input": "query"},
-    "both": {"model.mixture_input": "both"},
     "query_residual": {"model.mixture_input": "query", "model.mixture": "residual"},
     "features": {"model.queries": "features"},
-    "features_residual": {"model.queries": "features", "model.mixture": "residual"},
 }
 
 
@@ -75,58 +72,6 @@ def test_content_of_features_without_patterns() -> None:
 
 
 # --- in every kind of host
-
-
-@pytest.mark.parametrize(
-    ("name", "form"),
-    [
-        *(("paq_dino_r50", form) for form in FORMS),
-        ("paq_deformable_detr_r50", "query"),
-        ("paq_dn_detr_r50", "both"),
-        ("paq_dn_detr_r50", "features_residual"),
-        ("paq_deformable_detr_one_stage_r50", "query_residual"),
-    ],
-)
-def test_every_parameter_gets_a_gradient_and_images_differ(
-    name: str, form: str, tiny_model: Callable, make_targets: Callable, stir: Callable
-) -> None:
-    model = tiny_model(name, **FORMS[form]).train()
-    for part in model.children():
-        if part is not model.backbone:
-            stir(part)
-    for counts in ((2, 1), (0, 0)):
-        model.zero_grad()
-        targets = make_targets(*counts)
-        output = model(torch.randn(2, 3, 64, 96), None, targets)
-        report = build_criterion(load_config(name).loss)(output, targets, aux_losses=model.aux_losses())
-        report.total.backward()
-        missing = [key for key, p in model.named_parameters() if p.requires_grad and p.grad is None]
-        assert missing == []
-    mixture = output.mixture
-    assert mixture.content.shape == (2, 20, model.config.content_dim)
-    assert (mixture.content[0] - mixture.content[1]).abs().amax(-1).min() > 1e-4  # every query
-    assert (mixture.weights is None) == form.startswith("features")
-    assert mixture.weights is None or mixture.weights.shape == (2, 20, 6)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("form", ["query", "both", "features_residual"])
-@pytest.mark.parametrize("name", ["paq_dino_r50", "paq_dn_detr_r50", "paq_deformable_detr_one_stage_r50"])
-def test_padded_cells_change_nothing(
-    name: str, form: str, tiny_model: Callable, make_tokens: Callable, stir: Callable
-) -> None:
-    model = tiny_model(name, **FORMS[form]).eval()
-    for part in model.children():
-        if part is not model.backbone:
-            stir(part)
-    levels = [torch.randn(2, 32, *size) for size in [(11, 9), (6, 5), (3, 3), (2, 2)]]
-    expected, found = model.detect(make_tokens(levels)), model.detect(make_tokens(levels, 3))
-    for a, b in (
-        (found.mixture.content, expected.mixture.content),
-        (found.pred_boxes, expected.pred_boxes),
-        (found.pred_logits, expected.pred_logits),
-    ):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
 
 
 @torch.no_grad()

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
 
 import paqdetr
 from paqdetr.checkpoint import find_checkpoint, read_checkpoint, write_checkpoint
@@ -123,16 +122,16 @@ def test_what_makes_a_host(host: str, paq: str) -> None:
         assert model.start.head.class_head.out_features == (7 if host in DINOS else 1)
 
 
-@pytest.mark.parametrize("name", [name for name in list_models() if name.startswith("paq_")])
-def test_paq_is_a_few_settings_away_from_its_baseline(name: str) -> None:
-    ours = yaml.safe_load(load_config(name).to_yaml())
-    host = yaml.safe_load(load_config(name.removeprefix("paq_")).to_yaml())
-    different = {f"model.{key}" for key in ours["model"] if ours["model"][key] != host["model"][key]}
-    different |= {f"loss.{key}" for key in ours["loss"] if ours["loss"][key] != host["loss"][key]}
-    different |= {key for key in ours if key not in ("model", "loss", "name") and ours[key] != host[key]}
-    assert {"model.queries", "loss.assigner"} <= different
-    nano = {"model.pattern_std", "loss.one_to_many_until"} if name.endswith("_nano") else set()
-    assert different <= {"model.queries", "loss.assigner", "loss.classification", "loss.varifocal_alpha"} | nano
+def test_paq_is_a_few_settings_away_from_its_baseline() -> None:
+    for name in list_models("paq_*"):
+        ours, host = (yaml.safe_load(load_config(n).to_yaml()) for n in (name, name.removeprefix("paq_")))
+        different = {f"model.{key}" for key in ours["model"] if ours["model"][key] != host["model"][key]}
+        different |= {f"loss.{key}" for key in ours["loss"] if ours["loss"][key] != host["loss"][key]}
+        different |= {key for key in ours if key not in ("model", "loss", "name") and ours[key] != host[key]}
+        assert {"model.queries", "loss.assigner"} <= different, name
+        nano = {"model.pattern_std", "loss.one_to_many_until"} if name.endswith("_nano") else set()
+        paq = {"model.queries", "loss.assigner", "loss.classification", "loss.varifocal_alpha"}
+        assert different <= paq | nano, name
 
 
 def test_overrides(tiny_model: Callable) -> None:
@@ -226,12 +225,6 @@ def test_saved_twice_gives_the_same_file(saved: tuple[Detector, Path], tmp_path:
     assert again.read_bytes() == path.read_bytes()
 
 
-def test_method_and_package_door(saved: tuple[Detector, Path], tmp_path: Path) -> None:
-    model, path = saved
-    model.save(str(tmp_path / "other.safetensors"))
-    assert paqdetr.load(tmp_path / "other.safetensors").config == paqdetr.load(str(path)).config
-
-
 def test_the_header_needs_nothing_but_json(saved: tuple[Detector, Path]) -> None:
     model, path = saved
     with path.open("rb") as file:
@@ -255,7 +248,6 @@ def rewrite(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda h: h.pop("name"), "its header lacks 'name'"),
         (lambda h: h.update(classes=h["classes"][:2]), "num_classes=3, but there are 2 classes"),
         (lambda h: h["model"].update(backbone="resnet19"), "no model 'resnet19'"),
     ],
@@ -285,17 +277,6 @@ def test_weights_of_another_model(saved: tuple[Detector, Path], change: dict[str
     with pytest.raises(CheckpointError) as caught:
         load(saved[1])
     assert "it is of another model" in caught.value.message and message in caught.value.message
-
-
-def test_files_that_are_no_checkpoint(tmp_path: Path) -> None:
-    save_file({"x": torch.zeros(2)}, tmp_path / "foreign.safetensors")
-    with pytest.raises(CheckpointError, match="without a paqdetr header"):
-        load(tmp_path / "foreign.safetensors")
-    with pytest.raises(CheckpointError, match="no such file"):
-        load(tmp_path / "absent.safetensors")
-    (tmp_path / "model.pth").write_bytes(b"PK")
-    with pytest.raises(CheckpointError, match="a pickle"):
-        load(tmp_path / "model.pth")
 
 
 def test_what_a_folder_means(tmp_path: Path) -> None:

@@ -12,15 +12,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain import PairSet, as_set, counts, solve
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from paqdetr.paq import OneToOneAssigner, Pairs, QualityAwareAssigner
+from paqdetr.paq import OneToOneAssigner, QualityAwareAssigner
 from paqdetr.paq.costs import MatchingCosts
 from paqdetr.structures import Targets
-
-PairSet = set[tuple[int, int]]
-
 
 # --- the reference, one loop after another
 
@@ -148,25 +146,6 @@ rules = st.fixed_dictionaries(
         confidence=st.sampled_from(["gt_class", "max"]),
     )
 )
-
-
-def solve(assigner: Any, logits: Tensor, boxes: Tensor, target: Targets) -> PairSet:
-    (pairs,) = assigner(logits[None], boxes[None], [target])
-    return as_set(pairs)
-
-
-def as_set(pairs: Pairs) -> PairSet:
-    assert pairs.query_indices.dtype == pairs.target_indices.dtype == torch.int64
-    queries = pairs.query_indices.tolist()
-    assert queries == sorted(set(queries)), "ascending, no query twice"
-    assert len(pairs) == len(queries) == len(pairs.target_indices)
-    return set(zip(queries, pairs.target_indices.tolist(), strict=True))
-
-
-def counts(assigner: QualityAwareAssigner, logits: Tensor, boxes: Tensor, target: Targets) -> list[int]:
-    (found,) = assigner.num_positives(logits[None], boxes[None], [target])
-    assert found.dtype == torch.int64
-    return found.tolist()
 
 
 # --- properties

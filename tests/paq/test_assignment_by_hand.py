@@ -8,33 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from plain import as_set, counts, image_of, solve
 
-from paqdetr.paq import OneToOneAssigner, Pairs, QualityAwareAssigner
-from paqdetr.paq.costs import MatchingCosts
+from paqdetr.paq import OneToOneAssigner, QualityAwareAssigner
 from paqdetr.structures import Targets
-
-PairSet = set[tuple[int, int]]
-
-
-def solve(assigner: Any, logits: Tensor, boxes: Tensor, target: Targets) -> PairSet:
-    (pairs,) = assigner(logits[None], boxes[None], [target])
-    return as_set(pairs)
-
-
-def as_set(pairs: Pairs) -> PairSet:
-    assert pairs.query_indices.dtype == pairs.target_indices.dtype == torch.int64
-    queries = pairs.query_indices.tolist()
-    assert queries == sorted(set(queries)), "ascending, no query twice"
-    assert len(pairs) == len(queries) == len(pairs.target_indices)
-    return set(zip(queries, pairs.target_indices.tolist(), strict=True))
-
-
-def counts(assigner: QualityAwareAssigner, logits: Tensor, boxes: Tensor, target: Targets) -> list[int]:
-    (found,) = assigner.num_positives(logits[None], boxes[None], [target])
-    assert found.dtype == torch.int64
-    return found.tolist()
-
 
 # --- k_j by hand
 
@@ -123,11 +100,6 @@ def test_claims_are_withdrawn_weakest_first() -> None:
 
 
 # --- which queries, by hand
-
-
-def image_of(cost: list[list[float]], iou: list[list[float]]) -> MatchingCosts:
-    table = np.array(iou, dtype=float)
-    return MatchingCosts(np.array(cost, dtype=float), table, np.zeros_like(table), np.zeros(len(table)))
 
 
 def test_one_to_one_on_a_hand_made_cost() -> None:

@@ -11,19 +11,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain import as_set, image_of
 
 from paqdetr.errors import NonFiniteError
-from paqdetr.paq import Assigner, FixedKAssigner, OneToOneAssigner, Pairs, SimOTAAssigner, match_layers
+from paqdetr.paq import Assigner, FixedKAssigner, OneToOneAssigner, SimOTAAssigner, match_layers
 from paqdetr.paq.costs import MatchingCosts
 from paqdetr.structures import Targets
 
 TARGET = Targets(torch.tensor([1]), torch.tensor([[0.5, 0.5, 0.2, 0.2]]))
-
-
-def as_set(pairs: Pairs) -> set[tuple[int, int]]:
-    queries = pairs.query_indices.tolist()
-    assert queries == sorted(set(queries)), "ascending, no query twice"
-    return set(zip(queries, pairs.target_indices.tolist(), strict=True))
 
 
 def random_image(seed: int, queries: int, boxes: int, quality: float) -> MatchingCosts:
@@ -102,11 +97,6 @@ def test_simota_equals_a_plain_loop(top_k: int, seed: int, queries: int, boxes: 
 
 
 # --- by hand
-
-
-def image_of(cost: list[list[float]], iou: list[list[float]]) -> MatchingCosts:
-    table = np.array(iou, dtype=float)
-    return MatchingCosts(np.array(cost, dtype=float), table, np.zeros_like(table), np.zeros(len(table)))
 
 
 def test_fixed_k_takes_the_cheapest_k_of_a_lone_box() -> None:

@@ -5,31 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from plain import Maps, pad_batch
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 
 from paqdetr.paq.extractor import FusedExtractor, MaskedGroupNorm, PooledExtractor, _enlarge
-
-Maps = list[Tensor]  # one image, per level (d, h, w), all of it valid
-
-
-def pad_batch(images: list[Maps], extra: int = 0) -> tuple[Tensor, list[tuple[int, int]], Tensor]:
-    """Lay images out as tokens: each level padded right and below to the largest image's size and `extra` cells more.
-
-    The padding holds large garbage. Returns tokens (B, S, d), shapes, mask (B, S).
-    """
-    shapes, tokens, masks = [], [], []
-    for level in zip(*images, strict=True):
-        height, width = (max(x.shape[axis] for x in level) + extra for axis in (1, 2))
-        plane = 100 * torch.randn(len(level), level[0].shape[0], height, width, dtype=level[0].dtype)
-        mask = torch.ones(len(level), height, width, dtype=torch.bool)
-        for i, x in enumerate(level):
-            plane[i, :, : x.shape[1], : x.shape[2]] = x
-            mask[i, : x.shape[1], : x.shape[2]] = False
-        shapes.append((height, width))
-        tokens.append(plane.flatten(2).transpose(1, 2))
-        masks.append(mask.flatten(1))
-    return torch.cat(tokens, dim=1), shapes, torch.cat(masks, dim=1)
 
 
 def random_image(sizes: list[tuple[int, int]], dim: int = 16, dtype=torch.float64) -> Maps:

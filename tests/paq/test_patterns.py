@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from plain import Maps, pad_batch
 from torch import Tensor
 
 from paqdetr.paq import Mixture, PatternQueries, pattern_diversity_loss
-from paqdetr.paq.patterns import resized_rows
 
 DIM = 16
 SIZES = [(6, 8), (3, 4), (2, 2)]
@@ -21,8 +21,6 @@ KINDS = {
     for extractor, head, conv in itertools.product(("fused", "pooled"), ("dense", "factorised"), ("depthwise", "full"))
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
-
-Maps = list[Tensor]  # one image, per level (d, h, w), all of it valid
 
 
 def make(kind: str = "fused-dense-depthwise", **changes: Any) -> PatternQueries:
@@ -36,22 +34,6 @@ def random_image(sizes: list[tuple[int, int]] = SIZES) -> Maps:
     return [look + torch.randn(DIM, height, width) for height, width in sizes]
 
 
-def pad_batch(images: list[Maps], extra: int = 0) -> tuple[Tensor, list[tuple[int, int]], Tensor]:
-    """Tokens, shapes and mask; padding right and below to the largest image's size and `extra` more, full of garbage."""
-    shapes, tokens, masks = [], [], []
-    for level in zip(*images, strict=True):
-        height, width = (max(x.shape[axis] for x in level) + extra for axis in (1, 2))
-        plane = 100 * torch.randn(len(level), DIM, height, width)
-        mask = torch.ones(len(level), height, width, dtype=torch.bool)
-        for i, x in enumerate(level):
-            plane[i, :, : x.shape[1], : x.shape[2]] = x
-            mask[i, : x.shape[1], : x.shape[2]] = False
-        shapes.append((height, width))
-        tokens.append(plane.flatten(2).transpose(1, 2))
-        masks.append(mask.flatten(1))
-    return torch.cat(tokens, dim=1), shapes, torch.cat(masks, dim=1)
-
-
 def assert_same(found: Mixture, expected: Mixture, rows: slice = slice(None)) -> None:
     assert found.weights is not None and expected.weights is not None
     torch.testing.assert_close(found.content[rows], expected.content, atol=1e-5, rtol=0)
@@ -59,20 +41,6 @@ def assert_same(found: Mixture, expected: Mixture, rows: slice = slice(None)) ->
 
 
 # --- a convex mixture
-
-
-@every_kind
-def test_content_is_a_convex_mixture_of_the_patterns(kind: str) -> None:
-    queries = make(kind, pattern_dim=9)
-    mix = queries(*pad_batch([random_image(), random_image()]))
-    assert mix.weights is not None
-    assert mix.content.shape == (2, 7, 9) and mix.weights.shape == (2, 7, 5)
-    assert queries.patterns.shape == (5, 9)
-    assert (mix.weights >= 0).all()
-    torch.testing.assert_close(mix.weights.sum(-1), torch.ones(2, 7))
-    for b, i in itertools.product(range(2), range(7)):
-        mixed = sum(mix.weights[b, i, j] * queries.patterns[j] for j in range(5))
-        torch.testing.assert_close(mix.content[b, i], mixed)
 
 
 def test_shapes_may_be_a_tensor_and_the_mask_absent() -> None:
@@ -84,26 +52,6 @@ def test_shapes_may_be_a_tensor_and_the_mask_absent() -> None:
 
 
 # --- from the image, from all of it
-
-
-@every_kind
-def test_weights_differ_between_images(kind: str) -> None:
-    mix = make(kind)(*pad_batch([random_image(), random_image()]))
-    assert mix.weights is not None
-    assert (mix.weights[0] - mix.weights[1]).abs().amax(-1).min() > 1e-3  # in every query
-
-
-@pytest.mark.parametrize("sizes", [SIZES, [(4, 5), (2, 3), (1, 1)]], ids=["usual", "ends in 1x1"])
-@pytest.mark.parametrize("dim", [16, 32])
-@every_kind
-def test_weights_have_a_gradient_to_every_level(kind: str, dim: int, sizes: list[tuple[int, int]]) -> None:
-    queries = make(kind, dim=dim)
-    tokens = torch.randn(2, sum(h * w for h, w in sizes), dim, requires_grad=True)
-    weights = queries(tokens, sizes).weights
-    (gradient,) = torch.autograd.grad(weights[0, 3, 2], tokens)
-    for level in gradient.split([h * w for h, w in sizes], dim=1):
-        assert level[0].abs().amax() > 1e-7
-    assert (gradient[1] == 0).all()  # the other image
 
 
 @every_kind
@@ -127,18 +75,6 @@ def test_one_query_moves_all_others() -> None:
     assert ((queries(*inputs).content - before).abs().amax(-1) > 1e-5).all()
 
 
-def test_a_static_table_teaches_one_query_alone() -> None:
-    """What pattern queries are compared with."""
-    from paqdetr.models.queries import StaticQueries
-
-    static = StaticQueries(num_queries=7, dim=DIM)
-    mix = static(torch.zeros(2, 3, DIM), [(1, 3)])
-    assert mix.weights is None
-    mix.content[0, 4].square().sum().backward()
-    assert static.table.grad is not None
-    assert static.table.grad.abs().amax(1).nonzero().flatten().tolist() == [4]
-
-
 # --- blind to padding and to batch mates
 
 
@@ -158,22 +94,6 @@ def test_neither_amount_nor_content_of_padding_matters(kind: str, extra: int) ->
     assert_same(queries(broken, shapes, mask), expected)
 
 
-@pytest.mark.parametrize("extra", [0, 1, 7])
-@every_kind
-def test_batch_mates_of_other_sizes_do_not_matter(kind: str, extra: int) -> None:
-    queries = make(kind)
-    images = [
-        random_image([(6, 8), (3, 4), (2, 2)]),
-        random_image([(8, 3), (4, 2), (2, 1)]),
-        random_image([(2, 2), (1, 1), (1, 1)]),
-        random_image([(5, 7), (3, 4), (2, 2)]),
-    ]
-    together = queries(*pad_batch(images, extra))
-    for i, image in enumerate(images):
-        tokens, shapes, _ = pad_batch([image])
-        assert_same(together, queries(tokens, shapes), slice(i, i + 1))
-
-
 @every_kind
 def test_no_gradient_reaches_the_padding(kind: str) -> None:
     tokens, shapes, mask = pad_batch([random_image()], extra=2)
@@ -181,14 +101,6 @@ def test_no_gradient_reaches_the_padding(kind: str) -> None:
     make(kind)(tokens, shapes, mask).content.square().sum().backward()
     assert tokens.grad is not None
     assert (tokens.grad[mask] == 0).all() and (tokens.grad[~mask] != 0).any()
-
-
-@pytest.mark.parametrize("kind", ["fused-dense-depthwise", "pooled-factorised-full"])
-def test_a_large_padding_of_a_large_map(kind: str) -> None:
-    queries = make(kind, num_levels=2)
-    image = random_image([(40, 50), (20, 25)])
-    tokens, shapes, _ = pad_batch([image])
-    assert_same(queries(*pad_batch([image], extra=30)), queries(tokens, shapes))
 
 
 # --- precision
@@ -336,27 +248,6 @@ def test_pattern_std(std: float) -> None:
 @every_kind
 def test_fewer_ranked_queries_are_the_first_ones(kind: str) -> None:
     assert make(kind).resize(3, ranked=True).tolist() == [0, 1, 2] != make(kind).resize(3).tolist()
-
-
-@pytest.mark.parametrize("count", [1, 3, 7, 14, 20])
-@every_kind
-def test_resize_keeps_the_mixture_of_each_row(kind: str, count: int) -> None:
-    """Fewer are spread over the old ones; more are all the old ones, then others whose logits lie between neighbours'."""
-    queries, inputs = make(kind), pad_batch([random_image(), random_image()], extra=1)
-    before = queries(*inputs)
-    patterns = queries.patterns
-    rows = resized_rows(7, count)
-    assert torch.equal(queries.resize(count), rows.low)
-    kept = min(count, 7)
-    assert rows.low[:kept].tolist() == rows.high[:kept].tolist() == [i * 7 // kept for i in range(kept)]
-    assert queries.num_queries == count and queries.patterns is patterns
-    after = queries(*inputs)
-    assert before.weights is not None and after.weights is not None
-    torch.testing.assert_close(after.weights[:, :kept], before.weights[:, rows.low[:kept]], atol=1e-6, rtol=0)
-    torch.testing.assert_close(after.content[:, :kept], before.content[:, rows.low[:kept]], atol=1e-6, rtol=0)
-    low, high = before.weights[:, rows.low[kept:]].log(), before.weights[:, rows.high[kept:]].log()
-    between = (low + rows.share[kept:, None] * (high - low)).softmax(-1)
-    torch.testing.assert_close(after.weights[:, kept:], between, atol=1e-6, rtol=0)
 
 
 @every_kind

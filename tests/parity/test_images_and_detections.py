@@ -20,12 +20,11 @@ from PIL import Image
 from torch import Tensor
 
 from paqdetr.config import ModelConfig, ResizeRule, load_config
-from paqdetr.data.loader import collate
 from paqdetr.models import create_model, list_models
 from paqdetr.models.inference import postprocess
 from paqdetr.models.zoo import preprocessing_of
 from paqdetr.preprocessing import Normalization, Preprocessing
-from paqdetr.structures import ClassTable, Targets
+from paqdetr.structures import ClassTable
 
 SHORT, LONGEST = 800, 1333
 PLAIN = Normalization((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
@@ -147,14 +146,6 @@ def test_prediction_pads_nothing(host: str) -> None:
     picture = np.zeros((48, 64, 3), dtype=np.uint8)
     model.predict([picture, picture], batch_size=2)
     assert seen == [((2, 3, 64, 85), None)]
-
-
-def test_training_pads_to_the_largest_image_of_the_batch() -> None:
-    targets = Targets(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4))
-    batch = collate([(torch.ones(3, 50, 31), targets), (torch.ones(3, 41, 67), targets)])
-    assert batch.images.shape == (2, 3, 50, 67) and batch.padding_mask is not None  # type: ignore[union-attr]
-    assert (~batch.padding_mask).sum((1, 2)).tolist() == [50 * 31, 41 * 67]  # type: ignore[union-attr, operator]
-    assert batch.images.sum() == 3 * (50 * 31 + 41 * 67)  # type: ignore[union-attr]
 
 
 # --- detections

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed import TCPStore
 
-sys.path.insert(0, str(Path(__file__).parent))  # where processes find together.py
+sys.path.insert(0, str(Path(__file__).parent))  # where processes find together.py, and tests same_end.py
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,8 @@ class Group:
     def __init__(self, count: int, work: str, arguments: tuple[Any, ...], folder: Path) -> None:
         import together
 
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        # Where they meet is open from the start, at a port that the system chose: torchrun does it so, too.
+        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["together"])
         with pytest.MonkeyPatch.context() as patch:  # before Python 3.13 the server does not know where to look
@@ -47,7 +46,7 @@ class Group:
         self.files = [(folder / f"{rank}.out", folder / f"{rank}.err") for rank in range(count)]
         self.processes = []
         for rank, files in enumerate(self.files):
-            place = (rank, count, port, *map(str, files))
+            place = (rank, count, self.store.port, *map(str, files))
             process = context.Process(target=together.run, args=(place, work, *map(str, arguments)))
             process.start()
             self.processes.append(process)

@@ -398,11 +398,6 @@ def test_a_process_whose_images_all_are_unreadable_ends_nothing(
         evaluate_both()
 
 
-def test_a_split_that_is_not_there(tiny_digits: Path, tiny_run: Run) -> None:
-    with pytest.raises(DataError, match="no split 'nights', found train, val, test"):
-        evaluate(tiny_run.model(), data=tiny_digits, split="nights")
-
-
 def test_a_trained_model_on_its_data(tiny_digits: Path, tiny_run: Run) -> None:
     found = evaluate(tiny_run.model(), data=tiny_digits)
     assert found.to_json()["AP"] == pytest.approx(tiny_run.metrics["AP"])  # best.safetensors is that of the record

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
+from same_end import require_same_end
 
 from paqdetr import cli
 from paqdetr.checkpoint import read_header
@@ -131,9 +132,13 @@ def test_gradients_are_those_of_the_one_large_batch(answers: dict[int, Path], co
 def test_gradients_in_half_precision_are_close(answers: dict[int, Path]) -> None:
     full, half = (load_file(answers[n] / f"{name}.safetensors") for n, name in ((1, "gradients"), (2, "bf16")))
     assert all(grad.dtype == torch.float32 for grad in half.values())
-    flat, flat_half = (torch.cat([grads[key].flatten() for key in full]) for grads in (full, half))
-    # Another precision chooses a few other proposals, and their queries get other gradients: alike, and not equal.
-    assert 0.3 < torch.nn.functional.cosine_similarity(flat, flat_half, dim=0) < 0.999999
+    for part in ("backbone", "neck", "encoder", "start", "query_source", "decoder"):
+        keys = [key for key in full if key.startswith(f"{part}.")]
+        one, two = (torch.cat([grads[key].flatten() for key in keys]) for grads in (full, half))
+        # Another precision chooses a few other proposals, and their queries get other gradients: alike, and not equal.
+        least = 0.2 if part == "query_source" else 0.65
+        assert torch.nn.functional.cosine_similarity(one, two, dim=0) > least, part
+        assert two.norm() == pytest.approx(float(one.norm()), rel=0.5), part
     losses = [
         json.loads((answers[n] / f"{name}.json").read_text())["loss"] for n, name in ((1, "gradients"), (2, "bf16"))
     ]
@@ -195,15 +200,7 @@ def test_two_processes_are_killed_and_resumed(tmp_path: Path, arguments: list[st
     first, second = start(2, "command_line", *arguments, "--output", halves.output, "--resume").end()
     assert (first.code, second.code) == (0, 0), first.err
     assert "resumed at step 2" in first.err and second.out == second.err == ""
-    for path in ("last", "best", "state_file"):
-        one, two = (load_file(getattr(run, path)) for run in (straight, halves))
-        assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one), path
-    for kind in ("train", "eval"):
-        rows = [
-            [{k: v for k, v in row.items() if k != "images_per_second"} for row in run.records(kind)]
-            for run in (straight, halves)
-        ]
-        assert rows[0] == rows[1]
+    require_same_end(straight, halves)
 
 
 @pytest.mark.integration
@@ -223,15 +220,17 @@ def test_an_image_that_one_process_misses_ends_all(
 @pytest.mark.integration
 def test_a_signal_to_one_process_stops_all_at_one_step(tmp_path: Path, arguments: list[str], start: Start) -> None:
     run = Run(tmp_path / "run")
-    group = start(2, "command_line", *arguments, "epochs=500", "--output", run.output)
+    go_on = tmp_path / "go on"
+    group = start(2, "held_after_step", 1, go_on, "command_line", *arguments, "--output", run.output)
     for _ in range(2400):
         if run.records("train") or not group.processes[1].is_alive():
             break
         time.sleep(0.05)
     # Nobody else trains there meanwhile.
-    (other,) = start(1, "command_line", *arguments, "epochs=500", "--output", run.output, "--resume").end()
+    (other,) = start(1, "command_line", *arguments, "--output", run.output, "--resume").end()
     assert other.code == 2, other.err
     os.kill(group.processes[1].pid, signal.SIGTERM)
+    go_on.touch()
     first, second = group.end()
     assert first.code == 130 or first.code == 128 + signal.SIGTERM, first.err
     assert second.code == 128 + signal.SIGTERM and "interrupted" not in second.err

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from same_end import require_same_end
 
 from paqdetr.checkpoint import read_checkpoint, write_checkpoint
 from paqdetr.config import load_config
@@ -77,27 +74,6 @@ def straight(go: Go, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return go(tmp_path_factory.mktemp("straight") / "run")
 
 
-def require_same_end(one: Run, other: Run) -> None:
-    """Bit for bit: weights, average, optimiser; and what metrics.jsonl says, but for times."""
-    for path in ("state_file", "last", "best"):
-        (mine, header), (its, other_header) = (read_checkpoint(getattr(run, path)) for run in (one, other))
-        assert mine.keys() == its.keys()
-        different = [key for key in mine if not torch.equal(mine[key], its[key])]
-        assert different == [], f"{path}: {len(different)} of {len(mine)} tensors, {different[:3]}"
-        for found in (header, other_header):
-            found.pop("position", None)
-            found.get("metrics", {}).pop("images_per_second", None)
-        assert header == other_header
-    for kind in ("train", "eval"):
-        mine_rows, its_rows = (
-            [{k: v for k, v in row.items() if k != "images_per_second"} for row in run.records(kind)]
-            for run in (one, other)
-        )
-        assert mine_rows == its_rows
-    keys = {key.split(".")[0] for key in read_checkpoint(one.state_file)[0]}
-    assert keys == {"model", "average", "optimizer", "random", "data"}
-
-
 @pytest.mark.parametrize(
     ("stop", "workers", "first"),
     [
@@ -144,8 +120,11 @@ def test_one_to_many_schedule_resumes(tmp_path: Path, go: Go, tiny_settings: dic
 
 
 @pytest.mark.integration
-def test_a_record_after_a_resumption_covers_fewer_steps(tmp_path: Path, go: Go) -> None:
+def test_a_record_after_a_resumption_covers_fewer_steps(
+    tmp_path: Path, go: Go, monkeypatch: pytest.MonkeyPatch
+) -> None:
     losses: list[float] = []
+    drawn: list[str] = []
 
     class Losses(Callback):
         def on_step(self, step: int, loss: float) -> None:
@@ -154,11 +133,14 @@ def test_a_record_after_a_resumption_covers_fewer_steps(tmp_path: Path, go: Go) 
     settings = {"log_every": 4, "save_every_steps": 1, "batch_size": 1, "epochs": 1}
     with pytest.raises(Stop):
         go(tmp_path / "one", callbacks=[StopAt(3)], **settings)
+    for name in ("training_curves", "draw_predictions"):
+        monkeypatch.setattr(MODULE, name, lambda *_, name=name, **__: drawn.append(name))
     run = go(tmp_path / "one", resume=True, callbacks=[Losses()], **settings)
     first, second = run.records("train")
     assert (first["step"], second["step"]) == (4, 8)
     assert first["loss"] == pytest.approx(sum(losses[:2]) / 2, abs=1e-5)  # of steps 3 and 4
     assert second["loss"] == pytest.approx(sum(losses[2:]) / 4, abs=1e-5)
+    assert sorted(drawn) == ["draw_predictions", "training_curves"]  # of a resumed run, too
 
 
 def without_boxes(data: Path) -> None:
@@ -337,49 +319,6 @@ def test_a_damaged_checkpoint_is_named_at_once(tmp_path: Path, go: Go, name: str
     (run.output / name).unlink()
     assert go(run.output, resume=True).finished
     read_checkpoint(run.output / name)
-
-
-KILLED = """
-import json, os, signal, sys
-import paqdetr
-
-class Kill(paqdetr.Callback):
-    def on_step(self, step, loss):
-        if step == 5:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-data, output, settings = sys.argv[1:]
-settings = json.loads(settings) | {"epochs": 4}
-paqdetr.train("paq_dino_nano", data=data, output=output, device="cpu", settings=settings, callbacks=[Kill()])
-"""
-
-
-@pytest.mark.integration
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL, which Windows has not")
-def test_a_killed_process_is_resumed_from_the_command_line(
-    tmp_path: Path, straight: Run, tiny_digits: Path, tiny_settings: dict[str, Any]
-) -> None:
-    output = tmp_path / "killed"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", KILLED, str(tiny_digits), str(output), json.dumps(tiny_settings)]
-    killed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    run = Run(output)
-    assert run.records("train")[-1]["step"] == 4 and not run.finished
-    run.append({"kind": "train", "step": 5, "epoch": 2.5, "loss": 1.0, "lr": 1.0})  # as if it had come a bit further
-    with run.metrics_file.open("a") as file:
-        file.write('{"kind": "train", "st')
-
-    command = [sys.executable, "-m", "paqdetr", "train", "paq_dino_nano", "--data", str(tiny_digits)]
-    command += ["--output", str(output), "--device", "cpu", "epochs=4", "--resume"]
-    command += [f"{key}={value}" for key, value in tiny_settings.items()]
-    resumed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert resumed.returncode == 0, resumed.stderr
-    assert "resumed at step 4" in resumed.stderr and "best.safetensors" in resumed.stdout
-    assert [record["step"] for record in run.records("train")] == list(range(1, 9))
-    assert all(json.loads(line) for line in run.metrics_file.read_text().splitlines())
-    assert (output / "curves.png").is_file() and (output / "predictions.png").is_file()
-    require_same_end(straight, run)
 
 
 class StopEvaluation(Callback):

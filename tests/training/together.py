@@ -8,6 +8,8 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -134,17 +136,35 @@ def own_group(*arguments: str) -> None:
     command_line(*arguments)
 
 
-def killed_after_step(step: str, *arguments: str) -> None:
-    """The command line, until so many optimiser steps are done."""
+def after_step(step: str, act: Callable[[], object]) -> None:
+    """What is to happen in the training of this process as soon as so many optimiser steps are done."""
     advance = Trainer._advance
 
-    def then_die(self: Trainer, *positional: Any, **named: Any) -> None:
+    def then_act(self: Trainer, *positional: Any, **named: Any) -> None:
         advance(self, *positional, **named)
         if self.position.step == int(step):
-            os.kill(os.getpid(), signal.SIGKILL)
+            act()
 
-    Trainer._advance = then_die
+    Trainer._advance = then_act
+
+
+def killed_after_step(step: str, *arguments: str) -> None:
+    """The command line, until so many optimiser steps are done."""
+    after_step(step, lambda: os.kill(os.getpid(), signal.SIGKILL))
     command_line(*arguments)
+
+
+def held_after_step(step: str, file: str, work: str, *arguments: str) -> None:
+    """`work`, which waits after so many optimiser steps until the file is there, for two minutes at most: what a test does
+    meanwhile is done in the middle of the training, however fast it is."""
+
+    def hold() -> None:
+        end = time.monotonic() + 120
+        while not Path(file).exists() and time.monotonic() < end:
+            time.sleep(0.01)
+
+    after_step(step, hold)
+    globals()[work](*arguments)
 
 
 def killed_while_writing(name: str, nth: str, where: str, *arguments: str) -> None:
@@ -196,6 +216,7 @@ def run(place: tuple[int, int, int, str, str], work: str, *arguments: str) -> No
     sys.stdout, sys.stderr = (open(n, "w", encoding="utf-8", closefd=False) for n in (1, 2))  # noqa: SIM115
     console.errors.file, console.results.file = sys.stderr, sys.stdout
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}  # it is served there
     os.environ |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     if count > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
