@@ -27,7 +27,9 @@ from paqdetr.config import (
     retired_keys,
     validate_config,
 )
+from paqdetr.data.dataset import open_split
 from paqdetr.errors import ConfigError
+from paqdetr.training.setup import with_classes
 
 
 def write(folder: Path, name: str, text: str) -> Path:
@@ -562,3 +564,12 @@ def test_numbers_past_their_type_or_range(setting: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config("dino_nano", [setting])
     assert message in caught.value.message and "\n" not in caught.value.message
+
+
+def test_settings_written_down_train_on_any_data(tmp_path: Path, tiny_digits: Path) -> None:
+    data = open_split(tiny_digits, "train")
+    path = write(tmp_path, "config.yaml", load_config("dino_nano").to_yaml())
+    assert with_classes(load_config(path), data).model.num_classes == 10
+    path = write(tmp_path, "config.yaml", load_config("dino_nano", ["model.num_classes=80"]).to_yaml())
+    with pytest.raises(ConfigError, match="num_classes=80"):  # whoever writes the default means it
+        with_classes(load_config(path), data)
