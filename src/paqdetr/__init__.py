@@ -8,13 +8,12 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from paqdetr._threads import calm_idle_threads, drop_missing_plot_backend, ignore_missing_bars, postpone_compiler
+from paqdetr._threads import calm_idle_threads, drop_missing_plot_backend, ignore_missing_bars
 from paqdetr._version import __version__
 
 calm_idle_threads()
 drop_missing_plot_backend()
 ignore_missing_bars()
-postpone_compiler()
 
 if TYPE_CHECKING:
     from paqdetr.analysis import Report, analyze

@@ -15,6 +15,7 @@ from typing import Annotated
 
 import typer
 
+from paqdetr._threads import postpone_compiler
 from paqdetr.cli import (
     analyze,
     bench,
@@ -35,6 +36,9 @@ from paqdetr.cli.console import Ended, errors, finish_streams, make_streams_loss
 from paqdetr.cli.habits import what_to_type
 from paqdetr.cli.help import Verb, Verbs, show_help
 from paqdetr.errors import UserError, memory_error
+
+# At import, which processes that are spawned repeat, and no torchvision is loaded yet.
+postpone_compiler()
 
 
 class _AllVerbs(Verbs):
