@@ -347,6 +347,14 @@ def test_info_of_a_run_and_its_file(tmp_path: Path, tiny_run: Run, capsys: pytes
         assert word in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("command", "verb"), [("train dino_nano --amp", "train"), ("data make --output", "data make"), ("--no-such", "")]
+)
+def test_a_usage_error_names_the_help_of_its_verb(command: str, verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(command.split()) == 2
+    assert f"help: `{f'paqdetr {verb}'.strip()} --help` shows" in capsys.readouterr().err
+
+
 # -------------------------------------------------------------------------------------------------- tables
 
 

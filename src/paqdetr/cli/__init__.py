@@ -11,7 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -162,9 +162,7 @@ def run(argv: Sequence[str]) -> int:
             errors.print(usage())
             return 2
         if usage is not None:
-            context = getattr(error, "ctx", None)
-            path = context.command_path if context is not None else "paqdetr"
-            return _mistake(usage(), f"`{path} --help` shows how it is used", debug=debug)
+            return _mistake(usage(), f"`{_verb_of(arguments, program)} --help` shows how it is used", debug=debug)
         if type(error).__name__ == "Exit":
             return int(getattr(error, "exit_code", 0))
         if type(error).__name__ == "Abort":
@@ -191,6 +189,16 @@ def run(argv: Sequence[str]) -> int:
         return 1
     except KeyboardInterrupt:
         return _interrupted(training)
+
+
+def _verb_of(arguments: Sequence[str], program: Any) -> str:
+    """The verb of a command line, such as "paqdetr data make"; not every usage error knows it."""
+    names, command = ["paqdetr"], program
+    for word in arguments:
+        if (command := getattr(command, "commands", {}).get(word)) is None:
+            break
+        names.append(word)
+    return " ".join(names)
 
 
 def _trains(argv: Sequence[str]) -> bool:
