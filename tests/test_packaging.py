@@ -87,6 +87,7 @@ def test_package_version_attribute() -> None:
 @pytest.mark.parametrize(
     ("statement", "unwanted"),
     [
+        ("import paqdetr; paqdetr.export", {"matplotlib", "jinja2", "accelerate"}),
         ("import paqdetr", {"torch", "numpy", "timm", "accelerate", "matplotlib", "pydantic", "supervision"}),
         (
             "import paqdetr.paq, paqdetr.ops",
