@@ -78,6 +78,7 @@ def test_version_is_the_one_of_the_installed_metadata() -> None:
 @pytest.mark.parametrize(
     ("statement", "unwanted"),
     [
+        ("import paqdetr; paqdetr.export", {"matplotlib", "jinja2", "accelerate"}),
         (
             "import paqdetr; paqdetr.DataError",
             {"torch", "numpy", "timm", "accelerate", "matplotlib", "pydantic", "supervision"}

@@ -1,13 +1,19 @@
-"""What `import paqdetr` says to torch's threads."""
+"""What `import paqdetr` says to torch's threads, and leaves as it is; what our own programs import late."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
+from types import ModuleType
 
 import pytest
+
+from paqdetr._threads import _Later
 
 SHOW = "import os, paqdetr; print(os.environ.get('GOMP_SPINCOUNT'))"
 
@@ -60,7 +66,7 @@ def test_nothing_is_said_once_torch_has_been_read(monkeypatch: pytest.MonkeyPatc
 COMPILER = """
 import sys
 import warnings
-import paqdetr, timm, torch, torchvision.tv_tensors as tv
+import paqdetr.cli, timm, torch, torchvision.tv_tensors as tv
 from torchvision.ops.roi_align import is_compile_supported
 print("torch._dynamo" in sys.modules)
 from torchvision import models
@@ -77,6 +83,32 @@ def test_parts_of_libraries_are_imported_when_they_are_used() -> None:
     done = subprocess.run([sys.executable, "-c", COMPILER], capture_output=True, text=True, check=True)
     found = ["False", "False torchvision.models.resnet False", "BoundingBoxes False", "True", "BoundingBoxes 2.0"]
     assert done.stdout.splitlines() == found
+
+
+@pytest.mark.integration
+def test_the_libraries_of_another_program_are_whole() -> None:
+    code = "import paqdetr, torchvision; print('resnet18' in vars(torchvision.models))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"
+
+
+def test_threads_wait_for_a_module_that_one_of_them_executes() -> None:
+    began = Event()
+
+    def execute(module: ModuleType) -> None:
+        began.set()
+        time.sleep(0.05)
+        assert not hasattr(module, "late")  # asked for by what it imports: nothing begins again
+        vars(module)["late"] = 1
+
+    module = _Later("late_module")
+    vars(module)["__execute__"] = execute
+    with ThreadPoolExecutor(4) as pool:
+        first = pool.submit(lambda: module.late)
+        began.wait()
+        assert [call.result() for call in (first, *(pool.submit(lambda: module.late) for _ in range(3)))] == [1] * 4
+    with pytest.raises(AttributeError, match="'late_module' has no attribute 'never'"):
+        module.never  # noqa: B018
 
 
 def test_a_notebook_without_bars_is_no_matter() -> None:

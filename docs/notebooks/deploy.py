@@ -98,6 +98,6 @@ print(f"torch {milliseconds(model):.0f} ms, onnxruntime {milliseconds(exported):
 # |---|---|
 # | another program or language to call it | the file takes uint8 RGB images and gives boxes, scores and labels: [deploy](../deploy.md) |
 # | requests over HTTP, and a page to try it | `paqdetr serve runs/sixty/model.onnx` ([serve](../serve.md)) |
-# | an Intel CPU, or int8 | `paqdetr.export(..., format="openvino")`, which measures whether int8 pays |
+# | an Intel CPU, or int8 | `paqdetr.export(..., format="openvino")`; `precision="int8", calibrate=data` as well measures whether int8 pays ([deploy](../deploy.md)) |
 # | to share it | `paqdetr hub push` ([serve](../serve.md)) |
 # | millions of pictures | `paqdetr predict --ray` ([scale](../scale.md)) |

@@ -8,18 +8,18 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from paqdetr._threads import calm_idle_threads, drop_missing_plot_backend, ignore_missing_bars, postpone_compiler
+from paqdetr._threads import calm_idle_threads, drop_missing_plot_backend, ignore_missing_bars
 from paqdetr._version import __version__
 
 calm_idle_threads()
 drop_missing_plot_backend()
 ignore_missing_bars()
-postpone_compiler()
 
 if TYPE_CHECKING:
     from paqdetr.analysis import Report, analyze
     from paqdetr.deploy import export
     from paqdetr.errors import (
+        BackendError,
         CheckpointError,
         ConfigError,
         DataError,
@@ -39,12 +39,8 @@ if TYPE_CHECKING:
     from paqdetr.structures import ClassTable, Detection, Detections, Targets
     from paqdetr.training import Callback, train
 
-# Where names live, from the ground up: an error needs no torch, and nothing is imported that the next would not need.
-_HOMES = (
-    "errors", "interrupt", "structures", "loading", "runtime", "models", "runs", "evaluation", "training", "analysis", "deploy",
-)  # fmt: skip
-
 __all__ = [
+    "BackendError",
     "Callback",
     "CheckpointError",
     "ClassTable",
@@ -77,11 +73,27 @@ __all__ = [
 ]
 
 
+# Where each lives: nothing else is imported for it.
+_HOMES = {
+    **dict.fromkeys(("BackendError", "CheckpointError", "ConfigError", "DataError", "ExportError"), "errors"),
+    **dict.fromkeys(("NonFiniteError", "OutOfMemoryError", "StorageError", "UserError", "WorkerError"), "errors"),
+    **dict.fromkeys(("ClassTable", "Detection", "Detections", "Targets"), "structures"),
+    **dict.fromkeys(("Detector", "create_model", "list_models", "list_recipes"), "models"),
+    **dict.fromkeys(("Evaluation", "evaluate"), "evaluation"),
+    **dict.fromkeys(("Callback", "train"), "training"),
+    **dict.fromkeys(("Report", "analyze"), "analysis"),
+    "Predictor": "runtime",
+    "Run": "runs",
+    "TrainingInterrupted": "interrupt",
+    "export": "deploy",
+    "load": "loading",
+}
+
+
 def __getattr__(name: str) -> Any:
-    for home in _HOMES if name in __all__ else ():
-        if hasattr(module := import_module(f"paqdetr.{home}"), name):
-            return getattr(module, name)
-    raise AttributeError(f"module 'paqdetr' has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'paqdetr' has no attribute {name!r}")
+    return getattr(import_module(f"paqdetr.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

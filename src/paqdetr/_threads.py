@@ -12,6 +12,7 @@ from functools import cache, partial, wraps
 from importlib import import_module
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec
+from threading import RLock
 from types import ModuleType
 from typing import Any
 
@@ -57,10 +58,12 @@ def quick_imports() -> Iterator[None]:
 _COMPILER, _HASTY = "torch._dynamo", ("torchvision", "torchvision.tv_tensors", "timm")
 # What `import torchvision` imports and we do not use: its own models.
 _UNUSED = ("torchvision.datasets", "torchvision.models")
+_EXECUTION = RLock()
 
 
 def postpone_compiler() -> None:
-    """Let torchvision and timm be imported without torch's compiler; it is imported when something of it is used."""
+    """Let torchvision and timm be imported without torch's compiler; it is imported when something of it is used. For our own
+    programs: another's may look into modules that are empty until then."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
@@ -94,12 +97,12 @@ class _Later(ModuleType):
     """A module whose file is executed when something of it is asked for; its submodules can be imported before."""
 
     def __getattr__(self, name: str) -> Any:
-        execute = vars(self).pop("__execute__", None)
-        if execute is None:
-            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-        self.__class__ = ModuleType  # type: ignore[assignment]
-        execute(self)
-        return getattr(self, name)
+        with _EXECUTION:  # other threads wait for its end; what it imports asks in the same thread
+            execute = vars(self).pop("__execute__", None)
+            if execute is not None:
+                execute(self)
+                self.__class__ = ModuleType  # type: ignore[assignment]
+            return ModuleType.__getattribute__(self, name)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 from safetensors import SafetensorError, safe_open
 
 from paqdetr._version import __version__
-from paqdetr.config import Config, ModelConfig, list_configs, validate_config
+from paqdetr.config import Config, ModelConfig, is_name, list_configs, load_config, validate_config
 from paqdetr.config.model import Role
 from paqdetr.errors import CheckpointError, ConfigError, import_extra
 from paqdetr.files import EXPORTED, EXPORTED_BY_TORCH, open_regular, parse_json, write_whole
@@ -340,3 +341,18 @@ def settings_to_add(old: ModelConfig, new: ModelConfig) -> list[str]:
     values = {key: before[key] for key in different}
     texts = {key: v if isinstance(v, str) else json.dumps(v, separators=(",", ":")) for key, v in values.items()}
     return [f"model.{key}={text}" for key, text in texts.items()]
+
+
+def command_to_train_from(path: Path, name: str, model: ModelConfig, preprocessing: Preprocessing) -> str | None:
+    """The command that starts a training from a checkpoint, with the settings that its weights need; None if the name in its
+    header is that of no model or recipe that comes with the package, but of a file somewhere."""
+    if not is_name(name):
+        return None
+    config = load_config(name)
+    added = settings_to_add(model, config.model)
+    added += [
+        f"{key}={value}"
+        for key in ("resize", "pad_divisor")
+        if (value := getattr(preprocessing, key)) != getattr(config, key)
+    ]
+    return " ".join([f"paqdetr train {name} --data DIR --output RUN", *map(shlex.quote, (f"init={path}", *added))])

@@ -72,7 +72,8 @@ class ExportError(UserError):
 
 
 class BackendError(UserError):
-    """A kernel was asked for that cannot run here: its library is missing, or it knows neither device nor dtype."""
+    """What was asked for cannot run here: a library that it needs is missing or does not work, or a kernel does not know the
+    device or dtype."""
 
 
 class StorageError(UserError):

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import typer
 
-from paqdetr import ConfigError
+from paqdetr import ConfigError, load
+from paqdetr.checkpoint import settings_to_add
 from paqdetr.cli import app, run
 from paqdetr.cli.console import note_unfinished, results, table
 from paqdetr.cli.habits import VERBS, what_to_type
@@ -331,10 +332,27 @@ def test_info_of_a_run_and_its_file(tmp_path: Path, tiny_run: Run, capsys: pytes
 
     assert run(["info", str(copy.best)]) == 0
     said = capsys.readouterr().out
-    assert "checkpoint of paq_dino_nano" in said and "init=" in said and "10: 0, 1, 2" in said
+    assert "checkpoint of paq_dino_nano" in said and "10: 0, 1, 2" in said
+    command = said.partition("train from it")[2].replace("\n", " ").split()
+    settings = [word for word in command if "=" in word]
+    assert settings[0] == f"init={copy.best}" and "model.dim=32" in settings
+    own = load_config(command[2], settings).model
+    assert settings_to_add(load_config(tiny_run.config_file).model, own) == []
+
+    load(copy.best).save(tmp_path / "b2.safetensors", name="b2")  # as a training of b2.yaml leaves it
+    assert run(["info", str(tmp_path / "b2.safetensors")]) == 0
+    assert "train from it" not in capsys.readouterr().out
     for wrong, word in ((copy.state_file, "not a model"), (tmp_path, "no run"), (tmp_path / "x", "no such file")):
         assert run(["info", str(wrong)]) == 2
         assert word in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "verb"), [("train dino_nano --amp", "train"), ("data make --output", "data make"), ("--no-such", "")]
+)
+def test_a_usage_error_names_the_help_of_its_verb(command: str, verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(command.split()) == 2
+    assert f"help: `{f'paqdetr {verb}'.strip()} --help` shows" in capsys.readouterr().err
 
 
 # -------------------------------------------------------------------------------------------------- tables

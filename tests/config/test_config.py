@@ -27,7 +27,9 @@ from paqdetr.config import (
     retired_keys,
     validate_config,
 )
+from paqdetr.data.dataset import open_split
 from paqdetr.errors import ConfigError
+from paqdetr.training.setup import with_classes
 
 
 def write(folder: Path, name: str, text: str) -> Path:
@@ -555,3 +557,12 @@ def test_dotted_keys_of_a_file_mean_the_same_as_sections(tmp_path: Path) -> None
 
 def test_a_checkpoint_to_start_from_may_be_a_path(tmp_path: Path) -> None:
     assert load_config("dino_nano", {"init": tmp_path / "best.safetensors"}).init == str(tmp_path / "best.safetensors")
+
+
+def test_settings_written_down_train_on_any_data(tmp_path: Path, tiny_digits: Path) -> None:
+    data = open_split(tiny_digits, "train")
+    path = write(tmp_path, "config.yaml", load_config("dino_nano").to_yaml())
+    assert with_classes(load_config(path), data).model.num_classes == 10
+    path = write(tmp_path, "config.yaml", load_config("dino_nano", ["model.num_classes=80"]).to_yaml())
+    with pytest.raises(ConfigError, match="num_classes=80"):  # whoever writes the default means it
+        with_classes(load_config(path), data)

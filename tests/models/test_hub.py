@@ -98,8 +98,8 @@ def test_push_uploads_weights_card_export_and_preview(
     assert "https://hub/me/digits/commit/1" in capsys.readouterr().out
     (_, created), (_, files) = uploads
     assert created == ("me/digits", True)
-    assert sorted(files) == ["README.md", "config.json", "model.onnx", "model.safetensors", "preview.jpg"]
-    assert files["model.safetensors"] == tiny_run.best.read_bytes() and files["model.onnx"] == b"onnx"
+    assert sorted(files) == ["README.md", "config.json", "m.onnx", "model.safetensors", "preview.jpg"]
+    assert files["model.safetensors"] == tiny_run.best.read_bytes() and files["m.onnx"] == b"onnx"
     card = yaml.safe_load(files["README.md"].decode().split("---")[1])
     assert (card["library_name"], card["pipeline_tag"], card["license"]) == ("paqdetr", "object-detection", "cc0-1.0")
     [entry] = card["model-index"]
@@ -122,6 +122,43 @@ def test_a_card_of_a_model_without_figures_and_with_odd_names() -> None:
         "tags": ["object-detection", "detr"],
     }
     assert "203: a\\|b, naïve: yes, ---" in text and "and 103 more" in text and "## Figures" not in text
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "said"),
+    [
+        (None, "not named", "On data that the file of the figures does not name:"),
+        ({"data": "/home/me/street", "split": "test"}, "street", "On the test split of street:"),
+        (
+            {"data": "x/street/data.yaml", "split": "val", "threshold": 0.25, "nms": 0.7, "tiles": {"size": 640}},
+            "street",
+            "On the val split of street, threshold 0.25, NMS over IoU 0.7, in tiles of 640 pixels:",
+        ),
+        ({"results": "r.json", "annotations": "x/truth.json"}, "truth.json", "On truth.json:"),
+    ],
+)
+def test_a_card_names_the_data_of_its_figures(source: dict[str, Any] | None, name: str, said: str) -> None:
+    header = {"name": "dino_nano", "classes": [{"id": 1, "name": "car"}], "metrics": {"AP": 0.25}}
+    text = model_card(header, evaluation={"AP": 0.5} | ({} if source is None else {"source": source}))
+    assert said in text.splitlines() and "validation" not in text and "/home" not in text
+    [result] = yaml.safe_load(text.split("---")[1])["model-index"][0]["results"]
+    assert (result["dataset"]["name"], result["dataset"].get("split")) == (name, (source or {}).get("split"))
+    assert "On the validation data of its training:" in model_card(header)
+
+
+def test_two_files_of_one_name_are_not_pushed(
+    tiny_run: Run, tmp_path: Path, uploads: list[tuple[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [tmp_path / name for name in ("a_f32.onnx", "a_f16.onnx", "again/a_f32.onnx", "model.safetensors")]
+    for file in files:
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(file.name.encode())
+    push = ["hub", "push", str(tiny_run.output), "me/digits", "--with", str(files[0]), "--with", str(files[1])]
+    assert run(push) == 0 and {"a_f32.onnx", "a_f16.onnx"} <= set(uploads.pop()[1])
+    uploads.clear()
+    for other in files[2:]:
+        assert run([*push, "--with", str(other)]) == 2 and not uploads
+        assert f"the upload has another file called {other.name}" in capsys.readouterr().err
 
 
 def fill_cache(cache: Path, weights: Path, repo: str = "me/digits") -> None:
@@ -200,6 +237,10 @@ def test_a_space_is_a_program_that_compiles(tiny_run: Run, tmp_path: Path, capsy
     assert front["sdk"] == "gradio" and front["app_file"] == "app.py"
     assert run(["hub", "space", str(tiny_run.output), "--output", str(tmp_path / "space")]) == 2
     assert run(["hub", "card", str(tiny_run.output), "--evaluation", str(tiny_run.config_file)]) == 2
-    capsys.readouterr()
+    for content in ("[1]", "null", "{}"):
+        (tmp_path / "no_figures.json").write_text(content)
+        capsys.readouterr()
+        assert run(["hub", "card", str(tiny_run.output), "--evaluation", str(tmp_path / "no_figures.json")]) == 2
+        assert "holds no figures" in capsys.readouterr().err
     assert run(["hub", "card", str(tiny_run.output)]) == 0
     assert capsys.readouterr().out.startswith("---\nlibrary_name: paqdetr\n")

@@ -195,6 +195,7 @@ def test_two_workers_of_which_one_is_killed(tmp_path: Path) -> None:
         (["no/such/folder", "--output", "out"], "no such file or folder"),
         (["a", "--output", "out", "--save", "yolo"], "--save does not go with --ray"),
         (["a", "--output", "out", "--overwrite"], "--overwrite does not go with --ray"),
+        (["a", "--output", "out", "--device", "cuda:1"], "--device cuda:1 does not go with --ray"),
     ],
 )
 def test_mistakes(arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,3 +203,10 @@ def test_mistakes(arguments: list[str], said: str, tmp_path: Path, capsys: pytes
     arguments = [str(tmp_path / word) if word == "out" else word for word in arguments]
     assert run(["predict", str(model), *arguments, "--ray", "local"]) == 2
     assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", ["--workers", "--shard-size"])
+def test_options_of_a_cluster_need_one(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = write_tiny_onnx(tmp_path / "m.onnx")
+    assert run(["predict", str(model), "a", "--output", str(tmp_path / "out"), option, "2"]) == 2
+    assert "give --ray local as well" in capsys.readouterr().err

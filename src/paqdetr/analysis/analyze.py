@@ -87,7 +87,7 @@ def analyze(
     samples: int = SAMPLES,
     seed: int = 0,
     batch_size: int = 4,
-    device: str = "cpu",
+    device: str | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Write a report of what a detector does on one split: a page, and the numbers behind each plot in data/.
@@ -103,7 +103,7 @@ def analyze(
         samples: resamples of the bootstrap.
         seed: of the resamples.
         batch_size: images that go through together; it changes no figure.
-        device: where checkpoints are put; detectors stay where they are.
+        device: where checkpoints are put; None: the best there is. Detectors stay where they are.
         progress: called with (stage, done, in all).
 
     Raises:

@@ -11,10 +11,11 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from paqdetr._threads import postpone_compiler
 from paqdetr.cli import (
     analyze,
     bench,
@@ -35,6 +36,9 @@ from paqdetr.cli.console import Ended, errors, finish_streams, make_streams_loss
 from paqdetr.cli.habits import what_to_type
 from paqdetr.cli.help import Verb, Verbs, show_help
 from paqdetr.errors import UserError, memory_error
+
+# At import, which processes that are spawned repeat, and no torchvision is loaded yet.
+postpone_compiler()
 
 
 class _AllVerbs(Verbs):
@@ -158,9 +162,7 @@ def run(argv: Sequence[str]) -> int:
             errors.print(usage())
             return 2
         if usage is not None:
-            context = getattr(error, "ctx", None)
-            path = context.command_path if context is not None else "paqdetr"
-            return _mistake(usage(), f"`{path} --help` shows how it is used", debug=debug)
+            return _mistake(usage(), f"`{_verb_of(arguments, program)} --help` shows how it is used", debug=debug)
         if type(error).__name__ == "Exit":
             return int(getattr(error, "exit_code", 0))
         if type(error).__name__ == "Abort":
@@ -187,6 +189,16 @@ def run(argv: Sequence[str]) -> int:
         return 1
     except KeyboardInterrupt:
         return _interrupted(training)
+
+
+def _verb_of(arguments: Sequence[str], program: Any) -> str:
+    """The verb of a command line, such as "paqdetr data make"; not every usage error knows it."""
+    names, command = ["paqdetr"], program
+    for word in arguments:
+        if (command := getattr(command, "commands", {}).get(word)) is None:
+            break
+        names.append(word)
+    return " ".join(names)
 
 
 def _trains(argv: Sequence[str]) -> bool:

@@ -52,8 +52,8 @@ def convert(
     overwrite: options.Overwrite = False,
 ) -> None:
     """Turn weights of another program into a checkpoint."""
-    from paqdetr.checkpoint import settings_to_add
-    from paqdetr.config import list_configs, load_config, parse_overrides
+    from paqdetr.checkpoint import command_to_train_from
+    from paqdetr.config import parse_overrides
     from paqdetr.files import open_regular
 
     if origin not in _ORIGINS:
@@ -83,17 +83,9 @@ def convert(
         note(line)
     results.print(f"checkpoint: {output}")
     files.write("json", report.to_dict())
-    if report.model in list_configs("model"):
-        config = load_config(report.model)
-        extra = settings_to_add(detector.config, config.model)
-        images = detector.preprocessing
-        extra += [
-            f"{key}={getattr(images, key)}"
-            for key in ("resize", "pad_divisor")
-            if getattr(images, key) != getattr(config, key)
-        ]
-        words = ["paqdetr train", report.model, "--data DIR --output RUN", f"init={output}", *extra]
-        results.print(f"to train it: {' '.join(words)}")
+    command = command_to_train_from(output, report.model, detector.config, detector.preprocessing)
+    if command is not None:
+        results.print(f"to train it: {command}")
 
 
 def _tensors(report: ConversionReport) -> Table:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from paqdetr.cli import options
-from paqdetr.cli.console import results
+from paqdetr.cli.console import note, results
 from paqdetr.errors import ConfigError, import_extra
 
 app = typer.Typer(no_args_is_help=True, help="Share detectors on the Hugging Face Hub.", rich_markup_mode=None)
@@ -25,7 +25,9 @@ def push(
     repo: _Repo,
     *,
     private: Annotated[bool, typer.Option("--private", help="Create it as a private repository.")] = False,
-    exported: Annotated[list[Path] | None, typer.Option("--with", help="Exported models that go along.")] = None,
+    exported: Annotated[
+        list[Path] | None, typer.Option("--with", help="Exported models that go along, under their names.")
+    ] = None,
     preview: Annotated[Path | None, typer.Option(help="A picture that is shown with detections drawn on it.")] = None,
     license: _License = None,
     evaluation: _Evaluation = None,
@@ -42,15 +44,20 @@ def push(
         folder = Path(temporary)
         header = _weights(checkpoint, folder)
         hub.write_folder(folder, header, license=license, evaluation=_figures(evaluation), repo=name)
-        for file in exported or []:
-            for part in (file, file.with_suffix(".bin")) if file.suffix == ".xml" else (file,):
-                _copy(part, folder / f"model{part.suffix}")
         if preview is not None:
             from paqdetr.models import load
 
             picture = load(folder / hub.WEIGHTS).predict(preview)[0].draw()
             picture.thumbnail((1280, 1280))
             picture.save(folder / "preview.jpg", quality=90)
+        for file in exported or []:
+            for part in (file, file.with_suffix(".bin")) if file.suffix == ".xml" else (file,):
+                if (folder / part.name).exists():
+                    raise ConfigError(
+                        f"--with {part}: the upload has another file called {part.name}",
+                        "rename the file, or leave it out",
+                    )
+                _copy(part, folder / part.name)
         results.print(hub.push(folder, name, private=private), soft_wrap=True)
 
 
@@ -90,9 +97,10 @@ def space(checkpoint: options.Checkpoint, *, output: Annotated[Path, typer.Optio
     with whole_folder(output) as folder:
         header = _weights(checkpoint, folder)
         (folder / "app.py").write_text(_APP, encoding="utf-8")
-        (folder / "requirements.txt").write_text("paqdetr\n", encoding="utf-8")
+        (folder / "requirements.txt").write_text(_REQUIREMENTS, encoding="utf-8")
         title = header["name"].replace("'", "")
         (folder / "README.md").write_text(_SPACE.format(title=title), encoding="utf-8")
+    note(f"{output / 'requirements.txt'} has to say where pip gets paqdetr, which no package index has")
     results.print(f"{output}: upload it with `hf upload USER/NAME {output} --repo-type space`", soft_wrap=True)
 
 
@@ -104,6 +112,10 @@ app_file: app.py
 ---
 
 A detector of paqdetr.
+"""
+
+_REQUIREMENTS = """# No package index has paqdetr. Say where it lies: paqdetr @ git+https://..., or @ https://... of a wheel.
+paqdetr
 """
 
 _APP = """import gradio as gr
@@ -147,7 +159,9 @@ def _copy(source: Path, target: Path) -> None:
 def _figures(file: Path | None) -> dict[str, Any] | None:
     from paqdetr.files import MAX_SIDE_BYTES, read_json
 
-    content = None if file is None else read_json(file, limit=MAX_SIDE_BYTES)
-    if content is not None and not isinstance((content or {}).get("AP"), float):
+    if file is None:
+        return None
+    content = read_json(file, limit=MAX_SIDE_BYTES)
+    if not (isinstance(content, dict) and isinstance(content.get("AP"), float)):
         raise ConfigError(f"{file}: holds no figures", "give what `paqdetr eval --json` wrote")
     return content

@@ -110,12 +110,12 @@ def _of_run(folder: Path) -> tuple[str, dict[str, str]]:
 
 
 def _of_checkpoint(path: Path) -> tuple[str, dict[str, str]]:
-    from paqdetr.checkpoint import describe_checkpoint, read_header
+    from paqdetr.checkpoint import command_to_train_from, describe_checkpoint, read_header
 
     header = read_header(path)
     if "name" not in header:
         raise ConfigError(f"{path}: the state of a training, not a model", "name the run's folder")
-    config, classes, _ = describe_checkpoint(header, str(path))
+    config, classes, preprocessing = describe_checkpoint(header, str(path))
     return f"{path}: checkpoint of {header['name']}, {path.stat().st_size / 1e6:.1f} MB", {
         "classes": _classes(list(classes.names)),
         "queries": str(config.model.num_queries),
@@ -124,7 +124,7 @@ def _of_checkpoint(path: Path) -> tuple[str, dict[str, str]]:
         "validation": _figures(header["metrics"]) if header.get("metrics") else "",
         "written by": f"paqdetr {header.get('version', '?')}",
         "use it": f"paqdetr predict {shlex.quote(str(path))} SOURCE",
-        "train from it": f"paqdetr train {header['name']} --data DIR --output DIR init={shlex.quote(str(path))}",
+        "train from it": command_to_train_from(path, config.name, config.model, preprocessing) or "",
     }
 
 

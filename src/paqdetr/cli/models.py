@@ -101,7 +101,10 @@ def list_names(pattern: Annotated[str, typer.Argument(help='Which ones, such as 
 
 @config.command()
 def show(model: options.Model, settings: options.Settings = None) -> None:
-    """Print every setting of a model and its training as resolved, as YAML that `train` takes."""
+    """Print every setting of a model and its training as resolved, as YAML that `train` takes.
+
+    Without model.num_classes, which the data decide, unless it was set.
+    """
     from paqdetr.config import load_config
 
     results.print(load_config(model, settings or []).to_yaml(), end="")

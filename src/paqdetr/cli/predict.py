@@ -55,13 +55,16 @@ def predict(
         str | None,
         options.machine(
             metavar="ADDRESS",
-            help="Detect on a Ray cluster (local starts one, auto is the one of this machine), into Parquet files.",
+            help="Detect on a Ray cluster (local starts one, auto is the one of this machine), into Parquet files; on CPUs, or "
+            "with --device cuda on a GPU for each model.",
         ),
     ] = None,
     workers: Annotated[
         int | None, options.machine(min=1, help="With --ray: models; as many as there is room for.")
     ] = None,
-    shard_size: Annotated[int, options.machine(min=1, help="With --ray: pictures of a Parquet file.")] = 1000,
+    shard_size: Annotated[
+        int | None, options.machine(min=1, help="With --ray: pictures of a Parquet file; 1000 if not given.")
+    ] = None,
     device: options.Device = None,
 ) -> None:
     """Detect in pictures and videos; draw and write what is found.
@@ -87,9 +90,13 @@ def predict(
         others |= {"--annotations": annotations, "--overwrite": overwrite}
         for name in (name for name, given in others.items() if given):
             raise ConfigError(f"{name} does not go with --ray, which writes Parquet files of pictures", "leave it out")
-        how = {"threshold": threshold, "nms": suppress_over, "classes": wanted, "tiles": cut}
+        if device not in (None, "cpu", "cuda"):
+            raise ConfigError(f"--device {device} does not go with --ray, which finds GPUs itself", "give cpu or cuda")
+        how = {"threshold": threshold, "nms": suppress_over, "classes": wanted, "tiles": cut, "shard_size": shard_size}
         given = {key: value for key, value in how.items() if value is not None}
-        return _on_ray(model, sources, output, ray, workers, shard_size, batch_size, device, given)
+        return _on_ray(model, sources, output, ray, workers, batch_size, device == "cuda", given)
+    if workers is not None or shard_size is not None:
+        raise ConfigError("--workers and --shard-size are about a Ray cluster", "give --ray local as well")
     forms = [form.strip() for form in save.split(",")]
     require_forms(forms)
     file = require_model(model)
@@ -153,9 +160,8 @@ def _on_ray(
     output: str | None,
     address: str,
     workers: int | None,
-    shard_size: int,
     batch_size: int,
-    device: str | None,
+    on_gpus: bool,
     how: dict[str, Any],
 ) -> None:
     from paqdetr.serving.ray_predict import predict_on_ray
@@ -169,8 +175,7 @@ def _on_ray(
             output=output,
             address=None if address == "local" else address,
             workers=workers,
-            gpus=1 if device is not None and device.startswith("cuda") else 0,
-            shard_size=shard_size,
+            gpus=int(on_gpus),
             batch_size=batch_size,
             progress=progress,
             **how,

@@ -305,8 +305,12 @@ class Config(Section):
         return value
 
     def to_yaml(self) -> str:
-        """The resolved settings; `load_config` of this text gives an equal `Config`."""
-        return dump_yaml(self.model_dump(mode="json"))
+        """The resolved settings; `load_config` of this text gives an equal `Config`.
+
+        `model.num_classes` is there if it was set: its default, written down, would refuse data with other classes.
+        """
+        data_decide = "num_classes" not in self.model.model_fields_set
+        return dump_yaml(self.model_dump(mode="json", exclude={"model": {"num_classes"}} if data_decide else None))
 
 
 def known_fields() -> dict[str, FieldInfo]:

@@ -85,7 +85,6 @@ def model_card(
     *,
     license: str | None = None,
     evaluation: Mapping[str, Any] | None = None,
-    data: str = "validation data",
     repo: str = "user/name",
 ) -> str:
     """The README of a model.
@@ -93,8 +92,8 @@ def model_card(
     Args:
         header: of its checkpoint.
         license: of the weights, as the Hub abbreviates it: apache-2.0, cc-by-4.0, ...
-        evaluation: what `paqdetr eval --json` wrote, with `--intervals` if there are any; the metrics of the checkpoint if None.
-        data: what it was evaluated on.
+        evaluation: what `paqdetr eval --json` wrote, with `--intervals` if there are any, on the data that its `source` names;
+            the metrics of the checkpoint, on its training's validation data, if None.
         repo: where it lies.
     """
     figures = evaluation or header.get("metrics") or {}
@@ -102,12 +101,14 @@ def model_card(
     rows = [
         (key, figures[key], intervals.get(key)) for key in ("AP", "AP50", "AP75") if isinstance(figures.get(key), float)
     ]
+    data, split, where = _measured_on(evaluation)
     name = repo.rpartition("/")[2] if repo != "user/name" else str(header["name"])
     results = [
         EvalResult(
             task_type="object-detection",
             dataset_type="custom",
             dataset_name=data,
+            dataset_split=split,
             metric_type=key,
             metric_value=round(value, 4),
             metric_args={k: i[k] for k in ("low", "high")} if i else None,
@@ -131,10 +132,26 @@ def model_card(
         f"An object detector of the architecture `{header['name']}`, trained with paqdetr.",
         f'```python\nimport paqdetr\n\nmodel = paqdetr.load("{PREFIX}{repo}")\n'
         'for found in model.predict("photo.jpg"):\n    print(found.boxes, found.scores, found.labels)\n```',
-        *(["## Figures", f"On {data}:", "\n".join(table)] if rows else []),
+        *(["## Figures", f"On {where}:", "\n".join(table)] if rows else []),
         f"## Classes\n\n{len(classes)}: {shown}",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _measured_on(evaluation: Mapping[str, Any] | None) -> tuple[str, str | None, str]:
+    """Name and split of the data that figures are of, and both in words, with how the model was used."""
+    if evaluation is None:
+        return "validation data", None, "the validation data of its training"
+    source = evaluation.get("source") or {}
+    split, path = source.get("split"), Path(source.get("data") or source.get("annotations") or "")
+    name = path.parent.name if path.suffix in (".yaml", ".yml") else path.name  # no folders of whoever evaluated it
+    if not name:
+        return "not named", None, "data that the file of the figures does not name"
+    how = [f"the {split} split of {name}" if split else name]
+    how += [f"threshold {source['threshold']:g}"] if source.get("threshold") else []
+    how += [f"NMS over IoU {source['nms']:g}"] if source.get("nms") is not None else []
+    how += [f"in tiles of {source['tiles']['size']} pixels"] if source.get("tiles") else []
+    return name, split, ", ".join(how)
 
 
 def fetch(address: str, name: str = WEIGHTS) -> Path:

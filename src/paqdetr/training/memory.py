@@ -113,7 +113,8 @@ def in_own_process(
         OutOfMemoryError: what it does needs more memory than there is.
         UserError: as it does.
     """
-    command = [sys.executable, "-c", "from paqdetr.training.memory import _serve; _serve()"]
+    code = "from paqdetr import _threads; _threads.postpone_compiler(); from paqdetr.training.memory import _serve; _serve()"
+    command = [sys.executable, "-c", code]
     with tempfile.TemporaryFile() as log, subprocess.Popen(command, stdin=PIPE, stdout=PIPE, stderr=log) as process:
         assert process.stdin is not None and process.stdout is not None
         answer = None
