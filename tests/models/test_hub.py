@@ -128,7 +128,7 @@ def test_a_card_of_a_model_without_figures_and_with_odd_names() -> None:
     ("source", "name", "said"),
     [
         (None, "not named", "On data that the file of the figures does not name:"),
-        ({"data": "/home/me/street", "split": "test"}, "street", "On the test split of street:"),
+        ({"data": "sets/street", "split": "test"}, "street", "On the test split of street:"),
         (
             {"data": "x/street/data.yaml", "split": "val", "threshold": 0.25, "nms": 0.7, "tiles": {"size": 640}},
             "street",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,10 +22,12 @@ class Stub:
 
     Attributes:
         delay: seconds of a call.
+        goes_on: a call waits until it is set, if there is one.
         calls: how many images came with each call, and the other arguments.
     """
 
     delay: float = 0.0
+    goes_on: threading.Event | None = None
     name: str = "stub"
     operating_point: OperatingPoint = field(default_factory=lambda: OperatingPoint(threshold=0.5))
     classes: ClassTable = field(default_factory=lambda: ClassTable((3, 7), ("cat", "dog & <b>")))
@@ -33,6 +36,8 @@ class Stub:
     def predict(self, images: Sequence[Image.Image], **how: Any) -> list[Detections]:
         self.calls.append((len(images), how))
         time.sleep(self.delay)
+        if self.goes_on is not None:
+            self.goes_on.wait(60)
         found = [self._one(image).above(self.operating_point.least_score(how.get("threshold"))) for image in images]
         return [detections.of(*how["classes"]) for detections in found] if "classes" in how else found
 

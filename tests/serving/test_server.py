@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import struct
+import threading
 import time
 import zlib
 from collections.abc import Callable
@@ -162,10 +163,12 @@ def test_keys(client: Callable[..., TestClient]) -> None:
 
 
 def test_a_call_that_hangs_is_given_up_and_shows_in_health(client: Callable[..., TestClient]) -> None:
-    calls = client(Stub(delay=1.5), limits=Limits(timeout=0.1, queue=1, max_batch=1))
+    goes_on = threading.Event()
+    calls = client(Stub(goes_on=goes_on), limits=Limits(timeout=0.1, queue=1, max_batch=1))
     answer = calls.post("/v1/detect", content=picture(1))
     assert answer.status_code == 504 and "no answer within 0.1 s" in answer.json()["error"]
     assert calls.get("/healthz").status_code == 503
+    goes_on.set()
     end = time.monotonic() + 30
     while calls.get("/healthz").status_code == 503 and time.monotonic() < end:
         time.sleep(0.02)
@@ -173,9 +176,11 @@ def test_a_call_that_hangs_is_given_up_and_shows_in_health(client: Callable[...,
 
 
 def test_requests_that_were_given_up_leave_room_for_others(client: Callable[..., TestClient]) -> None:
-    calls = client(Stub(delay=1.5), limits=Limits(timeout=0.1, queue=1, max_batch=1))
+    goes_on = threading.Event()
+    calls = client(Stub(goes_on=goes_on), limits=Limits(timeout=0.1, queue=1, max_batch=1))
     assert [calls.post("/v1/detect", content=picture(1)).status_code for _ in range(4)] == [504] * 4
     assert calls.get("/readyz").status_code == 200
+    goes_on.set()
 
 
 def test_images_in_tiles_go_one_by_one(client: Callable[..., TestClient]) -> None:
