@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -65,10 +66,13 @@ class Run(Summary):
         return entries[-1].get("data") if entries else None
 
     @property
-    def ident(self) -> str | None:
-        """Hexadecimal digits that stay with the run wherever its folder goes; None if it was begun by an earlier version."""
+    def id(self) -> str | None:
+        """Hexadecimal digits that stay with the run wherever its folder goes; None before its start. Of a run that an earlier
+        version began, those that W&B knows it by."""
         entries = self._environments()
-        return entries[-1].get("id") if entries else None
+        if not entries:
+            return None
+        return entries[-1].get("id") or hashlib.sha256(str(self.output.resolve()).encode()).hexdigest()[:16]
 
     @property
     def metrics_file(self) -> Path:

@@ -117,8 +117,8 @@ def test_eval_of_results(tmp_path: Path, tiny_digits: Path, capsys: pytest.Captu
     assert run(arguments) == 0
     found = json.loads(out.read_text())
     assert found["AP"] == pytest.approx(1)
-    truth = str(tiny_digits / "val.json")
-    assert found["source"] == {"results": str(tmp_path / "results.json"), "annotations": truth}
+    of = {"annotations": str(tiny_digits / "val.json"), "max_detections": 100, "iou_type": "bbox"}
+    assert found["source"] == {"results": str(tmp_path / "results.json"), **of}
     assert "1.000" in capsys.readouterr().out
 
 
@@ -138,10 +138,10 @@ def test_eval_keeps_results_that_can_be_compared(
     assert run(["eval", "--compare", str(kept), str(tiny_run.best), *data, "--json", str(out)]) == 0
     assert "A and B are equally good: AP of B - A is +0.000" in capsys.readouterr().out
     found = json.loads(out.read_text())
-    used = {"model": str(tiny_run.best), "data": str(tiny_digits), "split": "test"}
-    used |= {"threshold": 0.0, "nms": None, "tiles": None}
+    of = {"data": str(tiny_digits), "split": "test", "max_detections": 100}
+    used = {"model": str(tiny_run.best), **of, "threshold": 0.0, "nms": None, "tiles": None}
     assert found["B"]["source"] == used and figures["source"] == used | {"model": str(tiny_run.output)}
-    assert found["A"] == found["B"] | {"source": {"results": str(kept), "data": str(tiny_digits), "split": "test"}}
+    assert found["A"] == found["B"] | {"source": {"results": str(kept), **of, "iou_type": "bbox"}}
     assert found["A"]["figures"]["AP"]["value"] == pytest.approx(figures["AP"])
     # They are COCO results like any others.
     truth = str(tiny_digits / "test.json")

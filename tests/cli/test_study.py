@@ -98,18 +98,30 @@ def test_the_report_of_what_is_there(study: Path, tmp_path: Path, capsys: pytest
     assert shlex.split(command)[-3:] == ["--data-root", str(root), "--resume"]
 
 
-def test_a_part_of_the_data_leaves_the_verdicts_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = {**VALUES["data"], "other": {"folder": "missing"}}
+def test_a_part_of_the_data_leaves_the_verdicts_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = {**VALUES["data"], "other": {"make": {"train": 41, "val": 1, "test": 1}}}
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(VALUES | {"data": data}))
-    start = ["study", str(tmp_path / "two.yaml"), "--output", str(tmp_path / "out"), "--report-only"]
+    start = ["study", str(tmp_path / "two.yaml"), "--output", str(tmp_path / "out")]
+    monkeypatch.setattr("paqdetr.study.queue.run_queue", lambda *_, **__: SimpleNamespace(failed=[]))
+    monkeypatch.setattr("paqdetr.study.datasets.prepare", lambda *_, **__: None)
     for seed in (0, 1):
         result(tmp_path / "out", "baseline", seed, 0.4 + seed / 1000)
         result(tmp_path / "out", "new", seed, 0.5 + seed / 500)
     tables = []
-    for only in ([], ["--only", "digits"]):
-        assert run([*start, *only]) == 0
+    for more in (["--only", "digits"], ["--report-only"]):
+        assert run([*start, *more]) == 0
         tables.append(json.loads((tmp_path / "out" / "study.json").read_text())["verdicts"])
     assert tables[0] == tables[1] and {row["data"] for row in tables[1]} == {"digits", "other"}
+    assert run([*start, "--report-only", "--only", "digits"]) == 2
+    assert "a report is of all that is there" in capsys.readouterr().err
+    # Results of data sets that are not run may be of another file: they are left out, and named.
+    for file in (tmp_path / "out" / "results" / "digits" / "new").iterdir():
+        file.write_text(file.read_text().replace('"measure":{}', '"measure":{"split":"val"}'))
+    assert run([*start, "--resume", "--only", "other"]) == 0
+    said = capsys.readouterr().err
+    assert said.count("left out of the report: digits, new, seed") == 2 and "was measured with split='val'" in said
 
 
 def test_failed_runs_are_run_again_when_asked(

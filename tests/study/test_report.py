@@ -126,7 +126,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def report(folder: Path) -> StudyReport:
     started = time.process_time()
-    written = write_report(study(), folder / "results", folder, command="paqdetr study x.yaml --output DIR")
+    written = write_report(
+        study(), read_results(folder / "results"), folder, command="paqdetr study x.yaml --output DIR"
+    )
     assert time.process_time() - started < 20, "statistics and report take seconds"
     return written
 

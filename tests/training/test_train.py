@@ -393,7 +393,7 @@ def test_the_run_says_what_it_was_made_with(tiny_run: Run) -> None:
     assert torch.__version__.split("+")[0] == entry["packages"]["torch"].split("+")[0]
     assert entry["machine"]["memory_gib"] > 0 and entry["processes"] == 1 and entry["command"].startswith("python")
     assert entry["git"] is None or len(entry["git"]["commit"]) == 40
-    assert tiny_run.ident == entry["id"] and len(entry["id"]) == 32
+    assert tiny_run.id == entry["id"] and len(entry["id"]) == 32
 
 
 def test_nothing_that_is_written_holds_a_pickle(tiny_run: Run) -> None:

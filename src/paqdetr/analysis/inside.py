@@ -253,7 +253,7 @@ def _inside_section(
     if not one_to_many:
         without.append(f"it was trained with one-to-one assignment in every layer ({source})")
     elif training is None:
-        without.append("the data has no training split to show positives of")
+        without.append("there is no training split to show positives of")
     learning, pairs = training if training is not None and one_to_many else (model.split, ())
     total = len(images) + len(pairs)
     for number, index in enumerate(images):

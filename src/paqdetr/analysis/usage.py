@@ -358,7 +358,7 @@ def content_gradients(
         A `Spread` of amounts: `counts` are the (n,) sums.
 
     Raises:
-        DataError: an image cannot be read, or the split has a class that the model has not.
+        DataError: none of the images can be read, or the split has a class that the model has not.
         NonFiniteError: a prediction is NaN or infinite.
     """
     require_same_classes(model.classes, split)
@@ -373,7 +373,7 @@ def content_gradients(
     device = model.device
     total = torch.zeros(model.config.num_queries, dtype=torch.float64)
     modes = {module: module.training for module in model.modules()}
-    ranked = False
+    ranked, seen = False, 0
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
@@ -382,7 +382,13 @@ def content_gradients(
                 if isinstance(module, _BatchNorm):
                     module.eval()
             for done, index in enumerate(chosen, start=1):
-                pixels = model.preprocessing(split.image_or_blank(index))
+                try:
+                    pixels = model.preprocessing(split.checked_image(index))
+                except DataError:
+                    if done == count and not seen:
+                        raise
+                    continue
+                seen += 1
                 pixels, mask = pad_images([pixels], model.preprocessing.pad_divisor)
                 target = split.targets(index, classes=model.classes).to(device)
                 with torch.no_grad():  # the way from the loss to the content does not pass the backbone
@@ -398,4 +404,4 @@ def content_gradients(
     finally:
         for module, mode in modes.items():
             module.training = mode
-    return Spread(counts=total.numpy(), images=count, ranked=ranked, discrete=False)
+    return Spread(counts=total.numpy(), images=seen, ranked=ranked, discrete=False)

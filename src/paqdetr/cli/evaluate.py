@@ -58,11 +58,12 @@ class _Task:
 
     def source(self, path: Path, *, made_already: bool = False) -> dict[str, Any]:
         """What figures are of, for json: a model and how it was used, or a results file; and the ground truth."""
-        truth = {"annotations": str(self.annotations)}
+        truth: dict[str, Any] = {"annotations": str(self.annotations)}
         if self.data is not None:
             truth = {"data": str(self.data), "split": self.split}
+        truth["max_detections"] = self.max_detections
         if made_already:
-            return {"results": str(path), **truth}
+            return {"results": str(path), **truth, "iou_type": self.kind}
         tiles = None if self.tiles is None else asdict(self.tiles)
         return {"model": str(path), **truth, "threshold": self.threshold, "nms": self.nms, "tiles": tiles}
 

@@ -162,6 +162,7 @@ def _figures(file: Path | None) -> dict[str, Any] | None:
     if file is None:
         return None
     content = read_json(file, limit=MAX_SIDE_BYTES)
-    if not (isinstance(content, dict) and isinstance(content.get("AP"), float)):
+    figures = isinstance(content, dict) and isinstance(content.get("AP"), float)
+    if not figures or not isinstance(content.get("source", {}), dict):
         raise ConfigError(f"{file}: holds no figures", "give what `paqdetr eval --json` wrote")
     return content

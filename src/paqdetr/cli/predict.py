@@ -104,7 +104,7 @@ def predict(
     if output is not None:
         require_place(Path(output), overwrite=overwrite)
         if Path(output).is_dir() and any(files_below(Path(output))):
-            note(f"{output}: holds results of an earlier call; those of other names than the new ones stay")
+            note(f"{output}: holds files already; those of other names than the new ones stay")
     image_id = None if annotations is None else _image_ids(annotations)
     if wanted is not None and not is_exported(file):
         from paqdetr.checkpoint import find_described  # needs pydantic, and an exported model runs without

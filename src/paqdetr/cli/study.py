@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +11,7 @@ import typer
 
 from paqdetr.cli import options
 from paqdetr.cli.console import Ended, errors, interrupted, live_bars, note, progress_bar, results, table
-from paqdetr.errors import ConfigError
+from paqdetr.errors import ConfigError, DataError
 from paqdetr.text import duration, figure
 
 if TYPE_CHECKING:
@@ -102,8 +103,10 @@ def study(
     study = whole.only(only) if only else whole
     words = ["paqdetr", "study", str(file), "--output", str(output)]
     words += [] if data_root == Path() else ["--data-root", str(data_root)]
-    command = shlex.join([*words, *(word for name in only or () for word in ("--only", name)), "--resume"])
+    command = shlex.join([*words, "--resume"])
     if report_only:
+        if only:
+            raise ConfigError("--only chooses what is run, and a report is of all that is there", "leave it out")
         return _report(whole, places, command)
     runs = plan_runs(study, file=file, places=places, root=data_root)
     if plan:
@@ -142,7 +145,7 @@ def study(
         raise interrupted("the state is saved", stopped.exit_code, resume=resume) from None
     for planned in done.failed:
         errors.print(f"failed: {planned.key}; see {places.log(planned.key)}")
-    _report(whole, places, command)
+    _report(whole, places, command, may_not_fit=whole.data.keys() - study.data.keys())
     if done.failed:
         note("correct the cause, then continue with --resume --retry", "help", "bold")
         raise Ended(2)
@@ -156,13 +159,25 @@ def _prepare(study: Study, places: Places, data_root: Path) -> None:
             prepare(data, cache=places.data, root=data_root, progress=progress)
 
 
-def _report(study: Study, places: Places, command: str) -> None:
-    """Write and print what the results say; `command` is what made them."""
+def _report(study: Study, places: Places, command: str, *, may_not_fit: Collection[str] = ()) -> None:
+    """Write and print what the results say; `command` makes all of them. Of data sets that were not run now, results that the
+    study's file no longer fits are left out."""
     from paqdetr.study.report import write_report
+    from paqdetr.study.results import read_results
+    from paqdetr.study.verdicts import require_fits
 
     if not places.results.is_dir():
         raise ConfigError(f"{places.output}: there are no results yet", "run the study without --report-only")
-    report = write_report(study, places.results, places.output, command=command)
+    found = []
+    for result in read_results(places.results):
+        try:
+            if result.key.data in may_not_fit and result.failed is None:
+                require_fits(study, result)
+        except DataError as error:
+            note(f"left out of the report: {error.message}")
+        else:
+            found.append(result)
+    report = write_report(study, found, places.output, command=command)
     _print(report)
     results.print(f"report: {places.output / 'report' / 'index.html'}")
 

@@ -216,26 +216,26 @@ def _multiple_of_sides(body: nn.Module, name: str, strides: tuple[int, ...]) -> 
         coarsest = max(int(info["reduction"]) for info in _feature_info(body))
         if _gives_whole_maps(body, strides, 2 * coarsest + 1, 3 * coarsest - 1):
             _multiples[name, strides] = 1
-        elif _gives_whole_maps(body, strides, 4 * coarsest, 6 * coarsest):
-            _multiples[name, strides] = coarsest
-        else:
+        elif _gives_whole_maps(body, strides, 4 * coarsest, 6 * coarsest) is False:
             raise ConfigError(
                 f"backbone {name!r}: its features are smaller than the image over their strides, so that no cell lies where its "
                 "stride says",
                 "choose another backbone: ResNet, EfficientNet, ConvNeXt, Swin and most others have whole maps",
             )
+        else:
+            _multiples[name, strides] = coarsest
     return _multiples[name, strides]
 
 
-def _gives_whole_maps(body: nn.Module, strides: tuple[int, ...], height: int, width: int) -> bool:
-    """Whether maps have ceil(side / stride) cells; tried on shapes alone."""
+def _gives_whole_maps(body: nn.Module, strides: tuple[int, ...], height: int, width: int) -> bool | None:
+    """Whether maps have ceil(side / stride) cells, tried on shapes alone; None if that fails."""
     wanted = [(-(-height // stride), -(-width // stride)) for stride in strides]
     state = {key: value.to("meta") for key, value in [*body.named_parameters(), *body.named_buffers()]}
     try:
         with torch.no_grad():  # two images: batch norms in training refuse a single value
             maps = functional_call(body, state, torch.empty(2, 3, height, width, device="meta"))
     except (RuntimeError, AssertionError, ValueError):
-        return False
+        return None
     sides = slice(2, 4) if _is_nchw(body) else slice(1, 3)
     return [tuple(x.shape[sides]) for x in maps] == wanted
 

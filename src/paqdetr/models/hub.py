@@ -64,11 +64,14 @@ def from_pretrained(name: str | Path, *, device: str = "cpu", **how: Any) -> Det
     if Path(name).exists() or Path(name).suffix == ".safetensors":
         from paqdetr.models.files import load
 
-        if how:
-            raise ConfigError(f"{name}: is a path, and {next(iter(how))} is for a model of the Hub", "leave it out")
+        if given := [key for key in ("revision", "force_download") if how.get(key)]:
+            raise ConfigError(f"{name}: is a path, and {given[0]} is for a model of the Hub", "leave it out")
         return load(name, device=device)
     repo, revision = split_address(str(name))
-    how |= {"revision": revision} if revision else {}
+    if revision and how.setdefault("revision", revision) != revision:
+        raise ConfigError(
+            f"{name}: names a revision, and revision={how['revision']!r} another", "leave one of them out"
+        )
     with hub_errors(repo):
         return SharedDetector.from_pretrained(repo, device=device, **how).model
 
@@ -150,6 +153,8 @@ def _measured_on(evaluation: Mapping[str, Any] | None) -> tuple[str, str | None,
     how = [f"the {split} split of {name}" if split else name]
     how += [f"threshold {source['threshold']:g}"] if source.get("threshold") else []
     how += [f"NMS over IoU {source['nms']:g}"] if source.get("nms") is not None else []
+    how += ["masks"] if source.get("iou_type") == "segm" else []
+    how += [f"{source['max_detections']} detections an image"] if source.get("max_detections", 100) != 100 else []
     how += [f"in tiles of {source['tiles']['size']} pixels"] if source.get("tiles") else []
     return name, split, ", ".join(how)
 

@@ -13,7 +13,7 @@ from paqdetr.report.page import Chapter, Heading, render, to_markdown, write_fol
 from paqdetr.report.plots import INK, bars, colour, legend, line, new_axes, new_grid, plot_part
 from paqdetr.report.section import Figure, Part, Section, Table
 from paqdetr.study import tables
-from paqdetr.study.results import RunResult, read_results
+from paqdetr.study.results import RunResult
 from paqdetr.study.spec import Study
 from paqdetr.study.verdicts import Runs, Verdict, verdicts
 
@@ -67,16 +67,13 @@ def study_report(study: Study, results: Sequence[RunResult], *, command: str) ->
     return StudyReport(runs, decided, sections, tuple(_facts(runs, command)))
 
 
-def write_report(study: Study, results: Path, output: Path, *, command: str) -> StudyReport:
-    """Write study.json, study.md, plots/ and report/index.html into `output`.
-
-    Args:
-        results: the folder of the runs' results.
+def write_report(study: Study, results: Sequence[RunResult], output: Path, *, command: str) -> StudyReport:
+    """Write study.json, study.md, plots/ and report/index.html into `output`; arguments as of `study_report`.
 
     Raises:
-        UserError: a result cannot be read, or a file not be written.
+        UserError: as `study_report`, or a file cannot be written.
     """
-    report = study_report(study, read_results(results), command=command)
+    report = study_report(study, results, command=command)
     title = f"Study {study.name}"
     write_text(output / "study.json", json.dumps(report.to_json(), indent=1) + "\n")
     write_plots(report.sections, output / "plots")

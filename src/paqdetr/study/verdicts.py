@@ -78,8 +78,7 @@ class Runs:
         planned = set(self.keys)
         self.results = {result.key: result for result in results if result.key in planned}
         for result in self.done:
-            _require_same_measure(study, result)
-            _require_same_settings(study, result)
+            require_fits(study, result)
 
     @property
     def failed(self) -> list[RunResult]:
@@ -158,6 +157,12 @@ def verdicts(runs: Runs) -> list[Verdict]:
         missing = tuple(sorted(wanted - there))
         found.append(Verdict(name, data, against, effect, claim.bound, p, outcome, over_images, missing))
     return found
+
+
+def require_fits(study: Study, result: RunResult) -> None:
+    """Raise DataError if a result was made or measured otherwise than the study's file now says."""
+    _require_same_measure(study, result)
+    _require_same_settings(study, result)
 
 
 def _require_same_measure(study: Study, result: RunResult) -> None:

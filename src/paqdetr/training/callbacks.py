@@ -189,7 +189,7 @@ def start_trackers(accelerator: Accelerator, run: Run, config: Config, *, step: 
     if not config.trackers:
         return
     # The same in every resumption, and of no other run in a folder of this name. trackio knows a run by its name alone.
-    ident = run.ident or uuid4().hex
+    ident = run.id or uuid4().hex
     options: dict[str, dict[str, Any]] = {
         "tensorboard": {"purge_step": step + 1},
         "wandb": {"name": run.output.name, "dir": str(run.output), "id": ident, "resume": "allow"},
@@ -230,15 +230,20 @@ def track(accelerator: Accelerator, record: dict[str, Any]) -> None:
             except Exception as error:  # each has its own
                 accelerator.trackers.remove(tracker)
                 _warn_of(tracker, error, "it gets no more of this start; metrics.jsonl has every record")
+                _finish(tracker)
 
 
 def finish_trackers(accelerator: Accelerator) -> None:
     """The end of what was sent; a tracker that fails is warned of."""
     for tracker in accelerator.trackers:
-        try:
-            tracker.finish()
-        except Exception as error:
-            _warn_of(tracker, error, "what it got last may be missing there")
+        _finish(tracker)
+
+
+def _finish(tracker: Any) -> None:
+    try:
+        tracker.finish()
+    except Exception as error:
+        _warn_of(tracker, error, "what it got last may be missing there")
 
 
 def _warn_of(tracker: Any, error: Exception, consequence: str) -> None:

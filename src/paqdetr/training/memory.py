@@ -60,7 +60,9 @@ def worst_batch(
     batch = noise_batch(size, height, width, boxes=boxes, num_classes=len(split.classes), device=device)
     if sizes == {(height, width)}:
         return batch
-    return replace(batch, padding_mask=torch.zeros(size, height, width, dtype=torch.bool, device=device))
+    mask = torch.zeros(size, height, width, dtype=torch.bool, device=device)
+    mask[0, -1] = True  # a mask without padding is none on a CPU
+    return replace(batch, padding_mask=mask)
 
 
 def _extremes(augment: AugmentConfig, height: int, width: int) -> list[tuple[int, int]]:

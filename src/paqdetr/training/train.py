@@ -117,11 +117,7 @@ def train(
                     logging.getLogger(__name__).warning("%s", note)
                 run.write_config(config)
                 run.remove_leftovers()
-                where = {
-                    "id": run.ident or uuid4().hex,
-                    "data": str(Path(data).resolve()),
-                    "processes": processes.count,
-                }
+                where = {"id": run.id or uuid4().hex, "data": str(Path(data).resolve()), "processes": processes.count}
                 run.add_environment(describe_environment() | where)
         trainer.fit()
     except UserError:
