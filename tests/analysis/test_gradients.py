@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -90,3 +91,14 @@ def test_mistakes(split: DetectionDataset) -> None:
     model.classes = ClassTable.numbered(10)
     with pytest.raises(DataError, match="does not fit the model"):
         content_gradients(model, split, criterion=criterion)
+
+
+def test_images_that_cannot_be_read_are_left_out(tiny_digits: Path, tmp_path: Path) -> None:
+    broken = open_split(shutil.copytree(tiny_digits, tmp_path / "digits"), "train")
+    broken.path(0).write_text("no image")
+    model, criterion = detector("paq_dino_nano", broken), build_criterion(LossConfig())
+    assert content_gradients(model, broken, criterion=criterion, images=2).images == 1
+    for index in range(len(broken)):
+        broken.path(index).write_text("no image")
+    with pytest.raises(DataError, match="not an image"):
+        content_gradients(model, broken, criterion=criterion, images=2)
