@@ -199,6 +199,11 @@ class Claim(Section):
         return 1 if self.direction == "higher" else -1
 
     @property
+    def is_share(self) -> bool:
+        """Whether the figure lies in [0, 1], as all but counts do."""
+        return self.figure not in ("predictions_per_image", "queries.dead_patterns", "queries.patterns", "queries.n")
+
+    @property
     def bound(self) -> float:
         """What variant minus the other is claimed to exceed, or to lie below."""
         return self.sign * self.threshold + 0.0  # and no -0
@@ -208,10 +213,9 @@ class Claim(Section):
         if self.figure not in (*CLAIMED, "copies") and not self.figure.startswith("queries."):
             hint = did_you_mean(self.figure, CLAIMED, f"there are {', '.join(CLAIMED)}", cutoff=0.4)
             raise ValueError(f"figure: unknown figure {self.figure!r}, {hint}")
-        share = self.figure != "predictions_per_image" and not self.figure.startswith("queries.")
         numbers = {"threshold": self.threshold, "published.effect": self.published and self.published.effect}
         for key, value in numbers.items():
-            if share and value is not None and abs(value) >= 0.5:
+            if self.is_share and not self.figure.startswith("queries.") and value is not None and abs(value) >= 0.5:
                 raise ValueError(f"{key}: {value} of {self.figure}, which lies in [0, 1]: one point is 0.01")
         return self
 

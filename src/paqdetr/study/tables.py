@@ -39,6 +39,12 @@ def verdict_table(runs: Runs, decided: Sequence[Verdict]) -> Table:
     def effect(value: Callable[[Estimate], float]) -> Callable[[Verdict], float | None]:
         return lambda verdict: None if verdict.effect is None else value(verdict.effect)
 
+    def detectable(verdict: Verdict) -> float | None:
+        if verdict.effect is None:
+            return None
+        found = replace(verdict.effect, level=strictest).smallest_effect()
+        return None if claims[verdict.claim].is_share and found > 1 else found
+
     def published(verdict: Verdict) -> float | None:
         own = claims[verdict.claim]
         return None if own.published is None else own.sign * own.published.effect
@@ -53,9 +59,7 @@ def verdict_table(runs: Runs, decided: Sequence[Verdict]) -> Table:
         Column("high", "to", "difference", value=effect(lambda e: e.interval[1])),
         Column("threshold", "claimed", "text", lambda v: f"{'<' if claims[v.claim].sign < 0 else '>'} {v.threshold:g}"),
         Column("p", "p", value=lambda v: v.effect and round(v.p, 4)),
-        Column(
-            "smallest", "detectable (80 % power)", value=effect(lambda e: replace(e, level=strictest).smallest_effect())
-        ),
+        Column("smallest", "detectable (80 % power)", value=detectable),
         Column("seeds", "seeds", "integer", lambda v: v.effect.seeds if v.effect else 0),
         Column("published", "published", "difference", published),
         Column("note", "note", "text", partial(_note, runs)),
@@ -63,7 +67,7 @@ def verdict_table(runs: Runs, decided: Sequence[Verdict]) -> Table:
     caption = (
         f"Difference: variant minus the other, with the {1 - level:.0%} interval of this claim by itself, paired by seed and by "
         f"image. p is adjusted for all {len(decided)} claims (Holm). Detectable: the minimum effect that so many seeds on these "
-        f"images decide with a power of 80 %, as the first of {len(decided)} claims."
+        f"images decide with a power of 80 %, as the first of {len(decided)} claims; none where no effect would do."
     )
     return _table("verdicts", caption, columns, decided)
 
