@@ -63,6 +63,7 @@ def test_eval(
             out = tmp_path / "out.json"
             assert run(["eval", "--results", str(results), *against, "--json", str(out)]) == 0
             figures.append(json.loads(out.read_text()))
+            assert figures[-1].pop("source")["results"] == str(results)
     assert len(figures) == 8 and all(one == figures[0] for one in figures)
     assert figures[0]["AR100"] > 0
 
