@@ -230,8 +230,9 @@ def test_a_reader_filters_and_enlarges_pictures(page: Any) -> None:
     words = [box.locator("p").inner_text()]
     path = first.locator(".path").get_attribute("data-path")
     assert box.is_visible() and path in words[0] and Path(path).is_file()
-    page.wait_for_function("document.querySelector('#lightbox img').naturalWidth > 0")
-    assert box.locator("img").evaluate("i => i.getBoundingClientRect().right <= innerWidth")
+    page.wait_for_function(
+        "(i => i.naturalWidth > 0 && i.getBoundingClientRect().right <= innerWidth)(document.querySelector('#lightbox img'))"
+    )
     for _ in range(4):
         page.keyboard.press("ArrowRight")
         words.append(box.locator("p").inner_text())
