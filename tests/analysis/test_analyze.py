@@ -241,7 +241,8 @@ def test_a_reader_filters_and_enlarges_pictures(page: Any) -> None:
     assert box.locator("p").inner_text() == words[3]
     page.keyboard.press("Escape")
     assert box.is_hidden()
-    assert page.evaluate("document.activeElement.closest('.tile') === document.querySelectorAll('.tile')[3]")
+    # The event by which focus goes back comes after the dialog has closed.
+    page.wait_for_function("document.activeElement.closest('.tile') === document.querySelectorAll('.tile')[3]")
 
 
 def test_what_a_person_needs_is_short_and_research_is_folded(page: Any) -> None:
