@@ -181,8 +181,9 @@ def export(
         if precision == "int8":
             plain = Path(folder) / f"float{file.suffix}"
             parts = _write(detector, plain, replace(info, precision="f32"), format, batch, attention)
-            limits: dict[str, Any] = {"max_drop": max_drop, "slow": slow, "check": check}
-            quantization = quantize_checked(plain, made, info, splits, parts=parts, **limits)
+            quantization = quantize_checked(
+                plain, made, info, splits, parts=parts, max_drop=max_drop, slow=slow, check=check
+            )
         else:
             _write(detector, made, info, format, batch, attention)
             if check:

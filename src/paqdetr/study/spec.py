@@ -200,8 +200,10 @@ class Claim(Section):
 
     @property
     def is_share(self) -> bool:
-        """Whether the figure lies in [0, 1], as all but counts do."""
-        return self.figure not in ("predictions_per_image", "queries.dead_patterns", "queries.patterns", "queries.n")
+        """Whether the figure lies in [0, 1]; of `queries.`, where counts stand too, this is said of Gini coefficients alone."""
+        return self.figure.startswith("queries.gini") or not self.figure.startswith(
+            ("queries.", "predictions_per_image")
+        )
 
     @property
     def bound(self) -> float:
@@ -215,7 +217,7 @@ class Claim(Section):
             raise ValueError(f"figure: unknown figure {self.figure!r}, {hint}")
         numbers = {"threshold": self.threshold, "published.effect": self.published and self.published.effect}
         for key, value in numbers.items():
-            if self.is_share and not self.figure.startswith("queries.") and value is not None and abs(value) >= 0.5:
+            if self.is_share and value is not None and abs(value) >= 0.5:
                 raise ValueError(f"{key}: {value} of {self.figure}, which lies in [0, 1]: one point is 0.01")
         return self
 
