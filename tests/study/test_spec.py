@@ -122,10 +122,13 @@ def test_a_file_that_is_none(tmp_path: Path) -> None:
 
 def test_a_claim_may_be_about_query_use() -> None:
     values = copy.deepcopy(GOOD)
-    values["claims"]["even"] = {
+    values["claims"]["few"] = {
         "variant": "new",
-        "figure": "queries.gini_positives",
+        "figure": "queries.per_image_over_30",
         "direction": "lower",
         "threshold": 2,
     }
-    assert Study.model_validate({"name": "x", **values}).claims["even"].threshold == 2
+    assert Study.model_validate({"name": "x", **values}).claims["few"].threshold == 2
+    values["claims"]["few"]["figure"] = "queries.gini_positives"
+    with pytest.raises(ValueError, match=r"2.* of queries\.gini_positives, which lies in \[0, 1\]"):
+        Study.model_validate({"name": "x", **values})
