@@ -58,10 +58,9 @@ def test_three_and_six_layers_are_the_pilots_trainings_but_for_the_depth() -> No
         ("ablation", "paper"),
         ("ablation", "static_mixture"),
         ("hosts", "paq_dab"),
-        ("sweeps", "pooled_factorised"),
-        ("sweeps", "normalized"),
+        ("ablation", "both_m192"),
+        ("distinct", "paq_token_distinct"),
         ("pilot_depth", "paq_layers6"),
-        ("remedies", "residual"),
     ],
 )
 def test_models_of_some_rows(file: str, variant: str) -> None:
@@ -75,4 +74,5 @@ def test_paper_rows_are_the_literal_paper() -> None:
     study = load_study(FOLDER / "ablation.yaml")
     config, paper = config_of(study, "digits", "paper"), load_config("paq_dino_nano", {"preset": "paper"})
     assert config.loss == paper.loss
-    assert config.model == paper.model.model_copy(update={"num_queries": 60})
+    duplicates = {"distinct_proposals": None, "distinct_queries": None}
+    assert config.model == paper.model.model_copy(update={"num_queries": 60, **duplicates})

@@ -1,13 +1,12 @@
 """The tables of docs/study.md, from the results of studies that are kept.
 
 Kept in docs/results/studies are the study's file and one json per run, not weights. `study NAME TABLE` is a table of the study's
-report by its name there, or `facts`, how the study was made; `study plan runs|cuts|gpu` are about all studies.
+report by its name there, or `facts`, how the study was made; `study plan runs|gpu` are about all studies.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from functools import cache
 from pathlib import Path
@@ -21,7 +20,6 @@ from paqdetr.study.report import StudyReport, study_report
 from paqdetr.study.results import read_results
 from paqdetr.study.runs import Places, plan_runs
 from paqdetr.study.spec import Study, load_study
-from paqdetr.study.tables import SETTLED, planning
 
 REPO = Path(__file__).resolve().parents[1]
 KEPT = REPO / "docs" / "results" / "studies"
@@ -91,7 +89,7 @@ def _plan_row(study: Study, row: Forecast) -> dict[str, Any]:
 def table(name: str, what: str) -> str:
     """Markdown of one table of a study that is kept."""
     if name == "plan":
-        return {"runs": plan_table, "cuts": cut_table, "gpu": gpu_table}[what]()
+        return {"runs": plan_table, "gpu": gpu_table}[what]()
     if not (KEPT / name / "study.yaml").is_file():
         return f"No run of `studies/{name}.yaml` is kept yet."
     report = kept_report(name)
@@ -121,8 +119,11 @@ def kept_study(name: str) -> Study:
 
 def plan_table() -> str:
     """Runs, steps and hours of each study and data set."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in _plan()["runs"]:
+        groups.setdefault((row["study"], row["data"]), []).append(row)
     rows = []
-    for study, data, group in _grouped(("study", "data")):
+    for (study, data), group in groups.items():
         hours = [row["hours"] for row in group]
         rows.append(
             {
@@ -147,28 +148,6 @@ def plan_table() -> str:
         Column("source", "from", "text"),
     )
     return to_table(make_table("plan", "", columns, rows, empty=False))
-
-
-def cut_table() -> str:
-    """Studies in the order in which they are cut if time is short: first those whose seeds cannot see 1.5 points of AP where the
-    pilot measured its variances, then those that take the most hours."""
-    rows = []
-    for study, _, group in _grouped(("study",)):
-        known_hours = [row["hours"] for row in group if row["hours"] is not None]
-        hours = sum(known_hours) if len(known_hours) == len(group) else None
-        seen = [_smallest(row["data"], row["seeds"]) for row in group]
-        known = [effect for effect in seen if effect is not None]
-        smallest = max(known) if known else None
-        rows.append({"study": study, "hours": hours, "smallest": smallest})
-    rows.sort(key=lambda row: (-((row["smallest"] or 0.0) > SETTLED), -(row["hours"] or 0.0)))
-    ranked = tuple({"order": place, **row} for place, row in enumerate(rows, start=1))
-    columns = (
-        Column("order", "cut as number", "integer"),
-        Column("study", "study", "text"),
-        Column("hours", "machine hours"),
-        Column("smallest", "smallest effect its seeds see"),
-    )
-    return to_table(make_table("cuts", "", columns, ranked))
 
 
 def gpu_hours(*, gflops: float, images: int, epochs: int, tflops: float) -> float:
@@ -202,24 +181,6 @@ def gpu_table() -> str:
         Column("fast", f"at {fast:.0f} TFLOP/s", "integer"),
     )
     return to_table(make_table("gpu", "", columns, rows))
-
-
-def _smallest(data: str, seeds: int) -> float | None:
-    """The effect that so many seeds see, with the variances that any kept study has measured on a data set of this name."""
-    for folder in sorted(KEPT.glob("*/study.yaml")):
-        if data in kept_study(folder.parent.name).data and seeds > 1:
-            found = planning(kept_report(folder.parent.name).runs, data)
-            if found is not None:
-                effect = found.with_seeds(seeds).smallest_effect()
-                return None if math.isnan(effect) else round(effect, 4)
-    return None
-
-
-def _grouped(keys: tuple[str, ...]) -> list[tuple[str, str, list[dict[str, Any]]]]:
-    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for row in _plan()["runs"]:
-        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
-    return [(key[0], key[-1], rows) for key, rows in groups.items()]
 
 
 def _plan() -> dict[str, Any]:
