@@ -1,4 +1,4 @@
-"""The tables of docs/study.md, from the results of studies that are kept.
+"""The tables of docs/study.md and docs/pilots.md, from the results of studies that are kept.
 
 Kept in docs/results/studies are the study's file and one json per run, not weights. `study NAME TABLE` is a table of the study's
 report by its name there, or `facts`, how the study was made; `study plan runs|gpu` are about all studies.
