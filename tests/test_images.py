@@ -20,7 +20,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from paqdetr import images
 from paqdetr.errors import DataError
-from paqdetr.images import list_images, read_header, read_image, read_size
+from paqdetr.images import list_images, read_image, read_size, read_traits
 
 
 def pixels(source: object) -> np.ndarray:
@@ -86,10 +86,10 @@ TURN = (0x112, 3, 1, b"\x06\0\0\0")
 def test_a_broken_exif_block_is_ignored(tmp_path: Path, block: bytes, broken: bool, ending: str) -> None:
     path = tmp_path / f"a.{ending}"
     Image.new("RGB", (40, 30)).save(path, exif=b"Exif\0\0" + block)
-    header = read_header(path)
-    assert read_image(path).size == header.size == (40, 30)
+    traits = read_traits(path)
+    assert read_image(path).size == read_size(path) == (40, 30)
     assert read_image(Image.open(path)).size == (40, 30)
-    assert ("broken exif" in header.traits) == broken and "exif turn" not in header.traits
+    assert ("broken exif" in traits) == broken and "exif turn" not in traits
 
 
 @given(st.binary(max_size=40), st.sampled_from([b"", entries(TURN)[:20], entries(TURN)]))
@@ -104,11 +104,11 @@ def test_any_exif_block(head: bytes, tail: bytes) -> None:
 def test_a_turn_is_applied_once(tmp_path: Path) -> None:
     Image.new("RGB", (40, 30)).save(tmp_path / "a.jpg", exif=b"Exif\0\0" + entries(TURN, (0x10F, 2, 10**5, b"zzzz")))
     upright = read_image(tmp_path / "a.jpg")
-    assert upright.size == read_image(upright).size == read_header(tmp_path / "a.jpg").size == (30, 40)
+    assert upright.size == read_image(upright).size == (30, 40)
     assert read_size(tmp_path / "a.jpg") == (30, 40)
 
 
-@pytest.mark.parametrize("read", [read_image, read_header, list_images])
+@pytest.mark.parametrize("read", [read_image, read_size, read_traits, list_images])
 def test_only_regular_files_are_opened(tmp_path: Path, read: Any) -> None:
     os.mkfifo(tmp_path / "pipe.jpg")
     with pytest.raises(DataError, match=r"pipe\.jpg: is a pipe, expected a file"):
@@ -264,7 +264,7 @@ def test_several_frames_give_the_first(tmp_path: Path, monkeypatch: pytest.Monke
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green")]
     frames[0].save(tmp_path / "a.tif", save_all=True, append_images=frames[1:])
     assert pixels(tmp_path / "a.tif")[0, 0].tolist() == [255, 0, 0]
-    assert read_header(tmp_path / "a.tif").traits == {"several frames"}
+    assert read_traits(tmp_path / "a.tif") == {"several frames"}
 
     def count(image: object) -> int:
         raise AssertionError("a file may have thousands of frames")
@@ -293,8 +293,7 @@ def test_several_frames_give_the_first(tmp_path: Path, monkeypatch: pytest.Monke
 )
 def test_header(tmp_path: Path, ending: str, image: Image.Image, traits: set[str]) -> None:
     image.save(tmp_path / f"a.{ending}")
-    header = read_header(tmp_path / f"a.{ending}")
-    assert header.size == (20, 16) and header.traits == traits
+    assert read_size(tmp_path / f"a.{ending}") == (20, 16) and read_traits(tmp_path / f"a.{ending}") == traits
 
 
 def test_sixteen_bits_in_colour(tmp_path: Path) -> None:
@@ -303,7 +302,40 @@ def test_sixteen_bits_in_colour(tmp_path: Path) -> None:
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
     (tmp_path / "a.png").write_bytes(png(5, 4, 16, rows))
     assert (pixels(tmp_path / "a.png") == values >> 8).all()
-    assert read_header(tmp_path / "a.png").traits == {"16 bit"}
+    assert read_traits(tmp_path / "a.png") == {"16 bit"}
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F", "RGBA", "LA", "RGBa", "P"])
+def test_strips_make_no_difference(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    rng = np.random.default_rng(0)
+    if mode == "I;16":
+        image = Image.fromarray(rng.integers(0, 65536, (9, 11), dtype=np.uint16))
+    elif mode in ("I", "F"):
+        values = rng.normal(0, 1e5, (9, 11))
+        values[3, 4] = np.inf if mode == "F" else 7e5
+        image = Image.fromarray(values.astype(np.int32 if mode == "I" else np.float32))
+    else:
+        image = Image.fromarray(rng.integers(0, 256, (9, 11, 4), dtype=np.uint8), "RGBA").convert(mode)
+    if mode == "P":
+        image.info["transparency"] = bytes(range(256))
+    whole = np.asarray(read_image(image))
+    monkeypatch.setattr(images, "_STRIP", 25)  # two rows
+    assert (np.asarray(read_image(image)) == whole).all() and len(np.unique(whole)) > 10
+
+
+def test_a_turn_behind_the_pixels_of_a_png_counts_nowhere(tmp_path: Path) -> None:
+    """`read_size` would have to read all of the file to find it."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    RGB.save(tmp_path / "a.png", exif=exif)
+    content = (tmp_path / "a.png").read_bytes()
+    start = content.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(content[start : start + 4], "big")
+    last = content.index(b"IEND") - 4
+    (tmp_path / "late.png").write_bytes(content[:start] + content[end:last] + content[start:end] + content[last:])
+    assert Image.open(tmp_path / "late.png").getexif()[0x0112] == 6
+    assert read_size(tmp_path / "a.png") == read_image(tmp_path / "a.png").size == (16, 20)
+    assert read_size(tmp_path / "late.png") == read_image(tmp_path / "late.png").size == (20, 16)
 
 
 def png(width: int, height: int, bits: int, rows: bytes) -> bytes:
@@ -321,9 +353,8 @@ def test_the_size_in_the_header_is_that_of_the_picture(tmp_path: Path, ending: s
     exif = Image.Exif()
     exif[0x0112] = orientation
     RGB.save(tmp_path / f"a.{ending}", exif=exif)
-    header = read_header(tmp_path / f"a.{ending}")
-    assert header.size == read_image(tmp_path / f"a.{ending}").size
-    assert ("exif turn" in header.traits) == (orientation != 1)
+    assert read_size(tmp_path / f"a.{ending}") == read_image(tmp_path / f"a.{ending}").size
+    assert ("exif turn" in read_traits(tmp_path / f"a.{ending}")) == (orientation != 1)
 
 
 # ----------------------------------------------------------------------------------------------- limits
@@ -334,7 +365,7 @@ def test_a_bomb_is_refused_before_it_is_decoded(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(DataError, match="does not decode"):
         read_image(tmp_path / "a.png")
     monkeypatch.setattr(images, "MAX_PIXELS", 9999)
-    for read in (read_image, read_header):
+    for read in (read_image, read_size, read_traits):
         with pytest.raises(DataError, match=r"a\.png: the image is too large: 100x100 pixels") as caught:
             read(tmp_path / "a.png")
         assert "PAQDETR_MAX_PIXELS" in caught.value.remedy
@@ -343,7 +374,7 @@ def test_a_bomb_is_refused_before_it_is_decoded(tmp_path: Path, monkeypatch: pyt
 def test_the_limit_can_be_raised(tmp_path: Path) -> None:
     """In a process of its own: Pillow's limit is one of the whole process."""
     (tmp_path / "a.png").write_bytes(png(20_000, 20_000, 8, b""))
-    code = "import sys; from paqdetr.images import read_header; print(read_header(sys.argv[1]).size)"
+    code = "import sys; from paqdetr.images import read_size; print(read_size(sys.argv[1]))"
     command = [sys.executable, "-W", "error", "-c", code, str(tmp_path / "a.png")]
     path = os.pathsep.join([str(Path(images.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     for limit, works in ((None, False), ("500000000", True)):
@@ -380,7 +411,7 @@ def test_damaged_files_raise_nothing_but_our_errors(
     whole = buffer.getvalue()
     path = tmp_path_factory.getbasetemp() / "damaged"
     path.write_bytes(whole[:place] + noise + whole[place + len(noise) :])
-    for read in (read_image, read_header):
+    for read in (read_image, read_size, read_traits):
         with contextlib.suppress(DataError), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             read(path)

@@ -62,6 +62,12 @@ def test_what_wrote_a_file(tmp_path: Path, name: str) -> None:
     assert made_by(path) is None
 
 
+def test_a_jpeg_is_as_large_as_jpeg_allows(tmp_path: Path) -> None:
+    for name, size in (("a.jpg", (65_500, 8)), ("a.png", (70_000, 9))):
+        write_picture(tmp_path / name, Image.new("RGB", (70_000, 9)), maker=MAKER)
+        assert Image.open(tmp_path / name).size == size
+
+
 def test_results_are_known_by_their_rows(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     for rows in ([], [ROW], [ROW] * 1000):

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
@@ -50,6 +49,8 @@ _EXIF = ("exif", "xmp", "Raw profile type exif", "XML:com.adobe.xmp")
 
 _ARRAY_REMEDY = "Pass (height, width, 3) RGB, (height, width, 4) RGBA or (height, width) grey."
 _ROUNDING = 1e-3  # floats of a picture that was resized may leave 0..1 by so much
+_STRIP = 2**20  # pixels that are converted together
+_JPEG_SIDE = 65_500  # the most that libjpeg writes
 
 
 ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | BinaryIO | Image.Image | np.ndarray | Tensor"
@@ -127,59 +128,46 @@ def _has_entries(block: bytes) -> bool:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """A copy, decoded, with its EXIF orientation applied and forgotten; as stored where the EXIF block is broken."""
+    """A copy, decoded, with its EXIF orientation applied and forgotten; as stored where the EXIF block is broken, or lies behind
+    the pixels of a PNG, where `read_size` does not see it either."""
+    turn = _orientation(image)
     image.load()
-    method = _UPRIGHT.get(_orientation(image) or 1)
+    if image.format == "TIFF":  # some versions of Pillow have turned it by now
+        turn = _orientation(image)
+    method = _UPRIGHT.get(turn or 1)
     upright = image.copy() if method is None else image.transpose(method)
     for key in _EXIF:
         upright.info.pop(key, None)
     return upright
 
 
-@dataclass(frozen=True, slots=True)
-class ImageHeader:
-    """What a file says about its image before it is decoded.
-
-    Attributes:
-        size: (width, height) in pixels with its EXIF turn applied, as `read_image` gives it.
-        traits: what is out of the ordinary, of "exif turn", "broken exif", "16 bit", "palette", "CMYK", "alpha", "grey" and
-            "several frames"; `read_image` has a rule for each.
-    """
-
-    size: tuple[int, int]
-    traits: frozenset[str]
-
-
-def read_header(source: str | Path | bytes, *, remedy: str | None = None) -> ImageHeader:
-    """Size and kind of an image file, or of its content, without decoding it; `remedy` as of `read_image`.
+def read_traits(source: str | Path) -> frozenset[str]:
+    """What is out of the ordinary in an image file by its header, of "exif turn", "broken exif", "16 bit", "palette", "CMYK",
+    "alpha", "grey" and "several frames"; `read_image` has a rule for each.
 
     Raises:
         DataError: the file is missing, no image, or its header is damaged.
     """
-    with _opened(io.BytesIO(source) if isinstance(source, bytes) else Path(source), remedy) as image:
-        turn = _orientation(image)
-        return ImageHeader(_size(image, turn), frozenset(_traits(image, turn)))
+    with _opened(Path(source)) as image:
+        return frozenset(_traits(image))
 
 
 def read_size(source: str | Path | bytes, *, remedy: str | None = None) -> tuple[int, int]:
-    """The size of `read_header` alone: (width, height) in pixels with its EXIF turn applied. It takes no longer where a file has
-    thousands of frames, which the header counts.
+    """(width, height) in pixels of an image file, or of its content, as `read_image` gives it: with its EXIF turn applied.
+    Nothing is decoded; `remedy` as of `read_image`.
 
     Raises:
-        DataError: as `read_header`.
+        DataError: as `read_traits`.
     """
     with _opened(io.BytesIO(source) if isinstance(source, bytes) else Path(source), remedy) as image:
-        return _size(image, _orientation(image))
+        width, height = image.size
+        if image.format == "TIFF":  # some versions of Pillow have turned the size already
+            width, height = image.tag_v2[256], image.tag_v2[257]  # type: ignore[attr-defined]
+        return (height, width) if _orientation(image) in (5, 6, 7, 8) else (width, height)
 
 
-def _size(image: Image.Image, turn: int | None) -> tuple[int, int]:
-    width, height = image.size
-    if image.format == "TIFF":  # some versions of Pillow have turned the size already
-        width, height = image.tag_v2[256], image.tag_v2[257]  # type: ignore[attr-defined]
-    return (height, width) if turn in (5, 6, 7, 8) else (width, height)
-
-
-def _traits(image: Image.Image, turn: int | None) -> Iterator[str]:
+def _traits(image: Image.Image) -> Iterator[str]:
+    turn = _orientation(image)
     mode = image.mode
     raw = str(image.tile[0].args) if getattr(image, "tile", None) else ""  # type: ignore[attr-defined]
     if turn is None:
@@ -337,29 +325,68 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image  # already a copy
     if image.mode.startswith("I;16"):
-        return _grey(np.asarray(image, dtype=np.float64) / 257)
+        return _in_strips(image, lambda strip: _grey(_floats(strip) / 257))
     if image.mode in ("I", "F"):
-        values = np.asarray(image, dtype=np.float64)
-        sixteen_bits = image.mode == "I" and values.min() >= 0 and values.max() <= 65535
-        return _grey(values / 257 if sixteen_bits else _stretched(values))
+        low, high = _range(image)
+        if image.mode == "I" and low >= 0 and high <= 65535:
+            return _in_strips(image, lambda strip: _grey(_floats(strip) / 257))
+        return _in_strips(image, lambda strip: _grey(_stretched(_floats(strip), low, high)))
+    if image.mode in ("La", "RGBa") or image.has_transparency_data:
+        return _in_strips(image, _on_white)
+    return image.convert("RGB")
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """First row and content of parts of an image."""
+    rows = max(_STRIP // image.width, 1)
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
+
+
+def _in_strips(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """RGB of an image, some rows at a time: floats, or copies with opacity, of all of it would take many times its memory."""
+    result = Image.new("RGB", image.size)
+    for top, strip in _strips(image):
+        result.paste(convert(strip), (0, top))
+    return result
+
+
+def _on_white(image: Image.Image) -> Image.Image:
     if image.mode in ("La", "RGBa"):  # colours multiplied by their opacity
         image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, image).convert("RGB")
+
+
+def _floats(image: Image.Image) -> np.ndarray:
+    return np.asarray(image, dtype=np.float64)
 
 
 def _grey(values: np.ndarray) -> Image.Image:
     return Image.fromarray(np.rint(values).astype(np.uint8)).convert("RGB")
 
 
-def _stretched(values: np.ndarray) -> np.ndarray:
+def _range(image: Image.Image) -> tuple[float, float]:
+    """The least and the greatest finite value; (0, 0) if there is none."""
+    low, high = np.inf, -np.inf
+    for _, strip in _strips(image):
+        values = _floats(strip)
+        values = values[np.isfinite(values)]
+        low, high = min(low, values.min(initial=np.inf)), max(high, values.max(initial=-np.inf))
+    return (low, high) if low <= high else (0.0, 0.0)
+
+
+def _stretched(values: np.ndarray, low: float, high: float) -> np.ndarray:
     finite = np.isfinite(values)
-    if not finite.any():
-        return np.zeros_like(values)
-    low, high = values[finite].min(), values[finite].max()
     if high == low:  # no range to stretch: keep what is plausible as an 8-bit value
         return np.where(finite, np.clip(values, 0, 255), 0.0)
     return np.where(finite, (np.where(finite, values, low) - low) * (255 / (high - low)), 0.0)
+
+
+def fit_jpeg(picture: Image.Image) -> Image.Image:
+    """The picture, or a smaller copy where it is wider or higher than a JPEG file can be."""
+    if max(picture.size) <= _JPEG_SIDE:
+        return picture
+    scale = _JPEG_SIDE / max(picture.size)
+    return picture.resize((max(round(picture.width * scale), 1), max(round(picture.height * scale), 1)))

@@ -21,6 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 from paqdetr._version import __version__
 from paqdetr.errors import ConfigError
 from paqdetr.files import remove_leftovers, storage_errors, unfinished, whole_file
+from paqdetr.images import fit_jpeg
 
 RESULTS = "COCO results"
 """What `made_by` calls a list of detections."""
@@ -232,13 +233,14 @@ def write_rows(path: Path, *, overwrite: bool = False) -> Iterator[Callable[[Map
 
 
 def write_picture(path: Path, picture: Image.Image, *, maker: str, overwrite: bool = False) -> None:
-    """A PNG, or a JPEG where the name ends so.
+    """A PNG, or a JPEG where the name ends so, of at most 65,500 pixels a side.
 
     Raises:
         as `write_output`.
     """
     if path.suffix.lower() in (".jpg", ".jpeg"):
         how: dict[str, Any] = {"format": "JPEG", "quality": 92, "comment": mark(maker).encode()}
+        picture = fit_jpeg(picture)
     else:
         how = {
             "format": "PNG",

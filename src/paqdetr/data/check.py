@@ -20,7 +20,7 @@ from paqdetr.data.files import REPLACE
 from paqdetr.data.layout import Format, find_layout
 from paqdetr.data.stats import SplitSummary, describe_crowding
 from paqdetr.errors import DataError
-from paqdetr.images import read_header, read_image
+from paqdetr.images import read_image, read_traits
 from paqdetr.structures import ClassTable
 
 # Recompressed and resized duplicates differ in 0 to 4 bits of 64; one band more than that makes sure that some band is equal.
@@ -106,7 +106,7 @@ class ImageFacts:
     Attributes:
         error: why it does not decode, None if it does; nothing else is known of it then.
         size: (width, height), its EXIF turn applied.
-        traits: see `ImageHeader`.
+        traits: see `read_traits`.
         digest: of the file's bytes.
         print: what it looks like.
     """
@@ -122,7 +122,7 @@ def inspect(path: Path) -> ImageFacts:
     """Decode one image of a data set."""
     try:
         picture = read_image(path, remedy=REPLACE)
-        traits = read_header(path).traits
+        traits = read_traits(path)
         digest = hashlib.blake2b(path.read_bytes(), digest_size=16).digest()
     except DataError as error:
         return ImageFacts(error=f"{error.message.removeprefix(f'{path}: ')}. {error.remedy}")
@@ -151,7 +151,7 @@ def inspect_all(paths: Sequence[Path], *, workers: int | None = None) -> Iterato
             yield from pool.map(inspect, paths[start : start + _AT_ONCE])
 
 
-_BROKEN_EXIF = "broken exif"  # of `ImageHeader.traits`
+_BROKEN_EXIF = "broken exif"  # of `read_traits`
 # Kind of a warning -> what it means, the worst first.
 _FIRST = {
     "boxes as corners": "{split}: {message}",

@@ -62,7 +62,7 @@ class SplitSummary:
         images, boxes, crowds, images_without_boxes: how many there are; crowds are no boxes, those without area are.
         boxes_per_class: by category name, with its id where several have one name; classes without boxes included.
         box_sizes: how many boxes are how large.
-        traits: how many images are out of the ordinary in which way, see `ImageHeader`; empty if none was opened.
+        traits: how many images are out of the ordinary in which way, see `read_traits`; empty if none was opened.
     """
 
     images: int = 0
