@@ -20,12 +20,13 @@ from paqdetr.structures import Detections
 
 
 def found(model: Patches, image: object, tiles: Tiles, **how: object) -> Detections:
-    return predict_tiles(image, tiles, lambda images, size: model.predict(images, batch_size=size), **how)  # type: ignore[arg-type]
+    return predict_tiles(image, tiles, lambda images, size: model.predict(list(images), batch_size=size), **how)  # type: ignore[arg-type]
 
 
 @given(st.integers(1, 3000), st.integers(1, 3000), st.integers(16, 900), st.floats(0, 0.9))
 def test_tiles_cover_the_image_and_overlap(height: int, width: int, size: int, overlap: float) -> None:
     windows = Tiles(size, overlap).windows(height, width)
+    assert len(windows) == Tiles(size, overlap).count(height, width)
     for low, length in ((0, width), (1, height)):
         spans = sorted({(window[low], window[low + 2]) for window in windows})
         assert spans[0][0] == 0 and spans[-1][1] == length

@@ -61,6 +61,16 @@ def test_a_writer_keeps_size_times_and_order(tmp_path: Path) -> None:
     assert np.asarray(frames[2].image)[21, 33, 0] > 200
 
 
+def test_the_clock_of_a_recording_may_begin_anywhere_and_anew(tmp_path: Path) -> None:
+    """As in transport streams, and in such that were joined."""
+    writer = VideoWriter(tmp_path / "a.mp4")
+    for seconds in (36_000, 36_000.5, 36_001, 34_000, 34_000.25, 34_000.25, 10, 11):
+        writer.add(scene((32, 20), (0, 0, 32, 20)), seconds)
+    writer.close()
+    times = [frame.time for frame in read_video(tmp_path / "a.mp4")]
+    assert times == pytest.approx([0, 0.5, 1, 1.5, 1.75, 1.75, 1.75, 2.75], abs=1e-3)
+
+
 def test_a_video_that_ends_early(clip: Callable[..., Path], caplog: pytest.LogCaptureFixture) -> None:
     """What is damaged in the middle is skipped; what cannot be opened is an error."""
     whole = clip([n / 10 for n in range(30)]).read_bytes()

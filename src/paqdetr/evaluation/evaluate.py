@@ -325,7 +325,7 @@ def detect_split(
     def kept(index: int, detections: Detections) -> Detections:
         return detections.as_classes({} if index in failed else known, called)
 
-    def of_tiles(parts: list[Image], together: int) -> list[Detections]:
+    def of_tiles(parts: Iterable[Image], together: int) -> list[Detections]:
         found = predict_in_batches(parts, model.preprocessing, detect, batch_size=together)
         # Of many tiles the best alone: thousands that score next to nothing would be compared with each other.
         most = np.arange(max(at_least, MAX_DETECTIONS))

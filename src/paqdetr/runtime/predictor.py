@@ -115,7 +115,7 @@ class PredictMixin:
         def found(pixels: Sequence[Any], sizes: Sequence[tuple[int, int]], names: Sequence[str]) -> list[Detections]:
             return list(map(cleaned, self._detect_pixels(pixels, sizes, threshold=least, names=names)))
 
-        def of_parts(parts: list[Image], together: int) -> list[Detections]:
+        def of_parts(parts: Iterable[Image], together: int) -> list[Detections]:
             return predict_in_batches(parts, self.preprocessing, found, batch_size=together)
 
         pictures = map(read, given)

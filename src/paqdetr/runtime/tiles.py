@@ -9,7 +9,7 @@ of the overlap, are joined.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -70,29 +70,34 @@ class Tiles:
         tall, wide = min(self.size, height), min(self.size, width)
         return [(left, top, left + wide, top + tall) for top in rows for left in columns]
 
-    def _starts(self, length: int) -> list[int]:
-        if length <= self.size:
-            return [0]
+    def count(self, height: int, width: int) -> int:
+        """The number of `windows`."""
+        return self._count(height) * self._count(width)
+
+    def _count(self, length: int) -> int:
         step = max(int(self.size * (1 - self.overlap)), 1)
-        count = -(-(length - self.size) // step) + 1
-        return [round(i * (length - self.size) / (count - 1)) for i in range(count)]
+        return -(-max(length - self.size, 0) // step) + 1
+
+    def _starts(self, length: int) -> list[int]:
+        count = self._count(length)
+        return [round(i * (length - self.size) / max(count - 1, 1)) for i in range(count)]
 
 
 def predict_tiles(
-    image: Image, tiles: Tiles, predict: Callable[[list[Image], int], list[Detections]], *, batch_size: int = 1
+    image: Image, tiles: Tiles, predict: Callable[[Iterable[Image], int], list[Detections]], *, batch_size: int = 1
 ) -> Detections:
     """Detections of an image by its tiles; where it is not larger than a tile, what the model says of it.
 
     Args:
         image: RGB.
         tiles: how it is cut.
-        predict: (images, batch size) -> their detections. All tiles are given together.
+        predict: (images, batch size) -> their detections. All tiles are given together, each cut when it is asked for.
         batch_size: tiles that go through the model together; 4 at least.
     """
     windows = tiles.windows(image.height, image.width)
     if len(windows) == 1:
         return predict([image], batch_size)[0]
-    parts = predict([image.crop(window) for window in windows], max(batch_size, _BATCH))
+    parts = predict(map(image.crop, windows), max(batch_size, _BATCH))
     if tiles.with_whole:
         windows.append((0, 0, image.width, image.height))
         parts += predict([image], batch_size)

@@ -246,7 +246,7 @@ def upright(frame: Any) -> Image.Image:
 
 
 class VideoWriter:
-    """H.264 in an mp4, with the frame times that it is given. Its size is that of the first frame, made even.
+    """H.264 in an mp4, with the distances in time that its frames are given. Its size is that of the first frame, made even.
 
     Args:
         path: the file; it plays once `close` has been called.
@@ -261,10 +261,18 @@ class VideoWriter:
         self._container = self._av.open(f"file:{path}", "w", format="mp4")
         self._container.metadata["comment"] = comment
         self._stream: Any = None
-        self._last = -1
+        self._start = 0  # of the source's clock, in ticks
+        self._last, self._gap = -1, 1
 
     def add(self, image: Image.Image, seconds: float) -> None:
-        """Append a frame, shown from `seconds` on; a time that is not later than the last one's follows it at once."""
+        """Append a frame.
+
+        Args:
+            image: RGB.
+            seconds: when it is shown, by the source's clock: the first frame's time is the file's beginning. A time that is not
+                later than the last one's follows it at once; where it is over a second earlier, the clock has begun anew (as in
+                recordings that were joined), and goes on from here.
+        """
         if self._stream is None:
             self._stream = self._begin(image.width + image.width % 2, image.height + image.height % 2)
         width, height = self._stream.width, self._stream.height
@@ -273,8 +281,14 @@ class VideoWriter:
         pixels = np.asarray(image)
         room = ((0, height - image.height), (0, width - image.width), (0, 0))
         frame = self._av.VideoFrame.from_ndarray(np.pad(pixels, room, mode="edge"), format="rgb24")
-        self._last = max(round(seconds * _TICKS), self._last + 1)
-        frame.pts, frame.time_base = self._last, Fraction(1, _TICKS)
+        ticks = round(seconds * _TICKS)
+        if self._last < 0:
+            self._start = ticks
+        elif ticks - self._start < self._last - _TICKS:
+            self._start = ticks - (self._last + self._gap)
+        at = max(ticks - self._start, self._last + 1)
+        self._last, self._gap = at, at - self._last
+        frame.pts, frame.time_base = at, Fraction(1, _TICKS)
         self._container.mux(self._stream.encode(frame))
 
     def _begin(self, width: int, height: int) -> Any:
