@@ -65,8 +65,10 @@ def picture(red: int, green: int = 5, blue: int = 0, size: tuple[int, int] = (16
 
 
 if __name__ == "__main__":
+    from paqdetr.serving import server as module
     from paqdetr.serving.server import DetectionServer, Limits, listen, serve
 
+    module._HEAD = float(sys.argv[3])
     listener = listen("127.0.0.1", 0)
     serve(
         DetectionServer(Stub(delay=float(sys.argv[1])), limits=Limits(max_wait_ms=float(sys.argv[2]))),

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,10 @@ pytestmark = pytest.mark.integration
 STUB = Path(__file__).with_name("stub.py")
 
 
-@contextmanager
-def served(delay: float, max_wait_ms: float = 5) -> Iterator[tuple[subprocess.Popen[str], int]]:
+@contextlib.contextmanager
+def served(delay: float, max_wait_ms: float = 5, head: float = 60) -> Iterator[tuple[subprocess.Popen[str], int]]:
     """A server of the stub with its port."""
-    command = [sys.executable, str(STUB), str(delay), str(max_wait_ms)]
+    command = [sys.executable, str(STUB), str(delay), str(max_wait_ms), str(head)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stderr is not None
@@ -115,6 +116,32 @@ def test_bad_files_cost_no_memory_and_a_slow_caller_keeps_nobody_waiting() -> No
         running = False
         watching.join()
         assert peak - before < 50 * 2**20
+
+
+def test_connections_that_send_no_request_are_ended() -> None:
+    """One that says nothing, one that sends a byte of a head now and then, and one that does so after an answer; not one whose
+    answer takes longer."""
+    with served(1.5, head=0.4) as (_, port):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        silent, slow, after = (socket.create_connection(("127.0.0.1", port), timeout=30) for _ in range(3))
+        after.sendall(b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\nGET")
+        assert after.recv(12) == b"HTTP/1.1 200"
+        with contextlib.suppress(ConnectionError):
+            for byte in b"POST /v1/detect HTTP/1.1\r\n":
+                slow.sendall(bytes([byte]))
+                time.sleep(0.1)
+        for one in (silent, slow, after):
+            with contextlib.suppress(ConnectionResetError):
+                while one.recv(4096):
+                    pass
+        assert post(connection, picture(3))[0] == 200
+
+
+def test_a_caller_who_looks_for_an_answer_at_the_end_gets_it() -> None:
+    with served(0.0) as (_, port):
+        for megabytes, status in ((25, 413), (1, 400)):
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+            assert post(connection, b"x" * (megabytes * 2**20))[0] == status
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

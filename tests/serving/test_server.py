@@ -86,6 +86,26 @@ def test_the_drawing(client: Callable[..., TestClient]) -> None:
     assert sum(abs(a - b) for a, b in zip(image.getpixel((40, 5)), (60, 70, 90), strict=True)) > 60  # type: ignore[arg-type]
 
 
+def test_a_drawing_of_more_pixels_a_side_than_jpeg_holds_is_smaller(client: Callable[..., TestClient]) -> None:
+    wide = picture(0, size=(70_000, 9))
+    answer = client().post("/v1/detect", content=wide, headers={"accept": "image/jpeg"})
+    assert answer.status_code == 200 and Image.open(io.BytesIO(answer.content)).size == (65_500, 8)
+
+
+@pytest.mark.parametrize("charset", ["undefined", "punycode", "nothing", "UTF-8"])
+@pytest.mark.parametrize("key", ["charset", "charset*"])
+def test_the_charset_of_a_form_is_not_the_callers_to_choose(
+    client: Callable[..., TestClient], charset: str, key: str
+) -> None:
+    """Of Python's codecs `undefined` always fails, and `punycode` takes time in the square of the length."""
+    value = f"utf-8''{charset}" if key.endswith("*") else charset
+    head = {"content-type": f'multipart/form-data; {key}={value}; boundary="a;charset=b"'}
+    parts = [b'--a;charset=b\r\nContent-Disposition: form-data; name="note"\r\n\r\n' + "ä".encode() * 50_000]
+    parts += [b'--a;charset=b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n' + picture(1)]
+    answer = client().post("/v1/detect", content=b"\r\n".join([*parts, b"--a;charset=b--\r\n"]), headers=head)
+    assert answer.status_code == 200, answer.text
+
+
 def bomb(width: int, height: int) -> bytes:
     """The first pixels of a PNG that claims to be large."""
 
@@ -109,7 +129,7 @@ def bomb(width: int, height: int) -> bytes:
         ("", b"x" * (2**20 + 1), {}, 413, "more than 1 MB"),
         ("", b"{}", {"content-type": "application/json"}, 400, "no text called 'image'"),
         ("", b'{"image": "@@"}', {"content-type": "application/json"}, 400, "no base64"),
-        ("", b"[" * 100_000, {"content-type": "application/json"}, 400, "nested too deeply"),
+        ("", b"[" * 100_000, {"content-type": "application/json"}, 400, "more than one text"),
         ("", b"\xff{", {"content-type": "application/json"}, 400, "no valid json"),
         ("", b"x", {"content-type": "multipart/form-data"}, 400, "form cannot be read"),
         ("", b"--b--\r\n", {"content-type": "multipart/form-data; boundary=b"}, 400, "no file called 'file'"),
@@ -200,6 +220,12 @@ def test_more_pixels_than_memory_has_room_for_have_to_come_again(client: Callabl
     answer = calls.post("/v1/detect", content=picture(1))
     assert answer.status_code == 429 and answer.headers["retry-after"] == "1"
     assert server._pixels == 110_000  # and what is refused holds none
+    server._pixels, server._bytes = 0, 16 * 20 * 2**20
+    assert calls.post("/v1/detect", content=picture(1)).status_code == 429
+    server._bytes = 0
+    assert calls.post("/v1/detect", content=picture(1)).status_code == 200
+    assert calls.post("/v1/detect", content=b"ab").status_code == 400
+    assert server._pixels == server._bytes == 0
 
 
 def test_model_metrics_and_description(client: Callable[..., TestClient]) -> None:
@@ -221,6 +247,7 @@ def test_model_metrics_and_description(client: Callable[..., TestClient]) -> Non
     described = calls.get("/openapi.json").json()
     assert set(described["paths"]) == {"/v1/detect", "/v1/model", "/healthz", "/readyz", "/metrics"}
     assert calls.get("/nothing").status_code == 404 and calls.get("/v1/detect").json()["error"] == "Method Not Allowed"
+    assert calls.get("/v1/detect").headers["allow"] == "POST"
     assert "default-src 'none'" in calls.get("/").headers["content-security-policy"]
 
 

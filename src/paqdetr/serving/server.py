@@ -10,15 +10,16 @@ import io
 import re
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import uvicorn
 from PIL.Image import Image
+from python_multipart.multipart import parse_options_header
 from starlette.applications import Starlette
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
@@ -26,11 +27,12 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from paqdetr._version import __version__
 from paqdetr.errors import ConfigError, DataError, UserError
 from paqdetr.files import parse_json
-from paqdetr.images import read_image, read_size
+from paqdetr.images import fit_jpeg, read_image, read_size
 from paqdetr.interrupt import StopRequest
 from paqdetr.runtime.predict import Predicts
 from paqdetr.runtime.tiles import Tiles
@@ -44,6 +46,11 @@ _PAGE = Path(__file__).with_name("page.html")
 _BOUNDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _MAX_TILES = 256
 _DRAIN = 5
+# Seconds in which a connection has to send the head of a request.
+_HEAD = 10.0
+# Of max_mb: what all requests that arrive may hold together, and up to where a request that is too large is read to its end,
+# since many clients look for an answer only then.
+_ARRIVING, _READ_OUT = 16, 8
 _HEADERS = {
     b"x-content-type-options": b"nosniff",
     b"cache-control": b"no-store",
@@ -60,9 +67,9 @@ class Limits:
         max_batch: images that go through the model together.
         max_wait_ms: that the first of them waits for others.
         queue: images that may wait; further ones are refused with 429.
-        max_mb: of a request, in 2**20 bytes.
+        max_mb: of a request, in 2**20 bytes. Files of 16 times as many bytes together are in memory at a time.
         max_megapixels: of an image, as its header says before anything is decoded. Images of four times as many pixels
-            together are in memory at a time.
+            together are in memory at a time, of up to 12 bytes a pixel while they are decoded.
         timeout: seconds for a request to arrive, and for its answer.
 
     Raises:
@@ -161,7 +168,7 @@ class DetectionServer:
             max_queue=self.limits.queue,
             alone=lambda options: options.tiles is not None,
         )
-        self._pixels = 0
+        self._pixels = self._bytes = 0
         self._requests: dict[int, int] = {}
         self._seconds, self._counts = 0.0, [0] * (len(_BOUNDS) + 1)
         routes = [
@@ -207,26 +214,18 @@ class DetectionServer:
             return await self._detection(request)
         except asyncio.CancelledError:  # at the end of the time that a stop leaves
             raise _stopping() from None
+        except ClientDisconnect:
+            return Response(status_code=400)  # which nobody reads
 
     async def _detection(self, request: Request) -> Response:
         started = time.perf_counter()
         self._require_key(request)
         options = Options.of(request.query_params.multi_items(), self.model.classes)
-        try:
-            content = await asyncio.wait_for(self._content(request), self.limits.timeout)
-        except TimeoutError:
-            raise Refusal(408, "the request did not arrive in time", "send it faster, or a smaller image") from None
-        except ClientDisconnect:
-            return Response(status_code=400)  # which nobody reads
-        pixels = await self._require_size(content, options)
-        self._pixels += pixels
-        try:
-            image = await asyncio.to_thread(read_image, content)
+        with ExitStack() as held:
+            image = await self._image(request, options, held)
             detections = await self._answer(self._submit(image, options))
             drawing = "image/jpeg" in request.headers.get("accept", "")
             response = await asyncio.to_thread(_drawn, detections, image) if drawing else None
-        finally:
-            self._pixels -= pixels
         seconds = time.perf_counter() - started
         self._seconds += seconds
         self._counts[sum(seconds > bound for bound in _BOUNDS)] += 1
@@ -252,16 +251,30 @@ class DetectionServer:
                 WWW_Authenticate="Bearer",
             )
 
+    async def _image(self, request: Request, options: Options, held: ExitStack) -> Image:
+        """The image of a request, decoded. Its pixels count until `held` is closed."""
+        with self._arriving(request) as arriving:
+            try:
+                content = await asyncio.wait_for(self._content(arriving), self.limits.timeout)
+            except TimeoutError:
+                raise Refusal(408, "the request did not arrive in time", "send it faster, or a smaller image") from None
+            pixels = await self._require_size(content, options)
+            self._pixels += pixels
+            held.callback(self._release, pixels)
+            return await asyncio.to_thread(read_image, content)
+
+    def _release(self, pixels: int) -> None:
+        self._pixels -= pixels
+
     async def _content(self, request: Request) -> bytes:
         """The image file of a request: its body, a part of a form, or base64 in json."""
-        request = Request(request.scope, self._limited(request.receive, request.headers.get("content-length", "")))
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind == "application/json":
             return _from_json(await request.body())
         if kind != "multipart/form-data":
             return await request.body()
         try:
-            async with request.form(max_files=1, max_fields=8) as form:
+            async with _as_utf8(request).form(max_files=1, max_fields=8) as form:
                 file = form.get("file")
                 if isinstance(file, UploadFile):
                     return await file.read()
@@ -269,23 +282,34 @@ class DetectionServer:
             raise DataError(f"the form cannot be read: {getattr(error, 'detail', error)}", _FORM) from None
         raise DataError("the form has no file called 'file'", _FORM)
 
-    def _limited(self, receive: Receive, declared: str) -> Receive:
-        """What a request brings, piece by piece, up to the limit."""
-        left = int(self.limits.max_mb * 2**20)
+    @contextmanager
+    def _arriving(self, request: Request) -> Iterator[Request]:
+        """The request, whose body comes piece by piece, up to the limits of one and of all; it counts until the block ends."""
+        most, taken = int(self.limits.max_mb * 2**20), 0
+        text = request.headers.get("content-length", "")
+        declared = int(text[:20]) if text.isdecimal() else None
+        close = {} if declared is not None and declared <= _READ_OUT * most else {"Connection": "close"}
         what = f"the request has more than {self.limits.max_mb:g} MB"
-        refusal = Refusal(413, what, "send a smaller file", Connection="close")
-        if declared.isdigit() and int(declared[:20]) > left:
+        refusal = Refusal(413, what, "send a smaller file", **close)
+        if declared is not None and declared > most:
             raise refusal
 
-        async def limited() -> Message:
-            nonlocal left
-            message = await receive()
-            left -= len(message.get("body", b""))
-            if left < 0:
+        async def receive() -> Message:
+            nonlocal taken
+            message = await request.receive()
+            size = len(message.get("body", b""))
+            taken += size
+            self._bytes += size
+            if taken > most:
                 raise refusal
+            if self._bytes > _ARRIVING * most:
+                raise _busy()
             return message
 
-        return limited
+        try:
+            yield Request(request.scope, receive)
+        finally:
+            self._bytes -= taken
 
     async def _require_size(self, content: bytes, options: Options) -> int:
         """Pixels of the image, by its header.
@@ -302,7 +326,7 @@ class DetectionServer:
                 f"the image has {width}x{height} pixels, more than {self.limits.max_megapixels:g} million",
                 "make it smaller, or cut it into parts",
             )
-        if options.tiles is not None and len(Tiles(options.tiles).windows(height, width)) > _MAX_TILES:
+        if options.tiles is not None and Tiles(options.tiles).count(height, width) > _MAX_TILES:
             raise ConfigError(
                 f"tiles={options.tiles}: more than {_MAX_TILES} of an image of {width}x{height} pixels",
                 "take larger tiles",
@@ -397,7 +421,17 @@ def _busy() -> Refusal:
     return Refusal(429, "the server has as many images as it takes", "try again in a second", Retry_After="1")
 
 
+def _as_utf8(request: Request) -> Request:
+    """A form whose texts are UTF-8 whatever its head says: some of Python's codecs take minutes for a megabyte."""
+    boundary = parse_options_header(request.headers["content-type"])[1][b"boundary"]
+    kind = (b"content-type", b'multipart/form-data; boundary="' + boundary.replace(b'"', b"") + b'"')
+    headers = [kind, *(item for item in request.scope["headers"] if item[0] != kind[0])]
+    return Request({**request.scope, "headers": headers}, request.receive)
+
+
 def _from_json(body: bytes) -> bytes:
+    if body.count(b"{") + body.count(b"[") > 8:  # which would be a hundred times as large when parsed
+        raise DataError("the request's json has more than one text", _JSON)
     content = parse_json(body.decode("utf-8", errors="replace"), "the request")
     text = content.get("image") if isinstance(content, dict) else None
     if not isinstance(text, str):
@@ -417,7 +451,7 @@ def _rows(detections: Detections) -> list[dict[str, Any]]:
 
 
 def _drawn(detections: Detections, image: Image) -> Response:
-    picture = detections.draw(image)
+    picture = fit_jpeg(detections.draw(image))
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=92)
     return Response(buffer.getvalue(), media_type="image/jpeg")
@@ -429,7 +463,8 @@ async def _on_mistake(request: Request, error: UserError) -> Response:
 
 
 async def _on_http(request: Request, error: HTTPException) -> Response:
-    return JSONResponse({"error": error.detail, "help": "/openapi.json lists what there is"}, error.status_code)
+    content = {"error": error.detail, "help": "/openapi.json lists what there is"}
+    return JSONResponse(content, error.status_code, error.headers)
 
 
 async def _on_defect(request: Request, error: Exception) -> Response:
@@ -455,6 +490,31 @@ def listen(host: str, port: int) -> socket.socket:
         ) from None
 
 
+class _Connection(H11Protocol):
+    """Ends a connection that sends no whole head of a request in time, since the number of connections is limited. uvicorn has a
+    timer after its first answer alone, which any byte stops."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._wait_for_head()
+
+    def on_response_complete(self) -> None:
+        self._timer.cancel()
+        self._wait_for_head()
+        super().on_response_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._timer.cancel()
+        super().connection_lost(exc)
+
+    def _wait_for_head(self) -> None:
+        self._timer = self.loop.call_later(_HEAD, self._end_if_idle)
+
+    def _end_if_idle(self) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()
+
+
 def serve(server: DetectionServer, listener: socket.socket, *, on_start: Callable[[], object] = lambda: None) -> None:
     """Answer requests until SIGINT, SIGTERM or SIGHUP comes; those that have begun are finished first, within 5 seconds.
 
@@ -471,6 +531,7 @@ def serve(server: DetectionServer, listener: socket.socket, *, on_start: Callabl
     program = uvicorn.Server(
         uvicorn.Config(
             server.app,
+            http=_Connection,
             log_level="warning",
             timeout_graceful_shutdown=_DRAIN,
             limit_concurrency=server.limits.queue * 4 + 64,
