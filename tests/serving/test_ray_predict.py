@@ -70,8 +70,15 @@ def test_lists_of_no_use(tmp_path: Path, name: str, content: bytes | None, said:
     with pytest.raises(DataError, match=said):
         list_images_of(str(tmp_path / name))
     parquet.write_table(pa.table({"url": ["x"]}), tmp_path / "other.parquet")
-    with pytest.raises(DataError, match="has the columns url"):
+    with pytest.raises(DataError, match=r"has the columns url \(string\)"):
         list_images_of(str(tmp_path / "other.parquet"))
+    contents = pa.array([{"bytes": b"x", "path": "a.png"}])  # as `datasets` has pictures
+    parquet.write_table(pa.table({"image": contents}), tmp_path / "other.parquet")
+    with pytest.raises(DataError, match=r"has the columns image \(struct"):
+        list_images_of(str(tmp_path / "other.parquet"))
+    paths = pa.array(["/a.png"]).dictionary_encode()
+    parquet.write_table(pa.table({"image": contents, "path": paths}), tmp_path / "other.parquet")
+    assert list_images_of(str(tmp_path / "other.parquet")) == ["/a.png"]
 
 
 def test_a_shard_holds_what_eval_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -83,6 +90,8 @@ def test_a_shard_holds_what_eval_reads(tmp_path: Path, capsys: pytest.CaptureFix
         shard_of(iter([*rows[:2], ("gone.png", "no such file", None)]))
     )
     (tmp_path / "shards" / "part-000001.parquet").write_bytes(shard_of(iter(rows[2:])))
+    odd = shard_of(iter([("\udcff.png", "\udcff.png: gone", None)]))  # a name that is no UTF-8
+    assert parquet.read_table(pa.BufferReader(odd))["image"].to_pylist() == ["\\udcff.png"]
     wanted = []
     for path, detections in zip(paths, found, strict=True):
         detections.file_name, detections.image_id = None, str(path)

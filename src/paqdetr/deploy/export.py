@@ -143,7 +143,7 @@ def export(
         raise ConfigError("output: a model that comes from no file needs one", "name the file to write")
     assert isinstance(detector, Detector)
     file = Path(output)
-    if file.suffix.lower() != ENDINGS[format]:
+    if file.suffix != ENDINGS[format]:  # in small letters: loaders go by it
         raise ConfigError(
             f"{file}: a file in the format {format} ends in {ENDINGS[format]}",
             f"name it {file.with_suffix(ENDINGS[format])}",

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, ModelHubMixin, hf_hub_download
+from huggingface_hub import EvalResult, HfApi, ModelCardData, ModelHubMixin, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -223,6 +223,3 @@ def hub_errors(repo: str) -> Iterator[None]:
         raise CheckpointError(f"{repo}: the Hub answers {status}: {str(error)[:200]}", "try again later") from None
     except _UNREACHABLE as error:
         raise CheckpointError(f"{repo}: the Hub cannot be reached ({str(error)[:200]})", "check the network") from None
-
-
-__all__ = ["SharedDetector", "ModelCard", "fetch", "hub_errors", "model_card", "push", "split_address", "write_folder"]

@@ -154,11 +154,16 @@ def list_images_of(source: str) -> list[str]:
 
 
 def _column(table: Any, source: str) -> list[str | None]:
-    names = table.schema.names
-    column = next((name for name in _COLUMNS if name in names), None)
+    types = _import("pyarrow.types")
+    fields = {field.name: field.type for field in table.schema}
+    plain = {n: kind.value_type if types.is_dictionary(kind) else kind for n, kind in fields.items()}
+    texts = {n for n, kind in plain.items() if types.is_string(kind) or types.is_large_string(kind)}
+    column = next((name for name in _COLUMNS if name in texts), None)
     if column is None:
-        raise DataError(f"{source}: has the columns {', '.join(names)[:200]}", f"call one {' or '.join(_COLUMNS)}")
-    return [None if value is None else str(value) for value in table.to_table(columns=[column])[column].to_pylist()]
+        found = ", ".join(f"{name} ({kind})" for name, kind in fields.items())[:200]
+        remedy = f"add one of paths or addresses as text that is called {' or '.join(_COLUMNS)}"
+        raise DataError(f"{source}: has the columns {found}", remedy)
+    return table.to_table(columns=[column])[column].to_pylist()
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,6 +296,11 @@ def _read(address: str) -> Image | str:
         return f"{address}: {type(error).__name__}: {error}"[:500]
 
 
+def _utf8(text: str) -> str:
+    """The name of a file may be none; Parquet takes no other."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def shard_of(rows: Iterator[tuple[str, Image | str, Detections | None]]) -> bytes:
     """A Parquet file with a row a picture: image, width, height, boxes (xyxy in pixels), scores, labels (category ids), names,
     and error, the reason why the picture could not be read (then width and height are null)."""
@@ -300,9 +310,9 @@ def shard_of(rows: Iterator[tuple[str, Image | str, Detections | None]]) -> byte
     columns |= {"labels": pa.list_(pa.int64()), "names": pa.list_(text), "error": text}
     written = []
     for name, picture, found in rows:
-        row: dict[str, Any] = {"image": name, "boxes": [], "scores": [], "labels": [], "names": []}
+        row: dict[str, Any] = {"image": _utf8(name), "boxes": [], "scores": [], "labels": [], "names": []}
         if isinstance(picture, str) or found is None:
-            row["error"] = str(picture)
+            row["error"] = _utf8(str(picture))
         else:
             values = (*picture.size, found.boxes.tolist(), found.scores.tolist(), found.labels.tolist())
             row |= dict(zip(("width", "height", "boxes", "scores", "labels"), values, strict=True))

@@ -97,6 +97,13 @@ def test_options_of_transformers_are_passed_on(make_host: Make, batch: Batch, tm
     loaded = from_pretrained(tmp_path, dtype=torch.bfloat16, local_files_only=True)
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
     torch.testing.assert_close(loaded.paq.queries.patterns, model.paq.queries.patterns.bfloat16())
+    other = from_pretrained(
+        tmp_path, num_labels=7, ignore_mismatched_sizes=True, dtype=torch.bfloat16, local_files_only=True
+    )
+    assert other.config.num_labels == 7 and detect(other.float(), batch)[0].shape[-1] == 7
+    assert torch.equal(other.paq.queries.patterns, loaded.paq.queries.patterns.float())
+    named = from_pretrained(tmp_path, id2label={0: "a", 1: "b"}, ignore_mismatched_sizes=True)
+    assert named.config.num_labels == 2 and {p.dtype for p in named.parameters()} == {torch.float32}
 
 
 def test_mistakes(make_host: Make, tmp_path: Path) -> None:

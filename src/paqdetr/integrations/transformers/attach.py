@@ -15,6 +15,9 @@ from paqdetr.errors import CheckpointError, ConfigError
 from paqdetr.integrations.transformers.hosts import HOSTS, host_of
 from paqdetr.integrations.transformers.plugin import PaqPlugin, PaqSettings
 
+# What `from_pretrained` of a configuration and of a model both need.
+_HUB = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download", "proxies")
+
 
 class OneToManyUntil(TrainerCallback):
     """One-to-many assignment in the first part of a training alone: `Trainer(callbacks=[OneToManyUntil(0.5)])`.
@@ -103,18 +106,17 @@ def from_pretrained(path: str | Path, **options: Any) -> Any:
 
     Args:
         path: a folder or the name of a repository on the Hub.
-        options: of transformers' `from_pretrained`: dtype, device_map, revision, ...
+        options: of transformers' `from_pretrained`: dtype, device_map, revision, num_labels, ignore_mismatched_sizes, ...
 
     Raises:
         ConfigError: the model has no PaQ, or settings that this version does not know.
         CheckpointError: its files lack tensors of the patterns.
     """
-    hub = {
-        name: options[name]
-        for name in ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download")
-        if name in options
-    }
-    config = options.pop("config", None) or transformers.AutoConfig.from_pretrained(path, **hub)
+    config = options.pop("config", None)
+    if config is None:  # what is the configuration's, such as num_labels, goes there, as in transformers
+        hub = {name: options[name] for name in _HUB if name in options}
+        config, options = transformers.AutoConfig.from_pretrained(path, return_unused_kwargs=True, **options)
+        options |= hub
     marker = getattr(config, NAME, None)
     if not isinstance(marker, dict):
         raise ConfigError(
