@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 
 import paqdetr
 from paqdetr.analysis.subject import training_split
+from paqdetr.analysis.summary import training_boxes
 from paqdetr.cli import run
 from paqdetr.config import load_config
 from paqdetr.data.dataset import open_split
@@ -175,7 +177,32 @@ def test_without_the_images_that_a_model_learned_from(tiny_digits: Path, tmp_pat
         untrained("dino_nano", tiny_digits), data=folder, output=tmp_path / "out", samples=20, images=1
     )
     page = made.page.read_text(encoding="utf-8")
-    assert "The training split cannot be read, and what needs it is left out: " in page and "images are missing" in page
+    assert "The training split cannot be used, and what needs it is left out: " in page and "images are missing" in page
+
+
+def test_data_that_has_grown_since(tiny_digits: Path, tmp_path: Path) -> None:
+    """A class more in train than the model knows, and other ids in it: what is said of classes goes by their names."""
+    folder = Path(shutil.copytree(tiny_digits, tmp_path / "digits"))
+    file = folder / "train.json"
+    content = json.loads(file.read_text())
+    counts = Counter(own["category_id"] for own in content["annotations"])
+    names = {own["id"]: own["name"] for own in content["categories"]}
+    for own in content["categories"]:
+        own["id"] += 1
+    for own in content["annotations"]:
+        own["category_id"] += 1
+    file.write_text(json.dumps(content))
+    learning, _ = training_split(folder)
+    assert training_boxes(learning) == {names[i]: n for i, n in counts.items()} | {
+        name: 0 for i, name in names.items() if i not in counts
+    }
+    content["categories"].append({"id": 99, "name": "ten"})
+    file.write_text(json.dumps(content))
+    made = paqdetr.analyze(
+        untrained("dino_nano", tiny_digits), data=folder, output=tmp_path / "out", samples=20, images=1
+    )
+    page = made.page.read_text(encoding="utf-8")
+    assert "The training split cannot be used, and what needs it is left out: " in page and "category 99" in page
 
 
 # ------------------------------------------------------------------------------------------------ browser

@@ -18,6 +18,7 @@ CAT, DOG = 1, 2
 BOX = [10.0, 10.0, 100.0, 100.0]
 FAR = [300.0, 10.0, 100.0, 100.0]
 QUARTER = [70.0, 10.0, 100.0, 100.0]  # 40 of 160 columns are shared with BOX: IoU 1/4
+FAR_QUARTER = [360.0, 10.0, 100.0, 100.0]  # the same of FAR; of a crowd .4 of the detection
 
 
 def truth(*objects: tuple[int, int, list[float]], crowds: tuple[int, ...] = ()) -> dict[str, Any]:
@@ -85,6 +86,14 @@ SPLITS = {
         found((1, CAT, FAR, 0.9), (1, CAT, FAR, 0.8), (1, CAT, BOX, 0.5)),
         1.0,
         {},
+        {},
+    ),
+    # Partly in the crowd: it hits no object badly.
+    "beside a crowd": (
+        truth((1, CAT, BOX), (1, DOG, FAR), crowds=(1,)),
+        found((1, CAT, BOX, 0.9), (1, DOG, FAR_QUARTER, 0.8)),
+        1.0,
+        {"background": 1},
         {},
     ),
 }

@@ -64,7 +64,8 @@ class Facts:
         classes: every class.
         threshold, f1, precision, recall: where F1 over all classes is at its best.
         default_threshold, default_f1: the score that `predict` begins from, and F1 there.
-        calibration_error, confidence, accuracy: of the detections that score 0.3 or more; means of the last two.
+        calibration_error, calibration_chance, confidence, accuracy: of the detections that score 0.3 or more, as of
+            `Calibration`; means of the last two.
         covered: share of objects that the box of some query overlaps by an IoU of 0.5 or more, in the last layer.
         image_size: that the model sees, as in its settings.
         near_duplicates: None if images were not compared.
@@ -91,6 +92,7 @@ class Facts:
     default_threshold: float = 0.3
     default_f1: float = math.nan
     calibration_error: float = math.nan
+    calibration_chance: float = math.nan
     confidence: float = math.nan
     accuracy: float = math.nan
     covered: float = math.nan
@@ -125,6 +127,7 @@ def compare(found: Comparison) -> tuple[Finding, ...]:
     sizes = {"APs": "small objects", "APm": "medium objects", "APl": "large objects"}
     named = {what: found.figures[name] for name, what in sizes.items()}
     named |= {f"class {name}": own for name, own in found.per_class.items()}
+    named = {what: own for what, own in named.items() if not math.isnan(own.low)}  # others are never decided
     chance = (1 - found.level) * len(named)
     for letter, sign in (("A", -1), ("B", 1)):
         ahead = {what: own for what, own in named.items() if own.decided and sign * own.value > 0}
@@ -345,17 +348,19 @@ def _threshold(facts: Facts) -> Iterator[Finding]:
 
 
 def _calibration(facts: Facts) -> Iterator[Finding]:
-    error = facts.calibration_error
-    if error >= 0.1:
-        which = "high" if facts.confidence > facts.accuracy else "low"
+    error, chance = facts.calibration_error, facts.calibration_chance
+    if error - chance >= 0.1:
+        off = facts.confidence - facts.accuracy
+        how = f"are too {'high' if off > 0 else 'low'} to" if abs(off) >= 0.05 else "cannot"
         yield Finding(
             "note",
-            f"Scores are too {which} to be read as probabilities: detections over 0.3 score {facts.confidence:.2f} on average, "
+            f"Scores {how} be read as probabilities, their mean error is {error:.3f} ({chance:.3f} by chance alone): "
+            f"detections over 0.3 score {facts.confidence:.2f} on average, "
             f"and {facts.accuracy:.0%} of them are right.",
             "Take thresholds from F1 by class, not from what a score seems to mean.",
             "calibration",
         )
-    elif error < 0.05:
+    elif max(error, chance) < 0.05:
         text = f"Scores over 0.3 can be read as probabilities: their mean error is {error:.3f}."
         yield Finding("good", text, where="calibration")
 
@@ -365,7 +370,7 @@ def _near_duplicates(facts: Facts) -> Iterator[Finding]:
     if facts.unread:
         yield Finding(
             "note",
-            f"The training split cannot be read, and what needs it is left out: {facts.unread}.",
+            f"The training split cannot be used, and what needs it is left out: {facts.unread}.",
             "Without it nobody knows whether these images were trained on.",
         )
     if own is None:

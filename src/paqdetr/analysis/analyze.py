@@ -129,6 +129,11 @@ def analyze(
     detectors = [one if isinstance(one, Detector) else load(one, device=device) for one in chosen]
     for one in detectors:
         require_same_classes(one.classes, opened)
+        if learning is not None:
+            try:
+                require_same_classes(one.classes, learning)
+            except DataError as error:  # a data set that has grown since
+                learning, unread = None, error.message
         if (dtype := next(one.parameters()).dtype) != torch.float32:
             raise ConfigError(
                 f"model: {one.name} is in {dtype}, and losses and gradients are computed in float32",

@@ -157,7 +157,7 @@ def _reliability(sets: Sequence[ResultSet]) -> Figure:
             filled = found.counts > 0
             plots.line(axes, found.confidence[filled], found.accuracy[filled], label=name, colour=colour, marker="o")
             data.setdefault(own.label, {})[what] = found.to_json()
-            errors.append(f"{name} {found.error:.3f} {what}".strip())
+            errors.append(f"{name} {found.error:.3f} {what} ({found.chance:.3f} by chance)".strip())
         axes.set(xlim=(0, 1), ylim=(0, 1.02))
     plots.legend(panels[0])
     caption = (

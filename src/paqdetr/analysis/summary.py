@@ -10,6 +10,7 @@ import numpy as np
 from paqdetr.analysis.advice import ClassFacts, Duplicates, Facts, TrainingFacts, advice, compare
 from paqdetr.analysis.errors import confused_pairs
 from paqdetr.analysis.subject import Analysis, ModelUnderTest, marks
+from paqdetr.data.dataset import DetectionDataset
 from paqdetr.data.stats import describe_crowding
 from paqdetr.metrics.coco import FIGURE_NAMES
 from paqdetr.metrics.diagnosis import calibration
@@ -66,7 +67,7 @@ def facts_of(analysis: Analysis, model: ModelUnderTest, intervals: FigureInterva
     share = reliable.counts / max(reliable.counts.sum(), 1)
     right, wrong, missed = (int(own.sum()) for own in (outcome.right, outcome.wrong, outcome.missed))
     default = point.least_score()
-    per_class, training = table.positives[0].sum(axis=1).tolist(), _training_boxes(analysis)
+    per_class, training = table.positives[0].sum(axis=1).tolist(), training_boxes(analysis.training)
     return Facts(
         split=model.split.name,
         images=len(model.split),
@@ -82,8 +83,13 @@ def facts_of(analysis: Analysis, model: ModelUnderTest, intervals: FigureInterva
         gains=model.mistakes.gains,
         confused=confused_pairs(model.confusion),
         classes=[
-            ClassFacts(name, intervals.per_class[name].value, count, None if training is None else training.get(own, 0))
-            for name, count, own in zip(table.class_names, per_class, table.category_ids, strict=True)
+            ClassFacts(
+                name,
+                intervals.per_class[name].value,
+                count,
+                None if training is None else training.get(name.casefold(), 0),
+            )
+            for name, count in zip(table.class_names, per_class, strict=True)
         ],
         threshold=outcome.threshold,
         f1=float(model.curves.best_f1[-1]),
@@ -92,6 +98,7 @@ def facts_of(analysis: Analysis, model: ModelUnderTest, intervals: FigureInterva
         default_threshold=default,
         default_f1=math.nan if point.nms is not None else float(model.curves.f1[-1][round(100 * default)]),
         calibration_error=reliable.error,
+        calibration_chance=reliable.chance,
         confidence=float(np.nansum(share * reliable.confidence)),
         accuracy=float(np.nansum(share * reliable.accuracy)),
         covered=model.stages[-1].found,
@@ -103,13 +110,14 @@ def facts_of(analysis: Analysis, model: ModelUnderTest, intervals: FigureInterva
     )
 
 
-def _training_boxes(analysis: Analysis) -> dict[int | str, int] | None:
-    """Boxes of each category in the training split."""
-    if analysis.training is None:
+def training_boxes(training: DetectionDataset | None) -> dict[str, int] | None:
+    """Boxes of each class in the training split, whose ids may be others, by its name in small letters; None if two share one."""
+    if training is None:
         return None
-    own = analysis.training.annotations
+    own = training.annotations
     counts = np.bincount(own.labels[~own.crowd], minlength=len(own.classes)).tolist()
-    return dict(zip(own.classes.ids, counts, strict=True))
+    names = [name.casefold() for name in own.classes.names]
+    return dict(zip(names, counts, strict=True)) if len(set(names)) == len(names) else None
 
 
 def _near_duplicates(analysis: Analysis, model: ModelUnderTest) -> Duplicates | None:

@@ -127,6 +127,8 @@ class Calibration:
         confidence: (B,) their mean score; NaN in an empty bin.
         accuracy: (B,) the share that is right; NaN in an empty bin.
         error: the expected calibration error, mean of |accuracy - confidence| over detections; NaN without any.
+        chance: about what `error` is for scores that are exact, since few detections in a bin are right more or less often by
+            chance; NaN without any.
         largest_error: the largest difference of a bin.
         iou_threshold: what counts as right; None: the share of IoU thresholds .50:.05:.95 at which it is.
         score_threshold: detections below it were left out.
@@ -137,6 +139,7 @@ class Calibration:
     confidence: np.ndarray
     accuracy: np.ndarray
     error: float
+    chance: float
     largest_error: float
     iou_threshold: float | None
     score_threshold: float
@@ -149,18 +152,14 @@ class Calibration:
             "iou_threshold": self.iou_threshold,
             "score_threshold": self.score_threshold,
             "expected_calibration_error": json_number(self.error),
+            "error_by_chance": json_number(self.chance),
             "largest_error": json_number(self.largest_error),
             "bins": [dict(zip(names, values, strict=True)) for values in zip(*map(plain, columns), strict=True)],
         }
 
 
 def calibration(
-    table: MatchTable,
-    *,
-    iou_threshold: float | None = 0.5,
-    bins: int = 10,
-    score_threshold: float = 0.0,
-    class_index: int | None = None,
+    table: MatchTable, *, iou_threshold: float | None = 0.5, bins: int = 10, score_threshold: float = 0.0
 ) -> Calibration:
     """Reliability bins and the expected calibration error.
 
@@ -169,7 +168,6 @@ def calibration(
         bins: at least 1, of equal width.
         score_threshold: leave out what scores less. A DETR gives every image a hundred detections, most of them near a score
             of 0 and rightly so: with all of them the error looks small whatever the rest does.
-        class_index: of this class alone, by its position in the table.
 
     Raises:
         ConfigError: a setting out of its range.
@@ -177,28 +175,31 @@ def calibration(
     """
     if bins < 1:
         raise ConfigError(f"calibration: found {bins} bins, expected at least 1", "use 10")
-    own = slice(0, len(table.scores)) if class_index is None else table.of_class(class_index)
-    scores = table.scores[own]
+    scores = table.scores
     if len(scores) and not 0 <= scores.min() <= scores.max() <= 1:
         raise DataError(
             f"calibration: scores lie between {scores.min():.3g} and {scores.max():.3g}, expected 0 to 1",
             "turn them into probabilities first",
         )
     chosen = slice(None) if iou_threshold is None else [table.threshold_index(iou_threshold)]
-    counted = ~table.ignored[0, chosen, own].all(axis=0) & (scores >= score_threshold)
-    scores, right = scores[counted], table.true_positive[0, chosen, own].mean(axis=0)[counted]
+    # What lies in a crowd by one of the IoU thresholds is about no object at the higher ones either.
+    counted = ~table.ignored[0, chosen].any(axis=0) & (scores >= score_threshold)
+    scores, right = scores[counted], table.true_positive[0, chosen].mean(axis=0)[counted]
     places = np.minimum((scores * bins).astype(int), bins - 1)
     counts = np.bincount(places, minlength=bins)
     with np.errstate(invalid="ignore"):
         confidence = np.bincount(places, scores, bins) / np.where(counts, counts, np.nan)
         accuracy = np.bincount(places, right, bins) / np.where(counts, counts, np.nan)
     gaps = np.abs(accuracy - confidence)[counts > 0]
+    # The mean absolute deviation of a normal distribution with the variance of a share of n: c (1 - c) / n.
+    luck = np.sqrt(2 / np.pi * confidence * (1 - confidence) / np.maximum(counts, 1))[counts > 0]
     return Calibration(
         edges=np.linspace(0, 1, bins + 1),
         counts=counts,
         confidence=confidence,
         accuracy=accuracy,
         error=float(gaps @ counts[counts > 0] / counts.sum()) if len(scores) else math.nan,
+        chance=float(luck @ counts[counts > 0] / counts.sum()) if len(scores) else math.nan,
         largest_error=float(gaps.max()) if len(scores) else math.nan,
         iou_threshold=iou_threshold,
         score_threshold=score_threshold,
@@ -223,7 +224,8 @@ class ErrorSplit:
     A false positive is the first of these that fits, whether or not the object is found by another detection:
     localisation: its best IoU with an object of its class lies between b and f; classification: it has IoU f or more with
     an object of another class; duplicate: f or more with one of its own; background: less than b with every object; both:
-    the rest. missed: an object that no detection found and that no classification or localisation mistake is about.
+    the rest. missed: an object that no detection found and that no classification or localisation mistake is about. Crowds, and
+    detections matched to them, are left out.
 
     Attributes:
         ap: AP at IoU f.
@@ -298,8 +300,13 @@ def error_split(
     records = CocoRecords.open(ground_truth, iou_type)
     rows = [row for row in records.results(results) if row["score"] >= score_threshold]
     truth = records.ground_truth()
+    objects = [annotation for annotation in truth["annotations"] if not annotation["iscrowd"]]
+    if len(objects) < len(truth["annotations"]):  # hotcoco would take a crowd for an object that is badly hit
+        table = MatchTable.of_records(records, rows)
+        on_crowds = set(table.detections[table.ignored[0, table.threshold_index(foreground)]].tolist())
+        rows = [row for place, row in enumerate(rows) if place not in on_crowds]
+        truth = truth | {"annotations": objects}
     found = evaluated(truth, rows, iou_type).tide_errors(pos_thr=foreground, bg_thr=background)
-    objects = any(not annotation["iscrowd"] for annotation in truth["annotations"])
     return ErrorSplit(
         ap=float(found["ap_base"]) if objects else math.nan,
         gains={kind: float(found["delta_ap"][own]) for kind, own in MISTAKES.items()},

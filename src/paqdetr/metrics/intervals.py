@@ -6,7 +6,8 @@ training with another seed would give is another question (`paqdetr study`).
 Repeated images make AP look better: their true positives stand side by side, and each lifts the other's precision. So the
 resampled AP lies above the AP itself, by as much as its own standard error on a small test set, and plain percentiles
 would miss. Intervals of a figure are therefore moved back by that excess (`interval`). In the difference of two result
-sets it cancels, and `difference` takes the percentiles as they are. What each covers was simulated:
+sets it cancels, and `difference` takes the percentiles as they are. Where the objects of a figure lie in few images, resamples
+differ by less than test sets would: they are spread as Student's t asks (`_spread`). What each covers was simulated:
 docs/decisions/0011-error-analysis.md.
 """
 
@@ -165,7 +166,7 @@ def replicate_figures(table: MatchTable, weights: np.ndarray, *, progress: Progr
     )
 
 
-def interval(value: float, replicates: np.ndarray, level: float = LEVEL) -> Interval:
+def interval(value: float, replicates: np.ndarray, level: float = LEVEL, *, images: int | None = None) -> Interval:
     """The interval of one figure, inside [0, 1].
 
     The percentiles of the replicates, moved by the difference between the figure and the replicates' mean: it is meant to
@@ -176,8 +177,13 @@ def interval(value: float, replicates: np.ndarray, level: float = LEVEL) -> Inte
         replicates: (S,), on the resamples. Those where nothing defines the figure (NaN: a rare class was not drawn) are left
             out.
         level: in (0, 1).
+        images: how many have an object of the figure. Where all replicates are equal, as of a class that is found whole or not
+            at all, the interval is that of a share that is 0 or 1 in so many images (Clopper and Pearson).
     """
     low, high, mean = _percentiles(value, replicates, level)
+    if images and low == high:
+        room = 1 - ((1 - level) / 2) ** (1 / images)
+        return Interval(float(value), float(value * (1 - room)), float(value + (1 - value) * room))
     moved = np.clip([low - mean + value, high - mean + value], 0.0, 1.0)
     return Interval(float(value), float(moved[0]), float(moved[1]))
 
@@ -205,7 +211,7 @@ def figure_intervals(
         ConfigError: `level` is not between 0 and 1, or there is nothing to draw.
     """
     weights = _weights(table, samples, seed, level)
-    found = _replicates(table, weights, progress)
+    found = _replicates(table, weights, level, progress)
     return _intervals(table, table.figures(), found, (samples, seed, level))
 
 
@@ -232,7 +238,7 @@ def compare_results(
         return None if report is None else lambda done, total: report(part * total + done, 2 * total)
 
     values = first.figures(), second.figures()
-    found = (_replicates(first, weights, part_of(0)), _replicates(second, weights, part_of(1)))
+    found = [_replicates(table, weights, level, part_of(part)) for part, table in enumerate((first, second))]
     parts = [_named(first, part) for part in (*values, *found)]
     differences = {
         kind: {
@@ -278,18 +284,59 @@ def _weights(table: MatchTable, samples: int, seed: int, level: float) -> np.nda
     return resample_images(len(table.image_ids), samples, seed)
 
 
-def _replicates(table: MatchTable, weights: np.ndarray, progress: Progress | None) -> WeightedFigures:
-    """As `replicate_figures`, but NaN where all objects of a figure lie in one image: its replicates would all be alike, and
-    their interval the narrowest of all."""
+def _replicates(table: MatchTable, weights: np.ndarray, level: float, progress: Progress | None) -> WeightedFigures:
+    """As `replicate_figures`, spread about their mean by `_spread`."""
     found = replicate_figures(table, weights, progress=progress)
-    there = table.positives > 0  # (A, C, I)
-    images = there.any(axis=1).sum(axis=-1)  # (A,)
-    for name, values in found.figures.items():
-        if images[{"s": 1, "m": 2, "l": 3}.get(name[-1], 0)] < 2:
-            values[:] = np.nan
-    for values in (found.per_class, found.per_class_AP50):
-        values[:, there[0].sum(axis=-1) < 2] = np.nan
-    return found
+
+    def spread(values: np.ndarray, factor: float) -> np.ndarray:
+        if math.isnan(factor) or np.isnan(values).all():
+            return np.full_like(values, np.nan)
+        mean = np.nanmean(values)
+        return mean + factor * (values - mean)
+
+    own = [_spread(table, level, area=area) for area in range(len(table.positives))]
+    by_class = [_spread(table, level, index=index) for index in range(len(table.class_names))]
+    return WeightedFigures(
+        {name: spread(values, own[_area_of(name)]) for name, values in found.figures.items()},
+        *(
+            np.stack([spread(column, factor) for column, factor in zip(values.T, by_class, strict=True)], axis=1)
+            for values in (found.per_class, found.per_class_AP50)
+        ),
+    )
+
+
+def _area_of(name: str) -> int:
+    """The position of a figure's range of areas in `MatchTable.positives`."""
+    return {"s": 1, "m": 2, "l": 3}.get(name[-1], 0)
+
+
+def _images_with(table: MatchTable, area: int = 0, index: int | None = None) -> np.ndarray:
+    """(C,) in how many images each class that occurs has objects; of one class alone by its position."""
+    there = table.positives[area] > 0
+    images = there.sum(axis=-1) if index is None else there[index].sum(keepdims=True)
+    return images[images > 0]
+
+
+def _spread(table: MatchTable, level: float, *, area: int = 0, index: int | None = None) -> float:
+    """By how much the replicates of a figure have to be further apart.
+
+    The variance of a mean over k images that a bootstrap shows is too small by (k - 1) / k, and its quantiles are those of a
+    normal distribution where Student's t with k - 1 degrees of freedom holds. A figure of many classes is the mean of theirs, of
+    which some may lie in few images: their variances' factors are averaged, and their degrees of freedom added.
+
+    Returns:
+        NaN where all objects lie in one image: its replicates would all be alike, and their interval the narrowest of all.
+    """
+    from scipy.special import ndtri, stdtrit  # 0.2 seconds
+
+    images = _images_with(table, area, index)
+    together = int((table.positives[area] > 0).any(axis=0).sum()) if index is None else int(images.sum())
+    if together < 2:
+        return math.nan
+    freedom = min(max(int((images - 1).sum()), 1), together - 1)
+    variance = np.mean(1 + 1 / (np.maximum(images, 2) - 1))  # of one image nothing is known: as of two
+    quantile = (1 + level) / 2
+    return float(math.sqrt(variance) * stdtrit(freedom, quantile) / ndtri(quantile))
 
 
 def _named(table: MatchTable, found: WeightedFigures) -> dict[str, dict[str, np.ndarray]]:
@@ -306,9 +353,18 @@ def _intervals(
 ) -> FigureIntervals:
     once, often = _named(table, values), _named(table, found)
     samples, seed, level = source
+    of_area = (table.positives > 0).any(axis=1).sum(axis=-1)
+    of_class = dict(zip(table.class_names, (table.positives[0] > 0).sum(axis=-1), strict=True))
+
+    def images(kind: str, name: str) -> int:
+        return int(of_area[_area_of(name)] if kind == "figures" else of_class[name])
+
     return FigureIntervals(
         **{
-            kind: {name: interval(float(once[kind][name][0]), row, level) for name, row in rows.items()}
+            kind: {
+                name: interval(float(once[kind][name][0]), row, level, images=images(kind, name))
+                for name, row in rows.items()
+            }
             for kind, rows in often.items()
         },
         samples=samples,
