@@ -354,6 +354,29 @@ def test_class_table() -> None:
     assert [table.ids[table.id_to_index[category]] for category in table.ids] == [3, 17, 90]
 
 
+@pytest.mark.parametrize(
+    ("own", "other", "rows"),
+    [
+        ([(1, "cat"), (2, "dog")], [(7, "Dog"), (8, "CAT")], [(1, 0), (0, 1)]),
+        ([(0, "A"), (1, "a"), (2, "b")], [(0, "a"), (1, "A"), (2, "c")], [(1, 0), (0, 1)]),
+        ([(0, "A"), (1, "a")], [(0, "a")], [(1, 0)]),
+        ([(0, "A"), (1, "a")], [(0, "a"), (1, "á")], [(1, 0)]),
+        ([(0, "Car"), (1, "car")], [(0, "CAR")], []),  # which of the two, nobody knows
+        ([(0, "red"), (1, "red"), (2, "blue")], [(0, "red"), (1, "red"), (2, "blue")], [(0, 0), (1, 1), (2, 2)]),
+        ([(0, "red"), (1, "red")], [(1, "red"), (5, "red")], [(1, 0), (0, 1)]),
+        ([], [(1, "cat")], []),
+    ],
+)
+def test_rows_of_the_same_classes(
+    own: list[tuple[int, str]], other: list[tuple[int, str]], rows: list[tuple[int, int]]
+) -> None:
+    tables = [ClassTable(tuple(i for i, _ in side), tuple(name for _, name in side)) for side in (own, other)]
+    assert tables[0].rows_in(tables[1]) == rows
+    assert sorted((its, mine) for mine, its in tables[1].rows_in(tables[0])) == sorted(rows)
+    for table in tables:
+        assert table.rows_in(table) == [(row, row) for row in range(len(table))]
+
+
 def test_numbered_class_table() -> None:
     table = ClassTable.numbered(3)
     assert table.ids == (0, 1, 2) and table.names == ("class 0", "class 1", "class 2")

@@ -221,9 +221,12 @@ class Run(Summary):
         found = [f"{key}={before[key]!r}, now it is {after[key]!r}" for key in changed if key not in idle]
         if found:
             more = f"; and {len(found) - 8} more" if len(found) > 8 else ""
+            longer = {"epochs", "max_steps"} & set(changed)
+            further = f"; to train its weights further, start a new run with init={self.output}" if longer else ""
             raise ConfigError(
                 f"{self.config_file}: the run was started with {'; '.join(found[:8])}{more}",
-                f"its own settings are resumed by: {command_to_resume(self.output, names_data=self.data is not None)}",
+                f"its own settings are resumed by: {command_to_resume(self.output, names_data=self.data is not None)}"
+                f"{further}",
             )
 
     def begin(self, *, resume: bool) -> IO[bytes] | None:

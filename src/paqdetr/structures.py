@@ -489,15 +489,41 @@ class ClassTable:
 
     def ids_in(self, other: ClassTable) -> dict[int, int]:
         """Own id -> that of the same class in another table, for all classes of the other one: by id and name, or else by name,
-        whatever its case. Empty if one of them is not in this table, or names say nothing since two classes share one.
+        as of `rows_in`. Empty if one of them is not in this table, or names say nothing since two classes share one.
         """
         if self.misfit(other) is None:
             return {category: category for category in other.ids}
-        own, its = (
-            {name.casefold(): category for category, name in table.id_to_name.items()} for table in (self, other)
-        )
-        unique = len(own) == len(self) and len(its) == len(other)
-        return {own[name]: category for name, category in its.items()} if unique and its.keys() <= own.keys() else {}
+        unique = len(set(self.names)) == len(self) and len(set(other.names)) == len(other)
+        rows = self.rows_in(other)
+        return {self.ids[own]: other.ids[its] for own, its in rows} if unique and len(rows) == len(other) else {}
+
+    def rows_in(self, other: ClassTable) -> list[tuple[int, int]]:
+        """Rows (own, the other's) of the same classes of two tables, no row twice, in the order of the other's.
+
+        The same class is that of the same name, and of several of one name that of the same id, or else the next one. Of what is
+        left, names that differ in case alone are the same where there is one such on either side.
+        """
+        pairs: dict[int, int] = {}  # the other's row -> own
+        left: dict[str, list[int]] = {}
+        for row, name in enumerate(self.names):
+            left.setdefault(name, []).append(row)
+        for by_id in (True, False):
+            for row, name in enumerate(other.names):
+                rows = left.get(name, []) if row not in pairs else []
+                found = [own for own in rows if not by_id or self.ids[own] == other.ids[row]]
+                if found:
+                    pairs[row] = found[0]
+                    rows.remove(found[0])
+        free: tuple[dict[str, list[int]], dict[str, list[int]]] = ({}, {})
+        for row in (row for rows in left.values() for row in rows):
+            free[0].setdefault(self.names[row].casefold(), []).append(row)
+        for row in (row for row in range(len(other)) if row not in pairs):
+            free[1].setdefault(other.names[row].casefold(), []).append(row)
+        for name, its in free[1].items():
+            own = free[0].get(name, [])
+            if len(own) == len(its) == 1:
+                pairs[its[0]] = own[0]
+        return sorted(((own, its) for its, own in pairs.items()), key=lambda pair: pair[1])
 
     @property
     def id_to_index(self) -> dict[int, int]:

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,9 +14,10 @@ from paqdetr.cli import run
 from paqdetr.config import Config, idle_settings, load_config
 from paqdetr.config.model import Needs
 from paqdetr.config.schema import known_fields
+from paqdetr.data.augment import Augment
 from paqdetr.errors import ConfigError
 from paqdetr.losses import build_criterion
-from paqdetr.models.zoo import build_model
+from paqdetr.models.zoo import build_model, preprocessing_of
 from paqdetr.structures import Targets
 from paqdetr.study.runs import Places, plan_runs
 from paqdetr.study.spec import load_study
@@ -69,6 +71,7 @@ CASES: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "loss.varifocal_alpha": (0.25, "dino_r50", {}),
     "loss.hybrid_loss": ("aligned", "dino_nano", {"model.hybrid_queries": 20}),
     "model.hybrid_heads": ("encoder", "dino_nano", {"model.hybrid_queries": 20}),
+    "model.hybrid_ratio": (1.0, "dino_nano", {}),
     "model.distinct_restart": (True, "deformable_detr_nano", {"model.distinct_queries": 0.05}),
     "loss.hybrid_weight": (3.0, "dino_nano", {"model.hybrid_queries": 20}),
     "loss.hybrid_repeat": (2, "dino_nano", {"model.hybrid_queries": 20}),
@@ -99,7 +102,8 @@ def step(config: Config) -> tuple[float, float]:
 def test_every_setting_of_the_table_is_known_and_tried() -> None:
     named = {key for key, field in known_fields().items() if any(isinstance(mark, Needs) for mark in field.metadata)}
     # The schedule's two show in no single step.
-    assert named - set(CASES) == {"drop_at", "lr_reference_batch"}
+    crop = {"augment.crop_size", "augment.crop_style", "augment.keep_small"}  # see below
+    assert named - set(CASES) == {"drop_at", "lr_reference_batch", "resize", *crop}
 
 
 @pytest.mark.integration
@@ -107,6 +111,7 @@ def test_every_setting_of_the_table_is_known_and_tried() -> None:
 def test_what_is_called_idle_is_and_what_is_not_is_not(key: str, one_thread: None) -> None:
     value, model, needed = CASES[key]
     beside = {"model.decoder_layers": 1} if key == "loss.assigner" else {}
+    beside |= {"model.hybrid_queries": 20} if key == "model.hybrid_ratio" else {}
     beside |= {"model.denoising": "none"} if key in ("model.label_noise", "model.box_noise") else {}
     for name, settings, idle in ((model, TINY | beside, True), ("dino_nano", TINY | needed, False)):
         without, with_it = load_config(name, settings), load_config(name, settings | {key: value})
@@ -120,6 +125,44 @@ def test_settings_of_the_images_half_need_it() -> None:
     idle = idle_settings(config, [*half, "model.num_patterns", "model.gain", "model.bias_std"])
     assert set(idle) == half
     assert idle["model.extractor"] == "model.mixture_input=image or both"
+
+
+def test_learned_content_of_hybrid_queries_starts_as_the_settings_say() -> None:
+    config = load_config("paq_relation_detr_nano", TINY | {"model.content_std": 1.0})
+    assert idle_settings(config, ["model.content_std"]) == {}
+    model = build_model(config)
+    assert model.hybrid_source is not None and float(model.hybrid_source.table.std()) == pytest.approx(1, abs=0.1)
+    config = load_config("paq_relation_detr_nano", {"model.hybrid_heads": "all"})
+    assert idle_settings(config, ["model.content_std"])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "changes", "idle"),
+    [
+        ("augment.crop_size", [0.3, 0.4], {}, False),
+        ("augment.crop_size", [0.3, 0.4], {"augment.crop_style": "detr"}, True),
+        ("augment.crop_size", [0.3, 0.4], {"augment.crop": 0.0}, True),
+        ("augment.crop_style", "detr", {}, False),
+        ("augment.crop_style", "detr", {"augment.crop": 0.0}, True),
+        ("augment.keep_small", 200.0, {"augment.crop_style": "detr"}, False),
+        ("augment.keep_small", 200.0, {"augment.crop": 0.0}, True),
+    ],
+)
+def test_settings_of_the_crop(key: str, value: Any, changes: dict[str, Any], idle: bool) -> None:
+    def pictures(settings: dict[str, Any]) -> list[bytes]:
+        config = load_config("dino_nano", {"image_size": 400, "augment.crop": 1.0} | settings)
+        augment = Augment(config.augment, preprocessing_of(config))
+        found = []
+        for seed in range(4):
+            torch.manual_seed(seed)
+            pixels = torch.randint(0, 255, (3, 500, 700), dtype=torch.uint8)
+            boxes = np.array([[50.0, 60.0, 90.0, 100.0], [500.0, 300.0, 640.0, 440.0]], np.float32)
+            found.append(augment(pixels, boxes, np.array([0, 1]), scale=1.0).pixels.numpy().tobytes())
+        return found
+
+    config = load_config("dino_nano", {"augment.crop": 1.0} | changes | {key: value})
+    assert bool(idle_settings(config, [key])) is idle
+    assert (pictures(changes) == pictures(changes | {key: value})) is idle
 
 
 def test_rates() -> None:

@@ -139,8 +139,17 @@ def test_frozen_norms_keep_their_statistics() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, backbone.eval()(x), strict=True))
 
 
+def test_norms_of_the_frozen_part_keep_their_statistics_whatever_the_others_do() -> None:
+    backbone = build("resnet18", frozen_stride=4, freeze_norm=False).train()
+    before = {name: own.clone() for name, own in backbone.named_buffers() if name.endswith("running_mean")}
+    backbone(torch.randn(2, 3, 64, 64))
+    moved = {name for name, own in backbone.named_buffers() if name in before and not torch.equal(own, before[name])}
+    assert moved and not any(("bn1" in name and "layer" not in name) or "layer1" in name for name in moved)
+    assert any("layer2" in name for name in moved)
+
+
 def test_norms_train_when_they_are_not_frozen() -> None:
-    backbone = build("resnet18", freeze_norm=False).train()
+    backbone = build("resnet18", frozen_stride=0, freeze_norm=False).train()
     before = backbone.body.bn1.running_mean.clone()  # type: ignore[union-attr, operator]
     backbone(5 + torch.randn(2, 3, 64, 64))
     assert not torch.equal(before, backbone.body.bn1.running_mean)  # type: ignore[union-attr, arg-type]

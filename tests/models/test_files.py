@@ -75,6 +75,18 @@ def test_every_host_starts_from_its_checkpoint(name: str, tmp_path: Path) -> Non
     assert len(same) > 0.7 * len(source)
 
 
+def test_heads_that_the_checkpoint_has_not_start_anew_with_other_classes(tmp_path: Path) -> None:
+    old = make("dino_nano")
+    old.save(tmp_path / "x.safetensors")
+    model = make("dino_nano", NEW, auxiliary_heads=["atss", "faster_rcnn"])
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    assert start_from(model, tmp_path / "x.safetensors").known_classes == ("Cat", "dog")
+    own = {key for key in before if key.startswith("auxiliary.")}
+    assert own and all(torch.equal(model.state_dict()[key], before[key]) for key in own)
+    head = "decoder.class_heads.0.weight"
+    assert torch.equal(model.state_dict()[head][1:], old.state_dict()[head])
+
+
 @pytest.mark.parametrize(
     ("name", "settings"),
     [

@@ -12,7 +12,15 @@ from torch.optim.swa_utils import AveragedModel
 from paqdetr.config import Config, load_config
 from paqdetr.models import create_model
 from paqdetr.paq import PatternQueries
-from paqdetr.training.optim import MovingAverage, build_optimizer, build_schedule, lr_factor, lr_scale, parameter_groups
+from paqdetr.training.optim import (
+    MovingAverage,
+    build_optimizer,
+    build_schedule,
+    lr_factor,
+    lr_scale,
+    parameter_groups,
+    step_images,
+)
 
 
 def config(**settings: Any) -> Config:
@@ -210,7 +218,8 @@ def test_a_restored_average_goes_on_counting() -> None:
 )
 def test_rates_for_other_batch_sizes(rule: str, batch: int, accumulate: int, processes: int, expected: float) -> None:
     settings = load_config("paq_dino_nano", {"lr_rule": rule, "batch_size": batch, "accumulate": accumulate})
-    assert lr_scale(settings, processes) == pytest.approx(expected)
+    assert lr_scale(settings, step_images(settings, 100, processes)) == pytest.approx(expected)
+    assert step_images(settings, 1, processes) == batch * processes  # no step has more batches than an epoch
     model = nn.ModuleDict({"backbone": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
     rates = {group["initial_lr"] for group in parameter_groups(model, settings, scale=expected)}
     assert rates == {settings.lr * expected, settings.backbone_lr * expected}

@@ -188,6 +188,34 @@ def test_other_data_are_refused_unless_accepted(
     assert told.steps == steps and run.finished
     assert "going on with other data: train: " in caplog.text
     assert go(run.output, data=data, resume=True) == run  # of the new data now
+    assert "the run is finished, and nothing is left to train" in caplog.text and f"init={run.output}" in caplog.text
+
+
+@pytest.mark.integration
+def test_what_was_learnt_of_a_class_is_called_nothing_else(tmp_path: Path, go: Go, tiny_digits: Path) -> None:
+    data = Path(shutil.copytree(tiny_digits, tmp_path / "digits"))
+    with pytest.raises(Stop):
+        go(tmp_path / "run", data=data, callbacks=[StopAt(5)])
+    for split in ("train", "val"):
+        content = json.loads((data / f"{split}.json").read_text())
+        one, other = content["categories"][2:4]
+        one["name"], other["name"] = other["name"], one["name"]
+        (data / f"{split}.json").write_text(json.dumps(content))
+    with pytest.raises(
+        ConfigError, match="the classes are in another order: '3' was number 4 and is number 3"
+    ) as caught:
+        go(tmp_path / "run", data=data, resume=True, accept_new_data=True)
+    assert "init=" in caught.value.remedy
+
+
+@pytest.mark.integration
+def test_a_limit_of_steps_is_of_epochs_of_one_length(tmp_path: Path, go: Go, tiny_digits: Path) -> None:
+    data = Path(shutil.copytree(tiny_digits, tmp_path / "digits"))
+    with pytest.raises(Stop):
+        go(tmp_path / "run", data=data, max_steps=7, callbacks=[StopAt(5)])
+    with_half_of_the_images(data)
+    with pytest.raises(ConfigError, match="an epoch had 2 batches, now it has 1, and max_steps=7 counts steps"):
+        go(tmp_path / "run", data=data, max_steps=7, resume=True, accept_new_data=True)
 
 
 @pytest.mark.integration

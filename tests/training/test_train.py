@@ -25,6 +25,7 @@ from paqdetr.training.optim import lr_factor
 
 GOLDEN = Path(__file__).parent / "golden" / "losses_paq_dino_nano.json"
 MODULE = importlib.import_module("paqdetr.training.trainer")
+STEP = importlib.import_module("paqdetr.training.step")
 
 
 class Listener(Callback):
@@ -361,6 +362,68 @@ def test_an_overflow_in_half_precision_has_no_norm_and_is_counted(
     assert all(row["grad_norm"] > 0 and "overflowed_steps" not in row for row in later) and len(later) == 2
     assert run.records("skipped") == [], "no step of nan_policy's"
     assert read_header(run.state_file)["updates"] == 2, "the average takes in no step that was left out"
+
+
+def test_gradients_that_are_never_finite_end_a_training_in_half_precision_too(
+    tmp_path: Path, tiny_digits: Path, tiny_settings: dict[str, Any], no_pictures: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build, make = MODULE.build_accelerator, MODULE.build_criterion
+
+    def scaled(*arguments: Any) -> Any:
+        accelerator = build(*arguments)
+        accelerator.scaler = torch.amp.GradScaler("cpu")
+        return accelerator
+
+    def poisoned(config: Any) -> Any:
+        criterion = make(config)
+        classify = criterion.classify
+        criterion.classify = lambda logits, goal: (
+            classify(logits, goal) + (logits - logits.detach()).abs().sqrt().sum() * 0
+        )
+        return criterion
+
+    monkeypatch.setattr(MODULE, "build_accelerator", scaled)
+    monkeypatch.setattr(MODULE, "build_criterion", poisoned)
+    monkeypatch.setattr(STEP, "_MOST_OVERFLOWS", 3)
+    with pytest.raises(NonFiniteError, match="the gradient's norm became nan"):
+        small(tiny_digits, tiny_settings, tmp_path / "run", epochs=9)
+    assert not Run(tmp_path / "run").finished
+
+
+def test_what_was_left_out_leaves_no_trace_in_running_statistics(
+    tmp_path: Path, tiny_digits: Path, tiny_settings: dict[str, Any], no_pictures: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, calls = Detector.forward, 0
+
+    def infinite(model: Detector, images: torch.Tensor, *more: Any) -> Any:
+        nonlocal calls
+        calls += model.training
+        if model.training and calls == 2:
+            images = images.index_fill(3, torch.tensor([0]), torch.inf)
+        return forward(model, images, *more)
+
+    monkeypatch.setattr(Detector, "forward", infinite)
+    settings = tiny_settings | {"model.normalize_summary": True, "model.freeze_backbone_norm": False}
+    run = small(tiny_digits, settings, tmp_path / "run", max_steps=4, nan_policy="skip-step")
+    assert [record["step"] for record in run.records("skipped")] == [2]
+    for file in (run.last, run.state_file):
+        assert all(bool(x.isfinite().all()) for x in read_checkpoint(file)[0].values() if x.is_floating_point())
+
+
+def test_without_boxes_to_validate_the_last_epoch_is_the_best(
+    tmp_path: Path,
+    tiny_digits: Path,
+    tiny_settings: dict[str, Any],
+    no_pictures: None,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    data = Path(shutil.copytree(tiny_digits, tmp_path / "digits"))
+    content = json.loads((data / "val.json").read_text())
+    (data / "val.json").write_text(json.dumps(content | {"annotations": []}))
+    run = small(data, tiny_settings, tmp_path / "run", epochs=3, patience=1)
+    assert [record["AP"] for record in run.records("eval")] == [None] * 3
+    assert read_header(run.best)["epoch"] == 3
+    assert "val.json: no image has an object to be found, so that AP is undefined" in caplog.text
 
 
 @pytest.fixture

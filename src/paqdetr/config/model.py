@@ -87,8 +87,8 @@ _QUERY_FEATURES = Needs(
     "model.mixture_input=query or both, or model.queries=features", lambda c: c.model.uses_query_features
 )
 _STATIC_CONTENT = Needs(
-    "model.queries=static, or model.mixture=residual",
-    lambda c: c.model.queries == "static" or c.model.mixture == "residual",
+    "model.queries=static, model.mixture=residual, or hybrid queries with learned content",
+    lambda c: c.model.queries == "static" or c.model.mixture == "residual" or c.model.has_hybrid_table,
 )
 HYBRID = Needs("model.hybrid_queries or model.hybrid_ratio above 0", lambda c: c.model.num_hybrid > 0)
 AUXILIARY = Needs("model.auxiliary_heads not empty", lambda c: bool(c.model.auxiliary_heads))
@@ -299,7 +299,9 @@ class ModelConfig(Section):
         le=100_000,
         description="H-DETR's second set of queries, in training alone, under one-to-many assignment; any two-stage host",
     )
-    hybrid_ratio: Annotated[float, Role.TARGET] = Field(
+    hybrid_ratio: Annotated[
+        float, Needs("model.hybrid_queries=0", lambda c: c.model.hybrid_queries == 0), Role.TARGET
+    ] = Field(
         default=0.0,
         ge=0,
         le=100,
@@ -447,6 +449,11 @@ class ModelConfig(Section):
     def num_hybrid(self) -> int:
         """Queries of the second set, in training."""
         return self.hybrid_queries or int(self.hybrid_ratio * self.num_queries)
+
+    @property
+    def has_hybrid_table(self) -> bool:
+        """Whether the second set has learned content of its own."""
+        return self.num_hybrid > 0 and self.hybrid_heads != "all" and self.queries != "proposals"
 
     @property
     def content_dim(self) -> int:

@@ -153,6 +153,13 @@ class LossConfig(Section):
         return self
 
 
+_CROP = Needs("augment.crop above 0", lambda c: c.augment.crop > 0)
+_ASPECT_CROP = Needs(
+    "augment.crop above 0 and augment.crop_style=aspect",
+    lambda c: c.augment.crop > 0 and c.augment.crop_style == "aspect",
+)
+
+
 class AugmentConfig(Section):
     """What training does to an image. Scales are relative to `image_size`."""
 
@@ -161,12 +168,14 @@ class AugmentConfig(Section):
         default=(0.6, 1.0), description="the long side is resized to a size in this range"
     )
     crop: float = Field(default=0.5, ge=0, le=1, description="probability of a random crop before the resize")
-    crop_size: tuple[float, float] = Field(default=(0.5, 1.0), description="side of the crop, relative to the image's")
+    crop_size: Annotated[tuple[float, float], _ASPECT_CROP] = Field(
+        default=(0.5, 1.0), description="side of the crop, relative to the image's"
+    )
     color: float = Field(default=0.0, ge=0, le=1, description="strength of brightness, contrast and saturation jitter")
-    crop_style: Literal["aspect", "detr"] = Field(
+    crop_style: Annotated[Literal["aspect", "detr"], _CROP] = Field(
         default="aspect", description="aspect: a part of the image's aspect; detr: the published recipe's crop"
     )
-    keep_small: float = Field(
+    keep_small: Annotated[float, _CROP] = Field(
         default=0.0, ge=0, description="the crop grows until it cuts no box whose side is below so many pixels"
     )
     mosaic: float = Field(default=0.0, ge=0, le=1, description="probability of four images in one")
@@ -197,10 +206,12 @@ class Config(Section):
     size_divisor: int = Field(
         default=1, ge=1, le=1024, description="sides are rounded to multiples of it, aspect ratios a little off"
     )
-    resize: ResizeRule = Field(
-        default="detr",
-        description="how sides become whole pixels where image_size has two numbers and size_divisor is 1: as in DETR's code "
-        "(the long side truncated) or that of the named program; nearest: rounded",
+    resize: Annotated[ResizeRule, Needs("image_size of two numbers", lambda c: not isinstance(c.image_size, int))] = (
+        Field(
+            default="detr",
+            description="how sides become whole pixels where image_size has two numbers and size_divisor is 1: as in DETR's code "
+            "(the long side truncated) or that of the named program; nearest: rounded",
+        )
     )
     pad_divisor: int = Field(
         default=1, ge=1, le=1024, description="sides of a batch are padded to multiples of it; 1: to its largest image"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import timm
 import torch
@@ -117,6 +117,14 @@ class Backbone(nn.Module):
             fold_frozen_norms(self.body)
         self.norms = nn.ModuleList(nn.LayerNorm(c) for c in self.channels) if output_norm else None
         self._channels_first = getattr(self.body, "output_fmt", None) is None or _is_nchw(self.body)
+
+    def train(self, mode: bool = True) -> Self:
+        """Batch norms of the frozen part keep their statistics."""
+        super().train(mode)
+        for part in self.body.modules():
+            if isinstance(part, nn.BatchNorm2d) and part.affine and not part.weight.requires_grad:
+                part.eval()
+        return self
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> per stride (B, c, ceil(H / stride), ceil(W / stride))."""

@@ -154,7 +154,7 @@ def reshape_tensors(
         classes: of the old model and of the new one.
         queries: number of queries of the old model and of the new one.
     """
-    rows = _matching_rows(*classes)
+    rows = classes[0].rows_in(classes[1])
     query_rows = resized_rows(*queries, ranked=config.positions == "proposals")
     result = dict(tensors)
     for key, tensor in tensors.items():
@@ -182,12 +182,6 @@ def reshape_tensors(
         changed=tuple(key for key in tensors if result[key].shape != tensors[key].shape),
     )
     return result, report
-
-
-def _matching_rows(old: ClassTable, new: ClassTable) -> list[tuple[int, int]]:
-    """Pairs of rows (old, new) whose names agree but for case."""
-    rows = {name.casefold(): row for row, name in enumerate(old.names)}
-    return [(rows[name.casefold()], row) for row, name in enumerate(new.names) if name.casefold() in rows]
 
 
 def without_counters(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -290,11 +284,11 @@ def start_from(model: Detector, path: str | Path) -> ReshapeReport:
     require_same_settings(config.model, model.config, str(file))
     own = model.state_dict()
     tensors, report = reshape_tensors(
-        with_training_parts(without_counters(tensors, own), own),
+        without_counters(tensors, own),
         own,
         config=model.config,
         classes=(classes, model.classes),
         queries=(config.model.num_queries, model.config.num_queries),
     )
-    load_tensors(model, tensors, str(file))
+    load_tensors(model, with_training_parts(tensors, own), str(file))
     return report

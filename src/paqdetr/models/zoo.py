@@ -286,7 +286,7 @@ def build_model(config: Config, *, classes: ClassTable | None = None, pretrained
         hybrid_heads = LayerHeads(num_layers=model.decoder_layers, dim=model.dim, num_classes=model.num_classes)
         if model.queries != "tokens":  # where it is, the queries share the linear layer
             hybrid_source = FeatureQueries(dim=model.dim, content_dim=model.content_dim, norm=False)
-    elif model.num_hybrid and model.queries != "proposals":
+    elif model.has_hybrid_table:
         hybrid_source = StaticQueries(num_queries=model.num_hybrid, dim=model.dim, std=model.content_std)
     detector = Detector(
         config=model,

@@ -13,13 +13,18 @@ from torch.optim.lr_scheduler import LambdaLR
 from paqdetr.config import Config
 
 
-def lr_scale(config: Config, processes: int = 1) -> float:
-    """What the rule for other batch sizes multiplies every learning rate by.
+def step_images(config: Config, batches: int, processes: int = 1) -> int:
+    """Images of a whole step, where a process has so many batches per epoch."""
+    return config.batch_size * min(config.accumulate, batches) * processes
+
+
+def lr_scale(config: Config, images: int) -> float:
+    """What the rule for other batch sizes multiplies every learning rate by, where a step has so many images.
 
     "linear" is proportional to the images of a step (Goyal et al., arXiv 1706.02677, section 2.1), "sqrt" to their root
     (for Adam: Malladi et al., arXiv 2205.10287).
     """
-    ratio = config.batch_size * config.accumulate * processes / config.lr_reference_batch
+    ratio = images / config.lr_reference_batch
     return {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[config.lr_rule]
 
 

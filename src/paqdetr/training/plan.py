@@ -27,7 +27,6 @@ from paqdetr.runs import Run
 from paqdetr.serialize import Jsonable, fields_of
 from paqdetr.training.figures import ValidationLoss
 from paqdetr.training.memory import Progress, in_own_process, worst_batch
-from paqdetr.training.optim import lr_scale
 from paqdetr.training.trainer import Trainer
 
 # Steps that come before those that are timed, and steps on the worst batch.
@@ -169,10 +168,10 @@ def _try_training(
         device=str(place),
         images=len(train_split),
         batches=len(trainer.batches),
-        step_images=config.batch_size * config.accumulate,
+        step_images=trainer.step_images,
         epoch_steps=trainer.epoch_steps,
         total_steps=trainer.total_steps,
-        lr=config.lr * lr_scale(config),
+        lr=config.lr * trainer.lr_scale,
         parameters=sum(parameter.numel() for parameter in trainer.model.parameters()),
         trainable=sum(parameter.numel() for parameter in trained),
         memory=with_totals(memory, place, images_apart=apart),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from paqdetr.config import Config
+from paqdetr.data.annotations import AS_CORNERS
 from paqdetr.data.dataset import DetectionDataset, open_split
 from paqdetr.data.layout import available_splits
 from paqdetr.data.split import hold_out
@@ -60,6 +61,8 @@ def describe_data(config: Config, train_split: DetectionDataset, val_split: Dete
     ]
     if duplicates := int(train_split.annotations.duplicates().sum()):
         found.append(f"{name}: {duplicates} duplicate boxes are left out; `paqdetr data check` lists them")
+    if corners := train_split.annotations.as_corners():
+        found.append(f"{name}: {corners} {AS_CORNERS}")
     if (limit := config.model.distinct_queries) is not None:
         hidden = train_split.annotations.overlapping(limit)
         if (share := float(hidden.mean())) >= _MANY_HIDDEN:
@@ -74,6 +77,11 @@ def describe_data(config: Config, train_split: DetectionDataset, val_split: Dete
             f"{train_split.annotation_file.parent} has no val split: no AP is computed, and best.safetensors is that of the last "
             "epoch; set val_fraction=0.1, or make a split with `paqdetr data split`",
         ]
+    if bool(val_split.annotations.crowd.all()):
+        found.append(
+            f"{val_split.annotation_file.name}: no image has an object to be found, so that AP is undefined: best.safetensors is "
+            "that of the last epoch, and patience ends nothing"
+        )
     if config.val_fraction:
         images = len(train_split) + len(val_split)
         found.append(f"val_fraction={config.val_fraction:g}: {len(val_split)} of {images} images validate")
@@ -100,7 +108,8 @@ def with_classes(config: Config, split: DetectionDataset) -> Config:
     if "num_classes" in config.model.model_fields_set and given != len(split.classes):
         raise ConfigError(
             f"model.num_classes={given}, and {split.annotation_file} has {len(split.classes)} categories",
-            f"leave model.num_classes out, or set it to {len(split.classes)} if these are the right data",
+            f"leave model.num_classes out, or set it to {len(split.classes)} if these are the right data; a run cannot go on "
+            "with other classes: start a new one with init= and its folder",
         )
     architecture = config.model.model_copy(update={"num_classes": len(split.classes)})
     return config.model_copy(update={"model": architecture})

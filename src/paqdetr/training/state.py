@@ -113,7 +113,14 @@ class SavedState:
     data: DataDigest | None
 
     def require(
-        self, path: Path, *, processes: int, batches: int, data: DataDigest, accept_new_data: bool = False
+        self,
+        path: Path,
+        *,
+        processes: int,
+        batches: int,
+        data: DataDigest,
+        max_steps: int | None = None,
+        accept_new_data: bool = False,
     ) -> None:
         """Raise ConfigError unless it is of so many processes, and of the same data with as many batches per epoch."""
         if len(self.random) != processes:
@@ -122,12 +129,27 @@ class SavedState:
                 "resume with as many, or start a new run with another --output",
             )
         changes = "" if self.data is None else data_changes(self.data, data)
+        if self.data is not None and "train" in self.data and "train" in data:
+            before, now = self.data["train"].classes, data["train"].classes
+            if moved := [(own, its) for own, its in before.rows_in(now) if own != its]:
+                own, its = moved[0]
+                raise ConfigError(
+                    f"{path}: the classes are in another order: {now.names[its]!r} was number {own + 1} and is number {its + 1}, "
+                    "so that what was learnt of one would be called another",
+                    "bring them into the old order, or start a new run with init= and this run's folder, which goes by names",
+                )
         if not changes and self.batches != batches:
             changes = f"an epoch had {self.batches} batches, now it has {batches}"
         if changes and not accept_new_data:
             raise ConfigError(
                 f"{path}: the data are not those that the run was started with: {changes}",
                 "resume with the same data, or go on with these: --resume --accept-new-data (accept_new_data=True in Python)",
+            )
+        if self.batches != batches and max_steps is not None:
+            raise ConfigError(
+                f"{path}: an epoch had {self.batches} batches, now it has {batches}, and max_steps={max_steps} counts steps of "
+                "the epochs as they were",
+                "resume with the same data, or start a new run on these with init= and this run's folder",
             )
         if changes or self.data is None:
             found = (

@@ -26,6 +26,10 @@ from paqdetr.training.figures import BatchUse, batch_use, grouped, mixture_figur
 _REMEDY = "lower the learning rate, or train without half precision; nan_policy=skip-step leaves out single steps"
 
 
+# Each halves the gradient scaler's scale, which begins at 2**16: from there on it is not the scale.
+_MOST_OVERFLOWS = 30
+
+
 @dataclass(slots=True)
 class Step:
     """What a step came to.
@@ -70,6 +74,7 @@ class TrainingStep:
         self.config, self.model, self.wrapped = config, model, wrapped
         self.optimizer, self.criterion, self.accelerator = optimizer, criterion, accelerator
         self.processes = Processes.of(accelerator)
+        self._overflows = 0  # steps in a row
 
     def __call__(self, batches: Sequence[Batch], *, boxes: float, progress: float) -> Step:
         """Take one step.
@@ -83,13 +88,17 @@ class TrainingStep:
             NonFiniteError: loss or gradient is NaN or infinite, and the settings do not say to leave such steps out.
         """
         self.optimizer.zero_grad()
+        # Running statistics of norms take in whatever went through them, and would stay NaN.
+        keep = self.config.nan_policy == "skip-step"
+        buffers = [(own, own.clone()) for own in self.model.buffers()] if keep else []
         step = self.gradients(batches, boxes=boxes, progress=progress)
         if step.problem is None:
             clipped = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.clip_norm)
             norm = self._settle(step, cast(Tensor, clipped))
+            self._overflows = 0 if math.isfinite(norm) else self._overflows + 1
             if math.isfinite(norm):
                 step.values["grad_norm"] = norm
-            elif self.accelerator.scaler is not None:
+            elif self.accelerator.scaler is not None and self._overflows < _MOST_OVERFLOWS:
                 # Not `optimizer_step_was_skipped`: a fused optimiser leaves out the step inside of its kernel, where accelerate
                 # cannot see it.
                 step.overflowed = True
@@ -98,6 +107,9 @@ class TrainingStep:
                 self._give_up(step, error)
         if step.problem is not None:
             self.optimizer.zero_grad()
+            with torch.no_grad():
+                for own, before in buffers:
+                    own.copy_(before)
             return step
         self.optimizer.step()
         return step

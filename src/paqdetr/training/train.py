@@ -44,7 +44,8 @@ def train(
             output, unless a run is resumed by its folder.
         output: the run's folder.
         resume: continue a run that was interrupted; start it if there is none; do nothing if it is finished.
-        accept_new_data: resume even if classes, boxes or images are not those that the run was started with.
+        accept_new_data: resume even if boxes, images or the names of classes are not those that the run was started with. With
+            `max_steps`, an epoch must have as many batches as before.
         device: "cpu", "cuda", ...; the best there is if None.
         auto_batch: take the largest batch that fits into memory, and leaves an epoch 30 steps, as `batch_size`; a resumption
             keeps the one found first.
@@ -100,6 +101,13 @@ def train(
             config = with_largest_batch(config, train_split, run, processes)
         run.require_settings(config)
         if run.finished:
+            if processes.main:
+                logging.getLogger(__name__).warning(
+                    "%s: the run is finished, and nothing is left to train; to train its weights further, or on other data, "
+                    "start a new run with init=%s",
+                    run.output,
+                    run.output,
+                )
             return run
         trainer = Trainer(
             config,

@@ -32,7 +32,7 @@ from paqdetr.structures import OperatingPoint
 from paqdetr.training.callbacks import Callback, Callbacks, TrainingPlan, finish_trackers, start_trackers, track
 from paqdetr.training.curves import draw_predictions, training_curves
 from paqdetr.training.figures import Interval, ValidationLoss
-from paqdetr.training.optim import MovingAverage, build_optimizer, build_schedule, lr_factor, lr_scale
+from paqdetr.training.optim import MovingAverage, build_optimizer, build_schedule, lr_factor, lr_scale, step_images
 from paqdetr.training.setup import ready_to_train
 from paqdetr.training.state import Position, load_state, random_state, restore_random_state, save_state
 from paqdetr.training.step import Step, TrainingStep
@@ -79,7 +79,8 @@ class Trainer:
         self.total_steps = min(planned, config.max_steps or planned)
         self.num_images = len(train_split)
         self.average = MovingAverage(self.model, config.ema_decay)
-        self.lr_scale = lr_scale(config, self.processes.count)
+        self.step_images = step_images(config, len(self.batches), self.processes.count)
+        self.lr_scale = lr_scale(config, self.step_images)
         optimizer = build_optimizer(self.model, config, scale=self.lr_scale)
         self.position = Position()
         self._random: dict[str, Tensor] | None = None
@@ -111,7 +112,7 @@ class Trainer:
                 total_steps=self.total_steps,
                 images=self.num_images,
                 device=str(self.accelerator.device),
-                step_images=self.config.batch_size * self.config.accumulate * self.processes.count,
+                step_images=self.step_images,
             ),
         )
         try:
@@ -182,6 +183,10 @@ class Trainer:
         try:
             batches = [next(source).to(self.accelerator.device) for _ in range(count)]
         except UserError as error:
+            error.remedy += (
+                f" What was trained up to step {self.position.step} is saved: then resume, with --accept-new-data if the images "
+                "are no longer those that the run began with."
+            )
             failure = error
         own_boxes = sum(len(target) for batch in batches for target in batch.targets)
         stopped = self.stop.signal_number is not None
@@ -251,13 +256,14 @@ class Trainer:
         with self.processes.agreeing():
             if self.processes.main:
                 header = {"metrics": metrics, "step": position.step, "epoch": epoch}
-                ap = float(metrics.get("AP") or 0.0)
-                better = self.val_split is None or (bool(metrics) and ap > position.best_ap)
+                ap = metrics.get("AP")  # None where nothing defines it: a validation split without boxes
+                better = ap is not None and ap > position.best_ap
                 averaged.save(self.run.last, **header)
-                if better:
+                if better or self.val_split is None or (bool(metrics) and ap is None):
                     averaged.save(self.run.best, **header)
+                if better:
                     position = replace(position, best_ap=ap, stale=0)
-                elif metrics:
+                elif ap is not None:
                     position = replace(position, stale=position.stale + 1)
         self.position = self.processes.broadcast(position)
         self._save()
@@ -326,7 +332,12 @@ class Trainer:
         saved = load_state(path, model=self.model, average=self.average, optimizer=optimizer)
         batches = len(self.batches)
         saved.require(
-            path, processes=self.processes.count, batches=batches, data=self.data, accept_new_data=accept_new_data
+            path,
+            processes=self.processes.count,
+            batches=batches,
+            data=self.data,
+            max_steps=self.config.max_steps,
+            accept_new_data=accept_new_data,
         )
         self.new_validation = saved.has_other_validation(self.data)
         self.position = saved.position_for(
