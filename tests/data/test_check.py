@@ -13,9 +13,12 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from paqdetr.cli import run as cli
+from paqdetr.config import load_config
 from paqdetr.data.check import CheckReport, check_dataset
+from paqdetr.data.dataset import open_split
 from paqdetr.data.digits import make_digits
 from paqdetr.errors import DataError
+from paqdetr.training.setup import describe_data
 
 
 def make_split(root: Path, split: str, images: list[dict[str, Any]], annotations: list[Any], names: list[str]) -> None:
@@ -62,6 +65,8 @@ def test_boxes_as_corners(tmp_path: Path, corners: bool, count: int) -> None:
         ((subject, message),) = found(report, "warning", "train")
         assert subject == "train.json" and message.startswith("10 of 10 boxes are over the edge of their image")
         assert "bbox holds corners" in report.summary()[0][1]
+        split = open_split(tmp_path, "train")
+        assert any("bbox holds corners" in found for found in describe_data(load_config("dino_nano"), split, None))
     else:
         assert kinds == ({"box over the edge"} if corners else set())
 

@@ -261,7 +261,9 @@ def test_yolo_with_absolute_paths_and_links(copy_of: Any, tmp_path: Path, opened
     assert len(boxes(open_split(tmp_path / opened / "data.yaml", "train"))["a"]) == 2
 
 
-def test_yolo_says_where_path_does_not_count(copy_of: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_yolo_says_where_path_does_not_count(
+    copy_of: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = copy_of("yolo")
     text = (root / "data.yaml").read_text()
     for path, why in (
@@ -275,6 +277,12 @@ def test_yolo_says_where_path_does_not_count(copy_of: Any, tmp_path: Path, caplo
         assert caplog.messages == [f"{root / 'data.yaml'}: {why}: the images are looked for in {root}"]
         (problem,) = [p for p in check_dataset(root).problems if p.kind == "path of data.yaml" and p.split == "train"]
         assert problem.severity == "warning" and problem.message.startswith(why)
+    (tmp_path / "here/v2").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    (root / "data.yaml").write_text(f"path: v2\n{text}")
+    caplog.clear()
+    assert len(open_split(root, "train")) == 3
+    assert "which is no folder, though one in the folder that the command runs in: " in caplog.text
     for path in (".", "./", "~", str(root), "../yolo"):
         (root / "data.yaml").write_text(f"path: {path}\n{text}")
         caplog.clear()

@@ -17,6 +17,14 @@ from paqdetr.structures import ClassTable
 
 Entry = TypeVar("Entry", str, int | str)
 
+EDGE_TOLERANCE = 1.0
+"""Boxes may reach this many pixels over the edge of their image: exporters round."""
+AS_CORNERS = (
+    "boxes are over the edge of their image, and as x1, y1, x2, y2 all of them are inside: bbox holds corners, where COCO has "
+    "x, y, x2 - x1, y2 - y1"
+)
+_FEW_BOXES = 8  # so many may all have any property by chance
+
 
 class _Packed(Sequence[Entry]):
     """A read-only list: the UTF-8 bytes of its entries in one array, and where each begins."""
@@ -204,6 +212,19 @@ class Annotations:
         found = np.zeros(len(left), dtype=bool)
         found[rows[first[which.reshape(-1)] != np.arange(len(rows))]] = True
         return found
+
+    def as_corners(self) -> int:
+        """How many boxes are over the edge of their image, where as x1, y1, x2, y2 all boxes lie inside: such a file holds
+        corners in the place of x, y, width, height. 0 where that is not so, of half the boxes or fewer, or of so few that chance
+        may have it."""
+        rows = ~self.crowd
+        if self.source.suffix != ".json" or rows.sum() < _FEW_BOXES:
+            return 0
+        height, width = self.sizes[self.owners[rows]].T
+        x, y, w, h = self.boxes[rows].T
+        over = (w > 0) & (h > 0) & (np.max([-x, -y, x + w - width, y + h - height], axis=0) > EDGE_TOLERANCE)
+        inside = (w > x) & (h > y) & (np.max([-x, -y, w - width, h - height], axis=0) <= EDGE_TOLERANCE)
+        return int(over.sum()) if inside.all() and 2 * over.sum() > len(x) else 0
 
     def trainable(self) -> tuple[np.ndarray, np.ndarray]:
         """What a detector can learn from: no crowds, no duplicates, and only what lies inside the image.

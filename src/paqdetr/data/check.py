@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from paqdetr.data.annotations import Annotations, Issues, MissingSplitError, Problem
+from paqdetr.data.annotations import AS_CORNERS, EDGE_TOLERANCE, Annotations, Issues, MissingSplitError, Problem
 from paqdetr.data.files import REPLACE
 from paqdetr.data.layout import Format, find_layout
 from paqdetr.data.stats import SplitSummary, describe_crowding
@@ -169,10 +169,6 @@ _FIRST = {
     "skipped file": "files left out of {split}: {count}",
 }
 
-# Boxes may reach this many pixels over the edge of their image: exporters round.
-_EDGE_TOLERANCE = 1.0
-_FEW_BOXES = 8  # so many may all have any property by chance
-
 
 @dataclass(slots=True)
 class CheckReport:
@@ -320,14 +316,9 @@ def _check_boxes(annotations: Annotations, issues: Issues) -> None:
         return f"the image of {int(width[i])}x{int(height[i])}"
 
     warn(empty, "box without area", lambda i: "has no area; training leaves it out")
-    beyond = outside | (~empty & (over > _EDGE_TOLERANCE))
-    fit_as_corners = (w > x) & (h > y) & (np.max([-x, -y, w - width, h - height], axis=0) <= _EDGE_TOLERANCE)
-    if a.source.suffix == ".json" and len(rows) >= _FEW_BOXES and 2 * beyond.sum() > len(rows) and fit_as_corners.all():
-        issues.warn(
-            a.source.name, f"{beyond.sum()} of {len(rows)} boxes are over the edge of their image, and as x1, y1, x2, y2 all of "
-            "them are inside: bbox holds corners, where COCO has x, y, x2 - x1, y2 - y1",
-            kind="boxes as corners",
-        )  # fmt: skip
+    beyond = outside | (~empty & (over > EDGE_TOLERANCE))
+    if corners := a.as_corners():
+        issues.warn(a.source.name, f"{corners} of {len(rows)} {AS_CORNERS}", kind="boxes as corners")
     else:
         warn(outside, "box outside the image", lambda i: f"is outside {image(i)}; training leaves it out")
         over_edge = beyond & ~outside

@@ -37,7 +37,7 @@ def inner_path(name: str) -> str | None:
 
 def listed_name(name: str, issues: Issues, *, source: Path, what: str, folder: Path) -> str | None:
     """The plain form of a name that a file lists; None for a leftover, and where it leads out of the folder. Backslashes, as
-    Windows writes them, part folders unless a file is called so.
+    Windows writes them, part folders unless a file is called so. An absolute name may lie in the folder.
 
     Args:
         source: the file that lists it.
@@ -49,6 +49,8 @@ def listed_name(name: str, issues: Issues, *, source: Path, what: str, folder: P
     """
     if "\\" in name and not os.path.lexists(folder / name):
         name = name.replace("\\", "/")
+    for base in (folder, folder.resolve()):  # programs write absolute names, too
+        name = name.removeprefix(f"{base}/") if base.is_absolute() else name
     plain = inner_path(name)
     if plain is None:
         remedy = "Give names relative to that folder, without '..'."

@@ -221,7 +221,11 @@ def _without_collisions(
             others.append(taken.get(("video", frame[1]), source))
         other = next((other for other in others if other.address != source.address), None)
         if other is not None:
-            problem = f"and {other.shown} would both be written as {name}", "predict them into two folders"
+            problem = (
+                f"and {other.shown} would both be written as {name}",
+                "give one of them alone, as by a pattern such as 'FOLDER/*.png', and another --output for the other; "
+                "`--save coco,jsonl` takes both",
+            )
         if problem is not None:
             on_problem(source, DataError(f"{source.shown}: {problem[0]}", problem[1]))
         elif others[0] is source:

@@ -126,11 +126,12 @@ def _root(yaml_file: Path, path: Any, *, named: bool) -> tuple[Path, str]:
     plain = inner_path(path)
     stated = folder / (path if plain is None else plain)
     try:
-        exists, real = stated.is_dir(), Path(os.path.realpath(stated))
+        exists, real, elsewhere = stated.is_dir(), Path(os.path.realpath(stated)), Path(path).is_dir()
     except (OSError, ValueError):  # a name that no file can have
-        exists, real = False, stated
+        exists, real, elsewhere = False, stated, False
     if not exists:
-        return folder, f"`path` is {shorten(path)}, which is no folder"
+        seen = ", though one in the folder that the command runs in" if elsewhere else ""
+        return folder, f"`path` is {shorten(path)}, which is no folder{seen}"
     if plain is not None:
         return stated, ""
     if real == folder.resolve():
