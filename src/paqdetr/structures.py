@@ -27,6 +27,9 @@ BACKGROUND_LOGIT = -50.0
 """That of all classes of a query that takes no part, such as a duplicate that has left: its probability is 0 to the last bit that
 matters, and half precision can hold it."""
 
+CONFIDENT = 0.3
+"""Above this score a prediction counts as made, where predictions are counted."""
+
 # Rows of detections that are printed.
 _SHOWN = 20
 # Boxes whose overlaps with others are computed at once: 50 MB at most where an image has 5000.

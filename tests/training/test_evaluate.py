@@ -347,6 +347,7 @@ def test_images_that_cannot_be_read_count_as_images_without_detections(
     )
     evaluation = evaluate_split(model, split)
     assert evaluation.predictions_per_image == 1 and evaluation.boxes_per_image == pytest.approx(13 / 7)
+    assert evaluation.unreadable_images == evaluation.to_json()["unreadable_images"] == 2
 
     for index in range(len(split)):
         split.path(index).write_text("no picture")

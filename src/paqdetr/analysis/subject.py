@@ -28,9 +28,8 @@ from paqdetr.models import Detector
 from paqdetr.report.plots import BLUE, ORANGE
 from paqdetr.report.section import Column
 from paqdetr.runs import Record, read_metrics
+from paqdetr.structures import CONFIDENT
 
-# Where nothing is found there is no best threshold.
-_CONFIDENT = 0.3
 _MOST_COMPARED = 4000  # images, of which some 100 a second are read
 COLOURS = (BLUE, ORANGE)
 """Of the first model and of the second."""
@@ -121,7 +120,8 @@ class ModelUnderTest(ResultSet):
     @cached_property
     def outcome(self) -> Outcome:
         """What it got right in each image, where its F1 is best."""
-        return outcome(self.table, self.confident or _CONFIDENT, self.split.image_ids)
+        threshold = self.confident or CONFIDENT  # where nothing is found there is no best one
+        return outcome(self.table, threshold, self.split.image_ids)
 
     @cached_property
     def records(self) -> list[Record]:

@@ -18,6 +18,7 @@ from paqdetr.metrics.intervals import Comparison, Difference, FigureIntervals, I
 from paqdetr.metrics.matches import AREAS
 from paqdetr.report.section import Column, Findings, Section, Table, make_table
 from paqdetr.serialize import finite_rows
+from paqdetr.structures import CONFIDENT
 
 _MEANING = {
     "AP": "mean over IoU .50 to .95 and classes",
@@ -33,8 +34,6 @@ _MEANING = {
     "ARm": "of medium objects",
     "ARl": "of large objects",
 }
-
-_SURE = 0.3  # detections whose scores are taken at their word; many low ones would hide that these are wrong
 
 
 def findings_section(analysis: Analysis) -> Section:
@@ -63,7 +62,7 @@ def facts_of(analysis: Analysis, model: ModelUnderTest, intervals: FigureInterva
     """The figures that advice on a model is derived from."""
     outcome, table, point = model.outcome, model.table, model.model.operating_point
     boxes = table.positives.sum(axis=(1, 2)).tolist()
-    reliable = calibration(table, score_threshold=_SURE)
+    reliable = calibration(table, score_threshold=CONFIDENT)  # many low scores would hide that these are wrong
     share = reliable.counts / max(reliable.counts.sum(), 1)
     right, wrong, missed = (int(own.sum()) for own in (outcome.right, outcome.wrong, outcome.missed))
     default = point.least_score()

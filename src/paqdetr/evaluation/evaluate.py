@@ -19,6 +19,7 @@ import numpy as np
 from PIL.Image import Image
 
 from paqdetr.data.dataset import DetectionDataset, open_split
+from paqdetr.data.layout import split_to_evaluate
 from paqdetr.errors import ConfigError, DataError
 from paqdetr.interrupt import worker_start_method
 from paqdetr.loading import load, require_model
@@ -27,7 +28,7 @@ from paqdetr.metrics.diagnosis import threshold_curves
 from paqdetr.metrics.matches import MatchTable
 from paqdetr.runtime.predictor import Predictor, batched_by_size, predict_in_batches
 from paqdetr.runtime.tiles import Tiles, predict_tiles
-from paqdetr.structures import ClassTable, Detections, OperatingPoint
+from paqdetr.structures import CONFIDENT, ClassTable, Detections, OperatingPoint
 from paqdetr.text import Summary, figure
 from paqdetr.values import require_batch_size, require_nms, require_threshold
 
@@ -37,8 +38,6 @@ if TYPE_CHECKING:  # what a call has wrong is found before torch is imported
     from paqdetr.models.inference import Observer
     from paqdetr.models.outputs import DetectorOutput
 
-# Above this score a prediction counts as made, when predictions are counted.
-_CONFIDENT = 0.3
 # IoU of the suppression that shows what duplicates cost, and the least gain of AP for which it is recommended.
 _NMS, _WORTH_IT = 0.7, 0.005
 # No detection that scores less is of use, wherever F1 is at its best.
@@ -59,6 +58,7 @@ class Evaluation(Summary):
         images_per_second: reading, model and post-processing.
         results: COCO result dicts of the raw output, of the classes that the split has.
         operating_point: the threshold and the suppression of duplicates that these figures recommend.
+        unreadable_images: that count as images without detections.
     """
 
     figures: CocoFigures
@@ -68,6 +68,7 @@ class Evaluation(Summary):
     images_per_second: float
     results: list[dict[str, Any]]
     operating_point: OperatingPoint = field(default_factory=OperatingPoint)
+    unreadable_images: int = 0
 
     def _summary(self) -> tuple[str, list[tuple[str, ...]]]:
         f, point = self.figures, self.operating_point
@@ -83,13 +84,15 @@ class Evaluation(Summary):
             ("recommended", point.shown),
             ("images per second", f"{self.images_per_second:.1f}"),
         ]
+        if self.unreadable_images:
+            rows.append(("images that cannot be read", str(self.unreadable_images)))
         if classes:
             (low, worst), (high, best) = classes[0], classes[-1]
             rows.insert(2, (f"AP of {len(classes)} classes", f"{figure(low)} ({worst}) to {figure(high)} ({best})"))
         return f"Evaluation: AP {figure(f.AP)}", rows
 
     def to_json(self) -> dict[str, Any]:
-        """Figures by name, ready for json."""
+        """Figures by name, ready for json; `unreadable_images` among them if there are any."""
         nms = self.figures_nms.to_json()
         return {
             **self.figures.to_json(),
@@ -98,6 +101,7 @@ class Evaluation(Summary):
             "predictions_per_image": round(self.predictions_per_image, 3),
             "boxes_per_image": round(self.boxes_per_image, 3),
             "images_per_second": round(self.images_per_second, 2),
+            **({"unreadable_images": self.unreadable_images} if self.unreadable_images else {}),
         }
 
 
@@ -105,7 +109,7 @@ def evaluate(
     model: Detector | Predictor | str | Path,
     *,
     data: str | Path,
-    split: str = "val",
+    split: str | None = "val",
     batch_size: int = 4,
     max_detections: int = MAX_DETECTIONS,
     progress: Callable[[int, int], None] | None = None,
@@ -120,7 +124,7 @@ def evaluate(
         model: a detector, an exported model, or the path of either or of a run; a checkpoint goes to the best device there is.
             The classes of the data must be among its own, by name.
         data: the data set's folder.
-        split: "train", "val" or "test".
+        split: "train", "val" or "test"; None: val, or where there is none test, or else the first there is.
         batch_size: images of one size that go through together; it changes no figure.
         max_detections: of one class that are looked at in an image (COCO's maxDets, 100): more where images have more objects.
         progress: called with (images done, images in all).
@@ -150,7 +154,7 @@ def evaluate(
                 f"model: expected a Detector or a path, found {type(model).__name__}",
                 "give what paqdetr.load or create_model returns, or a checkpoint's path",
             )
-    opened = open_split(data, split)
+    opened = open_split(data, split_to_evaluate(data, split))
     if isinstance(model, (str, Path)):
         model = load(model, device=None)
     return evaluate_split(
@@ -248,10 +252,11 @@ def evaluate_together(
             nms=_NMS if helps else None,
             duplicates_cost=None if math.isnan(cost) else round(cost, 6),
         ),
-        predictions_per_image=float(np.mean([(d.scores > _CONFIDENT).sum() for d in found])),
+        predictions_per_image=float(np.mean([(d.scores > CONFIDENT).sum() for d in found])),
         boxes_per_image=float(np.mean([len(split.labels(i)) for i in range(len(split))])),
         images_per_second=len(found) / max(seconds, 1e-9),
         results=results,
+        unreadable_images=sum(len(failed) for _, failed in shares),
     )
 
 

@@ -17,10 +17,9 @@ from paqdetr.metrics.coco import CocoRecords, evaluate_detections
 from paqdetr.models.inference import postprocess
 from paqdetr.models.outputs import DetectorOutput
 from paqdetr.serialize import fields_of, json_number
-from paqdetr.structures import ClassTable, Detections, Targets
+from paqdetr.structures import CONFIDENT, ClassTable, Detections, Targets
 
 _FOUND_IOU = 0.5
-_CONFIDENT = 0.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +121,7 @@ class LayerCollector:
                 evaluate_detections(truth, [row for one in some for row in one.to_coco()]).AP
                 for some in (found, [one.without_duplicates() for one in found])
             )
-            sure = float(np.mean([(one.scores > _CONFIDENT).sum() for one in found]))
+            sure = float(np.mean([(one.scores > CONFIDENT).sum() for one in found]))
         nothing = float("nan")
         return StageFigures(
             stage=stage,

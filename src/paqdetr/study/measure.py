@@ -31,14 +31,13 @@ from paqdetr.models import Detector, load
 from paqdetr.models.cost import model_cost
 from paqdetr.runs import Record, Run, flat_settings
 from paqdetr.serialize import json_number, plain
-from paqdetr.structures import Detections
+from paqdetr.structures import CONFIDENT, Detections
 from paqdetr.study.results import RunResult
 from paqdetr.study.runs import Places, PlannedRun, RunKey, read_source
 from paqdetr.study.spec import Study
 
 # Raised whenever a figure would come out otherwise than before. A figure that is new is a dash where it was not measured.
 _VERSION = 1
-_CONFIDENT = 0.3
 # What a training ran with: of its last session.
 _PROVENANCE = ("started", "git", "paqdetr", "python", "packages", "machine")
 
@@ -168,7 +167,7 @@ def measure_detections(
     weights = resample_images(len(split), replicates, seed)
     raw, raw_values = _figures(table, weights)
     after, after_values = _figures(cleaned_table, weights)
-    sure = {detections.image_id: int((detections.scores > _CONFIDENT).sum()) for detections in found}
+    sure = {detections.image_id: int((detections.scores > CONFIDENT).sum()) for detections in found}
     counts = np.array([sure[image] for image in table.image_ids])
     figures = {
         **raw,

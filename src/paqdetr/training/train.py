@@ -69,6 +69,11 @@ def train(
             "save it, and give its file as init=: train('dino_nano', init='model.safetensors', ...)",
         )
     model, data, output = _where(model, data, output, resume)
+    if not isinstance(settings or {}, Mapping):
+        kind = type(settings).__name__
+        raise ConfigError(f"settings: expected a mapping, found a {kind}", 'pass settings={"augment.flip": 0}')
+    if twice := overrides.keys() & (settings or {}).keys():
+        raise ConfigError(f"{min(twice)}: given both by itself and in settings", "leave one of them out")
     given = {**(settings or {}), **overrides}
     if auto_batch:
         require_no_batch_size(given)

@@ -115,8 +115,8 @@ def from_pretrained(path: str | Path, **options: Any) -> Any:
     config = options.pop("config", None)
     if config is None:  # what is the configuration's, such as num_labels, goes there, as in transformers
         hub = {name: options[name] for name in _HUB if name in options}
-        config, options = transformers.AutoConfig.from_pretrained(path, return_unused_kwargs=True, **options)
-        options |= hub
+        made: Any = transformers.AutoConfig.from_pretrained(path, return_unused_kwargs=True, **options)
+        config, options = made[0], {**made[1], **hub}
     marker = getattr(config, NAME, None)
     if not isinstance(marker, dict):
         raise ConfigError(
