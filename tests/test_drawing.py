@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image, ImageColor
 
+from paqdetr import drawing
 from paqdetr.drawing import PALETTE, Canvas, class_key, draw_boxes, mark
+from paqdetr.errors import ConfigError
 from paqdetr.structures import Detections
 
 NAMES = {1: "cat", 7: "Straßenbahn", 90: "кошка"}
@@ -259,3 +263,24 @@ def test_pictures_of_any_size_are_drawn_on(side: int) -> None:
     canvas = Canvas(Image.new("RGB", (side, 1)), size=64)
     canvas.box([-1, -1, 2, 2], mark(0), dashed=True, label="word", key="word")
     assert max(canvas.picture().size) == 64
+
+
+def test_a_font_of_ones_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    picture = Image.new("RGB", (200, 100), "white")
+
+    def drawn() -> bytes:
+        drawing._font.cache_clear()
+        canvas = Canvas(picture)
+        canvas.box([20, 40, 150, 80], "#0072B2", label="illuminated")
+        return canvas.picture().tobytes()
+
+    usual = drawn()
+    monkeypatch.setenv("PAQDETR_FONT", str(drawing.font_path().with_name("DejaVuSansMono.ttf")))
+    assert drawn() != usual
+    (tmp_path / "none.ttf").write_text("x")
+    for name in ("none.ttf", "gone.ttf"):
+        monkeypatch.setenv("PAQDETR_FONT", str(tmp_path / name))
+        with pytest.raises(ConfigError, match=f"{name}: no font can be read"):
+            drawn()
+    monkeypatch.setenv("PAQDETR_FONT", "")
+    assert drawn() == usual

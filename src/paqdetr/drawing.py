@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image, ImageColor, ImageDraw, ImageFont, features
 
+from paqdetr.errors import ConfigError
 from paqdetr.images import ImageSource, read_image
 from paqdetr.text import printable
 
@@ -128,8 +130,10 @@ def data_uri(image: Image.Image, side: int) -> str:
 
 
 def font_path() -> Path:
-    """The DejaVu Sans inside matplotlib: Latin, Greek, Cyrillic; Pillow's own stops at Latin. matplotlib is not imported, which
-    takes longer than drawing."""
+    """That of `PAQDETR_FONT`, or the DejaVu Sans inside matplotlib: Latin, Greek, Cyrillic; Pillow's own stops at Latin.
+    matplotlib is not imported, which takes longer than drawing."""
+    if chosen := os.environ.get("PAQDETR_FONT"):
+        return Path(chosen)
     spec = find_spec("matplotlib")
     folder = Path(next(iter((spec and spec.submodule_search_locations) or [""])))
     return folder / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
@@ -349,7 +353,14 @@ def _shortened(text: str, after: str, font: Any, room: float) -> str:
 @cache
 def _font(size: int) -> Any:
     file = font_path()
-    return ImageFont.truetype(str(file), size) if file.is_file() else ImageFont.load_default(size)
+    if not file.is_file() and not os.environ.get("PAQDETR_FONT"):
+        return ImageFont.load_default(size)
+    try:
+        return ImageFont.truetype(str(file), size)
+    except OSError as error:
+        raise ConfigError(
+            f"PAQDETR_FONT={file}: no font can be read ({error})", "name a .ttf, .otf or .ttc file"
+        ) from None
 
 
 def _dashed(pen: ImageDraw.ImageDraw, box: tuple[int, int, int, int], ink: Any, width: int, *, dash: int) -> None:
