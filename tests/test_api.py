@@ -113,11 +113,6 @@ def test_list_recipes() -> None:
             paqdetr.ConfigError,
             "settings: expected a mapping, found a str",
         ),
-        (
-            lambda m, d, f: paqdetr.train("dino_nano", data=d, output=d, epochs=1, settings={"epochs": 2}),
-            paqdetr.ConfigError,
-            "epochs: given both by itself and in settings",
-        ),
         (lambda m, d, f: m.train(data=d, epochs=3), paqdetr.ConfigError, r"paqdetr\.train\('paq_dino_nano', data="),
         (lambda m, d, f: m.train(str(d)), paqdetr.ConfigError, r"paqdetr\.train"),
         (lambda m, d, f: paqdetr.Predictor(f), paqdetr.ConfigError, r"paqdetr\.load\(path\)"),

@@ -132,7 +132,8 @@ def test_the_command_that_resumes_with_the_run_s_own_settings(tmp_path: Path) ->
     with pytest.raises(ConfigError) as caught:
         run.require_settings(changed(seed=1, epochs=4, lr=0.5))
     assert all(f"{key}=" in caught.value.message for key in ("seed", "epochs", "lr"))
-    _, command = caught.value.remedy.split(": ")
+    further, command = caught.value.remedy.split(": ")
+    assert further.startswith(f"to train its weights further, start a new run with init={run.output}; its own settings")
     assert shlex.split(command) == ["paqdetr", "train", str(run.output), "--resume", "--data", "DIR"]
     run.require_settings(load_config(run.config_file))
 

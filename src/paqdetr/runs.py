@@ -222,11 +222,11 @@ class Run(Summary):
         if found:
             more = f"; and {len(found) - 8} more" if len(found) > 8 else ""
             longer = {"epochs", "max_steps"} & set(changed)
-            further = f"; to train its weights further, start a new run with init={self.output}" if longer else ""
+            further = f"to train its weights further, start a new run with init={self.output}; " if longer else ""
             raise ConfigError(
                 f"{self.config_file}: the run was started with {'; '.join(found[:8])}{more}",
-                f"its own settings are resumed by: {command_to_resume(self.output, names_data=self.data is not None)}"
-                f"{further}",
+                f"{further}its own settings are resumed by: "
+                f"{command_to_resume(self.output, names_data=self.data is not None)}",
             )
 
     def begin(self, *, resume: bool) -> IO[bytes] | None:

@@ -51,7 +51,7 @@ def train(
             keeps the one found first.
         callbacks: called at every step and evaluation. A notebook shows a bar of its own.
         settings: overrides with dotted keys, such as {"model.num_patterns": 32}.
-        overrides: overrides of top-level settings, such as epochs=12.
+        overrides: overrides of top-level settings, such as epochs=12, which go before those of `settings`.
 
     Raises:
         UserError: settings, data or the output folder cannot be used; nothing is overwritten.
@@ -72,8 +72,6 @@ def train(
     if not isinstance(settings or {}, Mapping):
         kind = type(settings).__name__
         raise ConfigError(f"settings: expected a mapping, found a {kind}", 'pass settings={"augment.flip": 0}')
-    if twice := overrides.keys() & (settings or {}).keys():
-        raise ConfigError(f"{min(twice)}: given both by itself and in settings", "leave one of them out")
     given = {**(settings or {}), **overrides}
     if auto_batch:
         require_no_batch_size(given)
