@@ -48,9 +48,9 @@ _MAX_TILES = 256
 _DRAIN = 5
 # Seconds in which a connection has to send the head of a request.
 _HEAD = 10.0
-# Of max_mb: what all requests that arrive may hold together, and up to where a request that is too large is read to its end,
-# since many clients look for an answer only then.
-_ARRIVING, _READ_OUT = 16, 8
+# Of max_mb: what all requests that arrive may hold together, if that is more than so many bytes; and up to where a request that
+# is too large is read to its end, since many clients look for an answer only then.
+_ARRIVING, _ARRIVING_BYTES, _READ_OUT = 16, 2**28, 8
 _HEADERS = {
     b"x-content-type-options": b"nosniff",
     b"cache-control": b"no-store",
@@ -67,7 +67,8 @@ class Limits:
         max_batch: images that go through the model together.
         max_wait_ms: that the first of them waits for others.
         queue: images that may wait; further ones are refused with 429.
-        max_mb: of a request, in 2**20 bytes. Files of 16 times as many bytes together are in memory at a time.
+        max_mb: of a request, in 2**20 bytes. Files of 16 times as many bytes together, or of 256 MB if that is more, are in
+            memory at a time.
         max_megapixels: of an image, as its header says before anything is decoded. Images of four times as many pixels
             together are in memory at a time, of up to 12 bytes a pixel while they are decoded.
         timeout: seconds for a request to arrive, and for its answer.
@@ -302,7 +303,7 @@ class DetectionServer:
             self._bytes += size
             if taken > most:
                 raise refusal
-            if self._bytes > _ARRIVING * most:
+            if self._bytes > max(_ARRIVING * most, _ARRIVING_BYTES):
                 raise _busy()
             return message
 
