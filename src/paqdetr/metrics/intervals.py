@@ -310,15 +310,8 @@ def _area_of(name: str) -> int:
     return {"s": 1, "m": 2, "l": 3}.get(name[-1], 0)
 
 
-def _images_with(table: MatchTable, area: int = 0, index: int | None = None) -> np.ndarray:
-    """(C,) in how many images each class that occurs has objects; of one class alone by its position."""
-    there = table.positives[area] > 0
-    images = there.sum(axis=-1) if index is None else there[index].sum(keepdims=True)
-    return images[images > 0]
-
-
 def _spread(table: MatchTable, level: float, *, area: int = 0, index: int | None = None) -> float:
-    """By how much the replicates of a figure have to be further apart.
+    """By how much the replicates of a figure of an area, or of a class by its position, have to be further apart.
 
     The variance of a mean over k images that a bootstrap shows is too small by (k - 1) / k, and its quantiles are those of a
     normal distribution where Student's t with k - 1 degrees of freedom holds. A figure of many classes is the mean of theirs, of
@@ -329,8 +322,11 @@ def _spread(table: MatchTable, level: float, *, area: int = 0, index: int | None
     """
     from scipy.special import ndtri, stdtrit  # 0.2 seconds
 
-    images = _images_with(table, area, index)
-    together = int((table.positives[area] > 0).any(axis=0).sum()) if index is None else int(images.sum())
+    there = table.positives[area] > 0  # (C, I)
+    if index is not None:
+        there = there[index : index + 1]
+    images, together = there.sum(axis=-1), int(there.any(axis=0).sum())
+    images = images[images > 0]
     if together < 2:
         return math.nan
     freedom = min(max(int((images - 1).sum()), 1), together - 1)
