@@ -87,9 +87,12 @@ def worker_start_method() -> str:
 _GO_ON = "; `paqdetr train RUN --resume` continues a training"
 
 
-def worker_error(error: RuntimeError | MemoryError) -> WorkerError | None:
-    """What a user can do about torch's complaint that a worker died or hangs; None for any other error."""
+def worker_error(error: RuntimeError | MemoryError | ConnectionError | EOFError) -> WorkerError | None:
+    """What a user can do about torch's complaint that a worker died or hangs; None for any other error. One that dies while its
+    batch is on the way shows in the connection."""
     reason = str(error).strip().split("\n")[0]
+    if isinstance(error, ConnectionError | EOFError):
+        reason = f"DataLoader worker has closed its connection ({reason or type(error).__name__})"
     if "DataLoader timed out" in reason:
         return WorkerError(
             f"the processes that load images have loaded none for too long: {reason}",

@@ -77,7 +77,10 @@ def test_train(
     assert (config.seed, config.amp, config.epochs, config.model.dim) == (7, "no", 1, 32)
 
     assert run([*arguments, "--resume"]) == 0  # finished: says the same and does nothing
-    assert "validation AP (epoch 1)" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "validation AP (epoch 1)" in said.out and f"start a new run with init={output}" in said.err.replace(
+        "\n", " "
+    )
     assert len(Run(output).records("start")) == 1
 
 

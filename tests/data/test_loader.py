@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -279,6 +280,21 @@ class Killed(Images):
     def sample(self, key: int) -> int:
         os.kill(os.getpid(), signal.SIGKILL)
         return key
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_a_worker_that_dies_while_its_batch_is_on_the_way(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = ImageLoader(Killed(), [[0]], workers=0)
+
+    def broken() -> Iterator[object]:
+        raise error
+        yield
+
+    monkeypatch.setattr(loader, "_loader", broken())
+    with pytest.raises(
+        WorkerError, match="a process that loads images died: DataLoader worker has closed its connection"
+    ):
+        list(loader)
 
 
 @pytest.mark.parametrize("method", ["fork", "forkserver"])

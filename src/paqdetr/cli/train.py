@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from paqdetr.cli import options
-from paqdetr.cli.console import Ended, errors, facts_table, interrupted, results
+from paqdetr.cli.console import Ended, errors, facts_table, interrupted, note, results
 from paqdetr.text import figure
 from paqdetr.values import MAX_SEED
 
@@ -49,7 +49,7 @@ def train(
     from paqdetr.interrupt import TrainingInterrupted
     from paqdetr.training import train as run_training
 
-    overrides = parse_overrides(settings or [])
+    overrides, progress = parse_overrides(settings or []), TrainingProgress()
     overrides |= {key: value for key, value in (("seed", seed), ("amp", amp)) if value is not None}
     try:
         run = run_training(
@@ -61,7 +61,7 @@ def train(
             device=device,
             auto_batch=auto_batch,
             settings=overrides,
-            callbacks=[TrainingProgress()],
+            callbacks=[progress],
         )
     except TrainingInterrupted as stopped:
         if this_is_main():
@@ -72,6 +72,11 @@ def train(
     leave()
     if not this_is_main():
         return
+    if not progress.total:
+        note(
+            f"{run.output}: the run was finished, and nothing is left to train; to train its weights further, or on other data, "
+            f"start a new run with init={run.output}"
+        )
     best = run.metrics
     facts = {}
     if best:

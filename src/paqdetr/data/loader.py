@@ -458,7 +458,7 @@ class ImageLoader:
                 if isinstance(opened, Failure):
                     raise opened.kind(opened.message, opened.remedy)
                 yield opened
-        except RuntimeError as error:
+        except (RuntimeError, ConnectionError, EOFError) as error:
             if (known := worker_error(error)) is None:
                 raise
             raise known from error

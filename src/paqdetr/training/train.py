@@ -105,12 +105,7 @@ def train(
         run.require_settings(config)
         if run.finished:
             if processes.main:
-                logging.getLogger(__name__).warning(
-                    "%s: the run is finished, and nothing is left to train; to train its weights further, or on other data, "
-                    "start a new run with init=%s",
-                    run.output,
-                    run.output,
-                )
+                logging.getLogger(__name__).info("%s: the run is finished, and nothing is left to train", run.output)
             return run
         trainer = Trainer(
             config,
