@@ -101,7 +101,9 @@ def test_what_torchvision_found_is_given_in_the_originals_pixels(peers: ModuleTy
 
 def test_the_kept_results_are_of_one_budget_and_their_plot_is_on_the_page(peers: ModuleType) -> None:
     page = (DOCS / "study.md").read_text(encoding="utf-8")
-    (folder,) = (DOCS / "results").glob("peers_*")
-    results = peers.collect(folder)
-    assert len(results) >= 5 and {row["cpu_minutes"] for row in results} == {results[0]["cpu_minutes"]}
-    assert f"results/{folder.name}/peers.svg" in page and (folder / "peers.svg").is_file()
+    folders = list((DOCS / "results").glob("peers_*"))
+    for folder in folders:
+        results = peers.collect(folder)
+        assert len(results) >= 3 and {row["cpu_minutes"] for row in results} == {results[0]["cpu_minutes"]}
+        assert f"results/{folder.name}/peers.svg" in page and (folder / "peers.svg").is_file()
+    assert len(folders) == 2
