@@ -18,7 +18,7 @@ from paqdetr.metrics.intervals import Comparison, Difference, FigureIntervals, I
 from paqdetr.metrics.matches import AREAS
 from paqdetr.report.section import Column, Findings, Section, Table, make_table
 from paqdetr.serialize import finite_rows
-from paqdetr.structures import CONFIDENT
+from paqdetr.structures import CONFIDENT, ClassTable
 
 _MEANING = {
     "AP": "mean over IoU .50 to .95 and classes",
@@ -66,7 +66,10 @@ def facts_of(analysis: Analysis, model: ModelUnderTest, intervals: FigureInterva
     share = reliable.counts / max(reliable.counts.sum(), 1)
     right, wrong, missed = (int(own.sum()) for own in (outcome.right, outcome.wrong, outcome.missed))
     default = point.least_score()
-    per_class, training = table.positives[0].sum(axis=1).tolist(), training_boxes(analysis.training)
+    per_class, training = (
+        table.positives[0].sum(axis=1).tolist(),
+        training_boxes(analysis.training, model.split.classes),
+    )
     return Facts(
         split=model.split.name,
         images=len(model.split),
@@ -82,13 +85,8 @@ def facts_of(analysis: Analysis, model: ModelUnderTest, intervals: FigureInterva
         gains=model.mistakes.gains,
         confused=confused_pairs(model.confusion),
         classes=[
-            ClassFacts(
-                name,
-                intervals.per_class[name].value,
-                count,
-                None if training is None else training.get(name.casefold(), 0),
-            )
-            for name, count in zip(table.class_names, per_class, strict=True)
+            ClassFacts(name, intervals.per_class[name].value, count, None if training is None else training.get(own, 0))
+            for name, count, own in zip(table.class_names, per_class, table.category_ids, strict=True)
         ],
         threshold=outcome.threshold,
         f1=float(model.curves.best_f1[-1]),
@@ -109,14 +107,13 @@ def facts_of(analysis: Analysis, model: ModelUnderTest, intervals: FigureInterva
     )
 
 
-def training_boxes(training: DetectionDataset | None) -> dict[str, int] | None:
-    """Boxes of each class in the training split, whose ids may be others, by its name in small letters; None if two share one."""
+def training_boxes(training: DetectionDataset | None, classes: ClassTable) -> dict[int | str, int] | None:
+    """Boxes in the training split, whose ids may be others, of each of `classes` that it has, by their ids."""
     if training is None:
         return None
     own = training.annotations
     counts = np.bincount(own.labels[~own.crowd], minlength=len(own.classes)).tolist()
-    names = [name.casefold() for name in own.classes.names]
-    return dict(zip(names, counts, strict=True)) if len(set(names)) == len(names) else None
+    return {classes.ids[its]: counts[row] for row, its in own.classes.rows_in(classes)}
 
 
 def _near_duplicates(analysis: Analysis, model: ModelUnderTest) -> Duplicates | None:

@@ -122,7 +122,7 @@ class Backbone(nn.Module):
         """Batch norms of the frozen part keep their statistics."""
         super().train(mode)
         for part in self.body.modules():
-            if isinstance(part, nn.BatchNorm2d) and part.affine and not part.weight.requires_grad:
+            if isinstance(part, (nn.BatchNorm2d, nn.SyncBatchNorm)) and part.affine and not part.weight.requires_grad:
                 part.eval()
         return self
 

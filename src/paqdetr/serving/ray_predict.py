@@ -297,7 +297,7 @@ def _read(address: str) -> Image | str:
 
 
 def _utf8(text: str) -> str:
-    """The name of a file may be none; Parquet takes no other."""
+    """For Parquet, which takes UTF-8 alone, where the name of a file may be any bytes."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 

@@ -20,7 +20,7 @@ from paqdetr.data.digest import SplitDigest
 from paqdetr.data.loader import Batch, training_loader
 from paqdetr.distributed import Processes, build_accelerator, lost_process
 from paqdetr.environment import describe_start, peak_memory
-from paqdetr.errors import CheckpointError, NonFiniteError, UserError, memory_error
+from paqdetr.errors import CheckpointError, DataError, NonFiniteError, UserError, memory_error
 from paqdetr.evaluation.evaluate import evaluate_together
 from paqdetr.interrupt import StopRequest, TrainingInterrupted, worker_error
 from paqdetr.losses import build_criterion
@@ -183,10 +183,11 @@ class Trainer:
         try:
             batches = [next(source).to(self.accelerator.device) for _ in range(count)]
         except UserError as error:
-            error.remedy += (
-                f" What was trained up to step {self.position.step} is saved: then resume, with --accept-new-data if the images "
-                "are no longer those that the run began with."
-            )
+            if isinstance(error, DataError):
+                error.remedy += (
+                    f" What was trained up to step {self.position.step} is saved: then resume, with --accept-new-data if the "
+                    "images are no longer those that the run began with."
+                )
             failure = error
         own_boxes = sum(len(target) for batch in batches for target in batch.targets)
         stopped = self.stop.signal_number is not None
