@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib.util
 import os
@@ -61,6 +62,28 @@ def seeds() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002  libraries draw from the global state
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def kill_children() -> Callable[..., list[int]]:
+    """`kill_children(pid)` kills what this process started; with `having`, one of those whose command has the word.
+
+    Returns the ids of the killed. Processes end by themselves while they are looked through: Ray's do all the time.
+    """
+    import psutil
+
+    def kill(pid: int, having: str | None = None) -> list[int]:
+        killed = []
+        for child in psutil.Process(pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if having is None or having in " ".join(child.cmdline()):
+                    child.kill()
+                    killed.append(child.pid)
+                    if having is not None:
+                        break
+        return killed
+
+    return kill
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 from PIL import Image
 from tiny_onnx import write_tiny_onnx
@@ -139,7 +139,7 @@ def test_an_output_belongs_to_one_list_one_model_and_its_settings(tmp_path: Path
 
 
 @pytest.mark.integration
-def test_two_workers_of_which_one_is_killed(tmp_path: Path) -> None:
+def test_two_workers_of_which_one_is_killed(tmp_path: Path, kill_children: Callable[..., list[int]]) -> None:
     """Nothing is lost, nothing is there twice, and the detections are those of one process; a second call resumes."""
     model = write_tiny_onnx(tmp_path / "m.onnx")
     paths = pictures(tmp_path / "images", 120, side=700)
@@ -162,11 +162,7 @@ def test_two_workers_of_which_one_is_killed(tmp_path: Path) -> None:
     def kill_one() -> None:
         while process.poll() is None and not killed:
             if len(list(output.glob("part-*.parquet"))) >= 2:
-                for child in psutil.Process(process.pid).children(recursive=True):
-                    if "MapWorker" in " ".join(child.cmdline()):
-                        child.kill()
-                        killed.append(child.pid)
-                        break
+                killed.extend(kill_children(process.pid, having="MapWorker"))
             time.sleep(0.01)
 
     thread = threading.Thread(target=kill_one)

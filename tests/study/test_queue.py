@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 
@@ -313,7 +312,13 @@ def in_this_process(arguments: list[str], **rest: Any) -> Ended:
 @pytest.mark.integration
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 def test_killed_in_the_middle_of_a_run(
-    tmp_path: Path, file: Path, tiny_digits: Path, monkeypatch: pytest.MonkeyPatch, no_pictures: None, one_thread: None
+    tmp_path: Path,
+    file: Path,
+    tiny_digits: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    no_pictures: None,
+    one_thread: None,
+    kill_children: Callable[..., list[int]],
 ) -> None:
     """The power goes while the second of two runs trains; then a terminal is closed; then it comes to its end."""
     root = tiny_digits.parent
@@ -335,8 +340,7 @@ def test_killed_in_the_middle_of_a_run(
     command += ["--data-root", str(root), "--resume"]
     run = Run(output / "runs/digits/other/seed0")
     process = start_until(command, run, step=5)
-    for child in psutil.Process(process.pid).children(recursive=True):
-        child.kill()
+    kill_children(process.pid)
     process.kill()
     process.wait()
     assert not run.finished and run.state_file.is_file()
@@ -377,7 +381,13 @@ def start_until(command: list[str], run: Run, *, step: int) -> subprocess.Popen[
 @pytest.mark.integration
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 def test_a_cluster_of_two_workers_of_which_one_is_killed(
-    tmp_path: Path, file: Path, tiny_digits: Path, monkeypatch: pytest.MonkeyPatch, no_pictures: None, one_thread: None
+    tmp_path: Path,
+    file: Path,
+    tiny_digits: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    no_pictures: None,
+    one_thread: None,
+    kill_children: Callable[..., list[int]],
 ) -> None:
     """`study --ray`: the same results as one run after the other, though a worker dies while its run trains."""
     pytest.importorskip("ray")
@@ -389,9 +399,7 @@ def test_a_cluster_of_two_workers_of_which_one_is_killed(
     command = [sys.executable, "-m", "paqdetr", "study", str(file), "--output", str(tmp_path / "out")]
     command += ["--data-root", str(root), "--ray", "local"]
     process = start_until(command, Run(tmp_path / "out/runs/digits/other/seed0"), step=3)
-    workers = psutil.Process(process.pid).children(recursive=True)
-    busy = [child for child in workers if child.name().startswith("ray::") and "run_queue" in " ".join(child.cmdline())]
-    busy[0].kill()
+    assert kill_children(process.pid, having="run_queue")
     _, said = process.communicate(timeout=500)
     assert process.returncode == 0, said
     assert table(tmp_path / "out", file) == table(tmp_path / "straight", file)

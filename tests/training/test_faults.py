@@ -125,15 +125,16 @@ def test_a_signal_to_the_process_group_saves_and_says_how_to_go_on(
     require_same_end(straight, run)
 
 
-def test_a_worker_that_dies(tmp_path: Path, arguments: list[str], start: Start, straight: Run) -> None:
+def test_a_worker_that_dies(
+    tmp_path: Path, arguments: list[str], start: Start, straight: Run, kill_children: Callable[..., list[int]]
+) -> None:
     """As when the system kills it for its memory."""
     run = Run(tmp_path / "run")
     go_on = tmp_path / "go on"
     group = start(1, "held_after_step", 1, go_on, "command_line", *arguments, "--output", run.output)
     (process,) = group.processes
     wait_for(lambda: bool(run.records("train")), process.is_alive)
-    for worker in psutil.Process(process.pid).children(recursive=True):
-        worker.kill()
+    assert kill_children(process.pid)
     go_on.touch()
     (ended,) = group.end()
     assert ended.code == 2, ended.err
