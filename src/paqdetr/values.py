@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 from numbers import Integral, Real
 from typing import TypeGuard
@@ -123,6 +124,12 @@ def parse_nms(text: str, name: str) -> float:
             f"{name}: expected an IoU from 0 to 1, or none, found {text[:80]!r}", "0.7 is usual, and none drops nothing"
         ) from None
     return value
+
+
+def parse_names(text: str) -> list[str]:
+    """`a, b` -> `["a", "b"]`: names separated by commas, those that have one in double quotes; nothing between two is none."""
+    rows = csv.reader(text.splitlines(), skipinitialspace=True)
+    return [name.strip() for row in rows for name in row if name.strip()]
 
 
 def require_batch_size(batch_size: int) -> None:

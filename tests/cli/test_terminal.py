@@ -303,7 +303,7 @@ def test_completion_needs_no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_info_of_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["info", "dino_r50"]) == 0
     title, *rows = capsys.readouterr().out.splitlines()
-    assert title == "dino_r50: DINO, 4 levels, ResNet-50, 12 epochs of COCO."
+    assert title == "dino_r50: DINO, ResNet-50, 12 epochs of COCO."
     assert "parameters     47.7M" in rows and any("49.0 AP on COCO val2017" in row for row in rows)
     assert any(
         row.startswith("train it") and row.endswith("paqdetr train dino_r50 --data DIR --output DIR") for row in rows

@@ -428,10 +428,10 @@ def test_a_part_alone_is_no_model_but_can_be_a_base(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "description"),
     [
-        ("dino_nano", "DINO, 4 levels, the size of two CPU cores."),
+        ("dino_nano", "DINO, the size of two CPU cores."),
         ("paq_dn_detr_r50", "DN-Deformable-DETR with PaQ, ResNet-50, 12 epochs of COCO."),
-        ("paq_dino_r50_24e", "DINO, 4 levels with PaQ, ResNet-50, 24 epochs of COCO."),
-        ("dino_r50_12e", "DINO, 4 levels, ResNet-50, 12 epochs of COCO, trained as by its authors."),
+        ("paq_dino_r50_24e", "DINO with PaQ, ResNet-50, 24 epochs of COCO."),
+        ("dino_r50_12e", "DINO, ResNet-50, 12 epochs of COCO, trained as by its authors."),
     ],
 )
 def test_descriptions_are_put_together_from_host_size_and_recipe(name: str, description: str) -> None:

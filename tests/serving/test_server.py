@@ -75,6 +75,7 @@ def test_parameters_reach_the_model_or_filter_its_answer(client: Callable[..., T
     assert ids("threshold=0&classes=dog %26 <b>") == [7, 7]
     assert ids("threshold=0&classes=3&classes=7") == [3, 7, 3, 7]
     assert ids("threshold=0&classes=") == ids("threshold=0&classes=,") == [3, 7, 3, 7]
+    assert ids('threshold=0&classes="dog %26 <b>", cat') == [3, 7, 3, 7]
     ids("tiles=64")
     assert stub.calls[-1] == (1, {"batch_size": 8, "tiles": 64})
 

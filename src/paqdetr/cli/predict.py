@@ -35,7 +35,7 @@ def predict(
     ] = None,
     nms: options.Nms = None,
     classes: Annotated[
-        str | None, options.detections(help="Names of the classes to keep, separated by commas.")
+        str | None, options.detections(help="Names of the classes to keep, separated by commas; those with a comma in double quotes.")
     ] = None,
     tiles: options.TileSize = None,
     overlap: options.Overlap = None,
@@ -77,6 +77,7 @@ def predict(
     from paqdetr.runtime.predict import new_folder, predict_sources, require_place
     from paqdetr.runtime.save import require_forms
     from paqdetr.runtime.sources import require_sources
+    from paqdetr.values import parse_names
 
     if threshold is not None and not 0 <= threshold <= 1:  # a range of the option would call nan too large
         raise ConfigError(
@@ -84,7 +85,7 @@ def predict(
             "`paqdetr predict --help` shows how it is used",
         )
     suppress_over, cut = options.nms_of(nms), options.tiles_of(tiles, overlap, with_whole)
-    wanted = None if classes is None else [name.strip() for name in classes.split(",")]
+    wanted = None if classes is None else parse_names(classes)
     if ray is not None:
         others = {"--save": save != "draw,coco", "--every": every > 1, "--max-frames": max_frames, "--buffer": buffer}
         others |= {"--annotations": annotations, "--overwrite": overwrite}

@@ -39,7 +39,7 @@ from paqdetr.runtime.tiles import Tiles
 from paqdetr.serving.batcher import Batcher, Closed, QueueFull
 from paqdetr.serving.openapi import PARAMETERS, openapi
 from paqdetr.structures import ClassTable, Detections
-from paqdetr.values import parse_nms
+from paqdetr.values import parse_names, parse_nms
 
 _PAGE = Path(__file__).with_name("page.html")
 # Upper bounds of the histogram of seconds.
@@ -127,7 +127,7 @@ class Options:
                 problem = "unknown" if name not in PARAMETERS else "given twice"
                 raise ConfigError(f"query parameter {name[:80]!r}: {problem}", f"known are {', '.join(PARAMETERS)}")
             if name == "classes":
-                wanted = [word.strip() for word in text.split(",") if word.strip()]
+                wanted = parse_names(text)
                 # A name of digits is the class of that name, if there is one.
                 ids = [int(w) if w not in classes.names and re.fullmatch(r"-?\d{1,18}", w) else w for w in wanted]
                 if ids:  # an empty field of a form is as none
