@@ -175,9 +175,14 @@ def test_a_training_starts_from_init_instead_of_imagenet(checkpoint: Path) -> No
         model_to_train(config, NEW)
 
 
-def test_no_init_is_a_new_model() -> None:
+def test_no_init_is_a_new_model(caplog: pytest.LogCaptureFixture) -> None:
     small = {f"model.{key}": value for key, value in SMALL.items()}
     config = load_config("dino_nano", {**small, "pretrained_backbone": False, "model.num_classes": 3})
     assert model_to_train(config, NEW)[1] is None
+    assert "frozen parts of the backbone keep random weights" in caplog.text
+    caplog.clear()
+    whole = {"model.frozen_stride": 0, "model.freeze_backbone_norm": False}
+    model_to_train(load_config("dino_nano", {**small, **whole, "pretrained_backbone": False}), NEW)
+    assert not caplog.records
     with pytest.raises(ConfigError, match="ImageNet weights could not be loaded"):
         model_to_train(config.model_copy(update={"pretrained_backbone": True}), NEW)

@@ -35,7 +35,10 @@ def predict(
     ] = None,
     nms: options.Nms = None,
     classes: Annotated[
-        str | None, options.detections(help="Names of the classes to keep, separated by commas; those with a comma in double quotes.")
+        str | None,
+        options.detections(
+            help="Names of the classes to keep, separated by commas; those with a comma in double quotes."
+        ),
     ] = None,
     tiles: options.TileSize = None,
     overlap: options.Overlap = None,

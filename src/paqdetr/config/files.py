@@ -311,7 +311,9 @@ def _to_train_from(source: str) -> str | None:
         return None
     starts = f"`paqdetr train MODEL init={source}` starts from these weights"
     is_run = (folder / "config.yaml").is_file() and (folder / "environment.json").is_file()
-    return f"`{command_to_resume(folder)}` goes on with the run; {starts}" if is_run else f"name the model; {starts}"
+    if not is_run:
+        return f"name the model; {starts}"
+    return f"`{command_to_resume(folder)}` goes on with the run; {starts}; its settings are in {folder / 'config.yaml'}"
 
 
 def _read_yaml(text: str, where: str) -> dict[str, Any]:

@@ -259,7 +259,13 @@ def model_to_train(
     Raises:
         CheckpointError: as `start_from`.
     """
-    pretrained = config.pretrained_backbone and config.init is None and not resumed
+    new = config.init is None and not resumed
+    pretrained = config.pretrained_backbone and new
+    if new and not pretrained and (config.model.frozen_stride or config.model.freeze_backbone_norm):
+        _LOG.warning(
+            "pretrained_backbone=false: frozen parts of the backbone keep random weights; "
+            "model.frozen_stride=0 model.freeze_backbone_norm=false train all of it"
+        )
     model = build_model(config, classes=classes, pretrained_backbone=pretrained)
     return model, None if config.init is None or resumed else start_from(model, config.init)
 
