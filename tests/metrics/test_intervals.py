@@ -233,6 +233,28 @@ def test_what_is_found_in_every_image_may_be_missed_in_the_next() -> None:
                 assert (figure.low, figure.high) == pytest.approx(ends, abs=1e-3)
 
 
+def test_a_rare_class_among_many_images() -> None:
+    """In its one-image resamples the precision is 1 but for rounding. Its interval is that of three images all the same, and two
+    detectors of which one finds it and the other does not are told apart from six images on, as by a sign test."""
+    for k, decided in ((3, False), (5, False), (6, True)):
+        truth = {
+            "images": [{"id": i} for i in range(60)],
+            "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
+            "annotations": [{"image_id": i, "category_id": 1 + (i >= k), "bbox": BOX} for i in range(60)],
+        }
+        rows = [{**own, "score": 0.5} for own in truth["annotations"]]
+        a, b = (MatchTable.match(truth, found) for found in (rows, rows[k:]))
+        own = compare_results(a, b, samples=200)
+        room = 1 - 0.025 ** (1 / k)
+        cat = own.first.per_class["cat"]
+        assert (cat.value, cat.low, cat.high) == pytest.approx((1, 1 - room, 1))
+        for there, other in ((own, -1), (compare_results(b, a, samples=200), 1)):
+            found = there.per_class["cat"]
+            ends = sorted((other, other * (1 - 2 * room)))
+            assert (found.value, found.low, found.high) == pytest.approx((other, *ends))
+            assert found.decided is decided and found.superiority == (other + 1) / 2
+
+
 def test_progress_and_json(make_problem: Callable[..., Problem]) -> None:
     table = MatchTable.match(*make_problem(2))
     told: list[tuple[int, int]] = []

@@ -45,6 +45,11 @@ def test_times_come_from_the_nearest_that_was_measured(tmp_path: Path, runs: lis
     done = rows["digits", "baseline"]
     assert (done.seconds, done.done, done.left, done.source) == (50, 1, 50, "these runs")
     assert (rows["digits", "new"].left, rows["digits", "new"].source) == (100, "this data")
+    places.result(runs[1].key).parent.mkdir(parents=True)
+    places.result(runs[1].key).write_text(RunResult(runs[1].key, "training: error", {}).to_text())
+    other = {(row.data, row.variant): row for row in forecast(runs, places)}[runs[1].key.data, runs[1].key.variant]
+    assert (other.done, other.failed, other.left) == (0, 1, 100)
+    places.result(runs[1].key).unlink()
     # Four times the pixels: more arithmetic, if less than four times, since the decoder's is the same.
     further = rows["fish", "new"]
     assert further.source == "FLOPs" and further.seconds is not None

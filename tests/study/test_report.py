@@ -39,6 +39,7 @@ def study() -> Study:
             "name": "simulated",
             "base": "dino_nano",
             "epochs": 1,
+            "settings": {"lr": 0.1},
             "seeds": [0, 1, 2, 3],
             "data": {"digits": {"make": {}}, "fish-2": {"folder": "fish"}},
             "variants": {name: {} for name in EFFECTS},
@@ -166,7 +167,7 @@ def test_a_file_that_is_no_result(tmp_path: Path, text: str, message: str) -> No
     (tmp_path / "seed0.json").write_text(text)
     with pytest.raises(DataError, match=r"seed0\.json: ") as caught:
         read_result(tmp_path / "seed0.json")
-    assert message in caught.value.message
+    assert message in caught.value.message and "`paqdetr study --resume`" in caught.value.remedy
     assert read_result(tmp_path / "seed1.json") is None
     (tmp_path / "seed2.json").mkdir()
     with pytest.raises(DataError, match="is a folder, expected a file"):

@@ -78,6 +78,7 @@ def set_(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         ("variants/new/settings", {"epochs": 8}, "epochs is the study's to set", ""),
         ("variants/new/settings", {"batch_size": 8}, "settings.batch_size is not a variant's to set", ""),
         ("variants/a b", {}, "names a folder", ""),
+        ("data", {"d.1": {"make": {}}, "d-1": {"make": {}}}, "'d-1' and another name differ in _ . + - alone", ""),
         ("baseline", "old", "baseline: 'old' is not a variant of this study; there are baseline, new", ""),
         ("seeds", [1, 1], "seeds: a seed is listed twice", ""),
         ("seeds", [], "seeds:", ""),
@@ -107,6 +108,14 @@ def test_a_wrong_key_is_named(tmp_path: Path, path: str, value: Any, said: str, 
         load_study(written(tmp_path, values))
     assert said in caught.value.message and helped in caught.value.remedy
     assert "study.yaml" in caught.value.message
+
+
+def test_a_seed_holds_out_one_part_whatever_the_variant() -> None:
+    values = copy.deepcopy(GOOD)
+    values["data"]["digits"] |= {"folds": 3, "more_seeds": {"baseline": [3, 4], "new": [4, 7]}}
+    study = Study.model_validate({"name": "x", **values})
+    assert [study.fold_of("digits", seed) for seed in (0, 1, 3, 4, 7)] == [0, 1, 2, 0, 1]
+    assert study.fold_of("fish", 1) is None
 
 
 def test_a_file_that_is_none(tmp_path: Path) -> None:

@@ -111,6 +111,7 @@ def study(
     runs = plan_runs(study, file=file, places=places, root=data_root)
     if plan:
         return _plan(study, runs, places, measured)
+    from paqdetr.environment import require_device
     from paqdetr.files import read_text, write_text
     from paqdetr.outputs import require_free
     from paqdetr.study.queue import StudyInterrupted, require_no_conflict, run_queue, run_queue_on_ray
@@ -120,6 +121,8 @@ def study(
         for planned in runs:
             results.print(planned.command(places.run(planned.key), device=device))
         return None
+    if device is not None and ray is None:
+        require_device(device)
     if places.study_file.exists() and not resume:
         raise ConfigError(
             f"{places.output}: there is a study already, and nothing is overwritten",
@@ -215,6 +218,7 @@ def _plan(study: Study, runs: list[PlannedRun], places: Places, measured: Path |
     made.add_column("from")
     for row in rows:
         done, times = f"{row.done} of {len(row.seeds)}", (_hours(row.seconds), _hours(row.left))
+        done += f", {row.failed} failed" if row.failed else ""
         made.add_row(row.data, row.variant, " ".join(map(str, row.seeds)), str(row.steps), done, *times, row.source)
     results.print(made)
     known = [row.left for row in rows if row.left is not None]

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from paqdetr.errors import ConfigError, DataError, OutOfMemoryError
+from paqdetr.metrics.coco import FIGURE_NAMES
 from paqdetr.metrics.matches import MatchTable, WeightedFigures
 from paqdetr.serialize import Jsonable, fields_of
 from paqdetr.values import MAX_RESAMPLES, MAX_SEED
@@ -181,22 +182,27 @@ def interval(value: float, replicates: np.ndarray, level: float = LEVEL, *, imag
             at all, the interval is that of a share that is 0 or 1 in so many images (Clopper and Pearson).
     """
     low, high, mean = _percentiles(value, replicates, level)
-    if images and low == high:
-        room = 1 - ((1 - level) / 2) ** (1 / images)
+    if images and _alike(low, high):
+        room = _room(images, level)
         return Interval(float(value), float(value * (1 - room)), float(value + (1 - value) * room))
     moved = np.clip([low - mean + value, high - mean + value], 0.0, 1.0)
     return Interval(float(value), float(moved[0]), float(moved[1]))
 
 
-def difference(value: float, replicates: np.ndarray, level: float = LEVEL) -> Difference:
+def difference(value: float, replicates: np.ndarray, level: float = LEVEL, *, images: int | None = None) -> Difference:
     """The paired interval of a difference: the percentiles of the differences on the same resamples.
 
     Args:
         value: second minus first, on all images.
         replicates: (S,), second minus first on each resample; NaN are left out.
         level: in (0, 1).
+        images: as of `interval`. Where all replicates are equal, and not 0, other images may show the opposite: it is decided
+            where a sign test over so many images decides, from six on at 95 %.
     """
     low, high, _ = _percentiles(value, replicates, level)
+    if images and _alike(low, high) and value:
+        room = _room(images, level)
+        low, high = max(value * (1 - room) - room, -1.0), min(value * (1 - room) + room, 1.0)
     defined = replicates[~np.isnan(replicates)]
     superiority = math.nan if math.isnan(low) else float(np.mean((np.sign(defined) + 1) / 2))
     return Difference(float(value), low, high, superiority)
@@ -239,10 +245,10 @@ def compare_results(
 
     values = first.figures(), second.figures()
     found = [_replicates(table, weights, level, part_of(part)) for part, table in enumerate((first, second))]
-    parts = [_named(first, part) for part in (*values, *found)]
+    parts, images = [_named(first, part) for part in (*values, *found)], _images(first)
     differences = {
         kind: {
-            name: difference(float((b - a)[0]), after - before, level)
+            name: difference(float((b - a)[0]), after - before, level, images=images[kind][name])
             for name, a, b, before, after in ((name, *(part[kind][name] for part in parts)) for name in parts[0][kind])
         }
         for kind in parts[0]
@@ -348,17 +354,11 @@ def _intervals(
     table: MatchTable, values: WeightedFigures, found: WeightedFigures, source: tuple[int, int, float]
 ) -> FigureIntervals:
     once, often = _named(table, values), _named(table, found)
-    samples, seed, level = source
-    of_area = (table.positives > 0).any(axis=1).sum(axis=-1)
-    of_class = dict(zip(table.class_names, (table.positives[0] > 0).sum(axis=-1), strict=True))
-
-    def images(kind: str, name: str) -> int:
-        return int(of_area[_area_of(name)] if kind == "figures" else of_class[name])
-
+    (samples, seed, level), images = source, _images(table)
     return FigureIntervals(
         **{
             kind: {
-                name: interval(float(once[kind][name][0]), row, level, images=images(kind, name))
+                name: interval(float(once[kind][name][0]), row, level, images=images[kind][name])
                 for name, row in rows.items()
             }
             for kind, rows in often.items()
@@ -367,6 +367,27 @@ def _intervals(
         seed=seed,
         level=level,
     )
+
+
+def _images(table: MatchTable) -> dict[str, dict[str, int]]:
+    """Kind of figure -> name -> how many images have an object of it."""
+    of_area = (table.positives > 0).any(axis=1).sum(axis=-1).tolist()
+    of_class = dict(zip(table.class_names, (table.positives[0] > 0).sum(axis=-1).tolist(), strict=True))
+    return {
+        "figures": {name: of_area[_area_of(name)] for name in FIGURE_NAMES},
+        "per_class": of_class,
+        "per_class_AP50": of_class,
+    }
+
+
+def _alike(low: float, high: float) -> bool:
+    """Whether replicates between these percentiles differ by rounding alone."""
+    return high - low < 1e-9
+
+
+def _room(images: int, level: float) -> float:
+    """The largest share of further images that may be otherwise than all of these were (Clopper and Pearson)."""
+    return float(1 - ((1 - level) / 2) ** (1 / images))
 
 
 def _percentiles(value: float, replicates: np.ndarray, level: float) -> tuple[float, float, float]:

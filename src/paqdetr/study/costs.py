@@ -21,7 +21,8 @@ class Forecast:
     Attributes:
         seeds: of all runs.
         steps: of each.
-        done: number of runs that need not be trained any more.
+        done: number of runs that have been trained.
+        failed: number of those that failed, which `--resume --retry` trains again.
         seconds: of a training, as `_step_seconds` counts them; None if nothing comparable was measured.
         source: whose time per FLOP that rests on, from the nearest to the farthest: "these runs", "this data", "FLOPs" of any.
     """
@@ -31,6 +32,7 @@ class Forecast:
     seeds: tuple[int, ...]
     steps: int
     done: int
+    failed: int
     seconds: float | None
     source: str
 
@@ -57,10 +59,12 @@ def forecast(runs: Sequence[PlannedRun], places: Places, measured: Sequence[RunR
     rows = []
     for (data, variant), group in grouped.items():
         seconds, source = times.of(data, variant, group[0].config)
-        done = sum(found[planned.key] is not None or places.run(planned.key).finished for planned in group)
+        there = [(found[planned.key], places.run(planned.key).finished) for planned in group]
+        failed = sum(result is not None and result.failed is not None for result, _ in there)
+        done = sum(result is not None or finished for result, finished in there) - failed
         seeds = tuple(planned.key.seed for planned in group)
         steps = group[0].steps
-        rows.append(Forecast(data, variant, seeds, steps, done, None if seconds is None else seconds * steps, source))
+        rows.append(Forecast(data, variant, seeds, steps, done, failed, seconds and seconds * steps, source))
     return rows
 
 

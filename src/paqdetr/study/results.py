@@ -198,7 +198,10 @@ def read_result(path: Path) -> RunResult | None:
     if not path.exists():
         return None
     remedy = "remove it: the next `paqdetr study --resume` measures the run again"
-    content = read_json(path, limit=MAX_SIDE_BYTES)
+    try:
+        content = read_json(path, limit=MAX_SIDE_BYTES)
+    except DataError as error:
+        raise DataError(error.message, remedy) from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise DataError(f"{path}: is of format {shorten(found)}, this version reads {FORMAT}", remedy)
@@ -228,5 +231,11 @@ def read_results(folder: Path) -> list[RunResult]:
         DataError: a file holds something else.
     """
     files: Iterable[Path] = sorted(folder.rglob("seed*.json"))
-    found = [result for result in map(read_result, files) if result is not None]
+    found = []
+    for file in files:
+        if (result := read_result(file)) is None:
+            continue
+        if not file.as_posix().endswith(f"/{result.key.path}.json"):
+            raise DataError(f"{file}: is the result of {result.key}", f"move it to {folder / result.key.path}.json")
+        found.append(result)
     return sorted(found, key=lambda result: result.key)

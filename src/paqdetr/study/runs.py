@@ -144,7 +144,6 @@ def plan_runs(study: Study, *, file: Path, places: Places, root: Path) -> list[P
         _planned(
             study,
             RunKey(data, variant, own[turn]),
-            turn,
             prepared[data, variant if variant in study.data[data].steps_of else None],
             file,
             places,
@@ -195,11 +194,8 @@ class _DataPlan:
         )
 
 
-def _planned(
-    study: Study, key: RunKey, turn: int, data: _DataPlan, file: Path, places: Places, root: Path
-) -> PlannedRun:
-    spec = study.data[key.data]
-    fold = turn % spec.folds if spec.folds else None
+def _planned(study: Study, key: RunKey, data: _DataPlan, file: Path, places: Places, root: Path) -> PlannedRun:
+    spec, fold = study.data[key.data], study.fold_of(key.data, key.seed)
     base, layers, _ = _layered(study, key.data, key.variant, file)
     settings = layers | data.budget | {"seed": key.seed}
     config = load_config(base, settings)

@@ -59,6 +59,9 @@ def _named(names: dict[str, Any]) -> dict[str, Any]:
     for name in names:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", name):
             raise ValueError(f"{name!r} names a folder: letters, digits and _ . + - alone")
+    plain = [re.sub(r"\W", "_", name) for name in names]  # as parts of a report are called
+    if twice := next((name for name, own in zip(names, plain, strict=True) if plain.count(own) > 1), None):
+        raise ValueError(f"{twice!r} and another name differ in _ . + - alone, which a report could not tell apart")
     return names
 
 
@@ -109,8 +112,8 @@ class DataSet(_Budget):
     Attributes:
         folder: of a data set, relative to --data-root.
         make: or the digits that are made, once for all data sets of the study with equal arguments.
-        folds: cut train and val together into so many parts; the run of the k-th seed (counted from 0) is validated on part
-            k modulo `folds`, and trained on the others.
+        folds: cut train and val together into so many parts; a run of the k-th seed (counted from 0; those in `more_seeds` come
+            after those of all) is validated on part k modulo `folds`, and trained on the others.
         split: that is measured, if not that of `evaluate`.
         steps, epochs, evaluations, seeds: instead of the study's.
         steps_of: steps of single variants, where rows are compared at equal cost rather than at equal steps: variant -> steps.
@@ -317,6 +320,12 @@ class Study(_Budget):
         """Seeds of a variant's runs on a data set."""
         own = self.data[data]
         return (own.seeds or self.seeds) + own.more_seeds.get(variant, ())
+
+    def fold_of(self, data: str, seed: int) -> int | None:
+        """The part that is held out from the runs of a seed, of all variants the same; None without `folds`."""
+        own = self.data[data]
+        order = dict.fromkeys([*(own.seeds or self.seeds), *(one for more in own.more_seeds.values() for one in more)])
+        return None if own.folds is None else list(order).index(seed) % own.folds
 
     def budget_of(self, data: str, variant: str | None) -> tuple[int | None, int | None]:
         """Steps and epochs of a variant's runs on a data set, one of them None; of all but those in `steps_of` if it is None."""

@@ -65,9 +65,9 @@ def verdict_table(runs: Runs, decided: Sequence[Verdict]) -> Table:
         Column("note", "note", "text", partial(_note, runs)),
     )
     caption = (
-        f"Difference: variant minus the other, with the {1 - level:.0%} interval of this claim by itself, paired by seed and by "
-        f"image. p is adjusted for all {len(decided)} claims (Holm). Detectable: the minimum effect that so many seeds on these "
-        f"images decide with a power of 80 %, as the first of {len(decided)} claims; none where no effect would do."
+        f"Difference: variant minus the other, with the {100 * (1 - level):g}% interval of this claim by itself, paired by seed "
+        f"and by image. p is adjusted for all {len(decided)} claims (Holm). Detectable: the minimum effect that so many seeds on "
+        f"these images decide with a power of 80 %, as the first of {len(decided)} claims; none where no effect would do."
     )
     return _table("verdicts", caption, columns, decided)
 
@@ -123,8 +123,8 @@ def figure_table(runs: Runs, data: str) -> Table:
     )
     caption = (
         f"{data}, {study.split_of(data)}: means over seeds. To baseline: AP minus that of {base}, paired, with its "
-        f"{1 - study.level:.0%} interval. Duplicates: what AP gains by non-maximum suppression. Predictions: those that score "
-        "over 0.3, per image; boxes: ground truth, per image."
+        f"{100 * (1 - study.level):g}% interval. Duplicates: what AP gains by non-maximum suppression. Predictions: those that "
+        "score over 0.3, per image; boxes: ground truth, per image."
     )
     return _table(identifier("figures", data), caption, columns, ap)
 

@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from paqdetr.config import load_config
 from paqdetr.errors import DataError
-from paqdetr.runs import changed_settings
+from paqdetr.runs import changed_settings, flat_settings
 from paqdetr.serialize import fields_of
 from paqdetr.study.results import RunResult
 from paqdetr.study.runs import RunKey
@@ -184,7 +185,11 @@ def _require_same_settings(study: Study, result: RunResult) -> None:
     key = result.key
     data, variant = study.data[key.data], study.variants[key.variant]
     steps, epochs = study.budget_of(key.data, key.variant)
-    wanted = study.settings | data.settings | variant.settings
+    wanted, base = study.settings | data.settings | variant.settings, variant.base or study.base
+    if not base.endswith((".yaml", ".yml")):  # a file may be elsewhere by now
+        wanted = flat_settings(load_config(base, wanted))
+        for name in ("seed", "model.num_classes", "max_steps", "epochs", "eval_every"):  # the run's own
+            del wanted[name]
     wanted |= {"max_steps": steps} if steps else {"epochs": epochs}
     for name in changed_settings(result.settings, wanted):
         raise DataError(
