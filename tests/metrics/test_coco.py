@@ -165,6 +165,8 @@ def test_same_name_twice_and_order_of_classes() -> None:
     gt = truth([(1, 7, A)], categories=((9, "cat"), (7, "cat"), (3, "dog")))
     figures = evaluate_detections(gt, [result(1, 7, A, 0.9)])
     assert list(figures.per_class) == ["dog", "cat (7)", "cat (9)"]
+    next(category for category in gt["categories"] if category["id"] == 3)["name"] = "cat (7)"
+    assert list(evaluate_detections(gt, []).per_class) == ["cat (7) (3)", "cat (7)", "cat (9)"]
     assert figures.per_class["cat (7)"] == pytest.approx(1.0)
 
 

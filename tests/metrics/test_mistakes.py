@@ -142,6 +142,17 @@ def test_split_takes_the_first_kind_that_fits(dog: float, cats: list[float], kin
     assert error_split(gt, results).counts == dict.fromkeys(MISTAKES, 0) | kinds
 
 
+def test_detections_on_a_crowd_count_among_the_hundred_of_an_image() -> None:
+    """90 on a crowd and then 20 right ones, of which COCO looks at ten."""
+    spots = [[4.0 * x, 300.0, 3.0, 3.0] for x in range(20)]
+    gt = truth((1, CAT, BOX), *((1, CAT, spot) for spot in spots), crowds=(0,))
+    inside = [[10.0 + x, 10.0, 20.0, 20.0] for x in range(80)] + [[10.0, 20.0 + y, 20.0, 20.0] for y in range(10)]
+    scores = np.linspace(0.9, 0.1, 110)
+    rows = found(*((1, CAT, box, score) for box, score in zip(inside + spots, scores.tolist(), strict=True)))
+    split = error_split(gt, rows)
+    assert split.ap == pytest.approx(evaluate_detections(gt, rows).AP50) and split.counts["missed"] == 10
+
+
 def test_split_without_objects_or_detections() -> None:
     assert math.isnan(error_split(truth(), found((1, CAT, BOX, 0.9))).ap)
     nothing = error_split(truth((1, CAT, BOX)), [])

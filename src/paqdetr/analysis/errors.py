@@ -15,6 +15,7 @@ from paqdetr.metrics.matches import RECALLS
 from paqdetr.report import plots
 from paqdetr.report.section import Column, Figure, Section, Table, make_table
 from paqdetr.serialize import plain
+from paqdetr.text import figure
 
 _MOST_LINES = 7
 _IOUS = (0.5, 0.75, 0.9)
@@ -157,7 +158,7 @@ def _reliability(sets: Sequence[ResultSet]) -> Figure:
             filled = found.counts > 0
             plots.line(axes, found.confidence[filled], found.accuracy[filled], label=name, colour=colour, marker="o")
             data.setdefault(own.label, {})[what] = found.to_json()
-            errors.append(f"{name} {found.error:.3f} {what} ({found.chance:.3f} by chance)".strip())
+            errors.append(f"{name} {figure(found.error)} {what} ({figure(found.chance)} by chance)".strip())
         axes.set(xlim=(0, 1), ylim=(0, 1.02))
     plots.legend(panels[0])
     caption = (

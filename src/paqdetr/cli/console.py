@@ -223,13 +223,13 @@ def table(title: str | None, left: Sequence[str], right: Sequence[str] = (), *, 
     """An empty table with a heading for each column: text, then numbers.
 
     Args:
-        no_wrap: headings and numbers stay on one line.
+        no_wrap: headings and numbers stay on one line, unless the terminal is so narrow that they would be cut.
     """
     made = Table(title=title, title_justify="left")
     for heading in left:
-        made.add_column(heading, overflow="fold")
+        made.add_column(heading, overflow="fold", min_width=8)
     for heading in right:
-        made.add_column(heading, justify="right", no_wrap=no_wrap)
+        made.add_column(heading, justify="right", no_wrap=no_wrap and results.width >= 72, overflow="fold")
     return made
 
 

@@ -252,7 +252,7 @@ class CocoRecords:
         except (ValueError, TypeError, KeyError, OverflowError) as error:
             raise DataError(
                 f"{name} (image {shorten(item.get('image_id'))}): no usable segmentation: {error}",
-                "evaluate with iou_type='bbox' where there are only boxes",
+                "where there are only boxes evaluate with --iou-type bbox, in Python iou_type='bbox'",
             ) from error
 
 
@@ -299,7 +299,8 @@ def _numbering(items: Sequence[Json], name: str) -> dict[Any, int]:
 def _class_names(categories: Sequence[Json], numbers: dict[Any, int]) -> list[str]:
     by_id = {category["id"]: str(category.get("name", category["id"])) for category in categories}
     names = list(by_id.values())
-    return [name if names.count(name) == 1 else f"{name} ({own})" for own in numbers for name in [by_id[own]]]
+    told = [name if names.count(name) == 1 else f"{name} ({own})" for own in numbers for name in [by_id[own]]]
+    return told if len(set(told)) == len(told) else [f"{by_id[own]} ({own})" for own in numbers]
 
 
 def _boxes(items: Sequence[Json], names: list[str]) -> np.ndarray:

@@ -42,7 +42,7 @@ class ThresholdCurves:
     best_f1: np.ndarray
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, ready for json; None for NaN, the row over all under "all"."""
+        """Everything, ready for json; None for NaN, and for the name of the row over all."""
         rows = [*self.class_names, None]
         return {
             "iou_threshold": self.iou_threshold,

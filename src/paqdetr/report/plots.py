@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -62,7 +63,10 @@ def to_svg(axes: Axes) -> str:
     """The whole figure that the axes stand in, as an SVG document on white ground."""
     assert isinstance(axes.figure, Figure), "a part of a figure cannot be saved by itself"
     buffer = io.StringIO()
-    with matplotlib.rc_context(_SVG):
+    with matplotlib.rc_context(_SVG), warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="Glyph .* missing from"
+        )  # text stays text: the browser has the letters
         axes.figure.savefig(buffer, format="svg", facecolor="white", metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
 
