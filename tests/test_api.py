@@ -230,11 +230,25 @@ def python_of(page: str) -> list[str]:
         ("evaluation", {}),
         ("predict", {'"car"': '"7"'}),
         ("queries", {'"DIR"': '"data"'}),
+        (
+            "training",
+            {
+                '"DIR"': '"data"',
+                '"RUN", epochs=2': '"new", epochs=1, settings=tiny',
+                "pretrained_backbone=True": "**small",
+            },
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_the_python_of_a_page_runs(
-    page: str, here: dict[str, str], tiny_run: Run, tiny_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    page: str,
+    here: dict[str, str],
+    tiny_run: Run,
+    tiny_digits: Path,
+    tiny_settings: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """But for videos, on a model of digits; `here` is what is called otherwise here."""
     monkeypatch.chdir(tmp_path)
@@ -250,7 +264,8 @@ def test_the_python_of_a_page_runs(
     with Image.open(tiny_digits / "val" / "000000.jpg") as picture:
         for name in ("photo.jpg", "a.jpg", "b.jpg", "aerial.tif"):
             picture.save(name)
-    names: dict[str, Any] = {}
+    keys = ("image_size", *(key for key in tiny_settings if key.startswith("model.")))
+    names: dict[str, Any] = {"tiny": tiny_settings, "small": {key: tiny_settings[key] for key in keys}}
     if page == "evaluation":
         names["results"] = paqdetr.evaluate(tiny_run.output, data=tiny_digits, split="test").results
     for block in python_of(page):
@@ -259,6 +274,7 @@ def test_the_python_of_a_page_runs(
                 block = block.replace(word, other)
             exec(block, names)
     assert Path("drawn.png").is_file() == (page == "predict")
+    assert Path("mine.safetensors").is_file() == Path("new/best.safetensors").is_file() == (page == "training")
 
 
 @pytest.mark.parametrize("page", ["deploy", "serve"])

@@ -9,7 +9,7 @@
 # # Train on your own data
 #
 # From a folder of annotated images to a detector and its figures. So that this runs anywhere in a minute, the folder is 60 images of digits and the training is short: far too short for a
-# good detector. What changes for yours is one line, and the time: `make quickstart` does the same with 1,400 harder images and some thousand steps ([its figures](../results/README.md)).
+# good detector. What changes for yours is one line, and the time: `make quickstart` does the same with 1,400 harder images and 1,400 steps ([its figures](../results/README.md)).
 
 # %%
 import json
@@ -76,7 +76,7 @@ run = paqdetr.train(
     data=data,
     output="runs/sixty",
     resume=True,
-    epochs=6,  # yours: some thousand steps, at 4 images each
+    epochs=6,  # yours: a few thousand steps, at 4 images each
     image_size=128,  # the long side; 320 to 640 for real photographs
     settings={"augment.flip": 0, "model.num_queries": 20, "eval_every": 3},
 )

@@ -204,7 +204,7 @@ class Run(Summary):
             if not resume and not self.empty:
                 raise ConfigError(
                     f"{self.output}: there is a run already, and nothing is overwritten",
-                    "choose another --output, or continue it with --resume",
+                    "choose another --output, or continue it with --resume (in Python output= and resume=True)",
                 )
         elif foreign:
             raise ConfigError(f"{self.output}: the folder holds other files and no run", "choose another --output")

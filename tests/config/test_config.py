@@ -316,6 +316,8 @@ def test_any_typed_value_is_a_config_or_one_line(key: str, typed: str) -> None:
 
 
 def test_unknown_names() -> None:
+    with pytest.raises(ConfigError, match="runs/frist: no such file or folder, and no name of a model"):
+        load_config("runs/frist")
     with pytest.raises(ConfigError) as caught:
         load_config("paq_dino_r5")
     assert caught.value.remedy == "did you mean 'paq_dino_r50'?"

@@ -298,3 +298,10 @@ def test_what_is_no_table_of_classes(classes: Any) -> None:
 def test_what_is_a_table_of_classes() -> None:
     assert as_class_table(np.int64(2)) == as_class_table(2) == ClassTable((0, 1), ("class 0", "class 1"))
     assert as_class_table(["cat", "dog"]) == ClassTable((0, 1), ("cat", "dog"))
+
+
+@pytest.mark.parametrize("word", ["init", "pretrained"])
+def test_weights_are_not_promised_that_are_not_loaded(word: str) -> None:
+    with pytest.raises(ConfigError, match=f"create_model: {word}='run': its models have random weights") as caught:
+        create_model("dino_nano", **{word: "run"})
+    assert "paqdetr.load(path)" in caught.value.remedy

@@ -26,7 +26,8 @@ def push(
     *,
     private: Annotated[bool, typer.Option("--private", help="Create it as a private repository.")] = False,
     exported: Annotated[
-        list[Path] | None, typer.Option("--with", help="Exported models that go along, under their names.")
+        list[Path] | None,
+        typer.Option("--with", metavar="FILE", help="Exported models that go along, under their names."),
     ] = None,
     preview: Annotated[Path | None, typer.Option(help="A picture that is shown with detections drawn on it.")] = None,
     license: _License = None,

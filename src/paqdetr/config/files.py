@@ -211,6 +211,10 @@ def _parse(name: str) -> tuple[str, str | None]:
         model = name.removesuffix(f"_{recipe}")
         if model in _models() and (recipe is None or model != name):
             return model, recipe
+    if len(Path(name).parts) > 1:
+        raise ConfigError(
+            f"{name}: no such file or folder, and no name of a model or recipe", "`paqdetr config list` lists the names"
+        )
     raise ConfigError(
         f"unknown model or recipe {name!r}",
         did_you_mean(name, list_configs(), "`paqdetr config list` lists what there is"),

@@ -236,8 +236,14 @@ def create_model(
             `preset="paper"`.
 
     Raises:
-        ConfigError: unknown name or setting, with the nearest known one.
+        ConfigError: unknown name or setting, with the nearest known one; `init`, which is a training's.
     """
+    for key in ("init", "pretrained"):
+        if key in overrides:
+            raise ConfigError(
+                f"create_model: {key}={overrides[key]!r}: its models have random weights outside the backbone",
+                "paqdetr.load(path) gives a checkpoint's model; pretrained_backbone=True the ImageNet weights of the backbone",
+            )
     keys = set(Config.model_fields) - {"model"}
     dotted = {key if key in keys or "." in key else f"model.{key}": value for key, value in overrides.items()}
     table = None if classes is None else as_class_table(classes)
