@@ -521,6 +521,21 @@ def test_a_checkpoint_of_ours_starts_a_paq_model(tmp_path: Path) -> None:
     assert same.name == "dn_detr_nano" and set(whole.kept) == set(theirs)
 
 
+def test_queries_of_the_same_kind_keep_their_settings(tmp_path: Path) -> None:
+    small = {"dim": 32, "ffn_dim": 16, "encoder_layers": 1, "decoder_layers": 2, "num_queries": 6}
+    other = {"temperature": 0.25, "head": "factorised", "num_patterns": 9, "mixture": "residual", "mixture_input": "both"}
+    trained = create_model("paq_co_dino_nano", num_classes=3, **small, **other).eval()
+    trained.save(tmp_path / "best.safetensors")
+    model, report = convert_checkpoint(tmp_path, origin="paqdetr", model="paq_dino_nano")
+    assert not report.fresh and {key: getattr(model.config, key) for key in other} == other
+    assert report.settings["temperature"].known_from == "header of the file"
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(model(images).pred_logits, trained(images).pred_logits)
+    given, _ = convert_checkpoint(tmp_path, origin="paqdetr", model="paq_dino_nano", settings={"temperature": 2.0})
+    assert given.config.temperature == 2
+
+
 @pytest.mark.parametrize("key", ["classes", "weights"])
 def test_a_checkpoint_of_ours_says_its_classes_itself(key: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"{key}: a checkpoint of ours holds them itself"):

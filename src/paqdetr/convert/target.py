@@ -57,7 +57,9 @@ def target_config(
     if model is not None:
         _require_same_host(values, base, model, where)
         # The rest of its settings has to be the file's, or the weights would mean something else.
-        own = set(ModelConfig.with_role(Role.QUERIES, Role.TARGET)) - set(given)
+        own = set(ModelConfig.with_role(Role.TARGET)) - set(given)
+        if values["queries"] != base.model.queries:
+            own |= set(ModelConfig.with_role(Role.QUERIES)) - set(given)
         values = {key: value for key, value in values.items() if key not in own}
     merged = base.model_dump(mode="json", exclude={"preset"})
     merged["model"] |= values
