@@ -408,6 +408,11 @@ class ModelConfig(Section):
                 residual and self.queries in ("static", "proposals", "tokens"),
                 "queries=patterns, static_mixture or features",
             ),
+            (
+                "mixture=residual",
+                residual and self.queries in ("patterns", "static_mixture") and self.pattern_std == 0,
+                "pattern_std above 0: of the gate, which starts at 0, and the patterns neither would ever get a gradient",
+            ),
             ("queries=tokens", self.queries == "tokens" and not two_stage, "positions=proposals"),
             (f"hybrid_queries={self.hybrid_queries}", hybrid and not two_stage, "positions=proposals"),
             (f"hybrid_ratio={self.hybrid_ratio}", self.hybrid_ratio > 0 and not two_stage, "positions=proposals"),
