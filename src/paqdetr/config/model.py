@@ -417,6 +417,11 @@ class ModelConfig(Section):
             (f"hybrid_queries={self.hybrid_queries}", hybrid and not two_stage, "positions=proposals"),
             (f"hybrid_ratio={self.hybrid_ratio}", self.hybrid_ratio > 0 and not two_stage, "positions=proposals"),
             (
+                f"hybrid_ratio={self.hybrid_ratio}",
+                self.hybrid_ratio > 0 and not self.num_hybrid,
+                f"num_queries * hybrid_ratio of at least 1 (num_queries={self.num_queries}); hybrid_ratio=0 makes no hybrid queries",
+            ),
+            (
                 f"hybrid_heads={self.hybrid_heads}",
                 self.hybrid_heads != "shared" and self.class_agnostic_proposals,
                 "class_agnostic_proposals=false",
