@@ -523,7 +523,13 @@ def test_a_checkpoint_of_ours_starts_a_paq_model(tmp_path: Path) -> None:
 
 def test_queries_of_the_same_kind_keep_their_settings(tmp_path: Path) -> None:
     small = {"dim": 32, "ffn_dim": 16, "encoder_layers": 1, "decoder_layers": 2, "num_queries": 6}
-    other = {"temperature": 0.25, "head": "factorised", "num_patterns": 9, "mixture": "residual", "mixture_input": "both"}
+    other = {
+        "temperature": 0.25,
+        "head": "factorised",
+        "num_patterns": 9,
+        "mixture": "residual",
+        "mixture_input": "both",
+    }
     trained = create_model("paq_co_dino_nano", num_classes=3, **small, **other).eval()
     trained.save(tmp_path / "best.safetensors")
     model, report = convert_checkpoint(tmp_path, origin="paqdetr", model="paq_dino_nano")
