@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from paqdetr.config import ModelConfig
 from paqdetr.convert import COCO, ConversionReport, convert_checkpoint
 from paqdetr.errors import CheckpointError, ConfigError, UserError
 from paqdetr.models import Detector, create_model, load
@@ -261,6 +262,17 @@ def test_variants_that_cannot_be_built_are_refused(
 
 
 # README.md of DN-DETR trains its model of 49.5 AP with the first name, main.py knows the second.
+@pytest.mark.parametrize(
+    ("variant", "argument", "setting"),
+    [("dino", "dn_number", "denoising_queries"), ("dn_detr", "scalar", "denoising_groups")],
+)
+def test_a_training_without_denoising_says_nothing_of_ours(
+    variant: str, argument: str, setting: str, make_original: Make
+) -> None:
+    model, _ = convert_checkpoint(with_argument(make_original(variant), argument, 0), origin=variant)
+    assert getattr(model.config, setting) == ModelConfig.model_fields[setting].default
+
+
 @pytest.mark.parametrize("name", ["dab_deformable_detr", "dn_dab_deformable_detr"])
 def test_both_names_of_dn_detrs_deformable_model_are_known(name: str, make_original: Make) -> None:
     model, _ = convert_checkpoint(with_argument(make_original("dn_detr"), "modelname", name), origin="dn_detr")
