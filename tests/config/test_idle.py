@@ -139,9 +139,15 @@ def test_what_is_called_idle_is_and_what_is_not_is_not(key: str, one_thread: Non
         (
             {"loss.one_to_many_until": 0.0},
             {
-                **{"loss.assigner": "quality_aware", "loss.encoder_assigner": "simota", "loss.gamma": 0.9},
-                **{"loss.top_k": 9, "loss.min_positives": 3, "loss.encoder_min_positives": 2, "loss.min_iou": 0.7},
-                **{"loss.select": "score", "loss.confidence": "max"},
+                "loss.assigner": "quality_aware",
+                "loss.encoder_assigner": "simota",
+                "loss.gamma": 0.9,
+                "loss.top_k": 9,
+                "loss.min_positives": 3,
+                "loss.encoder_min_positives": 2,
+                "loss.min_iou": 0.7,
+                "loss.select": "score",
+                "loss.confidence": "max",
             },
             "loss.one_to_many_until above 0",
         ),

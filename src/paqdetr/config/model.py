@@ -429,7 +429,7 @@ class ModelConfig(Section):
             (
                 f"hybrid_ratio={self.hybrid_ratio}",
                 self.hybrid_ratio > 0 and not self.num_hybrid,
-                f"num_queries * hybrid_ratio of at least 1 (num_queries={self.num_queries}); hybrid_ratio=0 makes no hybrid queries",
+                f"num_queries * hybrid_ratio of at least 1 (num_queries={self.num_queries}); hybrid_ratio=0 makes none",
             ),
             (
                 f"hybrid_heads={self.hybrid_heads}",
