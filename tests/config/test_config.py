@@ -509,6 +509,11 @@ def test_published_figures_are_of_models() -> None:
             {"model.scale_positions": True, "model.position_embedding": "fixed", "model.denoising": "none"},
             "scale_positions=true needs position_embedding=refined",
         ),
+        (
+            {"model.queries": "patterns", "model.mixture": "residual", "model.pattern_std": 0.0},
+            "mixture=residual needs pattern_std above 0",
+        ),
+        ({"model.hybrid_ratio": 0.001}, "hybrid_ratio=0.001 needs num_queries * hybrid_ratio of at least 1"),
     ],
 )
 def test_combinations_that_no_host_has(overrides: dict[str, Any], message: str) -> None:

@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from paqdetr.cli import run
-from paqdetr.config import Config, idle_settings, load_config
+from paqdetr.config import Config, idle_settings, list_configs, load_config
 from paqdetr.config.model import Needs
 from paqdetr.config.schema import known_fields
 from paqdetr.data.augment import Augment
 from paqdetr.errors import ConfigError
 from paqdetr.losses import build_criterion
 from paqdetr.models.zoo import build_model, preprocessing_of
+from paqdetr.runs import flat_settings
 from paqdetr.structures import Targets
 from paqdetr.study.runs import Places, plan_runs
 from paqdetr.study.spec import load_study
@@ -78,8 +79,18 @@ CASES: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "model.roi_samples": (8, "dino_nano", {"model.auxiliary_heads": ["faster_rcnn"]}),
     "model.customised_queries": (3, "dino_nano", {"model.auxiliary_heads": ["atss"]}),
     "loss.auxiliary_weight": (5.0, "dino_nano", {"model.auxiliary_heads": ["atss"]}),
+    "model.share_heads": (True, "dino_nano", {}),
+    "model.distinct_queries": (0.05, "dino_nano", {}),
+    "model.scale_positions": (True, "dino_nano", {}),
+    "model.position_relation": (True, "dino_nano", {}),
+    "model.look_forward_twice": (False, "dino_nano", {}),
+    "model.refine_from": ("raw", "deformable_detr_one_stage_nano", {"model.refine_from": "normed"}),
+    "model.padded_positions": (True, "deformable_detr_nano", {}),
     "loss.customised_weight": (5.0, "dino_nano", {"model.auxiliary_heads": ["atss"]}),
 }
+
+OF_SEVERAL_LAYERS = {"loss.assigner", "model.distinct_queries", "model.look_forward_twice", "model.position_relation"}
+OF_SEVERAL_LAYERS |= {"model.scale_positions", "model.share_heads"}
 
 
 def step(config: Config) -> tuple[float, float]:
@@ -92,7 +103,9 @@ def step(config: Config) -> tuple[float, float]:
     torch.manual_seed(1)
     boxes = torch.cat([0.3 + 0.4 * torch.rand(3, 2), 0.1 + 0.3 * torch.rand(3, 2)], dim=1)
     targets = [Targets(torch.tensor([0, 3, 4]), boxes), Targets(torch.tensor([1, 1, 2]), boxes.flip(0))]
-    output = model(torch.randn(2, 3, 64, 96), None, targets)
+    padding = torch.zeros(2, 64, 96, dtype=torch.bool)
+    padding[1, :, 64:] = True
+    output = model(torch.randn(2, 3, 64, 96).masked_fill(padding[:, None], 0.0), padding, targets)
     report = build_criterion(config.loss)(output, targets, aux_losses=model.aux_losses(), progress=0.5)
     report.total.backward()
     gradient = sum(float(p.grad.double().abs().sum()) for p in model.parameters() if p.grad is not None)
@@ -110,13 +123,77 @@ def test_every_setting_of_the_table_is_known_and_tried() -> None:
 @pytest.mark.parametrize("key", CASES)
 def test_what_is_called_idle_is_and_what_is_not_is_not(key: str, one_thread: None) -> None:
     value, model, needed = CASES[key]
-    beside = {"model.decoder_layers": 1} if key == "loss.assigner" else {}
+    beside = {"model.decoder_layers": 1} if key in OF_SEVERAL_LAYERS else {}
     beside |= {"model.hybrid_queries": 20} if key == "model.hybrid_ratio" else {}
     beside |= {"model.denoising": "none"} if key in ("model.label_noise", "model.box_noise") else {}
     for name, settings, idle in ((model, TINY | beside, True), ("dino_nano", TINY | needed, False)):
         without, with_it = load_config(name, settings), load_config(name, settings | {key: value})
         assert (key in idle_settings(with_it, [key])) is idle
         assert (step(with_it) == step(without)) is idle
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    ("off", "changes", "needs"),
+    [
+        (
+            {"loss.one_to_many_until": 0.0},
+            {
+                "loss.assigner": "quality_aware",
+                "loss.encoder_assigner": "simota",
+                "loss.gamma": 0.9,
+                "loss.top_k": 9,
+                "loss.min_positives": 3,
+                "loss.encoder_min_positives": 2,
+                "loss.min_iou": 0.7,
+                "loss.select": "score",
+                "loss.confidence": "max",
+            },
+            "loss.one_to_many_until above 0",
+        ),
+        ({"loss.diversity_weight": 0.0}, {"loss.div_scale": 5.0}, "loss.diversity_weight above 0"),
+        ({"loss.div_scale": 0.0}, {"loss.diversity_weight": 5.0}, "loss.div_scale above 0"),
+        (
+            {"model.decoder_layers": 1},
+            {"model.distinct_queries": 0.05, "model.distinct_restart": True, "model.refine_from": "normed"},
+            "model.decoder_layers above 1",
+        ),
+    ],
+)
+def test_what_is_switched_off(off: dict[str, Any], changes: dict[str, Any], needs: str, one_thread: None) -> None:
+    without = load_config("paq_dino_nano", TINY | off)
+    changed = load_config("paq_dino_nano", TINY | off | changes)
+    assert idle_settings(changed, [*off, *changes]) == dict.fromkeys(changes, needs)
+    assert step(changed) == step(without)
+
+
+def test_raw_output_needs_a_norm() -> None:
+    config = load_config("dino_nano", {"model.decoder_norm": False})
+    assert idle_settings(config, ["model.refine_from"]) == {"model.refine_from": "model.decoder_norm=true"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "idle"),
+    [
+        ({"image_size": [480, 800], "size_divisor": 1}, False),
+        ({"image_size": [480, 800], "size_divisor": 32}, True),
+        ({"image_size": 800, "size_divisor": 1}, True),
+    ],
+)
+def test_rules_of_programs_need_two_sizes_and_whole_pixels(settings: dict[str, Any], idle: bool) -> None:
+    rules = [load_config("dino_nano", settings | {"resize": resize}) for resize in ("detr", "detectron2")]
+    assert bool(idle_settings(rules[0], ["resize"])) is idle
+    sizes = {preprocessing_of(config).target_size(333, 500) for config in rules}
+    assert (len(sizes) == 1) is idle
+
+
+def test_no_model_that_ships_has_settings_without_effect() -> None:
+    keys = [f"model.{key}" for key in ("share_heads", "scale_positions", "position_relation", "distinct_queries")]
+    keys += ["model.refine_from", "model.padded_positions", "resize"]
+    for name in list_configs():
+        config = load_config(name)
+        own = [key for key in keys if flat_settings(config)[key] != known_fields()[key].default]
+        assert not idle_settings(config, own), name
 
 
 def test_settings_of_the_images_half_need_it() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from paqdetr.config import ModelConfig
 from paqdetr.convert import COCO, ConversionReport, convert_checkpoint
 from paqdetr.errors import CheckpointError, ConfigError, UserError
 from paqdetr.models import Detector, create_model, load
@@ -261,6 +262,17 @@ def test_variants_that_cannot_be_built_are_refused(
 
 
 # README.md of DN-DETR trains its model of 49.5 AP with the first name, main.py knows the second.
+@pytest.mark.parametrize(
+    ("variant", "argument", "setting"),
+    [("dino", "dn_number", "denoising_queries"), ("dn_detr", "scalar", "denoising_groups")],
+)
+def test_a_training_without_denoising_says_nothing_of_ours(
+    variant: str, argument: str, setting: str, make_original: Make
+) -> None:
+    model, _ = convert_checkpoint(with_argument(make_original(variant), argument, 0), origin=variant)
+    assert getattr(model.config, setting) == ModelConfig.model_fields[setting].default
+
+
 @pytest.mark.parametrize("name", ["dab_deformable_detr", "dn_dab_deformable_detr"])
 def test_both_names_of_dn_detrs_deformable_model_are_known(name: str, make_original: Make) -> None:
     model, _ = convert_checkpoint(with_argument(make_original("dn_detr"), "modelname", name), origin="dn_detr")
@@ -519,6 +531,27 @@ def test_a_checkpoint_of_ours_starts_a_paq_model(tmp_path: Path) -> None:
     assert all(key.startswith("query_source.") for key in report.fresh)
     same, whole = convert_checkpoint(tmp_path / "best.safetensors", origin="paqdetr")
     assert same.name == "dn_detr_nano" and set(whole.kept) == set(theirs)
+
+
+def test_queries_of_the_same_kind_keep_their_settings(tmp_path: Path) -> None:
+    small = {"dim": 32, "ffn_dim": 16, "encoder_layers": 1, "decoder_layers": 2, "num_queries": 6}
+    other = {
+        "temperature": 0.25,
+        "head": "factorised",
+        "num_patterns": 9,
+        "mixture": "residual",
+        "mixture_input": "both",
+    }
+    trained = create_model("paq_co_dino_nano", num_classes=3, **small, **other).eval()
+    trained.save(tmp_path / "best.safetensors")
+    model, report = convert_checkpoint(tmp_path, origin="paqdetr", model="paq_dino_nano")
+    assert not report.fresh and {key: getattr(model.config, key) for key in other} == other
+    assert report.settings["temperature"].known_from == "header of the file"
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(model(images).pred_logits, trained(images).pred_logits)
+    given, _ = convert_checkpoint(tmp_path, origin="paqdetr", model="paq_dino_nano", settings={"temperature": 2.0})
+    assert given.config.temperature == 2
 
 
 @pytest.mark.parametrize("key", ["classes", "weights"])

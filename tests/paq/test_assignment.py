@@ -16,7 +16,14 @@ from plain import PairSet, as_set, counts, solve
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from paqdetr.paq import OneToOneAssigner, QualityAwareAssigner
+from paqdetr.paq import (
+    AlignedAssigner,
+    FixedKAssigner,
+    OneToOneAssigner,
+    QualityAwareAssigner,
+    SimOTAAssigner,
+    match_layers,
+)
 from paqdetr.paq.costs import MatchingCosts
 from paqdetr.structures import Targets
 
@@ -317,6 +324,8 @@ def test_half_precision(select: Any, dtype: torch.dtype) -> None:
         (dict(top_k=0), "top_k"),
         (dict(select="greedy"), "select.*'greedy'"),
         (dict(confidence="mean"), "confidence.*'mean'"),
+        (dict(top_k=2.5), "top_k: expected a whole number, found 2.5"),
+        (dict(min_positives=1.5), "min_positives: expected a whole number, found 1.5"),
         (dict(gamma=float("nan")), "gamma: expected a finite number, found nan"),
         (dict(gamma=float("inf")), "gamma: .*found inf"),
     ],
@@ -324,3 +333,22 @@ def test_half_precision(select: Any, dtype: torch.dtype) -> None:
 def test_wrong_settings(rule: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         QualityAwareAssigner(**rule)
+
+
+def test_numbers_of_positives_are_whole() -> None:
+    for rule, name in ((FixedKAssigner, "k"), (AlignedAssigner, "k"), (SimOTAAssigner, "top_k")):
+        with pytest.raises(ValueError, match=f"{name}: expected a whole number, found 2.5"):
+            rule(2.5)
+
+
+def test_predictions_and_rules_of_other_shapes_are_named() -> None:
+    logits, boxes, one = torch.zeros(2, 1, 5, 3), torch.full((2, 1, 5, 4), 0.5), OneToOneAssigner()
+    target = [Targets(torch.tensor([0]), torch.tensor([[0.5, 0.5, 0.2, 0.2]]))]
+    with pytest.raises(ValueError, match=r"logits \(B, n, C\) and boxes \(B, n, 4\), found \(5, 3\) and \(5, 4\)"):
+        one(logits[0, 0], boxes[0, 0], target)
+    with pytest.raises(ValueError, match=r"found \(1, 5, 3\) and \(1, 4, 4\)"):
+        QualityAwareAssigner().num_positives(logits[0], boxes[0, :, :4], target)
+    with pytest.raises(ValueError, match=r"logits \(K, B, n, C\) .*found \(1, 5, 3\) and \(1, 5, 4\)"):
+        match_layers(logits[0], boxes[0], target, [one])
+    with pytest.raises(ValueError, match=r"counted: expected \(2, 1, 5\), found \(1, 5\)"):
+        match_layers(logits, boxes, target, [one] * 2, counted=torch.ones(1, 5, dtype=torch.bool))

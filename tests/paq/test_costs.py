@@ -213,7 +213,7 @@ def test_match_layers_equals_a_call_for_each_layer() -> None:
 
 def test_match_layers_wants_an_assigner_for_each_layer() -> None:
     logits, boxes = random_predictions(3, 1, 4)
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="assigners: expected one for each of 3 layers, found 2"):
         match_layers(logits, boxes, [random_targets(1)], [OneToOneAssigner()] * 2)
 
 

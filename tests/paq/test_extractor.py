@@ -118,7 +118,7 @@ def test_sums_over_many_cells_do_not_overflow_a_half() -> None:
 def test_levels_and_setting_are_checked() -> None:
     with pytest.raises(ValueError, match=r"conv.*'ful'"):
         FusedExtractor(dim=8, num_levels=2, conv="ful")
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="expected 3 levels with 5 tokens in all, found"):
         FusedExtractor(dim=8, num_levels=3)(torch.zeros(1, 5, 8), [(2, 2), (1, 1)], None)
 
 

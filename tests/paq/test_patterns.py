@@ -338,6 +338,20 @@ def test_wrong_settings(setting: str, value: Any) -> None:
         make(**{setting: value})
 
 
+@pytest.mark.parametrize(
+    ("shape", "sizes", "message"),
+    [
+        ((2, 64, DIM + 1), SIZES, r"tokens: expected \(B, S, 16\), found \(2, 64, 17\)"),
+        ((64, DIM), SIZES, r"tokens: expected \(B, S, 16\), found \(64, 16\)"),
+        ((2, 60, DIM), SIZES[:2], r"expected 3 levels with 60 tokens in all, found \[\(6, 8\), \(3, 4\)\] with 60"),
+        ((2, 63, DIM), SIZES, r"expected 3 levels with 63 tokens in all, found .* with 64"),
+    ],
+)
+def test_tokens_of_another_model(shape: tuple[int, ...], sizes: list[tuple[int, int]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()(torch.randn(shape), sizes)
+
+
 def alike_images(count: int) -> tuple[Tensor, list[tuple[int, int]]]:
     """Tokens of images that share nearly everything: (B, S, d)."""
     shared, own = torch.randn(1, 1, DIM), 0.05 * torch.randn(count, 1, DIM)

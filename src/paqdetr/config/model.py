@@ -36,7 +36,7 @@ class Role(Enum):
 
     FREE = "a training may start from weights that were made with another value: a size that is changed on the way, an initial "
     "value that the weights replace, or what acts in training or on detections alone"
-    QUERIES = "part of the source of content queries, which a conversion takes from the model it converts to"
+    QUERIES = "part of the source of content queries, which a conversion takes from a model that has another source"
     TARGET = "something else that a conversion takes from the model it converts to"
     HOST = "decides which host it is: weights made with another value are another host's"
 
@@ -93,6 +93,7 @@ _STATIC_CONTENT = Needs(
 HYBRID = Needs("model.hybrid_queries or model.hybrid_ratio above 0", lambda c: c.model.num_hybrid > 0)
 AUXILIARY = Needs("model.auxiliary_heads not empty", lambda c: bool(c.model.auxiliary_heads))
 _DENOISING = Needs("model.denoising=plain or contrastive", lambda c: c.model.denoising != "none")
+SEVERAL_LAYERS = Needs("model.decoder_layers above 1", lambda c: c.model.decoder_layers > 1)
 
 
 class ModelConfig(Section):
@@ -152,7 +153,7 @@ class ModelConfig(Section):
     )
     decoder_layers: int = Field(default=6, ge=1, le=100, description="layers of the decoder (L)")
     decoder_norm: bool = Field(default=True, description="a LayerNorm between a decoder layer and its heads")
-    share_heads: Annotated[bool, Role.TARGET] = Field(
+    share_heads: Annotated[bool, SEVERAL_LAYERS, Role.TARGET] = Field(
         default=False, description="one class head and one box head for all decoder layers"
     )
 
@@ -170,7 +171,7 @@ class ModelConfig(Section):
         le=1,
         description="proposals that overlap a better one by more than this IoU come last (DDQ, arXiv 2303.12776: 0.8)",
     )
-    distinct_queries: Annotated[float | None, Role.FREE] = Field(
+    distinct_queries: Annotated[float | None, SEVERAL_LAYERS, Role.FREE] = Field(
         default=None,
         gt=0,
         le=1,
@@ -178,7 +179,7 @@ class ModelConfig(Section):
         "detection (DDQ: 0.8)",
     )
     distinct_restart: Annotated[
-        bool, Needs("model.distinct_queries", lambda c: c.model.distinct_queries is not None), Role.FREE
+        bool, Needs("model.distinct_queries", lambda c: c.model.distinct_queries is not None), SEVERAL_LAYERS, Role.FREE
     ] = Field(
         default=False,
         description="in an image whose first query has not left, all queries take part again, as in DDQ's code",
@@ -188,17 +189,17 @@ class ModelConfig(Section):
         description="how the position of a query is embedded for the decoder. refined: from its current box in every layer (DAB, "
         "DINO); fixed: once",
     )
-    scale_positions: Annotated[bool, Role.HOST] = Field(
+    scale_positions: Annotated[bool, SEVERAL_LAYERS, Role.HOST] = Field(
         default=False, description="from layer 2 on, positions are scaled by the content (DAB)"
     )
     box_refinement: Annotated[bool, Role.HOST] = Field(
         default=True, description="each layer starts from the boxes of the last"
     )
-    position_relation: Annotated[bool, Role.HOST] = Field(
+    position_relation: Annotated[bool, SEVERAL_LAYERS, Role.HOST] = Field(
         default=False,
         description="from layer 2 on, self-attention has a bias made from pairs of boxes (Relation-DETR, arXiv 2407.11699)",
     )
-    look_forward_twice: Annotated[bool, Role.FREE, Role.TARGET] = Field(
+    look_forward_twice: Annotated[bool, SEVERAL_LAYERS, Role.FREE, Role.TARGET] = Field(
         default=True, description="a layer's box offsets are trained by the next layer's loss too (DINO)"
     )
 
@@ -352,14 +353,21 @@ class ModelConfig(Section):
     # Conventions in which published codes differ; docs/convert.md names who does what.
     position_temperature: float = Field(default=20.0, gt=0, description="of the sine embedding of feature maps")
     position_offset: float = Field(default=0.0, ge=-0.5, le=0, description="-0.5 counts cells from their centres")
-    refine_from: Literal["normed", "raw"] = Field(
+    refine_from: Annotated[
+        Literal["normed", "raw"],
+        Needs("model.box_refinement=true", lambda c: c.model.box_refinement),
+        Needs("model.decoder_norm=true", lambda c: c.model.decoder_norm),
+        SEVERAL_LAYERS,
+    ] = Field(
         default="normed", description="`raw`: the next layer's boxes come from the output before the decoder's norm"
     )
     box_eps: float = Field(default=1e-5, gt=0, lt=0.5, description="boxes are kept so far from 0 and 1 in logits")
     report_eps: float | None = Field(
         default=None, gt=0, lt=0.5, description="the same of the boxes that a layer reports; null: box_eps"
     )
-    padded_positions: bool = Field(default=False, description="positions of boxes are those in the padded image")
+    padded_positions: Annotated[
+        bool, Needs("model.position_embedding=refined", lambda c: c.model.position_embedding == "refined")
+    ] = Field(default=False, description="positions of boxes are those in the padded image")
     masked_neck_norm: Annotated[bool, Role.FREE] = Field(
         default=False, description="the neck's norms leave padding out, which published codes count in"
     )
@@ -407,9 +415,19 @@ class ModelConfig(Section):
                 residual and self.queries in ("static", "proposals", "tokens"),
                 "queries=patterns, static_mixture or features",
             ),
+            (
+                "mixture=residual",
+                residual and self.queries in ("patterns", "static_mixture") and self.pattern_std == 0,
+                "pattern_std above 0: of the gate, which starts at 0, and the patterns neither would ever get a gradient",
+            ),
             ("queries=tokens", self.queries == "tokens" and not two_stage, "positions=proposals"),
             (f"hybrid_queries={self.hybrid_queries}", hybrid and not two_stage, "positions=proposals"),
             (f"hybrid_ratio={self.hybrid_ratio}", self.hybrid_ratio > 0 and not two_stage, "positions=proposals"),
+            (
+                f"hybrid_ratio={self.hybrid_ratio}",
+                self.hybrid_ratio > 0 and not self.num_hybrid,
+                f"num_queries * hybrid_ratio of at least 1 (num_queries={self.num_queries}); hybrid_ratio=0 makes none",
+            ),
             (
                 f"hybrid_heads={self.hybrid_heads}",
                 self.hybrid_heads != "shared" and self.class_agnostic_proposals,

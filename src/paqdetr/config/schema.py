@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from paqdetr.config.model import AUXILIARY, HYBRID, MIXED, ModelConfig, Needs, Section
+from paqdetr.config.model import AUXILIARY, HYBRID, MIXED, SEVERAL_LAYERS, ModelConfig, Needs, Section
 from paqdetr.values import MAX_BATCH, MAX_SEED, MAX_WORKERS
 from paqdetr.yaml_files import dump_yaml
 
@@ -31,9 +31,6 @@ def _assigner_among(*names: str) -> Callable[[Any], bool]:
 
 
 _TWO_STAGE = Needs("model.positions=proposals", lambda c: c.model.positions == "proposals")
-_SEVERAL_LAYERS = Needs(
-    "model.decoder_layers above 1, since the last layer is always one-to-one", lambda c: c.model.decoder_layers > 1
-)
 _ONE_TO_MANY = Needs(
     "one-to-many assignment (loss.assigner or loss.encoder_assigner)",
     _assigner_among("quality_aware", "fixed_k", "simota"),
@@ -45,6 +42,7 @@ _ENCODER_COUNTED = Needs(
     "loss.encoder_assigner=quality_aware or simota", lambda c: c.loss.encoder_assigner in ("quality_aware", "simota")
 )
 _QUALITY_AWARE = Needs("loss.assigner or loss.encoder_assigner=quality_aware", _assigner_among("quality_aware"))
+_AT_TIMES = Needs("loss.one_to_many_until above 0", lambda c: c.loss.one_to_many_until > 0)
 _VARIFOCAL = Needs("loss.classification=varifocal", lambda c: c.loss.classification == "varifocal")
 _CUSTOMISED = Needs(
     "model.auxiliary_heads not empty and model.customised_queries above 0",
@@ -74,53 +72,59 @@ class LossConfig(Section):
     varifocal_alpha: Annotated[float, _VARIFOCAL] = Field(
         default=0.75, ge=0, le=1, description="weight of negatives in the varifocal loss (Relation-DETR: 0.25)"
     )
-    assigner: Annotated[AssignerName, _SEVERAL_LAYERS] = Field(
+    assigner: Annotated[AssignerName, SEVERAL_LAYERS, _AT_TIMES] = Field(
         default="one_to_one",
         description="of decoder layers 1..L-1; the last is always one-to-one. quality_aware: PaQ; fixed_k, simota: "
         "to compare",
     )
-    encoder_assigner: Annotated[AssignerName, _TWO_STAGE] = Field(
+    encoder_assigner: Annotated[AssignerName, _TWO_STAGE, _AT_TIMES] = Field(
         default="one_to_one", description="the same, of the encoder's proposals"
     )
-    one_to_many_from: Annotated[float, _ONE_TO_MANY] = Field(
+    one_to_many_from: Annotated[float, _ONE_TO_MANY, _AT_TIMES] = Field(
         default=0.0, ge=0, lt=1, description="share of the training before one-to-many assignment begins"
     )
     one_to_many_until: Annotated[float, _ONE_TO_MANY] = Field(
         default=1.0, ge=0, le=1, description="share of the training after which one-to-many assignment ends"
     )
-    gamma: Annotated[float, _QUALITY_AWARE] = Field(
+    gamma: Annotated[float, _QUALITY_AWARE, _AT_TIMES] = Field(
         default=0.4, ge=0, description="quality of a query for a box: IoU - gamma * confidence"
     )
-    top_k: Annotated[int, _ONE_TO_MANY] = Field(default=4, ge=1, le=1000, description="most positives per box")
-    min_positives: Annotated[int, _COUNTED] = Field(default=1, ge=1, le=1000, description="fewest positives per box")
-    encoder_min_positives: Annotated[int | None, _TWO_STAGE, _ENCODER_COUNTED] = Field(
+    top_k: Annotated[int, _ONE_TO_MANY, _AT_TIMES] = Field(
+        default=4, ge=1, le=1000, description="most positives per box"
+    )
+    min_positives: Annotated[int, _COUNTED, _AT_TIMES] = Field(
+        default=1, ge=1, le=1000, description="fewest positives per box"
+    )
+    encoder_min_positives: Annotated[int | None, _TWO_STAGE, _ENCODER_COUNTED, _AT_TIMES] = Field(
         default=None,
         ge=1,
         le=1000,
         description="fewest positives per box among the encoder's proposals; null: min_positives",
     )
-    min_iou: Annotated[float, _QUALITY_AWARE] = Field(
+    min_iou: Annotated[float, _QUALITY_AWARE, _AT_TIMES] = Field(
         default=0.0,
         ge=0,
         le=1,
         description="least IoU of a positive that is not the cheapest of its box, also where the box then has fewer than "
         "min_positives (ours)",
     )
-    select: Annotated[Literal["hungarian", "score"], _COUNTED] = Field(
+    select: Annotated[Literal["hungarian", "score"], _COUNTED, _AT_TIMES] = Field(
         default="hungarian",
         description="which queries become positives. hungarian: one matching; score: the best (simota: least cost)",
     )
-    confidence: Annotated[Literal["gt_class", "max"], _QUALITY_AWARE] = Field(
+    confidence: Annotated[Literal["gt_class", "max"], _QUALITY_AWARE, _AT_TIMES] = Field(
         default="gt_class", description="probability of the box's class, or of the likeliest"
     )
 
     class_weight: float = Field(default=1.0, ge=0, description="of the classification loss")
     l1_weight: float = Field(default=5.0, ge=0, description="of the L1 loss of boxes")
     giou_weight: float = Field(default=2.0, ge=0, description="of the GIoU loss of boxes")
-    diversity_weight: Annotated[float, MIXED] = Field(
+    diversity_weight: Annotated[float, MIXED, Needs("loss.div_scale above 0", lambda c: c.loss.div_scale > 0)] = Field(
         default=0.2, ge=0, description="of the diversity loss of patterns (beta of the paper); 0 switches it off"
     )
-    div_scale: Annotated[float, MIXED] = Field(default=1.0, ge=0, description="a further factor on the diversity loss")
+    div_scale: Annotated[
+        float, MIXED, Needs("loss.diversity_weight above 0", lambda c: c.loss.diversity_weight > 0)
+    ] = Field(default=1.0, ge=0, description="a further factor on the diversity loss")
     hybrid_weight: Annotated[float, HYBRID] = Field(
         default=1.0, ge=0, description="of the losses of the hybrid queries"
     )
@@ -206,12 +210,14 @@ class Config(Section):
     size_divisor: int = Field(
         default=1, ge=1, le=1024, description="sides are rounded to multiples of it, aspect ratios a little off"
     )
-    resize: Annotated[ResizeRule, Needs("image_size of two numbers", lambda c: not isinstance(c.image_size, int))] = (
-        Field(
-            default="detr",
-            description="how sides become whole pixels where image_size has two numbers and size_divisor is 1: as in DETR's code "
-            "(the long side truncated) or that of the named program; nearest: rounded",
-        )
+    resize: Annotated[
+        ResizeRule,
+        Needs("image_size of two numbers", lambda c: not isinstance(c.image_size, int)),
+        Needs("size_divisor=1", lambda c: c.size_divisor == 1),
+    ] = Field(
+        default="detr",
+        description="how sides become whole pixels where image_size has two numbers and size_divisor is 1: as in DETR's code "
+        "(the long side truncated) or that of the named program; nearest: rounded",
     )
     pad_divisor: int = Field(
         default=1, ge=1, le=1024, description="sides of a batch are padded to multiples of it; 1: to its largest image"

@@ -115,8 +115,8 @@ def convert_checkpoint(
     Args:
         source: a .pth, a .safetensors, or a folder that transformers' `save_pretrained` wrote.
         origin: the program that wrote it, a key of `LAYOUTS`; "paqdetr" for a checkpoint or a run of ours.
-        model: a model of `list_models()` to become: of the same host and backbone, with its own queries, which start fresh where
-            they are others ("paq_dino_r50" from a DINO). The host of the file itself if None.
+        model: a model of `list_models()` to become: of the same host and backbone, with its own queries, which start fresh,
+            where the file's are of another kind ("paq_dino_r50" from a DINO). The host of the file itself if None.
         partial: accept unknown tensors (dropped) and missing ones (they start fresh) instead of raising.
         settings: settings of the model that the file does not have (num_heads, num_queries, position_temperature...);
             image_size, resize, pad_divisor; `classes` ("coco", "numbered", a COCO json, a text file with a name a line);

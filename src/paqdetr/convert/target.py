@@ -57,7 +57,9 @@ def target_config(
     if model is not None:
         _require_same_host(values, base, model, where)
         # The rest of its settings has to be the file's, or the weights would mean something else.
-        own = set(ModelConfig.with_role(Role.QUERIES, Role.TARGET)) - set(given)
+        own = set(ModelConfig.with_role(Role.TARGET)) - set(given)
+        if values["queries"] != base.model.queries:
+            own |= set(ModelConfig.with_role(Role.QUERIES)) - set(given)
         values = {key: value for key, value in values.items() if key not in own}
     merged = base.model_dump(mode="json", exclude={"preset"})
     merged["model"] |= values
@@ -359,6 +361,8 @@ def _hinted(layout: Layout, hints: Mapping[str, Any], where: str) -> dict[str, A
     for theirs, ours in layout.hints.items():
         if theirs not in hints:
             continue
+        if ours in ("denoising_queries", "denoising_groups") and hints[theirs] == 0:
+            continue  # a training without denoising, whose labels are in the file all the same
         if ours in values and values[ours][1] != hints[theirs]:
             raise CheckpointError(
                 f"{where}: {values[ours][0]}={values[ours][1]} and {theirs}={shorten(hints[theirs])}; here both are {ours}",

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from paqdetr.paq.costs import CostWeights, MatchingCosts, matching_costs
+from paqdetr.paq.costs import CostWeights, MatchingCosts, matching_costs, require_predictions
 from paqdetr.structures import Targets
+from paqdetr.values import is_whole
 
 # A sum of IoUs that is 2 but for the rounding of float32 is 2, whichever way it is rounded.
 _ROUNDING = 1e-6
@@ -193,11 +194,22 @@ class _Rule(Assigner):
             targets: B of them.
 
         Raises:
-            ValueError: targets that are not what `Targets` says.
+            ValueError: predictions of another shape, or targets that are not what `Targets` says.
             NonFiniteError: a prediction is NaN or infinite.
         """
-        rows = matching_costs(pred_logits[None], pred_boxes[None], targets, weights=self.cost_weights)[0]
-        return [self.solve(image) for image in rows]
+        return [self.solve(image) for image in self._costs(pred_logits, pred_boxes, targets)]
+
+    def _costs(self, pred_logits: Tensor, pred_boxes: Tensor, targets: Sequence[Targets]) -> list[MatchingCosts]:
+        """Of every image; shapes as in the call."""
+        require_predictions(pred_logits, pred_boxes, "B", "n")
+        return matching_costs(pred_logits[None], pred_boxes[None], targets, weights=self.cost_weights)[0]
+
+
+def _require_whole(**counts: object) -> None:
+    """Raise ValueError unless all are whole numbers."""
+    for name, count in counts.items():
+        if not is_whole(count):
+            raise ValueError(f"{name}: expected a whole number, found {count!r}")
 
 
 class OneToOneAssigner(_Rule):
@@ -237,6 +249,7 @@ class QualityAwareAssigner(_Rule):
         cost_weights: CostWeights | None = None,
         min_iou: float = 0.0,
     ) -> None:
+        _require_whole(top_k=top_k, min_positives=min_positives)
         if not 1 <= min_positives <= top_k:
             raise ValueError(f"expected 1 <= min_positives <= top_k, found {min_positives} and {top_k}")
         if select not in ("hungarian", "score"):
@@ -256,7 +269,7 @@ class QualityAwareAssigner(_Rule):
 
         In an image with more boxes than queries, whose match is one-to-one, it is 1 for boxes of that match and 0 for the others.
         """
-        rows = matching_costs(pred_logits[None], pred_boxes[None], targets, weights=self.cost_weights)[0]
+        rows = self._costs(pred_logits, pred_boxes, targets)
         return [torch.from_numpy(self.qualities(image).num_positives) for image in rows]
 
     def solve(self, image: MatchingCosts) -> Pairs:
@@ -313,10 +326,18 @@ def match_layers(
 
     Shapes as in `matching_costs`; `assigners` has K entries; `counted` is (K, B, n) bool, the queries that take part (None: all).
     Returns Pairs on the CPU, a list of images for each layer.
+
+    Raises:
+        ValueError: another number of assigners than layers, `counted` of another shape, or as `matching_costs` does.
+        NonFiniteError: as `matching_costs` does.
     """
     rows = matching_costs(pred_logits, pred_boxes, targets, weights=weights, names=names)
+    if len(assigners) != len(rows):
+        raise ValueError(f"assigners: expected one for each of {len(rows)} layers, found {len(assigners)}")
     if counted is None:
         return [[assigner.solve(image) for image in row] for assigner, row in zip(assigners, rows, strict=True)]
+    if counted.shape != pred_logits.shape[:-1]:
+        raise ValueError(f"counted: expected {tuple(pred_logits.shape[:-1])}, found {tuple(counted.shape)}")
     taking_part = counted.cpu().numpy()
     return [
         [_solve_among(assigner, image, taking_part[layer, i]) for i, image in enumerate(row)]
@@ -349,6 +370,7 @@ class FixedKAssigner(_Rule):
     """
 
     def __init__(self, k: int = 4, *, cost_weights: CostWeights | None = None) -> None:
+        _require_whole(k=k)
         if k < 1:
             raise ValueError(f"k: expected at least 1, found {k}")
         super().__init__(cost_weights=cost_weights)
@@ -379,6 +401,7 @@ class AlignedAssigner(_Rule):
     def __init__(
         self, k: int = 4, alpha: float = 1.0, beta: float = 6.0, *, cost_weights: CostWeights | None = None
     ) -> None:
+        _require_whole(k=k)
         if k < 1:
             raise ValueError(f"k: expected at least 1, found {k}")
         super().__init__(cost_weights=cost_weights)
@@ -419,6 +442,7 @@ class SimOTAAssigner(_Rule):
         *,
         cost_weights: CostWeights | None = None,
     ) -> None:
+        _require_whole(top_k=top_k, min_positives=min_positives)
         if not 1 <= min_positives <= top_k:
             raise ValueError(f"expected 1 <= min_positives <= top_k, found {min_positives} and {top_k}")
         if select not in ("cost", "hungarian"):

@@ -45,6 +45,13 @@ def require_targets(targets: Sequence[Targets], *, batch: int, device: torch.dev
                 )
 
 
+def require_predictions(logits: Tensor, boxes: Tensor, *axes: str) -> None:
+    """Raise ValueError unless logits are (*axes, C) and boxes (*axes, 4)."""
+    if logits.ndim != len(axes) + 1 or boxes.shape != (*logits.shape[:-1], 4):
+        wanted, found = ", ".join(axes), f"{tuple(logits.shape)} and {tuple(boxes.shape)}"
+        raise ValueError(f"predictions: expected logits ({wanted}, C) and boxes ({wanted}, 4), found {found}")
+
+
 def require_values(targets: Sequence[Targets], num_classes: int) -> None:
     """Labels in [0, C), boxes finite and in [0, 1] up to a thousandth. A GPU sync where targets are on one.
 
@@ -138,11 +145,12 @@ def matching_costs(
         MatchingCosts, a list of images for each layer.
 
     Raises:
-        ValueError: targets that are not what `Targets` says, naming the image and the remedy. Their values cross to the host with
-            the costs, without a GPU sync of their own.
+        ValueError: predictions of another shape; or targets that are not what `Targets` says, naming the image and the remedy.
+            Their values cross to the host with the costs, without a GPU sync of their own.
         NonFiniteError: a NaN or infinite prediction, naming layer and image ids. Nothing else can make a cost infinite.
     """
     weights = weights or CostWeights()
+    require_predictions(pred_logits, pred_boxes, "K", "B", "n")
     layers, batch, _, num_classes = pred_logits.shape
     require_targets(targets, batch=batch, device=pred_boxes.device)
     counts = [len(target) for target in targets]

@@ -82,6 +82,12 @@ class FusedExtractor(nn.Module):
 
     def forward(self, tokens: Tensor, spatial_shapes: Sequence[tuple[int, int]], padding_mask: Tensor | None) -> Tensor:
         """See `PatternQueries.forward`."""
+        count = sum(height * width for height, width in spatial_shapes)
+        if len(spatial_shapes) != len(self.levels) or count != tokens.shape[1]:
+            raise ValueError(
+                f"spatial_shapes: expected {len(self.levels)} levels with {tokens.shape[1]} tokens in all, "
+                f"found {list(spatial_shapes)} with {count}"
+            )
         maps, valids = _to_maps(tokens, spatial_shapes, padding_mask)
         maps = [branch(x, valid) for branch, x, valid in zip(self.levels, maps, valids, strict=True)]
         fused, fused_valid = maps[-1], valids[-1]

@@ -92,7 +92,7 @@ class PatternQueries(nn.Module):
         for name, count in (("num_queries", num_queries), ("num_levels", num_levels), ("head_rank", head_rank)):
             if count < 1:
                 raise ValueError(f"{name}: expected at least 1, found {count}")
-        self.num_queries = num_queries
+        self.num_queries, self.dim = num_queries, dim
         self.temperature = temperature
         self.patterns = nn.Parameter(torch.randn(num_patterns, pattern_dim or dim) * pattern_std)
         self.head: _DenseHead | _FactorisedHead | None = None
@@ -139,8 +139,11 @@ class PatternQueries(nn.Module):
             Mixture with content (B, n, pattern_dim) and weights (B, n, m).
 
         Raises:
-            ValueError: query features that are missing or of another shape.
+            ValueError: tokens or shapes of another width or number than the module was made for, or query features that are
+                missing or of another shape.
         """
+        if tokens.ndim != 3 or tokens.shape[2] != self.dim:
+            raise ValueError(f"tokens: expected (B, S, {self.dim}), found {tuple(tokens.shape)}")
         # float32 at least: in half precision the weights of 64 patterns would not sum to 1.
         dtype = torch.promote_types(tokens.dtype, torch.float32)
         logits = []

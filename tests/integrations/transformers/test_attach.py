@@ -260,6 +260,8 @@ def test_mistakes_are_the_users_and_change_nothing(make_host: Make, batch: Batch
     expect("neither would ever get a gradient", attach, model, pattern_std=0.0)
     expect("nothing would be attached", attach, model, mode="none", assigner="none")
     expect("assigner='none' makes none", attach, model, assigner="none", classification="varifocal")
+    for assigner in ("quality_aware", "simota"):
+        expect("min_positives=3 exceeds top_k=2", attach, model, assigner=assigner, top_k=2, min_positives=3)
     expect("has varifocal loss already", attach, model, classification="varifocal")
     expect("use_focal_loss=False", attach, make_host("rt", use_focal_loss=False))
     expect("auxiliary_loss=False", attach, make_host("deformable", auxiliary_loss=False))

@@ -83,6 +83,10 @@ class PaqSettings(Section):
                 "classification='varifocal' is for layers under one-to-many assignment, and assigner='none' makes none",
                 "choose an assigner",
             )
+        if self.assigner in ("quality_aware", "simota") and self.min_positives > self.top_k:
+            raise ConfigError(
+                f"min_positives={self.min_positives} exceeds top_k={self.top_k}", "lower min_positives, or raise top_k"
+            )
         return self
 
     @classmethod
