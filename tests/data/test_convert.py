@@ -259,6 +259,16 @@ def twin(root: Path, content: Any) -> None:
     content["images"].append(content["images"][0] | {"id": 77, "file_name": "9.png"})
 
 
+def named(name: str) -> Change:
+    """The first image is called so."""
+
+    def change(root: Path, content: Any) -> None:
+        (root / "train" / "9.jpg").rename(root / "train" / name)
+        content["images"][0]["file_name"] = name
+
+    return change
+
+
 def one_name(root: Path, content: Any) -> None:
     for category in content["categories"]:
         category["name"] = "one"
@@ -293,6 +303,8 @@ def renamed(to: str) -> Change:
     [
         ("voc", twin, "train/9.png: another image of train differs in its ending alone"),
         ("yolo", twin, "train/9.png: another image of train differs in its ending alone"),
+        ("voc", named("9.gif"), "train/9.gif: VOC and YOLO are read with images that end in .bmp, .jpeg, "),
+        ("yolo", named("9"), "train/9: VOC and YOLO are read with images that end in .bmp, .jpeg, "),
         ("yolo", one_name, "train.json: two categories have the same name"),
         ("voc", fewer_classes, "has other categories than"),
         ("voc", control_character, "VOC has no place for the name 'a\\x0bb'"),

@@ -8,7 +8,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal, get_args
 
 import numpy as np
@@ -21,6 +21,7 @@ from paqdetr.data.formats.yolo import SPLITS as YOLO_SPLITS
 from paqdetr.data.formats.yolo import write_yolo
 from paqdetr.data.layout import Format, find_layout
 from paqdetr.errors import ConfigError, DataError
+from paqdetr.images import IMAGE_EXTENSIONS
 from paqdetr.outputs import require_free, whole_folder
 
 Target = Literal["coco", "voc", "yolo"]
@@ -98,6 +99,7 @@ def write_splits(
     require_free(target, remedy="choose another folder")
     if to != "coco":
         _require_one_class_table(splits)
+        _require_known_endings(splits)
     if to == "yolo":
         _require_yolo_splits(splits)
     for content in splits.values():
@@ -156,6 +158,18 @@ def _require_yolo_splits(splits: Mapping[str, Annotations]) -> None:
                 f"{content.source}: YOLO has no place for the split {split!r}, only for {', '.join(YOLO_SPLITS)}",
                 "Rename or remove the split, or convert to coco or voc.",
             )
+
+
+def _require_known_endings(splits: Mapping[str, Annotations]) -> None:
+    """VOC and YOLO find pictures by their endings."""
+    for content in splits.values():
+        for name in content.file_names:
+            if PurePosixPath(name).suffix.lower() not in IMAGE_EXTENSIONS:
+                endings = ", ".join(sorted(IMAGE_EXTENSIONS))
+                raise DataError(
+                    f"{content.image_dir / name}: VOC and YOLO are read with images that end in {endings}",
+                    "Save it as one of these, or convert to coco.",
+                )
 
 
 def _require_true_sizes(content: Annotations) -> None:
