@@ -347,6 +347,10 @@ def _objects(
             continue
         left, top, right, bottom = (edge for edge in edges if edge is not None)
         box = [round(value, DECIMALS) for value in (left - 1, top - 1, right - left + 1, bottom - top + 1)]
+        if min(box[2:]) < 0:
+            message = f"object {number} ({name}) has <bndbox> from {left:g}, {top:g} to {right:g}, {bottom:g}, expected the left"
+            issues.error(path, f"{message} upper corner first", kind="malformed box")
+            continue
         rows.append((label_of[name], box, bool(flags["difficult"])))
     return rows
 
