@@ -114,6 +114,9 @@ LOST = {
 }
 
 
+NUMBERED = {"images numbered anew, their old ids under `original_id`": 4}
+
+
 @pytest.mark.parametrize("to", TARGETS)
 def test_what_the_target_cannot_hold_is_reported(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], to: str
@@ -126,6 +129,24 @@ def test_what_the_target_cannot_hold_is_reported(
     assert available_splits(tmp_path / to) == ["train", "val"]
     for split in available_splits(source):
         assert by_image(open_split(tmp_path / to, split)) == by_image(open_split(source, split))
+
+
+def test_polygons_and_keypoints_are_counted(tiny_data: dict[str, Path], tmp_path: Path) -> None:
+    assert convert_dataset(tiny_data["cityscapes"], tmp_path / "c", to="coco").losses["segmentations left out"] == 4
+    root = Path(shutil.copytree(tiny_data["yolo"], tmp_path / "yolo"))
+    (root / "labels/train/b.txt").write_text("0 .5 .5 .2 .2\n1 .25 .5 .75 .125 .5 .875\n1 .2 .5 .7 .1 .5 .8\n")
+    assert convert_dataset(root, tmp_path / "y", to="coco").losses == {"segmentations left out": 2} | NUMBERED
+    with (root / "data.yaml").open("a") as file:
+        file.write("kpt_shape: [1, 2]\n")
+    (root / "labels/train/b.txt").write_text("0 .5 .5 .2 .2 .5 .5\n")
+    assert convert_dataset(root, tmp_path / "k", to="coco").losses == {"keypoints left out": 1} | NUMBERED
+    coco = Path(shutil.copytree(tiny_data["coco"], tmp_path / "coco"))
+    content = json.loads((coco / "train.json").read_text())
+    for row, keypoints in zip(content["annotations"], ([3, 4, 2], [], None), strict=True):
+        row["keypoints"] = keypoints
+    (coco / "train.json").write_text(json.dumps(content))
+    assert convert_dataset(coco, tmp_path / "p", to="coco").losses == {"keypoints left out": 1}
+    assert split_dataset(coco, tmp_path / "s", val=0, test=0.4).losses == {"keypoints left out": 1}
 
 
 def test_the_files_of_coco(source: Path, tmp_path: Path) -> None:

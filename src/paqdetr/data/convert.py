@@ -60,8 +60,8 @@ def convert_dataset(
 ) -> Conversion:
     """Writes all splits of a data set as COCO, Pascal VOC or YOLO, images included.
 
-    Boxes and class names are kept by all three. Duplicate boxes and segmentations are left out. What else a format has no
-    place for is in `Conversion.losses`: see docs/data.md. The new folder appears as a whole or not at all.
+    Boxes and class names are kept by all three. Duplicate boxes, segmentations and keypoints are left out. What else a format
+    has no place for is in `Conversion.losses`: see docs/data.md. The new folder appears as a whole or not at all.
 
     Args:
         source: a folder in one of the layouts of `find_layout`, or a `data.yaml`.
@@ -185,8 +185,9 @@ def _require_true_sizes(content: Annotations) -> None:
 
 def _prepared(content: Annotations, to: str, losses: Counter[str]) -> Annotations:
     """The annotations without what the format has no place for, which is counted."""
-    duplicates, masks = content.duplicates(), content.masks
-    losses["segmentations left out"] += masks
+    duplicates = content.duplicates()
+    losses["segmentations left out"] += content.masks
+    losses["keypoints left out"] += content.poses
     losses["duplicate boxes left out"] += int(duplicates.sum())
     content = content.with_boxes(~duplicates)
     if to == "coco":

@@ -71,7 +71,7 @@ def split_dataset(
     train = splits.pop("train")
     parts = divide(train, shares, seed=seed, progress=progress)
     divided = {name: train.with_images(positions) for name, positions in parts.items()}
-    divided["train"].masks = train.masks
+    divided["train"].masks, divided["train"].poses = train.masks, train.poses
     written, losses = write_splits(divided | splits, Path(target), to="coco", link=link)
     return Conversion.of(layout.format, written, losses)
 

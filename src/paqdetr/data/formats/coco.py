@@ -166,6 +166,7 @@ class _Reader:
                 and _is_segmentation(entry.get("segmentation"))
             ):
                 self.builder.masks += bool(entry.get("segmentation"))
+                self.builder.poses += bool(entry.get("keypoints"))
                 if owner in positions:
                     add(positions[owner], label_of[category], box, crowd=crowd, area=area)
             else:

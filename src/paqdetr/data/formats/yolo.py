@@ -83,7 +83,9 @@ class YoloPlace:
             height, width = size
             image = builder.add_image(name, name, height=height, width=width)
             rows = [] if real is None else _read_labels(base / real, len(classes), keypoints, issues)
-            for label, (x, y, w, h) in rows:
+            for label, (x, y, w, h), more in rows:
+                builder.masks += more == "polygon"
+                builder.poses += more == "keypoints"
                 box = [x * width, y * height, w * width, h * height]
                 builder.add_box(image, label, [round(value, DECIMALS) for value in box])
         if issues.collect and isinstance(self.entry, str) and _resolve(self, self.entry).is_dir():
@@ -300,8 +302,8 @@ def _label_file(image: Path, root: Path) -> Path:
 
 def _read_labels(
     path: Path, num_classes: int, keypoints: int | None, issues: Issues
-) -> list[tuple[int, tuple[float, ...]]]:
-    """(class index, [x, y, width, height] relative to the image) of every line."""
+) -> list[tuple[int, tuple[float, ...], str]]:
+    """(class index, [x, y, width, height] relative to the image, what else there is) of every line."""
     try:
         text = read_text(path)
     except DataError as error:
@@ -325,8 +327,8 @@ class _BadLabelError(Exception):
         self.kind = kind
 
 
-def _parse(words: list[str], num_classes: int, keypoints: int | None) -> tuple[int, tuple[float, ...]]:
-    """A line's class and box."""
+def _parse(words: list[str], num_classes: int, keypoints: int | None) -> tuple[int, tuple[float, ...], str]:
+    """A line's class, its box, and whether that is what is read of a "polygon" or of "keypoints"."""
     shown = shorten(" ".join(words))
     try:
         numbers = [float(word) for word in words]
@@ -334,9 +336,9 @@ def _parse(words: list[str], num_classes: int, keypoints: int | None) -> tuple[i
         raise _BadLabelError(f"{shown} is not a line of numbers") from None
     if not all(map(math.isfinite, numbers)):
         raise _BadLabelError(f"{shown} has numbers that are not finite")
-    label, coordinates = numbers[0], numbers[1:]
+    label, coordinates, more = numbers[0], numbers[1:], ""
     if keypoints is not None and len(coordinates) == 4 + keypoints:
-        coordinates = coordinates[:4]
+        coordinates, more = coordinates[:4], "keypoints"
     elif len(coordinates) != 4 and (keypoints is not None or len(coordinates) < 6 or len(coordinates) % 2):
         pose = "5 and those of the keypoints (pose), if data.yaml has `kpt_shape`"
         if keypoints is not None:
@@ -354,9 +356,9 @@ def _parse(words: list[str], num_classes: int, keypoints: int | None) -> tuple[i
         x, y, w, h = coordinates
         if w < 0 or h < 0:
             raise _BadLabelError(f"the box has the size {w:g} x {h:g}")
-        return int(label), (x - w / 2, y - h / 2, w, h)
+        return int(label), (x - w / 2, y - h / 2, w, h), more
     xs, ys = coordinates[::2], coordinates[1::2]
-    return int(label), (min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys))
+    return int(label), (min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)), "polygon"
 
 
 def write_yolo(root: Path, splits: dict[str, Annotations], place_image: Callable[[Path, Path], None]) -> None:
