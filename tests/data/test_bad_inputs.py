@@ -312,7 +312,12 @@ row("voc", "object_without_a_box", "object 1 (person) has no <bndbox>", xml("bnd
 row("voc", "box_with_a_text", "object 1 (person) has <bndbox> ['left', '7'", xml("<xmin>5</xmin>", "<xmin>left</xmin>"))
 row("voc", "box_of_nan", "expected xmin, ymin, xmax and ymax", xml("<xmin>5</xmin>", "<xmin>NaN</xmin>"))
 row("voc", "box_without_a_side", "expected xmin, ymin, xmax and ymax", xml("<xmin>5</xmin>", ""))
-row("voc", "box_whose_corners_are_swapped", "from 15.5, 7 to 14, 14, expected the left upper", xml("<xmin>5</xmin>", "<xmin>15.5</xmin>"))
+row(
+    "voc",
+    "box_whose_corners_are_swapped",
+    "from 15.5, 7 to 14, 14, expected the left upper",
+    xml("<xmin>5</xmin>", "<xmin>15.5</xmin>"),
+)
 row("voc", "object_without_a_name", "object 1 has <name> ''", xml("<name>person</name>", ""))
 row("voc", "size_of_zero", "<size> has height '24' and width '0'", xml("<width>32</width>", "<width>0</width>"))
 row("voc", "size_of_another_image", "a.png: is 32x24 pixels", xml("<width>32</width>", "<width>33</width>"))

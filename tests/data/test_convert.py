@@ -212,6 +212,20 @@ def test_folders_called_images(source: Path, tmp_path: Path) -> None:
         assert by_image(open_split(tmp_path / to, "train")) == expected
 
 
+@pytest.mark.parametrize(
+    ("to", "name"),
+    [(to, name) for name in ("soft\xadhyphen", "rtl\u200fx", "x\u200by", "<&\"'>") for to in TARGETS]
+    + [("yolo", "\x85n"), ("yolo", "a\u2028b"), ("yolo", "tab\t")],
+)
+def test_names_are_written_as_they_are(source: Path, tmp_path: Path, to: str, name: str) -> None:
+    root = Path(shutil.copytree(source, tmp_path / "in"))
+    content = json.loads((root / "train.json").read_text())
+    class_named(name)(root, content)
+    (root / "train.json").write_text(json.dumps(content))
+    convert_dataset(root, tmp_path / "out", to=to)
+    assert name in open_split(tmp_path / "out", "train").classes.names
+
+
 def test_hard_links(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli(["data", "convert", str(source), str(tmp_path / "voc"), "--to", "voc", "--link"]) == 0
     assert "voc from coco: train 3 images 6 boxes, val 1 images 1 boxes" in capsys.readouterr().out
@@ -301,10 +315,13 @@ def fewer_classes(root: Path, content: Any) -> None:
     content["categories"] = [c for c in content["categories"] if c["name"] != "unused"]
 
 
-def control_character(root: Path, content: Any) -> None:
-    content["categories"][2]["name"] = "a\x0bb"
-    other = json.loads((root / "val.json").read_text()) | {"categories": content["categories"]}
-    (root / "val.json").write_text(json.dumps(other))
+def class_named(name: str) -> Change:
+    def change(root: Path, content: Any) -> None:
+        content["categories"][0]["name"] = name
+        other = json.loads((root / "val.json").read_text()) | {"categories": content["categories"]}
+        (root / "val.json").write_text(json.dumps(other))
+
+    return change
 
 
 def other_size(root: Path, content: Any) -> None:
@@ -328,7 +345,10 @@ def renamed(to: str) -> Change:
         ("yolo", named("9"), "train/9: VOC and YOLO are read with images that end in .bmp, .jpeg, "),
         ("yolo", one_name, "train.json: two categories have the same name"),
         ("voc", fewer_classes, "has other categories than"),
-        ("voc", control_character, "VOC has no place for the name 'a\\x0bb'"),
+        ("voc", class_named("a\x0bb"), "VOC has no place for the name 'a\\x0bb'"),
+        ("voc", class_named(""), "VOC has no place for the name ''"),
+        ("yolo", class_named(""), "train.json: YOLO has no place for the class name ''"),
+        ("yolo", class_named("\ud800"), "train.json: YOLO has no place for the class name '\\ud800'"),
         ("yolo", other_size, "train/9.jpg: is 32x24 pixels, the annotations say 64x48"),
         (
             "yolo",

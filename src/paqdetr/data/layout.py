@@ -182,7 +182,9 @@ def _usual_coco(root: Path) -> dict[str, CocoPlace]:
         return {}
     known = {hint(name) or ("train" if is_split(name) else None) for name in usual}
     missing = {split for split in USUAL if split not in known}
-    return usual | _any_coco(root, lambda name: hint(name) in missing and not name.lower().startswith("person_keypoints"))
+    return usual | _any_coco(
+        root, lambda name: hint(name) in missing and not name.lower().startswith("person_keypoints")
+    )
 
 
 def _any_coco(root: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, CocoPlace]:

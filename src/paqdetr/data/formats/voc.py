@@ -34,8 +34,8 @@ from paqdetr.structures import ClassTable
 from paqdetr.text import shorten
 from paqdetr.values import as_flag, is_coordinate
 
-# What neither an XML text nor a line of a list holds as it is.
-_UNWRITABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffe\uffff]|^\\s|\\s$")
+# What neither an XML text nor a line of a list holds as it is, and no name at all.
+_UNWRITABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffe\uffff]|^\\s|\\s$|^$")
 
 
 # In small letters: the folders of XML files and of pictures.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,9 @@ from paqdetr.yaml_files import dump_yaml, load_yaml
 
 SPLITS = USUAL
 """All that `data.yaml` has a place for."""
+
+# No name of a class: half of a character, nothing at all.
+_UNWRITABLE = re.compile("[\ud800-\udfff]|^$")
 
 # What a split is that has none.
 _NOTHING = ("", "~", "null", "Null", "NULL")
@@ -364,6 +368,9 @@ def _parse(words: list[str], num_classes: int, keypoints: int | None) -> tuple[i
 def write_yolo(root: Path, splits: dict[str, Annotations], place_image: Callable[[Path, Path], None]) -> None:
     """Writes `data.yaml`, `images/SPLIT/` and `labels/SPLIT/`. Every box has to lie in its image, and none may be a crowd."""
     for split, part in splits.items():
+        for name in part.classes.names:
+            if _UNWRITABLE.search(name):
+                raise DataError(f"{part.source}: YOLO has no place for the class name {shorten(name)}", "Rename it.")
         starts = part.starts.tolist()
         for index, name in enumerate(part.file_names):
             image = root / "images" / split / name
