@@ -240,6 +240,12 @@ LAYOUTS: dict[str, tuple[Callable[[Path], Any], Content]] = {
         lambda r: yolo(r, {"train/images": "a", "valid/images": "b"}, "train: train/images\nvalid: valid/images\ntest:"),
         {"train": ["a"], "val": ["b"]},
     ),
+    "yaml beside images": (lambda r: yolo(r, {".": "ab"}, "train: ."), {"train": ["a", "b"]}),
+    "yaml beside images, with its own absolute path": (lambda r: yolo(r, {"": "ab"}, f"train: {r}"), {"train": ["a", "b"]}),
+    "yaml of Windows": (
+        lambda r: yolo(r, {"a/x/images": "a", "a/y/images": "b"}, "path: .\\a\ntrain: x\\images\nval: ..\\y\\images"),
+        {"train": ["a"], "val": ["b"]},
+    ),
     "yaml of one set": (lambda r: yolo(r, {"images": "ab"}, "default: images"), {"train": ["a", "b"]}),
     "yaml one folder down": (lambda r: yolo(r / "export", {"images": "a"}, "train: images"), {"train": ["a"]}),
 }  # fmt: skip

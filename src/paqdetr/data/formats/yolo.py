@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from paqdetr.data.annotations import DECIMALS, Annotations, Builder, Issues, MissingSplitError
@@ -22,6 +22,7 @@ from paqdetr.data.files import (
     list_pictures,
     listed_names,
     meaning,
+    with_slashes,
 )
 from paqdetr.errors import DataError
 from paqdetr.files import read_text
@@ -129,7 +130,7 @@ def _root(yaml_file: Path, path: Any, *, named: bool) -> tuple[Path, str]:
         return folder, ""
     if not isinstance(path, str):
         raise DataError(f"{yaml_file}: `path` is {shorten(path)}, expected a folder", "Remove or correct `path`.")
-    plain = inner_path(path)
+    plain = inner_path(with_slashes(path, folder))
     stated = folder / (path if plain is None else plain)
     try:
         exists, real, elsewhere = stated.is_dir(), Path(os.path.realpath(stated)), Path(path).is_dir()
@@ -232,15 +233,17 @@ def _resolve(place: YoloPlace, entry: Any) -> Path:
     """An entry of data.yaml inside the data folder."""
     if not isinstance(entry, str):
         raise DataError(f"{place.yaml_file}: `{place.split}` is {shorten(entry)}, expected a path", "Correct it.")
-    name = entry
+    name = with_slashes(entry, place.root)
     while name.startswith("../"):  # Roboflow's exports say ../train/images and mean train/images
         name = name[3:]
-    plain = _inside(name, place.root) if Path(name).is_absolute() else inner_path(name)
+    plain = _inside(name, place.root) if Path(name).is_absolute() else _relative(name)
     if plain is None:
         raise DataError(
             f"{place.yaml_file}: `{place.split}` is {shorten(entry)}, which is not inside {place.root}",
             "Give a path relative to data.yaml.",
         )
+    if plain == ".":
+        return place.root
     # Roboflow's downloads say FOLDER/train/images, seen from beside FOLDER.
     outer, _, rest = plain.partition("/")
     own_name = rest if outer == place.root.resolve().name else ""
@@ -255,6 +258,11 @@ def _resolve(place: YoloPlace, entry: Any) -> Path:
     )
 
 
+def _relative(path: str) -> str | None:
+    """See `inner_path`; "." for the folder itself, in which images lie beside data.yaml."""
+    return "." if path and PurePosixPath(path) == PurePosixPath() else inner_path(path)
+
+
 def _inside(path: str, root: Path) -> str | None:
     """An absolute path as one relative to the data folder, though links lead to one of them; None if it is outside."""
     try:
@@ -262,7 +270,7 @@ def _inside(path: str, root: Path) -> str | None:
     except ValueError:  # a name that no file can have
         return None
     for own, folder in ((Path(path), root), (Path(path), real_root), (real, real_root)):
-        if own.is_relative_to(folder) and (plain := inner_path(own.relative_to(folder).as_posix())) is not None:
+        if own.is_relative_to(folder) and (plain := _relative(own.relative_to(folder).as_posix())) is not None:
             return plain
     return None
 
