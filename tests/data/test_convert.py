@@ -340,6 +340,8 @@ def renamed(to: str) -> Change:
     ("to", "change", "message"),
     [
         ("voc", twin, "train/9.png: another image of train differs in its ending alone"),
+        ("coco", named("7.jpg"), "train.json: 2 images have the file_name '7.jpg'"),
+        ("yolo", named("7.jpg"), "train.json: 2 images have the file_name '7.jpg'"),
         ("yolo", twin, "train/9.png: another image of train differs in its ending alone"),
         ("voc", named("9.gif"), "train/9.gif: VOC and YOLO are read with images that end in .bmp, .jpeg, "),
         ("yolo", named("9"), "train/9: VOC and YOLO are read with images that end in .bmp, .jpeg, "),

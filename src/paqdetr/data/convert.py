@@ -23,6 +23,7 @@ from paqdetr.data.layout import Format, find_layout
 from paqdetr.errors import ConfigError, DataError
 from paqdetr.images import IMAGE_EXTENSIONS
 from paqdetr.outputs import require_free, whole_folder
+from paqdetr.text import shorten
 
 Target = Literal["coco", "voc", "yolo"]
 _WRITERS = {"coco": write_coco, "voc": write_voc, "yolo": write_yolo}
@@ -103,6 +104,7 @@ def write_splits(
     if to == "yolo":
         _require_yolo_splits(splits)
     for content in splits.values():
+        _require_single_names(content)
         _require_true_sizes(content)
     losses: Counter[str] = Counter()
     prepared = {split: _prepared(content, to, losses) for split, content in splits.items()}
@@ -170,6 +172,15 @@ def _require_known_endings(splits: Mapping[str, Annotations]) -> None:
                     f"{content.image_dir / name}: VOC and YOLO are read with images that end in {endings}",
                     "Save it as one of these, or convert to coco.",
                 )
+
+
+def _require_single_names(content: Annotations) -> None:
+    name, count = Counter(content.file_names).most_common(1)[0] if len(content) else ("", 1)
+    if count > 1:
+        raise DataError(
+            f"{content.source}: {count} images have the file_name {shorten(name)}",
+            "Make one of them, with the boxes of all.",
+        )
 
 
 def _require_true_sizes(content: Annotations) -> None:

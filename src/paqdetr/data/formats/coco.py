@@ -129,11 +129,14 @@ class _Reader:
             seen.add(own)
         image_dir, found = _find(image_dirs, [name for _, name, _, _ in accepted])
         self._complain_of_missing(image_dir, [name for _, name, _, _ in accepted if name not in found], len(accepted))
-        positions = {
-            own: self.builder.add_image(own, found[name], height=height, width=width)
-            for own, name, height, width in accepted
-            if name in found
-        }
+        positions: dict[int | str, int] = {}
+        first_of: dict[str, int | str] = {}
+        for own, name, height, width in accepted:
+            if name in found:
+                positions[own] = self.builder.add_image(own, found[name], height=height, width=width)
+                if (first := first_of.setdefault(found[name], own)) != own:
+                    message = f"image {shorten(own)} has the same file_name as image {shorten(first)}, {shorten(name)}"
+                    self.issues.doubt(self.path, message, kind="file_name given twice")
         self._known = seen  # what is listed, well-formed or not: its boxes are no further mistakes
         return image_dir, positions
 
@@ -151,6 +154,8 @@ class _Reader:
     def boxes(self, label_of: dict[int | str, int], positions: dict[int | str, int]) -> None:
         """Takes the well-formed annotations; the names of what is wrong are made up for the others alone: there are millions."""
         add = self.builder.add_box
+        if self.issues.collect:
+            self._warn_of_what_is_not_used()
         for position, entry in self.entries("annotations", may_be_empty=True):
             owner, category = entry.get("image_id"), entry.get("category_id")
             box, area = entry.get("bbox"), entry.get("area")
@@ -163,7 +168,6 @@ class _Reader:
                 and is_box(box)
                 and (area is None or _is_area(area))
                 and crowd is not None
-                and _is_segmentation(entry.get("segmentation"))
             ):
                 self.builder.masks += bool(entry.get("segmentation"))
                 self.builder.poses += bool(entry.get("keypoints"))
@@ -171,6 +175,24 @@ class _Reader:
                     add(positions[owner], label_of[category], box, crowd=crowd, area=area)
             else:
                 self.fail(*self._complaint(position, entry, label_of))
+
+    def _warn_of_what_is_not_used(self) -> None:
+        """Ids of annotations that are given twice, and segmentations that are none: other programs fail over them."""
+        seen: set[int | str | float] = set()
+        entries = self.content.get("annotations")
+        for entry in entries if isinstance(entries, list) else []:
+            if not isinstance(entry, dict):
+                continue
+            own, mask = entry.get("id"), entry.get("segmentation")
+            if type(own) in _ID_TYPES:
+                if own in seen:
+                    message = f"annotation id {shorten(own)} is given twice; of the two other programs may know one alone"
+                    self.issues.warn(self.path, message, kind="annotation id given twice")
+                seen.add(own)
+            if not _is_segmentation(mask):
+                message = f"annotation {shorten(own)} of image {shorten(entry.get('image_id'))} has segmentation {shorten(mask)}"
+                expected = "expected polygons of finite numbers, or counts; the box alone is used"
+                self.issues.warn(self.path, f"{message}, {expected}", kind="odd segmentation")
 
     def _complaint(self, position: int, entry: dict[str, Any], label_of: dict[int | str, int]) -> tuple[str, str]:
         """What is wrong with an annotation, and the kind of problem."""
@@ -187,9 +209,6 @@ class _Reader:
             return message, "malformed box"
         if area is not None and not _is_area(area):
             return f"{subject} area {shorten(area)}, expected a number that is not below 0", "malformed box"
-        if as_flag(entry.get("iscrowd")) is not None:
-            found = shorten(entry["segmentation"])
-            return (f"{subject} segmentation {found}, expected polygons of finite numbers, or counts", "malformed box")
         return f"{subject} iscrowd {shorten(entry.get('iscrowd'))}, expected 0 or 1", "flag"
 
 
