@@ -300,8 +300,8 @@ class _KeyBlock:
 
     @classmethod
     def fitting(cls, key: Key, font: Any, width: int, height: float = inf) -> list[Self]:
-        """In every form that fits into a place, narrow ones first; with shorter names, or fewer rows, if none does. It may still be
-        wider than the place."""
+        """In every form that fits into a place, narrow ones first; with shorter names, or fewer rows, if none does. That may
+        still be wider than the place."""
         room = width - 2.5 * font.size
         rows = [(_shortened(name, after, font, room), colour) for name, after, colour in key]
         blocks = [cls(rows, font, columns) for columns in range(1, len(rows) + 1)]

@@ -255,11 +255,27 @@ row(
 )
 row("coco", "area_below_0", "area -5, expected a number that is not below 0", change(BOX, area=-5))
 row("coco", "area_of_400_digits", "area 1000", change(BOX, area=10**400))
-row("coco", "polygon_with_nan", "segmentation [[1, 2, nan", change(BOX, segmentation=[[1, 2, float("nan"), 4, 5, 6]]), code=0)
-row("coco", "polygon_past_a_double", "segmentation [[1, 2, 1000", change(BOX, segmentation=[[1, 2, 10**400, 4]]), code=0)
+row(
+    "coco",
+    "polygon_with_nan",
+    "segmentation [[1, 2, nan",
+    change(BOX, segmentation=[[1, 2, float("nan"), 4, 5, 6]]),
+    code=0,
+)
+row(
+    "coco", "polygon_past_a_double", "segmentation [[1, 2, 1000", change(BOX, segmentation=[[1, 2, 10**400, 4]]), code=0
+)
 row("coco", "polygon_of_words", "segmentation [['a'", change(BOX, segmentation=[["a", "b"]]), code=0)
-row("coco", "run_length_code_without_counts", "segmentation {'size'", change(BOX, segmentation={"size": [1, 2]}), code=0)
-row("coco", "polygons_in_lists_of_lists", "segmentation [[[1, 2]]], expected", change(BOX, segmentation=[[[1, 2]]]), code=0)
+row(
+    "coco", "run_length_code_without_counts", "segmentation {'size'", change(BOX, segmentation={"size": [1, 2]}), code=0
+)
+row(
+    "coco",
+    "polygons_in_lists_of_lists",
+    "segmentation [[[1, 2]]], expected",
+    change(BOX, segmentation=[[[1, 2]]]),
+    code=0,
+)
 row("coco", "annotation_id_given_twice", "annotation id 1 is given twice", change(BOX, id=1), code=0)
 row("coco", "box_outside_its_image", "is outside the image of 32x24", change(BOX, bbox=[40, 3, 5, 5]), code=0)
 row(

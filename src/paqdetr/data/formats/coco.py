@@ -25,6 +25,8 @@ _AN_ID = "expected an integer of at most 64 bits, or a text"
 def read_coco(annotation_file: Path, image_dirs: Sequence[Path], issues: Issues) -> Annotations:
     """Reads and verifies an annotation file; images are not opened, only looked for.
 
+    An image without `file_name` is called like the last two parts of its `coco_url`, or the last one (LVIS).
+
     Category ids may have gaps and start anywhere. Texts as category ids become integers: "7" is 7, and where one of them is
     no number, all are numbered from 1 in the order of the file.
 
@@ -107,8 +109,11 @@ class _Reader:
         """The folder they lie in, and the images' own ids -> positions."""
         accepted: list[tuple[int | str, str, int, int]] = []
         seen: set[int | str] = set()
+        of_urls = False
         for position, image in self.entries("images"):
             own, name = as_id(image.get("id")), image.get("file_name")
+            if name is None and isinstance(url := image.get("coco_url"), str):  # LVIS
+                name, of_urls = "/".join(url.split("/")[-2:]), True
             height, width = image.get("height"), image.get("width")
             if own is None:
                 self.fail(f"images[{position}] has id {shorten(image.get('id'))}, {_AN_ID}")
@@ -128,6 +133,9 @@ class _Reader:
                 accepted.append((own, plain, int(height), int(width)))
             seen.add(own)
         image_dir, found = _find(image_dirs, [name for _, name, _, _ in accepted])
+        if of_urls and not found:  # in one folder, without those of COCO
+            accepted = [(own, name.rpartition("/")[2], height, width) for own, name, height, width in accepted]
+            image_dir, found = _find(image_dirs, [name for _, name, _, _ in accepted])
         self._complain_of_missing(image_dir, [name for _, name, _, _ in accepted if name not in found], len(accepted))
         positions: dict[int | str, int] = {}
         first_of: dict[str, int | str] = {}
@@ -186,7 +194,9 @@ class _Reader:
             own, mask = entry.get("id"), entry.get("segmentation")
             if type(own) in _ID_TYPES:
                 if own in seen:
-                    message = f"annotation id {shorten(own)} is given twice; of the two other programs may know one alone"
+                    message = (
+                        f"annotation id {shorten(own)} is given twice; of the two other programs may know one alone"
+                    )
                     self.issues.warn(self.path, message, kind="annotation id given twice")
                 seen.add(own)
             if not _is_segmentation(mask):
