@@ -186,17 +186,15 @@ class _Reader:
 
     def _warn_of_what_is_not_used(self) -> None:
         """Ids of annotations that are given twice, and segmentations that are none: other programs fail over them."""
-        seen: set[int | str | float] = set()
+        seen: set[int | str] = set()
         entries = self.content.get("annotations")
         for entry in entries if isinstance(entries, list) else []:
             if not isinstance(entry, dict):
                 continue
-            own, mask = entry.get("id"), entry.get("segmentation")
-            if type(own) in _ID_TYPES:
+            own, mask = as_id(entry.get("id")), entry.get("segmentation")
+            if own is not None:
                 if own in seen:
-                    message = (
-                        f"annotation id {shorten(own)} is given twice; of the two other programs may know one alone"
-                    )
+                    message = f"annotation id {shorten(own)} is given twice; other programs may read one of the two"
                     self.issues.warn(self.path, message, kind="annotation id given twice")
                 seen.add(own)
             if not _is_segmentation(mask):
