@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageColor
 
 from paqdetr import drawing
-from paqdetr.drawing import PALETTE, Canvas, class_key, draw_boxes, mark
+from paqdetr.drawing import PALETTE, Canvas, class_key, draw_boxes, mark, tiled
 from paqdetr.errors import ConfigError
 from paqdetr.structures import Detections
 
@@ -202,6 +202,15 @@ def test_a_key_outside_of_the_picture() -> None:
     assert plain.shape == (200, 300, 3) and (below[:200] == plain).all() and len(below) > 215
     assert not (plain > 250).all(-1).any(), "nothing white is drawn into it"
     assert all(label_areas(below[200:], mark(number)) > 50 for number in range(2))
+
+
+@pytest.mark.parametrize("side", [1, 12, 30])
+def test_a_key_that_is_wider_than_its_sheet(side: int) -> None:
+    colours, key = class_key([1, 2, 3], {1: "person", 2: "rider", 3: "x"})
+    sheet = np.asarray(tiled([[Image.new("RGB", (side, side))]], gap=4, key=key))
+    below = sheet[side:]
+    assert all((below == ImageColor.getrgb(colour)).all(-1).any() for colour in colours.values())
+    assert (below[:, -1] == 255).all()  # nothing is cut off
 
 
 def test_pictures_of_a_sheet_share_their_colours() -> None:

@@ -92,7 +92,8 @@ def tiled(rows: Sequence[Sequence[Image.Image]], *, gap: int, border: int = 0, k
     if not key:
         return sheet
     block = _KeyBlock.fitting(key, _font(max(12, round(sheet.width / 60))), sheet.width - 2 * border)[-1]
-    framed = Image.new("RGB", (sheet.width, sheet.height + gap + block.tall), "white")
+    size = (max(sheet.width, block.wide + 2 * border), sheet.height + gap + block.tall)
+    framed = Image.new("RGB", size, "white")
     framed.paste(sheet)
     block.draw(ImageDraw.Draw(framed), (border, sheet.height + gap - border))
     return framed
@@ -299,13 +300,16 @@ class _KeyBlock:
 
     @classmethod
     def fitting(cls, key: Key, font: Any, width: int, height: float = inf) -> list[Self]:
-        """In every form that fits into a place, narrow ones first; with fewer rows, or shorter names, if none does."""
+        """In every form that fits into a place, narrow ones first; with shorter names, or fewer rows, if none does. That may
+        still be wider than the place."""
         room = width - 2.5 * font.size
         rows = [(_shortened(name, after, font, room), colour) for name, after, colour in key]
         blocks = [cls(rows, font, columns) for columns in range(1, len(rows) + 1)]
         if found := [block for block in blocks if block.wide <= width and block.tall <= height]:
             return found
         one = blocks[0]
+        if height == inf:
+            return [one]
         columns = max(1, (width - one._pad) // one._wide)
         most = max(1, int((height - one._pad) // one._tall)) * columns
         return [cls([*rows[: most - 1], (f"+ {len(rows) - most + 1} more", _GREY)], font, columns)]

@@ -6,8 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 from xml.etree.ElementTree import Element, SubElement, indent
 
-from paqdetr.text import printable
-
 
 def yolo_line(number: int, box: Sequence[float], size: tuple[int, int], score: float | None = None) -> str:
     """A line of YOLO's text file: class, centre and sides as shares of the image, and the score if there is one.
@@ -31,7 +29,7 @@ def voc_document(
     *,
     database: str | None = None,
 ) -> Element:
-    """The XML of Pascal VOC for one image.
+    """The XML of Pascal VOC for one image; texts are written as they are, and XML holds no control characters.
 
     Args:
         name: of the image file; a path's last part is written.
@@ -42,13 +40,13 @@ def voc_document(
     document = Element("annotation")
     if database is not None:
         SubElement(SubElement(document, "source"), "database").text = database
-    SubElement(document, "filename").text = printable(PurePosixPath(name).name)
+    SubElement(document, "filename").text = PurePosixPath(name).name
     dimensions = SubElement(document, "size")
     for tag, value in zip(("width", "height", "depth"), (*size, 3), strict=True):
         SubElement(dimensions, tag).text = str(value)
     for label, tags, (x, y, width, height) in objects:
         item = SubElement(document, "object")
-        SubElement(item, "name").text = printable(label)
+        SubElement(item, "name").text = label
         for tag, value in tags.items():
             SubElement(item, tag).text = str(value)
         frame = SubElement(item, "bndbox")

@@ -313,10 +313,10 @@ class Detections(Summary):
         """
         height, width = self._known_size
         objects = [
-            (name, {"difficult": 0, "confidence": row["score"]}, row["bbox"])
+            (printable(name), {"difficult": 0, "confidence": row["score"]}, row["bbox"])
             for name, row in zip(self.class_names, self.to_coco(rounded=True), strict=True)
         ]
-        document = voc_document(self.file_name or "", (width, height), objects, database=database)
+        document = voc_document(printable(self.file_name or ""), (width, height), objects, database=database)
         return tostring(document, encoding="unicode") + "\n"
 
     def to_supervision(self) -> supervision.Detections:

@@ -255,10 +255,28 @@ row(
 )
 row("coco", "area_below_0", "area -5, expected a number that is not below 0", change(BOX, area=-5))
 row("coco", "area_of_400_digits", "area 1000", change(BOX, area=10**400))
-row("coco", "polygon_with_nan", "segmentation [[1, 2, nan", change(BOX, segmentation=[[1, 2, float("nan"), 4, 5, 6]]))
-row("coco", "polygon_past_a_double", "segmentation [[1, 2, 1000", change(BOX, segmentation=[[1, 2, 10**400, 4]]))
-row("coco", "polygon_of_words", "segmentation [['a'", change(BOX, segmentation=[["a", "b"]]))
-row("coco", "run_length_code_without_counts", "segmentation {'size'", change(BOX, segmentation={"size": [1, 2]}))
+row(
+    "coco",
+    "polygon_with_nan",
+    "segmentation [[1, 2, nan",
+    change(BOX, segmentation=[[1, 2, float("nan"), 4, 5, 6]]),
+    code=0,
+)
+row(
+    "coco", "polygon_past_a_double", "segmentation [[1, 2, 1000", change(BOX, segmentation=[[1, 2, 10**400, 4]]), code=0
+)
+row("coco", "polygon_of_words", "segmentation [['a'", change(BOX, segmentation=[["a", "b"]]), code=0)
+row(
+    "coco", "run_length_code_without_counts", "segmentation {'size'", change(BOX, segmentation={"size": [1, 2]}), code=0
+)
+row(
+    "coco",
+    "polygons_in_lists_of_lists",
+    "segmentation [[[1, 2]]], expected",
+    change(BOX, segmentation=[[[1, 2]]]),
+    code=0,
+)
+row("coco", "annotation_id_given_twice", "annotation id 1 is given twice", change(BOX, id=1), code=0)
 row("coco", "box_outside_its_image", "is outside the image of 32x24", change(BOX, bbox=[40, 3, 5, 5]), code=0)
 row(
     "coco",
@@ -312,6 +330,12 @@ row("voc", "object_without_a_box", "object 1 (person) has no <bndbox>", xml("bnd
 row("voc", "box_with_a_text", "object 1 (person) has <bndbox> ['left', '7'", xml("<xmin>5</xmin>", "<xmin>left</xmin>"))
 row("voc", "box_of_nan", "expected xmin, ymin, xmax and ymax", xml("<xmin>5</xmin>", "<xmin>NaN</xmin>"))
 row("voc", "box_without_a_side", "expected xmin, ymin, xmax and ymax", xml("<xmin>5</xmin>", ""))
+row(
+    "voc",
+    "box_whose_corners_are_swapped",
+    "from 15.5, 7 to 14, 14, expected the left upper",
+    xml("<xmin>5</xmin>", "<xmin>15.5</xmin>"),
+)
 row("voc", "object_without_a_name", "object 1 has <name> ''", xml("<name>person</name>", ""))
 row("voc", "size_of_zero", "<size> has height '24' and width '0'", xml("<width>32</width>", "<width>0</width>"))
 row("voc", "size_of_another_image", "a.png: is 32x24 pixels", xml("<width>32</width>", "<width>33</width>"))

@@ -25,7 +25,9 @@ def make_split(root: Path, split: str, images: list[dict[str, Any]], annotations
     (root / split).mkdir(parents=True)
     rng = np.random.default_rng(sum(map(ord, split)))
     for image in images:
-        Image.fromarray(rng.integers(0, 256, (10, 20, 3), dtype=np.uint8)).save(root / split / image["file_name"])
+        path = root / split / image["file_name"]
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (10, 20, 3), dtype=np.uint8)).save(path)
     categories = [{"id": i, "name": name} for i, name in enumerate(names)]
     content = {"images": images, "annotations": annotations, "categories": categories}
     (root / f"{split}.json").write_text(json.dumps(content))
@@ -140,19 +142,20 @@ def test_a_folder_without_data(tmp_path: Path) -> None:
 
 def test_copies_and_leaks_are_told_apart(tmp_path: Path) -> None:
     photographs = [Image.fromarray(pixels).resize((320, 214)) for pixels in load_sample_images().images]
-    for split, names in (("train", ["a", "b", "c"]), ("val", ["d"])):
+    for split, names in (("train", ["a", "x/a", "x/c"]), ("val", ["d"])):
         images = [image(n, file_name=f"{name}.jpg", width=320, height=214) for n, name in enumerate(names)]
         make_split(tmp_path, split, images, [box(1, 0, 0, 1, 1, 9, 9)], ["x"])
     photographs[0].save(tmp_path / "train" / "a.jpg", quality=95)
-    photographs[0].save(tmp_path / "train" / "b.jpg", quality=40)
-    photographs[1].save(tmp_path / "train" / "c.jpg")
+    photographs[0].save(tmp_path / "train" / "x/a.jpg", quality=40)
+    photographs[1].save(tmp_path / "train" / "x/c.jpg")
     photographs[1].save(tmp_path / "val" / "d.jpg", quality=50)
     for workers in (1, 2):
         report = check_dataset(tmp_path, workers=workers)
         found = {p.kind: (p.split, p.subject, p.message) for p in report.warnings}
-        assert found["duplicate image"][:2] == ("train", "b.jpg") and found["duplicate image"][2].endswith("a.jpg")
+        assert found["duplicate image"][:2] == ("train", "x/a.jpg")
+        assert found["duplicate image"][2].endswith(" bits differ) a.jpg")
         assert found["leak between splits"][:2] == ("val", "d.jpg")
-        assert found["leak between splits"][2].endswith(" of 64 bits differ) train/c.jpg")
+        assert found["leak between splits"][2].endswith(" of 64 bits differ) train/x/c.jpg")
 
 
 def test_the_report_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -114,6 +114,9 @@ LOST = {
 }
 
 
+NUMBERED = {"images numbered anew, their old ids under `original_id`": 4}
+
+
 @pytest.mark.parametrize("to", TARGETS)
 def test_what_the_target_cannot_hold_is_reported(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], to: str
@@ -126,6 +129,24 @@ def test_what_the_target_cannot_hold_is_reported(
     assert available_splits(tmp_path / to) == ["train", "val"]
     for split in available_splits(source):
         assert by_image(open_split(tmp_path / to, split)) == by_image(open_split(source, split))
+
+
+def test_polygons_and_keypoints_are_counted(tiny_data: dict[str, Path], tmp_path: Path) -> None:
+    assert convert_dataset(tiny_data["cityscapes"], tmp_path / "c", to="coco").losses["segmentations left out"] == 4
+    root = Path(shutil.copytree(tiny_data["yolo"], tmp_path / "yolo"))
+    (root / "labels/train/b.txt").write_text("0 .5 .5 .2 .2\n1 .25 .5 .75 .125 .5 .875\n1 .2 .5 .7 .1 .5 .8\n")
+    assert convert_dataset(root, tmp_path / "y", to="coco").losses == {"segmentations left out": 2} | NUMBERED
+    with (root / "data.yaml").open("a") as file:
+        file.write("kpt_shape: [1, 2]\n")
+    (root / "labels/train/b.txt").write_text("0 .5 .5 .2 .2 .5 .5\n")
+    assert convert_dataset(root, tmp_path / "k", to="coco").losses == {"keypoints left out": 1} | NUMBERED
+    coco = Path(shutil.copytree(tiny_data["coco"], tmp_path / "coco"))
+    content = json.loads((coco / "train.json").read_text())
+    for row, keypoints in zip(content["annotations"], ([3, 4, 2], [], None), strict=True):
+        row["keypoints"] = keypoints
+    (coco / "train.json").write_text(json.dumps(content))
+    assert convert_dataset(coco, tmp_path / "p", to="coco").losses == {"keypoints left out": 1}
+    assert split_dataset(coco, tmp_path / "s", val=0, test=0.4).losses == {"keypoints left out": 1}
 
 
 def test_the_files_of_coco(source: Path, tmp_path: Path) -> None:
@@ -189,6 +210,20 @@ def test_folders_called_images(source: Path, tmp_path: Path) -> None:
     for to in TARGETS:
         convert_dataset(tmp_path / "in", tmp_path / to, to=to)
         assert by_image(open_split(tmp_path / to, "train")) == expected
+
+
+@pytest.mark.parametrize(
+    ("to", "name"),
+    [(to, name) for name in ("soft\xadhyphen", "rtl\u200fx", "x\u200by", "<&\"'>") for to in TARGETS]
+    + [("yolo", "\x85n"), ("yolo", "a\u2028b"), ("yolo", "tab\t")],
+)
+def test_names_are_written_as_they_are(source: Path, tmp_path: Path, to: str, name: str) -> None:
+    root = Path(shutil.copytree(source, tmp_path / "in"))
+    content = json.loads((root / "train.json").read_text())
+    class_named(name)(root, content)
+    (root / "train.json").write_text(json.dumps(content))
+    convert_dataset(root, tmp_path / "out", to=to)
+    assert name in open_split(tmp_path / "out", "train").classes.names
 
 
 def test_hard_links(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -259,6 +294,16 @@ def twin(root: Path, content: Any) -> None:
     content["images"].append(content["images"][0] | {"id": 77, "file_name": "9.png"})
 
 
+def named(name: str) -> Change:
+    """The first image is called so."""
+
+    def change(root: Path, content: Any) -> None:
+        (root / "train" / "9.jpg").rename(root / "train" / name)
+        content["images"][0]["file_name"] = name
+
+    return change
+
+
 def one_name(root: Path, content: Any) -> None:
     for category in content["categories"]:
         category["name"] = "one"
@@ -270,10 +315,13 @@ def fewer_classes(root: Path, content: Any) -> None:
     content["categories"] = [c for c in content["categories"] if c["name"] != "unused"]
 
 
-def control_character(root: Path, content: Any) -> None:
-    content["categories"][2]["name"] = "a\x0bb"
-    other = json.loads((root / "val.json").read_text()) | {"categories": content["categories"]}
-    (root / "val.json").write_text(json.dumps(other))
+def class_named(name: str) -> Change:
+    def change(root: Path, content: Any) -> None:
+        content["categories"][0]["name"] = name
+        other = json.loads((root / "val.json").read_text()) | {"categories": content["categories"]}
+        (root / "val.json").write_text(json.dumps(other))
+
+    return change
 
 
 def other_size(root: Path, content: Any) -> None:
@@ -292,10 +340,17 @@ def renamed(to: str) -> Change:
     ("to", "change", "message"),
     [
         ("voc", twin, "train/9.png: another image of train differs in its ending alone"),
+        ("coco", named("7.jpg"), "train.json: 2 images have the file_name '7.jpg'"),
+        ("yolo", named("7.jpg"), "train.json: 2 images have the file_name '7.jpg'"),
         ("yolo", twin, "train/9.png: another image of train differs in its ending alone"),
+        ("voc", named("9.gif"), "train/9.gif: VOC and YOLO are read with images that end in .bmp, .jpeg, "),
+        ("yolo", named("9"), "train/9: VOC and YOLO are read with images that end in .bmp, .jpeg, "),
         ("yolo", one_name, "train.json: two categories have the same name"),
         ("voc", fewer_classes, "has other categories than"),
-        ("voc", control_character, "VOC has no place for the name 'a\\x0bb'"),
+        ("voc", class_named("a\x0bb"), "VOC has no place for the name 'a\\x0bb'"),
+        ("voc", class_named(""), "VOC has no place for the name ''"),
+        ("yolo", class_named(""), "train.json: YOLO has no place for the class name ''"),
+        ("yolo", class_named("\ud800"), "train.json: YOLO has no place for the class name '\\ud800'"),
         ("yolo", other_size, "train/9.jpg: is 32x24 pixels, the annotations say 64x48"),
         (
             "yolo",

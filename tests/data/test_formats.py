@@ -117,6 +117,20 @@ def test_crowds_and_areas_are_kept_for_evaluation(tmp_path: Path) -> None:
     assert {(a["image_id"], a["category_id"]) for a in truth} == {("x", 5)}
 
 
+@pytest.mark.parametrize("folder", ["train2017", "images/train2017", "images", "train"])
+def test_lvis_names_images_by_their_urls(tmp_path: Path, folder: str) -> None:
+    (tmp_path / folder).mkdir(parents=True)
+    Image.new("RGB", (20, 20)).save(tmp_path / folder / "7.png")
+    content = {
+        "images": [{"id": 7, "coco_url": "http://images.cocodataset.org/train2017/7.png", "width": 20, "height": 20}],
+        "categories": [{"id": 5, "name": "a", "frequency": "r"}],
+        "annotations": [{"id": 1, "image_id": 7, "category_id": 5, "bbox": [1, 2, 3, 4]}],
+    }
+    (tmp_path / "lvis_v1_train.json").write_text(json.dumps(content))
+    train = open_split(tmp_path, "train")
+    assert train.image(0).size == (20, 20) and train.boxes(0).tolist() == [[1, 2, 4, 6]]
+
+
 # ---------------------------------------------------------------------------------------- Pascal VOC
 
 

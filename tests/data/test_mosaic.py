@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -45,6 +46,13 @@ def test_what_is_hardly_to_be_seen_has_no_box(seed: int) -> None:
     for number in set(range(3)) - set(whole.labels.tolist()):
         share = (whole.pixels[number] > 127).float().mean()
         assert share < 0.2 * 0.25 * 1.3 * 1.5**2  # a fifth of the quarter of a tile that fills 65 % and is enlarged
+
+
+@pytest.mark.parametrize("size", [(1, 40), (40, 1), (2, 40)])
+def test_images_that_are_hardly_high_or_wide(size: tuple[int, int]) -> None:
+    for seed in range(20):
+        torch.manual_seed(seed)
+        assert mosaic([tile(0, *size), *(tile(i, 1, 60) for i in range(1, 4))]).pixels.shape == (3, *size)
 
 
 def test_images_without_boxes() -> None:

@@ -233,6 +233,17 @@ def test_two_pictures_of_one_label_file(copy_of: Any, caplog: pytest.LogCaptureF
     assert "has the same label file as a" in caplog.text and "lists all of these" in caplog.text
 
 
+def test_two_images_of_one_file_name(copy_of: Any, caplog: pytest.LogCaptureFixture) -> None:
+    root = copy_of("coco")
+    edit(root / "train.json", "b.png", "./a.png")
+    edit(root / "train.json", '"width": 24, "height": 32', '"width": 32, "height": 24')
+    (problem,) = checked(root)
+    assert (problem.severity, problem.kind) == ("error", "file_name given twice")
+    with caplog.at_level(logging.WARNING):
+        assert len(open_split(root, "train")) == 3
+    assert "image 2 has the same file_name as image 1, 'a.png'; `paqdetr data check` lists all of these" in caplog.text
+
+
 @pytest.mark.parametrize("named", ["a.jpg", "a.png", "some/folder/a.jpg", "C:\\pictures\\a.jpg"])
 @pytest.mark.parametrize("with_list", [True, False])
 def test_the_picture_that_an_xml_file_names_wins(

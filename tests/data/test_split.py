@@ -79,11 +79,14 @@ def test_shares_are_met_and_the_seed_decides(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_last_images_of_a_class_stay_in_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those with a box of it to train on: a crowd is none."""
     with_digests(monkeypatch, list(range(10)))
-    classes = [[0], [1, 0], [0], [2], [0, 0], [0], [1], [0], [0], [0]]
+    classes = [[0], [1, 0], [0], [2], [0, 0], [0], [1], [2], [0], [0]]
+    content = annotations(classes)
+    content.crowd[content.owners == 7] = True
     for seed in range(20):
-        train = divide(annotations(classes), {"val": 0.5}, seed=seed)["train"]
-        assert {label for index in train for label in classes[index]} == {0, 1, 2}
+        train = divide(content, {"val": 0.5}, seed=seed)["train"].tolist()
+        assert {label for index in train for label in classes[index]} == {0, 1, 2} and 3 in train
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,49 @@ LAYOUTS: dict[str, tuple[Callable[[Path], Any], Content]] = {
         ],
         {"train": ["a"], "val": ["b"]},
     ),
+    "json named otherwise than its folder of images": (
+        lambda r: [
+            coco(r / "train.json", r / "train", ["a"]),
+            coco(r / "validation.json", r / "val", ["b"]),
+            coco(r / "instances_test.json", r / "images" / "testing", ["c"]),
+        ],
+        {"train": ["a"], "val": ["b"], "test": ["c"]},
+    ),
+    "json of instances, and a folder that means the split": (
+        lambda r: [
+            coco(r / f"annotations/instances_{name}.json", r / f"images/{name}ing", [stem])
+            for name, stem in (("train", "a"), ("test", "a"))
+        ],
+        {"train": ["a"], "test": ["a"]},
+    ),
+    "json beside images, another whose images are in images": (
+        lambda r: [coco(r / "train.json", r / "train", ["a"]), coco(r / "val.json", r / "images", ["b"])],
+        {"train": ["a"], "val": ["b"]},
+    ),
+    "json of instances, and one that is not called so": (
+        lambda r: [
+            coco(r / f"annotations/{name}.json", r / "images", [stem])
+            for name, stem in (("instances_default", "a"), ("val", "b"))
+        ],
+        {"train": ["a"], "val": ["b"]},
+    ),
+    "json of Roboflow, and one that is not called so": (
+        lambda r: [
+            coco(r / name / file, r / name, [stem])
+            for name, file, stem in (("train", "_annotations.coco.json", "a"), ("valid", "annotations.json", "b"))
+        ],
+        {"train": ["a"], "val": ["b"]},
+    ),
+    "json that is no split beside those that are": (
+        lambda r: [
+            coco(r / "annotations/instances_train2017.json", r / "train2017", ["a"]),
+            *(coco(r / f"annotations/{name}.json", r / "train2017", ["a"]) for name in
+              ("train", "trainval", "everything", "person_keypoints_val2017", "captions_val2017", "panoptic_val2017")),
+            (r / "annotations/val_predictions.json").write_text("[]"),
+            (r / "val.json").write_text('{"model": "x", "AP": 0.5}'),
+        ],
+        {"train": ["a"]},
+    ),
     "json one folder down": (
         lambda r: [coco(r / "pets" / "train.json", r / "pets" / "train", ["a"]), (r / "__MACOSX").mkdir()],
         {"train": ["a"]},
@@ -195,6 +238,12 @@ LAYOUTS: dict[str, tuple[Callable[[Path], Any], Content]] = {
     ),
     "yaml with valid": (
         lambda r: yolo(r, {"train/images": "a", "valid/images": "b"}, "train: train/images\nvalid: valid/images\ntest:"),
+        {"train": ["a"], "val": ["b"]},
+    ),
+    "yaml beside images": (lambda r: yolo(r, {".": "ab"}, "train: ."), {"train": ["a", "b"]}),
+    "yaml beside images, with its own absolute path": (lambda r: yolo(r, {"": "ab"}, f"train: {r}"), {"train": ["a", "b"]}),
+    "yaml of Windows": (
+        lambda r: yolo(r, {"a/x/images": "a", "a/y/images": "b"}, "path: .\\a\ntrain: x\\images\nval: ..\\y\\images"),
         {"train": ["a"], "val": ["b"]},
     ),
     "yaml of one set": (lambda r: yolo(r, {"images": "ab"}, "default: images"), {"train": ["a", "b"]}),

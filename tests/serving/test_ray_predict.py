@@ -52,7 +52,12 @@ def test_pictures_of_folders_lists_and_parquet(tmp_path: Path) -> None:
     store = fsspec.filesystem("memory")
     store.pipe_file("/bucket/x/1.jpg", b"1")
     store.pipe_file("/bucket/2.JPG", b"2")
-    assert list_images_of("memory://bucket") == ["memory:///bucket/2.JPG", "memory:///bucket/x/1.jpg"]
+    store.pipe_file("/bucket/3.avif", b"3")
+    assert list_images_of("memory://bucket") == [
+        "memory:///bucket/2.JPG",
+        "memory:///bucket/3.avif",
+        "memory:///bucket/x/1.jpg",
+    ]
 
 
 @pytest.mark.parametrize(

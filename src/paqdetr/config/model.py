@@ -34,8 +34,10 @@ class Needs:
 class Role(Enum):
     """At a field of a model: what another value of the setting means for weights."""
 
-    FREE = "a training may start from weights that were made with another value: a size that is changed on the way, an initial "
-    "value that the weights replace, or what acts in training or on detections alone"
+    FREE = (
+        "a training may start from weights that were made with another value: a size that is changed on the way, an initial "
+        "value that the weights replace, or what acts in training or on detections alone"
+    )
     QUERIES = "part of the source of content queries, which a conversion takes from a model that has another source"
     TARGET = "something else that a conversion takes from the model it converts to"
     HOST = "decides which host it is: weights made with another value are another host's"

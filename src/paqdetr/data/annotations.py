@@ -177,6 +177,7 @@ class Annotations:
         crowd: (A,) bool: groups and regions to ignore.
         areas: (A,) float64, square pixels; NaN where the format gives none.
         masks: annotations that have a segmentation, which this package does not use.
+        poses: annotations that have keypoints, which it does not use either.
     """
 
     source: Path
@@ -191,6 +192,7 @@ class Annotations:
     crowd: np.ndarray
     areas: np.ndarray
     masks: int = 0
+    poses: int = 0
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -257,13 +259,15 @@ class Annotations:
         return found
 
     def with_images(self, chosen: np.ndarray) -> Annotations:
-        """The images at the positions `chosen`, in this order, with their boxes. `masks` is 0: whose they are is not known."""
+        """The images at the positions `chosen`, in this order, with their boxes. `masks` and `poses` are 0: whose they are is
+        not known."""
         starts = self.starts.tolist()
         rows = [np.arange(starts[index], starts[index + 1]) for index in chosen.tolist()]
         order = np.concatenate([*rows, np.zeros(0, dtype=np.int64)])
         return replace(
             self,
             masks=0,
+            poses=0,
             image_ids=Ids([self.image_ids[index] for index in chosen.tolist()]),
             file_names=Texts(self.file_names[index] for index in chosen.tolist()),
             sizes=self.sizes[chosen],
@@ -287,6 +291,7 @@ class Builder:
     file_names: list[str] = field(default_factory=list)
     sizes: list[tuple[int, int]] = field(default_factory=list)
     masks: int = 0
+    poses: int = 0
     _owners: list[int] = field(default_factory=list)
     _labels: list[int] = field(default_factory=list)
     _boxes: list[Sequence[float]] = field(default_factory=list)
@@ -329,4 +334,5 @@ class Builder:
             crowd=np.array(self._crowd, dtype=bool)[order],
             areas=np.array(self._areas, dtype=np.float64)[order],
             masks=self.masks,
+            poses=self.poses,
         )

@@ -140,9 +140,11 @@ _MOST_ZOOM = 1.5
 
 
 def mosaic(tiles: Sequence[Augmented]) -> Augmented:
-    """Puts four images together, from left to right and top to bottom; the result has the size of the first. Draws from torch's
-    global generator."""
+    """Puts four images together, from left to right and top to bottom; the result has the size of the first, and is the first
+    where that is one pixel high or wide. Draws from torch's global generator."""
     height, width = tiles[0].pixels.shape[1:]
+    if min(height, width) == 1:
+        return tiles[0]
     low, high = _MIDDLE
     down, across = (low + (high - low) * float(torch.rand(())) for _ in range(2))
     middle, centre = round(height * down), round(width * across)

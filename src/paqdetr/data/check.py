@@ -269,9 +269,9 @@ def check_dataset(
     for split, content in read.items():
         _check_boxes(content, issues[split])
         report.splits[split] = SplitSummary.of(content)
-    paths = [(split, a.image_dir / name) for split, a in read.items() for name in a.file_names]
+    paths = [a.image_dir / name for a in read.values() for name in a.file_names]
     facts: list[ImageFacts] = []
-    for fact in inspect_all([path for _, path in paths], workers=workers):
+    for fact in inspect_all(paths, workers=workers):
         facts.append(fact)
         if progress is not None:
             progress(len(facts), len(paths))
@@ -283,7 +283,7 @@ def check_dataset(
         report.splits[split].traits = dict(
             Counter(trait for fact in own for trait in sorted(fact.traits - {_BROKEN_EXIF}))
         )
-    _find_duplicates(paths, facts, issues)
+    _find_duplicates([(split, name) for split, a in read.items() for name in a.file_names], facts, issues)
     _compare_classes({split: a.classes for split, a in read.items()}, report, issues)
     whole = Issues(collect=True)
     if "train" not in layout.splits:
@@ -354,35 +354,39 @@ def _check_sizes(annotations: Annotations, facts: list[ImageFacts], issues: Issu
             issues.warn(name, "its EXIF block is broken: it is read as stored, not turned", kind=_BROKEN_EXIF)
 
 
-def _find_duplicates(paths: list[tuple[str, Path]], facts: list[ImageFacts], issues: dict[str, Issues]) -> None:
-    """Images that are the same, or look the same, within a split and across splits; at most one finding per image."""
+def _find_duplicates(images: list[tuple[str, str]], facts: list[ImageFacts], issues: dict[str, Issues]) -> None:
+    """Images that are the same, or look the same, within a split and across splits; at most one finding per image.
+
+    Args:
+        images: (split, file name) of each of `facts`.
+    """
     numbers = {split: number for number, split in enumerate(issues)}
-    splits = np.array([numbers[split] for split, _ in paths], dtype=np.int64)
+    splits = np.array([numbers[split] for split, _ in images], dtype=np.int64)
     first_with: dict[bytes, int] = {}
-    original = np.arange(len(paths))
+    original = np.arange(len(images))
     for position, fact in enumerate(facts):
         if fact.error is None:
             original[position] = first_with.setdefault(fact.digest, position)
     # What is said of an image, as one number: a leak is worse than a duplicate in the split; then by differing bits, -1 of the
     # same file; then by the other image.
     nothing, ranks = np.iinfo(np.int64).max, MAX_BITS + 2
-    said = np.full(len(paths), nothing)
+    said = np.full(len(images), nothing)
 
     def note(first: np.ndarray, second: np.ndarray, bits: np.ndarray | int) -> None:
         rank = (splits[first] == splits[second]) * ranks + bits + 1
-        np.minimum.at(said, second, rank * len(paths) + first)
+        np.minimum.at(said, second, rank * len(images) + first)
 
-    copies = np.flatnonzero(original != np.arange(len(paths)))
+    copies = np.flatnonzero(original != np.arange(len(images)))
     note(original[copies], copies, -1)
     for pairs in similar([fact.print for fact in facts]):
         note(*pairs[original[pairs[:, 0]] != original[pairs[:, 1]]].T)
     for position in np.flatnonzero(said != nothing).tolist():
-        rank, other = divmod(int(said[position]), len(paths))
+        rank, other = divmod(int(said[position]), len(images))
         same_split, bits = rank >= ranks, rank % ranks - 1
-        split, path = paths[position]
-        where = paths[other][1].name if same_split else f"{paths[other][0]}/{paths[other][1].name}"
+        (split, name), (other_split, other_name) = images[position], images[other]
+        where = other_name if same_split else f"{other_split}/{other_name}"
         how = "the same file as" if bits < 0 else f"looks like ({bits} of 64 bits differ)"
-        issues[split].warn(path.name, f"{how} {where}", kind="duplicate image" if same_split else "leak between splits")
+        issues[split].warn(name, f"{how} {where}", kind="duplicate image" if same_split else "leak between splits")
 
 
 def _compare_classes(tables: dict[str, ClassTable], report: CheckReport, issues: dict[str, Issues]) -> None:

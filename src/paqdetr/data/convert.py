@@ -8,7 +8,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal, get_args
 
 import numpy as np
@@ -21,7 +21,9 @@ from paqdetr.data.formats.yolo import SPLITS as YOLO_SPLITS
 from paqdetr.data.formats.yolo import write_yolo
 from paqdetr.data.layout import Format, find_layout
 from paqdetr.errors import ConfigError, DataError
+from paqdetr.images import IMAGE_EXTENSIONS
 from paqdetr.outputs import require_free, whole_folder
+from paqdetr.text import shorten
 
 Target = Literal["coco", "voc", "yolo"]
 _WRITERS = {"coco": write_coco, "voc": write_voc, "yolo": write_yolo}
@@ -59,8 +61,8 @@ def convert_dataset(
 ) -> Conversion:
     """Writes all splits of a data set as COCO, Pascal VOC or YOLO, images included.
 
-    Boxes and class names are kept by all three. Duplicate boxes and segmentations are left out. What else a format has no
-    place for is in `Conversion.losses`: see docs/data.md. The new folder appears as a whole or not at all.
+    Boxes and class names are kept by all three. Duplicate boxes, segmentations and keypoints are left out. What else a format
+    has no place for is in `Conversion.losses`: see docs/data.md. The new folder appears as a whole or not at all.
 
     Args:
         source: a folder in one of the layouts of `find_layout`, or a `data.yaml`.
@@ -98,9 +100,11 @@ def write_splits(
     require_free(target, remedy="choose another folder")
     if to != "coco":
         _require_one_class_table(splits)
+        _require_known_endings(splits)
     if to == "yolo":
         _require_yolo_splits(splits)
     for content in splits.values():
+        _require_single_names(content)
         _require_true_sizes(content)
     losses: Counter[str] = Counter()
     prepared = {split: _prepared(content, to, losses) for split, content in splits.items()}
@@ -158,6 +162,27 @@ def _require_yolo_splits(splits: Mapping[str, Annotations]) -> None:
             )
 
 
+def _require_known_endings(splits: Mapping[str, Annotations]) -> None:
+    """VOC and YOLO find pictures by their endings."""
+    for content in splits.values():
+        for name in content.file_names:
+            if PurePosixPath(name).suffix.lower() not in IMAGE_EXTENSIONS:
+                endings = ", ".join(sorted(IMAGE_EXTENSIONS))
+                raise DataError(
+                    f"{content.image_dir / name}: VOC and YOLO are read with images that end in {endings}",
+                    "Save it as one of these, or convert to coco.",
+                )
+
+
+def _require_single_names(content: Annotations) -> None:
+    name, count = Counter(content.file_names).most_common(1)[0] if len(content) else ("", 1)
+    if count > 1:
+        raise DataError(
+            f"{content.source}: {count} images have the file_name {shorten(name)}",
+            "Make one of them, with the boxes of all.",
+        )
+
+
 def _require_true_sizes(content: Annotations) -> None:
     """Shares of a wrong size would be wrong boxes."""
     found = header_sizes([content.image_dir / name for name in content.file_names], Issues())
@@ -171,8 +196,9 @@ def _require_true_sizes(content: Annotations) -> None:
 
 def _prepared(content: Annotations, to: str, losses: Counter[str]) -> Annotations:
     """The annotations without what the format has no place for, which is counted."""
-    duplicates, masks = content.duplicates(), content.masks
-    losses["segmentations left out"] += masks
+    duplicates = content.duplicates()
+    losses["segmentations left out"] += content.masks
+    losses["keypoints left out"] += content.poses
     losses["duplicate boxes left out"] += int(duplicates.sum())
     content = content.with_boxes(~duplicates)
     if to == "coco":

@@ -35,6 +35,11 @@ def inner_path(name: str) -> str | None:
     return None if plain == "." or len(plain) > 4096 or any(len(os.fsencode(p)) > 255 for p in path.parts) else plain
 
 
+def with_slashes(name: str, folder: Path) -> str:
+    """A name in a folder with the backslashes of Windows as slashes, unless a file is called so."""
+    return name.replace("\\", "/") if "\\" in name and not os.path.lexists(folder / name) else name
+
+
 def listed_name(name: str, issues: Issues, *, source: Path, what: str, folder: Path) -> str | None:
     """The plain form of a name that a file lists; None for a leftover, and where it leads out of the folder. Backslashes, as
     Windows writes them, part folders unless a file is called so. An absolute name may lie in the folder.
@@ -47,8 +52,7 @@ def listed_name(name: str, issues: Issues, *, source: Path, what: str, folder: P
     Raises:
         DataError: it leads out, unless issues are collected.
     """
-    if "\\" in name and not os.path.lexists(folder / name):
-        name = name.replace("\\", "/")
+    name = with_slashes(name, folder)
     for base in (folder, folder.resolve()):  # programs write absolute names, too
         name = name.removeprefix(f"{base}/") if base.is_absolute() else name
     plain = inner_path(name)

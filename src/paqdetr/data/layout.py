@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from paqdetr.data.annotations import Annotations, Issues
-from paqdetr.data.files import files_in, folder_in, folders_in, hint, meaning, name_splits
+from paqdetr.data.files import USUAL, files_in, folder_in, folders_in, hint, is_split, meaning, name_splits
 from paqdetr.data.formats.cityscapes import cityscapes_places
 from paqdetr.data.formats.coco import read_coco
 from paqdetr.data.formats.crowdhuman import crowdhuman_places
@@ -163,11 +163,12 @@ def _near_miss(root: Path) -> str:
 
 
 def _usual_coco(root: Path) -> dict[str, CocoPlace]:
-    """train.json beside train/; annotations/instances_train2017.json beside train2017/; train/_annotations.coco.json."""
+    """train.json beside train/; annotations/instances_train2017.json beside train2017/; train/_annotations.coco.json; and where
+    there is one of these, what else is named like a split that none of them is."""
     files = [
         (file.stem, file)
         for file in _jsons(root)
-        if _image_dirs(root, file.stem) and (hint(file.stem) or _is_coco(file))
+        if _named_dirs(root, file.stem) and (hint(file.stem) or _is_coco(file))
     ]
     files += [
         (file.stem[len("instances_") :], file)
@@ -176,18 +177,26 @@ def _usual_coco(root: Path) -> dict[str, CocoPlace]:
     ]
     places = [(name, CocoPlace(file, (*_image_dirs(root, name), *_shared_dirs(root)))) for name, file in files]
     own = [(folder, folder / ROBOFLOW_FILE) for folder in folders_in(root)]
-    return _unique([*places, *((f.name, CocoPlace(file, (f,))) for f, file in own if file.is_file())])
+    usual = _unique([*places, *((f.name, CocoPlace(file, (f,))) for f, file in own if file.is_file())])
+    if not usual:
+        return {}
+    known = {hint(name) or ("train" if is_split(name) else None) for name in usual}
+    missing = {split for split in USUAL if split not in known}
+    return usual | _any_coco(
+        root, lambda name: hint(name) in missing and not name.lower().startswith("person_keypoints")
+    )
 
 
-def _any_coco(root: Path) -> dict[str, CocoPlace]:
-    """COCO json of any name: in the folder, in annotations/, or one in each folder of a split."""
-    files = [file for folder in (root, folder_in(root, "annotations")) for file in _jsons(folder) if _is_coco(file)]
+def _any_coco(root: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, CocoPlace]:
+    """COCO json of any name that is wanted: in the folder, in annotations/, or one in each folder of a split."""
+    folders = (root, folder_in(root, "annotations"))
+    files = [file for folder in folders for file in _jsons(folder) if wanted(file.stem) and _is_coco(file)]
     dirs = (*_shared_dirs(root), *folders_in(root))
     places = [(file.stem, CocoPlace(file, (*_image_dirs(root, file.stem), *dirs))) for file in files]
     for folder in folders_in(root):
-        own = [file for file in _jsons(folder) if _is_coco(file)] if meaning(folder.name) else []
+        split = meaning(folder.name) if wanted(folder.name) else None
         inside = (*_shared_dirs(folder), *folders_in(folder))
-        places += [(folder.name, CocoPlace(file, inside)) for file in own]
+        places += [(folder.name, CocoPlace(file, inside)) for file in _jsons(folder) if split and _is_coco(file)]
     return _unique(places)
 
 
@@ -203,11 +212,19 @@ def _unique(places: list[tuple[str, CocoPlace]]) -> dict[str, CocoPlace]:
     return found
 
 
-def _image_dirs(root: Path, name: str) -> list[Path]:
+def _named_dirs(root: Path, name: str) -> list[Path]:
     """Folders for the images of a split: called like it, with or without the year, whatever the case."""
     plain = re.sub(r"[-_]?\d+$", "", name) or name
-    folders = [*folders_in(root), *folders_in(folder_in(root, "images"))]
-    return [f for wanted in (name, plain) for f in folders if f.name.lower() == wanted.lower()]
+    return [f for wanted in (name, plain) for f in _picture_dirs(root) if f.name.lower() == wanted.lower()]
+
+
+def _image_dirs(root: Path, name: str) -> list[Path]:
+    """As `_named_dirs`, and after them those that mean the same split: `valid/` for val.json."""
+    return _named_dirs(root, name) + [f for f in _picture_dirs(root) if hint(name) and meaning(f.name) == hint(name)]
+
+
+def _picture_dirs(root: Path) -> list[Path]:
+    return [*folders_in(root), *folders_in(folder_in(root, "images"))]
 
 
 def _shared_dirs(root: Path) -> list[Path]:

@@ -71,7 +71,7 @@ def split_dataset(
     train = splits.pop("train")
     parts = divide(train, shares, seed=seed, progress=progress)
     divided = {name: train.with_images(positions) for name, positions in parts.items()}
-    divided["train"].masks = train.masks
+    divided["train"].masks, divided["train"].poses = train.masks, train.poses
     written, losses = write_splits(divided | splits, Path(target), to="coco", link=link)
     return Conversion.of(layout.format, written, losses)
 
@@ -96,8 +96,8 @@ def divide(
 ) -> dict[str, np.ndarray]:
     """Positions of the images of "train" and of every part, at random; every image is in one of them.
 
-    Near-duplicates (see `data.check.fingerprint`) are in the same part. An image stays in train if a class would have no image
-    there without it. So a part may be a little smaller than its share.
+    Near-duplicates (see `data.check.fingerprint`) are in the same part. An image stays in train if a class would have no box
+    to train on without it. So a part may be a little smaller than its share.
 
     Raises:
         DataError: an image does not decode, or a part would be empty.
@@ -114,7 +114,8 @@ def divide(
             progress(len(facts), len(paths))
     groups = duplicate_groups(facts)
     has_class = np.zeros((len(facts), len(annotations.classes)), dtype=bool)  # (N, C)
-    has_class[annotations.owners, annotations.labels] = True
+    trainable, _ = annotations.trainable()
+    has_class[annotations.owners[trainable], annotations.labels[trainable]] = True
     left = has_class.sum(axis=0)
     order = np.argsort(groups, kind="stable")
     members = np.split(order, np.flatnonzero(np.diff(groups[order])) + 1)

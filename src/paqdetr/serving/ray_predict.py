@@ -22,7 +22,7 @@ from PIL.Image import Image
 from paqdetr._version import __version__
 from paqdetr.errors import BackendError, ConfigError, DataError, UserError, import_extra
 from paqdetr.files import open_regular, storage_errors, write_whole
-from paqdetr.images import IMAGE_EXTENSIONS, is_leftover, read_image
+from paqdetr.images import PICTURE_EXTENSIONS, is_leftover, read_image
 from paqdetr.structures import Detections
 
 PLAN = "plan.json"
@@ -133,7 +133,7 @@ def list_images_of(source: str) -> list[str]:
         if any(path.endswith(".parquet") for path in [root, *(files.ls(root, detail=False) if folder else [])]):
             lines = _column(_import("pyarrow.dataset").dataset(root, filesystem=files, format="parquet"), source)
         elif folder:
-            inside = (path for path in files.find(root) if PurePosixPath(path).suffix.lower() in IMAGE_EXTENSIONS)
+            inside = (path for path in files.find(root) if PurePosixPath(path).suffix.lower() in PICTURE_EXTENSIONS)
             wanted = (path for path in sorted(inside) if not is_leftover(path[len(root) :].lstrip("/")))
             lines = [files.unstrip_protocol(path) for path in wanted]
         else:

@@ -104,4 +104,5 @@ def _add(builder: Builder, image: int, item: Any, where: str, path: Path, issues
     # the shoelace formula
     twice = sum(xs[i - 1] * ys[i] - xs[i] * ys[i - 1] for i in range(len(xs)))
     box = [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
+    builder.masks += 1
     builder.add_box(image, _LABELS[plain], box, crowd=plain != label, area=abs(twice) / 2)

@@ -25,6 +25,8 @@ _AN_ID = "expected an integer of at most 64 bits, or a text"
 def read_coco(annotation_file: Path, image_dirs: Sequence[Path], issues: Issues) -> Annotations:
     """Reads and verifies an annotation file; images are not opened, only looked for.
 
+    An image without `file_name` is called like the last two parts of its `coco_url`, or the last one (LVIS).
+
     Category ids may have gaps and start anywhere. Texts as category ids become integers: "7" is 7, and where one of them is
     no number, all are numbered from 1 in the order of the file.
 
@@ -107,8 +109,11 @@ class _Reader:
         """The folder they lie in, and the images' own ids -> positions."""
         accepted: list[tuple[int | str, str, int, int]] = []
         seen: set[int | str] = set()
+        of_urls = False
         for position, image in self.entries("images"):
             own, name = as_id(image.get("id")), image.get("file_name")
+            if name is None and isinstance(url := image.get("coco_url"), str):  # LVIS
+                name, of_urls = "/".join(url.split("/")[-2:]), True
             height, width = image.get("height"), image.get("width")
             if own is None:
                 self.fail(f"images[{position}] has id {shorten(image.get('id'))}, {_AN_ID}")
@@ -128,12 +133,18 @@ class _Reader:
                 accepted.append((own, plain, int(height), int(width)))
             seen.add(own)
         image_dir, found = _find(image_dirs, [name for _, name, _, _ in accepted])
+        if of_urls and not found:  # in one folder, without those of COCO
+            accepted = [(own, name.rpartition("/")[2], height, width) for own, name, height, width in accepted]
+            image_dir, found = _find(image_dirs, [name for _, name, _, _ in accepted])
         self._complain_of_missing(image_dir, [name for _, name, _, _ in accepted if name not in found], len(accepted))
-        positions = {
-            own: self.builder.add_image(own, found[name], height=height, width=width)
-            for own, name, height, width in accepted
-            if name in found
-        }
+        positions: dict[int | str, int] = {}
+        first_of: dict[str, int | str] = {}
+        for own, name, height, width in accepted:
+            if name in found:
+                positions[own] = self.builder.add_image(own, found[name], height=height, width=width)
+                if (first := first_of.setdefault(found[name], own)) != own:
+                    message = f"image {shorten(own)} has the same file_name as image {shorten(first)}, {shorten(name)}"
+                    self.issues.doubt(self.path, message, kind="file_name given twice")
         self._known = seen  # what is listed, well-formed or not: its boxes are no further mistakes
         return image_dir, positions
 
@@ -151,6 +162,8 @@ class _Reader:
     def boxes(self, label_of: dict[int | str, int], positions: dict[int | str, int]) -> None:
         """Takes the well-formed annotations; the names of what is wrong are made up for the others alone: there are millions."""
         add = self.builder.add_box
+        if self.issues.collect:
+            self._warn_of_what_is_not_used()
         for position, entry in self.entries("annotations", may_be_empty=True):
             owner, category = entry.get("image_id"), entry.get("category_id")
             box, area = entry.get("bbox"), entry.get("area")
@@ -163,13 +176,31 @@ class _Reader:
                 and is_box(box)
                 and (area is None or _is_area(area))
                 and crowd is not None
-                and _is_segmentation(entry.get("segmentation"))
             ):
                 self.builder.masks += bool(entry.get("segmentation"))
+                self.builder.poses += bool(entry.get("keypoints"))
                 if owner in positions:
                     add(positions[owner], label_of[category], box, crowd=crowd, area=area)
             else:
                 self.fail(*self._complaint(position, entry, label_of))
+
+    def _warn_of_what_is_not_used(self) -> None:
+        """Ids of annotations that are given twice, and segmentations that are none: other programs fail over them."""
+        seen: set[int | str] = set()
+        entries = self.content.get("annotations")
+        for entry in entries if isinstance(entries, list) else []:
+            if not isinstance(entry, dict):
+                continue
+            own, mask = as_id(entry.get("id")), entry.get("segmentation")
+            if own is not None:
+                if own in seen:
+                    message = f"annotation id {shorten(own)} is given twice; other programs may read one of the two"
+                    self.issues.warn(self.path, message, kind="annotation id given twice")
+                seen.add(own)
+            if not _is_segmentation(mask):
+                message = f"annotation {shorten(own)} of image {shorten(entry.get('image_id'))} has segmentation {shorten(mask)}"
+                expected = "expected polygons of finite numbers, or counts; the box alone is used"
+                self.issues.warn(self.path, f"{message}, {expected}", kind="odd segmentation")
 
     def _complaint(self, position: int, entry: dict[str, Any], label_of: dict[int | str, int]) -> tuple[str, str]:
         """What is wrong with an annotation, and the kind of problem."""
@@ -186,9 +217,6 @@ class _Reader:
             return message, "malformed box"
         if area is not None and not _is_area(area):
             return f"{subject} area {shorten(area)}, expected a number that is not below 0", "malformed box"
-        if as_flag(entry.get("iscrowd")) is not None:
-            found = shorten(entry["segmentation"])
-            return (f"{subject} segmentation {found}, expected polygons of finite numbers, or counts", "malformed box")
         return f"{subject} iscrowd {shorten(entry.get('iscrowd'))}, expected 0 or 1", "flag"
 
 

@@ -34,8 +34,8 @@ from paqdetr.structures import ClassTable
 from paqdetr.text import shorten
 from paqdetr.values import as_flag, is_coordinate
 
-# What neither an XML text nor a line of a list holds as it is.
-_UNWRITABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffe\uffff]|^\\s|\\s$")
+# What neither an XML text nor a line of a list holds as it is, and no name at all.
+_UNWRITABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffe\uffff]|^\\s|\\s$|^$")
 
 
 # In small letters: the folders of XML files and of pictures.
@@ -347,6 +347,10 @@ def _objects(
             continue
         left, top, right, bottom = (edge for edge in edges if edge is not None)
         box = [round(value, DECIMALS) for value in (left - 1, top - 1, right - left + 1, bottom - top + 1)]
+        if min(box[2:]) < 0:
+            message = f"object {number} ({name}) has <bndbox> from {left:g}, {top:g} to {right:g}, {bottom:g}, expected the left"
+            issues.error(path, f"{message} upper corner first", kind="malformed box")
+            continue
         rows.append((label_of[name], box, bool(flags["difficult"])))
     return rows
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from paqdetr.data.annotations import DECIMALS, Annotations, Builder, Issues, MissingSplitError
@@ -21,6 +22,7 @@ from paqdetr.data.files import (
     list_pictures,
     listed_names,
     meaning,
+    with_slashes,
 )
 from paqdetr.errors import DataError
 from paqdetr.files import read_text
@@ -32,6 +34,9 @@ from paqdetr.yaml_files import dump_yaml, load_yaml
 
 SPLITS = USUAL
 """All that `data.yaml` has a place for."""
+
+# No name of a class: half of a character, nothing at all.
+_UNWRITABLE = re.compile("[\ud800-\udfff]|^$")
 
 # What a split is that has none.
 _NOTHING = ("", "~", "null", "Null", "NULL")
@@ -83,7 +88,9 @@ class YoloPlace:
             height, width = size
             image = builder.add_image(name, name, height=height, width=width)
             rows = [] if real is None else _read_labels(base / real, len(classes), keypoints, issues)
-            for label, (x, y, w, h) in rows:
+            for label, (x, y, w, h), more in rows:
+                builder.masks += more == "polygon"
+                builder.poses += more == "keypoints"
                 box = [x * width, y * height, w * width, h * height]
                 builder.add_box(image, label, [round(value, DECIMALS) for value in box])
         if issues.collect and isinstance(self.entry, str) and _resolve(self, self.entry).is_dir():
@@ -123,7 +130,7 @@ def _root(yaml_file: Path, path: Any, *, named: bool) -> tuple[Path, str]:
         return folder, ""
     if not isinstance(path, str):
         raise DataError(f"{yaml_file}: `path` is {shorten(path)}, expected a folder", "Remove or correct `path`.")
-    plain = inner_path(path)
+    plain = inner_path(with_slashes(path, folder))
     stated = folder / (path if plain is None else plain)
     try:
         exists, real, elsewhere = stated.is_dir(), Path(os.path.realpath(stated)), Path(path).is_dir()
@@ -226,15 +233,17 @@ def _resolve(place: YoloPlace, entry: Any) -> Path:
     """An entry of data.yaml inside the data folder."""
     if not isinstance(entry, str):
         raise DataError(f"{place.yaml_file}: `{place.split}` is {shorten(entry)}, expected a path", "Correct it.")
-    name = entry
+    name = with_slashes(entry, place.root)
     while name.startswith("../"):  # Roboflow's exports say ../train/images and mean train/images
         name = name[3:]
-    plain = _inside(name, place.root) if Path(name).is_absolute() else inner_path(name)
+    plain = _inside(name, place.root) if Path(name).is_absolute() else _relative(name)
     if plain is None:
         raise DataError(
             f"{place.yaml_file}: `{place.split}` is {shorten(entry)}, which is not inside {place.root}",
             "Give a path relative to data.yaml.",
         )
+    if plain == ".":
+        return place.root
     # Roboflow's downloads say FOLDER/train/images, seen from beside FOLDER.
     outer, _, rest = plain.partition("/")
     own_name = rest if outer == place.root.resolve().name else ""
@@ -249,6 +258,11 @@ def _resolve(place: YoloPlace, entry: Any) -> Path:
     )
 
 
+def _relative(path: str) -> str | None:
+    """See `inner_path`; "." for the folder itself, in which images lie beside data.yaml."""
+    return "." if path and PurePosixPath(path) == PurePosixPath() else inner_path(path)
+
+
 def _inside(path: str, root: Path) -> str | None:
     """An absolute path as one relative to the data folder, though links lead to one of them; None if it is outside."""
     try:
@@ -256,7 +270,7 @@ def _inside(path: str, root: Path) -> str | None:
     except ValueError:  # a name that no file can have
         return None
     for own, folder in ((Path(path), root), (Path(path), real_root), (real, real_root)):
-        if own.is_relative_to(folder) and (plain := inner_path(own.relative_to(folder).as_posix())) is not None:
+        if own.is_relative_to(folder) and (plain := _relative(own.relative_to(folder).as_posix())) is not None:
             return plain
     return None
 
@@ -300,8 +314,8 @@ def _label_file(image: Path, root: Path) -> Path:
 
 def _read_labels(
     path: Path, num_classes: int, keypoints: int | None, issues: Issues
-) -> list[tuple[int, tuple[float, ...]]]:
-    """(class index, [x, y, width, height] relative to the image) of every line."""
+) -> list[tuple[int, tuple[float, ...], str]]:
+    """(class index, [x, y, width, height] relative to the image, what else there is) of every line."""
     try:
         text = read_text(path)
     except DataError as error:
@@ -325,8 +339,8 @@ class _BadLabelError(Exception):
         self.kind = kind
 
 
-def _parse(words: list[str], num_classes: int, keypoints: int | None) -> tuple[int, tuple[float, ...]]:
-    """A line's class and box."""
+def _parse(words: list[str], num_classes: int, keypoints: int | None) -> tuple[int, tuple[float, ...], str]:
+    """A line's class, its box, and whether that is what is read of a "polygon" or of "keypoints"."""
     shown = shorten(" ".join(words))
     try:
         numbers = [float(word) for word in words]
@@ -334,9 +348,9 @@ def _parse(words: list[str], num_classes: int, keypoints: int | None) -> tuple[i
         raise _BadLabelError(f"{shown} is not a line of numbers") from None
     if not all(map(math.isfinite, numbers)):
         raise _BadLabelError(f"{shown} has numbers that are not finite")
-    label, coordinates = numbers[0], numbers[1:]
+    label, coordinates, more = numbers[0], numbers[1:], ""
     if keypoints is not None and len(coordinates) == 4 + keypoints:
-        coordinates = coordinates[:4]
+        coordinates, more = coordinates[:4], "keypoints"
     elif len(coordinates) != 4 and (keypoints is not None or len(coordinates) < 6 or len(coordinates) % 2):
         pose = "5 and those of the keypoints (pose), if data.yaml has `kpt_shape`"
         if keypoints is not None:
@@ -354,14 +368,17 @@ def _parse(words: list[str], num_classes: int, keypoints: int | None) -> tuple[i
         x, y, w, h = coordinates
         if w < 0 or h < 0:
             raise _BadLabelError(f"the box has the size {w:g} x {h:g}")
-        return int(label), (x - w / 2, y - h / 2, w, h)
+        return int(label), (x - w / 2, y - h / 2, w, h), more
     xs, ys = coordinates[::2], coordinates[1::2]
-    return int(label), (min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys))
+    return int(label), (min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)), "polygon"
 
 
 def write_yolo(root: Path, splits: dict[str, Annotations], place_image: Callable[[Path, Path], None]) -> None:
     """Writes `data.yaml`, `images/SPLIT/` and `labels/SPLIT/`. Every box has to lie in its image, and none may be a crowd."""
     for split, part in splits.items():
+        for name in part.classes.names:
+            if _UNWRITABLE.search(name):
+                raise DataError(f"{part.source}: YOLO has no place for the class name {shorten(name)}", "Rename it.")
         starts = part.starts.tolist()
         for index, name in enumerate(part.file_names):
             image = root / "images" / split / name
