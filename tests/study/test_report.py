@@ -39,7 +39,6 @@ def study() -> Study:
             "name": "simulated",
             "base": "dino_nano",
             "epochs": 1,
-            "settings": {"lr": 0.1},
             "seeds": [0, 1, 2, 3],
             "data": {"digits": {"make": {}}, "fish-2": {"folder": "fish"}},
             "variants": {name: {} for name in EFFECTS},

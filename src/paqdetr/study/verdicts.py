@@ -9,9 +9,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from paqdetr.config import load_config
 from paqdetr.errors import DataError
-from paqdetr.runs import changed_settings, flat_settings
+from paqdetr.runs import changed_settings
 from paqdetr.serialize import fields_of
 from paqdetr.study.results import RunResult
 from paqdetr.study.runs import RunKey
@@ -186,10 +185,8 @@ def _require_same_settings(study: Study, result: RunResult) -> None:
     data, variant = study.data[key.data], study.variants[key.variant]
     steps, epochs = study.budget_of(key.data, key.variant)
     wanted, base = study.settings | data.settings | variant.settings, variant.base or study.base
-    if not base.endswith((".yaml", ".yml")):  # a file may be elsewhere by now
-        wanted = flat_settings(load_config(base, wanted))
-        for name in ("seed", "model.num_classes", "max_steps", "epochs", "eval_every"):  # the run's own
-            del wanted[name]
+    # Of the base its name alone: a file may be elsewhere by now, and a model may have other settings in this version.
+    wanted |= {} if base.endswith((".yaml", ".yml")) else {"name": base}
     wanted |= {"max_steps": steps} if steps else {"epochs": epochs}
     for name in changed_settings(result.settings, wanted):
         raise DataError(
