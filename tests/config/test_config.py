@@ -316,7 +316,7 @@ def test_any_typed_value_is_a_config_or_one_line(key: str, typed: str) -> None:
 
 
 def test_unknown_names() -> None:
-    with pytest.raises(ConfigError, match="runs/frist: no such file or folder, and no name of a model"):
+    with pytest.raises(ConfigError, match="unknown model or recipe 'runs/frist', and no such file or folder"):
         load_config("runs/frist")
     with pytest.raises(ConfigError) as caught:
         load_config("paq_dino_r5")

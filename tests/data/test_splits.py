@@ -355,6 +355,16 @@ def test_a_split_is_asked_for_by_any_of_its_names(tmp_path: Path) -> None:
         assert list(open_split(tmp_path, name).file_names) == ["b.png"]
 
 
+def test_images_of_another_split_are_not_taken_for_those_that_are_missing(tmp_path: Path) -> None:
+    """Every split begins with 000000.jpg."""
+    coco(tmp_path / "train.json", tmp_path / "train2017", ["a"])
+    coco(tmp_path / "val.json", tmp_path / "elsewhere", ["a"])
+    assert open_split(tmp_path, "val").annotations.image_dir == tmp_path / "elsewhere"
+    shutil.rmtree(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match=r"a\.png: missing, though .*val\.json lists it"):
+        open_split(tmp_path, "val")
+
+
 def test_without_train_the_help_is_to_rename(tmp_path: Path) -> None:
     for name in ("cats", "dogs"):
         coco(tmp_path / f"{name}.json", tmp_path / name, ["a"])

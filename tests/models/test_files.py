@@ -182,7 +182,9 @@ def test_no_init_is_a_new_model(caplog: pytest.LogCaptureFixture) -> None:
     assert "frozen parts of the backbone keep random weights" in caplog.text
     caplog.clear()
     whole = {"model.frozen_stride": 0, "model.freeze_backbone_norm": False}
-    model_to_train(load_config("dino_nano", {**small, **whole, "pretrained_backbone": False}), NEW)
+    model_to_train(
+        load_config("dino_nano", {**small, **whole, "pretrained_backbone": False, "model.num_classes": 3}), NEW
+    )
     assert not caplog.records
     with pytest.raises(ConfigError, match="ImageNet weights could not be loaded"):
         model_to_train(config.model_copy(update={"pretrained_backbone": True}), NEW)

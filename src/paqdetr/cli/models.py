@@ -42,9 +42,10 @@ def models(
     for name in names:
         *figures, measured = figures_of(name, costs[name]).values()
         rows.append((name, *figures, re.sub(r" \([^)]*\)", "*", measured)))
-    headings = ("model", "params", "trainable", "GFLOPs", "COCO", "measured")
+    headings = ("model", "params", "trained", "GFLOPs", "COCO", "measured")
     print_columns([headings, *rows], right=(1, 2, 3, 4))
     errors.print(f"GFLOPs: of one image of {height} x {width}, a multiply-add counted once.")
+    errors.print("trained: parameters that a training changes; the others are frozen.")
     errors.print("COCO: published AP on val2017 after 12 epochs, not ours.")
     errors.print("measured: test AP here, one seed; *: `paqdetr info MODEL` shows the settings.")
     errors.print("`paqdetr config list` names recipes as well.")

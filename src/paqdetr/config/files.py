@@ -213,7 +213,7 @@ def _parse(name: str) -> tuple[str, str | None]:
             return model, recipe
     if len(Path(name).parts) > 1:
         raise ConfigError(
-            f"{name}: no such file or folder, and no name of a model or recipe", "`paqdetr config list` lists the names"
+            f"unknown model or recipe {name!r}, and no such file or folder", "`paqdetr config list` lists what there is"
         )
     raise ConfigError(
         f"unknown model or recipe {name!r}",

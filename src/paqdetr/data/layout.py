@@ -191,8 +191,10 @@ def _any_coco(root: Path, wanted: Callable[[str], bool] = lambda name: True) -> 
     """COCO json of any name that is wanted: in the folder, in annotations/, or one in each folder of a split."""
     folders = (root, folder_in(root, "annotations"))
     files = [file for folder in folders for file in _jsons(folder) if wanted(file.stem) and _is_coco(file)]
-    dirs = (*_shared_dirs(root), *folders_in(root))
-    places = [(file.stem, CocoPlace(file, (*_image_dirs(root, file.stem), *dirs))) for file in files]
+    places = [
+        (file.stem, CocoPlace(file, (*_image_dirs(root, file.stem), *_shared_dirs(root), *_open_dirs(root, file.stem))))
+        for file in files
+    ]
     for folder in folders_in(root):
         split = meaning(folder.name) if wanted(folder.name) else None
         inside = (*_shared_dirs(folder), *folders_in(folder))
@@ -221,6 +223,12 @@ def _named_dirs(root: Path, name: str) -> list[Path]:
 def _image_dirs(root: Path, name: str) -> list[Path]:
     """As `_named_dirs`, and after them those that mean the same split: `valid/` for val.json."""
     return _named_dirs(root, name) + [f for f in _picture_dirs(root) if hint(name) and meaning(f.name) == hint(name)]
+
+
+def _open_dirs(root: Path, name: str) -> list[Path]:
+    """Folders that may have the images of a split, whatever they are called: not those of another, where images of the same name
+    would be taken for its own."""
+    return [f for f in folders_in(root) if not hint(name) or hint(f.name) in (None, hint(name))]
 
 
 def _picture_dirs(root: Path) -> list[Path]:
