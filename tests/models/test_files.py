@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shlex
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import paqdetr
 from paqdetr.config import load_config
 from paqdetr.errors import CheckpointError, ConfigError
 from paqdetr.models import Detector, create_model, list_models, start_from
-from paqdetr.models.files import model_to_train
+from paqdetr.models.files import describe_start, model_to_train
 from paqdetr.models.zoo import build_model
 from paqdetr.structures import ClassTable
 
@@ -175,16 +176,24 @@ def test_a_training_starts_from_init_instead_of_imagenet(checkpoint: Path) -> No
         model_to_train(config, NEW)
 
 
-def test_no_init_is_a_new_model(caplog: pytest.LogCaptureFixture) -> None:
+def test_no_init_is_a_new_model() -> None:
     small = {f"model.{key}": value for key, value in SMALL.items()}
     config = load_config("dino_nano", {**small, "pretrained_backbone": False, "model.num_classes": 3})
     assert model_to_train(config, NEW)[1] is None
-    assert "frozen parts of the backbone keep random weights" in caplog.text
-    caplog.clear()
-    whole = {"model.frozen_stride": 0, "model.freeze_backbone_norm": False}
-    model_to_train(
-        load_config("dino_nano", {**small, **whole, "pretrained_backbone": False, "model.num_classes": 3}), NEW
-    )
-    assert not caplog.records
     with pytest.raises(ConfigError, match="ImageNet weights could not be loaded"):
         model_to_train(config.model_copy(update={"pretrained_backbone": True}), NEW)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"pretrained_backbone": False}, True),
+        ({"pretrained_backbone": False, "model.frozen_stride": 0}, True),  # its norms
+        ({"pretrained_backbone": False, "model.frozen_stride": 0, "model.freeze_backbone_norm": False}, False),
+        ({"pretrained_backbone": False, "init": "run"}, False),
+        ({}, False),
+    ],
+)
+def test_a_backbone_that_is_frozen_at_random_is_said(settings: dict[str, Any], said: bool) -> None:
+    found = describe_start(load_config("dino_nano", settings))
+    assert bool(found) is said and all("keep random weights" in note for note in found)

@@ -259,15 +259,20 @@ def model_to_train(
     Raises:
         CheckpointError: as `start_from`.
     """
-    new = config.init is None and not resumed
-    pretrained = config.pretrained_backbone and new
-    if new and not pretrained and (config.model.frozen_stride or config.model.freeze_backbone_norm):
-        _LOG.warning(
-            "pretrained_backbone=false: frozen parts of the backbone keep random weights; "
-            "model.frozen_stride=0 model.freeze_backbone_norm=false train all of it"
-        )
+    pretrained = config.pretrained_backbone and config.init is None and not resumed
     model = build_model(config, classes=classes, pretrained_backbone=pretrained)
     return model, None if config.init is None or resumed else start_from(model, config.init)
+
+
+def describe_start(config: Config) -> list[str]:
+    """What is odd about the weights that a training begins with: a sentence, or none."""
+    frozen = config.model.frozen_stride or config.model.freeze_backbone_norm
+    if config.pretrained_backbone or config.init is not None or not frozen:
+        return []
+    return [
+        "pretrained_backbone=false: frozen parts of the backbone keep random weights; "
+        "model.frozen_stride=0 model.freeze_backbone_norm=false train all of it"
+    ]
 
 
 def start_from(model: Detector, path: str | Path) -> ReshapeReport:

@@ -91,6 +91,7 @@ def train(
     gettempdir()  # fails where there is none, as torch and matplotlib would in the middle of their import
     # Torch takes seconds to import: not before everything that a typo can be in was looked at.
     from paqdetr.distributed import Processes
+    from paqdetr.models.files import describe_start
     from paqdetr.training.memory import with_largest_batch
     from paqdetr.training.trainer import Trainer
 
@@ -119,7 +120,8 @@ def train(
         processes.wait()  # the others have seen what there is
         with processes.agreeing():
             if processes.main:
-                for note in (*describe_idle(config, given), *describe_data(config, train_split, val_split)):
+                notes = (*describe_idle(config, given), *describe_data(config, train_split, val_split))
+                for note in (*notes, *describe_start(config)):
                     logging.getLogger(__name__).warning("%s", note)
                 run.write_config(config)
                 run.remove_leftovers()
