@@ -92,7 +92,7 @@ def headline() -> str:
             "[queries](docs/queries.md)",
         ),
         (
-            "what PaQ adds on those digits, with 95 % intervals and the verdict of each study",
+            "what PaQ adds on digits at equal steps, with 95 % intervals and the verdict of each study",
             "; ".join(_gain(*gain) for gain in _GAINS),
             "[study](docs/study.md)",
         ),
