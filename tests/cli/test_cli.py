@@ -18,6 +18,7 @@ from PIL import Image
 
 from paqdetr import __version__, list_models, list_recipes
 from paqdetr.cli import run
+from paqdetr.cli.console import results, table
 from paqdetr.config import load_config
 from paqdetr.data.check import check_dataset
 from paqdetr.errors import ConfigError
@@ -293,6 +294,23 @@ def test_models_are_listed_whole_and_uncounted(
     header, *rows = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
     assert header[0].strip() == "model"
     assert [row[0] for row in rows] == list_models()
+
+
+def test_tables_of_narrow_terminals_keep_names_and_digits(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for columns in ("40", "56", "80"):
+        monkeypatch.setenv("COLUMNS", columns)
+        made = table(None, ("figure",), ("A", "B", "B - A", "95 % interval"), no_wrap=True)
+        made.add_row("AP", "0.123", "0.456", "+0.333", "-0.789 to +0.987")
+        results.print(made)
+        last = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+        cells = [
+            "".join(part) for part in zip(*([c.strip() for c in line.split("│")[1:-1]] for line in last), strict=True)
+        ]
+        assert [cell.replace(" ", "") for cell in cells] == ["AP", "0.123", "0.456", "+0.333", "-0.789to+0.987"], (
+            columns
+        )
 
 
 def test_config_list(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

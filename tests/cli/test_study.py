@@ -152,6 +152,8 @@ def test_mistakes(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "there is a study already" in said and "--resume" in said
     assert run(["study", str(tmp_path / "no.yaml"), "--output", str(output)]) == 2
     assert "no such study" in capsys.readouterr().err
+    assert run(["study", str(study), "--output", str(output), "--resume", "--device", "cuda:99"]) == 2
+    assert "device 'cuda:99': it does not work here" in capsys.readouterr().err and not (output / "runs").exists()
     study.write_text(yaml.safe_dump(VALUES | {"data": {"fish": {"folder": "fish"}}}), encoding="utf-8")
     assert run(["study", str(study), "--output", str(output), "--resume"]) == 2
     assert "no such data folder" in capsys.readouterr().err

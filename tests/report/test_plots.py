@@ -72,3 +72,9 @@ def test_bars_have_their_names_values_and_intervals() -> None:
 def test_a_ramp_goes_from_faint_to_strong(count: int) -> None:
     shades = [luminance(colour) for colour in plots.ramp(count)]
     assert len(shades) == count and shades == sorted(shades, reverse=True)
+
+
+def test_letters_that_the_font_lacks_are_left_to_the_browser(recwarn: pytest.WarningsRecorder) -> None:
+    axes = plots.new_axes(title="猫")
+    assert "猫" in plots.to_svg(axes)
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]

@@ -311,13 +311,12 @@ def in_this_process(arguments: list[str], **rest: Any) -> Ended:
 
 @pytest.mark.integration
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+@pytest.mark.usefixtures("no_pictures", "one_thread")
 def test_killed_in_the_middle_of_a_run(
     tmp_path: Path,
     file: Path,
     tiny_digits: Path,
     monkeypatch: pytest.MonkeyPatch,
-    no_pictures: None,
-    one_thread: None,
     kill_children: Callable[..., list[int]],
 ) -> None:
     """The power goes while the second of two runs trains; then a terminal is closed; then it comes to its end."""
@@ -380,13 +379,12 @@ def start_until(command: list[str], run: Run, *, step: int) -> subprocess.Popen[
 
 @pytest.mark.integration
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+@pytest.mark.usefixtures("no_pictures", "one_thread")
 def test_a_cluster_of_two_workers_of_which_one_is_killed(
     tmp_path: Path,
     file: Path,
     tiny_digits: Path,
     monkeypatch: pytest.MonkeyPatch,
-    no_pictures: None,
-    one_thread: None,
     kill_children: Callable[..., list[int]],
 ) -> None:
     """`study --ray`: the same results as one run after the other, though a worker dies while its run trains."""

@@ -225,11 +225,11 @@ def table(title: str | None, left: Sequence[str], right: Sequence[str] = (), *, 
     Args:
         no_wrap: headings and numbers stay on one line, unless the terminal is so narrow that they would be cut.
     """
-    made = Table(title=title, title_justify="left")
-    for heading in left:
-        made.add_column(heading, overflow="fold", min_width=8)
+    made, stiff = Table(title=title, title_justify="left"), no_wrap and results.width >= 72
+    for heading in left:  # what the numbers leave of the width must not be nothing
+        made.add_column(heading, overflow="fold", min_width=8 if stiff else None)
     for heading in right:
-        made.add_column(heading, justify="right", no_wrap=no_wrap and results.width >= 72, overflow="fold")
+        made.add_column(heading, justify="right", no_wrap=stiff, overflow="fold")
     return made
 
 

@@ -187,7 +187,7 @@ def _report(study: Study, places: Places, command: str, *, may_not_fit: Collecti
 
 def _print(report: StudyReport) -> None:
     """Figures by data set, and the verdicts."""
-    from paqdetr.study.tables import identifier
+    from paqdetr.study.spec import identifier
 
     study, tables = report.runs.study, report.tables
     for name in study.data:

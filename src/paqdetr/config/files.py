@@ -211,12 +211,9 @@ def _parse(name: str) -> tuple[str, str | None]:
         model = name.removesuffix(f"_{recipe}")
         if model in _models() and (recipe is None or model != name):
             return model, recipe
-    if len(Path(name).parts) > 1:
-        raise ConfigError(
-            f"unknown model or recipe {name!r}, and no such file or folder", "`paqdetr config list` lists what there is"
-        )
+    no_path = ", and no such file or folder" if len(Path(name).parts) > 1 else ""
     raise ConfigError(
-        f"unknown model or recipe {name!r}",
+        f"unknown model or recipe {name!r}{no_path}",
         did_you_mean(name, list_configs(), "`paqdetr config list` lists what there is"),
     )
 

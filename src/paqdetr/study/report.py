@@ -14,7 +14,7 @@ from paqdetr.report.plots import INK, bars, colour, legend, line, new_axes, new_
 from paqdetr.report.section import Figure, Part, Section, Table
 from paqdetr.study import tables
 from paqdetr.study.results import RunResult
-from paqdetr.study.spec import Study
+from paqdetr.study.spec import Study, identifier
 from paqdetr.study.verdicts import Runs, Verdict, verdicts
 
 _MOST_LINES = 7
@@ -141,9 +141,7 @@ def _data_sets(runs: Runs, decided: Sequence[Verdict]) -> list[Section]:
         parts = [figures, _curves(runs, name), *(table for table in more if table.rows)]
         lead = f"{data.about}. " if data.about else ""
         lead += "What each variant reaches, and how it gets there."
-        found.append(
-            Section(tables.identifier("data", name), name, lead, tuple(part for part in parts if part is not None))
-        )
+        found.append(Section(identifier("data", name), name, lead, tuple(part for part in parts if part is not None)))
     return found
 
 
@@ -211,7 +209,7 @@ def _curves(runs: Runs, data: str) -> Figure | None:
         return None
     legend(grid[0])
     caption = f"{data}: learning curves on the validation split; means, and bands from the worst to the best seed."
-    return plot_part(grid[0], name=tables.identifier("curves", data), caption=caption, data=numbers)
+    return plot_part(grid[0], name=identifier("curves", data), caption=caption, data=numbers)
 
 
 def _mean_curve(curves: Sequence[Sequence[dict[str, Any]]], figure: str) -> list[tuple[int, float, float, float]]:

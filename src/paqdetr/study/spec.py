@@ -59,10 +59,12 @@ def _named(names: dict[str, Any]) -> dict[str, Any]:
     for name in names:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", name):
             raise ValueError(f"{name!r} names a folder: letters, digits and _ . + - alone")
-    plain = [re.sub(r"\W", "_", name) for name in names]  # as parts of a report are called
-    if twice := next((name for name, own in zip(names, plain, strict=True) if plain.count(own) > 1), None):
-        raise ValueError(f"{twice!r} and another name differ in _ . + - alone, which a report could not tell apart")
     return names
+
+
+def identifier(*parts: str) -> str:
+    """Letters, digits and underscores, as names of a report's parts are."""
+    return re.sub(r"\W", "_", "_".join(parts))
 
 
 def _distinct(seeds: tuple[int, ...]) -> tuple[int, ...]:
@@ -281,6 +283,11 @@ class Study(_Budget):
         runs = sum(len(self.seeds_of(name, variant)) for name in self.data for variant in self.variants_of(name))
         if runs > _MAX_RUNS:
             raise ValueError(f"{runs:,} runs, more than the {_MAX_RUNS:,} that a study may have")
+        parts = [identifier(name) for name in self.data]
+        if twice := next((name for name in self.data if parts.count(identifier(name)) > 1), None):
+            raise ValueError(
+                f"data: {twice!r} and another name differ in _ . + - alone, which a report cannot tell apart"
+            )
         for name, data in self.data.items():
             if not (data.steps or data.epochs or self.steps or self.epochs):
                 raise ValueError(f"data.{name}: has no budget: give steps or epochs, here or for the study")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,6 +13,7 @@ from paqdetr.metrics.diagnosis import MISTAKES
 from paqdetr.report.section import Column, Table, make_table
 from paqdetr.study.results import RunResult
 from paqdetr.study.runs import RunKey
+from paqdetr.study.spec import identifier
 from paqdetr.study.statistics import Estimate, pooled_variance, variance_bound
 from paqdetr.study.verdicts import Runs, Verdict
 
@@ -24,11 +24,6 @@ SETTLED = 0.015
 
 _table = partial(make_table, empty=False, digits=6)
 _VARIANT, _SEEDS = Column("variant", "variant", "text"), Column("seeds", "seeds", "integer")
-
-
-def identifier(*parts: str) -> str:
-    """Letters, digits and underscores, as names of a report's parts are."""
-    return re.sub(r"\W", "_", "_".join(parts))
 
 
 def verdict_table(runs: Runs, decided: Sequence[Verdict]) -> Table:
