@@ -134,6 +134,7 @@ row("coco", "class_id_given_twice", "category id 1 is given twice", change(CLASS
 row("coco", "class_without_an_id", "categories[1] has id None, expected an integer", change(CLASS, id=None))
 row("coco", "class_ids_of_two_kinds", "some category ids are integers and some are texts", change(CLASS, id="b"))
 row("coco", "class_without_a_name", "categories[1] is {'id': 2, 'name': None}", change(CLASS, name=None))
+row("coco", "class_of_an_empty_name", "categories[1] is {'id': 2, 'name': ' '}", change(CLASS, name=" "))
 
 
 @case("coco", "b.png: missing, though")

@@ -231,6 +231,10 @@ SUMMARY: dict[str, tuple[Any, str]] = {
         "duplicate boxes in test: 2; evaluation counts both, of which one is always missed; `paqdetr data convert` "
         "leaves them out",
     ),
+    "a json that is no split": (
+        lambda root: shutil.copy(root / "train.json", root / "more.json"),
+        "COCO files that are not read: 1; their names say no split",
+    ),
     "duplicate images": (
         lambda root: shutil.copy(root / "val" / "1.png", root / "val" / "3.png"),
         "1 of 3 val images are near-duplicates of others in it",

@@ -167,6 +167,7 @@ _FIRST = {
     "duplicate image": "{count} of {images} {split} images are near-duplicates of others in it",
     "box without area": "boxes without area in {split}: {count}; training leaves them out, evaluation counts them as missed",
     "skipped file": "files left out of {split}: {count}",
+    "file of no split": "COCO files that are not read: {count}; their names say no split",
 }
 
 
@@ -290,6 +291,8 @@ def check_dataset(
         whole.error(str(data), f"has no split 'train', found {', '.join(layout.splits)}", kind="no train split")
     elif "val" not in layout.splits:
         whole.warn(str(data), f"has no split 'val', found {', '.join(layout.splits)}", kind="no val split")
+    for file in layout.unread_annotations():
+        whole.warn(file, "is not read: its name says no split that the others leave", kind="file of no split")
     for found in (whole, *issues.values()):
         report._take(found)
     return report

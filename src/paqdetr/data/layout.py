@@ -65,6 +65,11 @@ class Layout:
     format: Format
     splits: dict[str, Place]
 
+    def unread_annotations(self) -> list[Path]:
+        """Files beside the read ones that hold boxes in COCO's form too, and whose names say no split that is missing."""
+        read = [place.annotation_file for place in self.splits.values() if isinstance(place, CocoPlace)]
+        return [file for file in _coco_files(self.root, _has_all_boxes) if file not in read] if read else []
+
 
 def available_splits(data: str | Path) -> list[str]:
     """Names of the splits in a data set, in the order train, val, test, others.
@@ -182,24 +187,30 @@ def _usual_coco(root: Path) -> dict[str, CocoPlace]:
         return {}
     known = {hint(name) or ("train" if is_split(name) else None) for name in usual}
     missing = {split for split in USUAL if split not in known}
-    return usual | _any_coco(
-        root, lambda name: hint(name) in missing and not name.lower().startswith("person_keypoints")
-    )
+    return usual | _any_coco(root, lambda name: hint(name) in missing and _has_all_boxes(name))
 
 
 def _any_coco(root: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, CocoPlace]:
     """COCO json of any name that is wanted: in the folder, in annotations/, or one in each folder of a split."""
-    folders = (root, folder_in(root, "annotations"))
-    files = [file for folder in folders for file in _jsons(folder) if wanted(file.stem) and _is_coco(file)]
     places = [
         (file.stem, CocoPlace(file, (*_image_dirs(root, file.stem), *_shared_dirs(root), *_open_dirs(root, file.stem))))
-        for file in files
+        for file in _coco_files(root, wanted)
     ]
     for folder in folders_in(root):
         split = meaning(folder.name) if wanted(folder.name) else None
         inside = (*_shared_dirs(folder), *folders_in(folder))
         places += [(folder.name, CocoPlace(file, inside)) for file in _jsons(folder) if split and _is_coco(file)]
     return _unique(places)
+
+
+def _coco_files(root: Path, wanted: Callable[[str], bool]) -> list[Path]:
+    folders = (root, folder_in(root, "annotations"))
+    return [file for folder in folders for file in _jsons(folder) if wanted(file.stem) and _is_coco(file)]
+
+
+def _has_all_boxes(name: str) -> bool:
+    """False of the file of COCO that has its people alone, with keypoints."""
+    return not name.lower().startswith("person_keypoints")
 
 
 def _unique(places: list[tuple[str, CocoPlace]]) -> dict[str, CocoPlace]:

@@ -91,7 +91,7 @@ class _Reader:
             own, name = as_id(category.get("id")), category.get("name")
             if own is None:
                 self.fail(f"categories[{position}] has id {shorten(category.get('id'))}, {_AN_ID}", "class")
-            elif isinstance(name, bool) or not isinstance(name, (str, int)):
+            elif isinstance(name, bool) or not isinstance(name, (str, int)) or not str(name).strip():
                 self.fail(f"categories[{position}] is {shorten(category)}, expected an `id` and a `name`", "class")
             elif own in names:
                 self.fail(f"category id {shorten(own)} is given twice", "class")
