@@ -56,21 +56,53 @@ def test_a_sound_data_set(tmp_path: Path) -> None:
     assert all("none in train" in problem.message for problem in report.warnings)
 
 
-@pytest.mark.parametrize(("corners", "count"), [(True, 10), (False, 10), (True, 5)])
-def test_boxes_as_corners(tmp_path: Path, corners: bool, count: int) -> None:
-    """x1, y1, x2, y2 in the place of x, y, width, height: one finding, of a split with some boxes."""
-    boxes = [(x, 5, x + 3, 9) if corners else (x, 5, 3, 4) for x in range(7, 7 + count)]
+@pytest.mark.parametrize(
+    ("form", "count", "message"),
+    [
+        ("corners", 10, "10 of 10 boxes are over the edge of their image"),
+        ("shares", 10, "all 10 boxes lie inside the first pixel of their image"),
+        ("coco", 10, None), ("corners", 5, None), ("shares", 5, None),
+    ],
+)  # fmt: skip
+def test_boxes_in_another_form(tmp_path: Path, form: str, count: int, message: str | None) -> None:
+    """x1, y1, x2, y2 or shares of the sides in the place of x, y, width, height: one error, of a split with some boxes."""
+    shapes = {
+        "corners": lambda x: (x, 5, x + 3, 9),
+        "shares": lambda x: (x / 20, 0.5, 3 / 20, 0.4),
+        "coco": lambda x: (x, 5, 3, 4),
+    }
+    boxes = [shapes[form](x) for x in range(7, 7 + count)]
     make_split(tmp_path, "train", [image(1)], [box(i, 1, 0, *bbox) for i, bbox in enumerate(boxes, 1)], ["a"])
     report = check_dataset(tmp_path)
-    kinds = {kind for split, _, kind in report.counts if split == "train"}
-    if corners and count == 10:
-        ((subject, message),) = found(report, "warning", "train")
-        assert subject == "train.json" and message.startswith("10 of 10 boxes are over the edge of their image")
-        assert "bbox holds corners" in report.summary()[0][1]
-        split = open_split(tmp_path, "train")
-        assert any("bbox holds corners" in found for found in describe_data(load_config("dino_nano"), split, None))
-    else:
-        assert kinds == ({"box over the edge"} if corners else set())
+    if message is None:
+        kinds = {kind for split, _, kind in report.counts if split == "train"}
+        assert kinds == ({"box over the edge"} if form == "corners" else set())
+        return
+    ((subject, problem),) = found(report, "error", "train")
+    assert subject == "train.json" and problem.startswith(message)
+    split = open_split(tmp_path, "train")
+    assert f"train.json: {problem}" in describe_data(load_config("dino_nano"), split, None)
+
+
+def test_nothing_is_concluded_from_what_was_not_read(tmp_path: Path) -> None:
+    """Boxes of an image without a size are not read: of their class it is not said that train has none."""
+    for split in ("train", "val"):
+        make_split(tmp_path, split, [image(1), image(2)], [box(1, 1, 0, 1, 1, 5, 5)], ["a"])
+    content = json.loads((tmp_path / "train.json").read_text())
+    del content["images"][0]["width"]
+    (tmp_path / "train.json").write_text(json.dumps(content))
+    problems = check_dataset(tmp_path).problems
+    assert {(p.severity, p.kind) for p in problems if p.split == "train"} >= {("error", "image size")}
+    assert not {"class without training", "class without boxes"} & {p.kind for p in problems}
+    assert ("train", "images without boxes") not in {(p.split, p.kind) for p in problems}
+
+
+def test_classes_without_boxes(tmp_path: Path) -> None:
+    """As Roboflow's first class is, which stands for the whole set."""
+    for split in ("train", "val"):
+        make_split(tmp_path, split, [image(1)], [box(1, 1, 1, 1, 1, 5, 5)], ["things", "a"])
+    (message,) = [p.message for p in check_dataset(tmp_path).warnings if p.subject == "class things"]
+    assert message.startswith("has boxes in no split")
 
 
 def test_a_broken_data_set(tmp_path: Path) -> None:
@@ -117,7 +149,6 @@ def test_a_broken_data_set(tmp_path: Path) -> None:
         ("1.png", "box [30, 5, 10, 5] of class 'b' is outside the image of 20x10; training leaves it out"),
         ("1.png", "box [15, 5, 10, 5] of class 'b' is 5 pixels over the edge of the image of 20x10"),
         ("1.png", "box [1, 1, 5, 5] of class 'a' is there twice; training leaves one out, evaluation counts both"),
-        ("train.json", "2 of 4 images have no boxes; right if nothing is in them"),
     ]
 
     summary = report.splits["train"]
@@ -125,10 +156,7 @@ def test_a_broken_data_set(tmp_path: Path) -> None:
     assert summary.boxes_per_class == {"a": 2, "b": 3, "c": 0}
 
     assert found(report, "error", "val") == [("class x", "has id 1, which is 'b' in train")]
-    assert found(report, "warning", "val") == [
-        ("2.png", "the same file as train/1.png"),
-        ("class c", "has boxes here and none in train"),
-    ]
+    assert found(report, "warning", "val") == [("2.png", "the same file as train/1.png")]
     ((subject, message),) = found(report, "error", "test")
     assert subject == str(tmp_path / "test.json") and "line 1, column 2" in message
     assert report.number_of("error") == len(report.errors)
@@ -218,7 +246,7 @@ SUMMARY: dict[str, tuple[Any, str]] = {
         "training with val_fraction=0.1",
     ),
     "a class that train has no boxes of": (
-        lambda root: change_boxes(root, "val", [box(1, 1, 2, 1, 1, 5, 5)]),
+        lambda root: change_boxes(root, "train", [box(n, n, n - 1, 1, 1, 5, 5) for n in (1, 2)]),
         "classes with boxes in val and none in train: 1; their AP is 0",
     ),
     "more boxes of a class than AP counts": (
@@ -252,7 +280,7 @@ def change_boxes(root: Path, split: str, boxes: list[Any]) -> None:
 def test_what_matters_most_is_said_first(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     change, sentence = SUMMARY[name]
     for split in ("train", "val", "test"):
-        make_split(tmp_path, split, [image(n) for n in (1, 2, 3)], [box(n, n, n % 2, 1, 1, 5, 5) for n in (1, 2, 3)],
+        make_split(tmp_path, split, [image(n) for n in (1, 2, 3)], [box(n, n, n % 3, 1, 1, 5, 5) for n in (1, 2, 3)],
                    ["a", "b", "c"])  # fmt: skip
     assert check_dataset(tmp_path).summary() == []
     change(tmp_path)

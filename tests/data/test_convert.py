@@ -348,8 +348,6 @@ def renamed(to: str) -> Change:
         ("yolo", one_name, "train.json: two categories have the same name"),
         ("voc", fewer_classes, "has other categories than"),
         ("voc", class_named("a\x0bb"), "VOC has no place for the name 'a\\x0bb'"),
-        ("voc", class_named(""), "VOC has no place for the name ''"),
-        ("yolo", class_named(""), "train.json: YOLO has no place for the class name ''"),
         ("yolo", class_named("\ud800"), "train.json: YOLO has no place for the class name '\\ud800'"),
         ("yolo", other_size, "train/9.jpg: is 32x24 pixels, the annotations say 64x48"),
         (

@@ -19,10 +19,6 @@ Entry = TypeVar("Entry", str, int | str)
 
 EDGE_TOLERANCE = 1.0
 """Boxes may reach this many pixels over the edge of their image: exporters round."""
-AS_CORNERS = (
-    "boxes are over the edge of their image, and as x1, y1, x2, y2 all of them are inside: bbox holds corners, where COCO has "
-    "x, y, x2 - x1, y2 - y1"
-)
 _FEW_BOXES = 8  # so many may all have any property by chance
 
 
@@ -120,6 +116,11 @@ class Issues:
         self.found: list[Problem] = []
         self.counts: Counter[tuple[str, str]] = Counter()
 
+    @property
+    def has_errors(self) -> bool:
+        """Whether some of the split is not read, or wrong."""
+        return any(severity == "error" for severity, _ in self.counts)
+
     def error(self, subject: Path | str, message: str, remedy: str = REMEDY, *, kind: str = "annotation") -> None:
         """Something training would stop at.
 
@@ -215,18 +216,28 @@ class Annotations:
         found[rows[first[which.reshape(-1)] != np.arange(len(rows))]] = True
         return found
 
-    def as_corners(self) -> int:
-        """How many boxes are over the edge of their image, where as x1, y1, x2, y2 all boxes lie inside: such a file holds
-        corners in the place of x, y, width, height. 0 where that is not so, of half the boxes or fewer, or of so few that chance
-        may have it."""
+    def other_form(self) -> str | None:
+        """What `bbox` of a COCO file holds in the place of x, y, width, height in pixels: a sentence, or None. Corners, if most
+        boxes are over the edge of their image and as x1, y1, x2, y2 all are inside; shares of the sides, if all are inside the
+        first pixel. Of few boxes nothing is said, as chance may have it."""
         rows = ~self.crowd
         if self.source.suffix != ".json" or rows.sum() < _FEW_BOXES:
-            return 0
+            return None
         height, width = self.sizes[self.owners[rows]].T
         x, y, w, h = self.boxes[rows].T
+        if min(x.min(), y.min()) >= 0 and max((x + w).max(), (y + h).max()) <= 1 < self.sizes.min():
+            return (
+                f"all {len(x)} boxes lie inside the first pixel of their image: bbox holds shares of the sides, where COCO has "
+                "pixels; multiply by width and height"
+            )
         over = (w > 0) & (h > 0) & (np.max([-x, -y, x + w - width, y + h - height], axis=0) > EDGE_TOLERANCE)
         inside = (w > x) & (h > y) & (np.max([-x, -y, w - width, h - height], axis=0) <= EDGE_TOLERANCE)
-        return int(over.sum()) if inside.all() and 2 * over.sum() > len(x) else 0
+        if not inside.all() or 2 * over.sum() <= len(x):
+            return None
+        return (
+            f"{over.sum()} of {len(x)} boxes are over the edge of their image, and as x1, y1, x2, y2 all are inside: bbox holds "
+            "corners, where COCO has x, y, x2 - x1, y2 - y1"
+        )
 
     def trainable(self) -> tuple[np.ndarray, np.ndarray]:
         """What a detector can learn from: no crowds, no duplicates, and only what lies inside the image.

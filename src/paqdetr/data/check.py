@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from paqdetr.data.annotations import AS_CORNERS, EDGE_TOLERANCE, Annotations, Issues, MissingSplitError, Problem
+from paqdetr.data.annotations import EDGE_TOLERANCE, Annotations, Issues, MissingSplitError, Problem
 from paqdetr.data.files import REPLACE
 from paqdetr.data.layout import Format, find_layout
 from paqdetr.data.stats import SplitSummary, describe_crowding
@@ -154,13 +154,13 @@ def inspect_all(paths: Sequence[Path], *, workers: int | None = None) -> Iterato
 _BROKEN_EXIF = "broken exif"  # of `read_traits`
 # Kind of a warning -> what it means, the worst first.
 _FIRST = {
-    "boxes as corners": "{split}: {message}",
     "leak between splits": "{count} of {images} {split} images have a near-duplicate in another split: AP on {split} is "
     "flattered",
     "missing split": "{message}",
     "no val split": "no val split: training prints no AP and keeps the last epoch; `paqdetr data split` makes one, and so does "
     "training with val_fraction=0.1",
     "class without training": "classes with boxes in {split} and none in train: {count}; their AP is 0",
+    "class without boxes": "classes without boxes in any split: {count}; a model has outputs for them that learn to stay silent",
     "more boxes than are counted": "{split}: {message}",
     "duplicate box": "duplicate boxes in {split}: {count}; evaluation counts both, of which one is always missed; `paqdetr data "
     "convert` leaves them out",
@@ -320,8 +320,8 @@ def _check_boxes(annotations: Annotations, issues: Issues) -> None:
 
     warn(empty, "box without area", lambda i: "has no area; training leaves it out")
     beyond = outside | (~empty & (over > EDGE_TOLERANCE))
-    if corners := a.as_corners():
-        issues.warn(a.source.name, f"{corners} of {len(rows)} {AS_CORNERS}", kind="boxes as corners")
+    if form := a.other_form():
+        issues.error(a.source.name, form, kind="form of boxes")
     else:
         warn(outside, "box outside the image", lambda i: f"is outside {image(i)}; training leaves it out")
         over_edge = beyond & ~outside
@@ -333,7 +333,7 @@ def _check_boxes(annotations: Annotations, issues: Issues) -> None:
     if issues.split == "train" and len(a) and not (~empty & ~outside).any():
         issues.error(a.source.name, "no image has boxes to train on", kind="no boxes")
     bare = len(a) - len(np.unique(owners))
-    if bare and len(a):
+    if bare and len(a) and not issues.has_errors:  # of which boxes may be the ones that are missing
         issues.warn(
             a.source.name, f"{bare} of {len(a)} images have no boxes; right if nothing is in them",
             kind="images without boxes",
@@ -409,5 +409,13 @@ def _compare_classes(tables: dict[str, ClassTable], report: CheckReport, issues:
                 )
             elif category not in of_train:
                 issues[split].error(f"class {name}", f"has id {category}, which train does not list", kind="class")
-            elif report.splits[split].boxes_per_class.get(name) and not used.get(name):
+            elif (
+                report.splits[split].boxes_per_class.get(name) and not used.get(name) and not issues["train"].has_errors
+            ):
                 issues[split].warn(f"class {name}", "has boxes here and none in train", kind="class without training")
+    if any(own.has_errors for own in issues.values()):
+        return
+    for name in train.names:
+        if not any(summary.boxes_per_class.get(name) for summary in report.splits.values()):
+            message = "has boxes in no split, and training makes an output for it"
+            issues["train"].warn(f"class {name}", message, kind="class without boxes")

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from paqdetr.config import Config
-from paqdetr.data.annotations import AS_CORNERS
 from paqdetr.data.dataset import DetectionDataset, open_split
 from paqdetr.data.layout import available_splits
 from paqdetr.data.split import hold_out
@@ -61,8 +60,8 @@ def describe_data(config: Config, train_split: DetectionDataset, val_split: Dete
     ]
     if duplicates := int(train_split.annotations.duplicates().sum()):
         found.append(f"{name}: {duplicates} duplicate boxes are left out; `paqdetr data check` lists them")
-    if corners := train_split.annotations.as_corners():
-        found.append(f"{name}: {corners} {AS_CORNERS}")
+    if form := train_split.annotations.other_form():
+        found.append(f"{name}: {form}")
     if (limit := config.model.distinct_queries) is not None:
         hidden = train_split.annotations.overlapping(limit)
         if (share := float(hidden.mean())) >= _MANY_HIDDEN:

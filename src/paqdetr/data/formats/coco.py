@@ -214,6 +214,8 @@ class _Reader:
             return message, "unknown class"
         if not is_box(box):
             message = f"{subject} bbox {shorten(box)}, expected four finite numbers [x, y, w, h], w and h not below 0"
+            if box is None and entry.get("segmentation"):
+                message += ": the extent of its segmentation"
             return message, "malformed box"
         if area is not None and not _is_area(area):
             return f"{subject} area {shorten(area)}, expected a number that is not below 0", "malformed box"
