@@ -62,15 +62,13 @@ def _gain(host: str, study: str, claim: str) -> str:
 
 
 def headline() -> str:
-    """The four numbers of the README."""
+    """The first numbers of the README."""
     depth = {name: table.rows for name, table in kept_report("pilot_depth").tables.items()}
     nano = "layers6_distinct"
     (host,) = (row for row in depth["figures_digits"] if row["variant"] == nano)
     minutes = sorted(row["cpu_minutes"] for row in depth["cost"] if (row["data"], row["variant"]) == ("digits", nano))
     span = " to ".join(dict.fromkeys((f"{minutes[0]:.0f}", f"{minutes[-1]:.0f}")))  # by machine
-    (queries,) = (row for row in depth["queries_digits"] if row["variant"] == nano)
     speed = json.loads((RESULTS / "performance" / "whole_model.json").read_text(encoding="utf-8"))
-    watching = json.loads((RESULTS / "query_usage_cost.json").read_text(encoding="utf-8"))
     rows = [
         (
             "`dino_nano` trained on one CPU core",
@@ -84,12 +82,6 @@ def headline() -> str:
             f"{speed['training_step']['paqdetr']['ratio']:.1f} times in training; the same outputs to "
             f"{speed['largest_difference_of_outputs']:.0e}",
             "[performance](docs/performance.md#whole-model)",
-        ),
-        (
-            "how unevenly the queries of that `dino_nano` are used",
-            f"Gini coefficient **{queries['gini_positives']:.2f}** of the matches by query, where their rank order alone gives "
-            f"{queries['by_rank_positives']:.2f}; to watch it costs {watching['evaluation']['percent']:.0f} % of an evaluation",
-            "[queries](docs/queries.md)",
         ),
         (
             "what PaQ adds on digits at equal steps, with 95 % intervals and the verdict of each study",

@@ -53,7 +53,7 @@ def sentences(facts: Facts, kind: str) -> list[str]:
 def test_a_good_model_is_praised_alone() -> None:
     assert sentences(GOOD, "bad") == [] and sentences(GOOD, "note") == []
     praised = (
-        "Few duplicates", "told apart", "Boxes fit", "Best at 'cat' (AP 0.620)", "converged", "near-duplicate", "probabilities",
+        "Few duplicates", "told apart", "Boxes fit", "Best at 'cat' (AP 0.620)", "converged", "probabilities",
         "nearly as well as large ones", "90% of the detections are right and 81% of the objects",
     )  # fmt: skip
     for part in praised:

@@ -407,6 +407,19 @@ def evaluation_without_data(w: World) -> list[str]:
     return ["eval", str(w.checkpoint)]
 
 
+@case("--split test is of --data, which is not given", "give --data, or leave --split out")
+def split_without_data(w: World) -> list[str]:
+    return [
+        "eval",
+        "--results",
+        str(w.file("results.json", "[]")),
+        "--annotations",
+        str(w.data / "val.json"),
+        "--split",
+        "test",
+    ]
+
+
 @case("eval --results needs the ground truth, once", "--annotations, or --data")
 def results_without_annotations(w: World) -> list[str]:
     return ["eval", "--results", str(w.file("results.json", "[]"))]

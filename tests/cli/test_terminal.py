@@ -49,6 +49,10 @@ def test_help_names_every_verb_in_one_line(
         said = capsys.readouterr().out
         assert "..." not in said.partition("Options:")[0].partition("\n")[2]
         assert all(len(line) <= int(columns) for line in said.splitlines())
+    for arguments in ([], ["data"], ["config"], ["hub"]):
+        assert run(arguments) == 2
+        said = capsys.readouterr()
+        assert said.out == "" and said.err.startswith("Usage: ") and "\x1b" not in said.err
     assert run(["--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
     headings = [line for line in lines if line.endswith(":") and not line.startswith(" ")]

@@ -326,11 +326,20 @@ def test_yolo_with_a_test_split_that_is_not_there(copy_of: Any, tmp_path: Path, 
     assert check_dataset(root).errors  # training reads it
 
 
+def test_yolo_without_names(copy_of: Any) -> None:
+    root = copy_of("yolo")
+    (root / "data.yaml").write_text("train: images/train\nnc: 2\n")
+    with pytest.raises(DataError, match="has no `names`, found 'train, nc'"):
+        find_layout(root / "data.yaml")
+    with pytest.raises(DataError, match=r"there is no data\.yaml with `names` of the classes"):
+        find_layout(root)
+
+
 @pytest.mark.parametrize("empty", ["train:\nval:\n", "train: []\n", "train: ~\n"])
 def test_yolo_that_names_no_images(copy_of: Any, empty: str) -> None:
     root = copy_of("yolo")
     (root / "data.yaml").write_text(f"names: [person, rider]\n{empty}")
-    with pytest.raises(DataError, match="has no `names`, or no `train` that names images, found 'names, train"):
+    with pytest.raises(DataError, match="has no `train` that names images, found 'names, train"):
         find_layout(root / "data.yaml")
     with pytest.raises(DataError, match="no data set of a known layout"):
         find_layout(root)

@@ -260,16 +260,18 @@ def test_two_of_one_name(
     done = predict_sources(patches, [pictures, pictures / "a.png"], output=tmp_path / "live")
     assert files(done.output) == ["a.jpg", "a.mp4", "b.jpg", "predictions.json"] and done.images == 4
     Image.new("RGB", (32, 32)).save(pictures / "a.bmp")
-    with pytest.raises(DataError, match=r"a\.bmp would both be written as a"):
+    with pytest.raises(DataError, match=r"a\.bmp would both be written as a") as caught:
         predict_sources(patches, [pictures], output=tmp_path / "out")
+    assert "`--save coco,jsonl` takes both" in caught.value.remedy
     assert not (tmp_path / "out").exists()
     whole = predict_sources(patches, [pictures], output=tmp_path / "whole", save=["coco", "jsonl"])
     names = {row["file_name"] for row in json.loads((whole.output / "predictions.json").read_text())}
     assert whole.images == 5 and {"a.mov", "a.png", "b.png"} <= names
     (tmp_path / "other").mkdir()
     shutil.copy(pictures / "b.png", tmp_path / "other")
-    with pytest.raises(DataError, match=r"would both be written as b\.png"):
+    with pytest.raises(DataError, match=r"would both be written as b\.png") as caught:
         predict_sources(patches, [pictures, tmp_path / "other"], output=tmp_path / "out", save=["coco"])
+    assert "--recursive takes the folder above both" in caught.value.remedy
     # In a list that is still being written, the others are done.
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{pictures}/a.png\n{pictures}/a.bmp\n\n{pictures}/none.png\n"))
     done = predict_sources(patches, ["-"], output=tmp_path / "out")

@@ -388,8 +388,6 @@ def _near_duplicates(facts: Facts) -> Iterator[Finding]:
             "`paqdetr data check` lists them; `paqdetr data split` keeps near-duplicates together.",
             cost=max(0.01, facts.ap.value - own.ap_without),
         )
-    else:
-        yield Finding("good", f"No image of {facts.split} has a near-duplicate in train.")
 
 
 def _crowding(facts: Facts) -> Iterator[Finding]:

@@ -159,7 +159,7 @@ def run(argv: Sequence[str]) -> int:
         # typer may carry a copy of click: know its errors by this
         usage = getattr(error, "format_message", None)
         if type(error).__name__ == "NoArgsIsHelpError" and usage is not None:
-            errors.print(usage())
+            typer.echo(usage(), err=True)
             return 2
         if usage is not None:
             return _mistake(usage(), f"`{_verb_of(arguments, program)} --help` shows how it is used", debug=debug)

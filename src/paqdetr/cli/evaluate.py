@@ -151,6 +151,8 @@ def evaluate(
     if results_out is not None and checkpoint is None:
         raise ConfigError("--results-out keeps the detections of a MODEL", "leave it out")
     files = OutputFiles("paqdetr eval", overwrite=overwrite, json=json_file, results_out=results_out)
+    if split is not None and data is None:
+        raise ConfigError(f"--split {split} is of --data, which is not given", "give --data, or leave --split out")
     split = "" if data is None else split_to_evaluate(data, split)
     require_threshold(threshold)
     cut, suppress = options.tiles_of(tiles, overlap, with_whole), options.nms_of(nms)

@@ -46,8 +46,9 @@ class TrainingProgress(Progress):
             f"{record['images_per_second']:.1f} images/s",
             f"{duration(self.left)} left",
         ]
-        if "positives_per_box" in record:
-            parts.append("positives per box by layer " + " ".join(f"{k:.2f}" for k in record["positives_per_box"]))
+        positives = record.get("positives_per_box", [])
+        if any(count != 1 for count in positives):
+            parts.append("positives per box by layer " + " ".join(f"{count:.2f}" for count in positives))
         errors.print("  ".join(parts))
 
     def on_skip(self, record: dict[str, Any]) -> None:

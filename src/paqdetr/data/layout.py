@@ -163,7 +163,7 @@ def _near_miss(root: Path) -> str:
     """What is missing from a folder that is nearly one of YOLO's."""
     for folder in (root, *folders_in(root)):
         if {"labels", "images"} <= {below.name.lower() for below in folders_in(folder)}:
-            return f": {folder} has YOLO's `labels` and `images`, but there is no data.yaml that names the classes"
+            return f": {folder} has YOLO's `labels` and `images`, but there is no data.yaml with `names` of the classes"
     return ""
 
 

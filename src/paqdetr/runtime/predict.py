@@ -224,7 +224,11 @@ def _without_collisions(
             problem = (
                 f"and {other.shown} would both be written as {name}",
                 "give one of them alone, as by a pattern such as 'FOLDER/*.png', and another --output for the other; "
-                "`--save coco,jsonl` takes both",
+                + (
+                    "`--save coco,jsonl` takes both"
+                    if source.name != other.name
+                    else "--recursive takes the folder above both"
+                ),
             )
         if problem is not None:
             on_problem(source, DataError(f"{source.shown}: {problem[0]}", problem[1]))

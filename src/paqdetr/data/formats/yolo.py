@@ -113,8 +113,12 @@ def yolo_places(yaml_file: Path, *, named: bool) -> dict[str, YoloPlace]:
     if "names" not in content or not splits:
         if named:
             found = shorten(", ".join(map(str, content)))
+            if splits:
+                raise DataError(
+                    f"{yaml_file}: has no `names`, found {found}", "List the names of the classes there, in order."
+                )
             raise DataError(
-                f"{yaml_file}: has no `names`, or no `train` that names images, found {found}",
+                f"{yaml_file}: has no `train` that names images, found {found}",
                 "Name the data.yaml of a YOLO data set, and in it the folders of images.",
             )
         return {}
