@@ -52,6 +52,13 @@ def test_the_studies_of_the_project_are_valid(file: Path) -> None:
     assert study.name == file.stem and study.data and study.baseline in study.variants
 
 
+def test_the_study_of_the_documentation_is_valid(tmp_path: Path) -> None:
+    page = (REPO / "docs" / "own_studies.md").read_text(encoding="utf-8")
+    file = tmp_path / "my_study.yaml"
+    file.write_text(page.partition("```yaml\n")[2].partition("```")[0])
+    assert list(load_study(file).claims) == ["paq", "large"]
+
+
 def set_(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
     def change(values: dict[str, Any]) -> None:
         *parents, last = path.split("/")
@@ -72,7 +79,7 @@ def set_(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         ("data/digits/folds_", 3, "unknown key 'folds_' in data.digits", "did you mean 'folds'?"),
         ("data/digits/make/trian", 3, "unknown key 'trian' in data.digits.make", "did you mean 'train'?"),
         ("claims/better/published/were", 3, "in claims.better.published", "did you mean 'where'?"),
-        ("base", None, "base is missing", "docs/study.md"),
+        ("base", None, "base is missing", "docs/own_studies.md"),
         ("variants/new/settings", {"model.num_paterns": 8}, "unknown setting", ""),
         ("variants/new/settings", {"seed": 8}, "variants.new.settings: seed is the study's to set", ""),
         ("variants/new/settings", {"epochs": 8}, "epochs is the study's to set", ""),
@@ -84,7 +91,7 @@ def set_(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         ("seeds", [], "seeds:", ""),
         ("epochs", None, "data.digits: has no budget", ""),
         ("steps", 10, "both steps and epochs", ""),
-        ("data/digits/folder", "x", "data.digits: needs either a folder or make", ""),
+        ("data/digits/folder", "x", "data.digits: needs either `folder: DIR` or `make: {...}`", ""),
         ("data/fish/variants", ["no"], "data.fish.variants: 'no' is not a variant", ""),
         ("data/fish/steps_of", {"no": 4}, "data.fish.steps_of: 'no' is not a variant", ""),
         ("data/fish/steps_of", {"baseline": 0}, "greater than or equal to 1", ""),

@@ -223,8 +223,9 @@ def _plan(study: Study, runs: list[PlannedRun], places: Places, measured: Path |
     results.print(made)
     known = [row.left for row in rows if row.left is not None]
     unknown = sum(len(row.seeds) - row.done for row in rows if row.left is None)
-    more = f", and {unknown} runs like none that was measured" if unknown else ""
-    results.print(f"left: {_hours(sum(known))}{more}")
+    parts = [_hours(sum(known))] if known else []
+    parts += [f"{unknown} runs of a kind that none was measured of"] if unknown else []
+    results.print(f"left: {' and '.join(parts)}")
 
 
 def _signed(value: float | None) -> str:

@@ -138,7 +138,7 @@ class DataSet(_Budget):
     @model_validator(mode="after")
     def _one_source(self) -> DataSet:
         if (self.folder is None) == (self.make is None):
-            raise ValueError("needs either a folder or make")
+            raise ValueError("needs either `folder: DIR` or `make: {...}`")
         return self
 
 
@@ -407,11 +407,11 @@ def _explain(error: ValidationError, path: Path) -> ConfigError:
         remedy = did_you_mean(leaf, known, f"known there: {', '.join(known)}")
         return ConfigError(f"{path}: unknown key {leaf!r}" + (f" in {parent}" if parent else ""), remedy)
     if first["type"] == "missing":
-        return ConfigError(f"{path}: {key} is missing", "docs/study.md shows what a study's file holds")
+        return ConfigError(f"{path}: {key} is missing", "docs/own_studies.md shows what a study's file holds")
     message = first["msg"].removeprefix("Value error, ")
     return ConfigError(
         f"{path}: {key}: {message}" if key else f"{path}: {message}",
-        "correct the file; docs/study.md shows what it holds",
+        "correct the file; docs/own_studies.md shows what it holds",
     )
 
 
