@@ -136,6 +136,8 @@ def test_selection_of_distinct_queries_is_in_the_graph(tmp_path: Path) -> None:
         np.testing.assert_allclose(one.scores, own.scores, atol=1e-4)
         np.testing.assert_allclose(three.scores, one.scores, atol=1e-5)
         np.testing.assert_allclose(three.boxes, one.boxes, atol=1e-2)
+    of_three = opened(export(model, tmp_path / "ddq.pt2", batch=3).file)  # its check predicts single pictures
+    assert of_three.engine.batch == 3 and len(of_three.predict(pictures[0], threshold=0.01)[0]) == len(found[0][0])
     script = export(model, tmp_path / "ddq.torchscript", format="torchscript").file
     # In a process that has not imported torchvision, whose operator the graph has.
     subprocess.run([sys.executable, "-c", f"import paqdetr; paqdetr.load({str(script)!r})"], check=True)
