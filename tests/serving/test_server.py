@@ -280,3 +280,14 @@ def test_mistakes_end_before_anything_is_served(
 ) -> None:
     assert run(["serve", *arguments, "--port", "0"]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("idle", [True, False])
+def test_python_does_not_end_below_a_model_that_computes(idle: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """onnxruntime aborts the process then, which ends with 134."""
+    ended: list[int] = []
+    monkeypatch.setattr("paqdetr.cli.serve.open_model", lambda *_: Stub())
+    monkeypatch.setattr("paqdetr.serving.server.serve", lambda *_, **__: idle)
+    monkeypatch.setattr("os._exit", ended.append)
+    assert run(["serve", "m.onnx", "--port", "0"]) == 0
+    assert ended == [0] * (not idle)

@@ -46,6 +46,8 @@ _PAGE = Path(__file__).with_name("page.html")
 _BOUNDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _MAX_TILES = 256
 _DRAIN = 5
+# Seconds for the model to finish the call that it makes when nobody waits for it any more.
+_LAST_CALL = 1.0
 # Seconds in which a connection has to send the head of a request.
 _HEAD = 10.0
 # Of max_mb: what all requests that arrive may hold together, if that is more than so many bytes; and up to where a request that
@@ -516,12 +518,15 @@ class _Connection(H11Protocol):
             self.transport.close()
 
 
-def serve(server: DetectionServer, listener: socket.socket, *, on_start: Callable[[], object] = lambda: None) -> None:
+def serve(server: DetectionServer, listener: socket.socket, *, on_start: Callable[[], object] = lambda: None) -> bool:
     """Answer requests until SIGINT, SIGTERM or SIGHUP comes; those that have begun are finished first, within 5 seconds.
 
     Args:
         listener: of `listen`.
         on_start: called before the first request is taken.
+
+    Returns:
+        whether the model is idle. If not, end the process with `os._exit`: engines abort one that Python ends below them.
 
     Raises:
         UserError: of the model, which predicts once before the first request.
@@ -548,3 +553,4 @@ def serve(server: DetectionServer, listener: socket.socket, *, on_start: Callabl
         listener.listen(2048)
         on_start()
         program.run(sockets=[listener])
+    return server.batcher.close(_LAST_CALL)
