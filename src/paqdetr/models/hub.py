@@ -187,12 +187,27 @@ def push(folder: Path, repo: str, *, private: bool = False) -> str:
 
     Raises:
         CheckpointError: the Hub refuses it, or cannot be reached.
-        ConfigError: nobody is logged in.
+        ConfigError: nobody is logged in, or it is to be private and is public.
     """
     with hub_errors(repo):
+        make_repository(repo, private=private)
         api = HfApi(library_name="paqdetr")
-        api.create_repo(repo, private=private, exist_ok=True)
         return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload a detector of paqdetr"))
+
+
+def make_repository(repo: str, *, private: bool | None = None, token: str | bool | None = None) -> None:
+    """Make a repository unless it is there, which the Hub leaves as public as it is.
+
+    Raises:
+        ConfigError: it is to be private and is public.
+    """
+    api = HfApi(library_name="paqdetr", token=token)
+    made = api.create_repo(repo, private=private, exist_ok=True).repo_id
+    if private and not api.repo_info(made).private:
+        raise ConfigError(
+            f"{repo}: is there already, and is public: nothing was uploaded",
+            "make it private in its settings on the Hub, choose another name, or do not ask for a private one",
+        )
 
 
 @contextmanager
