@@ -226,6 +226,10 @@ def test_results_take_the_image_ids_of_annotations(patches: Patches, pictures: P
     with pytest.raises(DataError, match=r"gt\.json: none of its 4 images is called d\.png"):
         predict_sources(patches, [pictures], output=tmp_path / "new", image_id=image_id)
     assert not (tmp_path / "new").exists()
+    (pictures / "more").mkdir()
+    (pictures / "d.png").rename(pictures / "more" / "a.png")
+    with pytest.raises(DataError, match=r"/a\.png and .*/more/a\.png would both be its image 11"):
+        predict_sources(patches, [pictures], output=tmp_path / "new", recursive=True, image_id=image_id)
 
 
 def test_pictures_in_the_output_folder_are_not_drawn_over(patches: Patches, pictures: Path, tmp_path: Path) -> None:

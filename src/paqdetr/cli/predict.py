@@ -197,6 +197,7 @@ def _image_ids(annotations: Path) -> Callable[[Source], int | str]:
     from paqdetr.metrics.coco import CocoRecords
 
     records = CocoRecords.open(annotations, "bbox")
+    taken: dict[int, Source] = {}
 
     def image_id(source: Source) -> int | str:
         names = (source.shown, source.name, source.name.rsplit("/", 1)[-1])
@@ -205,6 +206,12 @@ def _image_ids(annotations: Path) -> Callable[[Source], int | str]:
             raise DataError(
                 f"{annotations}: none of its {len(records.image_ids)} images is called {names[-1]}",
                 "give the json of these images, or leave --annotations out",
+            )
+        other = taken.setdefault(own, source)
+        if other.address != source.address:
+            raise DataError(
+                f"{annotations}: {other.shown} and {source.shown} would both be its image {records.image_ids[own - 1]}",
+                "give the images of this json alone, or leave --annotations out",
             )
         return records.image_ids[own - 1]
 
