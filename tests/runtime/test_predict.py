@@ -122,14 +122,15 @@ def test_a_bad_picture_among_good_ones(patches: Patches, pictures: Path, tmp_pat
     (pictures / "c.png").write_bytes((pictures / "a.png").read_bytes()[:150])
     done = predict_sources(patches, [pictures], output=tmp_path / "out", batch_size=4)
     assert files(done.output) == ["a.jpg", "b.jpg", "predictions.json"]
-    assert "not an image in a known format" in done.unreadable[pictures / "aa.png"]
-    assert "does not decode" in done.unreadable[pictures / "c.png"] and len(done.unreadable) == 2
+    assert "not an image in a known format" in done.unreadable[pictures / "aa.png"].message
+    assert "does not decode" in done.unreadable[pictures / "c.png"].message and len(done.unreadable) == 2
     assert patches.calls == [(2, 4)]
 
 
 def test_no_picture_can_be_read(patches: Patches, tmp_path: Path) -> None:
     (tmp_path / "x.png").write_text("no image")
-    with pytest.raises(DataError, match=r"none of 1 images could be read; the first: .*x\.png"):
+    said = r"none of 1 images could be read; the first: .*x\.png.*Convert it to JPEG or PNG"
+    with pytest.raises(DataError, match=said):
         predict_sources(patches, [tmp_path / "x.png"], output=tmp_path / "out", save=EVERYTHING)
     assert not (tmp_path / "out").exists()
 

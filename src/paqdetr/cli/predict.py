@@ -150,12 +150,11 @@ def predict(
                 folder.rmdir()  # where nothing was written
     shown = round(point.least_score(), 2) if threshold is None else threshold
     results.print(f"{done.objects} objects over {shown} in {done.images} images: {done.output}")
-    for reason in done.unreadable.values():
-        note(reason, "left out")
-    if done.unreadable:
-        raise DataError(
-            f"{len(done.unreadable)} images could not be read; the others are done", "replace or remove them"
-        )
+    remedy = ""
+    for error in done.unreadable.values():
+        note(error.message if error.remedy == remedy else str(error), "left out")
+        remedy = error.remedy
+    _require_all_read(len(done.unreadable), "correct them, or leave them out")
 
 
 def _on_ray(
@@ -188,8 +187,12 @@ def _on_ray(
     results.print(f"{done.objects} objects in {done.images} images: {done.output}{skipped}", soft_wrap=True)
     for reason in list(done.unreadable.values())[:10]:
         note(reason, "left out")
-    if done.failures:
-        results.print(f"{done.failures} images could not be read: the column `error` says why", soft_wrap=True)
+    _require_all_read(done.failures, "the column `error` says why; remove their shards to have them read again")
+
+
+def _require_all_read(failures: int, remedy: str) -> None:
+    if failures:
+        raise DataError(f"{failures} images could not be read; the others are done", remedy)
 
 
 def _image_ids(annotations: Path) -> Callable[[Source], int | str]:
