@@ -103,7 +103,7 @@ def open_any_exported(path: str | Path, *, threads: int | None = None) -> Predic
     try:
         if path.suffix.lower() == ".pt2":
             program = torch.export.load(path, extra_files=found)
-            module, name = program.module(), program.graph_signature.user_inputs[0]
+            module, name = program.module(), next(iter(program.graph_signature.user_inputs))
             size = next(node.meta["val"].shape[0] for node in program.graph.nodes if node.name == name)
             batch = size if isinstance(size, int) else None  # a symbol stands for any number
         else:
