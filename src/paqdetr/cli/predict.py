@@ -89,6 +89,8 @@ def predict(
         )
     suppress_over, cut = options.nms_of(nms), options.tiles_of(tiles, overlap, with_whole)
     wanted = None if classes is None else parse_names(classes)
+    if wanted == []:
+        raise ConfigError("--classes: names none", "leave it out for all classes")
     if ray is not None:
         others = {"--save": save != "draw,coco", "--every": every > 1, "--max-frames": max_frames, "--buffer": buffer}
         others |= {"--annotations": annotations, "--overwrite": overwrite}
