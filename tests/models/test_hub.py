@@ -125,15 +125,17 @@ def test_nothing_private_goes_into_a_public_repository(
 
 
 def test_a_card_of_a_model_without_figures_and_with_odd_names() -> None:
-    names = ["a|b", "naïve: yes", "---", *map(str, range(200))]
+    names = ["a|b", "naïve: yes", "---", "two\nlines", *map(str, range(200))]
     header = {"name": "dino_nano", "classes": [{"id": i, "name": name} for i, name in enumerate(names)]}
-    text = model_card(header)
+    text = model_card({**header, "metrics": {"AP": float("nan")}})
     assert yaml.safe_load(text.split("\n---\n")[0]) == {
         "library_name": "paqdetr",
         "pipeline_tag": "object-detection",
         "tags": ["object-detection", "detr"],
     }
-    assert "203: a\\|b, naïve: yes, ---" in text and "and 103 more" in text and "## Figures" not in text
+    assert "204: a\\|b, naïve: yes, ---, two\\nlines, 0" in text and "and 104 more" in text and "## Figures" not in text
+    unknown = {"AP": {"low": None, "high": None}}  # as json has NaN
+    assert "| AP | 0.500 |  |" in model_card(header, evaluation={"AP": 0.5, "intervals": {"figures": unknown}})
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,8 @@ from huggingface_hub.errors import (
 from paqdetr.checkpoint import read_header
 from paqdetr.errors import CheckpointError, ConfigError
 from paqdetr.files import write_whole
+from paqdetr.serialize import plain
+from paqdetr.text import printable
 
 if TYPE_CHECKING:
     from paqdetr.models.detector import Detector
@@ -99,8 +101,9 @@ def model_card(
             the metrics of the checkpoint, on its training's validation data, if None.
         repo: where it lies.
     """
-    figures = evaluation or header.get("metrics") or {}
+    figures = plain(evaluation or header.get("metrics") or {})  # None for NaN, which the Hub does not take
     intervals = (figures.get("intervals") or {}).get("figures") or {}
+    intervals = {key: own for key, own in intervals.items() if None not in (own["low"], own["high"])}
     rows = [
         (key, figures[key], intervals.get(key)) for key in ("AP", "AP50", "AP75") if isinstance(figures.get(key), float)
     ]
@@ -126,7 +129,7 @@ def model_card(
         model_name=name if results else None,
         eval_results=results or None,
     )
-    classes = [str(row["name"]).replace("|", "\\|") for row in header["classes"]]
+    classes = [printable(str(row["name"])).replace("|", "\\|") for row in header["classes"]]
     shown = ", ".join(classes[:100]) + (f" and {len(classes) - 100} more" if len(classes) > 100 else "")
     table = ["| figure | value | 95 % interval |", "|---|---|---|"]
     table += [f"| {k} | {v:.3f} | {'' if not i else '{low:.3f} to {high:.3f}'.format(**i)} |" for k, v, i in rows]
