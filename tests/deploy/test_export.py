@@ -79,7 +79,7 @@ def test_baked_weights_compute_the_same() -> None:
         ({"threshold": 1.5}, "threshold: expected a number from 0 to 1"),
         ({"output": "model.pb"}, r"model\.pb: ends as files of no format do \(.*\.xml \(openvino\)"),
         ({"output": "model.pb", "format": "onnx"}, r"ends in \.onnx"),
-        ({"model": 3}, "model: expected a Detector, a checkpoint or a run's folder, found 3"),
+        ({"model": 3}, "model: expected a Detector, a checkpoint or a run's folder, found int"),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused_at_once(

@@ -193,6 +193,7 @@ def _on_ray(
 
 
 def _require_all_read(failures: int, remedy: str) -> None:
+    """Raise DataError if some pictures could not be read."""
     if failures:
         raise DataError(f"{failures} images could not be read; the others are done", remedy)
 

@@ -37,7 +37,6 @@ from paqdetr.outputs import made_by, require_replaceable, write_json, write_outp
 from paqdetr.runtime import ExportInfo
 from paqdetr.runtime.engines import is_sealed
 from paqdetr.runtime.info import FILE_ENTRY, OUTPUTS, Attention, Format, Precision, require_choices
-from paqdetr.text import shorten
 from paqdetr.values import is_whole, require_nms, require_threshold
 
 ENDINGS: dict[Format, str] = {"onnx": ".onnx", "openvino": ".xml", "pt2": ".pt2", "torchscript": ".torchscript"}
@@ -140,7 +139,7 @@ def export(
     if not isinstance(model, Detector):
         if not isinstance(model, (str, os.PathLike)):
             raise ConfigError(
-                f"model: expected a Detector, a checkpoint or a run's folder, found {shorten(model)}",
+                f"model: expected a Detector, a checkpoint or a run's folder, found {type(model).__name__}",
                 "an exported model cannot be exported again: give what it was made from",
             )
         checkpoint = find_checkpoint(model)

@@ -357,7 +357,7 @@ class DetectionServer:
         finally:
             answer.cancel()
             gone.cancel()
-        if not answer.done() or answer.cancelled():
+        if answer.cancelled():
             raise ClientDisconnect
         try:
             return answer.result()
