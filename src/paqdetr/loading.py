@@ -103,8 +103,9 @@ def open_any_exported(path: str | Path, *, threads: int | None = None) -> Predic
     try:
         if path.suffix.lower() == ".pt2":
             program = torch.export.load(path, extra_files=found)
-            module, shape = program.module(), program.example_inputs[0][0].shape  # type: ignore[index]
-            batch = None if program.range_constraints else int(shape[0])
+            module, name = program.module(), next(iter(program.graph_signature.user_inputs))
+            size = next(node.meta["val"].shape[0] for node in program.graph.nodes if node.name == name)
+            batch = size if isinstance(size, int) else None  # a symbol stands for any number
         else:
             module, batch = torch.jit.load(str(path), _extra_files=found), None
     except Exception as error:  # of any class, where a file is damaged

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 from xml.etree.ElementTree import tostring
@@ -463,15 +463,18 @@ class ClassTable:
         ordered = sorted(categories, key=lambda category: category["id"])
         return cls(tuple(int(c["id"]) for c in ordered), tuple(str(c["name"]) for c in ordered))
 
-    def find(self, wanted: Collection[int | str]) -> list[int]:
+    def find(self, wanted: Collection[int | str] | int) -> list[int]:
         """Ids of classes given by id or name.
 
         Raises:
-            ConfigError: a class that is not in the table.
+            ConfigError: a class that is not in the table, or no class at all.
         """
+        given = list(wanted) if isinstance(wanted, Iterable) and not isinstance(wanted, str) else [wanted]
+        if not given:
+            raise ConfigError("classes: names none", "leave it out for all classes")
         names: dict[str, int] = {name: i for i, name in zip(reversed(self.ids), reversed(self.names), strict=True)}
         found = []
-        for one in [wanted] if isinstance(wanted, str) else wanted:
+        for one in given:
             category = names.get(one) if isinstance(one, str) else one if one in self.ids else None
             if category is None:
                 raise ConfigError(

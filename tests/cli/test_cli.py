@@ -218,7 +218,7 @@ def test_predict_leaves_out_what_does_not_decode(
     assert run([*arguments, "--threshold", "0"]) == 2
     said = capsys.readouterr()
     assert "400 objects over 0.0 in 2 images" in said.out
-    assert "left out:" in said.err and "bad.jpg" in said.err
+    assert "left out:" in said.err and "bad.jpg" in said.err and "Convert it to JPEG or PNG" in said.err
     assert "error: 1 images could not be read; the others are done" in said.err
     with Image.open(tmp_path / "out" / "turned.jpg") as drawn:
         assert drawn.size == (64, 96)

@@ -51,6 +51,7 @@ MISTAKES = {
     "predict {run} {image} --output {data}": "the folder holds other files",
     "predict {run} {image} --output new --save drow": "found 'drow'",
     "predict {run} {image} --output new --classes fuor": "the model has no class 'fuor'",
+    "predict {run} {image} --output new --classes ,": "--classes: names none",
     "analyze missing.safetensors --data {data} --output new": "missing.safetensors: no such file",
     "analyze {run} --against missing --data {data} --output new": "missing: no such file",
     "analyze {run} --data {data} --split tset --output new": "has no split 'tset'",

@@ -63,24 +63,31 @@ def test_baked_weights_compute_the_same() -> None:
         ({"precision": "int8"}, "images to calibrate on"),
         ({"precision": "f16", "format": "pt2"}, "does not go with the format pt2"),
         ({"batch": 0}, "batch: expected 1 to 1024"),
+        ({"batch": True}, "batch: expected 1 to 1024"),
         ({"batch": 4, "precision": "int8", "calibrate": "digits"}, "int8 does not go with batch 4"),
         ({"batch": 4, "format": "torchscript"}, "batch does not go with the format torchscript"),
         ({"slow": True, "precision": "int8", "calibrate": "digits"}, "openvino alone, found int8 in onnx"),
         ({"slow": True, "format": "openvino"}, "openvino alone, found f32 in openvino"),
         ({"image_size": (100, 64)}, "multiples of 32"),
         ({"image_size": (0, 64)}, "multiples of 32"),
+        ({"image_size": 100}, "multiples of 32"),
+        ({"image_size": (320,)}, "image_size: expected"),
+        ({"image_size": 320.0}, "image_size: expected"),
+        ({"image_size": "320"}, "image_size: expected"),
         ({"max_drop": 2.0}, "max_drop"),
         ({"nms": True}, "nms: expected an IoU from 0 to 1, found True"),
         ({"threshold": 1.5}, "threshold: expected a number from 0 to 1"),
-        ({"output": "model.pb"}, r"ends in \.onnx"),
+        ({"output": "model.pb"}, r"model\.pb: ends as files of no format do \(.*\.xml \(openvino\)"),
+        ({"output": "model.pb", "format": "onnx"}, r"ends in \.onnx"),
+        ({"model": 3}, "model: expected a Detector, a checkpoint or a run's folder, found int"),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused_at_once(
     arguments: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
-    arguments = {"output": tmp_path / "m.onnx", **arguments}
+    arguments = {"model": tiny(), "output": tmp_path / "m.onnx", **arguments}
     with pytest.raises(ConfigError, match=reason):
-        export(tiny(), **arguments)
+        export(**arguments)
     assert not list(tmp_path.iterdir())
 
 
@@ -101,6 +108,7 @@ def test_the_size_is_the_square_of_the_checkpoint(image_size: Any, expected: tup
     size = fixed_size(model, None)
     assert (size.height, size.width) == expected
     assert fixed_size(model, (64, 128)).target_size(1, 1) == (64, 128)
+    assert fixed_size(model, 64) == fixed_size(model, (64, 64))
 
 
 @pytest.mark.integration
@@ -136,6 +144,8 @@ def test_selection_of_distinct_queries_is_in_the_graph(tmp_path: Path) -> None:
         np.testing.assert_allclose(one.scores, own.scores, atol=1e-4)
         np.testing.assert_allclose(three.scores, one.scores, atol=1e-5)
         np.testing.assert_allclose(three.boxes, one.boxes, atol=1e-2)
+    of_three = opened(export(model, tmp_path / "ddq.pt2", batch=3).file)  # its check predicts single pictures
+    assert of_three.engine.batch == 3 and len(of_three.predict(pictures[0], threshold=0.01)[0]) == len(found[0][0])
     script = export(model, tmp_path / "ddq.torchscript", format="torchscript").file
     # In a process that has not imported torchvision, whose operator the graph has.
     subprocess.run([sys.executable, "-c", f"import paqdetr; paqdetr.load({str(script)!r})"], check=True)

@@ -53,6 +53,7 @@ def uploads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
         return f"https://hub/{repo_id}/commit/1"
 
     monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(HfApi, "repo_info", lambda self, repo: SimpleNamespace(private=repo != "me/public"))
     monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
     return calls
 
@@ -109,19 +110,32 @@ def test_push_uploads_weights_card_export_and_preview(
 
     uploads.clear()
     paqdetr.load(tiny_run.output).push_to_hub("me/digits", private=True)
-    assert uploads[0] == ("create", ("me/digits", True)) and "config.json" in uploads[1][1]
+    assert uploads[0] == ("create", ("me/digits", True)) and "config.json" in uploads[-1][1]
+
+
+def test_nothing_private_goes_into_a_public_repository(
+    tiny_run: Run, uploads: list[tuple[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The Hub makes none private that is there already, and says nothing."""
+    assert run(["hub", "push", str(tiny_run.output), "me/public", "--private"]) == 2
+    assert "me/public: is there already, and is public" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="is public"):
+        paqdetr.load(tiny_run.output).push_to_hub("me/public", private=True)
+    assert {kind for kind, _ in uploads} == {"create"}
 
 
 def test_a_card_of_a_model_without_figures_and_with_odd_names() -> None:
-    names = ["a|b", "naïve: yes", "---", *map(str, range(200))]
+    names = ["a|b", "naïve: yes", "---", "two\nlines", *map(str, range(200))]
     header = {"name": "dino_nano", "classes": [{"id": i, "name": name} for i, name in enumerate(names)]}
-    text = model_card(header)
+    text = model_card({**header, "metrics": {"AP": float("nan")}})
     assert yaml.safe_load(text.split("\n---\n")[0]) == {
         "library_name": "paqdetr",
         "pipeline_tag": "object-detection",
         "tags": ["object-detection", "detr"],
     }
-    assert "203: a\\|b, naïve: yes, ---" in text and "and 103 more" in text and "## Figures" not in text
+    assert "204: a\\|b, naïve: yes, ---, two\\nlines, 0" in text and "and 104 more" in text and "## Figures" not in text
+    unknown = {"AP": {"low": None, "high": None}}  # as json has NaN
+    assert "| AP | 0.500 |  |" in model_card(header, evaluation={"AP": 0.5, "intervals": {"figures": unknown}})
 
 
 @pytest.mark.parametrize(

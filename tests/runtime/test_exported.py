@@ -125,10 +125,12 @@ def test_arguments_choose_among_detections(exported: Path) -> None:
     white = Image.new("RGB", (40, 20), "white")
     [whole] = model.predict(white)
     assert whole.labels.tolist() == [70, 3]
-    for wanted in ([3], ["sitting duck"], {3, "sitting duck"}):
+    for wanted in ([3], 3, np.int64(3), ["sitting duck"], "sitting duck", {3, "sitting duck"}):
         assert model.predict(white, classes=wanted)[0].labels.tolist() == [3]
     with pytest.raises(ConfigError, match="no class 'siting duck'"):
         model.predict(white, classes=["siting duck"])
+    with pytest.raises(ConfigError, match="classes: names none"):
+        model.predict(white, classes=[])
     with pytest.raises(ConfigError, match="batch_size"):
         model.predict(white, batch_size=0)
 

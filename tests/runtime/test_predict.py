@@ -122,14 +122,15 @@ def test_a_bad_picture_among_good_ones(patches: Patches, pictures: Path, tmp_pat
     (pictures / "c.png").write_bytes((pictures / "a.png").read_bytes()[:150])
     done = predict_sources(patches, [pictures], output=tmp_path / "out", batch_size=4)
     assert files(done.output) == ["a.jpg", "b.jpg", "predictions.json"]
-    assert "not an image in a known format" in done.unreadable[pictures / "aa.png"]
-    assert "does not decode" in done.unreadable[pictures / "c.png"] and len(done.unreadable) == 2
+    assert "not an image in a known format" in done.unreadable[pictures / "aa.png"].message
+    assert "does not decode" in done.unreadable[pictures / "c.png"].message and len(done.unreadable) == 2
     assert patches.calls == [(2, 4)]
 
 
 def test_no_picture_can_be_read(patches: Patches, tmp_path: Path) -> None:
     (tmp_path / "x.png").write_text("no image")
-    with pytest.raises(DataError, match=r"none of 1 images could be read; the first: .*x\.png"):
+    said = r"none of 1 images could be read; the first: .*x\.png.*Convert it to JPEG or PNG"
+    with pytest.raises(DataError, match=said):
         predict_sources(patches, [tmp_path / "x.png"], output=tmp_path / "out", save=EVERYTHING)
     assert not (tmp_path / "out").exists()
 
@@ -226,6 +227,10 @@ def test_results_take_the_image_ids_of_annotations(patches: Patches, pictures: P
     with pytest.raises(DataError, match=r"gt\.json: none of its 4 images is called d\.png"):
         predict_sources(patches, [pictures], output=tmp_path / "new", image_id=image_id)
     assert not (tmp_path / "new").exists()
+    (pictures / "more").mkdir()
+    (pictures / "d.png").rename(pictures / "more" / "a.png")
+    with pytest.raises(DataError, match=r"/a\.png and .*/more/a\.png would both be its image 11"):
+        predict_sources(patches, [pictures], output=tmp_path / "new", recursive=True, image_id=image_id)
 
 
 def test_pictures_in_the_output_folder_are_not_drawn_over(patches: Patches, pictures: Path, tmp_path: Path) -> None:

@@ -55,13 +55,12 @@ def test_a_full_queue_refuses_and_a_closed_one_finishes_what_waits() -> None:
     futures = [batcher.submit(image(1), "a") for _ in range(2)]
     with pytest.raises(QueueFull):
         batcher.submit(image(1), "a")
-    batcher.close()
+    assert not batcher.close(0.01)
     with pytest.raises(Closed):
         batcher.submit(image(1), "a")
     event.set()
     assert [len(f.result(30)) for f in (running, *futures)] == [1, 1, 1]
-    batcher._thread.join(30)
-    assert not batcher.alive and not batcher._thread.is_alive()
+    assert batcher.close(30) and not batcher.alive
 
 
 def test_what_nobody_waits_for_any_more_takes_no_place() -> None:

@@ -33,11 +33,14 @@ def pictures(folder: Path, count: int, side: int = 24) -> list[Path]:
     return paths
 
 
-def test_pictures_of_folders_lists_and_parquet(tmp_path: Path) -> None:
+def test_pictures_of_folders_lists_and_parquet(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     paths = [str(path) for path in pictures(tmp_path / "a" / "b", 3)]
     (tmp_path / "a" / "._000.png").write_bytes(b"x")
-    (tmp_path / "a" / "note.txt").write_text("x")
+    for name in ("note.txt", "table.parquet", ".hidden.png", "film.mp4"):
+        (tmp_path / "a" / name).write_text("x")
+    pictures(tmp_path / "a" / ".thumbnails", 1)
     assert list_images_of(str(tmp_path / "a")) == paths
+    assert caplog.messages == [f"{tmp_path}/a: videos are left out: 1, such as {tmp_path}/a/film.mp4"]
     text = tmp_path / "list.txt"
     text.write_text("a/b/000.png\r\n\n" + paths[0] + "\ns3://bucket/x.jpg\n" + paths[2], encoding="utf-8-sig")
     wanted = [paths[0], "s3://bucket/x.jpg", paths[2]]  # each once
@@ -86,7 +89,9 @@ def test_lists_of_no_use(tmp_path: Path, name: str, content: bytes | None, said:
     assert list_images_of(str(tmp_path / "other.parquet")) == ["/a.png"]
 
 
-def test_a_shard_holds_what_eval_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_shard_holds_what_eval_reads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     model, paths = open_exported(write_tiny_onnx(tmp_path / "m.onnx")), pictures(tmp_path / "images", 3)
     found = model.predict(paths)
     rows = [(str(p), Image.open(p), f) for p, f in zip(paths, found, strict=True)]
@@ -102,6 +107,7 @@ def test_a_shard_holds_what_eval_reads(tmp_path: Path, capsys: pytest.CaptureFix
         detections.file_name, detections.image_id = None, str(path)
         wanted += detections.to_coco()
     assert read_results(tmp_path / "shards") == wanted
+    assert "1 of 4 images could not be read and count as images without detections" in caplog.text
     table = parquet.read_table(tmp_path / "shards" / "part-000000.parquet")
     assert table["width"].to_pylist() == [32, 32, None] and table["error"].to_pylist() == [None, None, "no such file"]
 
@@ -174,8 +180,8 @@ def test_two_workers_of_which_one_is_killed(tmp_path: Path, kill_children: Calla
     thread.start()
     out, err = process.communicate(timeout=300)
     thread.join()
-    assert process.returncode == 0, err
-    assert killed and "1 images could not be read" in out and "in 121 images" in out, (killed, out, err)
+    assert process.returncode == 2, err
+    assert killed and "1 images could not be read" in err and "in 121 images" in out, (killed, out, err)
 
     def check() -> None:
         shards = sorted(output.glob("part-*.parquet"))
@@ -192,7 +198,7 @@ def test_two_workers_of_which_one_is_killed(tmp_path: Path, kill_children: Calla
     (output / "part-000003.parquet").unlink()
     before = {path: path.stat().st_mtime_ns for path in output.glob("part-*.parquet")}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0 and "20 shards were there" in done.stdout, done.stderr
+    assert done.returncode == 2 and "20 shards were there" in done.stdout, done.stderr
     assert {path: path.stat().st_mtime_ns for path in before} == before
     check()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import struct
@@ -19,7 +20,7 @@ from stub import Stub, picture
 
 from paqdetr.cli import run
 from paqdetr.errors import ConfigError
-from paqdetr.serving.server import DetectionServer, Limits
+from paqdetr.serving.server import DetectionServer, Limits, Options
 
 
 @pytest.fixture
@@ -38,9 +39,10 @@ def test_the_image_comes_as_body_form_or_base64(client: Callable[..., TestClient
     answers = [
         calls.post("/v1/detect?threshold=0.3", content=content),
         calls.post("/v1/detect?threshold=0.3", content=content, headers={"content-type": "image/png"}),
-        calls.post("/v1/detect?threshold=0.3", files={"file": ("a.png", content)}, data={"note": "x"}),
+        calls.post("/v1/detect?threshold=0.3", files={"file": ("a.png", content)}),
         calls.post("/v1/detect?threshold=0.3", json={"image": text}),
         calls.post("/v1/detect?threshold=0.3", json={"image": f"data:image/png;base64,{text}"}),
+        calls.post("/v1/detect?threshold=0.3", json={"image": base64.encodebytes(content).decode()}),  # in lines
     ]
     wanted = {
         "model": "stub",
@@ -55,7 +57,7 @@ def test_the_image_comes_as_body_form_or_base64(client: Callable[..., TestClient
         assert answer.status_code == 200, answer.text
         content = answer.json()
         assert content.pop("ms") >= 0 and content == wanted
-    assert [how for _, how in stub.calls] == [{"batch_size": 8, "threshold": 0.3}] * 5
+    assert [how for _, how in stub.calls] == [{"batch_size": 8, "threshold": 0.3}] * 6
 
 
 def test_parameters_reach_the_model_or_filter_its_answer(client: Callable[..., TestClient]) -> None:
@@ -104,7 +106,7 @@ def test_the_charset_of_a_form_is_not_the_callers_to_choose(
     parts = [b'--a;charset=b\r\nContent-Disposition: form-data; name="note"\r\n\r\n' + "ä".encode() * 50_000]
     parts += [b'--a;charset=b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n' + picture(1)]
     answer = client().post("/v1/detect", content=b"\r\n".join([*parts, b"--a;charset=b--\r\n"]), headers=head)
-    assert answer.status_code == 200, answer.text
+    assert answer.status_code == 400 and "has 'note' beside 'file'" in answer.json()["error"]
 
 
 def bomb(width: int, height: int) -> bytes:
@@ -131,8 +133,9 @@ def bomb(width: int, height: int) -> bytes:
         ("", b"{}", {"content-type": "application/json"}, 400, "no text called 'image'"),
         ("", b'{"image": "@@"}', {"content-type": "application/json"}, 400, "no base64"),
         ("", b"[" * 100_000, {"content-type": "application/json"}, 400, "more than one text"),
+        ("", b'{"image": "", "nms": 1}', {"content-type": "application/json"}, 400, "has 'nms' beside 'image'"),
         ("", b"\xff{", {"content-type": "application/json"}, 400, "no valid json"),
-        ("", b"x", {"content-type": "multipart/form-data"}, 400, "form cannot be read"),
+        ("", b"x", {"content-type": "multipart/form-data"}, 400, "its Content-Type has no boundary"),
         ("", b"--b--\r\n", {"content-type": "multipart/form-data; boundary=b"}, 400, "no file called 'file'"),
         ("?threshold=nan", picture(1), {}, 400, "threshold: expected a number from 0 to 1, found 'nan'"),
         ("?nms=2", picture(1), {}, 400, "nms: expected an IoU from 0 to 1, or none, found '2'"),
@@ -149,7 +152,7 @@ def test_what_cannot_be_answered_is_said_in_a_line(
 ) -> None:
     answer = client(limits=Limits(max_mb=1)).post(f"/v1/detect{query}", content=content, headers=headers)
     assert answer.status_code == status, answer.text
-    assert said in answer.json()["error"] and answer.json()["help"]
+    assert said in answer.json()["error"] and answer.json()["help"] and "the file again" not in answer.json()["help"]
     if said in ("not an image", "does not decode"):
         assert answer.json()["help"] == "Send a JPEG or PNG."
 
@@ -202,6 +205,25 @@ def test_requests_that_were_given_up_leave_room_for_others(client: Callable[...,
     assert [calls.post("/v1/detect", content=picture(1)).status_code for _ in range(4)] == [504] * 4
     assert calls.get("/readyz").status_code == 200
     goes_on.set()
+
+
+def test_the_image_of_a_caller_who_has_gone_is_not_looked_at() -> None:
+    goes_on, stub = threading.Event(), Stub()
+    stub.goes_on = goes_on
+    server = DetectionServer(stub, limits=Limits(max_batch=1, max_wait_ms=0))
+    first = server.batcher.submit(Image.new("RGB", (9, 9)), Options())
+    scope = {"type": "http", "method": "POST", "path": "/v1/detect", "query_string": b"", "headers": []}
+    messages: list[Any] = [{"type": "http.request", "body": picture(1)}, {"type": "http.disconnect"}]
+
+    async def receive() -> Any:
+        return messages.pop(0)
+
+    async def send(message: Any) -> None:
+        pass
+
+    asyncio.run(asyncio.wait_for(server.app(scope, receive, send), 30))
+    goes_on.set()
+    assert first.result(30) is not None and server.batcher.close(30) and len(stub.calls) == 1
 
 
 def test_images_in_tiles_go_one_by_one(client: Callable[..., TestClient]) -> None:
@@ -280,3 +302,14 @@ def test_mistakes_end_before_anything_is_served(
 ) -> None:
     assert run(["serve", *arguments, "--port", "0"]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("idle", [True, False])
+def test_python_does_not_end_below_a_model_that_computes(idle: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """onnxruntime aborts the process then, which ends with 134."""
+    ended: list[int] = []
+    monkeypatch.setattr("paqdetr.cli.serve.open_model", lambda *_: Stub())
+    monkeypatch.setattr("paqdetr.serving.server.serve", lambda *_, **__: idle)
+    monkeypatch.setattr("os._exit", ended.append)
+    assert run(["serve", "m.onnx", "--port", "0"]) == 0
+    assert ended == [0] * (not idle)

@@ -89,6 +89,8 @@ def predict(
         )
     suppress_over, cut = options.nms_of(nms), options.tiles_of(tiles, overlap, with_whole)
     wanted = None if classes is None else parse_names(classes)
+    if wanted == []:
+        raise ConfigError("--classes: names none", "leave it out for all classes")
     if ray is not None:
         others = {"--save": save != "draw,coco", "--every": every > 1, "--max-frames": max_frames, "--buffer": buffer}
         others |= {"--annotations": annotations, "--overwrite": overwrite}
@@ -150,12 +152,11 @@ def predict(
                 folder.rmdir()  # where nothing was written
     shown = round(point.least_score(), 2) if threshold is None else threshold
     results.print(f"{done.objects} objects over {shown} in {done.images} images: {done.output}")
-    for reason in done.unreadable.values():
-        note(reason, "left out")
-    if done.unreadable:
-        raise DataError(
-            f"{len(done.unreadable)} images could not be read; the others are done", "replace or remove them"
-        )
+    remedy = ""
+    for error in done.unreadable.values():
+        note(error.message if error.remedy == remedy else str(error), "left out")
+        remedy = error.remedy
+    _require_all_read(len(done.unreadable), "correct them, or leave them out")
 
 
 def _on_ray(
@@ -188,8 +189,13 @@ def _on_ray(
     results.print(f"{done.objects} objects in {done.images} images: {done.output}{skipped}", soft_wrap=True)
     for reason in list(done.unreadable.values())[:10]:
         note(reason, "left out")
-    if done.failures:
-        results.print(f"{done.failures} images could not be read: the column `error` says why", soft_wrap=True)
+    _require_all_read(done.failures, "the column `error` says why; remove their shards to have them read again")
+
+
+def _require_all_read(failures: int, remedy: str) -> None:
+    """Raise DataError if some pictures could not be read."""
+    if failures:
+        raise DataError(f"{failures} images could not be read; the others are done", remedy)
 
 
 def _image_ids(annotations: Path) -> Callable[[Source], int | str]:
@@ -197,6 +203,7 @@ def _image_ids(annotations: Path) -> Callable[[Source], int | str]:
     from paqdetr.metrics.coco import CocoRecords
 
     records = CocoRecords.open(annotations, "bbox")
+    taken: dict[int, Source] = {}
 
     def image_id(source: Source) -> int | str:
         names = (source.shown, source.name, source.name.rsplit("/", 1)[-1])
@@ -205,6 +212,12 @@ def _image_ids(annotations: Path) -> Callable[[Source], int | str]:
             raise DataError(
                 f"{annotations}: none of its {len(records.image_ids)} images is called {names[-1]}",
                 "give the json of these images, or leave --annotations out",
+            )
+        other = taken.setdefault(own, source)
+        if other.address != source.address:
+            raise DataError(
+                f"{annotations}: {other.shown} and {source.shown} would both be its image {records.image_ids[own - 1]}",
+                "give the images of this json alone, or leave --annotations out",
             )
         return records.image_ids[own - 1]
 

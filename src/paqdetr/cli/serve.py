@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from paqdetr.cli import options
-from paqdetr.cli.console import note, open_model, results
+from paqdetr.cli.console import finish_streams, note, open_model, results
 from paqdetr.errors import BackendError, ConfigError
 
 limit_option = options.under("Limits")
@@ -57,8 +57,11 @@ def serve(
             if not keys and host not in ("127.0.0.1", "localhost", "::1"):
                 note("anybody who reaches this address can use it; see --api-key-env")
 
-        run(server, listener, on_start=announce)
+        idle = run(server, listener, on_start=announce)
     results.print("stopped")
+    if not idle:
+        finish_streams()
+        os._exit(0)  # Python's own end would be an abort inside the model's engine
 
 
 def _keys(variable: str | None) -> list[str]:

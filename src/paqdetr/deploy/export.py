@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
 import shutil
 import tempfile
@@ -36,7 +37,7 @@ from paqdetr.outputs import made_by, require_replaceable, write_json, write_outp
 from paqdetr.runtime import ExportInfo
 from paqdetr.runtime.engines import is_sealed
 from paqdetr.runtime.info import FILE_ENTRY, OUTPUTS, Attention, Format, Precision, require_choices
-from paqdetr.values import require_nms, require_threshold
+from paqdetr.values import is_whole, require_nms, require_threshold
 
 ENDINGS: dict[Format, str] = {"onnx": ".onnx", "openvino": ".xml", "pt2": ".pt2", "torchscript": ".torchscript"}
 _NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
@@ -81,7 +82,7 @@ def export(
     output: str | Path | None = None,
     *,
     format: Format | None = None,
-    image_size: tuple[int, int] | None = None,
+    image_size: tuple[int, int] | int | None = None,
     batch: int | None = None,
     precision: Precision = "f32",
     calibrate: str | Path | None = None,
@@ -104,7 +105,8 @@ def export(
         output: the file; beside the checkpoint if not given.
         format: "onnx" (opset 18), "openvino" (.xml and .bin), "pt2" (torch.export) or "torchscript" (deprecated in torch); None:
             the one whose files end as `output` does, else "onnx".
-        image_size: (height, width) in pixels that images are stretched to; by default the checkpoint's size, as a square.
+        image_size: (height, width) in pixels that images are stretched to, or the side of a square; by default the checkpoint's
+            size, as a square.
         batch: images of a call, always as many; None: any number, as int8 and TorchScript take.
         precision: of the weights. "f16" halves the file, computation stays in float32. "int8" computes backbone and encoder in
             8 bits, and needs `calibrate`.
@@ -135,6 +137,11 @@ def export(
         require_threshold(threshold)
     source, detector = "", model
     if not isinstance(model, Detector):
+        if not isinstance(model, (str, os.PathLike)):
+            raise ConfigError(
+                f"model: expected a Detector, a checkpoint or a run's folder, found {type(model).__name__}",
+                "an exported model cannot be exported again: give what it was made from",
+            )
         checkpoint = find_checkpoint(model)
         output = output or checkpoint.with_suffix(ENDINGS[format])
         detector = load_detector(checkpoint)
@@ -204,17 +211,18 @@ def export(
 
 
 def _format_of(output: str | Path | None) -> Format:
-    ending = "" if output is None else Path(output).suffix.lower()
+    ending = ENDINGS["onnx"] if output is None else Path(output).suffix.lower()
     for known, own in ENDINGS.items():
         if own == ending:
             return known
-    return "onnx"
+    endings = ", ".join(f"{own} ({known})" for known, own in ENDINGS.items())
+    raise ConfigError(f"{output}: ends as files of no format do", f"end it in one of {endings}")
 
 
 def _require_arguments(
     format: str, precision: str, batch: int | None, *, raw: bool, calibrate: object, max_drop: float, slow: bool
 ) -> None:
-    if batch is not None and not 1 <= batch <= MAX_BATCH:
+    if batch is not None and not (is_whole(batch) and 1 <= batch <= MAX_BATCH):
         raise ConfigError(f"batch: expected 1 to {MAX_BATCH} images, found {batch}", "leave it out for any number")
     if batch is not None and format == "torchscript":
         raise ConfigError("batch does not go with the format torchscript, which takes any number", "leave batch out")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from paqdetr.models.proposals import ProposalStart
 from paqdetr.runtime import ExportInfo, FixedSize
 from paqdetr.runtime.engines import seal
 from paqdetr.runtime.info import KEY
+from paqdetr.values import is_whole
 
 MAX_BATCH = 1024
 
@@ -73,19 +75,26 @@ class DeployedDetector(nn.Module):
         return torch.randint(256, (batch, size.height, size.width, 3), dtype=torch.uint8)
 
 
-def fixed_size(model: Detector, image_size: tuple[int, int] | None) -> FixedSize:
-    """The one size of an exported graph: (height, width), or the square that the checkpoint's own setting means.
+def fixed_size(model: Detector, image_size: tuple[int, int] | int | None) -> FixedSize:
+    """The one size of an exported graph: (height, width), the side of a square, or the square that the checkpoint's own setting
+    means.
 
     Raises:
-        ConfigError: sides that the model would have to pad.
+        ConfigError: no whole sides, or such that the model would have to pad.
     """
     own = model.preprocessing
     step = max(own.size_divisor, own.pad_divisor)
     if image_size is None:
         side = own.image_size if isinstance(own.image_size, int) else own.image_size[0]
         image_size = (side := -(-side // step) * step, side)
-    height, width = image_size
-    for side in image_size:
+    sides = image_size if isinstance(image_size, Sequence) else (image_size, image_size)
+    if len(sides) != 2 or not all(map(is_whole, sides)):
+        raise ConfigError(
+            f"image_size: expected (height, width) or one side in whole pixels, found {image_size!r}",
+            "write image_size=(480, 640), height first",
+        )
+    height, width = map(int, sides)
+    for side in (height, width):
         if not step <= side <= 2**14 or side % step:
             nearest = max(round(min(side, 2**14) / step), 1) * step
             raise ConfigError(

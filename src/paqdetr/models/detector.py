@@ -302,10 +302,11 @@ class Detector(PredictMixin, Summary, nn.Module):
 
         Raises:
             BackendError: huggingface_hub is not installed.
-            ConfigError: nobody is logged in, or may write there.
+            ConfigError: nobody is logged in, or may write there; or it is to be private and is public.
         """
         hub = import_extra("paqdetr.models.hub", "hub")
         with hub.hub_errors(repo):
+            hub.make_repository(repo, private=how.get("private"), token=how.get("token"))
             return hub.SharedDetector(self).push_to_hub(repo, **how)
 
     @classmethod

@@ -26,6 +26,8 @@ from huggingface_hub.errors import (
 from paqdetr.checkpoint import read_header
 from paqdetr.errors import CheckpointError, ConfigError
 from paqdetr.files import write_whole
+from paqdetr.serialize import plain
+from paqdetr.text import printable
 
 if TYPE_CHECKING:
     from paqdetr.models.detector import Detector
@@ -99,8 +101,9 @@ def model_card(
             the metrics of the checkpoint, on its training's validation data, if None.
         repo: where it lies.
     """
-    figures = evaluation or header.get("metrics") or {}
+    figures = plain(evaluation or header.get("metrics") or {})  # None for NaN, which the Hub does not take
     intervals = (figures.get("intervals") or {}).get("figures") or {}
+    intervals = {key: own for key, own in intervals.items() if None not in (own["low"], own["high"])}
     rows = [
         (key, figures[key], intervals.get(key)) for key in ("AP", "AP50", "AP75") if isinstance(figures.get(key), float)
     ]
@@ -126,7 +129,7 @@ def model_card(
         model_name=name if results else None,
         eval_results=results or None,
     )
-    classes = [str(row["name"]).replace("|", "\\|") for row in header["classes"]]
+    classes = [printable(str(row["name"])).replace("|", "\\|") for row in header["classes"]]
     shown = ", ".join(classes[:100]) + (f" and {len(classes) - 100} more" if len(classes) > 100 else "")
     table = ["| figure | value | 95 % interval |", "|---|---|---|"]
     table += [f"| {k} | {v:.3f} | {'' if not i else '{low:.3f} to {high:.3f}'.format(**i)} |" for k, v, i in rows]
@@ -187,12 +190,27 @@ def push(folder: Path, repo: str, *, private: bool = False) -> str:
 
     Raises:
         CheckpointError: the Hub refuses it, or cannot be reached.
-        ConfigError: nobody is logged in.
+        ConfigError: nobody is logged in, or it is to be private and is public.
     """
     with hub_errors(repo):
+        make_repository(repo, private=private)
         api = HfApi(library_name="paqdetr")
-        api.create_repo(repo, private=private, exist_ok=True)
         return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload a detector of paqdetr"))
+
+
+def make_repository(repo: str, *, private: bool | None = None, token: str | bool | None = None) -> None:
+    """Make a repository unless it is there, which the Hub leaves as public as it is.
+
+    Raises:
+        ConfigError: it is to be private and is public.
+    """
+    api = HfApi(library_name="paqdetr", token=token)
+    made = api.create_repo(repo, private=private, exist_ok=True).repo_id
+    if private and not api.repo_info(made).private:
+        raise ConfigError(
+            f"{repo}: is there already, and is public: nothing was uploaded",
+            "make it private in its settings on the Hub, choose another name, or do not ask for a private one",
+        )
 
 
 @contextmanager

@@ -36,13 +36,13 @@ class Predictions:
         output: the folder.
         images: pictures and frames that were looked at.
         objects: detections in them.
-        unreadable: sources that could not be read, with the reason.
+        unreadable: sources that could not be read, with the error.
     """
 
     output: Path
     images: int
     objects: int
-    unreadable: dict[Path | str, str]
+    unreadable: dict[Path | str, DataError]
 
 
 def stream(
@@ -139,10 +139,10 @@ def predict_sources(
     """
     require_forms(save)
     output = Path(output)
-    unreadable: dict[Path | str, str] = {}
+    unreadable: dict[Path | str, DataError] = {}
 
     def left_out(source: Source, error: DataError) -> None:
-        unreadable[source.address if isinstance(source.address, Path) else source.shown] = error.message
+        unreadable[source.address if isinstance(source.address, Path) else source.shown] = error
 
     growing = "-" in map(str, sources)  # a list that is worked through while it is written
     on_problem = left_out if growing else refuse
@@ -169,8 +169,8 @@ def predict_sources(
     if not images:
         if not unreadable:
             raise DataError("standard input: names no pictures", "write one path a line")
-        path, reason = next(iter(unreadable.items()))
-        raise DataError(f"none of {len(unreadable)} images could be read; the first: {reason}", f"look at {path}")
+        first = next(iter(unreadable.values()))
+        raise DataError(f"none of {len(unreadable)} images could be read; the first: {first.message}", first.remedy)
     return Predictions(output, images, objects, unreadable)
 
 

@@ -51,7 +51,7 @@ class PredictMixin:
         batch_size: int = 1,
         *,
         nms: float | None = None,
-        classes: Collection[int | str] | None = None,
+        classes: Collection[int | str] | int | None = None,
         tiles: Tiles | int | None = None,
         **unknown: Never,
     ) -> list[Detections]:
@@ -75,7 +75,7 @@ class PredictMixin:
             batch_size: images of one size that go through the model together; it never changes what is found.
             nms: a box that overlaps a better one of its class by more than this IoU is dropped; None: that of
                 `operating_point`, else nothing is; 1 drops nothing.
-            classes: ids or names of the only classes that are wanted.
+            classes: ids or names of the only classes that are wanted, or one of them.
             tiles: images are cut into tiles of this many pixels a side, or as a `Tiles` says, so that small objects of large
                 images are found; one that is not larger is predicted as it is.
             unknown: nothing; what other programs call the arguments is answered with their names here.

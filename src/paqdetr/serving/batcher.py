@@ -95,11 +95,13 @@ class Batcher(Generic[_Options]):
             self._changed.notify()
         return job.found
 
-    def close(self) -> None:
-        """Take nothing more; what waits is still done."""
+    def close(self, seconds: float = 0) -> bool:
+        """Take nothing more; what waits is still done. Returns whether it is within so many seconds."""
         with self._changed:
             self._closed = True
             self._changed.notify()
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
 
     def _work(self) -> None:
         while batch := self._take():

@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from paqdetr._version import __version__
 from paqdetr.errors import BackendError, ConfigError, DataError, UserError, import_extra
 from paqdetr.files import open_regular, storage_errors, write_whole
 from paqdetr.images import PICTURE_EXTENSIONS, is_leftover, read_image
+from paqdetr.runtime.video import VIDEO_EXTENSIONS
 from paqdetr.structures import Detections
 
 PLAN = "plan.json"
@@ -68,8 +70,9 @@ def predict_on_ray(
 
     Args:
         model: a checkpoint, a run's folder or an exported model, readable under this path on every node.
-        source: a folder with all that is below it, a text file with one path a line, or a Parquet file or folder with a column
-            `image`, `path` or `file_name`; local or any address that fsspec knows (`s3://bucket/folder`). So may be the paths.
+        source: a folder with all pictures below it that are not hidden; a text file with one path a line; or a Parquet file, or
+            a folder of such without pictures, with a column `image`, `path` or `file_name`; local or any address that fsspec
+            knows (`s3://bucket/folder`). So may be the paths.
         output: a new or empty folder, or one of an earlier call with the same arguments, whose shards are kept.
         address: of a cluster ("auto": the one that this machine belongs to); None starts one on this machine.
         workers: processes with a model each; None: as many as the cluster has room for.
@@ -130,12 +133,17 @@ def list_images_of(source: str) -> list[str]:
         if not files.exists(root):
             raise DataError(f"{source}: no such file or folder", "check the address")
         folder = files.isdir(root)
-        if any(path.endswith(".parquet") for path in [root, *(files.ls(root, detail=False) if folder else [])]):
+        inside = _shown(files.find(root), root) if folder else []
+        pictures = [path for path in inside if PurePosixPath(path).suffix.lower() in PICTURE_EXTENSIONS]
+        videos = [path for path in inside if PurePosixPath(path).suffix.lower() in VIDEO_EXTENSIONS]
+        if videos:
+            logging.getLogger(__name__).warning(
+                "%s: videos are left out: %d, such as %s", source, len(videos), videos[0]
+            )
+        if not pictures and any(path.endswith(".parquet") for path in [root, *inside]):
             lines = _column(_import("pyarrow.dataset").dataset(root, filesystem=files, format="parquet"), source)
         elif folder:
-            inside = (path for path in files.find(root) if PurePosixPath(path).suffix.lower() in PICTURE_EXTENSIONS)
-            wanted = (path for path in sorted(inside) if not is_leftover(path[len(root) :].lstrip("/")))
-            lines = [files.unstrip_protocol(path) for path in wanted]
+            lines = [files.unstrip_protocol(path) for path in pictures]
         else:
             lines = [line.rstrip("\r") for line in files.cat_file(root).decode("utf-8-sig").split("\n")]
     except UnicodeDecodeError:
@@ -151,6 +159,12 @@ def list_images_of(source: str) -> list[str]:
     if not found:
         raise DataError(f"{source}: names no pictures", "name a folder with pictures, or a list of them")
     return found
+
+
+def _shown(paths: Sequence[str], root: str) -> list[str]:
+    """What lies in a folder, without hidden files and folders and leftovers, as `predict` does it elsewhere."""
+    names = ((path, path[len(root) :].lstrip("/")) for path in sorted(paths))
+    return [path for path, name in names if "/." not in f"/{name}" and not is_leftover(name)]
 
 
 def _column(table: Any, source: str) -> list[str | None]:
@@ -332,11 +346,15 @@ def read_shards(path: str | Path) -> list[dict[str, Any]]:
     """
     files = sorted(Path(path).glob("*.parquet")) if Path(path).is_dir() else [Path(path)]
     rows: list[dict[str, Any]] = []
+    failures: list[str] = []
+    images = 0
     for file in files:
         with open_regular(file) as opened:
             try:
-                columns = ["image", "boxes", "scores", "labels", "names"]
-                for row in _import("pyarrow.parquet").read_table(opened, columns=columns).to_pylist():
+                for row in _table(opened.read(), "image", "boxes", "scores", "labels", "names", "error").to_pylist():
+                    images += 1
+                    if row["error"] is not None:
+                        failures.append(row["error"])
                     found = Detections(
                         np.array(row["boxes"], np.float32).reshape(-1, 4),
                         np.array(row["scores"], np.float32),
@@ -350,15 +368,28 @@ def read_shards(path: str | Path) -> list[dict[str, Any]]:
                 raise DataError(
                     f"{file}: not detections in Parquet ({reason})", "name what `predict --ray` wrote"
                 ) from None
+    if failures:
+        logging.getLogger(__name__).warning(
+            "%s: %d of %d images could not be read and count as images without detections; the first: %s",
+            path,
+            len(failures),
+            images,
+            failures[0],
+        )
     return rows
 
 
+def _table(content: bytes, *columns: str) -> Any:
+    """Columns of a Parquet file, read in this thread alone: those of pyarrow may abort a process that ends."""
+    pa, parquet = _import("pyarrow"), _import("pyarrow.parquet")
+    return parquet.read_table(pa.BufferReader(content), columns=list(columns), use_threads=False, pre_buffer=False)
+
+
 def _summary(files: _Files, names: Sequence[str], skipped: int) -> RayPredictions:
-    parquet = _import("pyarrow.parquet")
     images = objects = failures = 0
     unreadable: dict[str, str] = {}
     for name in names:
-        table = parquet.read_table(io.BytesIO(files.read(name)), columns=["image", "scores", "error"])
+        table = _table(files.read(name), "image", "scores", "error")
         images += len(table)
         objects += len(table["scores"].combine_chunks().flatten())
         bad = [row for row in table.drop(["scores"]).to_pylist() if row["error"] is not None]

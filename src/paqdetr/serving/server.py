@@ -10,7 +10,7 @@ import io
 import re
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass
@@ -46,6 +46,8 @@ _PAGE = Path(__file__).with_name("page.html")
 _BOUNDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _MAX_TILES = 256
 _DRAIN = 5
+# Seconds for the model to finish the call that it makes when nobody waits for it any more.
+_LAST_CALL = 1.0
 # Seconds in which a connection has to send the head of a request.
 _HEAD = 10.0
 # Of max_mb: what all requests that arrive may hold together, if that is more than so many bytes; and up to where a request that
@@ -224,7 +226,7 @@ class DetectionServer:
         options = Options.of(request.query_params.multi_items(), self.model.classes)
         with ExitStack() as held:
             image = await self._image(request, options, held)
-            detections = await self._answer(self._submit(image, options))
+            detections = await self._answer(request, self._submit(image, options))
             drawing = "image/jpeg" in request.headers.get("accept", "")
             response = await asyncio.to_thread(_drawn, detections, image) if drawing else None
         seconds = time.perf_counter() - started
@@ -278,8 +280,9 @@ class DetectionServer:
             async with _as_utf8(request).form(max_files=1, max_fields=8) as form:
                 file = form.get("file")
                 if isinstance(file, UploadFile):
+                    _require_alone("file", form)
                     return await file.read()
-        except (HTTPException, KeyError, UnicodeDecodeError) as error:
+        except (HTTPException, UnicodeDecodeError) as error:
             raise DataError(f"the form cannot be read: {getattr(error, 'detail', error)}", _FORM) from None
         raise DataError("the form has no file called 'file'", _FORM)
 
@@ -344,11 +347,20 @@ class DetectionServer:
         except Closed:
             raise _stopping() from None
 
-    async def _answer(self, found: Future[Detections]) -> Detections:
+    async def _answer(self, request: Request, found: Future[Detections]) -> Detections:
+        """What the model finds. An image that waits is given up once its caller has gone, or the time is over."""
+        answer, gone = asyncio.wrap_future(found), asyncio.ensure_future(_gone(request))
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(found), self.limits.timeout)
-        except TimeoutError:
-            raise Refusal(504, f"no answer within {self.limits.timeout:g} s", "try again, or a smaller image") from None
+            await asyncio.wait({answer, gone}, timeout=self.limits.timeout, return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done() and not gone.done():
+                raise Refusal(504, f"no answer within {self.limits.timeout:g} s", "try again, or a smaller image")
+        finally:
+            answer.cancel()
+            gone.cancel()
+        if answer.cancelled():
+            raise ClientDisconnect
+        try:
+            return answer.result()
         except DataError:
             raise
         except UserError as error:  # the model's fault, not the caller's
@@ -422,9 +434,30 @@ def _busy() -> Refusal:
     return Refusal(429, "the server has as many images as it takes", "try again in a second", Retry_After="1")
 
 
+async def _gone(request: Request) -> None:
+    """Returns when the caller, whose request has arrived, ends the connection."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _require_alone(image: str, names: Iterable[str]) -> None:
+    """Raise DataError if something stands beside the image, where nobody reads it."""
+    for name in names:
+        if name != image:
+            raise DataError(
+                f"the request has {name[:80]!r} beside {image!r}, where it is not read",
+                "give parameters in the address, such as ?threshold=0.3",
+            )
+
+
 def _as_utf8(request: Request) -> Request:
     """A form whose texts are UTF-8 whatever its head says: some of Python's codecs take minutes for a megabyte."""
-    boundary = parse_options_header(request.headers["content-type"])[1][b"boundary"]
+    boundary = parse_options_header(request.headers["content-type"])[1].get(b"boundary")
+    if boundary is None:
+        raise DataError(
+            "the form cannot be read: its Content-Type has no boundary",
+            "let the program that sends it write this header, as curl -F file=@photo.jpg does",
+        )
     kind = (b"content-type", b'multipart/form-data; boundary="' + boundary.replace(b'"', b"") + b'"')
     headers = [kind, *(item for item in request.scope["headers"] if item[0] != kind[0])]
     return Request({**request.scope, "headers": headers}, request.receive)
@@ -433,12 +466,17 @@ def _as_utf8(request: Request) -> Request:
 def _from_json(body: bytes) -> bytes:
     if body.count(b"{") + body.count(b"[") > 8:  # which would be a hundred times as large when parsed
         raise DataError("the request's json has more than one text", _JSON)
-    content = parse_json(body.decode("utf-8", errors="replace"), "the request")
+    try:
+        content = parse_json(body.decode("utf-8", errors="replace"), "the request")
+    except DataError as error:
+        raise DataError(error.message, _JSON) from None
     text = content.get("image") if isinstance(content, dict) else None
     if not isinstance(text, str):
         raise DataError("the request's json has no text called 'image'", _JSON)
+    _require_alone("image", content)
     try:
-        return base64.b64decode(re.sub(r"\Adata:[^,]{0,99},", "", text), validate=True)
+        lines = re.sub(r"\Adata:[^,]{0,99},", "", text).split()  # some encoders break them
+        return base64.b64decode("".join(lines), validate=True)
     except (binascii.Error, ValueError):
         raise DataError("the request's 'image' is no base64", _JSON) from None
 
@@ -516,12 +554,15 @@ class _Connection(H11Protocol):
             self.transport.close()
 
 
-def serve(server: DetectionServer, listener: socket.socket, *, on_start: Callable[[], object] = lambda: None) -> None:
+def serve(server: DetectionServer, listener: socket.socket, *, on_start: Callable[[], object] = lambda: None) -> bool:
     """Answer requests until SIGINT, SIGTERM or SIGHUP comes; those that have begun are finished first, within 5 seconds.
 
     Args:
         listener: of `listen`.
         on_start: called before the first request is taken.
+
+    Returns:
+        whether the model is idle. If not, end the process with `os._exit`: engines abort one that Python ends below them.
 
     Raises:
         UserError: of the model, which predicts once before the first request.
@@ -548,3 +589,4 @@ def serve(server: DetectionServer, listener: socket.socket, *, on_start: Callabl
         listener.listen(2048)
         on_start()
         program.run(sockets=[listener])
+    return server.batcher.close(_LAST_CALL)
