@@ -21,10 +21,11 @@ def changed(**settings: Any) -> Any:
 
 
 def begun(output: Path) -> Run:
-    """A run that has trained a little."""
+    """A run that has trained a little, and saved it."""
     run = Run(output)
     run.write_config(CONFIG)
     run.append({"kind": "train", "step": 1})
+    run.state_file.touch()
     return run
 
 
@@ -45,10 +46,11 @@ def test_an_empty_folder_is_fine(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_run_that_has_kept_nothing_is_in_nobody_s_way(tmp_path: Path, resume: bool) -> None:
-    """Its first step has failed: the corrected command starts it anew."""
+    """It has failed before a state was saved: the corrected command starts it anew."""
     run = Run(tmp_path / "run")
     run.write_config(CONFIG)
     run.append({"kind": "start", "step": 0})
+    run.append({"kind": "train", "step": 1})
     corrected = changed(lr=1e-5)
     assert run.empty
     run.require_place(resume=resume)
@@ -116,7 +118,8 @@ def test_changed_settings_are_named(tmp_path: Path, key: str, value: Any, old: s
 
 def test_a_run_is_known_by_its_folder_settings_and_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = begun(tmp_path / "run")
-    assert Run.at(run.output) is None  # nothing has begun in it
+    assert Run.at(run.output) == run  # the start was stopped just then
+    assert Run.at(run.config_file) is None  # as of any file of this name
     run.add_environment({"data": "/data"})
     assert all(Run.at(path) == run for path in (run.output, str(run.output), run.config_file, run.last, run.best))
     assert run.data == "/data"
@@ -210,9 +213,16 @@ def test_the_first_of_equal_figures_is_the_best(tmp_path: Path) -> None:
 def test_records_that_cannot_be_written(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.metrics_file.mkdir()
-    with pytest.raises(StorageError, match=r"metrics\.jsonl: cannot be written \(Is a directory\)") as caught:
-        run.append({"kind": "train", "step": 1})
-    assert "--resume" in caught.value.remedy
+    for write in (lambda: run.append({"kind": "train"}), run.flush_metrics, lambda: run.truncate_metrics(0)):
+        with pytest.raises(StorageError, match=r"metrics\.jsonl: cannot be written \(Is a directory\)"):
+            write()
+
+
+def test_records_that_somebody_has_removed_end_no_training(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    assert run.flush_metrics() == 0
+    run.append({"kind": "train", "step": 7})
+    assert run.flush_metrics() == run.metrics_file.stat().st_size and len(run.records()) == 1
 
 
 def test_what_a_killed_process_left_half_written_goes(tmp_path: Path) -> None:
@@ -223,7 +233,7 @@ def test_what_a_killed_process_left_half_written_goes(tmp_path: Path) -> None:
     (run.output / ".paqdetr-4711.tmp" / "last.safetensors").write_text("half")
     run.remove_leftovers()
     left = sorted(path.name for path in run.output.iterdir())
-    assert left == [".notes", ".tmp", "config.yaml", "metrics.jsonl", "mine.tmp"]
+    assert left == [".notes", ".tmp", "config.yaml", "metrics.jsonl", "mine.tmp", run.state_file.name]
 
 
 def test_starts_are_noted_one_after_the_other(tmp_path: Path) -> None:
@@ -271,7 +281,7 @@ def begin(barrier, folder, answers):
         try:
             held = run.begin(resume=number % 2 == 0)
             run.config_file.touch()
-            run.append({"kind": "train", "step": 1})
+            run.state_file.touch()
             said.append("held")
         except ConfigError as error:
             held = None

@@ -87,10 +87,12 @@ def worker_start_method() -> str:
 _GO_ON = "; `paqdetr train RUN --resume` continues a training"
 
 
-def worker_error(error: RuntimeError | MemoryError | ConnectionError | EOFError) -> WorkerError | None:
+def worker_error(error: RuntimeError | ConnectionError | EOFError) -> WorkerError | None:
     """What a user can do about torch's complaint that a worker died or hangs; None for any other error. One that dies while its
     batch is on the way shows in the connection."""
     reason = str(error).strip().split("\n")[0]
+    if reason.startswith("Caught "):  # raised in a worker that lives on: torch's text has its traceback
+        return None
     if isinstance(error, ConnectionError | EOFError):
         reason = f"DataLoader worker has closed its connection ({reason or type(error).__name__})"
     if "DataLoader timed out" in reason:

@@ -13,7 +13,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from paqdetr.config import Config, command_to_resume, idle_settings, load_config
 from paqdetr.errors import ConfigError, DataError, StorageError
-from paqdetr.files import Busy, acquire, remove_leftovers, write_text
+from paqdetr.files import Busy, acquire, remove_leftovers, storage_errors, write_text
 from paqdetr.serialize import finite_rows, flattened, plain
 from paqdetr.text import Summary, figure
 
@@ -47,7 +47,9 @@ class Run(Summary):
         """The run whose folder, settings or checkpoint this is; None if it is none."""
         path = Path(path)
         run = cls(path.parent if path.name == "config.yaml" or path.suffix == ".safetensors" else path)
-        return run if run.config_file.is_file() and run.environment_file.is_file() else None
+        # A start may have been stopped between the two; a file config.yaml alone may be anybody's.
+        begun = run.environment_file.is_file() or path == run.output
+        return run if run.config_file.is_file() and begun else None
 
     @property
     def config_file(self) -> Path:
@@ -121,9 +123,9 @@ class Run(Summary):
 
     @property
     def empty(self) -> bool:
-        """Whether a training was begun here and has kept nothing, such as one that ran out of memory in its first step."""
+        """Whether a training was begun here and has kept no weights, such as one that ran out of memory in its first step."""
         kept = any(file.exists() for file in (self.state_file, self.best, self.last))
-        return self.config_file.exists() and not kept and not self.records("train")
+        return self.config_file.exists() and not kept
 
     def model(self, *, device: str = "cpu") -> Detector:
         """The best checkpoint, loaded."""
@@ -178,18 +180,16 @@ class Run(Summary):
         Raises:
             StorageError: the file cannot be written.
         """
-        try:
-            with self.metrics_file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(plain(record), allow_nan=False) + "\n")
-        except OSError as error:
-            raise StorageError(
-                f"{self.metrics_file}: cannot be written ({error.strerror})",
-                "check the disk's space and the folder's permissions, then continue with --resume",
-            ) from None
+        with storage_errors(self.metrics_file), self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(plain(record), allow_nan=False) + "\n")
 
     def flush_metrics(self) -> int:
-        """fsync metrics.jsonl; its size in bytes."""
-        with self.metrics_file.open("r+b") as file:
+        """fsync metrics.jsonl, a new one if somebody has removed it; its size in bytes.
+
+        Raises:
+            StorageError: the file cannot be written.
+        """
+        with storage_errors(self.metrics_file), self.metrics_file.open("ab") as file:
             os.fsync(file.fileno())
             return os.fstat(file.fileno()).st_size
 
@@ -284,14 +284,17 @@ class Run(Summary):
                     path.unlink(missing_ok=True)
 
     def truncate_metrics(self, size: int) -> None:
-        """Forget records written after a saved state, given the file's size in bytes at that time; what follows begins a line."""
-        if self.metrics_file.is_file():
-            with self.metrics_file.open("r+b") as file:
-                file.truncate(min(size, os.fstat(file.fileno()).st_size))
-                if file.seek(0, os.SEEK_END):
-                    file.seek(-1, os.SEEK_END)
-                    if file.read(1) != b"\n":
-                        file.write(b"\n")
+        """Forget records written after a saved state, given the file's size in bytes at that time; what follows begins a line.
+
+        Raises:
+            StorageError: the file cannot be written.
+        """
+        with storage_errors(self.metrics_file), self.metrics_file.open("a+b") as file:
+            file.truncate(min(size, os.fstat(file.fileno()).st_size))
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
 
 
 def describe_status(records: Sequence[Record], config: Config | None) -> str:

@@ -4,8 +4,9 @@ import json
 import multiprocessing
 import os
 import signal
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from paqdetr.data.loader import (
     Failure,
     ImageLoader,
     Images,
+    Pictures,
     SampleKey,
     TrainingBatches,
     TrainingImages,
@@ -309,6 +311,47 @@ def test_a_worker_that_dies_is_named(method: str) -> None:
             list(ImageLoader(Killed(), [[0]], workers=1))
     finally:
         multiprocessing.set_start_method(before, force=True)
+
+
+class Numbers(Images):
+    """Keys, but for one below zero."""
+
+    def sample(self, key: int) -> int:
+        if key < 0:
+            raise RuntimeError("no such number")
+        return key
+
+    def collate(self, samples: Sequence[int]) -> Pictures:
+        return Pictures(list(samples), [], {})
+
+
+@pytest.mark.parametrize("between_passes", [False, True])
+def test_a_worker_that_dies_meanwhile_is_told_when_a_batch_is_due(between_passes: bool) -> None:
+    """Not in the middle of the step that is just being done."""
+    loader = ImageLoader(Numbers(), [[1], [2], [3]], workers=1)
+    batches = iter(loader)
+    for _ in range(3 if between_passes else 1):
+        next(batches)
+    (worker,) = multiprocessing.active_children()
+    worker.kill()
+    worker.join()
+    _ = [time.sleep(0.01) for _ in range(10)]  # the signal would interrupt them
+    with pytest.raises(WorkerError, match=rf"DataLoader worker \(pid {worker.pid}\) is killed by signal: Killed"):
+        list(loader if between_passes else batches)
+    loader.close()
+
+
+def test_an_error_in_a_worker_that_lives_on_is_its_own() -> None:
+    loader = ImageLoader(Numbers(), [[-1]], workers=1)
+    with pytest.raises(RuntimeError, match="no such number"):
+        list(loader)
+    loader.close()
+
+
+def test_a_daemonic_process_loads_by_itself(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setitem(multiprocessing.current_process().__dict__["_config"], "daemon", True)
+    assert [batch.indices for batch in ImageLoader(Numbers(), [[1], [2]], workers=2)] == [[1], [2]]
+    assert "a daemonic process, such as one of multiprocessing.Pool" in caplog.text
 
 
 @pytest.mark.integration

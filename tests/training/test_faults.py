@@ -128,10 +128,11 @@ def test_a_signal_to_the_process_group_saves_and_says_how_to_go_on(
 def test_a_worker_that_dies(
     tmp_path: Path, arguments: list[str], start: Start, straight: Run, kill_children: Callable[..., list[int]]
 ) -> None:
-    """As when the system kills it for its memory."""
+    """As when the system kills it for its memory: in the middle of a step, which is still finished and saved."""
     run = Run(tmp_path / "run")
     go_on = tmp_path / "go on"
-    group = start(1, "held_after_step", 1, go_on, "command_line", *arguments, "--output", run.output)
+    command = [*arguments, "save_every_steps=1000", "--output", run.output]
+    group = start(1, "held_after_step", 1, go_on, "command_line", *command)
     (process,) = group.processes
     wait_for(lambda: bool(run.records("train")), process.is_alive)
     assert kill_children(process.pid)
@@ -141,8 +142,8 @@ def test_a_worker_that_dies(
     *_, error, remedy = ended.err.splitlines()
     assert error.startswith("error: a process that loads images died: DataLoader worker")
     assert "--resume" in remedy and "Traceback" not in ended.err
-    (ended,) = start(1, "command_line", *arguments, "--output", run.output, "--resume").end()
-    assert ended.code == 0, ended.err
+    (ended,) = start(1, "command_line", *command, "--resume").end()
+    assert ended.code == 0 and "resumed at step 1" in ended.err, ended.err
     require_same_end(straight, run)
 
 

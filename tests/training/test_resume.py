@@ -245,12 +245,19 @@ class OutOfMemory(Callback):
     def on_step(self, step: int, loss: float) -> None:
         raise MemoryError
 
+    def on_end(self) -> None:
+        raise ValueError("a callback's last word")
+
 
 @pytest.mark.integration
-def test_a_failing_first_step_leaves_nothing_in_the_way(tmp_path: Path, go: Go) -> None:
+def test_a_failing_first_step_leaves_nothing_in_the_way(
+    tmp_path: Path, go: Go, caplog: pytest.LogCaptureFixture
+) -> None:
     for resume in (False, True):
         with pytest.raises(OutOfMemoryError):
-            go(tmp_path / "run", callbacks=[OutOfMemory()], max_steps=1)
+            go(tmp_path / "run", callbacks=[OutOfMemory(), OutOfMemory()], max_steps=1)
+        assert caplog.text.count("on_end of OutOfMemory: ValueError: a callback's last word") == 2
+        caplog.clear()
         run = go(tmp_path / "run", max_steps=1, batch_size=2, resume=resume)
         assert run.finished and load_config(run.config_file).batch_size == 2
         assert [row["kind"] for row in run.records()] == ["start", "train", "eval", "finished"]

@@ -181,7 +181,11 @@ def test_without_a_validation_split(
 
 
 def test_steps_and_evaluations_as_set(
-    tmp_path: Path, tiny_digits: Path, tiny_settings: dict[str, Any], no_pictures: None
+    tmp_path: Path,
+    tiny_digits: Path,
+    tiny_settings: dict[str, Any],
+    no_pictures: None,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     listener = Listener()
     run = train(
@@ -204,6 +208,19 @@ def test_steps_and_evaluations_as_set(
     assert [record["epoch"] for record in run.records("eval")] == [2, 3]
     assert run.records("finished")[0]["step"] == 5
     assert "mixture_entropy" not in run.records("train")[0] and "loss_diversity" not in run.records("train")[0]
+    assert "max_steps" not in caplog.text
+
+
+def test_more_steps_than_the_epochs_have_are_told(
+    tmp_path: Path,
+    tiny_digits: Path,
+    tiny_settings: dict[str, Any],
+    no_pictures: None,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    run = small(tiny_digits, tiny_settings, tmp_path / "run", epochs=1, max_steps=5)
+    assert caplog.text.count("max_steps=5 changes nothing: epochs=1") == 1
+    assert run.records("finished")[0]["step"] < 5
 
 
 def test_precision_may_differ_between_trainings_of_one_process(

@@ -33,6 +33,7 @@ from paqdetr.runs import Run
 from paqdetr.structures import Targets
 from paqdetr.training import trainer as loop
 from paqdetr.training.setup import with_classes
+from paqdetr.training.step import Step
 from paqdetr.training.trainer import Trainer
 
 
@@ -104,11 +105,20 @@ def accidents(job: dict[str, Any], split: DetectionDataset) -> None:
     step("NaN in one process", broken if last else full)
     step("afterwards", full)
     train.step.config = train.config.model_copy(update={"nan_policy": "raise"})
-    try:
-        step("NaN that ends it", broken if last else full)
-    except NonFiniteError as error:
-        told = train.processes.gather((error.message, error.reported_elsewhere))
-        answer["raised"] = told
+
+    def ended_by(name: str, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except NonFiniteError as error:
+            answer[name] = train.processes.gather((error.message, error.reported_elsewhere))
+
+    ended_by("NaN", lambda: step("NaN that ends it", broken if last else full))
+    loop._MOST_SKIPPED = 1
+    train.run.output.mkdir(exist_ok=True)
+    ended_by("too many", lambda: train._advance(Step(images=1, problem="of NaN"), seconds=0.0))
+    if last:
+        next(p for p in train.model.parameters() if p.requires_grad).register_hook(lambda gradient: gradient * math.nan)
+    ended_by("gradient", lambda: step("a gradient that ends it", full))
     if train.processes.main:
         Path(job["answer"]).write_text(json.dumps(answer), encoding="utf-8")
 

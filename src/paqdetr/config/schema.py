@@ -229,7 +229,7 @@ class Config(Section):
 
     epochs: int = Field(default=12, ge=1, le=1_000_000, description="passes over the training images")
     max_steps: int | None = Field(
-        default=None, ge=1, le=10**9, description="stop after so many optimiser steps, whatever `epochs` says"
+        default=None, ge=1, le=10**9, description="stop after so many optimiser steps, if `epochs` are not over before"
     )
     batch_size: int = Field(default=2, ge=1, le=MAX_BATCH, description="images per batch, of one process")
     lr: float = Field(default=1e-4, gt=0, description="learning rate of the transformer")

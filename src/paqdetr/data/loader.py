@@ -413,16 +413,15 @@ class ImageLoader:
 
     Args:
         batches: lists of keys of `images`; a sampler whose `epoch` is to be set before each pass, in training.
-        workers: processes that load; 0 loads in this one, as where the system has no room for what processes share. It changes
-            no batch.
+        workers: processes that load; 0 loads in this one, as where there can be no others. It changes no batch.
         start_method: of the workers, such as "spawn"; see `worker_start_method` if None.
     """
 
     def __init__(
         self, images: Images, batches: Iterable[Sequence[Any]], *, workers: int, start_method: str | None = None
     ) -> None:
-        if workers and (reason := _no_semaphores(workers)) is not None:
-            _LOG.warning("/dev/shm, which worker processes need, cannot be used (%s): workers=0", reason)
+        if workers and (reason := _no_workers(workers)) is not None:
+            _LOG.warning("%s: workers=0", reason)
             workers = 0
         self._loader: DataLoader[Any] = DataLoader(
             images,
@@ -446,22 +445,54 @@ class ImageLoader:
     def __iter__(self) -> Iterator[Any]:
         """Raises UserError where a sample does, WorkerError where a worker dies, hangs, or cannot be started."""
         try:
-            with _signals_held_back():
+            with self._told_of_deaths(), _signals_held_back():
                 batches = iter(self._loader)
         except OSError as error:
             raise WorkerError(
                 f"the processes that load images cannot be started: {error}", "set workers=0, or fewer of them"
             ) from None
+        while True:
+            with self._told_of_deaths():
+                batch = next(batches, None)
+            if batch is None:
+                return
+            opened = self._unpickled(batch) if isinstance(batch, Pickled) else batch
+            if isinstance(opened, Failure):
+                raise opened.kind(opened.message, opened.remedy)
+            yield opened
+
+    @contextmanager
+    def _told_of_deaths(self) -> Iterator[None]:
+        """Raises WorkerError if a worker has died or dies meanwhile. For those on its list torch interrupts this process
+        wherever it is, in an optimiser's step too: they are on the list here alone."""
         try:
-            for batch in batches:
-                opened = self._unpickled(batch) if isinstance(batch, Pickled) else batch
-                if isinstance(opened, Failure):
-                    raise opened.kind(opened.message, opened.remedy)
-                yield opened
+            try:
+                self._list_workers()
+                yield
+            finally:
+                self._unlist_workers()
         except (RuntimeError, ConnectionError, EOFError) as error:
             if (known := worker_error(error)) is None:
                 raise
             raise known from error
+
+    def _list_workers(self) -> None:
+        """Raises RuntimeError, in torch's words, if one has died before."""
+        iterator = getattr(self._loader, "_iterator", None)
+        if iterator is None:  # there are none, or not yet: torch lists those that it starts
+            return
+        torch._C._set_worker_pids(id(iterator), tuple(worker.pid for worker in iterator._workers))
+        iterator._worker_pids_set = True
+        for worker in iterator._workers:
+            if (code := worker.exitcode) is not None:
+                how = f"is killed by signal: {signal.strsignal(-code)}" if code < 0 else "exited unexpectedly"
+                raise RuntimeError(f"DataLoader worker (pid {worker.pid}) {how}")
+
+    def _unlist_workers(self) -> None:
+        iterator = getattr(self._loader, "_iterator", None)
+        if iterator is not None and iterator._worker_pids_set:
+            iterator._worker_pids_set = False
+            torch._C._remove_worker_pids(id(iterator))
 
     def _unpickled(self, pickled: Pickled) -> Any:
         if not self._warned:
@@ -484,12 +515,14 @@ class ImageLoader:
         self._loader._iterator = None
 
 
-def _no_semaphores(workers: int) -> str | None:
-    """Why torch's loader could not have its locks here, three for each queue and five for an event; None if it can."""
-    try:
+def _no_workers(workers: int) -> str | None:
+    """Why there can be no worker processes here; None if there can."""
+    if multiprocessing.current_process().daemon:
+        return "a daemonic process, such as one of multiprocessing.Pool, can start no worker processes"
+    try:  # the locks of torch's loader: three for each queue and five for an event
         _ = [multiprocessing.get_context().Lock() for _ in range(3 * (workers + 1) + 5)]
     except OSError as error:
-        return error.strerror or str(error)
+        return f"/dev/shm, which worker processes need, cannot be used ({error.strerror or error})"
     return None
 
 

@@ -68,7 +68,7 @@ class Callback:
         """After every record of kind "eval"."""
 
     def on_end(self) -> None:
-        """After the last step, or when the training fails."""
+        """After the last step, or when the training fails. What is raised here is logged, and changes nothing."""
 
 
 class Progress(Callback):
@@ -165,6 +165,16 @@ class Callbacks(list[Callback]):
         """Call the method `event` of each."""
         for callback in self:
             getattr(callback, event)(*values)
+
+    def end(self) -> None:
+        """`on_end` of each: one that fails must not hide how the training ended, nor cost the others theirs."""
+        for callback in self:
+            try:
+                callback.on_end()
+            except Exception as error:  # anybody's code
+                logging.getLogger(__name__).warning(
+                    "on_end of %s: %s: %s", type(callback).__name__, type(error).__name__, error, exc_info=True
+                )
 
 
 _PROJECT = "paqdetr"

@@ -103,8 +103,9 @@ class TrainingStep:
                 # cannot see it.
                 step.overflowed = True
             else:
-                error = NonFiniteError(f"the gradient's norm became {norm} on images {_ids(batches)}", _REMEDY)
-                self._give_up(step, error)
+                # The gradient is of the images of all processes, and the main one's error is told.
+                images = [image for own in self.processes.gather(_ids(batches)) or [] for image in own]
+                self._give_up(step, NonFiniteError(f"the gradient's norm became {norm} on images {images}", _REMEDY))
         if step.problem is not None:
             self.optimizer.zero_grad()
             with torch.no_grad():

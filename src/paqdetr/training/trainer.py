@@ -22,7 +22,7 @@ from paqdetr.distributed import Processes, build_accelerator, lost_process
 from paqdetr.environment import describe_start, peak_memory
 from paqdetr.errors import CheckpointError, DataError, NonFiniteError, UserError, memory_error
 from paqdetr.evaluation.evaluate import evaluate_together
-from paqdetr.interrupt import StopRequest, TrainingInterrupted, worker_error
+from paqdetr.interrupt import StopRequest, TrainingInterrupted
 from paqdetr.losses import build_criterion
 from paqdetr.models import Detector, load
 from paqdetr.models.files import model_to_train
@@ -77,6 +77,9 @@ class Trainer:
         self.epoch_steps = -(-len(self.batches) // config.accumulate)
         planned = config.epochs * self.epoch_steps
         self.total_steps = min(planned, config.max_steps or planned)
+        if config.max_steps is not None and config.max_steps > planned and self.processes.main:
+            note = "max_steps=%d changes nothing: epochs=%d are %d steps"
+            logging.getLogger(__name__).warning(note, config.max_steps, config.epochs, planned)
         self.num_images = len(train_split)
         self.average = MovingAverage(self.model, config.ema_decay)
         self.step_images = step_images(config, len(self.batches), self.processes.count)
@@ -131,15 +134,14 @@ class Trainer:
             self._finish()
             self.processes.wait()
         except (RuntimeError, MemoryError) as error:
-            # torch says that a worker died wherever this process is just then, in the middle of a step too.
-            known = worker_error(error) or memory_error(error, _LESS_MEMORY)
+            known: UserError | None = memory_error(error, _LESS_MEMORY)
             if known is None and isinstance(error, RuntimeError) and self.processes.count > 1:
                 known = lost_process(error)
             if known is None:
                 raise
             raise known from error
         finally:
-            self.events.emit("on_end")
+            self.events.end()
             self.loader.close()
             finish_trackers(self.accelerator)
 
@@ -228,10 +230,11 @@ class Trainer:
             self.events.emit("on_skip", record)
         self.events.emit("on_step", number, step.loss)
         if self.position.skipped >= _MOST_SKIPPED:
-            raise NonFiniteError(
+            error = NonFiniteError(
                 f"{_MOST_SKIPPED} steps in a row were left out; the last because {step.problem}",
                 "lower the learning rate, or train without half precision",
             )
+            self.processes.raise_together(error)
         # No step is left to a record of the next epoch: an evaluation lies in between.
         ends = number % self.epoch_steps == 0 or number == self.total_steps
         if (ends or number % self.config.log_every == 0) and self.interval.steps:
