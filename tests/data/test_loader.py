@@ -328,11 +328,12 @@ class Numbers(Images):
 @pytest.mark.parametrize("between_passes", [False, True])
 def test_a_worker_that_dies_meanwhile_is_told_when_a_batch_is_due(between_passes: bool) -> None:
     """Not in the middle of the step that is just being done."""
+    before = {child.pid for child in multiprocessing.active_children()}  # other tests' pools
     loader = ImageLoader(Numbers(), [[1], [2], [3]], workers=1)
     batches = iter(loader)
     for _ in range(3 if between_passes else 1):
         next(batches)
-    (worker,) = multiprocessing.active_children()
+    (worker,) = (child for child in multiprocessing.active_children() if child.pid not in before)
     worker.kill()
     worker.join()
     _ = [time.sleep(0.01) for _ in range(10)]  # the signal would interrupt them
