@@ -108,6 +108,22 @@ def test_a_model_in_another_precision(name: str, dtype: torch.dtype) -> None:
         assert np.abs(scores - other_scores).max() < limit and np.abs(boxes - other_boxes).max() < 64 * limit
 
 
+def test_a_forward_pass_in_half_precision_is_that_under_autocast() -> None:
+    """With gradients, too: weights in bfloat16 against the same weights in float32."""
+    torch.manual_seed(0)
+    model = create_model("paq_dn_detr_nano", num_classes=2, image_size=64, backbone="test_resnet", decoder_layers=2)
+    model.eval().bfloat16()
+    pixels = torch.rand(1, 3, 32, 32).bfloat16()
+    found = model(pixels)
+    found.pred_logits.sum().backward()
+    gradient = model.neck.lateral[0][0].weight.grad
+    assert gradient.dtype == torch.bfloat16 and gradient.isfinite().all() and gradient.abs().sum() > 0
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model.float()(pixels.float())
+    assert (found.pred_boxes - expected.pred_boxes).abs().max() < 0.01
+    assert (found.pred_logits - expected.pred_logits).abs().max() < 0.05
+
+
 def test_a_precision_that_the_device_has_not(nano: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise NotImplementedError("\"conv2d_cpu\" not implemented for 'Half'\nin some file")

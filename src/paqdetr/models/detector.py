@@ -122,7 +122,7 @@ class Detector(PredictMixin, Summary, nn.Module):
         """Detect.
 
         Args:
-            images: (B, 3, H, W) float, normalised as `preprocessing` does.
+            images: (B, 3, H, W) float, normalised as `preprocessing` does; of the weights' dtype.
             padding_mask: (B, H, W) bool, True at padding, which lies right of each image and below it; None if no image has any.
                 A `pixel_mask` of transformers says the opposite: give `pixel_mask == 0`.
             targets: of the B images, for denoising in training; ignored in evaluation mode.
@@ -133,6 +133,10 @@ class Detector(PredictMixin, Summary, nn.Module):
         """
         if self.training and targets is not None:
             require_targets(targets, batch=len(images))
+        if images.dtype in (torch.float16, torch.bfloat16) and not torch.is_autocast_enabled(images.device.type):
+            # Positions and boxes are float32 in a model of half precision, too: autocast brings the two together.
+            with torch.autocast(images.device.type, images.dtype):
+                return self.forward(images, padding_mask, targets)
         features = self.extract(images, padding_mask)
         return self.detect(features, targets if self.training else None)
 

@@ -7,7 +7,7 @@ score but for the last bit, they may change places.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -156,22 +156,16 @@ def _require_finite(logits: Tensor, boxes: Tensor, names: Sequence[int | str]) -
 
 @contextmanager
 def _in_precision_of(model: ImageModel) -> Iterator[torch.dtype]:
-    """The dtype that the model takes images in. Boxes are float32 inside a model of half precision: autocast brings the two
-    together.
+    """The dtype that the model takes images in.
 
     Raises:
         ConfigError: the device cannot compute in that precision.
     """
     parameter = next(model.parameters())
-    if parameter.dtype == torch.float32:
-        yield torch.float32
-        return
-    low = parameter.dtype in (torch.float16, torch.bfloat16)
     try:
-        with torch.autocast(parameter.device.type, parameter.dtype) if low else nullcontext():
-            yield parameter.dtype
+        yield parameter.dtype
     except RuntimeError as error:
-        if memory_error(error) is not None:
+        if parameter.dtype == torch.float32 or memory_error(error) is not None:
             raise
         reason = str(error).strip().split("\n")[0]
         raise ConfigError(

@@ -286,6 +286,18 @@ def test_another_number_of_queries(make_host: Make, batch: Batch) -> None:
         assert detect(model, batch)[0].shape[1] == count
 
 
+def test_learned_queries_of_the_host_are_resized_too(make_host: Make, batch: Batch) -> None:
+    model = attach(make_host("deformable"), gate=0.5, num_patterns=8)
+    own = model.config.num_queries
+    model.config.num_queries = own + 5
+    model.paq.queries.resize(own + 5)
+    with pytest.raises(
+        ConfigError, match=rf"given {own} content queries, PaQ and the model's config have {own + 5}"
+    ) as caught:
+        detect(model, batch)
+    assert "query embeddings" in caught.value.remedy
+
+
 def test_a_loss_function_of_ones_own_is_put_back(make_host: Make, batch: Batch) -> None:
     model = make_host("rt")
     own = lambda *args, **kwargs: (torch.zeros(()), {}, None)  # noqa: E731

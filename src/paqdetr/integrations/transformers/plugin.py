@@ -211,10 +211,15 @@ class PaqPlugin(nn.Module):
             )
         assert self.queries is not None
         content, own = kwargs["inputs_embeds"], self.queries.num_queries
-        if self.host.num_queries(decoder.config) != own or content.shape[1] < own:
+        if self.host.num_queries(decoder.config) != own:
             raise ConfigError(
                 f"the model now has {self.host.num_queries(decoder.config)} queries, PaQ was attached with {own}",
                 "call model.paq.queries.resize(n), with ranked=True if the model is two-stage, then make the optimiser",
+            )
+        if content.shape[1] < own:
+            raise ConfigError(
+                f"the decoder is given {content.shape[1]} content queries, PaQ and the model's config have {own}",
+                "resize the model's own query embeddings to that number as well",
             )
         mixture: Mixture = self.queries(*self.host.memory(kwargs, self._map_size))
         first = content.shape[1] - own
