@@ -8,6 +8,7 @@ import importlib.util
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -40,6 +41,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 # Tests kill processes, not machines: what they write need not have reached the disk before they go on.
 os.fsync = lambda descriptor: None
+
+# A shell starts what it runs in the background with Ctrl-C ignored, and processes that tests start would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples in every run, and no deadline: a first call may warm up a library, on a busy machine.
 # `--hypothesis-profile=explore` looks for new examples.
