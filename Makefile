@@ -33,7 +33,7 @@ help: ## this list
 install: $(USER_STAMP) ## .venv with paqdetr in it
 dev: $(DEV_STAMP) ## the same, with what tests and checks need
 
-quickstart: $(USER_STAMP) $(DIGITS)/test.json ## make data, train, evaluate: from nothing to a trained detector in minutes
+quickstart: $(USER_STAMP) $(DIGITS)/test.json ## make data, train, evaluate: from nothing to a trained detector in half an hour
 	$(BIN)/paqdetr train digits_quickstart $(QUICKSTART_ARGS) --data $(DIGITS) --output $(RUN) --resume
 	$(BIN)/paqdetr eval $(RUN)/best.safetensors --data $(DIGITS) --split test --json $(RUN)/test.json
 	@printf '\nThe run is in %s. Try next:\n' '$(RUN)'

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -73,9 +74,16 @@ def seeds() -> None:
 def kill_children() -> Callable[..., list[int]]:
     """`kill_children(pid)` kills what this process started; with `having`, one of those whose command has the word.
 
-    Returns the ids of the killed. Processes end by themselves while they are looked through: Ray's do all the time.
+    Returns the ids of the killed, which are dead then. Processes end by themselves while they are looked through: Ray's do all
+    the time.
     """
     import psutil
+
+    def dead(process: psutil.Process) -> bool:
+        """Gone, or left for its parent to be told of."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return process.status() == psutil.STATUS_ZOMBIE
+        return True
 
     def kill(pid: int, having: str | None = None) -> list[int]:
         killed = []
@@ -83,10 +91,14 @@ def kill_children() -> Callable[..., list[int]]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 if having is None or having in " ".join(child.cmdline()):
                     child.kill()
-                    killed.append(child.pid)
+                    killed.append(child)
                     if having is not None:
                         break
-        return killed
+        end = time.monotonic() + 60
+        while not all(map(dead, killed)):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        return [child.pid for child in killed]
 
     return kill
 

@@ -59,6 +59,15 @@ def test_a_run_that_has_kept_nothing_is_in_nobody_s_way(tmp_path: Path, resume: 
     assert load_config(run.config_file) == corrected
 
 
+@pytest.mark.parametrize("kind", ["eval", "finished"])
+def test_a_run_whose_weights_were_moved_away_is_in_the_way(tmp_path: Path, kind: str) -> None:
+    run = Run(tmp_path / "run")
+    run.write_config(CONFIG)
+    run.append({"kind": kind, "step": 10})
+    with pytest.raises(ConfigError, match="there is a run already"):
+        run.require_place(resume=False)
+
+
 @pytest.mark.parametrize("kept", ["training_state.safetensors", "last.safetensors", "best.safetensors"])
 def test_a_run_that_has_kept_something_is_in_the_way(tmp_path: Path, kept: str) -> None:
     run = Run(tmp_path / "run")

@@ -197,14 +197,14 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def storage_errors(path: Path | str) -> Iterator[None]:
-    """Turn an OSError of the block into a StorageError about `path`."""
+def storage_errors(path: Path | str, then: str = "") -> Iterator[None]:
+    """Turn an OSError of the block into a StorageError about `path`; `then` ends its remedy."""
     try:
         yield
     except OSError as error:
         raise StorageError(
             f"{path}: cannot be written ({error.strerror or error})",
-            "check the disk's space and the folder's permissions",
+            f"check the disk's space and the folder's permissions{then}",
         ) from None
 
 

@@ -24,6 +24,7 @@ Record = dict[str, Any]
 """A line of metrics.jsonl."""
 
 _ENDED = "finished"
+_GO_ON = ", then continue with --resume"
 # What may differ when a run is continued: it changes neither weights nor figures.
 FREE_SETTINGS = ("workers", "cache_images", "save_every_steps", "save_every_minutes", "trackers", "nan_policy")
 
@@ -123,9 +124,10 @@ class Run(Summary):
 
     @property
     def empty(self) -> bool:
-        """Whether a training was begun here and has kept no weights, such as one that ran out of memory in its first step."""
+        """Whether a training was begun here and has never kept weights, such as one that ran out of memory in its first step.
+        One that was evaluated had kept some: they were moved away."""
         kept = any(file.exists() for file in (self.state_file, self.best, self.last))
-        return self.config_file.exists() and not kept
+        return self.config_file.exists() and not (kept or self.records("eval") or self.finished)
 
     def model(self, *, device: str = "cpu") -> Detector:
         """The best checkpoint, loaded."""
@@ -180,7 +182,7 @@ class Run(Summary):
         Raises:
             StorageError: the file cannot be written.
         """
-        with storage_errors(self.metrics_file), self.metrics_file.open("a", encoding="utf-8") as file:
+        with storage_errors(self.metrics_file, _GO_ON), self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(plain(record), allow_nan=False) + "\n")
 
     def flush_metrics(self) -> int:
@@ -189,7 +191,7 @@ class Run(Summary):
         Raises:
             StorageError: the file cannot be written.
         """
-        with storage_errors(self.metrics_file), self.metrics_file.open("ab") as file:
+        with storage_errors(self.metrics_file, _GO_ON), self.metrics_file.open("ab") as file:
             os.fsync(file.fileno())
             return os.fstat(file.fileno()).st_size
 

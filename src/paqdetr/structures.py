@@ -14,6 +14,7 @@ import numpy as np
 from paqdetr.errors import ConfigError, DataError, import_extra
 from paqdetr.label_files import voc_document, yolo_line
 from paqdetr.text import Summary, did_you_mean, printable, shorten, some
+from paqdetr.values import is_whole
 
 if TYPE_CHECKING:  # a program that runs an exported model has no torch
     import supervision
@@ -475,7 +476,7 @@ class ClassTable:
         names: dict[str, int] = {name: i for i, name in zip(reversed(self.ids), reversed(self.names), strict=True)}
         found = []
         for one in given:
-            category = names.get(one) if isinstance(one, str) else one if one in self.ids else None
+            category = names.get(one) if isinstance(one, str) else one if is_whole(one) and one in self.ids else None
             if category is None:
                 raise ConfigError(
                     f"classes: the model has no class {one!r}",

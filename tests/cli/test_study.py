@@ -52,7 +52,7 @@ def test_plan_lists_the_runs_and_makes_nothing(study: Path, tmp_path: Path, caps
     output = tmp_path / "out"
     assert run(["study", str(study), "--output", str(output), "--plan"]) == 0
     said = capsys.readouterr().out
-    assert "4 runs" in said and "0 of 2" in said and "left: 4 runs of a kind that none was measured of" in said
+    assert "4 runs" in said and "0 of 2" in said and "left: 4 runs whose time is not known yet" in said
     assert not output.exists()
 
 

@@ -60,7 +60,9 @@ def test_a_sound_data_set(tmp_path: Path) -> None:
     ("form", "count", "message"),
     [
         ("corners", 10, "10 of 10 boxes are over the edge of their image"),
-        ("shares", 10, "all 10 boxes lie inside the first pixel of their image"),
+        ("shares", 10, "no number of 10 boxes is over 1"),
+        ("yolo", 10, "no number of 10 boxes is over 1"),
+        ("share corners", 10, "no number of 10 boxes is over 1"),
         ("coco", 10, None), ("corners", 5, None), ("shares", 5, None),
     ],
 )  # fmt: skip
@@ -69,6 +71,8 @@ def test_boxes_in_another_form(tmp_path: Path, form: str, count: int, message: s
     shapes = {
         "corners": lambda x: (x, 5, x + 3, 9),
         "shares": lambda x: (x / 20, 0.5, 3 / 20, 0.4),
+        "yolo": lambda x: ((x + 1.5) / 20, 0.8, 3 / 20, 0.4),
+        "share corners": lambda x: (x / 20, 0.5, (x + 3) / 20, 0.9),
         "coco": lambda x: (x, 5, 3, 4),
     }
     boxes = [shapes[form](x) for x in range(7, 7 + count)]

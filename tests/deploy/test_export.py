@@ -77,7 +77,7 @@ def test_baked_weights_compute_the_same() -> None:
         ({"max_drop": 2.0}, "max_drop"),
         ({"nms": True}, "nms: expected an IoU from 0 to 1, found True"),
         ({"threshold": 1.5}, "threshold: expected a number from 0 to 1"),
-        ({"output": "model.pb"}, r"model\.pb: ends as files of no format do \(.*\.xml \(openvino\)"),
+        ({"output": "model.pb"}, r"model\.pb: no format has this ending \(.*\.xml \(openvino\)"),
         ({"output": "model.pb", "format": "onnx"}, r"ends in \.onnx"),
         ({"model": 3}, "model: expected a Detector, a checkpoint or a run's folder, found int"),
     ],

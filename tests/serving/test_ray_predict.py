@@ -40,7 +40,10 @@ def test_pictures_of_folders_lists_and_parquet(tmp_path: Path, caplog: pytest.Lo
         (tmp_path / "a" / name).write_text("x")
     pictures(tmp_path / "a" / ".thumbnails", 1)
     assert list_images_of(str(tmp_path / "a")) == paths
-    assert caplog.messages == [f"{tmp_path}/a: videos are left out: 1, such as {tmp_path}/a/film.mp4"]
+    assert caplog.messages == [
+        f"{tmp_path}/a: videos are left out: 1, such as {tmp_path}/a/film.mp4",
+        f"{tmp_path}/a: Parquet files beside pictures are left out: 1, such as {tmp_path}/a/table.parquet",
+    ]
     text = tmp_path / "list.txt"
     text.write_text("a/b/000.png\r\n\n" + paths[0] + "\ns3://bucket/x.jpg\n" + paths[2], encoding="utf-8-sig")
     wanted = [paths[0], "s3://bucket/x.jpg", paths[2]]  # each once

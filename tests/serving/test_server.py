@@ -304,12 +304,18 @@ def test_mistakes_end_before_anything_is_served(
     assert said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("idle", [True, False])
-def test_python_does_not_end_below_a_model_that_computes(idle: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """onnxruntime aborts the process then, which ends with 134."""
+@pytest.mark.parametrize("idle", [True, False, None])
+def test_python_does_not_end_below_a_model_that_computes(idle: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """onnxruntime aborts the process then, which ends with 134. None: Ctrl-C in the first call."""
+
+    def serve(*_: object, **__: object) -> bool:
+        if idle is None:
+            raise KeyboardInterrupt
+        return idle
+
     ended: list[int] = []
     monkeypatch.setattr("paqdetr.cli.serve.open_model", lambda *_: Stub())
-    monkeypatch.setattr("paqdetr.serving.server.serve", lambda *_, **__: idle)
+    monkeypatch.setattr("paqdetr.serving.server.serve", serve)
     monkeypatch.setattr("os._exit", ended.append)
     assert run(["serve", "m.onnx", "--port", "0"]) == 0
     assert ended == [0] * (not idle)

@@ -57,7 +57,10 @@ def serve(
             if not keys and host not in ("127.0.0.1", "localhost", "::1"):
                 note("anybody who reaches this address can use it; see --api-key-env")
 
-        idle = run(server, listener, on_start=announce)
+        try:
+            idle = run(server, listener, on_start=announce)
+        except KeyboardInterrupt:  # in the first call, or once more while the last one is waited for
+            idle = False
     results.print("stopped")
     if not idle:
         finish_streams()

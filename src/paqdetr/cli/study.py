@@ -224,7 +224,7 @@ def _plan(study: Study, runs: list[PlannedRun], places: Places, measured: Path |
     known = [row.left for row in rows if row.left is not None]
     unknown = sum(len(row.seeds) - row.done for row in rows if row.left is None)
     parts = [_hours(sum(known))] if known else []
-    parts += [f"{unknown} runs of a kind that none was measured of"] if unknown else []
+    parts += [f"{unknown} runs whose time is not known yet"] if unknown else []
     results.print(f"left: {' and '.join(parts)}")
 
 

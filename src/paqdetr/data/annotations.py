@@ -218,17 +218,17 @@ class Annotations:
 
     def other_form(self) -> str | None:
         """What `bbox` of a COCO file holds in the place of x, y, width, height in pixels: a sentence, or None. Corners, if most
-        boxes are over the edge of their image and as x1, y1, x2, y2 all are inside; shares of the sides, if all are inside the
-        first pixel. Of few boxes nothing is said, as chance may have it."""
+        boxes are over the edge of their image and as x1, y1, x2, y2 all are inside; shares of the sides, if no number is over 1.
+        Of few boxes nothing is said, as chance may have it."""
         rows = ~self.crowd
         if self.source.suffix != ".json" or rows.sum() < _FEW_BOXES:
             return None
         height, width = self.sizes[self.owners[rows]].T
         x, y, w, h = self.boxes[rows].T
-        if min(x.min(), y.min()) >= 0 and max((x + w).max(), (y + h).max()) <= 1 < self.sizes.min():
+        if self.boxes[rows].min() >= 0 and self.boxes[rows].max() <= 1 < self.sizes.min():
             return (
-                f"all {len(x)} boxes lie inside the first pixel of their image: bbox holds shares of the sides, where COCO has "
-                "pixels; multiply by width and height"
+                f"no number of {len(x)} boxes is over 1: bbox holds shares of the sides, perhaps from the centre as in YOLO, "
+                "where COCO has the left and upper edge, width and height in pixels"
             )
         over = (w > 0) & (h > 0) & (np.max([-x, -y, x + w - width, y + h - height], axis=0) > EDGE_TOLERANCE)
         inside = (w > x) & (h > y) & (np.max([-x, -y, w - width, h - height], axis=0) <= EDGE_TOLERANCE)

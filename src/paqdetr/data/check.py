@@ -321,7 +321,7 @@ def _check_boxes(annotations: Annotations, issues: Issues) -> None:
     warn(empty, "box without area", lambda i: "has no area; training leaves it out")
     beyond = outside | (~empty & (over > EDGE_TOLERANCE))
     if form := a.other_form():
-        issues.error(a.source.name, form, kind="form of boxes")
+        issues.doubt(a.source.name, form, kind="form of boxes")
     else:
         warn(outside, "box outside the image", lambda i: f"is outside {image(i)}; training leaves it out")
         over_edge = beyond & ~outside
@@ -417,5 +417,5 @@ def _compare_classes(tables: dict[str, ClassTable], report: CheckReport, issues:
         return
     for name in train.names:
         if not any(summary.boxes_per_class.get(name) for summary in report.splits.values()):
-            message = "has boxes in no split, and training makes an output for it"
+            message = "has boxes in no split, crowds aside, and training makes an output for it"
             issues["train"].warn(f"class {name}", message, kind="class without boxes")

@@ -140,7 +140,7 @@ def export(
         if not isinstance(model, (str, os.PathLike)):
             raise ConfigError(
                 f"model: expected a Detector, a checkpoint or a run's folder, found {type(model).__name__}",
-                "an exported model cannot be exported again: give what it was made from",
+                "paqdetr.load(PLACE) gives a Detector; of a Run give run.output, of an exported model what it was made from",
             )
         checkpoint = find_checkpoint(model)
         output = output or checkpoint.with_suffix(ENDINGS[format])
@@ -216,7 +216,7 @@ def _format_of(output: str | Path | None) -> Format:
         if own == ending:
             return known
     endings = ", ".join(f"{own} ({known})" for known, own in ENDINGS.items())
-    raise ConfigError(f"{output}: ends as files of no format do", f"end it in one of {endings}")
+    raise ConfigError(f"{output}: no format has this ending", f"end it in one of {endings}")
 
 
 def _require_arguments(

@@ -29,7 +29,7 @@ def ms_deform_attn(
     """Weighted sum of values sampled bilinearly at a few points of every level.
 
     Sums are taken in float32, or in float64 where the values are; locations and weights are cast to that too, whatever autocast
-    says. Locations that are not finite make the result NaN; what their gradients are differs between back ends.
+    says. Locations that are not finite make the result NaN; their gradients differ between back ends.
 
     Args:
         value: (B, S, H, D) float, the levels' tokens one after another, row by row; S = sum of height * width.

@@ -221,15 +221,14 @@ def _without_collisions(
             others.append(taken.get(("video", frame[1]), source))
         other = next((other for other in others if other.address != source.address), None)
         if other is not None:
-            problem = (
-                f"and {other.shown} would both be written as {name}",
-                "give one of them alone, as by a pattern such as 'FOLDER/*.png', and another --output for the other; "
-                + (
-                    "`--save coco,jsonl` takes both"
-                    if source.name != other.name
-                    else "--recursive takes the folder above both"
-                ),
+            remedy = (
+                "give one of them alone, as by a pattern such as 'FOLDER/*.png', and another --output for the other"
             )
+            if source.name != other.name:
+                remedy += "; `--save coco,jsonl` takes both"
+            elif isinstance(source.address, Path) and isinstance(other.address, Path):
+                remedy += "; --recursive takes the folder above both"
+            problem = f"and {other.shown} would both be written as {name}", remedy
         if problem is not None:
             on_problem(source, DataError(f"{source.shown}: {problem[0]}", problem[1]))
         elif others[0] is source:

@@ -136,11 +136,13 @@ def list_images_of(source: str) -> list[str]:
         inside = _shown(files.find(root), root) if folder else []
         pictures = [path for path in inside if PurePosixPath(path).suffix.lower() in PICTURE_EXTENSIONS]
         videos = [path for path in inside if PurePosixPath(path).suffix.lower() in VIDEO_EXTENSIONS]
-        if videos:
-            logging.getLogger(__name__).warning(
-                "%s: videos are left out: %d, such as %s", source, len(videos), videos[0]
-            )
-        if not pictures and any(path.endswith(".parquet") for path in [root, *inside]):
+        tables = [path for path in [root, *inside] if path.endswith(".parquet")]
+        for kind, files_of in (("videos", videos), ("Parquet files beside pictures", tables if pictures else [])):
+            if files_of:
+                logging.getLogger(__name__).warning(
+                    "%s: %s are left out: %d, such as %s", source, kind, len(files_of), files_of[0]
+                )
+        if tables and not pictures:
             lines = _column(_import("pyarrow.dataset").dataset(root, filesystem=files, format="parquet"), source)
         elif folder:
             lines = [files.unstrip_protocol(path) for path in pictures]

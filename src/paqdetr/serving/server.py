@@ -50,6 +50,8 @@ _DRAIN = 5
 _LAST_CALL = 1.0
 # Seconds in which a connection has to send the head of a request.
 _HEAD = 10.0
+# What some encoders of base64 break lines with. As a table for str.translate: a list of the parts may be twenty times as large.
+_NO_BREAKS = dict.fromkeys(map(ord, " \t\r\n"))
 # Of max_mb: what all requests that arrive may hold together, if that is more than so many bytes; and up to where a request that
 # is too large is read to its end, since many clients look for an answer only then.
 _ARRIVING, _ARRIVING_BYTES, _READ_OUT = 16, 2**28, 8
@@ -475,8 +477,8 @@ def _from_json(body: bytes) -> bytes:
         raise DataError("the request's json has no text called 'image'", _JSON)
     _require_alone("image", content)
     try:
-        lines = re.sub(r"\Adata:[^,]{0,99},", "", text).split()  # some encoders break them
-        return base64.b64decode("".join(lines), validate=True)
+        text = re.sub(r"\Adata:[^,]{0,99},", "", text)
+        return base64.b64decode(text.translate(_NO_BREAKS), validate=True)
     except (binascii.Error, ValueError):
         raise DataError("the request's 'image' is no base64", _JSON) from None
 
@@ -589,4 +591,4 @@ def serve(server: DetectionServer, listener: socket.socket, *, on_start: Callabl
         listener.listen(2048)
         on_start()
         program.run(sockets=[listener])
-    return server.batcher.close(_LAST_CALL)
+        return server.batcher.close(_LAST_CALL)

@@ -60,8 +60,8 @@ def describe_data(config: Config, train_split: DetectionDataset, val_split: Dete
     ]
     if duplicates := int(train_split.annotations.duplicates().sum()):
         found.append(f"{name}: {duplicates} duplicate boxes are left out; `paqdetr data check` lists them")
-    if form := train_split.annotations.other_form():
-        found.append(f"{name}: {form}")
+    files = [train_split] if val_split is None or config.val_fraction else [train_split, val_split]
+    found += [f"{one.annotation_file.name}: {form}" for one in files if (form := one.annotations.other_form())]
     if (limit := config.model.distinct_queries) is not None:
         hidden = train_split.annotations.overlapping(limit)
         if (share := float(hidden.mean())) >= _MANY_HIDDEN:
