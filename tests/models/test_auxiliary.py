@@ -151,10 +151,12 @@ def slow_matches(matcher: Matcher, boxes: Tensor, candidates: Tensor) -> list[in
     result = []
     for i in range(len(candidates)):
         best, g = max(((row[i], -g) for g, row in enumerate(overlaps)), default=(0.0, 1))
-        is_best_of_some = any(row[i] == max(row) > 0 for row in overlaps)
-        if best < matcher.low_threshold or best <= 0:
+        owners = [g for g, row in enumerate(overlaps) if row[i] == max(row) >= matcher.low_threshold]
+        if matcher.allow_low_quality_matches and owners:
+            result.append(owners[-1])
+        elif best < matcher.low_threshold:
             result.append(BACKGROUND)
-        elif best >= matcher.high_threshold or (matcher.allow_low_quality_matches and is_best_of_some):
+        elif best >= matcher.high_threshold:
             result.append(-g)
         else:
             result.append(LEFT_OUT)
@@ -164,7 +166,7 @@ def slow_matches(matcher: Matcher, boxes: Tensor, candidates: Tensor) -> list[in
 @settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
-    count=st.integers(0, 5),
+    count=st.sampled_from([0, 1, 2, 5, 20]),
     flat=st.booleans(),
     rule=st.sampled_from([(0.7, 0.3, True), (0.5, 0.5, False)]),
 )
@@ -485,6 +487,15 @@ def test_more_boxes_than_queries(name: str, make_targets: Callable) -> None:
     output = model(torch.randn(2, 3, 96, 96), None, targets)
     report = build_criterion(LossConfig())(output, targets)
     assert torch.isfinite(report.total) and all(predicted.boxes.shape[2] == 10 for predicted in output.customised)
+
+
+@pytest.mark.parametrize("label", [-1, 3])
+def test_a_wrong_label_is_left_to_the_matching_to_name(label: int) -> None:
+    model = create_model("co_dino_nano", num_classes=3, image_size=64, backbone="test_resnet", decoder_layers=2).train()
+    targets = [Targets(torch.tensor([label]), torch.tensor([[0.5, 0.5, 0.4, 0.4]]))]
+    output = model(torch.rand(1, 3, 64, 64), None, targets)
+    with pytest.raises(ValueError, match=rf"labels of batch position 0 hold {label}"):
+        build_criterion(LossConfig())(output, targets)
 
 
 def test_half_precision_leaves_boxes_and_losses_in_float32(make_targets: Callable) -> None:

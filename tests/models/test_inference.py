@@ -124,6 +124,13 @@ def test_a_forward_pass_in_half_precision_is_that_under_autocast() -> None:
     assert (found.pred_logits - expected.pred_logits).abs().max() < 0.05
 
 
+def test_images_of_another_dtype_are_refused(nano: Detector) -> None:
+    """Half precision would go through a model in float32 and come out as such; others end in torch's own error."""
+    for dtype in (torch.float16, torch.float64, torch.uint8):
+        with pytest.raises(ValueError, match=rf"expected torch\.float32, as the weights are, found {dtype}"):
+            nano(torch.zeros(1, 3, 32, 32, dtype=dtype))
+
+
 def test_a_precision_that_the_device_has_not(nano: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise NotImplementedError("\"conv2d_cpu\" not implemented for 'Half'\nin some file")

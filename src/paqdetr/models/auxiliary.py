@@ -67,7 +67,7 @@ class AuxiliaryHeads(nn.Module):
         self, *, names: Sequence[str], dim: int, num_classes: int, strides: Sequence[int], samples: int, queries: int
     ) -> None:
         super().__init__()
-        self.dim, self.queries = dim, queries
+        self.dim, self.num_classes, self.queries = dim, num_classes, queries
         self.strides = (*strides, 2 * strides[-1])
         self.downsample = nn.Sequential(
             nn.Conv2d(dim, dim, 3, stride=2, padding=1), nn.GroupNorm(norm_groups(dim), dim)
@@ -87,7 +87,7 @@ class AuxiliaryHeads(nn.Module):
         maps = self._maps(memory)
         rows, columns = maps.valid[0][:, :, 0].sum(1), maps.valid[0][:, 0].sum(1)
         sizes = (torch.stack([rows, columns], dim=1) * self.strides[0]).tolist()
-        truth = [_truth(target, size, memory.centers) for target, size in zip(targets, sizes, strict=True)]
+        truth = [self._truth(target, size, memory.centers) for target, size in zip(targets, sizes, strict=True)]
         losses: dict[str, Tensor] = {}
         customised = []
         for name, head in self.heads.items():
@@ -96,6 +96,15 @@ class AuxiliaryHeads(nn.Module):
             if name in self.embed:
                 customised.append(self._customise(name, samples, truth))
         return Auxiliary(losses, customised)
+
+    def _truth(self, target: Targets, size: Sequence[float], like: Tensor) -> Truth:
+        """Boxes in pixels, where the tokens are."""
+        height, width = size
+        scale = like.new_tensor([width, height, width, height])
+        boxes = box_convert(target.boxes.to(scale), "cxcywh", "xyxy") * scale
+        # A wrong label must not end a GPU's program before the matching can name it.
+        labels = target.labels.to(like.device).clamp(0, self.num_classes - 1)
+        return Truth(labels, boxes, (height, width))
 
     def _maps(self, memory: Tokens) -> Maps:
         """The levels as maps, and the further one."""
@@ -146,14 +155,6 @@ HEADS: dict[str, Callable[[int, int, Sequence[int], int], nn.Module]] = {
     ),
     "atss": lambda dim, num_classes, strides, samples: AtssHead(dim=dim, num_classes=num_classes, strides=strides),
 }
-
-
-def _truth(target: Targets, size: Sequence[float], like: Tensor) -> Truth:
-    """Boxes in pixels, where the tokens are."""
-    height, width = size
-    scale = like.new_tensor([width, height, width, height])
-    boxes = box_convert(target.boxes.to(scale), "cxcywh", "xyxy") * scale
-    return Truth(target.labels.to(like.device), boxes, (height, width))
 
 
 def _some(rows: Tensor, count: int) -> Tensor:

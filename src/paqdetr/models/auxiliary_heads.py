@@ -28,6 +28,9 @@ from paqdetr.paq.extractor import norm_groups
 # What `Matcher` says of a candidate that has no box: it is background, or overlaps one too much for that and is left out.
 BACKGROUND, LEFT_OUT = Matcher.BELOW_LOW_THRESHOLD, Matcher.BETWEEN_THRESHOLDS
 
+# So many boxes at a time are compared with all anchors. There are 800,000 at 800 x 1333: all boxes of a crowd would take GiBs.
+_BOXES_AT_ONCE = 16
+
 
 @dataclass(frozen=True, slots=True)
 class Truth:
@@ -266,7 +269,9 @@ class FasterRcnn(nn.Module):
             proposals, _ = self.rpn.filter_proposals(decoded, scores, shapes, [len(level) for level in levels])
         by_class, distance, count = logits.sum() * 0.0, deltas.sum() * 0.0, 0
         for i, image in enumerate(truth):
-            matched = matches(self.rpn.proposal_matcher, image.boxes, anchors).masked_fill(~valid[i], LEFT_OUT)
+            inside = valid[i].nonzero()[:, 0]
+            matched = torch.full((len(anchors),), LEFT_OUT, device=anchors.device)
+            matched[inside] = matches(self.rpn.proposal_matcher, image.boxes, anchors[inside])
             positive, negative = drawn(self.rpn.fg_bg_sampler, matched)
             rows = torch.cat([positive, negative])
             goal = (torch.arange(len(rows), device=rows.device) < len(positive)).to(logits.dtype)
@@ -280,19 +285,28 @@ class FasterRcnn(nn.Module):
 def matches(matcher: Matcher, boxes: Tensor, candidates: Tensor) -> Tensor:
     """(A,) int64, which of the boxes (G, 4) each candidate (A, 4) learns, `BACKGROUND` or `LEFT_OUT`.
 
-    Where the matcher gives a box without a good candidate its best ones, these still have to reach the threshold of background.
+    The rule of Co-DETR's code: the box of highest IoU, at `matcher.high_threshold` or more; below `low_threshold` background.
+    With `allow_low_quality_matches` a box also gets the candidates that are its best, of `low_threshold` or more, whichever box
+    these would learn by themselves; of several such boxes the last. torchvision's own rule keeps a candidate's box there, so that
+    a box beside another may go without any.
     """
-    nothing = torch.full((len(candidates),), BACKGROUND, device=candidates.device)
-    if not len(boxes) or not len(candidates):
-        return nothing
-    iou = box_iou(boxes, candidates).nan_to_num(0.0)
-    # A box that nothing overlaps, for example one without an area, would count all candidates as its best.
-    rows = (iou.amax(1) > 0).nonzero()[:, 0]
-    if not len(rows):
-        return nothing
-    found = matcher(iou[rows])
-    found = torch.where(found >= 0, rows[found.clamp(min=0)], found)
-    return found.masked_fill(iou.amax(0) < matcher.low_threshold, BACKGROUND)
+    best = candidates.new_zeros(len(candidates))
+    found = torch.full((len(candidates),), BACKGROUND, device=candidates.device)
+    by_box = torch.full_like(found, BACKGROUND)
+    if not len(candidates):
+        return found
+    for first in range(0, len(boxes), _BOXES_AT_ONCE):
+        iou = box_iou(boxes[first : first + _BOXES_AT_ONCE], candidates).nan_to_num(0.0)
+        value, row = iou.max(0)
+        found = torch.where(value > best, first + row, found)
+        best = torch.maximum(best, value)
+        if matcher.allow_low_quality_matches:
+            own = iou.amax(1, keepdim=True)
+            row, place = ((iou == own) & (own >= matcher.low_threshold)).nonzero().unbind(1)
+            by_box.scatter_reduce_(0, place, first + row, "amax")
+    kind = torch.where(best >= matcher.high_threshold, found, LEFT_OUT)
+    kind = torch.where(best < matcher.low_threshold, BACKGROUND, kind)
+    return torch.where(by_box >= 0, by_box, kind)
 
 
 def drawn(sampler: BalancedPositiveNegativeSampler, matched: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -122,7 +123,7 @@ class Detector(PredictMixin, Summary, nn.Module):
         """Detect.
 
         Args:
-            images: (B, 3, H, W) float, normalised as `preprocessing` does; of the weights' dtype.
+            images: (B, 3, H, W) of the weights' dtype, normalised as `preprocessing` does.
             padding_mask: (B, H, W) bool, True at padding, which lies right of each image and below it; None if no image has any.
                 A `pixel_mask` of transformers says the opposite: give `pixel_mask == 0`.
             targets: of the B images, for denoising in training; ignored in evaluation mode.
@@ -133,19 +134,23 @@ class Detector(PredictMixin, Summary, nn.Module):
         """
         if self.training and targets is not None:
             require_targets(targets, batch=len(images))
-        if images.dtype in (torch.float16, torch.bfloat16) and not torch.is_autocast_enabled(images.device.type):
-            # Positions and boxes are float32 in a model of half precision, too: autocast brings the two together.
-            with torch.autocast(images.device.type, images.dtype):
-                return self.forward(images, padding_mask, targets)
-        features = self.extract(images, padding_mask)
-        return self.detect(features, targets if self.training else None)
+        with _autocast(next(self.parameters())):
+            features = self.extract(images, padding_mask)
+            return self.detect(features, targets if self.training else None)
 
     def extract(self, images: Tensor, padding_mask: Tensor | None = None) -> Tokens:
-        """Backbone and neck: (B, 3, H, W) -> tokens of all levels. Arguments and errors are those of `forward`."""
+        """Backbone and neck: (B, 3, H, W) -> tokens of all levels. Arguments and errors are those of `forward`, which enters
+        autocast where the weights are of half precision: around this and `detect` the caller does.
+        """
         if images.ndim != 4:
             raise ValueError(
                 f"images: expected a normalised batch (B, 3, H, W), found {tuple(images.shape)}; "
                 "model.predict(image) takes a picture as a tensor (C, H, W) with values from 0 to 1, or uint8"
+            )
+        dtype = next(self.parameters()).dtype
+        if images.dtype != dtype and not torch.is_autocast_enabled(images.device.type):
+            raise ValueError(
+                f"images: expected {dtype}, as the weights are, found {images.dtype}; give images.to({dtype})"
             )
         padding_mask = _checked_mask(padding_mask, images)
         maps = self.neck(self.backbone(images), padding_mask)
@@ -154,7 +159,8 @@ class Detector(PredictMixin, Summary, nn.Module):
         )
 
     def detect(self, features: Tokens, targets: Sequence[Targets] | None = None) -> DetectorOutput:
-        """Encoder to heads. The result does not depend on padded tokens, neither their content nor their number.
+        """Encoder to heads. Predictions do not depend on padded tokens, neither their content nor their number; losses of
+        auxiliary heads do, as published.
 
         Args:
             features: of `extract`.
@@ -327,6 +333,14 @@ class Detector(PredictMixin, Summary, nn.Module):
             BackendError: huggingface_hub is not installed.
         """
         return import_extra("paqdetr.models.hub", "hub").from_pretrained(name, device=device, **how)
+
+
+def _autocast(weight: Tensor) -> AbstractContextManager[object]:
+    """Positions and boxes are float32 in a model of half precision, too: autocast brings the two together."""
+    device = weight.device.type
+    if weight.dtype not in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, weight.dtype)
 
 
 def _checked_mask(mask: Tensor | None, images: Tensor) -> Tensor | None:

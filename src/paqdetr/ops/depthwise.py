@@ -93,7 +93,7 @@ def weight_gradient(
         kernel("weight_gradient", lanes)(*addresses, first, *sizes)
 
     for_each(work, chunks(channels, _LANES), threads=torch.get_num_threads())
-    return out.view(rows, columns, channels, 1).permute(2, 3, 0, 1)
+    return out.t().contiguous().view(channels, 1, rows, columns)  # as weights lie in memory: DDP copies others
 
 
 def _rows(maps: Tensor) -> Tensor:
