@@ -61,6 +61,8 @@ def convert(
     overrides = parse_overrides(settings or [])
     if output.suffix != ".safetensors":
         raise ConfigError(f"--output {output}: checkpoints are .safetensors", "change the ending")
+    if output.exists() and source.exists() and output.resolve().is_relative_to(source.resolve()):
+        raise ConfigError(f"{output}: is what is converted, or lies in it", "choose another --output")
     if output.exists() and not overwrite:  # an earlier conversion too: somebody may be training from it
         raise ConfigError(
             f"--output {output}: the file exists, and nothing is overwritten",
