@@ -127,7 +127,8 @@ class Run(Summary):
         """Whether a training was begun here and has never kept weights, such as one that ran out of memory in its first step.
         One that was evaluated had kept some: they were moved away."""
         kept = any(file.exists() for file in (self.state_file, self.best, self.last))
-        return self.config_file.exists() and not (kept or self.records("eval") or self.finished)
+        kept = kept or any(row.get("kind") in ("eval", _ENDED) for row in self.records())
+        return self.config_file.exists() and not kept
 
     def model(self, *, device: str = "cpu") -> Detector:
         """The best checkpoint, loaded."""

@@ -53,6 +53,9 @@ def test_nothing_is_overwritten(checkpoint: Path, capsys: pytest.CaptureFixture[
     before = checkpoint.read_bytes()
     assert run(["convert", str(checkpoint), "--from", "paqdetr", "--output", str(checkpoint)]) == 2
     assert "the file exists, and nothing is overwritten" in capsys.readouterr().err
+    for source in (checkpoint, checkpoint.parent):
+        assert run(["convert", str(source), "--from", "paqdetr", "--output", str(checkpoint), "--overwrite"]) == 2
+        assert "the file belongs to what is converted" in capsys.readouterr().err
     assert checkpoint.read_bytes() == before
 
 

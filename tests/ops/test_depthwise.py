@@ -51,6 +51,7 @@ def test_the_gradient_of_the_weights_is_torchs(
     (expected,) = torch.autograd.grad(y, weight, gradient)
     found = weight_gradient(x.float(), gradient.float(), kernel, stride, padding, dilation)
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+    assert found.stride() == weight.stride()  # DDP copies other gradients, and warns
 
 
 def layer(channels: int = 70) -> tuple[Tensor, Tensor, Tensor]:

@@ -277,6 +277,11 @@ def test_two_of_one_name(
     with pytest.raises(DataError, match=r"would both be written as b\.png") as caught:
         predict_sources(patches, [pictures, tmp_path / "other"], output=tmp_path / "out", save=["coco"])
     assert "--recursive takes the folder above both" in caught.value.remedy
+    with pytest.raises(DataError, match=r"would both be written as b\.png") as caught:
+        predict_sources(
+            patches, ["http://a.invalid/b.png", "http://b.invalid/b.png"], output=tmp_path / "out", save=["coco"]
+        )
+    assert "--recursive" not in caught.value.remedy  # there is no folder above both
     # In a list that is still being written, the others are done.
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{pictures}/a.png\n{pictures}/a.bmp\n\n{pictures}/none.png\n"))
     done = predict_sources(patches, ["-"], output=tmp_path / "out")

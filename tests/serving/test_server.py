@@ -8,6 +8,7 @@ import io
 import struct
 import threading
 import time
+import tracemalloc
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ from stub import Stub, picture
 
 from paqdetr.cli import run
 from paqdetr.errors import ConfigError
-from paqdetr.serving.server import DetectionServer, Limits, Options
+from paqdetr.serving.server import DetectionServer, Limits, Options, _from_json
 
 
 @pytest.fixture
@@ -302,6 +303,17 @@ def test_mistakes_end_before_anything_is_served(
 ) -> None:
     assert run(["serve", *arguments, "--port", "0"]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_blanks_in_base64_take_little_memory() -> None:
+    """Four times the body at most, not the hundreds of MiB that a list of two million words would be."""
+    body = b'{"image": "' + b"aaaa " * 2**18 + b'"}'
+    tracemalloc.start()
+    try:
+        assert _from_json(body) == base64.b64decode(b"aaaa" * 2**18)
+        assert tracemalloc.get_traced_memory()[1] < 5 * len(body)
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("idle", [True, False, None])

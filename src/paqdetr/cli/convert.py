@@ -61,13 +61,13 @@ def convert(
     overrides = parse_overrides(settings or [])
     if output.suffix != ".safetensors":
         raise ConfigError(f"--output {output}: checkpoints are .safetensors", "change the ending")
-    if output.exists() and source.exists() and output.resolve().is_relative_to(source.resolve()):
-        raise ConfigError(f"{output}: is what is converted, or lies in it", "choose another --output")
     if output.exists() and not overwrite:  # an earlier conversion too: somebody may be training from it
         raise ConfigError(
             f"--output {output}: the file exists, and nothing is overwritten",
             "choose another, or replace it with --overwrite",
         )
+    if output.exists() and output.resolve().is_relative_to(source.resolve()):
+        raise ConfigError(f"--output {output}: the file belongs to what is converted", "choose another place")
     files = OutputFiles("paqdetr convert", overwrite=overwrite, output=output, json=json_file)
     if not source.is_dir():
         open_regular(source, error=CheckpointError).close()

@@ -93,7 +93,8 @@ def weight_gradient(
         kernel("weight_gradient", lanes)(*addresses, first, *sizes)
 
     for_each(work, chunks(channels, _LANES), threads=torch.get_num_threads())
-    return out.t().contiguous().view(channels, 1, rows, columns)  # as weights lie in memory: DDP copies others
+    # Strides as those of weights, which DDP asks for: `contiguous` leaves a transposed single column or row as it is.
+    return out.t().clone(memory_format=torch.contiguous_format).view(channels, 1, rows, columns)
 
 
 def _rows(maps: Tensor) -> Tensor:

@@ -85,6 +85,11 @@ def test_plain_transformers_drops_the_patterns_and_ours_says_so(
     plain, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
     assert set(report["unexpected_keys"]) == {f"paq.{name}" for name in model.paq.state_dict()}
     assert not torch.allclose(detect(plain, batch), detect(model, batch), atol=1e-3)
+    with pytest.raises(ConfigError, match="was saved with PaQ") as caught:
+        attach(plain)
+    assert "from_pretrained" in caught.value.remedy
+    del plain.config.paq
+    attach(plain)  # with new patterns
     with caplog.at_level(logging.WARNING):
         from_pretrained(tmp_path)
     assert "RTDetrForObjectDetection.from_pretrained of transformers would leave out" in caplog.text
@@ -132,6 +137,19 @@ def test_mistakes(make_host: Make, tmp_path: Path) -> None:
     config.write_text(json.dumps(values))
     with pytest.raises(ConfigError, match="DetrForObjectDetection"):
         from_pretrained(tmp_path / "holed")
+
+
+@pytest.mark.parametrize("key", ["num_queries", "num_patterns"])
+def test_patterns_of_another_shape_do_not_start_anew(key: str, make_host: Make, tmp_path: Path) -> None:
+    """transformers would leave the patterns uninitialised, or initialise their network as its own layers."""
+    attach(make_host("rt"), num_patterns=8).save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    values = json.loads(config.read_text())
+    (values if key == "num_queries" else values["paq"])[key] = 12
+    config.write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=r"tensors of PaQ have another shape, such as 'paq\.queries\.") as caught:
+        from_pretrained(tmp_path, ignore_mismatched_sizes=True)
+    assert "resize" in caught.value.remedy
 
 
 # --- the Trainer

@@ -64,14 +64,22 @@ def attach(model: Any, settings: PaqSettings | None = None, **changes: Any) -> A
         the model.
 
     Raises:
-        ConfigError: a model of another class, one that has PaQ already, or settings that do not fit it.
+        ConfigError: a model of another class, one that has PaQ already or was saved with it, or settings that do not fit it.
     """
-    host = host_of(model)
+    host_of(model)  # or an error
     if isinstance(getattr(model, NAME, None), PaqPlugin):
         raise ConfigError(f"this {type(model).__name__} has PaQ attached already", "call detach(model) first")
+    if isinstance(getattr(model.config, NAME, None), dict):
+        raise ConfigError(
+            f"config.{NAME} says that this {type(model).__name__} was saved with PaQ, and its patterns have not been loaded",
+            f"load it with from_pretrained of {__package__}; for new patterns, `del model.config.{NAME}` first",
+        )
     base = settings.to_dict() if settings else {}
-    settings = PaqSettings.from_dict({**base, **changes}, "attach")
-    plugin = PaqPlugin(host, model.config, settings)
+    return _insert(model, PaqSettings.from_dict({**base, **changes}, "attach"))
+
+
+def _insert(model: Any, settings: PaqSettings) -> Any:
+    plugin = PaqPlugin(host_of(model), model.config, settings)
     own = next(model.model.decoder.parameters())
     plugin.to(device=own.device, dtype=own.dtype).train(model.training)
     plugin.insert(model)
@@ -110,7 +118,7 @@ def from_pretrained(path: str | Path, **options: Any) -> Any:
 
     Raises:
         ConfigError: the model has no PaQ, or settings that this version does not know.
-        CheckpointError: its files lack tensors of the patterns.
+        CheckpointError: its files lack tensors of the patterns, or have them in another shape.
     """
     config = options.pop("config", None)
     if config is None:  # what is the configuration's, such as num_labels, goes there, as in transformers
@@ -132,6 +140,13 @@ def from_pretrained(path: str | Path, **options: Any) -> Any:
             f"{path}: {len(missing)} tensors of the patterns are missing, such as {missing[0]!r}",
             "save the model again with save_pretrained while PaQ is attached",
         )
+    # With ignore_mismatched_sizes transformers would start these anew, by the rule of its own layers or not at all.
+    other = sorted(row[0] for row in report["mismatched_keys"] if row[0].startswith(f"{NAME}."))
+    if other:
+        raise CheckpointError(
+            f"{path}: {len(other)} tensors of PaQ have another shape, such as {other[0]!r}",
+            "load it with the settings that it was saved with; then model.paq.queries.resize(n) changes the number of queries",
+        )
     model.__class__ = attached.__base__
     count = sum(1 for _ in model.paq.state_dict())
     _logger.warning(
@@ -150,7 +165,7 @@ def _with_paq(base: type[nn.Module], settings: PaqSettings) -> Any:
     class Attached(base):  # type: ignore[misc, valid-type]
         def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
             super().__init__(config, *args, **kwargs)
-            attach(self, settings)
+            _insert(self, settings)
 
     Attached.__name__ = Attached.__qualname__ = base.__name__
     return Attached
